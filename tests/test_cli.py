@@ -1,0 +1,222 @@
+"""The command line: exit statuses, what goes to which stream, errors with hints."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import write_tiny
+
+from vitcli import __version__
+from vitcli.cli import run
+
+COMMANDS = ("patchify", "pretrain", "finetune", "fewshot", "predict", "evaluate", "recipes")
+
+
+def call(capfd, *arguments):
+    """Status, stdout and stderr of a command line."""
+    status = run([str(a) for a in arguments])
+    streams = capfd.readouterr()
+    return status, streams.out, streams.err
+
+
+def pictures(folder, classes=("cat", "dog"), count=4, size=16):
+    rng = np.random.default_rng(0)
+    for c, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = rng.integers(0, 128, (size, size, 3)) + 100 * (c % 2)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def trained(here, capfd):
+    """A folder with a finished tiny run, a classifier of digits, and pictures."""
+    write_tiny(here / "tiny.toml")
+    status, _, err = call(capfd, "pretrain", "--recipe", "tiny.toml", "--out", "runs/tiny")
+    assert status == 0, err
+    pictures(here / "photos")
+    return here
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_worked_example(command, capfd):
+    status, out, _ = call(capfd, command, "--help")
+    assert status == 0
+    assert f"Example: vitcli {command}" in " ".join(out.split())
+
+
+def test_version(capfd):
+    assert call(capfd, "--version") == (0, f"vitcli {__version__}\n", "")
+
+
+def test_help_answers_at_once():
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "vitcli", "--help"], capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    # The figure to reach is 0.3 s on a quiet machine; this bound only catches torch coming in.
+    assert min(times) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (["pretrain", "--epoch", "3"], "No such option: --epoch", "see `vitcli pretrain --help`"),
+        (["train"], "No such command 'train'", "see `vitcli --help`"),
+        (["predict"], "Missing argument", "see `vitcli predict --help`"),
+        (
+            ["pretrain", "--recipe", "pretrain_formla"],
+            "no recipe",
+            "did you mean `pretrain_formula`?",
+        ),
+        (["pretrain", "--set", "train.bach_size=3"], "`train.batch_size`", "vitcli recipes"),
+        (
+            ["pretrain", "--recipe", "finetune"],
+            "one of `vitcli finetune`",
+            "vitcli finetune --recipe",
+        ),
+        (["pretrain", "--image-size", "30"], "not a multiple of patch size 8", "divides"),
+        (["finetune"], "no finished `pretrain` run", "run `vitcli pretrain` first"),
+        (["fewshot", "--shots", "a"], "not a list of numbers", "--shots 1,5,10"),
+        (["predict", "no.jpg", "--model", "B/16"], "no such image: `no.jpg`", "globs"),
+        (["evaluate", "nowhere/", "--model", "B/16"], "", ""),
+        (["fewshot"], "no ", "vitcli pretrain"),
+    ],
+)
+def test_mistakes_are_one_error_and_one_hint(arguments, error, hint, here, capfd):
+    status, out, err = call(capfd, *arguments)
+    assert status == 2
+    assert out == "" and "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith(("error: ", "hint: "))]
+    assert [line.split(":")[0] for line in lines] == ["error", "hint"]
+    assert error in lines[0] and hint in lines[1]
+    assert not (here / "runs").exists()
+
+
+def test_a_run_directory_that_exists_is_not_overwritten(trained, capfd):
+    before = (trained / "runs/tiny/model.safetensors").read_bytes()
+    status, _, err = call(capfd, "pretrain", "--recipe", "tiny.toml", "--out", "runs/tiny")
+    assert status == 2 and "`runs/tiny` exists already" in err and "hint: " in err
+    assert (trained / "runs/tiny/model.safetensors").read_bytes() == before
+
+
+def test_resume_names_the_keys_that_differ_and_leaves_a_finished_run(trained, capfd):
+    common = ("pretrain", "--recipe", "tiny.toml", "--out", "runs/tiny", "--resume")
+    status, _, err = call(capfd, *common, "--lr", "0.5")
+    assert status == 2 and "these differ: optim.lr" in err
+    status, _, err = call(capfd, *common)
+    assert status == 0 and "already finished" in err
+
+
+def test_json_is_the_only_thing_on_stdout(trained, capfd):
+    for arguments in (
+        ("pretrain", "--recipe", "tiny.toml", "--out", "runs/second", "--json"),
+        ("evaluate", "--model", "runs/tiny", "--json"),
+        ("fewshot", "--model", "runs/tiny", "--shots", "1,2", "--json"),
+        ("patchify", "photos", "--patch-size", "8", "--json"),
+        ("recipes", "--json"),
+    ):
+        status, out, err = call(capfd, *arguments)
+        assert status == 0, err
+        json.loads(out)
+
+
+def test_fewshot_json_is_the_contracts(trained, capfd):
+    status, out, _ = call(capfd, "fewshot", "--model", "runs/tiny", "--shots", "1,5", "--json")
+    result = json.loads(out)
+    assert status == 0 and set(result["shots"]) == {"1", "5"}
+    assert {"model", "data", "shots", "dim", "classes", "test_images"} <= set(result)
+    five = result["shots"]["5"]
+    assert five["l2"] == 1024.0 and len(five["accuracy"]["seeds"]) == 3
+    assert five["accuracy"]["mean"] == pytest.approx(np.mean(five["accuracy"]["seeds"]))
+
+
+def test_predict_goes_on_past_what_cannot_be_read(trained, capfd):
+    (trained / "photos/cat/broken.jpg").write_bytes(b"not a picture")
+    status, out, err = call(capfd, "predict", "photos", "missing.png", "--top", "2", "--json")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 3 and len(rows) == 10
+    bad = [row for row in rows if row["error"]]
+    assert {Path(row["path"]).name for row in bad} == {"broken.jpg", "missing.png"}
+    assert all(row["label"] is None for row in bad)
+    good = next(row for row in rows if not row["error"])
+    assert set(good) == {"path", "label", "probability", "top", "error"} and len(good["top"]) == 2
+    assert err.count("error: ") == 2
+
+
+def test_predict_takes_the_newest_classifier_and_writes_tables(trained, capfd):
+    status, _, err = call(capfd, "predict", "photos", "--csv", "a.csv", "--parquet", "a.parquet")
+    assert status == 0 and "runs/tiny" in err
+    assert len((trained / "a.csv").read_text().splitlines()) == 9
+    assert (trained / "a.parquet").stat().st_size > 0
+
+
+def test_predict_refuses_a_model_without_a_trained_head(trained, capfd):
+    status, _, err = call(capfd, "predict", "photos", "--model", "Ti/16")
+    assert status == 2 and "no trained head" in err and "vitcli fewshot" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\x80\x04\x95junk", "pickle"), (b"PK\x03\x04junk", "pickle"), (b"short", "truncated")],
+)
+def test_weights_that_are_not_ours_to_open(content, words, trained, capfd):
+    (trained / "x.safetensors").write_bytes(content)
+    status, _, err = call(capfd, "predict", "photos", "--model", "x.safetensors")
+    assert status == 2 and words in err and "hint: " in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda f: f.mkdir(), "image"),
+        (lambda f: pictures(f, classes=("cat",)), "class"),
+        (lambda f: (pictures(f / "train"), pictures(f / "test", ("cat", "dog", "owl"))), "owl"),
+    ],
+)
+def test_folders_that_cannot_be_learned_from(make, words, trained, capfd):
+    make(trained / "data")
+    status, _, err = call(capfd, "pretrain", "data", "--recipe", "tiny.toml", "--out", "runs/x")
+    assert status == 2 and words in err and "hint: " in err
+    assert not (trained / "runs/x").exists()
+
+
+def test_a_label_column_that_is_not_there(trained, capfd):
+    (trained / "labels.csv").write_text("path,kind\nphotos/cat/0.png,cat\nphotos/dog/0.png,dog\n")
+    status, _, err = call(
+        capfd, "pretrain", "labels.csv", "--recipe", "tiny.toml", "--set", "data.label_column=breed"
+    )
+    assert status == 2 and "breed" in err and "kind" in err
+
+
+def test_a_bug_of_ours_is_a_traceback(monkeypatch, here):
+    import vitcli.commands.recipes as command
+
+    def broken():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(command, "run", broken)
+    with pytest.raises(ZeroDivisionError):
+        run(["recipes"])
+
+
+def test_colour_is_left_out_where_it_is_not_wanted(trained):
+    environment = {**os.environ, "NO_COLOR": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "vitcli", "patchify", "photos/cat/0.png"],
+        cwd=trained,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "\x1b[" not in done.stdout + done.stderr
+    assert "196 tokens" in done.stdout

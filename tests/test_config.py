@@ -1,0 +1,142 @@
+"""Recipes: layers, checks with every mistake at once, and the way back to TOML."""
+
+import pytest
+
+from vitcli.config import (
+    Inference,
+    Recipe,
+    check,
+    differing_keys,
+    lay_over,
+    load_inference,
+    load_recipe,
+    parse_overrides,
+    read_toml,
+)
+from vitcli.errors import VitcliError
+
+SMALL = {"command": "pretrain", "train": {"steps": 10}}
+
+
+def recipe(**sections):
+    return check(Recipe, {**SMALL, **sections}, "recipe `x`")
+
+
+def test_all_mistakes_are_reported_together_with_the_nearest_names():
+    with pytest.raises(VitcliError) as caught:
+        check(
+            Recipe,
+            {
+                "command": "pretrain",
+                "modle": {},
+                "model": {"patchsize": 4, "name": 3},
+                "train": {"steps": 1, "bach_size": 2, "seed": -1},
+                "optim": {"name": "adam"},
+            },
+            "recipe `x`",
+        )
+    message = caught.value.message
+    assert "no setting `modle` (did you mean `model`?)" in message
+    assert "no setting `model.patchsize` (did you mean `model.patch_size`?)" in message
+    assert "no setting `train.bach_size` (did you mean `train.batch_size`?)" in message
+    assert "`model.name` = 3" in message
+    assert "`train.seed` = -1" in message
+    assert "`optim.name` = 'adam'" in message and "'adamw'" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("train", [{}, {"steps": 1, "epochs": 2}, {"epochs": 1, "images": 5}])
+def test_exactly_one_duration(train):
+    with pytest.raises(VitcliError, match=r"exactly one of `steps`, `epochs`, `images`"):
+        check(Recipe, {"command": "pretrain", "train": train}, "recipe `x`")
+
+
+def test_one_warmup():
+    with pytest.raises(VitcliError, match="not both"):
+        recipe(schedule={"warmup_steps": 3, "warmup_fraction": 0.1})
+
+
+def test_strict_types_but_integers_for_floats():
+    assert recipe(optim={"lr": 1}).optim.lr == 1.0
+    with pytest.raises(VitcliError, match=r"`optim\.lr` = '1e-3'"):
+        recipe(optim={"lr": "1e-3"})
+
+
+def test_overrides_are_toml_or_plain_strings():
+    assert parse_overrides(
+        [
+            "train.epochs=3",
+            "preprocess.mean=[0.5,0.5,0.5]",
+            "model.name=B/16",
+            "data.strict=true",
+            'data.name="a=b"',
+        ]
+    ) == {
+        "train": {"epochs": 3},
+        "preprocess": {"mean": [0.5, 0.5, 0.5]},
+        "model": {"name": "B/16"},
+        "data": {"strict": True, "name": "a=b"},
+    }
+
+
+@pytest.mark.parametrize("text", ["train.epochs", "=3", "train.=3"])
+def test_malformed_overrides(text):
+    with pytest.raises(VitcliError, match=r"section\.key=value"):
+        parse_overrides([text])
+
+
+def test_a_duration_above_replaces_the_one_below():
+    lower = {"train": {"epochs": 3, "seed": 1}, "schedule": {"warmup_fraction": 0.1}}
+    lay_over(lower, {"train": {"steps": 5}, "schedule": {"warmup_steps": 2}})
+    assert lower == {"train": {"steps": 5, "seed": 1}, "schedule": {"warmup_steps": 2}}
+
+
+def test_the_written_recipe_reads_back_equal(tmp_path):
+    full = recipe(
+        model={"name": "Pico/4", "image_size": [32, 48]},
+        preprocess={"mean": [0.1, 0.2, 0.3], "std": 0.5},
+        schedule={"warmup_steps": 3},
+        optim={"grad_clip": 1.0},
+    )
+    path = tmp_path / "r.toml"
+    path.write_text(full.to_toml())
+    again = check(Recipe, read_toml(path), "it")
+    assert again == full and again.fingerprint() == full.fingerprint()
+
+
+def test_differing_keys_are_dotted_names():
+    a = recipe(optim={"lr": 0.1}, description="one")
+    b = recipe(optim={"lr": 0.2}, model={"name": "B/16"}, description="two")
+    assert differing_keys(a, b) == ["model.name", "optim.lr"]
+    assert differing_keys(a, a) == []
+
+
+def test_total_steps_round_up():
+    assert recipe(train={"epochs": 2.0, "batch_size": 128}).train.total_steps(100) == 2
+    assert recipe(train={"images": 129, "batch_size": 128}).train.total_steps(5) == 2
+    assert recipe(train={"steps": 7}).train.total_steps(5) == 7
+
+
+def test_smaller_sizes_by_share_of_the_run():
+    train = recipe(train={"steps": 10, "smaller_sizes": [[16, 0.4], [24, 0.7]]}).train
+    assert [train.side_at(s, 10) for s in (0, 3, 4, 6, 7, 9)] == [16, 16, 24, 24, None, None]
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(VitcliError) as caught:
+        load_recipe("pretrain_formul")
+    assert caught.value.hint == "did you mean `pretrain_formula`?"
+
+
+def test_broken_toml_names_the_line(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_text("command = \n")
+    with pytest.raises(VitcliError, match=r"is not TOML.*line 1"):
+        load_recipe(str(path))
+
+
+def test_settings_of_inference():
+    assert load_inference({"model": {"num_heads": 4}}).model.num_heads == 4
+    assert load_inference() == Inference()
+    with pytest.raises(VitcliError, match=r"did you mean `model\.num_heads`"):
+        load_inference({"model": {"numheads": 4}})

@@ -1,0 +1,356 @@
+"""Reading: every file of the messy collection, and pixels against formulas."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitcli.data.decode import ImageError, printable, read_image
+
+NUM_MESSY = 131
+DIFFERENT_PHOTO = 20.0  # mean difference in grey levels that only another picture would have
+
+
+def pixels(source, mode="RGB"):
+    return np.asarray(read_image(source, mode)).astype(np.float64)
+
+
+def manifest(shared):
+    """(path as it is on disk, kind, expected, what Pillow alone gives) for each messy file."""
+    lines = (shared / "data/messy_manifest.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    for line in lines:
+        path, kind, expected, _, _, pillow = line.split("\t")
+        raw = path.encode().replace(rb"\n", b"\n").replace(rb"\t", b"\t").replace(rb"\xe9", b"\xe9")
+        yield os.fsdecode(raw), kind, expected, pillow
+
+
+@pytest.fixture(scope="module")
+def messy(shared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("messy")
+    with tarfile.open(shared / "data/messy.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "messy"
+
+
+def test_every_messy_file_is_as_the_manifest_says(shared, messy):
+    rows = list(manifest(shared))
+    assert len(rows) == NUM_MESSY
+    for path, kind, expected, pillow in rows:
+        if path.startswith("huge/") and "MP.jpg" in path:
+            continue  # test_huge_photographs
+        file = messy / path
+        if "FAIL" in pillow:
+            with pytest.raises(ImageError) as caught:
+                read_image(file)
+            assert printable(file) in caught.value.message
+            assert caught.value.reason
+        else:
+            assert "ok" in expected or kind == "hidden file (leading dot)", path
+            image = read_image(file)
+            upright = re.search(r"upright (\d+)x(\d+)", pillow)
+            assert upright and image.size == (int(upright[1]), int(upright[2])), path
+            assert image.mode == "RGB"
+            assert not image.info
+
+
+REASONS = {
+    "ants/truncated_60pct.jpg": "cut off",
+    "ants/truncated_header.jpg": "cut off",
+    "ants/truncated.png": "cut off",
+    "ants/badcrc.png": "damaged",
+    "bees/zero.jpg": "empty",
+    "bees/text.jpg": "text, not an image",
+    "bees/html_404.jpg": "HTML page",
+    "bees/lfs_pointer.jpg": "Git LFS pointer",
+    "bees/doc.jpg": "PDF",
+    "bees/svg.png": "SVG",
+    "bees/gif_header.gif": "GIF",
+    "bees/directory.jpg": "folder",
+    "bees/dangling.jpg": "link to `nowhere.jpg`, which does not exist",
+}
+
+
+@pytest.mark.parametrize("path", REASONS)
+def test_the_reason_is_named(messy, path):
+    with pytest.raises(ImageError, match=re.escape(REASONS[path])):
+        read_image(messy / "broken" / path)
+
+
+def test_all_orientations_show_the_same_picture(messy):
+    first = pixels(messy / "odd/ants/exif_orientation_1.jpg")
+    others = [messy / f"odd/ants/exif_orientation_{i}.jpg" for i in range(2, 9)]
+    for path in [*others, messy / "odd/ants/exif_orientation_6.png"]:
+        assert np.abs(pixels(path) - first).mean() < 2.5, path.name
+    flipped = np.abs(first[:, ::-1] - first).mean(), np.abs(first[::-1] - first).mean()
+    assert min(flipped) > DIFFERENT_PHOTO  # the comparison can tell
+
+
+def test_samples_wider_than_a_byte_are_scaled(messy):
+    bees = messy / "odd/bees"
+    assert pixels(bees / "gray16.png", "L").mean() == pytest.approx(122.2, abs=0.3)
+    photo = pixels(bees / "lzw.tif", "L")  # float32.tif is this picture's grey / 255
+    assert np.abs(pixels(bees / "float32.tif", "L") - photo).max() <= 1
+
+
+def test_cmyk_is_not_inverted(messy):
+    grey, cmyk = (pixels(messy / "odd/bees" / name, "L") for name in ("gray_L.jpg", "cmyk.jpg"))
+    assert np.abs(grey - cmyk).mean() < 2
+
+
+def test_alpha_lies_on_white_in_the_messy_files(messy):
+    for name in ("rgba.png", "gray_alpha_LA.png", "lossless_alpha.webp"):
+        path = messy / "odd/bees" / name
+        with Image.open(path) as image:
+            stored = np.asarray(image.convert("RGBA")).astype(np.float64)
+        alpha = stored[..., 3:] / 255
+        wanted = stored[..., :3] * alpha + 255 * (1 - alpha)
+        assert np.abs(pixels(path) - wanted).max() <= 1, name
+
+
+def test_adobe_rgb_becomes_srgb(messy):
+    """Against the definitions of both colour spaces (AdobeRGB1998, IEC 61966-2-1)."""
+    path = messy / "broken/bees/plain_3.jpg"
+    with Image.open(path) as image:
+        stored = np.asarray(image).astype(np.float64) / 255
+    adobe_to_xyz = [
+        [0.5766690, 0.1855582, 0.1882286],
+        [0.2973450, 0.6273636, 0.0752915],
+        [0.0270314, 0.0706889, 0.9913375],
+    ]
+    xyz_to_srgb = [
+        [3.2404542, -1.5371385, -0.4985314],
+        [-0.9692660, 1.8760108, 0.0415560],
+        [0.0556434, -0.2040259, 1.0572252],
+    ]
+    linear = stored ** (563 / 256) @ np.transpose(adobe_to_xyz) @ np.transpose(xyz_to_srgb)
+    linear = linear.clip(0, 1)
+    wanted = 255 * np.where(
+        linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
+    )
+    result = pixels(path)
+    assert np.abs(result - wanted).mean() < 0.6
+    assert np.abs(stored * 255 - wanted).mean() > 3  # ignoring the profile would be seen
+
+
+def test_a_profile_that_does_not_fit_is_ignored():
+    colours = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+    for profile in (b"garbage", b"\0" * 200):
+        file = io.BytesIO()
+        colours.save(file, "PNG", icc_profile=profile)
+        assert (pixels(file.getvalue()) == np.asarray(colours)).all()
+
+
+def test_huge_bomb_is_refused_before_memory_is_taken(messy):
+    bomb = messy / "huge/bees/bomb_30000x30000_1bit.png"
+    with pytest.raises(ImageError, match="30000 x 30000 pixels, more than the limit"):
+        read_image(bomb)
+    code = (
+        "import resource, sys; from vitcli.data.decode import ImageError, read_image\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: read_image(sys.argv[1])\n"
+        "except ImageError: pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(bomb)], capture_output=True, text=True, check=True
+    )
+    assert int(ran.stdout) < 60_000  # KiB; all plugins are loaded in between
+
+
+@pytest.mark.slow
+def test_huge_photographs(messy):
+    assert read_image(messy / "huge/ants/photo_12000x9000_108MP.jpg").size == (12000, 9000)
+    assert read_image(messy / "huge/bees/photo_14000x14000_196MP.jpg").size == (14000, 14000)
+
+
+def test_a_limit_of_pixels_can_be_given():
+    with pytest.raises(ImageError, match="3 x 2 pixels"):
+        read_image(Image.new("RGB", (3, 2)), max_pixels=5)
+    assert read_image(Image.new("RGB", (3, 2)), max_pixels=6).size == (3, 2)
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+KEY = 100
+
+
+def keyed(values, white):
+    """What a picture with one transparent level looks like on white."""
+    return np.where(values == white, 255, values)
+
+
+def transparent_pictures():
+    """(name, file, the grey that it shows)."""
+    grey, alpha = Image.fromarray(RAMP), Image.fromarray(RAMP.T.copy())
+    share = RAMP.T / 255
+    over = RAMP * share + 255 * (1 - share)
+    yield "RGBA", encoded(Image.merge("RGBA", [grey, grey, grey, alpha])), over
+    yield "LA", encoded(Image.merge("LA", [grey, alpha])), over
+    yield "L key", encoded(grey, transparency=KEY), keyed(RAMP, KEY)
+    rgb = Image.merge("RGB", [grey] * 3)
+    yield "RGB key", encoded(rgb, transparency=(KEY,) * 3), keyed(RAMP, KEY)
+    palette = grey.convert("P")
+    palette.putpalette([level for level in range(256) for _ in range(3)])
+    palette.frombytes(RAMP.tobytes())
+    yield "P key", encoded(palette, transparency=KEY), keyed(RAMP, KEY)
+    shares = bytes(255 - level for level in range(256))
+    share = (255.0 - RAMP) / 255
+    over = RAMP * share + 255 * (1 - share)
+    yield "P table", encoded(palette, transparency=shares), over
+    yield "GIF", encoded(palette, "GIF", transparency=KEY), keyed(RAMP, KEY)
+    bits = Image.fromarray(RAMP > KEY)
+    yield "1 key", encoded(bits, transparency=0), np.full((8, 8), 255)
+    wide = Image.fromarray(RAMP.astype(np.uint16) * 257)
+    yield "I;16", encoded(wide), RAMP
+
+
+@pytest.mark.parametrize("name,file,shown", list(transparent_pictures()))
+def test_alpha_in_any_mode_lies_on_white(name, file, shown):
+    assert np.abs(pixels(file, "L") - shown).max() <= 1
+    assert np.abs(pixels(file) - shown[..., None]).max() <= 1
+
+
+def test_modes_that_only_live_in_memory():
+    grey, alpha = Image.fromarray(RAMP), Image.fromarray(RAMP.T.copy())
+    share = RAMP.T / 255
+    over = RAMP * share + 255 * (1 - share)
+    palette = Image.new("PA", (8, 8))
+    palette.putpalette([level for level in range(256) for _ in range(3)])
+    palette.im.putband(grey.im, 0)
+    palette.im.putband(alpha.im, 1)
+    assert np.abs(pixels(palette, "L") - over).max() <= 1
+    premultiplied = Image.merge("RGBA", [grey, grey, grey, alpha]).convert("RGBa")
+    # Premultiplying rounds, and dividing by a small alpha again makes that visible.
+    opaque_enough = RAMP.T > 60
+    assert np.abs(pixels(premultiplied, "L") - over)[opaque_enough].max() <= 3
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        RAMP.astype(np.uint16) * 257,
+        RAMP.astype(np.int32) * 257,
+        RAMP.astype(np.float32) / 255,
+        RAMP.astype(np.float32),
+        RAMP.astype(np.float32) * 257,
+    ],
+    ids=["uint16", "int32", "unit float", "byte float", "wide float"],
+)
+def test_tiff_samples_of_any_width(samples):
+    result = pixels(encoded(Image.fromarray(samples), "TIFF"), "L")
+    assert np.abs(result - RAMP).max() <= 1
+
+
+def test_not_a_number_is_black():
+    samples = np.full((2, 2), 0.5, dtype=np.float32)
+    samples[0, 0] = np.nan
+    result = pixels(encoded(Image.fromarray(samples), "TIFF"), "L")
+    assert result[0, 0] == 0 and abs(result[1, 1] - 127.5) <= 1
+
+
+def test_lab_is_converted():
+    lab = Image.new("LAB", (2, 2), (255, 128, 128))
+    assert pixels(lab).min() > 250
+
+
+def test_every_kind_of_source_gives_the_same(tmp_path):
+    data = encoded(Image.fromarray(np.stack([RAMP] * 3, -1)), "JPEG", quality=90)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data)
+    first = pixels(path)
+    with path.open("rb") as file, Image.open(path) as image:
+        for source in (str(path), data, io.BytesIO(data), file, image):
+            assert (pixels(source) == first).all()
+
+
+def test_reading_twice_changes_nothing_more(messy):
+    for name in ("odd/ants/exif_orientation_6.jpg", "broken/bees/plain_3.jpg"):
+        once = read_image(messy / name)
+        assert (np.asarray(read_image(once)) == np.asarray(once)).all()
+
+
+def test_the_users_picture_is_left_alone():
+    image = Image.new("RGB", (4, 2), (1, 2, 3))
+    image.info["exif"] = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    result = read_image(image)
+    assert result.size == (2, 4)
+    assert image.size == (4, 2) and "exif" in image.info
+    plain = Image.new("RGB", (4, 2))
+    read_image(plain).putpixel((0, 0), (9, 9, 9))
+    assert plain.getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_what_is_no_file(tmp_path):
+    with pytest.raises(ImageError, match="there is no such file") as caught:
+        read_image(tmp_path / "missing.jpg")
+    assert caught.value.hint
+    pipe = tmp_path / "pipe.jpg"
+    os.mkfifo(pipe)
+    with pytest.raises(ImageError, match="not a regular file"):
+        read_image(pipe)
+    with pytest.raises(ImageError, match="null byte"):
+        read_image("a\0b.jpg")
+
+
+def test_postscript_is_not_run():
+    with pytest.raises(ImageError, match="PostScript"):
+        read_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+
+
+def test_no_warning_escapes_from_threads(messy):
+    """pytest makes a warning an error, in a thread as well; several read at once."""
+    names = ("palette_transparent.png", "mpo.jpg", "icc_lab_profile.jpg", "gray16.png")
+    paths = [messy / "odd/bees" / name for name in names]
+    paths += [messy / "odd/ants/exif_garbage.jpg", messy / "odd/ants/exif_orientation_99.jpg"]
+    failures = []
+
+    def read_all():
+        for path in paths:
+            try:
+                read_image(path)
+            except Exception as error:
+                failures.append((path, error))
+
+    threads = [threading.Thread(target=read_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_pillows_own_limit_is_left_as_it_is():
+    assert Image.MAX_IMAGE_PIXELS == 1024 * 1024 * 1024 // 4 // 3
+
+
+def test_damaged_at_random_is_read_or_refused(messy):
+    rng = np.random.default_rng(0)
+    names = ("palette.png", "lossy.webp", "lzw.tif", "still.gif", "progressive.jpg", "photo.jp2")
+    for name in (*names, "interlaced_like.bmp", "rgb16.png", "float32.tif"):
+        whole = np.frombuffer((messy / "odd/bees" / name).read_bytes(), dtype=np.uint8)
+        for _ in range(6):
+            bad = whole[: rng.integers(1, len(whole))].copy()
+            where = rng.integers(0, len(bad), size=8)
+            bad[where] = rng.integers(0, 256, size=8, dtype=np.uint8)
+            try:
+                assert read_image(bad.tobytes(), max_pixels=4_000_000).mode == "RGB"
+            except ImageError as error:
+                assert error.reason
+
+
+def test_printable_names():
+    assert printable(b"caf\xe9.jpg") == r"caf\xe9.jpg"
+    assert printable("new\nline.jpg") == r"new\nline.jpg"
+    assert printable("ünï 蚂蚁.jpg") == "ünï 蚂蚁.jpg"

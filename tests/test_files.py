@@ -1,0 +1,44 @@
+"""Writing whole or not at all."""
+
+import errno
+
+import pytest
+
+from vitcli.errors import VitcliError
+from vitcli.files import replacing, write_text
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    path = tmp_path / "d"
+    for content in ("one", "two"):
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            (temporary / content).write_text(content)
+    assert [p.name for p in path.iterdir()] == ["two"]
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(VitcliError, match="No space left on device") as caught:  # noqa: SIM117
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert "free some space" in caught.value.hint
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_place_that_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VitcliError, match="cannot write"):
+        write_text(tmp_path / "file" / "x", "y")

@@ -1,0 +1,128 @@
+"""Who may import whom, from the code's own imports; and what must not be loaded early."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "vitcli"
+
+# From left to right; a module imports from its own step and from those to its right.
+STEPS = [
+    {"cli", "__main__"},
+    {"report"},
+    {"commands"},
+    {"train", "evals"},
+    {"weights", "data", "run", "devices"},
+    {"vit"},
+    {"config"},
+    {"errors", "watch", "files"},
+]
+RANK = {name: number for number, step in enumerate(STEPS) for name in step}
+HEAVY = {"torch", "datasets", "accelerate", "transformers", "timm", "torchvision"}
+
+
+def room(path):
+    """`vitcli/train/loop.py` -> `train`."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree, at_load_only=False):
+    """(module, line) of every import; of those that run at load time only, when asked."""
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        if at_load_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found = [
+                m for m in submodules if (PACKAGE.parent / (m.replace(".", "/") + ".py")).exists()
+            ]
+            yield from ((name, node.lineno) for name in (found or [node.module]))
+        nodes += ast.iter_child_nodes(node)
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
+
+
+def test_the_glob_found_the_house():
+    assert len(FILES) > 40
+    assert {room(path) for path in FILES} <= set(RANK)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_imports_only_to_its_right(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    mine = room(path)
+    for module, line in imports(tree):
+        top, _, rest = module.partition(".")
+        assert top not in {"transformers", "timm", "torchvision"}, (
+            f"line {line}: an oracle, not a part"
+        )
+        if top != "vitcli" or not rest:
+            continue
+        theirs = rest.partition(".")[0]
+        assert RANK[theirs] >= RANK[mine], f"line {line}: {mine} imports {module}"
+        if mine == "commands" and theirs == "commands":
+            raise AssertionError(f"line {line}: a command imports another: {module}")
+        if mine == "report":
+            assert theirs != "cli"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "vit").glob("*.py")), ids=lambda p: p.name)
+def test_the_core_is_pure_torch(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for module, line in imports(tree, at_load_only=True):
+        top = module.partition(".")[0]
+        known = top in sys.stdlib_module_names or top == "torch" or module.startswith("vitcli.vit")
+        assert known, f"line {line}: {module}"
+
+
+def test_no_import_goes_in_a_circle():
+    graph = {}
+    for path in FILES:
+        name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        graph[name.removesuffix(".__init__")] = {
+            m for m, _ in imports(tree, at_load_only=True) if m.startswith("vitcli.")
+        }
+    done, path = set(), []
+
+    def visit(name):
+        if name in done or name not in graph:
+            return
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        path.append(name)
+        for other in sorted(graph[name]):
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in sorted(graph):
+        visit(name)
+
+
+@pytest.mark.parametrize(
+    "module", ["vitcli", "vitcli.cli", "vitcli.config", "vitcli.report", "vitcli.errors"]
+)
+def test_nothing_heavy_is_loaded_with_the_command_line(module):
+    code = f"import sys, {module}; print(' '.join({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_predict_needs_neither_datasets_nor_accelerate():
+    code = (
+        "import sys, vitcli.commands.predict; "
+        "slow = {'datasets', 'accelerate', 'sklearn', 'scipy', 'pandas'}; "
+        "print(' '.join(slow & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -1,0 +1,153 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from vitcli.commands import predict
+from vitcli.data.transforms import Preprocess
+from vitcli.errors import VitcliError
+from vitcli.vit import create_model
+from vitcli.weights.store import save_model
+
+NAMES = ("ant", "bée", "cat", "dog", "eel", "fox", "gnu")
+
+
+@pytest.fixture
+def model(here):
+    net = create_model("Pico/8", num_classes=7, image_size=16, depth=1)
+    torch.nn.init.normal_(net.head.weight)
+    net.preprocess, net.labels, net.head_trained = Preprocess(image_size=(16, 16)), NAMES, True
+    save_model("m.safetensors", net)
+    return net
+
+
+@pytest.fixture
+def pictures(here):
+    rng = np.random.default_rng(0)
+    (here / "p/deep").mkdir(parents=True)
+    for name in ("b.png", "a.jpg", "deep/c.png", ".hidden.png"):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(here / "p" / name)
+    (here / "p/notes.txt").write_text("x")
+    return here / "p"
+
+
+def test_rows(model, pictures):
+    paths = ["p/b.png", "p/a.jpg", "p/deep/c.png"]
+    rows = list(predict.run(paths, model="m.safetensors", top=3, batch_size=2))
+    assert [row["path"] for row in rows] == paths
+    for path, row in zip(paths, rows, strict=True):
+        with torch.no_grad():
+            shares = model(model.preprocess(path)[None]).double().softmax(1)[0]
+        best = shares.argsort(descending=True)[:3].tolist()
+        assert [t["label"] for t in row["top"]] == [NAMES[i] for i in best]
+        assert row["probability"] == pytest.approx(float(shares[best[0]]), abs=1e-6)
+        assert list(row) == ["path", "label", "probability", "top", "error"]
+        assert row["label"] == row["top"][0]["label"] and row["error"] is None
+        assert json.loads(json.dumps(row)) == row
+
+
+def test_folders_and_globs_in_order(model, pictures):
+    found = predict.find_images(["p", "p/*.png", "p/**/*.png"])
+    assert found[:3] == ["p/a.jpg", "p/b.png", "p/deep/c.png"]
+    assert found[3:] == ["p/b.png", "p/b.png", "p/deep/c.png"]
+    (pictures / "x[1].png").write_bytes((pictures / "b.png").read_bytes())
+    assert predict.find_images(["p/x[1].png"]) == ["p/x[1].png"]  # a name, not a glob
+
+
+def test_what_cannot_be_read_gets_a_row(model, pictures):
+    (pictures / "bad.png").write_bytes(b"no image")
+    (pictures / "gone.png").symlink_to("nowhere")
+    result = predict.run(["p", "missing.jpg"], model="m.safetensors")
+    rows = {row["path"]: row for row in result}
+    assert result.exit_code == 3 and result.failed == 3 and len(rows) == 6
+    for name in ("p/bad.png", "p/gone.png", "missing.jpg"):
+        row = rows[name]
+        assert row["label"] is None and row["probability"] is None and row["top"] == []
+        assert row["error"]
+    assert rows["p/a.jpg"]["label"] in NAMES
+
+
+def test_probabilities_of_all_classes(model, pictures):
+    (row,) = predict.predict("p/b.png", model=model, top=99)
+    assert len(row["top"]) == 7
+    assert sum(t["probability"] for t in row["top"]) == pytest.approx(1, abs=1e-12)
+
+
+def test_nothing_there(model, here):
+    for paths in (["no.jpg", "x/*.png"], []):
+        with pytest.raises(VitcliError, match=r"no such image|no images given"):
+            predict.run(paths, model="m.safetensors")
+    (here / "empty").mkdir()
+    with pytest.raises(VitcliError, match="no images in `empty`"):
+        predict.run(["empty"], model="m.safetensors")
+
+
+def test_a_model_without_a_trained_head(model, pictures):
+    model.head_trained = False
+    save_model("m.safetensors", model)
+    with pytest.raises(VitcliError, match="no trained head") as error:
+        predict.run(["p"], model="m.safetensors")
+    assert "fewshot" in error.value.hint and "finetune" in error.value.hint
+    with pytest.raises(VitcliError, match="no trained head"):
+        predict.run(["p"], model="Ti/16")
+    with pytest.raises(VitcliError, match="no run with a trained head"):
+        predict.run(["p"])
+
+
+def test_tables(model, pictures):
+    odd = os.fsdecode(b'p/\xff, "q"\n.png')
+    Path(odd).write_bytes((pictures / "b.png").read_bytes())
+    (pictures / "bad.png").write_bytes(b"no image")
+    run = predict.run(
+        ["p"], model="m.safetensors", csv_file=Path("t.csv"), parquet_file=Path("t.parquet")
+    )
+    rows = list(run)
+    json.dumps(rows)
+    with Path("t.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    stored = pq.read_table("t.parquet").to_pylist()
+    assert len(table) == len(stored) == len(rows) == 5
+    for row, text, kept in zip(rows, table, stored, strict=True):
+        assert text["path"] == kept["path"] and kept["label"] == row["label"]
+        assert text["label"] == (row["label"] or "") and kept["top"] == row["top"]
+        assert kept["probability"] == row["probability"]
+        assert json.loads(text["top"]) == row["top"]
+    assert any("\\udcff" in text["path"] for text in table)
+    assert sorted(p.name for p in Path().iterdir()) == ["m.safetensors", "p", "t.csv", "t.parquet"]
+
+
+def test_a_table_that_is_not_finished_is_not_left(model, pictures):
+    rows = iter(predict.run(["p"], model="m.safetensors", csv_file=Path("t.csv")))
+    next(rows)
+    del rows
+    import gc
+
+    gc.collect()
+    assert not list(Path().glob("*t.csv*"))
+    with pytest.raises(VitcliError, match="cannot write"):
+        list(predict.run(["p"], model="m.safetensors", csv_file=Path("no/t.csv")))
+
+
+def test_names_from_a_file_or_numbers(model, pictures):
+    model.labels = None
+    save_model("m.safetensors", model)
+    (row,) = predict.predict(["p/b.png"], model="m.safetensors")
+    assert row["label"].isdigit()
+    (row,) = predict.run(["p/b.png"], model="m.safetensors", labels=list("abcdefg"))
+    assert row["label"] in "abcdefg"
+
+
+def test_light_imports():
+    """A cold start does not wait for what training and tables need."""
+    code = "import sys, vitcli.commands.predict; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"datasets", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "matplotlib"}
+    assert not heavy & set(done.stdout.split())

@@ -1,0 +1,61 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vitcli.errors import VitcliError
+from vitcli.run import create_run
+from vitcli.vit import create_model
+from vitcli.weights.load import load_model
+from vitcli.weights.read import read_checkpoint
+from vitcli.weights.stated import Stated
+from vitcli.weights.store import save_model
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("nothing", "no such model: `nothing`"),
+        ("Q/16", "no model variant `Q/16`"),
+        ("hf:google/vit-base-patch16-224", "not understood yet"),
+        ("empty", "holds no weights"),
+        ("x.onnx", "no weights file that is understood"),
+    ],
+)
+def test_what_is_not_understood(here, given, words):
+    (here / "empty").mkdir()
+    (here / "x.onnx").write_text("x")
+    with pytest.raises(VitcliError, match=words) as error:
+        load_model(given)
+    assert error.value.hint
+
+
+def test_a_run_that_did_not_finish(here):
+    create_run(here / "r", 'command = "finetune"\n')
+    with pytest.raises(VitcliError, match="did not finish") as error:
+        load_model("r")
+    assert "--resume" in error.value.hint
+
+
+def test_several_weights_files(here):
+    for name in ("one", "two"):
+        save_file({"x": torch.zeros(1)}, f"{name}.safetensors")
+    with pytest.raises(VitcliError, match="holds 2 weights files: one"):
+        load_model(".")
+
+
+def test_one_weights_file_of_any_name(here):
+    net = create_model("Pico/8", image_size=16, depth=1)
+    save_model("best.safetensors", net)
+    assert load_model(".").config == net.config
+
+
+def test_layouts_by_their_names(shared):
+    found = {
+        read_checkpoint(str(shared / path), Stated(num_heads=3, image_size=(32, 32))).layout
+        for path in (
+            "reference/timm_vit/token",
+            "reference/hf_vit/vit_cls",
+            "reference/google_vit/token_norep/params.npz",
+        )
+    }
+    assert found == {"timm", "huggingface", "google"}

@@ -1,0 +1,88 @@
+"""The run directory."""
+
+import json
+import os
+
+import pytest
+
+from vitcli.config import Recipe, check
+from vitcli.errors import VitcliError
+from vitcli.run import Run, create_run, finished_runs, new_path, reopen_run
+
+
+def recipe(**train):
+    return check(Recipe, {"command": "pretrain", "train": {"steps": 3, **train}}, "x")
+
+
+def test_a_run_holds_its_recipe_and_is_not_overwritten(tmp_path):
+    run = create_run(tmp_path / "runs/a", recipe())
+    assert run.recipe() == recipe()
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["a"]
+    with pytest.raises(VitcliError, match="exists already") as caught:
+        create_run(tmp_path / "runs/a", recipe())
+    assert "--resume" in caught.value.hint
+    run.finish({"a": 1})
+    with pytest.raises(VitcliError) as caught:
+        create_run(tmp_path / "runs/a", recipe())
+    assert "--resume" not in caught.value.hint
+
+
+def test_an_empty_folder_may_become_a_run(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert create_run(tmp_path / "a", recipe()).recipe_file.is_file()
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(VitcliError, match="exists already"):
+        create_run(tmp_path / "a", recipe())
+    with pytest.raises(VitcliError, match="cannot make"):
+        create_run(tmp_path / "a" / "b", recipe())
+
+
+def test_resume_names_the_settings_that_differ(tmp_path):
+    assert reopen_run(tmp_path / "a", recipe()) is None
+    create_run(tmp_path / "a", recipe())
+    assert reopen_run(tmp_path / "a", recipe()) == Run(tmp_path / "a")
+    with pytest.raises(VitcliError, match=r"these differ: train\.batch_size, train\.seed"):
+        reopen_run(tmp_path / "a", recipe(seed=1, batch_size=3))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("")
+    with pytest.raises(VitcliError, match="is not a run"):
+        reopen_run(tmp_path / "b", recipe())
+
+
+def test_records_survive_a_line_cut_off_and_are_forgotten_after_a_step(tmp_path):
+    run = create_run(tmp_path / "a", recipe())
+    for step in (1, 2, 3):
+        run.log({"step": step, "train/loss": 1.0})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 4, "tra')
+    run.forget_after(2)
+    assert [r["step"] for r in run.records()] == [1, 2]
+    run.log({"step": 3})
+    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [
+        1,
+        2,
+        3,
+    ]
+
+
+def test_the_newest_finished_run_comes_first(tmp_path):
+    for number, name in enumerate(("a", "b", "c")):
+        run = create_run(tmp_path / name, recipe())
+        run.weights_file.write_bytes(b"")
+        if name != "c":
+            run.finish({})
+            os.utime(run.result_file, (number, number))
+    assert [r.path.name for r in finished_runs(tmp_path)] == ["b", "a"]
+    assert finished_runs(tmp_path / "none") == []
+    assert new_path("a", tmp_path) == tmp_path / "a-2"
+    assert new_path("z", tmp_path) == tmp_path / "z"
+
+
+def test_provenance_says_what_a_reader_asks(tmp_path):
+    run = create_run(tmp_path / "a", recipe())
+    run.write_provenance({"steps": 3})
+    facts = run.provenance()
+    assert facts["steps"] == 3 and facts["libraries"]["torch"] and facts["argv"]

@@ -1,0 +1,468 @@
+"""Sources: what each way of writing DATA becomes, and one clear error for each thing wrong."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitcli.data import sets
+from vitcli.data.decode import ImageError
+from vitcli.data.sets import ArrayStore, ImageSet, label_names, stratified_split
+from vitcli.data.sources import SOURCES, load_data
+from vitcli.errors import VitcliError
+
+
+def paint(path, level=0, size=(6, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (level, level, level)).save(path)
+
+
+def photos(root, classes=("cat", "dog"), count=5, inside=""):
+    for number, name in enumerate(classes):
+        for i in range(count):
+            paint(root / inside / name / f"{i}.png", 10 * i + number)
+    return root
+
+
+def level(images, index):
+    return images.read(index, "L").getpixel((0, 0))
+
+
+# Folders
+
+
+def test_one_folder_is_split_by_class_and_seed(tmp_path):
+    photos(tmp_path, ("a", "b", "c"), 10)
+    data = load_data(str(tmp_path), test_fraction=0.3)
+    assert data.classes == ("a", "b", "c")
+    for name, count in (("train", 7), ("test", 3)):
+        assert np.bincount(data.splits[name].labels).tolist() == [count] * 3
+    paths = [s.describe(i) for s in data.splits.values() for i in range(len(s))]
+    assert len(set(paths)) == 30
+    again, other = (load_data(str(tmp_path), test_fraction=0.3, seed=seed) for seed in (0, 1))
+    names = [[s.splits["test"].describe(i) for i in range(9)] for s in (data, again, other)]
+    assert names[0] == names[1] != names[2]
+    assert data.fingerprint == again.fingerprint != other.fingerprint
+    assert "9 of 30 are set aside (30% of each class, seed 0)" in data.notes[-1]
+    assert list(load_data(str(tmp_path), test_fraction=0).splits) == ["train"]
+
+
+def test_train_and_test_folders_are_taken_as_they_are(tmp_path):
+    photos(tmp_path, ("cat", "dog"), 3, "train")
+    photos(tmp_path, ("dog",), 2, "test")
+    photos(tmp_path, ("dog", "cat"), 1, "val")
+    data = load_data(str(tmp_path))
+    assert {name: len(s) for name, s in data.splits.items()} == {
+        "train": 6,
+        "validation": 2,
+        "test": 2,
+    }
+    assert data.splits["test"].labels.tolist() == [1, 1]  # by name, though its only class
+    assert [s.name for s in data.splits.values()] == ["train", "validation", "test"]
+    assert not data.notes
+    assert data.split("test") is data.splits["test"]
+    with pytest.raises(VitcliError, match="no `other` images"):
+        data.split("other")
+
+
+def test_a_folder_of_train_only_is_split(tmp_path):
+    photos(tmp_path, count=5, inside="train")
+    (tmp_path / "extra").mkdir()
+    data = load_data(str(tmp_path))
+    assert {name: len(s) for name, s in data.splits.items()} == {"train": 8, "test": 2}
+    assert "`extra` beside `train` left out" in data.notes[0]
+
+
+def test_a_test_folder_alone_is_a_test_set(tmp_path):
+    data = load_data(str(photos(tmp_path, inside="test")))
+    assert {name: len(s) for name, s in data.splits.items()} == {"test": 10}
+
+
+def test_a_class_may_be_called_test(tmp_path):
+    assert load_data(str(photos(tmp_path, ("test", "real")))).classes == ("real", "test")
+
+
+def test_what_lies_around_is_left_out(tmp_path):
+    photos(tmp_path)
+    for name in (".hidden.png", "._0.png", "Thumbs.db", "notes.txt", "deep/er/nested.JPG"):
+        (tmp_path / "cat" / name).parent.mkdir(parents=True, exist_ok=True)
+        paint(tmp_path / "cat/x.png")
+        (tmp_path / "cat" / name).write_bytes((tmp_path / "cat/x.png").read_bytes())
+    (tmp_path / "empty").mkdir()
+    photos(tmp_path, (".git", "__MACOSX"), 1)
+    paint(tmp_path / "loose.png")
+    data = load_data(str(tmp_path), test_fraction=0)
+    assert data.classes == ("cat", "dog")
+    assert np.bincount(data.splits["train"].labels).tolist() == [7, 5]  # nested and x
+    notes = "\n".join(data.notes)
+    assert "`empty` has no images" in notes
+    assert "1 .db, 1 .txt" in notes
+    assert "1 images outside of class folders left out" in notes
+
+
+def test_links(tmp_path):
+    photos(tmp_path)
+    (tmp_path / "cat/link.png").symlink_to(tmp_path / "dog/0.png")
+    (tmp_path / "cat/round").symlink_to(tmp_path / "cat")
+    (tmp_path / "dog/dangling.png").symlink_to("nowhere.png")
+    images = load_data(str(tmp_path), test_fraction=0).splits["train"]
+    assert np.bincount(images.labels).tolist() == [6, 6]
+    broken = [i for i in range(12) if images.describe(i).endswith("dangling.png")]
+    with pytest.raises(ImageError, match=r"link to `nowhere\.png`, which does not exist"):
+        images.read(broken[0])
+
+
+def test_odd_names_survive(shared, tmp_path):
+    with tarfile.open(shared / "data/messy.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    data = load_data(str(tmp_path / "messy/odd"), test_fraction=0)
+    images = data.splits["train"]
+    assert data.classes == ("ants", "bees", "pizza slice ü")
+    names = [images.describe(i) for i in range(len(images))]
+    assert all(name.isprintable() for name in names)
+    for ending in (r"latin1_\xe9.jpg", r"new\nline.jpg", "emoji🐜.jpg", "a" * 200 + ".jpg"):
+        index = next(i for i, name in enumerate(names) if name.endswith(ending))
+        assert images.read(index).size == (500, 333)
+    json.dumps(names).encode()
+    assert sum(name.endswith("nested.jpg") for name in names) == 1
+
+
+def test_a_class_name_that_is_not_utf8(tmp_path):
+    photos(tmp_path, ("cat", os.fsdecode(b"caf\xe9")), 2)
+    assert load_data(str(tmp_path)).classes == (r"caf\xe9", "cat")
+
+
+def test_the_fingerprint_follows_content_and_not_the_place(tmp_path):
+    one, two = (photos(tmp_path / name) for name in ("one", "two"))
+    first = load_data(str(one)).fingerprint
+    assert load_data(str(two)).fingerprint == first
+    paint(two / "cat/0.png", size=(50, 50))
+    assert load_data(str(two)).fingerprint != first
+    (two / "cat/0.png").unlink()
+    (two / "cat/new.png").write_bytes((one / "cat/0.png").read_bytes())
+    assert load_data(str(two)).fingerprint != first
+
+
+def test_pictures_without_classes_serve_where_no_labels_are_needed(tmp_path):
+    paint(tmp_path / "a.png")
+    paint(tmp_path / "b.png")
+    with pytest.raises(VitcliError, match="2 images but no class folders"):
+        load_data(str(tmp_path))
+    data = load_data(str(tmp_path), labelled=False, test_fraction=0)
+    assert len(data.splits["train"]) == 2
+
+
+@pytest.mark.parametrize(
+    "make,words",
+    [
+        (lambda root: root.mkdir(exist_ok=True), "has no images"),
+        (lambda root: photos(root, ("cat",)), "only one class: `cat`"),
+        (
+            lambda root: (photos(root, inside="train"), photos(root, ("emu",), 1, "test")),
+            "class `emu` is in `test` but not in `train`",
+        ),
+    ],
+)
+def test_folders_that_are_no_data(tmp_path, make, words):
+    make(tmp_path)
+    with pytest.raises(VitcliError, match=words) as caught:
+        load_data(str(tmp_path))
+    assert caught.value.hint
+
+
+# Manifests
+
+
+def manifest(root, text, name="labels.csv"):
+    photos(root)
+    (root / name).write_text(text, encoding="utf-8")
+    return str(root / name)
+
+
+ROWS = [("cat/0.png", "cat"), ("cat/1.png", "cat"), ("dog/0.png", "dog"), ("dog/1.png", "dog")]
+
+
+@pytest.mark.parametrize("name,separator", [("a.csv", ","), ("a.csv", ";"), ("a.tsv", "\t")])
+def test_tables_of_paths(tmp_path, name, separator):
+    lines = [("\ufefffile", "label"), *ROWS]
+    path = manifest(tmp_path, "\n".join(separator.join(row) for row in lines), name)
+    data = load_data(Path(path), test_fraction=0.5)
+    assert data.classes == ("cat", "dog")
+    assert [len(s) for s in data.splits.values()] == [2, 2]
+    levels = {level(s, i) for s in data.splits.values() for i in range(2)}
+    assert levels == {0, 10, 1, 11}
+
+
+def test_json_lines_with_splits_and_numbers(tmp_path):
+    rows = [
+        {"image": path, "class": 10 if label == "dog" else 9, "split": split}
+        for (path, label), split in zip(ROWS, ["train", "test", "train", "val"], strict=True)
+    ]
+    path = manifest(tmp_path, "\n".join(map(json.dumps, rows)) + "\n\n", "a.jsonl")
+    data = load_data(path)
+    assert data.classes == ("9", "10")
+    assert {k: v.labels.tolist() for k, v in data.splits.items()} == {
+        "train": [0, 1],
+        "validation": [1],
+        "test": [0],
+    }
+
+
+def test_columns_of_any_name(tmp_path):
+    text = "a,b\n" + "\n".join(",".join(row) for row in ROWS)
+    path = manifest(tmp_path, text)
+    with pytest.raises(VitcliError, match=r"no image column that is known.*`a`, `b`") as caught:
+        load_data(path)
+    assert "data.image_column" in str(caught.value.hint)
+    assert load_data(path, image_column="a", label_column="b").classes == ("cat", "dog")
+    with pytest.raises(VitcliError, match=r"no column `bb`.*`a`, `b`") as caught:
+        load_data(path, image_column="a", label_column="bb")
+    assert "`b`" in str(caught.value.hint)
+
+
+def test_rows_that_say_nothing_are_counted(tmp_path):
+    text = "path,label\n,cat,and more\ncat/2.png,\n" + "\n".join(",".join(row) for row in ROWS)
+    data = load_data(manifest(tmp_path, text), test_fraction=0)
+    assert len(data.splits["train"]) == 4
+    assert "2 rows without path or label left out" in data.notes[0]
+
+
+@pytest.mark.parametrize(
+    "name,text,words",
+    [
+        ("a.csv", "", "has no rows"),
+        ("a.csv", "path,label\nx/y.png,cat\n", "`x/y.png` does not exist"),
+        ("a.jsonl", '{"path": 1}\nnope', "line 2 of .* is not JSON"),
+        ("a.jsonl", "[1]", "line 1 of .* is not a JSON object"),
+    ],
+)
+def test_manifests_that_cannot_be_used(tmp_path, name, text, words):
+    with pytest.raises(VitcliError, match=words) as caught:
+        load_data(manifest(tmp_path, text, name))
+    assert caught.value.hint
+
+
+# Parquet
+
+
+def png(level):
+    file = io.BytesIO()
+    Image.new("L", (3, 2), level).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_parquet(path, levels, labels, names=None, **columns):
+    """As `datasets` writes it when `names` are given."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = [{"bytes": png(value), "path": f"{value}.png"} for value in levels]
+    table = pa.table({"image": cells, "label": labels, **columns})
+    if names is not None:
+        features = {
+            "image": {"_type": "Image"},
+            "label": {"_type": "ClassLabel", "names": names},
+        }
+        info = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": info})
+    pq.write_table(table, path)
+    return str(path)
+
+
+def test_parquet_as_datasets_writes_it(shared):
+    import datasets
+    import pyarrow.parquet as pq
+
+    folder = shared / "data/flower_photos"
+    data = load_data(str(folder))
+    assert {name: len(s) for name, s in data.splits.items()} == {"train": 400, "test": 150}
+    theirs = datasets.Features.from_arrow_schema(pq.read_schema(folder / "test.parquet"))
+    assert list(data.classes) == theirs["label"].names
+    rows = pq.read_table(folder / "test.parquet").slice(20, 3).to_pylist()
+    for i, row in enumerate(rows, start=20):
+        cell = theirs["image"].decode_example(row["image"])
+        assert (np.asarray(data.splits["test"].read(i)) == np.asarray(cell.convert("RGB"))).all()
+        assert data.splits["test"].labels[i] == row["label"]
+    assert data.splits["test"].describe(20) == f"row 20 of {folder}/test.parquet"
+
+
+def test_every_shared_set_is_read(shared):
+    sets_found = sorted(path.parent for path in shared.glob("data/*/test.parquet"))
+    assert len(sets_found) == 6
+    for folder in sets_found:
+        data = load_data(str(folder))
+        assert data.splits["test"].read(0).mode == "RGB"
+        assert (data.splits["test"].labels < len(data.classes)).all()
+
+
+def test_parquet_in_several_files_and_a_data_folder(tmp_path):
+    names = ["x", "y"]
+    for part in range(2):
+        levels = [20 * part, 20 * part + 1]
+        write_parquet(tmp_path / f"data/train-0000{part}-of-00002.parquet", levels, [0, 1], names)
+    write_parquet(tmp_path / "data/test-00000-of-00001.parquet", [7], [0], ["y", "x"])
+    data = load_data(str(tmp_path))
+    assert [level(data.splits["train"], i) for i in range(4)] == [0, 1, 20, 21]
+    assert data.splits["train"].describe(3).startswith("row 1 of ")
+    assert data.splits["train"].describe(3).endswith("train-00001-of-00002.parquet")
+    assert data.splits["test"].labels.tolist() == [1]  # `y`, whatever its number there
+
+
+def test_parquet_with_plain_columns(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    photos(tmp_path)
+    cells = [png(level) for level in range(6)]
+    table = pa.table({"picture": cells, "kind": ["b", "a"] * 3, "weight": [0.5] * 6})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(VitcliError, match=r"no label column.*`picture`, `kind`, `weight`"):
+        load_data(str(tmp_path / "x.parquet"))
+    data = load_data(str(tmp_path / "x.parquet"), label_column="kind", test_fraction=0)
+    assert data.splits["train"].labels.tolist() == [1, 0] * 3
+    assert level(data.splits["train"], 5) == 5
+    paths = pa.table({"path": [row[0] for row in ROWS], "label": [row[1] for row in ROWS]})
+    pq.write_table(paths, tmp_path / "y.parquet")
+    assert level(load_data(str(tmp_path / "y.parquet"), test_fraction=0).splits["train"], 3) == 11
+
+
+def test_parquet_rows_without_a_label_are_left_out(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", [0, 1, 2, 3], [0, -1, None, 1], ["x", "y"])
+    data = load_data(path, test_fraction=0)
+    assert [level(data.splits["train"], i) for i in range(2)] == [0, 3]
+    assert "2 rows without a label left out" in data.notes[0]
+
+
+def test_a_test_file_alone_is_a_test_set(tmp_path):
+    path = write_parquet(tmp_path / "test.parquet", [0, 1], [0, 1])
+    assert list(load_data(path).splits) == ["test"]
+
+
+def test_a_broken_parquet_file(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(pickle.dumps([1]) * 50)
+    with pytest.raises(VitcliError, match="as parquet"):
+        load_data(str(tmp_path / "x.parquet"))
+
+
+# Built in, and notations
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    data = load_data("builtin:digits")
+    train, test = data.splits["train"], data.splits["test"]
+    theirs = load_digits()
+    rows = {"train": [], "test": []}
+    for name, images in data.splits.items():
+        for index in range(len(images)):
+            row = int(images.describe(index).split()[1])  # "image 1446 of builtin:digits"
+            grey = np.asarray(images.read(index, "L")) / 255 * 16
+            assert np.abs(grey - theirs.images[row]).max() < 0.04
+            assert images.labels[index] == theirs.target[row]
+            rows[name].append(row)
+    assert sorted(rows["train"] + rows["test"]) == list(range(1797))
+    shares = np.bincount(test.labels) / np.bincount(theirs.target)
+    assert (len(train), len(test)) == (1438, 359) and np.abs(shares - 0.2).max() < 0.01
+    assert train.read(0).mode == "RGB"
+    assert data.notes == (
+        "builtin:digits: a fixed stratified fifth is the test set (1,438 train, 359 test)",
+    )
+    assert load_data("builtin:digits", seed=1).fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize(
+    "notation,words",
+    [
+        ("nowhere", "no such file or folder: `nowhere`"),
+        ("nowhere.csv", "no such file: `nowhere.csv`"),
+        ("builtin:digit", "no data `builtin:digit`"),
+        ("x" * 5000, "cannot read .*: File name too long"),
+        ("hf:cifar10", "not read yet"),
+        ("shards-{000..099}.tar", "not read yet"),
+    ],
+)
+def test_notations_that_mean_nothing(notation, words):
+    with pytest.raises(VitcliError, match=words.replace("{", r"\{")) as caught:
+        load_data(notation)
+    assert "builtin:digits" in str(caught.value.hint) or "too long" in words
+
+
+def test_a_picture_is_no_data(tmp_path):
+    paint(tmp_path / "a.png")
+    with pytest.raises(VitcliError, match=r"a\.png` is no data"):
+        load_data(str(tmp_path / "a.png"))
+
+
+def test_the_kinds_there_are():
+    assert set(SOURCES) == {"folder", "manifest", "parquet", "builtin:digits", "builtin:formula"}
+
+
+# Sets
+
+
+def test_the_split_takes_from_every_class():
+    labels = np.repeat([0, 1, 2, 3], [1, 2, 10, 100])
+    keep, aside = stratified_split(labels, 0.2, 0)
+    assert np.bincount(labels[keep]).tolist() == [1, 1, 8, 80]
+    assert np.bincount(labels[aside], minlength=4).tolist() == [0, 1, 2, 20]
+    assert (np.sort(np.concatenate([keep, aside])) == np.arange(113)).all()
+    keep, aside = stratified_split(labels, 0.99, 0)
+    assert np.bincount(labels[keep]).tolist() == [1, 1, 1, 1]
+
+
+def test_numbers_sort_as_numbers():
+    assert label_names([10, 9, 10])[0] == ("9", "10")
+    assert label_names(["10", "9"])[0] == ("9", "10")
+    assert label_names(["01", "1", "a"])[0] == ("01", "1", "a")
+
+
+class Counting(ArrayStore):
+    def __init__(self, images):
+        super().__init__("counted", images)
+        self.count = 0
+        self.lock = threading.Lock()
+
+    def content(self, row):
+        with self.lock:
+            self.count += 1
+        return super().content(row)
+
+
+def test_small_sets_are_decoded_once(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 5, 3), dtype=np.uint8)
+    store = Counting(pixels)
+    images = ImageSet("train", ["a"], np.zeros(20, dtype=np.int64), store)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            read = list(pool.map(lambda i: np.asarray(images.read(i)), range(20)))
+            assert (np.stack(read) == pixels).all()
+    after = store.count
+    assert 20 <= after <= 20 + sets.PROBES
+    images.read(0).putpixel((0, 0), (1, 2, 3))  # a copy: the next reader sees the original
+    assert (np.asarray(images.read(0)) == pixels[0]).all()
+    assert store.count == after
+    assert images.read(3, "L").mode == "L"
+    monkeypatch.setattr(sets, "KEEP_BYTES", 100)
+    store = Counting(pixels)
+    large = ImageSet("train", ["a"], np.zeros(20, dtype=np.int64), store)
+    for _ in range(2):
+        [large.read(i) for i in range(20)]
+    assert store.count == 40 + sets.PROBES
+
+
+def test_subsets_keep_their_images():
+    pixels = np.arange(6, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), dtype=np.uint8)
+    images = ImageSet("train", ["a", "b"], np.array([0, 1] * 3), ArrayStore("x", pixels))
+    part = images.subset(np.array([5, 2]), "test").subset(np.array([1]))
+    assert (len(part), part.name, level(part, 0), part.labels.tolist()) == (1, "test", 2, [0])
+    assert part.describe(0) == "image 2 of x"

@@ -1,0 +1,168 @@
+import json
+import os
+import resource
+import signal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vitcli.data.transforms import Preprocess
+from vitcli.errors import VitcliError
+from vitcli.vit import create_model
+from vitcli.weights.load import load_model
+from vitcli.weights.store import load_weights, read_header, save_model
+
+
+@pytest.fixture
+def model():
+    net = create_model("Pico/8", num_classes=3, image_size=(16, 24), pool="mean", depth=2)
+    torch.nn.init.normal_(net.head.weight)
+    net.labels, net.head_trained = ("cat", "dög", "a b"), True
+    net.preprocess = Preprocess(image_size=(16, 24), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    return net
+
+
+def test_everything_comes_back(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, model, recipe_hash="abc", extra={"note": "x"})
+    back = load_model(path)
+    assert back.config == model.config
+    assert (back.labels, back.preprocess) == (model.labels, model.preprocess)
+    assert back.head_trained and not back.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    header = read_header(path)
+    assert header["recipe_hash"] == "abc" and header["extra"] == {"note": "x"}
+    assert back.load_report.line() == f"{len(model.state_dict())} tensors loaded (vitcli)"
+
+
+def test_equal_weights_are_equal_bytes(model, tmp_path):
+    for i in range(5):
+        save_model(tmp_path / f"{i}.safetensors", model, extra={"a": "1", "b": "2"})
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(5)}) == 1
+
+
+def test_anybody_can_read_the_tensors(model, tmp_path):
+    save_model(tmp_path / "m.safetensors", model)
+    assert set(load_file(tmp_path / "m.safetensors")) == set(model.state_dict())
+
+
+def test_fixed_positions_are_stored(tmp_path):
+    net = create_model("Pico/8", image_size=16, position="sincos2d", depth=1)
+    save_model(tmp_path / "m.safetensors", net)
+    back = load_model(tmp_path / "m.safetensors", image_size=32)
+    direct = create_model("Pico/8", image_size=32, position="sincos2d", depth=1)
+    assert torch.equal(back.pos_embed, direct.pos_embed)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated(model, tmp_path, keep):
+    path = tmp_path / "model.safetensors"
+    save_model(path, model)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(VitcliError, match="truncated or is not a safetensors") as error:
+        load_model(path)
+    assert "again" in error.value.hint
+
+
+def test_a_header_that_lies(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, model)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["head.bias"]["data_offsets"][1] += 400
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(VitcliError, match="truncated or is not"):
+        load_weights(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("it_ran",)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "pytorch_model.bin", "w.pkl", "w.safetensors"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pickle_is_refused_and_does_not_run(here, name, zipped):
+    torch.save({"w": Bomb()}, name, _use_new_zipfile_serialization=zipped)
+    for given in (name, "."):
+        with pytest.raises(VitcliError, match="pickle") as error:
+            load_model(given)
+        assert "weights_only=True" in error.value.hint and "safetensors" in error.value.hint
+    assert not (here / "it_ran").exists()
+
+
+def test_foreign_tensors_are_named(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, model)
+    header = {"vitcli": json.dumps(read_header(path))}
+    tensors = load_file(path)
+    tensors["head.weight"] = torch.zeros(4, 128)
+    tensors["conv1.weight"] = tensors.pop("norm.bias")
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(VitcliError) as error:
+        load_model(path)
+    for words in ("missing: norm.bias", "not part of the model: conv1.weight", "(4, 128)"):
+        assert words in error.value.message
+
+
+def test_integers_are_no_weights(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, model)
+    header = {"vitcli": json.dumps(read_header(path))}
+    tensors = load_file(path)
+    tensors["head.bias"] = tensors["head.bias"].to(torch.int8)
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(VitcliError, match=r"head\.bias \(torch\.int8\)"):
+        load_model(path)
+
+
+def test_half_precision_is_widened(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(path, model.half())
+    back = load_model(path)
+    assert back.head.weight.dtype == torch.float32
+    assert back.load_report.fates["head.weight"] == ("loaded", "from torch.float16")
+
+
+def test_a_damaged_description(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={"vitcli": '{"format": 1, "config": {"q": 1}}'})
+    with pytest.raises(VitcliError, match=r"header of .* is damaged: unknown model settings: q"):
+        load_model(path)
+    save_file({"x": torch.zeros(1)}, path, metadata={"vitcli": '{"format": 99}'})
+    with pytest.raises(VitcliError, match="newer vitcli"):
+        load_model(path)
+
+
+def test_a_full_disk_leaves_the_old_file(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(VitcliError, match="cannot write") as error:
+            save_model(path, model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "free some space" in error.value.hint
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_folder_that_is_not_there(model, tmp_path):
+    with pytest.raises(VitcliError, match="cannot write"):
+        save_model(tmp_path / "no" / "model.safetensors", model)
+
+
+def test_npz_with_objects_is_refused(here):
+    np.savez("w.npz", x=np.array([Bomb()], dtype=object))
+    with pytest.raises(VitcliError, match="cannot be read as numpy arrays"):
+        load_model("w.npz")
+    assert not (here / "it_ran").exists()

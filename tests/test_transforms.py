@@ -1,0 +1,147 @@
+"""The evaluation transform against the official pipelines' outputs, and by its properties."""
+
+import json
+from math import floor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitcli.data.transforms import Preprocess
+from vitcli.errors import VitcliError
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+GREY_LEVEL = 1 / 127.5
+# The pipelines of shared/reference/preprocessing/torch_meta.json: the same settings here, and how
+# far apart the results may be. Only what Pillow made can be met exactly.
+PIPELINES = {
+    "hf_vit_pil_32": (Preprocess((32, 32), "squash", interpolation="bilinear"), 1e-6),
+    "hf_vit_32": (Preprocess((32, 32), "squash", interpolation="bilinear"), 1.01 * GREY_LEVEL),
+    "hf_deit_32": (Preprocess((32, 32), "squash", 40), 12 * GREY_LEVEL),
+    "timm_bicubic_pct09": (Preprocess((32, 32), crop_fraction=0.9), 1e-6),
+    "timm_bilinear_squash": (
+        Preprocess((32, 32), "squash", interpolation="bilinear", **IMAGENET),
+        1e-6,
+    ),
+}
+# Its crop starts one pixel further up on image0: it floors an offset of 9.5.
+OTHER_OFFSET = {"hf_dinov2_32"}
+
+
+@pytest.fixture(scope="module")
+def reference(shared):
+    folder = shared / "reference/preprocessing"
+    arrays = np.load(folder / "torch_preprocessing.npz")
+    return json.loads((folder / "torch_meta.json").read_text())["pipelines"], arrays
+
+
+def test_every_reference_pipeline_is_looked_at(reference):
+    described, arrays = reference
+    named = {key.split("/")[0] for key in arrays if "/" in key}
+    assert named == PIPELINES.keys() | OTHER_OFFSET == described.keys() - {"jpeg_pil"}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_official_pipelines(reference, name):
+    _, arrays = reference
+    preprocess, tolerance = PIPELINES[name]
+    cases = [key for key in arrays if key.startswith(f"{name}/")]
+    assert len(cases) == 3
+    for key in cases:
+        image = Image.fromarray(arrays[key.split("/")[1]])
+        assert np.abs(preprocess(image).numpy() - arrays[key]).max() <= tolerance, key
+
+
+def test_decoding_is_pillows(reference, shared):
+    _, arrays = reference
+    sample = shared / "reference/preprocessing/sample.jpg"
+    pixels = Preprocess((64, 80)).pixels(sample)
+    assert (pixels.numpy().transpose(1, 2, 0) == arrays["jpeg_pil"]).all()
+
+
+def test_the_resized_side_is_floored_as_timm_does():
+    preprocess = Preprocess((224, 224), crop_fraction=0.9)
+    assert preprocess._resized_shape(Image.new("RGB", (500, 300)))[0] == floor(224 / 0.9) == 248
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("fraction", [1.0, 0.875])
+@pytest.mark.parametrize("size", [(1, 1), (3000, 8), (5, 2500), (31, 47), (64, 48)])
+def test_the_size_is_always_the_models(mode, fraction, size):
+    preprocess = Preprocess((24, 32), mode, crop_fraction=fraction)
+    assert preprocess.pixels(Image.new("RGB", size)).shape == (3, 24, 32)
+
+
+def test_a_picture_of_the_models_size_passes_unchanged():
+    noise = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    for mode in ("crop", "squash", "pad"):
+        preprocess = Preprocess((28, 28), mode, num_channels=1)
+        assert (preprocess.pixels(Image.fromarray(noise))[0].numpy() == noise).all()
+
+
+def test_crop_takes_the_middle():
+    columns = np.tile(np.arange(90, dtype=np.uint8), (30, 1))
+    pixels = Preprocess((30, 30), num_channels=1).pixels(Image.fromarray(columns))
+    assert (pixels[0, 0].numpy() == np.arange(30, 60)).all()
+
+
+def test_pad_shows_all_on_the_mean_colour():
+    white = Image.new("RGB", (40, 20), "white")
+    pixels = Preprocess((40, 40), "pad", mean=(0.2, 0.4, 0.6), std=(1.0,)).pixels(white)
+    assert (pixels[:, 10:30] == 255).all()
+    assert (pixels[:, :10].amax((1, 2)) == torch.tensor([51, 102, 153])).all()
+    normal = Preprocess((40, 40), "pad", mean=(0.2, 0.4, 0.6), std=(1.0,))(white)
+    assert normal[:, :10].abs().max() < 1e-6
+
+
+def test_normalize_is_its_formula_and_leaves_its_input():
+    preprocess = Preprocess((4, 4), **IMAGENET)
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    before = images.clone()
+    result = preprocess.normalize(images)
+    mean, std = (np.array(IMAGENET[k]).reshape(3, 1, 1) for k in ("mean", "std"))
+    assert np.abs(result.numpy() - (images.numpy() / 255 - mean) / std).max() < 1e-6
+    assert result.dtype == torch.float32 and torch.equal(images, before)
+
+
+def test_grey_models_read_grey():
+    preprocess = Preprocess((28, 28), num_channels=1)
+    colour = Image.new("RGB", (28, 28), (255, 0, 0))
+    result = preprocess(colour)
+    assert result.shape == (1, 28, 28)
+    assert abs(float(result[0, 0, 0]) - (76 / 255 - 0.5) / 0.5) < 1e-6  # 0.299 * 255
+
+
+def test_it_travels_as_plain_values():
+    preprocess = Preprocess((32, 24), "pad", None, 0.9, "bilinear", **IMAGENET)
+    assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
+
+
+def test_another_size_keeps_the_share_of_the_crop():
+    assert Preprocess((224, 224), resize_size=256).resized_to((448, 448)).resize_size == 512
+    bigger = Preprocess((224, 224), crop_fraction=0.9).resized_to((384, 384))
+    assert bigger.image_size == (384, 384) and bigger.crop_fraction == 0.9
+
+
+@pytest.mark.parametrize(
+    "settings,words",
+    [
+        ({"resize_mode": "stretch"}, "'stretch'"),
+        ({"interpolation": "box"}, "'box'"),
+        ({"mean": (0.5, 0.5)}, "2 values, but there are 3 channels"),
+        ({"crop_fraction": 0.0}, "crop_fraction"),
+        ({"num_channels": 4}, "num_channels"),
+    ],
+)
+def test_wrong_settings_are_named(settings, words):
+    with pytest.raises(VitcliError, match=words) as caught:
+        Preprocess((32, 32), **settings)
+    assert caught.value.hint
+
+
+def test_unknown_keys_are_named():
+    with pytest.raises(VitcliError, match="unknown `crop`"):
+        Preprocess.from_dict({"image_size": [8, 8], "crop": 3})
+    with pytest.raises(VitcliError, match="`image_size` is missing"):
+        Preprocess.from_dict({})

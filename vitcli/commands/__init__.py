@@ -1,0 +1,1 @@
+"""What each command does: `run(...)` gives a result object. Commands never import each other."""

@@ -1,0 +1,130 @@
+"""`vitcli finetune`: pretrained weights -> a run directory with a head for the data's classes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vitcli.config import Recipe, Settings, lay_over, load_recipe, nest
+from vitcli.data.sources import Source
+from vitcli.errors import VitcliError
+from vitcli.run import RUNS, finished_runs, new_path
+from vitcli.train.session import Trained, train
+from vitcli.vit import VisionTransformer
+from vitcli.watch import Quiet, Watcher
+from vitcli.weights.load import load_model, require_preprocess
+from vitcli.weights.surgery import prepare_finetune
+
+FROM_FILE = ("image_size", "pool", "num_heads", "norm_eps", "gelu", "position_resize")
+REGULARISERS = ("dropout_rate", "drop_path_rate")
+
+
+def run(
+    data: str | None = None,
+    *,
+    model: str | None = None,
+    recipe: str | None = None,
+    settings: Settings | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    watch: Watcher | None = None,
+) -> Trained:
+    """Fine-tune a model on labelled images (section 3.2 of the paper).
+
+    Args:
+        data: DATA; None takes the recipe's.
+        model: MODEL; None takes the newest finished `pretrain` run.
+        recipe: a recipe's name or file; None takes `finetune`.
+        settings: nested settings laid over the recipe.
+        out: the run directory; None makes `runs/finetune`, numbered when that is taken.
+        resume: go on with the run at `out`.
+
+    Raises:
+        VitcliError: bad input; nothing is left half-written.
+    """
+    watch = watch or Quiet()
+    name = recipe or "finetune"
+    changes: Settings = {}
+    if data is not None:
+        lay_over(changes, nest("data.name", data))
+    if model is not None:
+        lay_over(changes, nest("model.name", model))
+    lay_over(changes, settings or {})
+    resolved = load_recipe(name, changes)
+    if resolved.command != "finetune":
+        raise VitcliError(
+            f"recipe `{name}` is one of `vitcli {resolved.command}`",
+            f"`vitcli {resolved.command} --recipe {name}`",
+        )
+    out = out or new_path(Path(name).stem)
+    if resolved.model.name is None:
+        chosen = newest_pretrained(out if resume else None)
+        watch.note(f"no `--model` given: {chosen}")
+        lay_over(changes, nest("model.name", chosen))
+        resolved = load_recipe(name, changes)
+    if data is None and recipe is None:
+        watch.note(f"no DATA given: {resolved.data.name}")
+    return train(
+        resolved,
+        lambda source: pretrained_model(resolved, source, watch),
+        out=out,
+        resume=resume,
+        watch=watch,
+    )
+
+
+def newest_pretrained(resumed: Path | None = None) -> str:
+    """The newest finished run of `pretrain`; for a resumed run, the model that it started from.
+
+    Raises:
+        VitcliError: there is none.
+    """
+    if resumed is not None and (resumed / "recipe.toml").is_file():
+        from vitcli.run import Run
+
+        return str(Run(resumed).recipe().model.name)
+    for candidate in finished_runs():
+        if candidate.result().get("command") == "pretrain":
+            return str(candidate.path)
+    raise VitcliError(
+        f"there is no finished `pretrain` run under `{RUNS}/`",
+        "run `vitcli pretrain` first (a few minutes, no download), or name weights with `--model`",
+    )
+
+
+def pretrained_model(recipe: Recipe, source: Source, watch: Watcher) -> VisionTransformer:
+    """The recipe's MODEL with a zero head for the classes of `source`.
+
+    Raises:
+        VitcliError: it cannot be loaded, or a setting does not fit it.
+    """
+    section = recipe.model
+    given = section.model_dump(exclude_none=True, exclude={"name"})
+    if foreign := sorted(set(given) - {*FROM_FILE, *REGULARISERS}):
+        raise VitcliError(
+            f"these belong to the weights and cannot be changed: model.{', model.'.join(foreign)}",
+            f"`finetune` takes {', '.join('model.' + k for k in (*FROM_FILE, *REGULARISERS))}",
+        )
+    loading = {key: given[key] for key in FROM_FILE if key in given}
+    model = load_model(
+        section.name or "",
+        preprocess=recipe.preprocess.model_dump(exclude_none=True),
+        seed=recipe.train.seed,
+        **loading,
+    )
+    require_preprocess(model)
+    model = prepare_finetune(model, source.classes)
+    if model.load_report is not None:
+        for line in model.load_report.notes:
+            watch.note(line)
+        watch.note(model.load_report.line())
+    changes: dict[str, Any] = {key: given[key] for key in REGULARISERS if key in given}
+    return regularised(model, changes) if changes else model
+
+
+def regularised(model: VisionTransformer, rates: dict[str, Any]) -> VisionTransformer:
+    """The same weights in a model with other dropout rates."""
+    new = VisionTransformer(replace(model.config, **rates))
+    new.load_state_dict(model.state_dict())
+    new.labels, new.preprocess = model.labels, model.preprocess
+    new.head_trained, new.load_report = model.head_trained, model.load_report
+    return new

@@ -1,0 +1,88 @@
+"""`vitcli pretrain`: random weights -> a run directory."""
+
+from pathlib import Path
+
+from vitcli.config import Recipe, Settings, lay_over, load_recipe, nest
+from vitcli.data.sources import Source
+from vitcli.data.transforms import Preprocess
+from vitcli.errors import VitcliError
+from vitcli.run import new_path
+from vitcli.train.objectives import is_supervised
+from vitcli.train.session import Trained, train
+from vitcli.vit import VARIANTS, VisionTransformer, create_model
+from vitcli.watch import Quiet, Watcher
+from vitcli.weights.stated import stated_preprocess
+
+FORMULA = "builtin:formula"
+
+
+def run(
+    data: str | None = None,
+    *,
+    recipe: str | None = None,
+    settings: Settings | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    watch: Watcher | None = None,
+) -> Trained:
+    """Train a model from random weights.
+
+    Args:
+        data: DATA; None takes the recipe's, and that of the default recipe needs no file.
+        recipe: a recipe's name or file; None takes `pretrain_formula` for images drawn from
+            formulas and `pretrain` for anybody's own.
+        settings: nested settings laid over the recipe.
+        out: the run directory; None makes `runs/RECIPE`, numbered when that is taken.
+        resume: go on with the run at `out`.
+
+    Raises:
+        VitcliError: bad input; nothing is left half-written.
+    """
+    watch = watch or Quiet()
+    name = recipe or ("pretrain_formula" if data in (None, FORMULA) else "pretrain")
+    changes: Settings = {}
+    if data is not None:
+        lay_over(changes, nest("data.name", data))
+    lay_over(changes, settings or {})
+    resolved = load_recipe(name, changes)
+    if resolved.command != "pretrain":
+        raise VitcliError(
+            f"recipe `{name}` is one of `vitcli {resolved.command}`",
+            f"`vitcli {resolved.command} --recipe {name}`",
+        )
+    if data is None and recipe is None:
+        watch.note(f"no DATA given: recipe `{name}`, {resolved.data.name}")
+    return train(
+        resolved,
+        lambda source: random_model(resolved, source),
+        out=out or new_path(Path(name).stem),
+        resume=resume,
+        watch=watch,
+    )
+
+
+def random_model(recipe: Recipe, source: Source) -> VisionTransformer:
+    """The recipe's variant with fresh weights, a head where the objective has classes, a transform.
+
+    Raises:
+        VitcliError: no such variant, or settings that contradict each other.
+    """
+    section = recipe.model
+    supervised = is_supervised(recipe.objective.name)
+    classes = len(source.classes) if supervised else 0
+    settings = {"num_classes": classes, **section.architecture()}
+    try:
+        model = create_model(section.name or "", seed=recipe.train.seed, **settings)
+    except ValueError as error:
+        sizes = ", ".join(VARIANTS)
+        raise VitcliError(
+            f"this model cannot be built: {error}",
+            f"`model.name` is a size ({sizes}), `/` and a patch size; the patch size divides "
+            "`model.image_size`",
+        ) from error
+    model.labels = source.classes if supervised else None
+    size, channels = model.config.image_size, model.config.num_channels
+    base = Preprocess(image_size=size, mean=(0.5,), std=(0.5,), num_channels=channels)
+    given = recipe.preprocess.model_dump(exclude_none=True)
+    model.preprocess = stated_preprocess(base, given, size, channels)
+    return model

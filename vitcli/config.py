@@ -1,0 +1,399 @@
+"""Recipes: TOML in, checked and frozen sections out, and back again.
+
+Defaults < recipe file < `--set section.key=value` and the shorthand flags. All mistakes are
+reported together, each with its dotted name and the nearest name that exists.
+"""
+
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from vitcli.errors import VitcliError, nearest
+
+Settings = dict[str, Any]
+DURATIONS = ("steps", "epochs", "images")
+
+
+class Section(BaseModel):
+    """One table of a recipe: unknown keys and wrong types are errors, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(Section):
+    """Which model; a key left out keeps what `name` says."""
+
+    name: str | None = None
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    patch_size: PositiveInt | None = None
+    num_channels: Literal[1, 3] | None = None
+    embed_dim: PositiveInt | None = None
+    depth: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    mlp_dim: PositiveInt | None = None
+    pool: str | None = None
+    class_token: bool | None = None
+    num_registers: NonNegativeInt | None = None
+    position: Literal["learned", "sincos2d", "none"] | None = None
+    position_covers_prefix: bool | None = None
+    position_resize: Literal["bilinear", "bicubic"] | None = None
+    representation_size: PositiveInt | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool | None = None
+    layer_scale: float | None = None
+    gelu: Literal["exact", "tanh"] | None = None
+    norm_eps: PositiveFloat | None = None
+    norm_after_pool: bool | None = None
+    dropout_rate: float | None = Field(default=None, ge=0.0, lt=1.0)
+    drop_path_rate: float | None = Field(default=None, ge=0.0, lt=1.0)
+
+    def architecture(self) -> Settings:
+        """The keys that were given and are fields of `ViTConfig`; image sizes as (Y, X)."""
+        given = self.model_dump(exclude_none=True, exclude={"name", "position_resize"})
+        if isinstance(given.get("image_size"), int):
+            given["image_size"] = (given["image_size"], given["image_size"])
+        return given
+
+
+class PreprocessSection(Section):
+    """The evaluation transform; a key left out keeps what travels with the weights."""
+
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    resize_mode: Literal["crop", "squash", "pad"] | None = None
+    resize_size: PositiveInt | None = None
+    crop_fraction: float | None = Field(default=None, gt=0.0, le=1.0)
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] | None = None
+    mean: float | tuple[float, ...] | None = None
+    std: PositiveFloat | tuple[PositiveFloat, ...] | None = None
+
+
+class DataSection(Section):
+    """Which images, and how a split is made where the data has none."""
+
+    name: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    test_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
+    split_seed: NonNegativeInt = 0
+    workers: NonNegativeInt | None = None
+    strict: bool = False
+
+
+class AugmentSection(Section):
+    """What training does to a picture before the model sees it."""
+
+    crop: Literal["inception", "pad", "none"] = "inception"
+    min_area: float = Field(default=0.05, gt=0.0, le=1.0)
+    crop_padding: NonNegativeInt = 4
+    flip_rate: float = Field(default=0.5, ge=0.0, le=1.0)
+
+
+class ObjectiveSection(Section):
+    """What training minimises; see `vitcli/train/objectives.py`."""
+
+    name: str = "softmax"
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+class OptimSection(Section):
+    """The optimizer. `matrix_lr` is Muon's rate for the hidden matrices; `lr` serves the rest."""
+
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    matrix_lr: PositiveFloat = 0.02
+    weight_decay: NonNegativeFloat = 0.0
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    grad_clip: PositiveFloat | None = None
+
+
+class ScheduleSection(Section):
+    """How the rate moves: warm-up from 0, then the named curve down to `final_lr_fraction`."""
+
+    name: Literal["linear", "cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt | None = None
+    warmup_fraction: float | None = Field(default=None, ge=0.0, lt=1.0)
+    decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
+    final_lr_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_fraction is not None:
+            raise ValueError("give `warmup_steps` or `warmup_fraction`, not both")
+        return self
+
+
+class TrainSection(Section):
+    """How long, how many at once, and what is kept.
+
+    `batch_size` is the images per optimizer step over all processes; `micro_batch_size` those of
+    one forward pass on one process. `eval_steps` and `checkpoint_steps` are intervals; None takes
+    a fifth of the run for the first and about a minute for the second. `smaller_sizes` are pairs
+    (side in pixels, share of the run until which images are shrunk to it).
+    """
+
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    images: PositiveInt | None = None
+    batch_size: PositiveInt = 128
+    micro_batch_size: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    smaller_sizes: tuple[tuple[PositiveInt, float], ...] = ()
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    checkpoint_steps: PositiveInt | None = None
+    keep_checkpoints: PositiveInt = 2
+    eval_steps: PositiveInt | None = None
+    log_steps: PositiveInt = 20
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> Self:
+        given = [name for name in DURATIONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            named = " and ".join(f"`{name}`" for name in given) or "none"
+            raise ValueError(f"give exactly one of `steps`, `epochs`, `images`; here: {named}")
+        return self
+
+    def side_at(self, step: int, total_steps: int) -> int | None:
+        """The side that images are shrunk to at `step`, or None for their own size."""
+        for side, until in self.smaller_sizes:
+            if step < until * total_steps:
+                return side
+        return None
+
+    def total_steps(self, num_images: int) -> int:
+        """Optimizer steps of the run over a set of `num_images`."""
+        if self.steps is not None:
+            return self.steps
+        images = self.images if self.images is not None else (self.epochs or 0.0) * num_images
+        return max(1, math.ceil(images / self.batch_size))
+
+
+class FewshotSection(Section):
+    """The few-shot protocol of big_vision."""
+
+    shots: tuple[PositiveInt, ...] = (5,)
+    seeds: PositiveInt = 3
+    l2: PositiveFloat = 1024.0
+
+
+class Inference(Section):
+    """The settings of commands that use a model and do not train it."""
+
+    model: ModelSection = ModelSection()
+    preprocess: PreprocessSection = PreprocessSection()
+    data: DataSection = DataSection()
+    fewshot: FewshotSection = FewshotSection()
+
+
+class Recipe(Section):
+    """A training run, whole: what decides its result and nothing else."""
+
+    command: Literal["pretrain", "finetune"]
+    description: str = ""
+    model: ModelSection = ModelSection()
+    preprocess: PreprocessSection = PreprocessSection()
+    data: DataSection = DataSection()
+    augment: AugmentSection = AugmentSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optim: OptimSection = OptimSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection
+
+    def to_toml(self) -> str:
+        """The recipe written out in full; reading it back gives an equal one."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def fingerprint(self) -> str:
+        """A short hash of every setting."""
+        values = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(values.encode()).hexdigest()[:16]
+
+
+def recipes_folder() -> Path:
+    """Where the recipes of this installation lie."""
+    inside = Path(__file__).parent / "_recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe's file, by the name of one that is shipped or by a path.
+
+    Raises:
+        VitcliError: neither exists.
+    """
+    if name.endswith(".toml") or "/" in name:
+        path = Path(name)
+        if path.is_file():
+            return path
+        raise VitcliError(f"no recipe file `{name}`", "`vitcli recipes` lists those that are here")
+    path = recipes_folder() / f"{name}.toml"
+    if path.is_file():
+        return path
+    names = sorted(p.stem for p in recipes_folder().glob("*.toml"))
+    close = nearest(name, names)
+    hint = f"did you mean `{close}`?" if close else f"there are {', '.join(names)}"
+    raise VitcliError(f"no recipe `{name}`", hint)
+
+
+def read_toml(path: Path) -> Settings:
+    """The tables of a TOML file.
+
+    Raises:
+        VitcliError: it cannot be read or is not TOML; the line is named.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise VitcliError(f"cannot read `{path}`: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise VitcliError(f"`{path}` is not TOML: {error}", "see `vitcli recipes NAME`") from None
+
+
+def parse_overrides(assignments: Iterable[str]) -> Settings:
+    """`["train.epochs=3", "preprocess.mean=[0.5,0.5,0.5]"]` -> nested settings.
+
+    A value is read as TOML; what is not TOML is taken as a string, so names need no quotes.
+
+    Raises:
+        VitcliError: an entry without `=` or without a section.
+    """
+    settings: Settings = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not all(part.strip() for part in key.split(".")):
+            raise VitcliError(
+                f"`--set {text}` is not of the form section.key=value",
+                "for example `--set train.epochs=3`",
+            )
+        try:
+            parsed: Any = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value
+        lay_over(settings, nest(key.strip(), parsed))
+    return settings
+
+
+def nest(key: str, value: Any) -> Settings:
+    """`nest("train.epochs", 3)` -> `{"train": {"epochs": 3}}`."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def lay_over(lower: Settings, upper: Mapping[str, Any]) -> None:
+    """Lay `upper` over `lower` in place, table by table.
+
+    A duration given above replaces any duration below, and so does a warm-up.
+    """
+    for key, value in upper.items():
+        if isinstance(value, Mapping) and isinstance(lower.get(key), dict):
+            for rivals in (DURATIONS, ("warmup_steps", "warmup_fraction")):
+                if any(name in value for name in rivals):
+                    for name in rivals:
+                        lower[key].pop(name, None)
+            lay_over(lower[key], value)
+        else:
+            lower[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+S = TypeVar("S", bound=Section)
+
+
+def check(kind: type[S], settings: Mapping[str, Any], origin: str) -> S:
+    """Settings -> a checked section; `origin` says in an error where they came from.
+
+    Raises:
+        VitcliError: names every mistake at once.
+    """
+    try:
+        # Through JSON, because there an array may stand for a tuple even in strict mode.
+        return kind.model_validate_json(json.dumps(settings, default=str))
+    except ValidationError as error:
+        faults = [_fault(kind, dict(one)) for one in error.errors()]
+        raise VitcliError(
+            f"{origin}: " + "; ".join(dict.fromkeys(faults)),
+            "`vitcli recipes NAME` prints a recipe with its keys",
+        ) from None
+
+
+def _fault(kind: type[Section], error: Mapping[str, Any]) -> str:
+    """One sentence about one mistake that pydantic found."""
+    parts = [str(part) for part in error["loc"]]
+    names = _dotted_names(kind)
+    while len(parts) > 1 and ".".join(parts) not in names and error["type"] != "extra_forbidden":
+        parts.pop()  # pydantic appends the member of a union that it tried
+    name = ".".join(parts)
+    if error["type"] == "extra_forbidden":
+        close = nearest(name, names) or nearest(parts[-1], [n.rpartition(".")[2] for n in names])
+        full = next((n for n in names if n == close or n.endswith(f".{close}")), None)
+        return f"no setting `{name}`" + (f" (did you mean `{full}`?)" if full else "")
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"`{name}` is missing"
+    if error["type"] == "value_error":
+        return f"`{name}`: {message}"
+    return f"`{name}` = {error['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _dotted_names(kind: type[Section], prefix: str = "") -> list[str]:
+    """Every setting that exists, such as `train.epochs`."""
+    names = []
+    for name, field in kind.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            names += _dotted_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe `name` (shipped, or a file) with `overrides` laid over it.
+
+    Raises:
+        VitcliError: no such recipe, not TOML, or settings that are wrong.
+    """
+    path = recipe_path(name)
+    settings = read_toml(path)
+    lay_over(settings, overrides or {})
+    return check(
+        Recipe, settings, f"recipe `{name}`" if not overrides else f"recipe `{name}` with --set"
+    )
+
+
+def load_inference(overrides: Mapping[str, Any] | None = None) -> Inference:
+    """The settings of a command that does not train."""
+    return check(Inference, overrides or {}, "--set")
+
+
+def differing_keys(one: Recipe, other: Recipe) -> list[str]:
+    """Dotted names of the settings in which two recipes differ; the description does not count."""
+    a, b = (_flat(r.model_dump(mode="json", exclude={"description"})) for r in (one, other))
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Images in: sources, reading, transforms, augmentation, loading."""

@@ -1,0 +1,168 @@
+"""A folder of class folders, with or without `train/` and `test/` above them."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from vitcli.data.decode import printable
+from vitcli.data.sets import FileStore, ImageSet, Request, Source, make_source
+from vitcli.errors import VitcliError
+
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2",
+    ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
+    ".qoi", ".tga", ".tif", ".tiff", ".webp",
+})
+# fmt: on
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+NOT_CLASSES = frozenset({"__macosx", "__pycache__"})
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for a picture: by its ending, and not hidden."""
+    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def image_files(folder: Path) -> tuple[list[str], Counter[str]]:
+    """Paths of all pictures below `folder`, relative to it, sorted; and the endings left out.
+
+    Hidden files are passed over. Links are followed, a circle of them once; a link that leads
+    nowhere is listed, so that reading it is reported.
+    """
+    found: list[str] = []
+    other: Counter[str] = Counter()
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]
+    while waiting:
+        inner = waiting.pop()
+        here = folder / inner
+        state = here.stat()
+        if (state.st_dev, state.st_ino) in seen:
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        with os.scandir(here) as entries:
+            for entry in entries:
+                path = f"{inner}/{entry.name}" if inner else entry.name
+                if entry.name.startswith(".") or entry.name.lower() in NOT_CLASSES:
+                    continue
+                if entry.is_dir():
+                    waiting.append(path)
+                elif is_image_name(entry.name):
+                    found.append(path)
+                else:
+                    other[Path(entry.name).suffix.lower() or "no ending"] += 1
+    return sorted(found, key=os.fsencode), other
+
+
+def load_folder(request: Request) -> Source:
+    """`photos/CLASS/*`, or `photos/train/CLASS/*` and `photos/test/CLASS/*`.
+
+    Every sub-folder is a class, sorted by name; pictures may lie deeper inside it.
+
+    Raises:
+        VitcliError: no pictures, no class folders, one class only.
+    """
+    root = request.path
+    notes: list[str] = []
+    splits: dict[str, ImageSet] = {}
+    parts: list[bytes] = []
+    for split, folder in _split_folders(root, notes).items():
+        classes, paths, labels = _read_classes(folder, root, notes, request.labelled)
+        if paths:
+            store = FileStore(folder, paths)
+            splits[split] = ImageSet(split, classes, np.array(labels, dtype=np.int64), store)
+            parts += [f"{split}/".encode() + path + _size(folder, path) for path in paths]
+            parts += [name.encode() for name in classes]
+    if not splits:
+        raise VitcliError(
+            f"`{request.shown}` has no images",
+            "expected are `CLASS/*.jpg`, or `train/CLASS/*.jpg` and `test/CLASS/*.jpg`; other "
+            "formats: " + ", ".join(sorted(s[1:] for s in IMAGE_SUFFIXES)),
+        )
+    return make_source(request, splits, parts, notes)
+
+
+def _split_folders(root: Path, notes: list[str]) -> dict[str, Path]:
+    """Split name -> its folder; the root itself is "train" where there are no splits."""
+    folders = _visible_folders(root)
+    splits: dict[str, Path] = {}
+    for folder in folders:
+        split = SPLIT_NAMES.get(folder.name.lower())
+        if split is not None:
+            splits.setdefault(split, folder)
+    named = set(splits.values())
+    others = [folder for folder in folders if folder not in named]
+    if not splits or ("train" not in splits and others):
+        return {"train": root}
+    if others:
+        names = ", ".join(f"`{printable(folder.name)}`" for folder in others)
+        notes.append(f"{printable(root)}: {names} beside `train` left out")
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+
+
+def _visible_folders(root: Path) -> list[Path]:
+    """Sub-folders that count, sorted by name."""
+    with os.scandir(root) as entries:
+        names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+    return [root / name for name in sorted(names) if name.lower() not in NOT_CLASSES]
+
+
+def _read_classes(
+    folder: Path, root: Path, notes: list[str], labelled: bool
+) -> tuple[list[str], list[bytes], list[int]]:
+    """(class names, paths relative to `folder`, labels)."""
+    classes: list[str] = []
+    paths: list[bytes] = []
+    labels: list[int] = []
+    other: Counter[str] = Counter()
+    shown = printable(folder)
+    for sub in _visible_folders(folder):
+        found, odd = image_files(sub)
+        other += odd
+        if not found:
+            notes.append(f"{shown}: `{printable(sub.name)}` has no images and is no class")
+            continue
+        labels += [len(classes)] * len(found)
+        classes.append(_class_name(sub.name))
+        paths += [os.fsencode(f"{sub.name}/{path}") for path in found]
+    with os.scandir(folder) as entries:
+        loose = sorted(e.name for e in entries if is_image_name(e.name) and not e.is_dir())
+    if loose and not labelled:
+        classes.append("")
+        labels += [len(classes) - 1] * len(loose)
+        paths += [os.fsencode(name) for name in loose]
+    elif loose and not classes and folder == root:
+        raise VitcliError(
+            f"`{shown}` has {len(loose):,} images but no class folders",
+            "put the images of each class into a folder named after it, or give a CSV file with "
+            "the columns `path` and `label`",
+        )
+    elif loose:
+        notes.append(f"{shown}: {len(loose):,} images outside of class folders left out")
+    if other:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(other.items()))
+        notes.append(f"{shown}: files that are no images left out: {kinds}")
+    return classes, paths, labels
+
+
+def _class_name(name: str) -> str:
+    """A folder's name as text that can be stored: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _size(folder: Path, path: bytes) -> bytes:
+    try:
+        return (folder / os.fsdecode(path)).stat().st_size.to_bytes(8, "little")
+    except OSError:  # a link to nothing
+        return b"?"

@@ -1,0 +1,1 @@
+"""What a model is worth: features, few-shot classifiers, metrics."""

@@ -1,0 +1,230 @@
+"""The run directory: made once, written atomically, readable by every other command."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vitcli.config import Recipe, check, differing_keys, read_toml
+from vitcli.errors import VitcliError
+from vitcli.files import replacing, write_text
+
+RUNS = Path("runs")
+LIBRARIES = ("torch", "accelerate", "datasets", "numpy", "pillow", "safetensors")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A directory such as `runs/digits`, with the names that INTERFACE gives its files."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        """The complete resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON record a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def weights_file(self) -> Path:
+        """The final weights."""
+        return self.path / "model.safetensors"
+
+    @property
+    def result_file(self) -> Path:
+        """Final figures; exists only when the run has finished."""
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `step_000100` folders."""
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.result_file.is_file()
+
+    def recipe(self) -> Recipe:
+        """The recipe that was written down at the start."""
+        return check(Recipe, read_toml(self.recipe_file), f"`{self.recipe_file}`")
+
+    def provenance(self) -> dict[str, Any]:
+        """What was written down about the machine and the data; empty when there is none."""
+        return _read_json(self.path / "provenance.json")
+
+    def result(self) -> dict[str, Any]:
+        """The final figures; empty when the run has not finished."""
+        return _read_json(self.result_file)
+
+    def write_provenance(self, facts: Mapping[str, Any]) -> None:
+        """Note `facts` beside versions, argv and time."""
+        self._write_json("provenance.json", {**describe_here(), **facts})
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one record to metrics.jsonl."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole records of metrics.jsonl; a line cut off by a kill is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        records = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return records
+
+    def forget_after(self, step: int) -> None:
+        """Drop the records of steps that a resume from `step` will do again."""
+        kept = [json.dumps(r) + "\n" for r in self.records() if r.get("step", 0) <= step]
+        write_text(self.metrics_file, "".join(kept))
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write result.json: the last thing that a run does."""
+        self._write_json("result.json", result)
+
+    def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        write_text(self.path / name, json.dumps(values, indent=2, default=str) + "\n")
+
+
+def create_run(path: Path, recipe: Recipe | str) -> Run:
+    """A new run directory that holds its recipe (as an object, or as TOML text).
+
+    Raises:
+        VitcliError: something is there already, or the place cannot be written to.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        unfinished = Run(path).recipe_file.is_file() and not Run(path).finished
+        way = "continue it with `--resume`, or c" if unfinished else "c"
+        raise VitcliError(f"`{path}` exists already", f"{way}hoose another place with `--out`")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VitcliError(f"cannot make `{path.parent}`: {error.strerror}") from None
+    text = recipe if isinstance(recipe, str) else recipe.to_toml()
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "recipe.toml").write_text(text, encoding="utf-8")
+    return Run(path)
+
+
+def reopen_run(path: Path, recipe: Recipe) -> Run | None:
+    """The run at `path`, which must be one of the same recipe; None when nothing is there.
+
+    Raises:
+        VitcliError: its recipe differs (the differing keys are named), or it is something else.
+    """
+    run = Run(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    if not run.recipe_file.is_file():
+        raise VitcliError(f"`{path}` is not a run: it has no recipe.toml", "give another `--out`")
+    if keys := differing_keys(run.recipe(), recipe):
+        raise VitcliError(
+            f"`{path}` was started with another recipe; these differ: {', '.join(keys)}",
+            "give the first command again with `--resume` added, or choose another `--out`",
+        )
+    return run
+
+
+def new_path(stem: str, runs: Path = RUNS) -> Path:
+    """`runs/STEM`, or the first of `runs/STEM-2`, `-3`, … that is free."""
+    path, number = runs / stem, 1
+    while path.exists():
+        number += 1
+        path = runs / f"{stem}-{number}"
+    return path
+
+
+def run_stem(model: str) -> str:
+    """A name for the run that a command makes of `model`: a run, a weights file or a variant."""
+    path = Path(model)
+    if path.is_dir():
+        name = path.resolve().name
+    elif path.is_file():  # `model` and `timm` say nothing, the folder does
+        name = path.resolve().parent.name if path.stem in ("model", "timm") else path.stem
+    else:
+        name = model
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+def finished_runs(runs: Path = RUNS) -> list[Run]:
+    """All runs under `runs` that have weights and a result, newest first."""
+    if not runs.is_dir():
+        return []
+    found = [Run(p) for p in runs.iterdir() if not p.name.startswith(".")]
+    found = [run for run in found if run.finished and run.weights_file.is_file()]
+    return sorted(found, key=lambda run: run.result_file.stat().st_mtime_ns, reverse=True)
+
+
+def describe_here() -> dict[str, Any]:
+    """Version, commit, argv, libraries, machine and time: what a reader of a result asks for."""
+    return {
+        "vitcli": package_version(),
+        "commit": _commit(),
+        "argv": list(sys.argv),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "unix_time": time.time(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+    }
+
+
+def package_version() -> str:
+    """The version of vitcli."""
+    from vitcli import __version__
+
+    return __version__
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, with `+` when it was changed; None outside of git."""
+    folder = Path(__file__).parents[1]
+    if not (folder / ".git").exists():
+        return None
+
+    def git(arguments: Sequence[str]) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        dirty = git(["status", "--porcelain", "--untracked-files=no"])
+        return git(["rev-parse", "HEAD"]) + ("+" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise VitcliError(f"`{path}` is damaged: {error}") from None

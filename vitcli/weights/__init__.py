@@ -1,0 +1,1 @@
+"""Weights files: reading every layout, writing our own, and changing what was read."""

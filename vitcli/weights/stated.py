@@ -1,0 +1,98 @@
+"""What the caller says about a weights file that does not say it itself, or says it otherwise."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+from vitcli.data.transforms import Preprocess
+from vitcli.errors import VitcliError, nearest
+from vitcli.vit.variants import Gelu
+
+PREPROCESS_KEYS = (
+    "resize_mode",
+    "resize_size",
+    "crop_fraction",
+    "interpolation",
+    "mean",
+    "std",
+)
+MODEL_KEYS = ("image_size", "num_heads", "norm_eps", "gelu", "pool", "position_resize")
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Settings from `--set model.…`, `--set preprocess.…`, `--labels`; None: nothing was said."""
+
+    image_size: tuple[int, int] | None = None
+    num_heads: int | None = None
+    norm_eps: float | None = None
+    gelu: str | None = None
+    pool: str | None = None
+    labels: tuple[str, ...] | None = None
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.gelu is not None and self.gelu not in get_args(Gelu):
+            raise VitcliError(f"`model.gelu` is `{self.gelu}`", hint="`exact` or `tanh`")
+        if self.num_heads is not None and self.num_heads < 1:
+            raise VitcliError(f"`model.num_heads` is {self.num_heads}", hint="a number from 1 on")
+        for key in self.preprocess:
+            if key not in PREPROCESS_KEYS:
+                near = nearest(key, PREPROCESS_KEYS)
+                meant = f"`preprocess.{near}` may be meant" if near else None
+                known = ", ".join(f"`preprocess.{k}`" for k in PREPROCESS_KEYS)
+                raise VitcliError(f"no setting `preprocess.{key}`", hint=meant or known)
+
+
+def as_size(value: Any, key: str = "model.image_size") -> tuple[int, int] | None:
+    """An int or a pair (Y, X) -> (Y, X); None stays None.
+
+    Raises:
+        VitcliError: neither of these.
+    """
+    if value is None:
+        return None
+    sides = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
+        raise VitcliError(f"`{key}` is `{value}`", hint="a number of pixels, or [rows, columns]")
+    return sides[0], sides[1]
+
+
+def per_channel(value: Any, channels: int, key: str) -> tuple[float, ...]:
+    """A number or a list of them -> one per channel.
+
+    Raises:
+        VitcliError: another count than 1 or the number of channels.
+    """
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    try:
+        numbers = tuple(float(v) for v in values)
+    except (TypeError, ValueError) as error:
+        raise VitcliError(f"`{key}` is `{value}`", hint="a number, or a list of them") from error
+    if len(numbers) not in (1, channels):
+        raise VitcliError(f"`{key}` has {len(numbers)} values, the model {channels} channels")
+    return numbers * channels if len(numbers) == 1 else numbers
+
+
+def stated_preprocess(
+    base: Preprocess | None, stated: Mapping[str, Any], image_size: tuple[int, int], channels: int
+) -> Preprocess | None:
+    """`base` with what was stated laid over it; None while mean or std are not known.
+
+    Raises:
+        VitcliError: a value that is none.
+    """
+    values = dict(stated)
+    for key in ("mean", "std"):
+        if key in values:
+            values[key] = per_channel(values[key], channels, f"preprocess.{key}")
+    if "image_size" in values:
+        values["image_size"] = as_size(values["image_size"], "preprocess.image_size")
+    if base is None:
+        if "mean" not in values or "std" not in values:
+            return None
+        values = {"image_size": image_size, "num_channels": channels, **values}
+    try:
+        return Preprocess(**values) if base is None else replace(base, **values)
+    except (TypeError, ValueError) as error:
+        raise VitcliError(f"these preprocessing settings do not fit: {error}") from error

@@ -1,0 +1,187 @@
+"""Our own weights file: timm's tensor names in safetensors, with a header that says the rest.
+
+The header has one metadata entry, `vitcli`, which holds JSON. It is one entry because safetensors
+writes several of them in a random order, and the same weights must be the same bytes.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vitcli.data.transforms import Preprocess
+from vitcli.errors import VitcliError
+from vitcli.files import replacing
+from vitcli.vit import VisionTransformer, ViTConfig
+
+FORMAT = 1
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
+CONVERT_HINT = (
+    "a pickle can run code when it is read, so none is opened; where you trust it, convert it with "
+    '`safetensors.torch.save_file(torch.load(FILE, weights_only=True), "model.safetensors")`'
+)
+
+
+@dataclass
+class Checkpoint:
+    """A weights file in our terms, whatever its layout was.
+
+    Attributes:
+        config: of the model as stored.
+        tensors: timm's names -> tensors.
+        layout: `vitcli`, `timm`, `huggingface` or `google`.
+        head_trained: False for a backbone, and for a head that was never trained.
+        dropped: tensors of the file that have no place in the model -> the reason.
+        notes: what was assumed because the file does not say it, one line each.
+    """
+
+    config: ViTConfig
+    tensors: dict[str, Tensor]
+    layout: str
+    labels: tuple[str, ...] | None = None
+    preprocess: Preprocess | None = None
+    head_trained: bool = True
+    recipe_hash: str | None = None
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def save_model(
+    path: str | os.PathLike[str],
+    model: VisionTransformer,
+    *,
+    recipe_hash: str | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write `model` to `path`: the old file or the whole new one is there, never a part.
+
+    The header carries configuration, class names, preprocessing and whether the head is trained
+    (`model.head_trained`). Equal weights give equal bytes.
+
+    Raises:
+        VitcliError: the file cannot be written (disk full, no permission).
+    """
+    described = {
+        "format": FORMAT,
+        "config": model.config.to_dict(),
+        "labels": list(model.labels) if model.labels is not None else None,
+        "preprocess": model.preprocess.to_dict() if model.preprocess is not None else None,
+        "head_trained": bool(model.head_trained and model.config.num_classes),
+        "recipe_hash": recipe_hash,
+        **({"extra": dict(extra)} if extra else {}),
+    }
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    metadata = {"vitcli": json.dumps(described, sort_keys=True)}
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # a full disk, in safetensors' own words
+            raise OSError(str(error)) from error
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What the header of a file of ours says; None for anybody else's safetensors file.
+
+    Raises:
+        VitcliError: no such file, a pickle, truncated, or a header that cannot be understood.
+    """
+    refuse_foreign(path)
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+    if "vitcli" not in metadata:
+        return None
+    try:
+        header = json.loads(metadata["vitcli"])
+        if header["format"] > FORMAT:
+            raise VitcliError(
+                f"`{path}` was written by a newer vitcli (format {header['format']}, not {FORMAT})",
+                hint="update vitcli",
+            )
+        ViTConfig.from_dict(header["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise VitcliError(
+            f"the header of `{path}` is damaged: {error}", hint="copy or download the file again"
+        ) from error
+    return dict(header)
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in memory that is read when it is first used.
+
+    Raises:
+        VitcliError: no such file, a pickle, truncated, or a header that lies.
+    """
+    refuse_foreign(path)
+    with _opened(path):
+        pass
+    return load_file(os.fspath(path))
+
+
+def load_own(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint in a file that `save_model` wrote.
+
+    Raises:
+        VitcliError: as `read_header`, or the file is not ours.
+    """
+    header = read_header(path)
+    if header is None:
+        raise VitcliError(f"`{path}` was not written by vitcli")
+    preprocess = header.get("preprocess")
+    labels = header.get("labels")
+    return Checkpoint(
+        config=ViTConfig.from_dict(header["config"]),
+        tensors=load_weights(path),
+        layout="vitcli",
+        labels=tuple(labels) if labels is not None else None,
+        preprocess=Preprocess.from_dict(preprocess) if preprocess is not None else None,
+        head_trained=bool(header.get("head_trained")),
+        recipe_hash=header.get("recipe_hash"),
+    )
+
+
+def refuse_foreign(path: str | os.PathLike[str]) -> None:
+    """Raises a VitcliError for what is not a safetensors file, going by name and first bytes."""
+    file = Path(path)
+    if file.suffix.lower() in PICKLE_SUFFIXES:
+        raise VitcliError(f"`{file}` is a pickle, which is refused as weights", hint=CONVERT_HINT)
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(9)
+    except FileNotFoundError as error:
+        raise VitcliError(
+            f"no such weights file: `{file}`", hint="`--model` takes a run, a file or a variant"
+        ) from error
+    except OSError as error:
+        raise VitcliError(f"cannot read `{file}`: {error.strerror}") from error
+    if start.startswith(b"PK\x03\x04") or (
+        start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
+    ):
+        raise VitcliError(f"`{file}` is a pickle, which is refused as weights", hint=CONVERT_HINT)
+    if start.startswith(b"\x89HDF"):
+        raise VitcliError(
+            f"`{file}` is an HDF5 file, which is not read",
+            hint="`transformers` converts TensorFlow weights: `from_pretrained(DIR, from_tf=True)`",
+        )
+    if start.startswith(b"version https://git-lfs"[:9]):
+        raise VitcliError(
+            f"`{file}` is a Git LFS pointer, not the weights", hint="fetch it with `git lfs pull`"
+        )
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise VitcliError(
+            f"`{path}` is truncated or is not a safetensors file: {error}",
+            hint="copy or download it again",
+        ) from error

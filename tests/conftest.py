@@ -1,6 +1,7 @@
 """What several test files need."""
 
 import os
+import sys
 from pathlib import Path
 
 # Before torch is imported: two threads that spin beside other processes crawl (recipes/LOG.md).
@@ -19,6 +20,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no ../shared folder with reference numbers beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory) -> None:
+    """What `datasets` caches goes away with the other temporary files."""
+    folder = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(folder)  # for programs that tests start
+    if loaded := sys.modules.get("datasets.config"):
+        loaded.HF_DATASETS_CACHE = folder
 
 
 @pytest.fixture

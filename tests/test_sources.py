@@ -1,9 +1,7 @@
 """Sources: what each way of writing DATA becomes, and one clear error for each thing wrong."""
 
-import io
 import json
 import os
-import pickle
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -216,6 +214,26 @@ def test_json_lines_with_splits_and_numbers(tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_labels_stay_as_they_are_written(tmp_path, name):
+    rows = [(path, label) for (path, _), label in zip(ROWS, ("01", "NA", "1", "1.0"), strict=True)]
+    text = "path,label\n" + "\n".join(map(",".join, rows))
+    if name == "a.jsonl":
+        text = "\n".join(json.dumps({"path": path, "label": label}) for path, label in rows)
+    data = load_data(manifest(tmp_path, text, name), test_fraction=0)
+    assert data.classes == ("01", "1", "1.0", "NA")
+    assert data.splits["train"].labels.tolist() == [0, 3, 1, 2]
+
+
+def test_a_path_that_is_not_utf8(tmp_path):
+    paint(tmp_path / os.fsdecode(b"caf\xe9.png"), 7)
+    paint(tmp_path / "tea.png", 8)
+    (tmp_path / "a.csv").write_bytes(b"path,label\ncaf\xe9.png,a\ntea.png,b\n")
+    images = load_data(str(tmp_path / "a.csv"), test_fraction=0).splits["train"]
+    assert [level(images, i) for i in range(2)] == [7, 8]
+    assert images.describe(0).endswith(r"caf\xe9.png")
+
+
 def test_columns_of_any_name(tmp_path):
     text = "a,b\n" + "\n".join(",".join(row) for row in ROWS)
     path = manifest(tmp_path, text)
@@ -248,109 +266,6 @@ def test_manifests_that_cannot_be_used(tmp_path, name, text, words):
     with pytest.raises(VitcliError, match=words) as caught:
         load_data(manifest(tmp_path, text, name))
     assert caught.value.hint
-
-
-# Parquet
-
-
-def png(level):
-    file = io.BytesIO()
-    Image.new("L", (3, 2), level).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_parquet(path, levels, labels, names=None, **columns):
-    """As `datasets` writes it when `names` are given."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cells = [{"bytes": png(value), "path": f"{value}.png"} for value in levels]
-    table = pa.table({"image": cells, "label": labels, **columns})
-    if names is not None:
-        features = {
-            "image": {"_type": "Image"},
-            "label": {"_type": "ClassLabel", "names": names},
-        }
-        info = json.dumps({"info": {"features": features}})
-        table = table.replace_schema_metadata({"huggingface": info})
-    pq.write_table(table, path)
-    return str(path)
-
-
-def test_parquet_as_datasets_writes_it(shared):
-    import datasets
-    import pyarrow.parquet as pq
-
-    folder = shared / "data/flower_photos"
-    data = load_data(str(folder))
-    assert {name: len(s) for name, s in data.splits.items()} == {"train": 400, "test": 150}
-    theirs = datasets.Features.from_arrow_schema(pq.read_schema(folder / "test.parquet"))
-    assert list(data.classes) == theirs["label"].names
-    rows = pq.read_table(folder / "test.parquet").slice(20, 3).to_pylist()
-    for i, row in enumerate(rows, start=20):
-        cell = theirs["image"].decode_example(row["image"])
-        assert (np.asarray(data.splits["test"].read(i)) == np.asarray(cell.convert("RGB"))).all()
-        assert data.splits["test"].labels[i] == row["label"]
-    assert data.splits["test"].describe(20) == f"row 20 of {folder}/test.parquet"
-
-
-def test_every_shared_set_is_read(shared):
-    sets_found = sorted(path.parent for path in shared.glob("data/*/test.parquet"))
-    assert len(sets_found) == 6
-    for folder in sets_found:
-        data = load_data(str(folder))
-        assert data.splits["test"].read(0).mode == "RGB"
-        assert (data.splits["test"].labels < len(data.classes)).all()
-
-
-def test_parquet_in_several_files_and_a_data_folder(tmp_path):
-    names = ["x", "y"]
-    for part in range(2):
-        levels = [20 * part, 20 * part + 1]
-        write_parquet(tmp_path / f"data/train-0000{part}-of-00002.parquet", levels, [0, 1], names)
-    write_parquet(tmp_path / "data/test-00000-of-00001.parquet", [7], [0], ["y", "x"])
-    data = load_data(str(tmp_path))
-    assert [level(data.splits["train"], i) for i in range(4)] == [0, 1, 20, 21]
-    assert data.splits["train"].describe(3).startswith("row 1 of ")
-    assert data.splits["train"].describe(3).endswith("train-00001-of-00002.parquet")
-    assert data.splits["test"].labels.tolist() == [1]  # `y`, whatever its number there
-
-
-def test_parquet_with_plain_columns(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    photos(tmp_path)
-    cells = [png(level) for level in range(6)]
-    table = pa.table({"picture": cells, "kind": ["b", "a"] * 3, "weight": [0.5] * 6})
-    pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(VitcliError, match=r"no label column.*`picture`, `kind`, `weight`"):
-        load_data(str(tmp_path / "x.parquet"))
-    data = load_data(str(tmp_path / "x.parquet"), label_column="kind", test_fraction=0)
-    assert data.splits["train"].labels.tolist() == [1, 0] * 3
-    assert level(data.splits["train"], 5) == 5
-    paths = pa.table({"path": [row[0] for row in ROWS], "label": [row[1] for row in ROWS]})
-    pq.write_table(paths, tmp_path / "y.parquet")
-    assert level(load_data(str(tmp_path / "y.parquet"), test_fraction=0).splits["train"], 3) == 11
-
-
-def test_parquet_rows_without_a_label_are_left_out(tmp_path):
-    path = write_parquet(tmp_path / "x.parquet", [0, 1, 2, 3], [0, -1, None, 1], ["x", "y"])
-    data = load_data(path, test_fraction=0)
-    assert [level(data.splits["train"], i) for i in range(2)] == [0, 3]
-    assert "2 rows without a label left out" in data.notes[0]
-
-
-def test_a_test_file_alone_is_a_test_set(tmp_path):
-    path = write_parquet(tmp_path / "test.parquet", [0, 1], [0, 1])
-    assert list(load_data(path).splits) == ["test"]
-
-
-def test_a_broken_parquet_file(tmp_path):
-    (tmp_path / "x.parquet").write_bytes(pickle.dumps([1]) * 50)
-    with pytest.raises(VitcliError, match="as parquet"):
-        load_data(str(tmp_path / "x.parquet"))
 
 
 # Built in, and notations

@@ -110,6 +110,7 @@ class ObjectiveSection(Section):
 
     name: str = "softmax"
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    descriptor_weight: NonNegativeFloat = 1.0
 
 
 class OptimSection(Section):

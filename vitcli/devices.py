@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from vitcli import launch
 from vitcli.errors import VitcliError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -16,9 +17,27 @@ def pick_device() -> torch.device:
     """The accelerator that torch sees, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if torch.backends.mps.is_available():
+    # Accelerate knows no way for several processes to share an Apple GPU.
+    if torch.backends.mps.is_available() and launch.size() == 1:
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def join_processes(device: torch.device) -> Any:
+    """Accelerate's `PartialState`: the place of this process among all of the command.
+
+    Raises:
+        VitcliError: there are more processes than GPUs.
+    """
+    from accelerate import PartialState
+
+    if device.type == "cuda" and launch.local_size() > torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise VitcliError(
+            f"{launch.local_size()} processes on {count} GPU{'s' if count > 1 else ''}",
+            f"`--processes {count}`",
+        )
+    return PartialState(cpu=device.type == "cpu")
 
 
 PROBE_SIZE = (1024, 384)  # rows and width of the products that are timed

@@ -1,6 +1,7 @@
 """What the user sees: progress, tables and pictures through Rich, or plain JSON."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,12 @@ SHOWN = {"loss": "loss {:.3f}", "accuracy": "acc {:.1%}", "images_per_second": "
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+def mute() -> None:
+    """Say nothing from here on: of several processes the first one speaks."""
+    out.quiet = err.quiet = True
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def printable(text: str) -> str:
@@ -143,9 +150,16 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def print_title(title: str) -> None:
+    """What the table below is about, on one line however long; nothing for an empty title."""
+    if title:
+        out.print(Text(printable(title), style="bold"), soft_wrap=True)
+
+
 def print_facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
     """A table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    print_title(title)
+    table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows:
         table.add_row(Text(name, style="dim"), escape(printable(str(value))))
     out.print(table)
@@ -153,7 +167,8 @@ def print_facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table with a heading; all but the first column are set to the right."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2))
+    print_title(title)
+    table = Table(box=None, padding=(0, 2))
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number == 0 else "right")
     for row in rows:
@@ -168,17 +183,17 @@ def print_picture(image: "Image", width: int = 64) -> None:
     width = min(width, out.width)
     height = max(2, round(image.height * width / image.width / 2) * 2)
     small = image.convert("RGB").resize((width, height))
-    pixels = list(small.getdata())
+    values = small.tobytes()
     for y in range(0, height, 2):
         line = Text()
         for x in range(width):
-            upper, lower = pixels[y * width + x], pixels[(y + 1) * width + x]
-            line.append("▀", style=f"rgb({_rgb(upper)}) on rgb({_rgb(lower)})")
+            upper, lower = (3 * ((y + row) * width + x) for row in (0, 1))
+            line.append("▀", style=f"{_rgb(values, upper)} on {_rgb(values, lower)}")
         out.print(line)
 
 
-def _rgb(pixel: tuple[int, int, int]) -> str:
-    return ",".join(map(str, pixel))
+def _rgb(values: bytes, at: int) -> str:
+    return f"rgb({','.join(map(str, values[at : at + 3]))})"
 
 
 def percent(share: float) -> str:

@@ -14,6 +14,7 @@ from vitcli.watch import Quiet, Watcher
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.surgery import prepare_finetune
 
+DIGITS = "builtin:digits"
 FROM_FILE = ("image_size", "pool", "num_heads", "norm_eps", "gelu", "position_resize")
 REGULARISERS = ("dropout_rate", "drop_path_rate")
 
@@ -31,18 +32,19 @@ def run(
     """Fine-tune a model on labelled images (section 3.2 of the paper).
 
     Args:
-        data: DATA; None takes the recipe's.
+        data: DATA; None takes the recipe's, `builtin:digits` in the default one.
         model: MODEL; None takes the newest finished `pretrain` run.
-        recipe: a recipe's name or file; None takes `finetune`.
+        recipe: a recipe's name or file; None takes `finetune_digits` for the built-in digits and
+            `finetune` for anybody's own images.
         settings: nested settings laid over the recipe.
-        out: the run directory; None makes `runs/finetune`, numbered when that is taken.
+        out: the run directory; None makes `runs/RECIPE`, numbered when that is taken.
         resume: go on with the run at `out`.
 
     Raises:
         VitcliError: bad input; nothing is left half-written.
     """
     watch = watch or Quiet()
-    name = recipe or "finetune"
+    name = recipe or ("finetune_digits" if data in (None, DIGITS) else "finetune")
     changes: Settings = {}
     if data is not None:
         lay_over(changes, nest("data.name", data))

@@ -7,8 +7,9 @@ from pathlib import Path
 from vitcli.data.decode import printable
 from vitcli.data.digits import load_digits
 from vitcli.data.folders import load_folder
+from vitcli.data.parquet import load_parquet, parquet_files
 from vitcli.data.sets import ImageSet, Request, Source
-from vitcli.data.tables import load_manifest, load_parquet, parquet_files
+from vitcli.data.tables import load_manifest
 from vitcli.errors import VitcliError, nearest
 
 __all__ = ["SOURCES", "ImageSet", "Source", "load_data"]

@@ -1,6 +1,5 @@
 """Running a model over a whole set, once, in order."""
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,9 +11,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitcli import launch
 from vitcli.data.loader import eval_batches
 from vitcli.data.sets import ImageSet
-from vitcli.devices import pick_device, resolve_precision
+from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.vit import VisionTransformer
 from vitcli.watch import Quiet, Watcher
@@ -112,11 +112,9 @@ def extract(
 
 def processes() -> tuple[int, int]:
     """(rank, number) of the processes that a launcher started for this command; (0, 1) alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if launch.size() == 1:
         return 0, 1
-    from accelerate import PartialState
-
-    state = PartialState(cpu=pick_device().type == "cpu")
+    state = join_processes(pick_device())
     return state.process_index, state.num_processes
 
 

@@ -70,18 +70,56 @@ class Descriptors(nn.Module):
         self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Figures]:
         """(B, C, Y, X) -> the mean squared error () of standardised descriptors, and figures."""
+        loss = self.error(self.model.features(images), images)
+        return loss, {"loss": loss.detach(), "explained": 1.0 - loss.detach()}
+
+    def error(self, features: Tensor, images: Tensor) -> Tensor:
+        """(B, 4 D), (B, C, Y, X) -> the mean squared error () of the standardised descriptors."""
         mean, std = self.scale.unbind()
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             targets = quadrant_targets(images.float() * std + mean)  # (B, 4, 144)
-        quadrants = self.model.features(images).reshape(len(images), 4, -1)  # (B, 4, D)
-        loss = F.mse_loss(self.decoder(quadrants).float(), targets)
-        return loss, {"loss": loss.detach(), "explained": 1.0 - loss.detach()}
+        quadrants = features.reshape(len(images), 4, -1)  # (B, 4, D)
+        return F.mse_loss(self.decoder(quadrants).float(), targets)
+
+
+class Guided(nn.Module):
+    """Cross-entropy and descriptors together: classes tell what matters, descriptors where to look.
+
+    On a few minutes of a small labelled set the dense targets teach the first blocks what the
+    labels alone would take many epochs to (recipes/LOG.md).
+    """
+
+    views = 1
+    supervised = True
+
+    def __init__(self, model: VisionTransformer, section: ObjectiveSection) -> None:
+        super().__init__()
+        self.descriptors = Descriptors(model, section)
+        self.label_smoothing = section.label_smoothing
+        self.weight = section.descriptor_weight
+
+    @property
+    def model(self) -> VisionTransformer:
+        return self.descriptors.model
+
+    def forward(
+        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Figures]:
+        """(B, C, Y, X), (B,) -> the weighted sum of both losses (), and figures of the first."""
+        features = self.model.features(images)  # (B, 4 D)
+        logits = self.model.head(features).float()  # (B, K)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        error = self.descriptors.error(features, images)
+        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        figures = {"loss": loss.detach(), "accuracy": accuracy, "explained": 1.0 - error.detach()}
+        return loss + self.weight * error, figures
 
 
 # `views` of each image come in a batch; `supervised` ones train the head for the data's classes.
-OBJECTIVES: dict[str, type[Softmax] | type[Descriptors]] = {
+OBJECTIVES: dict[str, type[Softmax] | type[Descriptors] | type[Guided]] = {
     "softmax": Softmax,
     "descriptors": Descriptors,
+    "guided": Guided,
 }
 
 

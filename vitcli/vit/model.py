@@ -141,18 +141,14 @@ class VisionTransformer(nn.Module):
     def positions(self, grid: tuple[int, int]) -> Tensor | None:
         """(1, N, D) or, where they cover the prefix, (1, T, D): the positions for `grid`.
 
-        Another grid than the configured one gets fixed codes of its own, or the learned ones
-        resampled, differentiably: training at several sizes goes through here.
+        Another grid than the configured one gets them resampled, fixed ones too, so that a place
+        in the picture keeps its code; differentiably, for training at several sizes.
         """
         if self.pos_embed is None or grid == self.config.grid:
             return self.pos_embed
         covered = self.pos_embed.shape[1] - self.config.grid[0] * self.config.grid[1]
         prefix, table = self.pos_embed[:, :covered], self.pos_embed[:, covered:]
-        if self.config.position == "sincos2d":
-            table = sincos2d(grid, self.config.embed_dim).to(table)
-        else:
-            table = resample(table, self.config.grid, grid)
-        return torch.cat([prefix, table], dim=1)
+        return torch.cat([prefix, resample(table, self.config.grid, grid)], dim=1)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, T, D): equation 1, patches with class token and positions."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
 from vitcli.vit import VisionTransformer, ViTConfig
-from vitcli.vit.position import Resize, resample, sincos2d
+from vitcli.vit.position import Resize, resample
 from vitcli.weights.store import Checkpoint
 
 Fate = Literal["loaded", "resampled", "new", "dropped"]
@@ -132,17 +132,13 @@ def resize(model: VisionTransformer, image_size: tuple[int, int]) -> None:
         covered = old.num_prefix_tokens if old.position_covers_prefix else 0
         table = model.pos_embed.detach()
         prefix, grid = table[:, :covered], table[:, covered:]
-        if old.position == "sincos2d":
-            grid, how = sincos2d(new.grid, old.embed_dim).to(grid), "fixed sin-cos"
-        else:
-            grid, how = resample(grid, old.grid, new.grid, method), method
-        table = torch.cat([prefix, grid], dim=1)
+        table = torch.cat([prefix, resample(grid, old.grid, new.grid, method)], dim=1)
         # The same kind as before: a parameter where learned, a buffer where fixed.
         learned = isinstance(model.pos_embed, nn.Parameter)
         model.pos_embed = nn.Parameter(table) if learned else table
         if model.load_report is not None:
             sizes = f"{old.grid[0]}x{old.grid[1]} -> {new.grid[0]}x{new.grid[1]}"
-            model.load_report.fates["pos_embed"] = ("resampled", f"{sizes}, {how}")
+            model.load_report.fates["pos_embed"] = ("resampled", f"{sizes}, {method}")
     model.config = new
     if model.preprocess is not None:
         model.preprocess = model.preprocess.resized_to(image_size)

@@ -1,0 +1,82 @@
+"""What the user sees."""
+
+import io
+import json
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from vitcli import report
+from vitcli.errors import VitcliError
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """Both streams of a colour terminal, as one text."""
+    stream = io.StringIO()
+    console = Console(
+        file=stream, force_terminal=True, color_system="truecolor", width=80, highlight=False
+    )
+    monkeypatch.setattr(report, "out", console)
+    monkeypatch.setattr(report, "err", console)
+    return stream
+
+
+def test_odd_names_are_printable_and_distinct():
+    assert report.printable("a\udce9b\nc") == "a\\udce9b\\nc"
+    assert report.printable("ünïcödé 蚂蚁") == "ünïcödé 蚂蚁"
+
+
+def test_an_error_is_one_line_and_a_hint_another(capfd, monkeypatch):
+    monkeypatch.setattr(report, "err", Console(stderr=True, highlight=False, width=40))
+    report.print_error(VitcliError("a " * 60 + "\nb [red]x[/red]", "do this"))
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("error: a a") and lines[0].endswith("b [red]x[/red]")
+    assert lines[1] == "hint: do this"
+
+
+def test_json_keeps_what_utf8_cannot_hold(capfd):
+    report.print_json({"path": "a\udce9", "x": float("1e-7")})
+    out = capfd.readouterr().out
+    assert json.loads(out) == {"path": "a\udce9", "x": 1e-7}
+
+
+def test_a_picture_has_two_pixel_rows_a_line(screen):
+    image = Image.new("RGB", (8, 4), (255, 0, 0))
+    image.paste((0, 0, 255), (0, 2, 8, 4))
+    report.print_picture(image, width=8)
+    lines = screen.getvalue().splitlines()
+    assert len(lines) == 2
+    assert all(line.count("▀") == 8 for line in lines)
+    assert "38;2;255;0;0" in lines[0] and "48;2;0;0;255" in lines[1]
+
+
+def test_no_picture_without_colour(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(report, "out", Console(file=stream, force_terminal=True, no_color=True))
+    report.print_picture(Image.new("RGB", (8, 4)))
+    assert stream.getvalue() == ""
+
+
+def test_no_live_bar_without_a_terminal(capfd, monkeypatch):
+    monkeypatch.setattr(report, "err", Console(stderr=True, highlight=False))
+    monkeypatch.setattr(report, "PLAIN_SECONDS", 0.0)
+    with report.Terminal().progress("train", 10, done=4) as bar:
+        assert isinstance(bar, report.PlainBar)
+        bar.advance(3, loss=1.25, accuracy=0.5, images_per_second=99.6)
+    err = capfd.readouterr().err
+    assert err == "train 7/10  loss 1.250  acc 50.0%  100 img/s\n"
+
+
+def test_a_live_bar_on_a_terminal(screen):
+    with report.Terminal().progress("train", 10) as bar:
+        assert isinstance(bar, report.LiveBar)
+        bar.advance(5, loss=0.5)
+    assert "train" in screen.getvalue() and "loss 0.500" in screen.getvalue()
+
+
+def test_markup_in_names_is_text(screen):
+    report.print_table("t", ["a", "b"], [["[bold]x[/bold]", 3]])
+    assert "[bold]x[/bold]" in screen.getvalue()

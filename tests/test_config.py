@@ -10,6 +10,7 @@ from vitcli.config import (
     lay_over,
     load_inference,
     load_recipe,
+    parse_duration,
     parse_overrides,
     read_toml,
 )
@@ -47,7 +48,7 @@ def test_all_mistakes_are_reported_together_with_the_nearest_names():
 
 @pytest.mark.parametrize("train", [{}, {"steps": 1, "epochs": 2}, {"epochs": 1, "images": 5}])
 def test_exactly_one_duration(train):
-    with pytest.raises(VitcliError, match=r"exactly one of `steps`, `epochs`, `images`"):
+    with pytest.raises(VitcliError, match=r"exactly one of `steps`, `epochs`, `images`, `budget`"):
         check(Recipe, {"command": "pretrain", "train": train}, "recipe `x`")
 
 
@@ -115,6 +116,22 @@ def test_total_steps_round_up():
     assert recipe(train={"epochs": 2.0, "batch_size": 128}).train.total_steps(100) == 2
     assert recipe(train={"images": 129, "batch_size": 128}).train.total_steps(5) == 2
     assert recipe(train={"steps": 7}).train.total_steps(5) == 7
+
+
+def test_budgets_are_durations():
+    assert [parse_duration(t) for t in ("90s", "10m", "1h30m", "2h", "1m5s")] == [
+        90,
+        600,
+        5400,
+        7200,
+        65,
+    ]
+    for text in ("", "10", "m", "1.5h", "-3m", "0s"):
+        with pytest.raises(ValueError, match="is no time such as"):
+            parse_duration(text)
+    with pytest.raises(VitcliError, match=r"`train`: `soon` is no time"):
+        recipe(train={"steps": None, "budget": "soon"})
+    assert recipe(train={"steps": None, "budget": "5m"}).train.total_steps(100) is None
 
 
 def test_smaller_sizes_by_share_of_the_run():

@@ -14,11 +14,11 @@ STEPS = [
     {"cli", "__main__"},
     {"report"},
     {"commands"},
-    {"train", "evals"},
+    {"train", "evals", "cost"},
     {"weights", "data", "run", "devices"},
     {"vit"},
     {"config"},
-    {"errors", "watch", "files"},
+    {"launch", "errors", "watch", "files"},
 ]
 RANK = {name: number for number, step in enumerate(STEPS) for name in step}
 HEAVY = {"torch", "datasets", "accelerate", "transformers", "timm", "torchvision"}

@@ -50,7 +50,7 @@ class Interrupt:
     def __init__(self, monkeypatch, after, number):
         self.calls = itertools.count(1)
         monkeypatch.setattr(
-            loop.Loop, "_agree", lambda _, value: number if next(self.calls) == after else value
+            loop.Loop, "agree", lambda _, value: number if next(self.calls) == after else value
         )
 
 

@@ -7,10 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from vitcli import __version__
+from vitcli import __version__, launch
 from vitcli.errors import VitcliError
 
-EXIT_MISTAKE, EXIT_UNREADABLE, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_BUG, EXIT_MISTAKE, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
+
+
+def _several(context: typer.Context, number: int | None) -> None:
+    """Hand the command line over to so many processes, if this is not one of them."""
+    from vitcli import report
+
+    if number is None or number == launch.size():
+        return
+    if launch.size() > 1:
+        raise VitcliError(
+            f"`--processes {number}` in a launch of {launch.size()} processes", "leave it out"
+        )
+    raise typer.Exit(launch.several(number, context.find_root().obj, report.print_error))
+
 
 app = typer.Typer(
     name="vitcli",
@@ -57,6 +71,12 @@ Resume = Annotated[
 ]
 Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", help="As many steps as fit: `90s`, `10m`, `1h30m`.", show_default=False
+    ),
+]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step, in all.")]
 Lr = Annotated[float | None, typer.Option("--lr", help="The peak learning rate.")]
 ImageSize = Annotated[
@@ -65,6 +85,16 @@ ImageSize = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, order and augmentation.")]
 Precision = Annotated[
     str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16.", show_default=False)
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Processes on this machine that share the work.",
+        callback=_several,
+        show_default=False,
+    ),
 ]
 Labels = Annotated[
     Path | None, typer.Option("--labels", help="Class names, one a line.", show_default=False)
@@ -87,11 +117,13 @@ def pretrain(
     set_: Set = None,
     epochs: Epochs = None,
     steps: Steps = None,
+    budget: Budget = None,
     batch_size: BatchSize = None,
     lr: Lr = None,
     image_size: ImageSize = None,
     seed: Seed = None,
     precision: Precision = None,
+    processes: Processes = None,
     out: Out = None,
     resume: Resume = False,
     json: Json = False,
@@ -110,6 +142,7 @@ def pretrain(
         {
             "train.epochs": epochs,
             "train.steps": steps,
+            "train.budget": budget,
             "train.batch_size": batch_size,
             "optim.lr": lr,
             "model.image_size": image_size,
@@ -131,11 +164,13 @@ def finetune(
     set_: Set = None,
     epochs: Epochs = None,
     steps: Steps = None,
+    budget: Budget = None,
     batch_size: BatchSize = None,
     lr: Lr = None,
     image_size: ImageSize = None,
     seed: Seed = None,
     precision: Precision = None,
+    processes: Processes = None,
     out: Out = None,
     resume: Resume = False,
     json: Json = False,
@@ -152,6 +187,7 @@ def finetune(
         {
             "train.epochs": epochs,
             "train.steps": steps,
+            "train.budget": budget,
             "train.batch_size": batch_size,
             "optim.lr": lr,
             "model.image_size": image_size,
@@ -182,6 +218,7 @@ def fewshot(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at once.")] = 128,
     image_size: ImageSize = None,
     precision: Precision = None,
+    processes: Processes = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -219,6 +256,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at once.")] = 128,
     image_size: ImageSize = None,
     precision: Precision = None,
+    processes: Processes = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="A folder for confusion.csv and .png.", show_default=False),
@@ -396,48 +434,65 @@ def main() -> None:
     # Threads that spin while another process works make two cores slower than one; read by
     # OpenMP when torch is loaded (recipes/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run(sys.argv[1:]))
+    launch.follow()
+    launch.leave(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line; the exit status of INTERFACE, "Output"."""
     from vitcli import report
 
+    if launch.rank():
+        report.mute()
+    if warning := launch.lonely():
+        report.Terminal().warn(warning)
     try:
-        status = app(args=arguments, prog_name="vitcli", standalone_mode=False)
-        return status if isinstance(status, int) else 0
+        status = app(args=arguments, prog_name="vitcli", standalone_mode=False, obj=arguments)
+        return launch.together(status if isinstance(status, int) else 0)
     except typer.Exit as done:
-        return done.exit_code
+        return launch.together(done.exit_code)
     except VitcliError as error:
-        report.print_error(error)
-        return EXIT_MISTAKE
+        return _tell(error)
     except (KeyboardInterrupt, typer.Abort):
         report.err.print("interrupted")
-        return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED if launch.rank() == 0 else 0
     except BrokenPipeError:
         # The reader of our output (`| head`) is gone; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if (status := _usage_error(error)) is None and (status := _stopped(error)) is None:
+        if (stopped := _stopped(error)) is not None:
+            return launch.together(stopped)
+        if (usage := _usage_error(error)) is not None:
+            return _tell(usage)
+        launch.hold(mistake=False)
+        if launch.size() == 1:
             raise
-        return status
+        sys.excepthook(type(error), error, error.__traceback__)
+        return EXIT_BUG
 
 
-def _usage_error(error: Exception) -> int | None:
-    """Tell of a command line that cannot be parsed; None when `error` is something else.
+def _tell(error: VitcliError) -> int:
+    """Print an error; the exit status for it."""
+    from vitcli import report
+
+    launch.hold(mistake=True)
+    report.err.quiet = False
+    report.print_error(error)
+    return EXIT_MISTAKE
+
+
+def _usage_error(error: Exception) -> VitcliError | None:
+    """What is wrong with a command line that cannot be parsed; None for any other exception.
 
     Known by its method: typer brings click along under a name that depends on typer's version.
     """
-    from vitcli import report
-
     message = getattr(error, "format_message", None)
     if message is None:
         return None
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "vitcli"
-    report.print_error(VitcliError(message(), f"see `{command} --help`"))
-    return EXIT_MISTAKE
+    return VitcliError(message(), f"see `{command} --help`")
 
 
 def _stopped(error: Exception) -> int | None:

@@ -7,6 +7,7 @@ reported together, each with its dotted name and the nearest name that exists.
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +29,21 @@ from pydantic import (
 from vitcli.errors import VitcliError, nearest
 
 Settings = dict[str, Any]
-DURATIONS = ("steps", "epochs", "images")
+DURATIONS = ("steps", "epochs", "images", "budget")
+
+
+def parse_duration(text: str) -> float:
+    """`90s`, `10m`, `1h30m` -> seconds.
+
+    Raises:
+        ValueError: not of that form, or nothing at all.
+    """
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    parts = [int(part or 0) for part in found.groups()] if found else []
+    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if not seconds:
+        raise ValueError(f"`{text}` is no time such as `90s`, `10m` or `1h30m`")
+    return float(seconds)
 
 
 class Section(BaseModel):
@@ -154,6 +169,7 @@ class TrainSection(Section):
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     images: PositiveInt | None = None
+    budget: str | None = None
     batch_size: PositiveInt = 128
     micro_batch_size: PositiveInt | None = None
     seed: NonNegativeInt = 0
@@ -170,7 +186,10 @@ class TrainSection(Section):
         given = [name for name in DURATIONS if getattr(self, name) is not None]
         if len(given) != 1:
             named = " and ".join(f"`{name}`" for name in given) or "none"
-            raise ValueError(f"give exactly one of `steps`, `epochs`, `images`; here: {named}")
+            options = ", ".join(f"`{name}`" for name in DURATIONS)
+            raise ValueError(f"give exactly one of {options}; here: {named}")
+        if self.budget is not None:
+            parse_duration(self.budget)
         return self
 
     def side_at(self, step: int, total_steps: int) -> int | None:
@@ -180,8 +199,10 @@ class TrainSection(Section):
                 return side
         return None
 
-    def total_steps(self, num_images: int) -> int:
-        """Optimizer steps of the run over a set of `num_images`."""
+    def total_steps(self, num_images: int) -> int | None:
+        """Optimizer steps over a set of `num_images`; None where only the time is given."""
+        if self.budget is not None:
+            return None
         if self.steps is not None:
             return self.steps
         images = self.images if self.images is not None else (self.epochs or 0.0) * num_images

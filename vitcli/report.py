@@ -1,7 +1,7 @@
 """What the user sees: progress, tables and pictures through Rich, or plain JSON."""
 
+import io
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ err = Console(stderr=True, highlight=False)
 def mute() -> None:
     """Say nothing from here on: of several processes the first one speaks."""
     out.quiet = err.quiet = True
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    sys.stdout = io.StringIO()
 
 
 def printable(text: str) -> str:

@@ -91,7 +91,7 @@ class Loop:
         state: what a checkpoint holds; its module and optimizers are the unwrapped ones.
         optimizers: the prepared ones, which skip a step whose fp16 gradients overflowed.
         accelerator: accelerate's.
-        validate: figures of a held-out split; called every `recipe.train.eval_steps`.
+        validate: figures of a held-out split; called every `eval_steps` and at the end.
     """
 
     module: nn.Module
@@ -105,6 +105,8 @@ class Loop:
     accelerator: Any
     watch: Watcher
     validate: Validate | None = None
+    eval_steps: int | None = None
+    settled: bool = False
 
     def fit(self) -> None:
         """Train from `state.step` to `total_steps`.
@@ -130,7 +132,7 @@ class Loop:
                 if state.ema is not None:
                     state.ema.update(state.module, state.step)
                 last = state.step == self.total_steps
-                stop = self._agree(flag.received)
+                stop = self.agree(flag.received)
                 save = self._due(saved) or stop is not None
                 if state.step % train.log_steps == 0 or last or save:
                     figures = self._record(meter, factor)
@@ -141,12 +143,26 @@ class Loop:
                     saved = time.monotonic()
                 if stop is not None and not last:
                     raise Stopped(stop, state.step, str(self.run.path))
-                if train.eval_steps and state.step % train.eval_steps == 0 and not last:
+                if self.eval_steps and state.step % self.eval_steps == 0 and not last:
                     bar.advance(0, **self.evaluate())
         self.save()
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimizer step over this process's share of a batch, in as many parts as asked."""
+        """One optimizer step over this process's share of a batch."""
+        if not self.settled and self.accelerator.num_processes > 2:
+            # DDP regroups the gradients after its first pass, and then three summands or more are
+            # added in another order. A first pass for nothing, and resumed runs add as whole ones.
+            self.gradients(batch)
+        self.settled = True
+        figures = self.gradients(batch)
+        if self.recipe.optim.grad_clip is not None:
+            self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.optim.grad_clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return figures
+
+    def gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """The gradients of a step, computed in as many parts as asked, and its figures."""
         train, state, accelerator = self.recipe.train, self.state, self.accelerator
         torch.manual_seed(step_seed(train.seed, state.step, accelerator.process_index))
         count = len(batch.labels)
@@ -166,10 +182,6 @@ class Loop:
                 accelerator.backward(loss * share)
             for name, value in seen.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() * share
-        if self.recipe.optim.grad_clip is not None:
-            accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.optim.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
         return figures
 
     def evaluate(self) -> dict[str, float]:
@@ -193,7 +205,7 @@ class Loop:
     def _record(self, meter: Meter, factor: float) -> dict[str, float]:
         """Log the means since the last record, and stop the run when the loss is not finite."""
         train, step = self.recipe.train, self.state.step
-        figures = meter.read()
+        figures = self._mean(meter.read())
         seconds = time.perf_counter() - meter.started
         speed = meter.steps * train.batch_size / seconds
         if not math.isfinite(figures["loss"]):
@@ -221,9 +233,17 @@ class Loop:
         interval = self.recipe.train.checkpoint_steps
         if interval is not None:
             return self.state.step % interval == 0
-        return self._agree(int(time.monotonic() - saved > CHECKPOINT_SECONDS)) == 1
+        return self.agree(int(time.monotonic() - saved > CHECKPOINT_SECONDS)) == 1
 
-    def _agree(self, value: int | None) -> int | None:
+    def _mean(self, figures: dict[str, float]) -> dict[str, float]:
+        """The means over all processes, so that each draws the same conclusions."""
+        if self.accelerator.num_processes == 1:
+            return figures
+        mine = torch.tensor([*figures.values()], device=self.accelerator.device).double()
+        means = self.accelerator.reduce(mine, reduction="mean").tolist()
+        return dict(zip(figures, means, strict=True))
+
+    def agree(self, value: int | None) -> int | None:
         """The largest of all processes' values: they must save and stop at the same step."""
         if self.accelerator.num_processes == 1:
             return value

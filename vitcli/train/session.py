@@ -1,28 +1,32 @@
 """One training run from its recipe to its result: what `pretrain` and `finetune` share."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vitcli.config import Recipe
+from vitcli.config import Recipe, parse_duration
+from vitcli.cost.budget import steps_within
 from vitcli.data.augment import TrainTransform
 from vitcli.data.loader import TrainLoader, eval_batches
 from vitcli.data.sources import ImageSet, Source, load_data
-from vitcli.devices import pick_device, resolve_precision
+from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.run import Run, create_run, reopen_run
 from vitcli.train.checkpoint import TrainState, list_checkpoints, load_checkpoint
+from vitcli.train.curves import draw_curves
 from vitcli.train.ema import Ema
-from vitcli.train.loop import Loop, Stopped, averaged
+from vitcli.train.loop import Loop, Stopped, Validate, averaged
 from vitcli.train.objectives import build_objective
 from vitcli.train.optim import build_optimizers
 from vitcli.vit import VisionTransformer
-from vitcli.watch import Logged, Watcher
+from vitcli.watch import Logged, Quiet, Watcher
 from vitcli.weights.store import save_model
 
 EVALUATIONS = 5  # of a run that does not say how often
@@ -74,8 +78,9 @@ def train(
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import set_seed
+    from accelerate.utils import broadcast_object_list, set_seed
 
+    began = time.monotonic()
     if recipe.data.name is None:
         raise VitcliError("the recipe names no data", "add DATA after the command")
     old = reopen_run(out, recipe) if resume else None
@@ -86,6 +91,8 @@ def train(
     precision = resolve_precision(recipe.train.precision, device)
     if old is not None:  # `auto` is measured; a resumed run computes as it began
         precision = old.provenance().get("precision", precision)
+    join_processes(device)
+    precision = broadcast_object_list([precision])[0]  # each has measured for itself
     # Accelerate keeps the precision of a process's first run for all later ones.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -101,7 +108,6 @@ def train(
     images = source.splits["train"]
     set_seed(recipe.train.seed)
     model = make_model(source)
-    total = recipe.train.total_steps(len(images))
     if old is None:
         if resume:
             watch.note(f"nothing to resume at `{out}`: starting from step 0")
@@ -109,22 +115,20 @@ def train(
     else:
         run = old
     accelerator.wait_for_everyone()
-    logged = Logged(watch, run.path / "log.txt")
-    logged.note(f"run `{run.path}`: {total} steps of {recipe.train.batch_size} images, {precision}")
-    if accelerator.is_main_process and old is None:
-        run.write_provenance(
-            {
-                "data": {"name": recipe.data.name, "fingerprint": source.fingerprint},
-                "steps": total,
-                "parameters": count_parameters(model),
-                "precision": precision,
-                "device": str(accelerator.device),
-                "processes": accelerator.num_processes,
-                "threads": torch.get_num_threads(),
-            }
-        )
+    main = accelerator.is_main_process
+    logged = Logged(watch, run.path / "log.txt") if main else Logged(Quiet(), Path(os.devnull))
+    facts = {
+        "data": {"name": recipe.data.name, "fingerprint": source.fingerprint},
+        "parameters": count_parameters(model),
+        "precision": precision,
+        "device": str(accelerator.device),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }
     try:
-        return _train(recipe, model, source, run, total, accelerator, logged)
+        loop = make_loop(recipe, model, source, run, accelerator, logged)
+        settle_steps(loop, facts, began, len(images), held_out_images(source))
+        return finish(loop, model, *run_through(loop))
     except VitcliError as error:
         logged.write(f"error: {error.message}")
         raise
@@ -158,17 +162,15 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _train(
+def make_loop(
     recipe: Recipe,
     model: VisionTransformer,
     source: Source,
     run: Run,
-    total: int,
     accelerator: Any,
     watch: Logged,
-) -> Trained:
-    """Training proper, in a run directory that is there."""
-    images = source.splits["train"]
+) -> Loop:
+    """Everything that trains, put together; `total_steps` is not settled yet."""
     preprocess = model.preprocess
     assert preprocess is not None
     objective = build_objective(model, recipe.objective, recipe.train.seed)
@@ -180,15 +182,8 @@ def _train(
     state = TrainState(
         objective, inner, Ema(objective, decay) if decay else None, accelerator.scaler
     )
-    if found := list_checkpoints(run.checkpoints):
-        load_checkpoint(found[-1], state)
-        watch.note(f"resuming from step {state.step} of {total}")
-    elif run.metrics_file.is_file():
-        watch.note("no checkpoint was written before: starting from step 0")
-    if accelerator.is_main_process and run.metrics_file.is_file():
-        run.forget_after(state.step)
     loader = TrainLoader(
-        images,
+        source.splits["train"],
         TrainTransform(preprocess, recipe.augment),
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
@@ -199,60 +194,108 @@ def _train(
         strict=recipe.data.strict,
     )
     held_out = held_out_split(source)
-    test = source.splits[held_out] if held_out else None
-
-    def validate() -> dict[str, float]:
-        assert test is not None
-        return measure(model, test, accelerator, watch)
-
-    measurable = test is not None and model.config.num_classes > 0
-    evals = recipe.train.eval_steps or max(1, total // EVALUATIONS)
-    loop = Loop(
-        module,
-        state,
-        optimizers,
-        loader,
-        preprocess,
-        recipe.model_copy(update={"train": recipe.train.model_copy(update={"eval_steps": evals})}),
-        total,
-        run,
-        accelerator,
-        watch,
-        validate if measurable else None,
+    validate: Validate | None = None
+    if held_out is not None and model.config.num_classes > 0:
+        test = source.splits[held_out]
+        validate = partial(measure, model, test, accelerator, watch)
+    return Loop(
+        module=module,
+        state=state,
+        optimizers=optimizers,
+        loader=loader,
+        preprocess=preprocess,
+        recipe=recipe,
+        total_steps=0,
+        run=run,
+        accelerator=accelerator,
+        watch=watch,
+        validate=validate,
     )
-    started, first = time.perf_counter(), state.step
+
+
+def settle_steps(
+    loop: Loop, facts: dict[str, Any], began: float, train_images: int, test_images: int
+) -> None:
+    """Say how long the run is, going on from its last checkpoint if there is one.
+
+    A budget is turned into steps once, at the start of a run, and kept with its provenance
+    (`facts`); a resumed run makes the steps that were settled then.
+    """
+    run, train, watch = loop.run, loop.recipe.train, loop.watch
+    known = run.provenance().get("steps")
+    total = train.total_steps(train_images) or known
+    if total is None:
+        left = parse_duration(train.budget or "") - (time.monotonic() - began)
+        measured = steps_within(loop, left, test_images if loop.validate else 0)
+        total = loop.agree(measured) or measured
+        watch.note(f"budget {train.budget}: {total} steps, measured on this machine")
+    if known is None and loop.accelerator.is_main_process:
+        run.write_provenance({**facts, "steps": total})
+    loop.total_steps = total
+    loop.eval_steps = train.eval_steps or (total if train.budget else max(1, total // EVALUATIONS))
+    watch.note(
+        f"run `{run.path}`: {total} steps of {train.batch_size} images, {facts['precision']}"
+    )
+    if found := list_checkpoints(run.checkpoints):
+        load_checkpoint(found[-1], loop.state)
+        watch.note(f"resuming from step {loop.state.step} of {total}")
+    elif run.metrics_file.is_file():
+        watch.note("no checkpoint was written before: starting from step 0")
+    if loop.accelerator.is_main_process and run.metrics_file.is_file():
+        run.forget_after(loop.state.step)
+
+
+def run_through(loop: Loop) -> tuple[float, float, dict[str, float]]:
+    """Train to the end and measure; seconds, images a second, and the figures."""
+    started, first = time.perf_counter(), loop.state.step
     loop.fit()
     seconds = time.perf_counter() - started
-    figures = {k.removeprefix("test_"): v for k, v in loop.evaluate().items()}
-    if loader.broken:
-        watch.warn(f"{len(loader.broken)} images could not be read and were replaced")
-    with averaged(state):
-        model.eval()
-        model.head_trained = model.config.num_classes > 0
-        if accelerator.is_main_process:
-            save_model(run.weights_file, model, recipe_hash=recipe.fingerprint())
-    done = (total - first) * recipe.train.batch_size
+    done = (loop.total_steps - first) * loop.recipe.train.batch_size
+    figures = {name.removeprefix("test_"): value for name, value in loop.evaluate().items()}
+    return seconds, done / seconds if done else 0.0, figures or last_figures(loop.run)
+
+
+def finish(
+    loop: Loop,
+    model: VisionTransformer,
+    seconds: float,
+    images_per_second: float,
+    figures: dict[str, float],
+) -> Trained:
+    """Write weights, curves and, last of all, the result."""
+    recipe, run = loop.recipe, loop.run
+    broken = united(loop.loader.broken, loop.accelerator)
+    if broken:
+        loop.watch.warn(f"{len(broken)} images could not be read and were replaced")
     result = Trained(
         run=str(run.path),
         command=recipe.command,
         data=str(recipe.data.name),
         model=str(recipe.model.name),
         parameters=count_parameters(model),
-        steps=total,
-        images=total * recipe.train.batch_size,
+        steps=loop.total_steps,
+        images=loop.total_steps * recipe.train.batch_size,
         seconds=round(seconds, 2),
-        images_per_second=round(done / seconds, 1) if done else 0.0,
-        figures=figures or last_figures(run),
+        images_per_second=round(images_per_second, 1),
+        figures=figures,
         labels=model.config.num_classes,
-        broken=dict(loader.broken),
+        broken=broken,
     )
-    if accelerator.is_main_process:
-        from vitcli.train.curves import draw_curves
-
+    if loop.accelerator.is_main_process:
+        model.eval()
+        model.head_trained = model.config.num_classes > 0
+        with averaged(loop.state):
+            save_model(run.weights_file, model, recipe_hash=recipe.fingerprint())
         draw_curves(run)
         run.finish(result.to_json())
-    accelerator.wait_for_everyone()
+    loop.accelerator.wait_for_everyone()
     return result
+
+
+def held_out_images(source: Source) -> int:
+    """How many images a pass over the held-out split looks at."""
+    name = held_out_split(source)
+    return len(source.splits[name]) if name else 0
 
 
 def held_out_split(source: Source) -> str | None:
@@ -266,6 +309,15 @@ def last_figures(run: Run) -> dict[str, float]:
         if "train/loss" in record:
             return {k: v for k, v in record.items() if k.startswith("train/")}
     return {}
+
+
+def united(broken: dict[str, str], accelerator: Any) -> dict[str, str]:
+    """What all processes found broken, the same on each."""
+    if accelerator.num_processes == 1:
+        return dict(broken)
+    from accelerate.utils import gather_object
+
+    return dict(sorted(gather_object(list(broken.items()))))
 
 
 @torch.inference_mode()

@@ -1,0 +1,79 @@
+"""A run as long as the time it is given."""
+
+import json
+import time
+
+import pytest
+from tiny import records, tiny_recipe
+
+from vitcli.commands.pretrain import random_model
+from vitcli.cost.budget import stage_shares
+from vitcli.errors import VitcliError
+from vitcli.train import loop
+from vitcli.train.loop import Stopped
+from vitcli.train.session import train
+from vitcli.watch import Quiet
+
+SETTINGS = {"train": {"steps": None, "budget": "8s", "smaller_sizes": [[4, 0.5]]}}
+
+
+def go(out, recipe, resume=False):
+    return train(
+        recipe, lambda source: random_model(recipe, source), out=out, resume=resume, watch=Quiet()
+    )
+
+
+def test_stages_share_the_run():
+    assert stage_shares([]) == [(0, 1.0)]
+    assert stage_shares([(16, 0.4), (24, 0.7)]) == [
+        (0, 0.4),
+        (400, pytest.approx(0.3)),
+        (700, pytest.approx(0.3)),
+    ]
+    assert stage_shares([(16, 1.0)]) == [(0, 1.0)]
+
+
+def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
+    recipe = tiny_recipe(**SETTINGS)
+    start = time.monotonic()
+    whole = go(tmp_path / "whole", recipe)
+    seconds = time.monotonic() - start
+    # A busy machine may be slower after the measurement than in it; far off would be a mistake.
+    assert 2.0 < seconds < 24.0
+    assert whole.steps > 10
+    facts = json.loads((tmp_path / "whole/provenance.json").read_text())
+    assert facts["steps"] == whole.steps
+    schedule = [r["lr"] for r in records(tmp_path / "whole") if "lr" in r]
+    assert schedule[-1] < 0.1 * max(schedule)  # it came to its end
+    # Stopped, and resumed with the steps that were settled first: the same run of that length.
+    monkeypatch.setattr("vitcli.train.session.steps_within", lambda *_: 7)
+    asked = iter([None] * 5 + [15] + [None] * 100)
+    monkeypatch.setattr(loop.Loop, "agree", lambda _, value: next(asked) or value)
+    with pytest.raises(Stopped):
+        go(tmp_path / "parts", recipe)
+    monkeypatch.undo()
+    parts = go(tmp_path / "parts", recipe, resume=True)
+    exact = go(tmp_path / "exact", tiny_recipe(train={"steps": 7, "smaller_sizes": [[4, 0.5]]}))
+    assert parts.steps == exact.steps == 7
+    a, b = (tmp_path / n / "model.safetensors" for n in ("parts", "exact"))
+    assert a.read_bytes()[-1000:] == b.read_bytes()[-1000:]
+
+
+def test_measuring_moves_no_weight(tmp_path, monkeypatch):
+    """A budget of exactly the steps of a fixed run gives that run."""
+    from vitcli.cost import budget
+
+    measured = budget.steps_within
+    monkeypatch.setattr("vitcli.train.session.steps_within", lambda *a: measured(*a) and 6)
+    go(tmp_path / "budget", tiny_recipe(**SETTINGS))
+    go(tmp_path / "fixed", tiny_recipe(train={"steps": 6, "smaller_sizes": [[4, 0.5]]}))
+    from safetensors.torch import load_file
+
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("budget", "fixed"))
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_budget_too_small_for_one_step(tmp_path):
+    recipe = tiny_recipe(train={"steps": None, "budget": "1s"}, model={"depth": 12})
+    with pytest.raises(VitcliError, match="no step fits into the budget"):
+        go(tmp_path / "run", recipe)

@@ -220,3 +220,18 @@ def test_colour_is_left_out_where_it_is_not_wanted(trained):
     )
     assert "\x1b[" not in done.stdout + done.stderr
     assert "196 tokens" in done.stdout
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_training_goes_on_past_a_broken_image_and_says_so(split, trained, capfd):
+    for name in ("train", "test"):
+        pictures(trained / "animals" / name)
+    (trained / "animals" / split / "dog/broken.jpg").write_bytes(b"\xff\xd8\xff not a picture")
+    common = ("pretrain", "animals", "--recipe", "tiny.toml", "--out")
+    status, out, err = call(capfd, *common, "runs/some", "--json")
+    assert status == 3, err
+    assert any("broken.jpg" in name for name in json.loads(out)["broken"])
+    assert "error: " in err and "broken.jpg" in err
+    if split == "train":
+        status, _, err = call(capfd, *common, "runs/strict", "--set", "data.strict=true")
+        assert status == 2 and "broken.jpg" in err

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -154,6 +155,7 @@ def pretrain(
         data, recipe=recipe, settings=settings, out=out, resume=resume, watch=report.Terminal()
     )
     _show(result, json, report.show_trained)
+    _unreadable(f"{name}: {reason}" for name, reason in result.broken.items())
 
 
 @app.command()
@@ -205,6 +207,7 @@ def finetune(
         watch=report.Terminal(),
     )
     _show(result, json, report.show_trained)
+    _unreadable(f"{name}: {reason}" for name, reason in result.broken.items())
 
 
 @app.command()
@@ -398,13 +401,14 @@ def _numbers(text: str | None) -> list[int] | None:
         ) from None
 
 
-def _unreadable(broken: Any) -> None:
+def _unreadable(broken: Iterable[str]) -> None:
     """Name the inputs that could not be read, and end with the status that says so."""
     from vitcli import report
 
-    for line in broken:
-        report.print_error(VitcliError(str(line)))
-    if broken:
+    lines = list(broken)
+    for line in lines:
+        report.print_error(VitcliError(line))
+    if lines:
         raise typer.Exit(EXIT_UNREADABLE)
 
 

@@ -322,14 +322,8 @@ def show_patches(result: Any) -> None:
 
 
 def show_recipes(result: Any) -> None:
-    """One line a recipe."""
-    rows = [
-        [r.name, r.command, r.data or "DATA", r.model or "MODEL", r.description]
-        for r in result.rows
-    ]
-    table = Table(box=None, padding=(0, 2))
-    for name in ("recipe", "command", "data", "model", "what it is"):
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    out.print(table)
+    """Two lines a recipe: what it takes, and what it is."""
+    for row in result.rows:
+        takes = f"{row.command} {row.data or 'DATA'} {row.model or '--model MODEL'}"
+        out.print(Text.assemble((row.name, "bold"), "  ", takes), soft_wrap=True)
+        out.print(Text(f"    {row.description}", style="dim"), soft_wrap=True)

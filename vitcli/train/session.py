@@ -197,7 +197,7 @@ def make_loop(
     validate: Validate | None = None
     if held_out is not None and model.config.num_classes > 0:
         test = source.splits[held_out]
-        validate = partial(measure, model, test, accelerator, watch)
+        validate = partial(measure, model, test, accelerator, watch, loader.broken)
     return Loop(
         module=module,
         state=state,
@@ -266,7 +266,9 @@ def finish(
     recipe, run = loop.recipe, loop.run
     broken = united(loop.loader.broken, loop.accelerator)
     if broken:
-        loop.watch.warn(f"{len(broken)} images could not be read and were replaced")
+        loop.watch.warn(
+            f"{len(broken)} images could not be read; in training others of their class stood in"
+        )
     result = Trained(
         run=str(run.path),
         command=recipe.command,
@@ -322,12 +324,16 @@ def united(broken: dict[str, str], accelerator: Any) -> dict[str, str]:
 
 @torch.inference_mode()
 def measure(
-    model: VisionTransformer, images: ImageSet, accelerator: Any, watch: Watcher
+    model: VisionTransformer,
+    images: ImageSet,
+    accelerator: Any,
+    watch: Watcher,
+    broken: dict[str, str],
 ) -> dict[str, float]:
     """Top-1 accuracy and cross-entropy over a split; every readable image counts once.
 
     Each process takes its own part, and only sums travel, so the number of processes changes
-    nothing.
+    nothing. What cannot be read is noted in `broken`.
     """
     preprocess = model.preprocess
     assert preprocess is not None
@@ -342,6 +348,9 @@ def measure(
     )
     with watch.progress("test", len(images)) as bar:
         for batch in batches:
+            for line in batch.broken:
+                name, _, reason = line.rpartition(": ")
+                broken[name] = reason
             batch = batch.to(device)
             with accelerator.autocast():
                 logits = model(preprocess.normalize(batch.images)).float()  # (B, K)

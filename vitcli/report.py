@@ -290,7 +290,8 @@ def show_prediction(row: Mapping[str, Any]) -> None:
     if row["error"] is not None:
         return
     top = "  ".join(f"{one['label']} {100 * one['probability']:.1f} %" for one in row["top"])
-    out.print(Text.assemble((printable(str(row["path"])), "bold"), "  ", printable(top)))
+    line = Text.assemble((printable(str(row["path"])), "bold"), "  ", printable(top))
+    out.print(line, soft_wrap=True)
 
 
 def show_patches(result: Any) -> None:

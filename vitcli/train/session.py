@@ -104,6 +104,8 @@ def train(
             f"{accelerator.num_processes} processes",
             "`--batch-size` counts the images of all processes together",
         )
+    if old is not None:
+        warn_of_other_processes(old, accelerator.num_processes, watch)
     source = open_source(recipe, watch)
     images = source.splits["train"]
     set_seed(recipe.train.seed)
@@ -135,6 +137,16 @@ def train(
     except Stopped as stopped:
         logged.write(str(stopped))
         raise
+
+
+def warn_of_other_processes(run: Run, number: int, watch: Watcher) -> None:
+    """Tell that a resume is not exact where `run` was begun with another number of processes."""
+    before = run.provenance().get("processes", number)
+    if before != number:
+        watch.warn(
+            f"`{run.path}` was begun with {before} process{'es' * (before > 1)}, and goes on with "
+            f"{number}: the same images in the same order, but sums and dropout differ"
+        )
 
 
 def open_source(recipe: Recipe, watch: Watcher) -> Source:

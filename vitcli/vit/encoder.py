@@ -14,11 +14,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, H, T, E) three times -> (B, H, T, E): softmax(q k^T / sqrt(E)) v.
 
     The one place where the implementation is chosen. On a CPU the backward of the fused kernel
-    is slow in bf16 (1.4 to 1.9 times the time of a whole training step at 65 to 197 tokens, see
-    recipes/LOG.md), so there it is written out; elsewhere, and for long sequences, it is torch's
-    fused attention. Both agree within rounding.
+    is slow in bf16 (1.1 to 1.8 times the time of a whole training step at 16 to 197 tokens, see
+    recipes/LOG.md), so there it is written out; in fp32 both are as fast, and the fused one needs
+    less memory. Elsewhere, and for long sequences, it is torch's. Both agree within rounding.
     """
-    if q.device.type == "cpu" and q.shape[2] <= LONGEST_EXPLICIT:
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if half and q.device.type == "cpu" and q.shape[2] <= LONGEST_EXPLICIT:
         return attend_explicit(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -22,15 +22,13 @@ def sincos2d(grid: tuple[int, int], embed_dim: int, temperature: float = 10_000.
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4: {embed_dim}")
     rows, cols = grid
     quarter = embed_dim // 4
-    omega = torch.arange(quarter, dtype=torch.float64) / (quarter - 1)
+    # On the CPU whatever the default device is: on the meta device these few numbers would load
+    # torch's compiler, a second of every start.
+    omega = torch.arange(quarter, dtype=torch.float64, device="cpu") / (quarter - 1)
     omega = temperature**-omega  # (D/4,)
-    y, x = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64),
-        torch.arange(cols, dtype=torch.float64),
-        indexing="ij",
-    )
-    y = y.reshape(-1, 1) * omega  # (N, D/4)
-    x = x.reshape(-1, 1) * omega  # (N, D/4)
+    place = torch.arange(rows * cols, dtype=torch.float64, device="cpu")[:, None]
+    y = place.div(cols, rounding_mode="floor") * omega  # (N, D/4)
+    x = place.remainder(cols) * omega  # (N, D/4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None].float()  # (1, N, D)
 
 

@@ -12,12 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "vitcli"
 # From left to right; a module imports from its own step and from those to its right.
 STEPS = [
     {"cli", "__main__"},
+    {"options"},
     {"report"},
     {"commands"},
     {"train", "evals", "cost"},
     {"weights", "data", "run", "devices"},
     {"vit"},
     {"config"},
+    {"sections"},
     {"launch", "errors", "watch", "files"},
 ]
 RANK = {name: number for number, step in enumerate(STEPS) for name in step}

@@ -19,7 +19,7 @@ def commands(text):
     """Every `vitcli …` line in a code block, without comment and prompt."""
     for block in re.findall(r"^```\n(.*?)^```", text, flags=re.S | re.M):
         for line in block.splitlines():
-            line = line.removeprefix("$ ").partition("  #")[0].strip()
+            line = line.removeprefix("$ ").partition(" #")[0].strip()
             if line.startswith("vitcli "):
                 yield line
 

@@ -8,7 +8,7 @@ from vitcli.commands import finetune, pretrain
 from vitcli.commands.recipes import run
 from vitcli.config import Recipe, check, load_recipe, read_toml, recipes_folder
 
-NUM_RECIPES = 6
+NUM_RECIPES = 5
 FILES = sorted(recipes_folder().glob("*.toml"))
 
 

@@ -10,21 +10,29 @@ import typer
 
 from vitcli import __version__, launch
 from vitcli.errors import VitcliError
+from vitcli.options import (
+    BatchSize,
+    Budget,
+    Data,
+    Epochs,
+    ImageSize,
+    Json,
+    Labels,
+    Lr,
+    Model,
+    Out,
+    Precision,
+    Processes,
+    RecipeName,
+    Resume,
+    Seed,
+    Set,
+    Steps,
+    numbers,
+    settings,
+)
 
 EXIT_BUG, EXIT_MISTAKE, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
-
-
-def _several(context: typer.Context, number: int | None) -> None:
-    """Hand the command line over to so many processes, if this is not one of them."""
-    from vitcli import report
-
-    if number is None or number == launch.size():
-        return
-    if launch.size() > 1:
-        raise VitcliError(
-            f"`--processes {number}` in a launch of {launch.size()} processes", "leave it out"
-        )
-    raise typer.Exit(launch.several(number, context.find_root().obj, report.print_error))
 
 
 app = typer.Typer(
@@ -37,69 +45,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-Data = Annotated[
-    str | None,
-    typer.Argument(
-        help="A folder of images, a .csv/.tsv/.jsonl manifest, parquet, or `builtin:digits`.",
-        show_default=False,
-    ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="A run, a weights file or folder, or a variant such as `B/16`. Default: the newest "
-        "run that fits.",
-        show_default=False,
-    ),
-]
-RecipeName = Annotated[
-    str | None, typer.Option("--recipe", help="A recipe's name or file.", show_default=False)
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="A setting, `section.key=value`; repeatable.", show_default=False),
-]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="Where the result goes. Default: under runs/.", show_default=False),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run at --out, exactly where it stopped.")
-]
-Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        "--budget", help="As many steps as fit: `90s`, `10m`, `1h30m`.", show_default=False
-    ),
-]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step, in all.")]
-Lr = Annotated[float | None, typer.Option("--lr", help="The peak learning rate.")]
-ImageSize = Annotated[
-    int | None, typer.Option("--image-size", help="Side of the images in pixels.")
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, order and augmentation.")]
-Precision = Annotated[
-    str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16.", show_default=False)
-]
-Processes = Annotated[
-    int | None,
-    typer.Option(
-        "--processes",
-        min=1,
-        help="Processes on this machine that share the work.",
-        callback=_several,
-        show_default=False,
-    ),
-]
-Labels = Annotated[
-    Path | None, typer.Option("--labels", help="Class names, one a line.", show_default=False)
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -138,21 +83,19 @@ def pretrain(
     from vitcli import report
     from vitcli.commands import pretrain as command
 
-    settings = _settings(
+    given = settings(
         set_,
-        {
-            "train.epochs": epochs,
-            "train.steps": steps,
-            "train.budget": budget,
-            "train.batch_size": batch_size,
-            "optim.lr": lr,
-            "model.image_size": image_size,
-            "train.seed": seed,
-            "train.precision": precision,
-        },
+        epochs=epochs,
+        steps=steps,
+        budget=budget,
+        batch_size=batch_size,
+        lr=lr,
+        image_size=image_size,
+        seed=seed,
+        precision=precision,
     )
     result = command.run(
-        data, recipe=recipe, settings=settings, out=out, resume=resume, watch=report.Terminal()
+        data, recipe=recipe, settings=given, out=out, resume=resume, watch=report.Terminal()
     )
     _show(result, json, report.show_trained)
     _unreadable(f"{name}: {reason}" for name, reason in result.broken.items())
@@ -184,24 +127,22 @@ def finetune(
     from vitcli import report
     from vitcli.commands import finetune as command
 
-    settings = _settings(
+    given = settings(
         set_,
-        {
-            "train.epochs": epochs,
-            "train.steps": steps,
-            "train.budget": budget,
-            "train.batch_size": batch_size,
-            "optim.lr": lr,
-            "model.image_size": image_size,
-            "train.seed": seed,
-            "train.precision": precision,
-        },
+        epochs=epochs,
+        steps=steps,
+        budget=budget,
+        batch_size=batch_size,
+        lr=lr,
+        image_size=image_size,
+        seed=seed,
+        precision=precision,
     )
     result = command.run(
         data,
         model=model,
         recipe=recipe,
-        settings=settings,
+        settings=given,
         out=out,
         resume=resume,
         watch=report.Terminal(),
@@ -238,9 +179,7 @@ def fewshot(
     result = command.run(
         data,
         model=model,
-        settings=_settings(
-            set_, {"fewshot.shots": _numbers(shots), "model.image_size": image_size}
-        ),
+        settings=settings(set_, shots=numbers(shots), image_size=image_size),
         out=out,
         batch_size=batch_size,
         precision=precision or "auto",
@@ -276,7 +215,7 @@ def evaluate(
     result = command.run(
         data,
         model=model,
-        settings=_settings(set_, {"model.image_size": image_size}),
+        settings=settings(set_, image_size=image_size),
         labels=labels,
         out=out,
         batch_size=batch_size,
@@ -316,7 +255,7 @@ def predict(
     rows = command.run(
         images,
         model=model,
-        settings=_settings(set_, {}),
+        settings=settings(set_),
         labels=labels,
         top=top,
         batch_size=batch_size,
@@ -385,22 +324,6 @@ def recipes(
     _show(command.run(), json, report.show_recipes)
 
 
-def _numbers(text: str | None) -> list[int] | None:
-    """`1,5,10` -> [1, 5, 10].
-
-    Raises:
-        VitcliError: not that.
-    """
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise VitcliError(
-            f"`--shots {text}` is not a list of numbers", "for example `--shots 1,5,10`"
-        ) from None
-
-
 def _unreadable(broken: Iterable[str]) -> None:
     """Name the inputs that could not be read, and end with the status that says so."""
     from vitcli import report
@@ -410,17 +333,6 @@ def _unreadable(broken: Iterable[str]) -> None:
         report.print_error(VitcliError(line))
     if lines:
         raise typer.Exit(EXIT_UNREADABLE)
-
-
-def _settings(set_: list[str] | None, shorthand: dict[str, Any]) -> dict[str, Any]:
-    """`--set` assignments with the shorthand flags that were given laid over them."""
-    from vitcli.config import lay_over, nest, parse_overrides
-
-    settings = parse_overrides(set_ or [])
-    for key, value in shorthand.items():
-        if value is not None:
-            lay_over(settings, nest(key, value))
-    return settings
 
 
 def _show(result: Any, as_json: bool, show: Any) -> None:

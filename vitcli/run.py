@@ -117,7 +117,9 @@ def create_run(path: Path, recipe: Recipe | str) -> Run:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise VitcliError(f"cannot make `{path.parent}`: {error.strerror}") from None
+        raise VitcliError(
+            f"cannot make `{path.parent}`: {error.strerror}", "choose another place with `--out`"
+        ) from None
     text = recipe if isinstance(recipe, str) else recipe.to_toml()
     with replacing(path) as temporary:
         temporary.mkdir()
@@ -225,6 +227,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise VitcliError(f"`{path}` is damaged: {error}") from None
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError) as error:
+        raise VitcliError(
+            f"`{path}` is damaged: {error}",
+            f"remove it: without its result.json the run `{path.parent}` counts as not finished",
+        ) from None
+    return values

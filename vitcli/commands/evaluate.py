@@ -2,6 +2,7 @@
 
 import csv
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +106,11 @@ def run(
     """
     watch = watch or Quiet()
     inference = load_inference(settings)
-    data = data or inference.data.name
+    data = inference.data.name if data is None else data
     if data is None:
         data = DEFAULT_DATA
         watch.note(f"no DATA given: {data}")
-    model = model or inference.model.name
+    model = inference.model.name if model is None else model
     if model is None:
         model = newest_run(classifier=True)
         watch.note(f"no `--model` given: {model}")
@@ -218,7 +219,9 @@ def write_confusion(out: Path, classes: tuple[str, ...], confusion: NDArray[np.i
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise VitcliError(f"cannot make `{out}`: {error.strerror}") from error
+        raise VitcliError(
+            f"cannot make `{out}`: {error.strerror}", hint="choose another place with `--out`"
+        ) from error
     columns = [*classes, OTHER][: confusion.shape[1]]
     path = out / CONFUSION
     with (
@@ -254,4 +257,5 @@ def _draw(
                 colour = "white" if shares[i, j] > 0.5 else "black"
                 axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.7)
-    figure.savefig(path, format="png", dpi=120)
+    with warnings.catch_warnings(action="ignore"):  # a script that the font does not have
+        figure.savefig(path, format="png", dpi=120)

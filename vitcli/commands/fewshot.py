@@ -114,11 +114,11 @@ def run(
     """
     watch = watch or Quiet()
     inference = load_inference(settings)
-    data = data or inference.data.name
+    data = inference.data.name if data is None else data
     if data is None:
         data = DEFAULT_DATA
         watch.note(f"no DATA given: {data}")
-    model = model or inference.model.name
+    model = inference.model.name if model is None else model
     if model is None:
         model = newest_run(classifier=False)
         watch.note(f"no `--model` given: {model}")

@@ -51,18 +51,13 @@ def run(
     if model is not None:
         lay_over(changes, nest("model.name", model))
     lay_over(changes, settings or {})
-    resolved = load_recipe(name, changes)
-    if resolved.command != "finetune":
-        raise VitcliError(
-            f"recipe `{name}` is one of `vitcli {resolved.command}`",
-            f"`vitcli {resolved.command} --recipe {name}`",
-        )
+    resolved = load_recipe(name, changes, "finetune")
     out = out or new_path(Path(name).stem)
     if resolved.model.name is None:
         chosen = newest_pretrained(out if resume else None)
         watch.note(f"no `--model` given: {chosen}")
         lay_over(changes, nest("model.name", chosen))
-        resolved = load_recipe(name, changes)
+        resolved = load_recipe(name, changes, "finetune")
     if data is None and recipe is None:
         watch.note(f"no DATA given: {resolved.data.name}")
     return train(

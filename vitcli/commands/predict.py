@@ -107,7 +107,12 @@ def run(
     """
     watch = watch or Quiet()
     if top < 1 or batch_size < 1:
-        raise VitcliError(f"`--top` {top}, `--batch-size` {batch_size}: both are 1 or more")
+        raise VitcliError(
+            f"`--top` is {top}, `--batch-size` {batch_size}", "both are 1 or more; 5 and 32 are usual"
+        )
+    for table in (csv_file, parquet_file):
+        if table is not None and table.is_dir():
+            raise VitcliError(f"`{table}` is a folder", "the table is a file: give its name too")
     files = find_images(paths)
     net = _classifier(model, settings, labels, watch)
     rows = _rows(net, files, min(top, net.config.num_classes), batch_size, precision, watch)
@@ -128,7 +133,7 @@ def _classifier(
         if model is None and inference.model.name is None:
             model = newest_run(classifier=True)
             watch.note(f"no `--model` given: {model}")
-        name = os.fspath(model or inference.model.name or "")
+        name = os.fspath(model if model is not None else inference.model.name or "")
         arguments = load_settings(inference.model, inference.preprocess)
         net = load_model(name, labels=labels, **arguments)
         for line in net.load_report.notes if net.load_report else []:
@@ -262,7 +267,7 @@ def _recorded(
 
 def _table_row(row: Row) -> dict[str, Any]:
     """A row of the table: `top` as JSON, names that are no UTF-8 escaped."""
-    path = row["path"].encode("utf-8", "backslashreplace").decode()
+    path = row["path"].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return {**row, "path": path, "top": json.dumps(row["top"], ensure_ascii=False)}
 
 

@@ -44,12 +44,7 @@ def run(
     if data is not None:
         lay_over(changes, nest("data.name", data))
     lay_over(changes, settings or {})
-    resolved = load_recipe(name, changes)
-    if resolved.command != "pretrain":
-        raise VitcliError(
-            f"recipe `{name}` is one of `vitcli {resolved.command}`",
-            f"`vitcli {resolved.command} --recipe {name}`",
-        )
+    resolved = load_recipe(name, changes, "pretrain")
     if data is None and recipe is None:
         watch.note(f"no DATA given: recipe `{name}`, {resolved.data.name}")
     return train(

@@ -78,6 +78,8 @@ def _kind(notation: str) -> str:
         close = nearest(notation, known)
         hint = f"did you mean `{close}`?" if close else f"there are {', '.join(known)}"
         raise VitcliError(f"no data `{notation}`", hint)
+    if not notation:  # an empty path would be the current folder
+        raise VitcliError("DATA is empty text", f"data is {UNDERSTOOD}; `.` is the current folder")
     path = Path(notation)
     if path.is_dir():
         return "parquet" if parquet_files(path) else "folder"

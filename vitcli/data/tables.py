@@ -46,7 +46,10 @@ def load_manifest(request: Request) -> Source:
     if len(good) < len(rows):
         notes.append(f"{shown}: {len(rows) - len(good):,} rows without path or label left out")
     if not good:
-        raise VitcliError(f"`{shown}` has no row with a path and a label")
+        raise VitcliError(
+            f"`{shown}` has no row with a path and a label",
+            f"the columns `{images}` and `{labels}` are empty; others: `--set data.label_column=NAME`",
+        )
     paths = [os.fsencode(str(row[images])) for row in good]
     store = FileStore(path.parent, paths)
     if not any(store.content(row).exists() for row in range(min(len(paths), MISSING_PROBES))):
@@ -74,7 +77,8 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         try:
             return list(csv.DictReader(file, delimiter=delimiter))
         except csv.Error as error:
-            raise VitcliError(f"`{printable(path)}` is not a table: {error}") from None
+            fault = f"`{printable(path)}` is not a table: {error}"
+            raise VitcliError(fault, "a header and a row for each image, commas between") from None
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -100,7 +104,8 @@ def _open_text(path: Path) -> Any:
         # A byte-order mark is dropped; file names that are not UTF-8 survive.
         return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
-        raise VitcliError(f"cannot read `{printable(path)}`: {error.strerror}") from None
+        fault = f"cannot read `{printable(path)}`: {error.strerror}"
+        raise VitcliError(fault, "see to its permissions") from None
 
 
 def find_column(

@@ -65,8 +65,11 @@ def extract(
         with_pixels: also keep the normalised pixels, averaged down to 32 pixels a side.
 
     Raises:
-        VitcliError: no image can be read, or the model's preprocessing is not known.
+        VitcliError: no image can be read, the model's preprocessing is not known, or a batch size
+            below 1.
     """
+    if batch_size < 1:
+        raise VitcliError(f"`--batch-size` is {batch_size}", "it is the images at once, 1 or more")
     preprocess = require_preprocess(model)
     device = device or pick_device()
     rank, world_size = processes()
@@ -100,7 +103,10 @@ def extract(
     outputs, labels, indices, pixels, broken = ([x for p in parts for x in p[i]] for i in range(5))
     if not outputs:
         reason = f": {broken[0]}" if broken else ""
-        raise VitcliError(f"none of {len(images)} images can be read{reason}")
+        raise VitcliError(
+            f"none of {len(images)} images can be read{reason}",
+            "`vitcli patchify IMAGE` shows one as it is read",
+        )
     return Extracted(
         np.concatenate(outputs),
         np.concatenate(labels).astype(np.int64),

@@ -50,7 +50,9 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise VitcliError(f"cannot make `{folder}`: {error.strerror}") from None
+        raise VitcliError(
+            f"cannot make `{folder}`: {error.strerror}", "`--out` takes a place that can be written"
+        ) from None
     with replacing(path) as temporary:
         temporary.mkdir()
         try:

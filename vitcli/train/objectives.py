@@ -58,7 +58,8 @@ class Descriptors(nn.Module):
             )
         if any(side % 4 for side in config.image_size):
             raise VitcliError(
-                f"objective `descriptors` needs an image size that 4 divides: {config.image_size}"
+                f"objective `descriptors` needs an image size that 4 divides: {config.image_size}",
+                "another `--image-size`, such as 32",
             )
         assert preprocess is not None
         self.model = model

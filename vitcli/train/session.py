@@ -372,5 +372,7 @@ def measure(
             bar.advance(len(logits))
     loss_sum, correct_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
     if not count:
-        raise VitcliError("no image of the test split could be read")
+        raise VitcliError(
+            "no image of the test split could be read", "`vitcli patchify IMAGE` says why of each"
+        )
     return {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}

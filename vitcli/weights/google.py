@@ -47,7 +47,7 @@ def load_npz(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
         with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError as error:
-        raise VitcliError(f"no such weights file: `{path}`") from error
+        raise VitcliError(f"no such weights file: `{path}`", hint="check the path") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
         raise VitcliError(
             f"`{path}` cannot be read as numpy arrays: {error}", hint="copy or download it again"
@@ -180,7 +180,10 @@ def _config(
     patch, patch_x, channels, width = found["embedding/kernel"].shape
     first = next((n for n in found if n.endswith("query/kernel")), None)
     if first is None or patch != patch_x:
-        raise VitcliError(f"`{source}` is not an official checkpoint of a ViT with square patches")
+        raise VitcliError(
+            f"`{source}` is not an official checkpoint of a ViT with square patches",
+            hint="hybrids and other architectures are not read",
+        )
     class_token = "cls" in found
     # vit_jax adds positions to the class token too; big_vision keeps them apart, without.
     covered = "Transformer/posembed_input/pos_embedding"
@@ -215,7 +218,10 @@ def _config(
             norm_eps=stated.norm_eps or 1e-6,
         )
     except ValueError as error:
-        raise VitcliError(f"`{source}` does not fit together: {error}") from error
+        raise VitcliError(
+            f"`{source}` does not fit together: {error}",
+            hint="it is damaged, or a `--set model.…` does not fit it",
+        ) from error
 
 
 def _size_of(count: int, patch: int, source: str, stated: Stated) -> tuple[int, int]:

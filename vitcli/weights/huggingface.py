@@ -161,7 +161,8 @@ def _config(
         )
     except (TypeError, ValueError) as error:
         raise VitcliError(
-            f"the config.json of `{source}` does not fit together: {error}"
+            f"the config.json of `{source}` does not fit together: {error}",
+            hint="mend it, or save the model anew with `save_pretrained`",
         ) from error
 
 

@@ -139,7 +139,9 @@ def read_labels(labels: Sequence[str] | str | os.PathLike[str] | None) -> tuple[
         labels = [line.strip() for line in text.splitlines() if line.strip()]
     names = tuple(str(name) for name in labels)
     if twice := sorted({name for name in names if names.count(name) > 1})[:3]:
-        raise VitcliError(f"two classes have the same name: {', '.join(twice)}")
+        raise VitcliError(
+            f"two classes have the same name: {', '.join(twice)}", hint="give each a name of its own"
+        )
     return names
 
 

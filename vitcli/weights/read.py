@@ -33,6 +33,8 @@ def read_checkpoint(source: str, stated: Stated | None = None) -> Checkpoint:
     """
     stated = stated or Stated()
     path = Path(source)
+    if not source:  # an empty path would be the current folder
+        raise VitcliError("the MODEL is empty text", hint=UNDERSTOOD)
     if source.startswith(("hf:", "https:", "http:", "gs:")):
         raise VitcliError(f"`{source}` is not understood yet", hint=UNDERSTOOD)
     if path.is_dir():
@@ -76,7 +78,9 @@ def _restated(checkpoint: Checkpoint, stated: Stated) -> Checkpoint:
     try:
         checkpoint.config = replace(checkpoint.config, **said)
     except ValueError as error:
-        raise VitcliError(f"the settings do not fit this model: {error}") from error
+        raise VitcliError(
+            f"the settings do not fit this model: {error}", hint="leave them out: the file says all"
+        ) from error
     config = checkpoint.config
     checkpoint.preprocess = stated_preprocess(
         checkpoint.preprocess, stated.preprocess, config.image_size, config.num_channels

@@ -70,7 +70,10 @@ def per_channel(value: Any, channels: int, key: str) -> tuple[float, ...]:
     except (TypeError, ValueError) as error:
         raise VitcliError(f"`{key}` is `{value}`", hint="a number, or a list of them") from error
     if len(numbers) not in (1, channels):
-        raise VitcliError(f"`{key}` has {len(numbers)} values, the model {channels} channels")
+        raise VitcliError(
+            f"`{key}` has {len(numbers)} values, the model {channels} channels",
+            hint="one number for all, or a list with one for each channel",
+        )
     return numbers * channels if len(numbers) == 1 else numbers
 
 
@@ -95,4 +98,6 @@ def stated_preprocess(
     try:
         return Preprocess(**values) if base is None else replace(base, **values)
     except (TypeError, ValueError) as error:
-        raise VitcliError(f"these preprocessing settings do not fit: {error}") from error
+        raise VitcliError(
+            f"these preprocessing settings do not fit: {error}", hint="change `--set preprocess.…`"
+        ) from error

@@ -132,7 +132,7 @@ def load_own(path: str | os.PathLike[str]) -> Checkpoint:
     """
     header = read_header(path)
     if header is None:
-        raise VitcliError(f"`{path}` was not written by vitcli")
+        raise VitcliError(f"`{path}` was not written by vitcli", hint="give a run's weights")
     preprocess = header.get("preprocess")
     labels = header.get("labels")
     return Checkpoint(
@@ -159,7 +159,9 @@ def refuse_foreign(path: str | os.PathLike[str]) -> None:
             f"no such weights file: `{file}`", hint="`--model` takes a run, a file or a variant"
         ) from error
     except OSError as error:
-        raise VitcliError(f"cannot read `{file}`: {error.strerror}") from error
+        raise VitcliError(
+            f"cannot read `{file}`: {error.strerror}", hint="see to its permissions"
+        ) from error
     if start.startswith(b"PK\x03\x04") or (
         start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
     ):

@@ -199,7 +199,9 @@ def change_pool(model: VisionTransformer, pool: str) -> None:
         wanted = normal_pool(pool)
         new = replace(config, pool=wanted)
     except ValueError as error:
-        raise VitcliError(f"this model cannot be pooled so: {error}") from error
+        raise VitcliError(
+            f"this model cannot be pooled so: {error}", hint="another `--set model.pool=…`"
+        ) from error
     if wanted == config.pool:
         return
     if wanted == "map":

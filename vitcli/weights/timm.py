@@ -80,7 +80,10 @@ def _config(
             hint="hybrids, DeiT with distillation and SwiGLU models are not understood yet",
         ) from error
     if patch != patch_x:
-        raise VitcliError(f"`{source}` has patches of {patch}x{patch_x} pixels; ours are square")
+        raise VitcliError(
+            f"`{source}` has patches of {patch}x{patch_x} pixels; ours are square",
+            hint="give weights of another model",
+        )
     blocks = [int(m[1]) for n in shape if (m := re.match(r"blocks\.(\d+)\.", n))]
     depth = max(blocks) + 1
     registers = shape["reg_token"][1] if "reg_token" in shape else 0
@@ -125,7 +128,7 @@ def _pool(shape: Mapping[str, Any], hub: Mapping[str, Any], stated: Stated) -> P
         try:
             return normal_pool(said)
         except ValueError as error:
-            raise VitcliError(str(error)) from error
+            raise VitcliError(str(error), hint="another `--set model.pool=…`") from error
     if "attn_pool.latent" in shape:
         return "map"
     return "mean" if "fc_norm.weight" in shape or "cls_token" not in shape else "token"
@@ -153,7 +156,10 @@ def _num_heads(
             missing += [f"preprocess.{k}" for k in ("mean", "std") if k not in stated.preprocess]
         raise unsaid(source, missing)
     if sizes[0] % heads:
-        raise VitcliError(f"`model.num_heads` is {heads}, which does not divide width {sizes[0]}")
+        raise VitcliError(
+            f"`model.num_heads` is {heads}, which does not divide width {sizes[0]}",
+            hint="the number of heads that it was trained with is wanted",
+        )
     return int(heads)
 
 

@@ -1,0 +1,130 @@
+"""Arguments and options that several commands share, and the settings behind the short flags."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitcli import launch
+from vitcli.errors import VitcliError
+
+# Short flags of the commands -> the settings that they stand for.
+SHORTHAND = {
+    "epochs": "train.epochs",
+    "steps": "train.steps",
+    "budget": "train.budget",
+    "batch_size": "train.batch_size",
+    "lr": "optim.lr",
+    "image_size": "model.image_size",
+    "seed": "train.seed",
+    "precision": "train.precision",
+    "shots": "fewshot.shots",
+}
+
+
+def settings(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
+    """`--set` assignments, and laid over them the short flags that were given (not None).
+
+    Raises:
+        VitcliError: an assignment that is not `section.key=value`.
+    """
+    from vitcli.config import lay_over, nest, parse_overrides
+
+    found = parse_overrides(assignments or [])
+    for name, value in flags.items():
+        if value is not None:
+            lay_over(found, nest(SHORTHAND[name], value))
+    return found
+
+
+def numbers(text: str | None) -> list[int] | None:
+    """`1,5,10` -> [1, 5, 10].
+
+    Raises:
+        VitcliError: not that.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise VitcliError(
+            f"`--shots {text}` is not a list of numbers", "for example `--shots 1,5,10`"
+        ) from None
+
+
+def _several(context: typer.Context, number: int | None) -> None:
+    """Hand the command line over to so many processes, if this is not one of them."""
+    from vitcli import report
+
+    if number is None or number == launch.size():
+        return
+    if launch.size() > 1:
+        raise VitcliError(
+            f"`--processes {number}` in a launch of {launch.size()} processes", "leave it out"
+        )
+    raise typer.Exit(launch.several(number, context.find_root().obj, report.print_error))
+
+
+Data = Annotated[
+    str | None,
+    typer.Argument(
+        help="A folder of images, a .csv/.tsv/.jsonl manifest, parquet, or `builtin:digits`.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A run, a weights file or folder, or a variant such as `B/16`. Default: the newest "
+        "run that fits.",
+        show_default=False,
+    ),
+]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="A recipe's name or file.", show_default=False)
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting, `section.key=value`; repeatable.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Where the result goes. Default: under runs/.", show_default=False),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run at --out, exactly where it stopped.")
+]
+Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")]
+Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", help="As many steps as fit: `90s`, `10m`, `1h30m`.", show_default=False
+    ),
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step, in all.")]
+Lr = Annotated[float | None, typer.Option("--lr", help="The peak learning rate.")]
+ImageSize = Annotated[
+    int | None, typer.Option("--image-size", help="Side of the images in pixels.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, order and augmentation.")]
+Precision = Annotated[
+    str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16.", show_default=False)
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Processes on this machine that share the work.",
+        callback=_several,
+        show_default=False,
+    ),
+]
+Labels = Annotated[
+    Path | None, typer.Option("--labels", help="Class names, one a line.", show_default=False)
+]

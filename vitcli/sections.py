@@ -1,0 +1,240 @@
+"""The sections of a recipe: every setting there is, with its type, bounds and default."""
+
+import hashlib
+import json
+import math
+import re
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Settings = dict[str, Any]
+DURATIONS = ("steps", "epochs", "images", "budget")
+
+
+def parse_duration(text: str) -> float:
+    """`90s`, `10m`, `1h30m` -> seconds.
+
+    Raises:
+        ValueError: not of that form, or nothing at all.
+    """
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    parts = [int(part or 0) for part in found.groups()] if found else []
+    seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if not seconds:
+        raise ValueError(f"`{text}` is no time such as `90s`, `10m` or `1h30m`")
+    return float(seconds)
+
+
+class Section(BaseModel):
+    """One table of a recipe: unknown keys and wrong types are errors, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(Section):
+    """Which model; a key left out keeps what `name` says."""
+
+    name: str | None = None
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    patch_size: PositiveInt | None = None
+    num_channels: Literal[1, 3] | None = None
+    embed_dim: PositiveInt | None = None
+    depth: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    mlp_dim: PositiveInt | None = None
+    pool: str | None = None
+    class_token: bool | None = None
+    num_registers: NonNegativeInt | None = None
+    position: Literal["learned", "sincos2d", "none"] | None = None
+    position_covers_prefix: bool | None = None
+    position_resize: Literal["bilinear", "bicubic"] | None = None
+    representation_size: PositiveInt | None = None
+    qkv_bias: bool | None = None
+    qk_norm: bool | None = None
+    layer_scale: float | None = None
+    gelu: Literal["exact", "tanh"] | None = None
+    norm_eps: PositiveFloat | None = None
+    norm_after_pool: bool | None = None
+    dropout_rate: float | None = Field(default=None, ge=0.0, lt=1.0)
+    drop_path_rate: float | None = Field(default=None, ge=0.0, lt=1.0)
+
+    def architecture(self) -> Settings:
+        """The keys that were given and are fields of `ViTConfig`; image sizes as (Y, X)."""
+        given = self.model_dump(exclude_none=True, exclude={"name", "position_resize"})
+        if isinstance(given.get("image_size"), int):
+            given["image_size"] = (given["image_size"], given["image_size"])
+        return given
+
+
+class PreprocessSection(Section):
+    """The evaluation transform; a key left out keeps what travels with the weights."""
+
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    resize_mode: Literal["crop", "squash", "pad"] | None = None
+    resize_size: PositiveInt | None = None
+    crop_fraction: float | None = Field(default=None, gt=0.0, le=1.0)
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] | None = None
+    mean: float | tuple[float, ...] | None = None
+    std: PositiveFloat | tuple[PositiveFloat, ...] | None = None
+
+
+class DataSection(Section):
+    """Which images, and how a split is made where the data has none."""
+
+    name: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    test_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
+    split_seed: NonNegativeInt = 0
+    workers: NonNegativeInt | None = None
+    strict: bool = False
+
+
+class AugmentSection(Section):
+    """What training does to a picture before the model sees it."""
+
+    crop: Literal["inception", "pad", "none"] = "inception"
+    min_area: float = Field(default=0.05, gt=0.0, le=1.0)
+    crop_padding: NonNegativeInt = 4
+    flip_rate: float = Field(default=0.5, ge=0.0, le=1.0)
+
+
+class ObjectiveSection(Section):
+    """What training minimises; see `vitcli/train/objectives.py`."""
+
+    name: str = "softmax"
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    descriptor_weight: NonNegativeFloat = 1.0
+
+
+class OptimSection(Section):
+    """The optimizer. `matrix_lr` is Muon's rate for the hidden matrices; `lr` serves the rest."""
+
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    matrix_lr: PositiveFloat = 0.02
+    weight_decay: NonNegativeFloat = 0.0
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    grad_clip: PositiveFloat | None = None
+
+
+class ScheduleSection(Section):
+    """How the rate moves: warm-up from 0, then the named curve down to `final_lr_fraction`."""
+
+    name: Literal["linear", "cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt | None = None
+    warmup_fraction: float | None = Field(default=None, ge=0.0, lt=1.0)
+    decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
+    final_lr_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_fraction is not None:
+            raise ValueError("give `warmup_steps` or `warmup_fraction`, not both")
+        return self
+
+
+class TrainSection(Section):
+    """How long, how many at once, and what is kept.
+
+    `batch_size` is the images per optimizer step over all processes; `micro_batch_size` those of
+    one forward pass on one process. `eval_steps` and `checkpoint_steps` are intervals; None takes
+    a fifth of the run for the first and about a minute for the second. `smaller_sizes` are pairs
+    (side in pixels, share of the run until which images are shrunk to it).
+    """
+
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    images: PositiveInt | None = None
+    budget: str | None = None
+    batch_size: PositiveInt = 128
+    micro_batch_size: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    smaller_sizes: tuple[tuple[PositiveInt, float], ...] = ()
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    checkpoint_steps: PositiveInt | None = None
+    keep_checkpoints: PositiveInt = 2
+    eval_steps: PositiveInt | None = None
+    log_steps: PositiveInt = 20
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> Self:
+        given = [name for name in DURATIONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            named = " and ".join(f"`{name}`" for name in given) or "none"
+            options = ", ".join(f"`{name}`" for name in DURATIONS)
+            raise ValueError(f"give exactly one of {options}; here: {named}")
+        if self.budget is not None:
+            parse_duration(self.budget)
+        return self
+
+    def side_at(self, step: int, total_steps: int) -> int | None:
+        """The side that images are shrunk to at `step`, or None for their own size."""
+        for side, until in self.smaller_sizes:
+            if step < until * total_steps:
+                return side
+        return None
+
+    def total_steps(self, num_images: int) -> int | None:
+        """Optimizer steps over a set of `num_images`; None where only the time is given."""
+        if self.budget is not None:
+            return None
+        if self.steps is not None:
+            return self.steps
+        images = self.images if self.images is not None else (self.epochs or 0.0) * num_images
+        return max(1, math.ceil(images / self.batch_size))
+
+
+class FewshotSection(Section):
+    """The few-shot protocol of big_vision."""
+
+    shots: tuple[PositiveInt, ...] = (5,)
+    seeds: PositiveInt = 3
+    l2: PositiveFloat = 1024.0
+
+
+class Inference(Section):
+    """The settings of commands that use a model and do not train it."""
+
+    model: ModelSection = ModelSection()
+    preprocess: PreprocessSection = PreprocessSection()
+    data: DataSection = DataSection()
+    fewshot: FewshotSection = FewshotSection()
+
+
+class Recipe(Section):
+    """A training run, whole: what decides its result and nothing else."""
+
+    command: Literal["pretrain", "finetune"]
+    description: str = ""
+    model: ModelSection = ModelSection()
+    preprocess: PreprocessSection = PreprocessSection()
+    data: DataSection = DataSection()
+    augment: AugmentSection = AugmentSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    optim: OptimSection = OptimSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection
+
+    def to_toml(self) -> str:
+        """The recipe written out in full; reading it back gives an equal one."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def fingerprint(self) -> str:
+        """A short hash of every setting."""
+        values = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(values.encode()).hexdigest()[:16]

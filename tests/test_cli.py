@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -235,3 +237,77 @@ def test_training_goes_on_past_a_broken_image_and_says_so(split, trained, capfd)
     if split == "train":
         status, _, err = call(capfd, *common, "runs/strict", "--set", "data.strict=true")
         assert status == 2 and "broken.jpg" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("pretrain", ""), "DATA is empty text"),
+        (("pretrain", "--recipe", ""), "no recipe ``"),
+        (("finetune", "photos", "--model", ""), "the MODEL is empty text"),
+        (("finetune", "--recipe", ""), "no recipe ``"),
+        (("fewshot", "", "--model", "runs/tiny"), "DATA is empty text"),
+        (("evaluate", "", "--model", "runs/tiny"), "DATA is empty text"),
+        (("predict", "photos", "--model", ""), "the MODEL is empty text"),
+        (("patchify", ""), "DATA is empty text"),
+        (("patchify", "a" * 300), "File name too long"),
+    ],
+)
+def test_a_shell_variable_that_is_not_set(arguments, words, trained, capfd):
+    status, _, err = call(capfd, *arguments)
+    assert status == 2 and words in err and "hint: " in err
+
+
+def test_a_damaged_result_does_not_stand_in_the_way(trained, capfd):
+    shutil.copytree("runs/tiny", "runs/newer")
+    result = trained / "runs/newer/result.json"
+    result.write_text("{")
+    later = (trained / "runs/tiny/result.json").stat().st_mtime + 10
+    os.utime(result, (later, later))
+    status, _, err = call(capfd, "finetune", "photos", "--steps", "1", "--batch-size", "4")
+    assert status == 0 and "runs/tiny" in err
+    again = ("pretrain", "--recipe", "tiny.toml", "--out", "runs/newer", "--resume")
+    for text, words in (("{", "is damaged"), ('{"a": 1}', "not the result of a training run")):
+        result.write_text(text)
+        status, _, err = call(capfd, *again)
+        assert status == 2 and words in err and "remove it" in err
+
+
+def test_streams_that_are_closed_full_or_of_few_letters(trained):
+    command = f"{sys.executable} -m vitcli predict 'photos/猫' --model runs/tiny"
+    shutil.copytree("photos/cat", "photos/猫")
+
+    def shell(text, **environment):
+        return subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {text}"],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    closed = shell(f"{command} --json >&-")
+    assert (closed.returncode, closed.stdout) == (0, "") and "Traceback" not in closed.stderr
+    assert shell(f"{command} --json | head -1").returncode == 0
+    few = shell(command, PYTHONIOENCODING="ascii")
+    assert few.returncode == 0 and r"photos/\u732b/0.png" in few.stdout
+    if Path("/dev/full").exists():
+        full = shell(f"{command} --json > /dev/full")
+        assert full.returncode == 2 and "No space left on device" in full.stderr
+        assert "hint: free some space" in full.stderr
+
+
+def test_ctrl_c_is_130_and_one_word(trained):
+    for seconds in (1.0, 2.0):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vitcli", "predict", *["photos"] * 2000, "--model", "runs/tiny"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        if process.returncode != -signal.SIGINT:  # Python itself was still starting
+            assert process.returncode == 130 and "Traceback" not in err
+            assert err.endswith("interrupted\n")

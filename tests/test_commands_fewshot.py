@@ -88,6 +88,7 @@ def test_errors(weights, here):
     with pytest.raises(VitcliError, match="no finished run"):
         fewshot.run()
     (here / "there").mkdir()
+    (here / "there/file").write_text("")
     with pytest.raises(VitcliError, match="`there` exists already"):
         fewshot.run(model=weights, out=Path("there"))
     with pytest.raises(VitcliError, match=r"fewshot\.shot"):

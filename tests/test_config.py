@@ -157,3 +157,16 @@ def test_settings_of_inference():
     assert load_inference() == Inference()
     with pytest.raises(VitcliError, match=r"did you mean `model\.num_heads`"):
         load_inference({"model": {"numheads": 4}})
+
+
+def test_a_key_is_complained_of_once():
+    with pytest.raises(VitcliError) as caught:
+        load_inference({"model": {"image_size": 0}})
+    assert caught.value.message.count("`model.image_size`") == 1
+    assert "`fewshot.…`" in caught.value.hint
+
+
+def test_a_name_that_no_recipe_can_hold():
+    with pytest.raises(VitcliError, match="is not UTF-8") as caught:
+        load_recipe("pretrain", {"data": {"name": "caf\udce9"}})
+    assert "rename it" in caught.value.hint

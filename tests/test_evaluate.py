@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +199,10 @@ def test_a_real_model_and_real_images(shared, here):
     two = extract(load_model(folder / "hf"), images, what="logits")
     assert np.array_equal(one.outputs, two.outputs)
     assert np.mean(one.outputs.argmax(1) == one.labels) > 0.88
+
+
+def test_a_class_name_that_the_font_cannot_draw(tmp_path):
+    counts = np.eye(2, dtype=np.int64)
+    with warnings.catch_warnings(action="error"):
+        evaluate.write_confusion(tmp_path, ("cat", "猫"), counts)
+    assert (tmp_path / "confusion.png").stat().st_size

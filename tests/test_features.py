@@ -81,3 +81,9 @@ def test_precisions():
             assert linear(x).dtype == dtype, name
     with pytest.raises(VitcliError, match="precision"):
         autocast("fp8", cpu)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing(batch_size, model, images):
+    with pytest.raises(VitcliError, match=f"`--batch-size` is {batch_size}"):
+        extract(model, images[0], batch_size=batch_size)

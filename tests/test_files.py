@@ -1,8 +1,12 @@
 """Writing whole or not at all."""
 
 import errno
+import os
+import stat
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
@@ -42,3 +46,24 @@ def test_a_place_that_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(VitcliError, match="cannot write"):
         write_text(tmp_path / "file" / "x", "y")
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(VitcliError, match="is no folder") as caught:
+        write_text(tmp_path / "nowhere" / "x", "y")
+    assert caught.value.hint == "make it first"
+
+
+def test_who_may_read_is_the_users_choice(tmp_path):
+    """safetensors writes files that only their owner can read."""
+    mask = os.umask(0o022)
+    try:
+        with replacing(tmp_path / "d") as temporary:
+            temporary.mkdir()
+            save_file({"a": torch.ones(1)}, temporary / "a.safetensors")
+        os.umask(0o077)
+        write_text(tmp_path / "own", "x")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "d/a.safetensors").stat().st_mode) == 0o644
+    assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o600

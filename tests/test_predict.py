@@ -120,7 +120,7 @@ def test_tables(model, pictures):
         assert text["label"] == (row["label"] or "") and kept["top"] == row["top"]
         assert kept["probability"] == row["probability"]
         assert json.loads(text["top"]) == row["top"]
-    assert any("\\udcff" in text["path"] for text in table)
+    assert any(r"\xff" in text["path"] for text in table)
     assert sorted(p.name for p in Path().iterdir()) == ["m.safetensors", "p", "t.csv", "t.parquet"]
 
 
@@ -151,3 +151,11 @@ def test_light_imports():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"datasets", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "matplotlib"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_tables_of_any_name_and_not_in_the_place_of_a_folder(model, pictures):
+    with pytest.raises(VitcliError, match="`p` is a folder"):
+        predict.run(["p"], model=model, csv_file=Path("p"))
+    tables = [Path(os.fsdecode(b"caf\xe9" + ending)) for ending in (b".csv", b".parquet")]
+    rows = predict.run(["p"], model=model, csv_file=tables[0], parquet_file=tables[1])
+    assert len(list(rows)) == 3 and all(table.stat().st_size for table in tables)

@@ -15,6 +15,7 @@ from vitcli.weights.store import save_model
     ("given", "words"),
     [
         ("nothing", "no such model: `nothing`"),
+        ("", "the MODEL is empty text"),
         ("Q/16", "no model variant `Q/16`"),
         ("hf:google/vit-base-patch16-224", "not understood yet"),
         ("empty", "holds no weights"),

@@ -24,7 +24,8 @@ def screen(monkeypatch):
 
 
 def test_odd_names_are_printable_and_distinct():
-    assert report.printable("a\udce9b\nc") == "a\\udce9b\\nc"
+    assert report.printable("a\udce9b\nc") == r"a\xe9b\nc"
+    assert report.printable("a\ud800b") == r"a\ud800b"
     assert report.printable("ünïcödé 蚂蚁") == "ünïcödé 蚂蚁"
 
 
@@ -35,6 +36,19 @@ def test_an_error_is_one_line_and_a_hint_another(capfd, monkeypatch):
     assert len(lines) == 2
     assert lines[0].startswith("error: a a") and lines[0].endswith("b [red]x[/red]")
     assert lines[1] == "hint: do this"
+
+
+def test_lines_are_not_folded(capfd, monkeypatch):
+    """Paths would be cut where they cannot be copied, and logs have lines of any length."""
+    name = "a folder/" * 20
+    for stream in ("out", "err"):
+        monkeypatch.setattr(report, stream, Console(stderr=stream == "err", width=40))
+    report.Terminal().note(name)
+    report.Terminal().warn(name)
+    report.show_next(f"vitcli predict image.jpg --model {name}")
+    streams = capfd.readouterr()
+    assert streams.err.splitlines() == [name, f"warning: {name}"]
+    assert streams.out.splitlines() == [f"next: vitcli predict image.jpg --model {name}"]
 
 
 def test_json_keeps_what_utf8_cannot_hold(capfd):

@@ -86,3 +86,25 @@ def test_provenance_says_what_a_reader_asks(tmp_path):
     run.write_provenance({"steps": 3})
     facts = run.provenance()
     assert facts["steps"] == 3 and facts["libraries"]["torch"] and facts["argv"]
+
+
+@pytest.mark.parametrize("text", ["{{{", "[1, 2]"])
+def test_a_damaged_result_is_named(text, tmp_path):
+    run = create_run(tmp_path / "a", recipe())
+    run.result_file.write_text(text)
+    with pytest.raises(VitcliError, match=r"result\.json` is damaged") as caught:
+        run.result()
+    assert "remove it" in caught.value.hint
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    with pytest.raises(VitcliError, match="is not UTF-8"):
+        create_run(tmp_path / os.fsdecode(b"caf\xe9"), recipe())
+
+
+def test_records_that_cannot_be_written(tmp_path):
+    run = create_run(tmp_path / "a", recipe())
+    run.metrics_file.mkdir()
+    with pytest.raises(VitcliError, match=r"cannot write .*metrics\.jsonl") as caught:
+        run.log({"step": 1})
+    assert "--resume" in caught.value.hint

@@ -381,3 +381,11 @@ def test_subsets_keep_their_images():
     part = images.subset(np.array([5, 2]), "test").subset(np.array([1]))
     assert (len(part), part.name, level(part, 0), part.labels.tolist()) == (1, "test", 2, [0])
     assert part.describe(0) == "image 2 of x"
+
+
+def test_empty_text_is_not_the_current_folder(tmp_path, monkeypatch):
+    photos(tmp_path, ("cat", "dog"), 2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VitcliError, match="DATA is empty text") as caught:
+        load_data("")
+    assert "`.` is the current folder" in caught.value.hint

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.vit import create_model
+from vitcli.vit.position import resample
 from vitcli.weights.load import load_model
 from vitcli.weights.store import load_weights, read_header, save_model
 
@@ -49,12 +50,16 @@ def test_anybody_can_read_the_tensors(model, tmp_path):
     assert set(load_file(tmp_path / "m.safetensors")) == set(model.state_dict())
 
 
-def test_fixed_positions_are_stored(tmp_path):
+def test_fixed_positions_are_stored_and_resampled_like_learned_ones(tmp_path):
     net = create_model("Pico/8", image_size=16, position="sincos2d", depth=1)
     save_model(tmp_path / "m.safetensors", net)
+    assert torch.equal(load_model(tmp_path / "m.safetensors").pos_embed, net.pos_embed)
     back = load_model(tmp_path / "m.safetensors", image_size=32)
-    direct = create_model("Pico/8", image_size=32, position="sincos2d", depth=1)
-    assert torch.equal(back.pos_embed, direct.pos_embed)
+    expected = resample(net.pos_embed[:, 1:], (2, 2), (4, 4), "bicubic")
+    assert torch.equal(back.pos_embed[:, 1:], expected)
+    # A place keeps its code: the corners of the new grid are nearest to those of the old one.
+    far, near = (expected[0, 0] - net.pos_embed[0, i] for i in (4, 1))
+    assert near.norm() < far.norm()
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

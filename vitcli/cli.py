@@ -1,5 +1,7 @@
 """The table of contents: one thin function per command, its help with an example, exit statuses."""
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Iterable
@@ -32,6 +34,14 @@ from vitcli.options import (
     settings,
 )
 
+REFUSALS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "see to its permissions, or take another place",
+    errno.EPERM: "see to its permissions, or take another place",
+    errno.EROFS: "take another place",
+    errno.ENAMETOOLONG: "take a shorter name",
+}
 EXIT_BUG, EXIT_MISTAKE, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
@@ -351,7 +361,22 @@ def main() -> None:
     # OpenMP when torch is loaded (recipes/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     launch.follow()
-    launch.leave(run(sys.argv[1:]))
+    _open_streams()
+    try:
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before the command has begun
+        status = EXIT_INTERRUPTED
+    launch.leave(status)
+
+
+def _open_streams() -> None:
+    """Streams that take every text, and be it into nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):  # maybe of an encoding without some letters
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run(arguments: list[str]) -> int:
@@ -364,6 +389,8 @@ def run(arguments: list[str]) -> int:
         report.Terminal().warn(warning)
     try:
         status = app(args=arguments, prog_name="vitcli", standalone_mode=False, obj=arguments)
+        if status == EXIT_INTERRUPTED:  # typer has caught Ctrl-C
+            report.err.print("interrupted")
         return launch.together(status if isinstance(status, int) else 0)
     except typer.Exit as done:
         return launch.together(done.exit_code)
@@ -372,14 +399,14 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         report.err.print("interrupted")
         return EXIT_INTERRUPTED if launch.rank() == 0 else 0
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the second is how typer and Rich tell of the first
         # The reader of our output (`| head`) is gone; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if (stopped := _stopped(error)) is not None:
             return launch.together(stopped)
-        if (usage := _usage_error(error)) is not None:
+        if (usage := _usage_error(error) or _refused(error)) is not None:
             return _tell(usage)
         launch.hold(mistake=False)
         if launch.size() == 1:
@@ -409,6 +436,14 @@ def _usage_error(error: Exception) -> VitcliError | None:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "vitcli"
     return VitcliError(message(), f"see `{command} --help`")
+
+
+def _refused(error: Exception) -> VitcliError | None:
+    """What the system refuses, where no command had a better word for it; None for the rest."""
+    if not isinstance(error, OSError) or error.errno not in REFUSALS:
+        return None
+    place = f"`{error.filename}`" if error.filename else "the output"
+    return VitcliError(f"{place}: {error.strerror}", REFUSALS[error.errno])
 
 
 def _stopped(error: Exception) -> int | None:

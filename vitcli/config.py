@@ -95,7 +95,8 @@ def read_toml(path: Path) -> Settings:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise VitcliError(f"cannot read `{path}`: {error}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VitcliError(f"cannot read `{path}`: {reason}", "a recipe is TOML in UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise VitcliError(f"`{path}` is not TOML: {error}", "see `vitcli recipes NAME`") from None
 
@@ -157,18 +158,27 @@ def check(kind: type[S], settings: Mapping[str, Any], origin: str) -> S:
         VitcliError: names every mistake at once.
     """
     try:
+        json.dumps(settings, default=str, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise VitcliError(
+            f"{origin}: a name in it is not UTF-8, and a recipe cannot hold it",
+            "rename it, or give a link to it that has another name",
+        ) from None
+    try:
         # Through JSON, because there an array may stand for a tuple even in strict mode.
         return kind.model_validate_json(json.dumps(settings, default=str))
     except ValidationError as error:
-        faults = [_fault(kind, dict(one)) for one in error.errors()]
-        raise VitcliError(
-            f"{origin}: " + "; ".join(dict.fromkeys(faults)),
-            "`vitcli recipes NAME` prints a recipe with its keys",
-        ) from None
+        faults: dict[str, str] = {}
+        for one in error.errors():  # the first of a key: of a union each member complains
+            faults.setdefault(*_fault(kind, dict(one)))
+        hint = "`vitcli recipes NAME` prints a recipe with its keys"
+        if kind is Inference:
+            hint = f"there are `{'.…`, `'.join(Inference.model_fields)}.…`"
+        raise VitcliError(f"{origin}: " + "; ".join(faults.values()), hint) from None
 
 
-def _fault(kind: type[Section], error: Mapping[str, Any]) -> str:
-    """One sentence about one mistake that pydantic found."""
+def _fault(kind: type[Section], error: Mapping[str, Any]) -> tuple[str, str]:
+    """A key, and one sentence about the mistake that pydantic found in it."""
     parts = [str(part) for part in error["loc"]]
     names = _dotted_names(kind)
     while len(parts) > 1 and ".".join(parts) not in names and error["type"] != "extra_forbidden":
@@ -177,13 +187,13 @@ def _fault(kind: type[Section], error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         close = nearest(name, names) or nearest(parts[-1], [n.rpartition(".")[2] for n in names])
         full = next((n for n in names if n == close or n.endswith(f".{close}")), None)
-        return f"no setting `{name}`" + (f" (did you mean `{full}`?)" if full else "")
+        return name, f"no setting `{name}`" + (f" (did you mean `{full}`?)" if full else "")
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "missing":
-        return f"`{name}` is missing"
+        return name, f"`{name}` is missing"
     if error["type"] == "value_error":
-        return f"`{name}`: {message}"
-    return f"`{name}` = {error['input']!r}: {message[:1].lower()}{message[1:]}"
+        return name, f"`{name}`: {message}"
+    return name, f"`{name}` = {error['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
 def _dotted_names(kind: type[Section], prefix: str = "") -> list[str]:

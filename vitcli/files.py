@@ -23,15 +23,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         for file in [temporary, *temporary.rglob("*")]:
+            if file.is_file():  # safetensors leaves out what the user's umask allows
+                file.chmod(0o666 & ~_umask())
             _sync(file)
         if temporary.is_dir() and target.is_dir():
             shutil.rmtree(target)
         temporary.replace(target)
         _sync(target.parent)
     except OSError as error:
+        if not target.parent.is_dir():
+            raise VitcliError(
+                f"cannot write `{target}`: `{target.parent}` is no folder", "make it first"
+            ) from error
         raise VitcliError(
-            f"cannot write `{target}`: {error.strerror or error}",
-            "free some space or choose another place with `--out`; what was there is still whole",
+            f"cannot write `{target}`: {os.strerror(error.errno) if error.errno else error}",
+            "free some space or choose another place; what was there is still whole",
         ) from error
     finally:
         if temporary.is_dir():
@@ -45,6 +51,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a small text file whole or not at all; raises as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)  # there is no reading without setting
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

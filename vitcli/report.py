@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -42,7 +43,9 @@ def mute() -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with what no terminal can show (undecodable file names, control codes) escaped."""
+    r"""`text` with what no terminal can show escaped: a name's byte as `\xe9`, control codes."""
+    with suppress(UnicodeEncodeError):  # bytes of a file name that is not UTF-8
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -59,10 +62,10 @@ class Terminal:
     """A watcher that draws on stderr: live bars on a terminal, a line now and then elsewhere."""
 
     def note(self, message: str) -> None:
-        err.print(Text(printable(message), style="dim"))
+        err.print(Text(printable(message), style="dim"), soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        err.print(Text.assemble(("warning: ", "yellow bold"), printable(message)))
+        err.print(Text.assemble(("warning: ", "yellow bold"), printable(message)), soft_wrap=True)
 
     def progress(self, label: str, total: int | None = None, done: int = 0) -> Bar:
         return LiveBar(label, total, done) if err.is_terminal else PlainBar(label, total, done)
@@ -128,7 +131,8 @@ class PlainBar:
         if time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
             of = f"/{self.total}" if self.total is not None else ""
-            err.print(Text(f"{self.label} {self.done}{of}  {figures_text(self.figures)}"))
+            line = f"{self.label} {self.done}{of}  {figures_text(self.figures)}"
+            err.print(Text(line), soft_wrap=True)
 
 
 def print_error(error: VitcliError) -> None:
@@ -227,7 +231,7 @@ def show_trained(result: Any) -> None:
 
 def show_next(command: str) -> None:
     """What one does after this."""
-    out.print(Text(f"next: {command}", style="dim"))
+    out.print(Text(f"next: {command}", style="dim"), soft_wrap=True)
 
 
 def show_fewshot(result: Any) -> None:

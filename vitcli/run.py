@@ -75,9 +75,19 @@ class Run:
         self._write_json("provenance.json", {**describe_here(), **facts})
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one record to metrics.jsonl."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Append one record to metrics.jsonl.
+
+        Raises:
+            VitcliError: it cannot be written.
+        """
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise VitcliError(
+                f"cannot write `{self.metrics_file}`: {error.strerror}",
+                "free some space, then the same command with `--resume`",
+            ) from error
 
     def records(self) -> list[dict[str, Any]]:
         """All whole records of metrics.jsonl; a line cut off by a kill is left out."""
@@ -104,16 +114,31 @@ class Run:
         write_text(self.path / name, json.dumps(values, indent=2, default=str) + "\n")
 
 
+def check_free(path: Path) -> None:
+    """Nothing is at `path`, or an empty folder.
+
+    Raises:
+        VitcliError: something is there, or the name is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise VitcliError(
+            f"`{path}` is not UTF-8, and no weights could be read from it", "choose another `--out`"
+        ) from None
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        unfinished = Run(path).recipe_file.is_file() and not Run(path).finished
+        way = "continue it with `--resume`, or c" if unfinished else "c"
+        raise VitcliError(f"`{path}` exists already", f"{way}hoose another place with `--out`")
+
+
 def create_run(path: Path, recipe: Recipe | str) -> Run:
     """A new run directory that holds its recipe (as an object, or as TOML text).
 
     Raises:
         VitcliError: something is there already, or the place cannot be written to.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        unfinished = Run(path).recipe_file.is_file() and not Run(path).finished
-        way = "continue it with `--resume`, or c" if unfinished else "c"
-        raise VitcliError(f"`{path}` exists already", f"{way}hoose another place with `--out`")
+    check_free(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

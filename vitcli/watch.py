@@ -3,6 +3,7 @@
 Library code knows only these two small interfaces; `report.py` draws them on a terminal.
 """
 
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -77,9 +78,13 @@ class Logged:
         self.path = path
 
     def write(self, line: str) -> None:
-        """Append one line with its time to the file, for nobody's eyes now."""
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+        """Append one line with its time to the file, for nobody's eyes now.
+
+        Where that fails the line is lost: a full disk is told of by what matters more.
+        """
+        text = f"{datetime.now().isoformat(timespec='seconds')} {line}\n"
+        with suppress(OSError), self.path.open("ab") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
 
     def note(self, message: str) -> None:
         self.write(message)

@@ -14,10 +14,9 @@ from torch import nn
 from vitcli.config import Inference, Settings, load_inference
 from vitcli.data.sets import ImageSet, Source
 from vitcli.data.sources import load_data
-from vitcli.errors import VitcliError
 from vitcli.evals.features import Extracted, extract, processes
 from vitcli.evals.fewshot import draw, fit, fit_head
-from vitcli.run import create_run, new_path, run_stem
+from vitcli.run import check_free, create_run, new_path, run_stem
 from vitcli.vit import VisionTransformer
 from vitcli.watch import Quiet, Watcher
 from vitcli.weights.load import load_model, load_settings, newest_run
@@ -123,8 +122,7 @@ def run(
         model = newest_run(classifier=False)
         watch.note(f"no `--model` given: {model}")
     path = out or new_path(f"{run_stem(model)}-fewshot")
-    if out is not None and out.exists():
-        raise VitcliError(f"`{out}` exists already", "choose another place with `--out`")
+    check_free(path)
     source = _load(data, inference)
     net = load_model(model, **load_settings(inference.model, inference.preprocess))
     for line in [*source.notes, *(net.load_report.notes if net.load_report else [])]:

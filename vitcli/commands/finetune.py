@@ -1,5 +1,6 @@
 """`vitcli finetune`: pretrained weights -> a run directory with a head for the data's classes."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def run(
         VitcliError: bad input; nothing is left half-written.
     """
     watch = watch or Quiet()
-    name = recipe or ("finetune_digits" if data in (None, DIGITS) else "finetune")
+    name = "finetune_digits" if data in (None, DIGITS) else "finetune"
+    name = name if recipe is None else recipe
     changes: Settings = {}
     if data is not None:
         lay_over(changes, nest("data.name", data))
@@ -80,8 +82,9 @@ def newest_pretrained(resumed: Path | None = None) -> str:
 
         return str(Run(resumed).recipe().model.name)
     for candidate in finished_runs():
-        if candidate.result().get("command") == "pretrain":
-            return str(candidate.path)
+        with suppress(VitcliError):  # a damaged result.json
+            if candidate.result().get("command") == "pretrain":
+                return str(candidate.path)
     raise VitcliError(
         f"there is no finished `pretrain` run under `{RUNS}/`",
         "run `vitcli pretrain` first (a few minutes, no download), or name weights with `--model`",

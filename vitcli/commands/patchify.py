@@ -116,9 +116,10 @@ def run(
 ) -> PatchifyResult:
     """Cut `source` into patches of `patch_size` x `patch_size` pixels.
 
-    A picture is drawn with its grid into `NAME-patches.png` in the current folder. `out` ending in
-    .safetensors takes the patches as uint8: `patches` (N, P*P*C) of a picture, `SPLIT.patches`
-    (n, N, P*P*C) and `SPLIT.labels` (n,) of data; ending in .png it is where the drawing goes.
+    A picture is drawn with its grid into `NAME-patches.png`, beside `out` or in the current folder.
+    `out` ending in .safetensors takes the patches as uint8: `patches` (N, P*P*C) of a picture,
+    `SPLIT.patches` (n, N, P*P*C) and `SPLIT.labels` (n,) of data; ending in .png it is where the
+    drawing goes.
 
     Args:
         source: a picture, or DATA.
@@ -236,7 +237,8 @@ def _patchify_image(
     picture = draw_grid(image, patch_size)
     stem = printable(Path(source).stem)
     drawn = target is not None and target.suffix.lower() == ".png"
-    picture_path = target if drawn and target else Path(f"{stem}-patches.png")
+    beside = target.parent if target is not None else Path()
+    picture_path = target if drawn and target else beside / f"{stem}-patches.png"
     with replacing(picture_path) as temporary:
         picture.save(temporary, format="PNG")
     out = None if drawn else target

@@ -108,7 +108,7 @@ def run(
     watch = watch or Quiet()
     if top < 1 or batch_size < 1:
         raise VitcliError(
-            f"`--top` is {top}, `--batch-size` {batch_size}", "both are 1 or more; 5 and 32 are usual"
+            f"`--top` is {top}, `--batch-size` {batch_size}", "both are 1 or more, usually 5 and 32"
         )
     for table in (csv_file, parquet_file):
         if table is not None and table.is_dir():
@@ -298,7 +298,11 @@ def _parquet_sink(path: Path) -> Iterator[Sink]:
         ]
     )
     held: list[Row] = []
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+        pq.ParquetWriter(file, schema) as writer,
+    ):
 
         def flush() -> None:
             writer.write_table(pa.Table.from_pylist(held, schema=schema))

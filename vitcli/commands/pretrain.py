@@ -39,7 +39,8 @@ def run(
         VitcliError: bad input; nothing is left half-written.
     """
     watch = watch or Quiet()
-    name = recipe or ("pretrain_formula" if data in (None, FORMULA) else "pretrain")
+    name = "pretrain_formula" if data in (None, FORMULA) else "pretrain"
+    name = name if recipe is None else recipe
     changes: Settings = {}
     if data is not None:
         lay_over(changes, nest("data.name", data))

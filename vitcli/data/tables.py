@@ -48,7 +48,7 @@ def load_manifest(request: Request) -> Source:
     if not good:
         raise VitcliError(
             f"`{shown}` has no row with a path and a label",
-            f"the columns `{images}` and `{labels}` are empty; others: `--set data.label_column=NAME`",
+            f"`{images}` or `{labels}` is empty in each; others: `--set data.label_column=NAME`",
         )
     paths = [os.fsencode(str(row[images])) for row in good]
     store = FileStore(path.parent, paths)

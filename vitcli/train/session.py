@@ -18,7 +18,7 @@ from vitcli.data.loader import TrainLoader, eval_batches
 from vitcli.data.sources import ImageSet, Source, load_data
 from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
-from vitcli.run import Run, create_run, reopen_run
+from vitcli.run import Run, check_free, create_run, reopen_run
 from vitcli.train.checkpoint import TrainState, list_checkpoints, load_checkpoint
 from vitcli.train.curves import draw_curves
 from vitcli.train.ema import Ema
@@ -84,9 +84,16 @@ def train(
     if recipe.data.name is None:
         raise VitcliError("the recipe names no data", "add DATA after the command")
     old = reopen_run(out, recipe) if resume else None
+    if old is None:
+        check_free(out)  # before anything costly
     if old is not None and old.finished:
         watch.note(f"`{out}` is already finished")
-        return Trained(**{**old.result(), "already_finished": True})
+        try:
+            return Trained(**{**old.result(), "already_finished": True})
+        except TypeError:
+            raise VitcliError(
+                f"`{old.result_file}` is not the result of a training run", "remove it"
+            ) from None
     device = pick_device()
     precision = resolve_precision(recipe.train.precision, device)
     if old is not None:  # `auto` is measured; a resumed run computes as it began

@@ -18,10 +18,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     recipes/LOG.md), so there it is written out; in fp32 both are as fast, and the fused one needs
     less memory. Elsewhere, and for long sequences, it is torch's. Both agree within rounding.
     """
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if half and q.device.type == "cpu" and q.shape[2] <= LONGEST_EXPLICIT:
+    if is_written_out(q):
         return attend_explicit(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def is_written_out(q: Tensor) -> bool:
+    """Whether `attend` takes queries (..., T, E) of this type and place step by step."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return half and q.device.type == "cpu" and q.shape[-2] <= LONGEST_EXPLICIT
 
 
 def attend_explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,8 +60,10 @@ class Attention(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         b, t, d = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
-        # One contiguous copy serves all three: (3, B, H, T, E).
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, E)
+        if is_written_out(qkv):
+            qkv = qkv.contiguous()  # one copy for all three; the fused kernel needs none
+        q, k, v = qkv.unbind(0)
         x = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)  # (B, H, T, E)
         x = x.transpose(1, 2).reshape(b, t, d)  # (B, T, D)
         x = self.proj_drop(self.proj(x))

@@ -38,7 +38,7 @@ class AttentionPool(nn.Module):
         b, n, d = x.shape
         heads = self.num_heads, d // self.num_heads
         q = self.q(self.latent.expand(b, -1, -1)).reshape(b, 1, *heads).transpose(1, 2)
-        k, v = self.kv(x).reshape(b, n, 2, *heads).permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        k, v = self.kv(x).reshape(b, n, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
         x = attend(q, k, v).transpose(1, 2).reshape(b, 1, d)  # (B, 1, D)
         x = self.proj(x)
         x = x + self.mlp(self.norm(x))

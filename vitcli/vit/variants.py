@@ -152,7 +152,9 @@ def parse_variant(name: str, **settings: Any) -> ViTConfig:
     size, _, patch = name.partition("/")
     if size not in VARIANTS or not patch.isdigit():
         known = ", ".join(VARIANTS)
-        raise ValueError(f"no model variant `{name}`: a size ({known}), `/`, a patch size")
+        close = next((v for v in VARIANTS if v.lower() == size.lower()), None)
+        meant = f"; `{close}/{patch}` is one" if close and patch.isdigit() else ""
+        raise ValueError(f"no model variant `{name}`: a size ({known}), `/`, a patch size{meant}")
     variant = VARIANTS[size]
     values = {"patch_size": int(patch), **asdict(variant), **settings}
     return replace(

@@ -140,7 +140,7 @@ def read_labels(labels: Sequence[str] | str | os.PathLike[str] | None) -> tuple[
     names = tuple(str(name) for name in labels)
     if twice := sorted({name for name in names if names.count(name) > 1})[:3]:
         raise VitcliError(
-            f"two classes have the same name: {', '.join(twice)}", hint="give each a name of its own"
+            f"two classes have the same name: {', '.join(twice)}", hint="give each its own name"
         )
     return names
 

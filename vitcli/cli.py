@@ -3,9 +3,12 @@
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -43,6 +46,7 @@ REFUSALS = {
     errno.ENAMETOOLONG: "take a shorter name",
 }
 EXIT_BUG, EXIT_MISTAKE, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
+INTERRUPT_SECONDS = 3.0  # for what runs to put its files away
 
 
 app = typer.Typer(
@@ -362,11 +366,26 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     launch.follow()
     _open_streams()
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         status = run(sys.argv[1:])
     except KeyboardInterrupt:  # before the command has begun
         status = EXIT_INTERRUPTED
     launch.leave(status)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C outside of training: unwind; and where some import swallows that, end all the same."""
+
+    def end() -> None:
+        sys.stderr.write("interrupted\n")
+        sys.stderr.flush()
+        os._exit(EXIT_INTERRUPTED)
+
+    timer = threading.Timer(INTERRUPT_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
 
 
 def _open_streams() -> None:

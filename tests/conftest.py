@@ -10,7 +10,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 2))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run the whole suite in as many processes as there are cores, four at most.
+
+    Only where nothing else was asked for: no `-n`, no file, no debugger. Each process computes with
+    its share of the cores, because threads that wait for each other are slower than one.
+    """
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    inside = "PYTEST_XDIST_WORKER" in os.environ  # one of the processes already
+    free = whole and not (inside or config.option.usepdb or config.option.collectonly)
+    if free and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        cores = os.cpu_count() or 1
+        config.option.numprocesses = min(4, cores)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // min(4, cores))))
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +52,31 @@ def here(tmp_path, monkeypatch) -> Path:
     """An empty current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def loopback(tmp_path, monkeypatch):
+    """An empty Hub that this process and those it starts use, with its cache in `loopback.home`."""
+    from hub_server import HubServer
+    from huggingface_hub import close_session, constants
+
+    from vitcli import download
+
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(download, "PAUSES", (0.0, 0.0, 0.0))
+    with HubServer(tmp_path / "hub") as server:
+        server.home = tmp_path / "home"
+        for name, value in server.env(server.home).items():
+            monkeypatch.setenv(name, value)
+        # What huggingface_hub has taken from the variables when it was imported.
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setenv("VITCLI_CACHE", str(server.home / "vitcli"))
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(server.home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(server.home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        close_session()
+        yield server
+    close_session()

@@ -1,14 +1,22 @@
 """Augmentation: the statistics of each operation against its definition, and its seeds."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from vitcli.config import AugmentSection
+from vitcli.data import sets
 from vitcli.data.augment import CROPS, TrainTransform, image_rng, inception_box
-from vitcli.data.loader import epoch_order
-from vitcli.data.transforms import Preprocess
+from vitcli.data.decode import open_image, read_image
+from vitcli.data.loader import TrainLoader
+from vitcli.data.order import epoch_order
+from vitcli.data.presets import Strength
+from vitcli.data.sets import ImageSet
+from vitcli.data.transforms import RESAMPLING, Preprocess
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
 
@@ -32,6 +40,10 @@ def test_the_boxes_of_the_inception_crop():
     assert 0.049 < areas.min() < 0.06
     for share in (0.25, 0.5, 0.75):
         assert abs(np.quantile(small, share) - (0.05 + 0.65 * share)) < 0.02
+    assert stats.kstest(small, stats.uniform(0.05, 0.65).cdf).pvalue > 0.01
+    logs = np.log(ratios[areas < 0.7])
+    low, high = np.log(3 / 4), np.log(4 / 3)
+    assert stats.kstest(logs, stats.uniform(low, high - low).cdf).pvalue > 0.01
     free = 1000 - widths > 100
     assert abs((boxes[free, 0] / (1000 - widths[free])).mean() - 0.5) < 0.02
 
@@ -112,3 +124,127 @@ def test_the_first_picture_does_not_share_the_epochs_randomness():
     """numpy fills short seeds with zeros, so (seed, epoch) and (seed, epoch, 0, 0) are the same."""
     order = image_rng(0, 0, 0).permutation(100)
     assert (order != epoch_order(100, 0, 0)).any()
+
+
+EVERYTHING = AugmentSection(
+    preset="strong2",
+    brightness=0.4,
+    hue=0.1,
+    grey_rate=0.3,
+    erase_rate=0.5,
+    cutmix_alpha=1.0,
+    repeats=2,
+)
+
+
+def photographs(n=14):
+    """`n` JPEGs of different sizes, large enough that some are decoded at a smaller scale."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        small.resize((160 + 40 * i, 120 + 30 * i), Image.Resampling.BICUBIC).save(file, "JPEG")
+        yield file.getvalue()
+
+
+class Files:
+    def __init__(self):
+        self.files = list(photographs())
+
+    def __len__(self):
+        return len(self.files)
+
+    def content(self, row):
+        return self.files[row]
+
+    def describe(self, row):
+        return f"photograph {row}"
+
+
+def batches(section, **settings):
+    preprocess = Preprocess((32, 40), interpolation="bilinear")
+    images = ImageSet("train", "ab", np.arange(14) % 2, Files())
+    loader = TrainLoader(
+        images,
+        TrainTransform(preprocess, section),
+        **{"batch_size": 8, "seed": 3, "repeats": section.repeats, **settings},
+        strength=Strength.of(section),
+    )
+    return list(loader.batches(16, 4))
+
+
+def mixed(batch):
+    images = batch.images.float()
+    return images if batch.mix is None else batch.mix.images(images)
+
+
+@pytest.mark.parametrize("keep", [0, 1 << 40], ids=["read each time", "kept in memory"])
+@pytest.mark.parametrize("settings", [{"workers": 1}, {"workers": 3}, {"workers": 3, "parts": 2}])
+def test_who_makes_a_picture_changes_nothing(keep, settings, monkeypatch):
+    """Everything on at once: 0, 1 and 3 threads, one process or two."""
+    monkeypatch.setattr(sets, "KEEP_BYTES", keep)
+    wanted = batches(EVERYTHING, workers=0)
+    ranks = settings.pop("parts", 1)
+    made = [batches(EVERYTHING, **settings, rank=r, world_size=ranks) for r in range(ranks)]
+    for batch, *parts in zip(wanted, *made, strict=True):
+        for name in ("images", "labels", "indices", "epochs"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(getattr(batch, name), joined)
+        assert torch.equal(torch.cat([mixed(part) for part in parts]), mixed(batch))
+    assert any(not torch.equal(mixed(b), b.images.float()) for b in wanted)
+
+
+def test_each_image_of_a_batch_comes_so_often():
+    for batch in batches(EVERYTHING, workers=0):
+        first, again = batch.indices[:4], batch.indices[4:]
+        assert torch.equal(first, again) and len(set(first.tolist())) == 4
+        assert not torch.equal(batch.images[:4], batch.images[4:])
+    plain = AugmentSection(flip_rate=0.5)
+    once = torch.cat([b.indices for b in batches(plain, workers=0, batch_size=4)])
+    twice = AugmentSection(flip_rate=0.5, repeats=2)
+    found = torch.cat([b.indices[:4] for b in batches(twice, workers=0, batch_size=8)])
+    # Batch 2 of 8 places shows images 8..11 of the stream: half as many images are used up.
+    order = np.concatenate([epoch_order(14, 3, epoch) for epoch in range(3)])
+    assert found.tolist() == order[8:24].tolist() and once.tolist() == order[16:32].tolist()
+
+
+def test_pictures_do_not_depend_on_what_they_are_mixed_with():
+    """Switching mixing on leaves the pictures before it as they were."""
+    plain = AugmentSection(preset="light1")
+    for with_mix, without in zip(
+        batches(AugmentSection(preset="light1", mixup_alpha=0.8), workers=0),
+        batches(plain, workers=0),
+        strict=True,
+    ):
+        assert torch.equal(with_mix.images, without.images)
+        assert without.mix is None and with_mix.mix is not None
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_crop_is_pillows_crop_resized(interpolation, channels):
+    """Where nothing is left out of the file: within two grey levels, one of them mostly."""
+    preprocess = Preprocess((32, 40), interpolation=interpolation, num_channels=channels)
+    photo = Image.open(io.BytesIO(list(photographs())[3])).convert(preprocess.mode)
+    transform = TrainTransform(preprocess, section())
+    for seed in range(12):
+        box = inception_box(photo.size, np.random.default_rng(seed), 0.05)
+        wanted = np.asarray(photo.crop(box).resize((40, 32), RESAMPLING[interpolation]))
+        found = transform(photo, np.random.default_rng(seed)).numpy()
+        found = found[0] if channels == 1 else found.transpose(1, 2, 0)
+        difference = np.abs(found.astype(int) - wanted.astype(int))
+        assert difference.max() <= 2 and difference.mean() < 0.2
+
+
+def test_the_same_crop_whether_a_file_is_read_whole_or_not():
+    preprocess = Preprocess((32, 40), interpolation="bilinear")
+    transform = TrainTransform(preprocess, section(flip_rate=0.5))
+    file = list(photographs())[-1]  # 680 x 510
+    for seed in range(20):
+        with open_image(file) as picture:
+            quick = transform.view(picture, np.random.default_rng(seed)).astype(float)
+        whole = transform(read_image(file), np.random.default_rng(seed)).numpy().astype(float)
+        other = transform(read_image(file), np.random.default_rng(seed + 1)).numpy()
+        # Up to half a pixel apart, on slopes of up to 24 grey levels a pixel.
+        assert np.abs(quick - whole).mean() < 6
+        assert np.abs(quick - other).mean() > 15  # the comparison can tell

@@ -16,8 +16,20 @@ from tiny import write_tiny
 
 from vitcli import __version__
 from vitcli.cli import run
+from vitcli.weights.store import load_weights
 
-COMMANDS = ("patchify", "pretrain", "finetune", "fewshot", "predict", "evaluate", "recipes")
+COMMANDS = (
+    "patchify",
+    "pretrain",
+    "finetune",
+    "fewshot",
+    "predict",
+    "evaluate",
+    "export",
+    "recipes",
+)
+
+FATES = ("loaded ", "resampled ", "new ", "dropped ")
 
 
 def call(capfd, *arguments):
@@ -88,6 +100,9 @@ def test_help_answers_at_once():
         (["pretrain", "--image-size", "30"], "not a multiple of patch size 8", "divides"),
         (["finetune"], "no finished `pretrain` run", "run `vitcli pretrain` first"),
         (["fewshot", "--shots", "a"], "not a list of numbers", "--shots 1,5,10"),
+        (["export"], "Missing option '--to'", "see `vitcli export --help`"),
+        (["export", "--to", "onx", "--model", "Pico/4"], "no format `onx`", "`onnx` may be meant"),
+        (["export", "--to", "timm"], "there is no finished run", "vitcli pretrain"),
         (["predict", "no.jpg", "--model", "B/16"], "no such image: `no.jpg`", "globs"),
         (["evaluate", "nowhere/", "--model", "B/16"], "", ""),
         (["fewshot"], "no ", "vitcli pretrain"),
@@ -129,6 +144,28 @@ def test_json_is_the_only_thing_on_stdout(trained, capfd):
         status, out, err = call(capfd, *arguments)
         assert status == 0, err
         json.loads(out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "--model", "runs/tiny", "--json"),
+        ("predict", "photos/cat/0.png", "--model", "runs/tiny", "--json"),
+        ("fewshot", "--model", "runs/tiny", "--json"),
+        ("finetune", "--model", "runs/tiny", "--steps", "1", "--batch-size", "4", "--json"),
+        ("export", "--model", "runs/tiny", "--to", "timm", "--json"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_one_line_about_the_weights_or_with_verbose_one_for_each_tensor(arguments, trained, capfd):
+    names = load_weights("runs/tiny/model.safetensors")
+    for more in ((), ("--verbose",)):
+        status, out, err = call(capfd, *arguments, *more)
+        assert status == 0, err
+        json.loads(out)
+        assert sum(" tensors loaded (vitcli)" in line for line in err.splitlines()) == 1
+        told = [line.split()[1] for line in err.splitlines() if line.startswith(FATES)]
+        assert sorted(told) == (sorted(names) if more else [])
 
 
 def test_fewshot_json_is_the_contracts(trained, capfd):
@@ -235,7 +272,7 @@ def test_training_goes_on_past_a_broken_image_and_says_so(split, trained, capfd)
     assert any("broken.jpg" in name for name in json.loads(out)["broken"])
     assert "error: " in err and "broken.jpg" in err
     if split == "train":
-        status, _, err = call(capfd, *common, "runs/strict", "--set", "data.strict=true")
+        status, _, err = call(capfd, *common, "runs/strict", "--strict")
         assert status == 2 and "broken.jpg" in err
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcli.data.decode import ImageError, printable, read_image
+from vitcli.data.decode import ImageError, open_image, read_image
+from vitcli.errors import printable
 
 NUM_MESSY = 131
 DIFFERENT_PHOTO = 20.0  # mean difference in grey levels that only another picture would have
@@ -350,7 +351,104 @@ def test_damaged_at_random_is_read_or_refused(messy):
                 assert error.reason
 
 
-def test_printable_names():
-    assert printable(b"caf\xe9.jpg") == r"caf\xe9.jpg"
-    assert printable("new\nline.jpg") == r"new\nline.jpg"
-    assert printable("ünï 蚂蚁.jpg") == "ünï 蚂蚁.jpg"
+PART = (120, 60, 420, 290)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"odd/ants/exif_orientation_{i}.jpg" for i in range(1, 9)),
+        "odd/ants/exif_orientation_6.png",
+        "broken/bees/plain_3.jpg",
+        *(f"odd/bees/{n}" for n in ("cmyk.jpg", "gray_L.jpg", "progressive.jpg", "rgba.png")),
+        *(f"odd/bees/{n}" for n in ("gray16.png", "float32.tif", "palette_transparent.png")),
+        *(f"odd/bees/{n}" for n in ("lzw.tif", "still.gif", "lossless_alpha.webp", "mpo.jpg")),
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_part_is_a_part_of_the_whole(messy, name, mode):
+    whole = read_image(messy / name, mode)
+    with open_image(messy / name, mode) as picture:
+        assert picture.size == whole.size
+        box = (*PART[:2], min(PART[2], whole.width), min(PART[3], whole.height))
+        part = picture.part(box)
+        assert (np.asarray(part) == np.asarray(whole.crop(box))).all()
+        assert part.mode == mode and not part.info
+        assert (np.asarray(picture.whole()) == np.asarray(whole)).all()
+
+
+@pytest.fixture(scope="module")
+def large(messy):
+    """A photograph of 2880 x 1795, its file, and the same as a camera held sideways stores it."""
+    file = (messy / "odd/pizza slice ü/unsplash_2880x1795.jpg").read_bytes()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    photo = read_image(file)
+    sideways = photo.transpose(Image.Transpose.ROTATE_90)
+    return photo, file, encoded(sideways, "JPEG", quality=95, exif=turned)
+
+
+BOXES = [
+    (0, 0, 2880, 1795),
+    (101, 203, 1901, 1603),
+    (1000, 700, 2000, 1300),
+    (2203, 1209, 2503, 1509),
+]
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("stored", [1, 2], ids=["upright", "sideways"])
+def test_a_jpeg_is_decoded_no_larger_than_needed(large, box, stored):
+    """The same part, at the smallest of 1, 1/2, 1/4, 1/8 that still has the size asked for."""
+    photo, file = large[0], large[stored]
+    width, height = box[2] - box[0], box[3] - box[1]
+    with open_image(file) as picture:
+        assert picture.size == photo.size
+        for target in (224, 96, 500):
+            part = picture.part(box, at_least=(target, target))
+            scale = max(s for s in (1, 2, 4, 8) if s == 1 or min(width, height) >= s * target)
+            assert abs(part.width - width / scale) <= 0.5
+            assert abs(part.height - height / scale) <= 0.5
+            if min(width, height) >= target:
+                assert min(part.size) >= target
+            small = (16, 16)  # moved by half a pixel, so compared where that is little
+            got = np.asarray(part.resize(small, Image.Resampling.BOX)).astype(float)
+            wanted = np.asarray(photo.crop(box).resize(small, Image.Resampling.BOX)).astype(float)
+            assert np.abs(got - wanted).mean() < 3
+            assert np.abs(got[:, 1:] - wanted[:, :-1]).mean() > 4  # the comparison can tell
+
+
+def test_the_largest_scale_of_a_tiny_picture():
+    for size in ((1, 1), (7, 3), (8, 9), (15, 31), (17, 64)):
+        file = encoded(Image.new("RGB", size, (40, 90, 160)), "JPEG")
+        with open_image(file) as picture:
+            part = picture.part((0, 0, *size), at_least=(1, 1))
+            scale = max(s for s in (1, 2, 4, 8) if s <= min(size))
+            wanted = tuple(max(1, round(side / scale)) for side in size)
+            assert part.size == wanted
+            assert np.abs(np.asarray(part).astype(int) - (40, 90, 160)).max() <= 3
+
+
+def test_a_damaged_jpeg_is_refused_at_every_scale(messy):
+    for name in ("truncated_60pct.jpg", "truncated_last_bytes.jpg"):
+        for target in (500, 100, 50):
+            with (
+                open_image(messy / "broken/ants" / name) as picture,
+                pytest.raises(ImageError, match=name),
+            ):
+                picture.part((0, 0, *picture.size), at_least=(target, target))
+
+
+def test_memory_follows_the_target(large):
+    """A twelfth of the pixels is never decoded: measured in a process of its own."""
+    code = (
+        "import resource, sys; from vitcli.data.decode import open_image\n"
+        "data = sys.stdin.buffer.read()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "with open_image(data) as p: p.part((0, 0, *p.size), at_least=(224, 224))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], input=large[1], capture_output=True, check=True
+    )
+    assert int(ran.stdout) < 12_000  # KiB; the whole is 20,000 as Pillow keeps it

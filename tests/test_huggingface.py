@@ -1,30 +1,107 @@
 """Hugging Face folders, against numbers of transformers and against transformers itself."""
 
+import itertools
 import json
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vitcli.errors import VitcliError
 from vitcli.weights.load import load_model
 
-CASES = 3
+CASES = {"deit_distilled", "dinov2_reg", "vit_cls", "vit_cls_lowvar", "vit_cls_newkeys", "vit_mim"}
 
 
-def test_reference_logits(shared):
-    cases = sorted((shared / "reference/hf_vit").glob("vit_cls*"))
-    assert len(cases) >= CASES
+def copied(shared, name, tmp_path):
+    """A writable copy of a reference folder."""
+    folder = tmp_path / name
+    folder.mkdir()
+    for file in (shared / "reference/hf_vit" / name).iterdir():
+        shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def worst(ours, theirs):
+    return float(np.abs(ours.numpy() - theirs).max())
+
+
+def hidden_states(model, images):
+    """The input of the first block, then the output of each."""
+    states = [model.embed(images)]
+    for block in model.blocks:
+        block.register_forward_hook(lambda *parts: states.append(parts[-1]))
+    model(images)
+    return states
+
+
+def test_every_reference_case(shared):
+    cases = sorted(p.parent for p in (shared / "reference/hf_vit").glob("*/io.npz"))
+    assert len(cases) >= len(CASES)
+    assert {p.name for p in cases} >= CASES
+    compared = 0
     for folder in cases:
         io = np.load(folder / "io.npz")
         model = load_model(folder)
+        x = torch.from_numpy(io["pixel_values"])
         with torch.no_grad():
-            logits = model(torch.from_numpy(io["pixel_values"])).numpy()
-        assert np.abs(logits - io["logits"]).max() < 1e-5, folder
-        assert model.labels[0] == "class_0" and model.head_trained
-        p = model.preprocess
-        assert (p.resize_mode, p.interpolation, p.mean) == ("squash", "bilinear", (0.5,) * 3)
+            if "logits" in io:
+                assert worst(model(x), io["logits"]) < 5e-5, folder
+                compared += 1
+            if "distillation_logits" in io:
+                tokens = model.tokens(x)
+                assert worst(model.head(tokens[:, 0]), io["cls_logits"]) < 5e-5
+                assert worst(model.head_dist(tokens[:, 1]), io["distillation_logits"]) < 5e-5
+                compared += 1
+            if "hidden_0" in io:
+                for i, z in enumerate(hidden_states(model, x)):
+                    assert worst(z, io[f"hidden_{i}"]) < 1e-4, (folder, i)
+                    compared += 1
+    assert compared >= 5 + 1 + 4 * 4
+
+
+def test_reference_cases_at_another_resolution(shared):
+    """DINOv2 with registers resamples as we do by default, ViT without antialiasing."""
+    compared = 0
+    for file in sorted((shared / "reference/hf_vit").glob("*/io.npz")):
+        io = np.load(file)
+        if "logits_big" not in io:
+            continue
+        x = torch.from_numpy(io["pixel_values_big"])
+        registers = (
+            "registers" in json.loads((file.parent / "config.json").read_text())["model_type"]
+        )
+        method = None if registers else "bicubic_plain"
+        model = load_model(file.parent, image_size=tuple(x.shape[2:]), position_resize=method)
+        with torch.no_grad():
+            assert worst(model(x), io["logits_big"]) < 5e-5, file
+        compared += 1
+    assert compared >= 2
+
+
+def test_what_comes_with_the_weights(shared):
+    folder = shared / "reference/hf_vit"
+    model = load_model(folder / "vit_cls")
+    assert model.labels == tuple(f"class_{i}" for i in range(7)) and model.head_trained
+    assert model.config.norm_eps == 1e-12
+    p = model.preprocess
+    assert (p.resize_mode, p.interpolation, p.mean) == ("squash", "bilinear", (0.5,) * 3)
+    deit = load_model(folder / "deit_distilled")
+    assert (deit.config.pool, deit.config.distillation_head) == ("distilled", True)
+    p = deit.preprocess
+    assert (p.resize_mode, p.resize_size, p.interpolation) == ("squash", 40, "bicubic")
+    dino = load_model(folder / "dinov2_reg")
+    assert (dino.config.num_registers, dino.config.pool) == (4, "token_mean")
+    assert dino.load_report.names("dropped") == ["dinov2_with_registers.embeddings.mask_token"]
+    p = dino.preprocess
+    assert (p.resize_mode, p.resize_size, p.mean) == ("crop", 40, (0.485, 0.456, 0.406))
 
 
 def test_masked_image_model_is_a_backbone(shared):
@@ -33,49 +110,249 @@ def test_masked_image_model_is_a_backbone(shared):
     assert len(model.load_report.names("dropped")) == 3
 
 
-@pytest.mark.parametrize("kind", ["deit_distilled", "dinov2_reg"])
-def test_other_models_are_refused(shared, kind):
-    with pytest.raises(VitcliError, match="model, which is not understood") as error:
-        load_model(shared / "reference/hf_vit" / kind)
-    assert "ViTForImageClassification" in error.value.hint
-
-
-@pytest.mark.parametrize("pooler", [True, False])
-@pytest.mark.parametrize("act", ["gelu", "gelu_new"])
-def test_features_of_a_vit_model(tmp_path, pooler, act):
+def test_channels_that_are_not_pictures(tmp_path):
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        image_size=[16, 24],
-        patch_size=8,
-        layer_norm_eps=1e-3,
-        hidden_act=act,
-        qkv_bias=not pooler,
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, num_channels=5,
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, preprocess={"mean": 0.5, "std": 0.5})
+    assert model.preprocess is None and "not pictures" in " ".join(model.load_report.notes)
+
+
+def test_trained_weights_classify(shared):
+    """The same weights lie there in timm's layout."""
+    folder = shared / "data/weights/vit_fashionmnist"
+    ours = load_model(folder / "hf")
+    assert ours.labels[9] == "Ankle boot" and ours.config.num_channels == 1
+    said = {"mean": 0.5, "std": 0.5}
+    timm = load_model(
+        folder / "timm.safetensors", num_heads=4, norm_eps=1e-5, pool="token", preprocess=said
     )
-    theirs = transformers.ViTModel(config, add_pooling_layer=pooler).eval()
+    images = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), timm(images), atol=1e-5, rtol=1e-5)
+
+
+# Every class, fresh from transformers -----------------------------------------------------------
+
+SIZES = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 5,
+}
+VIT = {**SIZES, "intermediate_size": 80}
+DINO = {**SIZES, "mlp_ratio": 2, "layerscale_value": 0.5}
+CLASSES = [
+    ("ViTForImageClassification", "ViTConfig", VIT),
+    ("ViTForImageClassification", "ViTConfig", {**VIT, "qkv_bias": False, "image_size": [16, 24]}),
+    ("ViTModel", "ViTConfig", {**VIT, "hidden_act": "gelu_new", "pooler_output_size": 16}),
+    ("ViTModel without pooler", "ViTConfig", {**VIT, "layer_norm_eps": 1e-3}),
+    ("ViTForMaskedImageModeling", "ViTConfig", {**VIT, "encoder_stride": 8}),
+    ("DeiTModel", "DeiTConfig", VIT),
+    ("DeiTModel without pooler", "DeiTConfig", VIT),
+    ("DeiTForImageClassification", "DeiTConfig", VIT),
+    ("DeiTForImageClassificationWithTeacher", "DeiTConfig", VIT),
+    ("DeiTForMaskedImageModeling", "DeiTConfig", {**VIT, "encoder_stride": 8}),
+    ("Dinov2Model", "Dinov2Config", DINO),
+    ("Dinov2Model", "Dinov2Config", {**DINO, "use_mask_token": False, "qkv_bias": False}),
+    ("Dinov2ForImageClassification", "Dinov2Config", DINO),
+    ("Dinov2ForImageClassification", "Dinov2Config", {**DINO, "use_swiglu_ffn": True}),
+    ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {**DINO, "use_swiglu_ffn": True}),
+    ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {**DINO, "num_register_tokens": 0}),
+    ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", DINO),
+    ("ViTMAEModel", "ViTMAEConfig", {**VIT, "mask_ratio": 0.0}),
+    (
+        "ViTMAEForPreTraining",
+        "ViTMAEConfig",
+        {
+            **VIT,
+            "mask_ratio": 0.0,
+            "decoder_num_hidden_layers": 1,
+            "decoder_hidden_size": 32,
+            "decoder_num_attention_heads": 2,
+            "decoder_intermediate_size": 48,
+        },
+    ),
+]
+
+
+def fresh(cls, config, settings, seed=0):
+    """A model of transformers whose every tensor is random and counts."""
+    transformers = pytest.importorskip("transformers")
+    name, _, bare = cls.partition(" ")
+    described = getattr(transformers, config)(**settings, attn_implementation="eager")
+    theirs = getattr(transformers, name)(
+        described, **({"add_pooling_layer": False} if bare else {})
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "position_embeddings" in key and "ViTMAE" in name:
+                continue  # fixed
+            grown = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.copy_(grown + (1.0 if key.endswith("norm.weight") else 0.0))
+    return theirs.eval()
+
+
+def outputs(theirs, images):
+    """The final tokens; and logits or pooled features, or None."""
+    kind = theirs.config.model_type
+    extra = {}
+    if kind == "vit_mae":  # it shuffles by this
+        grid = theirs.config.image_size // theirs.config.patch_size
+        extra["noise"] = torch.arange(grid**2)[None].repeat(len(images), 1).float()
+    encoder = theirs.base_model
+    out = encoder(images, **extra)
+    pooled = None if kind == "vit_mae" else out.pooler_output
+    if hasattr(theirs, "classifier") or hasattr(theirs, "cls_classifier"):
+        return out.last_hidden_state, theirs(images).logits
+    return out.last_hidden_state, pooled
+
+
+@pytest.mark.parametrize("classic", [True, False], ids=["classic", "in-memory"])
+@pytest.mark.parametrize(("cls", "config", "settings"), CLASSES)
+def test_every_class_as_transformers_writes_it(tmp_path, cls, config, settings, classic):
+    theirs = fresh(cls, config, settings)
+    theirs.save_pretrained(tmp_path, save_original_format=classic)
+    model = load_model(tmp_path)
+    size = settings["image_size"]
+    images = torch.randn(2, 3, *(size if isinstance(size, list) else (size, size)))
+    with torch.no_grad():
+        tokens, out = outputs(theirs, images)
+        torch.testing.assert_close(model.tokens(images), tokens, atol=5e-5, rtol=0)
+        expected = out if out is not None else tokens[:, 0]
+        torch.testing.assert_close(model(images), expected, atol=5e-5, rtol=0)
+    assert bool(model.config.num_classes) == ("ForImageClassification" in cls)
+    assert not model.load_report.names("new")
+
+
+def test_the_classes_are_all_there():
+    """What the module says it reads, of every type that it knows, has been compared."""
+    from vitcli.weights.huggingface_names import FAMILIES, TEACHER
+
+    wanted = {f.backbone for f in FAMILIES.values()} | {f.classifier for f in FAMILIES.values()}
+    assert wanted - {None} | {TEACHER} <= {cls.partition(" ")[0] for cls, _, _ in CLASSES}
+
+
+@pytest.mark.parametrize("form", ["shards", "pickle"])
+def test_other_containers(tmp_path, form):
+    theirs = fresh("ViTForImageClassification", "ViTConfig", VIT)
+    if form == "shards":
+        theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+        assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    else:
+        theirs.save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    images = torch.randn(2, 3, 32, 32)
+    model = load_model(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images).logits, atol=5e-5, rtol=0)
+
+
+# Tables, labels, errors -------------------------------------------------------------------------
+
+
+def test_rows_of_zeros_cover_nothing(tmp_path):
+    theirs = fresh("ViTForImageClassification", "ViTConfig", VIT)
+    with torch.no_grad():
+        theirs.vit.embeddings.position_embeddings[:, :1] = 0
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path)
-    images = torch.randn(2, 3, 16, 24)
+    assert not model.config.position_covers_prefix and model.pos_embed.shape == (1, 16, 48)
+    images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        out = theirs(images)
-        expected = out.pooler_output if pooler else out.last_hidden_state[:, 0]
-        torch.testing.assert_close(model.features(images), expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(
-            model.tokens(images), out.last_hidden_state, atol=1e-5, rtol=1e-5
-        )
-    assert not model.head_trained and model.labels is None
-    assert "no preprocessor_config.json" in model.load_report.notes[0]
+        torch.testing.assert_close(model(images), theirs(images).logits, atol=5e-5, rtol=0)
+
+
+def test_names_that_transformers_puts_in(shared, tmp_path):
+    folder = copied(shared, "vit_cls", tmp_path)
+    names = {str(i): f"LABEL_{i}" for i in range(7)}
+    edit(folder / "config.json", id2label=names)
+    assert load_model(folder).labels is None
+    assert load_model(folder, labels=list("abcdefg")).labels == tuple("abcdefg")
+    names = {str(i): f"n{i}" for i in reversed(range(7))}
+    edit(folder / "config.json", id2label=names)
+    assert load_model(folder).labels == tuple(f"n{i}" for i in range(7))
+    (folder / "config.json").unlink()
+    with pytest.raises(VitcliError, match=r"no config\.json of theirs"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["vit-hybrid", "beit", None])
+def test_other_models_are_refused(shared, tmp_path, kind):
+    folder = copied(shared, "vit_cls", tmp_path)
+    edit(folder / "config.json", model_type=kind)
+    if kind is None:
+        described = json.loads((folder / "config.json").read_text())
+        del described["model_type"]
+        (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(VitcliError, match=r"not understood|no config\.json of theirs") as error:
+        load_model(folder)
+    if kind:
+        assert "`dinov2_with_registers`" in error.value.hint and f"`{kind}`" in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"hidden_act": "relu"}, "activation `relu`"),
+        ({"patch_size": [8, 4]}, "patches of 8x4"),
+        ({"num_attention_heads": 5}, "does not fit together.*5 heads"),
+        ({"num_hidden_layers": 4}, "`num_hidden_layers` is 4, the weights have 3"),
+        ({"num_channels": 10**5}, "`num_channels` is 100000, the weights have 3"),
+        ({"hidden_size": "wide"}, "does not fit together"),
+        ({"image_size": 64}, "pos_embed is"),
+    ],
+)
+def test_a_config_that_contradicts(shared, tmp_path, values, words):
+    folder = copied(shared, "vit_cls", tmp_path)
+    edit(folder / "config.json", **values)
+    with pytest.raises(VitcliError, match=words):
+        load_model(folder)
+
+
+JUNK = [None, "x", -1, 0, 1e30, [], {}, [1, 2, 3], {"a": 1}]
+
+
+def test_any_value_in_the_json_files_is_taken_or_refused(shared, tmp_path):
+    """Whatever a key holds: a model, or an error for the user; never a traceback."""
+    rng = np.random.default_rng(0)
+    folders = [copied(shared, name, tmp_path) for name in ("vit_cls", "dinov2_reg")]
+    for folder, file in itertools.product(folders, ("config.json", "preprocessor_config.json")):
+        path = folder / file
+        whole = path.read_text()
+        pairs = list(itertools.product(json.loads(whole), JUNK))
+        assert len(pairs) >= 80
+        for i in rng.permutation(len(pairs))[:80]:
+            edit(path, **dict([pairs[i]]))
+            with suppress(VitcliError):
+                load_model(folder)
+            path.write_text(whole)
+
+
+def test_tensors_without_their_partner_are_named(shared, tmp_path):
+    folder = copied(shared, "vit_cls", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["vit.encoder.layer.0.attention.attention.key.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(VitcliError, match=r"missing: blocks\.0\.attn\.qkv\.weight") as error:
+        load_model(folder)
+    assert "attention.attention.query.weight" in error.value.message
+
+
+# The image processor ----------------------------------------------------------------------------
 
 
 def test_the_processor(shared, tmp_path):
-    folder = shutil.copytree(shared / "reference/hf_vit/vit_cls", tmp_path / "m")
-    folder.chmod(0o755)
+    folder = copied(shared, "vit_cls", tmp_path)
     path = folder / "preprocessor_config.json"
-    path.unlink()
     said = {
         "size": {"shortest_edge": 40},
         "do_center_crop": True,
@@ -92,17 +369,100 @@ def test_the_processor(shared, tmp_path):
     path.write_text(json.dumps({**said, "resample": 9}))
     with pytest.raises(VitcliError, match="filter that is not understood: 9"):
         load_model(folder)
+    path.write_text(json.dumps({"size": 32, "do_normalize": False}))
+    p = load_model(folder).preprocess
+    assert (p.resize_mode, p.mean, p.std) == ("squash", (0.0,) * 3, (1.0,) * 3)
+    path.write_text(json.dumps({"do_resize": False}))
+    model = load_model(folder)
+    assert model.preprocess.resize_mode == "squash" and "not resize" in model.load_report.notes[0]
 
 
-def test_names_that_transformers_puts_in(shared, tmp_path):
-    folder = shutil.copytree(shared / "reference/hf_vit/vit_cls", tmp_path / "m")
-    folder.chmod(0o755)
-    described = json.loads((folder / "config.json").read_text())
-    described["id2label"] = {str(i): f"LABEL_{i}" for i in range(7)}
-    (folder / "config.json").unlink()
-    (folder / "config.json").write_text(json.dumps(described))
-    assert load_model(folder).labels is None
-    assert load_model(folder, labels=list("abcdefg")).labels == tuple("abcdefg")
-    (folder / "config.json").unlink()
-    with pytest.raises(VitcliError, match=r"no config\.json of theirs"):
-        load_model(folder)
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"feature_extractor_type": "ViTFeatureExtractor", "size": 32}, ("squash", None)),
+        (
+            {"feature_extractor_type": "DeiTFeatureExtractor", "size": 40, "crop_size": 32},
+            ("squash", 40),
+        ),
+        (
+            {"image_processor_type": "BitImageProcessorFast", "size": 36, "crop_size": 32},
+            ("crop", 36),
+        ),
+        (
+            {
+                "image_processor_type": "ViTImageProcessor",
+                "size": {"height": 36, "width": 36},
+                "crop_size": {"height": 32, "width": 32},
+                "do_center_crop": True,
+            },
+            ("squash", 36),
+        ),
+        # More than the model reads: the same share of the picture at its size.
+        (
+            {"image_processor_type": "DeiTImageProcessor", "size": 80, "crop_size": 64},
+            ("squash", 40),
+        ),
+    ],
+)
+def test_sizes_old_and_new(shared, tmp_path, said, expected):
+    folder = copied(shared, "vit_cls", tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    p = load_model(folder).preprocess
+    assert (p.resize_mode, p.resize_size) == expected and p.image_size == (32, 32)
+
+
+def test_dinov2_takes_the_size_of_its_processor(shared, tmp_path):
+    """Meta's own: the config says 518 pixels, the processor 224."""
+    folder = copied(shared, "dinov2_reg", tmp_path)
+    edit(
+        folder / "preprocessor_config.json",
+        size={"shortest_edge": 28},
+        crop_size={"height": 24, "width": 24},
+    )
+    model = load_model(folder)
+    assert model.config.image_size == (32, 32) and model.preprocess.image_size == (24, 24)
+    assert any("24x24" in note for note in model.load_report.notes)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images).logits, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vit_cls", "deit_distilled", "dinov2_reg"])
+def test_without_a_processor(shared, tmp_path, name):
+    folder = copied(shared, name, tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+    model = load_model(folder)
+    assert any("no preprocessor_config.json" in note for note in model.load_report.notes)
+    assert model.preprocess.image_size == (32, 32)
+    assert model.preprocess.mean == ((0.5,) * 3 if name == "vit_cls" else (0.485, 0.456, 0.406))
+    stated = load_model(folder, preprocess={"mean": 0.5, "std": 0.5})
+    assert not any("no preprocessor_config.json" in note for note in stated.load_report.notes)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        ("ViTImageProcessorPil", {"size": {"height": 32, "width": 32}, "image_mean": [0.4] * 3}),
+        ("DeiTImageProcessorPil", {"size": {"height": 40, "width": 40}, "crop_size": 32}),
+        ("BitImageProcessorPil", {"size": {"shortest_edge": 40}, "crop_size": 32, "resample": 1}),
+        ("BitImageProcessorPil", {"size": {"shortest_edge": 32}, "crop_size": 32}),
+        ("ViTImageProcessorPil", {"size": {"height": 32, "width": 32}, "rescale_factor": 1 / 127}),
+    ],
+)
+def test_pictures_as_the_processor_makes_them(shared, tmp_path, cls, settings):
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    processor = getattr(transformers, cls)(**settings)
+    folder = copied(shared, "vit_cls", tmp_path)
+    processor.save_pretrained(folder)
+    preprocess = load_model(folder).preprocess
+    generator = np.random.default_rng(0)
+    # Margins of an even number of pixels: an odd one is rounded differently.
+    for rows, cols in ((64, 96), (80, 40), (32, 32), (20, 28)):
+        picture = Image.fromarray(generator.integers(0, 256, (rows, cols, 3), dtype=np.uint8))
+        theirs = processor(picture, return_tensors="np")["pixel_values"][0]
+        np.testing.assert_allclose(preprocess(picture).numpy(), theirs, atol=2e-6)

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "vitcli"
 # From left to right; a module imports from its own step and from those to its right.
 STEPS = [
     {"cli", "__main__"},
-    {"options"},
+    {"options", "exits"},
+    {"results"},
     {"report"},
     {"commands"},
     {"train", "evals", "cost"},
@@ -20,7 +21,7 @@ STEPS = [
     {"vit"},
     {"config"},
     {"sections"},
-    {"launch", "errors", "watch", "files"},
+    {"launch", "errors", "watch", "files", "download", "hub"},
 ]
 RANK = {name: number for number, step in enumerate(STEPS) for name in step}
 HEAVY = {"torch", "datasets", "accelerate", "transformers", "timm", "torchvision"}

@@ -32,6 +32,15 @@ def test_variants_are_random_but_repeatable():
     assert set(one.load_report.names("new")) == set(one.state_dict())
 
 
+def test_a_variant_that_cannot_be_built_says_what_to_change():
+    with pytest.raises(VitcliError, match="not a multiple of patch size 16") as error:
+        load_model("Ti/16", image_size=100)
+    assert "variant" not in error.value.hint
+    with pytest.raises(VitcliError, match="no model variant") as error:
+        load_model("Zz/16")
+    assert "`B/16`" in error.value.hint
+
+
 def test_the_newest_run_that_fits(here):
     with pytest.raises(VitcliError) as error:
         newest_run(classifier=True)
@@ -78,7 +87,7 @@ def test_image_size_and_head(here):
     model = load_model(run.path, image_size=(24, 32), num_classes=5)
     assert model.config.image_size == (24, 32) and model.config.num_classes == 5
     assert not model.head_trained
-    for wrong in ((1, 2, 3), 0, "x"):
+    for wrong in ((1, 2, 3), 0, "x", 32.0, True):
         with pytest.raises(VitcliError, match=r"model\.image_size"):
             load_model(run.path, image_size=wrong)
     with pytest.raises(VitcliError, match="position_resize"):

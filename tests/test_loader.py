@@ -12,7 +12,8 @@ from PIL import Image
 from vitcli.config import AugmentSection
 from vitcli.data.augment import TrainTransform, image_rng
 from vitcli.data.decode import ImageError
-from vitcli.data.loader import TrainLoader, default_workers, epoch_order, eval_batches, positions
+from vitcli.data.loader import TrainLoader, default_workers, eval_batches
+from vitcli.data.order import epoch_order, positions
 from vitcli.data.sets import ArrayStore, ImageSet
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
@@ -144,7 +145,7 @@ def test_the_last_of_a_class_is_replaced_by_its_first():
         for batch in train.batches(0, 3)
         for i, index in enumerate(positions(0, 24, N, 1)[1].reshape(3, 8)[0])
     }
-    assert train._read(21, "RGB", [])[1] == 0
+    assert train._with_readable(21, "RGB", lambda picture: None, []) == 0
 
 
 def test_strict_raises_in_the_consumer():

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from vitcli.vit import VisionTransformer, ViTConfig, create_model
-from vitcli.vit.model import pool_quadrants
 from vitcli.weights.load import load_model
 
 TOLERANCE = 1e-5
@@ -139,24 +138,6 @@ def from_transformers(theirs, depth):
     return ours
 
 
-def test_pool_quadrants_by_hand():
-    x = torch.arange(16.0).reshape(1, 16, 1)  # a 4x4 grid
-    assert pool_quadrants(x, (4, 4)).tolist() == [[2.5, 4.5, 10.5, 12.5]]
-    odd = torch.arange(9.0).reshape(1, 9, 1)  # the middle row and column count twice
-    assert pool_quadrants(odd, (3, 3)).tolist() == [[2.0, 3.0, 5.0, 6.0]]
-
-
-def test_features_are_what_the_head_reads():
-    for pool in ("token", "mean", "quadrants", "map"):
-        model = create_model("Pico/8", image_size=32, num_classes=5, pool=pool)
-        torch.nn.init.normal_(model.head.weight)
-        images = torch.randn(2, 3, 32, 32)
-        with torch.no_grad():
-            features = model.features(images)
-            assert features.shape == (2, model.config.feature_dim)
-            torch.testing.assert_close(model(images), model.head(features))
-
-
 def test_a_new_model_guesses_uniformly_and_is_a_function_of_its_seed():
     a, b = (create_model("Pico/8", image_size=32, num_classes=5, seed=s) for s in (3, 3))
     other = create_model("Pico/8", image_size=32, num_classes=5, seed=4)
@@ -176,6 +157,67 @@ def test_initial_weights_have_the_spread_of_the_official_code():
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
     assert model.cls_token.abs().max() == 0 and model.head.weight.abs().max() == 0
     assert 0 < model.blocks[0].mlp.fc1.bias.abs().max() < 1e-5
+
+
+def test_initial_weights_of_the_options():
+    def fresh(**settings):
+        config = {"image_size": (64, 64), "patch_size": 4, "embed_dim": 256, "num_heads": 2}
+        config |= {"mlp_dim": 512, "depth": 2, "num_classes": 3}
+        model = VisionTransformer(ViTConfig(**{**config, **settings}))
+        return model.init_weights(torch.Generator().manual_seed(0))
+
+    model = fresh(
+        distillation_token=True,
+        pool="distilled",
+        distillation_head=True,
+        mlp="swiglu",
+        position="learned2d",
+        position_at="every",
+    )
+    for table in ("dist_token", "pos_embed_x", "pos_embed_y", "block_pos_embed_x"):
+        assert getattr(model, table).std().item() == pytest.approx(0.02, rel=0.15)
+    assert not model.head_dist.weight.any() and not model.head_dist.bias.any()
+    for half in model.blocks[0].mlp.fc1.weight.chunk(2):  # 256 in, 512 out, each by itself
+        assert half.std().item() == pytest.approx((2 / (256 + 512)) ** 0.5, rel=0.02)
+    relative = fresh(position="relative").blocks[1].attn.rel_pos
+    assert relative.std().item() == pytest.approx(0.02, rel=0.05)
+    hybrid = fresh(stem=(1,), patch_size=2)
+    unit = hybrid.patch_embed.backbone.stages[0].blocks[0]
+    assert not unit.norm3.weight.any() and unit.conv1.weight.any()
+    projection = hybrid.patch_embed.proj.weight
+    assert projection.std().item() == pytest.approx((2 / (256 * 4 + 256)) ** 0.5, rel=0.02)
+
+
+def test_a_header_of_before_the_options_still_loads():
+    """As `to_dict` wrote it when there were no more settings than these."""
+    old = {
+        "image_size": [32, 48],
+        "patch_size": 8,
+        "num_channels": 3,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_dim": 32,
+        "num_classes": 5,
+        "pool": "token",
+        "class_token": True,
+        "num_registers": 0,
+        "position": "learned",
+        "position_covers_prefix": True,
+        "representation_size": None,
+        "qkv_bias": True,
+        "qk_norm": False,
+        "layer_scale": None,
+        "gelu": "exact",
+        "norm_eps": 1e-6,
+        "norm_after_pool": False,
+        "dropout_rate": 0.0,
+        "drop_path_rate": 0.0,
+    }
+    model = VisionTransformer(ViTConfig.from_dict(old))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes["pos_embed"] == (1, 25, 16) and shapes["head.weight"] == (5, 16)
+    assert len(shapes) == 2 + 2 + 2 * 12 + 2 + 2
 
 
 @pytest.mark.parametrize("position", ["learned", "sincos2d", "none"])

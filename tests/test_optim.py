@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kinds import KINDS, small
 
 from vitcli.config import OptimSection, ScheduleSection
 from vitcli.train.optim import (
@@ -156,3 +157,14 @@ def test_muon_has_the_matrices_of_the_blocks_only():
     hidden = {n for n, p in model.named_parameters() if is_hidden_matrix(n, p)}
     assert len(hidden) == 6 * 4
     assert all(n.startswith("blocks.") and n.endswith(".weight") for n in hidden)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_tables_and_tokens_are_no_kernels_in_any_kind_of_model(name):
+    """Whatever the kind: kernels end in `weight`, and Muon's lie in blocks of the encoder."""
+    model = small(name)
+    named = list(model.named_parameters())
+    kernels = {n for n, p in named if is_kernel(n, p)}
+    assert kernels == {n for n, p in named if n.endswith(".weight") and p.ndim > 1}
+    hidden = {n for n, p in named if is_hidden_matrix(n, p)}
+    assert hidden == {n for n in kernels if n.startswith("blocks.")}

@@ -152,8 +152,8 @@ def test_labels_of_any_type(tmp_path, cells, classes, labels):
 
 
 def test_labels_that_are_none(tmp_path):
-    path = write_parquet(tmp_path / "x.parquet", [0, 1], [["a"], ["b"]])
-    with pytest.raises(VitcliError, match=r"as parquet: .*list"):
+    path = write_parquet(tmp_path / "x.parquet", [0, 1], [{"name": "a"}, {"name": "b"}])
+    with pytest.raises(VitcliError, match=r"as parquet: .*struct"):
         load_data(path)
     path = write_parquet(tmp_path / "y.parquet", [0, 1], [0, 5], ["x", "y"])
     with pytest.raises(VitcliError, match="has label 5, but names 2 classes"):

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from vitcli.vit.position import resample, sincos2d
+from vitcli.vit.position import (
+    attended_length,
+    carry,
+    cross,
+    is_position,
+    resample,
+    resample_line,
+    resample_offsets,
+    sincos2d,
+    table_shapes,
+)
+from vitcli.vit.variants import ViTConfig
 
 
 def test_bilinear_equals_the_official_resampling(shared):
@@ -72,3 +83,93 @@ def test_a_constant_table_stays_constant():
 def test_width_must_be_a_multiple_of_four():
     with pytest.raises(ValueError, match="multiple of 4: 30"):
         sincos2d((2, 2), 30)
+
+
+def test_a_patch_has_the_code_of_its_column_and_of_its_row():
+    x, y = torch.randn(1, 5, 4), torch.randn(1, 3, 4)
+    table = cross(x, y)
+    assert table.shape == (1, 15, 8)
+    for row in range(3):
+        for col in range(5):
+            code = torch.cat([x[0, col], y[0, row]])
+            assert torch.equal(table[0, row * 5 + col], code)
+
+
+@pytest.mark.parametrize("new", [1, 2, 4, 7, 12])
+def test_a_line_is_interpolated_with_its_ends_aligned(new):
+    line = torch.randn(2, 7, 3)
+    got = resample_line(line, new)
+    places = np.linspace(0, 6, new)
+    for i in range(2):
+        for channel in range(3):
+            expected = np.interp(places, np.arange(7), line[i, :, channel].numpy())
+            np.testing.assert_allclose(got[i, :, channel], expected, atol=1e-5)
+    assert resample_line(line, 7) is line
+
+
+def test_two_lines_give_what_their_cross_would():
+    x, y = torch.randn(1, 6, 4), torch.randn(1, 4, 4)
+    expected = resample(cross(x, y), (4, 6), (9, 5), "bilinear")
+    got = cross(resample_line(x, 5), resample_line(y, 9))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("new", [1, 2, 5, 6, 13])
+def test_offset_zero_stays_offset_zero(new):
+    old = 6
+    table = torch.randn(2 * old - 1, 3)
+    got = resample_offsets(table, new)
+    assert got.shape == (2 * new - 1, 3)
+    torch.testing.assert_close(got[new - 1], table[old - 1], rtol=0, atol=1e-6)
+    if new > 1:  # a share of the largest offset is the same share of the new largest one
+        offsets = np.arange(1 - new, new) / (new - 1)
+        for channel in range(3):
+            stored = np.arange(1 - old, old) / (old - 1)
+            expected = np.interp(offsets, stored, table[:, channel].numpy())
+            np.testing.assert_allclose(got[:, channel], expected, atol=1e-5)
+    assert resample_offsets(table, old) is table
+
+
+def test_several_tables_are_resampled_like_one():
+    tables = torch.randn(3, 12, 4)
+    for method in ("bilinear", "bicubic"):
+        got = resample(tables, (3, 4), (5, 2), method)
+        for i in range(3):
+            one = resample(tables[i : i + 1], (3, 4), (5, 2), method)
+            torch.testing.assert_close(got[i : i + 1], one)
+
+
+def test_the_entries_of_prefix_tokens_are_kept():
+    config = ViTConfig(image_size=(48, 64), num_registers=2, position_at="every", depth=3)
+    table = torch.randn(2, 3 + 12, 8)
+    got = carry("block_pos_embed", table, config, (5, 5))
+    assert got.shape == (2, 28, 8) and torch.equal(got[:, :3], table[:, :3])
+    torch.testing.assert_close(got[:, 3:], resample(table[:, 3:], (3, 4), (5, 5)))
+    assert carry("block_pos_embed", table, config, (3, 4)) is table
+
+
+def test_names_of_position_tables():
+    names = ("pos_embed", "pos_embed_x", "block_pos_embed", "block_pos_embed_y")
+    assert all(map(is_position, (*names, "blocks.0.attn.rel_pos", "rel_pos")))
+    others = ("cls_token", "blocks.0.attn.qkv.weight", "decoder_pos_embed", "pos_embed_z")
+    assert not any(map(is_position, others))
+    assert attended_length("blocks.0.attn.rel_pos", (3, 5)) == 15
+    assert attended_length("blocks.0.row.attn.rel_pos", (3, 5)) == 5
+    assert attended_length("blocks.0.column.attn.rel_pos", (3, 5)) == 3
+
+
+def test_which_tables_there_are():
+    def shapes(**settings):
+        settings = {"image_size": (48, 80), "embed_dim": 8, "num_heads": 1, "depth": 4, **settings}
+        return table_shapes(ViTConfig(**settings))
+
+    assert shapes() == {"pos_embed": (1, 16, 8)}
+    assert shapes(position_covers_prefix=False) == {"pos_embed": (1, 15, 8)}
+    assert shapes(position="none") == shapes(position="relative") == {}
+    assert shapes(position_at="shared") == shapes()
+    assert shapes(position_at="every") == {"pos_embed": (1, 16, 8), "block_pos_embed": (3, 16, 8)}
+    crossed = {"pos_embed_x": (1, 5, 4), "pos_embed_y": (1, 3, 4)}
+    assert shapes(position="learned2d") == crossed
+    every = {"block_pos_embed_x": (3, 5, 4), "block_pos_embed_y": (3, 3, 4)}
+    assert shapes(position="learned2d", position_at="every") == crossed | every
+    assert shapes(position_at="every", depth=1) == shapes()

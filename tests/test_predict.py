@@ -48,7 +48,7 @@ def test_rows(model, pictures):
             shares = model(model.preprocess(path)[None]).double().softmax(1)[0]
         best = shares.argsort(descending=True)[:3].tolist()
         assert [t["label"] for t in row["top"]] == [NAMES[i] for i in best]
-        assert row["probability"] == pytest.approx(float(shares[best[0]]), abs=1e-6)
+        assert row["probability"] == pytest.approx(float(shares[best[0]]), abs=1e-5)
         assert list(row) == ["path", "label", "probability", "top", "error"]
         assert row["label"] == row["top"][0]["label"] and row["error"] is None
         assert json.loads(json.dumps(row)) == row
@@ -73,6 +73,25 @@ def test_what_cannot_be_read_gets_a_row(model, pictures):
         assert row["label"] is None and row["probability"] is None and row["top"] == []
         assert row["error"]
     assert rows["p/a.jpg"]["label"] in NAMES
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "x.parquet", "y.JSONL"])
+def test_a_table_is_no_image(name, model, pictures):
+    Path(name).write_text("path,label\np/a.jpg,ant\n")
+    with pytest.raises(VitcliError, match="is a table") as error:
+        predict.run([name], model="m.safetensors")
+    assert f"vitcli evaluate {name}" in error.value.hint
+    # Among images it is one more file that cannot be read.
+    result = predict.run([name, "p/a.jpg"], model="m.safetensors")
+    assert [row["error"] is None for row in result] == [False, True]
+
+
+def test_a_folder_of_parquet_is_data(model, here):
+    (here / "set").mkdir()
+    (here / "set/test.parquet").write_bytes(b"")
+    with pytest.raises(VitcliError, match="no images in `set`") as error:
+        predict.run(["set"], model="m.safetensors")
+    assert "vitcli evaluate set" in error.value.hint
 
 
 def test_probabilities_of_all_classes(model, pictures):

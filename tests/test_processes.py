@@ -17,7 +17,7 @@ from tiny import records, tiny_recipe, vitcli, write_tiny
 from vitcli import cli, launch
 from vitcli.commands import evaluate
 from vitcli.commands.pretrain import random_model
-from vitcli.data.loader import positions
+from vitcli.data.order import positions
 from vitcli.data.sources import load_data
 from vitcli.errors import VitcliError
 from vitcli.run import Run
@@ -38,6 +38,11 @@ PLAIN = {  # no dropout: its masks are drawn for each process
 RECIPES = {
     "two": {**PLAIN, "train": {"steps": 10}},
     "two, accumulating": {**PLAIN, "train": {"steps": 10, "micro_batch_size": 8}},
+    "two, mixed and repeated": {
+        **PLAIN,
+        "augment": {"preset": "medium2", "cutmix_alpha": 1.0, "erase_rate": 0.5, "repeats": 2},
+        "train": {"steps": 10},
+    },
     "whole": {"train": {"steps": 4, "batch_size": 24}, "model": {"embed_dim": 160, "mlp_dim": 640}},
 }
 # Trains the RECIPES that it is given, and "whole" once more, stopped after 2 steps and resumed.
@@ -94,6 +99,10 @@ def test_two_processes_compute_what_one_does_and_resume_exactly(here):
     run_job(2, here, *RECIPES)
     go("one", RECIPES["two"])
     expected = load_model("one").state_dict()
+    go("one, mixed", RECIPES["two, mixed and repeated"])
+    mixed = load_model("one, mixed").state_dict()
+    for key, value in load_model("two, mixed and repeated").state_dict().items():
+        torch.testing.assert_close(mixed[key], value, rtol=0, atol=1e-5)
     for name in ("two", "two, accumulating"):
         found = load_model(name).state_dict()
         for key, value in expected.items():

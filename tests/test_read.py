@@ -17,7 +17,6 @@ from vitcli.weights.store import save_model
         ("nothing", "no such model: `nothing`"),
         ("", "the MODEL is empty text"),
         ("Q/16", "no model variant `Q/16`"),
-        ("hf:google/vit-base-patch16-224", "not understood yet"),
         ("empty", "holds no weights"),
         ("x.onnx", "no weights file that is understood"),
     ],

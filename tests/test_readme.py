@@ -35,6 +35,8 @@ def test_the_search_found_them():
         "finetune",
         "evaluate",
         "predict",
+        "export",
+        "check",
         "patchify",
     }
 

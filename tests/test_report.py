@@ -23,12 +23,6 @@ def screen(monkeypatch):
     return stream
 
 
-def test_odd_names_are_printable_and_distinct():
-    assert report.printable("a\udce9b\nc") == r"a\xe9b\nc"
-    assert report.printable("a\ud800b") == r"a\ud800b"
-    assert report.printable("ünïcödé 蚂蚁") == "ünïcödé 蚂蚁"
-
-
 def test_an_error_is_one_line_and_a_hint_another(capfd, monkeypatch):
     monkeypatch.setattr(report, "err", Console(stderr=True, highlight=False, width=40))
     report.print_error(VitcliError("a " * 60 + "\nb [red]x[/red]", "do this"))

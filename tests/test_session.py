@@ -82,6 +82,33 @@ CONFIGURATIONS = {
     "bf16": {"train": {"precision": "bf16"}},
     "smaller sizes": {"train": {"smaller_sizes": [[4, 0.6]]}, "model": {"patch_size": 2}},
     "epochs and photographs' crops": {"augment": {"crop": "inception", "flip_rate": 0.5}},
+    "activations computed again": {"train": {"activation_checkpointing": True}},
+    "other positions and tokens": {
+        "model": {
+            "position": "learned2d",
+            "position_at": "every",
+            "mlp": "swiglu",
+            "distillation_token": True,
+            "distillation_head": True,
+            "pool": "distilled",
+        }
+    },
+    "relative positions along axes": {
+        "model": {"position": "relative", "axial": True, "class_token": False}
+    },
+    "all augmentation": {
+        "augment": {
+            "crop": "inception",
+            "flip_rate": 0.5,
+            "preset": "strong1",
+            "brightness": 0.4,
+            "grey_rate": 0.2,
+            "erase_rate": 0.25,
+            "cutmix_alpha": 1.0,
+            "repeats": 2,
+        },
+        "train": {"micro_batch_size": 10},
+    },
 }
 
 
@@ -155,6 +182,15 @@ def test_accumulation_does_not_change_the_result(tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputed_activations_do_not_change_the_result(precision, tmp_path):
+    for again in (False, True):
+        train = {"activation_checkpointing": again, "precision": precision, "steps": 4}
+        go(tmp_path / str(again), tiny_recipe(train=train))
+    a, b = (load_model(tmp_path / str(again)).state_dict() for again in (False, True))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_training_learns_the_digits(tmp_path):
     recipe = tiny_recipe(
         train={"steps": 300, "log_steps": 50, "ema_decay": None},
@@ -171,6 +207,11 @@ def test_training_learns_the_digits(tmp_path):
         ({"model": {"name": "Q/4"}}, "no model variant `Q/4`"),
         ({"data": {"name": "builtin:digit"}}, "no data `builtin:digit`"),
         ({"train": {"precision": "fp16"}}, "needs a GPU"),
+        ({"augment": {"preset": "light2"}, "train": {"batch_size": 33}}, "in pairs, and 33 are"),
+        ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "part the pairs"),
+        ({"augment": {"repeats": 3}}, "does not show each of its images 3 times"),
+        ({"augment": {"mixup_alpha": 0.2}, "objective": {"name": "descriptors"}}, "no labels"),
+        ({"augment": {"policy": "trivial"}, "data": {"name": "builtin:formula"}}, "draws its"),
     ],
 )
 def test_bad_settings_leave_no_run(settings, words, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import pytest
 from PIL import Image
 
 from vitcli.data import sets
+from vitcli.data.assemble import label_names
 from vitcli.data.decode import ImageError
-from vitcli.data.sets import ArrayStore, ImageSet, label_names, stratified_split
+from vitcli.data.packed import Packed
+from vitcli.data.sets import ArrayStore, ImageSet
 from vitcli.data.sources import SOURCES, load_data
+from vitcli.data.splits import stratified_split
 from vitcli.errors import VitcliError
 
 
@@ -258,7 +262,7 @@ def test_rows_that_say_nothing_are_counted(tmp_path):
     [
         ("a.csv", "", "has no rows"),
         ("a.csv", "path,label\nx/y.png,cat\n", "`x/y.png` does not exist"),
-        ("a.jsonl", '{"path": 1}\nnope', "line 2 of .* is not JSON"),
+        ("a.jsonl", '{"path": "a.png", "label": 1}\nnope', "line 2 of .* is not JSON"),
         ("a.jsonl", "[1]", "line 1 of .* is not a JSON object"),
     ],
 )
@@ -302,8 +306,6 @@ def test_digits_are_scikit_learns():
         ("nowhere.csv", "no such file: `nowhere.csv`"),
         ("builtin:digit", "no data `builtin:digit`"),
         ("x" * 5000, "cannot read .*: File name too long"),
-        ("hf:cifar10", "not read yet"),
-        ("shards-{000..099}.tar", "not read yet"),
     ],
 )
 def test_notations_that_mean_nothing(notation, words):
@@ -319,7 +321,8 @@ def test_a_picture_is_no_data(tmp_path):
 
 
 def test_the_kinds_there_are():
-    assert set(SOURCES) == {"folder", "manifest", "parquet", "builtin:digits", "builtin:formula"}
+    builtin = {"builtin:digits", "builtin:formula"}
+    assert set(SOURCES) == {"folder", "hf", "manifest", "parquet", "shards", "stored"} | builtin
 
 
 # Sets
@@ -389,3 +392,26 @@ def test_empty_text_is_not_the_current_folder(tmp_path, monkeypatch):
     with pytest.raises(VitcliError, match="DATA is empty text") as caught:
         load_data("")
     assert "`.` is the current folder" in caught.value.hint
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_strings_are_a_list_of_them(seed):
+    rng = np.random.default_rng(seed)
+    parts = [rng.bytes(int(rng.integers(0, 40))) for _ in range(int(rng.integers(0, 50)))]
+    packed = Packed(iter(parts))
+    assert [packed[i] for i in range(len(packed))] == parts
+
+
+def test_a_table_takes_little_memory(tmp_path):
+    """Its rows as dictionaries would take 500 bytes each."""
+    paint(tmp_path / "a.png")
+    n = 20_000
+    rows = "".join(f"a.png,class_{i % 10},a note of no use number {i}\n" for i in range(n))
+    (tmp_path / "x.csv").write_text(f"path,label,note\n{rows}")
+    load_data(tmp_path / "x.csv")  # what is imported once
+    tracemalloc.start()
+    data = load_data(tmp_path / "x.csv", test_fraction=0)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(data.splits["train"]) == n
+    assert peak / n < 330 and kept / n < 60

@@ -45,6 +45,9 @@ def test_wrong_words():
         Stated(gelu="fast")
     with pytest.raises(VitcliError, match=r"`model\.num_heads` is 0"):
         Stated(num_heads=0)
+    for eps in (0.0, -1.0, 1.0, float("nan")):
+        with pytest.raises(VitcliError, match=r"`model\.norm_eps` is "):
+            Stated(norm_eps=eps)
     with pytest.raises(VitcliError, match=r"no setting `preprocess\.meen`") as error:
         Stated(preprocess={"meen": 0.5})
     assert error.value.hint == "`preprocess.mean` may be meant"

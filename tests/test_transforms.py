@@ -118,6 +118,17 @@ def test_it_travels_as_plain_values():
     assert Preprocess.from_dict(json.loads(json.dumps(preprocess.to_dict()))) == preprocess
 
 
+@pytest.mark.parametrize(("rounding", "first"), [("even", (0, 2, 2, 4)), ("down", (0, 1, 2, 3))])
+def test_a_middle_between_two_pixels_is_rounded_as_asked(rounding, first):
+    """Margins of 1, 3, 5 and 7 pixels: halves of 0.5, 1.5, 2.5 and 3.5."""
+    found = []
+    for margin in (1, 3, 5, 7):
+        columns = np.arange(8 + margin, dtype=np.uint8)
+        picture = Image.fromarray(np.tile(columns, (8, 1)))
+        found.append(Preprocess((8, 8), crop_rounding=rounding, num_channels=1).fit(picture))
+    assert tuple(image.getpixel((0, 0)) for image in found) == first
+
+
 def test_another_size_keeps_the_share_of_the_crop():
     assert Preprocess((224, 224), resize_size=256).resized_to((448, 448)).resize_size == 512
     bigger = Preprocess((224, 224), crop_fraction=0.9).resized_to((384, 384))

@@ -1,52 +1,15 @@
-"""Names and sizes against the official table of parameter counts."""
+"""What a configuration refuses, and its way through JSON."""
 
 import json
+import tomllib
+from dataclasses import fields
+from typing import get_args
 
 import pytest
-import torch
 
-from vitcli.vit import VARIANTS, VisionTransformer, ViTConfig, parse_variant
-from vitcli.vit.variants import is_variant, normal_pool
-
-OFFICIAL = {
-    "Ti/16": "ViT-Ti_16",
-    "S/16": "ViT-S_16",
-    "S/32": "ViT-S_32",
-    "B/8": "ViT-B_8",
-    "B/16": "ViT-B_16",
-    "B/32": "ViT-B_32",
-    "L/16": "ViT-L_16",
-    "L/32": "ViT-L_32",
-    "H/14": "ViT-H_14",
-}
-
-
-def count(config):
-    with torch.device("meta"):
-        return sum(p.numel() for p in VisionTransformer(config).parameters())
-
-
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_parameter_counts_are_the_official_ones(name, shared):
-    facts = json.loads((shared / "reference/facts.json").read_text())
-    expected = facts["models"][OFFICIAL[name]]["params_at_224px"]
-    width = VARIANTS[name.partition("/")[0]].embed_dim
-    assert count(parse_variant(name)) == expected["features_only_no_head"]
-    for classes in (1000, 21843):
-        assert (
-            count(parse_variant(name, num_classes=classes))
-            == expected[f"classes{classes}_no_prelogits"]
-        )
-        full = parse_variant(name, num_classes=classes, representation_size=width)
-        assert count(full) == expected[f"classes{classes}_prelogits"]
-
-
-def test_the_small_ones_have_the_size_that_the_readme_says():
-    settings = {"image_size": (32, 32), "num_classes": 10, "pool": "mean", "class_token": False}
-    # By hand for Pico/4: embedding 48*128+128, positions 64*128 learned, six blocks, norm, head.
-    block = 4 * (128 * 128 + 128) + 2 * 128 * 512 + 512 + 128 + 4 * 128
-    expected = 48 * 128 + 128 + 64 * 128 + 6 * block + 2 * 128 + 1290
-    assert count(parse_variant("Pico/4", **settings)) == expected
+from vitcli.config import ModelSection, check
+from vitcli.vit import ViTConfig, parse_variant
+from vitcli.vit.variants import LITERALS, normal_pool
 
 
 def test_configurations_survive_a_round_trip_through_json():
@@ -57,7 +20,6 @@ def test_configurations_survive_a_round_trip_through_json():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: parse_variant("X/16"), "no model variant `X/16`"),
         (lambda: parse_variant("B/15"), "not a multiple of patch size 15"),
         (lambda: parse_variant("B/16", pool="max"), "no pooling `max`"),
         (lambda: parse_variant("B/16", class_token=False), "needs the class token"),
@@ -79,5 +41,96 @@ def test_spellings():
         "mean",
         "mean",
     ]
-    assert is_variant("B/16") and is_variant("R50+B/16")
-    assert not is_variant("runs/x") and not is_variant("x.npz") and not is_variant("B/16/x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"pool": "tokens"}, "no pool `tokens`; there are `token`, `mean`"),
+        ({"position": "rotary"}, "no position `rotary`; there are `learned`, `learned2d`"),
+        ({"position_at": "first"}, "no position_at `first`"),
+        ({"mlp": "relu"}, "no mlp `relu`; there are `gelu`, `swiglu`"),
+        ({"gelu": "quick"}, "no gelu `quick`"),
+        ({"stem_arithmetic": "torch"}, "no stem_arithmetic `torch`"),
+        ({"depth": 0}, "depth is 0"),
+        ({"depth": 10**8}, "depth is 100000000, not a whole number from 1 to 1,000,000"),
+        ({"num_heads": 2.0}, "num_heads is 2.0, not a whole number"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"num_classes": -1}, "num_classes is -1, not a whole number from 0"),
+        ({"num_registers": True}, "num_registers is True"),
+        ({"representation_size": 0}, "representation_size is 0"),
+        ({"class_token": "no"}, "class_token is 'no', not true or false"),
+        ({"dropout_rate": 1.0}, "dropout_rate is 1.0"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0"),
+        ({"layer_scale": float("inf")}, "layer_scale is inf"),
+        ({"pool": "token_mean", "class_token": False}, "`token_mean` needs the class token"),
+        ({"pool": "distilled"}, "needs `distillation_token = true`"),
+        (
+            {"pool": "mean", "distillation_token": True, "class_token": False},
+            "stands beside a class token",
+        ),
+        (
+            {"distillation_token": True, "distillation_head": True},
+            "a distillation head needs pool `distilled`, not `token`",
+        ),
+        (
+            {
+                "distillation_token": True,
+                "distillation_head": True,
+                "pool": "distilled",
+                "representation_size": 8,
+            },
+            "no pre-logits",
+        ),
+        ({"axial": True}, "axial blocks have rows and columns of patches only"),
+        (
+            {"axial": True, "class_token": False, "pool": "mean", "num_registers": 1},
+            "axial blocks have rows and columns of patches only",
+        ),
+        ({"embed_dim": 15, "num_heads": 1, "position": "learned2d"}, "an even width, not 15"),
+        ({"embed_dim": 6, "num_heads": 1, "position": "sincos2d"}, "4 divides, not 6"),
+        ({"position": "relative", "position_at": "every"}, "`relative` is added nowhere"),
+        ({"position": "none", "position_at": "shared"}, "`none` is added nowhere"),
+        ({"position": "sincos2d", "position_at": "every"}, "`position_at = shared`"),
+        ({"stem": (3, 0)}, "each of one block or more"),
+        ({"stem": (1, 1, 1, 1, 1)}, "up to four stages"),
+        ({"stem": (3, 4, 9), "patch_size": 2}, "not a multiple of patch size 32"),
+        ({"stem": (3,), "stem_width": 0.3}, "32 groups"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, words):
+    with pytest.raises(ValueError, match=words):
+        ViTConfig(**{"image_size": (240, 240), **settings})
+
+
+@pytest.mark.parametrize(
+    ("stem", "patch_size", "pixels"),
+    [(None, 16, 16), ((), 8, 32), ((2,), 4, 16), ((3, 4, 9), 1, 16), ((3, 4, 6, 3), 1, 32)],
+)
+def test_pixels_of_a_patch(stem, patch_size, pixels):
+    config = ViTConfig(image_size=(224, 160), stem=stem, patch_size=patch_size)
+    assert config.pixels_per_patch == pixels
+    assert config.grid == (224 // pixels, 160 // pixels)
+
+
+def test_counts_of_tokens_and_widths():
+    settings = {"image_size": (32, 48), "num_registers": 4, "distillation_token": True}
+    config = ViTConfig(**settings, pool="distilled")
+    assert (config.num_prefix_tokens, config.num_tokens, config.num_covered_tokens) == (6, 12, 6)
+    assert (config.pooled_dim, config.feature_dim, config.head_dim) == (1536, 1536, 1536)
+    config = ViTConfig(**settings, pool="distilled", distillation_head=True, position="learned2d")
+    assert (config.num_covered_tokens, config.feature_dim, config.head_dim) == (0, 1536, 768)
+    assert ViTConfig(**settings, position_covers_prefix=False).num_covered_tokens == 0
+    assert ViTConfig(pool="token_mean", representation_size=10).feature_dim == 10
+
+
+def test_a_recipe_can_say_every_setting_of_a_model():
+    """Each field has a key of the section, which takes the same words."""
+    section = ModelSection.model_fields
+    assert {f.name for f in fields(ViTConfig)} - set(section) == {"num_classes"}
+    for key, kind in LITERALS.items():
+        words = {word for part in get_args(section[key].annotation) for word in get_args(part)}
+        assert words == set(get_args(kind)) or key == "pool"  # which has other spellings too
+    text = '[model]\nname = "R50+B/16"\nstem = [2, 2]\nstem_width = 0.5\nposition = "learned2d"'
+    given = check(ModelSection, tomllib.loads(text)["model"], "here").architecture()
+    assert given == {"stem": (2, 2), "stem_width": 0.5, "position": "learned2d"}

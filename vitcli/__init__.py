@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from vitcli.commands.predict import predict
     from vitcli.errors import VitcliError
     from vitcli.evals.fewshot import fewshot
-    from vitcli.vit.model import VisionTransformer, create_model
+    from vitcli.vit.model import VisionTransformer
+    from vitcli.vit.names import create_model
     from vitcli.vit.variants import ViTConfig
     from vitcli.weights.load import load_model
 
@@ -20,7 +21,7 @@ _HOMES = {
     "VisionTransformer": "vitcli.vit.model",
     "ViTConfig": "vitcli.vit.variants",
     "VitcliError": "vitcli.errors",
-    "create_model": "vitcli.vit.model",
+    "create_model": "vitcli.vit.names",
     "fewshot": "vitcli.evals.fewshot",
     "load_model": "vitcli.weights.load",
     "predict": "vitcli.commands.predict",

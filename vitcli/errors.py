@@ -1,4 +1,7 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The one exception that is meant for the person at the keyboard, and words for it."""
+
+import os
+from contextlib import suppress
 
 
 class VitcliError(Exception):
@@ -24,3 +27,14 @@ def nearest(word: str, words: list[str] | tuple[str, ...]) -> str | None:
 
     found = get_close_matches(word, words, n=1, cutoff=0.6)
     return found[0] if found else None
+
+
+def printable(text: str | bytes | os.PathLike[str]) -> str:
+    r"""A name or a text on one line: bytes that are not UTF-8 as `\xe9`, control codes as `\n`."""
+    text = os.fspath(text)
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape")
+    with suppress(UnicodeEncodeError):  # a surrogate that stands for no byte
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

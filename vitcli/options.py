@@ -1,7 +1,11 @@
 """Arguments and options that several commands share, and the settings behind the short flags."""
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -19,6 +23,8 @@ SHORTHAND = {
     "seed": "train.seed",
     "precision": "train.precision",
     "shots": "fewshot.shots",
+    "streaming": "data.streaming",
+    "strict": "data.strict",
 }
 
 
@@ -69,7 +75,8 @@ def _several(context: typer.Context, number: int | None) -> None:
 Data = Annotated[
     str | None,
     typer.Argument(
-        help="A folder of images, a .csv/.tsv/.jsonl manifest, parquet, or `builtin:digits`.",
+        help="A folder of images, a .csv/.tsv/.jsonl manifest, parquet, .tar shards, `hf:NAME`, "
+        "or `builtin:digits`.",
         show_default=False,
     ),
 ]
@@ -78,17 +85,23 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A run, a weights file or folder, or a variant such as `B/16`. Default: the newest "
-        "run that fits.",
+        help="A run, a weights file or folder, `hf:ORG/NAME`, the address of a weights file, or a "
+        "variant such as `B/16`. Default: the newest run that fits.",
         show_default=False,
     ),
 ]
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", help="A recipe's name or file.", show_default=False)
 ]
+Shots = Annotated[
+    str | None, typer.Option("--shots", help="Images a class; several with commas: `1,5,10`.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting, `section.key=value`; repeatable.", show_default=False),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Tell what became of every tensor of the weights.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 Out = Annotated[
@@ -98,6 +111,16 @@ Out = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run at --out, exactly where it stopped.")
 ]
+Streaming = Annotated[
+    bool,
+    typer.Option(
+        "--streaming",
+        help="Read training images shard by shard, keeping none; resume is not exact.",
+    ),
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop at an image that cannot be read; else replace it.")
+]
 Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")]
 Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
 Budget = Annotated[
@@ -106,6 +129,7 @@ Budget = Annotated[
         "--budget", help="As many steps as fit: `90s`, `10m`, `1h30m`.", show_default=False
     ),
 ]
+AtOnce = Annotated[int, typer.Option("--batch-size", help="Images at once.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step, in all.")]
 Lr = Annotated[float | None, typer.Option("--lr", help="The peak learning rate.")]
 ImageSize = Annotated[
@@ -128,3 +152,51 @@ Processes = Annotated[
 Labels = Annotated[
     Path | None, typer.Option("--labels", help="Class names, one a line.", show_default=False)
 ]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The flags of every command that trains."""
+
+    recipe: RecipeName = None
+    set_: Set = None
+    epochs: Epochs = None
+    steps: Steps = None
+    budget: Budget = None
+    batch_size: BatchSize = None
+    lr: Lr = None
+    image_size: ImageSize = None
+    seed: Seed = None
+    precision: Precision = None
+    processes: Processes = None
+    out: Out = None
+    resume: Resume = False
+    streaming: Streaming = False
+    strict: Strict = False
+    json: Json = False
+
+    def settings(self) -> dict[str, Any]:
+        """What they say about the recipe; raises as the function `settings` does."""
+        names = [field.name for field in fields(self) if field.name in SHORTHAND]
+        given = {name: getattr(self, name) for name in names}
+        # A switch that was not thrown says nothing.
+        return settings(self.set_, **{k: None if v is False else v for k, v in given.items()})
+
+
+def flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give typer a command whose keyword `training: Training` is written out as its flags."""
+
+    @wraps(command)
+    def written_out(**given: Any) -> None:
+        mine = {f.name: given.pop(f.name) for f in fields(Training)}
+        command(**given, training=Training(**mine))
+
+    hints = get_type_hints(command, include_extras=True)
+    takes = inspect.signature(command).parameters.values()
+    own = [p.replace(annotation=hints[p.name]) for p in takes if p.name != "training"]
+    theirs = inspect.signature(Training, eval_str=True).parameters.values()
+    parameters = [*own, *theirs]
+    # Both, because typer looks at both.
+    written_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    written_out.__annotations__ = {p.name: p.annotation for p in parameters}
+    return written_out

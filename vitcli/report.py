@@ -1,11 +1,13 @@
-"""What the user sees: progress, tables and pictures through Rich, or plain JSON."""
+"""What the user sees: progress, tables and pictures through Rich, or plain JSON.
+
+What each command shows of its result is in `results.py`.
+"""
 
 import io
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,13 +24,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, printable
 from vitcli.watch import Bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MOST_CLASSES = 20  # shown of an evaluation
 PLAIN_SECONDS = 20.0  # between two lines of progress where there is no terminal
 SHOWN = {"loss": "loss {:.3f}", "accuracy": "acc {:.1%}", "images_per_second": "{:.0f} img/s"}
 
@@ -42,19 +43,13 @@ def mute() -> None:
     sys.stdout = io.StringIO()
 
 
-def printable(text: str) -> str:
-    r"""`text` with what no terminal can show escaped: a name's byte as `\xe9`, control codes."""
-    with suppress(UnicodeEncodeError):  # bytes of a file name that is not UTF-8
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def figures_text(figures: Mapping[str, float]) -> str:
     """`loss 1.234  acc 56.7%  120 img/s`."""
     parts = [SHOWN[name].format(figures[name]) for name in SHOWN if name in figures]
     if "test_accuracy" in figures:
         parts.append(f"test {figures['test_accuracy']:.1%}")
+    if "test_map" in figures:
+        parts.append(f"test mAP {figures['test_map']:.1%}")
     return "  ".join(parts)
 
 
@@ -200,135 +195,6 @@ def _rgb(values: bytes, at: int) -> str:
     return f"rgb({','.join(map(str, values[at : at + 3]))})"
 
 
-def percent(share: float) -> str:
-    """0.9077 -> 90.77 %."""
-    return f"{100 * share:.2f} %"
-
-
-def show_trained(result: Any) -> None:
-    """The result of `pretrain` and `finetune`."""
-    figures = result.figures
-    rows: list[tuple[str, Any]] = [
-        ("model", f"{result.model}, {result.parameters:,} parameters"),
-        ("data", result.data),
-        ("steps", f"{result.steps:,} ({result.images:,} images)"),
-        ("time", f"{result.seconds:.0f} s, {result.images_per_second:.0f} images/s"),
-    ]
-    if "accuracy" in figures and "images" in figures:
-        counted = f"{percent(figures['accuracy'])} of {figures['images']:,.0f} images"
-        rows.append(("test accuracy", counted))
-    rows += [
-        (name.removeprefix("train/"), f"{value:.4f}")
-        for name, value in figures.items()
-        if name == "loss" or name.startswith("train/")
-    ]
-    if result.broken:
-        rows.append(("unreadable", f"{len(result.broken)} images, replaced"))
-    print_facts(f"{result.command}: {result.run}", rows)
-    steps = {"pretrain": "vitcli fewshot --shots 5, or vitcli finetune"}
-    show_next(steps.get(result.command, "vitcli predict image.jpg"))
-
-
 def show_next(command: str) -> None:
     """What one does after this."""
     out.print(Text(f"next: {command}", style="dim"), soft_wrap=True)
-
-
-def show_fewshot(result: Any) -> None:
-    """Accuracies by shots, beside those of the raw pixels."""
-    facts = result.to_json()
-    rows = []
-    for shots, found in facts["shots"].items():
-        row = [f"{shots} a class", spread(found["accuracy"])]
-        if facts["raw_pixels"]:
-            row.append(spread(facts["raw_pixels"][shots]["accuracy"]))
-        rows.append(row)
-    columns = ["shots", "this model"]
-    if facts["raw_pixels"]:
-        size = facts["raw_pixels_size"]
-        columns.append(f"raw pixels ({size[0]}x{size[1]})")
-    title = (
-        f"few-shot accuracy of {result.model} on {result.data}: {result.classes} classes, "
-        f"{result.test_images:,} test images, {result.dim} features"
-    )
-    print_table(title, columns, rows)
-    show_next(f"vitcli predict image.jpg --model {result.run}")
-
-
-def spread(accuracy: Mapping[str, Any]) -> str:
-    """Mean and standard deviation over the seeds."""
-    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
-
-
-def show_evaluation(result: Any) -> None:
-    """Figures over the set, and the classes."""
-    m = result.metrics
-    rows: list[tuple[str, Any]] = [
-        ("images", f"{m.images:,} ({result.split})"),
-        ("top-1", percent(m.top1)),
-        ("top-5", percent(m.top5)),
-        ("loss", f"{m.loss:.4f}"),
-        ("calibration error", f"{m.ece:.4f}"),
-    ]
-    if result.top1_restricted != m.top1:
-        rows.insert(2, ("top-1 among the data's classes", percent(result.top1_restricted)))
-    print_facts(f"{result.model} on {result.data}", rows)
-    classes = [
-        [name, f"{c['precision']:.3f}", f"{c['recall']:.3f}", f"{c['f1']:.3f}", c["images"]]
-        for name, c in result.per_class.items()
-    ]
-    shown = classes if len(classes) <= MOST_CLASSES else worst(classes)
-    title = "" if len(classes) <= MOST_CLASSES else f"the {MOST_CLASSES} of lowest F1"
-    print_table(title, ["class", "precision", "recall", "F1", "images"], shown)
-    if result.confusion_file:
-        show_next(f"confusion: {result.confusion_file}")
-
-
-def worst(classes: list[list[Any]]) -> list[list[Any]]:
-    """The rows with the lowest F1."""
-    return sorted(classes, key=lambda row: row[3])[:MOST_CLASSES]
-
-
-def show_prediction(row: Mapping[str, Any]) -> None:
-    """One line an image."""
-    if row["error"] is not None:
-        return
-    top = "  ".join(f"{one['label']} {100 * one['probability']:.1f} %" for one in row["top"])
-    line = Text.assemble((printable(str(row["path"])), "bold"), "  ", printable(top))
-    out.print(line, soft_wrap=True)
-
-
-def show_patches(result: Any) -> None:
-    """The picture with its grid, and what the patches are."""
-    if result.picture is not None:
-        print_picture(result.picture)
-    rows, cols = result.grid
-    facts: list[tuple[str, Any]] = [
-        ("image", f"{result.image_size[0]}x{result.image_size[1]} pixels"),
-        ("patches", f"{rows} x {cols} = {result.num_patches} tokens"),
-        (
-            "a token",
-            f"{result.patch_size}x{result.patch_size}x{result.num_channels}"
-            f" = {result.patch_dim} values",
-        ),
-    ]
-    if result.splits:
-        facts.append(("images", ", ".join(f"{n:,} {name}" for name, n in result.splits.items())))
-        facts.append(("classes", len(result.classes)))
-        total = sum(result.splits.values()) * result.num_patches
-        facts.append(("tokens in all", f"{total:,}"))
-    if result.picture_path is not None:
-        facts.append(("picture", result.picture_path))
-    if result.out is not None:
-        facts.append(("written", result.out))
-    print_facts(result.source, facts)
-    for note in result.notes:
-        Terminal().note(note)
-
-
-def show_recipes(result: Any) -> None:
-    """Two lines a recipe: what it takes, and what it is."""
-    for row in result.rows:
-        takes = f"{row.command} {row.data or 'DATA'} {row.model or '--model MODEL'}"
-        out.print(Text.assemble((row.name, "bold"), "  ", takes), soft_wrap=True)
-        out.print(Text(f"    {row.description}", style="dim"), soft_wrap=True)

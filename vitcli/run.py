@@ -171,19 +171,26 @@ def reopen_run(path: Path, recipe: Recipe) -> Run | None:
     return run
 
 
-def new_path(stem: str, runs: Path = RUNS) -> Path:
-    """`runs/STEM`, or the first of `runs/STEM-2`, `-3`, … that is free."""
-    path, number = runs / stem, 1
+def new_path(stem: str, runs: Path = RUNS, *, suffix: str = "") -> Path:
+    """`runs/STEM`, or the first of `runs/STEM-2`, `-3`, … that is free; `suffix` ends a file's."""
+    path, number = runs / f"{stem}{suffix}", 1
     while path.exists():
         number += 1
-        path = runs / f"{stem}-{number}"
+        path = runs / f"{stem}-{number}{suffix}"
     return path
 
 
 def run_stem(model: str) -> str:
-    """A name for the run that a command makes of `model`: a run, a weights file or a variant."""
+    """A name for the run that a command makes of `model`: a run, a weights file or a variant.
+
+    Of what lies elsewhere it is the repository's or the file's name, without its address.
+    """
     path = Path(model)
-    if path.is_dir():
+    if model.startswith("hf:"):
+        name = model.partition("@")[0].rpartition("/")[2].removeprefix("hf:")
+    elif model.startswith(("https:", "http:", "gs:")):
+        name = Path(model.partition("?")[0]).stem
+    elif path.is_dir():
         name = path.resolve().name
     elif path.is_file():  # `model` and `timm` say nothing, the folder does
         name = path.resolve().parent.name if path.stem in ("model", "timm") else path.stem

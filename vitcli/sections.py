@@ -43,7 +43,11 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Which model; a key left out keeps what `name` says."""
+    """Which model; a key left out keeps what `name` says.
+
+    `layers` and `width` are those of a ResNet (`name = "R50x1"`), which besides has image size and
+    channels only.
+    """
 
     name: str | None = None
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
@@ -55,22 +59,34 @@ class ModelSection(Section):
     mlp_dim: PositiveInt | None = None
     pool: str | None = None
     class_token: bool | None = None
+    distillation_token: bool | None = None
+    distillation_head: bool | None = None
     num_registers: NonNegativeInt | None = None
-    position: Literal["learned", "sincos2d", "none"] | None = None
+    position: Literal["learned", "learned2d", "relative", "sincos2d", "none"] | None = None
+    position_at: Literal["stem", "every", "shared"] | None = None
     position_covers_prefix: bool | None = None
-    position_resize: Literal["bilinear", "bicubic"] | None = None
+    position_resize: Literal["bilinear", "bicubic", "bicubic_plain"] | None = None
     representation_size: PositiveInt | None = None
     qkv_bias: bool | None = None
     qk_norm: bool | None = None
     layer_scale: float | None = None
+    mlp: Literal["gelu", "swiglu"] | None = None
     gelu: Literal["exact", "tanh"] | None = None
     norm_eps: PositiveFloat | None = None
+    norm_before_blocks: bool | None = None
     norm_after_pool: bool | None = None
+    patch_bias: bool | None = None
+    axial: bool | None = None
+    stem: tuple[PositiveInt, ...] | None = None
+    stem_width: PositiveFloat | None = None
+    stem_arithmetic: Literal["google", "timm"] | None = None
+    layers: tuple[PositiveInt, ...] | None = None
+    width: PositiveFloat | None = None
     dropout_rate: float | None = Field(default=None, ge=0.0, lt=1.0)
     drop_path_rate: float | None = Field(default=None, ge=0.0, lt=1.0)
 
     def architecture(self) -> Settings:
-        """The keys that were given and are fields of `ViTConfig`; image sizes as (Y, X)."""
+        """The keys that were given and belong to the configuration; image sizes as (Y, X)."""
         given = self.model_dump(exclude_none=True, exclude={"name", "position_resize"})
         if isinstance(given.get("image_size"), int):
             given["image_size"] = (given["image_size"], given["image_size"])
@@ -84,36 +100,97 @@ class PreprocessSection(Section):
     resize_mode: Literal["crop", "squash", "pad"] | None = None
     resize_size: PositiveInt | None = None
     crop_fraction: float | None = Field(default=None, gt=0.0, le=1.0)
+    crop_rounding: Literal["even", "down"] | None = None
     interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] | None = None
     mean: float | tuple[float, ...] | None = None
     std: PositiveFloat | tuple[PositiveFloat, ...] | None = None
 
 
 class DataSection(Section):
-    """Which images, and how a split is made where the data has none."""
+    """Which images, and how a split is made where the data has none.
+
+    `multi_label`: an image has any number of labels (cells `a;b`, lists); None goes by the data.
+    `train_split` and `test_split` are splits of the data or slices of one, such as `train[:98%]`.
+    `folds` hold the `fold`th of so many parts of the training images out; `validation_fraction`
+    a share of them. Whatever is cut keeps each class in its share and follows `split_seed`.
+    `streaming` reads training images shard by shard and keeps none; `shuffle_buffer` of them are
+    mixed at a time, and `classes` is a file of class names where the data does not say them.
+    """
 
     name: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    multi_label: bool | None = None
+    train_split: str | None = None
+    test_split: str | None = None
     test_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
+    validation_fraction: float | None = Field(default=None, gt=0.0, lt=1.0)
+    folds: int | None = Field(default=None, ge=2)
+    fold: NonNegativeInt = 0
     split_seed: NonNegativeInt = 0
     workers: NonNegativeInt | None = None
     strict: bool = False
+    streaming: bool = False
+    shuffle_buffer: PositiveInt = 2048
+    classes: str | None = None
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> Self:
+        if self.classes is not None and not self.streaming:
+            raise ValueError("`classes` names those of a stream: `streaming` is not set")
+        if self.fold and self.folds is None:
+            raise ValueError("`fold` is one of `folds`: say how many there are")
+        if self.folds is not None and self.fold >= self.folds:
+            raise ValueError(f"`fold` is 0 to {self.folds - 1} where there are {self.folds} folds")
+        if self.folds is not None and self.validation_fraction is not None:
+            raise ValueError("give `folds` or `validation_fraction`, not both")
+        return self
 
 
 class AugmentSection(Section):
-    """What training does to a picture before the model sees it."""
+    """What training does to a picture before the model sees it, in this order.
+
+    `crop`, flip, `policy`, colour jitter (brightness, contrast, saturation, hue), grey, erasing;
+    then mixup or cutmix of two pictures of the batch. `preset` names values for all keys that are
+    left out here (`vitcli/data/presets.py`); without one, what is left out does nothing.
+    `magnitude` is RandAugment's, on AugReg's scale where 10 is strong. `mix_rate` is the share of
+    pairs that are mixed, `cutmix_rate` the share of those cut rather than blended when both alphas
+    are given. `repeats` shows each image of a batch so many times (Hoffer et al. 2020).
+    """
 
     crop: Literal["inception", "pad", "none"] = "inception"
     min_area: float = Field(default=0.05, gt=0.0, le=1.0)
     crop_padding: NonNegativeInt = 4
     flip_rate: float = Field(default=0.5, ge=0.0, le=1.0)
+    preset: (
+        Literal["none", "light1", "light2", "medium1", "medium2", "strong1", "strong2", "3-augment"]
+        | None
+    ) = None
+    policy: Literal["none", "randaugment", "trivial", "3-augment"] | None = None
+    num_ops: PositiveInt | None = None
+    magnitude: float | None = Field(default=None, ge=0.0, le=30.0)
+    brightness: NonNegativeFloat | None = None
+    contrast: NonNegativeFloat | None = None
+    saturation: NonNegativeFloat | None = None
+    hue: float | None = Field(default=None, ge=0.0, le=0.5)
+    grey_rate: float | None = Field(default=None, ge=0.0, le=1.0)
+    erase_rate: float | None = Field(default=None, ge=0.0, le=1.0)
+    mixup_alpha: NonNegativeFloat | None = None
+    cutmix_alpha: NonNegativeFloat | None = None
+    mix_rate: float | None = Field(default=None, ge=0.0, le=1.0)
+    cutmix_rate: float | None = Field(default=None, ge=0.0, le=1.0)
+    repeats: PositiveInt = 1
 
 
 class ObjectiveSection(Section):
-    """What training minimises; see `vitcli/train/objectives.py`."""
+    """What training minimises; see `vitcli/train/objectives.py`.
 
-    name: str = "softmax"
+    `auto` is `softmax`, and `sigmoid` for images with several labels. `head_bias` is what the
+    biases of a new head start from under `sigmoid`: -10 for ImageNet-21k, -6.9 for ImageNet-1k.
+    """
+
+    name: str = "auto"
+    head_bias: float | None = None
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     descriptor_weight: NonNegativeFloat = 1.0
 
@@ -154,6 +231,8 @@ class TrainSection(Section):
     one forward pass on one process. `eval_steps` and `checkpoint_steps` are intervals; None takes
     a fifth of the run for the first and about a minute for the second. `smaller_sizes` are pairs
     (side in pixels, share of the run until which images are shrunk to it).
+    `activation_checkpointing` keeps the input of each block only and computes the rest again in the
+    backward pass: less memory, more time, the same gradients.
     """
 
     steps: PositiveInt | None = None
@@ -164,6 +243,7 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt | None = None
     seed: NonNegativeInt = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    activation_checkpointing: bool = False
     smaller_sizes: tuple[tuple[PositiveInt, float], ...] = ()
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     checkpoint_steps: PositiveInt | None = None

@@ -2,8 +2,10 @@
 
 import csv
 import os
+import tomllib
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,17 @@ from numpy.typing import NDArray
 
 from vitcli.config import Inference, Settings, load_inference
 from vitcli.data.sets import ImageSet, Source
-from vitcli.data.sources import load_data
+from vitcli.data.sources import open_data
 from vitcli.errors import VitcliError
 from vitcli.evals.features import extract, processes
+from vitcli.evals.labels import LabelsEvaluation, evaluate_labels
 from vitcli.evals.metrics import Metrics, confusion_matrix, measure, per_class
 from vitcli.files import replacing
 from vitcli.run import Run, new_path, run_stem
-from vitcli.vit import VisionTransformer
+from vitcli.sections import DataSection
+from vitcli.vit import Model
 from vitcli.watch import Quiet, Watcher
+from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.surgery import match_classes
 
@@ -87,8 +92,9 @@ def run(
     out: Path | None = None,
     batch_size: int = 128,
     precision: str = "auto",
+    verbose: bool = False,
     watch: Watcher | None = None,
-) -> Evaluation:
+) -> Evaluation | LabelsEvaluation:
     """Run a model over a labelled set.
 
     Args:
@@ -100,11 +106,14 @@ def run(
         out: a folder for `confusion.csv` and `confusion.png`; None makes `runs/MODEL-evaluate`.
         batch_size: images of one forward pass.
         precision: `auto` is fp32, so that the figure is the same everywhere.
+        verbose: tell what became of every tensor of the weights.
 
     Raises:
         VitcliError: bad input; a head that is not trained; classes that do not match by name.
     """
     watch = watch or Quiet()
+    if out is not None:
+        check_folder(out)
     inference = load_inference(settings)
     data = inference.data.name if data is None else data
     if data is None:
@@ -115,15 +124,16 @@ def run(
         model = newest_run(classifier=True)
         watch.note(f"no `--model` given: {model}")
     arguments = load_settings(inference.model, inference.preprocess)
-    net = load_model(model, labels=labels, **arguments)
+    net = load_model(model, labels=labels, watch=watch, **arguments)
     if not net.head_trained:
         raise VitcliError(
             f"`{model}` has no trained head to evaluate",
             hint="train one with `vitcli finetune` or `vitcli fewshot`",
         )
-    source, images = choose_images(data, model, inference)
-    for line in [*source.notes, *(net.load_report.notes if net.load_report else [])]:
+    source, images = choose_images(data, model, inference, watch)
+    for line in source.notes:
         watch.note(line)
+    tell_load(net, watch, verbose=verbose)
     indices = align(net, source.classes, data, watch)
     watch.note(f"{len(images):,} {images.name} images of {data}")
     found = extract(
@@ -136,6 +146,10 @@ def run(
         label="images",
     )
     known = np.array(indices)
+    if images.targets is not None:
+        return evaluate_labels(net, found, known, model, data, images, watch)
+    if net.head_activation == "sigmoid":
+        watch.note("loss and calibration are those of a softmax over the model's sigmoid outputs")
     restricted = found.outputs[:, known].argmax(axis=1) == found.labels
     place = np.full(net.config.num_classes, len(known))
     place[known] = np.arange(len(known))
@@ -159,32 +173,40 @@ def run(
     )
 
 
-def choose_images(data: str, model: str, inference: Inference) -> tuple[Source, ImageSet]:
+def choose_images(
+    data: str, model: str, inference: Inference, watch: Watcher
+) -> tuple[Source, ImageSet]:
     """The data's test images, else its validation images, else all of them.
 
-    Data without a split of its own, on a run that was trained on a part of it: the part that the
-    run had set aside.
+    On a run that was trained on a part of the data: what the run had held out, split as the run's
+    recipe says.
     """
     section = inference.data
-    image, label = section.image_column, section.label_column
-    whole = load_data(data, image_column=image, label_column=label, test_fraction=0.0)
-    if set(whole.splits) != {"train"}:
+    whole = open_data(section, data, whole=True, watch=watch, streams=True)
+    if section.streaming:
         return whole, whole.split("test", "validation")
     run = Run(Path(model))
     if run.recipe_file.is_file():
-        split = load_data(
-            data,
-            image_column=image,
-            label_column=label,
-            test_fraction=section.test_fraction,
-            seed=section.split_seed,
-        )
-        if run.provenance().get("data", {}).get("fingerprint") == split.fingerprint:
-            return split, split.split("test", "train")
+        known = run.provenance().get("data", {}).get("fingerprint")
+        for split in (section, _trained_on(run)):
+            with suppress(VitcliError):  # the run's data may have other columns and splits
+                source = open_data(split, data) if split is not None else whole
+                if source.fingerprint == known:
+                    return source, source.split("test", "validation", "train")
+    if set(whole.splits) != {"train"}:
+        return whole, whole.split("test", "validation")
     return whole, whole.split("train")
 
 
-def align(net: VisionTransformer, classes: tuple[str, ...], data: str, watch: Watcher) -> list[int]:
+def _trained_on(run: Run) -> DataSection | None:
+    """The `[data]` section of a run's recipe; None where it cannot be read."""
+    try:
+        return DataSection(**tomllib.loads(run.recipe_file.read_text(encoding="utf-8"))["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def align(net: Model, classes: tuple[str, ...], data: str, watch: Watcher) -> list[int]:
     """For each class of the data the output of the model that stands for it.
 
     Raises:
@@ -208,6 +230,21 @@ def align(net: VisionTransformer, classes: tuple[str, ...], data: str, watch: Wa
         hint=f"it knows {', '.join(f'`{n}`' for n in net.labels[:3])} …; other names for its "
         "outputs: `--labels FILE`, one class a line",
     )
+
+
+def check_folder(out: Path) -> None:
+    """`out` can become a folder, as far as can be seen before the work.
+
+    Raises:
+        VitcliError: it, or what it would lie in, is something else.
+    """
+    for place in (out, *out.parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise VitcliError(
+                    f"`--out {out}`: `{place}` is no folder", hint="give the name of a folder"
+                )
+            return
 
 
 def write_confusion(out: Path, classes: tuple[str, ...], confusion: NDArray[np.int64]) -> None:

@@ -13,12 +13,14 @@ from torch import nn
 
 from vitcli.config import Inference, Settings, load_inference
 from vitcli.data.sets import ImageSet, Source
-from vitcli.data.sources import load_data
+from vitcli.data.sources import open_data
+from vitcli.errors import VitcliError
 from vitcli.evals.features import Extracted, extract, processes
 from vitcli.evals.fewshot import draw, fit, fit_head
 from vitcli.run import check_free, create_run, new_path, run_stem
-from vitcli.vit import VisionTransformer
+from vitcli.vit import Model
 from vitcli.watch import Quiet, Watcher
+from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.store import save_model
 from vitcli.weights.surgery import replace_head
@@ -94,6 +96,7 @@ def run(
     out: Path | None = None,
     batch_size: int = 128,
     precision: str = "auto",
+    verbose: bool = False,
     watch: Watcher | None = None,
 ) -> Fewshot:
     """Measure a frozen model with few labelled images a class, and keep the classifier.
@@ -107,6 +110,7 @@ def run(
         out: the new run directory; None makes `runs/MODEL-fewshot`.
         batch_size: images of one forward pass.
         precision: `auto` is fp32.
+        verbose: tell what became of every tensor of the weights.
 
     Raises:
         VitcliError: bad input; nothing is left half-written.
@@ -123,30 +127,29 @@ def run(
         watch.note(f"no `--model` given: {model}")
     path = out or new_path(f"{run_stem(model)}-fewshot")
     check_free(path)
-    source = _load(data, inference)
-    net = load_model(model, **load_settings(inference.model, inference.preprocess))
-    for line in [*source.notes, *(net.load_report.notes if net.load_report else [])]:
+    source = _load(data, inference, watch)
+    net = load_model(model, watch=watch, **load_settings(inference.model, inference.preprocess))
+    for line in source.notes:
         watch.note(line)
+    tell_load(net, watch, verbose=verbose)
     result = _measure(net, source, inference, path, batch_size, precision, watch)
     return replace(result, model=model, data=data)
 
 
-def _load(data: str, inference: Inference) -> Source:
-    section = inference.data
-    source = load_data(
-        data,
-        image_column=section.image_column,
-        label_column=section.label_column,
-        test_fraction=section.test_fraction,
-        seed=section.split_seed,
-    )
+def _load(data: str, inference: Inference, watch: Watcher) -> Source:
+    source = open_data(inference.data, data, watch=watch)
+    if source.multi_label:
+        raise VitcliError(
+            f"`fewshot` draws so many images of each class, and those of `{data}` have several",
+            "`vitcli finetune` learns several labels an image",
+        )
     source.split("train")
     source.split("test", "validation")
     return source
 
 
 def _measure(
-    net: VisionTransformer,
+    net: Model,
     source: Source,
     inference: Inference,
     path: Path,
@@ -241,7 +244,7 @@ def _accuracies(
 
 
 def _keep(
-    net: VisionTransformer,
+    net: Model,
     source: Source,
     head: Sequence[NDArray[np.float64]],
     inference: Inference,
@@ -259,7 +262,12 @@ def _keep(
     recipe["model"]["name"] = net.load_report.source if net.load_report else result.model
     recipe["data"]["name"] = source.notation
     made = create_run(path, tomli_w.dumps(recipe))
-    made.write_provenance({"data": {"name": source.notation, "fingerprint": source.fingerprint}})
+    made.write_provenance(
+        {
+            "model": net.load_report.provenance() if net.load_report else None,
+            "data": {"name": source.notation, "fingerprint": source.fingerprint},
+        }
+    )
     save_model(made.weights_file, net.cpu())
     named = replace(result, model=recipe["model"]["name"])
     made.finish({"command": "fewshot", **named.to_json()})

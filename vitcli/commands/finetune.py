@@ -10,8 +10,9 @@ from vitcli.data.sources import Source
 from vitcli.errors import VitcliError
 from vitcli.run import RUNS, finished_runs, new_path
 from vitcli.train.session import Trained, train
-from vitcli.vit import VisionTransformer
+from vitcli.vit import Model, ResNet, VisionTransformer
 from vitcli.watch import Quiet, Watcher
+from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.surgery import prepare_finetune
 
@@ -28,6 +29,7 @@ def run(
     settings: Settings | None = None,
     out: Path | None = None,
     resume: bool = False,
+    verbose: bool = False,
     watch: Watcher | None = None,
 ) -> Trained:
     """Fine-tune a model on labelled images (section 3.2 of the paper).
@@ -40,6 +42,7 @@ def run(
         settings: nested settings laid over the recipe.
         out: the run directory; None makes `runs/RECIPE`, numbered when that is taken.
         resume: go on with the run at `out`.
+        verbose: tell what became of every tensor of the weights.
 
     Raises:
         VitcliError: bad input; nothing is left half-written.
@@ -64,7 +67,7 @@ def run(
         watch.note(f"no DATA given: {resolved.data.name}")
     return train(
         resolved,
-        lambda source: pretrained_model(resolved, source, watch),
+        lambda source: pretrained_model(resolved, source, watch, verbose=verbose),
         out=out,
         resume=resume,
         watch=watch,
@@ -91,7 +94,9 @@ def newest_pretrained(resumed: Path | None = None) -> str:
     )
 
 
-def pretrained_model(recipe: Recipe, source: Source, watch: Watcher) -> VisionTransformer:
+def pretrained_model(
+    recipe: Recipe, source: Source, watch: Watcher, *, verbose: bool = False
+) -> Model:
     """The recipe's MODEL with a zero head for the classes of `source`.
 
     Raises:
@@ -109,22 +114,29 @@ def pretrained_model(recipe: Recipe, source: Source, watch: Watcher) -> VisionTr
         section.name or "",
         preprocess=recipe.preprocess.model_dump(exclude_none=True),
         seed=recipe.train.seed,
+        watch=watch,
         **loading,
     )
     require_preprocess(model)
     model = prepare_finetune(model, source.classes)
-    if model.load_report is not None:
-        for line in model.load_report.notes:
-            watch.note(line)
-        watch.note(model.load_report.line())
+    tell_load(model, watch, verbose=verbose)
     changes: dict[str, Any] = {key: given[key] for key in REGULARISERS if key in given}
     return regularised(model, changes) if changes else model
 
 
-def regularised(model: VisionTransformer, rates: dict[str, Any]) -> VisionTransformer:
-    """The same weights in a model with other dropout rates."""
+def regularised(model: Model, rates: dict[str, Any]) -> Model:
+    """The same weights in a model with other dropout rates.
+
+    Raises:
+        VitcliError: a ResNet, which has none.
+    """
+    if isinstance(model, ResNet):
+        raise VitcliError(
+            f"a ResNet has no dropout: model.{', model.'.join(rates)}", "leave it out"
+        )
     new = VisionTransformer(replace(model.config, **rates))
     new.load_state_dict(model.state_dict())
     new.labels, new.preprocess = model.labels, model.preprocess
+    new.head_activation = model.head_activation
     new.head_trained, new.load_report = model.head_trained, model.load_report
     return new

@@ -9,13 +9,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vitcli.data.decode import printable, read_image
+from vitcli.data.decode import read_image
 from vitcli.data.folders import IMAGE_SUFFIXES
 from vitcli.data.loader import eval_batches
 from vitcli.data.sets import ImageSet
 from vitcli.data.sources import SUFFIXES, load_data
+from vitcli.data.storing import Stored, store_set
 from vitcli.data.transforms import Preprocess, ResizeMode
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
 from vitcli.vit.patches import patchify
 from vitcli.watch import Quiet, Watcher
@@ -25,6 +26,8 @@ BATCH_SIZE = 64
 # The token set is put together in memory before it is written.
 LARGEST_TOKEN_SET = 4 * 2**30
 PICTURE_SIDE = 448
+# What is stored for crops of 224 has a shorter side of 256, the usual room around a crop.
+STORED_CROP = 0.875
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class PatchifyResult:
         image: for an image, what is cut, of `image_size`.
         picture: for an image, the same enlarged, with the grid over it.
         picture_path: where `picture` was written.
-        out: where the patches were written.
+        out: where the patches, or the images, were written.
+        stored_bytes: for data whose images were stored, of the folder.
         broken: a line for each image of the data that could not be read.
         notes: what the user should know.
     """
@@ -60,6 +64,7 @@ class PatchifyResult:
     picture: Image.Image | None = None
     picture_path: Path | None = None
     out: Path | None = None
+    stored_bytes: int | None = None
     broken: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -98,6 +103,8 @@ class PatchifyResult:
             values["images"] = dict(self.splits)
             values["classes"] = list(self.classes)
             values["unreadable"] = list(self.broken)
+            if self.stored_bytes is not None:
+                values["stored_bytes"] = self.stored_bytes
         return values
 
 
@@ -119,14 +126,15 @@ def run(
     A picture is drawn with its grid into `NAME-patches.png`, beside `out` or in the current folder.
     `out` ending in .safetensors takes the patches as uint8: `patches` (N, P*P*C) of a picture,
     `SPLIT.patches` (n, N, P*P*C) and `SPLIT.labels` (n,) of data; ending in .png it is where the
-    drawing goes.
+    drawing goes. Without an ending it is a folder that takes the images of data, decoded and
+    shrunk, as DATA for later commands (`data/stored.py`).
 
     Args:
         source: a picture, or DATA.
         patch_size: P, in pixels.
         image_size: side, or (Y, X), that pictures are brought to; by default 224, or the multiple
             of `patch_size` next to it.
-        out: a file to write.
+        out: a file, or for data a folder, to write.
         num_channels: 3, or 1 for grey.
         resize_mode: how a picture is brought to `image_size`; see `Preprocess`.
         image_column, label_column: of tables; see `load_data`.
@@ -142,11 +150,12 @@ def run(
         notes.append(f"image size {size[0]}, the multiple of {patch_size} nearest to 224")
     target = Path(out) if out else None
     is_image = _is_image(source)
-    endings = (".safetensors", ".png") if is_image else (".safetensors",)
+    endings = (".safetensors", ".png") if is_image else (".safetensors", "")
     if target is not None and target.suffix.lower() not in endings:
         raise VitcliError(
-            f"`--out {printable(target)}` does not end in {' or '.join(endings)}",
-            "patches are stored as .safetensors",
+            f"`--out {printable(target)}` does not end in {' or '.join(filter(None, endings))}",
+            "patches are stored as .safetensors"
+            + ("" if is_image else ", images in a folder, named without an ending"),
         )
     preprocess = Preprocess(size, resize_mode, num_channels=num_channels)
     if is_image:
@@ -157,9 +166,16 @@ def run(
         label_column=label_column,
         test_fraction=0.0,
         labelled=False,
+        watch=watch,
     )
     broken: tuple[str, ...] = ()
-    if target is not None:
+    stored: Stored | None = None
+    if target is not None and not target.suffix:
+        side = round(max(size) / STORED_CROP)
+        stored = store_set(data, target, side=side, workers=workers, watch=watch)
+        broken = stored.broken
+        notes.append(f"shorter sides of at most {side} pixels: enough for crops of {size[0]}")
+    elif target is not None:
         broken = _store_set(
             data.splits, data.classes, source, patch_size, preprocess, target, workers, watch
         )
@@ -172,6 +188,7 @@ def run(
         splits={name: len(images) for name, images in data.splits.items()},
         classes=data.classes,
         out=target,
+        stored_bytes=stored.bytes if stored else None,
         broken=broken,
         notes=(*notes, *data.notes),
     )

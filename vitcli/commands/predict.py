@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 
 from vitcli.config import Settings, load_inference
-from vitcli.data.decode import ImageError, printable
+from vitcli.data.decode import ImageError
 from vitcli.data.folders import image_files
 from vitcli.data.transforms import Preprocess
 from vitcli.devices import pick_device
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
-from vitcli.vit import VisionTransformer
+from vitcli.vit import Model
 from vitcli.watch import Quiet, Watcher
+from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
+
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # DATA of other commands
 
 # One object of `predict --json`: path, label, probability, top, error.
 Row = dict[str, Any]
@@ -54,7 +57,7 @@ class Predictions:
 
 def predict(
     images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    model: str | os.PathLike[str] | VisionTransformer | None = None,
+    model: str | os.PathLike[str] | Model | None = None,
     *,
     top: int = 5,
     batch_size: int = 32,
@@ -80,7 +83,7 @@ def predict(
 def run(
     paths: Sequence[str | os.PathLike[str]],
     *,
-    model: str | os.PathLike[str] | VisionTransformer | None = None,
+    model: str | os.PathLike[str] | Model | None = None,
     settings: Settings | None = None,
     labels: str | os.PathLike[str] | Sequence[str] | None = None,
     top: int = 5,
@@ -88,6 +91,7 @@ def run(
     precision: str = "auto",
     csv_file: Path | None = None,
     parquet_file: Path | None = None,
+    verbose: bool = False,
     watch: Watcher | None = None,
 ) -> Predictions:
     """Predict the classes of images.
@@ -101,6 +105,7 @@ def run(
         batch_size: images of one forward pass; as many more are decoded meanwhile.
         precision: `auto` is fp32.
         csv_file, parquet_file: where the same table is written to, when the last row is taken.
+        verbose: tell what became of every tensor of the weights.
 
     Raises:
         VitcliError: no such model, no trained head, or none of `paths` exists.
@@ -114,19 +119,20 @@ def run(
         if table is not None and table.is_dir():
             raise VitcliError(f"`{table}` is a folder", "the table is a file: give its name too")
     files = find_images(paths)
-    net = _classifier(model, settings, labels, watch)
+    net = _classifier(model, settings, labels, watch, verbose)
     rows = _rows(net, files, min(top, net.config.num_classes), batch_size, precision, watch)
     sinks = [(_csv_sink, csv_file), (_parquet_sink, parquet_file)]
     return Predictions(_recorded(rows, [(make, path) for make, path in sinks if path]))
 
 
 def _classifier(
-    model: str | os.PathLike[str] | VisionTransformer | None,
+    model: str | os.PathLike[str] | Model | None,
     settings: Settings | None,
     labels: str | os.PathLike[str] | Sequence[str] | None,
     watch: Watcher,
-) -> VisionTransformer:
-    if isinstance(model, VisionTransformer):
+    verbose: bool,
+) -> Model:
+    if isinstance(model, Model):
         net, name = model.eval(), "the model"
     else:
         inference = load_inference(settings)
@@ -135,9 +141,8 @@ def _classifier(
             watch.note(f"no `--model` given: {model}")
         name = os.fspath(model if model is not None else inference.model.name or "")
         arguments = load_settings(inference.model, inference.preprocess)
-        net = load_model(name, labels=labels, **arguments)
-        for line in net.load_report.notes if net.load_report else []:
-            watch.note(line)
+        net = load_model(name, labels=labels, watch=watch, **arguments)
+        tell_load(net, watch, verbose=verbose)
     if not net.head_trained:
         raise VitcliError(
             f"`{name}` has no trained head, so there is nothing to predict",
@@ -172,7 +177,15 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
             files.append(path)
     if empty and not files:
         hint = "hidden files and files that are no images don't count"
+        if any(Path(empty[0]).glob("*.parquet")):
+            hint = f"it holds parquet: `vitcli evaluate {printable(empty[0])}` may be meant"
         raise VitcliError(f"no images in `{printable(empty[0])}`", hint)
+    if files and all(Path(file).suffix.lower() in TABLES for file in files):
+        raise VitcliError(
+            f"`{printable(files[0])}` is a table, not an image",
+            f"`predict` takes images, folders and globs; for labelled data there is `vitcli "
+            f"evaluate {printable(files[0])}`",
+        )
     if not any(os.path.exists(file) for file in files):  # noqa: PTH110
         shown = ", ".join(f"`{printable(file)}`" for file in files[:3])
         raise VitcliError(
@@ -183,7 +196,7 @@ def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 def _rows(
-    net: VisionTransformer,
+    net: Model,
     files: list[str],
     top: int,
     batch_size: int,
@@ -204,7 +217,7 @@ def _rows(
             if pixels:
                 with torch.inference_mode(), autocast(precision, device):
                     logits = net(preprocess.normalize(torch.stack(pixels).to(device)))
-                shares, order = logits.double().softmax(dim=1).cpu().topk(top, dim=1)
+                shares, order = net.probabilities(logits).cpu().topk(top, dim=1)
                 answers = iter(
                     [{"label": names[i], "probability": p} for i, p in zip(*pair, strict=True)]
                     for pair in zip(order.tolist(), shares.tolist(), strict=True)

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from vitcli.config import Recipe, Settings, lay_over, load_recipe, nest
+from vitcli.config import ModelSection, Recipe, Settings, check, lay_over, load_recipe, nest
 from vitcli.data.sources import Source
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.run import new_path
 from vitcli.train.objectives import is_supervised
 from vitcli.train.session import Trained, train
-from vitcli.vit import VARIANTS, VisionTransformer, create_model
+from vitcli.vit import Model, create_model
+from vitcli.vit.names import is_resnet
 from vitcli.watch import Quiet, Watcher
 from vitcli.weights.stated import stated_preprocess
 
@@ -45,7 +46,7 @@ def run(
     if data is not None:
         lay_over(changes, nest("data.name", data))
     lay_over(changes, settings or {})
-    resolved = load_recipe(name, changes, "pretrain")
+    resolved = for_resnet(load_recipe(name, changes, "pretrain"), changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: recipe `{name}`, {resolved.data.name}")
     return train(
@@ -57,7 +58,19 @@ def run(
     )
 
 
-def random_model(recipe: Recipe, source: Source) -> VisionTransformer:
+def for_resnet(recipe: Recipe, changes: Settings, watch: Watcher) -> Recipe:
+    """`recipe` without its settings of a ViT, where `changes` put a ResNet into its place."""
+    said = changes.get("model", {})
+    if not is_resnet(name := str(said.get("name"))):
+        return recipe
+    given = recipe.model.model_dump(exclude_none=True)
+    if foreign := sorted(set(given) - {"name", "image_size", "num_channels", *said}):
+        watch.note(f"`{name}` is a ResNet, so the recipe's {', '.join(foreign)} do not apply")
+    model = check(ModelSection, {k: v for k, v in given.items() if k not in foreign}, name)
+    return recipe.model_copy(update={"model": model})
+
+
+def random_model(recipe: Recipe, source: Source) -> Model:
     """The recipe's variant with fresh weights, a head where the objective has classes, a transform.
 
     Raises:
@@ -70,11 +83,10 @@ def random_model(recipe: Recipe, source: Source) -> VisionTransformer:
     try:
         model = create_model(section.name or "", seed=recipe.train.seed, **settings)
     except ValueError as error:
-        sizes = ", ".join(VARIANTS)
         raise VitcliError(
             f"this model cannot be built: {error}",
-            f"`model.name` is a size ({sizes}), `/` and a patch size; the patch size divides "
-            "`model.image_size`",
+            "`model.name` is for example `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1`; the patch "
+            "size divides `model.image_size`",
         ) from error
     model.labels = source.classes if supervised else None
     size, channels = model.config.image_size, model.config.num_channels

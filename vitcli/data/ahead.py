@@ -4,12 +4,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 R = TypeVar("R")
 T = TypeVar("T")
 
 PREFETCH = 3
+IMAGES = 64  # of `in_order`: memory does not grow with the set
 
 
 class Pool(Protocol):
@@ -19,7 +21,7 @@ class Pool(Protocol):
 
 
 class WorkAhead(Generic[T]):
-    """An iterator over `make(start)` for each start, with `PREFETCH` of them under way.
+    """An iterator over `make(start)` for each start, with `prefetch` of them under way.
 
     The threads end when the last result was taken, when a job fails (its exception comes out of
     `next`), on `close`, when the iterator is dropped, and before the interpreter exits.
@@ -29,6 +31,7 @@ class WorkAhead(Generic[T]):
             and puts the result together.
         starts: one for each result.
         workers: threads; 0 does each job when its result is asked for.
+        prefetch: results, from 1 on.
     """
 
     def __init__(
@@ -36,11 +39,12 @@ class WorkAhead(Generic[T]):
         make: Callable[[int, Pool], Callable[[], T]],
         starts: Iterable[int],
         workers: int,
+        prefetch: int = PREFETCH,
     ) -> None:
         self._make = make
         self._starts = iter(starts)
         self._waiting: deque[Callable[[], T]] = deque()
-        self._prefetch = PREFETCH if workers else 0
+        self._prefetch = prefetch if workers else 0
         self._pool: Pool = _inline
         if workers:
             executor = ThreadPoolExecutor(workers, thread_name_prefix="vitcli-loader")
@@ -71,6 +75,11 @@ class WorkAhead(Generic[T]):
         self._waiting.clear()
         if self._prefetch:
             self._end()
+
+
+def in_order(work: Callable[[int], T], indices: Iterable[int], workers: int) -> WorkAhead[T]:
+    """`work` of each index, in order, each by one thread; ends as `WorkAhead` does."""
+    return WorkAhead(lambda index, pool: pool(partial(work, index)), indices, workers, IMAGES)
 
 
 def _inline(job: Callable[[], R]) -> Callable[[], R]:

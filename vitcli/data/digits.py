@@ -2,14 +2,9 @@
 
 import numpy as np
 
-from vitcli.data.sets import (
-    ArrayStore,
-    ImageSet,
-    Request,
-    Source,
-    make_source,
-    stratified_split,
-)
+from vitcli.data.assemble import make_source
+from vitcli.data.sets import ArrayStore, ImageSet, Request, Source
+from vitcli.data.splits import stratified_split
 
 TEST_FRACTION = 0.2
 

@@ -2,13 +2,17 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from vitcli.data.decode import printable
-from vitcli.data.sets import FileStore, ImageSet, Request, Source, make_source
-from vitcli.errors import VitcliError
+from vitcli.data.assemble import make_source
+from vitcli.data.sets import FileStore, ImageSet, Request, Source
+from vitcli.data.splits import SPLIT_NAMES, in_split_order
+from vitcli.errors import VitcliError, printable
+from vitcli.watch import Bar, Watcher
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
@@ -17,15 +21,7 @@ IMAGE_SUFFIXES = frozenset({
     ".qoi", ".tga", ".tif", ".tiff", ".webp",
 })
 # fmt: on
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
+BAR_IMAGES = 1000  # a bar that moves with every file would take longer than reading its size
 NOT_CLASSES = frozenset({"__macosx", "__pycache__"})
 
 
@@ -76,21 +72,34 @@ def load_folder(request: Request) -> Source:
     root = request.path
     notes: list[str] = []
     splits: dict[str, ImageSet] = {}
-    parts: list[bytes] = []
+    parts: list[Iterable[bytes]] = []
     for split, folder in _split_folders(root, notes).items():
-        classes, paths, labels = _read_classes(folder, root, notes, request.labelled)
+        with request.watch.progress(f"{printable(folder)}, images found") as bar:
+            classes, paths, labels = _read_classes(folder, root, notes, request.labelled, bar)
         if paths:
             store = FileStore(folder, paths)
             splits[split] = ImageSet(split, classes, np.array(labels, dtype=np.int64), store)
-            parts += [f"{split}/".encode() + path + _size(folder, path) for path in paths]
-            parts += [name.encode() for name in classes]
+            parts += [
+                _marks(split, folder, store, request.watch),
+                (name.encode() for name in classes),
+            ]
     if not splits:
         raise VitcliError(
             f"`{request.shown}` has no images",
             "expected are `CLASS/*.jpg`, or `train/CLASS/*.jpg` and `test/CLASS/*.jpg`; other "
             "formats: " + ", ".join(sorted(s[1:] for s in IMAGE_SUFFIXES)),
         )
-    return make_source(request, splits, parts, notes)
+    return make_source(request, splits, chain.from_iterable(parts), notes)
+
+
+def _marks(split: str, folder: Path, store: FileStore, watch: Watcher) -> Iterator[bytes]:
+    """What tells the files of a split from others: names and sizes."""
+    with watch.progress(f"{printable(folder)}, sizes", len(store)) as bar:
+        for row in range(len(store)):
+            path = store.paths[row]
+            yield f"{split}/".encode() + path + _size(folder, path)
+            if (row + 1) % BAR_IMAGES == 0:
+                bar.advance(BAR_IMAGES)
 
 
 def _split_folders(root: Path, notes: list[str]) -> dict[str, Path]:
@@ -108,7 +117,7 @@ def _split_folders(root: Path, notes: list[str]) -> dict[str, Path]:
     if others:
         names = ", ".join(f"`{printable(folder.name)}`" for folder in others)
         notes.append(f"{printable(root)}: {names} beside `train` left out")
-    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    return in_split_order(splits)
 
 
 def _visible_folders(root: Path) -> list[Path]:
@@ -119,7 +128,7 @@ def _visible_folders(root: Path) -> list[Path]:
 
 
 def _read_classes(
-    folder: Path, root: Path, notes: list[str], labelled: bool
+    folder: Path, root: Path, notes: list[str], labelled: bool, bar: Bar
 ) -> tuple[list[str], list[bytes], list[int]]:
     """(class names, paths relative to `folder`, labels)."""
     classes: list[str] = []
@@ -130,6 +139,7 @@ def _read_classes(
     for sub in _visible_folders(folder):
         found, odd = image_files(sub)
         other += odd
+        bar.advance(len(found))
         if not found:
             notes.append(f"{shown}: `{printable(sub.name)}` has no images and is no class")
             continue

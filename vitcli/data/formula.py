@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitcli.data.assemble import fingerprint
 from vitcli.data.decode import Mode
 from vitcli.data.scenes import draw
-from vitcli.data.sets import ImageSet, Request, Source, fingerprint
+from vitcli.data.sets import ImageSet, Request, Source
 from vitcli.data.shapes import CLASSES, Draws, Integers, hash_keys
 
 NUM_TRAIN = 1_000_000
@@ -35,6 +36,8 @@ class FormulaSet:
         size: how many there are. No pixels are kept: a million cost their numbers and labels.
         image_size: (Y, X) of the pictures that `read` gives.
     """
+
+    targets: None = None  # each picture has one class
 
     def __init__(
         self,
@@ -61,6 +64,14 @@ class FormulaSet:
     def describe(self, index: int) -> str:
         """What errors and tables call the picture."""
         return f"formula {self._scenes[index]} of seed {self.seed}"
+
+    def label_name(self, index: int) -> str:
+        """The class of a picture."""
+        return self.classes[int(self.labels[index])]
+
+    def class_counts(self) -> Integers:
+        """(64,) how many pictures there are of each class."""
+        return np.bincount(self.labels, minlength=len(self.classes)).astype(np.int64)
 
     def subset(self, indices: Integers, name: str | None = None) -> "FormulaSet":
         """Some of the pictures, in the order given, under the same classes."""

@@ -1,25 +1,28 @@
 """Batches: which image comes when, made by threads ahead of the model.
 
 Nothing here has a state to save. Order is a function of (seed, epoch), augmentation of (seed,
-epoch, index), and the position is the number of images seen: the same batches for any number of
-threads, and for any number of processes taken together.
+epoch, index), mixing of (seed, position), and the position is the number of images seen: the same
+batches for any number of threads, and for any number of processes taken together.
 """
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from vitcli.data.ahead import Pool, WorkAhead
+from vitcli.data.arrays import AnyPicture
 from vitcli.data.augment import image_rng
+from vitcli.data.batch import Batch, empty_images, make_batch, targets_of
 from vitcli.data.decode import ImageError, Mode
+from vitcli.data.mix import Mix, draw_mix
+from vitcli.data.order import positions, repeated
+from vitcli.data.presets import Strength
 from vitcli.data.sets import ImageSet, Integers, Pixels
 from vitcli.data.transforms import Preprocess, channels_first
 from vitcli.errors import VitcliError
@@ -27,95 +30,43 @@ from vitcli.errors import VitcliError
 MAX_WORKERS = 16
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Images with what is known about them.
-
-    Args:
-        images: (V*B, C, Y, X) uint8; all first views, then all second views.
-        labels: (B,) int64.
-        indices: (B,) int64, which images of the set these are.
-        epochs: (B,) int64, in which epoch each is shown; 0 in evaluation.
-        broken: a line for each image that could not be read and is not here.
-        factors: what a generator knows about its pictures, each (V*B, ...), view-major.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    epochs: Tensor
-    broken: tuple[str, ...] = ()
-    factors: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def part(self, start: int, stop: int) -> "Batch":
-        """The images `start` to `stop`, with all their views."""
-        if (start, stop) == (0, len(self)):
-            return self
-        views = len(self.images) // len(self)
-
-        def cut(x: Tensor) -> Tensor:
-            by_view = x.reshape(views, len(self), *x.shape[1:])  # (V, B, ...)
-            return by_view[:, start:stop].flatten(0, 1)
-
-        return replace(
-            self,
-            images=cut(self.images),
-            labels=self.labels[start:stop],
-            indices=self.indices[start:stop],
-            epochs=self.epochs[start:stop],
-            factors={name: cut(factor) for name, factor in self.factors.items()},
-        )
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same with images, labels and factors on `device`."""
-        if device.type == "cpu":
-            return self
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            factors={name: x.to(device, non_blocking=True) for name, x in self.factors.items()},
-        )
-
-
 class Transform(Protocol):
     """A training transform, such as `TrainTransform`."""
 
     preprocess: Preprocess
 
-    def view(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """A random view of the model's size."""
-
-
-@lru_cache(maxsize=4)
-def epoch_order(n: int, seed: int, epoch: int) -> Integers:
-    """(n,) the order in which epoch number `epoch` shows the images 0..n-1."""
-    order = np.random.default_rng((seed, epoch)).permutation(n)
-    order.flags.writeable = False  # it is cached
-    return order
-
-
-def positions(start: int, count: int, n: int, seed: int) -> tuple[Integers, Integers]:
-    """Positions start..start+count-1 of the endless stream of a set of n images.
-
-    Returns:
-        (count,) the epoch and (count,) the index of the image at each position.
-    """
-    epochs, offsets = np.divmod(np.arange(start, start + count, dtype=np.int64), n)
-    indices = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = epoch_order(n, seed, int(epoch))[offsets[here]]
-    return epochs, indices
+    def view(self, picture: AnyPicture, rng: np.random.Generator) -> Pixels:
+        """(C, Y, X): a random view of the model's size."""
 
 
 def default_workers(world_size: int = 1) -> int:
     """Threads for one of `world_size` processes: a core is left for the model."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(MAX_WORKERS, (cores or 1) // world_size - 1))
+
+
+def check_batch(batch_size: int, world_size: int, repeats: int, mixes: bool) -> None:
+    """Whether a batch divides among processes, by repeats and into pairs that are mixed.
+
+    Raises:
+        VitcliError: it does not; the hint names a size that does.
+    """
+    each = batch_size // world_size
+    if batch_size % world_size:
+        raise VitcliError(
+            f"a batch of {batch_size} images does not divide among {world_size} processes",
+            f"`--batch-size {max(1, each) * world_size}` does",
+        )
+    if mixes and each % 2:
+        raise VitcliError(
+            f"mixing takes the images of a process in pairs, and {each} are not even",
+            f"`--batch-size {(each + 1) * world_size}` makes them so",
+        )
+    if batch_size % repeats:
+        raise VitcliError(
+            f"a batch of {batch_size} images does not show each of its images {repeats} times",
+            f"`--batch-size {max(1, batch_size // repeats) * repeats}` does",
+        )
 
 
 class TrainLoader:
@@ -135,9 +86,13 @@ class TrainLoader:
             of every batch.
         strict: raise on a picture that cannot be read.
         image_size: (Y, X) asked of a set with `batch`; taken from `transform` by default.
+        repeats: how often a batch shows each of its images, each time augmented anew.
+        strength: says how images of a batch are mixed; not at all by default.
+        pin_memory: for a GPU; see `batch.onto`.
 
     Raises:
-        VitcliError: the batch size does not divide among the processes.
+        VitcliError: the batch size does not divide among the processes, into pairs to be mixed, or
+            by `repeats`.
     """
 
     def __init__(
@@ -153,13 +108,14 @@ class TrainLoader:
         world_size: int = 1,
         strict: bool = False,
         image_size: tuple[int, int] | None = None,
+        repeats: int = 1,
+        strength: Strength | None = None,
+        pin_memory: bool = False,
     ) -> None:
-        if batch_size % world_size:
-            raise VitcliError(
-                f"a batch of {batch_size} images does not divide among {world_size} processes",
-                f"`--batch-size {max(1, batch_size // world_size) * world_size}` does",
-            )
+        mixes = strength is not None and strength.mixes
+        check_batch(batch_size, world_size, repeats, mixes)
         assert transform is not None or hasattr(images, "batch")
+        assert repeats == 1 or not hasattr(images, "batch")
         self.images = images
         self.transform = transform
         self.batch_size = batch_size
@@ -170,6 +126,9 @@ class TrainLoader:
         self.world_size = world_size
         self.strict = strict
         self.image_size = image_size or (transform.preprocess.image_size if transform else None)
+        self.repeats = repeats
+        self.strength = strength if mixes else None
+        self.pin_memory = pin_memory
         self.broken: dict[str, str] = {}
         self._unreadable: set[int] = set()
         self._lock = threading.Lock()
@@ -187,20 +146,39 @@ class TrainLoader:
         make = self._make_whole if hasattr(self.images, "batch") else self._make
         return WorkAhead(make, starts, self.workers)
 
-    def _my_positions(self, start: int) -> tuple[Integers, Integers]:
+    def _my_positions(self, start: int) -> tuple[Integers, Integers, Integers]:
+        """Epoch and index of each image of this process, and how often the batch had it before."""
         size = self.batch_size // self.world_size
-        return positions(start + self.rank * size, size, len(self.images), self.seed)
+        first, n = start + self.rank * size, len(self.images)
+        if self.repeats == 1:
+            return *positions(first, size, n, self.seed), np.zeros(size, dtype=np.int64)
+        stream, again = repeated(first, size, self.batch_size, self.repeats)
+        low = int(stream.min())
+        epochs, indices = positions(low, int(stream.max()) - low + 1, n, self.seed)
+        return epochs[stream - low], indices[stream - low], again
+
+    def _my_mix(self, start: int) -> Mix | None:
+        """How the images of this process are mixed in the batch that begins at `start`."""
+        if self.strength is None:
+            return None
+        assert self.image_size is not None
+        whole = draw_mix(self.seed, start, self.batch_size, self.image_size, self.strength)
+        size = self.batch_size // self.world_size
+        return whole.part(self.rank * size, (self.rank + 1) * size)
 
     def _make_whole(self, start: int, pool: Pool) -> Callable[[], Batch]:
         """A batch from a set that makes batches."""
-        epochs, indices = self._my_positions(start)
+        epochs, indices, _ = self._my_positions(start)
 
         def make() -> Batch:
-            images, labels, factors = self.images.batch(
+            drawn, labels, factors = self.images.batch(
                 epochs, indices, self.image_size, self.seed, self.views
             )
-            batch = _batch(images, labels, indices, epochs)
-            return replace(batch, factors={k: torch.as_tensor(v) for k, v in factors.items()})
+            images = torch.as_tensor(drawn)
+            images = images.pin_memory() if self.pin_memory else images
+            batch = make_batch(images, labels, indices, epochs)
+            factors = {k: torch.as_tensor(v) for k, v in factors.items()}
+            return replace(batch, factors=factors, mix=self._my_mix(start))
 
         return pool(make)
 
@@ -208,19 +186,24 @@ class TrainLoader:
         """A batch read and transformed picture by picture, in parts that threads share."""
         assert self.transform is not None
         preprocess, transform = self.transform.preprocess, self.transform
-        epochs, indices = self._my_positions(start)
+        epochs, indices, again = self._my_positions(start)
         shown = indices.copy()
         shape = (self.views, len(indices), preprocess.num_channels, *preprocess.image_size)
-        images = np.empty(shape, dtype=np.uint8)  # (V, B, C, Y, X)
+        flat = empty_images((shape[0] * shape[1], *shape[2:]), self.pin_memory)  # (V*B, C, Y, X)
+        images = flat.numpy().reshape(shape)  # (V, B, C, Y, X), a view of it
+
+        def views_of(i: int, picture: AnyPicture) -> None:
+            for view in range(self.views):
+                number = int(again[i]) * self.views + view
+                rng = image_rng(self.seed, int(epochs[i]), int(indices[i]), number)
+                images[view, i] = transform.view(picture, rng)
 
         def make(part: Integers) -> list[str]:
             met: list[str] = []
             for i in part:
-                epoch, index = int(epochs[i]), int(indices[i])
-                image, shown[i] = self._read(index, preprocess.mode, met)
-                for view in range(self.views):
-                    rng = image_rng(self.seed, epoch, index, view)
-                    images[view, i] = channels_first(transform.view(image, rng))
+                shown[i] = self._with_readable(
+                    int(indices[i]), preprocess.mode, partial(views_of, int(i)), met
+                )
             return met
 
         parts = np.array_split(np.arange(len(indices)), max(1, min(self.workers, len(indices))))
@@ -228,19 +211,24 @@ class TrainLoader:
 
         def gather() -> Batch:
             met = [name for wait in waiting for name in wait()]
-            flat = images.reshape(-1, *shape[2:])  # (V*B, C, Y, X)
-            return _batch(flat, self.images.labels[shown], shown, epochs, dict.fromkeys(met))
+            labels = targets_of(self.images, shown)
+            batch = make_batch(flat, labels, shown, epochs, dict.fromkeys(met))
+            return replace(batch, mix=self._my_mix(start))
 
         return gather
 
-    def _read(self, index: int, mode: Mode, met: list[str]) -> tuple[Image.Image, int]:
-        """The picture, or the next readable one of its class, and its index."""
+    def _with_readable(
+        self, index: int, mode: Mode, use: Callable[[AnyPicture], None], met: list[str]
+    ) -> int:
+        """Call `use` with the picture, or with the next readable one of its class; its index."""
         for candidate in self._class_from(index):
             if candidate in self._unreadable:
                 met.append(self.images.describe(candidate))
                 continue
             try:
-                return self.images.read(candidate, mode), candidate
+                with self.images.open(candidate, mode) as picture:
+                    use(picture)
+                return candidate
             except ImageError as error:
                 if self.strict:
                     raise
@@ -248,9 +236,10 @@ class TrainLoader:
                 with self._lock:
                     self.broken[error.name] = error.reason
                     self._unreadable.add(candidate)
-        label = self.images.classes[int(self.images.labels[index])]
+        label = int(self.images.labels[index])
+        which = f"of class `{self.images.classes[label]}`" if label >= 0 else "without a label"
         raise VitcliError(
-            f"none of the images of class `{label}` can be read",
+            f"none of the images {which} can be read",
             f"the first: {self.images.describe(index)}",
         )
 
@@ -272,6 +261,7 @@ def eval_batches(
     rank: int = 0,
     world_size: int = 1,
     limit: int | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Every image once, in order; of several processes each takes a contiguous part.
 
@@ -284,6 +274,7 @@ def eval_batches(
         workers: threads; 0 works inline, None chooses.
         rank, world_size: this process and the number of all.
         limit: at most so many images, spread evenly over the set.
+        pin_memory: for a GPU; see `batch.onto`.
     """
     count = len(images) if limit is None else min(limit, len(images))
     chosen = np.arange(count, dtype=np.int64) * len(images) // max(count, 1)
@@ -293,7 +284,8 @@ def eval_batches(
     def make(start: int, pool: Pool) -> Callable[[], Batch]:
         indices = mine[start : start + batch_size]
         shape = (len(indices), preprocess.num_channels, *preprocess.image_size)
-        pixels = np.empty(shape, dtype=np.uint8)  # (B, C, Y, X)
+        whole = empty_images(shape, pin_memory)  # (B, C, Y, X)
+        pixels = whole.numpy()  # a view of it
         good = np.ones(len(indices), dtype=bool)
 
         def read(part: Integers) -> list[str]:
@@ -312,21 +304,10 @@ def eval_batches(
 
         def gather() -> Batch:
             met = [line for wait in waiting for line in wait()]
-            kept, left = (pixels, indices) if good.all() else (pixels[good], indices[good])
-            return _batch(kept, images.labels[left], left, np.zeros_like(left), met)
+            kept, left = (whole, indices) if good.all() else (whole[good], indices[good])
+            labels = targets_of(images, left)
+            return make_batch(kept, labels, left, np.zeros_like(left), met)
 
         return gather
 
     return WorkAhead(make, range(0, len(mine), batch_size), workers)
-
-
-def _batch(
-    images: Pixels | Tensor, labels: Any, indices: Integers, epochs: Integers, broken: Any = ()
-) -> Batch:
-    return Batch(
-        torch.as_tensor(images),
-        torch.as_tensor(np.asarray(labels, dtype=np.int64)),
-        torch.from_numpy(indices),
-        torch.from_numpy(epochs),
-        tuple(broken),
-    )

@@ -2,20 +2,20 @@
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vitcli.data.decode import ImageInput, printable
-from vitcli.data.folders import SPLIT_NAMES
-from vitcli.data.sets import ImageSet, Integers, Request, Source, label_names, make_source
+from vitcli.data.assemble import make_source
+from vitcli.data.columns import class_names, numbered, numbered_lists, several
+from vitcli.data.decode import ImageInput
+from vitcli.data.sets import ImageSet, Request, Source
+from vitcli.data.splits import in_split_order, split_of
 from vitcli.data.tables import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, printable
 
 FOOTER_TAIL = 8
 
@@ -63,9 +63,20 @@ def load_parquet(request: Request) -> Source:
         VitcliError: it cannot be read, a column is not there.
     """
     notes: list[str] = []
+    return read_parquet(request, parquet_splits(request.path, notes), notes)
+
+
+def read_parquet(
+    request: Request, by_split: Mapping[str, Sequence[Path]], notes: list[str]
+) -> Source:
+    """The images of parquet files, split -> files.
+
+    Raises:
+        VitcliError: as `load_parquet`.
+    """
     splits: dict[str, ImageSet] = {}
     parts: list[bytes] = []
-    for split, files in _parquet_files(request.path, notes).items():
+    for split, files in by_split.items():
         images = _read_split(split, files, request, notes)
         splits[split] = images
         parts += [_footer(file) for file in files]
@@ -79,14 +90,14 @@ def parquet_files(folder: Path) -> list[Path]:
     return inside or sorted(folder.glob("data/*.parquet"))
 
 
-def _parquet_files(path: Path, notes: list[str]) -> dict[str, list[Path]]:
+def parquet_splits(path: Path, notes: list[str]) -> dict[str, list[Path]]:
     """Split -> files."""
     if path.is_file():
-        return {_split_of(path) or "train": [path]}
+        return {split_of(path) or "train": [path]}
     files = parquet_files(path)
     splits: dict[str, list[Path]] = {}
     for file in files:
-        split = _split_of(file)
+        split = split_of(file)
         if split is not None:
             splits.setdefault(split, []).append(file)
     if not splits:
@@ -94,34 +105,34 @@ def _parquet_files(path: Path, notes: list[str]) -> dict[str, list[Path]]:
     left_out = len(files) - sum(map(len, splits.values()))
     if left_out:
         notes.append(f"{printable(path)}: {left_out} files named after no split left out")
-    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
-
-
-def _split_of(file: Path) -> str | None:
-    name = file.stem.lower()
-    starts = [start for start in sorted(SPLIT_NAMES, key=len) if name.startswith(start)]
-    return SPLIT_NAMES[starts[-1]] if starts else None
+    return in_split_order(splits)
 
 
 def _read_split(split: str, files: Sequence[Path], request: Request, notes: list[str]) -> ImageSet:
     shown = printable(files[0])
     about = [_metadata(file) for file in files]
     schema = about[0].schema.to_arrow_schema()
-    features = _features(schema)
-    images, labels = _choose_columns(shown, schema, features, request)
+    features = features_of(schema)
+    images, labels = choose_columns(shown, schema, features, request)
     for file, part in zip(files, about, strict=True):
         present = part.schema.to_arrow_schema().names
         find_column(printable(file), "image", images, present, ())
         find_column(printable(file), "label", labels, present, ())
     table = _read_table(files, [images, labels], notes)
-    with _reading(files[0]):
-        values = table.column(labels).dictionary_encode().unify_dictionaries().combine_chunks()
     sizes = [(file, part.num_rows) for file, part in zip(files, about, strict=True)]
-    names = getattr(features.get(labels), "names", None)
-    rows, numbers, classes = _numbered(shown, values, names)
+    store = ParquetStore(sizes, table.column(images))
+    names = class_names(features.get(labels))
+    with _reading(files[0]):
+        column = table.column(labels)
+        parted = several(column, shown, labels, request.multi_label, notes)
+        if parted is not None:
+            classes, first, targets = numbered_lists(shown, parted, names)
+            return ImageSet(split, classes, first, store, targets=targets)
+        values = column.dictionary_encode().unify_dictionaries().combine_chunks()
+    rows, numbers, classes = numbered(shown, values, names)
     if len(rows) < len(values):
         notes.append(f"{shown}: {len(values) - len(rows):,} rows without a label left out")
-    return ImageSet(split, classes, numbers, ParquetStore(sizes, table.column(images)), rows)
+    return ImageSet(split, classes, numbers, store, rows)
 
 
 def _read_table(files: Sequence[Path], columns: list[str], notes: list[str]) -> Any:
@@ -144,6 +155,7 @@ def _read_table(files: Sequence[Path], columns: list[str], notes: list[str]) -> 
             found = datasets.Dataset.from_parquet(
                 DataFilesDict(train=DataFilesList(paths, marks)), split="train", columns=columns
             )
+        pa.default_memory_pool().release_unused()  # what the cache was written through
         return found.data
     except Exception as error:  # no space, no permission, no locks, a type it does not know
         reason = str(error.__cause__ or error) or type(error).__name__
@@ -189,33 +201,7 @@ def _quiet() -> Iterator[None]:
                 datasets.enable_progress_bars()
 
 
-def _numbered(
-    shown: str, values: Any, names: Sequence[str] | None
-) -> tuple[Integers, Integers, tuple[str, ...]]:
-    """Label cells -> (rows that have one, their numbers, class names); -1 and null mean none.
-
-    Args:
-        values: a `pyarrow.DictionaryArray`.
-        names: of the classes, where the file tells them.
-    """
-    codes = values.indices.fill_null(-1).to_numpy().astype(np.int64)  # (n,) into the distinct ones
-    distinct = values.dictionary.to_pylist()
-    used = [c for c in np.unique(codes).tolist() if c >= 0 and distinct[c] not in (None, "", -1)]
-    rows = np.flatnonzero(np.isin(codes, used))
-    kept = [distinct[code] for code in used]
-    if names is None or not all(isinstance(value, int) for value in kept):
-        classes, found = label_names(kept)
-    else:
-        classes, found = tuple(str(name) for name in names), np.array(kept, dtype=np.int64)
-        if found.size and not 0 <= found.min() <= found.max() < len(classes):
-            fault = f"`{shown}` has label {found.max()}, but names {len(classes)} classes"
-            raise VitcliError(fault, "write the file anew with `datasets` and a ClassLabel")
-    number = np.zeros(len(distinct), dtype=np.int64)
-    number[used] = found
-    return rows, number[codes[rows]], classes
-
-
-def _features(schema: Any) -> dict[str, Any]:
+def features_of(schema: Any) -> dict[str, Any]:
     """What `datasets` says about the columns, {} where it cannot tell."""
     import datasets
 
@@ -225,7 +211,7 @@ def _features(schema: Any) -> dict[str, Any]:
         return {}
 
 
-def _choose_columns(
+def choose_columns(
     shown: str, schema: Any, features: dict[str, Any], request: Request
 ) -> tuple[str, str]:
     """(image column, label column): as named, else as `datasets` marks them, else as usual."""

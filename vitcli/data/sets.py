@@ -1,10 +1,10 @@
 """What every source of images becomes: sets of readable images with labels, one for each split."""
 
-import hashlib
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.data.decode import ImageError, ImageInput, Mode, printable, read_image
-from vitcli.errors import VitcliError
+from vitcli.data.arrays import AnyPicture, ArrayPicture
+from vitcli.data.decode import (
+    ImageError,
+    ImageInput,
+    Mode,
+    open_image,
+    read_image,
+)
+from vitcli.data.packed import Packed
+from vitcli.errors import VitcliError, printable
+from vitcli.watch import Quiet, Watcher
 
 Integers = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
@@ -33,6 +42,13 @@ class Request:
     test_fraction: float = 0.2
     seed: int = 0
     labelled: bool = True
+    multi_label: bool | None = None
+    validation_fraction: float | None = None
+    folds: int | None = None
+    fold: int = 0
+    train_split: str | None = None
+    test_split: str | None = None
+    watch: Watcher = field(default_factory=Quiet, compare=False)
 
     @property
     def path(self) -> Path:
@@ -59,9 +75,9 @@ class Store(Protocol):
 class FileStore:
     """Images in files: paths as bytes, because names need not be UTF-8, relative to `root`."""
 
-    def __init__(self, root: Path, paths: Sequence[bytes]) -> None:
+    def __init__(self, root: Path, paths: Iterable[bytes]) -> None:
         self.root = root
-        self.paths = paths
+        self.paths = Packed(paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -96,9 +112,10 @@ class ImageSet:
     Args:
         name: the split.
         classes: the names of the classes; `labels` points into them.
-        labels: (n,) integers.
+        labels: (n,) integers; of images with several labels the first, and -1 where there is none.
         store: the images.
         rows: (n,) which rows of `store` these are; all by default.
+        targets: (n, K) ones and zeros where an image has any number of labels, else None.
     """
 
     def __init__(
@@ -108,19 +125,37 @@ class ImageSet:
         labels: Integers,
         store: Store,
         rows: Integers | None = None,
+        targets: Pixels | None = None,
     ) -> None:
         self.name = name
         self.classes = tuple(classes)
         self.labels = np.asarray(labels, dtype=np.int64)
+        self.targets = targets
         self._store = store
         self._rows = np.arange(len(self.labels)) if rows is None else rows
         self._kept: list[Pixels | None] | None = None
         self._kept_mode: Mode | None = None
         self._lock = threading.Lock()
         assert len(self._rows) == len(self.labels)
+        assert targets is None or targets.shape == (len(self.labels), len(self.classes))
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the pixels lie decoded in a file, and nothing is gained by keeping copies."""
+        return bool(getattr(self._store, "ready", False))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every epoch decodes the images again; known after the first read."""
+        return not self.keeps and not self.ready and not isinstance(self._store, ArrayStore)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether decoded images stay in memory; known after the first read."""
+        return self._kept is not None
 
     def read(self, index: int, mode: Mode = "RGB") -> Image.Image:
         """The picture, upright, in `mode`; its own copy. Safe to call from many threads.
@@ -128,14 +163,33 @@ class ImageSet:
         Raises:
             ImageError: it cannot be read.
         """
-        kept = self._kept if self._kept_mode == mode else self._start_keeping(mode)
+        kept = self._keeping(mode)
         if kept is None:
             return self._decode(index, mode)
-        pixels = kept[index]
-        if pixels is None:
-            pixels = np.asarray(self._decode(index, mode))
-            kept[index] = pixels
-        return Image.fromarray(pixels)
+        return Image.fromarray(self._kept_pixels(index, mode, kept))
+
+    @contextmanager
+    def open(self, index: int, mode: Mode = "RGB") -> Iterator[AnyPicture]:
+        """The picture as something to decode at the scale that is needed, inside a `with`.
+
+        Raises:
+            ImageError: it cannot be read; also when it is decoded.
+        """
+        kept = self._keeping(mode)
+        row = int(self._rows[index])
+        if kept is not None:
+            yield ArrayPicture(self._kept_pixels(index, mode, kept), self.describe(index))
+        elif mode == "RGB" and self.ready:
+            pixels: Any = self._store
+            yield ArrayPicture(pixels.pixels(row), self._store.describe(row))
+        else:
+            content, name = self._store.content(row), self._store.describe(row)
+            with open_image(content, mode, name=name) as picture:
+                yield picture
+
+    def content(self, index: int) -> ImageInput:
+        """What is stored, before anything is decoded: a path, bytes or a picture."""
+        return self._store.content(int(self._rows[index]))
 
     def describe(self, index: int) -> str:
         """What errors and tables call the image: its path, or `row 17 of train.parquet`."""
@@ -144,7 +198,8 @@ class ImageSet:
     def subset(self, indices: Integers, name: str | None = None) -> "ImageSet":
         """Some of the images, in the order given, under the same classes."""
         labels, rows = self.labels[indices], self._rows[indices]
-        return ImageSet(name or self.name, self.classes, labels, self._store, rows)
+        targets = None if self.targets is None else self.targets[indices]
+        return ImageSet(name or self.name, self.classes, labels, self._store, rows, targets)
 
     def relabelled(self, classes: Sequence[str]) -> "ImageSet":
         """The same images with labels that point, by name, into other classes.
@@ -153,32 +208,62 @@ class ImageSet:
             KeyError: an image has a class that is not among them.
         """
         target = {name: label for label, name in enumerate(classes)}
-        present = {int(label): target[self.classes[label]] for label in np.unique(self.labels)}
-        labels = np.array([present[int(label)] for label in self.labels], dtype=np.int64)
-        return ImageSet(self.name, classes, labels, self._store, self._rows)
+        place = np.full(len(self.classes) + 1, -1)  # of -1, no label, as well: it is the last
+        present = np.flatnonzero(self.class_counts())
+        place[present] = [target[self.classes[label]] for label in present]
+        targets = None
+        if self.targets is not None:
+            targets = np.zeros((len(self), len(classes)), dtype=np.uint8)
+            targets[:, place[present]] = self.targets[:, present]
+        return ImageSet(self.name, classes, place[self.labels], self._store, self._rows, targets)
+
+    def class_counts(self) -> Integers:
+        """(K,) how many images have each class."""
+        if self.targets is not None:
+            return self.targets.sum(axis=0, dtype=np.int64)
+        return np.bincount(self.labels, minlength=len(self.classes)).astype(np.int64)
+
+    def label_name(self, index: int) -> str:
+        """The class of an image, or its classes, as text."""
+        if self.targets is None:
+            return self.classes[int(self.labels[index])]
+        names = [self.classes[label] for label in np.flatnonzero(self.targets[index])]
+        return "; ".join(names) or "(none)"
 
     def _decode(self, index: int, mode: Mode) -> Image.Image:
         row = int(self._rows[index])
         return read_image(self._store.content(row), mode, name=self._store.describe(row))
 
+    def _keeping(self, mode: Mode) -> list[Pixels | None] | None:
+        """The decoded pixels of every image, as far as they were read; None if none are kept."""
+        return self._kept if self._kept_mode == mode else self._start_keeping(mode)
+
+    def _kept_pixels(self, index: int, mode: Mode, kept: list[Pixels | None]) -> Pixels:
+        pixels = kept[index]
+        if pixels is None:
+            pixels = np.asarray(self._decode(index, mode))
+            kept[index] = pixels
+        return pixels
+
     def _start_keeping(self, mode: Mode) -> list[Pixels | None] | None:
         """Decide, at the first read, whether decoded pixels stay in memory."""
         with self._lock:
             if self._kept_mode is None:
-                if self._estimate_bytes(mode) <= KEEP_BYTES:
+                if not self.ready and self._estimate_bytes(mode) <= KEEP_BYTES:
                     self._kept = [None] * len(self)
                 self._kept_mode = mode  # last: `read` looks at it without the lock
             return self._kept if self._kept_mode == mode else None
 
     def _estimate_bytes(self, mode: Mode) -> float:
-        """What all pictures decoded would take, from a few spread over the set."""
+        """What all pictures decoded would take in bytes, from a few spread over the set."""
         sizes = []
         for index in np.linspace(0, len(self) - 1, min(PROBES, len(self))).astype(int):
+            row = int(self._rows[index])
             try:
-                image = self._decode(int(index), mode)
+                with open_image(self._store.content(row), mode) as picture:
+                    sizes.append(picture.size[0] * picture.size[1] * len(mode))
             except ImageError:
                 continue
-            sizes.append(image.width * image.height * len(image.getbands()))
         return float(np.mean(sizes)) * len(self) if sizes else 0.0
 
 
@@ -192,6 +277,7 @@ class Source:
         classes: the names that the labels of every split point into.
         fingerprint: changes with names, sizes, labels and the split, not with the place.
         notes: a line each: what was split, left out or assumed.
+        splitting: what was split and how, plain values for a run's record.
     """
 
     notation: str
@@ -199,6 +285,12 @@ class Source:
     classes: tuple[str, ...]
     fingerprint: str
     notes: tuple[str, ...] = ()
+    splitting: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has any number of labels."""
+        return any(images.targets is not None for images in self.splits.values())
 
     def split(self, *names: str) -> ImageSet:
         """The first of these splits that there is.
@@ -213,98 +305,3 @@ class Source:
             f"`{self.notation}` has no {' or '.join(f'`{name}`' for name in names)} images",
             f"there are only {', '.join(f'`{name}`' for name in self.splits)} images",
         )
-
-
-def fingerprint(parts: Iterable[bytes]) -> str:
-    """A short hash of the parts and of where one ends."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def stratified_split(labels: Integers, fraction: float, seed: int) -> tuple[Integers, Integers]:
-    """(indices to keep, indices set aside): `fraction` of each class, at least one on each side.
-
-    A class of a single image stays on the first side.
-    """
-    aside = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        if len(members) < 2:
-            continue
-        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
-        rng = np.random.default_rng((seed, int(label)))
-        aside.append(rng.permutation(members)[:count])
-    chosen = np.sort(np.concatenate(aside)) if aside else np.array([], dtype=np.int64)
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
-
-
-def make_source(
-    request: Request, splits: Mapping[str, ImageSet], parts: Iterable[bytes], notes: Sequence[str]
-) -> Source:
-    """Align classes by name, split where only training images are given, and check.
-
-    Args:
-        request: what the user asked for.
-        splits: split name -> images; empty ones are dropped.
-        parts: what tells this data from other, for the fingerprint; labels are added here.
-        notes: what the user should know.
-
-    Raises:
-        VitcliError: no images; one class only; a class that training has not.
-    """
-    notation, fraction, seed = request.shown, request.test_fraction, request.seed
-    notes = list(notes)
-    splits = {name: images for name, images in splits.items() if len(images)}
-    if not splits:
-        raise VitcliError(f"`{notation}` has no images", "give data with at least two classes")
-    base = splits.get("train") or next(iter(splits.values()))
-    aligned = _align(notation, base, splits)
-    if request.labelled and len(np.unique(base.labels)) < 2:
-        only = base.classes[int(base.labels[0])]
-        raise VitcliError(
-            f"`{notation}` has only one class: `{only}`",
-            "a classifier needs at least two; put each class into a folder of its own",
-        )
-    if set(aligned) == {"train"} and fraction > 0:
-        keep, aside = stratified_split(base.labels, fraction, seed)
-        aligned = {"train": base.subset(keep)}
-        if len(aside):
-            aligned["test"] = base.subset(aside, "test")
-        notes.append(
-            f"{notation}: no test images given, so {len(aside):,} of {len(base):,} are set aside "
-            f"({fraction:.0%} of each class, seed {seed})"
-        )
-    hashed = [*parts, *(name.encode() + s.labels.tobytes() for name, s in aligned.items())]
-    hashed += [s._rows.tobytes() for s in aligned.values()]
-    return Source(notation, aligned, base.classes, fingerprint(hashed), tuple(notes))
-
-
-def _align(notation: str, base: ImageSet, splits: Mapping[str, ImageSet]) -> dict[str, ImageSet]:
-    """All splits over the classes of `base`."""
-    aligned = {}
-    for name, images in splits.items():
-        present = [images.classes[int(label)] for label in np.unique(images.labels)]
-        extra = [label for label in present if label not in base.classes]
-        if extra:
-            raise VitcliError(
-                f"`{notation}`: class `{extra[0]}` is in `{name}` but not in `{base.name}`"
-                + (f", and so are {len(extra) - 1} others" if len(extra) > 1 else ""),
-                f"give it training images, or take it out of `{name}`",
-            )
-        aligned[name] = (
-            images if images.classes == base.classes else images.relabelled(base.classes)
-        )
-    return aligned
-
-
-def label_names(values: Sequence[Any]) -> tuple[tuple[str, ...], Integers]:
-    """Labels of any kind -> (sorted class names, (n,) labels); whole numbers sort as numbers."""
-    names = [str(value) for value in values]
-    unique = sorted(set(names))
-    if all(name.isdecimal() and str(int(name)) == name for name in unique):
-        unique.sort(key=int)
-    position = {name: label for label, name in enumerate(unique)}
-    return tuple(unique), np.array([position[name] for name in names], dtype=np.int64)

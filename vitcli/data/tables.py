@@ -7,16 +7,18 @@ they are written (`01`, `NA`), file names need not be UTF-8, and an error tells 
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitcli.data.decode import printable
-from vitcli.data.folders import SPLIT_NAMES
-from vitcli.data.sets import FileStore, ImageSet, Request, Source, label_names, make_source
-from vitcli.errors import VitcliError, nearest
+from vitcli.data.assemble import label_names, make_source
+from vitcli.data.multilabel import is_multi_label, several_labels
+from vitcli.data.sets import FileStore, ImageSet, Request, Source
+from vitcli.data.splits import SPLIT_NAMES, SPLITS
+from vitcli.errors import VitcliError, nearest, printable
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "y", "class_name", "fine_label")
 IMAGE_COLUMNS = (
@@ -29,45 +31,82 @@ MISSING_PROBES = 50
 def load_manifest(request: Request) -> Source:
     """A file with a row for each image: a path, relative to the file, and a label.
 
-    A column `split` with train, validation and test is followed.
+    A column `split` with train, validation and test is followed. Lists of labels, or cells `a;b`
+    of a column called `labels`, give an image any number of them (`is_multi_label`).
 
     Raises:
         VitcliError: it cannot be read, a column is not there, none of the images exist.
     """
     path, shown = request.path, request.shown
     rows = _read_json_lines(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
-    if not rows:
+    first = next(rows, None)
+    if first is None:
         raise VitcliError(f"`{shown}` has no rows", "give a header and a row for each image")
-    columns = [name for name in rows[0] if name is not None]  # None: more cells than headings
+    columns = [name for name in first if name is not None]  # None: more cells than headings
     images = find_column(shown, "image", request.image_column, columns, IMAGE_COLUMNS)
     labels = find_column(shown, "label", request.label_column, columns, LABEL_COLUMNS)
-    good = [row for row in rows if row.get(images) and row.get(labels) not in (None, "")]
-    notes = []
-    if len(good) < len(rows):
-        notes.append(f"{shown}: {len(rows) - len(good):,} rows without path or label left out")
-    if not good:
+    table = Table(images, labels)
+    for row in chain([first], rows):
+        table.add(row)
+    notes: list[str] = []
+    several = is_multi_label(shown, labels, table.labels, request.multi_label, notes)
+    said = (several or label not in (None, "") for label in table.labels)
+    good = np.flatnonzero(np.fromiter(said, dtype=bool, count=len(table.labels)))
+    left_out = table.without_path + len(table.labels) - len(good)
+    if left_out:
+        missing = "path" if several else "path or label"
+        notes.append(f"{shown}: {left_out:,} rows without {missing} left out")
+    if not len(good):
         raise VitcliError(
             f"`{shown}` has no row with a path and a label",
             f"`{images}` or `{labels}` is empty in each; others: `--set data.label_column=NAME`",
         )
-    paths = [os.fsencode(str(row[images])) for row in good]
-    store = FileStore(path.parent, paths)
-    if not any(store.content(row).exists() for row in range(min(len(paths), MISSING_PROBES))):
+    store = FileStore(path.parent, (os.fsencode(table.paths[i]) for i in good))
+    if not any(store.content(row).exists() for row in range(min(len(store), MISSING_PROBES))):
         raise VitcliError(
-            f"`{shown}`: `{printable(paths[0])}` does not exist, nor do the next ones",
+            f"`{shown}`: `{printable(store.paths[0])}` does not exist, nor do the next ones",
             f"paths are relative to `{printable(path.parent)}`, where the file lies",
         )
-    classes, numbers = label_names([row[labels] for row in good])
-    where = [SPLIT_NAMES.get(str(row.get("split", "train")).lower(), "train") for row in good]
+    targets = None
+    if several:
+        classes, numbers, targets = several_labels([table.labels[i] for i in good])
+    else:
+        classes, numbers = label_names([table.labels[i] for i in good])
     splits = {}
-    for name in ("train", "validation", "test"):
-        chosen = np.array([i for i, split in enumerate(where) if split == name], dtype=np.int64)
-        splits[name] = ImageSet(name, classes, numbers[chosen], store, chosen)
-    parts = [*paths, *(name.encode() for name in classes)]
-    return make_source(request, splits, parts, notes)
+    for name in SPLITS:
+        here = (table.splits[i] == name for i in good)
+        chosen = np.flatnonzero(np.fromiter(here, dtype=bool, count=len(good)))
+        mine = None if targets is None else targets[chosen]
+        splits[name] = ImageSet(name, classes, numbers[chosen], store, chosen, mine)
+    paths = (store.paths[row] for row in range(len(store)))
+    return make_source(request, splits, chain(paths, (name.encode() for name in classes)), notes)
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
+class Table:
+    """The three columns that are used; equal labels are one object, and rows are not kept."""
+
+    def __init__(self, image_column: str, label_column: str) -> None:
+        self.image_column, self.label_column = image_column, label_column
+        self.paths: list[str] = []
+        self.labels: list[Any] = []
+        self.splits: list[str] = []
+        self.without_path = 0
+        self._known: dict[str, str] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """The next row; one without a path is counted."""
+        path, label = row.get(self.image_column), row.get(self.label_column)
+        if not path:
+            self.without_path += 1
+            return
+        if isinstance(label, str):
+            label = self._known.setdefault(label, label)
+        self.paths.append(str(path))
+        self.labels.append(label)
+        self.splits.append(SPLIT_NAMES.get(str(row.get("split", "train")).lower(), "train"))
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     with _open_text(path) as file:
         header = file.readline()
         file.seek(0)
@@ -75,14 +114,13 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
         if delimiter == "," and "," not in header and ";" in header:
             delimiter = ";"
         try:
-            return list(csv.DictReader(file, delimiter=delimiter))
+            yield from csv.DictReader(file, delimiter=delimiter)
         except csv.Error as error:
             fault = f"`{printable(path)}` is not a table: {error}"
             raise VitcliError(fault, "a header and a row for each image, commas between") from None
 
 
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
+def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -95,8 +133,7 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 fault = f"line {number} of `{printable(path)}` is not a JSON object"
                 raise VitcliError(fault, 'a line reads {"path": "a.jpg", "label": "cat"}')
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _open_text(path: Path) -> Any:

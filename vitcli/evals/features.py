@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitcli import launch
+from vitcli.data.batch import onto
 from vitcli.data.loader import eval_batches
 from vitcli.data.sets import ImageSet
 from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
-from vitcli.vit import VisionTransformer
+from vitcli.vit import Model
 from vitcli.watch import Quiet, Watcher
 from vitcli.weights.load import require_preprocess
 
@@ -29,21 +30,21 @@ class Extracted:
 
     Attributes:
         outputs: (n, F) float32: features, or logits.
-        labels: (n,).
+        labels: (n,), or (n, K) ones and zeros of images with several labels.
         indices: (n,): which images of the set these are.
         pixels: (n, D) float32 of the raw-pixel baseline, or None.
         broken: the images that could not be read, described.
     """
 
     outputs: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     indices: NDArray[np.int64]
     pixels: NDArray[np.float32] | None
     broken: tuple[str, ...]
 
 
 def extract(
-    model: VisionTransformer,
+    model: Model,
     images: ImageSet,
     *,
     what: str = "features",
@@ -85,15 +86,16 @@ def extract(
             workers=workers,
             rank=rank,
             world_size=world_size,
+            pin_memory=device.type == "cuda",
         )
-        for batch in batches:
+        for batch in onto(batches, device):
             broken += batch.broken
             if len(batch.labels):
-                x = preprocess.normalize(batch.images.to(device))  # (B, C, Y, X)
+                x = preprocess.normalize(batch.images)  # (B, C, Y, X)
                 with autocast(precision, device):
                     y = run(x)
                 outputs.append(y.float().cpu().numpy())
-                labels.append(batch.labels.numpy())
+                labels.append(batch.labels.cpu().numpy())
                 indices.append(batch.indices.numpy())
                 if with_pixels:
                     pixels.append(_baseline(x).cpu().numpy())
@@ -109,7 +111,7 @@ def extract(
         )
     return Extracted(
         np.concatenate(outputs),
-        np.concatenate(labels).astype(np.int64),
+        np.concatenate(labels),
         np.concatenate(indices).astype(np.int64),
         np.concatenate(pixels) if pixels else None,
         tuple(broken),

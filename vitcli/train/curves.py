@@ -6,6 +6,7 @@ from vitcli.run import Run
 PANELS = {
     "loss": ("train/loss", "test/loss"),
     "accuracy": ("train/accuracy", "test/accuracy"),
+    "mean average precision": ("test/map",),
     "learning rate": ("lr",),
 }
 

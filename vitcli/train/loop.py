@@ -19,12 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from vitcli.config import Recipe
-from vitcli.data.loader import Batch, TrainLoader
+from vitcli.data.batch import Batch, onto
+from vitcli.data.loader import TrainLoader
+from vitcli.data.mix import soft_targets
+from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.run import Run
 from vitcli.train.checkpoint import TrainState, save_checkpoint
 from vitcli.train.optim import schedule_factor, set_rates
+from vitcli.train.pace import Pace, is_filling, warning
 from vitcli.watch import Watcher
 
 CHECKPOINT_SECONDS = 60.0
@@ -97,7 +101,7 @@ class Loop:
     module: nn.Module
     state: TrainState
     optimizers: Sequence[Any]
-    loader: TrainLoader
+    loader: TrainLoader | StreamLoader
     preprocess: Preprocess
     recipe: Recipe
     total_steps: int
@@ -107,6 +111,7 @@ class Loop:
     validate: Validate | None = None
     eval_steps: int | None = None
     settled: bool = False
+    told: bool = False
 
     def fit(self) -> None:
         """Train from `state.step` to `total_steps`.
@@ -117,6 +122,7 @@ class Loop:
         """
         state, train = self.state, self.recipe.train
         meter = Meter()
+        pace, first = Pace(self.accelerator.device), state.step
         saved = time.monotonic()
         todo = self.total_steps - state.step
         self.module.train()
@@ -124,18 +130,21 @@ class Loop:
             SignalFlag() as flag,
             self.watch.progress("train", self.total_steps, state.step) as bar,
         ):
-            for batch in self.loader.batches(state.step * train.batch_size, todo):
+            batches = self.loader.batches(state.step * train.batch_size, todo)
+            for batch in pace.over(onto(batches, self.accelerator.device)):
                 factor = schedule_factor(self.recipe.schedule, state.step, self.total_steps)
                 set_rates(state.optimizers, factor)
                 meter.add(self.update(batch))
                 state.step += 1
                 if state.ema is not None:
                     state.ema.update(state.module, state.step)
+                pace.done()
                 last = state.step == self.total_steps
                 stop = self.agree(flag.received)
                 save = self._due(saved) or stop is not None
                 if state.step % train.log_steps == 0 or last or save:
-                    figures = self._record(meter, factor)
+                    figures = self._record(meter, factor, pace)
+                    self._tell_of(pace, (state.step - first) * train.batch_size)
                     bar.advance(meter.steps, **figures)
                     meter = Meter()
                 if save and not last:
@@ -177,12 +186,21 @@ class Loop:
             last = start + size >= count
             # Gradients are averaged over processes once, with the last part.
             with nullcontext() if last else accelerator.no_sync(self.module):
-                images = shrink(self.preprocess.normalize(part.images), side)
-                loss, seen = self.module(images, part.labels, part.factors)
+                images, targets = self.inputs(part)
+                loss, seen = self.module(shrink(images, side), targets, part.factors)
                 accelerator.backward(loss * share)
             for name, value in seen.items():
                 figures[name] = figures.get(name, 0.0) + value.detach() * share
         return figures
+
+    def inputs(self, part: Batch) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, C, Y, X) and labels (B,); mixed, where asked, and then (B, K)."""
+        images = self.preprocess.normalize(part.images)
+        if part.mix is None:
+            return images, part.labels
+        model: Any = self.state.module.model
+        targets = soft_targets(part.labels, model.config.num_classes)
+        return part.mix.images(images), part.mix.targets(targets)
 
     def evaluate(self) -> dict[str, float]:
         """Figures of the validation pass, logged; with averaged weights where there are."""
@@ -202,7 +220,7 @@ class Loop:
             save_checkpoint(self.run.checkpoints, self.state, self.recipe.train.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _record(self, meter: Meter, factor: float) -> dict[str, float]:
+    def _record(self, meter: Meter, factor: float, pace: Pace) -> dict[str, float]:
         """Log the means since the last record, and stop the run when the loss is not finite."""
         train, step = self.recipe.train, self.state.step
         figures = self._mean(meter.read())
@@ -215,6 +233,8 @@ class Loop:
                 f"the last checkpoint is kept in `{self.run.checkpoints}`; a lower `--lr`, a "
                 "longer warm-up or `--set optim.grad_clip=1.0` usually mends it",
             )
+        spent = pace.read()
+        waits = {"data/wait_fraction": round(spent.fraction, 4)} if spent.steps else {}
         if self.accelerator.is_main_process:
             self.run.log(
                 {
@@ -224,9 +244,18 @@ class Loop:
                     **{f"train/{name}": value for name, value in figures.items()},
                     "lr": self.recipe.optim.lr * factor,
                     "images_per_second": round(speed, 2),
+                    **waits,
                 }
             )
         return {**figures, "images_per_second": speed}
+
+    def _tell_of(self, pace: Pace, seen: int) -> None:
+        """Warn, once in a run, when the model waits for images that could come faster."""
+        spent = pace.verdict()
+        if spent is None or self.told or is_filling(self.loader, seen):
+            return
+        self.told = True
+        self.watch.warn(warning(spent, self.loader, str(self.recipe.data.name)))
 
     def _due(self, saved: float) -> bool:
         """Whether a checkpoint is to be written after this step."""

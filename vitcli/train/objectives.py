@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcli.config import ObjectiveSection
+from vitcli.data.mix import soft_targets
 from vitcli.errors import VitcliError, nearest
 from vitcli.train.descriptors import TARGET_DIM, quadrant_targets
-from vitcli.vit import VisionTransformer
+from vitcli.vit import Model, ResNet
 
 Figures = dict[str, Tensor]
 
@@ -20,19 +21,50 @@ class Softmax(nn.Module):
     views = 1
     supervised = True
 
-    def __init__(self, model: VisionTransformer, section: ObjectiveSection) -> None:
+    def __init__(self, model: Model, section: ObjectiveSection) -> None:
         super().__init__()
         self.model = model
+        model.head_activation = "softmax"
         self.label_smoothing = section.label_smoothing
 
     def forward(
         self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Figures]:
-        """(B, C, Y, X), (B,) -> the mean loss (), and figures to show."""
+        """(B, C, Y, X), (B,) or (B, K) shares -> the mean loss (), and figures to show."""
         logits = self.model(images).float()  # (B, K)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        accuracy = (logits.argmax(dim=1) == main_class(labels)).float().mean()
         return loss, {"loss": loss.detach(), "accuracy": accuracy}
+
+
+class Sigmoid(nn.Module):
+    """Binary cross-entropy of each class, summed over the classes, as big_vision trains with.
+
+    For images with any number of labels, and for the paper's pre-training on ImageNet-21k. A new
+    head starts from `head_bias`, so that the first loss is that of classes that are rare.
+    """
+
+    views = 1
+    supervised = True
+
+    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+        super().__init__()
+        self.model = model
+        model.head_activation = "sigmoid"
+        head = model.head
+        if section.head_bias is not None and isinstance(head, nn.Linear) and not head.weight.any():
+            nn.init.constant_(head.bias, section.head_bias)
+
+    def forward(
+        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Figures]:
+        """(B, C, Y, X), (B,) or (B, K) shares -> the mean loss () over images, and figures."""
+        logits = self.model(images).float()  # (B, K)
+        targets = soft_targets(labels, logits.shape[1])
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
+        # Of several labels it is enough to have one of them on top.
+        best = targets.gather(1, logits.argmax(dim=1, keepdim=True)) > 0.5
+        return loss, {"loss": loss.detach(), "accuracy": best.float().mean()}
 
 
 class Descriptors(nn.Module):
@@ -48,8 +80,13 @@ class Descriptors(nn.Module):
     supervised = False
     scale: Tensor
 
-    def __init__(self, model: VisionTransformer, section: ObjectiveSection) -> None:
+    def __init__(self, model: Model, section: ObjectiveSection) -> None:
         super().__init__()
+        if isinstance(model, ResNet):
+            raise VitcliError(
+                "objective `descriptors` reads quadrants of patches, which a ResNet has not",
+                "`--set objective.name=softmax`, or a Vision Transformer",
+            )
         config, preprocess = model.config, model.preprocess
         if config.pool != "quadrants" or config.representation_size:
             raise VitcliError(
@@ -93,32 +130,41 @@ class Guided(nn.Module):
     views = 1
     supervised = True
 
-    def __init__(self, model: VisionTransformer, section: ObjectiveSection) -> None:
+    def __init__(self, model: Model, section: ObjectiveSection) -> None:
         super().__init__()
         self.descriptors = Descriptors(model, section)
+        model.head_activation = "softmax"
         self.label_smoothing = section.label_smoothing
         self.weight = section.descriptor_weight
 
     @property
-    def model(self) -> VisionTransformer:
+    def model(self) -> Model:
         return self.descriptors.model
 
     def forward(
         self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Figures]:
-        """(B, C, Y, X), (B,) -> the weighted sum of both losses (), and figures of the first."""
+        """(B, C, Y, X), (B,) or (B, K) -> the weighted sum of both losses (), and figures."""
         features = self.model.features(images)  # (B, 4 D)
-        logits = self.model.head(features).float()  # (B, K)
+        logits = self.model.classify(features).float()  # (B, K)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         error = self.descriptors.error(features, images)
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        accuracy = (logits.argmax(dim=1) == main_class(labels)).float().mean()
         figures = {"loss": loss.detach(), "accuracy": accuracy, "explained": 1.0 - error.detach()}
         return loss + self.weight * error, figures
 
 
+def main_class(labels: Tensor) -> Tensor:
+    """(B,) classes, or (B, K) shares of classes as mixing makes them -> (B,) the largest."""
+    return labels if labels.ndim == 1 else labels.argmax(dim=1)
+
+
+AUTO = "auto"  # by the data: see `settled`
+
 # `views` of each image come in a batch; `supervised` ones train the head for the data's classes.
-OBJECTIVES: dict[str, type[Softmax] | type[Descriptors] | type[Guided]] = {
+OBJECTIVES: dict[str, type[Softmax] | type[Sigmoid] | type[Descriptors] | type[Guided]] = {
     "softmax": Softmax,
+    "sigmoid": Sigmoid,
     "descriptors": Descriptors,
     "guided": Guided,
 }
@@ -130,15 +176,54 @@ def is_supervised(name: str) -> bool:
     Raises:
         VitcliError: there is no such objective.
     """
-    if name not in OBJECTIVES:
-        close = nearest(name, list(OBJECTIVES))
-        hint = f"did you mean `{close}`?" if close else f"there are {', '.join(OBJECTIVES)}"
+    known = [AUTO, *OBJECTIVES]
+    if name not in known:
+        close = nearest(name, known)
+        hint = f"did you mean `{close}`?" if close else f"there are {', '.join(known)}"
         raise VitcliError(f"no objective `{name}`", hint)
-    return OBJECTIVES[name].supervised
+    return name == AUTO or OBJECTIVES[name].supervised
 
 
-def build_objective(model: VisionTransformer, section: ObjectiveSection, seed: int) -> nn.Module:
-    """The objective that `section` names, around `model`; its own heads are drawn from `seed`."""
+def settled(section: ObjectiveSection, multi_label: bool) -> tuple[ObjectiveSection, list[str]]:
+    """(the section with an objective that suits the data, what the user should know).
+
+    Args:
+        section: `auto` becomes `softmax`, or `sigmoid` where images have several labels.
+        multi_label: whether they have.
+
+    Raises:
+        VitcliError: an objective that takes one class an image, for images with several; a head
+            bias without `sigmoid`.
+    """
+    name, notes = section.name, []
+    if name == AUTO:
+        name = "sigmoid" if multi_label else "softmax"
+        if multi_label:
+            notes.append("an image has any number of labels: objective `sigmoid`")
+    if multi_label and name != "sigmoid" and is_supervised(name):
+        raise VitcliError(
+            f"objective `{name}` takes one class an image, and here an image has any number",
+            "`--set objective.name=sigmoid`",
+        )
+    if name != "sigmoid" and section.head_bias is not None:
+        raise VitcliError(
+            f"`objective.head_bias` is for `sigmoid`, and the objective is `{name}`",
+            "leave it out, or `--set objective.name=sigmoid`",
+        )
+    if name == "sigmoid" and section.label_smoothing:
+        notes.append("labels are not smoothed under objective `sigmoid`")
+    return section.model_copy(update={"name": name}), notes
+
+
+def build_objective(
+    model: Model, section: ObjectiveSection, seed: int, multi_label: bool = False
+) -> nn.Module:
+    """The objective that `section` names, around `model`; its own heads are drawn from `seed`.
+
+    Raises:
+        VitcliError: it does not suit the data; see `settled`.
+    """
+    section, _ = settled(section, multi_label)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return OBJECTIVES[section.name](model, section)

@@ -7,19 +7,21 @@ import torch
 from torch import nn
 
 from vitcli.config import OptimSection, ScheduleSection
+from vitcli.vit.position import is_position
 
-# Learned tables and tokens that are not kernels, although they have two dimensions or more.
-NOT_KERNELS = ("pos_embed", "cls_token", "reg_token", "latent", "mask_token")
+# Learned tokens that are not kernels, although they have two dimensions or more; nor are positions.
+NOT_KERNELS = ("cls_token", "dist_token", "reg_token", "latent", "mask_token")
 
 
 def is_kernel(name: str, p: torch.Tensor) -> bool:
     """Whether `p` is a matrix or a convolution kernel: only these decay (big_vision)."""
-    return p.ndim >= 2 and name.rpartition(".")[2] not in NOT_KERNELS
+    last = name.rpartition(".")[2]
+    return p.ndim >= 2 and last not in NOT_KERNELS and not is_position(last)
 
 
 def is_hidden_matrix(name: str, p: torch.Tensor) -> bool:
     """Whether Muon may have `p`: a matrix inside an encoder block, not embedding or head."""
-    return p.ndim == 2 and ".blocks." in f".{name}"
+    return p.ndim == 2 and is_kernel(name, p) and ".blocks." in f".{name}"
 
 
 def decay_groups(
@@ -57,10 +59,13 @@ def sgd(named: Named, section: OptimSection) -> list[torch.optim.Optimizer]:
 def muon(named: Named, section: OptimSection) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for everything else.
 
-    On budgets of minutes it is worth more than any other single choice (recipes/LOG.md).
+    On budgets of minutes it is worth more than any other single choice (recipes/LOG.md). A ResNet
+    has no such matrices, so AdamW has all of it.
     """
     matrices = [p for name, p in named if is_hidden_matrix(name, p)]
     rest = [(name, p) for name, p in named if not is_hidden_matrix(name, p)]
+    if not matrices:
+        return adamw(rest, section)
     first = torch.optim.Muon(
         matrices,
         lr=section.matrix_lr,

@@ -14,8 +14,12 @@ from torch import nn
 from vitcli.config import Recipe, parse_duration
 from vitcli.cost.budget import steps_within
 from vitcli.data.augment import TrainTransform
-from vitcli.data.loader import TrainLoader, eval_batches
-from vitcli.data.sources import ImageSet, Source, load_data
+from vitcli.data.loader import TrainLoader, check_batch
+from vitcli.data.presets import Strength
+from vitcli.data.sources import Source, open_data
+from vitcli.data.stream_loader import StreamLoader
+from vitcli.data.streaming import StreamSet
+from vitcli.data.transforms import Preprocess
 from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.run import Run, check_free, create_run, reopen_run
@@ -23,14 +27,14 @@ from vitcli.train.checkpoint import TrainState, list_checkpoints, load_checkpoin
 from vitcli.train.curves import draw_curves
 from vitcli.train.ema import Ema
 from vitcli.train.loop import Loop, Stopped, Validate, averaged
-from vitcli.train.objectives import build_objective
+from vitcli.train.measure import measure
+from vitcli.train.objectives import build_objective, is_supervised, settled
 from vitcli.train.optim import build_optimizers
-from vitcli.vit import VisionTransformer
+from vitcli.vit import Model
 from vitcli.watch import Logged, Quiet, Watcher
 from vitcli.weights.store import save_model
 
 EVALUATIONS = 5  # of a run that does not say how often
-EVAL_BATCH = 256
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Trained:
 
 def train(
     recipe: Recipe,
-    make_model: Callable[[Source], VisionTransformer],
+    make_model: Callable[[Source], Model],
     *,
     out: Path,
     resume: bool,
@@ -114,7 +118,15 @@ def train(
     if old is not None:
         warn_of_other_processes(old, accelerator.num_processes, watch)
     source = open_source(recipe, watch)
+    if recipe.data.streaming:
+        watch.warn(
+            f"a stream is mixed only within {recipe.data.shuffle_buffer:,} images, and cannot be "
+            "entered in its middle: `--resume` keeps the weights but begins another order"
+        )
+    for note in settled(recipe.objective, source.multi_label)[1]:
+        watch.note(note)
     images = source.splits["train"]
+    check_augment(recipe, images, accelerator.num_processes)
     set_seed(recipe.train.seed)
     model = make_model(source)
     if old is None:
@@ -127,7 +139,12 @@ def train(
     main = accelerator.is_main_process
     logged = Logged(watch, run.path / "log.txt") if main else Logged(Quiet(), Path(os.devnull))
     facts = {
-        "data": {"name": recipe.data.name, "fingerprint": source.fingerprint},
+        "model": model.load_report.provenance() if model.load_report else None,
+        "data": {
+            "name": recipe.data.name,
+            "fingerprint": source.fingerprint,
+            **source.splitting,
+        },
         "parameters": count_parameters(model),
         "precision": precision,
         "device": str(accelerator.device),
@@ -136,7 +153,9 @@ def train(
     }
     try:
         loop = make_loop(recipe, model, source, run, accelerator, logged)
-        settle_steps(loop, facts, began, len(images), held_out_images(source))
+        # Only epochs need the number of training images, which a stream does not know.
+        images_of_an_epoch = 0 if recipe.train.epochs is None else len(images)
+        settle_steps(loop, facts, began, images_of_an_epoch, held_out_images(source))
         return finish(loop, model, *run_through(loop))
     except VitcliError as error:
         logged.write(f"error: {error.message}")
@@ -159,13 +178,7 @@ def warn_of_other_processes(run: Run, number: int, watch: Watcher) -> None:
 def open_source(recipe: Recipe, watch: Watcher) -> Source:
     """The data of a recipe, with a note for each thing that was decided about it."""
     section = recipe.data
-    source = load_data(
-        section.name or "",
-        label_column=section.label_column,
-        image_column=section.image_column,
-        test_fraction=section.test_fraction,
-        seed=section.split_seed,
-    )
+    source = open_data(section, watch=watch, streams=True)
     for note in source.notes:
         watch.note(note)
     if "train" not in source.splits:
@@ -183,7 +196,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def make_loop(
     recipe: Recipe,
-    model: VisionTransformer,
+    model: Model,
     source: Source,
     run: Run,
     accelerator: Any,
@@ -192,7 +205,8 @@ def make_loop(
     """Everything that trains, put together; `total_steps` is not settled yet."""
     preprocess = model.preprocess
     assert preprocess is not None
-    objective = build_objective(model, recipe.objective, recipe.train.seed)
+    model.checkpoint_activations = recipe.train.activation_checkpointing
+    objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
     optimizers = build_optimizers(objective, recipe.optim)
     module, *optimizers = accelerator.prepare(objective, *optimizers)
     inner = [getattr(o, "optimizer", o) for o in optimizers]
@@ -201,17 +215,7 @@ def make_loop(
     state = TrainState(
         objective, inner, Ema(objective, decay) if decay else None, accelerator.scaler
     )
-    loader = TrainLoader(
-        source.splits["train"],
-        TrainTransform(preprocess, recipe.augment),
-        batch_size=recipe.train.batch_size,
-        seed=recipe.train.seed,
-        views=objective.views,
-        workers=recipe.data.workers,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        strict=recipe.data.strict,
-    )
+    loader = make_loader(recipe, source, preprocess, objective.views, accelerator)
     held_out = held_out_split(source)
     validate: Validate | None = None
     if held_out is not None and model.config.num_classes > 0:
@@ -230,6 +234,63 @@ def make_loop(
         watch=watch,
         validate=validate,
     )
+
+
+def make_loader(
+    recipe: Recipe, source: Source, preprocess: Preprocess, views: int, accelerator: Any
+) -> TrainLoader | StreamLoader:
+    """What makes the batches of this process."""
+    images: Any = source.splits["train"]
+    transform = TrainTransform(preprocess, recipe.augment)
+    settings: dict[str, Any] = {
+        "batch_size": recipe.train.batch_size,
+        "seed": recipe.train.seed,
+        "views": views,
+        "workers": recipe.data.workers,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "strict": recipe.data.strict,
+        "strength": Strength.of(recipe.augment),
+    }
+    if isinstance(images, StreamSet):
+        return StreamLoader(images, transform, **settings)
+    return TrainLoader(
+        images,
+        transform,
+        repeats=recipe.augment.repeats,
+        pin_memory=accelerator.device.type == "cuda",
+        **settings,
+    )
+
+
+def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
+    """Whether `[augment]` can be done with this data, objective and batch.
+
+    Raises:
+        VitcliError: the set draws whole batches, which augmentation cannot change; without labels
+            there is nothing to mix; or a micro-batch or a process would part a pair.
+    """
+    section, strength = recipe.augment, Strength.of(recipe.augment)
+    if hasattr(images, "batch") and (strength.changes or section.repeats > 1):
+        raise VitcliError(
+            f"`{recipe.data.name}` draws its images with their variations, and `[augment]` changes "
+            "none of them",
+            "leave out `augment.preset`, `policy`, colours, `erase_rate` and `repeats`",
+        )
+    if isinstance(images, StreamSet) and section.repeats > 1:
+        raise VitcliError("a stream shows each image once at a time", "leave out `augment.repeats`")
+    if strength.mixes and not is_supervised(recipe.objective.name):
+        raise VitcliError(
+            f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
+            "`--set augment.mix_rate=0.0` leaves images as they are",
+        )
+    micro = recipe.train.micro_batch_size
+    if strength.mixes and micro is not None and micro % 2:
+        raise VitcliError(
+            f"`train.micro_batch_size` = {micro} would part the pairs that mixup or cutmix mixes",
+            f"`--set train.micro_batch_size={micro + 1}`",
+        )
+    check_batch(recipe.train.batch_size, processes, section.repeats, strength.mixes)
 
 
 def settle_steps(
@@ -276,7 +337,7 @@ def run_through(loop: Loop) -> tuple[float, float, dict[str, float]]:
 
 def finish(
     loop: Loop,
-    model: VisionTransformer,
+    model: Model,
     seconds: float,
     images_per_second: float,
     figures: dict[str, float],
@@ -339,47 +400,3 @@ def united(broken: dict[str, str], accelerator: Any) -> dict[str, str]:
     from accelerate.utils import gather_object
 
     return dict(sorted(gather_object(list(broken.items()))))
-
-
-@torch.inference_mode()
-def measure(
-    model: VisionTransformer,
-    images: ImageSet,
-    accelerator: Any,
-    watch: Watcher,
-    broken: dict[str, str],
-) -> dict[str, float]:
-    """Top-1 accuracy and cross-entropy over a split; every readable image counts once.
-
-    Each process takes its own part, and only sums travel, so the number of processes changes
-    nothing. What cannot be read is noted in `broken`.
-    """
-    preprocess = model.preprocess
-    assert preprocess is not None
-    device = accelerator.device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    batches = eval_batches(
-        images,
-        preprocess,
-        batch_size=EVAL_BATCH,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    with watch.progress("test", len(images)) as bar:
-        for batch in batches:
-            for line in batch.broken:
-                name, _, reason = line.rpartition(": ")
-                broken[name] = reason
-            batch = batch.to(device)
-            with accelerator.autocast():
-                logits = model(preprocess.normalize(batch.images)).float()  # (B, K)
-            loss = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-            correct = (logits.argmax(dim=1) == batch.labels).sum()
-            sums += torch.stack([loss.double(), correct.double(), sums.new_tensor(len(logits))])
-            bar.advance(len(logits))
-    loss_sum, correct_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
-    if not count:
-        raise VitcliError(
-            "no image of the test split could be read", "`vitcli patchify IMAGE` says why of each"
-        )
-    return {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}

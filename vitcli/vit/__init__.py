@@ -1,6 +1,28 @@
 """The Vision Transformer, in pure torch: readable beside section 3.1 of the paper."""
 
-from vitcli.vit.model import VisionTransformer, create_model
-from vitcli.vit.variants import VARIANTS, ViTConfig, parse_variant
+from vitcli.vit.model import VisionTransformer
+from vitcli.vit.names import (
+    VARIANTS,
+    Config,
+    Model,
+    config_from_dict,
+    create_model,
+    from_config,
+    parse_variant,
+)
+from vitcli.vit.resnet import ResNet, ResNetConfig
+from vitcli.vit.variants import ViTConfig
 
-__all__ = ["VARIANTS", "ViTConfig", "VisionTransformer", "create_model", "parse_variant"]
+__all__ = [
+    "VARIANTS",
+    "Config",
+    "Model",
+    "ResNet",
+    "ResNetConfig",
+    "ViTConfig",
+    "VisionTransformer",
+    "config_from_dict",
+    "create_model",
+    "from_config",
+    "parse_variant",
+]

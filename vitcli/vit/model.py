@@ -4,57 +4,30 @@ Shape letters, used in every file: B images, C channels, Y X pixel rows and colu
 N patches, T tokens, D width, H heads, E head width, K classes.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from vitcli.vit.encoder import Block, Mlp, attend, drop_path_rates
+from vitcli.vit.encoder import build_blocks
 from vitcli.vit.patches import PatchEmbed, grid_size
-from vitcli.vit.position import resample, sincos2d
-from vitcli.vit.variants import ViTConfig, parse_variant
+from vitcli.vit.pool import AttentionPool, PreLogits, pool_tokens
+from vitcli.vit.position import (
+    Grid,
+    Resize,
+    carry,
+    cross,
+    fixed_table,
+    is_position,
+    table_shapes,
+)
+from vitcli.vit.stem import HybridEmbed, init_stem
+from vitcli.vit.variants import ViTConfig
 
 if TYPE_CHECKING:
     from vitcli.data.transforms import Preprocess
-    from vitcli.weights.surgery import LoadReport
-
-
-class AttentionPool(nn.Module):
-    """One learned query attends to the tokens, then an MLP (MAPHead of big_vision)."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        d = config.embed_dim
-        self.num_heads = config.num_heads
-        self.latent = nn.Parameter(torch.zeros(1, 1, d))
-        self.q = nn.Linear(d, d)
-        self.kv = nn.Linear(d, 2 * d)
-        self.proj = nn.Linear(d, d)
-        self.norm = nn.LayerNorm(d, eps=config.norm_eps)
-        self.mlp = Mlp(d, config.mlp_dim, config.gelu)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, D)."""
-        b, n, d = x.shape
-        heads = self.num_heads, d // self.num_heads
-        q = self.q(self.latent.expand(b, -1, -1)).reshape(b, 1, *heads).transpose(1, 2)
-        k, v = self.kv(x).reshape(b, n, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
-        x = attend(q, k, v).transpose(1, 2).reshape(b, 1, d)  # (B, 1, D)
-        x = self.proj(x)
-        x = x + self.mlp(self.norm(x))
-        return x[:, 0]
-
-
-class PreLogits(nn.Module):
-    """The hidden layer of the pre-training head: one dense layer and a tanh (section 3.2)."""
-
-    def __init__(self, width: int, representation_size: int) -> None:
-        super().__init__()
-        self.fc = nn.Linear(width, representation_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, R)."""
-        return torch.tanh(self.fc(x))
+    from vitcli.weights.fates import LoadReport
 
 
 class VisionTransformer(nn.Module):
@@ -64,67 +37,76 @@ class VisionTransformer(nn.Module):
         config: what it is made of.
         labels: class names in the order of the logits, or None.
         preprocess: the evaluation transform that belongs to the weights, or None.
+        head_activation: what makes probabilities of the logits: `softmax`, or `sigmoid` where each
+            class is for itself.
         head_trained: whether the head has learned something that `predict` may show.
         load_report: what became of each tensor of the file that it was loaded from, or None.
+        position_resize: how positions are carried to the grid of images of another size.
+        checkpoint_activations: in training keep only the input of each block (of a hybrid's ResNet,
+            each unit) for the backward pass, which computes the rest again: one more pass for a
+            fraction of the memory, and the same gradients.
     """
-
-    pos_embed: Tensor | None
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
         self.labels: tuple[str, ...] | None = None
         self.preprocess: Preprocess | None = None
+        self.head_activation: Literal["softmax", "sigmoid"] = "softmax"
         self.head_trained = False
         self.load_report: LoadReport | None = None
+        self.position_resize: Resize = "bicubic"
+        self.checkpoint_activations = False
         d, eps = config.embed_dim, config.norm_eps
-        self.patch_embed = PatchEmbed(config.num_channels, config.patch_size, d)
+        self.patch_embed = embedding(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if config.class_token else None
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, d)) if config.distillation_token else None
         registers = config.num_registers
         self.reg_token = nn.Parameter(torch.zeros(1, registers, d)) if registers else None
-        self._build_positions(config)
+        for name, shape in table_shapes(config).items():
+            if config.position == "sincos2d":  # a buffer: stored with the weights, never trained
+                # On the meta device a file will fill it, and no memory is taken before that.
+                empty = torch.zeros(shape)
+                self.register_buffer(name, empty if empty.is_meta else fixed_table(config))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.pos_drop = nn.Dropout(config.dropout_rate)
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in drop_path_rates(config))
+        self.norm_pre = nn.LayerNorm(d, eps=eps) if config.norm_before_blocks else nn.Identity()
+        self.blocks = build_blocks(config)
         after = config.norm_after_pool
         self.norm = nn.Identity() if after else nn.LayerNorm(d, eps=eps)
         self.attn_pool = AttentionPool(config) if config.pool == "map" else None
         self.fc_norm = nn.LayerNorm(config.pooled_dim, eps=eps) if after else nn.Identity()
         size = config.representation_size
         self.pre_logits = PreLogits(config.pooled_dim, size) if size else nn.Identity()
-        classes = config.num_classes
-        self.head = nn.Linear(config.feature_dim, classes) if classes else nn.Identity()
-
-    def _build_positions(self, config: ViTConfig) -> None:
-        """Learned positions are a parameter; fixed ones a buffer, stored with the weights."""
-        if config.position == "none":
-            self.pos_embed = None
-            return
-        covered = config.num_prefix_tokens if config.position_covers_prefix else 0
-        if config.position == "learned":
-            rows, cols = config.grid
-            self.pos_embed = nn.Parameter(torch.zeros(1, covered + rows * cols, config.embed_dim))
-            return
-        table = sincos2d(config.grid, config.embed_dim)
-        if covered:
-            table = torch.cat([table.new_zeros(1, covered, config.embed_dim), table], dim=1)
-        self.register_buffer("pos_embed", table)
+        classes, width = config.num_classes, config.head_dim
+        self.head = nn.Linear(width, classes) if classes else nn.Identity()
+        two = classes and config.distillation_head
+        self.head_dist = nn.Linear(width, classes) if two else None
 
     def init_weights(self, generator: torch.Generator | None = None) -> "VisionTransformer":
         """Draw fresh weights as the official code does, from `generator`; returns self.
 
         Dense and patch kernels Xavier-uniform, each of query, key and value by itself; MLP biases
-        N(0, 1e-6); class token and head 0; positions N(0, 0.02). A zero head makes the first
-        loss that of a uniform guess.
+        N(0, 1e-6); class token and heads 0; positions and further tokens N(0, 0.02). A zero head
+        makes the first loss that of a uniform guess; the distillation token is not zero, because it
+        would stay the class token's twin.
         """
+        if isinstance(self.patch_embed, HybridEmbed):
+            init_stem(self.patch_embed.backbone, generator)
         for name, p in self.named_parameters():
-            if name.endswith("qkv.weight"):
-                for part in p.data.chunk(3):
+            if name.startswith("patch_embed.backbone."):
+                continue
+            if name.endswith(("qkv.weight", "mlp.fc1.weight")):
+                # Several matrices in one: query, key and value; both halves of a SwiGLU.
+                parts = 3 if name.endswith("qkv.weight") else p.shape[0] // self.config.mlp_dim
+                for part in p.data.chunk(parts):
                     nn.init.xavier_uniform_(part, generator=generator)
             elif name.startswith("patch_embed") and p.ndim == 4:
                 nn.init.xavier_uniform_(p.data.flatten(1), generator=generator)
-            elif name == "pos_embed" or name in ("reg_token", "attn_pool.latent"):
+            elif is_position(name) or name in ("dist_token", "reg_token", "attn_pool.latent"):
                 nn.init.normal_(p, std=0.02, generator=generator)
-            elif name.startswith("head.") or name == "cls_token":
+            elif name.startswith(("head.", "head_dist.")) or name == "cls_token":
                 nn.init.zeros_(p)
             elif p.ndim == 2:
                 nn.init.xavier_uniform_(p, generator=generator)
@@ -134,61 +116,82 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(p)
         return self
 
-    def grid_of(self, images: Tensor) -> tuple[int, int]:
+    def grid_of(self, images: Tensor) -> Grid:
         """(B, C, Y, X) -> rows and columns of patches."""
-        return grid_size((images.shape[2], images.shape[3]), self.config.patch_size)
+        return grid_size((images.shape[2], images.shape[3]), self.config.pixels_per_patch)
 
-    def positions(self, grid: tuple[int, int]) -> Tensor | None:
-        """(1, N, D) or, where they cover the prefix, (1, T, D): the positions for `grid`.
+    def positions(self, grid: Grid, block: int = 0) -> Tensor | None:
+        """(1, n, D): what is added to the last n tokens before block `block`; None for nothing.
 
-        Another grid than the configured one gets them resampled, fixed ones too, so that a place
-        in the picture keeps its code; differentiably, for training at several sizes.
+        n is N, or T where the table has entries for prefix tokens too. Another grid than the
+        configured one gets the table resampled, a fixed one too, so that a place in the picture
+        keeps its code; differentiably, for training at several sizes.
         """
-        if self.pos_embed is None or grid == self.config.grid:
-            return self.pos_embed
-        covered = self.pos_embed.shape[1] - self.config.grid[0] * self.config.grid[1]
-        prefix, table = self.pos_embed[:, :covered], self.pos_embed[:, covered:]
-        return torch.cat([prefix, resample(table, self.config.grid, grid)], dim=1)
+        config = self.config
+        if not table_shapes(config) or (block and config.position_at == "stem"):
+            return None
+        own = block > 0 and config.position_at == "every"
+
+        def table(name: str) -> Tensor:
+            stored: Tensor = getattr(self, f"block_{name}" if own else name)
+            stored = stored[block - 1 : block] if own else stored
+            return carry(name, stored, config, grid, self.position_resize)
+
+        if config.position == "learned2d":
+            return cross(table("pos_embed_x"), table("pos_embed_y"))
+        return table("pos_embed")
+
+    def add_positions(self, x: Tensor, grid: Grid, block: int = 0) -> Tensor:
+        """(B, T, D) -> (B, T, D): with the positions that belong before block `block`."""
+        positions = self.positions(grid, block)
+        if positions is None:
+            return x
+        uncovered = x.shape[1] - positions.shape[1]  # prefix tokens without an entry
+        return x + nn.functional.pad(positions, (0, 0, uncovered, 0))
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, T, D): equation 1, patches with class token and positions."""
-        return self.add_prefix(self.patch_embed(images), self.grid_of(images))
+        hybrid = isinstance(self.patch_embed, HybridEmbed)
+        x = self.patch_embed(images, self._again()) if hybrid else self.patch_embed(images)
+        return self.add_prefix(x, self.grid_of(images))
 
-    def add_prefix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def add_prefix(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) embedded patches -> (B, T, D): class token, registers and positions."""
-        tokens = [t for t in (self.cls_token, self.reg_token) if t is not None]
-        positions, covers = self.positions(grid), self.config.position_covers_prefix
-        if positions is not None and not covers:
-            x = x + positions
+        tokens = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        covered = self.config.num_covered_tokens > 0
+        if not covered:
+            x = self.add_positions(x, grid)
         if tokens:
             x = torch.cat([*(t.expand(x.shape[0], -1, -1).to(x.dtype) for t in tokens), x], dim=1)
-        if positions is not None and covers:
-            x = x + positions
+        if covered:
+            x = self.add_positions(x, grid)
         x = self.pos_drop(x)
         return x
 
-    def encode(self, x: Tensor) -> Tensor:
+    def _again(self) -> bool:
+        return self.checkpoint_activations and self.training and torch.is_grad_enabled()
+
+    def encode(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, T, D) -> (B, T, D): the blocks and the final norm (equations 2 to 4)."""
-        for block in self.blocks:
-            x = block(x)
+        x = self.norm_pre(x)
+        again = self._again()
+        for i, block in enumerate(self.blocks):
+            if i:
+                x = self.add_positions(x, grid, i)
+            x = checkpoint(block, x, grid, use_reentrant=False) if again else block(x, grid)
         x = self.norm(x)
         return x
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, T, D): all tokens after the final norm."""
-        return self.encode(self.embed(images))
+        return self.encode(self.embed(images), self.grid_of(images))
 
-    def pool(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, T, D) -> (B, F): pooled as configured (4 D wide for quadrants), with pre-logits."""
-        patches = x[:, self.config.num_prefix_tokens :]
-        if self.config.pool == "token":
-            x = x[:, 0]
-        elif self.config.pool == "mean":
-            x = patches.mean(dim=1)
-        elif self.attn_pool is not None:
-            x = self.attn_pool(patches)
+    def pool(self, x: Tensor, grid: Grid) -> Tensor:
+        """(B, T, D) -> (B, F): pooled as configured, normalised there if so, with pre-logits."""
+        if self.attn_pool is not None:
+            x = self.attn_pool(x[:, self.config.num_prefix_tokens :])  # (B, D)
         else:
-            x = pool_quadrants(patches, grid)
+            x = pool_tokens(x, self.config, grid)
         x = self.pre_logits(self.fc_norm(x))
         return x
 
@@ -196,46 +199,29 @@ class VisionTransformer(nn.Module):
         """(B, C, Y, X) -> (B, F): the representation that the head reads, F = feature_dim."""
         return self.pool(self.tokens(images), self.grid_of(images))
 
+    def classify(self, features: Tensor) -> Tensor:
+        """(B, F) -> (B, K): logits; the features where there is no head.
+
+        Of two distilled heads each reads its own token, and the logits are their mean (DeiT).
+        """
+        if self.head_dist is None:
+            logits: Tensor = self.head(features)
+            return logits
+        token, distilled = features.chunk(2, dim=-1)
+        return (self.head(token) + self.head_dist(distilled)) / 2
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, K): logits; the features where there is no head."""
-        x: Tensor = self.head(self.features(images))
-        return x
+        return self.classify(self.features(images))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, K) logits -> (B, K) float64: as the head was trained to be read."""
+        x = logits.double()
+        return x.sigmoid() if self.head_activation == "sigmoid" else x.softmax(dim=1)
 
 
-def pool_quadrants(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, N, D) -> (B, 4 D): means of upper left, upper right, lower left, lower right.
-
-    With an odd number of rows or columns the middle one counts on both sides.
-    """
-    rows, cols = grid
-    b, _, d = patches.shape
-    x = patches.reshape(b, rows, cols, d)
-    up, low = slice(0, (rows + 1) // 2), slice(rows // 2, rows)
-    left, right = slice(0, (cols + 1) // 2), slice(cols // 2, cols)
-    parts = [x[:, r, c].mean(dim=(1, 2)) for r in (up, low) for c in (left, right)]
-    return torch.cat(parts, dim=1)  # (B, 4 D)
-
-
-def create_model(
-    name: str,
-    *,
-    num_classes: int = 0,
-    image_size: int | tuple[int, int] = 224,
-    seed: int = 0,
-    **settings: Any,
-) -> VisionTransformer:
-    """A model with random weights: `create_model("B/16", num_classes=1000)`.
-
-    Args:
-        name: a variant such as `B/16`.
-        num_classes: outputs of the head; 0 for none.
-        image_size: pixels, one number or (Y, X).
-        seed: of the random weights.
-        settings: further fields of `ViTConfig`.
-
-    Raises:
-        ValueError: no such variant, or settings that contradict each other.
-    """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    config = parse_variant(name, num_classes=num_classes, image_size=size, **settings)
-    return VisionTransformer(config).init_weights(torch.Generator().manual_seed(seed)).eval()
+def embedding(config: ViTConfig) -> nn.Module:
+    """What turns (B, C, Y, X) into (B, N, D): patches, or patches of a ResNet's feature map."""
+    if config.stem is not None:
+        return HybridEmbed(config)
+    return PatchEmbed(config.num_channels, config.patch_size, config.embed_dim, config.patch_bias)

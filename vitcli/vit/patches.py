@@ -11,10 +11,10 @@ def grid_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches in an image of (Y, X) pixels.
 
     Raises:
-        ValueError: `patch_size` does not divide both sides.
+        ValueError: `patch_size` does not divide both sides, or there is no patch.
     """
-    rows, cols = image_size[0] // patch_size, image_size[1] // patch_size
-    if patch_size < 1 or (rows * patch_size, cols * patch_size) != tuple(image_size) or not rows:
+    rows, cols = (side // patch_size if patch_size > 0 else 0 for side in image_size)
+    if (rows * patch_size, cols * patch_size) != tuple(image_size) or min(rows, cols) < 1:
         raise ValueError(
             f"image size {image_size[0]}x{image_size[1]} is not a multiple of patch size "
             f"{patch_size}"
@@ -53,10 +53,12 @@ class PatchEmbed(nn.Module):
     the two, and `tests/test_patches.py` proves both equal.
     """
 
-    def __init__(self, num_channels: int, patch_size: int, embed_dim: int) -> None:
+    def __init__(
+        self, num_channels: int, patch_size: int, embed_dim: int, bias: bool = True
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(num_channels, embed_dim, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(num_channels, embed_dim, patch_size, stride=patch_size, bias=bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D)."""

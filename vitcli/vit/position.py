@@ -1,15 +1,19 @@
-"""Position embeddings: made, and carried to another grid (section 3.2, "Fine-tuning")."""
+"""Position embeddings: made, and carried to another grid (section 3.2, "Fine-tuning"; D.4)."""
 
+import re
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Resize = Literal["bilinear", "bicubic"]
+from vitcli.vit.variants import ViTConfig
+
+Grid = tuple[int, int]  # rows and columns of patches
+Resize = Literal["bilinear", "bicubic", "bicubic_plain"]
 
 
-def sincos2d(grid: tuple[int, int], embed_dim: int, temperature: float = 10_000.0) -> Tensor:
+def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tensor:
     """(1, N, D): fixed sine and cosine codes of column and row, as big_vision has them.
 
     A quarter of the width each: sin(x w), cos(x w), sin(y w), cos(y w), with
@@ -22,31 +26,129 @@ def sincos2d(grid: tuple[int, int], embed_dim: int, temperature: float = 10_000.
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4: {embed_dim}")
     rows, cols = grid
     quarter = embed_dim // 4
-    # On the CPU whatever the default device is: on the meta device these few numbers would load
-    # torch's compiler, a second of every start.
-    omega = torch.arange(quarter, dtype=torch.float64, device="cpu") / (quarter - 1)
+    omega = torch.arange(quarter, dtype=torch.float64) / (quarter - 1)
     omega = temperature**-omega  # (D/4,)
-    place = torch.arange(rows * cols, dtype=torch.float64, device="cpu")[:, None]
+    place = torch.arange(rows * cols, dtype=torch.float64)[:, None]
     y = place.div(cols, rounding_mode="floor") * omega  # (N, D/4)
     x = place.remainder(cols) * omega  # (N, D/4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None].float()  # (1, N, D)
 
 
-def resample(
-    positions: Tensor, old: tuple[int, int], new: tuple[int, int], method: Resize = "bicubic"
-) -> Tensor:
-    """(1, N, D) on the `old` grid -> (1, M, D) on the `new` one; prefix tokens not included.
+def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = "bicubic") -> Tensor:
+    """(n, N, D) on the `old` grid -> (n, M, D) on the `new` one; prefix tokens not included.
 
     `bilinear` aligns the corners of both grids, as the paper's code does (scipy.ndimage.zoom of
-    order 1); `bicubic` is antialiased with half-pixel centres, as timm does it. Equal grids give
+    order 1); `bicubic` is antialiased with half-pixel centres, as timm does it; `bicubic_plain` is
+    not, as transformers does it for ViT, DeiT and DINOv2. The two differ for larger grids as well:
+    torch's kernel is that of a = -0.5 with antialiasing and of a = -0.75 without. Equal grids give
     the same tensor back.
     """
     if old == new:
         return positions
-    grid = positions.reshape(1, *old, -1).permute(0, 3, 1, 2).float()  # (1, D, rows, cols)
+    n, _, d = positions.shape
+    grid = positions.reshape(n, *old, d).permute(0, 3, 1, 2).float()  # (n, D, rows, cols)
     if method == "bilinear":
         grid = F.interpolate(grid, size=new, mode="bilinear", align_corners=True)
     else:
-        grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=True)
-    grid = grid.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1)  # (1, M, D)
+        smooth = method == "bicubic"
+        grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=smooth)
+    grid = grid.permute(0, 2, 3, 1).reshape(n, new[0] * new[1], d)  # (n, M, D)
     return grid.to(positions.dtype)
+
+
+def table_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """The tables that are added to tokens: name -> shape; none where positions are not added.
+
+    With `position_at = every` each block after the first has an entry of the `block_` tables.
+    """
+    (rows, cols), d = config.grid, config.embed_dim
+    if config.position in ("none", "relative"):
+        return {}
+    if config.position == "learned2d":
+        kinds = {"pos_embed_x": (cols, d // 2), "pos_embed_y": (rows, d // 2)}
+    else:
+        kinds = {"pos_embed": (config.num_covered_tokens + rows * cols, d)}
+    shapes: dict[str, tuple[int, ...]] = {name: (1, *shape) for name, shape in kinds.items()}
+    if config.position_at == "every":
+        later = config.depth - 1
+        shapes |= {f"block_{name}": (later, *shape) for name, shape in kinds.items() if later}
+    return shapes
+
+
+def fixed_table(config: ViTConfig) -> Tensor:
+    """(1, [prefix +] N, D): the sin-cos codes of `config`, zero for prefix tokens."""
+    table = sincos2d(config.grid, config.embed_dim)  # (1, N, D)
+    prefix = table.new_zeros(1, config.num_covered_tokens, config.embed_dim)
+    return torch.cat([prefix, table], dim=1)
+
+
+def cross(x: Tensor, y: Tensor) -> Tensor:
+    """(1, cols, D/2), (1, rows, D/2) -> (1, N, D): a patch has its column's code, then its row's.
+
+    The 2-D positions of appendix D.4: "we concatenate the X and Y embedding".
+    """
+    cols, rows = x.shape[1], y.shape[1]
+    x = x[:, None].expand(-1, rows, -1, -1)  # (1, rows, cols, D/2)
+    y = y[:, :, None].expand(-1, -1, cols, -1)  # (1, rows, cols, D/2)
+    return torch.cat([x, y], dim=-1).flatten(1, 2)  # (1, N, D)
+
+
+def resample_line(table: Tensor, new: int) -> Tensor:
+    """(n, old, D) -> (n, new, D): linear between neighbours, the ends aligned.
+
+    What `bilinear` does along one side, so two crossed tables give what their cross would.
+    """
+    if table.shape[1] == new:
+        return table
+    line = table.transpose(1, 2).float()  # (n, D, old)
+    line = F.interpolate(line, size=new, mode="linear", align_corners=True)
+    return line.transpose(1, 2).to(table.dtype)
+
+
+def resample_offsets(table: Tensor, num_patches: int) -> Tensor:
+    """(2 old - 1, E) -> (2 new - 1, E): codes of the offsets -(new-1) .. new-1 in a sequence.
+
+    The largest offset stays the largest one, and offset 0, the middle entry, stays itself.
+    """
+    if table.shape[0] == 2 * num_patches - 1:
+        return table
+    middle = table.shape[0] // 2
+    if num_patches == 1:
+        return table[middle : middle + 1]
+    return resample_line(table[None], 2 * num_patches - 1)[0]
+
+
+def carry(
+    name: str, table: Tensor, config: ViTConfig, grid: Grid, method: Resize = "bicubic"
+) -> Tensor:
+    """The position table `name` of a model of `config`, carried to another grid.
+
+    Args:
+        name: as in the state dict: `pos_embed`, `block_pos_embed`, with `_x` or `_y`, or
+            `blocks.0.attn.rel_pos`; see `is_position`.
+        table: entries of prefix tokens come first and are kept.
+        method: for whole tables; lines are resampled linearly.
+
+    Returns:
+        a new table, or `table` itself where it fits as it is.
+    """
+    if name.endswith("rel_pos"):
+        return resample_offsets(table, attended_length(name, grid))
+    if name.endswith(("_x", "_y")):
+        return resample_line(table, grid[1] if name.endswith("_x") else grid[0])
+    if grid == config.grid:
+        return table
+    prefix, patches = table.tensor_split([config.num_covered_tokens], dim=1)
+    return torch.cat([prefix, resample(patches, config.grid, grid, method)], dim=1)
+
+
+def is_position(name: str) -> bool:
+    """Whether the tensor `name` of a model is a table of positions."""
+    return re.fullmatch(r"(block_)?pos_embed(_[xy])?|(.*\.)?rel_pos", name) is not None
+
+
+def attended_length(name: str, grid: Grid) -> int:
+    """Patches that attend to each other in the attention `name`: a row, a column, or all."""
+    if ".row." in name:
+        return grid[1]
+    return grid[0] if ".column." in name else grid[0] * grid[1]

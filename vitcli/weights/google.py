@@ -1,17 +1,13 @@
-"""The `.npz` files of google-research/vision_transformer and big_vision: plain ViTs.
+"""Reading the `.npz` files of google-research/vision_transformer and big_vision.
 
-Both numberings of the layers (released files and what current flax writes), with or without a
-`params/` prefix; kernels are stored transposed, heads as an axis of their own. The arithmetic is
+ViTs, hybrids and BiT ResNets, in every generation of names (`google_names`). The arithmetic is
 flax's: tanh GELU, LayerNorm epsilon 1e-6. Its "gap" averages every token, but a file with that
-pooling has no class token, so ours is the same.
+pooling has no class token, so ours is the same. big_vision keeps a training run's optimizer beside
+the weights, and two-tower models (LiT, SigLIP) their text tower: neither is read.
 """
 
-import math
-import os
-import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,216 +18,175 @@ from torch import Tensor
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.vit.position import sincos2d
+from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import ViTConfig
+from vitcli.weights.google_archive import Archive
+from vitcli.weights.google_config import Found, find_config, refuse
+from vitcli.weights.google_names import (
+    Pair,
+    canonical,
+    resnet_pairs,
+    to_ours,
+    vit_pairs,
+)
+from vitcli.weights.imagenet import imagenet_names
 from vitcli.weights.stated import Stated, stated_preprocess
 from vitcli.weights.store import Checkpoint
 
-Arrays = Mapping[str, NDArray[Any]]
-# Ours -> theirs, released files first, flax's own numbering second.
-NAMES = {
-    "norm1": ("LayerNorm_0", "LayerNorm_0"),
-    "norm2": ("LayerNorm_2", "LayerNorm_1"),
-    "attn": ("MultiHeadDotProductAttention_1", "MultiHeadDotProductAttention_0"),
-    "mlp": ("MlpBlock_3", "MlpBlock_0"),
-}
+# Where the weights of the picture model lie, outermost first, and what lies beside them.
+PREFIXES = {"params/": "not under `params/`", "img/": "not the image tower"}
+STACKED = "Transformer/encoderblock/"
 
 
-def load_npz(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
-    """The arrays of an `.npz`, nothing unpickled.
+def read_google(archive: Archive, source: str, stated: Stated) -> Checkpoint:
+    """An official checkpoint, or one that `write_google` wrote.
 
     Raises:
-        VitcliError: no such file, truncated, or with pickled objects in it.
+        VitcliError: another model, tensors that are missing, too many or of the wrong type or
+            shape, an image size that the file does not say.
     """
-    try:
-        # Opened here, because numpy leaves the file open when it is no archive.
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError as error:
-        raise VitcliError(f"no such weights file: `{path}`", hint="check the path") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError) as error:
-        raise VitcliError(
-            f"`{path}` cannot be read as numpy arrays: {error}", hint="copy or download it again"
-        ) from error
-
-
-def read_google(arrays: Arrays, source: str, stated: Stated) -> Checkpoint:
-    """Arrays of an official checkpoint -> a checkpoint.
-
-    Raises:
-        VitcliError: a hybrid or another model; an image size that the file does not say.
-    """
-    found = _parameters(arrays)
-    if "conv_root/kernel" in found:
-        raise VitcliError(
-            f"`{source}` is a hybrid with a ResNet stem, which is not understood yet",
-            hint="plain ViTs are: B_16, L_32, Ti_16 …",
-        )
-    used: set[str] = set()
-
-    def take(name: str) -> Tensor:
-        if name not in found:
-            raise VitcliError(
-                f"`{source}` is not an official ViT checkpoint: `{name}` is missing",
-                hint="is this the file of another architecture, or a part of one?",
-            )
-        used.add(name)
-        return torch.from_numpy(np.ascontiguousarray(found[name], dtype=np.float32))
-
-    tensors, config = _convert(found, take, source, stated)
-    if foreign := [name for name in found if name not in used]:
-        raise VitcliError(
-            f"`{source}` does not fit a plain ViT; not part of the model: {', '.join(foreign[:6])}",
-            hint="is this the file of another architecture?",
-        )
-    notes = []
-    if not {"mean", "std"} <= set(stated.preprocess):
-        notes.append(
-            "mean and std 0.5, squashed bilinearly to the image size: assumed, as the official "
-            "evaluation does"
-        )
-    base = Preprocess(
-        image_size=config.image_size,
-        resize_mode="squash",
-        interpolation="bilinear",
-        mean=(0.5,) * config.num_channels,
-        std=(0.5,) * config.num_channels,
-        num_channels=config.num_channels,
-    )
-    preprocess = stated_preprocess(base, stated.preprocess, config.image_size, config.num_channels)
-    trained = config.num_classes > 0 and bool(tensors["head.weight"].abs().max() > 0)
+    dropped = dict.fromkeys(archive.skipped, "optimizer")
+    found, names = _present(archive.arrays, dropped, source)
+    said = archive.said
+    first = any("resnet/root_block/" in name for name in names.values())
+    known = find_config(found, source, stated, said, first_release=first)
+    config = known.config
+    tensors = _convert(found, names, known, source)
+    if known.cut and known.positions:
+        dropped[f"{names[known.positions]} (first entry)"] = "of a class token that is not there"
+    labels, notes = _labels(said, config.num_classes)
     return Checkpoint(
-        config, tensors, "google", stated.labels, preprocess, trained, None, {}, notes
+        config=config,
+        tensors=tensors,
+        layout="google",
+        labels=stated.labels or labels,
+        preprocess=_preprocess(config, stated, said, notes),
+        head_trained=_head_trained(tensors, said),
+        activation="sigmoid" if said.get("activation") == "sigmoid" else "softmax",
+        dropped=dropped,
+        notes=[*known.notes, *notes],
     )
 
 
-def _parameters(arrays: Arrays) -> dict[str, NDArray[Any]]:
-    """Without optimizer state and prefix; the blocks of a scanned encoder taken apart."""
-    found = {n: a for n, a in arrays.items() if not n.startswith(("opt/", "opt_state/"))}
-    for prefix in ("params/", "target/", "img/"):
-        if any(n.startswith(prefix) for n in found):
-            found = {n.removeprefix(prefix): a for n, a in found.items() if n.startswith(prefix)}
-    stacked = "Transformer/encoderblock/"
-    for name in [n for n in found if n.startswith(stacked)]:
-        for i, layer in enumerate(found.pop(name)):
-            found[f"Transformer/encoderblock_{i}/{name.removeprefix(stacked)}"] = layer
-    return found
+def _present(
+    arrays: Mapping[str, NDArray[Any]], dropped: dict[str, str], source: str
+) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The model's arrays in the present names, and what each is called in the file.
+
+    Prefixes are taken off, the blocks of a scanned encoder apart. What lies beside the model goes
+    to `dropped`.
+    """
+    found, names = dict(arrays), {name: name for name in arrays}
+    for prefix, reason in PREFIXES.items():
+        if any(name.startswith(prefix) for name in found):
+            dropped |= {names[n]: reason for n in found if not n.startswith(prefix)}
+            inside = {n: n.removeprefix(prefix) for n in found if n.startswith(prefix)}
+            found = {now: found[n] for n, now in inside.items()}
+            names = {now: names[n] for n, now in inside.items()}
+    for name in [n for n in found if n.startswith(STACKED)]:
+        layers, was = found.pop(name), names.pop(name)
+        for i, layer in enumerate(layers if layers.ndim else ()):
+            apart = f"Transformer/encoderblock_{i}/{name.removeprefix(STACKED)}"
+            found[apart], names[apart] = layer, was
+    now = canonical(found)
+    if twice := [n for n, times in Counter(now.values()).items() if times > 1]:
+        both = [name for name in found if now[name] == twice[0]]
+        raise refuse(source, [], [names[name] for name in both])
+    found = {now[name]: array for name, array in found.items()}
+    names = {now[name]: was for name, was in names.items()}
+    if "root_block/conv_root/kernel" in found and found.get("head/kernel", np.empty(0)).ndim == 4:
+        found["head/kernel"] = found["head/kernel"][0, 0]  # a 1x1 convolution in BiT's first files
+    return found, names
+
+
+def _tensor(array: NDArray[Any], name: str) -> Tensor:
+    """float16, 32 or 64, or bfloat16, which numpy knows as two bytes without a type."""
+    if array.dtype == np.dtype("V2"):
+        return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise ValueError(f"`{name}` is of type {array.dtype}, which no weights have")
+    native = array.dtype.newbyteorder("=")
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=native))
 
 
 def _convert(
-    found: Arrays, take: Any, source: str, stated: Stated
-) -> tuple[dict[str, Tensor], ViTConfig]:
-    tensors: dict[str, Tensor] = {}
-
-    def dense(ours: str, theirs: str) -> None:
-        tensors[f"{ours}.weight"] = take(f"{theirs}/kernel").T.contiguous()
-        tensors[f"{ours}.bias"] = take(f"{theirs}/bias")
-
-    def norm(ours: str, theirs: str) -> None:
-        tensors[f"{ours}.weight"] = take(f"{theirs}/scale").flatten()
-        tensors[f"{ours}.bias"] = take(f"{theirs}/bias").flatten()
-
-    def heads(ours: str, theirs: str, *parts: str) -> None:
-        """Projections (D, H, E) -> one Linear weight (n H E, D)."""
-        kernels = [take(f"{theirs}/{p}/kernel").flatten(1).T for p in parts]
-        tensors[f"{ours}.weight"] = torch.cat(kernels).contiguous()
-        tensors[f"{ours}.bias"] = torch.cat([take(f"{theirs}/{p}/bias").flatten() for p in parts])
-
-    def out(ours: str, theirs: str) -> None:
-        tensors[f"{ours}.weight"] = take(f"{theirs}/out/kernel").flatten(0, 1).T.contiguous()
-        tensors[f"{ours}.bias"] = take(f"{theirs}/out/bias")
-
-    kernel = take("embedding/kernel")  # (P, P, C, D)
-    tensors["patch_embed.proj.weight"] = kernel.permute(3, 2, 0, 1).contiguous()
-    tensors["patch_embed.proj.bias"] = take("embedding/bias")
-    depth = len({n.split("/")[1] for n in found if n.startswith("Transformer/encoderblock_")})
-    for i in range(depth):
-        block = f"Transformer/encoderblock_{i}/"
-        released = int(f"{block}MlpBlock_3/Dense_0/kernel" not in found)
-        theirs = {ours: block + both[released] for ours, both in NAMES.items()}
-        norm(f"blocks.{i}.norm1", theirs["norm1"])
-        norm(f"blocks.{i}.norm2", theirs["norm2"])
-        heads(f"blocks.{i}.attn.qkv", theirs["attn"], "query", "key", "value")
-        out(f"blocks.{i}.attn.proj", theirs["attn"])
-        dense(f"blocks.{i}.mlp.fc1", theirs["mlp"] + "/Dense_0")
-        dense(f"blocks.{i}.mlp.fc2", theirs["mlp"] + "/Dense_1")
-    norm("norm", "Transformer/encoder_norm")
-    if "MAPHead_0/probe" in found:
-        attention = "MAPHead_0/MultiHeadDotProductAttention_0"
-        tensors["attn_pool.latent"] = take("MAPHead_0/probe")
-        heads("attn_pool.q", attention, "query")
-        heads("attn_pool.kv", attention, "key", "value")
-        out("attn_pool.proj", attention)
-        norm("attn_pool.norm", "MAPHead_0/LayerNorm_0")
-        dense("attn_pool.mlp.fc1", "MAPHead_0/MlpBlock_0/Dense_0")
-        dense("attn_pool.mlp.fc2", "MAPHead_0/MlpBlock_0/Dense_1")
-    if "pre_logits/kernel" in found:
-        dense("pre_logits.fc", "pre_logits")
-    if "head/kernel" in found:
-        dense("head", "head")
-    if "cls" in found:
-        tensors["cls_token"] = take("cls")
-    return tensors, _config(found, take, tensors, depth, source, stated)
-
-
-def _config(
-    found: Arrays, take: Any, tensors: dict[str, Tensor], depth: int, source: str, stated: Stated
-) -> ViTConfig:
-    """The configuration; also adds the positions, whose grid it finds out."""
-    patch, patch_x, channels, width = found["embedding/kernel"].shape
-    first = next((n for n in found if n.endswith("query/kernel")), None)
-    if first is None or patch != patch_x:
+    found: dict[str, NDArray[Any]], names: dict[str, str], known: Found, source: str
+) -> dict[str, Tensor]:
+    """Every array that the configuration asks for, in our names; an error where the sets differ."""
+    config = known.config
+    pairs = list(resnet_pairs(config) if isinstance(config, ResNetConfig) else vit_pairs(config))
+    if known.positions:
+        pairs.append(Pair("pos_embed", (known.positions,), "same"))
+    wanted = [name for pair in pairs for name in pair.theirs]
+    missing = [name for name in wanted if name not in found]
+    foreign = sorted(set(found) - set(wanted))
+    if missing or foreign:
+        raise refuse(source, missing, [names[name] for name in foreign])
+    tensors, faults = {}, []
+    for pair in pairs:
+        try:
+            parts = [_tensor(found[name], names[name]) for name in pair.theirs]
+            tensors[pair.ours] = to_ours(pair.kind, parts)
+        except ValueError as error:
+            faults.append(f"`{names[pair.theirs[0]]}`: {error}")
+    if known.cut and "pos_embed" in tensors:
+        tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
+    if faults:
         raise VitcliError(
-            f"`{source}` is not an official checkpoint of a ViT with square patches",
-            hint="hybrids and other architectures are not read",
+            f"`{source}` is damaged; {'; '.join(faults[:4])}", hint="copy or download it again"
         )
-    class_token = "cls" in found
-    # vit_jax adds positions to the class token too; big_vision keeps them apart, without.
-    covered = "Transformer/posembed_input/pos_embedding"
-    name = covered if covered in found else "pos_embedding"
-    learned = name in found
-    if learned:
-        tensors["pos_embed"] = take(name)
-        count = tensors["pos_embed"].shape[1] - int(class_token and name == covered)
-        size = _size_of(count, patch, source, stated)
-    else:
-        size = stated.image_size or (224, 224)
-        tensors["pos_embed"] = sincos2d((size[0] // patch, size[1] // patch), width)
-    pool = "map" if "MAPHead_0/probe" in found else "token" if class_token else "mean"
+    if isinstance(config, ViTConfig) and config.position == "sincos2d":
+        table = sincos2d(config.grid, config.embed_dim)
+        covered = table.new_zeros(1, config.num_covered_tokens, config.embed_dim)
+        tensors["pos_embed"] = torch.cat([covered, table], dim=1)
+    return tensors
+
+
+def _head_trained(tensors: dict[str, Tensor], said: Mapping[str, Any]) -> bool:
     head = tensors.get("head.weight")
-    hidden = tensors.get("pre_logits.fc.weight")
+    if head is None:
+        return False
+    return bool(said.get("head_trained", head.count_nonzero() > 0))
+
+
+def _labels(said: Mapping[str, Any], num_classes: int) -> tuple[tuple[str, ...] | None, list[str]]:
+    """The class names that our comment says, and notes."""
+    match said.get("labels"):
+        case "imagenet":
+            return imagenet_names(num_classes), []
+        case [*names] if len(names) == num_classes and all(isinstance(n, str) for n in names):
+            return tuple(names), []
+        case None:
+            return None, []
+    return None, ["the class names in the file do not fit its head: left out"]
+
+
+def _preprocess(
+    config: ViTConfig | ResNetConfig, stated: Stated, said: Mapping[str, Any], notes: list[str]
+) -> Preprocess | None:
+    """What the file or the caller says; else what the official evaluation does, with a note."""
+    size, channels = config.image_size, config.num_channels
+    base = None
+    if "preprocess" in said:  # a file of ours, which may say that nobody knows
+        base = _said_preprocess(said["preprocess"])
+    elif channels in (1, 3):
+        half = (0.5,) * channels
+        base = Preprocess(size, "squash", None, 1.0, "bilinear", half, half, channels)
+        if not {"mean", "std"} <= set(stated.preprocess):
+            notes.append(
+                "mean and std 0.5, squashed bilinearly to the image size: assumed, as the official "
+                "evaluation does"
+            )
+    preprocess = stated_preprocess(base, stated.preprocess, size, channels)
+    differs = preprocess is not None and preprocess.image_size != size
+    return preprocess.resized_to(size) if preprocess and differs else preprocess
+
+
+def _said_preprocess(values: Any) -> Preprocess | None:
     try:
-        return ViTConfig(
-            image_size=size,
-            patch_size=patch,
-            num_channels=channels,
-            embed_dim=width,
-            depth=depth,
-            num_heads=stated.num_heads or found[first].shape[1],
-            mlp_dim=tensors["blocks.0.mlp.fc1.weight"].shape[0],
-            num_classes=head.shape[0] if head is not None else 0,
-            pool=pool,  # type: ignore[arg-type]  # one of three literals
-            class_token=class_token,
-            position="learned" if learned else "sincos2d",
-            position_covers_prefix=name == covered,
-            representation_size=hidden.shape[0] if hidden is not None else None,
-            gelu=stated.gelu or "tanh",  # type: ignore[arg-type]  # checked by Stated
-            norm_eps=stated.norm_eps or 1e-6,
-        )
-    except ValueError as error:
+        return Preprocess.from_dict(values) if values is not None else None
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise VitcliError(
-            f"`{source}` does not fit together: {error}",
-            hint="it is damaged, or a `--set model.…` does not fit it",
+            f"the preprocessing in the file's comment is damaged: {error}",
+            hint="copy or download the file again",
         ) from error
-
-
-def _size_of(count: int, patch: int, source: str, stated: Stated) -> tuple[int, int]:
-    size = stated.image_size
-    if size and (size[0] // patch) * (size[1] // patch) == count:
-        return size[0] // patch * patch, size[1] // patch * patch
-    side = math.isqrt(count)
-    if side * side != count:
-        raise VitcliError(
-            f"`{source}` has {count} positions, no square grid, and does not say which one",
-            hint=f"`--set model.image_size=[Y,X]` in pixels, the patch size is {patch}",
-        )
-    return side * patch, side * patch

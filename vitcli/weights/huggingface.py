@@ -1,7 +1,7 @@
-"""Hugging Face's ViT folders: `config.json`, `model.safetensors`, `preprocessor_config.json`.
+"""Reading Hugging Face's folders: `config.json`, weights, `preprocessor_config.json`.
 
-`ViTForImageClassification`, `ViTModel` and the encoder of `ViTForMaskedImageModeling`, with the
-names that transformers 5 holds in memory and the classic ones that it writes to disk.
+Of transformers' models: ViT, DeiT, DINOv2 (with and without registers) and the encoder of ViT-MAE;
+of each the backbone, the classifier, and the encoder of a masked-image model.
 """
 
 import re
@@ -11,49 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.data.transforms import Interpolation, Preprocess
 from vitcli.errors import VitcliError
-from vitcli.vit.variants import Gelu, ViTConfig
-from vitcli.weights.stated import Stated, as_size, per_channel, stated_preprocess
+from vitcli.vit.position import sincos2d
+from vitcli.vit.variants import Pool, ViTConfig
+from vitcli.weights.fits import fitting
+from vitcli.weights.huggingface_names import (
+    BLOCK,
+    FAMILIES,
+    GELUS,
+    HEADS,
+    JOINED,
+    STEM,
+    Family,
+    swiglu_width,
+)
+from vitcli.weights.huggingface_processor import pixels, read_processor
+from vitcli.weights.stated import Stated
 from vitcli.weights.store import Checkpoint
 
-GELUS: dict[str, Gelu] = {
-    "gelu": "exact",
-    "gelu_python": "exact",
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_pytorch_tanh": "tanh",
+LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.(.+?)(?:\.(weight|bias))?")
+OUR_BLOCK = re.compile(r"blocks\.(\d+)\.")
+PARTS = {  # theirs -> (ours, place in it)
+    name: (ours, place)
+    for ours, styles in JOINED.items()
+    for parts in styles
+    for place, name in enumerate(parts)
 }
-INTERPOLATIONS: dict[int, Interpolation] = {  # by Pillow's numbers
-    0: "nearest",
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-}
-STEM = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
-    "layernorm.weight": "norm.weight",
-    "layernorm.bias": "norm.bias",
-    "pooler.dense.weight": "pre_logits.fc.weight",
-    "pooler.dense.bias": "pre_logits.fc.bias",
-    "classifier.weight": "head.weight",
-    "classifier.bias": "head.bias",
-}
-BLOCK = {
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "attention.output.dense": "attn.proj",
-    "attention.o_proj": "attn.proj",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.(.+)\.(weight|bias)")
-QKV = re.compile(r"attention\.(?:attention\.)?(query|key|value|q_proj|k_proj|v_proj)")
+MEND = "mend it, or save the model anew with `save_pretrained`"
+UNDERSTOOD = "of Hugging Face's models " + ", ".join(f"`{t}`" for t in FAMILIES) + " are"
 
 
 def is_huggingface(names: Mapping[str, Any] | list[str]) -> bool:
@@ -68,7 +53,7 @@ def read_huggingface(
     processor: Mapping[str, Any] | None,
     stated: Stated,
 ) -> Checkpoint:
-    """Tensors of a Hugging Face ViT -> a checkpoint.
+    """Tensors of a Hugging Face Vision Transformer -> a checkpoint.
 
     Args:
         tensors: names -> tensors, as in the file.
@@ -80,146 +65,185 @@ def read_huggingface(
     Raises:
         VitcliError: another kind of model, with what is understood.
     """
-    kind = described.get("model_type")
-    if kind != "vit":
+    kind = str(described.get("model_type"))
+    if kind not in FAMILIES:
         raise VitcliError(
-            f"`{source}` is a `{kind}` model, which is not understood",
-            hint="of Hugging Face's models `vit` is: ViTForImageClassification and ViTModel",
+            f"`{source}` is a `{kind}` model, which is not understood", hint=UNDERSTOOD
         )
-    renamed, dropped = _rename(tensors)
+    family = FAMILIES[kind]
+    renamed, dropped = _rename(tensors, family)
     if described.get("pooler_act", "tanh") != "tanh" or "head.weight" in renamed:
         for name in [n for n in renamed if n.startswith("pre_logits.")]:
             del renamed[name]
             dropped[name] = "a pooler that no head reads"
     notes: list[str] = []
-    config = _config(renamed, described, source, stated)
-    preprocess = _preprocess(config, processor, source, stated, notes)
-    labels = stated.labels or _labels(described, config.num_classes)
+    with fitting("config.json", source, MEND):
+        values = _values(renamed, described, family, source, stated)
+        config = ViTConfig(**{**values, **_positions(renamed, values, kind, notes)})
+        labels = stated.labels or _labels(described, config.num_classes)
+    with fitting("preprocessor_config.json", source, MEND):
+        preprocess = read_processor(config, kind, processor, source, stated, notes)
     return Checkpoint(
-        config,
-        renamed,
-        "huggingface",
-        labels,
-        preprocess,
-        config.num_classes > 0,
-        None,
-        dropped,
-        notes,
+        config=config,
+        tensors=renamed,
+        layout="huggingface",
+        labels=labels,
+        preprocess=preprocess,
+        head_trained=config.num_classes > 0,
+        dropped=dropped,
+        notes=notes,
+        activation="sigmoid"
+        if described.get("problem_type") == "multi_label_classification"
+        else "softmax",
     )
 
 
-def _rename(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _rename(
+    tensors: Mapping[str, Tensor], family: Family
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Theirs -> (ours -> tensor; dropped -> reason). What has no place with us keeps its name."""
     renamed: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
+    joined: dict[str, dict[int, str]] = {}
     for full, tensor in tensors.items():
-        name = full.removeprefix("vit.")
-        if name in STEM:
+        name = full.removeprefix(family.prefix)
+        layer = LAYER.fullmatch(name)
+        end = f".{layer[3]}" if layer and layer[3] else ""
+        if full in HEADS:
+            renamed[HEADS[full]] = tensor
+        elif name == "embeddings.register_tokens" and not tensor.numel():
+            dropped[full] = "holds no registers"
+        elif name in STEM:
             renamed[STEM[name]] = tensor
         elif name == "embeddings.mask_token" or name.startswith("decoder."):
             dropped[full] = "belongs to the masked-image training"
-        elif (layer := LAYER.fullmatch(name)) and (qkv := QKV.fullmatch(layer[2])):
-            parts.setdefault(f"blocks.{layer[1]}.attn.qkv.{layer[3]}", {})[qkv[1][0]] = tensor
+        elif layer and layer[2] in PARTS:
+            ours, place = PARTS[layer[2]]
+            joined.setdefault(f"blocks.{layer[1]}.{ours}{end}", {})[place] = full
         elif layer and layer[2] in BLOCK:
-            renamed[f"blocks.{layer[1]}.{BLOCK[layer[2]]}.{layer[3]}"] = tensor
+            renamed[f"blocks.{layer[1]}.{BLOCK[layer[2]]}{end}"] = tensor
         else:
             renamed[full] = tensor  # no place for it: the comparison of names will say so
-    for name, three in parts.items():
-        if set(three) == set("qkv"):
-            renamed[name] = torch.cat([three["q"], three["k"], three["v"]])  # (3 D, D)
+    for ours, parts in joined.items():
+        if len(parts) == (3 if ".qkv." in ours else 2):
+            renamed[ours] = torch.cat([tensors[parts[i]] for i in sorted(parts)])  # (3 D, D) …
+        else:
+            renamed |= {full: tensors[full] for full in parts.values()}
     return renamed, dropped
 
 
-def _config(
-    renamed: Mapping[str, Tensor], described: Mapping[str, Any], source: str, stated: Stated
-) -> ViTConfig:
+def _values(
+    renamed: Mapping[str, Tensor],
+    described: Mapping[str, Any],
+    family: Family,
+    source: str,
+    stated: Stated,
+) -> dict[str, Any]:
+    """Fields of ViTConfig, but for the positions."""
     act = described.get("hidden_act", "gelu")
     if act not in GELUS and stated.gelu is None:
         raise VitcliError(
             f"`{source}` has the activation `{act}`, which is not understood",
             hint=f"understood are {', '.join(f'`{a}`' for a in GELUS)}",
         )
-    head = renamed.get("head.weight")
-    pooler = renamed.get("pre_logits.fc.weight")
-    patch = described.get("patch_size", 16)
-    size = as_size(described.get("image_size", 224))
-    assert size is not None
-    try:
-        return ViTConfig(
-            image_size=size,
-            patch_size=int(patch if isinstance(patch, int) else patch[0]),
-            num_channels=int(described.get("num_channels", 3)),
-            embed_dim=int(described.get("hidden_size", 768)),
-            depth=int(described.get("num_hidden_layers", 12)),
-            num_heads=stated.num_heads or int(described.get("num_attention_heads", 12)),
-            mlp_dim=int(described.get("intermediate_size", 3072)),
-            num_classes=head.shape[0] if head is not None else 0,
-            representation_size=pooler.shape[0] if pooler is not None else None,
-            qkv_bias=bool(described.get("qkv_bias", True)),
-            gelu=stated.gelu or GELUS[act],  # type: ignore[arg-type]  # checked by Stated
-            norm_eps=stated.norm_eps or float(described.get("layer_norm_eps", 1e-12)),
-        )
-    except (TypeError, ValueError) as error:
+    patch = pixels(described.get("patch_size", family.patch_size), "patch_size")
+    size = pixels(described.get("image_size", 224), "image_size")
+    if patch[0] != patch[1]:
         raise VitcliError(
-            f"the config.json of `{source}` does not fit together: {error}",
-            hint="mend it, or save the model anew with `save_pretrained`",
-        ) from error
-
-
-def _preprocess(
-    config: ViTConfig,
-    processor: Mapping[str, Any] | None,
-    source: str,
-    stated: Stated,
-    notes: list[str],
-) -> Preprocess | None:
-    channels = config.num_channels
-    if processor is None:
-        processor = {}
-        if not {"mean", "std"} <= set(stated.preprocess):
-            notes.append(
-                "no preprocessor_config.json: mean and std 0.5, squashed bilinearly to the image "
-                "size, as the ViT processor of transformers does by default"
-            )
-    interpolation = INTERPOLATIONS.get(processor.get("resample", 2))
-    if interpolation is None:
-        raise VitcliError(
-            f"`{source}` resizes with a filter that is not understood: {processor['resample']}",
-            hint="`resample` is 0 (nearest), 1 (lanczos), 2 (bilinear) or 3 (bicubic)",
+            f"`{source}` has patches of {patch[0]}x{patch[1]} pixels; ours are square",
+            hint="give weights of another model",
         )
-    mean = per_channel(processor.get("image_mean", 0.5), channels, "image_mean")
-    std = per_channel(processor.get("image_std", 0.5), channels, "image_std")
-    if not processor.get("do_normalize", True):
-        mean, std = (0.0,) * channels, (1.0,) * channels
-    # Ours divides by 255 first; another factor is a change of mean and std.
-    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
-    if abs(factor * 255 - 1) > 1e-6:
-        mean = tuple(m / (255 * factor) for m in mean)
-        std = tuple(s / (255 * factor) for s in std)
-    base = Preprocess(
-        **_geometry(config, processor),
-        interpolation=interpolation,
-        mean=mean,
-        std=std,
-        num_channels=channels,
-    )
-    return stated_preprocess(base, stated.preprocess, config.image_size, channels)
-
-
-def _geometry(config: ViTConfig, processor: Mapping[str, Any]) -> dict[str, Any]:
-    """How the processor comes to the image size: squashed to it, or shorter side and crop."""
-    size = processor.get("size", config.image_size[0])
-    sides = size if isinstance(size, Mapping) else {"height": size, "width": size}
-    edge = sides.get("shortest_edge")
-    height = int(edge if edge is not None else sides.get("height", config.image_size[0]))
-    mode = "crop" if edge is not None else "squash"
-    # A resize without a crop after it leads to the size of the model, whatever it says.
-    cropped = bool(processor.get("do_center_crop")) or edge is not None
+    head, pooler = renamed.get("head.weight"), renamed.get("pre_logits.fc.weight")
+    depth = 1 + max((int(m[1]) for n in renamed if (m := OUR_BLOCK.match(n))), default=-1)
+    channels = renamed["patch_embed.proj.weight"].shape[1]
+    for key, usual, found in (("num_hidden_layers", 12, depth), ("num_channels", 3, channels)):
+        if (said := _count(described, key, usual)) != found:
+            raise ValueError(f"`{key}` is {said}, the weights have {found}")
+    width = _count(described, "hidden_size", 768)
+    mlp_dim = _count(described, "intermediate_size", 3072)
+    swiglu = bool(family.dino and described.get("use_swiglu_ffn", False))
+    if family.dino:
+        ratio = described.get("mlp_ratio", 4)
+        if not 0 < ratio <= 1000:
+            raise ValueError(f"`mlp_ratio` is {ratio}")
+        mlp_dim = swiglu_width(width, ratio) if swiglu else int(width * ratio)
+    registers = _count(described, "num_register_tokens", 4) if "reg_token" in renamed else 0
+    pool: Pool = "token"
+    if "head_dist.weight" in renamed:
+        pool = "distilled"
+    elif family.dino and head is not None:
+        pool = "token_mean"
     return {
-        "image_size": config.image_size,
-        "resize_mode": mode,
-        "resize_size": height if cropped and (height,) * 2 != config.image_size else None,
+        "image_size": size,
+        "patch_size": patch[0],
+        "num_channels": channels,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": stated.num_heads or _count(described, "num_attention_heads", 12),
+        "mlp_dim": mlp_dim,
+        "num_classes": head.shape[0] if head is not None else 0,
+        "pool": pool,
+        "distillation_token": "dist_token" in renamed,
+        "distillation_head": pool == "distilled",
+        "num_registers": registers,
+        "representation_size": pooler.shape[0] if pooler is not None else None,
+        "qkv_bias": bool(described.get("qkv_bias", True)),
+        "layer_scale": float(described.get("layerscale_value", 1.0)) if family.dino else None,
+        "mlp": "swiglu" if swiglu else "gelu",
+        "gelu": stated.gelu or GELUS[act],
+        "norm_eps": stated.norm_eps or _share(described, "layer_norm_eps", family.norm_eps),
+        "dropout_rate": _share(described, "hidden_dropout_prob", 0.0),
     }
+
+
+def _count(described: Mapping[str, Any], key: str, usual: int) -> int:
+    value = int(described.get(key, usual))
+    if not 0 <= value <= 10**6:  # beyond any model; torch takes sizes of 64 bits only
+        raise ValueError(f"`{key}` is {value}")
+    return value
+
+
+def _share(described: Mapping[str, Any], key: str, usual: float) -> float:
+    value = float(described.get(key, usual))
+    if not 0 <= value < 1:
+        raise ValueError(f"`{key}` is {value}")
+    return value
+
+
+def _positions(
+    renamed: dict[str, Tensor], values: Mapping[str, Any], kind: str, notes: list[str]
+) -> dict[str, Any]:
+    """What the table says of itself -> fields of ViTConfig; `renamed` is brought into that form.
+
+    Theirs always has rows for the class token (and DeiT's distillation token), never for
+    registers. Rows of zeros add nothing: such a table does not cover these tokens. Beside
+    registers the class token's row moves into the token, which is the same sum.
+    """
+    table, token = renamed.get("pos_embed"), renamed.get("cls_token")
+    covered = 1 + values["distillation_token"]
+    grid = (
+        values["image_size"][0] // values["patch_size"],
+        values["image_size"][1] // values["patch_size"],
+    )
+    width = values["embed_dim"]
+    if table is None or token is None or table.shape != (1, covered + grid[0] * grid[1], width):
+        return {}  # the comparison of shapes will say it
+    rows, patches = table[:, :covered], table[:, covered:]
+    zero = not rows.any()
+    fixed = width % 4 == 0 and width >= 8 and torch.equal(patches, sincos2d(grid, width))
+    if values["num_registers"]:
+        if not zero:
+            renamed["cls_token"] = token.float() + rows.float()
+            notes.append("the class token's position is added to the class token itself")
+        renamed["pos_embed"] = patches
+        position = "sincos2d" if fixed else "learned"
+        return {"position": position, "position_covers_prefix": False}
+    if zero and fixed:
+        return {"position": "sincos2d"}
+    if zero and kind != "vit_mae":
+        renamed["pos_embed"] = patches
+        return {"position_covers_prefix": False}
+    return {}
 
 
 def _labels(described: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:

@@ -3,20 +3,28 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vitcli.config import ModelSection, PreprocessSection
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.run import RUNS, finished_runs
-from vitcli.vit import VARIANTS, VisionTransformer, create_model
+from vitcli.vit import Model, create_model
+from vitcli.vit.names import is_variant
 from vitcli.vit.position import Resize
-from vitcli.vit.variants import is_variant
+from vitcli.vit.stem import StemArithmetic
+from vitcli.watch import Watcher
+from vitcli.weights.fates import LoadReport
 from vitcli.weights.read import read_checkpoint
-from vitcli.weights.stated import MODEL_KEYS, Stated, as_size, stated_preprocess
+from vitcli.weights.stated import MODEL_KEYS, PICTURES, Stated, as_size, stated_preprocess
 from vitcli.weights.store import read_header
-from vitcli.weights.surgery import LoadReport, build, change_pool, replace_head
+from vitcli.weights.surgery import build, change_pool, replace_head
 from vitcli.weights.timm import unsaid
+
+VARIANT_HINT = (
+    "`B/16`, `R50+B/16`, `Axial-B/32` and `R50x1` are variants, with random weights; weights are a "
+    "path that exists, or `hf:NAME`"
+)
 
 
 def load_model(
@@ -30,24 +38,30 @@ def load_model(
     *,
     norm_eps: float | None = None,
     gelu: str | None = None,
+    stem_arithmetic: StemArithmetic | None = None,
     num_classes: int | None = None,
     seed: int = 0,
-) -> VisionTransformer:
-    """Any MODEL -> a VisionTransformer in eval mode, with `labels`, `preprocess`, `load_report`.
+    watch: Watcher | None = None,
+) -> Model:
+    """Any MODEL -> a model in eval mode, with `labels`, `preprocess`, `load_report`.
 
     Args:
-        MODEL: a run directory, a weights file or folder, or a variant (random weights).
+        MODEL: a run directory, a weights file or folder, `hf:NAME` on the Hub, the address of a
+            weights file, or a variant (random weights).
         image_size: pixels, an int or (Y, X); another size than the file's resamples the positions.
         num_heads: for a file that does not say it.
-        pool: `token`, `mean`, `quadrants`, `map` or an alias; where the file says another, its
-            head is dropped.
+        pool: `token`, `mean`, `quadrants`, `map`, `token_mean`, `distilled` or an alias; where the
+            file says another, its head is dropped.
         position_resize: `bilinear` (corners aligned, the paper's code; the default for Google
-            files) or `bicubic` (antialiased, timm's; the default for the rest).
+            files), `bicubic` (antialiased, timm's; the default for the rest) or `bicubic_plain`
+            (not antialiased: transformers' for ViT, DeiT and DINOv2).
         labels: class names, or a text file with one a line.
         preprocess: settings laid over those of the file, or a whole Preprocess.
         norm_eps, gelu: for a file that does not say them.
+        stem_arithmetic: `google` or `timm`, for a hybrid: whose of the two the ResNet follows.
         num_classes: a new zero head with so many outputs, or 0 for no head.
         seed: of a variant's random weights.
+        watch: told of a download.
 
     Raises:
         VitcliError: it cannot be found, understood or read; what it does not say is named.
@@ -62,15 +76,17 @@ def load_model(
     size = _one_size(
         as_size(image_size), as_size(said.pop("image_size", None), "preprocess.image_size")
     )
-    if position_resize not in (None, "bilinear", "bicubic"):
+    if position_resize not in (None, *get_args(Resize)):
         raise VitcliError(
-            f"`model.position_resize` is `{position_resize}`", hint="`bilinear` or `bicubic`"
+            f"`model.position_resize` is `{position_resize}`",
+            hint="`bilinear`, `bicubic` or `bicubic_plain`",
         )
     stated = Stated(
         image_size=size,
         num_heads=num_heads,
         norm_eps=norm_eps,
         gelu=gelu,
+        stem_arithmetic=stem_arithmetic,
         pool=pool,
         labels=read_labels(labels),
         preprocess=said,
@@ -78,7 +94,7 @@ def load_model(
     if is_variant(source) and not Path(source).exists():
         model = _variant(source, stated, seed)
     else:
-        checkpoint = read_checkpoint(source, stated)
+        checkpoint = read_checkpoint(source, stated, watch)
         default: Resize = "bilinear" if checkpoint.layout == "google" else "bicubic"
         method: Resize = position_resize or default  # type: ignore[assignment]  # checked above
         model = build(checkpoint, source, image_size=stated.image_size, position_resize=method)
@@ -106,15 +122,21 @@ def _one_size(
     return model or preprocess
 
 
-def require_preprocess(model: VisionTransformer) -> Preprocess:
+def require_preprocess(model: Model) -> Preprocess:
     """The model's evaluation transform.
 
     Raises:
-        VitcliError: its file does not say mean and std, and nobody else did.
+        VitcliError: its file does not say mean and std, and nobody else did; or its channels are
+            not those of pictures.
     """
     if model.preprocess is None:
         report: LoadReport | None = model.load_report
         source = report.source if report else "the model"
+        if model.config.num_channels not in PICTURES:
+            raise VitcliError(
+                f"`{source}` reads {model.config.num_channels} channels, which are not pictures",
+                hint="from Python: `vitcli.load_model(…)` gives a model that takes tensors",
+            )
         raise unsaid(source, ["preprocess.mean", "preprocess.std"])
     preprocess: Preprocess = model.preprocess
     return preprocess
@@ -145,7 +167,7 @@ def read_labels(labels: Sequence[str] | str | os.PathLike[str] | None) -> tuple[
     return names
 
 
-def _name_classes(model: VisionTransformer, labels: tuple[str, ...]) -> None:
+def _name_classes(model: Model, labels: tuple[str, ...]) -> None:
     if len(labels) != model.config.num_classes:
         raise VitcliError(
             f"{len(labels)} class names for a head with {model.config.num_classes} outputs",
@@ -154,12 +176,13 @@ def _name_classes(model: VisionTransformer, labels: tuple[str, ...]) -> None:
     model.labels = labels
 
 
-def _variant(name: str, stated: Stated, seed: int) -> VisionTransformer:
+def _variant(name: str, stated: Stated, seed: int) -> Model:
     settings: dict[str, Any] = {
         "image_size": stated.image_size or (224, 224),
         "num_heads": stated.num_heads,
         "norm_eps": stated.norm_eps,
         "gelu": stated.gelu,
+        "stem_arithmetic": stated.stem_arithmetic,
         "pool": stated.pool,
         "num_classes": len(stated.labels) if stated.labels else None,
     }
@@ -168,7 +191,8 @@ def _variant(name: str, stated: Stated, seed: int) -> VisionTransformer:
             name, seed=seed, **{k: v for k, v in settings.items() if v is not None}
         )
     except ValueError as error:
-        raise VitcliError(str(error), hint=f"sizes: {', '.join(VARIANTS)}") from error
+        hint = VARIANT_HINT if "no model variant" in str(error) else "another `--set model.…`"
+        raise VitcliError(str(error), hint=hint) from error
     size = model.config.image_size
     base = Preprocess(image_size=size, mean=(0.5,) * 3, std=(0.5,) * 3)
     model.preprocess = stated_preprocess(base, stated.preprocess, size, 3)

@@ -5,49 +5,109 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vitcli.errors import VitcliError
-from vitcli.weights.google import load_npz, read_google
+from vitcli.vit import ResNetConfig, ViTConfig
+from vitcli.watch import Watcher
+from vitcli.weights.google import read_google
+from vitcli.weights.google_archive import read_npz
+from vitcli.weights.hub import fetch_repository
 from vitcli.weights.huggingface import is_huggingface, read_huggingface
+from vitcli.weights.imagenet import SETS, imagenet_names
+from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
+from vitcli.weights.remote import fetch_address
+from vitcli.weights.shards import INDEX, load_shards
 from vitcli.weights.stated import Stated, stated_preprocess
-from vitcli.weights.store import (
-    PICKLE_SUFFIXES,
-    Checkpoint,
-    load_own,
-    load_weights,
-    read_header,
-    refuse_foreign,
-)
-from vitcli.weights.timm import is_timm, read_timm
+from vitcli.weights.store import Checkpoint, load_own, load_weights, read_header
+from vitcli.weights.timm import read_timm
+from vitcli.weights.timm_bit import read_bit
+from vitcli.weights.timm_names import is_bit, is_timm
 
 UNDERSTOOD = (
-    "a MODEL is a run directory, a .safetensors file of ours or in timm's layout, a Hugging Face "
-    "ViT folder, a Google .npz of a plain ViT, or a variant such as `B/16`"
+    "a MODEL is a run directory, a .safetensors file of ours or in timm's layout, a .pth with a "
+    "plain state dict, a Hugging Face ViT folder, an official Google .npz, or a variant such "
+    "as `B/16`"
 )
 
 
-def read_checkpoint(source: str, stated: Stated | None = None) -> Checkpoint:
-    """What lies at `source`, in our terms.
+def read_checkpoint(
+    source: str, stated: Stated | None = None, watch: Watcher | None = None
+) -> Checkpoint:
+    """What lies at `source`, in our terms; a trained head of ImageNet's size has its class names.
+
+    Args:
+        source: a path, `hf:NAME`, or the address of a weights file.
+        stated: what the file need not say.
+        watch: told of a download.
 
     Raises:
         VitcliError: nothing there, or nothing that is understood.
     """
     stated = stated or Stated()
+    checkpoint = _read(source, stated, watch)
+    config = checkpoint.config
+    if stated.stem_arithmetic is not None:
+        if not isinstance(config, ViTConfig) or config.stem is None:
+            raise VitcliError("`model.stem_arithmetic` is for a hybrid", hint="leave it out")
+        checkpoint.config = replace(config, stem_arithmetic=stated.stem_arithmetic)
+    outputs = checkpoint.config.num_classes
+    if checkpoint.labels is None and checkpoint.head_trained and outputs in SETS:
+        checkpoint.labels = imagenet_names(outputs)
+        checkpoint.notes.append(f"{outputs} outputs and no names: {SETS[outputs][0]}'s assumed")
+    return checkpoint
+
+
+def _read(source: str, stated: Stated, watch: Watcher | None) -> Checkpoint:
     path = Path(source)
     if not source:  # an empty path would be the current folder
         raise VitcliError("the MODEL is empty text", hint=UNDERSTOOD)
-    if source.startswith(("hf:", "https:", "http:", "gs:")):
-        raise VitcliError(f"`{source}` is not understood yet", hint=UNDERSTOOD)
-    if path.is_dir():
+    notes: list[str] = []
+    if source.startswith("hf:"):
+        path, notes = fetch_repository(source, watch)
+    elif source.startswith(("https:", "http:", "gs:")):
+        path, notes = fetch_address(source, watch)
+    elif path.is_dir():
         path = _weights_in(path)
     elif not path.exists():
         raise VitcliError(f"no such model: `{source}`", hint=UNDERSTOOD)
+    checkpoint = _read_file(path, source, stated)
+    checkpoint.notes[:0] = notes
+    return checkpoint
+
+
+def _read_file(path: Path, source: str, stated: Stated) -> Checkpoint:
+    """The checkpoint in one file (or its shards), which was asked for as `source`."""
     if path.suffix == ".npz":
-        return read_google(load_npz(path), source, stated)
-    if path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
+        return read_google(read_npz(path), source, stated)
+    if path.name.endswith(INDEX):
+        tensors = load_shards(path)
+    elif path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
         raise VitcliError(f"`{source}` is no weights file that is understood", hint=UNDERSTOOD)
-    if read_header(path) is not None:
+    elif is_pickle(path) and path.suffix != ".safetensors":  # such a name would be a lie
+        tensors, notes = load_pickle(path)
+        checkpoint = _read_tensors(tensors, path, source, stated)
+        checkpoint.notes[:0] = notes
+        return checkpoint
+    elif read_header(path) is not None:
         return _restated(load_own(path), stated)
-    tensors = load_weights(path)
+    else:
+        tensors = load_weights(path)
+    return _read_tensors(tensors, path, source, stated)
+
+
+def _read_tensors(
+    tensors: dict[str, Tensor], path: Path, source: str, stated: Stated
+) -> Checkpoint:
+    """The checkpoint of `tensors`, which lay at `path`, with the shapes of those not taken."""
+    checkpoint = _in_layout(tensors, path, source, stated)
+    left = [name for name in checkpoint.dropped if name in tensors]
+    checkpoint.dropped_shapes = {name: tuple(tensors[name].shape) for name in left}
+    return checkpoint
+
+
+def _in_layout(tensors: dict[str, Tensor], path: Path, source: str, stated: Stated) -> Checkpoint:
+    """The checkpoint of `tensors`, whose names tell the layout."""
     beside = _json(path.parent / "config.json") or {}
     if is_huggingface(tensors):
         if "model_type" not in beside:
@@ -57,9 +117,9 @@ def read_checkpoint(source: str, stated: Stated | None = None) -> Checkpoint:
             )
         processor = _json(path.parent / "preprocessor_config.json")
         return read_huggingface(tensors, source, beside, processor, stated)
-    if "model_type" in beside and not is_timm(tensors):
+    if "model_type" in beside and not is_timm(tensors) and not is_bit(tensors):
         read_huggingface(tensors, source, beside, None, stated)
-    if not is_timm(tensors):
+    if not is_timm(tensors) and not is_bit(tensors):
         shown = ", ".join(list(tensors)[:4])
         raise VitcliError(
             f"`{source}` does not hold a Vision Transformer in a layout that is understood; its "
@@ -67,7 +127,11 @@ def read_checkpoint(source: str, stated: Stated | None = None) -> Checkpoint:
             hint=UNDERSTOOD,
         )
     hub = beside if {"architecture", "pretrained_cfg"} & set(beside) else None
-    return read_timm(tensors, source, hub, stated)
+    read = read_timm if is_timm(tensors) else read_bit
+    checkpoint = read(tensors, source, hub, stated)
+    if hub is not None and hub.get("activation") == "sigmoid":  # as `write_timm` says it
+        checkpoint.activation = "sigmoid"
+    return checkpoint
 
 
 def _restated(checkpoint: Checkpoint, stated: Stated) -> Checkpoint:
@@ -75,6 +139,10 @@ def _restated(checkpoint: Checkpoint, stated: Stated) -> Checkpoint:
     values: dict[str, Any] = {"num_heads": stated.num_heads, "norm_eps": stated.norm_eps}
     values["gelu"] = stated.gelu
     said = {key: value for key, value in values.items() if value is not None}
+    if said and isinstance(checkpoint.config, ResNetConfig):
+        raise VitcliError(
+            f"a ResNet has no {', '.join(f'`model.{key}`' for key in said)}", hint="leave it out"
+        )
     try:
         checkpoint.config = replace(checkpoint.config, **said)
     except ValueError as error:
@@ -93,6 +161,8 @@ def _weights_in(folder: Path) -> Path:
     whole = folder / "model.safetensors"
     if whole.is_file():
         return whole
+    if (folder / INDEX).is_file():
+        return folder / INDEX
     files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if len(files) == 1:
         return files[0]
@@ -107,8 +177,15 @@ def _weights_in(folder: Path) -> Path:
             hint=f"go on with it: the same command with `--out {folder} --resume`",
         )
     pickles = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICKLE_SUFFIXES)
+    known = [p for p in pickles if p.stem in ("pytorch_model", "model")]
+    if len(known or pickles) == 1:
+        return (known or pickles)[0]
     if pickles:
-        refuse_foreign(pickles[0])
+        raise VitcliError(
+            f"`{folder}` holds {len(pickles)} weights files: "
+            f"{', '.join(p.name for p in pickles[:4])}",
+            hint="give one of the files itself",
+        )
     raise VitcliError(f"`{folder}` holds no weights", hint=UNDERSTOOD)
 
 

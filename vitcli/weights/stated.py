@@ -2,21 +2,33 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, get_args
 
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError, nearest
+from vitcli.vit.stem import StemArithmetic
 from vitcli.vit.variants import Gelu
 
 PREPROCESS_KEYS = (
     "resize_mode",
     "resize_size",
     "crop_fraction",
+    "crop_rounding",
     "interpolation",
     "mean",
     "std",
 )
-MODEL_KEYS = ("image_size", "num_heads", "norm_eps", "gelu", "pool", "position_resize")
+PICTURES = (1, 3)  # channels of what can be read as pictures: grey and RGB
+MODEL_KEYS = (
+    "image_size",
+    "num_heads",
+    "norm_eps",
+    "gelu",
+    "pool",
+    "position_resize",
+    "stem_arithmetic",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Stated:
     num_heads: int | None = None
     norm_eps: float | None = None
     gelu: str | None = None
+    stem_arithmetic: StemArithmetic | None = None
     pool: str | None = None
     labels: tuple[str, ...] | None = None
     preprocess: Mapping[str, Any] = field(default_factory=dict)
@@ -34,8 +47,16 @@ class Stated:
     def __post_init__(self) -> None:
         if self.gelu is not None and self.gelu not in get_args(Gelu):
             raise VitcliError(f"`model.gelu` is `{self.gelu}`", hint="`exact` or `tanh`")
-        if self.num_heads is not None and self.num_heads < 1:
+        if self.stem_arithmetic not in (None, *get_args(StemArithmetic)):
+            raise VitcliError(
+                f"`model.stem_arithmetic` is `{self.stem_arithmetic}`", hint="`google` or `timm`"
+            )
+        if self.num_heads is not None and not _is_count(self.num_heads):
             raise VitcliError(f"`model.num_heads` is {self.num_heads}", hint="a number from 1 on")
+        if self.norm_eps is not None and not 0 < self.norm_eps < 1:
+            raise VitcliError(
+                f"`model.norm_eps` is {self.norm_eps}", hint="a small number above 0, such as 1e-6"
+            )
         for key in self.preprocess:
             if key not in PREPROCESS_KEYS:
                 near = nearest(key, PREPROCESS_KEYS)
@@ -52,10 +73,22 @@ def as_size(value: Any, key: str = "model.image_size") -> tuple[int, int] | None
     """
     if value is None:
         return None
-    sides = (value, value) if isinstance(value, int) else tuple(value)
-    if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
+    sides = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    if len(sides) != 2 or not all(_is_count(side) for side in sides):
         raise VitcliError(f"`{key}` is `{value}`", hint="a number of pixels, or [rows, columns]")
     return sides[0], sides[1]
+
+
+def _is_count(value: Any) -> bool:
+    """Whether `value` is a whole number from 1 on."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def are_pictures(channels: int, notes: list[str]) -> bool:
+    """Whether a model of so many channels reads pictures; a note where it does not."""
+    if channels not in PICTURES:
+        notes.append(f"{channels} channels: not pictures, so there is no preprocessing")
+    return channels in PICTURES
 
 
 def per_channel(value: Any, channels: int, key: str) -> tuple[float, ...]:
@@ -80,7 +113,9 @@ def per_channel(value: Any, channels: int, key: str) -> tuple[float, ...]:
 def stated_preprocess(
     base: Preprocess | None, stated: Mapping[str, Any], image_size: tuple[int, int], channels: int
 ) -> Preprocess | None:
-    """`base` with what was stated laid over it; None while mean or std are not known.
+    """`base` with what was stated laid over it.
+
+    None while mean or std are not known, and for channels that no picture has.
 
     Raises:
         VitcliError: a value that is none.
@@ -92,7 +127,7 @@ def stated_preprocess(
     if "image_size" in values:
         values["image_size"] = as_size(values["image_size"], "preprocess.image_size")
     if base is None:
-        if "mean" not in values or "std" not in values:
+        if "mean" not in values or "std" not in values or channels not in PICTURES:
             return None
         values = {"image_size": image_size, "num_channels": channels, **values}
     try:

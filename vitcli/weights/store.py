@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -19,14 +19,10 @@ from torch import Tensor
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
-from vitcli.vit import VisionTransformer, ViTConfig
+from vitcli.vit import Config, Model, config_from_dict
+from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
 FORMAT = 1
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib")
-CONVERT_HINT = (
-    "a pickle can run code when it is read, so none is opened; where you trust it, convert it with "
-    '`safetensors.torch.save_file(torch.load(FILE, weights_only=True), "model.safetensors")`'
-)
 
 
 @dataclass
@@ -39,10 +35,12 @@ class Checkpoint:
         layout: `vitcli`, `timm`, `huggingface` or `google`.
         head_trained: False for a backbone, and for a head that was never trained.
         dropped: tensors of the file that have no place in the model -> the reason.
+        dropped_shapes: of these, as far as they were read.
+        activation: what makes probabilities of the head's logits.
         notes: what was assumed because the file does not say it, one line each.
     """
 
-    config: ViTConfig
+    config: Config
     tensors: dict[str, Tensor]
     layout: str
     labels: tuple[str, ...] | None = None
@@ -51,11 +49,13 @@ class Checkpoint:
     recipe_hash: str | None = None
     dropped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    dropped_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    activation: Literal["softmax", "sigmoid"] = "softmax"
 
 
 def save_model(
     path: str | os.PathLike[str],
-    model: VisionTransformer,
+    model: Model,
     *,
     recipe_hash: str | None = None,
     extra: Mapping[str, str] | None = None,
@@ -74,6 +74,7 @@ def save_model(
         "labels": list(model.labels) if model.labels is not None else None,
         "preprocess": model.preprocess.to_dict() if model.preprocess is not None else None,
         "head_trained": bool(model.head_trained and model.config.num_classes),
+        "activation": model.head_activation,
         "recipe_hash": recipe_hash,
         **({"extra": dict(extra)} if extra else {}),
     }
@@ -97,19 +98,26 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         metadata = file.metadata() or {}
     if "vitcli" not in metadata:
         return None
-    try:
+    with _understood(path):
         header = json.loads(metadata["vitcli"])
         if header["format"] > FORMAT:
             raise VitcliError(
                 f"`{path}` was written by a newer vitcli (format {header['format']}, not {FORMAT})",
                 hint="update vitcli",
             )
-        ViTConfig.from_dict(header["config"])
-    except (KeyError, TypeError, ValueError) as error:
+        config_from_dict(header["config"])
+        return dict(header)
+
+
+@contextmanager
+def _understood(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What a header of ours says may be anything, once somebody has changed it."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise VitcliError(
             f"the header of `{path}` is damaged: {error}", hint="copy or download the file again"
         ) from error
-    return dict(header)
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -133,24 +141,29 @@ def load_own(path: str | os.PathLike[str]) -> Checkpoint:
     header = read_header(path)
     if header is None:
         raise VitcliError(f"`{path}` was not written by vitcli", hint="give a run's weights")
-    preprocess = header.get("preprocess")
-    labels = header.get("labels")
+    with _understood(path):
+        config = config_from_dict(header["config"])
+        said = header.get("preprocess")
+        preprocess = Preprocess.from_dict(said) if said is not None else None
+        labels = tuple(header["labels"]) if header.get("labels") is not None else None
+        if labels is not None and len(labels) != config.num_classes:
+            raise ValueError(f"{len(labels)} class names for {config.num_classes} classes")
     return Checkpoint(
-        config=ViTConfig.from_dict(header["config"]),
+        config=config,
         tensors=load_weights(path),
         layout="vitcli",
-        labels=tuple(labels) if labels is not None else None,
-        preprocess=Preprocess.from_dict(preprocess) if preprocess is not None else None,
+        labels=labels,
+        preprocess=preprocess,
         head_trained=bool(header.get("head_trained")),
         recipe_hash=header.get("recipe_hash"),
+        # Files from before this was stored were all trained under softmax.
+        activation="sigmoid" if header.get("activation") == "sigmoid" else "softmax",
     )
 
 
 def refuse_foreign(path: str | os.PathLike[str]) -> None:
     """Raises a VitcliError for what is not a safetensors file, going by name and first bytes."""
     file = Path(path)
-    if file.suffix.lower() in PICKLE_SUFFIXES:
-        raise VitcliError(f"`{file}` is a pickle, which is refused as weights", hint=CONVERT_HINT)
     try:
         with file.open("rb") as stream:
             start = stream.read(9)
@@ -162,10 +175,10 @@ def refuse_foreign(path: str | os.PathLike[str]) -> None:
         raise VitcliError(
             f"cannot read `{file}`: {error.strerror}", hint="see to its permissions"
         ) from error
-    if start.startswith(b"PK\x03\x04") or (
-        start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
-    ):
-        raise VitcliError(f"`{file}` is a pickle, which is refused as weights", hint=CONVERT_HINT)
+    if is_pickle(file):
+        raise VitcliError(
+            f"`{file}` is a pickle, where a safetensors file is wanted", hint=CONVERT_HINT
+        )
     if start.startswith(b"\x89HDF"):
         raise VitcliError(
             f"`{file}` is an HDF5 file, which is not read",

@@ -1,51 +1,18 @@
 """Changing a model that was read: another resolution, another head; and the report of a load."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
-from vitcli.vit import VisionTransformer, ViTConfig
-from vitcli.vit.position import Resize, resample
+from vitcli.vit import Model, ResNet, VisionTransformer, ViTConfig
+from vitcli.vit.position import Grid, Resize, attended_length, carry, is_position
+from vitcli.weights.fates import Fate, LoadReport
+from vitcli.weights.fits import check_depth, compare
 from vitcli.weights.store import Checkpoint
-
-Fate = Literal["loaded", "resampled", "new", "dropped"]
-
-
-@dataclass
-class LoadReport:
-    """What became of every tensor.
-
-    Attributes:
-        source: the MODEL that was asked for.
-        layout: `vitcli`, `timm`, `huggingface`, `google`, or `variant` for random weights.
-        position_resize: how this file's positions are carried to another grid.
-        fates: tensor name -> (`loaded`, `resampled`, `new` or `dropped`; the reason or sizes).
-        notes: what was assumed, one line each.
-    """
-
-    source: str
-    layout: str
-    position_resize: Resize = "bicubic"
-    fates: dict[str, tuple[Fate, str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def names(self, fate: Fate) -> list[str]:
-        """The tensors that met with `fate`."""
-        return [name for name, (met, _) in self.fates.items() if met == fate]
-
-    def line(self) -> str:
-        """One line: how many tensors of each kind, those not loaded as they were by name."""
-        parts = [f"{len(self.names('loaded'))} tensors loaded ({self.layout})"]
-        for fate in ("resampled", "new", "dropped"):
-            if names := self.names(fate):
-                shown = ", ".join(f"{n} ({self.fates[n][1]})" for n in names[:3])
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                parts.append(f"{fate}: {shown}{more}")
-        return "; ".join(parts)
+from vitcli.weights.unfilled import unfilled
 
 
 def build(
@@ -54,19 +21,21 @@ def build(
     *,
     image_size: tuple[int, int] | None = None,
     position_resize: Resize = "bicubic",
-) -> VisionTransformer:
+) -> Model:
     """The model that `checkpoint` describes, in eval mode, at `image_size` if one is given.
 
     Raises:
         VitcliError: tensors that are missing, too many or of another shape, all of them named.
     """
     config = checkpoint.config
-    report = LoadReport(source, checkpoint.layout, position_resize, notes=list(checkpoint.notes))
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
-        model = VisionTransformer(config)
+    report = LoadReport(source, checkpoint.layout, notes=list(checkpoint.notes))
+    shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
+    report.shapes = checkpoint.dropped_shapes | shapes
+    check_depth(config, len(shapes), source)
+    model = unfilled(config)
     tensors = _floats(checkpoint.tensors, source)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    _compare({name: tuple(t.shape) for name, t in tensors.items()}, expected, source)
+    compare({name: tuple(t.shape) for name, t in tensors.items()}, expected, source)
     model.load_state_dict(tensors, assign=True)
     for name in expected:
         dtype = checkpoint.tensors[name].dtype
@@ -75,8 +44,11 @@ def build(
         report.fates[name] = ("dropped", reason)
     model.requires_grad_(True)
     model.labels, model.preprocess = checkpoint.labels, checkpoint.preprocess
+    model.head_activation = checkpoint.activation
     model.head_trained = checkpoint.head_trained and config.num_classes > 0
     model.load_report = report
+    if isinstance(model, VisionTransformer):
+        model.position_resize = position_resize
     if image_size is not None:
         resize(model, image_size)
     return model.eval()
@@ -91,31 +63,7 @@ def _floats(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def _compare(
-    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], source: str
-) -> None:
-    """Raises one error that names every tensor which contradicts the model."""
-    missing = [n for n in expected if n not in found]
-    foreign = [n for n in found if n not in expected]
-    shapes = [
-        f"{n} is {found[n]}, not {expected[n]}"
-        for n in expected
-        if n in found and found[n] != expected[n]
-    ]
-    groups = {"missing": missing, "not part of the model": foreign, "of another shape": shapes}
-    told = [
-        f"{kind}: {', '.join(names[:6])}" + (f" and {len(names) - 6} more" * (len(names) > 6))
-        for kind, names in groups.items()
-        if names
-    ]
-    if told:
-        raise VitcliError(
-            f"`{source}` does not fit a plain Vision Transformer; {'; '.join(told)}",
-            hint="is this the file of another architecture, or a part of one?",
-        )
-
-
-def resize(model: VisionTransformer, image_size: tuple[int, int]) -> None:
+def resize(model: Model, image_size: tuple[int, int]) -> None:
     """Change the resolution in place: the patch size stays, positions are carried to the new grid.
 
     The entries of class token and registers are kept (section 3.2 of the paper).
@@ -123,25 +71,45 @@ def resize(model: VisionTransformer, image_size: tuple[int, int]) -> None:
     Raises:
         VitcliError: the patch size does not divide the image size.
     """
-    old = model.config
-    if image_size == old.image_size:
+    if image_size == model.config.image_size:
         return
-    new = resized_config(old, image_size)
-    method: Resize = model.load_report.position_resize if model.load_report else "bicubic"
-    if model.pos_embed is not None and old.grid != new.grid:
-        covered = old.num_prefix_tokens if old.position_covers_prefix else 0
-        table = model.pos_embed.detach()
-        prefix, grid = table[:, :covered], table[:, covered:]
-        table = torch.cat([prefix, resample(grid, old.grid, new.grid, method)], dim=1)
-        # The same kind as before: a parameter where learned, a buffer where fixed.
-        learned = isinstance(model.pos_embed, nn.Parameter)
-        model.pos_embed = nn.Parameter(table) if learned else table
-        if model.load_report is not None:
-            sizes = f"{old.grid[0]}x{old.grid[1]} -> {new.grid[0]}x{new.grid[1]}"
-            model.load_report.fates["pos_embed"] = ("resampled", f"{sizes}, {method}")
-    model.config = new
+    if isinstance(model, ResNet):  # it has no positions
+        model.config = replace(model.config, image_size=image_size)
+    else:
+        _carry_positions(model, resized_config(model.config, image_size))
     if model.preprocess is not None:
         model.preprocess = model.preprocess.resized_to(image_size)
+
+
+def _carry_positions(model: VisionTransformer, new: ViTConfig) -> None:
+    old = model.config
+    method = model.position_resize
+    for name, table in list(model.state_dict(keep_vars=True).items()):
+        if not is_position(name):
+            continue
+        stored = table.detach()
+        carried = carry(name, stored, old, new.grid, method)
+        if carried is stored:  # of the side that stays
+            continue
+        # The same kind as before: a parameter where learned, a buffer where fixed.
+        owner, _, last = name.rpartition(".")
+        learned = isinstance(table, nn.Parameter)
+        setattr(model.get_submodule(owner), last, nn.Parameter(carried) if learned else carried)
+        if model.load_report is not None:
+            told = _resampled(name, old.grid, new.grid, method)
+            model.load_report.fates[name] = ("resampled", told)
+    model.config = new
+
+
+def _resampled(name: str, old: Grid, new: Grid, method: Resize) -> str:
+    """What the report says of the position table `name`: from where to where, and how."""
+    if name.endswith("rel_pos"):
+        before, after = attended_length(name, old), attended_length(name, new)
+        return f"offsets of {before} -> {after} patches, linear"
+    if name.endswith(("_x", "_y")):
+        side = 1 if name.endswith("_x") else 0
+        return f"{old[side]} -> {new[side]}, linear"
+    return f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}, {method}"
 
 
 def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:
@@ -150,7 +118,7 @@ def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:
     Raises:
         VitcliError: the patch size does not divide it.
     """
-    patch = config.patch_size
+    patch = config.pixels_per_patch
     if any(side < patch or side % patch for side in image_size):
         near = "x".join(str(max(patch, round(side / patch) * patch)) for side in image_size)
         raise VitcliError(
@@ -160,33 +128,55 @@ def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:
     return replace(config, image_size=image_size)
 
 
-def replace_head(
-    model: VisionTransformer, labels: Sequence[str], *, keep_pre_logits: bool = False
-) -> None:
+def replace_head(model: Model, labels: Sequence[str], *, keep_pre_logits: bool = False) -> None:
     """A new zero head for `labels`, in place; the pre-training head goes, both of its layers.
 
     Removing the hidden layer too is "a little more robust than re-initialising the last layer"
-    (paper, D.3).
+    (paper, D.3). Where there was a second, distilled head, the new one reads both tokens: it can
+    be whatever the mean of two is.
     """
-    config = model.config
-    size = config.representation_size if keep_pre_logits else None
-    model.config = replace(config, num_classes=len(labels), representation_size=size)
-    device = model.patch_embed.proj.weight.device
     fates = model.load_report.fates if model.load_report else {}
-    if config.representation_size and not keep_pre_logits:
-        model.pre_logits = nn.Identity()
-        for name in ("pre_logits.fc.weight", "pre_logits.fc.bias"):
-            fates[name] = ("dropped", "pre-training head")
+    if isinstance(model, VisionTransformer):
+        _drop_pretraining_head(model, fates, keep_pre_logits=keep_pre_logits)
+    model.config = replace(model.config, num_classes=len(labels))
+    device = next(model.parameters()).device
     model.head = nn.Linear(model.config.feature_dim, len(labels), device=device)
     nn.init.zeros_(model.head.weight)
     nn.init.zeros_(model.head.bias)
     for name in ("head.weight", "head.bias"):
         fates[name] = ("new", f"zero, {len(labels)} classes")
     model.labels = tuple(labels)
-    model.head_trained = False
+    model.head_activation, model.head_trained = "softmax", False
 
 
-def change_pool(model: VisionTransformer, pool: str) -> None:
+def _drop_pretraining_head(
+    model: VisionTransformer, fates: dict[str, tuple[Fate, str]], *, keep_pre_logits: bool
+) -> None:
+    config = model.config
+    size = config.representation_size if keep_pre_logits else None
+    model.config = replace(config, representation_size=size, distillation_head=False)
+    if config.representation_size and not keep_pre_logits:
+        model.pre_logits = nn.Identity()
+        for name in ("pre_logits.fc.weight", "pre_logits.fc.bias"):
+            fates[name] = ("dropped", "pre-training head")
+    if model.head_dist is not None:
+        model.head_dist = None
+        for name in ("head_dist.weight", "head_dist.bias"):
+            fates[name] = ("dropped", "the new head reads both tokens")
+
+
+def linear_head(model: Model) -> tuple[Tensor, Tensor] | None:
+    """(K, F) weight and (K,) bias of the head, of two distilled ones their mean; None for none."""
+    head, second = model.head, getattr(model, "head_dist", None)
+    if not isinstance(head, nn.Linear):
+        return None
+    if second is None:
+        return head.weight.detach(), head.bias.detach()
+    weight = torch.cat([head.weight, second.weight], dim=1) / 2  # (K, 2 D)
+    return weight.detach(), (head.bias + second.bias).detach() / 2
+
+
+def change_pool(model: Model, pool: str) -> None:
     """Let the features be pooled otherwise, in place; a head of another width goes with it.
 
     Raises:
@@ -194,10 +184,15 @@ def change_pool(model: VisionTransformer, pool: str) -> None:
     """
     from vitcli.vit.variants import normal_pool
 
-    config = model.config
     try:
         wanted = normal_pool(pool)
-        new = replace(config, pool=wanted)
+        if isinstance(model, ResNet):
+            if wanted != "mean":
+                raise ValueError(f"a ResNet takes the mean of its feature map, not `{wanted}`")
+            return
+        config = model.config
+        two_heads = config.distillation_head and wanted == config.pool
+        new = replace(config, pool=wanted, distillation_head=two_heads)
     except ValueError as error:
         raise VitcliError(
             f"this model cannot be pooled so: {error}", hint="another `--set model.pool=…`"
@@ -210,7 +205,7 @@ def change_pool(model: VisionTransformer, pool: str) -> None:
         )
     # What was trained on one pooling means nothing on another.
     fates = model.load_report.fates if model.load_report else {}
-    going = ("head.", "pre_logits.", "attn_pool.")
+    going = ("head.", "head_dist.", "pre_logits.", "attn_pool.")
     for name in [n for n in model.state_dict() if n.startswith(going)]:
         fates[name] = ("dropped", f"belongs to pool `{config.pool}`, not `{wanted}`")
     if config.norm_after_pool and new.pooled_dim != config.pooled_dim:
@@ -219,7 +214,8 @@ def change_pool(model: VisionTransformer, pool: str) -> None:
             hint="`token` or `mean` will do",
         )
     model.config = replace(new, num_classes=0, representation_size=None)
-    model.head, model.pre_logits, model.attn_pool = nn.Identity(), nn.Identity(), None
+    model.head, model.pre_logits = nn.Identity(), nn.Identity()
+    model.head_dist, model.attn_pool = None, None
     model.labels, model.head_trained = None, False
 
 
@@ -246,13 +242,13 @@ def _plain(name: str) -> str:
 
 
 def prepare_finetune(
-    model: VisionTransformer,
+    model: Model,
     labels: Sequence[str],
     *,
     image_size: tuple[int, int] | None = None,
     pool: str | None = None,
     keep_head: bool = False,
-) -> VisionTransformer:
+) -> Model:
     """`model` made ready for the classes `labels`, in place: resolution, pooling, new zero head.
 
     Args:
@@ -268,12 +264,12 @@ def prepare_finetune(
     if pool is not None:
         change_pool(model, pool)
     rows = match_classes(labels, model.labels) if keep_head and model.labels else None
-    old = model.head if rows is not None and model.head_trained else None
+    old = linear_head(model) if rows is not None and model.head_trained else None
     replace_head(model, labels, keep_pre_logits=old is not None)
-    if rows is not None and isinstance(old, nn.Linear) and isinstance(model.head, nn.Linear):
+    if old is not None and rows is not None and isinstance(model.head, nn.Linear):
         with torch.no_grad():
-            model.head.weight.copy_(old.weight[rows])
-            model.head.bias.copy_(old.bias[rows])
+            model.head.weight.copy_(old[0][rows])
+            model.head.bias.copy_(old[1][rows])
         model.head_trained = True
     if image_size is not None:
         resize(model, image_size)

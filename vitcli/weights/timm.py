@@ -1,36 +1,46 @@
-"""timm's layout: tensor names and shapes, and the `config.json` of its Hub repositories.
+"""Reading timm's layout: what the tensors, a Hub `config.json` beside them and the caller say.
 
-The names are ours as well, so nothing is renamed; what has to be found out is what the tensors
+The names are ours as well, so little is renamed; what has to be found out is what the tensors
 do not say: the number of heads, epsilon, pooling, normalisation and class names.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
-from vitcli.vit.variants import VARIANTS, Gelu, Pool, ViTConfig, normal_pool
-from vitcli.weights.stated import Stated, as_size, per_channel, stated_preprocess
+from vitcli.vit.names import VARIANTS
+from vitcli.vit.variants import Gelu, Pool, ViTConfig, normal_pool
+from vitcli.weights.stated import PICTURES, Stated, stated_preprocess
 from vitcli.weights.store import Checkpoint
-
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
-# Training leftovers that a classifier does not use.
-LEFTOVERS = ("mask_token", "decoder_", "decoder.", "teacher.", "optimizer.")
-
-
-def is_timm(names: Mapping[str, Any] | list[str]) -> bool:
-    """Whether these tensor names are timm's, a common prefix aside."""
-    return any(re.fullmatch(r"([\w.]+\.)?patch_embed\.proj\.weight", name) for name in names)
+from vitcli.weights.timm_hub import (
+    Hub,
+    assumed_preprocess,
+    eps_of,
+    facebook_sign,
+    gelu_of,
+    heads_of,
+    hub_says,
+    read_hub,
+)
+from vitcli.weights.timm_names import timm_names
+from vitcli.weights.timm_shapes import (
+    ANOTHER,
+    Shapes,
+    another,
+    check_dimensions,
+    refuse_foreign,
+    stages,
+)
 
 
 def read_timm(
     tensors: Mapping[str, Tensor], source: str, hub: Mapping[str, Any] | None, stated: Stated
 ) -> Checkpoint:
-    """Tensors in timm's layout -> a checkpoint.
+    """Tensors of a Vision Transformer in timm's layout -> a checkpoint.
 
     Args:
         tensors: names -> tensors, as in the file.
@@ -39,120 +49,165 @@ def read_timm(
         stated: what the caller says; it goes before everything else.
 
     Raises:
-        VitcliError: not a plain Vision Transformer; or the number of heads is not to be found out,
-            with the keys that say it.
+        VitcliError: another kind of model, with the tensors that contradict; or the number of
+            heads is not to be found out, with the keys that say it.
     """
-    found = _without_prefix(tensors)
-    dropped = {n: "not used by a classifier" for n in found if n.startswith(LEFTOVERS)}
-    found = {n: t for n, t in found.items() if n not in dropped}
-    hub = hub or {}
-    notes: list[str] = []
-    config = _config(found, source, hub, stated, notes)
-    preprocess = _preprocess(config, hub, stated, notes)
-    labels = stated.labels or _labels(hub, config.num_classes)
-    return Checkpoint(
-        config, found, "timm", labels, preprocess, config.num_classes > 0, None, dropped, notes
-    )
-
-
-def _without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = dict(tensors)
-    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in found)), None):
-        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    return found
-
-
-def _config(
-    found: Mapping[str, Tensor],
-    source: str,
-    hub: Mapping[str, Any],
-    stated: Stated,
-    notes: list[str],
-) -> ViTConfig:
+    found, dropped, notes = timm_names(tensors, source)
+    beside = read_hub(hub, source)
     shape = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    arguments = hub.get("model_args") or {}
-    try:
-        width, channels, patch, patch_x = shape["patch_embed.proj.weight"]
-        mlp_dim = shape["blocks.0.mlp.fc1.weight"][0]
-    except (KeyError, ValueError) as error:
+    refuse_foreign(shape, source)
+    if "pos_embed" not in shape and any("gamma_" in name for name in tensors):
         raise VitcliError(
-            f"`{source}` is not a plain Vision Transformer: `{error.args[0]}`",
-            hint="hybrids, DeiT with distillation and SwiGLU models are not understood yet",
-        ) from error
+            f"`{source}` has no `pos_embed`, and the names of a model with rotary positions",
+            hint="EVA and DINOv3 are not understood",
+        )
+    check_dimensions(shape, source)
+    config = _config(shape, source, beside, stated, notes)
+    base, named = hub_says(beside, config, source, notes)
+    if base is None:
+        variant = matching_variant(config.embed_dim, config.depth, config.mlp_dim)
+        base = assumed_preprocess(
+            config, variant, beside, facebook_sign(shape, dropped), stated, notes
+        )
+    preprocess = stated_preprocess(base, stated.preprocess, config.image_size, config.num_channels)
+    labels = stated.labels or named
+    trained = config.num_classes > 0
+    return Checkpoint(config, found, "timm", labels, preprocess, trained, None, dropped, notes)
+
+
+def _config(shape: Shapes, source: str, hub: Hub, stated: Stated, notes: list[str]) -> ViTConfig:
+    wanted = ["patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"]
+    if missing := [name for name in wanted if name not in shape]:
+        raise another(source, shape, "Vision Transformer", missing)
+    width, channels, patch, patch_x = shape[wanted[0]]
+    hidden, mlp_dim = shape[wanted[1]][0], shape[wanted[2]][1]
     if patch != patch_x:
         raise VitcliError(
             f"`{source}` has patches of {patch}x{patch_x} pixels; ours are square",
             hint="give weights of another model",
         )
-    blocks = [int(m[1]) for n in shape if (m := re.match(r"blocks\.(\d+)\.", n))]
-    depth = max(blocks) + 1
+    stem, stem_width = None, 1.0
+    if any(name.startswith("patch_embed.backbone.") for name in shape):
+        root = shape.get("patch_embed.backbone.stem.conv.weight", ())
+        if root[2:] != (7, 7) or "patch_embed.backbone.stem.norm.weight" not in shape:
+            raise another(source, shape, "hybrid", ["patch_embed.backbone.stem.conv.weight (7x7)"])
+        stem, stem_width, channels = stages(shape, "patch_embed.backbone."), root[0] / 64, root[1]
+    depth = 1 + max(int(m[1]) for n in shape if (m := re.match(r"blocks\.(\d+)\.", n)))
     registers = shape["reg_token"][1] if "reg_token" in shape else 0
-    class_token = "cls_token" in shape
-    after = "fc_norm.weight" in shape and "norm.weight" not in shape
-    size, covers = _image_size(shape, patch, registers + class_token, hub, source, stated)
-    heads = _num_heads(shape, (width, depth, mlp_dim), hub, source, stated, notes)
-    return ViTConfig(
-        image_size=size,
-        patch_size=patch,
-        num_channels=channels,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_dim=mlp_dim,
-        num_classes=shape["head.weight"][0] if "head.weight" in shape else 0,
-        pool=_pool(shape, hub, stated),
-        class_token=class_token,
-        num_registers=registers,
-        position="learned" if "pos_embed" in shape else "none",
-        position_covers_prefix=covers,
-        representation_size=shape.get("pre_logits.fc.weight", (None,))[0],
-        qkv_bias="blocks.0.attn.qkv.bias" in shape,
-        qk_norm="blocks.0.attn.q_norm.weight" in shape,
-        layer_scale=1e-5 if "blocks.0.ls1.gamma" in shape else None,
-        gelu=cast(Gelu, stated.gelu or _gelu(arguments)),
-        norm_eps=stated.norm_eps or 1e-6,
-        norm_after_pool=after,
-    )
+    tokens = {name: name in shape for name in ("cls_token", "dist_token")}
+    gated = hidden == 2 * mlp_dim
+    if "norm_pre.weight" in shape and not (stated.norm_eps or hub.architecture):
+        notes.append("epsilon 1e-6: assumed; CLIP's models have `--set model.norm_eps=1e-5`")
+    pool = _pool(shape, width, hub, source, stated, notes)
+    pixels = patch if stem is None else patch * 4 * 2 ** max(len(stem) - 1, 0)
+    size, covers = _image_size(shape, pixels, registers + sum(tokens.values()), hub, source, stated)
+    gelu: Gelu = stated.gelu or gelu_of(hub, source, gated=gated)  # type: ignore[assignment]
+    try:
+        return ViTConfig(
+            image_size=size,
+            patch_size=patch,
+            num_channels=channels,
+            embed_dim=width,
+            depth=depth,
+            num_heads=_num_heads(shape, (width, depth, mlp_dim), hub, source, stated, notes),
+            mlp_dim=mlp_dim,
+            num_classes=shape["head.weight"][0] if "head.weight" in shape else 0,
+            pool=pool,
+            class_token=tokens["cls_token"],
+            distillation_token=tokens["dist_token"],
+            distillation_head=pool == "distilled" and "head_dist.weight" in shape,
+            num_registers=registers,
+            position="learned" if "pos_embed" in shape else "none",
+            position_covers_prefix=covers,
+            representation_size=shape.get("pre_logits.fc.weight", (None,))[0],
+            qkv_bias="blocks.0.attn.qkv.bias" in shape,
+            qk_norm="blocks.0.attn.q_norm.weight" in shape,
+            layer_scale=hub.layer_scale if "blocks.0.ls1.gamma" in shape else None,
+            mlp="swiglu" if gated else "gelu",
+            gelu=gelu,
+            norm_eps=stated.norm_eps or eps_of(hub),
+            norm_before_blocks="norm_pre.weight" in shape,
+            norm_after_pool="fc_norm.weight" in shape and "norm.weight" not in shape,
+            patch_bias="patch_embed.proj.bias" in shape,
+            stem=stem,
+            stem_width=stem_width,
+            stem_arithmetic="timm" if stem is not None else "google",
+            dropout_rate=hub.dropout_rate,
+            drop_path_rate=hub.drop_path_rate,
+        )
+    except ValueError as error:
+        raise VitcliError(
+            f"`{source}` cannot be understood as a Vision Transformer: {error}",
+            hint=ANOTHER,
+        ) from error
 
 
-def _gelu(arguments: Mapping[str, Any]) -> str:
-    return "tanh" if "tanh" in str(arguments.get("act_layer", "")) else "exact"
-
-
-def _pool(shape: Mapping[str, Any], hub: Mapping[str, Any], stated: Stated) -> Pool:
-    arguments = hub.get("model_args") or {}
-    said = arguments.get("global_pool") or hub.get("global_pool")
-    if stated.pool and stated.pool != "quadrants":  # no file of timm's has a head for these
-        said = stated.pool
-    if said:
-        try:
-            return normal_pool(said)
-        except ValueError as error:
-            raise VitcliError(str(error), hint="another `--set model.pool=…`") from error
+def _pool(
+    shape: Shapes, width: int, hub: Hub, source: str, stated: Stated, notes: list[str]
+) -> Pool:
+    """What the head was trained on; the caller goes first where the file has no pool of its own."""
+    head = shape.get("head.weight", (0, width))[1]
     if "attn_pool.latent" in shape:
         return "map"
-    return "mean" if "fc_norm.weight" in shape or "cls_token" not in shape else "token"
+    if "dist_token" in shape and ("head_dist.weight" in shape or "head.weight" not in shape):
+        return "distilled"
+    if head == 2 * width:
+        return "distilled" if "dist_token" in shape else "token_mean"
+    said = hub.pool
+    if not said and stated.pool in ("token", "mean", "cls", "tok", "avg", "gap", "map"):
+        said = stated.pool  # no file of timm's has a head for the others
+    if said:
+        try:
+            return _possible(normal_pool(said), shape)
+        except ValueError as error:
+            whose = "the config.json of" if hub.pool else "`model.pool` does not fit"
+            raise VitcliError(
+                f"{whose} `{source}`: {error}",
+                hint="mend it, or remove it" if hub.pool else "another `--set model.pool=…`",
+            ) from error
+    if hub.pool == "":
+        notes.append("the file has no pooling (a logit for every token); one is chosen")
+    if "cls_token" not in shape:
+        return "mean"
+    if "fc_norm.weight" in shape and "norm.weight" not in shape:
+        notes.append("pool `mean`, as the last norm is `fc_norm`; `--set model.pool=…` changes it")
+        return "mean"
+    return "token"
+
+
+def _possible(pool: Pool, shape: Shapes) -> Pool:
+    """`pool`, where the tensors have what it takes; a ValueError where they have not."""
+    if pool == "token" and "cls_token" not in shape:
+        raise ValueError("pool `token` takes a class token, and there is none (`mean` would do)")
+    if pool == "map":  # with its tensors it would not have been asked for
+        raise ValueError("pool `map` takes an attention pool, and there is none")
+    return pool
 
 
 def _num_heads(
-    shape: Mapping[str, tuple[int, ...]],
+    shape: Shapes,
     sizes: tuple[int, int, int],
-    hub: Mapping[str, Any],
+    hub: Hub,
     source: str,
     stated: Stated,
     notes: list[str],
 ) -> int:
-    """From the caller, the config, the width of QK-norm, or the variant of these sizes."""
-    arguments = hub.get("model_args") or {}
-    heads = stated.num_heads or arguments.get("num_heads")
+    """From the caller, the config, the width of QK-norm, the architecture, or these sizes."""
+    heads = stated.num_heads or hub.num_heads
     if not heads and "blocks.0.attn.q_norm.weight" in shape:
         heads = sizes[0] // shape["blocks.0.attn.q_norm.weight"][0]
+    if not heads and (heads := heads_of(hub, sizes[0])):
+        notes.append(f"{heads} heads, as timm has them for {hub.architecture}")
     if not heads and (name := matching_variant(*sizes)):
         heads = VARIANTS[name].num_heads
         notes.append(f"{heads} heads, from the variant {name} that the shapes match")
+    if not heads and sizes == (1536, 40, 4096):
+        heads = 24
+        notes.append("24 heads, from DINOv2's ViT-g that the shapes match")
     if not heads:
         missing = ["model.num_heads"]
-        if not hub.get("pretrained_cfg"):
+        root = shape.get("patch_embed.backbone.stem.conv.weight", shape["patch_embed.proj.weight"])
+        if not hub.pretrained and root[1] in PICTURES:
             missing += [f"preprocess.{k}" for k in ("mean", "std") if k not in stated.preprocess]
         raise unsaid(source, missing)
     if sizes[0] % heads:
@@ -176,84 +231,40 @@ def unsaid(source: str, keys: list[str]) -> VitcliError:
 
 def matching_variant(embed_dim: int, depth: int, mlp_dim: int) -> str | None:
     """The published variant of exactly these sizes; ours (Pico, Nano) come with a header."""
-    for name in ("Ti", "S", "B", "L", "H"):
-        v = VARIANTS[name]
-        if (v.embed_dim, v.depth, v.mlp_dim) == (embed_dim, depth, mlp_dim):
+    for name, v in VARIANTS.items():
+        sizes = v.embed_dim, v.depth, v.mlp_dim
+        if sizes == (embed_dim, depth, mlp_dim) and name not in ("Pico", "Nano", "mu"):
             return name
     return None
 
 
 def _image_size(
-    shape: Mapping[str, tuple[int, ...]],
-    patch: int,
-    prefix: int,
-    hub: Mapping[str, Any],
-    source: str,
-    stated: Stated,
+    shape: Shapes, pixels: int, prefix: int, hub: Hub, source: str, stated: Stated
 ) -> tuple[tuple[int, int], bool]:
     """The (Y, X) that the stored positions belong to, and whether prefix tokens have one too."""
-    pretrained = hub.get("pretrained_cfg") or {}
-    arguments = hub.get("model_args") or {}
-    said = as_size(arguments.get("img_size") or (pretrained.get("input_size") or [])[1:] or None)
+    said = hub.image_size
     if "pos_embed" not in shape:
         size = stated.image_size or said
         if size is None:
             raise unsaid(source, ["model.image_size"])
-        return size, True
+        if size[0] % pixels or size[1] % pixels:
+            raise VitcliError(
+                f"images of {size[0]}x{size[1]} pixels do not divide into patches of {pixels}, "
+                f"as `{source}` has them",
+                hint=f"`--set model.image_size=[Y,X]`, multiples of {pixels}",
+            )
+        return size, not hub.arguments.get("no_embed_class")
     count = shape["pos_embed"][1]
-    uncovered = bool(arguments.get("no_embed_class"))
+    uncovered = bool(hub.arguments.get("no_embed_class"))
     counts = [(count, False)] if uncovered else [(count - prefix, True), (count, False)]
     for size in (said, stated.image_size):
         for n, covers in counts:
-            if size and (size[0] // patch) * (size[1] // patch) == n:
-                return (size[0] // patch * patch, size[1] // patch * patch), covers
+            if size and (size[0] // pixels) * (size[1] // pixels) == n:
+                return (size[0] // pixels * pixels, size[1] // pixels * pixels), covers
     for n, covers in counts:
         if n > 0 and math.isqrt(n) ** 2 == n:
-            return (math.isqrt(n) * patch, math.isqrt(n) * patch), covers
+            return (math.isqrt(n) * pixels, math.isqrt(n) * pixels), covers
     raise VitcliError(
         f"`{source}` has {count} positions, no square grid, and does not say which one",
-        hint=f"`--set model.image_size=[Y,X]` in pixels, the patch size is {patch}",
+        hint=f"`--set model.image_size=[Y,X]` in pixels, the patch size is {pixels}",
     )
-
-
-def _preprocess(
-    config: ViTConfig, hub: Mapping[str, Any], stated: Stated, notes: list[str]
-) -> Preprocess | None:
-    """timm's evaluation transform for these weights; None where nothing says mean and std."""
-    pretrained = hub.get("pretrained_cfg") or {}
-    variant = matching_variant(config.embed_dim, config.depth, config.mlp_dim)
-    base: Preprocess | None = None
-    channels = config.num_channels
-    if "mean" in pretrained or "std" in pretrained or variant is not None:
-        base = Preprocess(
-            image_size=config.image_size,
-            resize_mode="squash" if pretrained.get("crop_mode") == "squash" else "crop",
-            crop_fraction=_crop_fraction(pretrained, config),
-            interpolation=pretrained.get("interpolation") or "bicubic",
-            mean=per_channel(pretrained.get("mean") or 0.5, channels, "mean"),
-            std=per_channel(pretrained.get("std") or 0.5, channels, "std"),
-            num_channels=channels,
-        )
-    if not pretrained and base is not None and not {"mean", "std"} <= set(stated.preprocess):
-        notes.append(
-            f"mean and std 0.5, resize {base.interpolation}, crop {base.crop_fraction}: assumed, "
-            f"as timm has them for ViT-{variant}; `--set preprocess.mean=…` changes it"
-        )
-    return stated_preprocess(base, stated.preprocess, config.image_size, channels)
-
-
-def _crop_fraction(pretrained: Mapping[str, Any], config: ViTConfig) -> float:
-    """As stated; timm's general default beside a config; else what its ViTs at 224 pixels have."""
-    if pretrained:
-        return float(pretrained.get("crop_pct") or 0.875)
-    return 0.9 if config.image_size == (224, 224) else 1.0
-
-
-def _labels(hub: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
-    pretrained = hub.get("pretrained_cfg") or {}
-    names = hub.get("label_names") or pretrained.get("label_names")
-    described = hub.get("label_descriptions") or pretrained.get("label_descriptions") or {}
-    if not isinstance(names, (list, tuple)) or len(names) != num_classes:
-        return None
-    texts = [str(described.get(n, n)) if isinstance(described, Mapping) else str(n) for n in names]
-    return tuple(texts if len(set(texts)) == len(texts) else map(str, names))

@@ -1,0 +1,145 @@
+"""Peak memory of a training run over more and more images: `python recipes/bench_memory.py`.
+
+Makes folders, CSV files and parquet files of one small JPEG under many names, trains a few steps on
+each in a process of its own, and prints the peak of its resident memory, in all and without mapped
+files, and what each further image costs. What grows should be the index (paths, labels, order).
+Pages of a mapped parquet cache count while nothing else needs the room. Linux only.
+"""
+
+import argparse
+import io
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+
+CLASSES = 10
+SIDE = 64
+STEPS = 3
+KILO, MEGA = 2**10, 2**20
+POLL = 0.02  # seconds
+
+
+def picture() -> bytes:
+    """A small JPEG that is not all one colour."""
+    image = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def make_folder(place: Path, count: int) -> Path:
+    """`count` links to one file; a file may have 65,000 names on ext4."""
+    content = picture()
+    origin = place / "origin-0.jpg"
+    for i in range(count):
+        if i % 60_000 == 0:
+            origin = place / f"origin-{i}.jpg"
+            origin.write_bytes(content)
+        folder = place / "folder" / f"class_{i % CLASSES}"
+        if i < CLASSES:
+            folder.mkdir(parents=True)
+        os.link(origin, folder / f"{i:09}.jpg")
+    return place / "folder"
+
+
+def make_csv(place: Path, count: int) -> Path:
+    """A table of one file under one name."""
+    (place / "one.jpg").write_bytes(picture())
+    with (place / "table.csv").open("w") as file:
+        file.write("path,label\n")
+        file.writelines(f"one.jpg,class_{i % CLASSES}\n" for i in range(count))
+    return place / "table.csv"
+
+
+def make_parquet(place: Path, count: int) -> Path:
+    """One file, written in parts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = picture()
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", image), ("label", pa.int64())])
+    with pq.ParquetWriter(place / "x.parquet", schema) as writer:
+        for start in range(0, count, 1000):
+            part = range(start, min(start + 1000, count))
+            images = [{"bytes": content, "path": None}] * len(part)
+            columns = {"image": images, "label": [i % CLASSES for i in part]}
+            writer.write_table(pa.table(columns, schema=schema))
+    return place / "x.parquet"
+
+
+KINDS = {"folder": make_folder, "csv": make_csv, "parquet": make_parquet}
+
+
+def train(data: Path, place: Path) -> tuple[int, int]:
+    """Peak bytes of `vitcli pretrain` on `data`: resident in all, and without mapped files."""
+    settings = ["model.name=Pico/8", "model.image_size=32", "model.depth=1", "data.workers=1"]
+    settings += ["train.batch_size=32", "train.precision=fp32", "train.eval_steps=1000000"]
+    # The held-out share is evaluated at the end; one image of each class is enough of it.
+    settings += [f"train.steps={STEPS}", "data.test_fraction=0.000001"]
+    command = [sys.executable, "-m", "vitcli", "pretrain", str(data), "--out", str(place / "run")]
+    command += [part for setting in settings for part in ("--set", setting)]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(place / "cache")}
+    with (place / "said").open("w+") as said:
+        child = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        own = 0
+        while child.poll() is None:
+            own = max(own, own_memory(child.pid))
+            time.sleep(POLL)
+        if child.returncode:
+            raise SystemExit((place / "said").read_text())
+    # The largest of all children that have ended: each is measured by a fresh parent.
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * KILO, own
+
+
+def own_memory(pid: int) -> int:
+    """Bytes that are resident and belong to no file; mapped files leave when others need room."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * KILO
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--counts", default="1000,10000,100000")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "COUNT"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        kind, count = given.one[0], int(given.one[1])
+        with tempfile.TemporaryDirectory() as folder:
+            resident, own = train(KINDS[kind](Path(folder), count), Path(folder))
+        sys.stdout.write(f"{resident} {own}\n")
+        return
+    counts = [int(count) for count in given.counts.split(",")]
+    for kind in given.kinds.split(","):
+        first: tuple[int, int] | None = None
+        for count in counts:
+            command = [sys.executable, __file__, "--one", kind, str(count)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            resident, own = map(int, done.stdout.split())
+            line = f"{kind:8} {count:9,} images  resident {resident / MEGA:6.1f} MiB"
+            line += f", without mapped files {own / MEGA:6.1f} MiB"
+            if first is not None:
+                images = count - counts[0]
+                more = [
+                    (now - then) / images for now, then in zip((resident, own), first, strict=True)
+                ]
+                line += f"  (a further image: {more[0]:.0f} and {more[1]:.0f} bytes)"
+            first = first or (resident, own)
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

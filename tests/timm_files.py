@@ -1,0 +1,31 @@
+"""Small models for the tests of timm's layout, and reading their tensors without a file."""
+
+import torch
+
+from vitcli.vit import VisionTransformer, ViTConfig
+from vitcli.weights.stated import Stated
+from vitcli.weights.surgery import build
+from vitcli.weights.timm import read_timm
+from vitcli.weights.timm_bit import read_bit
+from vitcli.weights.timm_names import is_bit
+
+
+def tiny(**options) -> VisionTransformer:
+    """A small model with weights that are nowhere 0 or 1, so that each one counts."""
+    stem = {"stem_arithmetic": "timm"} if "stem" in options else {}
+    base = {"image_size": (32, 32), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    net = VisionTransformer(
+        ViTConfig(**{**base, "mlp_dim": 80, "num_classes": 5, **stem, **options})
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    return net.eval()
+
+
+def read(tensors, **said):
+    """What `load_model` does with a file of these tensors."""
+    hub = said.pop("hub", None)
+    reader = read_bit if is_bit(tensors) else read_timm
+    return build(reader(tensors, "w", hub, Stated(**said)), "w")

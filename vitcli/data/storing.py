@@ -1,0 +1,218 @@
+"""Storing a set of images: each is decoded and shrunk once; `stored.py` says what is written."""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from vitcli.data.ahead import in_order
+from vitcli.data.decode import ImageError, open_image
+from vitcli.data.sets import ImageSet, Pixels, Source
+from vitcli.data.stored import DESCRIPTION, FORMAT, INDEX, PLAN, ends, read_index, targets_file
+from vitcli.errors import VitcliError, printable
+from vitcli.files import replacing, write_text
+from vitcli.watch import Quiet, Watcher
+
+SYNC_IMAGES = 4096  # after so many, what is written is on the disk and survives a power cut
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What `store_set` wrote.
+
+    Args:
+        images: split -> how many can be read.
+        bytes: of the whole folder.
+        broken: a line for each image that could not be read and was left out.
+    """
+
+    images: Mapping[str, int]
+    bytes: int
+    broken: tuple[str, ...]
+
+
+def store_set(
+    source: Source,
+    out: Path,
+    *,
+    side: int,
+    workers: int | None = None,
+    watch: Watcher | None = None,
+) -> Stored:
+    """Decode every image once and keep it with a shorter side of at most `side` pixels.
+
+    Aspect ratios stay, so that random crops afterwards are those of the originals; smaller images
+    stay as they are. Stopped in the middle, the same call goes on where it was.
+
+    Args:
+        source: the data, split as it is to be used.
+        out: a new or empty folder, or one where this was stopped.
+        side: pixels; what an evaluation resizes to before its crop is the natural choice, because
+            then it finds the same pixels as in the originals.
+        workers: threads; None takes one a core.
+
+    Raises:
+        VitcliError: something else lies at `out`; the disk is full.
+    """
+    watch, workers = watch or Quiet(), workers or os.cpu_count() or 1
+    plan = {
+        "format": FORMAT,
+        "side": side,
+        "classes": list(source.classes),
+        "splits": {name: len(images) for name, images in source.splits.items()},
+        "source": source.notation,
+        "fingerprint": source.fingerprint,
+        "multi_label": source.multi_label,
+    }
+    _begin(out, plan)
+    total = sum(len(images) for images in source.splits.values())
+    broken: list[str] = []
+    digests: dict[str, str] = {}
+    kept: dict[str, int] = {}
+    before = sum(_rows_done(out, name) for name in source.splits)
+    if before:
+        watch.note(f"going on at image {before:,} of {total:,}")
+    try:
+        with watch.progress("store", total, before) as bar:
+            for name, images in source.splits.items():
+                if images.targets is not None:
+                    with replacing(targets_file(out, name)) as temporary:
+                        images.targets.tofile(temporary)
+                with Writer(out, name) as writer:
+                    rest = range(writer.rows, len(images))
+                    for image in in_order(partial(shrink, images, side), rest, workers):
+                        writer.add(image, int(images.labels[writer.rows]))
+                        bar.advance()
+                index = read_index(out, name)
+                kept[name] = int((index["height"] > 0).sum())
+                digests[name] = hashlib.sha256(index.tobytes()).hexdigest()
+                for row in np.flatnonzero(index["height"] == 0):
+                    broken.append(_why(images, int(row)))
+    except OSError as error:
+        raise VitcliError(
+            f"cannot write `{printable(out)}`: {error.strerror or error}",
+            "free some space; the same command then goes on where this stopped",
+        ) from error
+    write_text(out / DESCRIPTION, json.dumps({**plan, "index": digests}, indent=1) + "\n")
+    (out / PLAN).unlink(missing_ok=True)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return Stored(kept, size, tuple(broken))
+
+
+def _begin(out: Path, plan: dict[str, Any]) -> None:
+    """Make the folder, or see that it is this very set that was begun there."""
+    shown = printable(out)
+    if (out / DESCRIPTION).is_file():
+        raise VitcliError(f"`{shown}` is a finished set", "take another place, or remove it")
+    if (out / PLAN).is_file():
+        try:
+            begun = json.loads((out / PLAN).read_text(encoding="utf-8"))
+        except ValueError:
+            begun = None
+        if begun != plan:
+            raise VitcliError(
+                f"in `{shown}` another set was begun, or the same one otherwise",
+                "take another place, or remove it",
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise VitcliError(f"`{shown}` is there already and not empty", "take another place")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VitcliError(
+            f"cannot make `{shown}`: {error.strerror}", "take another place"
+        ) from None
+    write_text(out / PLAN, json.dumps(plan))
+
+
+class Writer:
+    """Appends images to one split; what was written before an interruption stays."""
+
+    def __init__(self, out: Path, split: str) -> None:
+        self.rows = _rows_done(out, split)
+        index = read_index(out, split)[: self.rows] if self.rows else np.empty(0, INDEX)
+        self.end = int(ends(index).max(initial=0))
+        self.pixels = _opened_at(out / f"{split}.pixels", self.end)
+        self.index = _opened_at(out / f"{split}.index", self.rows * INDEX.itemsize)
+        self.since = 0
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        try:
+            self._sync()
+        finally:
+            self.pixels.close()
+            self.index.close()
+
+    def add(self, image: Pixels | None, label: int) -> None:
+        """The next image (height, width, 3), or None for one that cannot be read."""
+        row = np.zeros((), dtype=INDEX)
+        row["offset"], row["label"] = self.end, label
+        if image is not None:
+            content = image.tobytes()
+            row["height"], row["width"] = image.shape[:2]
+            row["crc32"] = zlib.crc32(content)
+            self.pixels.write(content)
+            self.end += len(content)
+        self.index.write(row.tobytes())
+        self.rows += 1
+        self.since += 1
+        if self.since >= SYNC_IMAGES:
+            self._sync()
+
+    def _sync(self) -> None:
+        """Pixels first: an index row on the disk means that its pixels are there too."""
+        for file in (self.pixels, self.index):
+            file.flush()
+            os.fsync(file.fileno())
+        self.since = 0
+
+
+def _opened_at(path: Path, size: int) -> BinaryIO:
+    """The file, cut or made to `size` bytes, to be appended to."""
+    file = path.open("ab")
+    file.truncate(size)
+    return file
+
+
+def _rows_done(folder: Path, split: str) -> int:
+    """Rows whose pixels are on the disk as well."""
+    if not (folder / f"{split}.index").is_file():
+        return 0
+    pixels = folder / f"{split}.pixels"
+    size = pixels.stat().st_size if pixels.is_file() else 0
+    short = np.flatnonzero(ends(index := read_index(folder, split)) > size)
+    return int(short[0]) if len(short) else len(index)
+
+
+def shrink(images: ImageSet, side: int, index: int) -> Pixels | None:
+    """(height, width, 3) with a shorter side of at most `side`; None where it cannot be read."""
+    try:
+        with open_image(images.content(index), name=images.describe(index)) as picture:
+            image = picture.whole()
+            shorter = min(image.size)
+            if shorter > side:
+                size = [max(1, int(side * length / shorter)) for length in image.size]
+                image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+            return np.asarray(image)
+    except ImageError:
+        return None
+
+
+def _why(images: ImageSet, index: int) -> str:
+    try:
+        images.read(index)
+    except ImageError as error:
+        return f"{error.name}: {error.reason}"
+    return f"{images.describe(index)}: it could not be read when the set was stored"

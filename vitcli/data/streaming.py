@@ -1,0 +1,274 @@
+"""`data.streaming`: training images read shard after shard, for sets that are larger than the disk.
+
+Nothing of a shard is kept. The order of the shards is drawn anew each epoch, and a buffer mixes the
+images of those at hand; that is less random than a permutation of the whole. A stream cannot be
+entered in its middle, so a resumed run begins another one: images of the epoch that was cut short
+come again or not at all. Images to test on are fetched and read as any others.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tarfile import TarError
+from typing import Any, cast
+
+import numpy as np
+
+from vitcli.data.assemble import fingerprint
+from vitcli.data.columns import class_names
+from vitcli.data.hub import hub_names, load_hub, plan_hub
+from vitcli.data.layouts import Plan
+from vitcli.data.parquet import (
+    choose_columns,
+    features_of,
+    parquet_files,
+    parquet_splits,
+    read_parquet,
+)
+from vitcli.data.sets import ImageSet, Request, Source
+from vitcli.data.shards import NAMES_FILES, expand, read_names, read_shards, shard_splits
+from vitcli.data.stream_rows import read_parquet_rows, read_tar
+from vitcli.errors import VitcliError, printable
+from vitcli.hub import Listing
+
+REMOTE = re.compile(r"https?://.+\.tar")
+WAY_OUT = "`--resume` goes on from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image as it is stored, the number of its class, and what errors call it."""
+
+    content: bytes
+    label: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a stream: its name, how it is read (`parquet` or `tar`), and how it is opened."""
+
+    name: str
+    kind: str
+    open: Callable[[], Any]
+
+
+class StreamSet:
+    """The training images of a stream; only `StreamLoader` can read them.
+
+    Args:
+        classes: names, in the order of the labels.
+        shards: in their own order.
+        columns: (image, label) of parquet files; (None, label) of shards, where it is said.
+        buffer: images that are mixed at a time.
+    """
+
+    targets: None = None
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        shards: Sequence[Shard],
+        columns: tuple[str | None, str | None],
+        buffer: int,
+    ) -> None:
+        self.name = "train"
+        self.classes = tuple(classes)
+        self.shards = tuple(shards)
+        self.columns = columns
+        self.buffer = buffer
+        self._number = {name: label for label, name in enumerate(self.classes)}
+
+    def __len__(self) -> int:
+        raise VitcliError(
+            "how many images a stream has is not known", "give `--steps`, or `--set train.images=N`"
+        )
+
+    def epoch(self, seed: Sequence[int], rank: int, world_size: int) -> Iterator[Sample]:
+        """Every image of this process's shards once, in an order that `seed` says.
+
+        Raises:
+            VitcliError: a shard cannot be read, or a label is no class.
+        """
+        rng = np.random.default_rng(tuple(seed))
+        order = rng.permutation(len(self.shards))[rank::world_size]
+        mixing = np.random.default_rng((*seed, rank + 1))
+        held: list[Sample] = []
+        for number in order:
+            for sample in self.read(self.shards[number]):
+                if len(held) < self.buffer:
+                    held.append(sample)
+                    continue
+                place = int(mixing.integers(self.buffer))
+                sample, held[place] = held[place], sample
+                yield sample
+        for place in mixing.permutation(len(held)):
+            yield held[place]
+
+    def read(self, shard: Shard) -> Iterator[Sample]:
+        """The labelled images of one shard, in its order."""
+        from huggingface_hub.errors import HTTPError
+        from pyarrow import ArrowException
+
+        broken: Any = (OSError, TarError, ArrowException, HTTPError)
+        try:
+            with shard.open() as file:
+                rows = read_parquet_rows if shard.kind == "parquet" else read_tar
+                for content, label, name in rows(file, self.columns):
+                    number = self._label(label, shard)
+                    if number is not None:
+                        yield Sample(content, number, f"{name} of {shard.name}")
+        except broken as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise VitcliError(f"cannot read on in `{shard.name}`: {reason}", WAY_OUT) from error
+
+    def _label(self, label: Any, shard: Shard) -> int | None:
+        """The class number of a cell; None where there is none."""
+        if label in (None, "", -1):
+            return None
+        if (found := self._number.get(str(label))) is not None:
+            return found
+        if str(label).isdecimal() and int(label) < len(self.classes):
+            return int(label)
+        raise VitcliError(
+            f"`{shard.name}` has the label `{printable(str(label))}`, which is none of "
+            f"{len(self.classes)} classes",
+            "`--set data.classes=FILE` names them all, one a line",
+        )
+
+
+def open_stream(request: Request, classes_file: str | None, buffer: int) -> Source:
+    """DATA as a stream: parquet or shards, here, on the Hub, or `https://…/x-{000..099}.tar`.
+
+    Args:
+        request: what the user asked for; its splits must be those of the data.
+        classes_file: class names, one a line, where the data does not carry them.
+        buffer: images that are mixed at a time.
+
+    Raises:
+        VitcliError: data that is no shards or parquet, classes that are not known.
+    """
+    if request.multi_label or request.folds or request.validation_fraction or request.train_split:
+        raise VitcliError(
+            "a stream has no folds, slices or several labels an image",
+            "without `data.streaming` there are",
+        )
+    held: Mapping[str, ImageSet] = {}
+    record: dict[str, Any] = {"streaming": True, "resume": "approximate"}
+    beside: Path | None = None
+    if request.notation.startswith("hf:"):
+        listing, plan = plan_hub(request)
+        shards = [_hub_shard(listing, plan, name) for name in plan.files.get("train", ())]
+        rest = {name: files for name, files in plan.files.items() if name != "train"}
+        held = _hub_rest(request, rest)
+        beside = hub_names(listing)
+        record |= {"repository": listing.repository.name, "commit": listing.commit}
+    elif REMOTE.fullmatch(request.notation):
+        shards = [_remote_shard(url) for url in expand(request.notation)]
+    else:
+        shards, held, beside = _local(request)
+    if not shards:
+        raise VitcliError(
+            f"`{request.shown}` has no training images that can be streamed",
+            "parquet files and WebDataset shards can",
+        )
+    names = read_names(Path(classes_file)) if classes_file else None
+    if names is None and beside is not None:
+        names = read_names(beside)
+    columns, marked = _look_into(shards[0], request)
+    classes = names or marked
+    if not classes:
+        raise VitcliError(
+            f"`{request.shown}` does not say its classes, and a stream cannot be searched for them",
+            "`--set data.classes=FILE` names them, one a line",
+        )
+    stream = StreamSet(classes, shards, columns, buffer)
+    splits = {"train": cast(ImageSet, stream), **_aligned(request, held, stream.classes)}
+    marks = [shard.name.encode() for shard in shards] + [name.encode() for name in classes]
+    note = f"{request.shown}: a stream of {len(shards):,} files, mixed {buffer:,} images at a time"
+    return Source(request.shown, splits, stream.classes, fingerprint(marks), (note,), record)
+
+
+def _aligned(
+    request: Request, held: Mapping[str, ImageSet], classes: tuple[str, ...]
+) -> dict[str, ImageSet]:
+    try:
+        return {name: images.relabelled(classes) for name, images in held.items()}
+    except KeyError as error:
+        raise VitcliError(
+            f"`{request.shown}`: class {error} of the images to test on is none of the stream's",
+            "`--set data.classes=FILE` names them all, one a line",
+        ) from None
+
+
+def _local(request: Request) -> tuple[list[Shard], Mapping[str, ImageSet], Path | None]:
+    """Shards here, the splits beside train, and a file with class names beside them."""
+    path = request.path
+    kind = "parquet" if path.suffix == ".parquet" or parquet_files(path) else "tar"
+    if kind == "tar" and not path.is_dir() and path.suffix != ".tar":
+        return [], {}, None
+    notes: list[str] = []
+    files = parquet_splits(path, notes) if kind == "parquet" else shard_splits(request.notation)
+    train = files.pop("train", [])
+    shards = [Shard(printable(file), kind, partial(file.open, "rb")) for file in train]
+    read = read_parquet if kind == "parquet" else read_shards
+    alone = replace(request, test_fraction=0.0, labelled=False)
+    held = read(alone, files, notes).splits if files else {}
+    names = (train[0].parent / name for name in NAMES_FILES) if train else ()
+    return shards, held, next((name for name in names if name.is_file()), None)
+
+
+def _hub_shard(listing: Listing, plan: Plan, name: str) -> Shard:
+    from huggingface_hub import HfFileSystem, constants
+
+    if plan.kind == "folder":
+        raise VitcliError(
+            f"`{listing.repository}` is a folder of pictures, which is no stream",
+            "without `data.streaming` it is fetched",
+        )
+    kind = "parquet" if plan.kind == "parquet" else "tar"
+    path = f"datasets/{listing.repository.name}@{listing.commit}/{name}"
+
+    def opened() -> Any:
+        system = HfFileSystem(endpoint=constants.ENDPOINT)
+        # A tar file is read from front to back, parquet begins at its end.
+        return system.open(path, "rb", **({"block_size": 0} if kind == "tar" else {}))
+
+    return Shard(f"{listing.repository}/{name}", kind, opened)
+
+
+def _remote_shard(url: str) -> Shard:
+    def opened() -> Any:
+        import fsspec
+
+        return fsspec.open(url, "rb", block_size=0).open()
+
+    return Shard(url, "tar", opened)
+
+
+def _hub_rest(request: Request, files: Mapping[str, Sequence[str]]) -> Mapping[str, ImageSet]:
+    """The splits to test on, fetched."""
+    if not files:
+        return {}
+    return load_hub(replace(request, test_fraction=0.0, labelled=False), without="train").splits
+
+
+def _look_into(
+    shard: Shard, request: Request
+) -> tuple[tuple[str | None, str | None], Sequence[str] | None]:
+    """The columns of a stream and, where a parquet file says them, the classes."""
+    if shard.kind == "tar":
+        return (None, request.label_column), None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with shard.open() as file:
+            schema = pq.ParquetFile(file).schema_arrow
+    except (OSError, pa.ArrowException) as error:
+        raise VitcliError(f"cannot read `{shard.name}`: {error}", "see to the network") from error
+    features = features_of(schema)
+    columns = choose_columns(shard.name, schema, features, request)
+    return columns, class_names(features.get(columns[1]))

@@ -1,0 +1,231 @@
+"""The results of the commands, one function each, as tables."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from vitcli import report
+from vitcli.errors import printable
+from vitcli.report import print_facts, print_picture, print_table, show_next
+
+MOST_CLASSES = 20  # shown of an evaluation
+MOST_EXAMPLES = 3  # shown of each kind of finding
+
+
+def percent(share: float) -> str:
+    """0.9077 -> 90.77 %."""
+    return f"{100 * share:.2f} %"
+
+
+def show_trained(result: Any) -> None:
+    """The result of `pretrain` and `finetune`."""
+    figures = result.figures
+    rows: list[tuple[str, Any]] = [
+        ("model", f"{result.model}, {result.parameters:,} parameters"),
+        ("data", result.data),
+        ("steps", f"{result.steps:,} ({result.images:,} images)"),
+        ("time", f"{result.seconds:.0f} s, {result.images_per_second:.0f} images/s"),
+    ]
+    if "accuracy" in figures and "images" in figures:
+        counted = f"{percent(figures['accuracy'])} of {figures['images']:,.0f} images"
+        rows.append(("test accuracy", counted))
+    if "map" in figures:
+        counted = f"{percent(figures['map'])} of {figures['images']:,.0f} images"
+        rows.append(("test mean average precision", counted))
+        rows.append(("test micro F1 at 0.5", percent(figures["micro_f1"])))
+    rows += [
+        (name.removeprefix("train/"), f"{value:.4f}")
+        for name, value in figures.items()
+        if name == "loss" or name.startswith("train/")
+    ]
+    if result.broken:
+        rows.append(("unreadable", f"{len(result.broken)} images, replaced"))
+    print_facts(f"{result.command}: {result.run}", rows)
+    steps = {"pretrain": "vitcli fewshot --shots 5, or vitcli finetune"}
+    show_next(steps.get(result.command, "vitcli predict image.jpg"))
+
+
+def show_fewshot(result: Any) -> None:
+    """Accuracies by shots, beside those of the raw pixels."""
+    facts = result.to_json()
+    rows = []
+    for shots, found in facts["shots"].items():
+        row = [f"{shots} a class", spread(found["accuracy"])]
+        if facts["raw_pixels"]:
+            row.append(spread(facts["raw_pixels"][shots]["accuracy"]))
+        rows.append(row)
+    columns = ["shots", "this model"]
+    if facts["raw_pixels"]:
+        size = facts["raw_pixels_size"]
+        columns.append(f"raw pixels ({size[0]}x{size[1]})")
+    title = (
+        f"few-shot accuracy of {result.model} on {result.data}: {result.classes} classes, "
+        f"{result.test_images:,} test images, {result.dim} features"
+    )
+    print_table(title, columns, rows)
+    show_next(f"vitcli predict image.jpg --model {result.run}")
+
+
+def spread(accuracy: Mapping[str, Any]) -> str:
+    """Mean and standard deviation over the seeds."""
+    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
+
+
+def show_evaluation(result: Any) -> None:
+    """Figures over the set, and the classes."""
+    if hasattr(result.metrics, "map"):
+        show_labels_evaluation(result)
+        return
+    m = result.metrics
+    rows: list[tuple[str, Any]] = [
+        ("images", f"{m.images:,} ({result.split})"),
+        ("top-1", percent(m.top1)),
+        ("top-5", percent(m.top5)),
+        ("loss", f"{m.loss:.4f}"),
+        ("calibration error", f"{m.ece:.4f}"),
+    ]
+    if result.top1_restricted != m.top1:
+        rows.insert(2, ("top-1 among the data's classes", percent(result.top1_restricted)))
+    print_facts(f"{result.model} on {result.data}", rows)
+    classes = [
+        [name, f"{c['precision']:.3f}", f"{c['recall']:.3f}", f"{c['f1']:.3f}", c["images"]]
+        for name, c in result.per_class.items()
+    ]
+    shown = classes if len(classes) <= MOST_CLASSES else worst(classes)
+    title = "" if len(classes) <= MOST_CLASSES else f"the {MOST_CLASSES} of lowest F1"
+    print_table(title, ["class", "precision", "recall", "F1", "images"], shown)
+    if result.confusion_file:
+        show_next(f"confusion: {result.confusion_file}")
+
+
+def show_labels_evaluation(result: Any) -> None:
+    """Figures over a set whose images have any number of labels."""
+    m = result.metrics
+    rows: list[tuple[str, Any]] = [
+        ("images", f"{m.images:,} ({result.split})"),
+        ("mean average precision", percent(m.map)),
+        ("micro F1 at 0.5", percent(m.micro_f1)),
+        ("loss", f"{result.loss:.4f}"),
+    ]
+    print_facts(f"{result.model} on {result.data}", rows)
+    classes = [
+        [name, f"{c['average_precision']:.3f}", c["images"]]
+        for name, c in result.per_class.items()
+        if c["average_precision"] is not None
+    ]
+    many = len(classes) > MOST_CLASSES
+    shown = sorted(classes, key=lambda row: row[1])[:MOST_CLASSES] if many else classes
+    title = f"the {MOST_CLASSES} of lowest average precision" if many else ""
+    print_table(title, ["class", "average precision", "images"], shown)
+
+
+def worst(classes: list[list[Any]]) -> list[list[Any]]:
+    """The rows with the lowest F1."""
+    return sorted(classes, key=lambda row: row[3])[:MOST_CLASSES]
+
+
+def show_prediction(row: Mapping[str, Any]) -> None:
+    """One line an image."""
+    if row["error"] is not None:
+        return
+    top = "  ".join(f"{one['label']} {100 * one['probability']:.1f} %" for one in row["top"])
+    line = Text.assemble((printable(str(row["path"])), "bold"), "  ", printable(top))
+    report.out.print(line, soft_wrap=True)
+
+
+def show_patches(result: Any) -> None:
+    """The picture with its grid, and what the patches are."""
+    if result.picture is not None:
+        print_picture(result.picture)
+    rows, cols = result.grid
+    facts: list[tuple[str, Any]] = [
+        ("image", f"{result.image_size[0]}x{result.image_size[1]} pixels"),
+        ("patches", f"{rows} x {cols} = {result.num_patches} tokens"),
+        (
+            "a token",
+            f"{result.patch_size}x{result.patch_size}x{result.num_channels}"
+            f" = {result.patch_dim} values",
+        ),
+    ]
+    if result.splits:
+        facts.append(("images", ", ".join(f"{n:,} {name}" for name, n in result.splits.items())))
+        facts.append(("classes", len(result.classes)))
+        total = sum(result.splits.values()) * result.num_patches
+        facts.append(("tokens in all", f"{total:,}"))
+    if result.picture_path is not None:
+        facts.append(("picture", result.picture_path))
+    if result.out is not None:
+        size = f" ({result.stored_bytes / 2**20:,.0f} MiB)" if result.stored_bytes else ""
+        facts.append(("written", f"{result.out}{size}"))
+    print_facts(result.source, facts)
+    for note in result.notes:
+        report.Terminal().note(note)
+
+
+def show_export(result: Any) -> None:
+    """Files, what came along, what did not, and how far what was read back lies from the model."""
+    facts, names = result.facts, "with names" if result.facts["class_names"] else "without names"
+    rows: list[tuple[str, Any]] = [(name, f"{size:,} bytes") for name, size in result.files.items()]
+    rows.append(("classes", f"{facts['classes']:,}, {names}" if facts["classes"] else "no head"))
+    rows.append(("image size", "x".join(map(str, facts["image_size"]))))
+    for key in ("mean", "std"):
+        known = facts[key] is not None
+        rows.append((key, ", ".join(f"{v:g}" for v in facts[key]) if known else "not known"))
+    if facts["gelu"] is not None:
+        rows.append(("epsilon, GELU", f"{facts['norm_eps']:g}, {facts['gelu']}"))
+    if result.difference is not None:
+        apart = f"{result.difference:.2g} at most, of {result.scale:.3g}"
+        rows.append((f"{result.compared} apart", apart))
+    print_facts(f"{result.model} as {result.format}: {result.path}", rows)
+    for note in result.notes:
+        report.Terminal().note(note)
+    if result.format != "onnx" and result.head_trained:
+        show_next(f"vitcli predict image.jpg --model {result.path}")
+
+
+def show_recipes(result: Any) -> None:
+    """Two lines a recipe: what it takes, and what it is."""
+    for row in result.rows:
+        takes = f"{row.command} {row.data or 'DATA'} {row.model or '--model MODEL'}"
+        report.out.print(Text.assemble((row.name, "bold"), "  ", takes), soft_wrap=True)
+        report.out.print(Text(f"    {row.description}", style="dim"), soft_wrap=True)
+
+
+def show_check(result: Any) -> None:
+    """Splits and sizes, the classes, and what was found."""
+    facts = result.to_json()
+    rows: list[tuple[str, Any]] = [
+        ("images", ", ".join(f"{n:,} {name}" for name, n in facts["splits"].items())),
+        ("classes", len(facts["classes"])),
+    ]
+    for name in ("height", "width"):
+        if found := facts[name]:
+            rows.append((name, f"{found['min']} to {found['max']}, median {found['median']}"))
+    if hint := facts["suggested"]:
+        said = (
+            f"--set model.image_size={hint['image_size']} --set model.patch_size="
+            f"{hint['patch_size']} ({hint['tokens']} tokens)"
+        )
+        rows.append(("suggested", said))
+    if facts["sheet"]:
+        rows.append(("samples", facts["sheet"]))
+    print_facts(result.data, rows)
+    splits = list(facts["splits"])
+    classes = sorted(facts["classes"].items(), key=lambda item: item[1][splits[0]])
+    if len(classes) > MOST_CLASSES:
+        classes = [*classes[: MOST_CLASSES // 2], *classes[-MOST_CLASSES // 2 :]]
+    print_table("", ["class", *splits], [[k, *(v[s] for s in splits)] for k, v in classes])
+    report.print_title("found" if facts["problems"] else "nothing wrong was found")
+    for line in facts["problems"]:
+        report.out.print(Text(f"  {printable(line)}"), soft_wrap=True)
+    for title, pairs in facts["leaks"].items():
+        for names in pairs[:MOST_EXAMPLES]:
+            shown = " = ".join(printable(name) for name in names)
+            report.out.print(Text(f"    {title}: {shown}", style="dim"), soft_wrap=True)
+    for kind in ("exact_duplicates", "near_duplicates"):
+        for names in facts[kind][:MOST_EXAMPLES]:
+            shown = " = ".join(printable(name) for name in names)
+            report.out.print(
+                Text(f"    {kind.replace('_', ' ')}: {shown}", style="dim"), soft_wrap=True
+            )

@@ -1,0 +1,120 @@
+"""Figures of a model over a held-out split while it trains; every readable image counts once."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitcli.data.batch import Batch, onto
+from vitcli.data.loader import eval_batches
+from vitcli.data.sets import ImageSet
+from vitcli.errors import VitcliError
+from vitcli.evals.multilabel import measure_labels
+from vitcli.vit import Model
+from vitcli.watch import Watcher
+
+EVAL_BATCH = 256
+
+
+@torch.inference_mode()
+def measure(
+    model: Model,
+    images: ImageSet,
+    accelerator: Any,
+    watch: Watcher,
+    broken: dict[str, str],
+) -> dict[str, float]:
+    """Top-1 accuracy and cross-entropy; mean average precision where images have several labels.
+
+    Each process takes its own part, and the number of processes changes nothing. What cannot be
+    read is noted in `broken`.
+
+    Raises:
+        VitcliError: no image can be read.
+    """
+    outputs = _outputs(model, images, accelerator, watch, broken)
+    if images.targets is not None:
+        return _measure_several(model, outputs, accelerator)
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for logits, batch in outputs:
+        loss = _loss(model, logits, batch.labels)
+        correct = (logits.argmax(dim=1) == batch.labels).sum()
+        sums += torch.stack([loss.double(), correct.double(), sums.new_tensor(len(logits))])
+    loss_sum, correct_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
+    if not count:
+        raise _nothing()
+    return {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}
+
+
+def _loss(model: Model, logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, K), (B,) -> the sum of the losses () that the head was trained under."""
+    if model.head_activation == "softmax":
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+    targets = nn.functional.one_hot(labels, logits.shape[1]).float()
+    return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+
+
+def _measure_several(
+    model: Model, outputs: Iterator[tuple[Tensor, Batch]], accelerator: Any
+) -> dict[str, float]:
+    """Ranking needs all scores at once: n x K float32 are held, and those of all processes."""
+    scores, targets, loss = [], [], 0.0
+    for logits, batch in outputs:
+        scores.append(model.probabilities(logits).float().cpu().numpy())
+        targets.append(batch.labels.cpu().numpy())
+        wanted = batch.labels.float()
+        loss += float(
+            nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+        )
+    parts = [(scores, targets, loss)]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        parts = gather_object(parts)
+    if not any(scores for scores, _, _ in parts):
+        raise _nothing()
+    found = measure_labels(
+        np.concatenate([x for scores, _, _ in parts for x in scores]),
+        np.concatenate([x for _, targets, _ in parts for x in targets]),
+    )
+    loss = sum(part[2] for part in parts) / found.images
+    return {"loss": loss, "map": found.map, "micro_f1": found.micro_f1, "images": found.images}
+
+
+def _outputs(
+    model: Model,
+    images: ImageSet,
+    accelerator: Any,
+    watch: Watcher,
+    broken: dict[str, str],
+) -> Iterator[tuple[Tensor, Batch]]:
+    """((B, K) logits, their batch) of this process's part."""
+    preprocess = model.preprocess
+    assert preprocess is not None
+    batches = eval_batches(
+        images,
+        preprocess,
+        batch_size=EVAL_BATCH,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    with watch.progress("test", len(images)) as bar:
+        for batch in onto(batches, accelerator.device):
+            for line in batch.broken:
+                name, _, reason = line.rpartition(": ")
+                broken[name] = reason
+            if not len(batch):
+                continue
+            with accelerator.autocast():
+                logits = model(preprocess.normalize(batch.images)).float()  # (B, K)
+            yield logits, batch
+            bar.advance(len(logits))
+
+
+def _nothing() -> VitcliError:
+    return VitcliError(
+        "no image of the test split could be read", "`vitcli patchify IMAGE` says why of each"
+    )

@@ -1,0 +1,254 @@
+"""The BiT ResNet: what the paper compares the Vision Transformer with (section 4.1).
+
+Pre-activation units, weight-standardised convolutions, GroupNorm (Kolesnikov et al. 2020). Source:
+big_vision/models/bit_paper.py; its bit.py is another network, the post-activation one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitcli.vit.stem import GROUPS, StemArithmetic, init_stem, standardize, stem_channels
+from vitcli.vit.variants import check_count
+
+if TYPE_CHECKING:
+    from vitcli.data.transforms import Preprocess
+    from vitcli.weights.fates import LoadReport
+
+NORM_EPS = 1e-5
+# Added to the variance of a kernel before it is divided by its root.
+WEIGHT_EPS = {"google": 1e-10, "timm": 1e-8}
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Everything that decides the computation of a BiT ResNet; sizes in pixels.
+
+    Attributes:
+        image_size: (Y, X) that it is meant for. Any other can be computed too.
+        layers: units of each stage.
+        width: factor of the widths, whose smallest is then 64 times it.
+        num_classes: outputs of the head; 0 is a backbone without one.
+        arithmetic: `google` is big_vision's. `timm` has another epsilon in the weight
+            standardisation (1e-8, not 1e-10) and pads the max-pool with zeros, as the first
+            release of BiT did, not with minus infinity. It matters: the pool reads values of
+            both signs.
+
+    Raises:
+        ValueError: a combination that cannot be built, said in words.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    num_channels: int = 3
+    layers: tuple[int, ...] = (3, 4, 6, 3)
+    width: float = 1.0
+    num_classes: int = 0
+    arithmetic: StemArithmetic = "google"
+
+    def __post_init__(self) -> None:
+        stem_channels(self.width)
+        for side in self.image_size:
+            check_count("image_size", side, 1)
+        check_count("num_channels", self.num_channels, 1)
+        check_count("num_classes", self.num_classes, 0)
+        if not self.layers or min(self.layers) < 1:
+            raise ValueError(f"a ResNet needs a unit in every stage, not {list(self.layers)}")
+        if self.arithmetic not in WEIGHT_EPS:
+            known = ", ".join(f"`{name}`" for name in WEIGHT_EPS)
+            raise ValueError(f"no arithmetic `{self.arithmetic}`; there are {known}")
+
+    @property
+    def depth(self) -> int:
+        """Weight layers, as in the name: root, three a unit, head."""
+        return 3 * sum(self.layers) + 2
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of what the head reads."""
+        return stem_channels(self.width) * 4 * 2 ** (len(self.layers) - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a file's header."""
+        return {"kind": "resnet", **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; an unknown key is a ValueError that names it."""
+        values = {key: value for key, value in values.items() if key != "kind"}
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown settings of a ResNet: {', '.join(unknown)}")
+        if "image_size" in values:
+            y, x = values["image_size"]
+            values["image_size"] = (int(y), int(x))
+        if "layers" in values:
+            values["layers"] = tuple(int(n) for n in values["layers"])
+        return cls(**values)
+
+
+class StdConv(nn.Conv2d):
+    """A convolution without bias, weight-standardised at use, padded alike on all sides."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int, arithmetic: StemArithmetic
+    ) -> None:
+        super().__init__(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+        self.weight_eps = WEIGHT_EPS[arithmetic]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, Y, X) -> (B, F', Y', X')."""
+        weight = standardize(self.weight, self.weight_eps, of_variance=True)
+        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
+
+
+class Shortcut(nn.Module):
+    """The projection of a unit that changes the number of feature maps or their size."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, arithmetic: StemArithmetic) -> None:
+        super().__init__()
+        self.conv = StdConv(inputs, outputs, 1, stride, arithmetic)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, Y, X) -> (B, F', Y', X')."""
+        x = self.conv(x)
+        return x
+
+
+class Unit(nn.Module):
+    """Norm and ReLU before each convolution: 1x1, 3x3 with the stride, 1x1 to four times as many.
+
+    The shortcut begins after the first activation where it is projected, and before it otherwise.
+    """
+
+    def __init__(self, inputs: int, width: int, stride: int, arithmetic: StemArithmetic) -> None:
+        super().__init__()
+        outputs = 4 * width
+        changes = inputs != outputs or stride != 1
+        self.downsample = Shortcut(inputs, outputs, stride, arithmetic) if changes else None
+        self.norm1 = nn.GroupNorm(GROUPS, inputs, eps=NORM_EPS)
+        self.conv1 = StdConv(inputs, width, 1, 1, arithmetic)
+        self.norm2 = nn.GroupNorm(GROUPS, width, eps=NORM_EPS)
+        self.conv2 = StdConv(width, width, 3, stride, arithmetic)
+        self.norm3 = nn.GroupNorm(GROUPS, width, eps=NORM_EPS)
+        self.conv3 = StdConv(width, outputs, 1, 1, arithmetic)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, Y, X) -> (B, 4 W, Y', X')."""
+        shortcut = x
+        x = F.relu(self.norm1(x))
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
+        x = self.conv1(x)
+        x = self.conv2(F.relu(self.norm2(x)))
+        x = self.conv3(F.relu(self.norm3(x)))
+        return x + shortcut
+
+
+class Root(nn.Module):
+    """The 7x7 convolution with stride 2."""
+
+    def __init__(self, num_channels: int, width: int, arithmetic: StemArithmetic) -> None:
+        super().__init__()
+        self.conv = StdConv(num_channels, width, 7, 2, arithmetic)
+        self.zero_padding = arithmetic == "timm"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, Y, X) -> (B, F, Y', X'): convolution and 3x3 max-pool, each with stride 2."""
+        x = self.conv(images)
+        if self.zero_padding:
+            return F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)
+        return F.max_pool2d(x, 3, stride=2, padding=1)  # padded with minus infinity
+
+
+class Stage(nn.Module):
+    """Units at one resolution; the first has the stride."""
+
+    def __init__(
+        self, inputs: int, width: int, depth: int, stride: int, arithmetic: StemArithmetic
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Unit(inputs if i == 0 else 4 * width, width, stride if i == 0 else 1, arithmetic)
+            for i in range(depth)
+        )
+
+
+class ResNet(nn.Module):
+    """BiT ResNet with the face of `VisionTransformer`; tensor names are timm's.
+
+    Attributes:
+        config: what it is made of.
+        labels: class names in the order of the logits, or None.
+        preprocess: the evaluation transform that belongs to the weights, or None.
+        head_activation: what makes probabilities of the logits: `softmax`, or `sigmoid` where each
+            class is for itself.
+        head_trained: whether the head has learned something that `predict` may show.
+        load_report: what became of each tensor of the file that it was loaded from, or None.
+        checkpoint_activations: compute each unit again in the backward pass instead of keeping
+            what it computed: less memory, more time, the same numbers.
+    """
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.labels: tuple[str, ...] | None = None
+        self.preprocess: Preprocess | None = None
+        self.head_activation: Literal["softmax", "sigmoid"] = "softmax"
+        self.head_trained = False
+        self.load_report: LoadReport | None = None
+        self.checkpoint_activations = False
+        channels = stem_channels(config.width)
+        self.stem = Root(config.num_channels, channels, config.arithmetic)
+        self.stages = nn.ModuleList()
+        inputs = channels
+        for i, depth in enumerate(config.layers):
+            width = channels * 2**i
+            stride = 1 if i == 0 else 2
+            self.stages.append(Stage(inputs, width, depth, stride, config.arithmetic))
+            inputs = 4 * width
+        self.norm = nn.GroupNorm(GROUPS, inputs, eps=NORM_EPS)
+        classes = config.num_classes
+        self.head = nn.Linear(config.feature_dim, classes) if classes else nn.Identity()
+
+    def init_weights(self, generator: torch.Generator | None = None) -> "ResNet":
+        """Draw fresh weights as big_vision does, from `generator`; returns self.
+
+        LeCun-normal convolutions, GroupNorms 1 and 0, a zero head.
+        """
+        init_stem(self, generator)
+        if isinstance(self.head, nn.Linear):
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+        return self
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """(B, C, Y, X) -> (B, F, Y / 32, X / 32), rounded up: after the last norm and ReLU."""
+        again = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        x: Tensor = self.stem(images)
+        for stage in self.stages:
+            for unit in stage.blocks:  # type: ignore[union-attr]  # a ModuleList
+                x = checkpoint(unit, x, use_reentrant=False) if again else unit(x)
+        return F.relu(self.norm(x))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C, Y, X) -> (B, F): the mean of the feature map, which the head reads."""
+        return self.feature_map(images).mean(dim=(2, 3))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """(B, F) -> (B, K): logits; the features where there is no head."""
+        logits: Tensor = self.head(features)
+        return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, Y, X) -> (B, K): logits; the features where there is no head."""
+        return self.classify(self.features(images))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, K) logits -> (B, K) float64: as the head was trained to be read."""
+        x = logits.double()
+        return x.sigmoid() if self.head_activation == "sigmoid" else x.softmax(dim=1)

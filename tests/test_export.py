@@ -259,7 +259,7 @@ def test_a_real_model_predicts_the_same_in_onnxruntime(shared, photos, here):
     same(wanted, [dict(zip(net.labels, row, strict=True)) for row in shares], 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_real_model_counts_the_same_from_every_layout(shared, here):
     """The figures of the weights' README: 72.4 % of 1000 classes, 91.0 % top-5, 97.8 % of ten."""
 

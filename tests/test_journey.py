@@ -69,7 +69,7 @@ def test_the_four_commands_work_in_an_empty_folder_without_a_network(tmp_path, o
     journey(folder, offline, "--steps", "3")
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_their_figures_are_those_of_the_readme(tmp_path, offline):
     """The whole of it, at its real length. One seed: a little below the means of three."""
     folder = tmp_path / "empty"

@@ -184,14 +184,15 @@ def together(status: int) -> int:
     """The exit status of this process at an end that all come to: process 0 gives it for all."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()
+        distributed.barrier()  # nobody leaves while another waits for its last answer
     return status if rank() == 0 else 0
 
 
 def leave(status: int) -> NoReturn:
     """End this process."""
-    if status and size() > 1:
-        # Torn down while others still wait for an answer, torch's process group hangs or aborts.
+    if size() > 1:
+        # Torn down by the interpreter, the threads of torch's process group hang or abort now and
+        # then, also after a good end. Every file is closed by now, and what is left is its memory.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -2,14 +2,16 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from tiny import records, tiny_recipe
 
 from vitcli.commands.pretrain import random_model
-from vitcli.cost.budget import stage_shares
+from vitcli.cost.budget import Budget, stage_shares
 from vitcli.errors import VitcliError
 from vitcli.train import loop
+from vitcli.train.deadline import Deadline
 from vitcli.train.loop import Stopped
 from vitcli.train.session import train
 from vitcli.watch import Quiet
@@ -24,13 +26,19 @@ def go(out, recipe, resume=False):
 
 
 def test_stages_share_the_run():
-    assert stage_shares([]) == [(0, 1.0)]
-    assert stage_shares([(16, 0.4), (24, 0.7)]) == [
+    def shares(sizes, **settings):
+        recipe = tiny_recipe(train={"smaller_sizes": sizes, **settings})
+        return stage_shares(recipe.train)
+
+    assert shares([]) == [(0, 1.0)]
+    assert shares([[16, 0.4], [24, 0.7]]) == [
         (0, 0.4),
         (400, pytest.approx(0.3)),
         (700, pytest.approx(0.3)),
     ]
-    assert stage_shares([(16, 1.0)]) == [(0, 1.0)]
+    assert shares([[16, 1.0]]) == [(0, 1.0)]
+    dropped = {"patch_drop_rate": 0.5, "patch_drop_until": 0.5}
+    assert [at for at, _ in shares([[16, 0.4]], **dropped)] == [0, 400, 500]
 
 
 def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
@@ -46,7 +54,9 @@ def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
     schedule = [r["lr"] for r in records(tmp_path / "whole") if "lr" in r]
     assert schedule[-1] < 0.1 * max(schedule)  # it came to its end
     # Stopped, and resumed with the steps that were settled first: the same run of that length.
-    monkeypatch.setattr("vitcli.train.session.steps_within", lambda *_: 7)
+    fixed = Budget(7, Deadline(time.monotonic() + 1e6, 0.0, [(1.0, 1e-3)]))
+    monkeypatch.setattr(Deadline, "is_due", lambda *_: False)
+    monkeypatch.setattr("vitcli.train.session.settle_budget", lambda *_: fixed)
     asked = iter([None] * 5 + [15] + [None] * 100)
     monkeypatch.setattr(loop.Loop, "agree", lambda _, value: next(asked) or value)
     with pytest.raises(Stopped):
@@ -63,8 +73,11 @@ def test_measuring_moves_no_weight(tmp_path, monkeypatch):
     """A budget of exactly the steps of a fixed run gives that run."""
     from vitcli.cost import budget
 
-    measured = budget.steps_within
-    monkeypatch.setattr("vitcli.train.session.steps_within", lambda *a: measured(*a) and 6)
+    measured = budget.settle_budget
+    monkeypatch.setattr(Deadline, "is_due", lambda *_: False)
+    monkeypatch.setattr(
+        "vitcli.train.session.settle_budget", lambda *a: replace(measured(*a), steps=6)
+    )
     go(tmp_path / "budget", tiny_recipe(**SETTINGS))
     go(tmp_path / "fixed", tiny_recipe(train={"steps": 6, "smaller_sizes": [[4, 0.5]]}))
     from safetensors.torch import load_file

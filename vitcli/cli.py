@@ -65,6 +65,7 @@ def pretrain(data: Data = None, *, training: Training) -> None:
         settings=training.settings(),
         out=training.out,
         resume=training.resume,
+        track=training.track,
         watch=report.Terminal(),
     )
     exits.show(result, training.json, results.show_trained)
@@ -90,6 +91,7 @@ def finetune(
         settings=training.settings(),
         out=training.out,
         resume=training.resume,
+        track=training.track,
         verbose=verbose,
         watch=report.Terminal(),
     )

@@ -94,3 +94,27 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     if name not in ("fp32", "bf16", "fp16"):
         raise VitcliError(f"no precision `{name}`", "`auto`, `fp32`, `bf16` or `fp16`")
     return name  # type: ignore[return-value]
+
+
+PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
+PEAK_RUNS = 5
+
+
+@cache
+def matrix_peak(device: torch.device, precision: str) -> float:
+    """Operations a second of large matrix products there, the best of a few: what MFU refers to.
+
+    Measured in some hundredths of a second; two operations a multiply-add.
+    """
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    size = PEAK_SIZE.get(device.type, 2048)
+    x = torch.ones(size, size, dtype=dtypes[precision], device=device)
+
+    def work() -> torch.Tensor:
+        y = x @ x
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return y
+
+    work()
+    return 2.0 * size**3 / min(_seconds(work) for _ in range(PEAK_RUNS))

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
@@ -54,6 +55,7 @@ def main(app: Callable[..., Any]) -> None:
     # Threads that spin while another process works make two cores slower than one; read by
     # OpenMP when torch is loaded (recipes/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    launch.began = time.monotonic()
     launch.follow()
     _open_streams()
     signal.signal(signal.SIGINT, _interrupt)

@@ -25,6 +25,8 @@ POLL_SECONDS = 0.05
 END_SECONDS = 1.0  # to end by oneself after another process failed; less than HOLD_SECONDS
 HOLD_SECONDS = 3.0
 LIFELINE = "VITCLI_LIFELINE"
+# Of `time.monotonic`: when this process began to work for a command line; a budget counts from it.
+began: float | None = None
 
 # By torchrun and accelerate, then by the MPIs that Accelerate knows.
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")

@@ -25,6 +25,7 @@ SHORTHAND = {
     "shots": "fewshot.shots",
     "streaming": "data.streaming",
     "strict": "data.strict",
+    "on_nan": "train.on_nan",
 }
 
 
@@ -149,6 +150,20 @@ Processes = Annotated[
         show_default=False,
     ),
 ]
+Track = Annotated[
+    str | None,
+    typer.Option(
+        "--track", help="Send records to tensorboard, wandb or trackio.", show_default=False
+    ),
+]
+OnNan = Annotated[
+    str | None,
+    typer.Option(
+        "--on-nan",
+        help="A loss that is not finite: `stop`, or `rewind` and go on with half the rate.",
+        show_default=False,
+    ),
+]
 Labels = Annotated[
     Path | None, typer.Option("--labels", help="Class names, one a line.", show_default=False)
 ]
@@ -171,6 +186,8 @@ class Training:
     processes: Processes = None
     out: Out = None
     resume: Resume = False
+    on_nan: OnNan = None
+    track: Track = None
     streaming: Streaming = False
     strict: Strict = False
     json: Json = False

@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PLAIN_SECONDS = 20.0  # between two lines of progress where there is no terminal
-SHOWN = {"loss": "loss {:.3f}", "accuracy": "acc {:.1%}", "images_per_second": "{:.0f} img/s"}
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "accuracy": "acc {:.1%}",
+    "images_per_second": "{:.0f} img/s",
+    "mfu": "MFU {:.0%}",
+    "memory_mb": "{:,.0f} MB",
+}
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -100,6 +106,9 @@ class LiveBar:
         self.figures |= figures
         self.bars.update(self.task, advance=n, figures=figures_text(self.figures))
 
+    def extend(self, total: int) -> None:
+        self.bars.update(self.task, total=total)
+
 
 class PlainBar:
     """One line every `PLAIN_SECONDS`, and one at the end of what took that long."""
@@ -119,6 +128,9 @@ class PlainBar:
         trace: TracebackType | None,
     ) -> None:
         return None
+
+    def extend(self, total: int) -> None:
+        self.total = total
 
     def advance(self, n: int = 1, **figures: float) -> None:
         self.done += n

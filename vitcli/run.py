@@ -74,6 +74,10 @@ class Run:
         """Note `facts` beside versions, argv and time."""
         self._write_json("provenance.json", {**describe_here(), **facts})
 
+    def amend_provenance(self, facts: Mapping[str, Any]) -> None:
+        """Change single facts of it, such as how many steps it became."""
+        self._write_json("provenance.json", {**self.provenance(), **facts})
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl.
 

@@ -187,12 +187,30 @@ class ObjectiveSection(Section):
 
     `auto` is `softmax`, and `sigmoid` for images with several labels. `head_bias` is what the
     biases of a new head start from under `sigmoid`: -10 for ImageNet-21k, -6.9 for ImageNet-1k.
+
+    `masked_patch` and `mae` corrupt or hide `mask_rate` of the patches, by default 0.5 and 0.75.
+    `target` is what a corrupted patch is to tell: its mean colour, those of 4x4 parts of it, or
+    its pixels. `decoder_depth`, `_dim` and `_heads` shape the decoder of `mae`, whose targets are
+    standardised in each patch under `norm_pixels`.
+
+    `distill` learns from the MODEL `teacher`: its class (`hard`) or its probabilities at
+    `temperature` (`soft`), with `distillation_weight` of the loss, the labels with the rest.
     """
 
     name: str = "auto"
     head_bias: float | None = None
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     descriptor_weight: NonNegativeFloat = 1.0
+    target: Literal["mean_color", "small_patch", "pixels"] = "mean_color"
+    mask_rate: float | None = Field(default=None, gt=0.0, lt=1.0)
+    decoder_depth: PositiveInt = 2
+    decoder_dim: PositiveInt = 128
+    decoder_heads: PositiveInt = 4
+    norm_pixels: bool = True
+    teacher: str | None = None
+    distillation: Literal["hard", "soft"] = "hard"
+    distillation_weight: float = Field(default=0.5, gt=0.0, le=1.0)
+    temperature: PositiveFloat = 1.0
 
 
 class OptimSection(Section):
@@ -230,9 +248,13 @@ class TrainSection(Section):
     `batch_size` is the images per optimizer step over all processes; `micro_batch_size` those of
     one forward pass on one process. `eval_steps` and `checkpoint_steps` are intervals; None takes
     a fifth of the run for the first and about a minute for the second. `smaller_sizes` are pairs
-    (side in pixels, share of the run until which images are shrunk to it).
+    (side in pixels, share of the run until which images are shrunk to it). `patch_drop_rate` of
+    each image's patches are left out in training, until `patch_drop_until` of the run is over.
     `activation_checkpointing` keeps the input of each block only and computes the rest again in the
-    backward pass: less memory, more time, the same gradients.
+    backward pass: less memory, more time, the same gradients. `compile` has torch compile the
+    forward and backward pass, `tf32` lets a GPU round the factors of fp32 products to 10 bits.
+    `on_nan`: when the loss is not finite, `stop`, or `rewind` to the last checkpoint and go on with
+    half the rate, three times at most.
     """
 
     steps: PositiveInt | None = None
@@ -244,12 +266,17 @@ class TrainSection(Section):
     seed: NonNegativeInt = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     activation_checkpointing: bool = False
+    patch_drop_rate: float = Field(default=0.0, ge=0.0, lt=1.0)
+    patch_drop_until: float = Field(default=1.0, gt=0.0, le=1.0)
     smaller_sizes: tuple[tuple[PositiveInt, float], ...] = ()
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     checkpoint_steps: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
     eval_steps: PositiveInt | None = None
     log_steps: PositiveInt = 20
+    compile: bool = False
+    tf32: bool = False
+    on_nan: Literal["stop", "rewind"] = "stop"
 
     @model_validator(mode="after")
     def _one_duration(self) -> Self:
@@ -262,12 +289,16 @@ class TrainSection(Section):
             parse_duration(self.budget)
         return self
 
-    def side_at(self, step: int, total_steps: int) -> int | None:
+    def side_at(self, step: float, total_steps: int) -> int | None:
         """The side that images are shrunk to at `step`, or None for their own size."""
         for side, until in self.smaller_sizes:
             if step < until * total_steps:
                 return side
         return None
+
+    def patch_drop_at(self, step: float, total_steps: int) -> float:
+        """The share of the patches that are left out at `step`."""
+        return self.patch_drop_rate if step < self.patch_drop_until * total_steps else 0.0
 
     def total_steps(self, num_images: int) -> int | None:
         """Optimizer steps over a set of `num_images`; None where only the time is given."""

@@ -25,6 +25,9 @@ class Bar(Protocol):
     def advance(self, n: int = 1, **figures: float) -> None:
         """`n` more units are done; `figures` are the latest numbers to show beside the bar."""
 
+    def extend(self, total: int) -> None:
+        """It will be so many units in all."""
+
 
 class Watcher(Protocol):
     """Receives notes, warnings and progress."""
@@ -54,6 +57,9 @@ class QuietBar:
         return None
 
     def advance(self, n: int = 1, **figures: float) -> None:
+        return None
+
+    def extend(self, total: int) -> None:
         return None
 
 

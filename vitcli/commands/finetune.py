@@ -29,6 +29,7 @@ def run(
     settings: Settings | None = None,
     out: Path | None = None,
     resume: bool = False,
+    track: str | None = None,
     verbose: bool = False,
     watch: Watcher | None = None,
 ) -> Trained:
@@ -42,6 +43,7 @@ def run(
         settings: nested settings laid over the recipe.
         out: the run directory; None makes `runs/RECIPE`, numbered when that is taken.
         resume: go on with the run at `out`.
+        track: `tensorboard`, `wandb` or `trackio`, given every record.
         verbose: tell what became of every tensor of the weights.
 
     Raises:
@@ -71,6 +73,7 @@ def run(
         out=out,
         resume=resume,
         watch=watch,
+        track=track,
     )
 
 

@@ -24,6 +24,7 @@ def run(
     settings: Settings | None = None,
     out: Path | None = None,
     resume: bool = False,
+    track: str | None = None,
     watch: Watcher | None = None,
 ) -> Trained:
     """Train a model from random weights.
@@ -35,6 +36,7 @@ def run(
         settings: nested settings laid over the recipe.
         out: the run directory; None makes `runs/RECIPE`, numbered when that is taken.
         resume: go on with the run at `out`.
+        track: `tensorboard`, `wandb` or `trackio`, given every record.
 
     Raises:
         VitcliError: bad input; nothing is left half-written.
@@ -55,6 +57,7 @@ def run(
         out=out or new_path(Path(name).stem),
         resume=resume,
         watch=watch,
+        track=track,
     )
 
 

@@ -1,59 +1,92 @@
 """`--budget 10m`: as many steps as this machine makes in that time."""
 
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 
+from vitcli.config import TrainSection
 from vitcli.errors import VitcliError
+from vitcli.train.deadline import Deadline
 from vitcli.train.loop import Loop
 from vitcli.train.optim import set_rates
+from vitcli.train.timeline import Timeline
 
 WARM_STEPS, TIMED_STEPS = 1, 4
-SPARE = 0.05  # of the time, for checkpoints, pictures and a machine that gets busier
 PARTS = 1000  # a run of so many steps stands for any run while its stages are timed
+EVAL_IMAGES = 512  # that a look at the speed of the last evaluation takes
+# Weights, pictures and the end of the program: seconds, and shares of a step.
+WRITING_SECONDS, WRITING_STEPS = 0.6, 1.0
+EVAL_MARGIN = 1.15  # an evaluation beside other work may take longer than measured
 
 
-def steps_within(loop: Loop, seconds: float, test_images: int) -> int:
+@dataclass(frozen=True)
+class Budget:
+    """A time turned into steps: how many fit, and what keeps them within it."""
+
+    steps: int
+    deadline: Deadline
+
+
+def settle_budget(loop: Loop, seconds: float, test_images: int) -> Budget:
     """The steps that fit into `seconds` from now, the last evaluation included.
 
-    Each stage of the run (`train.smaller_sizes`) is timed on real batches with all rates at zero,
-    so that no weight moves; the optimizers' states are cleared afterwards.
+    Each stage of the run (`train.smaller_sizes`, patch dropout) is timed on real batches with all
+    rates at zero, so that no weight moves; the optimizers' states are cleared afterwards. While the
+    run trains, its `Deadline` makes the steps more or fewer by what they really take.
 
     Raises:
         VitcliError: not one step fits.
     """
-    start = time.perf_counter()
-    stages = stage_shares(loop.recipe.train.smaller_sizes)
-    costs = [_seconds_per_step(loop, at) for at, _ in stages]
+    import matplotlib.figure  # noqa: F401  # loaded now, the curves cost nothing at the end
+
+    at = time.monotonic() + seconds
+    stages = stage_shares(loop.recipe.train)
+    costs = [_seconds_per_step(loop, place) for place, _ in stages]
     average = sum(share * cost for (_, share), cost in zip(stages, costs, strict=True))
-    # A forward pass is a third of a training step.
-    evaluation = test_images / loop.recipe.train.batch_size * costs[-1] / 3
-    left = (seconds - (time.perf_counter() - start)) * (1 - SPARE) - evaluation
-    steps = int(left / average)
+    reserve = WRITING_SECONDS + WRITING_STEPS * max(costs) + _evaluation(loop, test_images)
+    steps = int((at - time.monotonic() - reserve) / average)
     if steps < 1:
         raise VitcliError(
             f"no step fits into the budget: one takes {average:.2f} s, start and test the rest",
             "a longer `--budget`, a smaller model, or a larger patch",
         )
-    return steps
+    ends, begin = [], 0.0
+    for (_, share), cost in zip(stages, costs, strict=True):
+        begin += share
+        ends.append((begin, cost))
+    return Budget(steps, Deadline(at, reserve, ends))
 
 
-def stage_shares(smaller_sizes: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def stage_shares(train: TrainSection) -> list[tuple[int, float]]:
     """(a step of `PARTS` inside the stage, the stage's share of the run) for each stage."""
-    ends = [until for _, until in smaller_sizes if until > 0] + [1.0]
+    ends = [until for _, until in train.smaller_sizes]
+    if train.patch_drop_rate:
+        ends.append(train.patch_drop_until)
     stages, begin = [], 0.0
-    for end in ends:
-        end = min(max(end, begin), 1.0)
+    for end in [*sorted(end for end in ends if 0.0 < end < 1.0), 1.0]:
         if end > begin:
             stages.append((int(begin * PARTS), end - begin))
-        begin = end
+        begin = max(begin, end)
     return stages
+
+
+def _evaluation(loop: Loop, test_images: int) -> float:
+    """Seconds of an evaluation on all test images, by one on a few."""
+    if loop.validate is None or not test_images:
+        return 0.0
+    few = min(EVAL_IMAGES, test_images)
+    loop.module.eval()
+    start = time.perf_counter()
+    loop.validate(limit=few)
+    seconds = time.perf_counter() - start
+    loop.module.train()
+    return seconds * test_images / few * EVAL_MARGIN
 
 
 def _seconds_per_step(loop: Loop, at: int) -> float:
     """The mean time of a few steps as the run makes them at step `at` of `PARTS`."""
-    total, step = loop.total_steps, loop.state.step
-    loop.total_steps, loop.state.step = PARTS, at
-    set_rates(loop.state.optimizers, 0.0)
+    state = loop.state
+    timeline, step, state.timeline, state.step = state.timeline, state.step, Timeline.of(PARTS), at
+    set_rates(state.optimizers, 0.0)
     loop.module.train()
     begin = time.perf_counter()
     batches = loop.loader.batches(0, WARM_STEPS + TIMED_STEPS)
@@ -61,8 +94,12 @@ def _seconds_per_step(loop: Loop, at: int) -> float:
         if number == WARM_STEPS:
             begin = time.perf_counter()
         loop.update(batch)
+    if loop.accelerator.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
     seconds = (time.perf_counter() - begin) / TIMED_STEPS
-    loop.total_steps, loop.state.step = total, step
-    for optimizer in loop.state.optimizers:
+    state.timeline, state.step = timeline, step
+    for optimizer in state.optimizers:
         optimizer.state.clear()
     return seconds

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,61 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
-from vitcli.files import replacing
+from vitcli.files import replacing, write_text
 from vitcli.train.ema import Ema
+from vitcli.train.timeline import Timeline
 
 
 @dataclass
 class TrainState:
-    """What changes while training; `step` updates are finished."""
+    """What changes while training.
+
+    Attributes:
+        step: finished updates.
+        timeline: how long the run is.
+        micro_batch: images at a time, where memory ran out with what the recipe asked for.
+        rewinds: how often it went back to a good state.
+        lr_scale: what is left of the learning rate after that.
+    """
 
     module: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     ema: Ema | None = None
     scaler: Any = None
     step: int = 0
+    timeline: Timeline = field(default_factory=Timeline)
+    micro_batch: int | None = None
+    rewinds: int = 0
+    lr_scale: float = 1.0
+
+    def values(self) -> dict[str, Any]:
+        """What is not a tensor."""
+        found: dict[str, Any] = {
+            "step": self.step,
+            "timeline": self.timeline.values(),
+            "micro_batch": self.micro_batch,
+            "rewinds": self.rewinds,
+            "lr_scale": self.lr_scale,
+        }
+        if self.scaler is not None:
+            found["scaler"] = self.scaler.state_dict()
+        return found
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Take over what `values` gave; older checkpoints have the step only."""
+        if self.scaler is not None and "scaler" in values:
+            self.scaler.load_state_dict(values["scaler"])
+        if "timeline" in values:
+            self.timeline.restore(values["timeline"])
+        self.micro_batch = values.get("micro_batch")
+        self.rewinds = int(values.get("rewinds", 0))
+        self.lr_scale = float(values.get("lr_scale", 1.0))
+        self.step = int(values["step"])
+
+
+def is_finite(state: TrainState) -> bool:
+    """Whether every weight is a number."""
+    return all(bool(torch.isfinite(p).all()) for p in state.module.parameters())
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -72,10 +114,12 @@ def _write(folder: Path, state: TrainState) -> None:
         save_file(_optimizer_tensors(optimizer), folder / f"optimizer_{number}.safetensors")
     if state.ema is not None:
         save_file(_plain(state.ema.state()), folder / "ema.safetensors")
-    values = {"step": state.step}
-    if state.scaler is not None:
-        values["scaler"] = state.scaler.state_dict()
-    (folder / "state.json").write_text(json.dumps(values), encoding="utf-8")
+    (folder / "state.json").write_text(json.dumps(state.values()), encoding="utf-8")
+
+
+def amend_checkpoint(path: Path, state: TrainState) -> None:
+    """Change what is not a tensor in the checkpoint at `path`, of the same step."""
+    write_text(path / "state.json", json.dumps(state.values()))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -99,14 +143,12 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
             _load_optimizer(optimizer, load_file(path / f"optimizer_{number}.safetensors"))
         if state.ema is not None:
             state.ema.load(load_file(path / "ema.safetensors"))
-        if state.scaler is not None and "scaler" in values:
-            state.scaler.load_state_dict(values["scaler"])
+        state.restore(values)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise VitcliError(
             f"checkpoint `{path}` cannot be read: {error}",
             "remove it, and `--resume` takes the one before",
         ) from error
-    state.step = int(values["step"])
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

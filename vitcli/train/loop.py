@@ -7,13 +7,11 @@ that lives on. So a run that resumes from step n does what it would have done.
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,64 +24,35 @@ from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.run import Run
-from vitcli.train.checkpoint import TrainState, save_checkpoint
+from vitcli.train.checkpoint import (
+    TrainState,
+    amend_checkpoint,
+    is_finite,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from vitcli.train.deadline import Deadline
+from vitcli.train.memory import fitting
+from vitcli.train.meter import Meter, peak_memory
 from vitcli.train.optim import schedule_factor, set_rates
 from vitcli.train.pace import Pace, is_filling, warning
+from vitcli.train.signals import SignalFlag, Stopped
+from vitcli.train.timeline import Timeline
 from vitcli.watch import Watcher
 
+__all__ = ["Loop", "SignalFlag", "Stopped", "Validate", "averaged"]
+
 CHECKPOINT_SECONDS = 60.0
+MOST_REWINDS, REWIND_FACTOR = 3, 0.5
+TIME_IS_UP = 1 + max(signal.Signals)  # among the numbers of signals that processes agree on
 
-Validate = Callable[[], dict[str, float]]
-
-
-class Stopped(Exception):
-    """The run was asked to stop by `signal`, and has saved its state at `step`."""
-
-    def __init__(self, number: int, step: int, run: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, state saved")
-        self.number = number
-        self.run = run
+Validate = Callable[..., dict[str, float]]
+Track = Callable[[dict[str, Any]], None]
 
 
-class SignalFlag:
-    """Notes SIGTERM and Ctrl-C while its block runs; a second Ctrl-C acts at once."""
-
-    received: int | None = None
-
-    def __enter__(self) -> Self:
-        self._old: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-
-@dataclass
-class Meter:
-    """Means of what the steps since the last record reported, summed where they were computed."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, figures: dict[str, Tensor]) -> None:
-        """Take in the figures of one step."""
-        for name, value in figures.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps += 1
-
-    def read(self) -> dict[str, float]:
-        """The means."""
-        return {name: float(value) / self.steps for name, value in self.sums.items()}
+class NotFinite(VitcliError):
+    """The loss or the weights are not finite any more."""
 
 
 @dataclass
@@ -96,6 +65,10 @@ class Loop:
         optimizers: the prepared ones, which skip a step whose fp16 gradients overflowed.
         accelerator: accelerate's.
         validate: figures of a held-out split; called every `eval_steps` and at the end.
+        deadline: of a run with a budget.
+        track: is given every record that is logged.
+        peak_flops: of this machine, all processes together, for `mfu`; None where not measured.
+        flops_per_image: of forward and backward pass.
     """
 
     module: nn.Module
@@ -104,14 +77,28 @@ class Loop:
     loader: TrainLoader | StreamLoader
     preprocess: Preprocess
     recipe: Recipe
-    total_steps: int
     run: Run
     accelerator: Any
     watch: Watcher
     validate: Validate | None = None
     eval_steps: int | None = None
+    deadline: Deadline | None = None
+    track: Track | None = None
+    peak_flops: float | None = None
+    flops_per_image: float = 0.0
     settled: bool = False
     told: bool = False
+    fitted: set[tuple[Any, ...]] = field(default_factory=set)
+
+    @property
+    def timeline(self) -> Timeline:
+        """How long the run is."""
+        return self.state.timeline
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the whole run, as they stand."""
+        return self.timeline.total
 
     def fit(self) -> None:
         """Train from `state.step` to `total_steps`.
@@ -120,70 +107,165 @@ class Loop:
             Stopped: a signal asked for it; the state is saved.
             VitcliError: the loss is not finite, or a checkpoint cannot be written.
         """
+        rewinds = self.recipe.train.on_nan == "rewind"
+        if rewinds and not list_checkpoints(self.run.checkpoints):
+            self.save()  # there must be something to go back to
+        with SignalFlag() as flag:
+            while True:
+                try:
+                    self._train(flag)
+                    break
+                except NotFinite as error:
+                    if not rewinds:
+                        raise
+                    self._rewind(error)
+        self.save()
+
+    def _train(self, flag: SignalFlag) -> None:
         state, train = self.state, self.recipe.train
         meter = Meter()
         pace, first = Pace(self.accelerator.device), state.step
         saved = time.monotonic()
-        todo = self.total_steps - state.step
+        # A budget may make it more steps than are known now; the loader is asked for enough.
+        todo = self.total_steps - state.step if self.deadline is None else 10**9
         self.module.train()
-        with (
-            SignalFlag() as flag,
-            self.watch.progress("train", self.total_steps, state.step) as bar,
-        ):
+        if not todo:
+            return
+        with self.watch.progress("train", self.total_steps, state.step) as bar:
             batches = self.loader.batches(state.step * train.batch_size, todo)
             for batch in pace.over(onto(batches, self.accelerator.device)):
-                factor = schedule_factor(self.recipe.schedule, state.step, self.total_steps)
+                place = self.timeline.at(state.step)
+                factor = schedule_factor(self.recipe.schedule, place, self.timeline.planned)
+                factor *= state.lr_scale
                 set_rates(state.optimizers, factor)
                 meter.add(self.update(batch))
                 state.step += 1
                 if state.ema is not None:
                     state.ema.update(state.module, state.step)
                 pace.done()
-                last = state.step == self.total_steps
-                stop = self.agree(flag.received)
-                save = self._due(saved) or stop is not None
-                if state.step % train.log_steps == 0 or last or save:
+                stop = self.agree(self._asked(flag))
+                if stop == TIME_IS_UP:
+                    self.timeline.settle(state.step, state.step)
+                last = state.step >= self.total_steps
+                ends = last or (stop is not None and stop != TIME_IS_UP)
+                save = self._due(saved) or ends
+                if state.step % train.log_steps == 0 or save:
                     figures = self._record(meter, factor, pace)
                     self._tell_of(pace, (state.step - first) * train.batch_size)
                     bar.advance(meter.steps, **figures)
                     meter = Meter()
-                if save and not last:
+                if self._resettled():
+                    bar.extend(self.total_steps)
+                    last = state.step >= self.total_steps
+                if last:
+                    return
+                if save:
                     self.save()
                     saved = time.monotonic()
-                if stop is not None and not last:
+                if ends and stop is not None:
                     raise Stopped(stop, state.step, str(self.run.path))
-                if self.eval_steps and state.step % self.eval_steps == 0 and not last:
+                if self.eval_steps and state.step % self.eval_steps == 0:
                     bar.advance(0, **self.evaluate())
-        self.save()
+
+    def _asked(self, flag: SignalFlag) -> int | None:
+        """The signal that came, or that the time is up."""
+        if flag.received is not None:
+            return flag.received
+        up = self.deadline is not None and self.deadline.is_up()
+        return TIME_IS_UP if up else None
+
+    def _resettled(self) -> bool:
+        """Whether the machine's speed made it another number of steps."""
+        if self.deadline is None or not self.deadline.is_due(self.timeline, self.state.step):
+            return False
+        total = self.agree(self.deadline.total(self.timeline, self.state.step))
+        assert total is not None
+        if total == self.total_steps:
+            return False
+        self.timeline.settle(self.state.step, total)
+        if self.accelerator.is_main_process:
+            self.run.log({"step": self.state.step, "event": "settle", "steps": total})
+        return True
+
+    def _rewind(self, error: NotFinite) -> None:
+        """Back to the last good state, with a lower rate from there.
+
+        Raises:
+            VitcliError: it has been done too often.
+        """
+        state, run = self.state, self.run
+        found = list_checkpoints(run.checkpoints)
+        if state.rewinds >= MOST_REWINDS or not found:
+            raise VitcliError(
+                f"{error.message}, after {state.rewinds} rewinds",
+                "a lower `--lr`, a longer warm-up or `--set optim.grad_clip=1.0`",
+            ) from None
+        failed, rewinds, scale = state.step, state.rewinds + 1, state.lr_scale * REWIND_FACTOR
+        timeline = self.timeline.values()
+        load_checkpoint(found[-1], state)
+        state.timeline.restore(timeline)  # what the clock has taught is not forgotten
+        state.rewinds, state.lr_scale = rewinds, scale
+        if self.accelerator.is_main_process:
+            run.forget_after(state.step)
+            record = {"step": state.step, "event": "rewind", "from": failed, "lr_scale": scale}
+            run.log(record)
+            amend_checkpoint(found[-1], state)  # a resume from here knows of it
+        self.watch.warn(
+            f"{error.message}: back to step {state.step}, with {scale:g} of the learning rate"
+        )
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step over this process's share of a batch."""
+        self._fit_memory(batch)
         if not self.settled and self.accelerator.num_processes > 2:
             # DDP regroups the gradients after its first pass, and then three summands or more are
             # added in another order. A first pass for nothing, and resumed runs add as whole ones.
             self.gradients(batch)
         self.settled = True
-        figures = self.gradients(batch)
+        figures = fitting(self, batch, self.gradients)
         if self.recipe.optim.grad_clip is not None:
             self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.optim.grad_clip)
         for optimizer in self.optimizers:
             optimizer.step()
         return figures
 
-    def gradients(self, batch: Batch) -> dict[str, Tensor]:
+    def _fit_memory(self, batch: Batch) -> None:
+        """Of several processes on GPUs: a pass by each alone, before they wait for each other.
+
+        One that ran out of memory inside a common backward pass would leave the others waiting.
+        """
+        accelerator = self.accelerator
+        stage = self._stage()
+        if stage in self.fitted or accelerator.num_processes == 1:
+            return
+        self.fitted.add(stage)
+        if accelerator.device.type == "cuda":
+            fitting(self, batch, lambda part: self.gradients(part, alone=True))
+            sizes = self.agree(-(self.state.micro_batch or len(batch.labels)))
+            assert sizes is not None
+            self.state.micro_batch = -sizes
+
+    def _stage(self) -> tuple[int | None, float]:
+        """What decides the memory that a step takes, besides the recipe."""
+        train, place = self.recipe.train, self.timeline.at(self.state.step)
+        planned = self.timeline.planned
+        return train.side_at(place, planned), train.patch_drop_at(place, planned)
+
+    def gradients(self, batch: Batch, alone: bool = False) -> dict[str, Tensor]:
         """The gradients of a step, computed in as many parts as asked, and its figures."""
         train, state, accelerator = self.recipe.train, self.state, self.accelerator
         torch.manual_seed(step_seed(train.seed, state.step, accelerator.process_index))
         count = len(batch.labels)
-        size = train.micro_batch_size or count
-        side = train.side_at(state.step, self.total_steps)
+        size = state.micro_batch or train.micro_batch_size or count
+        model: Any = state.module.model
+        side, model.patch_drop_rate = self._stage()
         figures: dict[str, Tensor] = {}
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         for start in range(0, count, size):
             part = batch.part(start, min(start + size, count)).to(accelerator.device)
             share = len(part.labels) / count
-            last = start + size >= count
+            last = start + size >= count and not alone
             # Gradients are averaged over processes once, with the last part.
             with nullcontext() if last else accelerator.no_sync(self.module):
                 images, targets = self.inputs(part)
@@ -210,44 +292,64 @@ class Loop:
         with averaged(self.state):
             figures = self.validate()
         self.module.train()
-        if self.accelerator.is_main_process:
-            self.run.log({"step": self.state.step, **{f"test/{k}": v for k, v in figures.items()}})
+        self._log({"step": self.state.step, **{f"test/{k}": v for k, v in figures.items()}})
         return {f"test_{name}": value for name, value in figures.items()}
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step.
+
+        Raises:
+            NotFinite: there is nothing worth keeping, and the run could go back to something.
+        """
+        if self.recipe.train.on_nan == "rewind" and not is_finite(self.state):
+            raise NotFinite(f"the weights are not finite after step {self.state.step}")
         if self.accelerator.is_main_process:
             save_checkpoint(self.run.checkpoints, self.state, self.recipe.train.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
+    def _log(self, record: dict[str, Any]) -> None:
+        """Into metrics.jsonl, and to whoever tracks the run."""
+        if self.accelerator.is_main_process:
+            self.run.log(record)
+            if self.track is not None:
+                self.track(record)
+
     def _record(self, meter: Meter, factor: float, pace: Pace) -> dict[str, float]:
-        """Log the means since the last record, and stop the run when the loss is not finite."""
+        """Log the means since the last record.
+
+        Raises:
+            NotFinite: the loss is not finite.
+        """
         train, step = self.recipe.train, self.state.step
         figures = self._mean(meter.read())
         seconds = time.perf_counter() - meter.started
         speed = meter.steps * train.batch_size / seconds
         if not math.isfinite(figures["loss"]):
-            raise VitcliError(
+            raise NotFinite(
                 f"the loss is not finite ({figures['loss']}) in steps {step - meter.steps + 1} "
                 f"to {step}",
                 f"the last checkpoint is kept in `{self.run.checkpoints}`; a lower `--lr`, a "
-                "longer warm-up or `--set optim.grad_clip=1.0` usually mends it",
+                "longer warm-up or `--set optim.grad_clip=1.0` usually mends it, and "
+                "`--set train.on_nan=rewind` goes on by itself",
             )
         spent = pace.read()
         waits = {"data/wait_fraction": round(spent.fraction, 4)} if spent.steps else {}
-        if self.accelerator.is_main_process:
-            self.run.log(
-                {
-                    "step": step,
-                    "images": step * train.batch_size,
-                    "seconds": round(seconds, 4),
-                    **{f"train/{name}": value for name, value in figures.items()},
-                    "lr": self.recipe.optim.lr * factor,
-                    "images_per_second": round(speed, 2),
-                    **waits,
-                }
-            )
-        return {**figures, "images_per_second": speed}
+        used: dict[str, float] = {"memory_mb": round(peak_memory(self.accelerator.device) / 2**20)}
+        if self.peak_flops and self._stage() == (None, 0.0):
+            used["mfu"] = round(speed * self.flops_per_image / self.peak_flops, 4)
+        self._log(
+            {
+                "step": step,
+                "images": step * train.batch_size,
+                "seconds": round(seconds, 4),
+                **{f"train/{name}": value for name, value in figures.items()},
+                "lr": self.recipe.optim.lr * factor,
+                "images_per_second": round(speed, 2),
+                **used,
+                **waits,
+            }
+        )
+        return {**figures, "images_per_second": speed, **used}
 
     def _tell_of(self, pace: Pace, seen: int) -> None:
         """Warn, once in a run, when the model waits for images that could come faster."""

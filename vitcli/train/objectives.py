@@ -1,6 +1,7 @@
 """What training minimises. An objective owns the model and any heads that only training needs."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from vitcli.config import ObjectiveSection
 from vitcli.data.mix import soft_targets
 from vitcli.errors import VitcliError, nearest
 from vitcli.train.descriptors import TARGET_DIM, quadrant_targets
+from vitcli.train.distill import Distill
+from vitcli.train.mae import Mae
+from vitcli.train.masked import MaskedPatch
 from vitcli.vit import Model, ResNet
 
 Figures = dict[str, Tensor]
@@ -162,11 +166,14 @@ def main_class(labels: Tensor) -> Tensor:
 AUTO = "auto"  # by the data: see `settled`
 
 # `views` of each image come in a batch; `supervised` ones train the head for the data's classes.
-OBJECTIVES: dict[str, type[Softmax] | type[Sigmoid] | type[Descriptors] | type[Guided]] = {
+OBJECTIVES: dict[str, Any] = {
     "softmax": Softmax,
     "sigmoid": Sigmoid,
     "descriptors": Descriptors,
     "guided": Guided,
+    "masked_patch": MaskedPatch,
+    "mae": Mae,
+    "distill": Distill,
 }
 
 
@@ -181,7 +188,7 @@ def is_supervised(name: str) -> bool:
         close = nearest(name, known)
         hint = f"did you mean `{close}`?" if close else f"there are {', '.join(known)}"
         raise VitcliError(f"no objective `{name}`", hint)
-    return name == AUTO or OBJECTIVES[name].supervised
+    return name == AUTO or bool(OBJECTIVES[name].supervised)
 
 
 def settled(section: ObjectiveSection, multi_label: bool) -> tuple[ObjectiveSection, list[str]]:
@@ -226,4 +233,5 @@ def build_objective(
     section, _ = settled(section, multi_label)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return OBJECTIVES[section.name](model, section)
+        objective: nn.Module = OBJECTIVES[section.name](model, section)
+        return objective

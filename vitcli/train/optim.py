@@ -137,7 +137,7 @@ SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
 }
 
 
-def schedule_factor(section: ScheduleSection, step: int, total_steps: int) -> float:
+def schedule_factor(section: ScheduleSection, step: float, total_steps: int) -> float:
     """The share of the base rate that update `step` (the first is 0) is made with.
 
     As in the official code: `min(1, step / warmup)` times the curve over what follows the warm-up,

@@ -4,32 +4,34 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from vitcli import launch
 from vitcli.config import Recipe, parse_duration
-from vitcli.cost.budget import steps_within
-from vitcli.data.augment import TrainTransform
-from vitcli.data.loader import TrainLoader, check_batch
-from vitcli.data.presets import Strength
-from vitcli.data.sources import Source, open_data
-from vitcli.data.stream_loader import StreamLoader
-from vitcli.data.streaming import StreamSet
-from vitcli.data.transforms import Preprocess
-from vitcli.devices import join_processes, pick_device, resolve_precision
+from vitcli.cost.budget import settle_budget
+from vitcli.cost.flops import BACKWARD, macs
+from vitcli.data.sources import Source
+from vitcli.devices import join_processes, matrix_peak, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.run import Run, check_free, create_run, reopen_run
-from vitcli.train.checkpoint import TrainState, list_checkpoints, load_checkpoint
+from vitcli.train.checkpoint import list_checkpoints, load_checkpoint
 from vitcli.train.curves import draw_curves
-from vitcli.train.ema import Ema
-from vitcli.train.loop import Loop, Stopped, Validate, averaged
-from vitcli.train.measure import measure
-from vitcli.train.objectives import build_objective, is_supervised, settled
-from vitcli.train.optim import build_optimizers
+from vitcli.train.lock import holding
+from vitcli.train.loop import Loop, Stopped, averaged
+from vitcli.train.objectives import settled
+from vitcli.train.setup import (
+    check_augment,
+    check_patch_drop,
+    held_out_images,
+    make_loop,
+    open_source,
+)
+from vitcli.train.timeline import Timeline
+from vitcli.train.tracking import check_tracker, tracking
 from vitcli.vit import Model
 from vitcli.watch import Logged, Quiet, Watcher
 from vitcli.weights.store import save_model
@@ -73,8 +75,12 @@ def train(
     out: Path,
     resume: bool,
     watch: Watcher,
+    track: str | None = None,
 ) -> Trained:
     """Run `recipe` in the directory `out`; `make_model` builds the model for the data.
+
+    Args:
+        track: `tensorboard`, `wandb` or `trackio`, which is given every record.
 
     Raises:
         VitcliError: bad input, a loss that is not finite, a disk that is full.
@@ -84,7 +90,9 @@ def train(
     from accelerate.state import AcceleratorState
     from accelerate.utils import broadcast_object_list, set_seed
 
-    began = time.monotonic()
+    began = launch.began or time.monotonic()
+    if track is not None:
+        check_tracker(track)
     if recipe.data.name is None:
         raise VitcliError("the recipe names no data", "add DATA after the command")
     old = reopen_run(out, recipe) if resume else None
@@ -107,8 +115,12 @@ def train(
     # Accelerate keeps the precision of a process's first run for all later ones.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision, cpu=device.type == "cpu"
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=device.type == "cpu",
+        log_with=track,
+        project_dir=str(out / "tracking") if track else None,
     )
+    torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
     if recipe.train.batch_size % accelerator.num_processes:
         raise VitcliError(
             f"batch size {recipe.train.batch_size} is not a multiple of the "
@@ -129,6 +141,7 @@ def train(
     check_augment(recipe, images, accelerator.num_processes)
     set_seed(recipe.train.seed)
     model = make_model(source)
+    check_patch_drop(recipe, model)
     if old is None:
         if resume:
             watch.note(f"nothing to resume at `{out}`: starting from step 0")
@@ -151,18 +164,23 @@ def train(
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
     }
-    try:
-        loop = make_loop(recipe, model, source, run, accelerator, logged)
-        # Only epochs need the number of training images, which a stream does not know.
-        images_of_an_epoch = 0 if recipe.train.epochs is None else len(images)
-        settle_steps(loop, facts, began, images_of_an_epoch, held_out_images(source))
-        return finish(loop, model, *run_through(loop))
-    except VitcliError as error:
-        logged.write(f"error: {error.message}")
-        raise
-    except Stopped as stopped:
-        logged.write(str(stopped))
-        raise
+    with holding(run, main), tracking(accelerator, track, recipe) as record:
+        try:
+            loop = make_loop(recipe, model, source, run, accelerator, logged)
+            loop.track = record
+            loop.peak_flops = matrix_peak(accelerator.device, precision)
+            loop.peak_flops *= accelerator.num_processes
+            loop.flops_per_image = 2.0 * BACKWARD * macs(model.config)
+            # Only epochs need the number of training images, which a stream does not know.
+            images_of_an_epoch = 0 if recipe.train.epochs is None else len(images)
+            settle_steps(loop, facts, began, images_of_an_epoch, held_out_images(source))
+            return finish(loop, model, *run_through(loop))
+        except VitcliError as error:
+            logged.write(f"error: {error.message}")
+            raise
+        except Stopped as stopped:
+            logged.write(str(stopped))
+            raise
 
 
 def warn_of_other_processes(run: Run, number: int, watch: Watcher) -> None:
@@ -175,122 +193,9 @@ def warn_of_other_processes(run: Run, number: int, watch: Watcher) -> None:
         )
 
 
-def open_source(recipe: Recipe, watch: Watcher) -> Source:
-    """The data of a recipe, with a note for each thing that was decided about it."""
-    section = recipe.data
-    source = open_data(section, watch=watch, streams=True)
-    for note in source.notes:
-        watch.note(note)
-    if "train" not in source.splits:
-        raise VitcliError(
-            f"`{section.name}` has no training images, only {', '.join(source.splits)}",
-            "`vitcli evaluate` takes such a set",
-        )
-    return source
-
-
 def count_parameters(model: nn.Module) -> int:
     """Numbers that a model holds in its parameters."""
     return sum(p.numel() for p in model.parameters())
-
-
-def make_loop(
-    recipe: Recipe,
-    model: Model,
-    source: Source,
-    run: Run,
-    accelerator: Any,
-    watch: Logged,
-) -> Loop:
-    """Everything that trains, put together; `total_steps` is not settled yet."""
-    preprocess = model.preprocess
-    assert preprocess is not None
-    model.checkpoint_activations = recipe.train.activation_checkpointing
-    objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
-    optimizers = build_optimizers(objective, recipe.optim)
-    module, *optimizers = accelerator.prepare(objective, *optimizers)
-    inner = [getattr(o, "optimizer", o) for o in optimizers]
-    objective = accelerator.unwrap_model(module)
-    decay = recipe.train.ema_decay
-    state = TrainState(
-        objective, inner, Ema(objective, decay) if decay else None, accelerator.scaler
-    )
-    loader = make_loader(recipe, source, preprocess, objective.views, accelerator)
-    held_out = held_out_split(source)
-    validate: Validate | None = None
-    if held_out is not None and model.config.num_classes > 0:
-        test = source.splits[held_out]
-        validate = partial(measure, model, test, accelerator, watch, loader.broken)
-    return Loop(
-        module=module,
-        state=state,
-        optimizers=optimizers,
-        loader=loader,
-        preprocess=preprocess,
-        recipe=recipe,
-        total_steps=0,
-        run=run,
-        accelerator=accelerator,
-        watch=watch,
-        validate=validate,
-    )
-
-
-def make_loader(
-    recipe: Recipe, source: Source, preprocess: Preprocess, views: int, accelerator: Any
-) -> TrainLoader | StreamLoader:
-    """What makes the batches of this process."""
-    images: Any = source.splits["train"]
-    transform = TrainTransform(preprocess, recipe.augment)
-    settings: dict[str, Any] = {
-        "batch_size": recipe.train.batch_size,
-        "seed": recipe.train.seed,
-        "views": views,
-        "workers": recipe.data.workers,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "strict": recipe.data.strict,
-        "strength": Strength.of(recipe.augment),
-    }
-    if isinstance(images, StreamSet):
-        return StreamLoader(images, transform, **settings)
-    return TrainLoader(
-        images,
-        transform,
-        repeats=recipe.augment.repeats,
-        pin_memory=accelerator.device.type == "cuda",
-        **settings,
-    )
-
-
-def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
-    """Whether `[augment]` can be done with this data, objective and batch.
-
-    Raises:
-        VitcliError: the set draws whole batches, which augmentation cannot change; without labels
-            there is nothing to mix; or a micro-batch or a process would part a pair.
-    """
-    section, strength = recipe.augment, Strength.of(recipe.augment)
-    if hasattr(images, "batch") and (strength.changes or section.repeats > 1):
-        raise VitcliError(
-            f"`{recipe.data.name}` draws its images with their variations, and `[augment]` changes "
-            "none of them",
-            "leave out `augment.preset`, `policy`, colours, `erase_rate` and `repeats`",
-        )
-    if isinstance(images, StreamSet) and section.repeats > 1:
-        raise VitcliError("a stream shows each image once at a time", "leave out `augment.repeats`")
-    if strength.mixes and not is_supervised(recipe.objective.name):
-        raise VitcliError(
-            f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
-            "`--set augment.mix_rate=0.0` leaves images as they are",
-        )
-    micro = recipe.train.micro_batch_size
-    if strength.mixes and micro is not None and micro % 2:
-        raise VitcliError(
-            f"`train.micro_batch_size` = {micro} would part the pairs that mixup or cutmix mixes",
-            f"`--set train.micro_batch_size={micro + 1}`",
-        )
-    check_batch(recipe.train.batch_size, processes, section.repeats, strength.mixes)
 
 
 def settle_steps(
@@ -306,12 +211,14 @@ def settle_steps(
     total = train.total_steps(train_images) or known
     if total is None:
         left = parse_duration(train.budget or "") - (time.monotonic() - began)
-        measured = steps_within(loop, left, test_images if loop.validate else 0)
-        total = loop.agree(measured) or measured
-        watch.note(f"budget {train.budget}: {total} steps, measured on this machine")
+        budget = settle_budget(loop, left, test_images)
+        # All processes make as many steps as the slowest of them.
+        total = -(loop.agree(-budget.steps) or -budget.steps)
+        loop.deadline = budget.deadline
+        watch.note(f"budget {train.budget}: about {total} steps, measured on this machine")
     if known is None and loop.accelerator.is_main_process:
         run.write_provenance({**facts, "steps": total})
-    loop.total_steps = total
+    loop.state.timeline = Timeline.of(total)
     loop.eval_steps = train.eval_steps or (total if train.budget else max(1, total // EVALUATIONS))
     watch.note(
         f"run `{run.path}`: {total} steps of {train.batch_size} images, {facts['precision']}"
@@ -364,6 +271,7 @@ def finish(
         broken=broken,
     )
     if loop.accelerator.is_main_process:
+        run.amend_provenance({"steps": loop.total_steps})
         model.eval()
         model.head_trained = model.config.num_classes > 0
         with averaged(loop.state):
@@ -372,17 +280,6 @@ def finish(
         run.finish(result.to_json())
     loop.accelerator.wait_for_everyone()
     return result
-
-
-def held_out_images(source: Source) -> int:
-    """How many images a pass over the held-out split looks at."""
-    name = held_out_split(source)
-    return len(source.splits[name]) if name else 0
-
-
-def held_out_split(source: Source) -> str | None:
-    """The split that figures come from: `validation`, else `test`, else none."""
-    return next((name for name in ("validation", "test") if name in source.splits), None)
 
 
 def last_figures(run: Run) -> dict[str, float]:

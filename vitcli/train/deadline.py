@@ -1,0 +1,72 @@
+"""Keeping the time that a run was given."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vitcli.train.timeline import Timeline
+
+# Shares of the run after which its length is looked at again.
+MARKS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
+WORTH_IT = 0.003  # smaller changes of the length are noise
+
+
+@dataclass
+class Deadline:
+    """The moment by which everything must be written, and what the steps until then cost.
+
+    Attributes:
+        at: of `time.monotonic`.
+        reserve: seconds for the last evaluation and for writing.
+        stages: (share of the timeline at which it ends, seconds a step as measured at the start).
+    """
+
+    at: float
+    reserve: float
+    stages: Sequence[tuple[float, float]]
+    _next: int = 0
+    _seen: tuple[int, float] | None = None
+    _slowest: float = 0.0
+    _before: float = field(default_factory=time.monotonic)
+
+    def is_up(self) -> bool:
+        """Whether one more step, as long as the longest of late, would come too late."""
+        now = time.monotonic()
+        step, self._before = now - self._before, now
+        self._slowest = max(step, 0.9 * self._slowest)
+        return now + self._slowest + self.reserve > self.at
+
+    def is_due(self, timeline: Timeline, step: int) -> bool:
+        """Whether the length is to be looked at again after so many steps."""
+        share = timeline.at(step) / timeline.planned
+        if self._seen is None:
+            self._seen = step, time.monotonic()
+        if self._next == len(MARKS) or share < MARKS[self._next]:
+            return False
+        while self._next < len(MARKS) and share >= MARKS[self._next]:
+            self._next += 1
+        return True
+
+    def total(self, timeline: Timeline, step: int) -> int:
+        """The steps of the whole run that fit, by how fast the last stretch of them was."""
+        now, share = time.monotonic(), timeline.at(step) / timeline.planned
+        assert self._seen is not None
+        since, then = self._seen
+        if step <= since:
+            return timeline.total
+        began = timeline.at(since) / timeline.planned
+        expected = self._cost(began, share) / max(share - began, 1e-9)
+        slower = (now - then) / (step - since) / expected
+        self._seen = step, now
+        left = self.at - self.reserve - now
+        rest = self._cost(share, 1.0) / max(1.0 - share, 1e-9) * slower  # a step, on average
+        total = step + max(0, int(left / rest))
+        return timeline.total if abs(total - timeline.total) < WORTH_IT * timeline.total else total
+
+    def _cost(self, start: float, end: float) -> float:
+        """The integral of the seconds a step over the shares from `start` to `end`."""
+        cost, begin = 0.0, 0.0
+        for until, seconds in self.stages:
+            cost += max(0.0, min(end, until) - max(start, begin)) * seconds
+            begin = until
+        return cost

@@ -1,0 +1,170 @@
+"""What a training run is put together from: data, objective, optimizers, loader, loop."""
+
+from functools import partial
+from typing import Any
+
+from vitcli.config import Recipe
+from vitcli.data.augment import TrainTransform
+from vitcli.data.loader import TrainLoader, check_batch
+from vitcli.data.presets import Strength
+from vitcli.data.sources import Source, open_data
+from vitcli.data.stream_loader import StreamLoader
+from vitcli.data.streaming import StreamSet
+from vitcli.data.transforms import Preprocess
+from vitcli.errors import VitcliError
+from vitcli.run import Run
+from vitcli.train.checkpoint import TrainState
+from vitcli.train.ema import Ema
+from vitcli.train.loop import Loop, Validate
+from vitcli.train.mae import check_droppable
+from vitcli.train.measure import measure
+from vitcli.train.objectives import build_objective, is_supervised
+from vitcli.train.optim import build_optimizers
+from vitcli.vit import Model, ResNet
+from vitcli.watch import Logged, Watcher
+
+
+def open_source(recipe: Recipe, watch: Watcher) -> Source:
+    """The data of a recipe, with a note for each thing that was decided about it."""
+    section = recipe.data
+    source = open_data(section, watch=watch, streams=True)
+    for note in source.notes:
+        watch.note(note)
+    if "train" not in source.splits:
+        raise VitcliError(
+            f"`{section.name}` has no training images, only {', '.join(source.splits)}",
+            "`vitcli evaluate` takes such a set",
+        )
+    return source
+
+
+def make_loop(
+    recipe: Recipe,
+    model: Model,
+    source: Source,
+    run: Run,
+    accelerator: Any,
+    watch: Logged,
+) -> Loop:
+    """Everything that trains, put together; its timeline is not settled yet."""
+    preprocess = model.preprocess
+    assert preprocess is not None
+    model.checkpoint_activations = recipe.train.activation_checkpointing
+    objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
+    optimizers = build_optimizers(objective, recipe.optim)
+    if recipe.train.compile:
+        # In place, so that names stay. Sizes are few: those of `smaller_sizes`, and a last part's.
+        objective.compile(dynamic=False)
+    module, *optimizers = accelerator.prepare(objective, *optimizers)
+    inner = [getattr(o, "optimizer", o) for o in optimizers]
+    objective = accelerator.unwrap_model(module)
+    decay = recipe.train.ema_decay
+    state = TrainState(
+        objective, inner, Ema(objective, decay) if decay else None, accelerator.scaler
+    )
+    loader = make_loader(recipe, source, preprocess, objective.views, accelerator)
+    held_out = held_out_split(source)
+    validate: Validate | None = None
+    if held_out is not None and model.config.num_classes > 0:
+        test = source.splits[held_out]
+        validate = partial(measure, model, test, accelerator, watch, loader.broken)
+    return Loop(
+        module=module,
+        state=state,
+        optimizers=optimizers,
+        loader=loader,
+        preprocess=preprocess,
+        recipe=recipe,
+        run=run,
+        accelerator=accelerator,
+        watch=watch,
+        validate=validate,
+    )
+
+
+def make_loader(
+    recipe: Recipe, source: Source, preprocess: Preprocess, views: int, accelerator: Any
+) -> TrainLoader | StreamLoader:
+    """What makes the batches of this process."""
+    images: Any = source.splits["train"]
+    transform = TrainTransform(preprocess, recipe.augment)
+    settings: dict[str, Any] = {
+        "batch_size": recipe.train.batch_size,
+        "seed": recipe.train.seed,
+        "views": views,
+        "workers": recipe.data.workers,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "strict": recipe.data.strict,
+        "strength": Strength.of(recipe.augment),
+    }
+    if isinstance(images, StreamSet):
+        return StreamLoader(images, transform, **settings)
+    return TrainLoader(
+        images,
+        transform,
+        repeats=recipe.augment.repeats,
+        pin_memory=accelerator.device.type == "cuda",
+        **settings,
+    )
+
+
+def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
+    """Whether `[augment]` can be done with this data, objective and batch.
+
+    Raises:
+        VitcliError: the set draws whole batches, which augmentation cannot change; without labels
+            there is nothing to mix; or a micro-batch or a process would part a pair.
+    """
+    section, strength = recipe.augment, Strength.of(recipe.augment)
+    if hasattr(images, "batch") and (strength.changes or section.repeats > 1):
+        raise VitcliError(
+            f"`{recipe.data.name}` draws its images with their variations, and `[augment]` changes "
+            "none of them",
+            "leave out `augment.preset`, `policy`, colours, `erase_rate` and `repeats`",
+        )
+    if isinstance(images, StreamSet) and section.repeats > 1:
+        raise VitcliError("a stream shows each image once at a time", "leave out `augment.repeats`")
+    if strength.mixes and not is_supervised(recipe.objective.name):
+        raise VitcliError(
+            f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
+            "`--set augment.mix_rate=0.0` leaves images as they are",
+        )
+    micro = recipe.train.micro_batch_size
+    if strength.mixes and micro is not None and micro % 2:
+        raise VitcliError(
+            f"`train.micro_batch_size` = {micro} would part the pairs that mixup or cutmix mixes",
+            f"`--set train.micro_batch_size={micro + 1}`",
+        )
+    check_batch(recipe.train.batch_size, processes, section.repeats, strength.mixes)
+
+
+def held_out_images(source: Source) -> int:
+    """How many images a pass over the held-out split looks at."""
+    name = held_out_split(source)
+    return len(source.splits[name]) if name else 0
+
+
+def held_out_split(source: Source) -> str | None:
+    """The split that figures come from: `validation`, else `test`, else none."""
+    return next((name for name in ("validation", "test") if name in source.splits), None)
+
+
+def check_patch_drop(recipe: Recipe, model: Model) -> None:
+    """Whether patches of this model can be left out, where the recipe asks for it.
+
+    Raises:
+        VitcliError: a ResNet, or blocks and poolings that need every patch at its place.
+    """
+    if not recipe.train.patch_drop_rate:
+        return
+    if isinstance(model, ResNet):
+        raise VitcliError(
+            "a ResNet has no patches to leave out", "`--set train.patch_drop_rate=0.0`"
+        )
+    check_droppable(model.config, "`train.patch_drop_rate`")
+    if model.config.pool == "quadrants":
+        raise VitcliError(
+            "`train.patch_drop_rate` leaves patches out, and pool `quadrants` needs them all",
+            "`--set model.pool=mean`",
+        )

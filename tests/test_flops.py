@@ -1,0 +1,72 @@
+"""Multiply-adds: the paper's, the official code's, and a formula's."""
+
+import json
+
+import pytest
+
+from vitcli.cost.flops import macs, parts, training_flops
+from vitcli.vit import create_model, parse_variant
+
+JFT = 303e6  # images
+# Table 6 of the paper: exaFLOPs of pre-training.
+TABLE_6 = [
+    ("B/32", 7, 55),
+    ("B/16", 7, 224),
+    ("L/32", 7, 196),
+    ("L/16", 7, 783),
+    ("L/16", 14, 1567),
+    ("H/14", 14, 4262),
+]
+
+
+@pytest.mark.parametrize(("name", "epochs", "exaflops"), TABLE_6)
+def test_table_6(name, epochs, exaflops):
+    config = parse_variant(name, image_size=(224, 224), num_classes=0)
+    found = training_flops(config, JFT * epochs) / 1e18
+    # 56.1 for the 55 of B/32, which is rounded.
+    assert found == pytest.approx(exaflops, rel=0.021)
+
+
+def test_the_official_code(shared):
+    """`gmacs` counts products and convolutions of the official flax models."""
+    facts = json.loads((shared / "reference/facts.json").read_text())["models"]
+    ours = {"ViT-Ti_16": "Ti/16", "ViT-S_16": "S/16", "ViT-B_16": "B/16", "ViT-B_32": "B/32"}
+    ours |= {"ViT-L_16": "L/16", "ViT-L_32": "L/32", "ViT-H_14": "H/14", "ViT-B_8": "B/8"}
+    ours |= {"R50+ViT-B_16": "R50+B/16", "R26+ViT-S_32": "R26+S/32", "R+ViT-Ti_16": "R+Ti/16"}
+    for theirs, name in ours.items():
+        known = {k: v for k, v in facts[theirs]["compute"].items() if k.endswith("px")}
+        assert "224px" in known
+        for size, wanted in ((k, v["gmacs"]) for k, v in known.items() if isinstance(v, dict)):
+            side = int(size.removesuffix("px"))
+            config = parse_variant(name, image_size=(side, side), num_classes=1000)
+            assert macs(config) / 1e9 == pytest.approx(wanted, abs=6e-5), (theirs, side)
+
+
+@pytest.mark.parametrize(
+    ("options", "prefix"),
+    [
+        ({}, 1),
+        ({"image_size": (32, 64), "num_registers": 3}, 4),
+        ({"class_token": False, "pool": "mean", "representation_size": 20}, 0),
+    ],
+)
+def test_a_formula(options, prefix):
+    config = create_model("Ti/16", **{"image_size": 32, "num_classes": 10, **options}).config
+    n = config.grid[0] * config.grid[1]
+    t, d, m = n + prefix, config.embed_dim, config.mlp_dim
+    assert parts(config) == {
+        "embedding": n * 16 * 16 * 3 * d,
+        "attention": config.depth * (4 * t * d * d + 2 * t * t * d),
+        "mlp": config.depth * 2 * t * d * m,
+        "head": 10 * (20 if config.representation_size else d)
+        + (20 * d if config.representation_size else 0),
+    }
+    assert macs(config) == sum(parts(config).values())
+
+
+@pytest.mark.parametrize("name", ["R50x1", "R50+Ti/16", "Axial-Ti/16"])
+def test_other_families_are_counted_whole(name):
+    config = create_model(name, image_size=64, num_classes=10).config
+    found = parts(config)
+    assert macs(config) > 1e8 and found["head"] > 0
+    assert ("stages" in found) == (name == "R50x1")

@@ -1,0 +1,247 @@
+"""What the loop does when something goes wrong, and what it may leave out."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny import records, tiny_recipe
+
+from vitcli.commands.pretrain import random_model
+from vitcli.errors import VitcliError
+from vitcli.train import loop as loops
+from vitcli.train.loop import Loop, Stopped
+from vitcli.train.objectives import Softmax
+from vitcli.train.session import train
+from vitcli.watch import Quiet
+from vitcli.weights.load import load_model
+
+PLAIN = {
+    "model": {"dropout_rate": 0.0, "drop_path_rate": 0.0},
+    "optim": {"name": "sgd", "lr": 0.1},
+}
+
+
+class Heard(Quiet):
+    def __init__(self):
+        self.warnings = []
+
+    def warn(self, message):
+        self.warnings.append(message)
+
+
+def go(out, *, resume=False, watch=None, **sections):
+    recipe = tiny_recipe(**sections)
+    return train(
+        recipe,
+        lambda source: random_model(recipe, source),
+        out=out,
+        resume=resume,
+        watch=watch or Quiet(),
+    )
+
+
+def weights(run):
+    return (run / "model.safetensors").read_bytes()
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """Training passes over more than 8 images fail as torch's allocator does."""
+    real = Softmax.forward
+
+    def forward(self, images, labels, factors):
+        if self.training and len(images) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return real(self, images, labels, factors)
+
+    monkeypatch.setattr(Softmax, "forward", forward)
+
+
+def test_the_same_weights_in_smaller_parts_when_memory_runs_out(tmp_path, monkeypatch):
+    go(tmp_path / "whole", **PLAIN)
+    expected = load_model(tmp_path / "whole").state_dict()
+    heard = Heard()
+    with monkeypatch.context() as patch:
+        small_memory.__wrapped__(patch)
+        go(tmp_path / "parts", watch=heard, **PLAIN)
+    assert heard.warnings == [
+        "memory ran out with 32 images at a time: going on with 16",
+        "memory ran out with 16 images at a time: going on with 8",
+    ]
+    for key, value in load_model(tmp_path / "parts").state_dict().items():
+        torch.testing.assert_close(expected[key], value, rtol=0, atol=1e-5)
+    state = json.loads((tmp_path / "parts/checkpoints/step_000008/state.json").read_text())
+    assert state["micro_batch"] == 8
+
+
+def test_a_resumed_run_begins_with_the_size_that_fitted(tmp_path, small_memory):
+    """With dropout the masks depend on it, and must be the same again."""
+    go(tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_asked", lambda run, _: 15 if run.state.step == 3 else None)
+        with pytest.raises(Stopped):
+            go(tmp_path / "parts")
+    heard = Heard()
+    go(tmp_path / "parts", resume=True, watch=heard)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+    assert not heard.warnings
+
+
+def test_mixed_pairs_stay_together(tmp_path, small_memory):
+    go(tmp_path / "run", augment={"mixup_alpha": 1.0, "mix_rate": 1.0}, train={"batch_size": 18})
+    state = json.loads((tmp_path / "run/checkpoints/step_000008/state.json").read_text())
+    assert state["micro_batch"] == 8  # of 18 first 8, not 9
+
+
+def test_nothing_fits(tmp_path, monkeypatch):
+    def forward(self, images, labels, factors):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    monkeypatch.setattr(Softmax, "forward", forward)
+    with pytest.raises(VitcliError, match="memory runs out with 1 image at a time"):
+        go(tmp_path / "run")
+
+
+def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
+    def forward(self, images, labels, factors):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Softmax, "forward", forward)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        go(tmp_path / "run")
+
+
+def spoil(monkeypatch, step, times=1):
+    """The loss of update `step` is not a number, so many times."""
+    real, left = Loop.gradients, [times]
+
+    def gradients(self, batch, alone=False):
+        figures = real(self, batch, alone)
+        if self.state.step == step and left[0]:
+            left[0] -= 1
+            for p in self.state.module.parameters():
+                p.grad = None if p.grad is None else p.grad * math.nan
+            figures["loss"] = figures["loss"] * math.nan
+        return figures
+
+    monkeypatch.setattr(Loop, "gradients", gradients)
+
+
+REWIND = {"train": {"steps": 10, "on_nan": "rewind", "checkpoint_steps": 2, "keep_checkpoints": 9}}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    spoil(monkeypatch, 5)
+    with pytest.raises(VitcliError, match=r"the loss is not finite \(nan\) in steps 6 to 6"):
+        go(tmp_path / "run", train={"steps": 10})
+
+
+def test_it_goes_back_with_half_the_rate_where_asked(tmp_path, monkeypatch):
+    spoil(monkeypatch, 5)
+    heard = Heard()
+    result = go(tmp_path / "run", watch=heard, **REWIND)
+    assert result.steps == 10
+    assert "back to step 4, with 0.5 of the learning rate" in heard.warnings[0]
+    found = records(tmp_path / "run")
+    steps = [r["step"] for r in found if "train/loss" in r]
+    assert steps == list(range(1, 11))
+    assert [r for r in found if "event" in r] == [
+        {"step": 4, "event": "rewind", "from": 6, "lr_scale": 0.5}
+    ]
+    monkeypatch.undo()
+    go(tmp_path / "plain", train={"steps": 10})
+    pairs = zip(
+        [r for r in found if "lr" in r],
+        [r for r in records(tmp_path / "plain") if "lr" in r],
+        strict=True,
+    )
+    for ours, plain in pairs:
+        assert ours["lr"] == pytest.approx(plain["lr"] * (0.5 if ours["step"] > 4 else 1.0))
+
+
+def test_a_resume_after_it_is_exact(tmp_path, monkeypatch):
+    spoil(monkeypatch, 5)
+    go(tmp_path / "whole", **REWIND)
+    monkeypatch.undo()
+    spoil(monkeypatch, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Loop, "_asked", lambda run, _: 15 if run.state.step == 5 and run.state.rewinds else None
+        )
+        with pytest.raises(Stopped):
+            go(tmp_path / "parts", **REWIND)
+    monkeypatch.undo()
+    go(tmp_path / "parts", resume=True, **REWIND)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+
+
+def test_too_often_is_the_end(tmp_path, monkeypatch):
+    spoil(monkeypatch, 5, times=9)
+    with pytest.raises(VitcliError, match="after 3 rewinds"):
+        go(tmp_path / "run", **REWIND)
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path, monkeypatch):
+    """The loss of step 4 was good, its update was not: the last good state is that of step 2."""
+    real = Loop.update
+
+    def update(self, batch):
+        figures = real(self, batch)
+        if self.state.step == 3 and not self.state.rewinds:
+            next(self.state.module.parameters()).data.fill_(math.nan)
+        return figures
+
+    monkeypatch.setattr(Loop, "update", update)
+    go(tmp_path / "run", **REWIND)
+    event = next(r for r in records(tmp_path / "run") if "event" in r)
+    assert event["step"] == 2
+
+
+def test_patches_are_left_out_in_training_only(tmp_path, monkeypatch):
+    lengths = []
+    real = loops.torch.nn.Module.__call__
+
+    def call(self, x, *rest, **more):
+        if type(self).__name__ == "Block":
+            lengths.append((self.training, x.shape[1]))
+        return real(self, x, *rest, **more)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", call)
+    settings = {"patch_drop_rate": 0.5, "patch_drop_until": 0.5, "steps": 4}
+    go(tmp_path / "run", train=settings, model={"patch_size": 2})
+    whole = 16 + 1  # 8x8 pixels, patches of 2, a class token
+    trained = [n for training, n in lengths if training]
+    assert trained == [8 + 1] * 4 + [whole] * 4
+    assert {n for training, n in lengths if not training} == {whole}
+
+
+def test_patches_that_are_left_out_resume_exactly(tmp_path):
+    settings = {"train": {"patch_drop_rate": 0.25, "steps": 6}, "model": {"patch_size": 2}}
+    go(tmp_path / "whole", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_asked", lambda run, _: 15 if run.state.step == 3 else None)
+        with pytest.raises(Stopped):
+            go(tmp_path / "parts", **settings)
+    go(tmp_path / "parts", resume=True, **settings)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"pool": "quadrants", "patch_size": 2}, "pool `quadrants` needs them all"),
+        ({"position": "relative"}, "positions inside the blocks need them all"),
+    ],
+)
+def test_patches_that_cannot_be_left_out(tmp_path, model, words):
+    with pytest.raises(VitcliError, match=words):
+        go(tmp_path / "run", model=model, train={"patch_drop_rate": 0.5})
+    assert not (tmp_path / "run").exists()
+
+
+def test_records_say_what_the_machine_gave(tmp_path):
+    go(tmp_path / "run")
+    record = next(r for r in records(tmp_path / "run") if "train/loss" in r)
+    assert 0 < record["mfu"] < 1 and record["memory_mb"] > 50

@@ -1,0 +1,90 @@
+"""A run's length, which a budget may change, and the clock that changes it."""
+
+import time
+
+import pytest
+
+from vitcli.train import deadline
+from vitcli.train.deadline import Deadline
+from vitcli.train.timeline import Timeline
+
+
+def test_a_run_of_fixed_length_is_counted_in_steps():
+    line = Timeline.of(7)
+    assert [line.at(step) for step in range(8)] == list(range(8))
+    assert all(isinstance(line.at(step), int) for step in range(8))
+
+
+def test_the_place_goes_on_without_a_jump_and_ends_with_the_last_step():
+    line = Timeline.of(100)
+    line.settle(40, 60)
+    assert line.at(40) == 40 and line.at(60) == 100 and line.at(50) == 70
+    line.settle(50, 150)
+    assert line.at(50) == 70 and line.at(150) == 100 and line.at(100) == 85
+    places = [line.at(step) for step in range(50, 151)]
+    assert places == sorted(places)
+    line.settle(70, 70)  # at once
+    assert line.total == 70
+
+
+def test_it_is_restored():
+    line, other = Timeline.of(100), Timeline()
+    line.settle(40, 60)
+    other.restore(line.values())
+    assert other == line and other.at(55) == line.at(55)
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(deadline.time, "monotonic", clock)
+    return clock
+
+
+def run(clock, seconds_at, planned, budget, stages=((1.0, 0.1),), reserve=1.0):
+    """Seconds and steps of a run whose step at place p takes `seconds_at(p)`."""
+    limit = Deadline(clock.now + budget, reserve, stages)
+    line, step, start = Timeline.of(planned), 0, clock.now
+    while step < line.total:
+        place = line.at(step) / planned
+        clock.now += seconds_at(place)
+        step += 1
+        if limit.is_up():
+            line.settle(step, step)
+        elif limit.is_due(line, step):
+            line.settle(step, limit.total(line, step))
+    return clock.now - start + reserve, step, line.at(step) / planned
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.8, 1.0, 1.3, 2.0, 4.0])
+def test_a_budget_is_kept_whatever_the_machine_does(clock, factor):
+    seconds, _, end = run(clock, lambda p: 0.1 * factor, 600, 61.0)
+    assert 0.98 * 61 <= seconds <= 61
+    assert end > 0.98
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.6])
+def test_also_when_it_changes_in_the_middle(clock, factor):
+    stages = ((0.4, 0.05), (0.7, 0.1), (1.0, 0.2))
+
+    def seconds_at(place):
+        cost = next(cost for until, cost in stages if place < until or until == 1.0)
+        return cost * (factor if place > 0.45 else 1.0)
+
+    seconds, _, end = run(clock, seconds_at, 542, 61.0, stages)
+    assert 0.98 * 61 <= seconds <= 61
+    assert end > 0.97
+
+
+def test_a_step_that_would_come_too_late_is_not_made():
+    limit = Deadline(time.monotonic() + 0.05, 0.0, ((1.0, 0.01),))
+    assert not limit.is_up()
+    time.sleep(0.03)
+    assert limit.is_up()  # another one like this does not fit

@@ -19,6 +19,7 @@ from vitcli.sections import (
     DataSection,
     FewshotSection,
     Inference,
+    LoraSection,
     ModelSection,
     ObjectiveSection,
     OptimSection,
@@ -37,6 +38,7 @@ __all__ = [
     "DataSection",
     "FewshotSection",
     "Inference",
+    "LoraSection",
     "ModelSection",
     "ObjectiveSection",
     "OptimSection",
@@ -55,15 +57,26 @@ __all__ = [
     "parse_duration",
     "parse_overrides",
     "read_toml",
+    "recipe_files",
     "recipe_path",
     "recipes_folder",
 ]
+
+
+RECIPE_FOLDERS = (".", "paper", "reference")
 
 
 def recipes_folder() -> Path:
     """Where the recipes of this installation lie."""
     inside = Path(__file__).parent / "_recipes"
     return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def recipe_files() -> dict[str, Path]:
+    """The recipes of this installation by name: our own, the paper's, and other people's."""
+    folder = recipes_folder()
+    paths = [p for part in RECIPE_FOLDERS for p in sorted((folder / part).glob("*.toml"))]
+    return {path.stem: path for path in paths}
 
 
 def recipe_path(name: str) -> Path:
@@ -77,10 +90,10 @@ def recipe_path(name: str) -> Path:
         if path.is_file():
             return path
         raise VitcliError(f"no recipe file `{name}`", "`vitcli recipes` lists those that are here")
-    path = recipes_folder() / f"{name}.toml"
-    if path.is_file():
-        return path
-    names = sorted(p.stem for p in recipes_folder().glob("*.toml"))
+    files = recipe_files()
+    if name in files:
+        return files[name]
+    names = sorted(files)
     close = nearest(name, names)
     hint = f"did you mean `{close}`?" if close else f"there are {', '.join(names)}"
     raise VitcliError(f"no recipe `{name}`", hint)

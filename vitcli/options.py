@@ -26,6 +26,7 @@ SHORTHAND = {
     "streaming": "data.streaming",
     "strict": "data.strict",
     "on_nan": "train.on_nan",
+    "lora": "lora.rank",
 }
 
 
@@ -164,6 +165,14 @@ OnNan = Annotated[
         show_default=False,
     ),
 ]
+Lora = Annotated[
+    int | None,
+    typer.Option(
+        "--lora",
+        help="Of `finetune`: train adapters of this rank and the head, nothing else.",
+        show_default=False,
+    ),
+]
 Labels = Annotated[
     Path | None, typer.Option("--labels", help="Class names, one a line.", show_default=False)
 ]
@@ -187,6 +196,7 @@ class Training:
     out: Out = None
     resume: Resume = False
     on_nan: OnNan = None
+    lora: Lora = None
     track: Track = None
     streaming: Streaming = False
     strict: Strict = False

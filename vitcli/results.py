@@ -185,9 +185,10 @@ def show_export(result: Any) -> None:
 
 
 def show_recipes(result: Any) -> None:
-    """Two lines a recipe: what it takes, and what it is."""
+    """Two lines a recipe: what it takes and costs, and what it is."""
     for row in result.rows:
         takes = f"{row.command} {row.data or 'DATA'} {row.model or '--model MODEL'}"
+        takes += f", {row.cost}" if row.cost else ""
         report.out.print(Text.assemble((row.name, "bold"), "  ", takes), soft_wrap=True)
         report.out.print(Text(f"    {row.description}", style="dim"), soft_wrap=True)
 

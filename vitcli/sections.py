@@ -214,31 +214,86 @@ class ObjectiveSection(Section):
 
 
 class OptimSection(Section):
-    """The optimizer. `matrix_lr` is Muon's rate for the hidden matrices; `lr` serves the rest."""
+    """The optimizer. `matrix_lr` is Muon's rate for the hidden matrices; `lr` serves the rest.
 
-    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    `lr_batch_size` is the batch that the rates are meant for: with another one they are multiplied
+    by the ratio (`lr_scaling = "linear"`) or its root. `layer_decay` multiplies the rate once more
+    for every layer further from the head: the last block has it once, the embedding depth + 1
+    times. `momentum_dtype = "bf16"` keeps the momentum of `sgd` in half the memory, as the paper's
+    fine-tuning code does. `betas` are those of `adamw`, `lamb` and `lion`; `adafactor` takes
+    `momentum`, and its second moments as big_vision has them.
+    """
+
+    name: Literal["adamw", "sgd", "muon", "lion", "lamb", "adafactor"] = "adamw"
     lr: PositiveFloat = 1e-3
     matrix_lr: PositiveFloat = 0.02
+    lr_batch_size: PositiveInt | None = None
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
     weight_decay: NonNegativeFloat = 0.0
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    momentum_dtype: Literal["fp32", "bf16"] = "fp32"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     grad_clip: PositiveFloat | None = None
 
+    @model_validator(mode="after")
+    def _half_momentum(self) -> Self:
+        if self.momentum_dtype == "bf16" and self.name != "sgd":
+            raise ValueError("`momentum_dtype` is for `sgd`; `adafactor` keeps bf16 by itself")
+        return self
+
+    def rate_factor(self, batch_size: int) -> float:
+        """What the rates are multiplied by for steps of `batch_size` images."""
+        ratio = batch_size / (self.lr_batch_size or batch_size)
+        return ratio if self.lr_scaling == "linear" else ratio**0.5
+
 
 class ScheduleSection(Section):
-    """How the rate moves: warm-up from 0, then the named curve down to `final_lr_fraction`."""
+    """How the rate moves: warm-up from 0, then the named curve down to `final_lr_fraction`.
 
-    name: Literal["linear", "cosine", "wsd", "constant"] = "cosine"
+    `decay_fraction` is the last part of `wsd`; `timescale` and `cooldown_steps` belong to `rsqrt`,
+    which ends at 0 where there is a cool-down.
+    """
+
+    name: Literal["linear", "cosine", "wsd", "constant", "rsqrt"] = "cosine"
     warmup_steps: NonNegativeInt | None = None
     warmup_fraction: float | None = Field(default=None, ge=0.0, lt=1.0)
     decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
     final_lr_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
+    timescale: PositiveInt = 10_000
+    cooldown_steps: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
         if self.warmup_steps is not None and self.warmup_fraction is not None:
             raise ValueError("give `warmup_steps` or `warmup_fraction`, not both")
+        return self
+
+
+class LoraSection(Section):
+    """Low-rank adapters in `finetune` (Hu et al., 2021): they and the head learn, nothing else.
+
+    `rank` is their width, None for none; their output counts `alpha` / `rank` times, `alpha` being
+    2 * `rank` where it is left out. `targets` are the layers of each block that get one: `qkv`,
+    `proj` and `mlp` (both of its layers). They become part of the weights at the end of the run.
+    """
+
+    rank: PositiveInt | None = None
+    alpha: PositiveFloat | None = None
+    targets: tuple[Literal["qkv", "proj", "mlp"], ...] = ("qkv", "proj")
+
+    @property
+    def scale(self) -> float:
+        """The factor on what an adapter adds."""
+        return 2.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.rank is None and self.alpha is not None:
+            raise ValueError("`alpha` scales adapters of a `rank`, which is not given")
+        if not self.targets:
+            raise ValueError("`targets` are some of `qkv`, `proj` and `mlp`")
         return self
 
 
@@ -250,6 +305,8 @@ class TrainSection(Section):
     a fifth of the run for the first and about a minute for the second. `smaller_sizes` are pairs
     (side in pixels, share of the run until which images are shrunk to it). `patch_drop_rate` of
     each image's patches are left out in training, until `patch_drop_until` of the run is over.
+    `freeze` keeps weights as they are in `finetune`: `backbone` all but the head, `blocks:6` the
+    embeddings and the first six blocks, of which nothing is then kept for a backward pass.
     `activation_checkpointing` keeps the input of each block only and computes the rest again in the
     backward pass: less memory, more time, the same gradients. `compile` has torch compile the
     forward and backward pass, `tf32` lets a GPU round the factors of fp32 products to 10 bits.
@@ -265,6 +322,7 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt | None = None
     seed: NonNegativeInt = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    freeze: str = Field(default="none", pattern=r"^(none|backbone|blocks:[1-9][0-9]*)$")
     activation_checkpointing: bool = False
     patch_drop_rate: float = Field(default=0.0, ge=0.0, lt=1.0)
     patch_drop_until: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -338,6 +396,7 @@ class Recipe(Section):
     augment: AugmentSection = AugmentSection()
     objective: ObjectiveSection = ObjectiveSection()
     optim: OptimSection = OptimSection()
+    lora: LoraSection = LoraSection()
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection
 

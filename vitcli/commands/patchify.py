@@ -20,6 +20,7 @@ from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
 from vitcli.vit.patches import patchify
 from vitcli.watch import Quiet, Watcher
+from vitcli.weights.store import save_tensors
 
 DEFAULT_IMAGE_SIZE = 224
 BATCH_SIZE = 64
@@ -262,7 +263,7 @@ def _patchify_image(
     if out is not None:
         patches = patchify(preprocess.pixels(original)[None], patch_size)[0]  # (N, P*P*C)
         metadata = _metadata(source, patch_size, preprocess)
-        _write_tensors(out, {"patches": patches}, metadata)
+        save_tensors(out, {"patches": patches}, metadata)
     return PatchifyResult(
         source=printable(source),
         kind="image",
@@ -311,7 +312,7 @@ def _store_set(
             tensors[f"{name}.labels"] = torch.cat(labels)
     metadata = _metadata(source, patch_size, preprocess)
     metadata["classes"] = json.dumps(classes)
-    _write_tensors(target, tensors, metadata)
+    save_tensors(target, tensors, metadata)
     return tuple(broken)
 
 
@@ -329,15 +330,3 @@ def _metadata(source: str, patch_size: int, preprocess: Preprocess) -> dict[str,
         "channels": str(preprocess.num_channels),
         "layout": "patches row by row; inside one: rows, columns, channels; uint8 pixels",
     }
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        try:
-            save_file(whole, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error

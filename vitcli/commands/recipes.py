@@ -1,25 +1,35 @@
 """`vitcli recipes`: list the recipes that are here, or print one."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from vitcli.config import Recipe, check, read_toml, recipe_path, recipes_folder
+from vitcli.config import Recipe, check, read_toml, recipe_files, recipe_path
 
 
 @dataclass(frozen=True)
 class RecipeRow:
-    """One line of the list."""
+    """One line of the list.
+
+    Attributes:
+        made_for: the data that the recipe was made for, where it leaves DATA to the user.
+        cost: of the whole training run on these data: 6 floating-point operations a multiply-add
+            and image, as Table 6 of the paper counts; None where it depends on DATA.
+    """
 
     name: str
     command: str
     data: str | None
     model: str | None
     description: str
+    made_for: str | None = None
+    cost: str | None = None
 
 
 @dataclass(frozen=True)
 class RecipeList:
-    """All recipes, by name."""
+    """All recipes: our own, the paper's, other people's; by name within each."""
 
     rows: tuple[RecipeRow, ...]
 
@@ -34,15 +44,27 @@ def run() -> RecipeList:
     Raises:
         VitcliError: one of them is wrong.
     """
-    rows = []
-    for path in sorted(recipes_folder().glob("*.toml")):
-        recipe = check(Recipe, read_toml(path), f"recipe `{path.stem}`")
-        rows.append(
-            RecipeRow(
-                path.stem, recipe.command, recipe.data.name, recipe.model.name, recipe.description
-            )
-        )
-    return RecipeList(tuple(rows))
+    return RecipeList(tuple(_row(name, path) for name, path in recipe_files().items()))
+
+
+def _row(name: str, path: Path) -> RecipeRow:
+    recipe = check(Recipe, read_toml(path), f"recipe `{name}`")
+    said = header(path.read_text(encoding="utf-8"))
+    return RecipeRow(
+        name=name,
+        command=recipe.command,
+        data=recipe.data.name,
+        model=recipe.model.name,
+        description=recipe.description,
+        made_for=said.get("Data"),
+        cost=said.get("Cost"),
+    )
+
+
+def header(text: str) -> dict[str, str]:
+    """The lines `# Data:`, `# Cost:` … of the comment that a recipe begins with, first line each."""
+    top = text.partition("\ncommand")[0]
+    return dict(re.findall(r"^# (Run|Data|Cost|Expect|Then): +(.+)$", top, flags=re.MULTILINE))
 
 
 def text(name: str) -> str:

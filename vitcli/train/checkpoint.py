@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
 from vitcli.train.ema import Ema
 from vitcli.train.timeline import Timeline
+from vitcli.weights.store import write_tensors
 
 
 @dataclass
@@ -97,10 +98,7 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
         ) from None
     with replacing(path) as temporary:
         temporary.mkdir()
-        try:
-            _write(temporary, state)
-        except SafetensorError as error:  # a full disk, as safetensors reports it
-            raise OSError(str(error)) from error
+        _write(temporary, state)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     for left in folder.glob(".step_*.tmp"):  # of processes that were killed while writing
@@ -109,11 +107,11 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
 
 
 def _write(folder: Path, state: TrainState) -> None:
-    save_file(_plain(state.module.state_dict()), folder / "module.safetensors")
+    write_tensors(folder / "module.safetensors", state.module.state_dict())
     for number, optimizer in enumerate(state.optimizers):
-        save_file(_optimizer_tensors(optimizer), folder / f"optimizer_{number}.safetensors")
+        write_tensors(folder / f"optimizer_{number}.safetensors", _optimizer_tensors(optimizer))
     if state.ema is not None:
-        save_file(_plain(state.ema.state()), folder / "ema.safetensors")
+        write_tensors(folder / "ema.safetensors", state.ema.state())
     (folder / "state.json").write_text(json.dumps(state.values()), encoding="utf-8")
 
 
@@ -151,14 +149,10 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         ) from error
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-
-
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """`3.exp_avg` -> tensor. Rates are not kept: the schedule gives them from the step."""
     state = optimizer.state_dict()["state"]
-    return _plain({f"{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()})
+    return {f"{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

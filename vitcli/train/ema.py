@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """The average of what a module's parameters were.
+    """The average of what the parameters of a module that learn were.
 
     The decay of update t (from 0) is min(decay, (1 + t) / (10 + t)), so that a run of a hundred
     steps is not an average of its random start.
@@ -13,7 +13,9 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.tensors = {name: p.detach().clone() for name, p in module.named_parameters()}
+        # Frozen weights are their own average.
+        learning = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+        self.tensors = {name: p.detach().clone() for name, p in learning}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:

@@ -35,8 +35,9 @@ from vitcli.train.checkpoint import (
 from vitcli.train.deadline import Deadline
 from vitcli.train.memory import fitting
 from vitcli.train.meter import Meter, peak_memory
-from vitcli.train.optim import schedule_factor, set_rates
+from vitcli.train.optim import set_rates
 from vitcli.train.pace import Pace, is_filling, warning
+from vitcli.train.schedules import schedule_factor
 from vitcli.train.signals import SignalFlag, Stopped
 from vitcli.train.timeline import Timeline
 from vitcli.watch import Watcher
@@ -136,7 +137,7 @@ class Loop:
             for batch in pace.over(onto(batches, self.accelerator.device)):
                 place = self.timeline.at(state.step)
                 factor = schedule_factor(self.recipe.schedule, place, self.timeline.planned)
-                factor *= state.lr_scale
+                factor *= state.lr_scale * self.recipe.optim.rate_factor(train.batch_size)
                 set_rates(state.optimizers, factor)
                 meter.add(self.update(batch))
                 state.step += 1
@@ -406,12 +407,14 @@ class averaged:
         ema = self.state.ema
         if ema is not None:
             parameters = dict(self.state.module.named_parameters())
-            self.kept = {name: p.detach().clone() for name, p in parameters.items()}
-            copy_into(parameters, ema.tensors)
+            learning = {name: parameters[name] for name in ema.tensors}
+            self.kept = {name: p.detach().clone() for name, p in learning.items()}
+            copy_into(learning, ema.tensors)
 
     def __exit__(self, *exc: object) -> None:
         if self.state.ema is not None:
-            copy_into(dict(self.state.module.named_parameters()), self.kept)
+            parameters = dict(self.state.module.named_parameters())
+            copy_into({name: parameters[name] for name in self.kept}, self.kept)
 
 
 @torch.no_grad()

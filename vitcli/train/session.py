@@ -13,7 +13,7 @@ from torch import nn
 from vitcli import launch
 from vitcli.config import Recipe, parse_duration
 from vitcli.cost.budget import settle_budget
-from vitcli.cost.flops import BACKWARD, macs
+from vitcli.cost.flops import macs
 from vitcli.data.sources import Source
 from vitcli.devices import join_processes, matrix_peak, pick_device, resolve_precision
 from vitcli.errors import VitcliError
@@ -22,6 +22,7 @@ from vitcli.train.checkpoint import list_checkpoints, load_checkpoint
 from vitcli.train.curves import draw_curves
 from vitcli.train.lock import holding
 from vitcli.train.loop import Loop, Stopped, averaged
+from vitcli.train.lora import ADAPTER, choose_learning, merged, passes, save_adapters
 from vitcli.train.objectives import settled
 from vitcli.train.setup import (
     check_augment,
@@ -141,6 +142,8 @@ def train(
     check_augment(recipe, images, accelerator.num_processes)
     set_seed(recipe.train.seed)
     model = make_model(source)
+    for note in choose_learning(model, recipe.lora, recipe.train.freeze, recipe.train.seed):
+        watch.note(note)
     check_patch_drop(recipe, model)
     if old is None:
         if resume:
@@ -151,7 +154,15 @@ def train(
     accelerator.wait_for_everyone()
     main = accelerator.is_main_process
     logged = Logged(watch, run.path / "log.txt") if main else Logged(Quiet(), Path(os.devnull))
+    factor = recipe.optim.rate_factor(recipe.train.batch_size)
+    if factor != 1.0:
+        watch.note(
+            f"lr {recipe.optim.lr:g} is meant for {recipe.optim.lr_batch_size} images a step: "
+            f"{recipe.optim.lr * factor:g} for {recipe.train.batch_size}"
+        )
     facts = {
+        "lr_factor": factor,
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "model": model.load_report.provenance() if model.load_report else None,
         "data": {
             "name": recipe.data.name,
@@ -170,7 +181,7 @@ def train(
             loop.track = record
             loop.peak_flops = matrix_peak(accelerator.device, precision)
             loop.peak_flops *= accelerator.num_processes
-            loop.flops_per_image = 2.0 * BACKWARD * macs(model.config)
+            loop.flops_per_image = 2.0 * passes(model) * macs(model.config)
             # Only epochs need the number of training images, which a stream does not know.
             images_of_an_epoch = 0 if recipe.train.epochs is None else len(images)
             settle_steps(loop, facts, began, images_of_an_epoch, held_out_images(source))
@@ -194,8 +205,8 @@ def warn_of_other_processes(run: Run, number: int, watch: Watcher) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that a model holds in its parameters."""
-    return sum(p.numel() for p in model.parameters())
+    """Numbers that a model holds in its parameters; adapters become part of them at the end."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.endswith(ADAPTER))
 
 
 def settle_steps(
@@ -275,7 +286,10 @@ def finish(
         model.eval()
         model.head_trained = model.config.num_classes > 0
         with averaged(loop.state):
-            save_model(run.weights_file, model, recipe_hash=recipe.fingerprint())
+            adapted = run.path / "lora.safetensors"
+            save_adapters(adapted, model, recipe.lora, str(recipe.model.name))
+            with merged(model):
+                save_model(run.weights_file, model, recipe_hash=recipe.fingerprint())
         draw_curves(run)
         run.finish(result.to_json())
     loop.accelerator.wait_for_everyone()

@@ -78,13 +78,35 @@ def save_model(
         "recipe_hash": recipe_hash,
         **({"extra": dict(extra)} if extra else {}),
     }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     metadata = {"vitcli": json.dumps(described, sort_keys=True)}
+    save_tensors(path, model.state_dict(), metadata)
+
+
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file whole or not at all; raises as `replacing` does."""
     with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:  # a full disk, in safetensors' own words
-            raise OSError(str(error)) from error
+        write_tensors(temporary, tensors, metadata)
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file in place, from tensors anywhere.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:  # a full disk, in safetensors' own words
+        raise OSError(str(error)) from error
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ STEPS = [
     {"vit"},
     {"config"},
     {"sections"},
-    {"launch", "errors", "watch", "files", "download", "hub"},
+    {"launch", "slurm", "errors", "watch", "files", "download", "hub"},
 ]
 RANK = {name: number for number, step in enumerate(STEPS) for name in step}
 HEAVY = {"torch", "datasets", "accelerate", "transformers", "timm", "torchvision"}

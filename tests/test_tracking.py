@@ -30,8 +30,9 @@ def test_a_tracker_must_exist_and_be_installed(tmp_path, monkeypatch):
 
 
 def test_settings_are_flat():
-    found = tracking.flat({"a": {"b": 1, "c": {"d": None}}, "e": [1, 2], "f": True})
-    assert found == {"a.b": 1, "e": "[1, 2]", "f": True}
+    found = tracking.flat(tiny_recipe(model={"patch_size": 2}))
+    assert found["optim.name"] == "muon" and found["optim.betas"] == "[0.9, 0.999]"
+    assert None not in found.values() and "description" not in found
 
 
 def test_it_is_given_every_record(tmp_path, monkeypatch):

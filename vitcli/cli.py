@@ -257,6 +257,25 @@ def export(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Two or more finished runs.", metavar="RUN RUN...")
+    ],
+    json: Json = False,
+) -> None:
+    """Put runs beside each other: settings that differ, results, a paired test.
+
+    The test is McNemar's, the interval a bootstrap over images; both need the same held-out images.
+
+    Example: `vitcli compare runs/finetune runs/finetune-2`
+    """
+    from vitcli import results
+    from vitcli.commands import compare as command
+
+    exits.show(command.run(runs), json, results.show_comparison)
+
+
+@app.command()
 def patchify(
     source: Annotated[str, typer.Argument(help="An image, or DATA.", metavar="IMAGE|DATA")],
     patch_size: Annotated[int, typer.Option("--patch-size", help="Side of a patch.")] = 16,

@@ -50,6 +50,7 @@ __all__ = [
     "TrainSection",
     "check",
     "differing_keys",
+    "flat_settings",
     "lay_over",
     "load_inference",
     "load_recipe",
@@ -245,8 +246,13 @@ def load_inference(overrides: Mapping[str, Any] | None = None) -> Inference:
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """Dotted names of the settings in which two recipes differ; the description does not count."""
-    a, b = (_flat(r.model_dump(mode="json", exclude={"description"})) for r in (one, other))
+    a, b = flat_settings(one), flat_settings(other)
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def flat_settings(recipe: Recipe) -> dict[str, Any]:
+    """Dotted name -> plain value of every setting but the description."""
+    return _flat(recipe.model_dump(mode="json", exclude={"description"}))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from vitcli import launch
+from vitcli import launch, slurm
 from vitcli.errors import VitcliError
 
 REFUSALS = {
@@ -56,6 +56,7 @@ def main(app: Callable[..., Any]) -> None:
     # OpenMP when torch is loaded (recipes/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     launch.began = time.monotonic()
+    slurm.join()
     launch.follow()
     _open_streams()
     signal.signal(signal.SIGINT, _interrupt)
@@ -167,4 +168,6 @@ def _stopped(error: Exception) -> int | None:
     report.err.print(
         f"{error}; to go on: the same command with `--out {error.run} --resume`", soft_wrap=True
     )
+    if launch.rank() == 0 and (told := slurm.requeue(error.number)):
+        report.err.print(told, soft_wrap=True)
     return 128 + error.number

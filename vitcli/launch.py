@@ -25,6 +25,9 @@ POLL_SECONDS = 0.05
 END_SECONDS = 1.0  # to end by oneself after another process failed; less than HOLD_SECONDS
 HOLD_SECONDS = 3.0
 LIFELINE = "VITCLI_LIFELINE"
+FORWARDED = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
 # Of `time.monotonic`: when this process began to work for a command line; a budget counts from it.
 began: float | None = None
 
@@ -112,7 +115,7 @@ class Team:
 
     def wait(self, tell: Callable[[VitcliError], None]) -> int:
         """The exit status of the first that fails, 128 + the number where a signal ended it."""
-        old = {n: signal.signal(n, self._forward) for n in (signal.SIGTERM, signal.SIGINT)}
+        old = {number: signal.signal(number, self._forward) for number in FORWARDED}
         try:
             failed = None
             while failed is None and None in [member.poll() for member in self.members]:

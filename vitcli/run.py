@@ -19,6 +19,7 @@ from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
 
 RUNS = Path("runs")
+OUTCOMES = "outcomes.safetensors"  # of the last evaluation, image by image
 LIBRARIES = ("torch", "accelerate", "datasets", "numpy", "pillow", "safetensors")
 
 

@@ -400,6 +400,14 @@ class Recipe(Section):
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection
 
+    @model_validator(mode="after")
+    def _something_pretrained(self) -> Self:
+        if self.command == "pretrain" and self.lora.rank is not None:
+            raise ValueError("`lora.rank` adapts pretrained weights: it is for `vitcli finetune`")
+        if self.command == "pretrain" and self.train.freeze != "none":
+            raise ValueError("`train.freeze` keeps pretrained weights: it is for `vitcli finetune`")
+        return self
+
     def to_toml(self) -> str:
         """The recipe written out in full; reading it back gives an equal one."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))

@@ -33,6 +33,7 @@ from vitcli.train.checkpoint import (
     save_checkpoint,
 )
 from vitcli.train.deadline import Deadline
+from vitcli.train.measure import Outcome
 from vitcli.train.memory import fitting
 from vitcli.train.meter import Meter, peak_memory
 from vitcli.train.optim import set_rates
@@ -66,6 +67,7 @@ class Loop:
         optimizers: the prepared ones, which skip a step whose fp16 gradients overflowed.
         accelerator: accelerate's.
         validate: figures of a held-out split; called every `eval_steps` and at the end.
+        outcomes: what it predicted of each image when it was called last.
         deadline: of a run with a budget.
         track: is given every record that is logged.
         peak_flops: of this machine, all processes together, for `mfu`; None where not measured.
@@ -82,6 +84,7 @@ class Loop:
     accelerator: Any
     watch: Watcher
     validate: Validate | None = None
+    outcomes: list[Outcome] = field(default_factory=list)
     eval_steps: int | None = None
     deadline: Deadline | None = None
     track: Track | None = None

@@ -18,6 +18,8 @@ from vitcli.watch import Watcher
 
 EVAL_BATCH = 256
 
+Outcome = tuple[int, int, int]  # which image, its class, the class that was predicted
+
 
 @torch.inference_mode()
 def measure(
@@ -27,6 +29,7 @@ def measure(
     watch: Watcher,
     broken: dict[str, str],
     limit: int | None = None,
+    outcomes: list[Outcome] | None = None,
 ) -> dict[str, float]:
     """Top-1 accuracy and cross-entropy; mean average precision where images have several labels.
 
@@ -35,6 +38,7 @@ def measure(
 
     Args:
         limit: of the images, about so many, to see how fast it is.
+        outcomes: is filled with what this process predicted, instead of what it held.
 
     Raises:
         VitcliError: no image can be read.
@@ -45,9 +49,15 @@ def measure(
     if images.targets is not None:
         return _measure_several(model, outputs, accelerator)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    if outcomes is not None:
+        outcomes.clear()
     for logits, batch in outputs:
         loss = _loss(model, logits, batch.labels)
-        correct = (logits.argmax(dim=1) == batch.labels).sum()
+        predicted = logits.argmax(dim=1)
+        correct = (predicted == batch.labels).sum()
+        if outcomes is not None:
+            rows = (batch.indices, batch.labels.cpu(), predicted.cpu())
+            outcomes += list(zip(*(row.tolist() for row in rows), strict=True))
         sums += torch.stack([loss.double(), correct.double(), sums.new_tensor(len(logits))])
     loss_sum, correct_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
     if not count:

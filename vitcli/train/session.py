@@ -17,12 +17,13 @@ from vitcli.cost.flops import macs
 from vitcli.data.sources import Source
 from vitcli.devices import join_processes, matrix_peak, pick_device, resolve_precision
 from vitcli.errors import VitcliError
-from vitcli.run import Run, check_free, create_run, reopen_run
+from vitcli.run import OUTCOMES, Run, check_free, create_run, reopen_run
 from vitcli.train.checkpoint import list_checkpoints, load_checkpoint
 from vitcli.train.curves import draw_curves
 from vitcli.train.lock import holding
 from vitcli.train.loop import Loop, Stopped, averaged
 from vitcli.train.lora import ADAPTER, choose_learning, merged, passes, save_adapters
+from vitcli.train.measure import Outcome
 from vitcli.train.objectives import settled
 from vitcli.train.setup import (
     check_augment,
@@ -35,7 +36,7 @@ from vitcli.train.timeline import Timeline
 from vitcli.train.tracking import check_tracker, tracking
 from vitcli.vit import Model
 from vitcli.watch import Logged, Quiet, Watcher
-from vitcli.weights.store import save_model
+from vitcli.weights.store import save_model, save_tensors
 
 EVALUATIONS = 5  # of a run that does not say how often
 
@@ -281,7 +282,10 @@ def finish(
         labels=model.config.num_classes,
         broken=broken,
     )
+    predicted = united_outcomes(loop.outcomes, loop.accelerator)
     if loop.accelerator.is_main_process:
+        if predicted:
+            save_outcomes(run, predicted)
         run.amend_provenance({"steps": loop.total_steps})
         model.eval()
         model.head_trained = model.config.num_classes > 0
@@ -294,6 +298,22 @@ def finish(
         run.finish(result.to_json())
     loop.accelerator.wait_for_everyone()
     return result
+
+
+def united_outcomes(outcomes: list[Outcome], accelerator: Any) -> list[Outcome]:
+    """What all processes predicted, by image."""
+    if accelerator.num_processes == 1:
+        return sorted(outcomes)
+    from accelerate.utils import gather_object
+
+    return sorted(gather_object(outcomes))
+
+
+def save_outcomes(run: Run, outcomes: list[Outcome]) -> None:
+    """Keep what was predicted of each held-out image: `vitcli compare` pairs runs by it."""
+    index, label, predicted = torch.tensor(outcomes).unbind(dim=1)
+    columns = {"index": index, "label": label, "predicted": predicted}
+    save_tensors(run.path / OUTCOMES, columns)
 
 
 def last_figures(run: Run) -> dict[str, float]:

@@ -17,7 +17,7 @@ from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
 from vitcli.train.loop import Loop, Validate
 from vitcli.train.mae import check_droppable
-from vitcli.train.measure import measure
+from vitcli.train.measure import Outcome, measure
 from vitcli.train.objectives import build_objective, is_supervised
 from vitcli.train.optim import build_optimizers
 from vitcli.vit import Model, ResNet
@@ -65,9 +65,12 @@ def make_loop(
     loader = make_loader(recipe, source, preprocess, objective.views, accelerator)
     held_out = held_out_split(source)
     validate: Validate | None = None
+    outcomes: list[Outcome] = []
     if held_out is not None and model.config.num_classes > 0:
         test = source.splits[held_out]
-        validate = partial(measure, model, test, accelerator, watch, loader.broken)
+        validate = partial(
+            measure, model, test, accelerator, watch, loader.broken, outcomes=outcomes
+        )
     return Loop(
         module=module,
         state=state,
@@ -79,6 +82,7 @@ def make_loop(
         accelerator=accelerator,
         watch=watch,
         validate=validate,
+        outcomes=outcomes,
     )
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from vitcli.config import Recipe
+from vitcli.config import Recipe, flat_settings
 from vitcli.errors import VitcliError
 
 PROJECT = "vitcli"
@@ -43,7 +43,7 @@ def tracking(
     if name is None:
         yield None
         return
-    accelerator.init_trackers(PROJECT, config=flat(recipe.model_dump(mode="json")))
+    accelerator.init_trackers(PROJECT, config=flat(recipe))
 
     def record(values: dict[str, Any]) -> None:
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
@@ -55,14 +55,7 @@ def tracking(
         accelerator.end_training()
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim": {"lr": 1}}` -> `{"optim.lr": 1}`; what is no number is text, what is None goes."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        elif isinstance(value, bool | int | float | str):
-            found[prefix + key] = value
-        elif value is not None:
-            found[prefix + key] = str(value)
-    return found
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Dotted names of the settings; what is no number is text, what is None goes."""
+    found = {k: v for k, v in flat_settings(recipe).items() if v is not None}
+    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in found.items()}

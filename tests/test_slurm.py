@@ -1,0 +1,97 @@
+"""Slurm's environment and its `scontrol`, as a stand-in on the PATH plays them."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from tiny import records, write_tiny
+
+from vitcli import slurm
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> "$SCONTROL_LOG"
+case "$1" in
+  show) printf 'alpha\\nbeta\\n' ;;
+  requeue) [ "$2" = 13 ] && { echo 'Job is held' >&2; exit 1; }; exit 0 ;;
+esac
+"""
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "scontrol").write_text(SCONTROL)
+    (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SCONTROL_LOG", str(tmp_path / "log"))
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return tmp_path / "log"
+
+
+def test_tasks_of_srun_find_each_other(scontrol, monkeypatch):
+    given = {
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NODELIST": "alpha,beta",
+        "SLURM_JOB_ID": "20007",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    }
+    monkeypatch.setattr(os, "environ", {**os.environ, **given})
+    slurm.join()
+    found = {k: os.environ[k] for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    assert found == {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert os.environ["MASTER_ADDR"] == "alpha" and os.environ["MASTER_PORT"] == "15007"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a shell inside of a job
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        {"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "2"},  # torchrun under srun
+    ],
+)
+def test_elsewhere_nothing_changes(scontrol, monkeypatch, given):
+    environment = {**os.environ, **given}
+    monkeypatch.setattr(os, "environ", dict(environment))
+    slurm.join()
+    assert os.environ == environment
+
+
+def test_only_slurms_signal_queues_again(scontrol, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert slurm.requeue(signal.SIGTERM) is None and not scontrol.exists()
+    assert slurm.requeue(signal.SIGUSR1) == "job 7 is queued again"
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    assert "could not be queued again: Job is held" in (slurm.requeue(signal.SIGUSR1) or "")
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert slurm.requeue(signal.SIGUSR1) is None
+
+
+def test_a_job_whose_time_is_up_saves_and_is_queued_again(scontrol, tmp_path):
+    """The script's line is the same each time: `vitcli pretrain … --out run --resume`."""
+    write_tiny(tmp_path / "tiny.toml", train={"steps": 3000, "checkpoint_steps": 1})
+    command = [sys.executable, "-m", "vitcli", "pretrain", "--recipe", "tiny.toml"]
+    process = subprocess.Popen(
+        [*command, "--out", "run", "--resume"],
+        cwd=tmp_path,
+        env={**os.environ, "SLURM_JOB_ID": "7"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not any((tmp_path / "run/checkpoints").glob("step_*")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert "starting from step 0" in said and "stopped by SIGUSR1" in said
+    assert said.rstrip().endswith("job 7 is queued again")
+    assert scontrol.read_text() == "requeue 7\n"
+    step = records(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / f"run/checkpoints/step_{step:06d}").is_dir()

@@ -13,18 +13,42 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
-SCRATCH = ["model.pool=quadrants", "model.position=sincos2d", "model.class_token=false"]
-SETTINGS = [
-    "objective.name=softmax",
-    "objective.label_smoothing=0.1",
-    "augment.crop=pad",
-    "optim.name=muon",
-    "optim.matrix_lr=0.01",
-    "optim.momentum=0.95",
-    "optim.lr=1e-3",
-    "schedule.name=linear",
-]
+RECIPE = """
+command = "{command}"
+
+[model]
+{model}
+
+[augment]
+crop = "pad"
+crop_padding = 4
+
+[objective]
+name = "softmax"
+label_smoothing = 0.1
+
+[optim]
+name = "muon"
+matrix_lr = 0.01
+momentum = 0.95
+lr = 1e-3
+
+[schedule]
+name = "linear"
+warmup_fraction = 0.1
+
+[train]
+epochs = {epochs}
+batch_size = 64
+eval_steps = 1000000
+"""
+SCRATCH = """name = "Nano/8"
+image_size = 32
+pool = "quadrants"
+position = "sincos2d"
+class_token = false"""
 
 
 def main() -> None:
@@ -38,13 +62,14 @@ def main() -> None:
     given = parser.parse_args()
     found: dict[str, list[float]] = {"formula": [], "scratch": []}
     for seed in range(given.seeds):
-        for name, model, more in (
-            ("formula", given.model, []),
-            ("scratch", "Nano/8", [*SCRATCH, "model.image_size=32"]),
+        settings = [f"data.train_split=train[:{given.part}]"]
+        settings += [f"data.split_seed={seed}", f"train.seed={seed}"]
+        for name, command, model in (
+            ("formula", "finetune", f"name = {json.dumps(given.model)}"),
+            ("scratch", "pretrain", SCRATCH),
         ):
-            settings = [*SETTINGS, *more, f"data.train_split=train[:{given.part}]"]
-            settings += [f"data.split_seed={seed}", f"train.seed={seed}"]
-            found[name].append(accuracy(given.data, model, given.epochs, settings))
+            recipe = RECIPE.format(command=command, model=model, epochs=given.epochs)
+            found[name].append(accuracy(given.data, command, recipe, settings))
         pair = "  ".join(f"{name} {100 * values[-1]:.2f}" for name, values in found.items())
         sys.stdout.write(f"seed {seed}: {pair}\n")
         sys.stdout.flush()
@@ -60,14 +85,16 @@ def told(name: str, values: list[float]) -> None:
     sys.stdout.write(f"{name:10} {100 * mean:.2f} ± {100 * spread:.2f} (n = {len(values)})\n")
 
 
-def accuracy(data: str, model: str, epochs: float, settings: list[str]) -> float:
-    """Of one fine-tuning run, on the test split."""
+def accuracy(data: str, command: str, recipe: str, settings: list[str]) -> float:
+    """Of one training run, on the test split."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "vitcli", "finetune", data, "--model", model, "--json"]
-        command += ["--epochs", str(epochs), "--batch-size", "64", "--out", f"{folder}/run"]
-        command += [word for setting in settings for word in ("--set", setting)]
-        command += ["--set", f"train.eval_steps={10**6}"]
-        done = subprocess.run(command, capture_output=True, check=True)
+        path = Path(folder, "recipe.toml")
+        path.write_text(recipe)
+        words = [sys.executable, "-m", "vitcli", command, data, "--recipe", str(path), "--json"]
+        words += ["--out", f"{folder}/run", *(w for s in settings for w in ("--set", s))]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
         return float(json.loads(done.stdout)["figures"]["accuracy"])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -245,3 +246,23 @@ def test_records_say_what_the_machine_gave(tmp_path):
     go(tmp_path / "run")
     record = next(r for r in records(tmp_path / "run") if "train/loss" in r)
     assert 0 < record["mfu"] < 1 and record["memory_mb"] > 50
+
+
+@pytest.mark.proof
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with a C++ compiler here")
+def test_a_compiled_run_gives_the_same_and_resumes_exactly(tmp_path):
+    """Sums in another order: close to the plain run, equal to itself."""
+    train_section = {"steps": 6, "smaller_sizes": [[4, 0.5]]}
+    compiled = {**PLAIN, "train": {**train_section, "compile": True}}
+    go(tmp_path / "whole", **compiled)
+    go(tmp_path / "plain", **PLAIN, train=train_section)
+    expected = load_model(tmp_path / "plain").state_dict()
+    for key, value in load_model(tmp_path / "whole").state_dict().items():
+        torch.testing.assert_close(expected[key], value, rtol=0, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_asked", lambda run, _: 15 if run.state.step == 4 else None)
+        with pytest.raises(Stopped):
+            go(tmp_path / "parts", **compiled)
+    go(tmp_path / "parts", resume=True, **compiled)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")

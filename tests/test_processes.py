@@ -36,8 +36,8 @@ PLAIN = {  # no dropout: its masks are drawn for each process
     "optim": {"name": "sgd", "lr": 0.1},
 }
 RECIPES = {
-    "two": {**PLAIN, "train": {"steps": 10}},
-    "two, accumulating": {**PLAIN, "train": {"steps": 10, "micro_batch_size": 8}},
+    "two": {**PLAIN, "train": {"steps": 20}},
+    "two, accumulating": {**PLAIN, "train": {"steps": 20, "micro_batch_size": 8}},
     "two, mixed and repeated": {
         **PLAIN,
         "augment": {"preset": "medium2", "cutmix_alpha": 1.0, "erase_rate": 0.5, "repeats": 2},

@@ -72,12 +72,6 @@ def test_killed_at_random_moments_ends_with_the_same_bits(whole):
     assert kill_and_resume(whole, times=3, seed=1) == expected
 
 
-@pytest.mark.slow
-def test_killed_twenty_times_ends_with_the_same_bits(whole):
-    expected = (whole / "whole/model.safetensors").read_bytes()
-    assert kill_and_resume(whole, times=20, seed=2) == expected
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_first_and_says_how_to_go_on(whole, number, status):
     out = f"stopped-{status}"

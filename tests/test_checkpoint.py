@@ -68,7 +68,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
     def full(*arguments, **settings):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(checkpoint, "write_part", full)
     advance(s, 1)
     with pytest.raises(VitcliError, match="No space left"):
         save_checkpoint(tmp_path, s, keep=1)

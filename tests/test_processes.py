@@ -63,6 +63,7 @@ except Stopped as stopped:
     assert "SIGTERM after step 2" in str(stopped), stopped
 Loop.agree = real
 t.go("parts", t.RECIPES["whole"], resume=True)
+launch.leave(launch.together(0))
 """
 
 

@@ -206,7 +206,7 @@ def _fault(kind: type[Section], error: Mapping[str, Any]) -> tuple[str, str]:
     if error["type"] == "missing":
         return name, f"`{name}` is missing"
     if error["type"] == "value_error":
-        return name, f"`{name}`: {message}"
+        return name, f"`{name}`: {message}" if name else message
     return name, f"`{name}` = {error['input']!r}: {message[:1].lower()}{message[1:]}"
 
 

@@ -310,6 +310,7 @@ class TrainSection(Section):
     `activation_checkpointing` keeps the input of each block only and computes the rest again in the
     backward pass: less memory, more time, the same gradients. `compile` has torch compile the
     forward and backward pass, `tf32` lets a GPU round the factors of fp32 products to 10 bits.
+    `fully_shard` shares weights, gradients and optimizer states out among the processes (FSDP2).
     `on_nan`: when the loss is not finite, `stop`, or `rewind` to the last checkpoint and go on with
     half the rate, three times at most.
     """
@@ -334,6 +335,7 @@ class TrainSection(Section):
     log_steps: PositiveInt = 20
     compile: bool = False
     tf32: bool = False
+    fully_shard: bool = False
     on_nan: Literal["stop", "rewind"] = "stop"
 
     @model_validator(mode="after")

@@ -62,7 +62,7 @@ def _row(name: str, path: Path) -> RecipeRow:
 
 
 def header(text: str) -> dict[str, str]:
-    """The lines `# Data:`, `# Cost:` … of the comment that a recipe begins with, first line each."""
+    """`Run`, `Data`, `Cost`, `Expect` of the comment at the top of a recipe, first line each."""
     top = text.partition("\ncommand")[0]
     return dict(re.findall(r"^# (Run|Data|Cost|Expect|Then): +(.+)$", top, flags=re.MULTILINE))
 

@@ -7,21 +7,38 @@ tensors and the number of steps: no generator states, no loader states.
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
 from vitcli.train.ema import Ema
+from vitcli.train.sharded import Parts, is_part, like_part, write_part
 from vitcli.train.timeline import Timeline
-from vitcli.weights.store import write_tensors
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run, as far as checkpoints go.
+
+    Attributes:
+        rank: of this one.
+        parts: files that a checkpoint has of each kind: one a process where tensors are shared.
+        wait: for all others.
+    """
+
+    rank: int = 0
+    parts: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+ALONE = Team()
 
 
 @dataclass
@@ -81,37 +98,70 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}"
 
 
-def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
+def save_checkpoint(folder: Path, state: TrainState, keep: int, team: Team = ALONE) -> Path:
     """Write the checkpoint of `state.step`, then remove all but the newest `keep`.
 
-    A reader sees it whole or not at all, whenever the process is killed.
+    A reader sees it whole or not at all, whenever a process is killed. With shared tensors every
+    process writes its part; else those of process 0 are all there is.
 
     Raises:
         VitcliError: it cannot be written; the older ones are untouched.
     """
     path = checkpoint_path(folder, state.step)
+    if team.parts > 1:
+        _save_parts(path, state, team)
+    elif team.rank == 0:
+        _make(folder)
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            _write(temporary, state, ALONE)
+            _write_values(temporary, state)
+    if team.rank == 0:
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        for left in folder.glob(".step_*.tmp"):  # of processes that were killed while writing
+            shutil.rmtree(left, ignore_errors=True)
+    team.wait()
+    return path
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VitcliError(
             f"cannot make `{folder}`: {error.strerror}", "`--out` takes a place that can be written"
         ) from None
-    with replacing(path) as temporary:
-        temporary.mkdir()
-        _write(temporary, state)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    for left in folder.glob(".step_*.tmp"):  # of processes that were killed while writing
-        shutil.rmtree(left, ignore_errors=True)
-    return path
 
 
-def _write(folder: Path, state: TrainState) -> None:
-    write_tensors(folder / "module.safetensors", state.module.state_dict())
+def _save_parts(path: Path, state: TrainState, team: Team) -> None:
+    """All processes write into one folder, which process 0 then moves to its place."""
+    shared = path.parent / f".{path.name}.parts"
+    if team.rank == 0:
+        _make(path.parent)
+        shutil.rmtree(shared, ignore_errors=True)
+        shared.mkdir()
+    team.wait()
+    _write(shared, state, team)
+    team.wait()
+    if team.rank == 0:
+        with replacing(path) as temporary:
+            shared.rename(temporary)
+            _write_values(temporary, state)
+
+
+def _write(folder: Path, state: TrainState, team: Team) -> None:
+    def write(name: str, tensors: dict[str, Tensor]) -> None:
+        write_part(folder, name, tensors, team.rank, team.parts)
+
+    write("module", state.module.state_dict())
     for number, optimizer in enumerate(state.optimizers):
-        write_tensors(folder / f"optimizer_{number}.safetensors", _optimizer_tensors(optimizer))
+        write(f"optimizer_{number}", _optimizer_tensors(optimizer))
     if state.ema is not None:
-        write_tensors(folder / "ema.safetensors", state.ema.state())
+        write("ema", state.ema.state())
+
+
+def _write_values(folder: Path, state: TrainState) -> None:
     (folder / "state.json").write_text(json.dumps(state.values()), encoding="utf-8")
 
 
@@ -136,11 +186,11 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
     """
     try:
         values = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        state.module.load_state_dict(load_file(path / "module.safetensors"))
+        _read_into(state.module.state_dict(), Parts(path, "module"))
         for number, optimizer in enumerate(state.optimizers):
-            _load_optimizer(optimizer, load_file(path / f"optimizer_{number}.safetensors"))
+            _load_optimizer(optimizer, Parts(path, f"optimizer_{number}"))
         if state.ema is not None:
-            state.ema.load(load_file(path / "ema.safetensors"))
+            _read_into(state.ema.state(), Parts(path, "ema"))
         state.restore(values)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise VitcliError(
@@ -155,10 +205,25 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
+@torch.no_grad()
+def _read_into(tensors: dict[str, Tensor], parts: Parts) -> None:
+    """Overwrite `tensors` by what `parts` hold under the same names, all of them."""
+    if missing := tensors.keys() ^ set(parts.names()):
+        raise KeyError(f"{', '.join(sorted(missing)[:3])} on one side only")
     for name, tensor in tensors.items():
+        held: Any = tensor
+        (held.to_local() if is_part(tensor) else held).copy_(parts.read(name, tensor))
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, parts: Parts) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name in parts.names():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
+        p = params[int(index)]
+        # As large as the weights: shared as they are. The rest, such as a step, is everybody's.
+        shared = is_part(p) and key != "step"
+        value = parts.read(name, p if shared else None)
+        state.setdefault(int(index), {})[key] = like_part(value, p) if shared else value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -8,8 +8,8 @@ that lives on. So a run that resumes from step n does what it would have done.
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.run import Run
 from vitcli.train.checkpoint import (
+    Team,
     TrainState,
     amend_checkpoint,
     is_finite,
@@ -293,7 +294,7 @@ class Loop:
         if self.validate is None:
             return {}
         self.module.eval()
-        with averaged(self.state):
+        with averaged(self.state), gathered(self.state.module):
             figures = self.validate()
         self.module.train()
         self._log({"step": self.state.step, **{f"test/{k}": v for k, v in figures.items()}})
@@ -307,9 +308,10 @@ class Loop:
         """
         if self.recipe.train.on_nan == "rewind" and not is_finite(self.state):
             raise NotFinite(f"the weights are not finite after step {self.state.step}")
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.run.checkpoints, self.state, self.recipe.train.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        accelerator, keep = self.accelerator, self.recipe.train.keep_checkpoints
+        parts = accelerator.num_processes if self.recipe.train.fully_shard else 1
+        team = Team(accelerator.process_index, parts, accelerator.wait_for_everyone)
+        save_checkpoint(self.run.checkpoints, self.state, keep, team)
 
     def _log(self, record: dict[str, Any]) -> None:
         """Into metrics.jsonl, and to whoever tracks the run."""
@@ -418,6 +420,19 @@ class averaged:
         if self.state.ema is not None:
             parameters = dict(self.state.module.named_parameters())
             copy_into({name: parameters[name] for name in self.kept}, self.kept)
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """For the length of a block, what is outside of the blocks is whole, where it is shared out."""
+    shared: Any = module if hasattr(module, "unshard") else None
+    if shared is not None:
+        shared.unshard()
+    try:
+        yield
+    finally:
+        if shared is not None:
+            shared.reshard()
 
 
 @torch.no_grad()

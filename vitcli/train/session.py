@@ -32,6 +32,7 @@ from vitcli.train.setup import (
     make_loop,
     open_source,
 )
+from vitcli.train.sharded import check_sharding, whole
 from vitcli.train.timeline import Timeline
 from vitcli.train.tracking import check_tracker, tracking
 from vitcli.vit import Model
@@ -129,6 +130,7 @@ def train(
             f"{accelerator.num_processes} processes",
             "`--batch-size` counts the images of all processes together",
         )
+    check_sharding(recipe, accelerator.num_processes)
     if old is not None:
         warn_of_other_processes(old, accelerator.num_processes, watch)
     source = open_source(recipe, watch)
@@ -282,6 +284,10 @@ def finish(
         labels=model.config.num_classes,
         broken=broken,
     )
+    tensors: dict[str, torch.Tensor] | None = None
+    if recipe.train.fully_shard:
+        with averaged(loop.state):
+            tensors = whole(model.state_dict())
     predicted = united_outcomes(loop.outcomes, loop.accelerator)
     if loop.accelerator.is_main_process:
         if predicted:
@@ -293,7 +299,8 @@ def finish(
             adapted = run.path / "lora.safetensors"
             save_adapters(adapted, model, recipe.lora, str(recipe.model.name))
             with merged(model):
-                save_model(run.weights_file, model, recipe_hash=recipe.fingerprint())
+                hashed = recipe.fingerprint()
+                save_model(run.weights_file, model, recipe_hash=hashed, tensors=tensors)
         draw_curves(run)
         run.finish(result.to_json())
     loop.accelerator.wait_for_everyone()

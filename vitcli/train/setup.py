@@ -20,6 +20,7 @@ from vitcli.train.mae import check_droppable
 from vitcli.train.measure import Outcome, measure
 from vitcli.train.objectives import build_objective, is_supervised
 from vitcli.train.optim import build_optimizers
+from vitcli.train.sharded import share_out
 from vitcli.vit import Model, ResNet
 from vitcli.watch import Logged, Watcher
 
@@ -51,11 +52,17 @@ def make_loop(
     assert preprocess is not None
     model.checkpoint_activations = recipe.train.activation_checkpointing
     objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
+    if recipe.train.fully_shard:
+        share_out(objective.to(accelerator.device))
     optimizers = build_optimizers(objective, recipe.optim)
     if recipe.train.compile:
         # In place, so that names stay. Sizes are few: those of `smaller_sizes`, and a last part's.
         objective.compile(dynamic=False)
-    module, *optimizers = accelerator.prepare(objective, *optimizers)
+    if recipe.train.fully_shard:  # only its precision is Accelerate's then
+        module = accelerator.prepare_model(objective, evaluation_mode=True)
+        optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
+    else:
+        module, *optimizers = accelerator.prepare(objective, *optimizers)
     inner = [getattr(o, "optimizer", o) for o in optimizers]
     objective = accelerator.unwrap_model(module)
     decay = recipe.train.ema_decay

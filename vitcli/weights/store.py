@@ -59,11 +59,15 @@ def save_model(
     *,
     recipe_hash: str | None = None,
     extra: Mapping[str, str] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `model` to `path`: the old file or the whole new one is there, never a part.
 
     The header carries configuration, class names, preprocessing and whether the head is trained
     (`model.head_trained`). Equal weights give equal bytes.
+
+    Args:
+        tensors: instead of the model's own, where those are shared out among processes.
 
     Raises:
         VitcliError: the file cannot be written (disk full, no permission).
@@ -79,7 +83,7 @@ def save_model(
         **({"extra": dict(extra)} if extra else {}),
     }
     metadata = {"vitcli": json.dumps(described, sort_keys=True)}
-    save_tensors(path, model.state_dict(), metadata)
+    save_tensors(path, model.state_dict() if tensors is None else tensors, metadata)
 
 
 def save_tensors(

@@ -1,25 +1,36 @@
-"""One training step of ours beside transformers' model of the same size, in one run.
+"""One training step of ours beside transformers' model and a plain encoder of torch's, in one run.
 
-Both do the same: forward, cross-entropy, backward, AdamW, on the same images, in turn (A B A B …).
-Printed are medians, and median, least and largest of the ratio of each pair's times.
+All do the same: forward, cross-entropy, backward, AdamW, on the same images, in turn (A B C A B C).
+Printed are medians, and median, least and largest of the ratio to the faster of the two others; and
+the bytes that each keeps for its backward pass. Then what the training loop costs around a step:
+loader, metrics, logging, Accelerate.
 
     python recipes/bench_step.py                    the models of recipes/RESULTS.md
     python recipes/bench_step.py S/16 224 16 bf16   one: variant, pixels, batch, precision
+    python recipes/bench_step.py loop               the loop alone
 """
 
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from vitcli.commands.pretrain import random_model
+from vitcli.config import Recipe, check
 from vitcli.devices import pick_device, resolve_precision
+from vitcli.train import session
+from vitcli.train.signals import SignalFlag
 from vitcli.vit import VisionTransformer, ViTConfig, parse_variant
+from vitcli.watch import Quiet
 
 CASES = [("S/16", 224, 16), ("Nano/4", 32, 128), ("Nano/8", 32, 128)]
-PAIRS = 7
+ROUNDS, LOOP_STEPS = 7, 10
 CLASSES = 10
 
 
@@ -39,6 +50,59 @@ def theirs(config: ViTConfig) -> nn.Module:
             num_labels=CLASSES,
         )
     )
+
+
+class Plain(nn.Module):
+    """What one writes first: torch's own encoder layers behind a patch convolution."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        d, p = config.embed_dim, config.patch_size
+        self.patches = nn.Conv2d(config.num_channels, d, p, p)
+        self.token = nn.Parameter(torch.zeros(1, 1, d))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, config.num_tokens, d))
+        layer = nn.TransformerEncoderLayer(
+            d,
+            config.num_heads,
+            config.mlp_dim,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+        )
+        self.encoder = nn.TransformerEncoder(
+            layer, config.depth, nn.LayerNorm(d), enable_nested_tensor=False
+        )
+        self.head = nn.Linear(d, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, Y, X) -> (B, K)."""
+        x = self.patches(images).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        logits: Tensor = self.head(self.encoder(x)[:, 0])
+        return logits
+
+
+def kept_bytes(model: nn.Module, images: Tensor, precision: str) -> int:
+    """What autograd holds between the passes, without the weights; each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    kind = images.device.type
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        out = model(images)
+        loss = getattr(out, "logits", out).float().sum()
+    del loss
+    return sum(seen.values())
 
 
 def stepper(model: nn.Module, images: torch.Tensor, precision: str) -> Callable[[], float]:
@@ -64,34 +128,90 @@ def stepper(model: nn.Module, images: torch.Tensor, precision: str) -> Callable[
 
 
 def compare(name: str, size: int, batch: int, precision: str) -> None:
-    """Print one line: both speeds and the ratio."""
+    """Print one line: the speeds, the ratio, and what is kept for the backward pass."""
     config = parse_variant(name, image_size=(size, size), num_classes=CLASSES)
     ours = VisionTransformer(config).init_weights(torch.Generator().manual_seed(0))
     images = torch.randn(batch, 3, size, size, device=pick_device())
-    a, b = stepper(ours, images, precision), stepper(theirs(config), images, precision)
-    a(), b()
-    pairs = [(a(), b()) for _ in range(PAIRS)]
-    speeds = [batch / statistics.median(times) for times in zip(*pairs, strict=True)]
-    ratios = sorted(second / first for first, second in pairs)
+    models = [ours, theirs(config), Plain(config)]
+    steps = [stepper(model, images, precision) for model in models]
+    for step in steps:
+        step()
+    rounds = [[step() for step in steps] for _ in range(ROUNDS)]
+    speeds = [batch / statistics.median(times) for times in zip(*rounds, strict=True)]
+    best = 1 if speeds[1] >= speeds[2] else 2
+    ratios = sorted(times[best] / times[0] for times in rounds)
+    kept = [kept_bytes(model, images, precision) / 2**20 for model in models]
     sys.stdout.write(
-        f"{name:8} {size:4} px  batch {batch:4}  {precision}  "
-        f"ours {speeds[0]:7.1f} img/s  transformers {speeds[1]:7.1f} img/s  "
-        f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})\n"
+        f"{name:8} {size:4} px  batch {batch:4}  {precision}  img/s: ours {speeds[0]:.1f}  "
+        f"transformers {speeds[1]:.1f}  torch {speeds[2]:.1f}  "
+        f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})  "
+        f"MiB kept: {kept[0]:.0f}, {kept[1]:.0f}, {kept[2]:.0f}\n"
     )
     sys.stdout.flush()
 
 
+def around(precision: str) -> None:
+    """Print what the loop takes beyond its steps, on digits enlarged to 32 pixels."""
+    sections: dict[str, Any] = {
+        "command": "pretrain",
+        "data": {"name": "builtin:digits"},
+        "model": {"name": "Nano/4", "image_size": 32},
+        "train": {"steps": 10**6, "precision": precision, "log_steps": 5},
+    }
+    recipe = check(Recipe, sections, "bench")
+    held: list[Any] = []
+    session.run_through = lambda loop: held.append(loop) or (0.0, 0.0, {})  # type: ignore[assignment]
+    session.finish = lambda *_: None  # type: ignore[assignment,return-value]
+    with tempfile.TemporaryDirectory() as folder:
+        session.train(
+            recipe,
+            lambda source: random_model(recipe, source),
+            out=Path(folder, "run"),
+            resume=False,
+            watch=Quiet(),
+        )
+        loop = held[0]
+        batch = next(iter(loop.loader.batches(0, 1))).to(loop.accelerator.device)
+
+        def bare() -> float:
+            start = time.perf_counter()
+            for _ in range(LOOP_STEPS):
+                images, targets = loop.inputs(batch)
+                loss, _ = loop.module(images, targets, {})
+                loop.accelerator.backward(loss)
+                for optimizer in loop.state.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+            return time.perf_counter() - start
+
+        def whole() -> float:
+            loop.timeline.total = loop.timeline.planned = loop.state.step + LOOP_STEPS
+            start = time.perf_counter()
+            loop._train(SignalFlag())
+            return time.perf_counter() - start
+
+        bare(), whole()
+        pairs = [(bare(), whole()) for _ in range(ROUNDS)]
+    extra = sorted(b / a - 1 for a, b in pairs)
+    sys.stdout.write(
+        f"around a step of Nano/4, batch 128, {precision}: {statistics.median(extra):+.1%} "
+        f"({extra[0]:+.1%} to {extra[-1]:+.1%})\n"
+    )
+
+
 def main() -> None:
     """Compare what the command line names, or everything in `CASES`."""
+    auto = resolve_precision("auto", pick_device())
     if len(sys.argv) == 5:
         name, size, batch, precision = sys.argv[1:]
         compare(name, int(size), int(batch), precision)
         return
-    auto = resolve_precision("auto", pick_device())
     sys.stdout.write(f"threads {torch.get_num_threads()}, `auto` is {auto} here\n")
-    for case in CASES:
-        for precision in ("fp32", "bf16"):
-            compare(*case, precision)
+    if sys.argv[1:] != ["loop"]:
+        for case in CASES:
+            for precision in ("fp32", "bf16"):
+                compare(*case, precision)
+    around(auto)
 
 
 if __name__ == "__main__":

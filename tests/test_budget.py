@@ -91,3 +91,63 @@ def test_a_budget_too_small_for_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr("vitcli.train.session.parse_duration", lambda text: 0.0)
     with pytest.raises(VitcliError, match="no step fits into the budget"):
         go(tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()  # free for another try
+
+
+def fixed(monkeypatch, steps):
+    given = Budget(steps, Deadline(time.monotonic() + 1e6, 0.0, [(1.0, 1e-3)]))
+    monkeypatch.setattr("vitcli.train.session.settle_budget", lambda *_: given)
+    return given
+
+
+def test_a_run_that_became_longer_is_evaluated_at_its_end_only(tmp_path, monkeypatch):
+    fixed(monkeypatch, 4)
+    monkeypatch.setattr(Deadline, "is_due", lambda self, line, step: step == 2)
+    monkeypatch.setattr(Deadline, "total", lambda *_: 8)
+    assert go(tmp_path / "run", tiny_recipe(**SETTINGS)).steps == 8
+    assert [r["step"] for r in records(tmp_path / "run") if "test/loss" in r] == [8]
+
+
+def test_time_that_is_up_is_the_end_whatever_the_marks_say(tmp_path, monkeypatch):
+    fixed(monkeypatch, 40)
+    monkeypatch.setattr(Deadline, "is_up", lambda _: len(list(seen)) == 3)
+    seen = []
+    real = loop.Loop.update
+    monkeypatch.setattr(
+        loop.Loop, "update", lambda self, batch: [seen.append(0), real(self, batch)][1]
+    )
+    assert go(tmp_path / "run", tiny_recipe(**SETTINGS)).steps == 3
+
+
+def test_slow_steps_are_timed_fewer_times(tmp_path, monkeypatch):
+    from vitcli.cost import budget
+
+    count, real = [], loop.Loop.update
+    monkeypatch.setattr(budget, "TIMING_SHARE", 0.0)
+    monkeypatch.setattr(loop.Loop, "fit", lambda _: None)
+    monkeypatch.setattr(
+        loop.Loop, "update", lambda self, batch: [count.append(0), real(self, batch)][1]
+    )
+    go(tmp_path / "run", tiny_recipe(**SETTINGS))
+    assert len(count) == 2 * (budget.WARM_STEPS + 1)  # two stages
+
+
+def test_a_run_that_goes_back_makes_the_steps_that_there_is_time_for(tmp_path, monkeypatch):
+    fixed(monkeypatch, 10)
+    monkeypatch.setattr(Deadline, "is_due", lambda self, line, step: step == 5)
+    monkeypatch.setattr(Deadline, "total", lambda *_: 12)
+    real, left = loop.Loop.gradients, [1]
+
+    def gradients(self, batch, alone=False):
+        figures = real(self, batch, alone)
+        if self.state.step == 7 and left:
+            left.pop()
+            figures["loss"] = figures["loss"] * float("nan")
+        return figures
+
+    monkeypatch.setattr(loop.Loop, "gradients", gradients)
+    train_settings = {**SETTINGS["train"], "on_nan": "rewind"}
+    result = go(tmp_path / "run", tiny_recipe(train=train_settings))
+    # Back from step 8 of 12 to the start: four more; and no rate below zero on the way.
+    rates = [r["lr"] for r in records(tmp_path / "run") if "lr" in r]
+    assert result.steps == len(rates) == 4 and min(rates) >= 0

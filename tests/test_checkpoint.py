@@ -92,3 +92,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     other = TrainState(nn.Linear(2, 2), [])
     with pytest.raises(VitcliError, match="cannot be read"):
         load_checkpoint(path, other)
+
+
+def test_parts_of_processes_that_were_killed_are_removed(tmp_path):
+    (tmp_path / ".step_000009.parts").mkdir()
+    save_checkpoint(tmp_path, state(), keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000000"]

@@ -42,6 +42,8 @@ def test_settings_results_and_a_paired_test(runs):
     (pair,) = found.paired
     assert isinstance(pair, Paired)
     assert pair.difference == pytest.approx(b - a) and pair.images == 359
+    assert found.results["images"] == [8 * 32, 40 * 32]  # in training; those of the test:
+    assert found.results["test_images"] == [359, 359]
     assert pair.low > 0 and pair.p_value < 1e-6  # 40 steps are better than 8
     assert not found.seeds
 

@@ -1,5 +1,7 @@
 """Distillation: the losses are their formulas, and the teacher stays as it was."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -84,7 +86,8 @@ def test_the_loss_is_the_formula_of_deit(teacher, kind, two_heads):
     else:
         p = softmax(wanted / 2, axis=1)
         lesson = 4 * (p * (np.log(p) - log_softmax(b / 2, axis=1))).sum(axis=1).mean()
-    assert float(loss) == pytest.approx(0.7 * entropy(a, smoothed) + 0.3 * lesson, rel=1e-4)
+    expected = 0.7 * entropy(a, smoothed) + 0.3 * lesson
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_teacher_is_neither_trained_nor_stored(teacher):
@@ -102,19 +105,46 @@ def test_the_teacher_is_neither_trained_nor_stored(teacher):
 
 
 def test_what_cannot_be_is_said(teacher):
-    name, _ = teacher
+    name, net = teacher
     with pytest.raises(VitcliError, match="does not know these classes: d"):
         objective(name, built(("a", "d"), 8, 0.5))
+    with pytest.raises(VitcliError, match="sees 3 channels, and the model 1"):
+        objective(name, built(CLASSES, 8, 0.5, num_channels=1))
+    net.head_activation = "sigmoid"
+    save_model(Path(name), net)
+    with pytest.raises(VitcliError, match="a probability of its own"):
+        objective(name, distillation="soft")
+    objective(name, distillation="hard")
     with pytest.raises(VitcliError, match="needs a teacher"):
         Distill(built(CLASSES, 8, 0.5), ObjectiveSection(name="distill"))
 
 
-def test_a_run_learns_from_a_run(tmp_path):
-    def go(out, recipe):
-        make = lambda source: random_model(recipe, source)  # noqa: E731
-        return train(recipe, make, out=tmp_path / out, resume=False, watch=Quiet())
+def go(out, recipe, resume=False):
+    make = lambda source: random_model(recipe, source)  # noqa: E731
+    return train(recipe, make, out=out, resume=resume, watch=Quiet())
 
-    go("teacher", tiny_recipe())
+
+def test_a_teacher_that_cannot_be_leaves_no_run(tmp_path):
+    recipe = tiny_recipe(objective={"name": "distill", "teacher": str(tmp_path / "gone")})
+    with pytest.raises(VitcliError, match="no such model"):
+        go(tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_learns_from_a_run_and_resumes_exactly(tmp_path):
+    from vitcli.train import loop
+
+    go(tmp_path / "teacher", tiny_recipe(train={"steps": 2}))
     lesson = {"name": "distill", "teacher": str(tmp_path / "teacher"), "distillation": "soft"}
-    result = go("student", tiny_recipe(objective=lesson, train={"steps": 3}))
+    recipe = tiny_recipe(
+        objective=lesson, train={"steps": 4, "activation_checkpointing": True}, model={"depth": 1}
+    )
+    result = go(tmp_path / "whole", recipe)
     assert result.figures["images"] == 359
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "_asked", lambda run, _: 15 if run.state.step == 2 else None)
+        with pytest.raises(loop.Stopped):
+            go(tmp_path / "parts", recipe)
+    go(tmp_path / "parts", recipe, resume=True)
+    a, b = (tmp_path / n / "model.safetensors" for n in ("whole", "parts"))
+    assert a.read_bytes() == b.read_bytes()

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,6 +243,12 @@ def test_patches_that_cannot_be_left_out(tmp_path, model, words):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["masked_patch", "mae"])
+def test_an_objective_that_hides_patches_has_none_left_out(tmp_path, name):
+    with pytest.raises(VitcliError, match=f"`{name}` chooses itself"):
+        go(tmp_path / "run", objective={"name": name}, train={"patch_drop_rate": 0.5})
+
+
 def test_records_say_what_the_machine_gave(tmp_path):
     go(tmp_path / "run")
     record = next(r for r in records(tmp_path / "run") if "train/loss" in r)
@@ -266,3 +273,50 @@ def test_a_compiled_run_gives_the_same_and_resumes_exactly(tmp_path):
             go(tmp_path / "parts", **compiled)
     go(tmp_path / "parts", resume=True, **compiled)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+
+
+def test_weights_that_are_not_finite_at_the_end(tmp_path, monkeypatch):
+    """The last update goes wrong, after a good loss: that of no later step could tell."""
+    real = Loop.update
+
+    def update(self, batch):
+        figures = real(self, batch)
+        if self.state.step == self.total_steps - 1 and not self.state.rewinds:
+            next(self.state.module.parameters()).data.fill_(math.nan)
+        return figures
+
+    monkeypatch.setattr(Loop, "update", update)
+    assert go(tmp_path / "back", **REWIND).steps == 10
+    event = next(r for r in records(tmp_path / "back") if "event" in r)
+    assert event["step"] == 8
+    with pytest.raises(VitcliError, match="weights are not finite after step 8") as caught:
+        go(tmp_path / "stop")
+    assert "--lr" in caught.value.hint
+    assert not (tmp_path / "stop/result.json").exists()
+    assert not list((tmp_path / "stop").glob("checkpoints/*"))
+
+
+def test_what_several_processes_agree_on():
+    """The largest and the smallest of what all say, negative numbers and None among them."""
+
+    def said(mine, other):
+        gather = lambda mine: torch.cat([mine, torch.tensor([other])])  # noqa: E731
+        there = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
+        return Loop(None, None, (), None, None, None, None, there, None), mine
+
+    run, mine = said(5, 7)
+    assert run.agree(mine) == 7
+    assert said(None, 15)[0].agree(None) == 15
+    assert said(None, loops.NOTHING)[0].agree(None) is None
+    assert said(5, -3)[0].least(5) == 3 and said(5, -9)[0].least(5) == 5
+
+
+def test_a_resume_removes_what_a_kill_left_half_written(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_asked", lambda run, _: 15 if run.state.step == 3 else None)
+        with pytest.raises(Stopped):
+            go(tmp_path / "run")
+    left = tmp_path / "run/.model.safetensors.123.tmp"
+    left.write_text("half")
+    go(tmp_path / "run", resume=True)
+    assert not left.exists()

@@ -112,6 +112,27 @@ def test_the_loss_is_over_corrupted_patches_only(target, shape):
     assert seen == [(int(chosen.sum()), 64)]
 
 
+def test_no_gradient_reaches_the_outputs_of_patches_left_alone():
+    task = objective()
+    images = smooth(3, torch.Generator().manual_seed(2))
+    kept = []
+    real = task.model.encode
+
+    def watched(x, grid):
+        kept.append(real(x, grid))
+        kept[0].retain_grad()
+        return kept[0]
+
+    task.model.encode = watched
+    torch.manual_seed(3)
+    task(images, torch.zeros(3), {})[0].backward()
+    torch.manual_seed(3)
+    chosen = exactly(3, 16, 0.5, images.device)
+    prefix = task.model.config.num_prefix_tokens
+    reached = kept[0].grad.abs().sum(dim=-1) > 0  # (B, T)
+    assert torch.equal(reached[:, prefix:], chosen) and not reached[:, :prefix].any()
+
+
 def test_pixels_loss_equals_numpy():
     task = objective(target="pixels")
     images = smooth(2, torch.Generator().manual_seed(1))
@@ -184,6 +205,7 @@ def test_a_resumed_run_is_exact_and_its_model_is_an_ordinary_one(tmp_path, name)
     assert a.read_bytes() == b.read_bytes()
     figures = [r for r in records(tmp_path / "whole") if "train/loss" in r]
     assert "train/chance" in figures[0] or "train/explained" in figures[0]
+    assert ("mfu" in figures[0]) == (name == "masked_patch")  # `mae` does less than the model's
     net = load_model(tmp_path / "whole")
     assert net.config.num_classes == 0 and not net.head_trained
     assert not any("mask" in key or "decoder" in key for key in net.state_dict())

@@ -216,6 +216,20 @@ def test_the_objective_is_chosen_by_the_data():
     assert "not smoothed" in notes[0]
 
 
+def test_settings_of_another_objective_are_told_of_and_do_nothing():
+    given = ObjectiveSection(name="softmax", descriptor_weight=0.0, mask_rate=0.3)
+    section, notes = settled(given, False)
+    assert section == given
+    assert notes == [
+        "objective `softmax` has no use for `objective.descriptor_weight`, `objective.mask_rate`"
+    ]
+    hard = ObjectiveSection(
+        name="distill", teacher="teacher.safetensors", distillation="hard", temperature=3.0
+    )
+    assert "`objective.temperature`" in settled(hard, False)[1][0]
+    assert settled(hard.model_copy(update={"distillation": "soft"}), False)[1] == []
+
+
 def test_the_loss_is_the_sum_over_classes():
     """Against the definition, -sum(t log p + (1 - t) log(1 - p)), with several and one label."""
     net = create_model("Pico/8", image_size=8, num_classes=3, depth=1)

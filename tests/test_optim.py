@@ -15,12 +15,15 @@ from vitcli.errors import VitcliError
 from vitcli.train.loop import Loop, Stopped
 from vitcli.train.optim import (
     OPTIMIZERS,
+    OWN,
+    OWN_OF_SCHEDULES,
     build_optimizers,
     is_hidden_matrix,
     is_kernel,
     set_rates,
+    unused,
 )
-from vitcli.train.schedules import schedule_factor
+from vitcli.train.schedules import SCHEDULES, schedule_factor
 from vitcli.train.session import train
 from vitcli.vit import create_model
 from vitcli.watch import Quiet
@@ -216,3 +219,15 @@ def test_a_resumed_run_is_exact_with_each(tmp_path, settings):
     if "lr_batch_size" in settings:
         rates = [r["lr"] for r in records(tmp_path / "whole") if "lr" in r]
         assert max(rates) == pytest.approx(0.05 / 4, rel=0.2)
+
+
+def test_settings_of_another_optimizer_or_schedule_are_named():
+    assert unused(OptimSection(), ScheduleSection()) == []
+    muon = {"matrix_lr": 0.1, "momentum": 0.95, "betas": (0.9, 0.95)}
+    assert unused(OptimSection(name="muon", **muon), ScheduleSection()) == []
+    section = ScheduleSection(name="constant", final_lr_fraction=0.1)
+    assert unused(OptimSection(name="lamb", **muon), section) == [
+        "optimizer `lamb` has no use for `optim.matrix_lr`, `optim.momentum`",
+        "schedule `constant` has no use for `schedule.final_lr_fraction`",
+    ]
+    assert OPTIMIZERS.keys() == OWN.keys() and OWN_OF_SCHEDULES.keys() - SCHEDULES == {"rsqrt"}

@@ -38,6 +38,8 @@ def test_the_search_found_them():
         "export",
         "check",
         "patchify",
+        "compare",
+        "recipes",
     }
 
 

@@ -48,19 +48,28 @@ def clock(monkeypatch):
     return clock
 
 
+def cost_at(stages, place):
+    """Seconds a step, as measured at the start."""
+    return next(cost for until, cost in stages if place < until or until == 1.0)
+
+
 def run(clock, seconds_at, planned, budget, stages=((1.0, 0.1),), reserve=1.0):
-    """Seconds and steps of a run whose step at place p takes `seconds_at(p)`."""
+    """Seconds and steps of a run whose step at place p takes `seconds_at(p)`.
+
+    Its end takes `reserve`, and longer where the last step did.
+    """
     limit = Deadline(clock.now + budget, reserve, stages)
     line, step, start = Timeline.of(planned), 0, clock.now
     while step < line.total:
         place = line.at(step) / planned
         clock.now += seconds_at(place)
+        slower = max(1.0, seconds_at(place) / cost_at(stages, place))
         step += 1
         if limit.is_up():
             line.settle(step, step)
         elif limit.is_due(line, step):
             line.settle(step, limit.total(line, step))
-    return clock.now - start + reserve, step, line.at(step) / planned
+    return clock.now - start + reserve * slower, step, line.at(step) / planned
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.8, 1.0, 1.3, 2.0, 4.0])
@@ -75,8 +84,7 @@ def test_also_when_it_changes_in_the_middle(clock, factor):
     stages = ((0.4, 0.05), (0.7, 0.1), (1.0, 0.2))
 
     def seconds_at(place):
-        cost = next(cost for until, cost in stages if place < until or until == 1.0)
-        return cost * (factor if place > 0.45 else 1.0)
+        return cost_at(stages, place) * (factor if place > 0.45 else 1.0)
 
     seconds, _, end = run(clock, seconds_at, 542, 61.0, stages)
     assert 0.98 * 61 <= seconds <= 61
@@ -88,3 +96,13 @@ def test_a_step_that_would_come_too_late_is_not_made():
     assert not limit.is_up()
     time.sleep(0.03)
     assert limit.is_up()  # another one like this does not fit
+
+
+@pytest.mark.parametrize("planned", [1, 2, 5, 40])
+def test_the_last_step_asks_for_no_more(clock, planned):
+    """The share of a short run's last step passes a mark, and nothing is left to divide by."""
+    limit, line = Deadline(clock.now + 1e6, 0.0, ((1.0, 0.1),)), Timeline.of(planned)
+    for step in range(1, planned + 1):
+        clock.now += 0.1
+        if limit.is_due(line, step) and step == planned:
+            assert limit.total(line, step) == planned

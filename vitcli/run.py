@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -110,6 +111,18 @@ class Run:
         """Drop the records of steps that a resume from `step` will do again."""
         kept = [json.dumps(r) + "\n" for r in self.records() if r.get("step", 0) <= step]
         write_text(self.metrics_file, "".join(kept))
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed while writing left half-written."""
+        for left in self.path.glob(".*.tmp"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove the directory of a run that never began."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write result.json: the last thing that a run does."""

@@ -72,7 +72,7 @@ def run(paths: Sequence[Path]) -> Comparison:
     settings = {key: [recipe.get(key) for recipe in recipes] for key in keys}
     settings = {key: values for key, values in settings.items() if _differ(values)}
     results = [found.result() for found in runs]
-    figures = [{**_numbers(r), **_numbers(r.get("figures", {}))} for r in results]
+    figures = [{**_numbers(r), **_figures(r.get("figures", {}))} for r in results]
     names = [*dict.fromkeys(name for found in figures for name in found)]
     table = {name: [found.get(name) for found in figures] for name in names}
     first, *others = runs
@@ -103,6 +103,11 @@ def _differ(values: list[Any]) -> bool:
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     wanted = {k: v for k, v in values.items() if isinstance(v, int | float)}
     return {k: float(v) for k, v in wanted.items() if not isinstance(v, bool)}
+
+
+def _figures(values: dict[str, Any]) -> dict[str, float]:
+    """Figures of the last evaluation; `images` of a result are those it trained on."""
+    return {("test_images" if k == "images" else k): v for k, v in _numbers(values).items()}
 
 
 def _spread(values: list[float | None]) -> tuple[float, float]:

@@ -13,9 +13,15 @@ from vitcli.train.timeline import Timeline
 WARM_STEPS, TIMED_STEPS = 1, 4
 PARTS = 1000  # a run of so many steps stands for any run while its stages are timed
 EVAL_IMAGES = 512  # that a look at the speed of the last evaluation takes
-# Weights, pictures and the end of the program: seconds, and shares of a step.
-WRITING_SECONDS, WRITING_STEPS = 0.6, 1.0
+TIMING_SHARE = 0.1  # of the budget; when it is spent, one timed step of a stage has to do
+# Weights, pictures, the program's end (torch takes most of a second to unload) and what of its
+# start came before the clock: seconds, and shares of a step.
+WRITING_SECONDS, WRITING_STEPS = 1.5, 1.0
 EVAL_MARGIN = 1.15  # an evaluation beside other work may take longer than measured
+
+
+class NoStepFits(VitcliError):
+    """The budget is spent before the first step could be made."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +40,19 @@ def settle_budget(loop: Loop, seconds: float, test_images: int) -> Budget:
     run trains, its `Deadline` makes the steps more or fewer by what they really take.
 
     Raises:
-        VitcliError: not one step fits.
+        NoStepFits: not one does.
     """
+    at = time.monotonic() + seconds
     import matplotlib.figure  # noqa: F401  # loaded now, the curves cost nothing at the end
 
-    at = time.monotonic() + seconds
     stages = stage_shares(loop.recipe.train)
-    costs = [_seconds_per_step(loop, place) for place, _ in stages]
+    enough = time.monotonic() + TIMING_SHARE * seconds
+    costs = [_seconds_per_step(loop, place, enough) for place, _ in stages]
     average = sum(share * cost for (_, share), cost in zip(stages, costs, strict=True))
     reserve = WRITING_SECONDS + WRITING_STEPS * max(costs) + _evaluation(loop, test_images)
     steps = int((at - time.monotonic() - reserve) / average)
     if steps < 1:
-        raise VitcliError(
+        raise NoStepFits(
             f"no step fits into the budget: one takes {average:.2f} s, start and test the rest",
             "a longer `--budget`, a smaller model, or a larger patch",
         )
@@ -82,23 +89,29 @@ def _evaluation(loop: Loop, test_images: int) -> float:
     return seconds * test_images / few * EVAL_MARGIN
 
 
-def _seconds_per_step(loop: Loop, at: int) -> float:
-    """The mean time of a few steps as the run makes them at step `at` of `PARTS`."""
+def _seconds_per_step(loop: Loop, at: int, enough: float) -> float:
+    """The mean time of a few steps as the run makes them at step `at` of `PARTS`.
+
+    Of slow ones fewer do: from the moment `enough` on there is no other after the first.
+    """
     state = loop.state
     timeline, step, state.timeline, state.step = state.timeline, state.step, Timeline.of(PARTS), at
     set_rates(state.optimizers, 0.0)
     loop.module.train()
-    begin = time.perf_counter()
+    begin, timed = time.perf_counter(), 0
     batches = loop.loader.batches(0, WARM_STEPS + TIMED_STEPS)
     for number, batch in enumerate(batches):
         if number == WARM_STEPS:
             begin = time.perf_counter()
         loop.update(batch)
+        timed = number + 1 - WARM_STEPS
+        if timed > 0 and loop.agree(int(time.monotonic() > enough)):
+            break  # all processes together
     if loop.accelerator.device.type == "cuda":
         import torch
 
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - begin) / TIMED_STEPS
+    seconds = (time.perf_counter() - begin) / timed
     state.timeline, state.step = timeline, step
     for optimizer in state.optimizers:
         optimizer.state.clear()

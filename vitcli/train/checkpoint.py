@@ -89,8 +89,13 @@ class TrainState:
 
 
 def is_finite(state: TrainState) -> bool:
-    """Whether every weight is a number."""
-    return all(bool(torch.isfinite(p).all()) for p in state.module.parameters())
+    """Whether every weight that this process keeps is a number."""
+    held: Any
+    for held in state.module.parameters():
+        mine = held.to_local() if is_part(held) else held
+        if not torch.isfinite(mine).all():
+            return False
+    return True
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -119,8 +124,9 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int, team: Team = ALO
     if team.rank == 0:
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-        for left in folder.glob(".step_*.tmp"):  # of processes that were killed while writing
-            shutil.rmtree(left, ignore_errors=True)
+        for ending in ("tmp", "parts"):  # of processes that were killed while writing
+            for left in folder.glob(f".step_*.{ending}"):
+                shutil.rmtree(left, ignore_errors=True)
     team.wait()
     return path
 

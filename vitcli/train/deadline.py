@@ -17,7 +17,8 @@ class Deadline:
 
     Attributes:
         at: of `time.monotonic`.
-        reserve: seconds for the last evaluation and for writing.
+        reserve: seconds for the last evaluation and for writing, as measured at the start; on a
+            machine that has become slower since, as much more.
         stages: (share of the timeline at which it ends, seconds a step as measured at the start).
     """
 
@@ -27,6 +28,7 @@ class Deadline:
     _next: int = 0
     _seen: tuple[int, float] | None = None
     _slowest: float = 0.0
+    _slower: float = 1.0
     _before: float = field(default_factory=time.monotonic)
 
     def is_up(self) -> bool:
@@ -34,7 +36,7 @@ class Deadline:
         now = time.monotonic()
         step, self._before = now - self._before, now
         self._slowest = max(step, 0.9 * self._slowest)
-        return now + self._slowest + self.reserve > self.at
+        return now + self._slowest + self._end() > self.at
 
     def is_due(self, timeline: Timeline, step: int) -> bool:
         """Whether the length is to be looked at again after so many steps."""
@@ -52,16 +54,24 @@ class Deadline:
         now, share = time.monotonic(), timeline.at(step) / timeline.planned
         assert self._seen is not None
         since, then = self._seen
-        if step <= since:
+        if step <= since or share >= 1.0:  # nothing seen, or the schedule is at its end
             return timeline.total
         began = timeline.at(since) / timeline.planned
         expected = self._cost(began, share) / max(share - began, 1e-9)
-        slower = (now - then) / (step - since) / expected
+        self._slower = (now - then) / (step - since) / expected
         self._seen = step, now
-        left = self.at - self.reserve - now
-        rest = self._cost(share, 1.0) / max(1.0 - share, 1e-9) * slower  # a step, on average
+        left = self.at - self._end() - now
+        rest = self._cost(share, 1.0) / max(1.0 - share, 1e-9) * self._slower  # a step, on average
         total = step + max(0, int(left / rest))
         return timeline.total if abs(total - timeline.total) < WORTH_IT * timeline.total else total
+
+    def forget(self) -> None:
+        """What was seen of the speed: the run went back to an earlier step."""
+        self._seen = None
+
+    def _end(self) -> float:
+        """The seconds that the end of the run takes, as slow as the machine is now."""
+        return self.reserve * max(1.0, self._slower)
 
     def _cost(self, start: float, end: float) -> float:
         """The integral of the seconds a step over the shares from `start` to `end`."""

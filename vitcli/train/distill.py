@@ -34,6 +34,18 @@ class Distill(nn.Module):
             )
         teacher = load_model(section.teacher)
         require_preprocess(teacher)
+        if model.config.num_channels != teacher.config.num_channels:
+            raise VitcliError(
+                f"the teacher `{section.teacher}` sees {teacher.config.num_channels} channels, and "
+                f"the model {model.config.num_channels}",
+                f"`--set model.num_channels={teacher.config.num_channels}`, or another teacher",
+            )
+        if teacher.head_activation == "sigmoid" and section.distillation == "soft":
+            raise VitcliError(
+                f"the teacher `{section.teacher}` gives each class a probability of its own, and "
+                "`soft` compares shares of one",
+                "`--set objective.distillation=hard`, or a teacher trained with `softmax`",
+            )
         self.model = model
         model.head_activation = "softmax"
         # In a tuple, so that it is neither trained nor stored nor averaged with this module.

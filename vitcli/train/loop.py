@@ -49,6 +49,7 @@ __all__ = ["Loop", "SignalFlag", "Stopped", "Validate", "averaged"]
 CHECKPOINT_SECONDS = 60.0
 MOST_REWINDS, REWIND_FACTOR = 3, 0.5
 TIME_IS_UP = 1 + max(signal.Signals)  # among the numbers of signals that processes agree on
+NOTHING = -(2**62)  # stands for None there, below whatever else is agreed on
 
 Validate = Callable[..., dict[str, float]]
 Track = Callable[[dict[str, Any]], None]
@@ -72,7 +73,7 @@ class Loop:
         deadline: of a run with a budget.
         track: is given every record that is logged.
         peak_flops: of this machine, all processes together, for `mfu`; None where not measured.
-        flops_per_image: of forward and backward pass.
+        flops_per_image: of forward and backward pass; 0 where not known, and then no `mfu`.
     """
 
     module: nn.Module
@@ -119,12 +120,12 @@ class Loop:
             while True:
                 try:
                     self._train(flag)
+                    self.save()
                     break
                 except NotFinite as error:
                     if not rewinds:
                         raise
                     self._rewind(error)
-        self.save()
 
     def _train(self, flag: SignalFlag) -> None:
         state, train = self.state, self.recipe.train
@@ -134,7 +135,7 @@ class Loop:
         # A budget may make it more steps than are known now; the loader is asked for enough.
         todo = self.total_steps - state.step if self.deadline is None else 10**9
         self.module.train()
-        if not todo:
+        if state.step >= self.total_steps:
             return
         with self.watch.progress("train", self.total_steps, state.step) as bar:
             batches = self.loader.batches(state.step * train.batch_size, todo)
@@ -159,7 +160,7 @@ class Loop:
                     self._tell_of(pace, (state.step - first) * train.batch_size)
                     bar.advance(meter.steps, **figures)
                     meter = Meter()
-                if self._resettled():
+                if stop != TIME_IS_UP and self._resettled():
                     bar.extend(self.total_steps)
                     last = state.step >= self.total_steps
                 if last:
@@ -183,8 +184,8 @@ class Loop:
         """Whether the machine's speed made it another number of steps."""
         if self.deadline is None or not self.deadline.is_due(self.timeline, self.state.step):
             return False
-        total = self.agree(self.deadline.total(self.timeline, self.state.step))
-        assert total is not None
+        # All processes make as many steps as the slowest of them has time for.
+        total = self.least(self.deadline.total(self.timeline, self.state.step))
         if total == self.total_steps:
             return False
         self.timeline.settle(self.state.step, total)
@@ -206,9 +207,11 @@ class Loop:
                 "a lower `--lr`, a longer warm-up or `--set optim.grad_clip=1.0`",
             ) from None
         failed, rewinds, scale = state.step, state.rewinds + 1, state.lr_scale * REWIND_FACTOR
-        timeline = self.timeline.values()
+        left = self.total_steps - failed
         load_checkpoint(found[-1], state)
-        state.timeline.restore(timeline)  # what the clock has taught is not forgotten
+        if self.deadline is not None:  # the steps that there is time for are no more than before
+            state.timeline.settle(state.step, state.step + left)
+            self.deadline.forget()
         state.rewinds, state.lr_scale = rewinds, scale
         if self.accelerator.is_main_process:
             run.forget_after(state.step)
@@ -246,9 +249,8 @@ class Loop:
         self.fitted.add(stage)
         if accelerator.device.type == "cuda":
             fitting(self, batch, lambda part: self.gradients(part, alone=True))
-            sizes = self.agree(-(self.state.micro_batch or len(batch.labels)))
-            assert sizes is not None
-            self.state.micro_batch = -sizes
+            size = self.state.micro_batch or self.recipe.train.micro_batch_size
+            self.state.micro_batch = self.least(size or len(batch.labels))
 
     def _stage(self) -> tuple[int | None, float]:
         """What decides the memory that a step takes, besides the recipe."""
@@ -304,10 +306,12 @@ class Loop:
         """Write a checkpoint of the present step.
 
         Raises:
-            NotFinite: there is nothing worth keeping, and the run could go back to something.
+            NotFinite: there is nothing worth keeping, and what was kept before is.
         """
-        if self.recipe.train.on_nan == "rewind" and not is_finite(self.state):
-            raise NotFinite(f"the weights are not finite after step {self.state.step}")
+        if self.agree(int(not is_finite(self.state))):
+            raise self._not_finite(
+                f"the weights are not finite after step {self.state.step}, and no loss would be"
+            )
         accelerator, keep = self.accelerator, self.recipe.train.keep_checkpoints
         parts = accelerator.num_processes if self.recipe.train.fully_shard else 1
         team = Team(accelerator.process_index, parts, accelerator.wait_for_everyone)
@@ -331,17 +335,14 @@ class Loop:
         seconds = time.perf_counter() - meter.started
         speed = meter.steps * train.batch_size / seconds
         if not math.isfinite(figures["loss"]):
-            raise NotFinite(
+            raise self._not_finite(
                 f"the loss is not finite ({figures['loss']}) in steps {step - meter.steps + 1} "
-                f"to {step}",
-                f"the last checkpoint is kept in `{self.run.checkpoints}`; a lower `--lr`, a "
-                "longer warm-up or `--set optim.grad_clip=1.0` usually mends it, and "
-                "`--set train.on_nan=rewind` goes on by itself",
+                f"to {step}"
             )
         spent = pace.read()
         waits = {"data/wait_fraction": round(spent.fraction, 4)} if spent.steps else {}
         used: dict[str, float] = {"memory_mb": round(peak_memory(self.accelerator.device) / 2**20)}
-        if self.peak_flops and self._stage() == (None, 0.0):
+        if self.peak_flops and self.flops_per_image and self._stage() == (None, 0.0):
             used["mfu"] = round(speed * self.flops_per_image / self.peak_flops, 4)
         self._log(
             {
@@ -356,6 +357,15 @@ class Loop:
             }
         )
         return {**figures, "images_per_second": speed, **used}
+
+    def _not_finite(self, message: str) -> NotFinite:
+        kept = f"the last checkpoint is kept in `{self.run.checkpoints}`; "
+        return NotFinite(
+            message,
+            f"{kept if list_checkpoints(self.run.checkpoints) else ''}a lower `--lr`, a longer "
+            "warm-up or `--set optim.grad_clip=1.0` usually mends it, and "
+            "`--set train.on_nan=rewind` goes on by itself",
+        )
 
     def _tell_of(self, pace: Pace, seen: int) -> None:
         """Warn, once in a run, when the model waits for images that could come faster."""
@@ -384,9 +394,15 @@ class Loop:
         """The largest of all processes' values: they must save and stop at the same step."""
         if self.accelerator.num_processes == 1:
             return value
-        mine = torch.tensor(-1 if value is None else value, device=self.accelerator.device)
+        mine = torch.tensor(NOTHING if value is None else value, device=self.accelerator.device)
         largest = int(self.accelerator.gather(mine[None]).max())
-        return None if largest < 0 else largest
+        return None if largest == NOTHING else largest
+
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values."""
+        largest = self.agree(-value)
+        assert largest is not None
+        return -largest
 
 
 def shrink(images: Tensor, side: int | None) -> Tensor:

@@ -177,6 +177,20 @@ OBJECTIVES: dict[str, Any] = {
 }
 
 
+# Settings that one objective alone has, or a few. With another one they do nothing, and that is
+# said; no error, since whoever lays another objective over a recipe leaves those of its own behind.
+OWNERS: dict[str, tuple[str, ...]] = {
+    "descriptor_weight": ("guided",),
+    "target": ("masked_patch",),
+    "mask_rate": ("masked_patch", "mae"),
+    **dict.fromkeys(("decoder_depth", "decoder_dim", "decoder_heads", "norm_pixels"), ("mae",)),
+    **dict.fromkeys(
+        ("teacher", "distillation", "distillation_weight", "temperature"), ("distill",)
+    ),
+}
+SMOOTHED = ("softmax", "guided", "distill")
+
+
 def is_supervised(name: str) -> bool:
     """Whether the objective `name` learns classes.
 
@@ -217,8 +231,15 @@ def settled(section: ObjectiveSection, multi_label: bool) -> tuple[ObjectiveSect
             f"`objective.head_bias` is for `sigmoid`, and the objective is `{name}`",
             "leave it out, or `--set objective.name=sigmoid`",
         )
-    if name == "sigmoid" and section.label_smoothing:
-        notes.append("labels are not smoothed under objective `sigmoid`")
+    defaults = ObjectiveSection()
+    foreign = [key for key, owners in OWNERS.items() if name not in owners]
+    if name == "distill" and section.distillation == "hard":
+        foreign.append("temperature")
+    if foreign := [key for key in foreign if getattr(section, key) != getattr(defaults, key)]:
+        keys = ", ".join(f"`objective.{key}`" for key in foreign)
+        notes.append(f"objective `{name}` has no use for {keys}")
+    if section.label_smoothing and name not in SMOOTHED:
+        notes.append(f"labels are not smoothed under objective `{name}`")
     return section.model_copy(update={"name": name}), notes
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from vitcli.config import OptimSection
+from vitcli.config import OptimSection, ScheduleSection
 from vitcli.errors import VitcliError
 from vitcli.train.adafactor import Adafactor
 from vitcli.train.lamb import Lamb
@@ -103,6 +103,43 @@ OPTIMIZERS: dict[str, Callable[[Groups, OptimSection], torch.optim.Optimizer]] =
     "lamb": lamb,
     "adafactor": adafactor,
 }
+
+
+# Of the settings that not every optimizer has, those that each has; of schedules likewise.
+OWN = {
+    "adamw": {"betas", "eps"},
+    "sgd": {"momentum", "momentum_dtype"},
+    "muon": {"matrix_lr", "momentum", "betas", "eps"},
+    "lion": {"betas"},
+    "lamb": {"betas", "eps"},
+    "adafactor": {"momentum"},
+}
+OWN_OF_SCHEDULES = {
+    "linear": {"final_lr_fraction"},
+    "cosine": {"final_lr_fraction"},
+    "wsd": {"final_lr_fraction", "decay_fraction"},
+    "constant": set[str](),
+    "rsqrt": {"timescale", "cooldown_steps"},
+}
+
+
+def unused(section: OptimSection, schedule: ScheduleSection) -> list[str]:
+    """A note on settings, given or the recipe's, that the optimizer or the schedule has not.
+
+    No errors: whoever lays another optimizer over a recipe leaves the settings of its own behind.
+    """
+    notes = []
+    for what, table, given, own in (
+        ("optimizer", "optim", section, OWN),
+        ("schedule", "schedule", schedule, OWN_OF_SCHEDULES),
+    ):
+        name, defaults = given.name, type(given)()
+        foreign = sorted(set().union(*own.values()) - own[name])
+        foreign = [key for key in foreign if getattr(given, key) != getattr(defaults, key)]
+        if foreign:
+            keys = ", ".join(f"`{table}.{key}`" for key in foreign)
+            notes.append(f"{what} `{name}` has no use for {keys}")
+    return notes
 
 
 def muon(groups: Groups, section: OptimSection) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from torch import nn
 
 from vitcli import launch
 from vitcli.config import Recipe, parse_duration
-from vitcli.cost.budget import settle_budget
+from vitcli.cost.budget import NoStepFits, settle_budget
 from vitcli.cost.flops import macs
 from vitcli.data.sources import Source
 from vitcli.devices import join_processes, matrix_peak, pick_device, resolve_precision
@@ -24,7 +24,8 @@ from vitcli.train.lock import holding
 from vitcli.train.loop import Loop, Stopped, averaged
 from vitcli.train.lora import ADAPTER, choose_learning, merged, passes, save_adapters
 from vitcli.train.measure import Outcome
-from vitcli.train.objectives import settled
+from vitcli.train.objectives import build_objective, settled
+from vitcli.train.optim import unused
 from vitcli.train.setup import (
     check_augment,
     check_patch_drop,
@@ -141,6 +142,8 @@ def train(
         )
     for note in settled(recipe.objective, source.multi_label)[1]:
         watch.note(note)
+    for note in unused(recipe.optim, recipe.schedule):
+        watch.note(note)
     images = source.splits["train"]
     check_augment(recipe, images, accelerator.num_processes)
     set_seed(recipe.train.seed)
@@ -148,6 +151,7 @@ def train(
     for note in choose_learning(model, recipe.lora, recipe.train.freeze, recipe.train.seed):
         watch.note(note)
     check_patch_drop(recipe, model)
+    objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
     if old is None:
         if resume:
             watch.note(f"nothing to resume at `{out}`: starting from step 0")
@@ -180,15 +184,23 @@ def train(
     }
     with holding(run, main), tracking(accelerator, track, recipe) as record:
         try:
-            loop = make_loop(recipe, model, source, run, accelerator, logged)
+            if main:
+                run.sweep()
+            loop = make_loop(recipe, objective, source, run, accelerator, logged)
             loop.track = record
             loop.peak_flops = matrix_peak(accelerator.device, precision)
             loop.peak_flops *= accelerator.num_processes
-            loop.flops_per_image = 2.0 * passes(model) * macs(model.config)
+            # `mae` encodes a part of the patches and decodes besides: its count is another one.
+            if recipe.objective.name != "mae":
+                loop.flops_per_image = 2.0 * passes(model) * macs(model.config)
             # Only epochs need the number of training images, which a stream does not know.
             images_of_an_epoch = 0 if recipe.train.epochs is None else len(images)
             settle_steps(loop, facts, began, images_of_an_epoch, held_out_images(source))
             return finish(loop, model, *run_through(loop))
+        except NoStepFits:
+            if main and old is None:  # nothing is in it that a resume could go on with
+                run.discard()
+            raise
         except VitcliError as error:
             logged.write(f"error: {error.message}")
             raise
@@ -226,20 +238,21 @@ def settle_steps(
     if total is None:
         left = parse_duration(train.budget or "") - (time.monotonic() - began)
         budget = settle_budget(loop, left, test_images)
-        # All processes make as many steps as the slowest of them.
-        total = -(loop.agree(-budget.steps) or -budget.steps)
+        total = loop.least(budget.steps)  # all make as many as the slowest of them
         loop.deadline = budget.deadline
         watch.note(f"budget {train.budget}: about {total} steps, measured on this machine")
     if known is None and loop.accelerator.is_main_process:
         run.write_provenance({**facts, "steps": total})
     loop.state.timeline = Timeline.of(total)
-    loop.eval_steps = train.eval_steps or (total if train.budget else max(1, total // EVALUATIONS))
+    # A budget has time for the evaluation at its end; others only where they are asked for.
+    often = None if train.budget else max(1, total // EVALUATIONS)
+    loop.eval_steps = train.eval_steps or often
     watch.note(
         f"run `{run.path}`: {total} steps of {train.batch_size} images, {facts['precision']}"
     )
     if found := list_checkpoints(run.checkpoints):
         load_checkpoint(found[-1], loop.state)
-        watch.note(f"resuming from step {loop.state.step} of {total}")
+        watch.note(f"resuming from step {loop.state.step} of {loop.total_steps}")
     elif run.metrics_file.is_file():
         watch.note("no checkpoint was written before: starting from step 0")
     if loop.accelerator.is_main_process and run.metrics_file.is_file():

@@ -18,7 +18,7 @@ from vitcli.train.ema import Ema
 from vitcli.train.loop import Loop, Validate
 from vitcli.train.mae import check_droppable
 from vitcli.train.measure import Outcome, measure
-from vitcli.train.objectives import build_objective, is_supervised
+from vitcli.train.objectives import is_supervised
 from vitcli.train.optim import build_optimizers
 from vitcli.train.sharded import share_out
 from vitcli.vit import Model, ResNet
@@ -41,17 +41,17 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
 
 def make_loop(
     recipe: Recipe,
-    model: Model,
+    objective: Any,
     source: Source,
     run: Run,
     accelerator: Any,
     watch: Logged,
 ) -> Loop:
     """Everything that trains, put together; its timeline is not settled yet."""
+    model: Model = objective.model
     preprocess = model.preprocess
     assert preprocess is not None
     model.checkpoint_activations = recipe.train.activation_checkpointing
-    objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
     if recipe.train.fully_shard:
         share_out(objective.to(accelerator.device))
     optimizers = build_optimizers(objective, recipe.optim)
@@ -165,13 +165,19 @@ def check_patch_drop(recipe: Recipe, model: Model) -> None:
     """Whether patches of this model can be left out, where the recipe asks for it.
 
     Raises:
-        VitcliError: a ResNet, or blocks and poolings that need every patch at its place.
+        VitcliError: a ResNet, an objective that hides patches by itself, or blocks and poolings
+            that need every patch at its place.
     """
     if not recipe.train.patch_drop_rate:
         return
     if isinstance(model, ResNet):
         raise VitcliError(
             "a ResNet has no patches to leave out", "`--set train.patch_drop_rate=0.0`"
+        )
+    if recipe.objective.name in ("masked_patch", "mae"):
+        raise VitcliError(
+            f"objective `{recipe.objective.name}` chooses itself which patches are seen",
+            "`--set train.patch_drop_rate=0.0`, and `objective.mask_rate` for another share",
         )
     check_droppable(model.config, "`train.patch_drop_rate`")
     if model.config.pool == "quadrants":

@@ -355,6 +355,26 @@ def recipes(
     exits.show(command.run(), json, results.show_recipes)
 
 
+@app.command()
+def doctor(
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The folder whose disk is measured.", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Look at this machine and this installation, and say what slows them.
+
+    Versions, devices, precisions, threads, attention, decoding and the disk, in about ten seconds.
+
+    Example: `vitcli doctor --json > machine.json`
+    """
+    from vitcli import report, results_doctor
+    from vitcli.commands import doctor as command
+
+    exits.show(command.run(out, report.Terminal()), json, results_doctor.show_doctor)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line; the exit status."""
     return exits.run(app, arguments)

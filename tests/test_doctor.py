@@ -1,0 +1,115 @@
+"""What the doctor sees, and what it makes of it."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from vitcli import cli
+from vitcli.commands import doctor
+from vitcli.cost import machine
+from vitcli.devices import has_fast_bf16
+
+HEALTHY = {
+    "versions": {"torch": "2.13.0+cpu", "torchvision": None},
+    "devices": {
+        "device": "cpu",
+        "precision": "bf16",
+        "gpu_without_torch": False,
+        "instructions": "AVX512",
+        "cores": 2.0,
+        "memory_free_bytes": 16 * doctor.GIB,
+    },
+    "threads": {
+        "threads": 2,
+        "bf16": 400e9,
+        "bf16_one_thread": 210e9,
+        "load": 0.5,
+        "wait_policy": "PASSIVE",
+    },
+    "attention": {"precision": "bf16", "explicit": 1.0, "fused": 1.6, "chosen": 1.0},
+    "images": {"libjpeg_turbo": True, "webp": True, "avif": True},
+    "disk": {"folder": "runs", "free_bytes": 100 * doctor.GIB, "write": 4e8, "read": 1e9},
+}
+
+ILL = [
+    ("devices.gpu_without_torch", True, "does not see it"),
+    ("versions.torchvision_imports", False, "cannot be imported"),
+    ("versions.torch", "2.14.0", "outside of what is tested"),
+    ("versions.torch", "2.8.1", "outside of what is tested"),
+    ("threads.bf16", 215e9, "1.02 times as fast as one"),
+    ("threads.load", 4.0, "4.0 processes want the 2 cores"),
+    ("devices.cores", 1.0, "2 threads on 1 usable cores"),
+    ("threads.wait_policy", "active", "spin"),
+    ("devices.instructions", "DEFAULT", "no AVX2"),
+    ("devices.memory_free_bytes", doctor.GIB, "1.0 GiB of memory"),
+    ("disk.free_bytes", doctor.GIB, "1.0 GiB are free under `runs`"),
+    ("disk.write", None, "cannot be written to"),
+    ("disk.read", 10e6, "reads 10 MB/s"),
+    ("attention.chosen", 1.6, "1.6 times as long"),
+    ("images.libjpeg_turbo", False, "without libjpeg-turbo"),
+    ("images.avif", False, "no AVIF"),
+]
+
+
+def test_of_a_healthy_set_up_nothing_is_said():
+    assert not list(doctor.findings(HEALTHY))
+
+
+@pytest.mark.parametrize(("where", "value", "words"), ILL, ids=[f"{w}={v}" for w, v, _ in ILL])
+def test_each_illness_is_named_alone_with_a_remedy(where, value, words):
+    facts = copy.deepcopy(HEALTHY)
+    topic, key = where.split(".")
+    facts[topic][key] = value
+    (found,) = doctor.findings(facts)
+    assert words in found.what and found.remedy
+
+
+def test_on_a_gpu_the_threads_do_not_matter():
+    facts = copy.deepcopy(HEALTHY)
+    facts["devices"]["device"] = "cuda"
+    facts["threads"]["bf16"] = 215e9
+    assert not list(doctor.findings(facts))
+
+
+def test_the_command_says_it_all(here, capfd, monkeypatch):
+    monkeypatch.setattr(machine, "DISK_BYTES", 2**20)
+    monkeypatch.setattr(machine, "PRODUCT", 128)
+    monkeypatch.setattr(machine, "ATTENTION", (1, 2, 17, 8))
+    monkeypatch.setattr(machine, "PICTURE", (160, 120))
+    assert cli.run(["doctor", "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["devices"]["precision"] == (
+        "bf16" if has_fast_bf16(torch.device(facts["devices"]["device"])) else "fp32"
+    )
+    for topic, keys in {
+        "threads": ("fp32", "bf16", "fp32_one_thread", "bf16_one_thread"),
+        "attention": ("explicit", "fused", "chosen"),
+        "disk": ("write", "read", "free_bytes"),
+        "images": ("jpegs_per_second",),
+        "devices": ("cores", "memory_bytes", "memory_free_bytes"),
+    }.items():
+        assert all(facts[topic][key] > 0 for key in keys), topic
+    assert not list(here.iterdir())  # nothing is left behind
+    assert cli.run(["doctor"]) == 0
+    shown = capfd.readouterr().out
+    assert "processor" in shown and "on one thread" in shown
+
+
+def test_threads_are_as_before():
+    before = torch.get_num_threads()
+    machine.product_rate(torch.float32, 1)
+    assert torch.get_num_threads() == before
+
+
+def test_no_such_folder(capfd):
+    assert cli.run(["doctor", "--out", "lost"]) == 2
+    assert "no folder `lost`" in capfd.readouterr().err
+
+
+def test_memory_is_what_the_system_says():
+    psutil = pytest.importorskip("psutil")
+    total, free = machine.memory_bytes()
+    assert 0 < free <= total <= psutil.virtual_memory().total

@@ -1,7 +1,8 @@
 """The table of contents: one thin function per command, its help with an example."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,6 +60,9 @@ def pretrain(data: Data = None, *, training: Training) -> None:
     from vitcli import report, results
     from vitcli.commands import pretrain as command
 
+    if training.find_lr:
+        _find_lr(command.find_lr, training, data=data)
+        return
     result = command.run(
         data,
         recipe=training.recipe,
@@ -84,6 +88,9 @@ def finetune(
     from vitcli import report, results
     from vitcli.commands import finetune as command
 
+    if training.find_lr:
+        _find_lr(command.find_lr, training, data=data, model=model)
+        return
     result = command.run(
         data,
         model=model,
@@ -97,6 +104,22 @@ def finetune(
     )
     exits.show(result, training.json, results.show_trained)
     exits.unreadable(f"{name}: {reason}" for name, reason in result.broken.items())
+
+
+def _find_lr(find: Callable[..., Any], training: Training, **given: Any) -> None:
+    """`--find-lr` of a command that trains."""
+    from vitcli import report, results
+
+    if training.resume:
+        raise VitcliError("`--find-lr` makes no run that `--resume` could go on with")
+    found = find(
+        **given,
+        recipe=training.recipe,
+        settings=training.settings(),
+        out=training.out,
+        watch=report.Terminal(),
+    )
+    exits.show(found, training.json, results.show_found_rate)
 
 
 @app.command()

@@ -173,6 +173,12 @@ Lora = Annotated[
         show_default=False,
     ),
 ]
+FindLr = Annotated[
+    bool,
+    typer.Option(
+        "--find-lr", help="Do not train: try learning rates for half a minute, and draw the curve."
+    ),
+]
 Labels = Annotated[
     Path | None, typer.Option("--labels", help="Class names, one a line.", show_default=False)
 ]
@@ -198,6 +204,7 @@ class Training:
     on_nan: OnNan = None
     lora: Lora = None
     track: Track = None
+    find_lr: FindLr = False
     streaming: Streaming = False
     strict: Strict = False
     json: Json = False

@@ -46,6 +46,22 @@ def show_trained(result: Any) -> None:
     show_next(steps.get(result.command, "vitcli predict image.jpg"))
 
 
+def show_found_rate(result: Any) -> None:
+    """The rate to try, where the loss was lowest, and where the curve is."""
+    rows: list[tuple[str, Any]] = [("falls fastest at", f"{result.lr:.2g}")]
+    if result.matrix_lr is not None:
+        rows.append(("Muon's beside it", f"{result.matrix_lr:.2g}"))
+    rows += [
+        ("lowest at", f"{result.lowest:.2g}"),
+        ("the recipe has", f"{result.given:g}"),
+        ("steps", f"{len(result.rates)}, in {result.seconds:.0f} s"),
+        ("curve", f"{result.folder}/lr.png"),
+    ]
+    print_facts("learning rate", rows)
+    muon = "" if result.matrix_lr is None else f" --set optim.matrix_lr={result.matrix_lr:.2g}"
+    show_next(f"the same command with --lr {result.lr:.2g}{muon}, without --find-lr")
+
+
 def show_comparison(result: Any) -> None:
     """Settings and results of several runs in columns, and what the paired tests say."""
     columns = ["", *result.runs]

@@ -8,7 +8,8 @@ from typing import Any
 from vitcli.config import Recipe, Settings, lay_over, load_recipe, nest
 from vitcli.data.sources import Source
 from vitcli.errors import VitcliError
-from vitcli.run import RUNS, finished_runs, new_path
+from vitcli.run import RUNS, check_free, finished_runs, new_path
+from vitcli.train.find_lr import FoundRate, find_rate
 from vitcli.train.session import Trained, train
 from vitcli.vit import Model, ResNet, VisionTransformer
 from vitcli.watch import Quiet, Watcher
@@ -50,6 +51,47 @@ def run(
         VitcliError: bad input; nothing is left half-written.
     """
     watch = watch or Quiet()
+    name, resolved = resolve(data, model, recipe, settings, out if resume else None, watch)
+    return train(
+        resolved,
+        lambda source: pretrained_model(resolved, source, watch, verbose=verbose),
+        out=out or new_path(Path(name).stem),
+        resume=resume,
+        watch=watch,
+        track=track,
+    )
+
+
+def find_lr(
+    data: str | None = None,
+    *,
+    model: str | None = None,
+    recipe: str | None = None,
+    settings: Settings | None = None,
+    out: Path | None = None,
+    watch: Watcher | None = None,
+) -> FoundRate:
+    """A range test of the learning rate for the run that `run` would make of the same arguments.
+
+    Args:
+        out: a new folder for its curve; None makes `runs/RECIPE-lr`.
+    """
+    watch = watch or Quiet()
+    name, resolved = resolve(data, model, recipe, settings, None, watch)
+    out = out or new_path(f"{Path(name).stem}-lr")
+    check_free(out)
+    return find_rate(resolved, lambda s: pretrained_model(resolved, s, watch), out=out, watch=watch)
+
+
+def resolve(
+    data: str | None,
+    model: str | None,
+    recipe: str | None,
+    settings: Settings | None,
+    resumed: Path | None,
+    watch: Watcher,
+) -> tuple[str, Recipe]:
+    """(a recipe's name or file, the recipe that comes of the arguments of `run`)."""
     name = "finetune_digits" if data in (None, DIGITS) else "finetune"
     name = name if recipe is None else recipe
     changes: Settings = {}
@@ -59,22 +101,14 @@ def run(
         lay_over(changes, nest("model.name", model))
     lay_over(changes, settings or {})
     resolved = load_recipe(name, changes, "finetune")
-    out = out or new_path(Path(name).stem)
     if resolved.model.name is None:
-        chosen = newest_pretrained(out if resume else None)
+        chosen = newest_pretrained(resumed)
         watch.note(f"no `--model` given: {chosen}")
         lay_over(changes, nest("model.name", chosen))
         resolved = load_recipe(name, changes, "finetune")
     if data is None and recipe is None:
         watch.note(f"no DATA given: {resolved.data.name}")
-    return train(
-        resolved,
-        lambda source: pretrained_model(resolved, source, watch, verbose=verbose),
-        out=out,
-        resume=resume,
-        watch=watch,
-        track=track,
-    )
+    return name, resolved
 
 
 def newest_pretrained(resumed: Path | None = None) -> str:

@@ -6,7 +6,8 @@ from vitcli.config import ModelSection, Recipe, Settings, check, lay_over, load_
 from vitcli.data.sources import Source
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
-from vitcli.run import new_path
+from vitcli.run import check_free, new_path
+from vitcli.train.find_lr import FoundRate, find_rate
 from vitcli.train.objectives import is_supervised
 from vitcli.train.session import Trained, train
 from vitcli.vit import Model, create_model
@@ -42,6 +43,41 @@ def run(
         VitcliError: bad input; nothing is left half-written.
     """
     watch = watch or Quiet()
+    name, resolved = resolve(data, recipe, settings, watch)
+    return train(
+        resolved,
+        lambda source: random_model(resolved, source),
+        out=out or new_path(Path(name).stem),
+        resume=resume,
+        watch=watch,
+        track=track,
+    )
+
+
+def find_lr(
+    data: str | None = None,
+    *,
+    recipe: str | None = None,
+    settings: Settings | None = None,
+    out: Path | None = None,
+    watch: Watcher | None = None,
+) -> FoundRate:
+    """A range test of the learning rate for the run that `run` would make of the same arguments.
+
+    Args:
+        out: a new folder for its curve; None makes `runs/RECIPE-lr`.
+    """
+    watch = watch or Quiet()
+    name, resolved = resolve(data, recipe, settings, watch)
+    out = out or new_path(f"{Path(name).stem}-lr")
+    check_free(out)
+    return find_rate(resolved, lambda s: random_model(resolved, s), out=out, watch=watch)
+
+
+def resolve(
+    data: str | None, recipe: str | None, settings: Settings | None, watch: Watcher
+) -> tuple[str, Recipe]:
+    """(a recipe's name or file, the recipe that comes of the arguments of `run`)."""
     name = "pretrain_formula" if data in (None, FORMULA) else "pretrain"
     name = name if recipe is None else recipe
     changes: Settings = {}
@@ -51,14 +87,7 @@ def run(
     resolved = for_resnet(load_recipe(name, changes, "pretrain"), changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: recipe `{name}`, {resolved.data.name}")
-    return train(
-        resolved,
-        lambda source: random_model(resolved, source),
-        out=out or new_path(Path(name).stem),
-        resume=resume,
-        watch=watch,
-        track=track,
-    )
+    return name, resolved
 
 
 def for_resnet(recipe: Recipe, changes: Settings, watch: Watcher) -> Recipe:

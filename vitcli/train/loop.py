@@ -331,7 +331,7 @@ class Loop:
             NotFinite: the loss is not finite.
         """
         train, step = self.recipe.train, self.state.step
-        figures = self._mean(meter.read())
+        figures = self.mean(meter.read())
         seconds = time.perf_counter() - meter.started
         speed = meter.steps * train.batch_size / seconds
         if not math.isfinite(figures["loss"]):
@@ -382,7 +382,7 @@ class Loop:
             return self.state.step % interval == 0
         return self.agree(int(time.monotonic() - saved > CHECKPOINT_SECONDS)) == 1
 
-    def _mean(self, figures: dict[str, float]) -> dict[str, float]:
+    def mean(self, figures: dict[str, float]) -> dict[str, float]:
         """The means over all processes, so that each draws the same conclusions."""
         if self.accelerator.num_processes == 1:
             return figures

@@ -15,25 +15,18 @@ from vitcli.config import Recipe, parse_duration
 from vitcli.cost.budget import NoStepFits, settle_budget
 from vitcli.cost.flops import macs
 from vitcli.data.sources import Source
-from vitcli.devices import join_processes, matrix_peak, pick_device, resolve_precision
+from vitcli.devices import matrix_peak
 from vitcli.errors import VitcliError
 from vitcli.run import OUTCOMES, Run, check_free, create_run, reopen_run
+from vitcli.train.assemble import build_parts, start_accelerator
 from vitcli.train.checkpoint import list_checkpoints, load_checkpoint
 from vitcli.train.curves import draw_curves
 from vitcli.train.lock import holding
 from vitcli.train.loop import Loop, Stopped, averaged
-from vitcli.train.lora import ADAPTER, choose_learning, merged, passes, save_adapters
+from vitcli.train.lora import ADAPTER, merged, passes, save_adapters
 from vitcli.train.measure import Outcome
-from vitcli.train.objectives import build_objective, settled
-from vitcli.train.optim import unused
-from vitcli.train.setup import (
-    check_augment,
-    check_patch_drop,
-    held_out_images,
-    make_loop,
-    open_source,
-)
-from vitcli.train.sharded import check_sharding, whole
+from vitcli.train.setup import held_out_images, make_loop
+from vitcli.train.sharded import whole
 from vitcli.train.timeline import Timeline
 from vitcli.train.tracking import check_tracker, tracking
 from vitcli.vit import Model
@@ -90,10 +83,6 @@ def train(
         VitcliError: bad input, a loss that is not finite, a disk that is full.
         Stopped: a signal came; the state is saved.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import broadcast_object_list, set_seed
-
     began = launch.began or time.monotonic()
     if track is not None:
         check_tracker(track)
@@ -110,48 +99,18 @@ def train(
             raise VitcliError(
                 f"`{old.result_file}` is not the result of a training run", "remove it"
             ) from None
-    device = pick_device()
-    precision = resolve_precision(recipe.train.precision, device)
-    if old is not None:  # `auto` is measured; a resumed run computes as it began
-        precision = old.provenance().get("precision", precision)
-    join_processes(device)
-    precision = broadcast_object_list([precision])[0]  # each has measured for itself
-    # Accelerate keeps the precision of a process's first run for all later ones.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        cpu=device.type == "cpu",
-        log_with=track,
-        project_dir=str(out / "tracking") if track else None,
+    accelerator, precision = start_accelerator(
+        recipe,
+        # `auto` is measured; a resumed run computes as it began.
+        precision=old.provenance().get("precision") if old is not None else None,
+        track=track,
+        folder=out / "tracking" if track else None,
     )
-    torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
-    if recipe.train.batch_size % accelerator.num_processes:
-        raise VitcliError(
-            f"batch size {recipe.train.batch_size} is not a multiple of the "
-            f"{accelerator.num_processes} processes",
-            "`--batch-size` counts the images of all processes together",
-        )
-    check_sharding(recipe, accelerator.num_processes)
     if old is not None:
         warn_of_other_processes(old, accelerator.num_processes, watch)
-    source = open_source(recipe, watch)
-    if recipe.data.streaming:
-        watch.warn(
-            f"a stream is mixed only within {recipe.data.shuffle_buffer:,} images, and cannot be "
-            "entered in its middle: `--resume` keeps the weights but begins another order"
-        )
-    for note in settled(recipe.objective, source.multi_label)[1]:
-        watch.note(note)
-    for note in unused(recipe.optim, recipe.schedule):
-        watch.note(note)
+    parts = build_parts(recipe, make_model, accelerator.num_processes, watch)
+    source, model, objective = parts.source, parts.model, parts.objective
     images = source.splits["train"]
-    check_augment(recipe, images, accelerator.num_processes)
-    set_seed(recipe.train.seed)
-    model = make_model(source)
-    for note in choose_learning(model, recipe.lora, recipe.train.freeze, recipe.train.seed):
-        watch.note(note)
-    check_patch_drop(recipe, model)
-    objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
     if old is None:
         if resume:
             watch.note(f"nothing to resume at `{out}`: starting from step 0")

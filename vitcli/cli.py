@@ -20,6 +20,7 @@ from vitcli.options import (
     Processes,
     Set,
     Shots,
+    Suite,
     Training,
     Verbose,
     flags,
@@ -164,6 +165,7 @@ def fewshot(
 def evaluate(
     data: Data = None,
     model: Model = None,
+    suite: Suite = None,
     labels: Labels = None,
     set_: Set = None,
     batch_size: AtOnce = 128,
@@ -178,10 +180,19 @@ def evaluate(
 ) -> None:
     """Run a model over a whole labelled set: accuracy, calibration, confusion.
 
+    With `--suite` the model is fine-tuned, or tried with few shots, on each of its tasks;
+    interrupted, the same command with `--out` goes on.
+
     Example: `vitcli evaluate photos/ --model runs/finetune --out report/`
+    or: `vitcli evaluate --suite vtab1k --model B_16.npz --out runs/vtab`
     """
     from vitcli import report, results
     from vitcli.commands import evaluate as command
+
+    if suite is not None:
+        given = {"DATA": data, "--labels": labels, "--image-size": image_size}
+        _evaluate_suite(suite, given, model, settings(set_), out, processes, precision, json)
+        return
 
     result = command.run(
         data,
@@ -196,6 +207,38 @@ def evaluate(
     )
     exits.show(result, json, results.show_evaluation)
     exits.unreadable(result.broken)
+
+
+def _evaluate_suite(
+    suite: str,
+    given: dict[str, Any],
+    model: str | None,
+    changes: dict[str, Any],
+    out: Path | None,
+    processes: int | None,
+    precision: str | None,
+    json: bool,
+) -> None:
+    """`evaluate --suite`; `given` are the arguments of `evaluate` that a suite settles itself."""
+    from vitcli import report, results_suite
+    from vitcli.commands import suite as command
+
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise VitcliError(
+            f"{', '.join(wrong)} beside `--suite`, which says that of each task itself",
+            "leave it out, or change a copy of the suite's file",
+        )
+    result = command.run(
+        suite,
+        model=model,
+        settings=changes,
+        out=out,
+        processes=processes,
+        precision=precision,
+        watch=report.Terminal(),
+    )
+    exits.show(result, json, results_suite.show_suite)
+    exits.unreadable(f"{name}: {reason}" for name, reason in result.failed.items())
 
 
 @app.command()

@@ -61,17 +61,20 @@ def numbers(text: str | None) -> list[int] | None:
         ) from None
 
 
-def _several(context: typer.Context, number: int | None) -> None:
+def _several(context: typer.Context, number: int | None) -> int | None:
     """Hand the command line over to so many processes, if this is not one of them."""
     from vitcli import report
 
+    arguments = context.find_root().obj or []
     if number is None or number == launch.size():
-        return
+        return number
+    if any(word.partition("=")[0] == "--suite" for word in arguments):
+        return number  # a suite hands the number on to each of its tasks
     if launch.size() > 1:
         raise VitcliError(
             f"`--processes {number}` in a launch of {launch.size()} processes", "leave it out"
         )
-    raise typer.Exit(launch.several(number, context.find_root().obj, report.print_error))
+    raise typer.Exit(launch.several(number, arguments, report.print_error))
 
 
 Data = Annotated[
@@ -140,6 +143,14 @@ ImageSize = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, order and augmentation.")]
 Precision = Annotated[
     str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16.", show_default=False)
+]
+Suite = Annotated[
+    str | None,
+    typer.Option(
+        "--suite",
+        help="Instead of DATA: every task of a suite, by its name (`vtab1k`) or file.",
+        show_default=False,
+    ),
 ]
 Processes = Annotated[
     int | None,

@@ -102,6 +102,8 @@ def load_model(
         change_pool(model, pool)
     if whole is not None:
         model.preprocess = whole
+    if num_classes is not None and num_classes < 0:
+        raise VitcliError(f"`num_classes` is {num_classes}", hint="a number from 0 on")
     if num_classes is not None and num_classes != model.config.num_classes:
         replace_head(model, [str(i) for i in range(num_classes)])
         model.labels = None

@@ -113,5 +113,5 @@ def test_settings_of_the_command_line():
         "image_size": 32,
         "preprocess": {"mean": 0.5},
     }
-    with pytest.raises(VitcliError, match=r"`model\.depth`, `model\.patch_size`"):
-        load_settings(ModelSection(depth=3, patch_size=4), preprocess)
+    with pytest.raises(VitcliError, match=r"`model\.depth`, `model\.embed_dim`"):
+        load_settings(ModelSection(depth=3, embed_dim=4), preprocess)

@@ -22,6 +22,7 @@ PREPROCESS_KEYS = (
 PICTURES = (1, 3)  # channels of what can be read as pictures: grey and RGB
 MODEL_KEYS = (
     "image_size",
+    "patch_size",
     "num_heads",
     "norm_eps",
     "gelu",

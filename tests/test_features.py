@@ -87,3 +87,10 @@ def test_precisions():
 def test_a_batch_of_nothing(batch_size, model, images):
     with pytest.raises(VitcliError, match=f"`--batch-size` is {batch_size}"):
         extract(model, images[0], batch_size=batch_size)
+
+
+def test_numbers_that_are_none(model, images):
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    assert np.isfinite(extract(model, images[0]).outputs).all()  # what the head reads
+    with pytest.raises(VitcliError, match="the model gives numbers that are not finite"):
+        extract(model, images[0], what="logits")

@@ -186,6 +186,11 @@ OTHER_FORMS = {
         **{f"params/{n}": x for n, x in a.items()},
         **{f"opt/mu/{n}": x for n, x in a.items()},
     },
+    "Flax's optimiser": lambda a: {
+        **{f"opt/target/{n}": x for n, x in a.items()},
+        **{f"opt/state/param_states/{n}/grad_ema": x for n, x in a.items()},
+        "opt/state/step": np.int32(3),
+    },
     "scanned": lambda a: scanned({linen(n): x for n, x in a.items()}),
     "scanned, released numbering, prefixed": lambda a: {
         f"params/{n}": x for n, x in scanned(a).items()
@@ -216,8 +221,9 @@ def test_other_forms_of_the_same_file(shared, tmp_path, form):
     if form == "two towers":
         reason = "not the image tower"
         assert dropped == {"params/txt/Embed_0/embedding": reason, "params/t": reason}
-    if form == "training checkpoint":
-        assert set(dropped.values()) == {"optimizer"} and len(dropped) == 58
+    if form in ("training checkpoint", "Flax's optimiser"):
+        steps = form == "Flax's optimiser"
+        assert set(dropped.values()) == {"optimizer"} and len(dropped) == 58 + steps
 
 
 def test_attention_pool_outside_its_module(shared, tmp_path):

@@ -124,6 +124,16 @@ def test_revisions(hub):
         assert model.load_report.provenance()["name"] == notation
 
 
+def test_a_mirror_that_lists_files_at_the_tree_only(hub):
+    commit = hub.commit("org/ours")
+    for said in ({}, {"siblings": []}):
+        answer = json.dumps({"id": "org/ours", "sha": commit, **said}).encode()
+        hub.faults["/revision/main"] += [Fault(body=answer)]
+        assert f"hf:org/ours: commit {commit}" in load_model("hf:org/ours").load_report.notes
+        assert hub.faults["/revision/main"] == []
+    assert len(hub.asked("GET", f"/tree/{commit}")) == 2
+
+
 def test_a_new_commit_is_seen(hub):
     load_model("hf:org/ours")
     write_model(hub.root / "models/org/ours/model.safetensors", depth=2)

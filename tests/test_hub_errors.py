@@ -26,6 +26,9 @@ def refused(hub, case):
     private = "`hf auth login`"
     if case == "missing":
         return "hf:org/nothing", "the Hub has no model `org/nothing`", private
+    if case == "missing, said by a mirror":  # a bare 404, without the Hub's own code
+        hub.faults["/revision/main"] += [Fault(status=404)]
+        return "hf:org/ours", "the Hub has no model `org/ours`", private
     if case == "private":
         hub.private.add("org/ours")
         return "hf:org/ours", "the Hub has no model `org/ours`, or only for", private
@@ -52,7 +55,8 @@ def refused(hub, case):
     return "hf:org/ours", "may not be read (status 403)", private
 
 
-CASES = ("missing", "private", "gated", "revision", "no weights", "no repository", "a path")
+CASES = ("missing", "missing, said by a mirror", "private", "gated", "revision", "no weights")
+CASES += ("no repository", "a path")
 CASES += ("a way out", "a login page", "forbidden")
 
 

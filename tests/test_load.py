@@ -1,5 +1,6 @@
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +95,16 @@ def test_image_size_and_head(here):
         load_model(run.path, position_resize="cubic")
 
 
+def test_numbers_of_numpy_can_be_written_again(here):
+    save_model("w.safetensors", create_model("Pico/8", image_size=16, depth=1))
+    model = load_model("w.safetensors", image_size=np.int64(24), num_heads=np.int32(2))
+    save_model("again.safetensors", model)
+    assert load_model("again.safetensors").config == model.config
+    assert (model.config.image_size, model.config.num_heads) == ((24, 24), 2)
+    with pytest.raises(VitcliError, match="`num_classes` is -1"):
+        load_model("w.safetensors", num_classes=-1)
+
+
 def test_settings_of_the_command_line():
     model = ModelSection(num_heads=4, image_size=32)
     preprocess = PreprocessSection(mean=0.5)
@@ -102,5 +113,5 @@ def test_settings_of_the_command_line():
         "image_size": 32,
         "preprocess": {"mean": 0.5},
     }
-    with pytest.raises(VitcliError, match=r"`model\.depth`, `model\.patch_size`"):
-        load_settings(ModelSection(depth=3, patch_size=4), preprocess)
+    with pytest.raises(VitcliError, match=r"`model\.depth`, `model\.embed_dim`"):
+        load_settings(ModelSection(depth=3, embed_dim=4), preprocess)

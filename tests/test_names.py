@@ -1,6 +1,7 @@
 """Names of models against the official tables of sizes and parameter counts."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -191,6 +192,15 @@ def test_bit_resnets(name):
     assert config.feature_dim == 2048 * width
     assert count(config) == resnet_by_formula(config.layers, width, 1000)
     assert count(config) == BIT.get(name, count(config))
+
+
+@pytest.mark.parametrize("name", ["B/16", "R50+B/16", "R+Ti/16", "Axial-B/32"])
+def test_the_papers_longer_names(name):
+    longer = re.sub(r"(\w+/)", r"ViT-\1", name)
+    assert longer in ("ViT-B/16", "R50+ViT-B/16", "R+ViT-Ti/16", "Axial-ViT-B/32")
+    assert parse_variant(longer) == parse_variant(name) and is_variant(longer)
+    with pytest.raises(ValueError, match=f"`{re.escape(longer)}` is one"):
+        parse_variant(longer.replace("B/", "b/").replace("Ti/", "TI/"))
 
 
 def test_the_small_ones_have_the_size_that_the_readme_says():

@@ -121,6 +121,15 @@ def test_a_model_without_a_trained_head(model, pictures):
         predict.run(["p"])
 
 
+def test_numbers_that_are_none(model, pictures):
+    with torch.no_grad():
+        model.head.weight[0] = float("nan")
+    save_model("nan.safetensors", model)
+    with pytest.raises(VitcliError, match=r"`nan\.safetensors` gives numbers that are not finite"):
+        list(predict.run(["p"], model="nan.safetensors", csv_file=Path("t.csv")))
+    assert not Path("t.csv").exists()
+
+
 def test_tables(model, pictures):
     odd = os.fsdecode(b'p/\xff, "q"\n.png')
     Path(odd).write_bytes((pictures / "b.png").read_bytes())

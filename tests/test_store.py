@@ -101,6 +101,18 @@ def test_a_pickle_is_refused_and_does_not_run(here, name, zipped):
     assert not (here / "it_ran").exists()
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_begins_like_a_pickle(tmp_path, length):
+    """Its first bytes are 80 02 .. 80 05, which a bare pickle has as well."""
+    path, tensor = tmp_path / "w.safetensors", {"x": torch.ones(2)}
+    for padding in range(length):
+        save_file(tensor, path, metadata={"note": "-" * padding})
+        if int.from_bytes(path.read_bytes()[:8], "little") == length:
+            break
+    assert path.read_bytes()[:2] == bytes([0x80, length >> 8])
+    assert torch.equal(load_weights(path)["x"], tensor["x"]) and read_header(path) is None
+
+
 def test_foreign_tensors_are_named(model, tmp_path):
     path = tmp_path / "model.safetensors"
     save_model(path, model)

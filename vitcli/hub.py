@@ -116,7 +116,7 @@ def list_files(repository: Repository) -> Listing:
 
 
 def ask(repository: Repository) -> tuple[str, str, list[str]]:
-    """(name, commit, names of all files), asked for in one request.
+    """(name, commit, names of all files), in one request, or in two where a mirror needs them.
 
     Raises:
         Unreachable: nobody answers.
@@ -133,17 +133,22 @@ def ask(repository: Repository) -> tuple[str, str, list[str]]:
                 revision=repository.revision,
                 timeout=constants.HF_HUB_ETAG_TIMEOUT,
             )
+            files = [file.rfilename for file in info.siblings or []]
+            if not files and info.sha:  # some mirrors list them at the tree only
+                files = api.list_repo_files(
+                    repository.name, repo_type=repository.kind, revision=info.sha
+                )
         except (ValueError, TypeError, KeyError) as error:
             raise VitcliError(
                 f"`{constants.ENDPOINT}` does not answer like the Hub: {error}",
                 hint="a login page of the network may be in between; HF_ENDPOINT names the Hub",
             ) from error
-    if info.sha is None or not COMMIT.fullmatch(info.sha):
+    if info.sha is None or not re.fullmatch(r"\w[\w-]*", info.sha):  # it names a folder
         raise VitcliError(
             f"`{constants.ENDPOINT}` names no commit of `{repository}`",
             hint="HF_ENDPOINT names the Hub",
         )
-    return info.id, info.sha, [file.rfilename for file in info.siblings or []]
+    return info.id, info.sha, files
 
 
 def fetch_small(repository: Repository, commit: str, name: str) -> Path:
@@ -273,11 +278,7 @@ def told(repository: Repository, name: str | None = None) -> Iterator[None]:
             hint=f"accept its terms at {repository.page}, then {LOGIN}",
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise VitcliError(
-            f"the Hub has no {WHAT[repository.kind]} `{repository.name}`, or only for those who "
-            "may read it",
-            hint=f"look at the name; if it is private, {LOGIN}",
-        ) from error
+        raise _no_such(repository) from error
     except errors.RevisionNotFoundError as error:
         raise VitcliError(
             f"`hf:{repository.name}` has no revision `{repository.revision}`",
@@ -291,6 +292,8 @@ def told(repository: Repository, name: str | None = None) -> Iterator[None]:
             raise Unreachable(f"`{constants.ENDPOINT}` answers with status {status}") from error
         if status in (401, 403):
             raise VitcliError(f"{what} may not be read (status {status})", LOGIN) from error
+        if status == 404 and name is None:  # a mirror without the Hub's own word for it
+            raise _no_such(repository) from error
         raise VitcliError(
             f"{what}: the Hub answers with status {status}", hint=f"look at {repository.page}"
         ) from error
@@ -300,6 +303,14 @@ def told(repository: Repository, name: str | None = None) -> Iterator[None]:
         if error.errno is not None:
             raise  # the disk's
         raise VitcliError(f"{what} did not arrive whole", AGAIN) from error
+
+
+def _no_such(repository: Repository) -> VitcliError:
+    return VitcliError(
+        f"the Hub has no {WHAT[repository.kind]} `{repository.name}`, or only for those who may "
+        "read it",
+        hint=f"look at the name; if it is private, {LOGIN}",
+    )
 
 
 def _words(error: Exception) -> str:

@@ -65,7 +65,9 @@ class ModelSection(Section):
     position: Literal["learned", "learned2d", "relative", "sincos2d", "none"] | None = None
     position_at: Literal["stem", "every", "shared"] | None = None
     position_covers_prefix: bool | None = None
-    position_resize: Literal["bilinear", "bicubic", "bicubic_plain"] | None = None
+    position_resize: (
+        Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"] | None
+    ) = None
     representation_size: PositiveInt | None = None
     qkv_bias: bool | None = None
     qk_norm: bool | None = None

@@ -18,7 +18,15 @@ from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.surgery import prepare_finetune
 
 DIGITS = "builtin:digits"
-FROM_FILE = ("image_size", "pool", "num_heads", "norm_eps", "gelu", "position_resize")
+FROM_FILE = (
+    "image_size",
+    "patch_size",
+    "pool",
+    "num_heads",
+    "norm_eps",
+    "gelu",
+    "position_resize",
+)
 REGULARISERS = ("dropout_rate", "drop_path_rate")
 
 

@@ -204,7 +204,7 @@ def _rows(
     watch: Watcher,
 ) -> Iterator[Row]:
     """One row a file: decoding in threads, the model in batches."""
-    from vitcli.evals.features import autocast
+    from vitcli.evals.features import autocast, check_finite
 
     device = pick_device()
     net = net.to(device)
@@ -218,6 +218,7 @@ def _rows(
                 with torch.inference_mode(), autocast(precision, device):
                     logits = net(preprocess.normalize(torch.stack(pixels).to(device)))
                 shares, order = net.probabilities(logits).cpu().topk(top, dim=1)
+                check_finite(bool(shares.isfinite().all()), net)
                 answers = iter(
                     [{"label": names[i], "probability": p} for i, p in zip(*pair, strict=True)]
                     for pair in zip(order.tolist(), shares.tolist(), strict=True)

@@ -66,8 +66,8 @@ def extract(
         with_pixels: also keep the normalised pixels, averaged down to 32 pixels a side.
 
     Raises:
-        VitcliError: no image can be read, the model's preprocessing is not known, or a batch size
-            below 1.
+        VitcliError: no image can be read, the model's preprocessing is not known, a batch size
+            below 1, or outputs that are not finite.
     """
     if batch_size < 1:
         raise VitcliError(f"`--batch-size` is {batch_size}", "it is the images at once, 1 or more")
@@ -109,13 +109,26 @@ def extract(
             f"none of {len(images)} images can be read{reason}",
             "`vitcli patchify IMAGE` shows one as it is read",
         )
+    joined = np.concatenate(outputs)
+    check_finite(bool(np.isfinite(joined).all()), model)  # of all processes, so all of them end
     return Extracted(
-        np.concatenate(outputs),
+        joined,
         np.concatenate(labels),
         np.concatenate(indices).astype(np.int64),
         np.concatenate(pixels) if pixels else None,
         tuple(broken),
     )
+
+
+def check_finite(finite: bool, model: Model) -> None:
+    """Raises a VitcliError that names `model` where what it gave is not `finite`."""
+    if not finite:
+        name = f"`{model.load_report.source}`" if model.load_report else "the model"
+        raise VitcliError(
+            f"{name} gives numbers that are not finite",
+            hint="its weights are damaged or diverged, or fp16 is too narrow for them "
+            "(`--precision fp32`)",
+        )
 
 
 def processes() -> tuple[int, int]:

@@ -60,7 +60,8 @@ FORMS = (
 
 def is_variant(name: str) -> bool:
     """Whether `name` is spelled like one of `parse_variant`, known or not."""
-    return is_resnet(name) or re.fullmatch(r"(Axial-)?[A-Za-z0-9+]+/\d+", name) is not None
+    form = r"(Axial-)?([A-Za-z0-9]*\+)?(ViT-)?[A-Za-z0-9]+/\d+"
+    return is_resnet(name) or re.fullmatch(form, name) is not None
 
 
 def is_resnet(name: str) -> bool:
@@ -80,7 +81,7 @@ def parse_variant(name: str, **settings: Any) -> Config:
 
     `Axial-B/32` has axial blocks, and as there is no sequence to put a class token into, the mean
     of its patches (appendix D.6). `R50x1` is a BiT ResNet; the last number is a factor of its
-    widths.
+    widths. The paper's longer names do as well: `ViT-B/16`, `R50+ViT-B/16`, `Axial-ViT-B/32`.
 
     Args:
         name: of the model.
@@ -92,7 +93,7 @@ def parse_variant(name: str, **settings: Any) -> Config:
     if found := re.fullmatch(r"R(\d+)x(\d+)", name):
         layers, width = int(found[1]), float(found[2])
         return ResNetConfig.from_dict({"layers": _units(name, layers), "width": width, **settings})
-    found = re.fullmatch(r"(?:(Axial)-|R(\d*)\+)?([A-Za-z0-9]+)/(\d+)", name)
+    found = re.fullmatch(r"(?:(Axial)-|R(\d*)\+)?(?:ViT-)?([A-Za-z0-9]+)/(\d+)", name)
     axial, stem, size, patch = found.groups() if found else (None, None, "", "")
     if size not in VARIANTS:
         close = next((v for v in VARIANTS if v.lower() == size.lower()), None)

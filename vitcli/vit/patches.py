@@ -3,6 +3,7 @@
 The model's embedding, the `patchify` command and the masked-patch targets all read this file.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,6 +44,26 @@ def unpatchify(patches: Tensor, patch_size: int, image_size: tuple[int, int]) ->
     images = patches.reshape(b, rows, cols, patch_size, patch_size, c)  # (B, rows, cols, P, P, C)
     images = images.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, P, cols, P)
     return images.reshape(b, c, *image_size)  # (B, C, Y, X)
+
+
+def resample_kernel(kernel: Tensor, patch_size: int) -> Tensor:
+    """(D, C, P, P) -> (D, C, Q, Q): the patch projection for patches of another size.
+
+    The pseudo-inverse resize of FlexiViT (Beyer et al., 2023, section 3.4): of a patch that is
+    resized to Q pixels, bicubic and antialiased, the new kernel makes what the old one made of
+    the patch itself, exactly where Q is larger, else as nearly as can be.
+    """
+    old = kernel.shape[-1]
+    if old == patch_size:
+        return kernel
+    pixels = torch.eye(old * old, dtype=torch.float64, device=kernel.device)
+    size = (patch_size, patch_size)
+    resized = F.interpolate(
+        pixels.reshape(-1, 1, old, old), size=size, mode="bicubic", antialias=True
+    )
+    inverse = torch.linalg.pinv(resized.flatten(1))  # (Q*Q, P*P)
+    new = kernel.double().flatten(2) @ inverse.T  # (D, C, Q*Q)
+    return new.unflatten(2, size).to(kernel.dtype)
 
 
 class PatchEmbed(nn.Module):

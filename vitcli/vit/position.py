@@ -10,7 +10,7 @@ from torch import Tensor
 from vitcli.vit.variants import ViTConfig
 
 Grid = tuple[int, int]  # rows and columns of patches
-Resize = Literal["bilinear", "bicubic", "bicubic_plain"]
+Resize = Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"]
 
 
 def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tensor:
@@ -40,8 +40,9 @@ def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = "bicubic"
     `bilinear` aligns the corners of both grids, as the paper's code does (scipy.ndimage.zoom of
     order 1); `bicubic` is antialiased with half-pixel centres, as timm does it; `bicubic_plain` is
     not, as transformers does it for ViT, DeiT and DINOv2. The two differ for larger grids as well:
-    torch's kernel is that of a = -0.5 with antialiasing and of a = -0.75 without. Equal grids give
-    the same tensor back.
+    torch's kernel is that of a = -0.5 with antialiasing and of a = -0.75 without.
+    `bilinear_antialiased` is what timm does where it is asked for bilinear. Equal grids give the
+    same tensor back.
     """
     if old == new:
         return positions
@@ -50,8 +51,8 @@ def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = "bicubic"
     if method == "bilinear":
         grid = F.interpolate(grid, size=new, mode="bilinear", align_corners=True)
     else:
-        smooth = method == "bicubic"
-        grid = F.interpolate(grid, size=new, mode="bicubic", align_corners=False, antialias=smooth)
+        mode, smooth = method.partition("_")[0], method != "bicubic_plain"
+        grid = F.interpolate(grid, size=new, mode=mode, align_corners=False, antialias=smooth)
     grid = grid.permute(0, 2, 3, 1).reshape(n, new[0] * new[1], d)  # (n, M, D)
     return grid.to(positions.dtype)
 

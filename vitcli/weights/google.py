@@ -20,7 +20,7 @@ from vitcli.errors import VitcliError
 from vitcli.vit.position import sincos2d
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import ViTConfig
-from vitcli.weights.google_archive import Archive
+from vitcli.weights.google_archive import WEIGHTS, Archive
 from vitcli.weights.google_config import Found, find_config, refuse
 from vitcli.weights.google_names import (
     Pair,
@@ -34,7 +34,11 @@ from vitcli.weights.stated import Stated, stated_preprocess
 from vitcli.weights.store import Checkpoint
 
 # Where the weights of the picture model lie, outermost first, and what lies beside them.
-PREFIXES = {"params/": "not under `params/`", "img/": "not the image tower"}
+PREFIXES = {
+    "params/": "not under `params/`",
+    WEIGHTS: f"not under `{WEIGHTS}`",
+    "img/": "not the image tower",
+}
 STACKED = "Transformer/encoderblock/"
 
 

@@ -25,8 +25,10 @@ from vitcli.errors import VitcliError
 from vitcli.files import replacing
 
 Arrays = Mapping[str, NDArray[Any]]
-# Not the model: what an optimiser keeps, twice the size of the weights.
+# Not the model: what an optimiser keeps, twice the size of the weights. Flax's own optimiser, which
+# big_vision's older files hold, kept the weights as well.
 OPTIMIZER = ("opt/", "opt_state/")
+WEIGHTS = "opt/target/"
 # A comment longer than zip allows is packed; unpacked it is never longer than this.
 COMMENT_BYTES = 65_535
 UNPACKED_BYTES = 16 * 2**20
@@ -64,9 +66,11 @@ def read_npz(path: str | os.PathLike[str]) -> Archive:
                 said = _read_comment(packed.comment)
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as file:
-                skipped = [name for name in file.files if name.startswith(OPTIMIZER)]
-                wanted = [name for name in file.files if not name.startswith(OPTIMIZER)]
-                return Archive({name: file[name] for name in wanted}, skipped, said)
+                names = file.files
+                kept = () if any(n.startswith("params/") for n in names) else (WEIGHTS,)
+                skipped = [n for n in names if n.startswith(OPTIMIZER) and not n.startswith(kept)]
+                wanted = set(names).difference(skipped)
+                return Archive({n: file[n] for n in names if n in wanted}, skipped, said)
     except FileNotFoundError as error:
         raise VitcliError(f"no such weights file: `{path}`", hint="check the path") from error
     except (

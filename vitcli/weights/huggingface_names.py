@@ -63,6 +63,8 @@ GELUS: dict[str, Gelu] = {
     "gelu_python": "exact",
     "gelu_new": "tanh",
     "gelu_fast": "tanh",
+    "gelu_accurate": "tanh",
+    "gelu_python_tanh": "tanh",
 }
 GELU_WRITTEN: dict[Gelu, str] = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 

@@ -16,6 +16,7 @@ from vitcli.vit.stem import StemArithmetic
 from vitcli.watch import Watcher
 from vitcli.weights.fates import LoadReport
 from vitcli.weights.read import read_checkpoint
+from vitcli.weights.repatch import change_patch_size
 from vitcli.weights.stated import MODEL_KEYS, PICTURES, Stated, as_size, stated_preprocess
 from vitcli.weights.store import read_header
 from vitcli.weights.surgery import build, change_pool, replace_head
@@ -39,6 +40,7 @@ def load_model(
     norm_eps: float | None = None,
     gelu: str | None = None,
     stem_arithmetic: StemArithmetic | None = None,
+    patch_size: int | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     watch: Watcher | None = None,
@@ -53,12 +55,14 @@ def load_model(
         pool: `token`, `mean`, `quadrants`, `map`, `token_mean`, `distilled` or an alias; where the
             file says another, its head is dropped.
         position_resize: `bilinear` (corners aligned, the paper's code; the default for Google
-            files), `bicubic` (antialiased, timm's; the default for the rest) or `bicubic_plain`
-            (not antialiased: transformers' for ViT, DeiT and DINOv2).
+            files), `bicubic` (antialiased, timm's; the default for the rest), `bicubic_plain`
+            (not antialiased: transformers' for ViT, DeiT and DINOv2) or `bilinear_antialiased`.
         labels: class names, or a text file with one a line.
         preprocess: settings laid over those of the file, or a whole Preprocess.
         norm_eps, gelu: for a file that does not say them.
         stem_arithmetic: `google` or `timm`, for a hybrid: whose of the two the ResNet follows.
+        patch_size: pixels; another than the file's resamples the patch projection (FlexiViT's
+            pseudo-inverse) and the positions.
         num_classes: a new zero head with so many outputs, or 0 for no head.
         seed: of a variant's random weights.
         watch: told of a download.
@@ -79,7 +83,7 @@ def load_model(
     if position_resize not in (None, *get_args(Resize)):
         raise VitcliError(
             f"`model.position_resize` is `{position_resize}`",
-            hint="`bilinear`, `bicubic` or `bicubic_plain`",
+            hint=", ".join(f"`{method}`" for method in get_args(Resize)),
         )
     stated = Stated(
         image_size=size,
@@ -92,16 +96,21 @@ def load_model(
         preprocess=said,
     )
     if is_variant(source) and not Path(source).exists():
-        model = _variant(source, stated, seed)
+        model = _variant(source, stated, seed, patch_size)
     else:
         checkpoint = read_checkpoint(source, stated, watch)
         default: Resize = "bilinear" if checkpoint.layout == "google" else "bicubic"
         method: Resize = position_resize or default  # type: ignore[assignment]  # checked above
-        model = build(checkpoint, source, image_size=stated.image_size, position_resize=method)
+        at = stated.image_size if patch_size is None else None
+        model = build(checkpoint, source, image_size=at, position_resize=method)
+        if patch_size is not None:
+            change_patch_size(model, patch_size, stated.image_size)
     if pool is not None:
         change_pool(model, pool)
     if whole is not None:
         model.preprocess = whole
+    if num_classes is not None and num_classes < 0:
+        raise VitcliError(f"`num_classes` is {num_classes}", hint="a number from 0 on")
     if num_classes is not None and num_classes != model.config.num_classes:
         replace_head(model, [str(i) for i in range(num_classes)])
         model.labels = None
@@ -176,8 +185,9 @@ def _name_classes(model: Model, labels: tuple[str, ...]) -> None:
     model.labels = labels
 
 
-def _variant(name: str, stated: Stated, seed: int) -> Model:
+def _variant(name: str, stated: Stated, seed: int, patch_size: int | None) -> Model:
     settings: dict[str, Any] = {
+        "patch_size": patch_size,
         "image_size": stated.image_size or (224, 224),
         "num_heads": stated.num_heads,
         "norm_eps": stated.norm_eps,

@@ -61,18 +61,21 @@ def is_pickle(path: str | os.PathLike[str]) -> bool:
 
 
 def _begins_as_pickle(path: Path) -> bool:
-    return _start(path) == ZIP or _protocol(path) > 0
+    return _start(path).startswith(ZIP) or _protocol(path) > 0
 
 
 def _protocol(path: Path) -> int:
     """Of a pickle that lies bare in its file; 0 where none does."""
     start = _start(path)
-    return start[1] if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5") else 0
+    # A safetensors file begins with the 64-bit length of its header: 640 bytes are 80 02, too.
+    if start[:1] != b"\x80" or start[4:] == b"\0\0\0\0{":
+        return 0
+    return start[1] if start[1:2] in (b"\2", b"\3", b"\4", b"\5") else 0
 
 
 def _start(path: Path) -> bytes:
     with path.open("rb") as stream:
-        return stream.read(4)
+        return stream.read(9)
 
 
 def load_pickle(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
@@ -98,7 +101,7 @@ def load_pickle(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[s
 
 def _unpickled(path: Path) -> Any:
     try:
-        mapped = _start(path) == ZIP
+        mapped = _start(path).startswith(ZIP)
     except OSError as error:
         raise VitcliError(
             f"cannot read `{path}`: {error.strerror or error}", hint="see to its permissions"

@@ -22,6 +22,7 @@ PREPROCESS_KEYS = (
 PICTURES = (1, 3)  # channels of what can be read as pictures: grey and RGB
 MODEL_KEYS = (
     "image_size",
+    "patch_size",
     "num_heads",
     "norm_eps",
     "gelu",
@@ -51,8 +52,12 @@ class Stated:
             raise VitcliError(
                 f"`model.stem_arithmetic` is `{self.stem_arithmetic}`", hint="`google` or `timm`"
             )
-        if self.num_heads is not None and not _is_count(self.num_heads):
-            raise VitcliError(f"`model.num_heads` is {self.num_heads}", hint="a number from 1 on")
+        if self.num_heads is not None:
+            if not _is_count(self.num_heads):
+                raise VitcliError(
+                    f"`model.num_heads` is {self.num_heads}", hint="a number from 1 on"
+                )
+            object.__setattr__(self, "num_heads", int(self.num_heads))  # numpy's is no JSON
         if self.norm_eps is not None and not 0 < self.norm_eps < 1:
             raise VitcliError(
                 f"`model.norm_eps` is {self.norm_eps}", hint="a small number above 0, such as 1e-6"
@@ -76,7 +81,7 @@ def as_size(value: Any, key: str = "model.image_size") -> tuple[int, int] | None
     sides = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
     if len(sides) != 2 or not all(_is_count(side) for side in sides):
         raise VitcliError(f"`{key}` is `{value}`", hint="a number of pixels, or [rows, columns]")
-    return sides[0], sides[1]
+    return int(sides[0]), int(sides[1])
 
 
 def _is_count(value: Any) -> bool:

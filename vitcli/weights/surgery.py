@@ -76,12 +76,13 @@ def resize(model: Model, image_size: tuple[int, int]) -> None:
     if isinstance(model, ResNet):  # it has no positions
         model.config = replace(model.config, image_size=image_size)
     else:
-        _carry_positions(model, resized_config(model.config, image_size))
+        carry_positions(model, resized_config(model.config, image_size))
     if model.preprocess is not None:
         model.preprocess = model.preprocess.resized_to(image_size)
 
 
-def _carry_positions(model: VisionTransformer, new: ViTConfig) -> None:
+def carry_positions(model: VisionTransformer, new: ViTConfig) -> None:
+    """Make `new`, of another grid, the model's own; the report names what is resampled."""
     old = model.config
     method = model.position_resize
     for name, table in list(model.state_dict(keep_vars=True).items()):

@@ -25,6 +25,12 @@ def section(**settings):
     return AugmentSection(**({"flip_rate": 0.0} | settings))
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32, 2**70])
+def test_the_randomness_of_a_picture_is_numpys_of_its_numbers(seed):
+    plain = np.random.default_rng((seed, 3, 41, 2))
+    assert (image_rng(seed, 3, 41, 1).random(8) == plain.random(8)).all()
+
+
 def test_the_boxes_of_the_inception_crop():
     """Area uniform in 0.05..1 of the picture, log of the ratio uniform in 3/4..4/3."""
     rng = np.random.default_rng(0)

@@ -75,6 +75,16 @@ def test_every_fault_is_found_and_nothing_else(faulty):
         assert words in text
 
 
+def test_every_copy_is_named(tmp_path):
+    for i, picture in enumerate(photographs(4)):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        picture.save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    for i in range(8):
+        (tmp_path / f"a/copy {i}.png").write_bytes((tmp_path / "a/0.png").read_bytes())
+    (group,) = check.run(str(tmp_path)).to_json()["exact_duplicates"]
+    assert len(group) == 9
+
+
 def test_clean_data_has_no_problems(tmp_path):
     for i, picture in enumerate(photographs(12)):
         folder = tmp_path / "photos" / "ab"[i % 2]

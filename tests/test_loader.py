@@ -108,6 +108,28 @@ def test_any_number_of_processes_makes_the_same_together():
             assert torch.equal(getattr(batch, name), joined)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_are_filled_in_place_with_the_channels_last(channels):
+    """What decoders give is copied as it lies; only `normalize` takes the channels apart."""
+    preprocess = Preprocess((6, 8), num_channels=channels)
+    made = TrainLoader(
+        some_images(),
+        TrainTransform(preprocess, AugmentSection()),
+        batch_size=8,
+        seed=1,
+        workers=0,
+        views=2,
+    )
+    train = next(made.batches(0, 1)).images
+    seen = next(iter(eval_batches(some_images(), preprocess, batch_size=8, workers=0))).images
+    for images in (train, seen):
+        assert images.shape[1:] == (channels, 6, 8)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        normal = preprocess.normalize(images)
+        assert normal.is_contiguous()
+        assert torch.equal(normal, (images.contiguous() / 255 - 0.5) / 0.5)
+
+
 def test_starting_later_continues_the_stream():
     whole = list(loader().batches(0, 8))
     later = list(loader().batches(5 * 8, 3))

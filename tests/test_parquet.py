@@ -83,6 +83,20 @@ def test_parquet_in_several_files_and_a_data_folder(tmp_path):
     assert data.splits["test"].labels.tolist() == [1]  # `y`, whatever its number there
 
 
+@pytest.mark.parametrize("form", ["{}/0000.parquet", "my-set-{}.parquet"])
+def test_splits_by_folder_or_by_a_word_in_the_name(tmp_path, form):
+    for number, split in enumerate(("train", "test", "validation")):
+        file = tmp_path / form.format(split)
+        file.parent.mkdir(exist_ok=True)
+        write_parquet(file, [number, number], [0, 1])
+    data = load_data(str(tmp_path))
+    assert {n: level(s, 0) for n, s in data.splits.items()} == {
+        "train": 0,
+        "validation": 2,
+        "test": 1,
+    }
+
+
 def test_parquet_with_plain_columns(tmp_path):
     cells = [png(level) for level in range(6)]
     table = pa.table({"picture": cells, "kind": ["b", "a"] * 3, "weight": [0.5] * 6})
@@ -142,6 +156,8 @@ def test_the_file_at_fault_is_named(tmp_path, file):
         ([10, 9, -1, None, 10], ("9", "10"), [1, 0, 1]),
         (pa.array(["b", "a", None, "b"]).dictionary_encode(), ("a", "b"), [1, 0, 1]),
         ([True, False, True], ("False", "True"), [1, 0, 1]),
+        ([1.0, float("nan"), 0.0, None], ("0", "1"), [1, 0]),  # as pandas keeps gaps
+        ([b"b", b"a"], ("a", "b"), [1, 0]),
     ],
 )
 def test_labels_of_any_type(tmp_path, cells, classes, labels):

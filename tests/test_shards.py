@@ -51,6 +51,7 @@ def shards(tmp_path):
         ("x-{000..002}.tar", ["x-000.tar", "x-001.tar", "x-002.tar"]),
         ("x-{8..10}.tar", ["x-8.tar", "x-9.tar", "x-10.tar"]),
         ("{a,b}-{1..2}.tar", ["a-1.tar", "a-2.tar", "b-1.tar", "b-2.tar"]),
+        ("x-{2..0}.tar", ["x-0.tar", "x-1.tar", "x-2.tar"]),
         ("plain.tar", ["plain.tar"]),
     ],
 )
@@ -150,6 +151,26 @@ def test_compressed_and_other_files_are_refused(tmp_path):
             load_data(str(tmp_path / name))
         assert "tar file" in caught.value.message
         assert "gunzip" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("form", ["train/{}.tar", "set-train-{}.tar", "data/train-{}.tar"])
+def test_splits_by_folder_or_by_a_word_in_the_name(shards, tmp_path, form):
+    folder, _ = shards
+    place = tmp_path / "other"
+    for number, split in enumerate(("train", "train", "train", "test")):
+        file = place / form.format(number).replace("train", split)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes((folder / f"{split}-{number % 3:03}.tar").read_bytes())
+    (place / ".cache").mkdir()
+    (place / "logs").mkdir()
+    data = load_data(str(place))
+    assert {name: len(s) for name, s in data.splits.items()} == {"train": 12, "test": 4}
+
+
+def test_an_empty_shard_is_named(tmp_path):
+    (tmp_path / "x.tar").touch()
+    with pytest.raises(VitcliError, match=r"x\.tar` is empty"):
+        load_data(str(tmp_path / "x.tar"))
 
 
 def test_a_folder_of_class_folders_is_no_set_of_shards(tmp_path):

@@ -92,6 +92,34 @@ def test_a_class_may_be_called_test(tmp_path):
     assert load_data(str(photos(tmp_path, ("test", "real")))).classes == ("real", "test")
 
 
+def test_a_class_may_be_called_train_beside_others(tmp_path):
+    data = load_data(str(photos(tmp_path, ("train", "car", "test"))))
+    assert data.classes == ("car", "test", "train")
+
+
+def test_splits_of_other_names(tmp_path):
+    for split in ("Train", "dev", "eval"):
+        photos(tmp_path, inside=split)
+    data = load_data(str(tmp_path))
+    assert {name: len(s) for name, s in data.splits.items()} == {"train": 10, "validation": 10}
+    assert "`eval` beside `train` left out" in data.notes[0]
+    photos(tmp_path, inside="validation", count=3)  # the plain name goes before the other
+    assert len(load_data(str(tmp_path)).splits["validation"]) == 6
+
+
+def test_pictures_right_in_train_are_no_training_set(tmp_path):
+    photos(tmp_path, ("train", "test"))
+    with pytest.raises(VitcliError, match="train` has 5 images but no class folders"):
+        load_data(str(tmp_path))
+
+
+def test_a_folder_around_the_class_folders_is_named(tmp_path):
+    photos(tmp_path, inside="photos")
+    with pytest.raises(VitcliError, match="only one class: `photos`") as caught:
+        load_data(str(tmp_path))
+    assert f"`{tmp_path}/photos`" in str(caught.value.hint)
+
+
 def test_what_lies_around_is_left_out(tmp_path):
     photos(tmp_path)
     for name in (".hidden.png", "._0.png", "Thumbs.db", "notes.txt", "deep/er/nested.JPG"):
@@ -236,6 +264,69 @@ def test_a_path_that_is_not_utf8(tmp_path):
     images = load_data(str(tmp_path / "a.csv"), test_fraction=0).splits["train"]
     assert [level(images, i) for i in range(2)] == [7, 8]
     assert images.describe(0).endswith(r"caf\xe9.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "path,label\ncat/0.png,caf\xe9\ndog/0.png,tea\n".encode("latin-1")),
+        (
+            "a.jsonl",
+            rb'{"path": "cat/0.png", "label": "\ud800"}'
+            b"\n"
+            rb'{"path": "\ud800.png", "label": "tea"}',
+        ),
+    ],
+)
+def test_labels_that_are_not_utf8(tmp_path, name, content):
+    photos(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    data = load_data(str(tmp_path / name), test_fraction=0)
+    first = r"caf\xe9" if name == "a.csv" else r"\ud800"
+    assert data.classes == (first, "tea")
+    assert f"labels are not UTF-8, such as `{first}`" in data.notes[0]
+
+
+def test_a_table_as_excel_writes_it(tmp_path):
+    photos(tmp_path)
+    text = "path\tlabel\n" + "\n".join(map("\t".join, ROWS))
+    (tmp_path / "a.csv").write_bytes(text.encode("utf-16"))
+    assert load_data(str(tmp_path / "a.csv")).classes == ("cat", "dog")
+
+
+def test_a_space_behind_each_comma(tmp_path):
+    data = load_data(manifest(tmp_path, "path, label\n" + "\n".join(map(", ".join, ROWS))))
+    assert data.classes == ("cat", "dog")
+    path = manifest(tmp_path, "path,label\ncat/0.png, cat\ndog/0.png,cat\n")
+    assert load_data(path).classes == (" cat", "cat")  # only in some cells: `check` tells of it
+
+
+@pytest.mark.parametrize("column", ["split", "Split"])
+def test_a_column_of_splits(tmp_path, column):
+    names = ["Train", "", " TEST", "holdout"]
+    rows = [",".join((*row, split)) for row, split in zip(ROWS, names, strict=True)]
+    data = load_data(manifest(tmp_path, f"path,label,{column}\n" + "\n".join(rows)), labelled=False)
+    assert {name: len(s) for name, s in data.splits.items()} == {"train": 2, "test": 1}
+    assert "1 row of split `holdout` left out" in data.notes[0]
+
+
+def test_a_column_that_only_sounds_like_splits(tmp_path):
+    rows = [",".join((*row, str(fold))) for fold, row in enumerate(ROWS)]
+    path = manifest(tmp_path, "path,label,split\n" + "\n".join(rows))
+    data = load_data(path, test_fraction=0)
+    assert len(data.splits["train"]) == 4
+    assert "names no split and is passed over" in data.notes[0]
+
+
+def test_gaps_as_tables_fill_them_are_no_classes(tmp_path):
+    labels = [0, 1.0, float("nan"), " "]
+    rows = [
+        json.dumps({"path": path, "label": label})
+        for (path, _), label in zip(ROWS, labels, strict=True)
+    ]
+    data = load_data(manifest(tmp_path, "\n".join(rows), "a.jsonl"))
+    assert data.classes == ("0", "1")
+    assert "2 rows without path or label left out" in data.notes[0]
 
 
 def test_columns_of_any_name(tmp_path):

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from test_duplicates import photographs
 
@@ -162,10 +163,29 @@ def test_damage_is_told(photos, tmp_path, what):
         load_data(str(out))
 
 
+def test_what_is_stored_is_not_stored_again(photos, tmp_path):
+    source, told = stored(photos, tmp_path / "s")
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s").iterdir()}
+    assert store_set(source, tmp_path / "s", side=48) == told
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s").iterdir()} == before
+
+
+def test_two_processes_do_not_write_into_one_set(photos, tmp_path):
+    source, _ = stored(photos, tmp_path / "s")
+    (tmp_path / "s/stored.json").rename(tmp_path / "s/described.json")
+    plan = json.loads((tmp_path / "s/described.json").read_text())
+    del plan["index"]
+    (tmp_path / "s/storing.json").write_text(json.dumps(plan))
+    with FileLock(tmp_path / "s/.lock"), pytest.raises(VitcliError, match="another process"):
+        store_set(source, tmp_path / "s", side=48)
+    store_set(source, tmp_path / "s", side=48)
+    assert not (tmp_path / "s/.lock").exists()
+
+
 def test_another_set_is_not_mixed_in(photos, tmp_path):
     source, _ = stored(photos, tmp_path / "s")
-    with pytest.raises(VitcliError, match="finished"):
-        store_set(source, tmp_path / "s", side=48)
+    with pytest.raises(VitcliError, match="another finished set"):
+        store_set(source, tmp_path / "s", side=32)
     (tmp_path / "s" / "stored.json").rename(tmp_path / "s" / "storing.json")
     with pytest.raises(VitcliError, match="another set was begun"):
         store_set(source, tmp_path / "s", side=32)

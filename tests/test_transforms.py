@@ -1,6 +1,7 @@
 """The evaluation transform against the official pipelines' outputs, and by its properties."""
 
 import json
+from dataclasses import replace
 from math import floor
 
 import numpy as np
@@ -51,6 +52,41 @@ def test_official_pipelines(reference, name):
     for key in cases:
         image = Image.fromarray(arrays[key.split("/")[1]])
         assert np.abs(preprocess(image).numpy() - arrays[key]).max() <= tolerance, key
+
+
+# The same of google_meta.json, without antialiasing, and the share of values that may be one level
+# off: where big_vision cuts off what is nearly whole, and all where vit_jax keeps the fractions.
+GOOGLE = {
+    "vit_jax_lit_32_crop0": (Preprocess((32, 32), "squash"), 0.005),
+    "vit_jax_eval_32": (Preprocess((32, 32), "squash"), 1.0),
+    "vit_jax_eval_48": (Preprocess((48, 48), "squash"), 1.0),
+    "bv_resize": (Preprocess((32, 32), "squash"), 0.005),
+    "bv_fewshot": (Preprocess((32, 32), "squash", 40), 0.005),
+    "bv_vgg": (Preprocess((32, 32), "squash", **IMAGENET), 0.005),
+}
+
+
+@pytest.mark.parametrize("name", GOOGLE)
+def test_googles_pipelines(shared, name):
+    arrays = np.load(shared / "reference/preprocessing/google_preprocessing.npz")
+    preprocess, share = GOOGLE[name]
+    plain = replace(preprocess, interpolation="bilinear", antialias=False)
+    for number in range(3):
+        expected = arrays[f"{name}/image{number}"].transpose(2, 0, 1)
+        found = plain(Image.fromarray(arrays[f"image{number}"])).numpy()
+        apart = np.abs(found - expected) * np.array(plain.std)[:, None, None] * 255
+        assert apart.max() < 1.01, number
+        assert (apart > 0.01).mean() <= share, number
+
+
+@pytest.mark.parametrize("height", range(20, 45))
+def test_a_picture_smaller_than_the_crop_lies_over_the_middle(height):
+    """As torchvision pads in `CenterCrop`: half of the margin, rounded down, before it."""
+    picture = Image.fromarray(np.full((height, height), 9, np.uint8))
+    fitted = np.asarray(Preprocess((32, 32), resize_size=height, num_channels=1).fit(picture))
+    before = max(0, 32 - height) // 2
+    assert (fitted[before:, before:][:height, :height] == 9).all()
+    assert (fitted == 9).sum() == min(height, 32) ** 2
 
 
 def test_decoding_is_pillows(reference, shared):
@@ -141,6 +177,7 @@ def test_another_size_keeps_the_share_of_the_crop():
         ({"resize_mode": "stretch"}, "'stretch'"),
         ({"interpolation": "box"}, "'box'"),
         ({"mean": (0.5, 0.5)}, "2 values, but there are 3 channels"),
+        ({"antialias": False, "interpolation": "lanczos"}, "antialias"),
         ({"crop_fraction": 0.0}, "crop_fraction"),
         ({"num_channels": 4}, "num_channels"),
     ],

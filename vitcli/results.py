@@ -11,6 +11,7 @@ from vitcli.report import print_facts, print_picture, print_table, show_next
 
 MOST_CLASSES = 20  # shown of an evaluation
 MOST_EXAMPLES = 3  # shown of each kind of finding
+MOST_NAMES = 5  # of one group of copies
 
 
 def percent(share: float) -> str:
@@ -272,7 +273,8 @@ def show_check(result: Any) -> None:
             report.out.print(Text(f"    {title}: {shown}", style="dim"), soft_wrap=True)
     for kind in ("exact_duplicates", "near_duplicates"):
         for names in facts[kind][:MOST_EXAMPLES]:
-            shown = " = ".join(printable(name) for name in names)
+            shown = " = ".join(printable(name) for name in names[:MOST_NAMES])
+            shown += f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
             report.out.print(
                 Text(f"    {kind.replace('_', ' ')}: {shown}", style="dim"), soft_wrap=True
             )

@@ -104,6 +104,7 @@ class PreprocessSection(Section):
     crop_fraction: float | None = Field(default=None, gt=0.0, le=1.0)
     crop_rounding: Literal["even", "down"] | None = None
     interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] | None = None
+    antialias: bool | None = None
     mean: float | tuple[float, ...] | None = None
     std: PositiveFloat | tuple[PositiveFloat, ...] | None = None
 

@@ -20,7 +20,7 @@ from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.watch import Quiet, Watcher
 
-EXAMPLES = 5  # of each kind of finding, by name
+EXAMPLES = 5  # class names in one line
 TINY = 16  # pixels of the shorter side
 ODD_ASPECT = 3.0
 IMBALANCED = 10.0  # images of the largest class for one of the smallest
@@ -66,7 +66,7 @@ class Check:
         return self.source.splits[split].label_name(int(self.seen.index[row]))
 
     def _names(self, rows: Sequence[int] | Integers) -> list[str]:
-        return [self.name(int(row)) for row in rows[:EXAMPLES]]
+        return [self.name(int(row)) for row in rows]
 
     @cached_property
     def exact(self) -> list[Integers]:

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from vitcli.data.sets import ImageSet, Integers, Request, Source
 from vitcli.data.splits import divide
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, printable
 
 
 def make_source(
@@ -42,10 +43,7 @@ def make_source(
     aligned = _align(notation, base, splits)
     if request.labelled and not several and len(np.unique(base.labels)) < 2:
         only = base.classes[int(base.labels[0])]
-        raise VitcliError(
-            f"`{notation}` has only one class: `{only}`",
-            "a classifier needs at least two; put each class into a folder of its own",
-        )
+        raise VitcliError(f"`{notation}` has only one class: `{only}`", _two_classes(request, only))
     if request.labelled and several and not base.class_counts().any():
         raise VitcliError(
             f"no image of `{notation}` has a label", "see to its label column, or name another"
@@ -65,6 +63,14 @@ def make_source(
     record = {"images": {name: len(images) for name, images in made.items()}, **divided.record}
     told = (*notes, *divided.notes)
     return Source(notation, made, base.classes, fingerprint(hashed), told, record)
+
+
+def _two_classes(request: Request, only: str) -> str:
+    """What to do about a single class; archives often unpack into a folder of their own name."""
+    inside = request.path / only
+    if inside.is_dir() and any(entry.is_dir() for entry in inside.iterdir()):
+        return f"if its sub-folders are the classes, give `{printable(inside)}`"
+    return "a classifier needs at least two; put each class into a folder of its own"
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:
@@ -103,9 +109,33 @@ def _align(notation: str, base: ImageSet, splits: Mapping[str, ImageSet]) -> dic
     return aligned
 
 
+def has_label(cell: Any) -> bool:
+    """Whether a cell says a class: it is not missing, blank or, as pandas fills gaps, NaN."""
+    if isinstance(cell, str | bytes):
+        return bool(cell.strip())
+    return cell is not None and cell == cell  # NaN is unlike itself
+
+
+def label_text(value: Any) -> str:
+    r"""A label as a class name that can be stored: bytes that are not UTF-8 become `\xe9`.
+
+    Whole numbers are written as such, also where a table with gaps has made them 1.0.
+    """
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    text = str(value)
+    if text.isascii():
+        return text
+    with suppress(UnicodeEncodeError):  # a surrogate that stands for no byte
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def label_names(values: Sequence[Any]) -> tuple[tuple[str, ...], Integers]:
     """Labels of any kind -> (sorted class names, (n,) labels); whole numbers sort as numbers."""
-    names = [str(value) for value in values]
+    names = [label_text(value) for value in values]
     unique = sorted(set(names))
     if all(name.isdecimal() and str(int(name)) == name for name in unique):
         unique.sort(key=int)

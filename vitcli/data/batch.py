@@ -17,7 +17,8 @@ class Batch:
     """Images with what is known about them.
 
     Args:
-        images: (V*B, C, Y, X) uint8; all first views, then all second views.
+        images: (V*B, C, Y, X) uint8; all first views, then all second views. In memory the
+            channels may lie last.
         labels: (B,) int64; (B, K) uint8 ones and zeros where an image has several.
         indices: (B,) int64, which images of the set these are.
         epochs: (B,) int64, in which epoch each is shown; 0 in evaluation.
@@ -76,8 +77,13 @@ class Batch:
 
 
 def empty_images(shape: tuple[int, ...], pin_memory: bool) -> Tensor:
-    """Bytes to be filled; pinned ones a GPU fetches by itself while other work goes on."""
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+    """(B, C, Y, X) bytes to be filled, in memory with the channels last, as decoders give them.
+
+    Pinned ones a GPU fetches by itself while other work goes on.
+    """
+    return torch.empty(
+        shape, dtype=torch.uint8, pin_memory=pin_memory, memory_format=torch.channels_last
+    )
 
 
 def onto(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vitcli.data.assemble import label_names
+from vitcli.data.assemble import has_label, label_names
 from vitcli.data.multilabel import SEPARATOR, Targets, is_multi_label, ones_and_zeros
 from vitcli.data.sets import Integers
 from vitcli.errors import VitcliError
@@ -70,7 +70,8 @@ def numbered(
     """
     codes = values.indices.fill_null(-1).to_numpy().astype(np.int64)  # (n,) into the distinct ones
     distinct = values.dictionary.to_pylist()
-    used = [c for c in np.unique(codes).tolist() if c >= 0 and distinct[c] not in (None, "", -1)]
+    said = [has_label(value) and value != -1 for value in distinct]
+    used = [c for c in np.unique(codes).tolist() if c >= 0 and said[c]]
     rows = np.flatnonzero(np.isin(codes, used))
     kept = [distinct[code] for code in used]
     if names is None or not all(isinstance(value, int) for value in kept):

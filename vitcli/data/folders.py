@@ -10,7 +10,7 @@ import numpy as np
 
 from vitcli.data.assemble import make_source
 from vitcli.data.sets import FileStore, ImageSet, Request, Source
-from vitcli.data.splits import SPLIT_NAMES, in_split_order
+from vitcli.data.split_names import SPLITS, WORDS, in_split_order
 from vitcli.errors import VitcliError, printable
 from vitcli.watch import Bar, Watcher
 
@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = frozenset({
 # fmt: on
 BAR_IMAGES = 1000  # a bar that moves with every file would take longer than reading its size
 NOT_CLASSES = frozenset({"__macosx", "__pycache__"})
+TRAIN = frozenset(name for name, split in WORDS.items() if split == "train")
 
 
 def is_image_name(name: str) -> bool:
@@ -106,13 +107,16 @@ def _split_folders(root: Path, notes: list[str]) -> dict[str, Path]:
     """Split name -> its folder; the root itself is "train" where there are no splits."""
     folders = _visible_folders(root)
     splits: dict[str, Path] = {}
-    for folder in folders:
-        split = SPLIT_NAMES.get(folder.name.lower())
+    for folder in sorted(folders, key=lambda folder: folder.name.lower() not in SPLITS):
+        split = WORDS.get(folder.name.lower())
         if split is not None:
             splits.setdefault(split, folder)
     named = set(splits.values())
     others = [folder for folder in folders if folder not in named]
     if not splits or ("train" not in splits and others):
+        return {"train": root}
+    # Beside `car` and `bus` a `train` of pictures is a class of vehicles.
+    if others and not any(map(_visible_folders, splits.values())):
         return {"train": root}
     if others:
         names = ", ".join(f"`{printable(folder.name)}`" for folder in others)
@@ -152,7 +156,7 @@ def _read_classes(
         classes.append("")
         labels += [len(classes) - 1] * len(loose)
         paths += [os.fsencode(name) for name in loose]
-    elif loose and not classes and folder == root:
+    elif loose and not classes and (folder == root or folder.name.lower() in TRAIN):
         raise VitcliError(
             f"`{shown}` has {len(loose):,} images but no class folders",
             "put the images of each class into a folder named after it, or give a CSV file with "

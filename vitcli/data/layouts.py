@@ -1,6 +1,5 @@
 """What to read of a repository of the Hub: configurations and splits, by its card or by names."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -8,12 +7,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vitcli.data.folders import IMAGE_SUFFIXES
-from vitcli.data.splits import SPLIT_NAMES, SPLITS
+from vitcli.data.split_names import SPLITS, WORD, WORDS
 from vitcli.errors import VitcliError
-
-# What the Hub's own loader takes for a split, `dev` besides ours.
-WORDS = {**SPLIT_NAMES, "dev": "validation"}
-WORD = re.compile(r"(?<![a-z])(" + "|".join(sorted(WORDS, key=len, reverse=True)) + r")(?![a-z])")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from vitcli.data.mix import Mix, draw_mix
 from vitcli.data.order import positions, repeated
 from vitcli.data.presets import Strength
 from vitcli.data.sets import ImageSet, Integers, Pixels
-from vitcli.data.transforms import Preprocess, channels_first
+from vitcli.data.transforms import Preprocess, as_pixels
 from vitcli.errors import VitcliError
 
 MAX_WORKERS = 16
@@ -192,18 +192,22 @@ class TrainLoader:
         flat = empty_images((shape[0] * shape[1], *shape[2:]), self.pin_memory)  # (V*B, C, Y, X)
         images = flat.numpy().reshape(shape)  # (V, B, C, Y, X), a view of it
 
-        def views_of(i: int, picture: AnyPicture) -> None:
-            for view in range(self.views):
-                number = int(again[i]) * self.views + view
-                rng = image_rng(self.seed, int(epochs[i]), int(indices[i]), number)
+        def randomness(i: int) -> list[np.random.Generator]:
+            first = int(again[i]) * self.views
+            epoch, index = int(epochs[i]), int(indices[i])
+            return [image_rng(self.seed, epoch, index, first + view) for view in range(self.views)]
+
+        def views_of(i: int, rngs: list[np.random.Generator], picture: AnyPicture) -> None:
+            for view, rng in enumerate(rngs):
                 images[view, i] = transform.view(picture, rng)
 
         def make(part: Integers) -> list[str]:
             met: list[str] = []
-            for i in part:
-                shown[i] = self._with_readable(
-                    int(indices[i]), preprocess.mode, partial(views_of, int(i)), met
-                )
+            # All at once: between pixels it takes twice the time, which stored sets would feel.
+            rngs = [randomness(i) for i in part.tolist()]
+            for i, mine in zip(part.tolist(), rngs, strict=True):
+                use = partial(views_of, i, mine)
+                shown[i] = self._with_readable(int(indices[i]), preprocess.mode, use, met)
             return met
 
         parts = np.array_split(np.arange(len(indices)), max(1, min(self.workers, len(indices))))
@@ -293,7 +297,7 @@ def eval_batches(
             for i in part:
                 try:
                     image = images.read(int(indices[i]), preprocess.mode)
-                    pixels[i] = channels_first(preprocess.fit(image))
+                    pixels[i] = as_pixels(preprocess.fit(image))
                 except ImageError as error:
                     good[i] = False
                     met.append(f"{error.name}: {error.reason}")

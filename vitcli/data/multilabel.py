@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcli.data.assemble import label_names
+from vitcli.data.assemble import has_label, label_names
 from vitcli.errors import VitcliError
 
 SEPARATOR = ";"
@@ -19,10 +19,10 @@ Targets = NDArray[np.uint8]
 
 def split_cell(cell: Any) -> list[Any]:
     """`cat; dog` -> cat and dog; nothing of an empty cell; a list stays."""
-    if cell is None:
+    if not has_label(cell):
         return []
     if isinstance(cell, list | tuple):
-        return [label for label in cell if label not in (None, "")]
+        return [label for label in cell if has_label(label)]
     if not isinstance(cell, str):
         return [cell]
     return [part for text in cell.split(SEPARATOR) if (part := text.strip())]

@@ -13,7 +13,7 @@ from vitcli.data.assemble import make_source
 from vitcli.data.columns import class_names, numbered, numbered_lists, several
 from vitcli.data.decode import ImageInput
 from vitcli.data.sets import ImageSet, Request, Source
-from vitcli.data.splits import in_split_order, split_of
+from vitcli.data.split_names import files_ending, in_split_order, split_of, splits_of
 from vitcli.data.tables import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
 from vitcli.errors import VitcliError, printable
 
@@ -85,9 +85,8 @@ def read_parquet(
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The parquet files in `folder`, or in its `data/` as the Hub lays them out."""
-    inside = sorted(folder.glob("*.parquet"))
-    return inside or sorted(folder.glob("data/*.parquet"))
+    """The parquet files in `folder`; else in its `data/` or `train/`, `test/` …, as on the Hub."""
+    return files_ending(folder, ".parquet")
 
 
 def parquet_splits(path: Path, notes: list[str]) -> dict[str, list[Path]]:
@@ -96,8 +95,7 @@ def parquet_splits(path: Path, notes: list[str]) -> dict[str, list[Path]]:
         return {split_of(path) or "train": [path]}
     files = parquet_files(path)
     splits: dict[str, list[Path]] = {}
-    for file in files:
-        split = split_of(file)
+    for file, split in zip(files, splits_of(files, path), strict=True):
         if split is not None:
             splits.setdefault(split, []).append(file)
     if not splits:

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from vitcli.data.assemble import label_names, make_source
+from vitcli.data.assemble import has_label, label_names, label_text, make_source
 from vitcli.data.decode import ImageError
 from vitcli.data.folders import IMAGE_SUFFIXES
 from vitcli.data.multilabel import is_multi_label, several_labels
 from vitcli.data.sets import ImageSet, Integers, Request, Source
-from vitcli.data.splits import in_split_order, split_of
+from vitcli.data.split_names import files_ending, in_split_order, splits_of
 from vitcli.data.tables import LABEL_COLUMNS
 from vitcli.errors import VitcliError, printable
 
@@ -39,7 +39,7 @@ def shard_files(notation: str) -> list[Path]:
     """
     path = Path(notation)
     if path.is_dir():
-        return sorted(path.glob("*.tar"))
+        return files_ending(path, ".tar")
     files = [Path(name) for name in expand(notation)]
     if missing := [file for file in files if not file.is_file()]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -61,7 +61,8 @@ def expand(notation: str) -> Iterator[str]:
         parts = listed.split(",")
     else:
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        parts = [f"{n:0{width}}" for n in range(int(first), int(last) + 1)]
+        low, high = sorted((int(first), int(last)))  # an order of the shards says nothing
+        parts = [f"{n:0{width}}" for n in range(low, high + 1)]
     for part in parts:
         yield from expand(notation[: found.start()] + part + notation[found.end() :])
 
@@ -144,8 +145,10 @@ def load_shards(request: Request) -> Source:
 def shard_splits(notation: str) -> dict[str, list[Path]]:
     """Split -> shards, by how the names of the files begin."""
     by_split: dict[str, list[Path]] = {}
-    for file in shard_files(notation):
-        by_split.setdefault(split_of(file) or "train", []).append(file)
+    files = shard_files(notation)
+    root = Path(notation) if Path(notation).is_dir() else files[0].parent
+    for file, split in zip(files, splits_of(files, root), strict=True):
+        by_split.setdefault(split or "train", []).append(file)
     return in_split_order(by_split)
 
 
@@ -214,9 +217,10 @@ def read_names(path: Path) -> list[str]:
 def _numbered(
     labels: list[Any], names: list[str] | None, shown: str
 ) -> tuple[Sequence[str], Integers]:
-    if names is None or not all(str(label).isdecimal() for label in labels):
-        return label_names(labels)
-    numbers = np.array([int(label) for label in labels], dtype=np.int64)
+    texts = [label_text(label) for label in labels]
+    if names is None or not all(text.isdecimal() for text in texts):
+        return label_names(texts)
+    numbers = np.array([int(text) for text in texts], dtype=np.int64)
     if len(numbers) and numbers.max() >= len(names):
         raise VitcliError(
             f"`{shown}` has label {numbers.max()}, but {len(names)} class names lie beside it",
@@ -273,6 +277,8 @@ def _samples(file: Path, notes: list[str]) -> Iterator[Sample]:
             try:
                 shard = tarfile.open(fileobj=opened, mode="r:")  # noqa: SIM115
             except tarfile.TarError:
+                if not file.stat().st_size:
+                    raise VitcliError(f"`{shown}` is empty", "fetch the file again") from None
                 raise VitcliError(
                     f"`{shown}` is no plain tar file",
                     "compressed shards cannot be read at any place: unpack them with `gunzip`",
@@ -323,5 +329,5 @@ def label_of(sample: Sample, column: str | None) -> Any:
             return described
         if isinstance(described, dict):
             keys = [column] if column else [k for k in LABEL_COLUMNS if k in described]
-            return next((described[k] for k in keys if described.get(k) not in (None, "")), None)
+            return next((described[k] for k in keys if has_label(described.get(k))), None)
     return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitcli.data.digits import load_digits
-from vitcli.data.folders import load_folder
+from vitcli.data.folders import image_files, load_folder
 from vitcli.data.hub import load_hub
 from vitcli.data.parquet import load_parquet, parquet_files
 from vitcli.data.sets import ImageSet, Request, Source
@@ -188,8 +188,10 @@ def _kind(notation: str) -> str:
             return "stored"
         if parquet_files(path):
             return "parquet"
-        inside = any(entry.is_dir() for entry in path.iterdir())
-        return "shards" if shard_files(notation) and not inside else "folder"
+        if not shard_files(notation):
+            return "folder"
+        # An archive may lie beside class folders; logs and a preview may lie beside shards.
+        return "folder" if any("/" in file for file in image_files(path)[0]) else "shards"
     shown = printable(notation)
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:

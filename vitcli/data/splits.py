@@ -3,42 +3,19 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vitcli.data.split_names import in_split_order
 from vitcli.errors import VitcliError, nearest
 
 Integers = NDArray[np.int64]
-T = TypeVar("T")
 
-SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
 # Behind (seed, class), the stream of `stratified_split`.
 SPREAD = 2
 SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
-
-
-def split_of(file: Path) -> str | None:
-    """The split that the name of a file begins with; None where it begins otherwise."""
-    name = file.stem.lower()
-    starts = [start for start in sorted(SPLIT_NAMES, key=len) if name.startswith(start)]
-    return SPLIT_NAMES[starts[-1]] if starts else None
-
-
-def in_split_order(parts: Mapping[str, T]) -> dict[str, T]:
-    """What there is of train, validation and test, in this order."""
-    return {name: parts[name] for name in SPLITS if name in parts}
 
 
 class Wanted(Protocol):

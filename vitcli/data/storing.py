@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from vitcli.data.ahead import in_order
@@ -21,6 +23,7 @@ from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing, write_text
 from vitcli.watch import Quiet, Watcher
 
+LOCK = ".lock"
 SYNC_IMAGES = 4096  # after so many, what is written is on the disk and survives a power cut
 
 
@@ -50,7 +53,8 @@ def store_set(
     """Decode every image once and keep it with a shorter side of at most `side` pixels.
 
     Aspect ratios stay, so that random crops afterwards are those of the originals; smaller images
-    stay as they are. Stopped in the middle, the same call goes on where it was.
+    stay as they are. Stopped in the middle, the same call goes on where it was; when all is there,
+    it does nothing.
 
     Args:
         source: the data, split as it is to be used.
@@ -60,7 +64,8 @@ def store_set(
         workers: threads; None takes one a core.
 
     Raises:
-        VitcliError: something else lies at `out`; the disk is full.
+        VitcliError: something else lies at `out`, or another process writes there; the disk is
+            full.
     """
     watch, workers = watch or Quiet(), workers or os.cpu_count() or 1
     plan = {
@@ -72,11 +77,23 @@ def store_set(
         "fingerprint": source.fingerprint,
         "multi_label": source.multi_label,
     }
-    _begin(out, plan)
+    done = _read_plan(out / DESCRIPTION)
+    if {key: done.get(key) for key in plan} == plan:
+        watch.note(f"{printable(out)}: stored already, nothing to do")
+        kept, broken = _look_through(source, out)[:2]
+    else:
+        _begin(out, plan)
+        with _alone(out):
+            kept, broken = _store(source, out, side, workers, watch, plan)
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return Stored(kept, size, tuple(broken))
+
+
+def _store(
+    source: Source, out: Path, side: int, workers: int, watch: Watcher, plan: dict[str, Any]
+) -> tuple[dict[str, int], list[str]]:
+    """Write what is missing: (split -> images that can be read, a line for each other one)."""
     total = sum(len(images) for images in source.splits.values())
-    broken: list[str] = []
-    digests: dict[str, str] = {}
-    kept: dict[str, int] = {}
     before = sum(_rows_done(out, name) for name in source.splits)
     if before:
         watch.note(f"going on at image {before:,} of {total:,}")
@@ -91,11 +108,7 @@ def store_set(
                     for image in in_order(partial(shrink, images, side), rest, workers):
                         writer.add(image, int(images.labels[writer.rows]))
                         bar.advance()
-                index = read_index(out, name)
-                kept[name] = int((index["height"] > 0).sum())
-                digests[name] = hashlib.sha256(index.tobytes()).hexdigest()
-                for row in np.flatnonzero(index["height"] == 0):
-                    broken.append(_why(images, int(row)))
+        kept, broken, digests = _look_through(source, out)
     except OSError as error:
         raise VitcliError(
             f"cannot write `{printable(out)}`: {error.strerror or error}",
@@ -103,21 +116,59 @@ def store_set(
         ) from error
     write_text(out / DESCRIPTION, json.dumps({**plan, "index": digests}, indent=1) + "\n")
     (out / PLAN).unlink(missing_ok=True)
-    size = sum(file.stat().st_size for file in out.iterdir())
-    return Stored(kept, size, tuple(broken))
+    return kept, broken
+
+
+def _look_through(source: Source, out: Path) -> tuple[dict[str, int], list[str], dict[str, str]]:
+    """Split -> images that can be read; a line for each other; split -> hash of its index."""
+    kept, digests = {}, {}
+    broken: list[str] = []
+    for name, images in source.splits.items():
+        index = read_index(out, name)
+        kept[name] = int((index["height"] > 0).sum())
+        digests[name] = hashlib.sha256(index.tobytes()).hexdigest()
+        broken += [_why(images, int(row)) for row in np.flatnonzero(index["height"] == 0)]
+    return kept, broken, digests
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other processes from appending to the same files; a killed one holds nothing."""
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise VitcliError(
+            f"another process is storing into `{printable(out)}`",
+            "wait for it, or take another place",
+        ) from None
+    except OSError as error:
+        raise VitcliError(
+            f"cannot write `{printable(out)}`: {error.strerror}", "take another place"
+        ) from None
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _read_plan(file: Path) -> dict[str, Any]:
+    """What a set was begun or finished as; empty where that cannot be read."""
+    try:
+        begun = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return begun if isinstance(begun, dict) else {}
 
 
 def _begin(out: Path, plan: dict[str, Any]) -> None:
     """Make the folder, or see that it is this very set that was begun there."""
     shown = printable(out)
     if (out / DESCRIPTION).is_file():
-        raise VitcliError(f"`{shown}` is a finished set", "take another place, or remove it")
+        raise VitcliError(f"`{shown}` is another finished set", "take another place, or remove it")
     if (out / PLAN).is_file():
-        try:
-            begun = json.loads((out / PLAN).read_text(encoding="utf-8"))
-        except ValueError:
-            begun = None
-        if begun != plan:
+        if _read_plan(out / PLAN) != plan:
             raise VitcliError(
                 f"in `{shown}` another set was begun, or the same one otherwise",
                 "take another place, or remove it",

@@ -5,11 +5,10 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from vitcli.data.augment import image_rng
-from vitcli.data.batch import Batch
+from vitcli.data.batch import Batch, empty_images
 from vitcli.data.decode import ImageError, open_image
 from vitcli.data.loader import Transform, check_batch, default_workers
 from vitcli.data.mix import draw_mix
@@ -23,9 +22,9 @@ AHEAD = 2  # batches that are decoded ahead
 
 @dataclass(frozen=True)
 class Shown:
-    """One image that was read: its views (V, C, Y, X), its class, its place in the stream."""
+    """One image that was read: its views, each (C, Y, X), its class, its place in the stream."""
 
-    views: Pixels
+    views: tuple[Pixels, ...]
     label: int
     place: int
     epoch: int
@@ -134,25 +133,27 @@ class StreamLoader:
                     self.broken[done.name] = error.reason
 
     def _make(self, epoch: int, place: int, sample: Sample) -> Shown:
-        preprocess = self.transform.preprocess
-        shape = (self.views, preprocess.num_channels, *preprocess.image_size)
-        views = np.empty(shape, dtype=np.uint8)
         index = place * self.world_size + self.rank
-        with open_image(sample.content, preprocess.mode, name=sample.name) as picture:
-            for view in range(self.views):
-                rng = image_rng(self.seed, epoch, index, view)
-                views[view] = self.transform.view(picture, rng)
+        mode = self.transform.preprocess.mode
+        with open_image(sample.content, mode, name=sample.name) as picture:
+            views = tuple(
+                self.transform.view(picture, image_rng(self.seed, epoch, index, view))
+                for view in range(self.views)
+            )
         return Shown(views, sample.label, index, epoch)
 
     def _batch(self, shown: list[Shown], start: int) -> Batch:
-        images = np.stack([one.views for one in shown], axis=1)  # (V, B, C, Y, X)
+        views = [one.views[view] for view in range(self.views) for one in shown]  # V*B
+        images = empty_images((len(views), *views[0].shape), pin_memory=False)  # (V*B, C, Y, X)
+        for i, pixels in enumerate(views):
+            images.numpy()[i] = pixels
         mix = None
         if self.strength is not None:
             size = self.transform.preprocess.image_size
             whole = draw_mix(self.seed, start, self.batch_size, size, self.strength)
             mix = whole.part(self.rank * len(shown), (self.rank + 1) * len(shown))
         return Batch(
-            torch.from_numpy(images.reshape(-1, *images.shape[2:])),
+            images,
             torch.tensor([one.label for one in shown], dtype=torch.int64),
             torch.tensor([one.place for one in shown], dtype=torch.int64),
             torch.tensor([one.epoch for one in shown], dtype=torch.int64),

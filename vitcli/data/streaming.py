@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from vitcli.data.assemble import fingerprint
+from vitcli.data.assemble import fingerprint, has_label, label_text
 from vitcli.data.columns import class_names
 from vitcli.data.hub import hub_names, load_hub, plan_hub
 from vitcli.data.layouts import Plan
@@ -126,12 +126,13 @@ class StreamSet:
 
     def _label(self, label: Any, shard: Shard) -> int | None:
         """The class number of a cell; None where there is none."""
-        if label in (None, "", -1):
+        if not has_label(label) or label == -1:
             return None
-        if (found := self._number.get(str(label))) is not None:
+        name = label_text(label)
+        if (found := self._number.get(name)) is not None:
             return found
-        if str(label).isdecimal() and int(label) < len(self.classes):
-            return int(label)
+        if name.isdecimal() and int(name) < len(self.classes):
+            return int(name)
         raise VitcliError(
             f"`{shard.name}` has the label `{printable(str(label))}`, which is none of "
             f"{len(self.classes)} classes",

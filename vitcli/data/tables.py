@@ -4,9 +4,11 @@ They are read with the standard library, because a table reader guesses types: h
 they are written (`01`, `NA`), file names need not be UTF-8, and an error tells the line.
 """
 
+import codecs
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -14,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from vitcli.data.assemble import label_names, make_source
+from vitcli.data.assemble import has_label, label_names, label_text, make_source
 from vitcli.data.multilabel import is_multi_label, several_labels
 from vitcli.data.sets import FileStore, ImageSet, Request, Source
-from vitcli.data.splits import SPLIT_NAMES, SPLITS
+from vitcli.data.split_names import SPLITS, WORDS
 from vitcli.errors import VitcliError, nearest, printable
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "y", "class_name", "fine_label")
@@ -45,12 +47,13 @@ def load_manifest(request: Request) -> Source:
     columns = [name for name in first if name is not None]  # None: more cells than headings
     images = find_column(shown, "image", request.image_column, columns, IMAGE_COLUMNS)
     labels = find_column(shown, "label", request.label_column, columns, LABEL_COLUMNS)
-    table = Table(images, labels)
+    table = Table(images, labels, next((c for c in columns if c.lower() == "split"), None))
     for row in chain([first], rows):
         table.add(row)
     notes: list[str] = []
+    in_splits = table.known_splits(shown, notes)
     several = is_multi_label(shown, labels, table.labels, request.multi_label, notes)
-    said = (several or label not in (None, "") for label in table.labels)
+    said = (several or has_label(label) for label in table.labels)
     good = np.flatnonzero(np.fromiter(said, dtype=bool, count=len(table.labels)))
     left_out = table.without_path + len(table.labels) - len(good)
     if left_out:
@@ -61,7 +64,7 @@ def load_manifest(request: Request) -> Source:
             f"`{shown}` has no row with a path and a label",
             f"`{images}` or `{labels}` is empty in each; others: `--set data.label_column=NAME`",
         )
-    store = FileStore(path.parent, (os.fsencode(table.paths[i]) for i in good))
+    store = FileStore(path.parent, (path_bytes(table.paths[i]) for i in good))
     if not any(store.content(row).exists() for row in range(min(len(store), MISSING_PROBES))):
         raise VitcliError(
             f"`{shown}`: `{printable(store.paths[0])}` does not exist, nor do the next ones",
@@ -72,9 +75,11 @@ def load_manifest(request: Request) -> Source:
         classes, numbers, targets = several_labels([table.labels[i] for i in good])
     else:
         classes, numbers = label_names([table.labels[i] for i in good])
+    if escaped := sorted({label_text(label) for label in table.known if not is_utf8(label)}):
+        notes.append(f"{shown}: labels are not UTF-8, such as `{escaped[0]}`; save it as UTF-8")
     splits = {}
     for name in SPLITS:
-        here = (table.splits[i] == name for i in good)
+        here = (in_splits[table.splits[i]] == name for i in good)
         chosen = np.flatnonzero(np.fromiter(here, dtype=bool, count=len(good)))
         mine = None if targets is None else targets[chosen]
         splits[name] = ImageSet(name, classes, numbers[chosen], store, chosen, mine)
@@ -82,16 +87,34 @@ def load_manifest(request: Request) -> Source:
     return make_source(request, splits, chain(paths, (name.encode() for name in classes)), notes)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether it was read without escaping a byte."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def path_bytes(path: str) -> bytes:
+    """A path as the system has it; a surrogate that stands for no byte names no file."""
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:
+        return path.encode("utf-8", "backslashreplace")
+
+
 class Table:
     """The three columns that are used; equal labels are one object, and rows are not kept."""
 
-    def __init__(self, image_column: str, label_column: str) -> None:
+    def __init__(self, image_column: str, label_column: str, split_column: str | None) -> None:
         self.image_column, self.label_column = image_column, label_column
+        self.split_column = split_column
         self.paths: list[str] = []
         self.labels: list[Any] = []
         self.splits: list[str] = []
         self.without_path = 0
-        self._known: dict[str, str] = {}
+        self.known: dict[str, str] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
         """The next row; one without a path is counted."""
@@ -100,10 +123,27 @@ class Table:
             self.without_path += 1
             return
         if isinstance(label, str):
-            label = self._known.setdefault(label, label)
+            label = self.known.setdefault(label, label)
         self.paths.append(str(path))
         self.labels.append(label)
-        self.splits.append(SPLIT_NAMES.get(str(row.get("split", "train")).lower(), "train"))
+        split = row.get(self.split_column) if self.split_column is not None else None
+        split = str(split).strip().lower() if has_label(split) else "train"
+        self.splits.append(self.known.setdefault(split, split))
+
+    def known_splits(self, shown: str, notes: list[str]) -> dict[str, str | None]:
+        """What stands in the column of splits -> train, validation, test or None: left out.
+
+        A column that names none of them, such as the number of a fold, is about something else.
+        """
+        counts = Counter(self.splits)
+        said = {name: WORDS.get(name) for name in counts}
+        if not any(said.values()):
+            notes.append(f"{shown}: `{self.split_column}` names no split and is passed over")
+            return dict.fromkeys(said, "train")
+        for name in (name for name, split in said.items() if split is None):
+            rows = f"{counts[name]:,} row{'s' if counts[name] > 1 else ''}"
+            notes.append(f"{shown}: {rows} of split `{printable(name)}` left out")
+        return said
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
@@ -113,8 +153,10 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
         delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in header else ","
         if delimiter == "," and "," not in header and ";" in header:
             delimiter = ";"
+        # `path, label`: where the headings have a space behind each comma, so have the cells.
+        spaced = header.count(delimiter) == header.count(f"{delimiter} ") > 0
         try:
-            yield from csv.DictReader(file, delimiter=delimiter)
+            yield from csv.DictReader(file, delimiter=delimiter, skipinitialspace=spaced)
         except csv.Error as error:
             fault = f"`{printable(path)}` is not a table: {error}"
             raise VitcliError(fault, "a header and a row for each image, commas between") from None
@@ -138,8 +180,14 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _open_text(path: Path) -> Any:
     try:
+        with path.open("rb") as file:
+            wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # of Excel
         # A byte-order mark is dropped; file names that are not UTF-8 survive.
-        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+        return path.open(
+            encoding="utf-16" if wide else "utf-8-sig",
+            errors="replace" if wide else "surrogateescape",
+            newline="",
+        )
     except OSError as error:
         fault = f"cannot read `{printable(path)}`: {error.strerror}"
         raise VitcliError(fault, "see to its permissions") from None

@@ -1,10 +1,13 @@
 """The evaluation transform: one object for validation, predict, fewshot, evaluate and export.
 
 Against the references in `shared/reference/preprocessing`: timm's pipelines and Hugging Face's
-Pillow ones come out equal to 1e-6. Hugging Face's torchvision backend resizes with other rounding
-(mostly one grey level, up to 11 where bicubic enlarges) and floors the offset of the crop where
-timm rounds it. big_vision and vit_jax resize without antialiasing or by area, which Pillow cannot
-do: up to 0.9 (vit_jax) and 1.3 (big_vision) of the range -1..1 apart on a shrunk picture.
+Pillow ones come out equal to 1e-6. Hugging Face's torchvision backend resizes columns and rows in
+the other order and clips bicubic's overshoot in between (mostly one grey level apart, up to 11 on
+noise), and it floors the offset of the crop where timm rounds it. big_vision and vit_jax resize
+without antialiasing: with `antialias = false` that is met to the pixel (values that are nearly
+whole may be cut off one level lower), and vit_jax's evaluation, which keeps fractions of grey
+levels, within one level; with antialiasing a shrunk picture is up to 0.9 of -1..1 apart.
+big_vision's `resize_small` takes means of areas, which Pillow cannot do: up to 1.3 apart.
 
 A JPEG is decoded whole here, unlike in training. At the smallest scale of at least twice the
 resized side, six photographs of 2 to 108 megapixels would come out 0.1 to 1.2 grey levels apart on
@@ -46,7 +49,9 @@ class Preprocess:
         resize_size: the shorter side before the crop (both sides when squashed), in pixels;
             None takes floor(side / crop_fraction), as timm does.
         crop_fraction: the share of the shorter side that the crop keeps.
-        interpolation: Pillow's filter, always antialiased except "nearest".
+        interpolation: Pillow's filter.
+        antialias: whether a picture that is shrunk is smoothed first; without it "bilinear" is that
+            of TensorFlow, cut off to whole grey levels. "nearest" never is.
         mean, std: a value per channel (or one for all) on the scale 0..1.
         num_channels: 3 (RGB) or 1 (grey).
         crop_rounding: where the middle lies between two pixels: to the "even" one, as torchvision
@@ -65,6 +70,7 @@ class Preprocess:
     std: tuple[float, ...] = (0.5,)
     num_channels: int = 3
     crop_rounding: CropRounding = "even"
+    antialias: bool = True
 
     def __post_init__(self) -> None:
         size = self.image_size
@@ -81,6 +87,10 @@ class Preprocess:
                     f"`preprocess.{name}` = {getattr(self, name)!r}",
                     f"it is one of {', '.join(options)}",
                 )
+        if not self.antialias and self.interpolation == "lanczos":
+            raise VitcliError(
+                "`preprocess.antialias` = false with `lanczos`", "`bilinear` or `bicubic` can do so"
+            )
         if not 0 < self.crop_fraction <= 1:
             raise VitcliError(
                 f"`preprocess.crop_fraction` = {self.crop_fraction}", "it lies above 0, up to 1"
@@ -118,16 +128,19 @@ class Preprocess:
     def pixels(self, source: ImageInput) -> Tensor:
         """A path, file, bytes or picture -> (C, Y, X) uint8: everything but the normalisation."""
         fitted = self.fit(read_image(source, self.mode))
-        return torch.from_numpy(channels_first(fitted))
+        return torch.from_numpy(np.ascontiguousarray(as_pixels(fitted)))
 
     def fit(self, image: Image.Image) -> Image.Image:
         """A picture in `self.mode` -> one of `image_size`: resized, then cropped or padded."""
         if image.size == (self.image_size[1], self.image_size[0]) and self._keeps_size():
             return image
-        resized = _resize(image, self._resized_shape(image), self.interpolation)
+        resized = _resize(image, self._resized_shape(image), self.interpolation, self.antialias)
         rows, columns = self.image_size
         whole = floor if self.crop_rounding == "down" else round  # `round` goes to even
         top, left = whole((resized.height - rows) / 2), whole((resized.width - columns) / 2)
+        if self.crop_rounding == "even":  # torchvision's: a smaller picture lies over the middle
+            top = -((rows - resized.height) // 2) if resized.height < rows else top
+            left = -((columns - resized.width) // 2) if resized.width < columns else left
         if top == left == 0 and resized.size == (columns, rows):
             return resized
         if self.resize_mode != "pad":
@@ -141,7 +154,9 @@ class Preprocess:
         """(B, C, Y, X) uint8, on any device -> (B, C, Y, X) float32: (x / 255 - mean) / std."""
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)  # (1, C, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)  # (1, C, 1, 1)
-        return (images / 255).sub_(mean).div_(std)  # (B, C, Y, X)
+        # Batches hold the channels of a pixel side by side; here they come apart at no cost.
+        scaled = torch.empty(images.shape, device=images.device)
+        return torch.div(images, 255, out=scaled).sub_(mean).div_(std)  # (B, C, Y, X)
 
     def resized_to(self, image_size: tuple[int, int]) -> "Preprocess":
         """The same transform for another model size; the crop keeps its share of the picture."""
@@ -204,14 +219,20 @@ class Preprocess:
         return colour if self.num_channels == 3 else colour[0]
 
 
-def channels_first(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A picture in L or RGB -> (C, Y, X) uint8, contiguous and writable."""
+def as_pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A picture in L or RGB -> (C, Y, X) uint8, writable; in memory the channels lie last."""
     array = np.array(image)  # (Y, X) or (Y, X, C)
-    if array.ndim == 2:
-        return array[None]  # (1, Y, X)
-    return np.ascontiguousarray(array.transpose(2, 0, 1))  # (C, Y, X)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)  # (C, Y, X)
 
 
-def _resize(image: Image.Image, shape: tuple[int, int], interpolation: str) -> Image.Image:
-    size = (shape[1], shape[0])
-    return image if image.size == size else image.resize(size, RESAMPLING[interpolation])
+def _resize(
+    image: Image.Image, shape: tuple[int, int], interpolation: str, antialias: bool
+) -> Image.Image:
+    width, height = shape[1], shape[0]
+    if image.size == (width, height):
+        return image
+    if antialias or interpolation == "nearest":
+        return image.resize((width, height), RESAMPLING[interpolation])
+    steps = (image.width / width, 0, 0, 0, image.height / height, 0)
+    how: Any = RESAMPLING[interpolation]  # not lanczos, which transformations do not have
+    return image.transform((width, height), Image.Transform.AFFINE, steps, how)

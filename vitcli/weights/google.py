@@ -179,7 +179,7 @@ def _preprocess(
         if not {"mean", "std"} <= set(stated.preprocess):
             notes.append(
                 "mean and std 0.5, squashed bilinearly to the image size: assumed, as the official "
-                "evaluation does"
+                "evaluation does; it does not smooth (`--set preprocess.antialias=false`)"
             )
     preprocess = stated_preprocess(base, stated.preprocess, size, channels)
     differs = preprocess is not None and preprocess.image_size != size

@@ -94,6 +94,7 @@ def read_processor(
         mean=mean,
         std=std,
         num_channels=config.num_channels,
+        antialias=bool(said.get("antialias", True)),
     )
     if base.image_size != config.image_size:
         base = _fitted(base, config, model_type, notes)
@@ -122,6 +123,8 @@ def write_processor(preprocess: Preprocess) -> dict[str, Any]:
     }
     if p.num_channels == 3:
         common["do_convert_rgb"] = True
+    if not p.antialias:
+        common["antialias"] = False  # for us; transformers smooths
     size = {"height": target[0], "width": target[1]}
     if p.resize_mode == "squash" and target == p.image_size:
         return {"image_processor_type": "ViTImageProcessor", "size": size, **common}

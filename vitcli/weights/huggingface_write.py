@@ -84,6 +84,8 @@ def write_huggingface(model: Model, out: Path) -> list[str]:
                 "transformers rounds an odd margin of the crop down, this model to even: some "
                 "pictures are cut one pixel apart (not with `--set preprocess.crop_rounding=down`)"
             )
+        if not model.preprocess.antialias:
+            notes.append("transformers smooths pictures that it shrinks, this model does not")
     else:
         notes.append("no preprocessing is known, so none is written: `pipeline` will miss it")
     tensors = {n: t.detach().cpu().contiguous() for n, t in _named(model, kind).items()}

@@ -16,6 +16,7 @@ PREPROCESS_KEYS = (
     "crop_fraction",
     "crop_rounding",
     "interpolation",
+    "antialias",
     "mean",
     "std",
 )

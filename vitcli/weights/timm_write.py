@@ -207,6 +207,8 @@ def _notes(model: Model) -> list[str]:
     preprocess = model.preprocess
     if preprocess is not None and preprocess.crop_rounding == "down":
         notes.append("timm rounds an odd margin of the crop to even: some are cut a pixel apart")
+    if preprocess is not None and not preprocess.antialias:
+        notes.append("timm smooths pictures that it shrinks, this model does not")
     if preprocess is not None and preprocess.resize_size is not None:
         notes.append(f"`preprocess.resize_size` = {preprocess.resize_size} becomes a crop fraction")
     if model.head_activation == "sigmoid":

@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "vitcli"
 # From left to right; a module imports from its own step and from those to its right.
 STEPS = [
     {"cli", "__main__"},
+    {"options_predict"},
     {"options", "exits"},
-    {"results", "results_doctor"},
+    {"results", "results_doctor", "results_predict"},
     {"report"},
     {"commands"},
     {"train", "evals", "cost"},

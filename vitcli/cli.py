@@ -27,6 +27,7 @@ from vitcli.options import (
     numbers,
     settings,
 )
+from vitcli.options_predict import Predicting
 
 app = typer.Typer(
     name="vitcli",
@@ -242,50 +243,43 @@ def _evaluate_suite(
 
 
 @app.command()
+@flags
 def predict(
     images: Annotated[
-        list[str], typer.Argument(help="Images, folders, quoted globs.", metavar="IMAGE...")
-    ],
-    model: Model = None,
-    top: Annotated[int, typer.Option("--top", help="Classes shown for each image.")] = 5,
-    labels: Labels = None,
-    set_: Set = None,
-    batch_size: AtOnce = 32,
-    precision: Precision = None,
-    csv: Annotated[Path | None, typer.Option("--csv", help="Write the table there.")] = None,
-    parquet: Annotated[
-        Path | None, typer.Option("--parquet", help="Write the table there.")
+        list[str] | None,
+        typer.Argument(help="Images, folders, quoted globs.", metavar="IMAGE..."),
     ] = None,
-    verbose: Verbose = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    model: Model = None,
+    *,
+    predicting: Predicting,
 ) -> None:
     """Name the classes of images, with probabilities.
 
+    A table (`--csv`, `--jsonl`, `--parquet`) appears when its last row is there; until then the
+    rows lie beside it in a file that ends in `.part`, and `--resume` goes on with them.
+
     Example: `vitcli predict holiday/ cat.jpg --model runs/finetune --top 3 --csv classes.csv`
+
+    or: `vitcli predict holiday/ --threshold 0.7 --ood-threshold 0.99` (no answer where unsure)
+
+    or: `find / -name '*.jpg' -print0 | vitcli predict --from - --jsonl all.jsonl --resume`
     """
-    from vitcli import report, results
+    if not images and predicting.from_ is None:
+        raise VitcliError(
+            "Missing argument `IMAGE...`, or `--from FILE`", "see `vitcli predict --help`"
+        )
+    from vitcli import report, results_predict
     from vitcli.commands import predict as command
 
-    rows = command.run(
-        images,
-        model=model,
-        settings=settings(set_),
-        labels=labels,
-        top=top,
-        batch_size=batch_size,
-        precision=precision or "auto",
-        csv_file=csv,
-        parquet_file=parquet,
-        verbose=verbose,
-        watch=report.Terminal(),
-    )
+    rows = command.run(images or [], model=model, watch=report.Terminal(), **predicting.arguments())
     for row in rows:
-        if json:
+        if predicting.json:
             report.print_json(row)
         else:
-            results.show_prediction(row)
+            results_predict.show_prediction(row)
         if row["error"] is not None:
             report.print_error(VitcliError(f"{row['path']}: {row['error']}"))
+    results_predict.show_tally(rows.tally, predicting.abstains)
     if rows.failed:
         raise typer.Exit(exits.EXIT_UNREADABLE)
 

@@ -229,17 +229,22 @@ class Training:
 
 
 def flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give typer a command whose keyword `training: Training` is written out as its flags."""
+    """Give typer a command whose keyword-only argument, a dataclass, is written out as its flags.
+
+    Such as `training: Training`.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    takes = inspect.signature(command).parameters.values()
+    (keyword,) = (p.name for p in takes if p.kind is p.KEYWORD_ONLY)
+    kind = hints[keyword]
 
     @wraps(command)
     def written_out(**given: Any) -> None:
-        mine = {f.name: given.pop(f.name) for f in fields(Training)}
-        command(**given, training=Training(**mine))
+        mine = {f.name: given.pop(f.name) for f in fields(kind)}
+        command(**given, **{keyword: kind(**mine)})
 
-    hints = get_type_hints(command, include_extras=True)
-    takes = inspect.signature(command).parameters.values()
-    own = [p.replace(annotation=hints[p.name]) for p in takes if p.name != "training"]
-    theirs = inspect.signature(Training, eval_str=True).parameters.values()
+    own = [p.replace(annotation=hints[p.name]) for p in takes if p.name != keyword]
+    theirs = inspect.signature(kind, eval_str=True).parameters.values()
     parameters = [*own, *theirs]
     # Both, because typer looks at both.
     written_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

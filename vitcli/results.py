@@ -172,15 +172,6 @@ def worst(classes: list[list[Any]]) -> list[list[Any]]:
     return sorted(classes, key=lambda row: row[3])[:MOST_CLASSES]
 
 
-def show_prediction(row: Mapping[str, Any]) -> None:
-    """One line an image."""
-    if row["error"] is not None:
-        return
-    top = "  ".join(f"{one['label']} {100 * one['probability']:.1f} %" for one in row["top"])
-    line = Text.assemble((printable(str(row["path"])), "bold"), "  ", printable(top))
-    report.out.print(line, soft_wrap=True)
-
-
 def show_patches(result: Any) -> None:
     """The picture with its grid, and what the patches are."""
     if result.picture is not None:

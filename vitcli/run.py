@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vitcli.config import Recipe, check, differing_keys, read_toml
+from vitcli.config import DataSection, Recipe, check, differing_keys, read_toml
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
 
@@ -63,6 +64,14 @@ class Run:
     def recipe(self) -> Recipe:
         """The recipe that was written down at the start."""
         return check(Recipe, read_toml(self.recipe_file), f"`{self.recipe_file}`")
+
+    def data_section(self) -> DataSection | None:
+        """The `[data]` settings of any command's recipe; None where there are none to read."""
+        try:
+            text = self.recipe_file.read_text(encoding="utf-8")
+            return DataSection(**tomllib.loads(text)["data"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def provenance(self) -> dict[str, Any]:
         """What was written down about the machine and the data; empty when there is none."""

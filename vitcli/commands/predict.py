@@ -1,53 +1,48 @@
 """`vitcli predict`: images, folders, globs -> class names and probabilities."""
 
-import csv
-import glob
-import json
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from vitcli.config import Settings, load_inference
-from vitcli.data.decode import ImageError
-from vitcli.data.folders import image_files
-from vitcli.data.transforms import Preprocess
+from vitcli.config import Inference, Settings, load_inference
+from vitcli.data.listing import Listing, find_images
+from vitcli.data.views import Views
 from vitcli.devices import pick_device
-from vitcli.errors import VitcliError, printable
-from vitcli.files import replacing
+from vitcli.errors import VitcliError
+from vitcli.evals.answers import Answers, Doubts
+from vitcli.evals.journal import Journal, Tally, finished, journal
+from vitcli.evals.row_tables import COLUMNS, Row, Tables
 from vitcli.vit import Model
-from vitcli.watch import Quiet, Watcher
+from vitcli.watch import Bar, Quiet, Watcher
 from vitcli.weights.fates import tell_load
+from vitcli.weights.identity import model_hash
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
-
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # DATA of other commands
-
-# One object of `predict --json`: path, label, probability, top, error.
-Row = dict[str, Any]
-Sink = Callable[[Row], None]
 
 
 class Predictions:
     """The rows, computed while one iterates over them, in the order of the images.
 
     Attributes:
-        failed: how many images could not be read, so far.
+        tally: what there was so far, with the rows of an interrupted run that is gone on with.
     """
 
-    def __init__(self, rows: Iterator[Row]) -> None:
+    def __init__(self, rows: Iterator[Row], tally: Tally) -> None:
         self._rows = rows
-        self.failed = 0
+        self.tally = tally
 
     def __iter__(self) -> Iterator[Row]:
-        for row in self._rows:
-            self.failed += row["error"] is not None
-            yield row
+        return self._rows
+
+    @property
+    def failed(self) -> int:
+        """How many images could not be read, so far."""
+        return self.tally.failed
 
     @property
     def exit_code(self) -> int:
@@ -62,6 +57,13 @@ def predict(
     top: int = 5,
     batch_size: int = 32,
     precision: str = "auto",
+    threshold: float | None = None,
+    ood: bool = False,
+    ood_threshold: float | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    tta: str | None = None,
+    labels: str | os.PathLike[str] | Sequence[str] | None = None,
+    settings: Settings | None = None,
 ) -> list[Row]:
     """Class names and probabilities of images: the rows of `vitcli predict --json`.
 
@@ -69,28 +71,53 @@ def predict(
         images: paths of images, folders or globs.
         model: MODEL, or one that is loaded; None takes the newest run with a trained head.
         top: how many classes in `top`.
+        batch_size, precision, threshold, ood, ood_threshold, reference, tta, labels, settings: as
+            in `run`.
 
     Returns:
-        A dict for each image: `path`, `label`, `probability`, `top`, `error`.
+        A dict for each image: `path`, `label`, `probability`, `top`, `error`; with a threshold
+        `abstained`, with `ood` the keys `ood` and `ood_distance`.
 
     Raises:
         VitcliError: no such model, no trained head, or none of the images exists.
     """
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    return list(run(paths, model=model, top=top, batch_size=batch_size, precision=precision))
+    rows = run(
+        paths,
+        model=model,
+        settings=settings,
+        labels=labels,
+        top=top,
+        batch_size=batch_size,
+        precision=precision,
+        threshold=threshold,
+        ood=ood,
+        ood_threshold=ood_threshold,
+        reference=reference,
+        tta=tta,
+    )
+    return list(rows)
 
 
 def run(
     paths: Sequence[str | os.PathLike[str]],
     *,
+    source: str | os.PathLike[str] | None = None,
     model: str | os.PathLike[str] | Model | None = None,
     settings: Settings | None = None,
     labels: str | os.PathLike[str] | Sequence[str] | None = None,
     top: int = 5,
     batch_size: int = 32,
     precision: str = "auto",
+    threshold: float | None = None,
+    ood: bool = False,
+    ood_threshold: float | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    tta: str | None = None,
     csv_file: Path | None = None,
+    jsonl_file: Path | None = None,
     parquet_file: Path | None = None,
+    resume: bool = False,
     verbose: bool = False,
     watch: Watcher | None = None,
 ) -> Predictions:
@@ -98,44 +125,151 @@ def run(
 
     Args:
         paths: images, folders (with what lies in them), globs.
+        source: a file with more of them, one a line or ended by NUL; `-` is stdin.
         model: MODEL, or one that is loaded; None takes the newest run with a trained head.
         settings: nested settings: `model.num_heads`, `preprocess.mean` …
         labels: class names of the model, or a file with one a line.
         top: how many classes in `top`; more than there are gives all.
         batch_size: images of one forward pass; as many more are decoded meanwhile.
         precision: `auto` is fp32.
-        csv_file, parquet_file: where the same table is written to, when the last row is taken.
+        threshold: an image whose best probability lies below it gets no label: the row says
+            `abstained`, and the guesses stay in `top`.
+        ood: how strange an image is: the share of held-out training images whose features lie
+            nearer to what the model knows (`vitcli.evals.outliers`).
+        ood_threshold: abstain from images with a larger share; implies `ood`.
+        reference: DATA that is usual; implies `ood`. None takes what was kept of the last time,
+            else the data that the run learned from.
+        tta: average the probabilities of several views: `flip`, `crops:5` or `crops:10`, which
+            take 2, 5 and 10 times as long.
+        csv_file, jsonl_file, parquet_file: where the same table is written to, when the last row
+            is taken; until then the rows are kept beside it, in a file that ends in `.part`.
+        resume: go on with the rows of an interrupted run; these do not come again.
         verbose: tell what became of every tensor of the weights.
 
     Raises:
-        VitcliError: no such model, no trained head, or none of `paths` exists.
+        VitcliError: no such model, no trained head, none of `paths` exists, a share that is none.
     """
     watch = watch or Quiet()
     if top < 1 or batch_size < 1:
         raise VitcliError(
             f"`--top` is {top}, `--batch-size` {batch_size}", "both are 1 or more, usually 5 and 32"
         )
-    for table in (csv_file, parquet_file):
-        if table is not None and table.is_dir():
-            raise VitcliError(f"`{table}` is a folder", "the table is a file: give its name too")
-    files = find_images(paths)
-    net = _classifier(model, settings, labels, watch, verbose)
-    rows = _rows(net, files, min(top, net.config.num_classes), batch_size, precision, watch)
-    sinks = [(_csv_sink, csv_file), (_parquet_sink, parquet_file)]
-    return Predictions(_recorded(rows, [(make, path) for make, path in sinks if path]))
+    doubts = Doubts(threshold=threshold, ood_threshold=ood_threshold)
+    tables = Tables(csv_file, jsonl_file, parquet_file)
+    if resume and not tables.paths:
+        raise VitcliError(
+            "`--resume` goes on with a table, and none is given",
+            "the first command again, with its `--csv`, `--jsonl` or `--parquet`",
+        )
+    if resume and finished(tables):
+        watch.note(f"`{tables.paths[0]}`: already finished; without `--resume` it is made anew")
+        return Predictions(iter(()), Tally())
+    files = find_images(paths, source)
+    inference = load_inference(settings)
+    net, name = _classifier(model, inference, labels, watch, verbose)
+    views = Views(require_preprocess(net), tta)
+    if ood or ood_threshold is not None or reference is not None:
+        from vitcli.evals.references import References  # loads what reads data sets
+
+        references = References(net, name, inference.data, batch_size, precision, watch)
+        found = references.get(None if reference is None else os.fspath(reference))
+        doubts = replace(doubts, reference=found.to(pick_device()))
+        _tell_few(doubts, watch)
+    settled = {
+        "model": model_hash(net) if tables.paths else None,
+        "reference": dict(doubts.reference.facts) if doubts.reference else None,
+        "top": top,
+        "batch_size": batch_size,
+        "precision": precision,
+        "threshold": threshold,
+        "ood_threshold": ood_threshold,
+        "tta": tta,
+    }
+    net = net.to(pick_device())
+    top = min(top, net.config.num_classes)
+    answers = Answers(net, views, doubts, top, batch_size, precision)
+    tally = Tally()
+    return Predictions(_rows(answers, files, tables, settled, resume, tally, watch), tally)
+
+
+def _rows(
+    answers: Answers,
+    files: Listing,
+    tables: Tables,
+    settled: Mapping[str, Any],
+    resume: bool,
+    tally: Tally,
+    watch: Watcher,
+) -> Iterator[Row]:
+    """The rows that are not written yet, each written down before it is handed on."""
+    with ExitStack() as stack:
+        todo, again, book = iter(files), 0, None
+        if tables.paths:
+            book = stack.enter_context(journal(tables.paths[0], settled, tally, resume=resume))
+            todo, again = book.after(files, answers.batch_size)
+            stack.push(partial(_tell_kept, book, tally, watch))
+            if resume:
+                watch.note(f"{tally.count:,} rows are in `{book.path}` already")
+        done = tally.count - again
+        bar = stack.enter_context(watch.progress("images", files.total, done))
+        if files.total is None and files.repeats:
+            Thread(target=_count, args=(files, bar), daemon=True).start()
+        made = answers.rows(todo, bar)
+        stack.callback(made.close)
+        for row in islice(made, again, None):
+            if book is not None:
+                book.add(row)
+            tally.add(row)
+            yield row
+        if book is not None:
+            tables.write(book.rows, [*COLUMNS, *answers.doubts.columns])
+            book.remove()
+
+
+def _tell_few(doubts: Doubts, watch: Watcher) -> None:
+    """Warn of a share that too few images cannot tell: the largest of n lies nearer than a new
+    one of the same kind once in n + 1 times.
+    """
+    share = doubts.ood_threshold
+    if doubts.reference is None or share is None or share == 1:
+        return
+    count = len(doubts.reference.held_out)
+    if count * (1 - share) < 1 - 1e-9:
+        watch.warn(
+            f"{count} held-out images are too few for `--ood-threshold {share:g}`: about one usual "
+            f"image in {count + 1} will have no answer"
+        )
+
+
+def _count(files: Listing, bar: Bar) -> None:
+    """Tell the bar how many there are; meanwhile the first ones are predicted."""
+    with suppress(OSError, VitcliError):
+        bar.extend(sum(1 for _ in files))
+
+
+def _tell_kept(
+    book: Journal, tally: Tally, watch: Watcher, kind: type[BaseException] | None, *_: object
+) -> None:
+    """On the way out of what was broken off: that nothing is lost."""
+    if kind is not None and tally.count:
+        watch.note(
+            f"{tally.count:,} rows are kept in `{book.path}`; the same command with `--resume` "
+            "goes on"
+        )
 
 
 def _classifier(
     model: str | os.PathLike[str] | Model | None,
-    settings: Settings | None,
+    inference: Inference,
     labels: str | os.PathLike[str] | Sequence[str] | None,
     watch: Watcher,
     verbose: bool,
-) -> Model:
+) -> tuple[Model, str]:
+    """The model, in eval mode, and what it was called."""
     if isinstance(model, Model):
         net, name = model.eval(), "the model"
+        name = net.load_report.source if net.load_report else name
     else:
-        inference = load_inference(settings)
         if model is None and inference.model.name is None:
             model = newest_run(classifier=True)
             watch.note(f"no `--model` given: {model}")
@@ -148,184 +282,6 @@ def _classifier(
             f"`{name}` has no trained head, so there is nothing to predict",
             hint="give it one: `vitcli fewshot DATA` in seconds, `vitcli finetune DATA` in minutes",
         )
-    require_preprocess(net)
     if net.labels is None:
         watch.warn(f"`{name}` has no class names, so numbers stand for them; see `--labels FILE`")
-    return net
-
-
-def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Images, folders and globs -> paths of images, in this order; missing ones stay in.
-
-    Raises:
-        VitcliError: nothing was given, nothing of it exists, or the folders hold no images.
-    """
-    # os.path, because it answers False for impossible names where pathlib raises.
-    files: list[str] = []
-    empty: list[str] = []
-    for given in paths:
-        path = os.fspath(given)
-        if os.path.isdir(path):  # noqa: PTH112
-            inside, _ = image_files(Path(path))
-            files += [str(Path(path) / name) for name in inside]
-            if not inside:
-                empty.append(path)
-        elif glob.has_magic(path) and not os.path.lexists(path):
-            matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
-            files += [match for match in matches if Path(match).is_file()] or [path]
-        else:
-            files.append(path)
-    if empty and not files:
-        hint = "hidden files and files that are no images don't count"
-        if any(Path(empty[0]).glob("*.parquet")):
-            hint = f"it holds parquet: `vitcli evaluate {printable(empty[0])}` may be meant"
-        raise VitcliError(f"no images in `{printable(empty[0])}`", hint)
-    if files and all(Path(file).suffix.lower() in TABLES for file in files):
-        raise VitcliError(
-            f"`{printable(files[0])}` is a table, not an image",
-            f"`predict` takes images, folders and globs; for labelled data there is `vitcli "
-            f"evaluate {printable(files[0])}`",
-        )
-    if not any(os.path.exists(file) for file in files):  # noqa: PTH110
-        shown = ", ".join(f"`{printable(file)}`" for file in files[:3])
-        raise VitcliError(
-            f"no such image: {shown}" if files else "no images given",
-            hint="paths of images, folders, or quoted globs such as 'photos/**/*.jpg'",
-        )
-    return files
-
-
-def _rows(
-    net: Model,
-    files: list[str],
-    top: int,
-    batch_size: int,
-    precision: str,
-    watch: Watcher,
-) -> Iterator[Row]:
-    """One row a file: decoding in threads, the model in batches."""
-    from vitcli.evals.features import autocast, check_finite
-
-    device = pick_device()
-    net = net.to(device)
-    preprocess = require_preprocess(net)
-    names = net.labels or tuple(str(i) for i in range(net.config.num_classes))
-    with watch.progress("images", len(files)) as bar:
-        for batch in _decoded(preprocess, files, batch_size):
-            pixels = [image for _, image in batch if isinstance(image, Tensor)]
-            answers: Iterator[list[dict[str, Any]]] = iter(())
-            if pixels:
-                with torch.inference_mode(), autocast(precision, device):
-                    logits = net(preprocess.normalize(torch.stack(pixels).to(device)))
-                shares, order = net.probabilities(logits).cpu().topk(top, dim=1)
-                check_finite(bool(shares.isfinite().all()), net)
-                answers = iter(
-                    [{"label": names[i], "probability": p} for i, p in zip(*pair, strict=True)]
-                    for pair in zip(order.tolist(), shares.tolist(), strict=True)
-                )
-            for file, image in batch:
-                yield (
-                    _row(file, next(answers), None)
-                    if isinstance(image, Tensor)
-                    else _row(file, [], image)
-                )
-            bar.advance(len(batch))
-
-
-def _row(path: str, top: list[dict[str, Any]], error: str | None) -> Row:
-    best = top[0] if top else {"label": None, "probability": None}
-    return {"path": path, **best, "top": top, "error": error}
-
-
-def _decoded(
-    preprocess: Preprocess, files: list[str], batch_size: int
-) -> Iterator[list[tuple[str, Tensor | str]]]:
-    """Batches of (path, (C, Y, X) uint8 pixels or the reason why not), decoded ahead."""
-
-    def read(file: str) -> Tensor | str:
-        try:
-            return preprocess.pixels(file)
-        except ImageError as error:
-            return error.reason
-
-    threads = min(len(files), os.cpu_count() or 1, 16)
-    waiting: deque[tuple[str, Future[Tensor | str]]] = deque()
-    rest = iter(files)
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            while True:
-                while len(waiting) < 2 * batch_size and (file := next(rest, None)) is not None:
-                    waiting.append((file, pool.submit(read, file)))
-                if not waiting:
-                    return
-                count = min(batch_size, len(waiting))
-                yield [
-                    (f, future.result()) for f, future in (waiting.popleft() for _ in range(count))
-                ]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _recorded(
-    rows: Iterator[Row],
-    sinks: Sequence[tuple[Callable[[Path], AbstractContextManager[Sink]], Path]],
-) -> Iterator[Row]:
-    """The rows, each also given to every sink; the files appear when the last one was taken."""
-    with ExitStack() as stack:
-        writers = [stack.enter_context(make(path)) for make, path in sinks]
-        for row in rows:
-            for write in writers:
-                write(row)
-            yield row
-
-
-def _table_row(row: Row) -> dict[str, Any]:
-    """A row of the table: `top` as JSON, names that are no UTF-8 escaped."""
-    path = row["path"].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return {**row, "path": path, "top": json.dumps(row["top"], ensure_ascii=False)}
-
-
-@contextmanager
-def _csv_sink(path: Path) -> Iterator[Sink]:
-    with (
-        replacing(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, ["path", "label", "probability", "top", "error"])
-        writer.writeheader()
-        yield lambda row: writer.writerow(_table_row(row))
-
-
-@contextmanager
-def _parquet_sink(path: Path) -> Iterator[Sink]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    entry = pa.struct([("label", pa.string()), ("probability", pa.float64())])
-    schema = pa.schema(
-        [
-            ("path", pa.string()),
-            ("label", pa.string()),
-            ("probability", pa.float64()),
-            ("top", pa.list_(entry)),
-            ("error", pa.string()),
-        ]
-    )
-    held: list[Row] = []
-    with (
-        replacing(path) as temporary,
-        temporary.open("wb") as file,
-        pq.ParquetWriter(file, schema) as writer,
-    ):
-
-        def flush() -> None:
-            writer.write_table(pa.Table.from_pylist(held, schema=schema))
-            held.clear()
-
-        def write(row: Row) -> None:
-            held.append({**row, "path": _table_row(row)["path"]})
-            if len(held) >= 4096:
-                flush()
-
-        yield write
-        flush()
+    return net, name

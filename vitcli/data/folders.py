@@ -32,34 +32,68 @@ def is_image_name(name: str) -> bool:
 
 
 def image_files(folder: Path) -> tuple[list[str], Counter[str]]:
-    """Paths of all pictures below `folder`, relative to it, sorted; and the endings left out.
-
-    Hidden files are passed over. Links are followed, a circle of them once; a link that leads
-    nowhere is listed, so that reading it is reported.
-    """
-    found: list[str] = []
+    """Paths of all pictures below `folder`, as `walk_images` finds them; the endings left out."""
     other: Counter[str] = Counter()
+    return list(walk_images(folder, other)), other
+
+
+def walk_images(
+    folder: Path, other: Counter[str] | None = None, *, strict: bool = True
+) -> Iterator[str]:
+    """Paths of all pictures below `folder`, relative to it, in the order of their bytes.
+
+    No more is held than the names of one folder and of those above it. Hidden files are passed
+    over. Links are followed, a circle of them once; a link that leads nowhere is listed, so that
+    reading it is reported.
+
+    Args:
+        other: counts the endings of files that are no pictures.
+        strict: raise where a folder may not be looked into; else it is listed itself.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
     seen: set[tuple[int, int]] = set()
-    waiting = [""]
-    while waiting:
-        inner = waiting.pop()
-        here = folder / inner
-        state = here.stat()
-        if (state.st_dev, state.st_ino) in seen:
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        with os.scandir(here) as entries:
-            for entry in entries:
-                path = f"{inner}/{entry.name}" if inner else entry.name
-                if entry.name.startswith(".") or entry.name.lower() in NOT_CLASSES:
-                    continue
-                if entry.is_dir():
-                    waiting.append(path)
-                elif is_image_name(entry.name):
-                    found.append(path)
-                else:
-                    other[Path(entry.name).suffix.lower() or "no ending"] += 1
-    return sorted(found, key=os.fsencode), other
+    ahead = [iter([""])]  # of each open folder what is still to come
+    while ahead:
+        path = next(ahead[-1], None)
+        if path is None:
+            ahead.pop()
+        elif path and not path.endswith("/"):
+            yield path
+        else:
+            try:
+                ahead.append(iter(_entries(folder, path, seen, other)))
+            except PermissionError:
+                if strict:
+                    raise
+                yield path
+
+
+def _entries(
+    folder: Path, inner: str, seen: set[tuple[int, int]], other: Counter[str] | None
+) -> list[str]:
+    """What is to be looked at in `folder/inner`, sorted; folders end with a slash.
+
+    The slash takes part in the order, so that walking them one after another gives whole paths in
+    the order of their bytes.
+    """
+    state = (folder / inner).stat()
+    if (state.st_dev, state.st_ino) in seen:
+        return []
+    seen.add((state.st_dev, state.st_ino))
+    found: list[str] = []
+    with os.scandir(folder / inner) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name.lower() in NOT_CLASSES:
+                continue
+            if entry.is_dir():
+                found.append(f"{inner}{entry.name}/")
+            elif is_image_name(entry.name):
+                found.append(inner + entry.name)
+            elif other is not None:
+                other[Path(entry.name).suffix.lower() or "no ending"] += 1
+    return sorted(found, key=os.fsencode)
 
 
 def load_folder(request: Request) -> Source:

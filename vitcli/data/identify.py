@@ -34,7 +34,8 @@ def open_file(path: str | os.PathLike[str], name: str) -> BinaryIO:
     try:
         kind = Path(path).stat().st_mode
         if stat.S_ISDIR(kind):
-            raise ImageError(name, "it is a folder")
+            closed = not os.access(path, os.R_OK | os.X_OK)
+            raise ImageError(name, f"it is a folder{' that may not be read' if closed else ''}")
         if not stat.S_ISREG(kind):  # opening a pipe would wait for a writer
             raise ImageError(name, "it is not a regular file")
         return open(path, "rb")

@@ -134,7 +134,7 @@ class Preprocess:
         """A picture in `self.mode` -> one of `image_size`: resized, then cropped or padded."""
         if image.size == (self.image_size[1], self.image_size[0]) and self._keeps_size():
             return image
-        resized = _resize(image, self._resized_shape(image), self.interpolation, self.antialias)
+        resized = self.resize(image)
         rows, columns = self.image_size
         whole = floor if self.crop_rounding == "down" else round  # `round` goes to even
         top, left = whole((resized.height - rows) / 2), whole((resized.width - columns) / 2)
@@ -149,6 +149,10 @@ class Preprocess:
         # timm's `border`: what cannot be shared evenly goes to the bottom and the right.
         canvas.paste(resized, ((columns - resized.width) // 2, (rows - resized.height) // 2))
         return canvas
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """A picture as it is before the crop (or the padding)."""
+        return _resize(image, self._resized_shape(image), self.interpolation, self.antialias)
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) uint8, on any device -> (B, C, Y, X) float32: (x / 255 - mean) / std."""

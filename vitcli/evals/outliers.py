@@ -1,0 +1,147 @@
+"""How far an image lies from those that a model learned from, by its features.
+
+The Mahalanobis distance to the nearest class mean under the covariance that the classes share (Lee
+et al., 2018, section 2.1), of features scaled to length one (Müller and Hein, 2025: lengths differ
+between classes, and the distance assumes that they do not). Beside the distance to the k-th nearest
+image (Sun et al., 2022) it finds other data as well on the sets tried here (recipes/LOG.md), and a
+file of it holds class means and one matrix, not every training image.
+
+A distance alone says little, so it is given as the share of held-out images that lie nearer. Held
+out from the training too: a network draws the images that it learned from around their means, and
+beside those every other image would look strange.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vitcli.errors import VitcliError
+from vitcli.weights.store import load_weights, save_tensors
+
+FORMAT = 1
+NAMES = ("centre", "whiten", "means", "held_out")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is kept of the images that a model knows.
+
+    Attributes:
+        centre: (F,) the mean of their features.
+        whiten: (F, F) makes the shared covariance the identity.
+        means: (K, F) class means, whitened.
+        held_out: (n,) distances of images that were neither trained on nor fitted to, sorted.
+        facts: where it comes from: `data`, `fingerprint`, `images`, `held_out`, `model`.
+    """
+
+    centre: Tensor
+    whiten: Tensor
+    means: Tensor
+    held_out: Tensor
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in NAMES})
+
+    def distances(self, features: Tensor) -> Tensor:
+        """(B, F) -> (B,): to the nearest class mean, in standard deviations."""
+        x = (F.normalize(features.float(), dim=1) - self.centre) @ self.whiten  # (B, F)
+        return torch.cdist(x, self.means).amin(dim=1)  # (B,)
+
+    def shares(self, distances: Tensor) -> Tensor:
+        """(B,) -> (B,) float64: the share of the held-out images that lie nearer, 0..1."""
+        nearer = torch.searchsorted(self.held_out, distances.contiguous())
+        shares = nearer.double() / len(self.held_out)
+        return shares.masked_fill(distances.isnan(), 1.0)  # nothing is as strange as no number
+
+
+def fit_reference(
+    features: NDArray[np.float32],
+    labels: NDArray[Any],
+    held_out: NDArray[np.float32],
+    facts: Mapping[str, Any] | None = None,
+) -> Reference:
+    """Class means and a shared covariance, shrunk by the rule of Ledoit and Wolf (2004).
+
+    Args:
+        features: (n, F) of training images.
+        labels: (n,) their classes. Images of several labels, (n, K), and classes of fewer than two
+            images on average are taken as one class.
+        held_out: (m, F) of images that the model did not learn from.
+
+    Raises:
+        VitcliError: fewer than two images, or features that are not numbers.
+    """
+    from sklearn.covariance import LedoitWolf
+
+    if len(features) < 2 or len(held_out) < 1:
+        raise VitcliError(
+            f"{len(features)} images and {len(held_out)} held out are too few to say what is usual",
+            "give more of them with `--reference DATA`",
+        )
+    if not (np.isfinite(features).all() and np.isfinite(held_out).all()):
+        raise VitcliError("the model's features are not finite", "its weights are damaged")
+    x = features.astype(np.float64)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    centre = x.mean(axis=0)
+    x -= centre  # (n, F)
+    classes, place = np.unique(labels, return_inverse=True) if labels.ndim == 1 else ((), ())
+    if len(classes) == 0 or len(x) < 2 * len(classes):
+        classes, place = np.zeros(1), np.zeros(len(x), dtype=np.int64)
+    means = np.zeros((len(classes), x.shape[1]))
+    np.add.at(means, place, x)
+    means /= np.bincount(place)[:, None]  # (K, F)
+    fitted = LedoitWolf(assume_centered=True).fit(x - means[place])
+    values, vectors = np.linalg.eigh(fitted.covariance_)
+    # Features that do not vary at all, such as those of a dead unit, say nothing.
+    floor = max(values[-1], 1e-12) * 1e-7
+    whiten = vectors / np.sqrt(np.maximum(values, floor))  # (F, F)
+    parts = {"centre": centre, "whiten": whiten, "means": means @ whiten}
+    tensors = {name: torch.from_numpy(a.astype(np.float32)) for name, a in parts.items()}
+    reference = Reference(**tensors, held_out=torch.zeros(0), facts=facts or {})
+    distances = reference.distances(torch.from_numpy(held_out)).sort().values
+    return replace(reference, held_out=distances)
+
+
+def save_reference(path: Path, reference: Reference) -> None:
+    """Write it as a safetensors file, whole or not at all; raises as `replacing` does."""
+    metadata = {"vitcli_reference": json.dumps({"format": FORMAT, **reference.facts})}
+    save_tensors(path, {name: getattr(reference, name) for name in NAMES}, metadata)
+
+
+def load_reference(path: Path) -> Reference:
+    """What `save_reference` wrote.
+
+    Raises:
+        VitcliError: it is damaged, or of a newer vitcli.
+    """
+    from safetensors import safe_open
+
+    tensors = load_weights(path)
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get("vitcli_reference", "")
+    try:
+        facts = json.loads(said)
+        if facts["format"] != FORMAT:
+            raise ValueError(f"format {facts['format']}, not {FORMAT}")
+        found = Reference(**{name: tensors[name] for name in NAMES}, facts=facts)
+        width = len(found.centre)
+        if found.whiten.shape != (width, width) or found.means.shape[1:] != (width,):
+            raise ValueError("its tensors do not fit together")
+        if found.held_out.ndim != 1 or not len(found.held_out):
+            raise ValueError("no held-out images")
+        return found
+    except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise VitcliError(
+            f"the reference features in `{path}` cannot be used: {error}",
+            "remove the file; `--reference DATA` makes it again",
+        ) from None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitcli.data.decode import ImageInput, read_image
-from vitcli.data.transforms import Preprocess, channels_first
+from vitcli.data.transforms import Preprocess, as_pixels
 from vitcli.errors import VitcliError
 
 KINDS = ("flip", "crops:5", "crops:10")
@@ -73,7 +73,7 @@ class Views:
         corners = [(0, 0), (right, 0), (0, bottom), (right, bottom)]
         pictures = [self.preprocess.fit(image)]
         pictures += [whole.crop((x, y, x + columns, y + rows)) for x, y in corners]
-        parts = map(torch.from_numpy, map(channels_first, pictures))
+        parts = map(torch.from_numpy, map(as_pixels, pictures))
         return torch.stack(list(parts))  # (crops, C, Y, X)
 
     def of(self, batch: Tensor) -> list[Tensor]:

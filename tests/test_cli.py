@@ -349,3 +349,18 @@ def test_a_signal_is_128_and_its_number_and_one_word(trained):
         if process.returncode != -number:  # Python itself was still starting
             assert process.returncode == 128 + number and "Traceback" not in err
             assert err.endswith(words[number])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--steps", "3", "--epochs", "2"),
+        ("--budget", "1m", "--set", "train.steps=3"),
+        ("--set", "train.images=9", "--set", "train.epochs=1"),
+    ],
+)
+def test_two_lengths_of_a_run_are_a_mistake(given, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(capfd, "pretrain", *given)
+    assert status == 2 and "a run has one length" in err
+    assert not (tmp_path / "runs").exists()

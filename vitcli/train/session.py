@@ -169,9 +169,9 @@ def train(
         except KeyboardInterrupt as interrupt:  # before the first step, or after the last
             if accelerator.num_processes > 1 or not interrupt.args:
                 raise
-            stopped = stopped_outside(run, interrupt.args[0])
-            logged.write(str(stopped))
-            raise stopped from None
+            outside = stopped_outside(run, interrupt.args[0])
+            logged.write(str(outside))
+            raise outside from None
 
 
 def stopped_outside(run: Run, number: int) -> Stopped:

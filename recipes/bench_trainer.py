@@ -11,6 +11,7 @@ start, imports and evaluations included. Prints the seconds to the target, and d
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -68,18 +69,16 @@ def main() -> None:
 
 def follow(command: list[str], metrics: Path, cores: list[int], curve: Curve) -> None:
     """Run `command` on `cores`; note when each accuracy appears in its metrics."""
-    began, seen = time.monotonic(), 0
+    began = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     bound = ["taskset", "-c", ",".join(map(str, cores)), *command]
     process = subprocess.Popen(bound, env=environment, stderr=subprocess.DEVNULL)
     while True:
         ended = process.poll() is not None
-        lines = metrics.read_text().splitlines() if metrics.is_file() else []
-        for line in lines[seen:]:
-            accuracy = json.loads(line).get("test/accuracy")
-            if accuracy is not None:
-                curve.append((time.monotonic() - began, accuracy))
-        seen = len(lines)
+        written = metrics.read_text() if metrics.is_file() else ""
+        # Not line by line: an accuracy is added to the line of its step.
+        found = re.findall(r'"test/accuracy": ([^,}]+)[,}]', written)
+        curve += [(time.monotonic() - began, float(accuracy)) for accuracy in found[len(curve) :]]
         if ended:
             break
         time.sleep(0.25)

@@ -42,6 +42,7 @@ def test_stages_share_the_run():
 
 
 def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
+    go(tmp_path / "warm", tiny_recipe(train={"steps": 1}))  # what is imported late is now there
     recipe = tiny_recipe(**SETTINGS)
     start = time.monotonic()
     whole = go(tmp_path / "whole", recipe)
@@ -88,10 +89,22 @@ def test_measuring_moves_no_weight(tmp_path, monkeypatch):
 
 def test_a_budget_too_small_for_one_step(tmp_path, monkeypatch):
     recipe = tiny_recipe(train={"steps": None, "budget": "1s"})
-    monkeypatch.setattr("vitcli.train.session.parse_duration", lambda text: 0.0)
+    monkeypatch.setattr("vitcli.train.session.parse_duration", lambda text: 5.0)
+    monkeypatch.setattr("vitcli.cost.budget.WRITING_SECONDS", 60.0)
     with pytest.raises(VitcliError, match="no step fits into the budget"):
         go(tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()  # free for another try
+
+
+def test_a_budget_that_is_over_is_not_exceeded_by_measuring(tmp_path, monkeypatch):
+    from vitcli import launch
+
+    monkeypatch.setattr(launch, "began", time.monotonic() - 100.0)
+    monkeypatch.setattr(loop.Loop, "update", lambda *_: pytest.fail("a step was made"))
+    recipe = tiny_recipe(train={"steps": None, "budget": "60s"})
+    with pytest.raises(VitcliError, match=r"was over before one could be timed, 4\d\.\d s ago"):
+        go(tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def fixed(monkeypatch, steps):

@@ -334,8 +334,9 @@ def test_streams_that_are_closed_full_or_of_few_letters(trained):
         assert "hint: free some space" in full.stderr
 
 
-def test_ctrl_c_is_130_and_one_word(trained):
-    for seconds in (1.0, 2.0):
+def test_a_signal_is_128_and_its_number_and_one_word(trained):
+    words = {signal.SIGINT: "interrupted\n", signal.SIGTERM: "stopped by SIGTERM\n"}
+    for seconds, number in ((1.0, signal.SIGINT), (2.0, signal.SIGINT), (2.0, signal.SIGTERM)):
         process = subprocess.Popen(
             [sys.executable, "-m", "vitcli", "predict", *["photos"] * 2000, "--model", "runs/tiny"],
             stdout=subprocess.DEVNULL,
@@ -343,8 +344,23 @@ def test_ctrl_c_is_130_and_one_word(trained):
             text=True,
         )
         time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
-        if process.returncode != -signal.SIGINT:  # Python itself was still starting
-            assert process.returncode == 130 and "Traceback" not in err
-            assert err.endswith("interrupted\n")
+        if process.returncode != -number:  # Python itself was still starting
+            assert process.returncode == 128 + number and "Traceback" not in err
+            assert err.endswith(words[number])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--steps", "3", "--epochs", "2"),
+        ("--budget", "1m", "--set", "train.steps=3"),
+        ("--set", "train.images=9", "--set", "train.epochs=1"),
+    ],
+)
+def test_two_lengths_of_a_run_are_a_mistake(given, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(capfd, "pretrain", *given)
+    assert status == 2 and "a run has one length" in err
+    assert not (tmp_path / "runs").exists()

@@ -124,6 +124,13 @@ def go(out, recipe, resume=False):
     return train(recipe, make, out=out, resume=resume, watch=Quiet())
 
 
+def test_a_token_without_a_head_is_said(teacher):
+    student = built(CLASSES, 8, 0.5, distillation_token=True, class_token=True, pool="token")
+    with pytest.raises(VitcliError, match="no head that reads it") as caught:
+        objective(teacher[0], student)
+    assert "model.distillation_head=true" in caught.value.hint
+
+
 def test_a_teacher_that_cannot_be_leaves_no_run(tmp_path):
     recipe = tiny_recipe(objective={"name": "distill", "teacher": str(tmp_path / "gone")})
     with pytest.raises(VitcliError, match="no such model"):

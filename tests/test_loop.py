@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import records, tiny_recipe
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.train import loop as loops
+from vitcli.train import setup
 from vitcli.train.loop import Loop, Stopped
 from vitcli.train.objectives import Softmax
 from vitcli.train.session import train
@@ -148,9 +150,8 @@ def test_it_goes_back_with_half_the_rate_where_asked(tmp_path, monkeypatch):
     found = records(tmp_path / "run")
     steps = [r["step"] for r in found if "train/loss" in r]
     assert steps == list(range(1, 11))
-    assert [r for r in found if "event" in r] == [
-        {"step": 4, "event": "rewind", "from": 6, "lr_scale": 0.5}
-    ]
+    told = [(r["step"], r["event"], r["from"], r["lr_scale"]) for r in found if "event" in r]
+    assert told == [(4, "rewind", 6, 0.5)]
     monkeypatch.undo()
     go(tmp_path / "plain", train={"steps": 10})
     pairs = zip(
@@ -320,3 +321,47 @@ def test_a_resume_removes_what_a_kill_left_half_written(tmp_path):
     left.write_text("half")
     go(tmp_path / "run", resume=True)
     assert not left.exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"train": {"ema_decay": None}}])
+def test_a_signal_during_an_evaluation_waits_for_nothing(tmp_path, monkeypatch, settings):
+    """The state is saved as it was, also where averaged weights were in their place just then."""
+    sections = {"train": {"eval_steps": 3, **settings.get("train", {})}}
+    go(tmp_path / "whole", **sections)
+    real, asked = setup.measure, iter(range(9))
+
+    def measured(*arguments, **more):
+        if next(asked) == 0:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("it went on")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(setup, "measure", measured)
+    with pytest.raises(Stopped, match="SIGTERM after step 3, state saved"):
+        go(tmp_path / "parts", **sections)
+    go(tmp_path / "parts", resume=True, **sections)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+
+
+def test_a_signal_after_the_last_step_or_before_the_first_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*arguments, **more):
+        raise KeyboardInterrupt(int(signal.SIGTERM))  # as the program's own handler does
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "measure", interrupted)
+        with pytest.raises(Stopped, match="SIGTERM after step 8, state saved") as stopped:
+            go(tmp_path / "late", train={"eval_steps": 100})
+    assert (stopped.value.number, stopped.value.run) == (15, str(tmp_path / "late"))
+    go(tmp_path / "late", resume=True, train={"eval_steps": 100})
+    assert (tmp_path / "late/result.json").is_file()
+    monkeypatch.setattr(Loop, "fit", interrupted)
+    with pytest.raises(Stopped, match="SIGTERM before the first step"):
+        go(tmp_path / "early")
+
+
+def test_each_step_has_one_line_with_its_evaluation(tmp_path):
+    go(tmp_path / "run", train={"steps": 7, "eval_steps": 2, "log_steps": 3})
+    found = records(tmp_path / "run")
+    assert [r["step"] for r in found] == [2, 3, 4, 6, 7]
+    assert [r["step"] for r in found if "test/accuracy" in r] == [2, 4, 6, 7]
+    assert all({"images", "seconds", "train/loss", "lr"} <= set(r) for r in found)

@@ -350,6 +350,33 @@ def test_threads_are_shared_and_the_environment_of_a_launcher_is_set(monkeypatch
     assert {(e["WORLD_SIZE"], e["OMP_NUM_THREADS"]) for e in environments} == {("3", "2")}
 
 
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_clock_runs_from_the_start_of_the_program(monkeypatch):
+    code = "import time; time.sleep(0.5); from vitcli import launch; launch.start(); "
+    code += "print(time.monotonic() - launch.began)"
+    if Path("/proc/self/stat").exists():
+        assert 0.5 <= float(python(code).stdout) < 30.0
+    told = python(code, **{launch.BEGAN: repr(time.monotonic() - 20.0)})
+    assert 20.5 <= float(told.stdout) < 50.0
+    assert float(python(code, **{launch.BEGAN: "1e12"}).stdout) < 0.1  # another machine's clock
+
+
+def test_an_end_without_tear_down_still_writes_and_tidies():
+    code = "import atexit, sys; from vitcli import launch; atexit.register(print, 'tidied'); "
+    code += "atexit.register(sys.stdout.write, 'a word, '); launch.leave(5)"
+    done = python(code)
+    assert (done.returncode, done.stdout) == (5, "a word, tidied\n")
+
+
 def test_a_number_of_processes_that_cannot_be(monkeypatch, capsys):
     assert cli.run(["pretrain", "--processes", "0"]) == 2
     assert "`--processes`" in capsys.readouterr().err.replace("'", "`")

@@ -7,7 +7,7 @@ import pytest
 
 from vitcli.config import Recipe, check
 from vitcli.errors import VitcliError
-from vitcli.run import Run, create_run, finished_runs, new_path, reopen_run
+from vitcli.run import Run, create_run, finished_runs, new_path, place_of, reopen_run
 
 
 def recipe(**train):
@@ -66,6 +66,42 @@ def test_records_survive_a_line_cut_off_and_are_forgotten_after_a_step(tmp_path)
         2,
         3,
     ]
+
+
+def test_a_step_has_one_line(tmp_path):
+    run = create_run(tmp_path / "a", recipe())
+    run.log({"step": 1, "train/loss": 2.0})
+    run.log({"step": 2, "train/loss": 1.0, "x": 0.123456789})
+    run.log({"step": 2, "x": 1, "test/loss": 3.0})
+    run.log({"step": 3, "train/loss": 0.5})
+    assert run.metrics_file.read_text().endswith("}\n")
+    assert run.records() == [
+        {"step": 1, "train/loss": 2.0},
+        {"step": 2, "train/loss": 1.0, "x": 1, "test/loss": 3.0},
+        {"step": 3, "train/loss": 0.5},
+    ]
+
+
+def test_a_line_that_becomes_shorter_leaves_no_rest(tmp_path):
+    run = create_run(tmp_path / "a", recipe())
+    run.log({"step": 1, "x": 0.123456789})
+    run.log({"step": 1, "x": 1})
+    assert run.metrics_file.read_text() == '{"step": 1, "x": 1}\n'
+
+
+def test_a_resume_needs_to_be_told_which(tmp_path):
+    assert place_of(tmp_path / "x", "a", resume=True) == tmp_path / "x"
+    assert place_of(None, "a", resume=False, runs=tmp_path) == tmp_path / "a"
+    with pytest.raises(VitcliError, match="which is not given") as caught:
+        place_of(None, "a", resume=True, runs=tmp_path / "none")
+    assert caught.value.hint == "`--out RUN`"
+    for number, name in enumerate(("a", "b", "c")):
+        run = create_run(tmp_path / name, recipe())
+        os.utime(run.recipe_file, (number, number))
+    Run(tmp_path / "c").finish({})
+    with pytest.raises(VitcliError) as caught:
+        place_of(None, "a", resume=True, runs=tmp_path)
+    assert f"`--out {tmp_path / 'b'}`" in caught.value.hint
 
 
 def test_the_newest_finished_run_comes_first(tmp_path):

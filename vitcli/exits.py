@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
@@ -27,6 +26,7 @@ REFUSALS = {
 }
 EXIT_BUG, EXIT_MISTAKE, EXIT_UNREADABLE, EXIT_INTERRUPTED = 1, 2, 3, 130
 INTERRUPT_SECONDS = 3.0  # for what runs to put its files away
+_received = signal.SIGINT  # of those that `_interrupt` was called for
 
 
 def unreadable(broken: Iterable[str]) -> None:
@@ -55,30 +55,42 @@ def main(app: Callable[..., Any]) -> None:
     # Threads that spin while another process works make two cores slower than one; read by
     # OpenMP when torch is loaded (recipes/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    launch.began = time.monotonic()
+    launch.start()
     slurm.join()
     launch.follow()
     _open_streams()
     signal.signal(signal.SIGINT, _interrupt)
+    if launch.size() == 1:  # of several, whoever started them tells of it
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = run(app, sys.argv[1:])
     except KeyboardInterrupt:  # before the command has begun
-        status = EXIT_INTERRUPTED
+        sys.stderr.write(f"{_word()}\n")
+        status = 128 + _received
     launch.leave(status)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C outside of training: unwind; and where some import swallows that, end all the same."""
+    """Ctrl-C and SIGTERM outside of training: unwind, so that nothing is left half-written.
+
+    Where some import swallows that, end all the same.
+    """
+    global _received
+    _received = signal.Signals(number)
 
     def end() -> None:
-        sys.stderr.write("interrupted\n")
+        sys.stderr.write(f"{_word()}\n")
         sys.stderr.flush()
-        os._exit(EXIT_INTERRUPTED)
+        os._exit(128 + number)
 
     timer = threading.Timer(INTERRUPT_SECONDS, end)
     timer.daemon = True
     timer.start()
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
+
+
+def _word() -> str:
+    return "interrupted" if _received == signal.SIGINT else f"stopped by {_received.name}"
 
 
 def _open_streams() -> None:
@@ -101,16 +113,17 @@ def run(app: Callable[..., Any], arguments: list[str]) -> int:
         report.Terminal().warn(warning)
     try:
         status = app(args=arguments, prog_name="vitcli", standalone_mode=False, obj=arguments)
-        if status == EXIT_INTERRUPTED:  # typer has caught Ctrl-C
-            report.err.print("interrupted")
+        if status == EXIT_INTERRUPTED:  # typer has caught a KeyboardInterrupt
+            report.err.print(_word())
+            status = 128 + _received
         return launch.together(status if isinstance(status, int) else 0)
     except typer.Exit as done:
         return launch.together(done.exit_code)
     except VitcliError as error:
         return _tell(error)
     except (KeyboardInterrupt, typer.Abort):
-        report.err.print("interrupted")
-        return EXIT_INTERRUPTED if launch.rank() == 0 else 0
+        report.err.print(_word())
+        return 128 + _received if launch.rank() == 0 else 0
     except (BrokenPipeError, SystemExit):  # the second is how typer and Rich tell of the first
         # The reader of our output (`| head`) is gone; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,6 +8,7 @@ Process 0 writes files and talks. All make the same mistakes together, so it tel
 user too; another process speaks only of what it alone has met, see `hold`.
 """
 
+import atexit
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -28,8 +30,10 @@ LIFELINE = "VITCLI_LIFELINE"
 FORWARDED = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
-# Of `time.monotonic`: when this process began to work for a command line; a budget counts from it.
+# Of `time.monotonic`: when the command was started; a budget counts from it.
 began: float | None = None
+BEGAN = "VITCLI_BEGAN"  # the same, told to the processes of one command
+LONGEST_START = 60.0  # seconds that Python may take to come as far as `start`
 
 # By torchrun and accelerate, then by the MPIs that Accelerate knows.
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
@@ -87,6 +91,7 @@ def several(number: int, arguments: Sequence[str], tell: Callable[[VitcliError],
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         LIFELINE: "stdin",
+        **({} if began is None else {BEGAN: repr(began)}),
     }
     return Team(
         [sys.executable, "-m", "vitcli", *arguments],
@@ -162,6 +167,25 @@ class Team:
             member.stdin.close()
 
 
+def start() -> None:
+    """Note when the command was started: before Python was loaded, where the system tells."""
+    global began
+    now = time.monotonic()
+    given = os.environ.pop(BEGAN, None)
+    age = now - float(given) if given else _age()
+    began = now - age if 0.0 <= age <= LONGEST_START else now
+
+
+def _age() -> float:
+    """Seconds that this process has been running; 0 where only the system knows."""
+    try:
+        told = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        born = int(told[19]) / os.sysconf("SC_CLK_TCK")  # field 22: since the machine started
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - born
+    except (OSError, ValueError, AttributeError, IndexError):
+        return 0.0
+
+
 def follow() -> None:
     """Stop, as after SIGTERM, when the process that started this one is no more."""
     if os.environ.pop(LIFELINE, None) is None:
@@ -194,11 +218,16 @@ def together(status: int) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process."""
-    if size() > 1:
-        # Torn down by the interpreter, the threads of torch's process group hang or abort now and
-        # then, also after a good end. Every file is closed by now, and what is left is its memory.
+    """End this process, without the interpreter's tear-down.
+
+    That of torch takes most of a second, and with several processes its threads hang or abort now
+    and then, also after a good end. Every file is closed by now, and what is left is memory.
+    """
+    if size() == 1:
+        atexit._run_exitfuncs()  # temporary folders of libraries, what trackers still hold
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    except OSError:
+        sys.exit(status)  # the interpreter has its own words for it
+    os._exit(status)

@@ -34,11 +34,19 @@ def settings(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
     """`--set` assignments, and laid over them the short flags that were given (not None).
 
     Raises:
-        VitcliError: an assignment that is not `section.key=value`.
+        VitcliError: an assignment that is not `section.key=value`, or two lengths of a run.
     """
-    from vitcli.config import lay_over, nest, parse_overrides
+    from vitcli.config import DURATIONS, lay_over, nest, parse_overrides
 
     found = parse_overrides(assignments or [])
+    written = [text.partition("=")[0].strip() for text in assignments or []]
+    written += [SHORTHAND[name] for name, value in flags.items() if value is not None]
+    lengths = sorted({f"train.{name}" for name in DURATIONS} & set(written))
+    if len(lengths) > 1:
+        raise VitcliError(
+            f"a run has one length, and here are {' and '.join(f'`{key}`' for key in lengths)}",
+            "give one of `--steps`, `--epochs` and `--budget`",
+        )
     for name, value in flags.items():
         if value is not None:
             lay_over(found, nest(SHORTHAND[name], value))

@@ -22,6 +22,7 @@ from vitcli.files import replacing, write_text
 
 RUNS = Path("runs")
 OUTCOMES = "outcomes.safetensors"  # of the last evaluation, image by image
+TAIL = 2**16  # bytes at the end of metrics.jsonl, which hold its last line
 LIBRARIES = ("torch", "accelerate", "datasets", "numpy", "pillow", "safetensors")
 
 
@@ -90,14 +91,25 @@ class Run:
         self._write_json("provenance.json", {**self.provenance(), **facts})
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one record to metrics.jsonl.
+        """Append one record to metrics.jsonl, or add it to the last one where that has its step.
+
+        So each step has one line, with the figures of training and of an evaluation after it.
 
         Raises:
             VitcliError: it cannot be written.
         """
         try:
-            with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self.metrics_file.touch()
+            with self.metrics_file.open("r+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - TAIL))
+                last = (file.read().splitlines(keepends=True) or [b""])[-1]
+                same = _record_of(last)
+                if same is not None and same.get("step") == record.get("step"):
+                    record = {**same, **record}
+                    file.seek(end - len(last))
+                file.write(json.dumps(record).encode() + b"\n")
+                file.truncate()
         except OSError as error:
             raise VitcliError(
                 f"cannot write `{self.metrics_file}`: {error.strerror}",
@@ -108,13 +120,8 @@ class Run:
         """All whole records of metrics.jsonl; a line cut off by a kill is left out."""
         if not self.metrics_file.is_file():
             return []
-        records = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return records
+        lines = self.metrics_file.read_bytes().splitlines()
+        return [record for line in lines if (record := _record_of(line)) is not None]
 
     def forget_after(self, step: int) -> None:
         """Drop the records of steps that a resume from `step` will do again."""
@@ -198,6 +205,23 @@ def reopen_run(path: Path, recipe: Recipe) -> Run | None:
     return run
 
 
+def place_of(out: Path | None, stem: str, resume: bool, runs: Path = RUNS) -> Path:
+    """The directory of a run that trains: `out`, or a new one named after `stem`.
+
+    Raises:
+        VitcliError: it is to be resumed, and `out` is not given.
+    """
+    if out is not None:
+        return out
+    if not resume:
+        return new_path(stem, runs)
+    begun = [Run(p) for p in runs.iterdir()] if runs.is_dir() else []
+    begun = [run for run in begun if run.recipe_file.is_file() and not run.finished]
+    newest = max(begun, key=lambda run: run.recipe_file.stat().st_mtime_ns, default=None)
+    hint = f"the newest that has not finished: `--out {newest.path}`" if newest else "`--out RUN`"
+    raise VitcliError("`--resume` goes on with the run at `--out`, which is not given", hint)
+
+
 def new_path(stem: str, runs: Path = RUNS, *, suffix: str = "") -> Path:
     """`runs/STEM`, or the first of `runs/STEM-2`, `-3`, … that is free; `suffix` ends a file's."""
     path, number = runs / f"{stem}{suffix}", 1
@@ -279,6 +303,14 @@ def _commit() -> str | None:
         dirty = git(["status", "--porcelain", "--untracked-files=no"])
         return git(["rev-parse", "HEAD"]) + ("+" if dirty else "")
     except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _record_of(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None of one that is cut off."""
+    try:
+        return json.loads(line)
+    except ValueError:
         return None
 
 

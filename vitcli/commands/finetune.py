@@ -8,7 +8,7 @@ from typing import Any
 from vitcli.config import Recipe, Settings, lay_over, load_recipe, nest
 from vitcli.data.sources import Source
 from vitcli.errors import VitcliError
-from vitcli.run import RUNS, check_free, finished_runs, new_path
+from vitcli.run import RUNS, check_free, finished_runs, new_path, place_of
 from vitcli.train.find_lr import FoundRate, find_rate
 from vitcli.train.session import Trained, train
 from vitcli.vit import Model, ResNet, VisionTransformer
@@ -63,7 +63,7 @@ def run(
     return train(
         resolved,
         lambda source: pretrained_model(resolved, source, watch, verbose=verbose),
-        out=out or new_path(Path(name).stem),
+        out=place_of(out, Path(name).stem, resume),
         resume=resume,
         watch=watch,
         track=track,

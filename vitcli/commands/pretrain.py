@@ -6,7 +6,7 @@ from vitcli.config import ModelSection, Recipe, Settings, check, lay_over, load_
 from vitcli.data.sources import Source
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
-from vitcli.run import check_free, new_path
+from vitcli.run import check_free, new_path, place_of
 from vitcli.train.find_lr import FoundRate, find_rate
 from vitcli.train.objectives import is_supervised
 from vitcli.train.session import Trained, train
@@ -47,7 +47,7 @@ def run(
     return train(
         resolved,
         lambda source: random_model(resolved, source),
-        out=out or new_path(Path(name).stem),
+        out=place_of(out, Path(name).stem, resume),
         resume=resume,
         watch=watch,
         track=track,

@@ -181,7 +181,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if re.fullmatch(r"step_\d{6,}", p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of the checkpoint at `path`."""
+    return int(path.name.removeprefix("step_"))
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:

@@ -17,7 +17,7 @@ SHOWN = 5  # classes that an error names
 class Distill(nn.Module):
     """Cross-entropy with the labels, and beside it what a frozen teacher says.
 
-    A model with a distillation head (`model.distillation_token`) learns the teacher there and the
+    A model with a distillation head (`model.distillation_head`) learns the teacher there and the
     labels in its class head; any other learns both in its one head. The teacher sees the same
     augmented pictures, at its own size and in its own normalisation. It is no part of the
     checkpoint: a resumed run loads it again.
@@ -31,6 +31,12 @@ class Distill(nn.Module):
         if section.teacher is None:
             raise VitcliError(
                 "objective `distill` needs a teacher", "`--set objective.teacher=MODEL`"
+            )
+        two = getattr(model, "head_dist", None) is not None
+        if getattr(model.config, "distillation_token", False) and not two:
+            raise VitcliError(
+                "the model has a distillation token, and no head that reads it",
+                "`--set model.distillation_head=true --set model.pool=distilled`",
             )
         teacher = load_model(section.teacher)
         require_preprocess(teacher)

@@ -40,7 +40,7 @@ from vitcli.train.meter import Meter, peak_memory
 from vitcli.train.optim import set_rates
 from vitcli.train.pace import Pace, is_filling, warning
 from vitcli.train.schedules import schedule_factor
-from vitcli.train.signals import SignalFlag, Stopped
+from vitcli.train.signals import AtOnce, SignalFlag, Stopped
 from vitcli.train.timeline import Timeline
 from vitcli.watch import Watcher
 
@@ -155,7 +155,8 @@ class Loop:
                 last = state.step >= self.total_steps
                 ends = last or (stop is not None and stop != TIME_IS_UP)
                 save = self._due(saved) or ends
-                if state.step % train.log_steps == 0 or save:
+                evaluate = bool(self.eval_steps) and state.step % (self.eval_steps or 1) == 0
+                if state.step % train.log_steps == 0 or save or evaluate:
                     figures = self._record(meter, factor, pace)
                     self._tell_of(pace, (state.step - first) * train.batch_size)
                     bar.advance(meter.steps, **figures)
@@ -170,8 +171,8 @@ class Loop:
                     saved = time.monotonic()
                 if ends and stop is not None:
                     raise Stopped(stop, state.step, str(self.run.path))
-                if self.eval_steps and state.step % self.eval_steps == 0:
-                    bar.advance(0, **self.evaluate())
+                if evaluate:
+                    bar.advance(0, **self._evaluate_between(flag))
 
     def _asked(self, flag: SignalFlag) -> int | None:
         """The signal that came, or that the time is up."""
@@ -291,16 +292,36 @@ class Loop:
         targets = soft_targets(part.labels, model.config.num_classes)
         return part.mix.images(images), part.mix.targets(targets)
 
-    def evaluate(self) -> dict[str, float]:
-        """Figures of the validation pass, logged; with averaged weights where there are."""
+    def evaluate(self, flag: SignalFlag | None = None) -> dict[str, float]:
+        """Figures of the validation pass, logged; with averaged weights where there are.
+
+        Raises:
+            AtOnce: `flag` was given and noted a signal. Not with several processes, which would
+                have to stop together.
+        """
         if self.validate is None:
             return {}
         self.module.eval()
-        with averaged(self.state), gathered(self.state.module):
+        alone = self.accelerator.num_processes == 1
+        at_once = flag.at_once() if flag is not None and alone else nullcontext()
+        # The last of the three, so that the weights are back in their place whenever it comes.
+        with averaged(self.state), gathered(self.state.module), at_once:
             figures = self.validate()
         self.module.train()
         self._log({"step": self.state.step, **{f"test/{k}": v for k, v in figures.items()}})
         return {f"test_{name}": value for name, value in figures.items()}
+
+    def _evaluate_between(self, flag: SignalFlag) -> dict[str, float]:
+        """The same between two steps; a signal ends it, since it may take longer than one gives.
+
+        Raises:
+            Stopped: a signal came; the state is saved.
+        """
+        try:
+            return self.evaluate(flag)
+        except AtOnce as signalled:
+            self.save()
+            raise Stopped(signalled.number, self.state.step, str(self.run.path)) from None
 
     def save(self) -> None:
         """Write a checkpoint of the present step.

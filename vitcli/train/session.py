@@ -19,7 +19,7 @@ from vitcli.devices import matrix_peak
 from vitcli.errors import VitcliError
 from vitcli.run import OUTCOMES, Run, check_free, create_run, reopen_run
 from vitcli.train.assemble import build_parts, start_accelerator
-from vitcli.train.checkpoint import list_checkpoints, load_checkpoint
+from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
 from vitcli.train.curves import draw_curves
 from vitcli.train.lock import holding
 from vitcli.train.loop import Loop, Stopped, averaged
@@ -166,6 +166,18 @@ def train(
         except Stopped as stopped:
             logged.write(str(stopped))
             raise
+        except KeyboardInterrupt as interrupt:  # before the first step, or after the last
+            if accelerator.num_processes > 1 or not interrupt.args:
+                raise
+            outside = stopped_outside(run, interrupt.args[0])
+            logged.write(str(outside))
+            raise outside from None
+
+
+def stopped_outside(run: Run, number: int) -> Stopped:
+    """What to tell of a signal that came while no step was made: what is on the disk is saved."""
+    found = list_checkpoints(run.checkpoints)
+    return Stopped(number, step_of(found[-1]) if found else 0, str(run.path))
 
 
 def warn_of_other_processes(run: Run, number: int, watch: Watcher) -> None:

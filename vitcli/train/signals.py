@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -15,15 +17,25 @@ class Stopped(Exception):
     """The run was asked to stop by `signal`, and has saved its state at `step`."""
 
     def __init__(self, number: int, step: int, run: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, state saved")
+        when = f"after step {step}, state saved" if step else "before the first step"
+        super().__init__(f"stopped by {signal.Signals(number).name} {when}")
         self.number = number
         self.run = run
+
+
+class AtOnce(BaseException):
+    """A signal came where nothing need be finished first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class SignalFlag:
     """Notes the signals while its block runs; a second Ctrl-C acts at once."""
 
     received: int | None = None
+    _at_once = False
 
     def __enter__(self) -> Self:
         self._old: dict[int, Any] = {}
@@ -37,6 +49,23 @@ class SignalFlag:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = self.received is not None and number == signal.SIGINT
         self.received = number
+        if self._at_once:
+            self._at_once = False
+            raise AtOnce(number)
+        if again:
+            raise KeyboardInterrupt(number)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """For the length of a block a signal is not only noted.
+
+        Raises:
+            AtOnce: it came.
+        """
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "vitcli"
 STEPS = [
     {"cli", "__main__"},
     {"options", "exits"},
-    {"results"},
+    {"results", "results_look"},
     {"report"},
     {"commands"},
-    {"train", "evals", "cost"},
+    {"train", "evals", "look", "cost"},
     {"weights", "data", "run", "devices"},
     {"vit"},
     {"config"},

@@ -377,6 +377,64 @@ def patchify(
 
 
 @app.command()
+def inspect(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Images, folders, quoted globs, or DATA.", metavar="[IMAGE...]", show_default=False
+        ),
+    ] = None,
+    model: Model = None,
+    labels: Labels = None,
+    set_: Set = None,
+    image_size: ImageSize = None,
+    limit: Annotated[int, typer.Option("--limit", help="Images to look at, at most.")] = 128,
+    bias: Annotated[
+        bool, typer.Option("--bias/--no-bias", help="Measure the inductive bias too.")
+    ] = True,
+    resnet: Annotated[
+        str | None,
+        typer.Option(
+            "--resnet",
+            help="The ResNet to compare with. Default: random weights, as many parameters.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for pictures and numbers.", show_default=False),
+    ] = None,
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
+    """Look into a model: the paper's figures as pictures and numbers.
+
+    Embedding filters, position similarity, mean attention distance of every head, attention rollout
+    over each image, and how translation-equivariant and how local the model is, beside random
+    weights and a ResNet. The folder holds `index.html`, PNGs, `inspect.json` and `figures.npz`.
+
+    Example: `vitcli inspect cat.jpg --model runs/finetune --out look/`
+    """
+    from vitcli import report, results_look
+    from vitcli.commands import inspect as command
+
+    result = command.run(
+        images or (),
+        model=model,
+        settings=settings(set_, image_size=image_size),
+        labels=labels,
+        out=out,
+        limit=limit,
+        with_bias=bias,
+        resnet=resnet,
+        verbose=verbose,
+        watch=report.Terminal(),
+    )
+    exits.show(result, json, results_look.show_inspection)
+    exits.unreadable(result.broken)
+
+
+@app.command()
 def check(
     data: Annotated[str, typer.Argument(help="The images to look at.", metavar="DATA")],
     set_: Set = None,

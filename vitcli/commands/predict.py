@@ -1,7 +1,6 @@
 """`vitcli predict`: images, folders, globs -> class names and probabilities."""
 
 import csv
-import glob
 import json
 import os
 from collections import deque
@@ -16,17 +15,15 @@ from torch import Tensor
 
 from vitcli.config import Settings, load_inference
 from vitcli.data.decode import ImageError
-from vitcli.data.folders import image_files
+from vitcli.data.paths import find_images
 from vitcli.data.transforms import Preprocess
 from vitcli.devices import pick_device
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.vit import Model
 from vitcli.watch import Quiet, Watcher
 from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
-
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # DATA of other commands
 
 # One object of `predict --json`: path, label, probability, top, error.
 Row = dict[str, Any]
@@ -152,47 +149,6 @@ def _classifier(
     if net.labels is None:
         watch.warn(f"`{name}` has no class names, so numbers stand for them; see `--labels FILE`")
     return net
-
-
-def find_images(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Images, folders and globs -> paths of images, in this order; missing ones stay in.
-
-    Raises:
-        VitcliError: nothing was given, nothing of it exists, or the folders hold no images.
-    """
-    # os.path, because it answers False for impossible names where pathlib raises.
-    files: list[str] = []
-    empty: list[str] = []
-    for given in paths:
-        path = os.fspath(given)
-        if os.path.isdir(path):  # noqa: PTH112
-            inside, _ = image_files(Path(path))
-            files += [str(Path(path) / name) for name in inside]
-            if not inside:
-                empty.append(path)
-        elif glob.has_magic(path) and not os.path.lexists(path):
-            matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
-            files += [match for match in matches if Path(match).is_file()] or [path]
-        else:
-            files.append(path)
-    if empty and not files:
-        hint = "hidden files and files that are no images don't count"
-        if any(Path(empty[0]).glob("*.parquet")):
-            hint = f"it holds parquet: `vitcli evaluate {printable(empty[0])}` may be meant"
-        raise VitcliError(f"no images in `{printable(empty[0])}`", hint)
-    if files and all(Path(file).suffix.lower() in TABLES for file in files):
-        raise VitcliError(
-            f"`{printable(files[0])}` is a table, not an image",
-            f"`predict` takes images, folders and globs; for labelled data there is `vitcli "
-            f"evaluate {printable(files[0])}`",
-        )
-    if not any(os.path.exists(file) for file in files):  # noqa: PTH110
-        shown = ", ".join(f"`{printable(file)}`" for file in files[:3])
-        raise VitcliError(
-            f"no such image: {shown}" if files else "no images given",
-            hint="paths of images, folders, or quoted globs such as 'photos/**/*.jpg'",
-        )
-    return files
 
 
 def _rows(

@@ -343,7 +343,10 @@ def compare(
 
 @app.command()
 def patchify(
-    source: Annotated[str, typer.Argument(help="An image, or DATA.", metavar="IMAGE|DATA")],
+    source: Annotated[
+        str,
+        typer.Argument(help="An image, DATA, or patches that were stored.", metavar="IMAGE|DATA"),
+    ],
     patch_size: Annotated[int, typer.Option("--patch-size", help="Side of a patch.")] = 16,
     image_size: ImageSize = None,
     out: Annotated[
@@ -352,6 +355,14 @@ def patchify(
             "--out", help="x.safetensors for patches, x.png for the picture, a folder for images."
         ),
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option("--compare", help="A .png for the grids of 8, 16 and 32 side by side."),
+    ] = None,
+    reconstruct: Annotated[
+        str | None,
+        typer.Option("--reconstruct", help="A .png put together of the patches again."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Cut images into patches: look at them, measure them, or store them as tokens.
@@ -359,10 +370,13 @@ def patchify(
     `--out DIR` stores the images of DATA once, decoded and shrunk; DIR is DATA for every command
     then, and no epoch decodes anything again. Interrupted, the same command goes on.
 
+    Of a picture also: mean, spread and entropy of its patches, and what each patch size costs.
+    `vitcli patchify cat.safetensors --reconstruct cat.png` puts stored patches together again.
+
     Example: `vitcli patchify cat.jpg --patch-size 32 --out cat.safetensors`
     or: `vitcli patchify photos/ --image-size 224 --out photos-224`
     """
-    from vitcli import report, results
+    from vitcli import report, results_look
     from vitcli.commands import patchify as command
 
     result = command.run(
@@ -370,9 +384,11 @@ def patchify(
         patch_size=patch_size,
         image_size=image_size,
         out=None if out is None else str(out),
+        compare=compare,
+        reconstruct=reconstruct,
         watch=report.Terminal(),
     )
-    exits.show(result, json, results.show_patches)
+    exits.show(result, json, results_look.show_patches)
     exits.unreadable(result.broken)
 
 

@@ -1,10 +1,11 @@
-"""The results of `inspect` as tables and small pictures."""
+"""The results of `inspect` and `patchify` as tables and small pictures."""
 
 import io
 from typing import Any
 
 from PIL import Image
 
+from vitcli import report
 from vitcli.errors import printable
 from vitcli.report import print_facts, print_picture, print_table, show_next
 
@@ -92,3 +93,60 @@ def _show_rollout(result: Any, one: Any) -> None:
     print_facts(one["path"], rows)
     with Image.open(io.BytesIO(result.album.pictures[one["files"]["rollout"]])) as picture:
         print_picture(picture)
+
+
+def show_patches(result: Any) -> None:
+    """The picture with its grid, and what the patches are."""
+    if result.picture is not None:
+        print_picture(result.picture)
+    rows, cols = result.grid
+    facts: list[tuple[str, Any]] = [
+        ("image", f"{result.image_size[0]}x{result.image_size[1]} pixels"),
+        ("patches", f"{rows} x {cols} = {result.num_patches} tokens"),
+        (
+            "a token",
+            f"{result.patch_size}x{result.patch_size}x{result.num_channels}"
+            f" = {result.patch_dim} values",
+        ),
+    ]
+    if result.splits:
+        facts.append(("images", ", ".join(f"{n:,} {name}" for name, n in result.splits.items())))
+        facts.append(("classes", len(result.classes)))
+        total = sum(result.splits.values()) * result.num_patches
+        facts.append(("tokens in all", f"{total:,}"))
+    if found := result.statistics:
+        for name, unit in (("mean", ""), ("std", ""), ("entropy", " bits")):
+            values = found.to_json()[name]
+            said = " to ".join(f"{values[key]:.1f}" for key in ("min", "max"))
+            facts.append((f"{name} of a patch", f"{said}{unit}, median {values['median']:.1f}"))
+    if result.comparison is not None:
+        facts.append(("side by side", result.comparison))
+    if result.reconstruction is not None:
+        facts.append(("put together", result.reconstruction))
+    if result.picture_path is not None:
+        facts.append(("picture", result.picture_path))
+    if result.out is not None:
+        size = f" ({result.stored_bytes / 2**20:,.0f} MiB)" if result.stored_bytes else ""
+        facts.append(("written", f"{result.out}{size}"))
+    print_facts(result.source, facts)
+    if result.kind == "image":
+        _show_costs(result.costs)
+    for note in result.notes:
+        report.Terminal().note(note)
+
+
+def _show_costs(costs: Any) -> None:
+    """What each patch size costs."""
+    rows = [
+        [
+            f"{row['patch_size']}x{row['patch_size']}",
+            f"{row['tokens']:,}",
+            f"{row['token_values']:,}",
+            f"{row['token_pairs']:,}",
+            f"{row['attention_macs'] / 1e9:.2f}",
+            f"{row['forward_macs'] / 1e9:.1f}",
+        ]
+        for row in costs
+    ]
+    columns = ["patch", "tokens", "values each", "pairs", "for pairs", "in all"]
+    print_table("cost by patch size; billions of multiply-adds of a ViT-B", columns, rows)

@@ -114,8 +114,14 @@ def test_sizes_side_by_side():
 
 @pytest.mark.parametrize(
     "image_size,patch_size,sizes",
-    [((224, 224), 16, [8, 16, 32]), ((224, 224), 14, [8, 14, 16, 32]), ((225, 225), 15, [15])]
-    + [((48, 32), 16, [8, 16]), ((30, 60), 10, [5, 10]), ((12, 24), 6, [3, 6, 12])],
+    [
+        ((224, 224), 16, [8, 16, 32]),
+        ((224, 224), 14, [8, 14, 16, 32]),
+        ((225, 225), 15, [15]),
+        ((48, 32), 16, [8, 16]),
+        ((30, 60), 10, [5, 10]),
+        ((12, 24), 6, [3, 6, 12]),
+    ],
 )
 def test_patch_sizes_that_divide_the_image(image_size, patch_size, sizes):
     assert fitting_sizes(image_size, patch_size) == sizes

@@ -124,7 +124,7 @@ def run(
                 hint="its inductive bias can be measured: leave out `--no-bias`",
             )
         watch.warn(f"`{model}` is a ResNet: filters and equivariance only, there is no attention")
-    require_preprocess(net)
+    preprocess = require_preprocess(net)
     chosen = choose(paths, net, inference, watch)
     tell_load(net, watch, verbose=verbose)
     net = net.to(pick_device()).eval()
@@ -144,12 +144,19 @@ def run(
         pictured, read, unread = _pictures(chosen, net)
         broken += [line for line in unread if line not in broken]
         with watch.progress("this network", 1) as bar:
-            rows.append(bias.row("this model", net, read, shifts_of(cell_size(net.config)), bar))
+            shifts = shifts_of(cell_size(net.config))
+            rows.append(bias.row("this model", net, read, preprocess, shifts, bar))
         config, parameters = net.config, rows[0].parameters
         random_itself = net.load_report is not None and net.load_report.layout == "variant"
         del net  # two of them need not fit into memory
         rows += bias.others(
-            config, parameters, read, random_itself=random_itself, resnet=other, watch=watch
+            config,
+            parameters,
+            read,
+            preprocess,
+            random_itself=random_itself,
+            resnet=other,
+            watch=watch,
         )
         facts["inductive_bias"] = chapters.inductive_bias(album, rows, pictured.name)
     folder = out or new_path(f"{run_stem(model)}-inspect")

@@ -22,6 +22,7 @@ from vitcli.look.equivariance import (
 from vitcli.look.figures import join, look
 from vitcli.vit import Config, Model, ResNet, ResNetConfig, from_config
 from vitcli.watch import Bar, Quiet, Watcher
+from vitcli.weights.load import require_preprocess
 
 MOST_PICTURES = 8
 LEAST_PICTURES = 4  # given by the user; with fewer the built-in ones are taken
@@ -72,24 +73,30 @@ class BiasRow:
 def read_pictures(
     images: ImageSet, preprocess: Preprocess, margin: int
 ) -> tuple[list[Tensor], list[str]]:
-    """Up to `MOST_PICTURES` of (1, C, Y + margin, X + margin), normalised; what was unreadable."""
+    """Up to `MOST_PICTURES` of (1, C, Y + margin, X + margin) uint8; what was unreadable."""
     rows, cols = preprocess.image_size
     larger = preprocess.resized_to((rows + margin, cols + margin))
     pictures: list[Tensor] = []
     broken: list[str] = []
     for batch in eval_batches(images, larger, batch_size=1, limit=MOST_PICTURES):
         broken += batch.broken
-        pictures += [larger.normalize(image[None]) for image in batch.images]
+        pictures += list(batch.images.split(1))
     return pictures, broken
 
 
 def row(
-    name: str, model: Model, pictures: Sequence[Tensor], shifts: tuple[int, ...], bar: Bar
+    name: str,
+    model: Model,
+    pictures: Sequence[Tensor],
+    preprocess: Preprocess,
+    shifts: tuple[int, ...],
+    bar: Bar,
 ) -> BiasRow:
-    """One network measured on `pictures`."""
-    rows, cols = model.config.image_size
+    """One network measured on `pictures`, in windows of the size that `preprocess` has."""
+    rows, cols = preprocess.image_size
     parameters = body_parameters(model)
-    moves = measure(model, pictures, shifts)
+    pictures = [preprocess.normalize(picture) for picture in pictures]
+    moves = measure(model, pictures, shifts, (rows, cols))
     bar.advance()
     if isinstance(model, ResNet):
         return BiasRow(name, parameters, moves)
@@ -111,6 +118,7 @@ def others(
     config: Config,
     parameters: int,
     pictures: Sequence[Tensor],
+    preprocess: Preprocess,
     *,
     random_itself: bool,
     resnet: tuple[str, ResNet] | None = None,
@@ -122,6 +130,7 @@ def others(
         config: of the model that is compared.
         parameters: of that model, without its head.
         pictures: as `read_pictures` gives them, on the device that computes.
+        preprocess: of that model.
         random_itself: the model has random weights already, and needs no such twin.
         resnet: name and network to take in place of a random one of the same budget.
     """
@@ -131,15 +140,16 @@ def others(
     with (watch or Quiet()).progress("other networks", 2) as bar:
         if not random_itself:
             twin = fresh(config).to(device)
-            found.append(row("its random twin", twin, pictures, shifts, bar))
+            found.append(row("random twin", twin, pictures, preprocess, shifts, bar))
             del twin
         if resnet is not None:
             name, network = resnet
-            found.append(row(name, network.to(device), pictures, shifts, bar))
+            own = require_preprocess(network).resized_to(preprocess.image_size)
+            found.append(row(name, network.to(device), pictures, own, shifts, bar))
         elif not isinstance(config, ResNetConfig):
             plain = same_budget(parameters, config.image_size, config.num_channels)
             name = f"{resnet_name(plain)}, random"
-            found.append(row(name, fresh(plain).to(device), pictures, shifts, bar))
+            found.append(row(name, fresh(plain).to(device), pictures, preprocess, shifts, bar))
     return found
 
 

@@ -211,24 +211,20 @@ def bias_table(rows: Sequence[BiasRow]) -> list[list[str]]:
     lines = [
         ["", *(row.name for row in rows)],
         ["parameters", *(f"{row.parameters / 1e6:.2f} M" for row in rows)],
-        ["a cell of the feature map", *(f"{row.moves.cell} px" for row in rows)],
+        ["cell of the map", *(f"{row.moves.cell} px" for row in rows)],
     ]
+    moves = [row.moves for row in rows]
     for number, shift in enumerate(rows[0].moves.shifts):
-        moves = [row.moves for row in rows]
         pairs = [(as_text(m.r2[number]), as_text(m.unrelated[number])) for m in moves]
-        lines.append([f"R2, shifted by {shift} px", *(f"{a} ({b})" for a, b in pairs)])
+        lines.append([f"R2, shifted {shift} px", *(f"{a} ({b})" for a, b in pairs)])
         lines.append(["  inner half", *(as_text(m.inner[number]) for m in moves)])
-    vits = [row for row in rows if row.local_uniform is not None]
-    if vits:
-        share = f"{100 * (vits[0].local_uniform or 0):.0f} %"
-        far = f"{vits[0].distance_uniform or 0:.0f} px"
+    if any(row.local is not None for row in rows):
         lines += [
-            [f"inside 3x3, layer 1 (uniform {share})", *(local(row.local_first) for row in rows)],
-            [f"inside 3x3, all layers (uniform {share})", *(local(row.local) for row in rows)],
-            [
-                f"attention distance (uniform {far})",
-                *("-" if row.distance is None else f"{row.distance:.0f} px" for row in rows),
-            ],
+            ["inside 3x3, layer 1", *(local(row.local_first) for row in rows)],
+            ["inside 3x3, all layers", *(local(row.local) for row in rows)],
+            ["  uniform attention", *(local(row.local_uniform, "-") for row in rows)],
+            ["distance", *(far(row.distance) for row in rows)],
+            ["  uniform attention", *(far(row.distance_uniform) for row in rows)],
         ]
     return lines
 
@@ -238,6 +234,11 @@ def as_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def local(share: float | None) -> str:
+def local(share: float | None, without: str = "all") -> str:
     """A share of the attention; a ResNet's convolutions see 3x3 cells and nothing else."""
-    return "all" if share is None else f"{100 * share:.0f} %"
+    return without if share is None else f"{100 * share:.0f} %"
+
+
+def far(pixels: float | None) -> str:
+    """A distance, a dash for none."""
+    return "-" if pixels is None else f"{pixels:.0f} px"

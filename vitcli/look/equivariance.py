@@ -122,23 +122,23 @@ def measure(
     model: Model,
     pictures: Sequence[Tensor],
     shifts: tuple[int, ...],
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int],
 ) -> Equivariance:
     """The feature maps of shifted windows against those of the first, shifted.
 
     Args:
         pictures: two or more of (1, C, Y + s, X + s), normalised, s the largest shift.
         shifts: in pixels.
-        size: (Y, X) of a window; the model's own by default.
+        size: (Y, X) of a window.
     """
     assert len(pictures) > 1
-    size = size or model.config.image_size
     cell = cell_size(model.config)
     maps = []
     with torch.inference_mode():
         for picture in pictures:
-            found = feature_map(model, windows(picture, size, shifts).flatten(0, 1))
-            maps.append(found.cpu())  # (S + 1, D, rows, cols)
+            # One at a time: the first stages of a ResNet are larger than its weights.
+            found = [feature_map(model, one).cpu() for one in windows(picture, size, shifts)]
+            maps.append(torch.cat(found))  # (S + 1, D, rows, cols)
     whole = torch.stack(maps, dim=1)  # (S + 1, B, D, rows, cols)
     first, others = whole[0], whole[0].roll(1, dims=0)  # the map of the picture before
     r2, middle, unrelated = [], [], []
@@ -187,11 +187,11 @@ def count_parameters(config: ResNetConfig) -> int:
 
 
 def resnet_name(config: ResNetConfig) -> str:
-    """`R50x1`, or with stages left out `R14x0.5 of 2 stages`."""
+    """`R50x1`, or with stages left out `R50x0.5/2`."""
     depth = 3 * sum(config.layers) + 2
     full = {units: layers for layers, units in RESNETS.items()}
     known = next(
         (n for units, n in full.items() if units[: len(config.layers)] == config.layers), 0
     )
     name = f"R{known or depth}x{config.width:g}"
-    return name if len(config.layers) == 4 else f"{name}, {len(config.layers)} of 4 stages"
+    return name if len(config.layers) == 4 else f"{name}/{len(config.layers)}"

@@ -1,7 +1,8 @@
 """Two photographs that scikit-learn carries, for commands that are given none.
 
-`china.jpg` and `flower.jpg` by danielbuechele and vultilion, CC BY 2.0 (scikit-learn's
-`datasets/images/README.txt`); they are read where scikit-learn has them.
+`china.jpg` and `flower.jpg`, CC BY 2.0: scikit-learn's `datasets/images/README.txt` names
+danielbuechele for both, and for the second links to vultilion. They are read where scikit-learn has
+them.
 """
 
 from importlib.util import find_spec

@@ -80,7 +80,7 @@ def read_pictures(
     broken: list[str] = []
     for batch in eval_batches(images, larger, batch_size=1, limit=MOST_PICTURES):
         broken += batch.broken
-        pictures += list(batch.images.split(1))
+        pictures += [image[None] for image in batch.images]
     return pictures, broken
 
 

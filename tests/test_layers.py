@@ -17,7 +17,7 @@ STEPS = [
     {"results"},
     {"report"},
     {"commands"},
-    {"train", "evals", "cost"},
+    {"train", "evals", "look", "cost"},
     {"weights", "data", "run", "devices"},
     {"vit"},
     {"config"},

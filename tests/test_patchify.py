@@ -9,9 +9,12 @@ from PIL import Image
 from safetensors import safe_open
 
 from vitcli.commands.patchify import checked_size, draw_grid, run
+from vitcli.cost.flops import macs
 from vitcli.data.decode import ImageError
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.look.grids import cut_costs, fitting_sizes, patch_statistics
+from vitcli.vit import parse_variant
 from vitcli.vit.patches import unpatchify
 
 
@@ -34,7 +37,14 @@ def tensors(path):
 
 def test_a_picture_is_counted_and_drawn(folder):
     result = run("one.png", patch_size=16, image_size=48)
-    assert json.loads(json.dumps(result.to_json())) == {
+    facts = json.loads(json.dumps(result.to_json()))
+    assert [row["patch_size"] for row in facts.pop("cost")] == [8, 16]
+    assert {name: len(v["patches"]) for name, v in facts.pop("statistics").items()} == {
+        "mean": 9,
+        "std": 9,
+        "entropy": 9,
+    }
+    assert facts == {
         "source": "one.png",
         "kind": "image",
         "image_size": [48, 48],
@@ -46,6 +56,8 @@ def test_a_picture_is_counted_and_drawn(folder):
         "picture_size": [50, 70],
         "picture": "one-patches.png",
         "out": None,
+        "comparison": None,
+        "reconstruction": None,
     }
     with Image.open("one-patches.png") as drawn:
         assert (np.asarray(drawn) == np.asarray(result.picture)).all()
@@ -74,14 +86,75 @@ def test_the_patches_of_a_picture_give_it_back():
     assert metadata["image_size"] == "24x40" and metadata["source"] == "one.png"
 
 
+def test_a_picture_is_put_together_again(folder):
+    """From the patches at once, and later from the file that holds them: the same pixels."""
+    result = run(
+        "one.png", patch_size=8, image_size=(24, 40), out="p.safetensors", reconstruct="r.png"
+    )
+    with Image.open("r.png") as whole:
+        assert (np.asarray(whole) == np.asarray(result.image)).all()
+    again = run("p.safetensors", reconstruct="again.png")
+    assert (folder / "again.png").read_bytes() == (folder / "r.png").read_bytes()
+    assert again.image_size == (24, 40) and again.patch_size == 8
+    assert again.to_json()["statistics"] == result.to_json()["statistics"]
+    grey = run("one.png", image_size=32, num_channels=1, reconstruct="grey.png")
+    with Image.open("grey.png") as whole:
+        assert whole.mode == "L" and (np.asarray(whole) == np.asarray(grey.image)).all()
+
+
+def test_sizes_side_by_side():
+    result = run("one.png", image_size=64, compare="sizes.png")
+    with Image.open("sizes.png") as sheet:
+        assert sheet.width == 3 * 448 + 2 * 8 and sheet.height == 448 + 18
+        drawn = np.asarray(sheet)
+    for number, size in enumerate((8, 16, 32)):
+        left = number * (448 + 8)
+        assert (drawn[:448, left : left + 448] == np.asarray(draw_grid(result.image, size))).all()
+
+
+@pytest.mark.parametrize(
+    "image_size,patch_size,sizes",
+    [
+        ((224, 224), 16, [8, 16, 32]),
+        ((224, 224), 14, [8, 14, 16, 32]),
+        ((225, 225), 15, [15]),
+        ((48, 32), 16, [8, 16]),
+        ((30, 60), 10, [5, 10]),
+        ((12, 24), 6, [3, 6, 12]),
+    ],
+)
+def test_patch_sizes_that_divide_the_image(image_size, patch_size, sizes):
+    assert fitting_sizes(image_size, patch_size) == sizes
+
+
+def test_statistics_of_patches_are_scipys():
+    from scipy.stats import entropy
+
+    patches = np.random.default_rng(0).integers(0, 60, (5, 48), dtype=np.uint8)
+    patches[2] = 7
+    found = patch_statistics(patches)
+    assert np.allclose(found.mean, patches.astype(float).mean(1))
+    assert np.allclose(found.std, patches.astype(float).std(1))
+    expected = [entropy(np.bincount(row), base=2) for row in patches]
+    assert np.allclose(found.entropy, expected) and found.entropy[2] == 0
+
+
+def test_the_cost_of_a_cut_is_what_is_counted():
+    for row in cut_costs((64, 96), [8, 16, 32]):
+        config = parse_variant(f"B/{row['patch_size']}", image_size=(64, 96))
+        assert row["forward_macs"] == macs(config) and row["token_pairs"] == config.num_tokens**2
+        assert row["attention_macs"] == 2 * config.num_tokens**2 * 768 * 12
+
+
 def test_the_drawing_can_be_placed():
     result = run("one.png", out="deep.png")
     assert str(result.picture_path) == "deep.png" and result.out is None
 
 
 def test_data_without_out_is_only_counted(folder):
-    result = run("photos")
-    assert result.to_json() | {"source": ""} == {
+    facts = run("photos").to_json()
+    assert [row["tokens"] for row in facts.pop("cost")] == [784, 196, 49]
+    assert facts | {"source": ""} == {
         "source": "",
         "kind": "data",
         "image_size": [224, 224],
@@ -148,4 +221,16 @@ def test_what_cannot_be_done_is_said(folder):
     with pytest.raises(VitcliError, match="GiB") as caught:
         run("photos", image_size=64_000, out="x.safetensors")
     assert "--image-size" in str(caught.value.hint)
-    assert not list(folder.glob(".*"))
+    with pytest.raises(VitcliError, match=r"does not end in \.png"):
+        run("one.png", compare="x.jpg")
+    with pytest.raises(VitcliError, match="needs a picture, not a set"):
+        run("photos", reconstruct="x.png")
+    with pytest.raises(VitcliError, match="no such weights file"):
+        run("gone.safetensors", reconstruct="x.png")
+    run("photos", image_size=32, out="set.safetensors")
+    with pytest.raises(VitcliError, match="holds no patches of a picture"):
+        run("set.safetensors", reconstruct="x.png")
+    with pytest.raises(VitcliError, match="cut already") as caught:
+        run("set.safetensors")
+    assert "--reconstruct" in str(caught.value.hint)
+    assert not list(folder.glob(".*")) and not list(folder.glob("x.*"))

@@ -337,7 +337,10 @@ def compare(
 
 @app.command()
 def patchify(
-    source: Annotated[str, typer.Argument(help="An image, or DATA.", metavar="IMAGE|DATA")],
+    source: Annotated[
+        str,
+        typer.Argument(help="An image, DATA, or patches that were stored.", metavar="IMAGE|DATA"),
+    ],
     patch_size: Annotated[int, typer.Option("--patch-size", help="Side of a patch.")] = 16,
     image_size: ImageSize = None,
     out: Annotated[
@@ -346,6 +349,14 @@ def patchify(
             "--out", help="x.safetensors for patches, x.png for the picture, a folder for images."
         ),
     ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option("--compare", help="A .png for the grids of 8, 16 and 32 side by side."),
+    ] = None,
+    reconstruct: Annotated[
+        str | None,
+        typer.Option("--reconstruct", help="A .png put together of the patches again."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Cut images into patches: look at them, measure them, or store them as tokens.
@@ -353,10 +364,13 @@ def patchify(
     `--out DIR` stores the images of DATA once, decoded and shrunk; DIR is DATA for every command
     then, and no epoch decodes anything again. Interrupted, the same command goes on.
 
+    Of a picture also: mean, spread and entropy of its patches, and what each patch size costs.
+    `vitcli patchify cat.safetensors --reconstruct cat.png` puts stored patches together again.
+
     Example: `vitcli patchify cat.jpg --patch-size 32 --out cat.safetensors`
     or: `vitcli patchify photos/ --image-size 224 --out photos-224`
     """
-    from vitcli import report, results
+    from vitcli import report, results_look
     from vitcli.commands import patchify as command
 
     result = command.run(
@@ -364,9 +378,69 @@ def patchify(
         patch_size=patch_size,
         image_size=image_size,
         out=None if out is None else str(out),
+        compare=compare,
+        reconstruct=reconstruct,
         watch=report.Terminal(),
     )
-    exits.show(result, json, results.show_patches)
+    exits.show(result, json, results_look.show_patches)
+    exits.unreadable(result.broken)
+
+
+@app.command()
+def inspect(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Images, folders, quoted globs, or DATA.", metavar="[IMAGE...]", show_default=False
+        ),
+    ] = None,
+    model: Model = None,
+    labels: Labels = None,
+    set_: Set = None,
+    image_size: ImageSize = None,
+    limit: Annotated[int, typer.Option("--limit", help="Images to look at, at most.")] = 128,
+    bias: Annotated[
+        bool, typer.Option("--bias/--no-bias", help="Measure the inductive bias too.")
+    ] = True,
+    resnet: Annotated[
+        str | None,
+        typer.Option(
+            "--resnet",
+            help="The ResNet to compare with. Default: random weights, as many parameters.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for pictures and numbers.", show_default=False),
+    ] = None,
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
+    """Look into a model: the paper's figures as pictures and numbers.
+
+    Embedding filters, position similarity, mean attention distance of every head, attention rollout
+    over each image, and how translation-equivariant and how local the model is, beside random
+    weights and a ResNet. The folder holds `index.html`, PNGs, `inspect.json` and `figures.npz`.
+
+    Example: `vitcli inspect cat.jpg --model runs/finetune --out look/`
+    """
+    from vitcli import report, results_look
+    from vitcli.commands import inspect as command
+
+    result = command.run(
+        images or (),
+        model=model,
+        settings=settings(set_, image_size=image_size),
+        labels=labels,
+        out=out,
+        limit=limit,
+        with_bias=bias,
+        resnet=resnet,
+        verbose=verbose,
+        watch=report.Terminal(),
+    )
+    exits.show(result, json, results_look.show_inspection)
     exits.unreadable(result.broken)
 
 

@@ -53,6 +53,21 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def check_folder(out: Path) -> None:
+    """`out` can become a folder, as far as can be seen before the work.
+
+    Raises:
+        VitcliError: it, or what it would lie in, is something else.
+    """
+    for place in (out, *out.parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise VitcliError(
+                    f"`--out {out}`: `{place}` is no folder", hint="give the name of a folder"
+                )
+            return
+
+
 def _umask() -> int:
     mask = os.umask(0o077)  # there is no reading without setting
     os.umask(mask)

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from vitcli import report
 from vitcli.errors import printable
-from vitcli.report import print_facts, print_picture, print_table, show_next
+from vitcli.report import print_facts, print_table, show_next
 
 MOST_CLASSES = 20  # shown of an evaluation
 MOST_EXAMPLES = 3  # shown of each kind of finding
@@ -170,35 +170,6 @@ def show_labels_evaluation(result: Any) -> None:
 def worst(classes: list[list[Any]]) -> list[list[Any]]:
     """The rows with the lowest F1."""
     return sorted(classes, key=lambda row: row[3])[:MOST_CLASSES]
-
-
-def show_patches(result: Any) -> None:
-    """The picture with its grid, and what the patches are."""
-    if result.picture is not None:
-        print_picture(result.picture)
-    rows, cols = result.grid
-    facts: list[tuple[str, Any]] = [
-        ("image", f"{result.image_size[0]}x{result.image_size[1]} pixels"),
-        ("patches", f"{rows} x {cols} = {result.num_patches} tokens"),
-        (
-            "a token",
-            f"{result.patch_size}x{result.patch_size}x{result.num_channels}"
-            f" = {result.patch_dim} values",
-        ),
-    ]
-    if result.splits:
-        facts.append(("images", ", ".join(f"{n:,} {name}" for name, n in result.splits.items())))
-        facts.append(("classes", len(result.classes)))
-        total = sum(result.splits.values()) * result.num_patches
-        facts.append(("tokens in all", f"{total:,}"))
-    if result.picture_path is not None:
-        facts.append(("picture", result.picture_path))
-    if result.out is not None:
-        size = f" ({result.stored_bytes / 2**20:,.0f} MiB)" if result.stored_bytes else ""
-        facts.append(("written", f"{result.out}{size}"))
-    print_facts(result.source, facts)
-    for note in result.notes:
-        report.Terminal().note(note)
 
 
 def show_export(result: Any) -> None:

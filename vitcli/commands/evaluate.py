@@ -20,7 +20,7 @@ from vitcli.errors import VitcliError
 from vitcli.evals.features import extract, processes
 from vitcli.evals.labels import LabelsEvaluation, evaluate_labels
 from vitcli.evals.metrics import Metrics, confusion_matrix, measure, per_class
-from vitcli.files import replacing
+from vitcli.files import check_folder, replacing
 from vitcli.run import Run, new_path, run_stem
 from vitcli.sections import DataSection
 from vitcli.vit import Model
@@ -230,21 +230,6 @@ def align(net: Model, classes: tuple[str, ...], data: str, watch: Watcher) -> li
         hint=f"it knows {', '.join(f'`{n}`' for n in net.labels[:3])} …; other names for its "
         "outputs: `--labels FILE`, one class a line",
     )
-
-
-def check_folder(out: Path) -> None:
-    """`out` can become a folder, as far as can be seen before the work.
-
-    Raises:
-        VitcliError: it, or what it would lie in, is something else.
-    """
-    for place in (out, *out.parents):
-        if os.path.lexists(place):
-            if not place.is_dir():
-                raise VitcliError(
-                    f"`--out {out}`: `{place}` is no folder", hint="give the name of a folder"
-                )
-            return
 
 
 def write_confusion(out: Path, classes: tuple[str, ...], confusion: NDArray[np.int64]) -> None:

@@ -1,32 +1,32 @@
 """`vitcli patchify`: cut a picture, or a whole set, into the patches that a ViT reads."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from vitcli.data.decode import read_image
 from vitcli.data.folders import IMAGE_SUFFIXES
-from vitcli.data.loader import eval_batches
-from vitcli.data.sets import ImageSet
 from vitcli.data.sources import SUFFIXES, load_data
 from vitcli.data.storing import Stored, store_set
+from vitcli.data.tokens import read_patches, save_patches, store_token_set
 from vitcli.data.transforms import Preprocess, ResizeMode
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
-from vitcli.vit.patches import patchify
-from vitcli.watch import Quiet, Watcher
-from vitcli.weights.store import save_tensors
+from vitcli.look.grids import (
+    PatchStatistics,
+    compare_sizes,
+    cut_costs,
+    draw_grid,
+    fitting_sizes,
+    patch_statistics,
+)
+from vitcli.vit.patches import patchify, unpatchify
+from vitcli.watch import Watcher
 
 DEFAULT_IMAGE_SIZE = 224
-BATCH_SIZE = 64
-# The token set is put together in memory before it is written.
-LARGEST_TOKEN_SET = 4 * 2**30
-PICTURE_SIDE = 448
 # What is stored for crops of 224 has a shorter side of 256, the usual room around a crop.
 STORED_CROP = 0.875
 
@@ -48,6 +48,10 @@ class PatchifyResult:
         picture: for an image, the same enlarged, with the grid over it.
         picture_path: where `picture` was written.
         out: where the patches, or the images, were written.
+        statistics: for an image, of its patches.
+        costs: what each patch size that fits would cost; see `cut_costs`.
+        comparison: where the picture with the grids of all these sizes was written.
+        reconstruction: where the picture was written that was put together of the patches.
         stored_bytes: for data whose images were stored, of the folder.
         broken: a line for each image of the data that could not be read.
         notes: what the user should know.
@@ -65,6 +69,10 @@ class PatchifyResult:
     picture: Image.Image | None = None
     picture_path: Path | None = None
     out: Path | None = None
+    statistics: PatchStatistics | None = None
+    costs: tuple[dict[str, Any], ...] = ()
+    comparison: Path | None = None
+    reconstruction: Path | None = None
     stored_bytes: int | None = None
     broken: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -95,11 +103,15 @@ class PatchifyResult:
             "grid": list(self.grid),
             "tokens": self.num_patches,
             "token_values": self.patch_dim,
-            "out": None if self.out is None else printable(self.out),
+            "out": _shown(self.out),
+            "cost": list(self.costs),
         }
         if self.kind == "image":
             values["picture_size"] = list(self.picture_size or ())
-            values["picture"] = None if self.picture_path is None else printable(self.picture_path)
+            values["picture"] = _shown(self.picture_path)
+            values["statistics"] = self.statistics.to_json() if self.statistics else None
+            values["comparison"] = _shown(self.comparison)
+            values["reconstruction"] = _shown(self.reconstruction)
         else:
             values["images"] = dict(self.splits)
             values["classes"] = list(self.classes)
@@ -115,6 +127,8 @@ def run(
     patch_size: int = 16,
     image_size: int | tuple[int, int] | None = None,
     out: str | None = None,
+    compare: str | None = None,
+    reconstruct: str | None = None,
     num_channels: int = 3,
     resize_mode: ResizeMode = "crop",
     image_column: str | None = None,
@@ -133,6 +147,8 @@ def run(
     Args:
         source: a picture, or DATA.
         patch_size: P, in pixels.
+        compare: a .png for the grids of patches of 8, 16 and 32 pixels side by side.
+        reconstruct: a .png for the picture put together of its patches again.
         image_size: side, or (Y, X), that pictures are brought to; by default 224, or the multiple
             of `patch_size` next to it.
         out: a file, or for data a folder, to write.
@@ -145,6 +161,9 @@ def run(
     Raises:
         VitcliError: the patches do not divide the image, or `source` cannot be read.
     """
+    if Path(source).suffix.lower() == ".safetensors":
+        alone = patch_size == 16 and not (image_size or out or compare)
+        return _put_together(source, reconstruct, alone)
     size = checked_size(image_size, patch_size)
     notes = []
     if image_size is None and size[0] != DEFAULT_IMAGE_SIZE:
@@ -159,8 +178,13 @@ def run(
             + ("" if is_image else ", images in a folder, named without an ending"),
         )
     preprocess = Preprocess(size, resize_mode, num_channels=num_channels)
+    pictures = {"--compare": compare, "--reconstruct": reconstruct}
+    for option, place in pictures.items():
+        _check_picture(option, place, is_image)
     if is_image:
-        return _patchify_image(source, patch_size, preprocess, target, tuple(notes))
+        return _patchify_image(
+            source, patch_size, preprocess, target, compare, reconstruct, tuple(notes)
+        )
     data = load_data(
         source,
         image_column=image_column,
@@ -177,8 +201,8 @@ def run(
         broken = stored.broken
         notes.append(f"shorter sides of at most {side} pixels: enough for crops of {size[0]}")
     elif target is not None:
-        broken = _store_set(
-            data.splits, data.classes, source, patch_size, preprocess, target, workers, watch
+        broken = store_token_set(
+            data, target, preprocess, patch_size, source=source, workers=workers, watch=watch
         )
     return PatchifyResult(
         source=printable(source),
@@ -191,8 +215,27 @@ def run(
         out=target,
         stored_bytes=stored.bytes if stored else None,
         broken=broken,
+        costs=_costs(size, patch_size, num_channels),
         notes=(*notes, *data.notes),
     )
+
+
+def _shown(path: Path | None) -> str | None:
+    return None if path is None else printable(path)
+
+
+def _costs(size: tuple[int, int], patch_size: int, channels: int) -> tuple[dict[str, Any], ...]:
+    return tuple(cut_costs(size, fitting_sizes(size, patch_size), channels))
+
+
+def _check_picture(option: str, place: str | None, is_image: bool) -> None:
+    """Raises a VitcliError where the picture of `option` cannot be made or is named otherwise."""
+    if place is not None and not is_image:
+        raise VitcliError(f"`{option}` needs a picture, not a set", "name one image of it")
+    if place is not None and Path(place).suffix.lower() != ".png":
+        raise VitcliError(
+            f"`{option} {printable(place)}` does not end in .png", "for example x.png"
+        )
 
 
 def checked_size(image_size: int | tuple[int, int] | None, patch_size: int) -> tuple[int, int]:
@@ -218,23 +261,6 @@ def checked_size(image_size: int | tuple[int, int] | None, patch_size: int) -> t
     return size
 
 
-def draw_grid(image: Image.Image, patch_size: int) -> Image.Image:
-    """The picture, enlarged where it is small, with lines between its patches."""
-    scale = max(1, round(PICTURE_SIDE / max(image.size)))
-    width, height = image.width * scale, image.height * scale
-    drawn = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(drawn)
-    step = patch_size * scale
-    # White in black, so that the line is seen on any picture.
-    widths = ((3, "black"), (1, "white")) if step >= 12 else ((1, "white"),)
-    for thickness, colour in widths:
-        for x in range(step, width, step):
-            draw.line([(x, 0), (x, height)], fill=colour, width=thickness)
-        for y in range(step, height, step):
-            draw.line([(0, y), (width, y)], fill=colour, width=thickness)
-    return drawn
-
-
 def _is_image(source: str) -> bool:
     path = Path(source)
     if path.is_dir() or source.startswith("builtin:"):
@@ -248,6 +274,8 @@ def _patchify_image(
     patch_size: int,
     preprocess: Preprocess,
     target: Path | None,
+    compare: str | None,
+    reconstruct: str | None,
     notes: tuple[str, ...],
 ) -> PatchifyResult:
     original = read_image(source, preprocess.mode)
@@ -257,13 +285,16 @@ def _patchify_image(
     drawn = target is not None and target.suffix.lower() == ".png"
     beside = target.parent if target is not None else Path()
     picture_path = target if drawn and target else beside / f"{stem}-patches.png"
-    with replacing(picture_path) as temporary:
-        picture.save(temporary, format="PNG")
+    patches = patchify(preprocess.pixels(original)[None], patch_size)[0]  # (N, P*P*C)
+    size, channels = preprocess.image_size, preprocess.num_channels
+    _save(picture, picture_path)
+    if compare is not None:
+        _save(compare_sizes(image, fitting_sizes(size, patch_size)), Path(compare))
+    if reconstruct is not None:
+        _save(_whole(patches, patch_size, size), Path(reconstruct))
     out = None if drawn else target
     if out is not None:
-        patches = patchify(preprocess.pixels(original)[None], patch_size)[0]  # (N, P*P*C)
-        metadata = _metadata(source, patch_size, preprocess)
-        save_tensors(out, {"patches": patches}, metadata)
+        save_patches(out, patches, preprocess, patch_size, source)
     return PatchifyResult(
         source=printable(source),
         kind="image",
@@ -275,58 +306,48 @@ def _patchify_image(
         picture=picture,
         picture_path=picture_path,
         out=out,
+        statistics=patch_statistics(patches.numpy()),
+        costs=_costs(size, patch_size, channels),
+        comparison=None if compare is None else Path(compare),
+        reconstruction=None if reconstruct is None else Path(reconstruct),
         notes=notes,
     )
 
 
-def _store_set(
-    splits: Any,
-    classes: tuple[str, ...],
-    source: str,
-    patch_size: int,
-    preprocess: Preprocess,
-    target: Path,
-    workers: int | None,
-    watch: Watcher | None,
-) -> tuple[str, ...]:
-    """Write the patches of all images that can be read; a line for each that cannot."""
-    total = sum(map(len, splits.values()))
-    rows, columns = preprocess.image_size
-    size = total * rows * columns * preprocess.num_channels
-    if size > LARGEST_TOKEN_SET:
+def _save(picture: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _whole(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Image.Image:
+    """(N, P*P*C) uint8 -> the picture that they are of."""
+    pixels = unpatchify(patches[None], patch_size, size)[0].permute(1, 2, 0).numpy()  # (Y, X, C)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def _put_together(source: str, reconstruct: str | None, alone: bool) -> PatchifyResult:
+    """The picture of stored patches, written to `reconstruct`."""
+    shown = printable(source)
+    if reconstruct is None or not alone:
         raise VitcliError(
-            f"the patches of {total:,} images of {rows}x{columns} take {size / 2**30:.1f} GiB",
-            f"the limit is {LARGEST_TOKEN_SET // 2**30} GiB: give a smaller `--image-size`",
+            f"`{shown}` holds patches that are cut already",
+            f"`vitcli patchify {shown} --reconstruct x.png` puts them together again",
         )
-    tensors: dict[str, Tensor] = {}
-    broken: list[str] = []
-    with (watch or Quiet()).progress("patchify", total) as bar:
-        for name, images in splits.items():
-            patches, labels = [], []
-            for batch in _read(images, preprocess, workers):
-                patches.append(patchify(batch.images, patch_size))  # (B, N, P*P*C)
-                labels.append(batch.labels)
-                broken += batch.broken
-                bar.advance(len(batch) + len(batch.broken))
-            tensors[f"{name}.patches"] = torch.cat(patches)  # (n, N, P*P*C)
-            tensors[f"{name}.labels"] = torch.cat(labels)
-    metadata = _metadata(source, patch_size, preprocess)
-    metadata["classes"] = json.dumps(classes)
-    save_tensors(target, tensors, metadata)
-    return tuple(broken)
-
-
-def _read(images: ImageSet, preprocess: Preprocess, workers: int | None) -> Any:
-    return eval_batches(images, preprocess, batch_size=BATCH_SIZE, workers=workers)
-
-
-def _metadata(source: str, patch_size: int, preprocess: Preprocess) -> dict[str, str]:
-    rows, columns = preprocess.image_size
-    return {
-        "source": printable(source),
-        "patch_size": str(patch_size),
-        "image_size": f"{rows}x{columns}",
-        "grid": f"{rows // patch_size}x{columns // patch_size}",
-        "channels": str(preprocess.num_channels),
-        "layout": "patches row by row; inside one: rows, columns, channels; uint8 pixels",
-    }
+    _check_picture("--reconstruct", reconstruct, True)
+    patches, patch_size, size = read_patches(source)
+    channels = patches.shape[1] // patch_size**2
+    picture = _whole(patches, patch_size, size)
+    _save(picture, Path(reconstruct))
+    return PatchifyResult(
+        source=shown,
+        kind="image",
+        image_size=size,
+        patch_size=patch_size,
+        num_channels=channels,
+        picture_size=size,
+        image=picture,
+        picture=picture,
+        statistics=patch_statistics(patches.numpy()),
+        costs=_costs(size, patch_size, channels),
+        reconstruction=Path(reconstruct),
+    )

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -214,3 +214,11 @@ def _size(folder: Path, path: bytes) -> bytes:
         return (folder / os.fsdecode(path)).stat().st_size.to_bytes(8, "little")
     except OSError:  # a link to nothing
         return b"?"
+
+
+def files_set(files: Sequence[str]) -> ImageSet:
+    """The files as a set; the class of each is the name of the folder it lies in."""
+    folders = [Path(file).parent.name for file in files]
+    classes = sorted(set(folders))
+    labels = np.array([classes.index(name) for name in folders], dtype=np.int64)
+    return ImageSet("images", classes, labels, FileStore(Path(), map(os.fsencode, files)))

@@ -169,6 +169,18 @@ def open_data(
     )
 
 
+def is_set(notation: str) -> bool:
+    """Whether it is DATA of another kind than a folder or files of images.
+
+    Raises:
+        VitcliError: it looks like such DATA, and there is none.
+    """
+    path = Path(notation)
+    if notation.startswith(("builtin:", "hf:")) or path.suffix.lower() in SUFFIXES:
+        return True
+    return path.is_dir() and _kind(notation) != "folder"
+
+
 def _kind(notation: str) -> str:
     """The key of SOURCES that reads `notation`."""
     if notation.startswith("builtin:"):

@@ -72,8 +72,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(d, d)
         self.proj_drop = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(B, T, D) -> queries, keys, values (B, H, T, E), and the bias (B, H, T, T) or None."""
         b, t, d = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, E)
@@ -84,7 +84,12 @@ class Attention(nn.Module):
         bias = None
         if self.rel_pos is not None:
             bias = relative_bias(q, self.rel_pos, self.num_prefix_tokens)
-        x = attend(q, k, v, bias)  # (B, H, T, E)
+        return q, k, v, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        b, t, d = x.shape
+        x = attend(*self.heads(x))  # (B, H, T, E)
         x = x.transpose(1, 2).reshape(b, t, d)  # (B, T, D)
         x = self.proj_drop(self.proj(x))
         return x

@@ -52,13 +52,18 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(d, eps=config.norm_eps)
         self.mlp = Mlp(d, config.mlp_dim, config.gelu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, D)."""
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> the query (B, H, 1, E), keys and values (B, H, N, E)."""
         b, n, d = x.shape
         heads = self.num_heads, d // self.num_heads
         q = self.q(self.latent.expand(b, -1, -1)).reshape(b, 1, *heads).transpose(1, 2)
         k, v = self.kv(x).reshape(b, n, 2, *heads).permute(2, 0, 3, 1, 4).unbind(0)
-        x = attend(q, k, v).transpose(1, 2).reshape(b, 1, d)  # (B, 1, D)
+        return q, k, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, D)."""
+        b, _, d = x.shape
+        x = attend(*self.heads(x)).transpose(1, 2).reshape(b, 1, d)  # (B, 1, D)
         x = self.proj(x)
         x = x + self.mlp(self.norm(x))
         return x[:, 0]

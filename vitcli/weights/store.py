@@ -135,6 +135,13 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return dict(header)
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts in the header of any safetensors file; raises as `load_weights` does."""
+    refuse_foreign(path)
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
 @contextmanager
 def _understood(path: str | os.PathLike[str]) -> Iterator[None]:
     """What a header of ours says may be anything, once somebody has changed it."""

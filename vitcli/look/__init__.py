@@ -1,0 +1,1 @@
+"""What a model looks at: the paper's figures, numbers first, then pictures."""

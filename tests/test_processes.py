@@ -171,7 +171,11 @@ def test_evaluate_counts_every_image_once(trained):
     alone = evaluate.run("builtin:digits", model=str(folder / "run"), out=folder / "alone")
     done = command(folder, "evaluate", "--model", folder / "run", "--out", "both", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {**alone.to_json(), "confusion": "both/confusion.csv"}
+    names = {"confusion": "confusion.csv", "confusion_picture": "confusion.png"}
+    names |= {"reliability_picture": "reliability.png", "mistakes_picture": "mistakes.png"}
+    there = {key: f"both/{name}" for key, name in names.items()}
+    assert json.loads(done.stdout) == {**alone.to_json(), **there}
+    assert {path.name for path in (folder / "both").iterdir()} == set(names.values())
     both, one = (folder / name / "confusion.csv" for name in ("both", "alone"))
     assert both.read_text() == one.read_text()
 

@@ -34,7 +34,8 @@ def imagenet():
 def test_synsets_are_the_folders_of_imagenet(imagenet):
     notes = Notes()
     found = match(imagenet, ["n01443537", "n01440764", "n15075141"], "imagenet-a", notes)
-    assert found.outputs == ((1,), (0,), (999,))  # goldfish, tench, toilet tissue
+    assert found.outputs == ((1,), (0,), (999,))
+    assert found.words == ("goldfish", "tench", "toilet tissue")
     assert "synsets" in notes.lines[0]
 
 

@@ -44,15 +44,20 @@ def show_images_evaluation(result: Any) -> None:
         ("calibration error", f"{m.ece:.4f} ({low:.4f} to {high:.4f})"),
     ]
     print_facts(f"{result.model} on {result.data}", [*rows, *_temperature(result)])
+    words = result.words
+
+    def called(name: str) -> str:
+        return f"{name} ({words[name]})" if name in words else name
+
     classes = [
-        [name, f"{c['precision']:.3f}", f"{c['recall']:.3f}", f"{c['f1']:.3f}", c["images"]]
+        [called(name), f"{c['precision']:.3f}", f"{c['recall']:.3f}", f"{c['f1']:.3f}", c["images"]]
         for name, c in result.per_class.items()
     ]
     shown = classes if len(classes) <= MOST_CLASSES else worst(classes)
     title = "" if len(classes) <= MOST_CLASSES else f"the {MOST_CLASSES} of lowest F1"
     print_table(title, ["class", "precision", "recall", "F1", "images"], shown)
     if pairs := result.mistakes.confused[:MOST_PAIRS]:
-        said = [[p.true, p.predicted, f"{p.images} of {p.of}"] for p in pairs]
+        said = [[called(p.true), called(p.predicted), f"{p.images} of {p.of}"] for p in pairs]
         print_table("most often confused", ["true", "predicted", "images"], said)
     files = result.files or {}
     shown_files = ("confusion", "confusion_picture", "reliability", "mistakes")

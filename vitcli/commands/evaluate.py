@@ -1,26 +1,23 @@
 """`vitcli evaluate`: models on a whole labelled set: accuracy, calibration, confusion."""
 
 import os
-import tomllib
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vitcli.config import Inference, Settings, load_inference
 from vitcli.data.sets import ImageSet, Source
-from vitcli.data.sources import open_data
 from vitcli.errors import VitcliError
 from vitcli.evals.beside import Evaluations, beside
 from vitcli.evals.calibrate import compared, fit, hold_out, place_of, store
+from vitcli.evals.chosen import choose_images
 from vitcli.evals.classes import ClassMap, Matching, imagenet_outputs, match, read_class_map
 from vitcli.evals.evaluation import Evaluation, evaluate_images
 from vitcli.evals.features import Extracted, extract, processes
 from vitcli.evals.labels import LabelsEvaluation, evaluate_labels
 from vitcli.evals.real import read_real, real_answers
 from vitcli.evals.written import files_of, make_folder, write_files
-from vitcli.run import Run, new_path, run_stem
-from vitcli.sections import DataSection
+from vitcli.run import new_path, run_stem
 from vitcli.vit import Model
 from vitcli.watch import Quiet, Watcher
 from vitcli.weights.fates import tell_load
@@ -90,37 +87,37 @@ def run(
     watch = watch or Quiet()
     if out is not None:
         check_folder(out)
-    mapping = None if class_map is None else read_class_map(class_map)
-    known = None if real is None else read_real(real)
     inference = load_inference(settings)
     data = inference.data.name if data is None else data
     if data is None:
         data = DEFAULT_DATA
         watch.note(f"no DATA given: {data}")
+    asked = Asked(
+        data=data,
+        inference=inference,
+        labels=labels,
+        real=None if real is None else read_real(real),
+        class_map=None if class_map is None else read_class_map(class_map),
+        calibrate=calibrate,
+        batch_size=batch_size,
+        precision=precision,
+        seed=seed,
+        verbose=verbose,
+        watch=watch,
+    )
     models = [model] if isinstance(model, str) else list(model or ())
     if not models:
         named = inference.model.name or newest_run(classifier=True)
         if inference.model.name is None:
             watch.note(f"no `--model` given: {named}")
         models = [named]
-    asked = Asked(
-        data,
-        inference,
-        labels,
-        known,
-        mapping,
-        calibrate,
-        batch_size,
-        precision,
-        seed,
-        verbose,
-        watch,
-    )
+    opened = [_open(name, asked) for name in models]
     if len(models) == 1:
-        return _evaluate(models[0], asked, out or new_path(f"{run_stem(models[0])}-evaluate"))
+        return _evaluate(opened[0], asked, out or new_path(f"{run_stem(models[0])}-evaluate"))
     folder = out or new_path("evaluate")
-    places = _places(models)
-    found = [_evaluate(m, asked, folder / p) for m, p in zip(models, places, strict=True)]
+    found = []
+    for place in _places(models):
+        found.append(_evaluate(opened.pop(0), asked, folder / place))  # popped: its weights go
     return beside(data, found, seed)
 
 
@@ -136,8 +133,24 @@ def _places(models: Sequence[str]) -> list[str]:
     return places
 
 
-def _evaluate(model: str, asked: Asked, folder: Path) -> Evaluation | LabelsEvaluation:
-    """One model, and its files in `folder`."""
+@dataclass
+class Opened:
+    """A model and the images that it is asked about, before the work.
+
+    Attributes:
+        as_it_is: nothing was said that the weights say themselves.
+    """
+
+    model: str
+    net: Model
+    source: Source
+    images: ImageSet
+    matching: Matching
+    as_it_is: bool
+
+
+def _open(model: str, asked: Asked) -> Opened:
+    """Everything about one model that can be refused."""
     watch = asked.watch
     arguments = load_settings(asked.inference.model, asked.inference.preprocess)
     net = load_model(model, labels=asked.labels, watch=watch, **arguments)
@@ -153,25 +166,32 @@ def _evaluate(model: str, asked: Asked, folder: Path) -> Evaluation | LabelsEval
     matching = match(net, source.classes, asked.data, watch, asked.class_map)
     if images.targets is not None:
         _check_several(matching, source, asked)
-    images = matching.select(images)
+    elif asked.real is not None:
+        imagenet_outputs(net)
+    as_it_is = not arguments and asked.labels is None
+    return Opened(model, net, source, matching.select(images), matching, as_it_is)
+
+
+def _evaluate(one: Opened, asked: Asked, folder: Path) -> Evaluation | LabelsEvaluation:
+    """One model, and its files in `folder`."""
+    net, images, matching = one.net, one.images, one.matching
     fitted = None
     if asked.calibrate:
-        parts = hold_out(source, images, matching, asked.seed)
+        parts = hold_out(one.source, images, matching, asked.seed)
         seen = _logits(net, parts.held, asked, "images for the temperature")
         fitted, images = fit(net, seen, matching, parts.said), parts.reported
-        watch.note(
+        asked.watch.note(
             f"temperature {net.temperature:.4g}, fitted on {len(seen.labels):,} images: "
             f"{parts.said}"
         )
-    watch.note(f"{len(images):,} {images.name} images of {asked.data}")
+    asked.watch.note(f"{len(images):,} {images.name} images of {asked.data}")
     found = _logits(net, images, asked, "images")
-    identity = f"{source.fingerprint}/{images.name}/{len(images)}"
-    result = _judge(net, found, matching, images, model, asked, identity)
+    result = _judge(one, found, images, asked)
     if isinstance(result, Evaluation):
         result = replace(result, files=files_of(result, folder))
     place = None
     if fitted is not None:
-        place = place_of(model, not arguments and asked.labels is None, folder)
+        place = place_of(one.model, one.as_it_is, folder)
         calibration, before = compared(net, found, matching, fitted, place)
         result = replace(result, calibration=calibration)
         if isinstance(result, Evaluation):
@@ -194,44 +214,39 @@ def _logits(net: Model, images: ImageSet, asked: Asked, label: str) -> Extracted
 
 
 def _judge(
-    net: Model,
-    found: Extracted,
-    matching: Matching,
-    images: ImageSet,
-    model: str,
-    asked: Asked,
-    identity: str,
+    one: Opened, found: Extracted, images: ImageSet, asked: Asked
 ) -> Evaluation | LabelsEvaluation:
+    about = {
+        "model": one.model,
+        "data": asked.data,
+        "identity": f"{one.source.fingerprint}/{images.name}/{len(images)}",
+    }
     if images.targets is not None:
         return evaluate_labels(
-            net,
+            one.net,
             found,
-            matching.firsts,
+            one.matching.firsts,
             images,
-            model=model,
-            data=asked.data,
-            identity=identity,
             seed=asked.seed,
             watch=asked.watch,
+            **about,
         )
-    if net.head_activation == "sigmoid":
+    if one.net.head_activation == "sigmoid":
         asked.watch.note(
             "loss and calibration are those of a softmax over the model's sigmoid outputs"
         )
     real = None
     if asked.real is not None:
-        real = real_answers(images, found.indices, asked.real, imagenet_outputs(net))
+        real = real_answers(images, found.indices, asked.real, imagenet_outputs(one.net))
     return evaluate_images(
-        net,
+        one.net,
         found,
-        matching,
+        one.matching,
         images,
-        model=model,
-        data=asked.data,
-        identity=identity,
         real=real,
         seed=asked.seed,
         watch=asked.watch,
+        **about,
     )
 
 
@@ -265,39 +280,6 @@ def _check_several(matching: Matching, source: Source, asked: Asked) -> None:
             "model's",
             "name all of them in `--class-map`, one for each",
         )
-
-
-def choose_images(
-    data: str, model: str, inference: Inference, watch: Watcher
-) -> tuple[Source, ImageSet]:
-    """The data's test images, else its validation images, else all of them.
-
-    On a run that was trained on a part of the data: what the run had held out, split as the run's
-    recipe says.
-    """
-    section = inference.data
-    whole = open_data(section, data, whole=True, watch=watch, streams=True)
-    if section.streaming:
-        return whole, whole.split("test", "validation")
-    run = Run(Path(model))
-    if run.recipe_file.is_file():
-        known = run.provenance().get("data", {}).get("fingerprint")
-        for split in (section, _trained_on(run)):
-            with suppress(VitcliError):  # the run's data may have other columns and splits
-                source = open_data(split, data) if split is not None else whole
-                if source.fingerprint == known:
-                    return source, source.split("test", "validation", "train")
-    if set(whole.splits) != {"train"}:
-        return whole, whole.split("test", "validation")
-    return whole, whole.split("train")
-
-
-def _trained_on(run: Run) -> DataSection | None:
-    """The `[data]` section of a run's recipe; None where it cannot be read."""
-    try:
-        return DataSection(**tomllib.loads(run.recipe_file.read_text(encoding="utf-8"))["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def check_folder(out: Path) -> None:

@@ -34,11 +34,13 @@ class Matching:
         classes: those that are evaluated.
         outputs: of each, one or more.
         taken: the number of each among the data's own classes.
+        words: of each what the model calls it, where the data has only synsets or numbers.
     """
 
     classes: tuple[str, ...]
     outputs: tuple[tuple[int, ...], ...]
     taken: NDArray[np.int64]
+    words: tuple[str, ...] | None = None
 
     @property
     def known(self) -> NDArray[np.int64]:
@@ -85,11 +87,14 @@ def match(
     elif outputs == len(classes):
         watch.note(f"the model has no class names: its {outputs} outputs in the data's order")
         indices = range(outputs)
+    words = None
     if indices is None:
         indices = _by_synset(net, classes, watch) or _by_number(net, classes, data, watch)
+        if indices is not None and net.labels is not None:
+            words = tuple(net.labels[i].split(",")[0] for i in indices)
     if indices is not None:
         every = np.arange(len(classes))
-        return Matching(tuple(classes), tuple((int(i),) for i in indices), every)
+        return Matching(tuple(classes), tuple((int(i),) for i in indices), every, words)
     if net.labels is None:
         raise VitcliError(
             f"the model has {outputs} outputs without names, `{data}` has {len(classes)} classes",

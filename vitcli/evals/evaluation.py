@@ -63,6 +63,7 @@ class Evaluation:
         broken: images that could not be read.
         correct, indices: (n,) whether an image is right, and which of the set it is.
         identity: of the set; two evaluations of the same one can be paired.
+        words: name of a class -> what the model calls it, where that says more.
         uncalibrated: the bins before the calibration, where there was one.
         files: what was written: `confusion`, `confusion_picture`, `reliability`, `mistakes`.
     """
@@ -83,6 +84,7 @@ class Evaluation:
     correct: NDArray[np.bool_]
     indices: NDArray[np.int64]
     identity: str
+    words: dict[str, str]
     real: Real | None = None
     calibration: Calibration | None = None
     uncalibrated: Reliability | None = None
@@ -189,6 +191,7 @@ def evaluate_images(
         correct=outcomes.correct,
         indices=found.indices,
         identity=identity,
+        words=dict(zip(matching.classes, matching.words or (), strict=False)),
         real=by_real,
     )
 

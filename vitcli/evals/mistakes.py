@@ -1,6 +1,6 @@
 """The images that a classifier gets most wrong, and the classes that it takes for each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,18 +115,24 @@ def find_mistakes(
     return Mistakes(tuple(mistake(int(row)) for row in by_loss[:WORST]), tuple(confused))
 
 
-def mistakes_sheet(mistakes: Mistakes, images: ImageSet) -> Image.Image:
-    """Both as pictures; under each the true class, what was said, and how surely."""
+def mistakes_sheet(mistakes: Mistakes, images: ImageSet, words: Mapping[str, str]) -> Image.Image:
+    """Both as pictures; under each the true class, what was said, and how surely.
+
+    Args:
+        words: what is written for the name of a class; itself where there is nothing.
+    """
+
+    def said(one: Mistake | Confused) -> str:
+        return f"{words.get(one.true, one.true)}\n-> {words.get(one.predicted, one.predicted)}"
+
+    def row(title: str, some: Sequence[Mistake]) -> Row:
+        captions = [f"{said(one)}\n{100 * one.probability:.1f} %" for one in some]
+        return Row(title, [one.index for one in some], captions)
+
     rows = []
     for start in range(0, len(mistakes.worst), COLUMNS):
         title = "least probable\ntrue class" if start == 0 else ""
-        rows.append(_row(title, mistakes.worst[start : start + COLUMNS]))
+        rows.append(row(title, mistakes.worst[start : start + COLUMNS]))
     for pair in mistakes.confused:
-        title = f"{pair.true}\n-> {pair.predicted}\n{pair.images} of {pair.of} images"
-        rows.append(_row(title, pair.examples))
+        rows.append(row(f"{said(pair)}\n{pair.images} of {pair.of} images", pair.examples))
     return draw_sheet(rows, images.read, columns=COLUMNS, side=SIDE)
-
-
-def _row(title: str, mistakes: Sequence[Mistake]) -> Row:
-    captions = [f"{m.true}\n-> {m.predicted}\n{100 * m.probability:.1f} %" for m in mistakes]
-    return Row(title, [m.index for m in mistakes], captions)

@@ -2,7 +2,7 @@
 
 import csv
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,17 @@ def write_confusion(
     classes: Sequence[str],
     columns: Sequence[str],
     confusion: NDArray[np.int64],
+    words: Mapping[str, str] | None = None,
 ) -> None:
     """The counts as CSV, and where it is asked for as a picture: rows true, columns predicted.
+
+    Args:
+        words: what the picture has for a class's name, where that says little.
 
     Raises:
         VitcliError: they cannot be written.
     """
+    said = words or {}
     with (
         replacing(csv_file) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
@@ -45,8 +50,8 @@ def write_confusion(
     axes = figure.subplots()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(columns)), columns, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
+    axes.set_xticks(range(len(columns)), [said.get(n, n) for n in columns], rotation=90)
+    axes.set_yticks(range(len(classes)), [said.get(n, n) for n in classes])
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(columns) <= MOST_COUNTED:

@@ -45,6 +45,7 @@ def write_files(result: Evaluation, images: ImageSet) -> None:
         result.classes,
         result.columns,
         result.confusion,
+        result.words,
     )
     diagrams = [("calibrated", result.reliability, result.metrics.ece)]
     calibration = result.calibration
@@ -54,6 +55,6 @@ def write_files(result: Evaluation, images: ImageSet) -> None:
         diagrams.insert(0, ("before", result.uncalibrated, calibration.ece_before))
     write_reliability(files["reliability"], diagrams)
     if "mistakes" in files:
-        sheet = mistakes_sheet(result.mistakes, images)
+        sheet = mistakes_sheet(result.mistakes, images, result.words)
         with replacing(files["mistakes"]) as temporary:
             sheet.save(temporary, format="PNG")

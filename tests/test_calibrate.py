@@ -6,18 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from colours import noisy_colours
+from colours import COLOURS, colour_model, noisy_colours
+from PIL import Image
 
 from vitcli.commands import evaluate, export, predict
 from vitcli.data.sources import load_data
 from vitcli.data.transforms import Preprocess
+from vitcli.errors import VitcliError
 from vitcli.evals.calibrate import hold_out
 from vitcli.evals.calibration import fit_temperature
 from vitcli.evals.classes import match
 from vitcli.evals.features import extract
 from vitcli.vit import create_model
 from vitcli.weights.load import load_model
-from vitcli.weights.store import read_header, save_model
+from vitcli.weights.store import read_header, save_model, set_temperature
 from vitcli.weights.surgery import fold_temperature, replace_head
 
 
@@ -113,6 +115,32 @@ def test_two_heads_are_divided_alike():
         fold_temperature(net)
         assert net.temperature == 1.0
         assert torch.allclose(net.probabilities(net(x)), wanted, rtol=0, atol=1e-6)
+
+
+def test_a_head_of_the_other_kind(noisy, here):
+    net = load_model("m.safetensors")
+    net.head_activation = "sigmoid"
+    save_model("s.safetensors", net)
+    with pytest.raises(VitcliError, match="trained for any number of labels an image, and these"):
+        evaluate.run(noisy, model="s.safetensors", calibrate=True)
+    assert evaluate.run(noisy, model="s.safetensors").metrics.images == 120
+
+
+def test_too_few_images(here):
+    for name, colour in COLOURS.items():
+        (here / "few/test" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), colour).save(here / "few/test" / name / "0.png")
+    colour_model("m.safetensors", ("red", "green", "blue"))
+    with pytest.raises(VitcliError, match="3 images are too few to hold some out"):
+        evaluate.run("few", model="m.safetensors", calibrate=True)
+    assert not (here / "runs").exists()
+
+
+def test_a_damaged_temperature(noisy, here):
+    for value in (0.0, -1.0, "hot"):
+        set_temperature("m.safetensors", value)
+        with pytest.raises(VitcliError, match=r"header of `m\.safetensors` is damaged"):
+            load_model("m.safetensors")
 
 
 def test_a_new_head_is_not_calibrated():

@@ -9,7 +9,7 @@ from vitcli.config import Inference, Settings, load_inference
 from vitcli.data.sets import ImageSet, Source
 from vitcli.errors import VitcliError
 from vitcli.evals.beside import Evaluations, beside
-from vitcli.evals.calibrate import compared, fit, hold_out, place_of, store
+from vitcli.evals.calibrate import check_kind, compared, fit, hold_out, place_of, store
 from vitcli.evals.chosen import choose_images
 from vitcli.evals.classes import ClassMap, Matching, imagenet_outputs, match, read_class_map
 from vitcli.evals.evaluation import Evaluation, evaluate_images
@@ -168,6 +168,8 @@ def _open(model: str, asked: Asked) -> Opened:
         _check_several(matching, source, asked)
     elif asked.real is not None:
         imagenet_outputs(net)
+    if asked.calibrate:
+        check_kind(net, images, model)
     as_it_is = not arguments and asked.labels is None
     return Opened(model, net, source, matching.select(images), matching, as_it_is)
 

@@ -38,6 +38,19 @@ class HeldOut:
     said: str
 
 
+def check_kind(net: Model, images: ImageSet, model: str) -> None:
+    """Raises a VitcliError where the head means other probabilities than the images ask for."""
+    several = images.targets is not None
+    if several == (net.head_activation == "sigmoid"):
+        return
+    trained, given = ("one class", "any number of labels")[:: 1 if several else -1]
+    raise VitcliError(
+        f"`{model}` was trained for {trained} an image, and these have {given}: no temperature is "
+        "right for both",
+        "calibrate it on images of the kind that it was trained on",
+    )
+
+
 def hold_out(source: Source, images: ImageSet, matching: Matching, seed: int) -> HeldOut:
     """The validation images, where others are reported; else half of each class, seeded.
 

@@ -67,6 +67,27 @@ def test_what_is_fitted_is_not_reported(noisy, here):
     assert result.temperature == pytest.approx(wanted, rel=1e-9)
 
 
+class Warnings(evaluate.Quiet):
+    def __init__(self):
+        self.lines = []
+
+    def warn(self, message):
+        self.lines.append(message)
+
+
+def test_reporting_what_was_fitted_on_is_told(noisy, here):
+    watch = Warnings()
+    evaluate.run(noisy, model="m.safetensors", watch=watch)
+    evaluate.run(noisy, model="m.safetensors", calibrate=True, watch=watch)
+    assert watch.lines == []
+    evaluate.run(noisy, model="m.safetensors", watch=watch)
+    assert len(watch.lines) == 1 and "was fitted on 60 of these images" in watch.lines[0]
+    shutil.copytree("noisy/test", "noisy/validation")
+    evaluate.run(noisy, model="m.safetensors", calibrate=True, watch=watch)
+    evaluate.run(noisy, model="m.safetensors", watch=watch)  # the validation images are no others
+    assert len(watch.lines) == 1
+
+
 def test_validation_images_come_first(noisy, here):
     shutil.copytree("noisy/test", "noisy/validation")
     result = evaluate.run(noisy, model="m.safetensors", calibrate=True)

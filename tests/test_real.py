@@ -64,6 +64,9 @@ def test_accuracy_as_its_authors_compute_it(validation, here):
     assert result.real.top1 == pytest.approx(np.mean(right)) == 0.5
     assert result.real.top5 >= 0.75
     assert result.metrics.images == 5  # the labels of the folders, all of them
+    two = sorted({NUMBERS[k]: k % 2 for k in range(5)}.items())
+    among = [int(logits[f"ILSVRC2012_val_{n:08d}.png"][:2].argmax()) == label for n, label in two]
+    assert result.top1_restricted == pytest.approx(np.mean(among))  # of both synsets, 0 and 1
     facts = result.to_json()
     assert facts["real"]["top1"] == 0.5
     low, high = facts["intervals"]["top1_real"]

@@ -100,8 +100,8 @@ Models = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="As of `predict`; repeated, several models in one table. Default: the newest run "
-        "with a trained head.",
+        help="A run, a weights file or folder, `hf:ORG/NAME`, or the address of a weights file; "
+        "given several times, several models in one table. Default: the newest run that fits.",
         show_default=False,
     ),
 ]

@@ -9,7 +9,15 @@ from vitcli.config import Inference, Settings, load_inference
 from vitcli.data.sets import ImageSet, Source
 from vitcli.errors import VitcliError
 from vitcli.evals.beside import Evaluations, beside
-from vitcli.evals.calibrate import check_kind, compared, fit, hold_out, place_of, store
+from vitcli.evals.calibrate import (
+    check_kind,
+    compared,
+    fit,
+    hold_out,
+    place_of,
+    store,
+    warn_of_fitted,
+)
 from vitcli.evals.chosen import choose_images
 from vitcli.evals.classes import ClassMap, Matching, imagenet_outputs, match, read_class_map
 from vitcli.evals.evaluation import Evaluation, evaluate_images
@@ -181,11 +189,13 @@ def _evaluate(one: Opened, asked: Asked, folder: Path) -> Evaluation | LabelsEva
     if asked.calibrate:
         parts = hold_out(one.source, images, matching, asked.seed)
         seen = _logits(net, parts.held, asked, "images for the temperature")
-        fitted, images = fit(net, seen, matching, parts.said), parts.reported
+        fitted, images = fit(net, seen, matching, parts), parts.reported
         asked.watch.note(
             f"temperature {net.temperature:.4g}, fitted on {len(seen.labels):,} images: "
             f"{parts.said}"
         )
+    else:
+        warn_of_fitted(one.model, one.source, images, asked.watch)
     asked.watch.note(f"{len(images):,} {images.name} images of {asked.data}")
     found = _logits(net, images, asked, "images")
     result = _judge(one, found, images, asked)
@@ -199,7 +209,12 @@ def _evaluate(one: Opened, asked: Asked, folder: Path) -> Evaluation | LabelsEva
         if isinstance(result, Evaluation):
             result = replace(result, uncalibrated=before)
     if processes()[0] == 0:
-        _write(result, net, images, folder, place)
+        if isinstance(result, Evaluation):
+            make_folder(folder)
+            write_files(result, images)
+        if fitted is not None and place is not None:
+            make_folder(place.parent)
+            store(net, one.model, place, fitted.parts.fitted_on)  # last: all else is there
     return result
 
 
@@ -250,23 +265,6 @@ def _judge(
         watch=asked.watch,
         **about,
     )
-
-
-def _write(
-    result: Evaluation | LabelsEvaluation,
-    net: Model,
-    images: ImageSet,
-    folder: Path,
-    place: Path | None,
-) -> None:
-    """The files of one model, the temperature last."""
-    if isinstance(result, Evaluation):
-        make_folder(folder)
-        write_files(result, images)
-    if place is not None:
-        if place.parent == folder:
-            make_folder(folder)
-        store(net, result.model, place)
 
 
 def _check_several(matching: Matching, source: Source, asked: Asked) -> None:

@@ -17,7 +17,7 @@ Interval = tuple[float, float]
 RESAMPLES = 2000
 LEVEL = 0.95
 COUNTS = 2**21  # numbers of a block of resamples
-WORK = 10**9  # numbers that the ranking of labels may cost in all
+WORK = 3 * 10**8  # images times classes times resamples, where labels are ranked
 FEWEST = 200
 
 

@@ -1,7 +1,9 @@
 """Fitting a model's temperature on images that are held out, and storing it with the weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vitcli.data.sets import ImageSet, Source
 from vitcli.data.splits import stratified_split
@@ -19,8 +21,9 @@ from vitcli.evals.features import Extracted
 from vitcli.evals.labels import labels_loss
 from vitcli.evals.outcomes import filled_up, judge
 from vitcli.vit import Model
+from vitcli.watch import Watcher
 from vitcli.weights.read import own_file
-from vitcli.weights.store import save_model, set_temperature
+from vitcli.weights.store import read_header, save_model, set_temperature
 
 HELD_OUT = 0.5  # of the images, where the data has no validation images
 
@@ -31,11 +34,13 @@ class HeldOut:
 
     Attributes:
         said: which images are held out, in words.
+        fitted_on: the same as plain values, kept with the temperature.
     """
 
     held: ImageSet
     reported: ImageSet
     said: str
+    fitted_on: dict[str, Any]
 
 
 def check_kind(net: Model, images: ImageSet, model: str) -> None:
@@ -61,7 +66,8 @@ def hold_out(source: Source, images: ImageSet, matching: Matching, seed: int) ->
     """
     validation = source.splits.get("validation")
     if validation is not None and images.name != "validation":
-        return HeldOut(matching.select(validation), images, "the validation images")
+        held = matching.select(validation)
+        return HeldOut(held, images, "the validation images", _noted(source, held))
     keep, aside = stratified_split(images.labels, HELD_OUT, seed)
     if not len(aside):
         raise VitcliError(
@@ -69,7 +75,30 @@ def hold_out(source: Source, images: ImageSet, matching: Matching, seed: int) ->
             "it takes two of a class",
         )
     said = f"half of the {images.name} images, drawn with seed {seed}"
-    return HeldOut(images.subset(aside), images.subset(keep), said)
+    held = images.subset(aside)
+    return HeldOut(held, images.subset(keep), said, _noted(source, held))
+
+
+def _noted(source: Source, held: ImageSet) -> dict[str, Any]:
+    return {
+        "data": source.notation,
+        "fingerprint": source.fingerprint,
+        "split": held.name,
+        "images": len(held),
+    }
+
+
+def warn_of_fitted(model: str, source: Source, images: ImageSet, watch: Watcher) -> None:
+    """Say so where images are reported on some of which the model's temperature was fitted."""
+    file = own_file(model)
+    on = (read_header(file) or {}).get("fitted_on") if file is not None else None
+    if not isinstance(on, dict):
+        return
+    if (on.get("fingerprint"), on.get("split")) == (source.fingerprint, images.name):
+        watch.warn(
+            f"the temperature of `{model}` was fitted on {on.get('images')} of these images: loss "
+            "and calibration error are better than on others; `--calibrate` reports the rest alone"
+        )
 
 
 @dataclass(frozen=True)
@@ -77,12 +106,12 @@ class Fitted:
     """A temperature that a model has from now on, and what it had before."""
 
     before: float
-    split: str
+    parts: HeldOut
     images: int
 
 
-def fit(net: Model, seen: Extracted, matching: Matching, split: str) -> Fitted:
-    """Set `net.temperature` by the logits of held-out images.
+def fit(net: Model, seen: Extracted, matching: Matching, parts: HeldOut) -> Fitted:
+    """Set `net.temperature` by the logits of the images held out.
 
     Raises:
         VitcliError: no temperature makes them better than a guess.
@@ -94,7 +123,7 @@ def fit(net: Model, seen: Extracted, matching: Matching, split: str) -> Fitted:
     else:
         answers = filled_up(matching.outputs)[seen.labels]
         net.temperature = fit_temperature(seen.outputs, answers)
-    return Fitted(before, split, len(seen.labels))
+    return Fitted(before, parts, len(seen.labels))
 
 
 def compared(
@@ -114,7 +143,7 @@ def compared(
             bins = reliability(outcomes.confidence, outcomes.correct)
     finally:
         net.temperature = after
-    return Calibration(after, fitted.split, fitted.images, loss, error, str(stored)), bins
+    return Calibration(after, fitted.parts.said, fitted.images, loss, error, str(stored)), bins
 
 
 def place_of(model: str, as_it_is: bool, folder: Path) -> Path:
@@ -126,13 +155,12 @@ def place_of(model: str, as_it_is: bool, folder: Path) -> Path:
     return own or folder / "model.safetensors"
 
 
-def store(net: Model, model: str, place: Path) -> None:
+def store(net: Model, model: str, place: Path, fitted_on: Mapping[str, Any]) -> None:
     """Note the temperature of `net`, which was loaded as `model`, at `place`.
 
     Raises:
         VitcliError: it cannot be written.
     """
-    if own_file(model) == place:
-        set_temperature(place, net.temperature)
-    else:
+    if own_file(model) != place:
         save_model(place, net)
+    set_temperature(place, net.temperature, fitted_on)

@@ -194,8 +194,13 @@ def load_own(path: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
-def set_temperature(path: str | os.PathLike[str], temperature: float) -> None:
+def set_temperature(
+    path: str | os.PathLike[str], temperature: float, fitted_on: Mapping[str, Any] | None = None
+) -> None:
     """Note a temperature in the header of a weights file of ours; its tensors stay as they are.
+
+    Args:
+        fitted_on: which images it was fitted on, for whoever reports a calibration error.
 
     Raises:
         VitcliError: as `read_header`, or the file is not ours or cannot be written.
@@ -203,7 +208,8 @@ def set_temperature(path: str | os.PathLike[str], temperature: float) -> None:
     header = read_header(path)
     if header is None:
         raise VitcliError(f"`{path}` was not written by vitcli", hint="give a run's weights")
-    metadata = {"vitcli": json.dumps({**header, "temperature": temperature}, sort_keys=True)}
+    header |= {"temperature": temperature, "fitted_on": fitted_on and dict(fitted_on)}
+    metadata = {"vitcli": json.dumps(header, sort_keys=True)}
     save_tensors(path, load_weights(path), metadata)
 
 

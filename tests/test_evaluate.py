@@ -9,37 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from colours import COLOURS, colour_model
 from PIL import Image
 
 from vitcli.commands import evaluate
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.evals.pictures import write_confusion
 from vitcli.vit import create_model
 from vitcli.weights.store import save_model
-
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-
-
-def colour_model(path, labels):
-    """A head that answers with the colour of the image's mean, in the order of `labels`."""
-    net = create_model(
-        "Pico/8", image_size=8, num_classes=len(labels), pool="mean", depth=1, position="none"
-    )
-    net.preprocess, net.labels, net.head_trained = Preprocess(image_size=(8, 8)), labels, True
-    with torch.no_grad():
-        colours = torch.tensor([COLOURS.get(n, (255, 255, 255)) for n in COLOURS]) / 127.5 - 1
-        images = colours[:, :, None, None].expand(-1, -1, 8, 8)
-        x = net.features(images)
-        x = x - x.mean(0)
-        solution = torch.linalg.lstsq(x, torch.eye(3) * 4).solution  # (D, 3)
-        net.head.bias.fill_(-9.0)
-        for i, name in enumerate(COLOURS):
-            if labels is not None and name in labels:
-                row = labels.index(name)
-                net.head.weight[row] = solution[:, i]
-                net.head.bias[row] = -float(net.features(images).mean(0) @ solution[:, i])
-    save_model(path, net)
-    return path
 
 
 @pytest.fixture
@@ -169,6 +147,67 @@ def test_an_untrained_head(photos, here):
         evaluate.run(photos)
 
 
+def test_a_class_map_with_several_outputs(photos, here):
+    """`warm` is red; `cold` is either of two; images of classes that are not named are left out."""
+    model = colour_model("m.safetensors", ("red", "green", "blue"))
+    Path("photos/test/blue").rename("photos/test/other")
+    Path("photos/train/blue").rename("photos/train/other")
+    Path("map.json").write_text(json.dumps({"red": "red", "green": ["blue", "green"]}))
+    result = evaluate.run(photos, model=model, class_map=Path("map.json"))
+    assert result.classes == ("green", "red") and result.metrics.images == 5
+    assert result.metrics.top1 == pytest.approx(4 / 5)
+    assert result.confusion.tolist() == [[2, 0], [1, 2]]
+    assert result.metrics.top5 == 1.0
+
+
+def test_the_mistakes(photos, here):
+    model = colour_model("m.safetensors", ("red", "green", "blue"))
+    result = evaluate.run(photos, model=model, out=Path("report"))
+    (worst,) = result.mistakes.worst
+    assert (worst.true, worst.predicted) == ("red", "green")
+    assert worst.path == "photos/test/red/0.png" and worst.true_probability < 0.2
+    (pair,) = result.mistakes.confused
+    assert (pair.true, pair.predicted, pair.images, pair.of) == ("red", "green", 1, 3)
+    with Image.open("report/mistakes.png") as sheet:
+        colours = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height)}
+    assert COLOURS["green"] in colours and min(colours) < (64, 64, 64)  # picture and caption
+    right = evaluate.run("photos/train", model=model, out=Path("right"))
+    assert right.mistakes.worst == () and right.to_json()["mistakes_picture"] is None
+    assert not Path("right/mistakes.png").exists()
+
+
+def test_real_classes_are_found_among_imagenets(shared, here):
+    """Imagenette's ten, whose numbers in ImageNet-1k its author gives."""
+    from vitcli.data.sources import load_data
+    from vitcli.evals.classes import match
+
+    source = load_data(str(shared / "data/imagenette_val500"))
+    images = source.splits["test"]
+    assert images.file_name(0).startswith("ILSVRC2012_val_")
+    from vitcli.weights.imagenet import imagenet_names
+
+    net = create_model("Pico/8", image_size=8, num_classes=1000, depth=1)
+    net.labels = imagenet_names(1000)
+    known = match(net, source.classes, "x", evaluate.Quiet()).firsts.tolist()
+    assert known == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
+
+
+@pytest.mark.slow
+def test_imagenette_to_the_image(shared, here):
+    settings = {"model": {"num_heads": 3}, "preprocess": {"mean": 0.5, "std": 0.5}}
+    result = evaluate.run(
+        str(shared / "data/imagenette_val500"),
+        model=str(shared / "data/weights/vit_tiny_patch16_224_in1k/timm.safetensors"),
+        settings=settings,
+    )
+    m = result.metrics
+    assert [round(share * 500) for share in (m.top1, m.top5, result.top1_restricted)] == [
+        362,
+        455,
+        489,
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["timm.safetensors", "hf"])
 def test_fashion_mnist_to_the_image(shared, here, layout):
@@ -202,10 +241,10 @@ def test_a_real_model_and_real_images(shared, here):
 
 
 def test_a_class_name_that_the_font_cannot_draw(tmp_path):
-    counts = np.eye(2, dtype=np.int64)
+    counts, names = np.eye(2, dtype=np.int64), ("cat", "猫")
     with warnings.catch_warnings(action="error"):
-        evaluate.write_confusion(tmp_path, ("cat", "猫"), counts)
-    assert (tmp_path / "confusion.png").stat().st_size
+        write_confusion(tmp_path / "x.csv", tmp_path / "x.png", names, names, counts)
+    assert (tmp_path / "x.png").stat().st_size
 
 
 def test_a_place_that_is_a_file_is_refused_before_the_work(photos, here):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tarfile
 from io import BytesIO
 
@@ -325,6 +326,32 @@ def test_a_run_learns_several_labels(trained):
     facts = found.to_json()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["per_class"]["red"]["images"] == int(found.metrics.positives[2])
+
+
+def test_several_labels_are_calibrated(trained, tmp_path):
+    path, run, _, _ = trained
+    copy = str(shutil.copy(run / "model.safetensors", tmp_path / "copy.safetensors"))
+    result = evaluate.run(path, model=copy, calibrate=True)
+    assert result.calibration.images + result.metrics.images == 64 + 16
+    assert read_header(copy)["temperature"] == result.temperature != 1.0
+    assert result.calibration.ece_before is None
+    facts = result.to_json()
+    assert facts["intervals"]["map"][0] <= facts["map"] <= facts["intervals"]["map"][1]
+    row = facts["per_class"]["red"]
+    assert {"precision", "recall", "f1", "average_precision", "images"} == set(row)
+
+
+def test_two_models_of_several_labels(trained, tmp_path):
+    path, run, _, _ = trained
+    net = load_model(run)
+    net.head.weight.data = net.head.weight.data.roll(1, dims=0)  # every class says another's
+    save_model(tmp_path / "other.safetensors", net)
+    other = str(tmp_path / "other.safetensors")
+    found = evaluate.run(path, model=[other, other, str(run)], out=tmp_path / "out")
+    same, better = found.paired[0], found.paired[1]
+    assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert better == "measured on other images"  # of the run its own test images
+    assert found.to_json()["paired"][1]["reason"] == better
 
 
 def test_predict_shows_each_probability_by_itself(trained, tmp_path):

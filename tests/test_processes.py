@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,9 +172,31 @@ def test_evaluate_counts_every_image_once(trained):
     alone = evaluate.run("builtin:digits", model=str(folder / "run"), out=folder / "alone")
     done = command(folder, "evaluate", "--model", folder / "run", "--out", "both", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {**alone.to_json(), "confusion": "both/confusion.csv"}
+    names = {"confusion": "confusion.csv", "confusion_picture": "confusion.png"}
+    names |= {"reliability_picture": "reliability.png", "mistakes_picture": "mistakes.png"}
+    there = {key: f"both/{name}" for key, name in names.items()}
+    assert json.loads(done.stdout) == {**alone.to_json(), **there}
+    assert {path.name for path in (folder / "both").iterdir()} == set(names.values())
     both, one = (folder / name / "confusion.csv" for name in ("both", "alone"))
     assert both.read_text() == one.read_text()
+
+
+@pytest.mark.slow
+def test_a_temperature_is_the_same_and_stored_once(trained):
+    folder, _ = trained
+    for name in ("one", "two"):
+        shutil.copy(folder / "run/model.safetensors", folder / f"{name}.safetensors")
+    words = ("evaluate", "builtin:digits", "--calibrate", "--json", "--out", "report")
+    said = {}
+    for number, name in ((1, "one"), (2, "two")):
+        done = command(folder, *words, "--model", f"{name}.safetensors", number=number)
+        assert done.returncode == 0, done.stderr
+        said[name] = json.loads(done.stdout)
+    assert said["one"]["temperature"] != 1.0
+    assert said["one"]["calibration"].pop("stored") == "one.safetensors"
+    assert said["two"]["calibration"].pop("stored") == "two.safetensors"
+    assert said["one"] == {**said["two"], "model": "one.safetensors"}
+    assert (folder / "one.safetensors").read_bytes() == (folder / "two.safetensors").read_bytes()
 
 
 @pytest.mark.slow

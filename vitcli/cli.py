@@ -10,14 +10,19 @@ from vitcli import __version__, exits
 from vitcli.errors import VitcliError
 from vitcli.options import (
     AtOnce,
+    Calibrate,
+    ClassMap,
     Data,
     ImageSize,
     Json,
     Labels,
     Model,
+    Models,
     Out,
     Precision,
     Processes,
+    Real,
+    Resampling,
     Set,
     Shots,
     Suite,
@@ -165,33 +170,40 @@ def fewshot(
 @app.command()
 def evaluate(
     data: Data = None,
-    model: Model = None,
+    model: Models = None,
     suite: Suite = None,
     labels: Labels = None,
+    class_map: ClassMap = None,
+    real: Real = None,
+    calibrate: Calibrate = False,
     set_: Set = None,
     batch_size: AtOnce = 128,
     image_size: ImageSize = None,
     precision: Precision = None,
     processes: Processes = None,
+    seed: Resampling = 0,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for confusion.csv and .png.")
+        Path | None, typer.Option("--out", help="Folder for the CSV and the pictures.")
     ] = None,
     verbose: Verbose = False,
     json: Json = False,
 ) -> None:
     """Run a model over a whole labelled set: accuracy, calibration, confusion.
 
+    Figures come with 95 % bootstrap intervals, several models with paired differences to the first.
     With `--suite` the model is fine-tuned, or tried with few shots, on each of its tasks;
     interrupted, the same command with `--out` goes on.
 
     Example: `vitcli evaluate photos/ --model runs/finetune --out report/`
+    or: `vitcli evaluate photos/ --model runs/finetune --model runs/other`
     or: `vitcli evaluate --suite vtab1k --model B_16.npz --out runs/vtab`
     """
-    from vitcli import report, results
+    from vitcli import report, results_evaluate
     from vitcli.commands import evaluate as command
 
     if suite is not None:
         given = {"DATA": data, "--labels": labels, "--image-size": image_size}
+        given |= {"--class-map": class_map, "--real": real, "--calibrate": calibrate or None}
         _evaluate_suite(suite, given, model, settings(set_), out, processes, precision, json)
         return
 
@@ -201,19 +213,23 @@ def evaluate(
         settings=settings(set_, image_size=image_size),
         labels=labels,
         out=out,
+        real=real,
+        class_map=class_map,
+        calibrate=calibrate,
         batch_size=batch_size,
         precision=precision or "auto",
+        seed=seed,
         verbose=verbose,
         watch=report.Terminal(),
     )
-    exits.show(result, json, results.show_evaluation)
+    exits.show(result, json, results_evaluate.show_evaluation)
     exits.unreadable(result.broken)
 
 
 def _evaluate_suite(
     suite: str,
     given: dict[str, Any],
-    model: str | None,
+    models: list[str] | None,
     changes: dict[str, Any],
     out: Path | None,
     processes: int | None,
@@ -229,9 +245,11 @@ def _evaluate_suite(
             f"{', '.join(wrong)} beside `--suite`, which says that of each task itself",
             "leave it out, or change a copy of the suite's file",
         )
+    if models is not None and len(models) > 1:
+        raise VitcliError(f"`--suite` takes one model, not {len(models)}", "a command for each")
     result = command.run(
         suite,
-        model=model,
+        model=models[0] if models else None,
         settings=changes,
         out=out,
         processes=processes,

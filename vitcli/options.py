@@ -103,6 +103,44 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A run, a weights file or folder, `hf:ORG/NAME`, or the address of a weights file; "
+        "given several times, several models in one table. Default: the newest run that fits.",
+        show_default=False,
+    ),
+]
+ClassMap = Annotated[
+    Path | None,
+    typer.Option(
+        "--class-map",
+        help="Which classes of the model stand for which of the data, as JSON or CSV; images of "
+        "others are left out.",
+        show_default=False,
+    ),
+]
+Real = Annotated[
+    Path | None,
+    typer.Option(
+        "--real",
+        help="ReaL labels of ImageNet's validation images, as published: accuracy by them too.",
+        show_default=False,
+    ),
+]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate",
+        help="Fit a temperature on the validation images, or on half of the images where there "
+        "are none, report the others, and store it with the weights.",
+    ),
+]
+Resampling = Annotated[
+    int, typer.Option("--seed", min=0, help="Of the resampling and of what is held out.")
+]
 RecipeName = Annotated[
     str | None, typer.Option("--recipe", help="A recipe's name or file.", show_default=False)
 ]

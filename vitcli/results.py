@@ -119,54 +119,6 @@ def spread(accuracy: Mapping[str, Any]) -> str:
     return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
 
 
-def show_evaluation(result: Any) -> None:
-    """Figures over the set, and the classes."""
-    if hasattr(result.metrics, "map"):
-        show_labels_evaluation(result)
-        return
-    m = result.metrics
-    rows: list[tuple[str, Any]] = [
-        ("images", f"{m.images:,} ({result.split})"),
-        ("top-1", percent(m.top1)),
-        ("top-5", percent(m.top5)),
-        ("loss", f"{m.loss:.4f}"),
-        ("calibration error", f"{m.ece:.4f}"),
-    ]
-    if result.top1_restricted != m.top1:
-        rows.insert(2, ("top-1 among the data's classes", percent(result.top1_restricted)))
-    print_facts(f"{result.model} on {result.data}", rows)
-    classes = [
-        [name, f"{c['precision']:.3f}", f"{c['recall']:.3f}", f"{c['f1']:.3f}", c["images"]]
-        for name, c in result.per_class.items()
-    ]
-    shown = classes if len(classes) <= MOST_CLASSES else worst(classes)
-    title = "" if len(classes) <= MOST_CLASSES else f"the {MOST_CLASSES} of lowest F1"
-    print_table(title, ["class", "precision", "recall", "F1", "images"], shown)
-    if result.confusion_file:
-        show_next(f"confusion: {result.confusion_file}")
-
-
-def show_labels_evaluation(result: Any) -> None:
-    """Figures over a set whose images have any number of labels."""
-    m = result.metrics
-    rows: list[tuple[str, Any]] = [
-        ("images", f"{m.images:,} ({result.split})"),
-        ("mean average precision", percent(m.map)),
-        ("micro F1 at 0.5", percent(m.micro_f1)),
-        ("loss", f"{result.loss:.4f}"),
-    ]
-    print_facts(f"{result.model} on {result.data}", rows)
-    classes = [
-        [name, f"{c['average_precision']:.3f}", c["images"]]
-        for name, c in result.per_class.items()
-        if c["average_precision"] is not None
-    ]
-    many = len(classes) > MOST_CLASSES
-    shown = sorted(classes, key=lambda row: row[1])[:MOST_CLASSES] if many else classes
-    title = f"the {MOST_CLASSES} of lowest average precision" if many else ""
-    print_table(title, ["class", "average precision", "images"], shown)
-
-
 def worst(classes: list[list[Any]]) -> list[list[Any]]:
     """The rows with the lowest F1."""
     return sorted(classes, key=lambda row: row[3])[:MOST_CLASSES]

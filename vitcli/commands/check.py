@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 
 from vitcli.config import Settings, load_inference
-from vitcli.data.decode import ImageError
 from vitcli.data.duplicates import same_pictures
 from vitcli.data.sets import Integers, Source
+from vitcli.data.sheet import Row, draw_sheet
 from vitcli.data.sources import open_data
 from vitcli.data.survey import Survey, survey
 from vitcli.errors import VitcliError
@@ -273,29 +273,16 @@ def run(
     groups = same_pictures(seen.look, seen.thumbs)
     if out is not None:
         with replacing(out) as temporary:
-            draw_sheet(source, seen).save(temporary, format="PNG")
+            samples(source, seen).save(temporary, format="PNG")
     return Check(data, source, seen, groups, None if out is None else str(out))
 
 
-def draw_sheet(source: Source, seen: Survey) -> Image.Image:
+def samples(source: Source, seen: Survey) -> Image.Image:
     """Samples of each class of the first split, a row for each class, its name before it."""
     images = next(iter(source.splits.values()))
     rows = []
     for label, name in enumerate(source.classes[:SHEET_ROWS]):
         members = seen.index[(seen.split == 0) & (seen.label == label)]
         chosen = members[:: max(1, len(members) // SHEET_COLUMNS)][:SHEET_COLUMNS]
-        rows.append((name, [int(index) for index in chosen]))
-    margin = 160
-    sheet = Image.new("RGB", (margin + SHEET_COLUMNS * SHEET_SIDE, len(rows) * SHEET_SIDE), "white")
-    pen = ImageDraw.Draw(sheet)
-    for y, (name, indices) in enumerate(rows):
-        text = name if len(name) <= 24 else f"{name[:23]}…"
-        pen.text((6, y * SHEET_SIDE + SHEET_SIDE // 2 - 6), text, fill="black")
-        for x, index in enumerate(indices):
-            try:
-                picture = images.read(index)
-            except ImageError:  # gone since it was looked at
-                continue
-            small = ImageOps.contain(picture, (SHEET_SIDE - 2, SHEET_SIDE - 2))
-            sheet.paste(small, (margin + x * SHEET_SIDE + 1, y * SHEET_SIDE + 1))
-    return sheet
+        rows.append(Row(name, [int(index) for index in chosen]))
+    return draw_sheet(rows, images.read, columns=SHEET_COLUMNS, side=SHEET_SIDE)

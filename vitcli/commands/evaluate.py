@@ -1,115 +1,97 @@
-"""`vitcli evaluate`: a model on a whole labelled set: accuracy, calibration, confusion."""
+"""`vitcli evaluate`: models on a whole labelled set: accuracy, calibration, confusion."""
 
-import csv
 import os
-import tomllib
-import warnings
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from vitcli.config import Inference, Settings, load_inference
 from vitcli.data.sets import ImageSet, Source
-from vitcli.data.sources import open_data
 from vitcli.errors import VitcliError
-from vitcli.evals.features import extract, processes
+from vitcli.evals.beside import Evaluations, beside
+from vitcli.evals.calibrate import (
+    check_kind,
+    compared,
+    fit,
+    hold_out,
+    place_of,
+    store,
+    warn_of_fitted,
+)
+from vitcli.evals.chosen import choose_images
+from vitcli.evals.classes import ClassMap, Matching, imagenet_outputs, match, read_class_map
+from vitcli.evals.evaluation import Evaluation, evaluate_images
+from vitcli.evals.features import Extracted, extract, processes
 from vitcli.evals.labels import LabelsEvaluation, evaluate_labels
-from vitcli.evals.metrics import Metrics, confusion_matrix, measure, per_class
-from vitcli.files import check_folder, replacing
-from vitcli.run import Run, new_path, run_stem
-from vitcli.sections import DataSection
+from vitcli.evals.real import read_real, real_answers
+from vitcli.evals.written import files_of, make_folder, write_files
+from vitcli.files import check_folder
+from vitcli.run import new_path, run_stem
 from vitcli.vit import Model
 from vitcli.watch import Quiet, Watcher
 from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, load_settings, newest_run
-from vitcli.weights.surgery import match_classes
 
 DEFAULT_DATA = "builtin:digits"
-CONFUSION = "confusion.csv"
-OTHER = "(another class)"
-MOST_DRAWN = 100  # classes; a picture of more could not be read
+
+Labels = str | os.PathLike[str] | Sequence[str] | None
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Figures over every readable image, each counted once.
+class Asked:
+    """What holds for every model of one command line."""
 
-    Attributes:
-        metrics: over all classes that the model knows.
-        top1_restricted: accuracy when only the data's classes can be answered.
-        per_class: class name -> precision, recall, f1, images.
-        confusion: (K, K) or (K, K + 1) counts, rows true; the last column of K + 1 is answers
-            outside of the data's classes.
-        confusion_file: the CSV that holds it; a picture lies beside it.
-        broken: images that could not be read.
-    """
-
-    model: str
     data: str
-    split: str
-    metrics: Metrics
-    top1_restricted: float
-    per_class: dict[str, dict[str, float | int]]
-    classes: tuple[str, ...]
-    confusion: NDArray[np.int64]
-    confusion_file: str
-    broken: tuple[str, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """3 when some images could not be read."""
-        return 3 if self.broken else 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The object of `evaluate --json`."""
-        return {
-            "model": self.model,
-            "data": self.data,
-            "split": self.split,
-            "images": self.metrics.images,
-            "top1": self.metrics.top1,
-            "top5": self.metrics.top5,
-            "top1_restricted": self.top1_restricted,
-            "loss": self.metrics.loss,
-            "ece": self.metrics.ece,
-            "per_class": self.per_class,
-            "confusion": self.confusion_file,
-            "unreadable": list(self.broken),
-        }
+    inference: Inference
+    labels: Labels
+    real: list[list[int]] | None
+    class_map: ClassMap | None
+    calibrate: bool
+    batch_size: int
+    precision: str
+    seed: int
+    verbose: bool
+    watch: Watcher
 
 
 def run(
     data: str | None = None,
     *,
-    model: str | None = None,
+    model: str | Sequence[str] | None = None,
     settings: Settings | None = None,
-    labels: str | os.PathLike[str] | Sequence[str] | None = None,
+    labels: Labels = None,
     out: Path | None = None,
+    real: Path | None = None,
+    class_map: Path | None = None,
+    calibrate: bool = False,
     batch_size: int = 128,
     precision: str = "auto",
+    seed: int = 0,
     verbose: bool = False,
     watch: Watcher | None = None,
-) -> Evaluation | LabelsEvaluation:
-    """Run a model over a labelled set.
+) -> Evaluation | LabelsEvaluation | Evaluations:
+    """Run one or several models over a labelled set.
 
     Args:
         data: DATA; its `test` images, else its `validation` images, else all. None takes
             `builtin:digits`.
-        model: MODEL with a trained head; None takes the newest run that has one.
+        model: MODEL with a trained head, or several; None takes the newest run that has one.
         settings: nested settings: `model.num_heads`, `preprocess.mean`, `data.label_column` …
         labels: class names of the model, or a file with one a line.
-        out: a folder for `confusion.csv` and `confusion.png`; None makes `runs/MODEL-evaluate`.
+        out: a folder for the CSV and the pictures; None makes `runs/MODEL-evaluate`. Of several
+            models each has a folder in it.
+        real: the ReaL labels of ImageNet's validation images, as published.
+        class_map: a file that says which classes of the model stand for which of the data.
+        calibrate: fit a temperature on the validation images, or on half of the images where there
+            are none, report the others, and store it with the weights: in a file of ours, else in
+            a copy in `out`.
         batch_size: images of one forward pass.
         precision: `auto` is fp32, so that the figure is the same everywhere.
+        seed: of the resampling, and of the half.
         verbose: tell what became of every tensor of the weights.
 
     Raises:
-        VitcliError: bad input; a head that is not trained; classes that do not match by name.
+        VitcliError: bad input; a head that is not trained; classes that do not match.
     """
     watch = watch or Quiet()
     if out is not None:
@@ -119,165 +101,183 @@ def run(
     if data is None:
         data = DEFAULT_DATA
         watch.note(f"no DATA given: {data}")
-    model = inference.model.name if model is None else model
-    if model is None:
-        model = newest_run(classifier=True)
-        watch.note(f"no `--model` given: {model}")
-    arguments = load_settings(inference.model, inference.preprocess)
-    net = load_model(model, labels=labels, watch=watch, **arguments)
+    asked = Asked(
+        data=data,
+        inference=inference,
+        labels=labels,
+        real=None if real is None else read_real(real),
+        class_map=None if class_map is None else read_class_map(class_map),
+        calibrate=calibrate,
+        batch_size=batch_size,
+        precision=precision,
+        seed=seed,
+        verbose=verbose,
+        watch=watch,
+    )
+    models = [model] if isinstance(model, str) else list(model or ())
+    if not models:
+        named = inference.model.name or newest_run(classifier=True)
+        if inference.model.name is None:
+            watch.note(f"no `--model` given: {named}")
+        models = [named]
+    opened = [_open(name, asked) for name in models]
+    if len(models) == 1:
+        return _evaluate(opened[0], asked, out or new_path(f"{run_stem(models[0])}-evaluate"))
+    folder = out or new_path("evaluate")
+    found = []
+    for place in _places(models):
+        found.append(_evaluate(opened.pop(0), asked, folder / place))  # popped: its weights go
+    return beside(data, found, seed)
+
+
+def _places(models: Sequence[str]) -> list[str]:
+    """A folder's name for each, all different."""
+    places: list[str] = []
+    for stem in map(run_stem, models):
+        number, name = 1, stem
+        while name in places:
+            number += 1
+            name = f"{stem}-{number}"
+        places.append(name)
+    return places
+
+
+@dataclass
+class Opened:
+    """A model and the images that it is asked about, before the work.
+
+    Attributes:
+        as_it_is: nothing was said that the weights say themselves.
+    """
+
+    model: str
+    net: Model
+    source: Source
+    images: ImageSet
+    matching: Matching
+    as_it_is: bool
+
+
+def _open(model: str, asked: Asked) -> Opened:
+    """Everything about one model that can be refused."""
+    watch = asked.watch
+    arguments = load_settings(asked.inference.model, asked.inference.preprocess)
+    net = load_model(model, labels=asked.labels, watch=watch, **arguments)
     if not net.head_trained:
         raise VitcliError(
             f"`{model}` has no trained head to evaluate",
             hint="train one with `vitcli finetune` or `vitcli fewshot`",
         )
-    source, images = choose_images(data, model, inference, watch)
+    source, images = choose_images(asked.data, model, asked.inference, watch)
     for line in source.notes:
         watch.note(line)
-    tell_load(net, watch, verbose=verbose)
-    indices = align(net, source.classes, data, watch)
-    watch.note(f"{len(images):,} {images.name} images of {data}")
-    found = extract(
+    tell_load(net, watch, verbose=asked.verbose)
+    matching = match(net, source.classes, asked.data, watch, asked.class_map)
+    if images.targets is not None:
+        _check_several(matching, source, asked)
+    elif asked.real is not None:
+        imagenet_outputs(net)
+    if asked.calibrate:
+        check_kind(net, images, model)
+    as_it_is = not arguments and asked.labels is None
+    return Opened(model, net, source, matching.select(images), matching, as_it_is)
+
+
+def _evaluate(one: Opened, asked: Asked, folder: Path) -> Evaluation | LabelsEvaluation:
+    """One model, and its files in `folder`."""
+    net, images, matching = one.net, one.images, one.matching
+    fitted = None
+    if asked.calibrate:
+        parts = hold_out(one.source, images, matching, asked.seed)
+        seen = _logits(net, parts.held, asked, "images for the temperature")
+        fitted, images = fit(net, seen, matching, parts), parts.reported
+        asked.watch.note(
+            f"temperature {net.temperature:.4g}, fitted on {len(seen.labels):,} images: "
+            f"{parts.said}"
+        )
+    else:
+        warn_of_fitted(one.model, one.source, images, asked.watch)
+    asked.watch.note(f"{len(images):,} {images.name} images of {asked.data}")
+    found = _logits(net, images, asked, "images")
+    result = _judge(one, found, images, asked)
+    if isinstance(result, Evaluation):
+        result = replace(result, files=files_of(result, folder))
+    place = None
+    if fitted is not None:
+        place = place_of(one.model, one.as_it_is, folder)
+        calibration, before = compared(net, found, matching, fitted, place)
+        result = replace(result, calibration=calibration)
+        if isinstance(result, Evaluation):
+            result = replace(result, uncalibrated=before)
+    if processes()[0] == 0:
+        if isinstance(result, Evaluation):
+            make_folder(folder)
+            write_files(result, images)
+        if fitted is not None and place is not None:
+            make_folder(place.parent)
+            store(net, one.model, place, fitted.parts.fitted_on)  # last: all else is there
+    return result
+
+
+def _logits(net: Model, images: ImageSet, asked: Asked, label: str) -> Extracted:
+    return extract(
         net,
         images,
         what="logits",
-        batch_size=batch_size,
-        precision=precision,
-        watch=watch,
-        label="images",
+        batch_size=asked.batch_size,
+        precision=asked.precision,
+        watch=asked.watch,
+        label=label,
     )
-    known = np.array(indices)
+
+
+def _judge(
+    one: Opened, found: Extracted, images: ImageSet, asked: Asked
+) -> Evaluation | LabelsEvaluation:
+    about = {
+        "model": one.model,
+        "data": asked.data,
+        "identity": f"{one.source.fingerprint}/{images.name}/{len(images)}",
+    }
     if images.targets is not None:
-        return evaluate_labels(net, found, known, model, data, images, watch)
-    if net.head_activation == "sigmoid":
-        watch.note("loss and calibration are those of a softmax over the model's sigmoid outputs")
-    restricted = found.outputs[:, known].argmax(axis=1) == found.labels
-    place = np.full(net.config.num_classes, len(known))
-    place[known] = np.arange(len(known))
-    predicted = place[found.outputs.argmax(axis=1)]
-    more = net.config.num_classes > len(known)
-    confusion = confusion_matrix(found.labels, predicted, len(known) + more)[: len(known)]
-    folder = out or new_path(f"{run_stem(model)}-evaluate")
-    if processes()[0] == 0:
-        write_confusion(folder, source.classes, confusion)
-    return Evaluation(
-        model=model,
-        data=data,
-        split=images.name,
-        metrics=measure(found.outputs, known[found.labels]),
-        top1_restricted=float(restricted.mean()),
-        per_class=per_class(found.labels, predicted, source.classes),
-        classes=source.classes,
-        confusion=confusion,
-        confusion_file=str(folder / CONFUSION),
-        broken=found.broken,
-    )
-
-
-def choose_images(
-    data: str, model: str, inference: Inference, watch: Watcher
-) -> tuple[Source, ImageSet]:
-    """The data's test images, else its validation images, else all of them.
-
-    On a run that was trained on a part of the data: what the run had held out, split as the run's
-    recipe says.
-    """
-    section = inference.data
-    whole = open_data(section, data, whole=True, watch=watch, streams=True)
-    if section.streaming:
-        return whole, whole.split("test", "validation")
-    run = Run(Path(model))
-    if run.recipe_file.is_file():
-        known = run.provenance().get("data", {}).get("fingerprint")
-        for split in (section, _trained_on(run)):
-            with suppress(VitcliError):  # the run's data may have other columns and splits
-                source = open_data(split, data) if split is not None else whole
-                if source.fingerprint == known:
-                    return source, source.split("test", "validation", "train")
-    if set(whole.splits) != {"train"}:
-        return whole, whole.split("test", "validation")
-    return whole, whole.split("train")
-
-
-def _trained_on(run: Run) -> DataSection | None:
-    """The `[data]` section of a run's recipe; None where it cannot be read."""
-    try:
-        return DataSection(**tomllib.loads(run.recipe_file.read_text(encoding="utf-8"))["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def align(net: Model, classes: tuple[str, ...], data: str, watch: Watcher) -> list[int]:
-    """For each class of the data the output of the model that stands for it.
-
-    Raises:
-        VitcliError: they cannot be matched by name.
-    """
-    outputs = net.config.num_classes
-    if net.labels is None:
-        if outputs == len(classes):
-            watch.note(f"the model has no class names: its {outputs} outputs in the data's order")
-            return list(range(outputs))
-        raise VitcliError(
-            f"the model has {outputs} outputs without names, `{data}` has {len(classes)} classes",
-            hint="name the outputs with `--labels FILE`, one class a line",
+        return evaluate_labels(
+            one.net,
+            found,
+            one.matching.firsts,
+            images,
+            seed=asked.seed,
+            watch=asked.watch,
+            **about,
         )
-    if (indices := match_classes(classes, net.labels)) is not None:
-        return indices
-    missing = [name for name in classes if match_classes([name], net.labels) is None]
-    shown = ", ".join(f"`{name}`" for name in missing[:3])
-    raise VitcliError(
-        f"the model lacks {len(missing)} of the {len(classes)} classes of `{data}`: {shown}",
-        hint=f"it knows {', '.join(f'`{n}`' for n in net.labels[:3])} …; other names for its "
-        "outputs: `--labels FILE`, one class a line",
+    if one.net.head_activation == "sigmoid":
+        asked.watch.note(
+            "loss and calibration are those of a softmax over the model's sigmoid outputs"
+        )
+    real = None
+    if asked.real is not None:
+        real = real_answers(images, found.indices, asked.real, imagenet_outputs(one.net))
+    return evaluate_images(
+        one.net,
+        found,
+        one.matching,
+        images,
+        real=real,
+        seed=asked.seed,
+        watch=asked.watch,
+        **about,
     )
 
 
-def write_confusion(out: Path, classes: tuple[str, ...], confusion: NDArray[np.int64]) -> None:
-    """`confusion.csv` and, for up to 100 classes, `confusion.png` in the folder `out`.
-
-    Raises:
-        VitcliError: they cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+def _check_several(matching: Matching, source: Source, asked: Asked) -> None:
+    """Raises a VitcliError for what images with any number of labels cannot be asked."""
+    if asked.real is not None:
         raise VitcliError(
-            f"cannot make `{out}`: {error.strerror}", hint="choose another place with `--out`"
-        ) from error
-    columns = [*classes, OTHER][: confusion.shape[1]]
-    path = out / CONFUSION
-    with (
-        replacing(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["true \\ predicted", *columns])
-        for name, row in zip(classes, confusion.tolist(), strict=True):
-            writer.writerow([name, *row])
-    if len(classes) <= MOST_DRAWN:
-        with replacing(out / "confusion.png") as temporary:
-            _draw(temporary, classes, columns, confusion)
-
-
-def _draw(
-    path: Path, classes: tuple[str, ...], columns: list[str], confusion: NDArray[np.int64]
-) -> None:
-    from matplotlib.figure import Figure
-
-    side = max(4.0, 0.35 * len(columns) + 2)
-    figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.subplots()
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(columns)), columns, rotation=90)
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if len(columns) <= 20:
-        for (i, j), count in np.ndenumerate(confusion):
-            if count:
-                colour = "white" if shares[i, j] > 0.5 else "black"
-                axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=7)
-    figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.7)
-    with warnings.catch_warnings(action="ignore"):  # a script that the font does not have
-        figure.savefig(path, format="png", dpi=120)
+            f"the images of `{asked.data}` have any number of labels, and `--real` replaces one",
+            "leave it out",
+        )
+    if len(matching.classes) < len(source.classes) or any(len(o) > 1 for o in matching.outputs):
+        raise VitcliError(
+            f"the images of `{asked.data}` have any number of labels: each class needs one of the "
+            "model's",
+            "name all of them in `--class-map`, one for each",
+        )

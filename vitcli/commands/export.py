@@ -21,6 +21,7 @@ from vitcli.weights.google_write import write_google
 from vitcli.weights.huggingface_write import write_huggingface
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.onnx import data_file, run_onnx, write_onnx
+from vitcli.weights.surgery import fold_temperature
 from vitcli.weights.timm_write import write_timm
 
 LARGEST_DIFFERENCE = 1e-4  # of the outputs' largest magnitude
@@ -131,6 +132,8 @@ def run(
     said = load_settings(inference.model, inference.preprocess)
     net = load_model(model, labels=labels, watch=watch, **said)
     tell_load(net, watch, verbose=verbose)
+    temperature = net.temperature
+    fold_temperature(net)
     with _folders_for(out):
         notes = FORMATS[to].write(net, out)
         try:
@@ -138,6 +141,8 @@ def run(
         except BaseException:
             _remove(out)
             raise
+    if temperature != 1.0:
+        notes = [*notes, f"the head is divided by its temperature, {temperature:.4g}"]
     if difference is None:
         notes = [*notes, "not verified: onnxruntime is not installed"]
     return Exported(

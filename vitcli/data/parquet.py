@@ -50,6 +50,14 @@ class ParquetStore:
         file, start = self._file(row)
         return f"row {row - start} of {printable(file)}"
 
+    def file_name(self, row: int) -> str | None:
+        cell = self.column[row]
+        fields = cell.keys() if hasattr(cell, "keys") else None  # of a struct; else a path
+        if fields is not None and "path" not in fields:
+            return None
+        name = (cell if fields is None else cell["path"]).as_py()
+        return Path(name).name if isinstance(name, str) else None
+
     def _file(self, row: int) -> tuple[Path, int]:
         """(the file that the row lies in, the number of its first row)."""
         number = bisect_right(self.starts, row) - 1

@@ -88,6 +88,9 @@ class FileStore:
     def describe(self, row: int) -> str:
         return printable(self.content(row))
 
+    def file_name(self, row: int) -> str:
+        return Path(os.fsdecode(self.paths[row])).name
+
 
 class ArrayStore:
     """Images in memory, as pictures of equal size: (n, Y, X) grey or (n, Y, X, C), uint8."""
@@ -194,6 +197,11 @@ class ImageSet:
     def describe(self, index: int) -> str:
         """What errors and tables call the image: its path, or `row 17 of train.parquet`."""
         return self._store.describe(int(self._rows[index]))
+
+    def file_name(self, index: int) -> str | None:
+        """The name of the file that the image is, or once was; None where nobody has noted it."""
+        named = getattr(self._store, "file_name", None)
+        return None if named is None else named(int(self._rows[index]))
 
     def subset(self, indices: Integers, name: str | None = None) -> "ImageSet":
         """Some of the images, in the order given, under the same classes."""

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vitcli.evals.calibration import calibration_error
+from vitcli.evals.outcomes import Outcomes, judge
+
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
-
-ECE_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -31,33 +32,18 @@ class Metrics:
 
 def measure(logits: Floats, labels: Ints) -> Metrics:
     """(n, K) logits and (n,) labels among the K -> all figures."""
-    z = logits.astype(np.float64)
-    rows = np.arange(len(z))
-    top = z.max(axis=1, keepdims=True)
-    log_p = z - top - np.log(np.exp(z - top).sum(axis=1, keepdims=True))  # (n, K)
-    correct = z.argmax(axis=1) == labels
-    # The true class is among the best five when fewer than five score higher.
-    ahead = (z > z[rows, labels][:, None]).sum(axis=1)
+    return summarise(judge(logits, labels))
+
+
+def summarise(outcomes: Outcomes) -> Metrics:
+    """What became of each image -> all figures."""
     return Metrics(
-        images=len(labels),
-        top1=float(correct.mean()),
-        top5=float((ahead < min(5, z.shape[1])).mean()),
-        loss=float(-log_p[rows, labels].mean()),
-        ece=calibration_error(np.exp(log_p.max(axis=1)), correct),
+        images=len(outcomes),
+        top1=float(outcomes.correct.mean()),
+        top5=float(outcomes.in_five.mean()),
+        loss=float(outcomes.loss.mean()),
+        ece=calibration_error(outcomes.confidence, outcomes.correct),
     )
-
-
-def calibration_error(
-    confidence: Floats, correct: NDArray[np.bool_], bins: int = ECE_BINS
-) -> float:
-    """Expected calibration error: the mean of |accuracy - confidence| over equal-width bins,
-    weighted by their images (Guo et al., 2017). A bin holds its upper edge.
-    """
-    edges = np.linspace(0, 1, bins + 1)
-    place = np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, bins - 1)
-    gap = np.zeros(bins)
-    np.add.at(gap, place, correct.astype(np.float64) - confidence)
-    return float(np.abs(gap).sum() / len(confidence))
 
 
 def confusion_matrix(labels: Ints, predicted: Ints, num_classes: int) -> Ints:

@@ -187,6 +187,7 @@ class ResNet(nn.Module):
         preprocess: the evaluation transform that belongs to the weights, or None.
         head_activation: what makes probabilities of the logits: `softmax`, or `sigmoid` where each
             class is for itself.
+        temperature: what the logits are divided by before that; above 1 makes a model less sure.
         head_trained: whether the head has learned something that `predict` may show.
         load_report: what became of each tensor of the file that it was loaded from, or None.
         checkpoint_activations: compute each unit again in the backward pass instead of keeping
@@ -199,6 +200,7 @@ class ResNet(nn.Module):
         self.labels: tuple[str, ...] | None = None
         self.preprocess: Preprocess | None = None
         self.head_activation: Literal["softmax", "sigmoid"] = "softmax"
+        self.temperature = 1.0
         self.head_trained = False
         self.load_report: LoadReport | None = None
         self.checkpoint_activations = False
@@ -250,5 +252,5 @@ class ResNet(nn.Module):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K) logits -> (B, K) float64: as the head was trained to be read."""
-        x = logits.double()
+        x = logits.double() / self.temperature
         return x.sigmoid() if self.head_activation == "sigmoid" else x.softmax(dim=1)

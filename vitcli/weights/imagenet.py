@@ -8,7 +8,9 @@ the two cranes have, each has its synset's number after them: `crane, n02012849`
 """
 
 import lzma
+import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
@@ -18,6 +20,8 @@ SETS = {
     21841: ("ImageNet-21k", "* "),
     21843: ("ImageNet-21k", "* -"),
 }
+SYNSET = re.compile(r"n\d{8}")
+MOST = 0.9  # of the names, to take a model's order for ImageNet's
 
 
 @cache
@@ -32,6 +36,48 @@ def imagenet_names(num_classes: int) -> tuple[str, ...] | None:
     rows = _rows(SETS[num_classes][1])
     times = Counter(words for _, words in rows)
     return tuple(words if times[words] == 1 else f"{words}, {synset}" for synset, words in rows)
+
+
+@cache
+def imagenet_synsets(num_classes: int) -> tuple[str, ...] | None:
+    """The synsets (`n01440764`) of the same classes, in the same order."""
+    if num_classes not in SETS:
+        return None
+    return tuple(synset for synset, _ in _rows(SETS[num_classes][1]))
+
+
+def synset_outputs(num_classes: int, labels: Sequence[str] | None) -> dict[str, int]:
+    """Synset -> the output of a model that stands for it; of ImageNet-1k's, and of its own.
+
+    A model with ImageNet's number of outputs and most of its names where they belong has its order
+    (publishers differ in a few words); any other is searched by name.
+    """
+    own = imagenet_synsets(num_classes)
+    if labels is None:
+        return {} if own is None else {synset: i for i, synset in enumerate(own)}
+    if any(SYNSET.fullmatch(name) for name in labels):
+        return {name: i for i, name in enumerate(labels) if SYNSET.fullmatch(name)}
+    names = imagenet_names(num_classes)
+    if own is not None and names is not None:
+        pairs = zip(names, labels, strict=True)
+        if sum(bool(_words(a) & _words(b)) for a, b in pairs) >= MOST * num_classes:
+            return {synset: i for i, synset in enumerate(own)}
+    known: dict[str, int | None] = {}
+    for i, name in enumerate(labels):
+        for word in _words(name):
+            known[word] = None if word in known else i
+    found = {}
+    for synset, words in _rows(SETS[1000][1]):
+        outputs = {known.get(word) for word in _words(words)} - {None}
+        if len(outputs) == 1 and (output := outputs.pop()) is not None:
+            found[synset] = output
+    return found
+
+
+def _words(name: str) -> set[str]:
+    """The synonyms of a name, in one spelling."""
+    parts = (" ".join(part.casefold().replace("_", " ").split()) for part in name.split(","))
+    return {part for part in parts if part}
 
 
 def _rows(marks: str) -> list[tuple[str, str]]:

@@ -156,6 +156,17 @@ def _restated(checkpoint: Checkpoint, stated: Stated) -> Checkpoint:
     return checkpoint
 
 
+def own_file(source: str) -> Path | None:
+    """The weights file of ours that a MODEL is, on this machine; None for any other."""
+    path = Path(source)
+    if source.startswith(("hf:", "https:", "http:", "gs:")) or not path.exists():
+        return None
+    file = _weights_in(path) if path.is_dir() else path
+    if file.suffix != ".safetensors":
+        return None
+    return file if read_header(file) is not None else None
+
+
 def _weights_in(folder: Path) -> Path:
     """The weights file of a run directory or model folder."""
     whole = folder / "model.safetensors"

@@ -37,6 +37,7 @@ class Checkpoint:
         dropped: tensors of the file that have no place in the model -> the reason.
         dropped_shapes: of these, as far as they were read.
         activation: what makes probabilities of the head's logits.
+        temperature: what the logits are divided by before that.
         notes: what was assumed because the file does not say it, one line each.
     """
 
@@ -51,6 +52,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     dropped_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     activation: Literal["softmax", "sigmoid"] = "softmax"
+    temperature: float = 1.0
 
 
 def save_model(
@@ -63,8 +65,8 @@ def save_model(
 ) -> None:
     """Write `model` to `path`: the old file or the whole new one is there, never a part.
 
-    The header carries configuration, class names, preprocessing and whether the head is trained
-    (`model.head_trained`). Equal weights give equal bytes.
+    The header carries configuration, class names, preprocessing, temperature and whether the head
+    is trained (`model.head_trained`). Equal weights give equal bytes.
 
     Args:
         tensors: instead of the model's own, where those are shared out among processes.
@@ -79,6 +81,7 @@ def save_model(
         "preprocess": model.preprocess.to_dict() if model.preprocess is not None else None,
         "head_trained": bool(model.head_trained and model.config.num_classes),
         "activation": model.head_activation,
+        **({"temperature": model.temperature} if model.temperature != 1.0 else {}),
         "recipe_hash": recipe_hash,
         **({"extra": dict(extra)} if extra else {}),
     }
@@ -181,6 +184,9 @@ def load_own(path: str | os.PathLike[str]) -> Checkpoint:
         labels = tuple(header["labels"]) if header.get("labels") is not None else None
         if labels is not None and len(labels) != config.num_classes:
             raise ValueError(f"{len(labels)} class names for {config.num_classes} classes")
+        temperature = float(header.get("temperature", 1.0))
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"the temperature is {temperature}")
     return Checkpoint(
         config=config,
         tensors=load_weights(path),
@@ -191,7 +197,27 @@ def load_own(path: str | os.PathLike[str]) -> Checkpoint:
         recipe_hash=header.get("recipe_hash"),
         # Files from before this was stored were all trained under softmax.
         activation="sigmoid" if header.get("activation") == "sigmoid" else "softmax",
+        temperature=temperature,
     )
+
+
+def set_temperature(
+    path: str | os.PathLike[str], temperature: float, fitted_on: Mapping[str, Any] | None = None
+) -> None:
+    """Note a temperature in the header of a weights file of ours; its tensors stay as they are.
+
+    Args:
+        fitted_on: which images it was fitted on, for whoever reports a calibration error.
+
+    Raises:
+        VitcliError: as `read_header`, or the file is not ours or cannot be written.
+    """
+    header = read_header(path)
+    if header is None:
+        raise VitcliError(f"`{path}` was not written by vitcli", hint="give a run's weights")
+    header |= {"temperature": temperature, "fitted_on": fitted_on and dict(fitted_on)}
+    metadata = {"vitcli": json.dumps(header, sort_keys=True)}
+    save_tensors(path, load_weights(path), metadata)
 
 
 def refuse_foreign(path: str | os.PathLike[str]) -> None:

@@ -44,7 +44,7 @@ def build(
         report.fates[name] = ("dropped", reason)
     model.requires_grad_(True)
     model.labels, model.preprocess = checkpoint.labels, checkpoint.preprocess
-    model.head_activation = checkpoint.activation
+    model.head_activation, model.temperature = checkpoint.activation, checkpoint.temperature
     model.head_trained = checkpoint.head_trained and config.num_classes > 0
     model.load_report = report
     if isinstance(model, VisionTransformer):
@@ -148,6 +148,7 @@ def replace_head(model: Model, labels: Sequence[str], *, keep_pre_logits: bool =
         fates[name] = ("new", f"zero, {len(labels)} classes")
     model.labels = tuple(labels)
     model.head_activation, model.head_trained = "softmax", False
+    model.temperature = 1.0
 
 
 def _drop_pretraining_head(
@@ -175,6 +176,21 @@ def linear_head(model: Model) -> tuple[Tensor, Tensor] | None:
         return head.weight.detach(), head.bias.detach()
     weight = torch.cat([head.weight, second.weight], dim=1) / 2  # (K, 2 D)
     return weight.detach(), (head.bias + second.bias).detach() / 2
+
+
+def fold_temperature(model: Model) -> None:
+    """Divide the head by the model's temperature, in place, which is 1 then.
+
+    For layouts that have no word for it: the probabilities stay, and so does every prediction.
+    """
+    if model.temperature == 1.0:
+        return
+    with torch.no_grad():
+        for head in (model.head, getattr(model, "head_dist", None)):
+            if isinstance(head, nn.Linear):
+                head.weight.div_(model.temperature)
+                head.bias.div_(model.temperature)
+    model.temperature = 1.0
 
 
 def change_pool(model: Model, pool: str) -> None:
@@ -217,7 +233,7 @@ def change_pool(model: Model, pool: str) -> None:
     model.config = replace(new, num_classes=0, representation_size=None)
     model.head, model.pre_logits = nn.Identity(), nn.Identity()
     model.head_dist, model.attn_pool = None, None
-    model.labels, model.head_trained = None, False
+    model.labels, model.head_trained, model.temperature = None, False, 1.0
 
 
 def match_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int] | None:

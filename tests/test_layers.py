@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "vitcli"
 STEPS = [
     {"cli", "__main__"},
     {"options", "exits"},
-    {"results"},
+    {"results", "results_fewshot"},
     {"report"},
     {"commands"},
     {"train", "evals", "cost"},

@@ -92,32 +92,6 @@ def show_comparison(result: Any) -> None:
         print_facts(f"{len(result.runs)} seeds of one recipe", facts)
 
 
-def show_fewshot(result: Any) -> None:
-    """Accuracies by shots, beside those of the raw pixels."""
-    facts = result.to_json()
-    rows = []
-    for shots, found in facts["shots"].items():
-        row = [f"{shots} a class", spread(found["accuracy"])]
-        if facts["raw_pixels"]:
-            row.append(spread(facts["raw_pixels"][shots]["accuracy"]))
-        rows.append(row)
-    columns = ["shots", "this model"]
-    if facts["raw_pixels"]:
-        size = facts["raw_pixels_size"]
-        columns.append(f"raw pixels ({size[0]}x{size[1]})")
-    title = (
-        f"few-shot accuracy of {result.model} on {result.data}: {result.classes} classes, "
-        f"{result.test_images:,} test images, {result.dim} features"
-    )
-    print_table(title, columns, rows)
-    show_next(f"vitcli predict image.jpg --model {result.run}")
-
-
-def spread(accuracy: Mapping[str, Any]) -> str:
-    """Mean and standard deviation over the seeds."""
-    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
-
-
 def show_evaluation(result: Any) -> None:
     """Figures over the set, and the classes."""
     if hasattr(result.metrics, "map"):

@@ -1,6 +1,6 @@
 """`vitcli fewshot`: a frozen representation -> n-shot accuracy, and a classifier for predict."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import tomli_w
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from vitcli.config import FewshotSection, Inference, Settings, load_inference
-from vitcli.data.sets import ImageSet, Source
+from vitcli.data.sets import Source
 from vitcli.data.sources import open_data
 from vitcli.errors import VitcliError
 from vitcli.evals.features import Extracted, processes
-from vitcli.evals.fewshot import Choice, draw
+from vitcli.evals.fewshot import Choice
 from vitcli.evals.kept import Features
-from vitcli.evals.methods import METHODS, Fitted, Head, accuracy
+from vitcli.evals.methods import Head
+from vitcli.evals.trials import Shots, draw_all, fit_all
 from vitcli.run import check_free, create_run, new_path, run_stem
 from vitcli.vit import Model
 from vitcli.watch import Quiet, Watcher
@@ -33,8 +33,6 @@ DEFAULT_DATA = "builtin:digits"
 # longer than the model.
 MANY_TEST_IMAGES = 20_000
 MANY_IMAGES = 2_000
-
-Shots = int | str  # images a class, or `all`
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,7 @@ def _measure(
 ) -> tuple[Fewshot, Head | None]:
     """The figures, and the head of seed 0 and the most shots."""
     train, test = source.split("train"), source.split("test", "validation")
-    draws = _draw(train, section, len(source.classes), watch)
+    draws = draw_all(train, section, len(source.classes), watch)
     # Only images that some seed draws are looked at.
     needed = np.unique(np.concatenate(list(draws.values())))
     with_pixels = _has_baseline(section, len(test), max(map(len, draws.values())))
@@ -227,10 +225,10 @@ def _measure(
         )
     )
     features.tell_kept()
-    found = _fit_all(support, tested, draws, len(source.classes), section, watch)
+    found = fit_all(support, tested, draws, len(source.classes), section, watch)
     raw: dict[Shots, list[float]] | None = None
     if with_pixels:
-        raw = _fit_all(
+        raw = fit_all(
             _pixels(support), _pixels(tested), draws, len(source.classes), section, Quiet()
         ).accuracies
     size = features.model.config.image_size
@@ -255,92 +253,9 @@ def _measure(
     return result, found.head
 
 
-def _draw(
-    train: ImageSet, section: FewshotSection, num_classes: int, watch: Watcher
-) -> dict[tuple[Shots, int], NDArray[np.int64]]:
-    """(shots, seed) -> the images; fewer shots of a seed are a part of more."""
-    counts = np.bincount(train.labels, minlength=num_classes)
-    most = max((s for s in section.shots if isinstance(s, int)), default=0)
-    if short := [name for name, n in zip(train.classes, counts, strict=True) if n < most]:
-        shown = ", ".join(short[:3]) + (" …" if len(short) > 3 else "")
-        watch.warn(f"{len(short)} classes have fewer than {most} images; all are used: {shown}")
-    return {
-        (shots, seed): draw(train.labels, shots, seed, num_classes)
-        if isinstance(shots, int)
-        else np.arange(len(train))
-        for shots in dict.fromkeys(section.shots)
-        for seed in range(section.seeds if isinstance(shots, int) else 1)
-    }
-
-
 def _has_baseline(section: FewshotSection, tested: int, learned: int) -> bool:
     few = tested <= MANY_TEST_IMAGES and learned <= MANY_IMAGES
     return few and section.method != "logistic"  # hours, on so many and such numbers
-
-
-@dataclass
-class _Found:
-    """What `Fewshot` has of the same names, and the head to be kept."""
-
-    accuracies: dict[Shots, list[float]] = field(default_factory=dict)
-    strengths: dict[Shots, list[float]] = field(default_factory=dict)
-    choices: dict[Shots, list[Choice]] = field(default_factory=dict)
-    paths: dict[Shots, list[list[float]]] = field(default_factory=dict)
-    l2: float | None = None
-    head: Head | None = None
-
-
-def _fit_all(
-    support: Extracted,
-    tested: Extracted,
-    draws: Mapping[tuple[Shots, int], NDArray[np.int64]],
-    num_classes: int,
-    section: FewshotSection,
-    watch: Watcher,
-) -> _Found:
-    """Fit and test a classifier for every draw."""
-    found, fit = _Found(), METHODS[section.method]
-    largest = max(draws, key=lambda key: (key[1] == 0, len(draws[key])))
-    told: set[str] = set()
-    with watch.progress("classifiers", len(draws)) as bar:
-        for (shots, seed), chosen in draws.items():
-            x, y = _drawn(support, chosen)
-            fitted = fit(x, y, num_classes, section, seed)
-            found.accuracies.setdefault(shots, []).append(
-                accuracy(fitted.predict, tested.outputs, tested.labels)
-            )
-            _note_strength(found, fitted, shots, tested)
-            for line in set(fitted.notes) - told:
-                watch.warn(f"{shots} shots: {line}")
-            told |= set(fitted.notes)
-            if (shots, seed) == largest and fitted.head is not None:
-                found.head = fitted.head()
-            bar.advance()
-    return found
-
-
-def _drawn(support: Extracted, chosen: NDArray[np.int64]) -> tuple[Any, NDArray[np.int64]]:
-    """Features and labels of the drawn images; those that could not be read are left out."""
-    if len(chosen) >= len(support.indices) and (np.diff(chosen) > 0).all():
-        return support.outputs, support.labels  # all there are: no copy of what may be gigabytes
-    places = np.searchsorted(support.indices, chosen)
-    places = np.minimum(places, len(support.indices) - 1)
-    rows = places[support.indices[places] == chosen]
-    return support.outputs[rows], support.labels[rows]
-
-
-def _note_strength(found: _Found, fitted: Fitted, shots: Shots, tested: Extracted) -> None:
-    """Add the strength, how it was chosen, and what the others give."""
-    if fitted.l2 is None:
-        return
-    found.l2 = fitted.l2
-    found.strengths.setdefault(shots, []).append(fitted.l2)
-    if fitted.choice is not None:
-        found.choices.setdefault(shots, []).append(fitted.choice)
-    if fitted.others:
-        by_strength = found.paths.setdefault(shots, [[] for _ in fitted.others])
-        for seeds, predict in zip(by_strength, fitted.others.values(), strict=True):
-            seeds.append(accuracy(predict, tested.outputs, tested.labels))
 
 
 def _pixels(extracted: Extracted) -> Extracted:

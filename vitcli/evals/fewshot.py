@@ -7,6 +7,7 @@ the class with the largest score wins (`big_vision/evaluators/fewshot_lsr.py`); 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -80,7 +81,7 @@ def fewshot(
     test_labels: ArrayLike,
     shots: int = 5,
     seed: int = 0,
-    l2: float = DEFAULT_L2,
+    l2: float | Literal["auto"] = DEFAULT_L2,
 ) -> float:
     """Accuracy (0..1) on the test features of a classifier fitted on `shots` images per class.
 
@@ -91,7 +92,7 @@ def fewshot(
         test_labels: (m,).
         shots: images per class.
         seed: of the draw, `numpy.random.default_rng(seed)` as the reference has it.
-        l2: strength of the ridge penalty, 2^10 in the reference.
+        l2: strength of the ridge penalty, 2^10 in the reference; `auto` has `choose_l2` choose it.
 
     Raises:
         VitcliError: lengths or widths that do not fit, or values that are not finite.
@@ -105,7 +106,8 @@ def fewshot(
     _check(x, y, test_x, test_y, shots, l2)
     num_classes = int(max(y.max(), test_y.max())) + 1
     chosen = draw(y, shots, seed, num_classes)
-    ridge = fit(x[chosen], y[chosen], num_classes, l2)
+    path = RidgePath(x[chosen], y[chosen], num_classes)
+    ridge = path.fit(choose_l2(path).l2 if l2 == "auto" else l2)
     return float(np.mean(ridge.predict(test_x) == test_y))
 
 
@@ -191,7 +193,7 @@ def spread_over(indices: Ints, most: int) -> Ints:
     return indices[np.arange(count) * len(indices) // max(count, 1)]
 
 
-def _check(x: Floats, y: Ints, test_x: Floats, test_y: Ints, shots: int, l2: float) -> None:
+def _check(x: Floats, y: Ints, test_x: Floats, test_y: Ints, shots: int, l2: float | str) -> None:
     if x.ndim != 2 or test_x.ndim != 2 or x.shape[1] != test_x.shape[1]:
         raise VitcliError(f"features must be (n, D), both of one D: {x.shape} and {test_x.shape}")
     for name, a, b in (("labels", x, y), ("test_labels", test_x, test_y)):
@@ -201,5 +203,5 @@ def _check(x: Floats, y: Ints, test_x: Floats, test_y: Ints, shots: int, l2: flo
             raise VitcliError(f"`{name}` must be one or more integers from 0 on")
         if not np.isfinite(a).all():
             raise VitcliError(f"the features that belong to `{name}` are not all finite")
-    if shots < 1 or l2 <= 0:
+    if shots < 1 or not (l2 == "auto" or (not isinstance(l2, str) and l2 > 0)):
         raise VitcliError(f"shots = {shots} and l2 = {l2}: both must be above 0")

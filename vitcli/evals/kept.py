@@ -117,7 +117,9 @@ class Features:
                     left = indices[rest], stamps[rest]
                     broken += self._add(tables[1:], images, *left, "pixels", bar)
             broken = _joined(broken)  # and by then all processes have written
-        there = np.logical_and.reduce([t.there(indices, stamps)[0] for t in tables])
+        there = np.ones(len(indices), dtype=np.bool_)
+        for table, lacked in zip(tables, missing, strict=True):
+            there[lacked] &= table.there(indices[lacked], stamps[lacked])[0]
         told = tuple(dict.fromkeys(broken))
         if not there.any():
             raise none_readable(len(indices), broken)

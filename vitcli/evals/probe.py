@@ -64,12 +64,13 @@ class ClassMeans:
         makes probabilities of them; 1 where every class has a single image.
         """
         weight, bias = self._bare_head()
-        rows = np.flatnonzero(self.counts[self.labels] >= 2)
-        rows = spread_over(rows, max(1, PART // self.num_classes))
+        most = max(1, PART // max(self.x.shape[1], self.num_classes))
+        rows = spread_over(np.flatnonzero(self.counts[self.labels] >= 2), most)
         temperature = 1.0
         if len(rows):
             temperature = fit_temperature(self._left_out(rows), self.labels[rows])
-        length = float(np.linalg.norm(floats(self.x[: len(rows) or None]), axis=1).mean())
+        some = floats(self.x[spread_over(np.arange(len(self.x)), most)])
+        length = float(np.linalg.norm(some, axis=1).mean()) or 1.0
         return weight / (temperature * length), bias
 
     def _left_out(self, rows: Ints) -> Floats:

@@ -114,7 +114,7 @@ class RidgePath:
         stay those of all images.
         """
         projected, squares = self._projected(rows)
-        scores, hat = self._scores(l2, projected, squares)
+        scores, hat = self._scores(l2, projected, squares, self.targets)
         y = np.asarray(2.0 * (self.labels[rows][:, None] == np.arange(self.num_classes)) - 1.0)
         return np.asarray(y - (y - scores) / (1 - hat)[:, None])
 
@@ -127,12 +127,13 @@ class RidgePath:
         right = np.zeros((len(strengths), len(rows)), dtype=np.bool_)
         # Scores are of the order of 1: float32 tells all but a hair's breadth apart.
         rough = len(rows) * self.num_classes > MOST_EXACT
+        targets = self.targets.astype(np.float32) if rough else self.targets
         for start in range(0, len(rows), step := _step(self.num_classes)):
             part = rows[start : start + step]
             labels, each = self.labels[part], np.arange(len(part))
             projected, squares = self._projected(part)
             for i, l2 in enumerate(strengths):
-                scores, hat = self._scores(l2, projected, squares, rough=rough)
+                scores, hat = self._scores(l2, projected, squares, targets)
                 own = scores[each, labels] - 2 * hat
                 scores[each, labels] = -np.inf
                 right[i, start : start + step] = own > scores.max(axis=1)
@@ -148,13 +149,11 @@ class RidgePath:
         return projected, projected**2
 
     def _scores(
-        self, l2: float, projected: Floats, squares: Floats, *, rough: bool = False
+        self, l2: float, projected: Floats, squares: Floats, targets: NDArray[Any]
     ) -> tuple[NDArray[Any], Floats]:
-        """(m, K) scores, with `rough` in float32, and (m,) leverages."""
+        """(m, K) scores, in the type of `targets`, and (m,) leverages."""
         inverse = 1 / (self.values + l2)
-        kind = np.float32 if rough else np.float64
-        factors = (projected * inverse).astype(kind, copy=False)
-        return factors @ self.targets.astype(kind, copy=False), squares @ inverse
+        return (projected * inverse).astype(targets.dtype) @ targets, squares @ inverse
 
 
 def fit(features: ArrayLike, labels: ArrayLike, num_classes: int, l2: float = DEFAULT_L2) -> Ridge:

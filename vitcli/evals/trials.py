@@ -59,7 +59,7 @@ def fit_all(
             )
             _note_strength(found, fitted, shots, tested)
             for line in set(fitted.notes) - told:
-                watch.warn(f"{shots} shots: {line}")
+                watch.warn(f"`--shots {shots}`: {line}")
             told |= set(fitted.notes)
             if (shots, seed) == largest and fitted.head is not None:
                 found.head = fitted.head()

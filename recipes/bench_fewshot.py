@@ -7,11 +7,11 @@
 `extract`: images a second of `evals.features.run_over` writing into an empty cache, beside the same
 model on one batch in memory over and over, which reads and decodes nothing. The pictures are JPEGs
 of 240 pixels of noise over a gradient, in memory. `solve`: 1000 classes x 10 images x 768 features
-and 20 strengths; ours decomposes, leaves images out (2,000 of the 10,000, see `MOST_LEFT_OUT`; with
-`--all` also all of them), chooses and fits; theirs is RidgeClassifierCV on the same standardised matrix with the
-same strengths, which leaves every image out. Both in turn (A B A B ...), medians and the range of
-the ratio of each pair. `--cpu` counts the seconds of this process on all cores, not the clock's: on
-a machine that others use, with one thread.
+and 20 strengths. Ours decomposes, leaves images out (2,000 of the 10,000, see `MOST_LEFT_OUT`; with
+`--all` also all of them), chooses and fits; theirs is RidgeClassifierCV on the same standardised
+matrix with the same strengths, which leaves every image out. Both in turn (A B A B ...), medians
+and the range of the ratio of each pair. `--cpu` counts the seconds of this process on all cores,
+not the clock's: on a machine that others use, with one thread.
 """
 
 import argparse

@@ -39,8 +39,9 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def datasets_cache(tmp_path_factory) -> None:
-    """What `datasets` caches goes away with the other temporary files."""
+def caches(tmp_path_factory) -> None:
+    """What `datasets` and we cache goes away with the other temporary files."""
+    os.environ["VITCLI_CACHE"] = str(tmp_path_factory.mktemp("vitcli"))
     folder = tmp_path_factory.mktemp("datasets")
     os.environ["HF_DATASETS_CACHE"] = str(folder)  # for programs that tests start
     if loaded := sys.modules.get("datasets.config"):

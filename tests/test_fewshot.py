@@ -8,6 +8,8 @@ import torch
 
 from vitcli.errors import VitcliError
 from vitcli.evals.fewshot import (
+    RidgePath,
+    choose_l2,
     draw,
     fewshot,
     fit,
@@ -152,3 +154,13 @@ def test_wrong_input(blobs):
             fewshot(*arguments)
     with pytest.raises(VitcliError, match="shots = 0"):
         fewshot(x, y, x, y, shots=0)
+
+
+def test_the_strength_can_be_chosen(blobs):
+    x, y = blobs
+    rest = np.setdiff1d(np.arange(60), draw(y, 5, 0, 4))
+    path = RidgePath(x[draw(y, 5, 0, 4)], y[draw(y, 5, 0, 4)], 4)
+    expected = np.mean(path.fit(choose_l2(path).l2).predict(x[rest]) == y[rest])
+    assert fewshot(x, y, x[rest], y[rest], l2="auto") == expected
+    with pytest.raises(VitcliError, match="l2 = best"):
+        fewshot(x, y, x, y, l2="best")

@@ -19,6 +19,7 @@ def offline(tmp_path):
     environment |= dict.fromkeys(
         ("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"), nowhere
     )
+    environment["VITCLI_CACHE"] = str(tmp_path / "vitcli")
     return environment | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
 
 

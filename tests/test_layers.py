@@ -14,7 +14,7 @@ STEPS = [
     {"cli", "__main__"},
     {"options_predict"},
     {"options", "exits"},
-    {"results"},
+    {"results", "results_fewshot"},
     {"report"},
     {"commands"},
     {"train", "evals", "look", "cost"},

@@ -149,7 +149,8 @@ def trained(tmp_path_factory):
 
 
 def command(folder, *arguments, number=2):
-    return vitcli(*arguments, "--processes", number, cwd=folder, env=ENVIRONMENT)
+    environment = {**ENVIRONMENT, "VITCLI_CACHE": str(folder / "cache")}
+    return vitcli(*arguments, "--processes", number, cwd=folder, env=environment)
 
 
 def test_one_voice(trained):
@@ -203,13 +204,16 @@ def test_a_temperature_is_the_same_and_stored_once(trained):
 def test_fewshot_and_finetune(trained):
     folder, _ = trained
     base = ("fewshot", "--model", "run", "--shots", "2,5", "--json")
-    said = {}
-    for number in (1, 2):
-        done = command(folder, *base, "--out", f"shots-{number}", number=number)
+    said = []
+    # Two processes each add their part to the cache, in which one then finds everything.
+    for name, number, more in (("alone", 1, "--no-cache"), ("both", 2, ""), ("again", 1, "")):
+        arguments = (*base, "--out", f"shots-{name}", *filter(None, [more]))
+        done = command(folder, *arguments, number=number)
         assert done.returncode == 0, done.stderr
-        said[number] = {**json.loads(done.stdout), "run": None}
-    assert said[1] == said[2]
-    assert weights(folder / "shots-1") == weights(folder / "shots-2")
+        said.append({**json.loads(done.stdout), "run": None})
+    assert said[0] == said[1] == said[2]
+    assert "features of 359 of 359 are here already" in done.stderr
+    assert weights(folder / "shots-both") == weights(folder / "shots-again")
     arguments = ("finetune", "builtin:digits", "--model", "run", "--steps", 4, "--json")
     for name, more in (("tuned", ()), ("again", ("--resume",))):
         done = command(folder, *arguments, "--out", name, *more)

@@ -9,6 +9,7 @@ import typer
 from vitcli import __version__, exits
 from vitcli.errors import VitcliError
 from vitcli.options import (
+    L2,
     AtOnce,
     Calibrate,
     ClassMap,
@@ -16,13 +17,17 @@ from vitcli.options import (
     ImageSize,
     Json,
     Labels,
+    Method,
     Model,
     Models,
+    NoCache,
     Out,
     Precision,
     Processes,
     Real,
+    Representation,
     Resampling,
+    Seeds,
     Set,
     Shots,
     Suite,
@@ -31,6 +36,7 @@ from vitcli.options import (
     flags,
     numbers,
     settings,
+    strength,
 )
 from vitcli.options_predict import Predicting
 
@@ -134,36 +140,53 @@ def fewshot(
     data: Data = None,
     model: Model = None,
     shots: Shots = None,
+    method: Method = None,
+    l2: L2 = None,
+    representation: Representation = None,
+    seeds: Seeds = None,
     set_: Set = None,
     batch_size: AtOnce = 128,
     image_size: ImageSize = None,
     precision: Precision = None,
     processes: Processes = None,
+    no_cache: NoCache = False,
     out: Out = None,
     verbose: Verbose = False,
     json: Json = False,
 ) -> None:
-    """Measure a frozen model with few labelled images a class, in closed form.
+    """Measure a frozen model with few labelled images a class, or with all of them.
 
-    The protocol of the paper's code: regularised least squares on the standardised features, 3
-    seeds. The classifier is kept as a run, so that `vitcli predict` can use it.
+    The protocol of the paper's code: regularised least squares on the standardised features, in
+    closed form, 3 seeds. Nearest neighbours and linear probes are other methods. The classifier is
+    kept as a run, so that `vitcli predict` can use it, and features are computed once.
 
-    Example: `vitcli fewshot photos/ --model runs/pretrain_formula --shots 1,5,10`
+    Example: `vitcli fewshot photos/ --model runs/pretrain_formula --shots 1,5,10 --l2 auto`
+    or: `vitcli fewshot photos/ --model vit_tiny/ --shots all --method logistic`
     """
-    from vitcli import report, results
+    from vitcli import report, results_fewshot
     from vitcli.commands import fewshot as command
 
+    given = settings(
+        set_,
+        shots=numbers(shots),
+        method=method,
+        l2=strength(l2),
+        representation=representation,
+        seeds=seeds,
+        image_size=image_size,
+    )
     result = command.run(
         data,
         model=model,
-        settings=settings(set_, shots=numbers(shots), image_size=image_size),
+        settings=given,
         out=out,
         batch_size=batch_size,
         precision=precision or "auto",
+        cache=not no_cache,
         verbose=verbose,
         watch=report.Terminal(),
     )
-    exits.show(result, json, results.show_fewshot)
+    exits.show(result, json, results_fewshot.show_fewshot)
     exits.unreadable(result.broken)
 
 

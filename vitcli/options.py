@@ -23,6 +23,10 @@ SHORTHAND = {
     "seed": "train.seed",
     "precision": "train.precision",
     "shots": "fewshot.shots",
+    "method": "fewshot.method",
+    "l2": "fewshot.l2",
+    "seeds": "fewshot.seeds",
+    "representation": "fewshot.representation",
     "streaming": "data.streaming",
     "strict": "data.strict",
     "on_nan": "train.on_nan",
@@ -53,8 +57,8 @@ def settings(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
     return found
 
 
-def numbers(text: str | None) -> list[int] | None:
-    """`1,5,10` -> [1, 5, 10].
+def numbers(text: str | None) -> list[int | str] | None:
+    """`1,5,all` -> [1, 5, "all"].
 
     Raises:
         VitcliError: not that.
@@ -62,10 +66,26 @@ def numbers(text: str | None) -> list[int] | None:
     if text is None:
         return None
     try:
-        return [int(part) for part in text.split(",")]
+        return [part if part == "all" else int(part) for part in text.split(",")]
     except ValueError:
         raise VitcliError(
             f"`--shots {text}` is not a list of numbers", "for example `--shots 1,5,10`"
+        ) from None
+
+
+def strength(text: str | None) -> float | str | None:
+    """`1024` -> 1024.0; words stay.
+
+    Raises:
+        VitcliError: neither a number nor one of the words.
+    """
+    if text is None or text in ("auto", "path"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise VitcliError(
+            f"`--l2 {text}` is no strength", "a number above 0, `auto` or `path`"
         ) from None
 
 
@@ -145,7 +165,38 @@ RecipeName = Annotated[
     str | None, typer.Option("--recipe", help="A recipe's name or file.", show_default=False)
 ]
 Shots = Annotated[
-    str | None, typer.Option("--shots", help="Images a class; several with commas: `1,5,10`.")
+    str | None,
+    typer.Option("--shots", help="Images a class, or `all`; several with commas: `1,5,10`."),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="ridge (the paper's), knn, logistic (a linear probe) or mean (nearest class mean).",
+        show_default=False,
+    ),
+]
+L2 = Annotated[
+    str | None,
+    typer.Option(
+        "--l2",
+        help="Strength of the penalty: a number; `auto`: chosen on the images learned from; "
+        "`path`: that, and the accuracy of every strength. Default: 1024; logistic 1.",
+        show_default=False,
+    ),
+]
+Seeds = Annotated[int | None, typer.Option("--seeds", help="Draws of the shots.")]
+Representation = Annotated[
+    str | None,
+    typer.Option(
+        "--representation",
+        help="pre-logits (what the head reads), cls, mean, quadrants, token_mean, `layer:N` or "
+        "`concat:N` (the last N blocks).",
+        show_default=False,
+    ),
+]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Neither read nor keep features on disk.")
 ]
 Set = Annotated[
     list[str] | None,

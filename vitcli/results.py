@@ -1,6 +1,5 @@
 """The results of the commands, one function each, as tables."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from rich.text import Text
@@ -91,32 +90,6 @@ def show_comparison(result: Any) -> None:
     if result.seeds:
         facts = [(n, f"{mean:,.5g} ± {std:.2g}") for n, (mean, std) in result.seeds.items()]
         print_facts(f"{len(result.runs)} seeds of one recipe", facts)
-
-
-def show_fewshot(result: Any) -> None:
-    """Accuracies by shots, beside those of the raw pixels."""
-    facts = result.to_json()
-    rows = []
-    for shots, found in facts["shots"].items():
-        row = [f"{shots} a class", spread(found["accuracy"])]
-        if facts["raw_pixels"]:
-            row.append(spread(facts["raw_pixels"][shots]["accuracy"]))
-        rows.append(row)
-    columns = ["shots", "this model"]
-    if facts["raw_pixels"]:
-        size = facts["raw_pixels_size"]
-        columns.append(f"raw pixels ({size[0]}x{size[1]})")
-    title = (
-        f"few-shot accuracy of {result.model} on {result.data}: {result.classes} classes, "
-        f"{result.test_images:,} test images, {result.dim} features"
-    )
-    print_table(title, columns, rows)
-    show_next(f"vitcli predict image.jpg --model {result.run}")
-
-
-def spread(accuracy: Mapping[str, Any]) -> str:
-    """Mean and standard deviation over the seeds."""
-    return f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} %"
 
 
 def worst(classes: list[list[Any]]) -> list[list[Any]]:

@@ -374,11 +374,28 @@ class TrainSection(Section):
 
 
 class FewshotSection(Section):
-    """The few-shot protocol of big_vision."""
+    """A classifier on frozen features; left as it is, the few-shot protocol of big_vision.
 
-    shots: tuple[PositiveInt, ...] = (5,)
+    `shots` are images a class, or `all`; `seeds` so many draws of them. `l2` is the strength of the
+    penalty of `ridge` (1024 if left out) and `logistic` (1): a number; `auto`, chosen on the drawn
+    images; `path`, the same with the accuracies of all strengths. `neighbors` and `temperature` are
+    those of `knn`. `representation` is what of the model is read: `pre-logits` (what its head
+    reads), `cls`, `mean`, `quadrants`, `token_mean`, `layer:N`, `concat:N`.
+    """
+
+    method: Literal["ridge", "knn", "logistic", "mean"] = "ridge"
+    shots: tuple[PositiveInt | Literal["all"], ...] = Field(default=(5,), min_length=1)
     seeds: PositiveInt = 3
-    l2: PositiveFloat = 1024.0
+    l2: PositiveFloat | Literal["auto", "path"] | None = None
+    neighbors: PositiveInt = 20
+    temperature: PositiveFloat = 0.07
+    representation: str = "pre-logits"
+
+    @model_validator(mode="after")
+    def _penalised(self) -> Self:
+        if self.l2 is not None and self.method in ("knn", "mean"):
+            raise ValueError(f"`l2` is for `ridge` and `logistic`; `{self.method}` has no penalty")
+        return self
 
 
 class Inference(Section):

@@ -1,32 +1,38 @@
 """`vitcli fewshot`: a frozen representation -> n-shot accuracy, and a classifier for predict."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tomli_w
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from vitcli.config import Inference, Settings, load_inference
-from vitcli.data.sets import ImageSet, Source
+from vitcli.config import FewshotSection, Inference, Settings, load_inference
+from vitcli.data.sets import Source
 from vitcli.data.sources import open_data
 from vitcli.errors import VitcliError
-from vitcli.evals.features import Extracted, extract, processes
-from vitcli.evals.fewshot import draw, fit, fit_head
+from vitcli.evals.features import Extracted, processes
+from vitcli.evals.fewshot import Choice
+from vitcli.evals.kept import Features
+from vitcli.evals.methods import Head
+from vitcli.evals.trials import Shots, draw_all, fit_all
 from vitcli.run import check_free, create_run, new_path, run_stem
 from vitcli.vit import Model
 from vitcli.watch import Quiet, Watcher
 from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, load_settings, newest_run
+from vitcli.weights.represent import represent
 from vitcli.weights.store import save_model
 from vitcli.weights.surgery import replace_head
 
 DEFAULT_DATA = "builtin:digits"
-MANY_TEST_IMAGES = 20_000  # beyond this the raw-pixel baseline would need gigabytes
+# Beyond so many images to test, or to learn from, the raw-pixel baseline would need gigabytes, or
+# longer than the model.
+MANY_TEST_IMAGES = 20_000
+MANY_IMAGES = 2_000
 
 
 @dataclass(frozen=True)
@@ -34,23 +40,33 @@ class Fewshot:
     """Accuracies in 0..1, one for each seed.
 
     Attributes:
-        accuracies: shots -> accuracy of each seed.
+        accuracies: shots -> accuracy of each seed; one where all images are taken.
         raw_pixels: the same protocol on the pixels that the model gets, or None where too large.
         raw_size: rows and columns of these pixels.
-        run: the directory that holds the classifier of seed 0 and the most shots.
+        l2: what was asked for: a strength, `auto` or `path`; None where the method has none.
+        strengths: shots -> strength of each seed.
+        choices: shots -> how each seed chose its strength; empty where it was given.
+        paths: shots -> accuracy of each strength, a list with one for each seed; for `path`.
+        run: the directory that holds the classifier of seed 0 and the most shots; None of a method
+            that makes none.
         broken: images that could not be read.
     """
 
     model: str
     data: str
-    accuracies: dict[int, list[float]]
-    raw_pixels: dict[int, list[float]] | None
+    method: str
+    representation: str
+    accuracies: dict[Shots, list[float]]
+    raw_pixels: dict[Shots, list[float]] | None
     raw_size: tuple[int, int]
-    l2: float
+    l2: float | str | None
     dim: int
     classes: int
     test_images: int
-    run: str
+    run: str | None
+    strengths: dict[Shots, list[float]] = field(default_factory=dict)
+    choices: dict[Shots, list[Choice]] = field(default_factory=dict)
+    paths: dict[Shots, list[list[float]]] = field(default_factory=dict)
     broken: tuple[str, ...] = ()
 
     @property
@@ -63,28 +79,50 @@ class Fewshot:
         return {
             "model": self.model,
             "data": self.data,
-            "shots": _by_shots(self.accuracies, self.l2),
+            "method": self.method,
+            "representation": self.representation,
+            "shots": {
+                str(shots): {
+                    "accuracy": _spread(seeds),
+                    "l2": self.strengths[shots] if isinstance(self.l2, str) else self.l2,
+                    **({"path": self._path(shots)} if shots in self.choices else {}),
+                }
+                for shots, seeds in self.accuracies.items()
+            },
             "dim": self.dim,
             "classes": self.classes,
             "test_images": self.test_images,
-            "raw_pixels": _by_shots(self.raw_pixels, self.l2) if self.raw_pixels else None,
+            "raw_pixels": self._raw(),
             "raw_pixels_size": list(self.raw_size),
             "run": self.run,
             "unreadable": list(self.broken),
         }
 
-
-def _by_shots(accuracies: dict[int, list[float]], l2: float) -> dict[str, Any]:
-    return {
-        str(shots): {
-            "accuracy": {
-                "mean": float(np.mean(seeds)),
-                "std": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0,
-                "seeds": seeds,
-            },
-            "l2": l2,
+    def _raw(self) -> dict[str, Any] | None:
+        if self.raw_pixels is None:
+            return None
+        return {
+            str(shots): {"accuracy": _spread(seeds), "l2": self.l2}
+            for shots, seeds in self.raw_pixels.items()
         }
-        for shots, seeds in accuracies.items()
+
+    def _path(self, shots: Shots) -> dict[str, Any]:
+        """Of each strength the accuracy on images left out, by seed, and for `path` on the test."""
+        choices = self.choices[shots]
+        left_out = [c.accuracies for c in choices]
+        return {
+            "l2": list(choices[0].strengths),
+            "left_out_accuracy": [None if a is None else a.tolist() for a in left_out],
+            "left_out_images": [c.images for c in choices],
+            "accuracy": [_spread(seeds) for seeds in self.paths.get(shots, [])],
+        }
+
+
+def _spread(seeds: Sequence[float]) -> dict[str, Any]:
+    return {
+        "mean": float(np.mean(seeds)),
+        "std": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0,
+        "seeds": list(seeds),
     }
 
 
@@ -96,20 +134,23 @@ def run(
     out: Path | None = None,
     batch_size: int = 128,
     precision: str = "auto",
+    cache: bool = True,
     verbose: bool = False,
     watch: Watcher | None = None,
 ) -> Fewshot:
     """Measure a frozen model with few labelled images a class, and keep the classifier.
 
-    big_vision's protocol (section 4.1 of the paper); see `vitcli.evals.fewshot`.
+    big_vision's protocol (section 4.1 of the paper), or another method; see `FewshotSection`.
 
     Args:
         data: DATA with training and test images; None takes `builtin:digits`.
         model: MODEL; None takes the newest finished run.
-        settings: nested settings: `fewshot.shots`, `.seeds`, `.l2`, `model.pool`, `preprocess.…`.
+        settings: nested settings: `fewshot.shots`, `.method`, `.l2`, `.representation` …,
+            `model.pool`, `preprocess.…`.
         out: the new run directory; None makes `runs/MODEL-fewshot`.
         batch_size: images of one forward pass.
         precision: `auto` is fp32.
+        cache: whether features that were computed before are used, and new ones kept.
         verbose: tell what became of every tensor of the weights.
 
     Raises:
@@ -125,15 +166,34 @@ def run(
     if model is None:
         model = newest_run(classifier=False)
         watch.note(f"no `--model` given: {model}")
-    path = out or new_path(f"{run_stem(model)}-fewshot")
-    check_free(path)
+    path = _place(out, model, inference.fewshot)
     source = _load(data, inference, watch)
     net = load_model(model, watch=watch, **load_settings(inference.model, inference.preprocess))
+    represent(net, inference.fewshot.representation)
     for line in source.notes:
         watch.note(line)
     tell_load(net, watch, verbose=verbose)
-    result = _measure(net, source, inference, path, batch_size, precision, watch)
-    return replace(result, model=model, data=data)
+    about = {"model": model, "representation": inference.fewshot.representation, "of": data}
+    features = Features(net, source.fingerprint, about, batch_size, precision, cache, watch)
+    result, head = _measure(features, source, inference.fewshot, watch)
+    result = replace(result, model=model, data=data, run=None if path is None else str(path))
+    if path is not None and head is not None and processes()[0] == 0:
+        _keep(net, source, head, inference, path, result)
+    return result
+
+
+def _place(out: Path | None, model: str, section: FewshotSection) -> Path | None:
+    """Where the classifier will be kept; None for a method that makes none."""
+    if section.method == "knn":
+        if out is not None:
+            raise VitcliError(
+                "nearest neighbours are no classifier that a model could hold: nothing to keep",
+                "leave `--out` out; the methods ridge, logistic and mean make one",
+            )
+        return None
+    path = out or new_path(f"{run_stem(model)}-fewshot")
+    check_free(path)
+    return path
 
 
 def _load(data: str, inference: Inference, watch: Watcher) -> Source:
@@ -149,104 +209,65 @@ def _load(data: str, inference: Inference, watch: Watcher) -> Source:
 
 
 def _measure(
-    net: Model,
-    source: Source,
-    inference: Inference,
-    path: Path,
-    batch_size: int,
-    precision: str,
-    watch: Watcher,
-) -> Fewshot:
-    section = inference.fewshot
+    features: Features, source: Source, section: FewshotSection, watch: Watcher
+) -> tuple[Fewshot, Head | None]:
+    """The figures, and the head of seed 0 and the most shots."""
     train, test = source.split("train"), source.split("test", "validation")
-    num_classes, most = len(source.classes), max(section.shots)
-    draws = {s: draw(train.labels, most, s, num_classes) for s in range(section.seeds)}
-    _tell_short_classes(train, most, watch)
-    # Only images that some seed draws are looked at; the draws are nested, so these are all.
+    draws = draw_all(train, section, len(source.classes), watch)
+    # Only images that some seed draws are looked at.
     needed = np.unique(np.concatenate(list(draws.values())))
-
-    def features(images: ImageSet, label: str) -> Extracted:
-        return extract(
-            net,
-            images,
-            batch_size=batch_size,
-            precision=precision,
-            with_pixels=len(test) <= MANY_TEST_IMAGES,
-            watch=watch,
-            label=label,
+    with_pixels = _has_baseline(section, len(test), max(map(len, draws.values())))
+    support, tested = (
+        features.of(images, rows, label=label, with_pixels=with_pixels)
+        for images, rows, label in (
+            (train, needed, "images to learn from"),
+            (test, np.arange(len(test)), "test images"),
         )
-
-    support = features(train.subset(needed), "images to learn from")
-    tested = features(test, "test images")
-    place = {int(needed[i]): row for row, i in enumerate(support.indices)}
-    rows = {
-        (shots, s): _rows(draw(train.labels, shots, s, num_classes), place)
-        for shots in section.shots
-        for s in draws
-    }
-    accuracies = _accuracies(support, tested, rows, num_classes, section.l2, pixels=False)
-    raw = None
-    if support.pixels is not None:
-        raw = _accuracies(support, tested, rows, num_classes, section.l2, pixels=True)
-    size = net.config.image_size
+    )
+    features.tell_kept()
+    found = fit_all(support, tested, draws, len(source.classes), section, watch)
+    raw: dict[Shots, list[float]] | None = None
+    if with_pixels:
+        raw = fit_all(
+            _pixels(support), _pixels(tested), draws, len(source.classes), section, Quiet()
+        ).accuracies
+    size = features.model.config.image_size
     result = Fewshot(
         model="",
         data=source.notation,
-        accuracies=accuracies,
+        method=section.method,
+        representation=section.representation,
+        accuracies=found.accuracies,
         raw_pixels=raw,
         raw_size=(min(size[0], 32), min(size[1], 32)),
-        l2=section.l2,
+        l2=section.l2 if isinstance(section.l2, str) else found.l2,
         dim=support.outputs.shape[1],
-        classes=num_classes,
+        classes=len(source.classes),
         test_images=len(tested.labels),
-        run=str(path),
+        run=None,
+        strengths=found.strengths,
+        choices=found.choices,
+        paths=found.paths,
         broken=support.broken + tested.broken,
     )
-    chosen = rows[most, 0]
-    weight, bias = fit_head(
-        support.outputs[chosen], support.labels[chosen], num_classes, section.l2
-    )
-    if processes()[0] == 0:
-        _keep(net, source, (weight, bias), inference, path, result)
-    return result
+    return result, found.head
 
 
-def _tell_short_classes(train: ImageSet, most: int, watch: Watcher) -> None:
-    counts = np.bincount(train.labels, minlength=len(train.classes))
-    if short := [name for name, n in zip(train.classes, counts, strict=True) if n < most]:
-        shown = ", ".join(short[:3]) + (" …" if len(short) > 3 else "")
-        watch.warn(f"{len(short)} classes have fewer than {most} images; all are used: {shown}")
+def _has_baseline(section: FewshotSection, tested: int, learned: int) -> bool:
+    few = tested <= MANY_TEST_IMAGES and learned <= MANY_IMAGES
+    return few and section.method != "logistic"  # hours, on so many and such numbers
 
 
-def _rows(chosen: NDArray[np.int64], place: dict[int, int]) -> list[int]:
-    """Where the features of the drawn images stand; those that could not be read are left out."""
-    return [place[int(i)] for i in chosen if int(i) in place]
-
-
-def _accuracies(
-    support: Extracted,
-    tested: Extracted,
-    rows: dict[tuple[int, int], list[int]],
-    num_classes: int,
-    l2: float,
-    *,
-    pixels: bool,
-) -> dict[int, list[float]]:
-    x, test_x = support.outputs, tested.outputs
-    if pixels and support.pixels is not None and tested.pixels is not None:
-        x, test_x = support.pixels, tested.pixels
-    found: dict[int, list[float]] = {}
-    for (shots, _), chosen in rows.items():
-        ridge = fit(x[chosen], support.labels[chosen], num_classes, l2)
-        correct = ridge.scores(test_x).argmax(axis=1) == tested.labels
-        found.setdefault(shots, []).append(float(correct.mean()))
-    return found
+def _pixels(extracted: Extracted) -> Extracted:
+    """The same images with their pixels as features."""
+    assert extracted.pixels is not None
+    return replace(extracted, outputs=extracted.pixels)
 
 
 def _keep(
     net: Model,
     source: Source,
-    head: Sequence[NDArray[np.float64]],
+    head: Head,
     inference: Inference,
     path: Path,
     result: Fewshot,

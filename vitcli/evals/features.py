@@ -1,6 +1,6 @@
 """Running a model over a whole set, once, in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -69,50 +69,36 @@ def extract(
         VitcliError: no image can be read, the model's preprocessing is not known, a batch size
             below 1, or outputs that are not finite.
     """
-    if batch_size < 1:
-        raise VitcliError(f"`--batch-size` is {batch_size}", "it is the images at once, 1 or more")
-    preprocess = require_preprocess(model)
-    device = device or pick_device()
-    rank, world_size = processes()
-    model = model.to(device).eval()
-    run: Callable[[Tensor], Tensor] = model.features if what == "features" else model
+    world_size = processes()[1]
     outputs, labels, indices, pixels = [], [], [], []
     broken: list[str] = []
-    with (watch or Quiet()).progress(label, len(images)) as bar, torch.inference_mode():
-        batches = eval_batches(
-            images,
-            preprocess,
-            batch_size=batch_size,
-            workers=workers,
-            rank=rank,
-            world_size=world_size,
-            pin_memory=device.type == "cuda",
-        )
-        for batch in onto(batches, device):
-            broken += batch.broken
-            if len(batch.labels):
-                x = preprocess.normalize(batch.images)  # (B, C, Y, X)
-                with autocast(precision, device):
-                    y = run(x)
-                outputs.append(y.float().cpu().numpy())
-                labels.append(batch.labels.cpu().numpy())
-                indices.append(batch.indices.numpy())
-                if with_pixels:
-                    pixels.append(_baseline(x).cpu().numpy())
-            bar.advance(len(batch.labels) + len(batch.broken))
+    passes = run_over(
+        model,
+        images,
+        what=what,
+        batch_size=batch_size,
+        precision=precision,
+        device=device,
+        workers=workers,
+        with_pixels=with_pixels,
+    )
+    with (watch or Quiet()).progress(label, len(images)) as bar:
+        for part in passes:
+            broken += part.broken
+            if len(part.labels):
+                outputs.append(part.outputs)
+                labels.append(part.labels)
+                indices.append(part.indices)
+                if part.pixels is not None:
+                    pixels.append(part.pixels)
+            bar.advance(len(part.labels) + len(part.broken))
     # Contiguous parts, so that joined in the order of the ranks they are the whole in order.
     parts = _gathered((outputs, labels, indices, pixels, broken), world_size)
     outputs, labels, indices, pixels, broken = ([x for p in parts for x in p[i]] for i in range(5))
     if not outputs:
-        reason = f": {broken[0]}" if broken else ""
-        raise VitcliError(
-            f"none of {len(images)} images can be read{reason}",
-            "`vitcli patchify IMAGE` shows one as it is read",
-        )
-    joined = np.concatenate(outputs)
-    check_finite(bool(np.isfinite(joined).all()), model)  # of all processes, so all of them end
+        raise none_readable(len(images), broken)
     return Extracted(
-        joined,
+        np.concatenate(outputs),
         np.concatenate(labels),
         np.concatenate(indices).astype(np.int64),
         np.concatenate(pixels) if pixels else None,
@@ -129,6 +115,65 @@ def check_finite(finite: bool, model: Model) -> None:
             hint="its weights are damaged or diverged, or fp16 is too narrow for them "
             "(`--precision fp32`)",
         )
+
+
+def run_over(
+    model: Model,
+    images: ImageSet,
+    *,
+    what: str = "features",
+    batch_size: int = 128,
+    precision: str = "auto",
+    device: torch.device | None = None,
+    workers: int | None = None,
+    with_pixels: bool = False,
+) -> Iterator[Extracted]:
+    """What `extract` puts together, batch by batch: this process's part of the images.
+
+    Args:
+        what: also `pixels`, for which the model computes nothing.
+
+    Raises:
+        VitcliError: as `extract`.
+    """
+    if batch_size < 1:
+        raise VitcliError(f"`--batch-size` is {batch_size}", "it is the images at once, 1 or more")
+    preprocess = require_preprocess(model)
+    device = device or pick_device()
+    rank, world_size = processes()
+    model = model.to(device).eval()
+    runs: dict[str, Callable[[Tensor], Tensor]] = {"features": model.features, "pixels": _baseline}
+    run = runs.get(what, model)
+    batches = eval_batches(
+        images,
+        preprocess,
+        batch_size=batch_size,
+        workers=workers,
+        rank=rank,
+        world_size=world_size,
+        pin_memory=device.type == "cuda",
+    )
+    for batch in onto(batches, device):
+        x = preprocess.normalize(batch.images)  # (B, C, Y, X)
+        with torch.inference_mode(), autocast(precision, device):
+            y = run(x) if len(batch.labels) else x.flatten(1)
+        check_finite(bool(y.isfinite().all()), model)
+        yield Extracted(
+            y.float().cpu().numpy(),
+            batch.labels.cpu().numpy(),
+            batch.indices.numpy(),
+            _baseline(x).cpu().numpy() if with_pixels and len(batch.labels) else None,
+            batch.broken,
+        )
+
+
+def none_readable(count: int, broken: Sequence[str]) -> VitcliError:
+    """The error for a set of which no image can be read."""
+    reason = f": {broken[0]}" if broken else ""
+    return VitcliError(
+        f"none of {count} images can be read{reason}",
+        "`vitcli patchify IMAGE` shows one as it is read",
+    )
 
 
 def processes() -> tuple[int, int]:

@@ -191,24 +191,36 @@ class VisionTransformer(nn.Module):
 
     def encode(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, T, D) -> (B, T, D): the blocks and the final norm (equations 2 to 4)."""
+        return self.encode_last(x, grid, 1)[0]
+
+    def encode_last(self, x: Tensor, grid: Grid, count: int) -> list[Tensor]:
+        """(B, T, D) -> `count` times (B, T, D): the last blocks' outputs through the final norm."""
         x = self.norm_pre(x)
-        again = self._again()
+        again, found = self._again(), []
         for i, block in enumerate(self.blocks):
             if i:
                 x = self.add_positions(x, grid, i)
             x = checkpoint(block, x, grid, use_reentrant=False) if again else block(x, grid)
-        x = self.norm(x)
-        return x
+            if i >= len(self.blocks) - count:
+                found.append(self.norm(x))
+        return found
 
     def tokens(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, T, D): all tokens after the final norm."""
+        return self.tokens_last(images, 1)[0]
+
+    def tokens_last(self, images: Tensor, count: int) -> list[Tensor]:
+        """(B, C, Y, X) -> `count` times (B, T, D): the tokens after each of the last blocks."""
         x = self.embed(images)
         if self.training and self.patch_drop_rate:
             x = self.drop_patches(x)
-        return self.encode(x, self.grid_of(images))
+        return self.encode_last(x, self.grid_of(images), count)
 
     def pool(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, T, D) -> (B, F): pooled as configured, normalised there if so, with pre-logits."""
+        """(B, T, D) -> (B, F): pooled as configured, normalised there if so, with pre-logits.
+
+        Of one block's output; with `pool_blocks` = n, F is an n-th of `feature_dim`.
+        """
         if self.attn_pool is not None:
             x = self.attn_pool(x[:, self.config.num_prefix_tokens :])  # (B, D)
         else:
@@ -218,7 +230,9 @@ class VisionTransformer(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, F): the representation that the head reads, F = feature_dim."""
-        return self.pool(self.tokens(images), self.grid_of(images))
+        grid = self.grid_of(images)
+        pooled = [self.pool(x, grid) for x in self.tokens_last(images, self.config.pool_blocks)]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)  # (B, F)
 
     def classify(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, K): logits; the features where there is no head.

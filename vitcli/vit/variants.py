@@ -35,6 +35,7 @@ COUNTS = {
     "mlp_dim": 1,
     "num_classes": 0,
     "num_registers": 0,
+    "pool_blocks": 1,
 }
 FLAGS = (
     "class_token",
@@ -67,6 +68,8 @@ class ViTConfig:
             `map`: one learned query attends to the patch tokens (big_vision).
             `token_mean`: class token and mean of the patch tokens, concatenated (DINOv2, 2 D wide).
             `distilled`: class token and distillation token, concatenated (DeiT, 2 D wide).
+        pool_blocks: the outputs of so many of the last blocks are pooled, each through the final
+            LayerNorm, and concatenated, the last one at the end (linear evaluation of DINO).
         distillation_token: a second learned token, after the class token (DeiT).
         distillation_head: with pool `distilled`, a head for each of the two tokens; the logits are
             their mean. Without it one head reads both.
@@ -106,6 +109,7 @@ class ViTConfig:
     mlp_dim: int = 3072
     num_classes: int = 0
     pool: Pool = "token"
+    pool_blocks: int = 1
     class_token: bool = True
     distillation_token: bool = False
     distillation_head: bool = False
@@ -178,6 +182,8 @@ class ViTConfig:
             raise ValueError(f"pool `quadrants` needs a grid of 2x2 patches, not {rows}x{cols}")
         if pool == "distilled" and not self.distillation_token:
             raise ValueError("pool `distilled` needs `distillation_token = true`")
+        if self.pool_blocks > 1:
+            self._check_pool_blocks()
         if self.distillation_token and not self.class_token:
             raise ValueError("the distillation token stands beside a class token")
         if self.distillation_head and pool != "distilled":
@@ -188,6 +194,18 @@ class ViTConfig:
             raise ValueError(
                 "axial blocks have rows and columns of patches only: `class_token = false`, no "
                 "registers, no distillation token, pool `mean`, `quadrants` or `map`"
+            )
+
+    def _check_pool_blocks(self) -> None:
+        """What reads several blocks was trained on none of them: a pooling without weights."""
+        if self.pool_blocks > self.depth:
+            raise ValueError(
+                f"pool_blocks is {self.pool_blocks}, but there are {self.depth} blocks"
+            )
+        if self.pool in ("map", "distilled") or self.representation_size:
+            raise ValueError(
+                f"pool_blocks = {self.pool_blocks} goes with pool `token`, `mean`, `quadrants` or "
+                "`token_mean`, and without `representation_size`"
             )
 
     def _check_positions(self) -> None:
@@ -235,13 +253,13 @@ class ViTConfig:
 
     @property
     def pooled_dim(self) -> int:
-        """Width of what the pooling gives."""
+        """Width of what the pooling of one block's output gives."""
         return self.embed_dim * {"quadrants": 4, "token_mean": 2, "distilled": 2}.get(self.pool, 1)
 
     @property
     def feature_dim(self) -> int:
         """F: width of `features`, of what the head reads (two distilled heads: half each)."""
-        return self.representation_size or self.pooled_dim
+        return self.representation_size or self.pooled_dim * self.pool_blocks
 
     @property
     def head_dim(self) -> int:

@@ -33,6 +33,7 @@ OFFICIAL: dict[str, Any] = {
     "qk_norm": False,
     "layer_scale": None,
     "num_registers": 0,
+    "pool_blocks": 1,
     "distillation_token": False,
     "position_at": "stem",
     "norm_before_blocks": False,

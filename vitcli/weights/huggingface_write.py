@@ -33,6 +33,7 @@ from vitcli.weights.huggingface_processor import write_processor
 # here (sizes, epsilon, GELU, biases of query, key and value) every class takes as it is.
 ALWAYS: dict[str, Collection[Any]] = {
     "class_token": (True,),
+    "pool_blocks": (1,),
     "position": ("learned", "sincos2d"),
     "position_at": ("stem",),
     "qk_norm": (False,),

@@ -34,6 +34,8 @@ def refuse(config: ViTConfig) -> None:
         wrong.append(f"`model.position_at` = {config.position_at}")
     if config.pool not in POOLS or (config.pool == "distilled" and not _two_heads(config)):
         wrong.append(f"`model.pool` = {config.pool}")
+    if config.pool_blocks > 1:
+        wrong.append(f"`model.pool_blocks` = {config.pool_blocks}")
     if config.representation_size:
         wrong.append(f"`model.representation_size` = {config.representation_size}")
     if config.norm_before_blocks and config.patch_bias:

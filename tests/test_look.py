@@ -323,3 +323,17 @@ def test_models_without_a_table_of_places():
     assert position_table(small("relative")) is None
     for kind in ("plain", "sincos2d", "learned2d", "all of today", "learned, every"):
         assert position_table(small(kind)).shape == (24, 16)
+
+
+def test_a_head_that_reads_several_blocks():
+    from vitcli.weights.represent import represent
+    from vitcli.weights.surgery import replace_head
+
+    model = create_model("Pico/4", image_size=16, depth=3)
+    represent(model, "concat:2")
+    replace_head(model, ["x", "y", "z"])
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.probabilities(model(images)).numpy()
+    np.testing.assert_allclose(look(model, images).probabilities, expected, atol=1e-5)

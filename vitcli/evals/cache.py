@@ -24,7 +24,6 @@ from vitcli.data.sets import ImageSet
 from vitcli.download import cache_folder
 from vitcli.errors import VitcliError
 from vitcli.files import write_text
-from vitcli.vit import Model
 from vitcli.watch import Watcher
 
 Integers = NDArray[np.int64]
@@ -34,7 +33,6 @@ MOST_BYTES = 20 * 10**9  # beyond which those that were not used for longest are
 PROBES = 16  # images whose content tells two sets of equal names and sizes apart
 FREE = 0.9  # share of the free disk that may be filled
 ENTRY = np.dtype([("sum", "<u4"), ("stamp", "<u4")])
-HEAD = ("head.", "head_dist.")
 HINT = "`--no-cache` keeps none, VITCLI_CACHE keeps them elsewhere"
 
 
@@ -202,19 +200,6 @@ def table_name(facts: Mapping[str, Any]) -> str:
     """The folder of a table: a hash of all that decides what is in it."""
     values = json.dumps({"format": FORMAT, **facts}, sort_keys=True, default=str)
     return hashlib.sha256(values.encode()).hexdigest()[:32]
-
-
-def weights_hash(model: Model) -> str:
-    """Of everything that decides `features`: weights without the head, configuration, code."""
-    digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if k != "num_classes"}
-    said = {"config": config, "position_resize": getattr(model, "position_resize", None)}
-    digest.update(json.dumps(said, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(HEAD):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
-    return digest.hexdigest()
 
 
 def code_hash() -> str:

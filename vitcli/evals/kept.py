@@ -26,7 +26,6 @@ from vitcli.evals.cache import (
     stamps_of,
     table_name,
     trim,
-    weights_hash,
 )
 from vitcli.evals.features import (
     PIXEL_SIDE,
@@ -38,6 +37,7 @@ from vitcli.evals.features import (
 )
 from vitcli.vit import Model
 from vitcli.watch import Bar, Quiet, Watcher
+from vitcli.weights.identity import model_hash
 from vitcli.weights.load import require_preprocess
 
 
@@ -182,7 +182,7 @@ class Features:
         preprocess, device = require_preprocess(self.model), pick_device()
         precision = "fp32" if self.precision == "auto" else self.precision
         if self._weights is None:
-            self._weights = weights_hash(self.model)
+            self._weights = model_hash(self.model, head=False)
         facts = {
             "what": what,
             "code": code_hash(),

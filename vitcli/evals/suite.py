@@ -150,7 +150,7 @@ def outcome_of(result: Mapping[str, Any], run: str, chosen: Mapping[str, Any]) -
         VitcliError: it has no accuracy: images with several labels, or no test images.
     """
     if result.get("command") == "fewshot":
-        shots = max(result["shots"], key=int)
+        shots = max(result["shots"], key=lambda n: float("inf") if n == "all" else int(n))
         return Outcome(
             result["shots"][shots]["accuracy"]["mean"], result["test_images"], run, chosen
         )

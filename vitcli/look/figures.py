@@ -1,5 +1,6 @@
 """What the attention of a model does on images: one pass, the numbers of every figure."""
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -50,21 +51,22 @@ def look(model: VisionTransformer, images: Tensor, keep: int = 0) -> Looked:
     spreads: list[Spread] = []
     maps: list[Tensor] = []
     joint: Tensor | None = None
-    x = images
+    last: deque[Tensor] = deque(maxlen=model.config.pool_blocks)  # what the head reads
     with torch.inference_mode():
         for layer in attention_layers(model, images):
             spreads.append(spread(layer.attention, grid))
             maps.append(source_row(layer.attention[:keep], model.config).cpu())  # (m, H, N)
             joint = roll(joint, layer.attention)
-            x = layer.output
-        tokens = model.norm(x)
+            if not layer.name.endswith(" rows"):  # half of an axial block
+                last.append(layer.output)
+        tokens = [model.norm(x) for x in last]
         pooled = None
         if model.attn_pool is not None:
-            pooled = pool_attention(model, tokens).mean(dim=1)  # (B, N)
+            pooled = pool_attention(model, tokens[-1]).mean(dim=1)  # (B, N)
         assert joint is not None
         rolled = source_row(joint, model.config, pooled)  # (B, N)
         if model.config.num_classes:
-            probabilities = model.probabilities(model.classify(model.pool(tokens, grid)))
+            probabilities = model.probabilities(model.classify(model.pool_last(tokens, grid)))
         else:
             probabilities = rolled.new_zeros(len(rolled), 0)
     shown = torch.stack(maps, dim=1)  # (m, L, H, N)

@@ -4,6 +4,7 @@ Shape letters, used in every file: B images, C channels, Y X pixel rows and colu
 N patches, T tokens, D width, H heads, E head width, K classes.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -228,11 +229,15 @@ class VisionTransformer(nn.Module):
         x = self.pre_logits(self.fc_norm(x))
         return x
 
+    def pool_last(self, tokens: Sequence[Tensor], grid: Grid) -> Tensor:
+        """`pool_blocks` times (B, T, D) -> (B, F): each pooled, one after the other."""
+        pooled = [self.pool(x, grid) for x in tokens]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)  # (B, F)
+
     def features(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, F): the representation that the head reads, F = feature_dim."""
-        grid = self.grid_of(images)
-        pooled = [self.pool(x, grid) for x in self.tokens_last(images, self.config.pool_blocks)]
-        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)  # (B, F)
+        tokens = self.tokens_last(images, self.config.pool_blocks)
+        return self.pool_last(tokens, self.grid_of(images))
 
     def classify(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, K): logits; the features where there is no head.

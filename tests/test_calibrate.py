@@ -104,6 +104,13 @@ def test_a_copy_where_the_file_is_not_ours_or_is_loaded_otherwise(noisy, here):
     assert result.calibration.stored == "runs/m-evaluate/model.safetensors"
     net = load_model("runs/m-evaluate")
     assert net.temperature == result.temperature and net.preprocess.mean[0] == 0.4
+    # The same once more is as good; other weights are not written over.
+    place = Path("runs/m-evaluate")
+    words = {"model": "m.safetensors", "settings": said, "calibrate": True, "out": place}
+    assert evaluate.run(noisy, **words).temperature == result.temperature
+    save_model(place / "model.safetensors", net)
+    with pytest.raises(VitcliError, match=r"m-evaluate/model\.safetensors` exists already"):
+        evaluate.run(noisy, **words)
 
 
 @pytest.mark.parametrize("to", ["timm", "huggingface"])

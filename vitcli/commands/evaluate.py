@@ -120,26 +120,29 @@ def run(
         if inference.model.name is None:
             watch.note(f"no `--model` given: {named}")
         models = [named]
-    opened = [_open(name, asked) for name in models]
+    folders = _folders(models, out)
+    opened = [_open(name, asked, place) for name, place in zip(models, folders, strict=True)]
     if len(models) == 1:
-        return _evaluate(opened[0], asked, out or new_path(f"{run_stem(models[0])}-evaluate"))
-    folder = out or new_path("evaluate")
+        return _evaluate(opened[0], asked)
     found = []
-    for place in _places(models):
-        found.append(_evaluate(opened.pop(0), asked, folder / place))  # popped: its weights go
+    while opened:
+        found.append(_evaluate(opened.pop(0), asked))  # popped: its weights go
     return beside(data, found, seed)
 
 
-def _places(models: Sequence[str]) -> list[str]:
-    """A folder's name for each, all different."""
-    places: list[str] = []
+def _folders(models: Sequence[str], out: Path | None) -> list[Path]:
+    """Where the files of each go: `out`, of several models folders in it, all different."""
+    if len(models) == 1:
+        return [out or new_path(f"{run_stem(models[0])}-evaluate")]
+    root = out or new_path("evaluate")
+    folders: list[Path] = []
     for stem in map(run_stem, models):
-        number, name = 1, stem
-        while name in places:
+        number, folder = 1, root / stem
+        while folder in folders:
             number += 1
-            name = f"{stem}-{number}"
-        places.append(name)
-    return places
+            folder = root / f"{stem}-{number}"
+        folders.append(folder)
+    return folders
 
 
 @dataclass
@@ -147,7 +150,8 @@ class Opened:
     """A model and the images that it is asked about, before the work.
 
     Attributes:
-        as_it_is: nothing was said that the weights say themselves.
+        folder: of its files.
+        place: of its temperature, where one is fitted.
     """
 
     model: str
@@ -155,10 +159,11 @@ class Opened:
     source: Source
     images: ImageSet
     matching: Matching
-    as_it_is: bool
+    folder: Path
+    place: Path | None
 
 
-def _open(model: str, asked: Asked) -> Opened:
+def _open(model: str, asked: Asked, folder: Path) -> Opened:
     """Everything about one model that can be refused."""
     watch = asked.watch
     arguments = load_settings(asked.inference.model, asked.inference.preprocess)
@@ -177,14 +182,15 @@ def _open(model: str, asked: Asked) -> Opened:
         _check_several(matching, source, asked)
     elif asked.real is not None:
         imagenet_outputs(net)
+    place = None
     if asked.calibrate:
         check_kind(net, images, model)
-    as_it_is = not arguments and asked.labels is None
-    return Opened(model, net, source, matching.select(images), matching, as_it_is)
+        place = place_of(model, not arguments and asked.labels is None, folder)
+    return Opened(model, net, source, matching.select(images), matching, folder, place)
 
 
-def _evaluate(one: Opened, asked: Asked, folder: Path) -> Evaluation | LabelsEvaluation:
-    """One model, and its files in `folder`."""
+def _evaluate(one: Opened, asked: Asked) -> Evaluation | LabelsEvaluation:
+    """One model, and its files."""
     net, images, matching = one.net, one.images, one.matching
     fitted = None
     if asked.calibrate:
@@ -201,21 +207,19 @@ def _evaluate(one: Opened, asked: Asked, folder: Path) -> Evaluation | LabelsEva
     found = _logits(net, images, asked, "images")
     result = _judge(one, found, images, asked)
     if isinstance(result, Evaluation):
-        result = replace(result, files=files_of(result, folder))
-    place = None
-    if fitted is not None:
-        place = place_of(one.model, one.as_it_is, folder)
-        calibration, before = compared(net, found, matching, fitted, place)
+        result = replace(result, files=files_of(result, one.folder))
+    if fitted is not None and one.place is not None:
+        calibration, before = compared(net, found, matching, fitted, one.place)
         result = replace(result, calibration=calibration)
         if isinstance(result, Evaluation):
             result = replace(result, uncalibrated=before)
     if processes()[0] == 0:
         if isinstance(result, Evaluation):
-            make_folder(folder)
+            make_folder(one.folder)
             write_files(result, images)
-        if fitted is not None and place is not None:
-            make_folder(place.parent)
-            store(net, one.model, place, fitted.parts.fitted_on)  # last: all else is there
+        if fitted is not None and one.place is not None:  # last: all else is there
+            make_folder(one.place.parent)
+            store(net, one.model, one.place, fitted.parts.fitted_on)
     return result
 
 

@@ -20,6 +20,7 @@ from vitcli.evals.evaluation import Calibration
 from vitcli.evals.features import Extracted
 from vitcli.evals.labels import labels_loss
 from vitcli.evals.outcomes import filled_up, judge
+from vitcli.run import Run
 from vitcli.vit import Model
 from vitcli.watch import Watcher
 from vitcli.weights.read import own_file
@@ -150,9 +151,21 @@ def place_of(model: str, as_it_is: bool, folder: Path) -> Path:
     """Where a temperature is stored: in the weights file itself, or in a copy in `folder`.
 
     A copy where the file is not of ours, and where it was loaded otherwise than it says.
+
+    Raises:
+        VitcliError: other weights are there.
     """
     own = own_file(model) if as_it_is else None
-    return own or folder / "model.safetensors"
+    if own is not None:
+        return own
+    copy = folder / "model.safetensors"
+    made_here = copy.is_file() and bool((read_header(copy) or {}).get("fitted_on"))
+    if copy.exists() and (not made_here or Run(folder).recipe_file.exists()):
+        raise VitcliError(
+            f"`{copy}` exists already, and the calibrated copy of `{model}` would be there",
+            "choose another place with `--out`",
+        )
+    return copy
 
 
 def store(net: Model, model: str, place: Path, fitted_on: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from vitcli.cli import run as command_line
 from vitcli.commands import predict
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.evals.answers import Doubts
 from vitcli.vit import create_model
 from vitcli.weights.identity import model_hash
 from vitcli.weights.store import load_weights, save_model
@@ -81,8 +82,10 @@ def test_abstaining(model, pictures):
 
 def test_no_number_is_no_answer(model, pictures):
     model.head.bias.data[:] = torch.nan
-    (row, *_) = predict.run(["p"], model=model, threshold=0.0)
-    assert row["abstained"] and row["label"] is None
+    with pytest.raises(VitcliError, match="not finite"):
+        list(predict.run(["p"], model=model, threshold=0.0))
+    row = {"label": "ant", "probability": float("nan"), "error": None}
+    assert Doubts(threshold=0.0).noted(row, None, None)["label"] is None
 
 
 @pytest.mark.parametrize("flag", ["threshold", "ood_threshold"])

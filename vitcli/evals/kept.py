@@ -84,7 +84,7 @@ class Features:
             needed = len(indices) * sum(dims) * 4
             if reason := room_for(features_folder(), needed):
                 self.watch.warn(f"no features are kept in `{features_folder()}`: {reason}")
-                keep = False
+                keep = self.keep = False
         if not _agreed(keep):
             found = extract(
                 self.model,

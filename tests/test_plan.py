@@ -7,8 +7,11 @@ from tiny import write_tiny
 
 from vitcli import cli
 from vitcli.commands import plan
+from vitcli.cost.flops import training_flops
 from vitcli.cost.hardware import HARDWARE, find_hardware
+from vitcli.cost.plan import DAY, span_on
 from vitcli.errors import VitcliError
+from vitcli.vit import parse_variant
 
 KEYS = {"parameters", "flops_per_image", "training_flops", "memory_bytes", "images_per_second"}
 KEYS |= {"seconds", "device"}
@@ -38,16 +41,17 @@ def test_a_paper_recipe_is_planned_without_its_data():
 
 
 # The paper's table 2 and section 4.2: TPUv3-core-days, cores times days.
-CORE_DAYS = [("paper_vit_l16_jft", 14, 680), ("paper_vit_h14_jft", 14, 2500)]
-CORE_DAYS += [("paper_vit_l16_i21k", 90, 230)]
+JFT, I21K = 303e6, 14.2e6  # images
+CORE_DAYS = [("L/16", 14 * JFT, 680), ("H/14", 14 * JFT, 2500), ("L/16", 90 * I21K, 230)]
 
 
-@pytest.mark.parametrize(("name", "epochs", "days"), CORE_DAYS)
-def test_core_days(name, epochs, days):
-    changes = {"train": {"epochs": epochs, "micro_batch_size": 1}}
-    (core,) = small(name, settings=changes, device="tpuv3")["devices"]
-    least, most = core["device_days_range"]
-    assert least < days < most and core["estimate"]
+@pytest.mark.parametrize(("name", "images", "days"), CORE_DAYS)
+def test_core_days(name, images, days):
+    config = parse_variant(name, image_size=(224, 224), num_classes=18_291)
+    core = HARDWARE["tpuv3"]
+    flops = training_flops(config, images)
+    least, most = (span_on(core, flops, mfu) / DAY for mfu in reversed(core.mfu))
+    assert least < days < most
 
 
 def test_a_dry_run_trains_and_writes_nothing(here, capsys):

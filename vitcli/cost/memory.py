@@ -203,7 +203,7 @@ def trace(make_objective: Make, recipe: Recipe, step: Step, *, fake: bool = True
         with tracker:
             average = Ema(objective, 0.9) if recipe.train.ema_decay else None
             activations = 0
-            for _ in range(STEPS):
+            for _ in range(2 if step.on_gpu else STEPS):
                 tracker.peak = tracker.live
                 activations = _step(objective, optimizers, recipe, step, tracker)
                 if average is not None:

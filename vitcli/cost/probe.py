@@ -56,9 +56,9 @@ def step_times(loop: Loop, seconds: float, warm: int = WARM_STEPS) -> tuple[floa
         enough = time.monotonic() + seconds / len(stages)
         first = time.perf_counter()
         # One slow step is enough to know that there is no time for several warm ones.
-        once = seconds_per_step(loop, place, 0.0, most=1, warm=0)
-        slow = time.perf_counter() - first > seconds / len(stages) / 2
-        del once
+        seconds_per_step(loop, place, 0.0, most=1, warm=0)
+        spent = time.perf_counter() - first
+        slow = loop.agree(int(spent > seconds / len(stages) / 2))  # all processes together
         found.append(
             seconds_per_step(loop, place, enough, most=MOST_STEPS, warm=0 if slow else warm)
         )
@@ -94,7 +94,7 @@ def _evaluation(subject: Subject, loop: Loop, step: float) -> float:
     if loop.validate is None or not images:
         return 0.0
     rough = step / subject.recipe.train.batch_size / 3
-    if rough * min(images, EVAL_BATCH) > WHOLE_EVALUATION:
+    if loop.agree(int(rough * min(images, EVAL_BATCH) > WHOLE_EVALUATION)):
         return rough * images
     loop.module.eval()
     few = min(images, EVAL_BATCH * loop.accelerator.num_processes)

@@ -23,8 +23,19 @@ TABLE_6 = [
 def test_table_6(name, epochs, exaflops):
     config = parse_variant(name, image_size=(224, 224), num_classes=0)
     found = training_flops(config, JFT * epochs) / 1e18
-    # 56.1 for the 55 of B/32, which is rounded.
-    assert found == pytest.approx(exaflops, rel=0.021)
+    # 56.10 for the 55 of B/32: rounding explains 0.9 % of these 2.0 %, and the rest is not known.
+    # 49 tokens instead of 50 would make it 55.0, but without the class token L/32 and B/16 are off.
+    assert found == pytest.approx(exaflops, rel=0.0201 if name == "B/32" else 0.003)
+
+
+def test_xla_counts_a_little_more(shared):
+    """Its count has the element-wise work as well: 0.1 to 1.3 % of it, as its notes say."""
+    facts = json.loads((shared / "reference/facts.json").read_text())["models"]
+    ours = {"ViT-Ti_16": "Ti/16", "ViT-B_16": "B/16", "ViT-L_16": "L/16", "ViT-B_32": "B/32"}
+    for theirs, name in ours.items():
+        wanted = facts[theirs]["compute"]["xla_cost_analysis_gflops_224px"] * 1e9
+        found = 2 * macs(parse_variant(name, image_size=(224, 224), num_classes=1000))
+        assert 1.001 < wanted / found < 1.013
 
 
 def test_the_official_code(shared):

@@ -73,6 +73,25 @@ def numbers(text: str | None) -> list[int | str] | None:
         ) from None
 
 
+def words(text: str | None) -> list[str] | None:
+    """`fp32,bf16` -> ["fp32", "bf16"]."""
+    return None if text is None else [part.strip() for part in text.split(",")]
+
+
+def sides(text: str | None) -> list[int] | None:
+    """`224,384` -> [224, 384].
+
+    Raises:
+        VitcliError: not that.
+    """
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise VitcliError(
+            f"`--image-size {text}` is not a list of pixels", "for example `--image-size 224,384`"
+        ) from None
+
+
 def strength(text: str | None) -> float | str | None:
     """`1024` -> 1024.0; words stay.
 
@@ -287,6 +306,9 @@ FindLr = Annotated[
         "--find-lr", help="Do not train: try learning rates for half a minute, and draw the curve."
     ),
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what it would cost, and train and write nothing.")
+]
 Labels = Annotated[
     Path | None, typer.Option("--labels", help="Class names, one a line.", show_default=False)
 ]
@@ -313,6 +335,7 @@ class Training:
     lora: Lora = None
     track: Track = None
     find_lr: FindLr = False
+    dry_run: DryRun = False
     streaming: Streaming = False
     strict: Strict = False
     json: Json = False

@@ -2,20 +2,12 @@
 
 from pathlib import Path
 
-from vitcli.config import ModelSection, Recipe, Settings, check, lay_over, load_recipe, nest
-from vitcli.data.sources import Source
-from vitcli.data.transforms import Preprocess
-from vitcli.errors import VitcliError
+from vitcli.config import Settings
 from vitcli.run import check_free, new_path, place_of
 from vitcli.train.find_lr import FoundRate, find_rate
-from vitcli.train.objectives import is_supervised
 from vitcli.train.session import Trained, train
-from vitcli.vit import Model, create_model
-from vitcli.vit.names import is_resnet
+from vitcli.train.starting import pretrain_recipe, random_model
 from vitcli.watch import Quiet, Watcher
-from vitcli.weights.stated import stated_preprocess
-
-FORMULA = "builtin:formula"
 
 
 def run(
@@ -43,7 +35,7 @@ def run(
         VitcliError: bad input; nothing is left half-written.
     """
     watch = watch or Quiet()
-    name, resolved = resolve(data, recipe, settings, watch)
+    name, resolved = pretrain_recipe(data, recipe, settings, watch)
     return train(
         resolved,
         lambda source: random_model(resolved, source),
@@ -68,61 +60,7 @@ def find_lr(
         out: a new folder for its curve; None makes `runs/RECIPE-lr`.
     """
     watch = watch or Quiet()
-    name, resolved = resolve(data, recipe, settings, watch)
+    name, resolved = pretrain_recipe(data, recipe, settings, watch)
     out = out or new_path(f"{Path(name).stem}-lr")
     check_free(out)
     return find_rate(resolved, lambda s: random_model(resolved, s), out=out, watch=watch)
-
-
-def resolve(
-    data: str | None, recipe: str | None, settings: Settings | None, watch: Watcher
-) -> tuple[str, Recipe]:
-    """(a recipe's name or file, the recipe that comes of the arguments of `run`)."""
-    name = "pretrain_formula" if data in (None, FORMULA) else "pretrain"
-    name = name if recipe is None else recipe
-    changes: Settings = {}
-    if data is not None:
-        lay_over(changes, nest("data.name", data))
-    lay_over(changes, settings or {})
-    resolved = for_resnet(load_recipe(name, changes, "pretrain"), changes, watch)
-    if data is None and recipe is None:
-        watch.note(f"no DATA given: recipe `{name}`, {resolved.data.name}")
-    return name, resolved
-
-
-def for_resnet(recipe: Recipe, changes: Settings, watch: Watcher) -> Recipe:
-    """`recipe` without its settings of a ViT, where `changes` put a ResNet into its place."""
-    said = changes.get("model", {})
-    if not is_resnet(name := str(said.get("name"))):
-        return recipe
-    given = recipe.model.model_dump(exclude_none=True)
-    if foreign := sorted(set(given) - {"name", "image_size", "num_channels", *said}):
-        watch.note(f"`{name}` is a ResNet, so the recipe's {', '.join(foreign)} do not apply")
-    model = check(ModelSection, {k: v for k, v in given.items() if k not in foreign}, name)
-    return recipe.model_copy(update={"model": model})
-
-
-def random_model(recipe: Recipe, source: Source) -> Model:
-    """The recipe's variant with fresh weights, a head where the objective has classes, a transform.
-
-    Raises:
-        VitcliError: no such variant, or settings that contradict each other.
-    """
-    section = recipe.model
-    supervised = is_supervised(recipe.objective.name)
-    classes = len(source.classes) if supervised else 0
-    settings = {"num_classes": classes, **section.architecture()}
-    try:
-        model = create_model(section.name or "", seed=recipe.train.seed, **settings)
-    except ValueError as error:
-        raise VitcliError(
-            f"this model cannot be built: {error}",
-            "`model.name` is for example `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1`; the patch "
-            "size divides `model.image_size`",
-        ) from error
-    model.labels = source.classes if supervised else None
-    size, channels = model.config.image_size, model.config.num_channels
-    base = Preprocess(image_size=size, mean=(0.5,), std=(0.5,), num_channels=channels)
-    given = recipe.preprocess.model_dump(exclude_none=True)
-    model.preprocess = stated_preprocess(base, given, size, channels)
-    return model

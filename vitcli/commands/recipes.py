@@ -1,11 +1,11 @@
 """`vitcli recipes`: list the recipes that are here, or print one."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitcli.config import Recipe, check, read_toml, recipe_files, recipe_path
+from vitcli.cost.header import header
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,6 @@ def _row(name: str, path: Path) -> RecipeRow:
         made_for=said.get("Data"),
         cost=said.get("Cost"),
     )
-
-
-def header(text: str) -> dict[str, str]:
-    """`Run`, `Data`, `Cost`, `Expect` of the comment at the top of a recipe, first line each."""
-    top = text.partition("\ncommand")[0]
-    return dict(re.findall(r"^# (Run|Data|Cost|Expect|Then): +(.+)$", top, flags=re.MULTILINE))
 
 
 def text(name: str) -> str:

@@ -53,7 +53,7 @@ def settle_budget(loop: Loop, seconds: float, test_images: int) -> Budget:
         )
     stages = stage_shares(loop.recipe.train)
     enough = time.monotonic() + TIMING_SHARE * seconds
-    costs = [_seconds_per_step(loop, place, enough) for place, _ in stages]
+    costs = [seconds_per_step(loop, place, enough) for place, _ in stages]
     average = sum(share * cost for (_, share), cost in zip(stages, costs, strict=True))
     reserve = WRITING_SECONDS + WRITING_STEPS * max(costs) + _evaluation(loop, test_images)
     steps = int((at - time.monotonic() - reserve) / average)
@@ -95,22 +95,28 @@ def _evaluation(loop: Loop, test_images: int) -> float:
     return seconds * test_images / few * EVAL_MARGIN
 
 
-def _seconds_per_step(loop: Loop, at: int, enough: float) -> float:
+def seconds_per_step(
+    loop: Loop, at: int, enough: float, most: int = TIMED_STEPS, warm: int = WARM_STEPS
+) -> float:
     """The mean time of a few steps as the run makes them at step `at` of `PARTS`.
 
     Of slow ones fewer do: from the moment `enough` on there is no other after the first.
+
+    Args:
+        most: steps that are timed.
+        warm: steps before them, while which threads fill their queue.
     """
     state = loop.state
     timeline, step, state.timeline, state.step = state.timeline, state.step, Timeline.of(PARTS), at
     set_rates(state.optimizers, 0.0)
     loop.module.train()
     begin, timed = time.perf_counter(), 0
-    batches = loop.loader.batches(0, WARM_STEPS + TIMED_STEPS)
+    batches = loop.loader.batches(0, warm + most)
     for number, batch in enumerate(batches):
-        if number == WARM_STEPS:
+        if number == warm:
             begin = time.perf_counter()
         loop.update(batch)
-        timed = number + 1 - WARM_STEPS
+        timed = number + 1 - warm
         if timed > 0 and loop.agree(int(time.monotonic() > enough)):
             break  # all processes together
     if loop.accelerator.device.type == "cuda":

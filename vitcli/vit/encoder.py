@@ -1,5 +1,7 @@
 """The pre-norm encoder: equations 2 and 3 of the paper."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -13,6 +15,8 @@ from vitcli.vit.variants import ViTConfig
 LONGEST_EXPLICIT = 1024
 
 Axis = Literal["row", "column"]
+# For measurements: which one is taken, whatever device and length; None leaves the choice.
+_forced: Literal["fused", "explicit"] | None = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,8 +34,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
 def is_written_out(q: Tensor) -> bool:
     """Whether `attend` takes queries (..., T, E) of this type and place step by step."""
+    if _forced is not None:
+        return _forced == "explicit"
     half = q.dtype in (torch.bfloat16, torch.float16)
     return half and q.device.type == "cpu" and q.shape[-2] <= LONGEST_EXPLICIT
+
+
+@contextmanager
+def forced_attention(kind: Literal["fused", "explicit"] | None) -> Iterator[None]:
+    """For the length of a block, all attention is torch's fused one, or the one written out.
+
+    None changes nothing. For measurements: the choice of `attend` is the faster one.
+    """
+    global _forced
+    before, _forced = _forced, kind or _forced
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def attend_explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,130 @@
+"""What `vitcli plan` predicts beside what the run takes: `python recipes/bench_plan.py`.
+
+Ten recipes from tiny to S/16, differing in model, image size, batch, optimizer, precision and
+checkpointing, on some hundred small JPEGs. Of each, in turn and several times over: the plan, then
+a run of a few dozen steps in a process of its own. Printed are medians of the rounds: seconds a
+step, seconds of the whole command, peak resident memory, each as predicted / real. Linux only.
+
+    python recipes/bench_plan.py                 all, two rounds
+    python recipes/bench_plan.py --only 2,7 --rounds 3
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+KILO, MEGA = 2**10, 2**20
+IMAGES, CLASSES, SIDE = 340, 10, 64
+
+# model, pixels, batch, optimizer, precision, activation checkpointing, steps
+CASES = [
+    ("Pico/4", 32, 128, "adamw", "fp32", False, 40),
+    ("Nano/8", 32, 128, "muon", "fp32", False, 40),
+    ("Nano/4", 32, 64, "sgd", "fp32", False, 40),
+    ("Pico/4", 32, 128, "muon", "bf16", False, 40),
+    ("Ti/16", 96, 32, "adamw", "fp32", False, 30),
+    ("Ti/16", 160, 16, "lion", "bf16", False, 30),
+    ("Ti/16", 224, 8, "adamw", "fp32", True, 24),
+    ("S/32", 224, 16, "lamb", "fp32", False, 24),
+    ("S/16", 96, 32, "adafactor", "bf16", False, 24),
+    ("S/16", 224, 8, "adamw", "fp32", False, 24),
+]
+
+
+def make_images(folder: Path) -> None:
+    """A folder of classes of small JPEGs of noise."""
+    rng = np.random.default_rng(0)
+    for i in range(IMAGES):
+        place = folder / f"class_{i % CLASSES}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i}.jpg")
+
+
+def settings(case: tuple[Any, ...]) -> list[str]:
+    """The case as `--set` flags over the recipe `pretrain`."""
+    model, size, batch, optimizer, precision, checkpointing, steps = case
+    keys = {
+        "model.name": model,
+        "model.image_size": size,
+        "optim.name": optimizer,
+        "optim.lr": 1e-4,
+        "train.steps": steps,
+        "train.batch_size": batch,
+        "train.precision": precision,
+        "train.activation_checkpointing": str(checkpointing).lower(),
+        "train.eval_steps": 1_000_000,
+        "data.test_fraction": 0.03,
+    }
+    return [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
+
+
+def run(arguments: list[str], place: Path) -> tuple[str, float, int]:
+    """A command: what it printed, its seconds, and the peak bytes that it occupied."""
+    said, errors = place / "said", place / "errors"
+    start = time.perf_counter()
+    with said.open("w") as out, errors.open("w") as err:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "vitcli", *arguments], stdout=out, stderr=err, cwd=place
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(errors.read_text())
+    return said.read_text(), time.perf_counter() - start, usage.ru_maxrss * KILO
+
+
+def compare(case: tuple[Any, ...], data: Path, rounds: int) -> None:
+    """One line: predicted / real of a step, of the command, and of memory."""
+    found: dict[str, list[tuple[float, float]]] = {"step": [], "whole": [], "memory": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            flags = settings(case)
+            said, _, _ = run(["pretrain", str(data), *flags, "--dry-run", "--json"], place)
+            plan = json.loads(said)
+            said, whole, peak = run(
+                ["pretrain", str(data), *flags, "--out", "run", "--json"], place
+            )
+            lines = (place / "run/metrics.jsonl").read_text().splitlines()
+            records = [json.loads(line) for line in lines]
+            spent = sum(r["seconds"] for r in records if "train/loss" in r)
+            found["step"].append((plan["time"]["train"] / plan["steps"], spent / plan["steps"]))
+            found["whole"].append((plan["seconds"], whole))
+            found["memory"].append((plan["memory_bytes"] / MEGA, peak / MEGA))
+    model, size, batch, optimizer, precision, checkpointing, _ = case
+    line = f"{model:7} {size:4} {batch:4}  {optimizer:9} {precision} {'ckpt' * checkpointing:4}"
+    for name, pairs in found.items():
+        guess, real = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratios = sorted(g / r for g, r in pairs)
+        line += f"  {name} {guess:7.4g}/{real:7.4g} = {statistics.median(ratios):.2f}"
+        line += f" ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", default="")
+    given = parser.parse_args()
+    chosen = [int(n) for n in given.only.split(",") if n] or range(len(CASES))
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "images"
+        make_images(data)
+        for number in chosen:
+            compare(CASES[number], data, given.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""`vitcli bench`: rows, ratios, a picture, and the libraries that may be absent."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from vitcli import cli
+from vitcli.commands import bench
+from vitcli.cost.bench import percentile
+from vitcli.cost.contenders import contender
+from vitcli.errors import VitcliError
+from vitcli.vit import parse_variant
+
+TINY = ("bench", "Pico/8", "--image-size", "16", "--batch-size", "2", "--seconds", "0.01")
+
+
+def test_beside_transformers_in_one_run(here, capsys):
+    flags = ("--precision", "fp32", "--attention", "explicit", "--against", "transformers")
+    assert cli.run([*TINY, *flags, "--memory", "1G", "--out", "bench.png", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    ours, theirs = facts["rows"]
+    assert (ours["library"], theirs["library"]) == ("vitcli", "transformers")
+    assert ours["parameters"] == theirs["parameters"]
+    for row in facts["rows"]:
+        assert row["forward_images_per_second"] > 0 and row["training_images_per_second"] > 0
+        assert row["latency_ms"]["p50"] <= row["latency_ms"]["p90"] <= row["latency_ms"]["p99"]
+        assert row["forward_memory_bytes"] < row["training_memory_bytes"] < 2**30
+        assert row["largest_forward_batch"] > row["largest_training_batch"] > 2
+    (ratio,) = facts["ratios"]
+    assert ratio["forward"]["least"] <= ratio["forward"]["median"] <= ratio["forward"]["largest"]
+    assert (here / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_several_sizes(here, capsys):
+    assert cli.run([*TINY[:3], "16,32", *TINY[4:], "--precision", "fp32,bf16", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Pico/8 16") == 4 and "p50 / p90 / p99" in out
+
+
+def test_the_largest_batch_grows_with_the_memory(here, capsys):
+    found = []
+    for memory in ("200M", "400M"):
+        assert cli.run([*TINY, "--precision", "fp32", "--memory", memory, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["rows"][0])
+    small, large = (row["largest_forward_batch"] for row in found)
+    assert 1.9 * small < large < 2.6 * small  # the weights are there only once
+
+
+def test_mistakes(here, capsys):
+    for flags, words in [
+        (["bench", "X/16"], "X/16"),
+        ([*TINY, "--against", "tim"], "did you mean `timm`?"),
+        ([*TINY, "--memory", "much"], "is no size"),
+        ([*TINY, "--attention", "flash"], "no attention `flash`"),
+        ([*TINY, "--out", "bench.txt"], "no .png file"),
+        (["bench", "Pico/8", "--image-size", "20"], "20"),
+        (["bench", "R50x1", "--image-size", "32", "--against", "timm"], "plain Vision"),
+    ]:
+        assert cli.run(flags) == 2, flags
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_a_library_that_is_absent():
+    with pytest.raises(VitcliError, match="needs timm") as error:
+        contender("timm", parse_variant("Pico/8", num_classes=10), "auto")
+    assert "pip install timm" in error.value.hint
+
+
+def test_the_contender_has_our_shape():
+    config = parse_variant("Pico/8", image_size=(16, 16), num_classes=10)
+    theirs = contender("transformers", config, "fused")
+    assert theirs(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+
+
+def test_percentiles_are_numpys():
+    values = np.random.default_rng(0).exponential(size=37).tolist()
+    for percent in (50, 90, 99):
+        assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+
+
+def test_sizes_of_memory():
+    device = torch.device("cpu")
+    assert bench.memory_limit("4G", device) == bench.memory_limit("4GiB", device) == 4 * 2**30
+    assert bench.memory_limit("800m", device) == 800 * 2**20
+    assert bench.memory_limit(None, device) > 2**28

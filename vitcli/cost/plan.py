@@ -1,0 +1,275 @@
+"""What a run will cost, before it starts: the numbers of `vitcli plan`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitcli.config import Recipe, parse_duration
+from vitcli.cost.flops import macs, parts
+from vitcli.cost.hardware import Hardware
+from vitcli.cost.memory import Memory, Step, evaluation_memory, size_of, step_memory, tensors_of
+from vitcli.cost.work import Config, Stage, stages_of
+from vitcli.data.presets import Strength
+from vitcli.data.sources import Source
+from vitcli.train.loop import CHECKPOINT_SECONDS
+from vitcli.train.lora import ADAPTER, choose_learning
+from vitcli.train.measure import EVAL_BATCH
+from vitcli.train.objectives import build_objective
+from vitcli.train.setup import held_out_images
+from vitcli.vit import Model, from_config
+
+EVALUATIONS = 5  # of a run that does not say how often, see `train.session`
+DAY = 86_400.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run that is planned: its recipe, its data, and a model of the right shape.
+
+    Attributes:
+        model: with or without weights; only its shape and what belongs to it are read.
+        images: of the training set.
+    """
+
+    recipe: Recipe
+    source: Source
+    model: Model
+    images: int
+    processes: int = 1
+    precision: str = "fp32"
+
+    @property
+    def config(self) -> Config:
+        """Of the model."""
+        return self.model.config
+
+    @property
+    def per_process(self) -> int:
+        """Images of a step on one process."""
+        return self.recipe.train.batch_size // self.processes
+
+    @property
+    def micro(self) -> int:
+        """Images of one forward pass."""
+        return min(self.recipe.train.micro_batch_size or self.per_process, self.per_process)
+
+    def objective(self) -> nn.Module:
+        """The objective around a model without weights, on the meta device; a teacher has its own.
+
+        Raises:
+            VitcliError: it does not suit model or data.
+        """
+        recipe, model = self.recipe, self.model
+        with torch.device("meta"):
+            empty = from_config(self.config)
+            choose_learning(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
+        empty.labels, empty.preprocess = model.labels, model.preprocess
+        # What a head starts from is no matter here.
+        section = recipe.objective.model_copy(update={"head_bias": None})
+        return build_objective(empty, section, recipe.train.seed, self.source.multi_label)
+
+
+@dataclass(frozen=True)
+class Count:
+    """What is known without a clock: exact numbers of the model and of the run.
+
+    Attributes:
+        steps: None where only a time is given and no speed is known.
+        memory, checkpointed: of the chosen micro-batch, and with activation checkpointing the other
+            way round (`memory` is what the recipe says).
+    """
+
+    parameters: int
+    trained: int
+    parts: dict[str, int]
+    macs: int
+    stages: tuple[Stage, ...]
+    steps: int | None
+    memory: Memory
+    other: Memory
+    evaluation: int
+
+    @property
+    def training_macs(self) -> float:
+        """Multiply-adds of a training step's forward and backward pass, an image, on average."""
+        return sum(stage.share * stage.training_macs for stage in self.stages)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of an image, on average over the run."""
+        return sum(stage.share * stage.tokens for stage in self.stages)
+
+
+def count(subject: Subject) -> Count:
+    """Parameters, operations, tokens and memory of a run.
+
+    Raises:
+        VitcliError: the objective does not suit the model or the data.
+    """
+    objective = subject.objective()
+    model: Any = objective.model
+    config = subject.config
+    checkpointing = subject.recipe.train.activation_checkpointing
+    stages = stages_of(subject.recipe, config, objective)
+    return Count(
+        parameters=sum(p.numel() for n, p in model.named_parameters() if not n.endswith(ADAPTER)),
+        trained=sum(p.numel() for p in objective.parameters() if p.requires_grad),
+        parts=parts(config),
+        macs=macs(config),
+        stages=tuple(stages),
+        steps=subject.recipe.train.total_steps(subject.images),
+        memory=memory_of(subject, stages, checkpointing),
+        other=memory_of(subject, stages, not checkpointing),
+        evaluation=_evaluation(subject),
+    )
+
+
+def memory_of(
+    subject: Subject,
+    stages: list[Stage],
+    checkpointing: bool,
+    micro: int | None = None,
+    on_gpu: bool = False,
+    precision: str | None = None,
+) -> Memory:
+    """The memory of the stage of the run that needs most."""
+    recipe, (y, x) = subject.recipe, subject.config.image_size
+    several = subject.source.multi_label or Strength.of(recipe.augment).mixes
+    largest = max(stages, key=lambda stage: stage.macs)
+    micro = micro or subject.micro
+    step = Step(
+        size=(subject.config.num_channels, y, x),
+        batch=max(micro, subject.per_process),
+        micro=micro,
+        precision=precision or subject.precision,
+        side=largest.side,
+        classes=subject.config.num_classes if several else 0,
+        patch_drop_rate=largest.patch_drop_rate if recipe.train.patch_drop_rate else 0.0,
+        checkpointing=checkpointing,
+        on_gpu=on_gpu,
+    )
+    return step_memory(subject.objective, recipe, step)
+
+
+def _evaluation(subject: Subject) -> int:
+    """Bytes that a pass over the held-out split adds; 0 where there is none."""
+    images = held_out_images(subject.source)
+    if not images or not subject.config.num_classes:
+        return 0
+    with torch.device("meta"):
+        model = from_config(subject.config)
+    y, x = subject.config.image_size
+    size = (subject.config.num_channels, y, x)
+    return evaluation_memory(model, size, min(EVAL_BATCH, images)) - size_of(tensors_of(model))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a few steps on this machine showed.
+
+    Attributes:
+        start: seconds from the start of the program to the first step.
+        steps: seconds of a step of each stage.
+        evaluation: of a pass over the held-out split; 0 where there is none.
+        writing: of a checkpoint and of the end.
+        peak_flops: of large matrix products here, all processes together.
+        memory: bytes that were allocated on a GPU at most; None on a CPU, where the process that
+            plans holds other things besides.
+    """
+
+    start: float
+    steps: tuple[float, ...]
+    evaluation: float
+    writing: float
+    peak_flops: float
+    memory: int | None
+
+
+@dataclass(frozen=True)
+class Span:
+    """How long a run is on one device, in seconds; on a device of the table least and most."""
+
+    steps: int
+    train: float
+    evaluate: float = 0.0
+    start: float = 0.0
+    write: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The whole command."""
+        return self.start + self.train + self.evaluate + self.write
+
+
+def evaluations(recipe: Recipe, steps: int) -> int:
+    """Passes over the held-out split: at intervals, and at the end."""
+    train = recipe.train
+    often = train.eval_steps or (None if train.budget else max(1, steps // EVALUATIONS))
+    return 1 + (steps // often if often else 0)
+
+
+def span_here(recipe: Recipe, count: Count, speed: Speed, steps: int | None = None) -> Span:
+    """The time of a run of so many steps on this machine; of a budget, of those that fit."""
+    average = step_seconds(count, speed)
+    if steps is None:
+        steps = count.steps
+    if steps is None:
+        steps = fitting_steps(recipe, count, speed, parse_duration(recipe.train.budget or ""))
+    passes = evaluations(recipe, steps) if speed.evaluation else 0
+    train = steps * average
+    saves = 1 + int(train // CHECKPOINT_SECONDS)
+    return Span(steps, train, passes * speed.evaluation, speed.start, saves * speed.writing)
+
+
+def step_seconds(count: Count, speed: Speed) -> float:
+    """The mean time of a step over all stages."""
+    return sum(s.share * t for s, t in zip(count.stages, speed.steps, strict=True))
+
+
+def fitting_steps(recipe: Recipe, count: Count, speed: Speed, budget: float) -> int:
+    """The steps that a budget has time for, one evaluation at its end included; 0 for none."""
+    left = budget - speed.start - speed.evaluation - speed.writing
+    saving = 1.0 + speed.writing / CHECKPOINT_SECONDS
+    return max(0, int(left / (step_seconds(count, speed) * saving)))
+
+
+def training_flops(subject: Subject, count: Count, steps: int) -> float:
+    """Operations of a run: two a multiply-add."""
+    return 2.0 * count.training_macs * steps * subject.recipe.train.batch_size
+
+
+def span_on(hardware: Hardware, flops: float, mfu: float) -> float:
+    """Seconds of so many operations at a share of the device's peak: an estimate."""
+    return flops / (hardware.peak_flops * mfu)
+
+
+def bytes_on(subject: Subject, count: Count, micro: int) -> int:
+    """Bytes that a step takes on a GPU, in half precision with fused attention."""
+    checkpointing = subject.recipe.train.activation_checkpointing
+    stages = list(count.stages)
+    return memory_of(subject, stages, checkpointing, micro, on_gpu=True, precision="bf16").peak
+
+
+def fits_on(subject: Subject, count: Count, hardware: list[Hardware]) -> list[dict[str, Any]]:
+    """What each device of the table would make of the run: bytes, and the largest micro-batch.
+
+    Memory is a straight line over the micro-batch, drawn through two sizes.
+    """
+    small, large = 4, 8
+    a, b = bytes_on(subject, count, small), bytes_on(subject, count, large)
+    each = max(1, (b - a) // (large - small))
+    fixed = a - small * each
+    needed = fixed + each * subject.micro
+    return [
+        {
+            "needed": int(needed),
+            "fits": needed <= device.memory * USABLE,
+            "largest_micro_batch": max(0, int((device.memory * USABLE - fixed) // each)),
+        }
+        for device in hardware
+    ]
+
+
+USABLE = 0.92  # of a device's memory: context, kernels' own room, fragments

@@ -65,6 +65,7 @@ class ModelSection(Section):
     position: Literal["learned", "learned2d", "relative", "sincos2d", "none"] | None = None
     position_at: Literal["stem", "every", "shared"] | None = None
     position_covers_prefix: bool | None = None
+    pool_blocks: PositiveInt | None = None
     position_resize: (
         Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"] | None
     ) = None

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "vitcli"
 # From left to right; a module imports from its own step and from those to its right.
 STEPS = [
     {"cli", "__main__"},
+    {"cli_cost"},
     {"options_predict"},
     {"options", "exits"},
     {"results", "results_fewshot"},

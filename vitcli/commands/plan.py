@@ -1,5 +1,6 @@
 """`vitcli plan`: what a run would cost, before it starts."""
 
+import time
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vitcli import launch
 from vitcli.config import Recipe, Settings, lay_over, load_recipe, nest, parse_duration, recipe_path
 from vitcli.cost.alternatives import cheaper, devices
 from vitcli.cost.figures import Plan, Prices
@@ -73,6 +75,7 @@ def run(
     """
     from accelerate.utils import broadcast_object_list
 
+    began = launch.began or time.monotonic()
     watch, prices = watch or Quiet(), prices or Prices()
     if out is not None and not resume:
         check_free(out)
@@ -94,6 +97,7 @@ def run(
     torch.manual_seed(recipe.train.seed)
     base = base_memory() if kind.type == "cpu" else None
     made = _model(recipe, source, probing, watch)
+    ready = time.monotonic() - began
     subject = Subject(recipe, source, made, told, accelerator.num_processes, precision)
     counted = count(subject)
     plan = Plan(subject, name, counted, base, None, None, None, None, [], [], "", prices, None)
@@ -107,7 +111,7 @@ def run(
     if recipe.train.budget is not None:
         plan.budget = parse_duration(recipe.train.budget)
     if probing:
-        plan.speed = _probe(plan, accelerator, watch)
+        plan.speed = _probe(plan, accelerator, ready, watch)
         plan.span = span_here(recipe, counted, plan.speed)
         if own is not None and own.train.budget is None:
             steps = own.train.total_steps(told)
@@ -243,10 +247,12 @@ def _too_large(plan: Plan, kind: torch.device) -> str | None:
     return None
 
 
-def _probe(plan: Plan, accelerator: Any, watch: Watcher) -> Speed:
+def _probe(plan: Plan, accelerator: Any, ready: float, watch: Watcher) -> Speed:
     with watch.progress("probe", 1) as bar:
+        began = time.monotonic()
         loop = loop_of(plan.subject, accelerator, watch)
-        speed = probe(plan.subject, loop, PROBE_SECONDS)
+        start = ready + time.monotonic() - began
+        speed = probe(plan.subject, loop, PROBE_SECONDS, start)
         bar.advance()
     return speed
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vitcli import launch
 from vitcli.cost.budget import seconds_per_step, stage_shares
 from vitcli.cost.plan import Speed, Subject
 from vitcli.devices import matrix_peak
@@ -65,13 +64,13 @@ def step_times(loop: Loop, seconds: float, warm: int = WARM_STEPS) -> tuple[floa
     return tuple(found)
 
 
-def probe(subject: Subject, loop: Loop, seconds: float) -> Speed:
+def probe(subject: Subject, loop: Loop, seconds: float, start: float) -> Speed:
     """Steps of each stage, a part of the evaluation, the machine's peak, and the memory.
 
     Args:
         seconds: for the steps; one of each stage is made however long it takes.
+        start: that the program took to come so far, without what only a plan does.
     """
-    start = time.monotonic() - launch.began if launch.began is not None else 0.0
     device = loop.accelerator.device
     peak = matrix_peak(device, subject.precision)
     times = step_times(loop, seconds)

@@ -44,7 +44,8 @@ def stored(kind="plain", path="m.safetensors", **settings):
     """A small model of a kind in a file, with names and a head that is trained."""
     model = small(kind, **settings)
     model.labels, model.head_trained = NAMES, True
-    model.preprocess = Preprocess(model.config.image_size, mean=(0.5,), std=(0.5,))
+    channels = model.config.num_channels
+    model.preprocess = Preprocess(model.config.image_size, num_channels=channels)
     save_model(path, model)
     return model
 
@@ -166,6 +167,9 @@ def test_a_resnet_can_be_given(pictures):
     result = run(["p"], model="mu/16", settings=settings, resnet="r.safetensors")
     assert [row.name for row in result.bias_rows] == ["this model", "r.safetensors"]
     assert result.bias_rows[-1].moves.cell == 16
+    stored(path="grey.safetensors", num_channels=1)
+    with pytest.raises(VitcliError, match="reads 3 channels, the model 1"):
+        run(["p"], model="grey.safetensors", resnet="r.safetensors")
     with pytest.raises(VitcliError, match="is no ResNet"):
         run(["p"], model="mu/16", resnet="mu/16")
 
@@ -191,6 +195,15 @@ def test_what_cannot_be_read_is_named(pictures, capsys):
     assert cli(["inspect", "gone.png", "--model", "m.safetensors", "--out", "new"]) == 2
     assert cli(["inspect", "p/bad.png", "--model", "m.safetensors", "--out", "new"]) == 2
     assert "none of 1 images can be read" in capsys.readouterr().err
+    assert not (pictures / "new").exists()
+
+
+def test_weights_that_are_no_numbers(pictures):
+    model = stored()
+    model.blocks[0].attn.qkv.weight.data[0, 0] = float("nan")
+    save_model("m.safetensors", model)
+    with pytest.raises(VitcliError, match="is not a number"):
+        run(["p"], model="m.safetensors", out=pictures / "new")
     assert not (pictures / "new").exists()
 
 

@@ -117,7 +117,7 @@ def run(
         watch.note(f"no `--model` given: {model}")
     arguments = load_settings(inference.model, inference.preprocess)
     net = load_model(model, labels=labels, watch=watch, **arguments)
-    other = _resnet(resnet, watch)
+    other = _resnet(resnet, net, watch)
     if isinstance(net, ResNet):
         if not with_bias:
             raise VitcliError(
@@ -181,13 +181,19 @@ def _pictures(chosen: Chosen, net: Model) -> tuple[Chosen, list[torch.Tensor], l
     return chosen, [picture.to(device) for picture in read], unread
 
 
-def _resnet(resnet: str | None, watch: Watcher) -> tuple[str, ResNet] | None:
+def _resnet(resnet: str | None, net: Model, watch: Watcher) -> tuple[str, ResNet] | None:
     """The ResNet to compare with, loaded."""
     if resnet is None:
         return None
     found = load_model(resnet, watch=watch)
     if not isinstance(found, ResNet):
         raise VitcliError(f"`--resnet {resnet}` is no ResNet", "`R50x1`, or weights of one")
+    if found.config.num_channels != net.config.num_channels:
+        raise VitcliError(
+            f"`--resnet {resnet}` reads {found.config.num_channels} channels, the model "
+            f"{net.config.num_channels}",
+            "compare networks that read the same pictures",
+        )
     return printable(resnet), found
 
 
@@ -266,6 +272,10 @@ def look_at(
     if not parts:
         raise VitcliError(f"none of {total} images can be read: {broken[0]}", "give others")
     looked = join(parts)
+    if not np.isfinite(looked.rollout).all():
+        raise VitcliError(
+            "the attention of this model is not a number", "its weights are damaged, or diverged"
+        )
     shown = []
     for number, (index, image) in enumerate(pixels):
         name = printable(images.describe(index))

@@ -58,10 +58,11 @@ def spread(attention: Tensor, grid: Grid) -> Spread:
     """(B, H, T, T) -> how far the heads look; the last N tokens are the patches."""
     n = grid[0] * grid[1]
     prefix = attention.shape[-1] - n
-    among = attention[:, :, prefix:, prefix:].double()  # (B, H, N, N)
+    # On the CPU: an Apple GPU has no float64.
+    among = attention[:, :, prefix:, prefix:].cpu().double()  # (B, H, N, N)
     mass = among.sum(dim=-1)  # (B, H, N)
-    far = (among * grid_distances(grid).to(among.device)).sum(dim=-1)
-    near = (among * neighbours(grid).to(among.device)).sum(dim=-1)
+    far = (among * grid_distances(grid)).sum(dim=-1)
+    near = (among * neighbours(grid)).sum(dim=-1)
     # Where a patch looks at no patch at all, there is no distance: it counts as 0.
     some = mass.clamp_min(torch.finfo(torch.float64).tiny)
     return Spread(

@@ -55,7 +55,8 @@ def look(model: VisionTransformer, images: Tensor, keep: int = 0) -> Looked:
     with torch.inference_mode():
         for layer in attention_layers(model, images):
             spreads.append(spread(layer.attention, grid))
-            maps.append(source_row(layer.attention[:keep], model.config).cpu())  # (m, H, N)
+            # A copy: a view would keep the attention of every layer alive.
+            maps.append(source_row(layer.attention[:keep], model.config).cpu().clone())
             joint = roll(joint, layer.attention)
             if not layer.name.endswith(" rows"):  # half of an axial block
                 last.append(layer.output)
@@ -66,7 +67,8 @@ def look(model: VisionTransformer, images: Tensor, keep: int = 0) -> Looked:
         assert joint is not None
         rolled = source_row(joint, model.config, pooled)  # (B, N)
         if model.config.num_classes:
-            probabilities = model.probabilities(model.classify(model.pool_last(tokens, grid)))
+            logits = model.classify(model.pool_last(tokens, grid))
+            probabilities = model.probabilities(logits.cpu())
         else:
             probabilities = rolled.new_zeros(len(rolled), 0)
     shown = torch.stack(maps, dim=1)  # (m, L, H, N)

@@ -1,6 +1,5 @@
 """Which images of DATA a model is measured on."""
 
-import tomllib
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,7 +8,6 @@ from vitcli.data.sets import ImageSet, Source
 from vitcli.data.sources import open_data
 from vitcli.errors import VitcliError
 from vitcli.run import Run
-from vitcli.sections import DataSection
 from vitcli.watch import Watcher
 
 
@@ -28,7 +26,7 @@ def choose_images(
     run = Run(Path(model))
     if run.recipe_file.is_file():
         known = run.provenance().get("data", {}).get("fingerprint")
-        for split in (section, _trained_on(run)):
+        for split in (section, run.data_section()):
             with suppress(VitcliError):  # the run's data may have other columns and splits
                 source = open_data(split, data) if split is not None else whole
                 if source.fingerprint == known:
@@ -36,11 +34,3 @@ def choose_images(
     if set(whole.splits) != {"train"}:
         return whole, whole.split("test", "validation")
     return whole, whole.split("train")
-
-
-def _trained_on(run: Run) -> DataSection | None:
-    """The `[data]` section of a run's recipe; None where it cannot be read."""
-    try:
-        return DataSection(**tomllib.loads(run.recipe_file.read_text(encoding="utf-8"))["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

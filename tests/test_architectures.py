@@ -14,6 +14,7 @@ from vitcli.run import Run
 from vitcli.train import loop
 from vitcli.train.loop import Stopped
 from vitcli.train.session import train
+from vitcli.train.starting import regularised
 from vitcli.vit import ResNet, VisionTransformer, create_model
 from vitcli.watch import Quiet
 from vitcli.weights.load import load_model
@@ -122,4 +123,4 @@ def test_what_a_resnet_has_not_is_said(tmp_path):
             go(tmp_path / section, recipe.model_copy(update={section: changed}))
     net = create_model("R26x1", layers=(1,), width=0.5, image_size=8)
     with pytest.raises(VitcliError, match=r"a ResNet has no dropout: model\.dropout_rate"):
-        finetune.regularised(net, {"dropout_rate": 0.1})
+        regularised(net, {"dropout_rate": 0.1})

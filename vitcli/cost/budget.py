@@ -7,12 +7,15 @@ from vitcli.config import TrainSection
 from vitcli.errors import VitcliError
 from vitcli.train.deadline import Deadline
 from vitcli.train.loop import Loop
+from vitcli.train.measure import EVAL_BATCH
 from vitcli.train.optim import set_rates
 from vitcli.train.timeline import Timeline
 
 WARM_STEPS, TIMED_STEPS = 1, 4
 PARTS = 1000  # a run of so many steps stands for any run while its stages are timed
-EVAL_IMAGES = 512  # that a look at the speed of the last evaluation takes
+# Batches a process that a look at the speed of the last evaluation takes, after one in which threads
+# and kernels come to be; where that one alone takes so many seconds, their share of it is small.
+EVAL_BATCHES, EVAL_SECONDS = 3, 2.0
 TIMING_SHARE = 0.1  # of the budget; when it is spent, one timed step of a stage has to do
 # The last checkpoint, weights, curves and the program's end: seconds, and shares of a step.
 WRITING_SECONDS, WRITING_STEPS = 1.0, 1.0
@@ -86,11 +89,15 @@ def _evaluation(loop: Loop, test_images: int) -> float:
     """Seconds of an evaluation on all test images, by one on a few."""
     if loop.validate is None or not test_images:
         return 0.0
-    few = min(EVAL_IMAGES, test_images)
+    at_once = EVAL_BATCH * loop.accelerator.num_processes
     loop.module.eval()
-    start = time.perf_counter()
-    loop.validate(limit=few)
-    seconds = time.perf_counter() - start
+    for few in (at_once, EVAL_BATCHES * at_once):
+        few = min(few, test_images)
+        start = time.perf_counter()
+        loop.validate(limit=few)
+        seconds = time.perf_counter() - start
+        if loop.agree(int(seconds > EVAL_SECONDS)):
+            break
     loop.module.train()
     return seconds * test_images / few * EVAL_MARGIN
 

@@ -13,8 +13,8 @@ from vitcli.train.timeline import Timeline
 
 WARM_STEPS, TIMED_STEPS = 1, 4
 PARTS = 1000  # a run of so many steps stands for any run while its stages are timed
-# Batches a process that a look at the speed of the last evaluation takes, after one in which threads
-# and kernels come to be; where that one alone takes so many seconds, their share of it is small.
+# Batches a process that a look at the speed of the last evaluation takes, after one in which
+# threads and kernels come to be; where that one alone takes so many seconds, they do not matter.
 EVAL_BATCHES, EVAL_SECONDS = 3, 2.0
 TIMING_SHARE = 0.1  # of the budget; when it is spent, one timed step of a stage has to do
 # The last checkpoint, weights, curves and the program's end: seconds, and shares of a step.

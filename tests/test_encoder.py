@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitcli.vit.encoder import (
+from vitcli.vit.blocks import (
     Attention,
     AxialBlock,
     Block,
@@ -17,7 +17,7 @@ from vitcli.vit.encoder import (
     relative_bias,
     split_lines,
 )
-from vitcli.vit.variants import ViTConfig
+from vitcli.vit.config import ViTConfig
 
 SMALL = {"embed_dim": 8, "num_heads": 2, "mlp_dim": 12, "patch_size": 4, "norm_eps": 1e-5}
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from vitcli.cost.flops import macs, parts, training_flops
 from vitcli.vit import create_model, parse_variant
+from vitcli.vit.macs import macs, parts, training_flops
 
 JFT = 303e6  # images
 # Table 6 of the paper: exaFLOPs of pre-training.

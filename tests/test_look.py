@@ -22,7 +22,7 @@ from vitcli.look.figures import look
 from vitcli.look.filters import embedding_filters, principal_components
 from vitcli.look.positions import cosine_similarity, position_table, similarity_facts
 from vitcli.vit import ResNet, ResNetConfig, create_model
-from vitcli.vit.encoder import AxialBlock, join_lines, split_lines
+from vitcli.vit.blocks import AxialBlock, join_lines, split_lines
 from vitcli.weights.huggingface_write import write_huggingface
 from vitcli.weights.load import load_model
 

@@ -17,7 +17,7 @@ from vitcli.vit import (
     from_config,
     parse_variant,
 )
-from vitcli.vit.names import RESNETS, is_variant
+from vitcli.vit.variants import RESNETS, is_variant
 
 # Width, layers, MLP, heads: table 1 of the paper, DeiT, big_vision's models/vit.py.
 SIZES = {

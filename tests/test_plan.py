@@ -7,11 +7,11 @@ from tiny import write_tiny
 
 from vitcli import cli
 from vitcli.commands import plan
-from vitcli.cost.flops import training_flops
 from vitcli.cost.hardware import HARDWARE, find_hardware
 from vitcli.cost.plan import DAY, span_on
 from vitcli.errors import VitcliError
 from vitcli.vit import parse_variant
+from vitcli.vit.macs import training_flops
 
 KEYS = {"parameters", "flops_per_image", "training_flops", "memory_bytes", "images_per_second"}
 KEYS |= {"seconds", "device"}

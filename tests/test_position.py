@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import (
     attended_length,
     carry,
@@ -17,7 +18,6 @@ from vitcli.vit.position import (
     sincos2d,
     table_shapes,
 )
-from vitcli.vit.variants import ViTConfig
 
 
 def test_bilinear_equals_the_official_resampling(shared):

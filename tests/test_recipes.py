@@ -9,10 +9,10 @@ import torch
 from vitcli.commands import finetune, pretrain
 from vitcli.commands.recipes import header, run
 from vitcli.config import Recipe, check, load_recipe, read_toml, recipe_files, recipes_folder
-from vitcli.cost.flops import training_flops
 from vitcli.train.objectives import is_supervised
 from vitcli.train.optim import build_optimizers
 from vitcli.vit import ResNetConfig, from_config, parse_variant
+from vitcli.vit.macs import training_flops
 
 NUM_RECIPES = 41
 FILES = recipe_files()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vitcli.vit import ViTConfig
-from vitcli.vit.stem import (
+from vitcli.vit.hybrid import (
     Backbone,
     Bottleneck,
     HybridEmbed,

@@ -9,7 +9,7 @@ import pytest
 
 from vitcli.config import ModelSection, check
 from vitcli.vit import ViTConfig, parse_variant
-from vitcli.vit.variants import LITERALS, normal_pool
+from vitcli.vit.config import LITERALS, normal_pool
 
 
 def test_configurations_survive_a_round_trip_through_json():

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from vitcli.commands.predict import predict
     from vitcli.errors import VitcliError
     from vitcli.evals.fewshot import fewshot
+    from vitcli.vit.config import ViTConfig
     from vitcli.vit.model import VisionTransformer
-    from vitcli.vit.names import create_model
-    from vitcli.vit.variants import ViTConfig
+    from vitcli.vit.variants import create_model
     from vitcli.weights.load import load_model
 
 _HOMES = {
     "VisionTransformer": "vitcli.vit.model",
-    "ViTConfig": "vitcli.vit.variants",
+    "ViTConfig": "vitcli.vit.config",
     "VitcliError": "vitcli.errors",
-    "create_model": "vitcli.vit.names",
+    "create_model": "vitcli.vit.variants",
     "fewshot": "vitcli.evals.fewshot",
     "load_model": "vitcli.weights.load",
     "predict": "vitcli.commands.predict",

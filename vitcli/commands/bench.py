@@ -13,12 +13,12 @@ from torch import nn
 from vitcli.config import Inference, Settings, load_inference
 from vitcli.cost.bench import CLASSES, PERCENTILES, Case, Figures, measure, percentile, ratio
 from vitcli.cost.contenders import contender
-from vitcli.cost.flops import macs
 from vitcli.cost.probe import free_memory
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.vit import ResNetConfig, ViTConfig, from_config, parse_variant
+from vitcli.vit.macs import macs
 from vitcli.watch import Quiet, Watcher
 from vitcli.weights.load import load_model, newest_run
 

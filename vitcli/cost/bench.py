@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitcli.config import Recipe, check
 from vitcli.cost.memory import DTYPES, Step, evaluation_memory, step_memory
 from vitcli.train.memory import out_of_memory
-from vitcli.vit.encoder import forced_attention
+from vitcli.vit.blocks import forced_attention
 from vitcli.watch import Watcher
 
 Kind = Literal["auto", "fused", "explicit"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.vit.encoder import attend_explicit, is_written_out
+from vitcli.vit.blocks import attend_explicit, is_written_out
 
 PRODUCT = 1024  # side of the matrices that are multiplied
 RUNS = 5  # of which the best counts

@@ -16,7 +16,7 @@ from vitcli.config import Recipe
 from vitcli.cost.heap import Event, heap_peak
 from vitcli.train.ema import Ema
 from vitcli.train.optim import build_optimizers
-from vitcli.vit.encoder import forced_attention
+from vitcli.vit.blocks import forced_attention
 
 Make = Callable[[], nn.Module]
 STEPS = 3

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from vitcli.config import Recipe, parse_duration
-from vitcli.cost.flops import macs, parts
 from vitcli.cost.hardware import Hardware
 from vitcli.cost.memory import Memory, Step, evaluation_memory, size_of, step_memory, tensors_of
 from vitcli.cost.work import Config, Stage, stages_of
@@ -19,6 +18,7 @@ from vitcli.train.measure import EVAL_BATCH
 from vitcli.train.objectives import build_objective
 from vitcli.train.setup import held_out_images
 from vitcli.vit import Model, from_config
+from vitcli.vit.macs import macs, parts
 
 EVALUATIONS = 5  # of a run that does not say how often, see `train.session`
 DAY = 86_400.0

@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitcli.config import Recipe
 from vitcli.cost.budget import PARTS, stage_shares
-from vitcli.cost.flops import macs, parts
 from vitcli.train.lora import passes
 from vitcli.train.mae import Mae
 from vitcli.train.masked import MaskedPatch
 from vitcli.vit import ResNetConfig, ViTConfig
+from vitcli.vit.macs import macs, parts
 
 Config = ViTConfig | ResNetConfig
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitcli.vit.encoder import Attention, AxialBlock, Axis, Block, split_lines
+from vitcli.vit.blocks import Attention, AxialBlock, Axis, Block, split_lines
 from vitcli.vit.model import VisionTransformer
 from vitcli.vit.position import Grid
 

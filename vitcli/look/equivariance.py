@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vitcli.vit import Config, Model, ResNet, ResNetConfig
-from vitcli.vit.names import RESNETS
+from vitcli.vit.variants import RESNETS
 
 WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 SMALLEST_UNITS = (1, 1, 1, 1)

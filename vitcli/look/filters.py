@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vitcli.vit import Model, VisionTransformer
+from vitcli.vit.hybrid import HybridEmbed, standardize
 from vitcli.vit.patches import PatchEmbed
-from vitcli.vit.stem import HybridEmbed, standardize
 
 MOST = 28  # as the paper shows
 

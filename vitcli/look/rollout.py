@@ -9,7 +9,7 @@ where information came from, not for which class: it is the same for every class
 import torch
 from torch import Tensor
 
-from vitcli.vit.variants import ViTConfig
+from vitcli.vit.config import ViTConfig
 
 
 def with_residual(attention: Tensor) -> Tensor:

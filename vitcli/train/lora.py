@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcli.config import LoraSection
-from vitcli.cost.flops import BACKWARD
 from vitcli.errors import VitcliError
 from vitcli.train.optim import layer_of
 from vitcli.vit import Model, ResNet, VisionTransformer
+from vitcli.vit.macs import BACKWARD
 from vitcli.weights.store import save_tensors
 
 HEADS = ("head.", "head_dist.")

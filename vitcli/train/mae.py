@@ -10,7 +10,7 @@ from vitcli.config import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.masked import exactly, tokens_of
 from vitcli.vit import Model, ViTConfig
-from vitcli.vit.encoder import Block
+from vitcli.vit.blocks import Block
 from vitcli.vit.patches import patchify
 from vitcli.vit.position import sincos2d
 

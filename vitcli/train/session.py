@@ -13,7 +13,6 @@ from torch import nn
 from vitcli import launch
 from vitcli.config import Recipe, parse_duration
 from vitcli.cost.budget import NoStepFits, settle_budget
-from vitcli.cost.flops import macs
 from vitcli.data.sources import Source
 from vitcli.devices import matrix_peak
 from vitcli.errors import VitcliError
@@ -30,6 +29,7 @@ from vitcli.train.sharded import whole
 from vitcli.train.timeline import Timeline
 from vitcli.train.tracking import check_tracker, tracking
 from vitcli.vit import Model
+from vitcli.vit.macs import macs
 from vitcli.watch import Logged, Quiet, Watcher
 from vitcli.weights.store import save_model, save_tensors
 

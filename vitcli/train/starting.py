@@ -21,7 +21,7 @@ from vitcli.vit import (
     from_config,
     parse_variant,
 )
-from vitcli.vit.names import is_resnet
+from vitcli.vit.variants import is_resnet
 from vitcli.watch import Watcher
 from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, require_preprocess

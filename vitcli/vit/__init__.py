@@ -1,7 +1,9 @@
 """The Vision Transformer, in pure torch: readable beside section 3.1 of the paper."""
 
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.model import VisionTransformer
-from vitcli.vit.names import (
+from vitcli.vit.resnet import ResNet, ResNetConfig
+from vitcli.vit.variants import (
     VARIANTS,
     Config,
     Model,
@@ -10,8 +12,6 @@ from vitcli.vit.names import (
     from_config,
     parse_variant,
 )
-from vitcli.vit.resnet import ResNet, ResNetConfig
-from vitcli.vit.variants import ViTConfig
 
 __all__ = [
     "VARIANTS",

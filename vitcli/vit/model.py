@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitcli.vit.encoder import build_blocks
+from vitcli.vit.blocks import build_blocks
+from vitcli.vit.config import ViTConfig
+from vitcli.vit.hybrid import HybridEmbed, init_stem
 from vitcli.vit.patches import PatchEmbed, grid_size
 from vitcli.vit.pool import AttentionPool, PreLogits, pool_tokens
 from vitcli.vit.position import (
@@ -23,8 +25,6 @@ from vitcli.vit.position import (
     is_position,
     table_shapes,
 )
-from vitcli.vit.stem import HybridEmbed, init_stem
-from vitcli.vit.variants import ViTConfig
 
 if TYPE_CHECKING:
     from vitcli.data.transforms import Preprocess

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from vitcli.vit.encoder import Mlp, attend
+from vitcli.vit.blocks import Mlp, attend
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import Grid
-from vitcli.vit.variants import ViTConfig
 
 
 def pool_tokens(x: Tensor, config: ViTConfig, grid: Grid) -> Tensor:

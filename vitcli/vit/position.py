@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitcli.vit.variants import ViTConfig
+from vitcli.vit.config import ViTConfig
 
 Grid = tuple[int, int]  # rows and columns of patches
 Resize = Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"]

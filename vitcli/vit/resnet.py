@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitcli.vit.stem import GROUPS, StemArithmetic, init_stem, standardize, stem_channels
-from vitcli.vit.variants import check_count
+from vitcli.vit.config import check_count
+from vitcli.vit.hybrid import GROUPS, StemArithmetic, init_stem, standardize, stem_channels
 
 if TYPE_CHECKING:
     from vitcli.data.transforms import Preprocess

@@ -1,305 +1,174 @@
-"""What a model is made of."""
+"""The names of models: `B/16`, `R50+B/16`, `Axial-B/32`, `R50x1`."""
 
-import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from numbers import Integral
-from typing import Any, Literal, Self, cast, get_args
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from vitcli.vit.patches import grid_size
-from vitcli.vit.stem import StemArithmetic, stem_channels
+import torch
 
-Pool = Literal["token", "mean", "quadrants", "map", "token_mean", "distilled"]
-Position = Literal["learned", "learned2d", "relative", "sincos2d", "none"]
-PositionAt = Literal["stem", "every", "shared"]
-Gelu = Literal["exact", "tanh"]
-MlpKind = Literal["gelu", "swiglu"]
-LITERALS = {
-    "pool": Pool,
-    "position": Position,
-    "position_at": PositionAt,
-    "mlp": MlpKind,
-    "gelu": Gelu,
-    "stem_arithmetic": StemArithmetic,
-}
+from vitcli.vit.config import ViTConfig, normal_pool
+from vitcli.vit.model import VisionTransformer
+from vitcli.vit.resnet import ResNet, ResNetConfig
 
-# Beyond any size, count or side in pixels; torch counts the bytes of a tensor with 64 bits.
-LARGEST = 10**6
-# Whole numbers, and the smallest that can be built.
-COUNTS = {
-    "patch_size": 1,
-    "num_channels": 1,
-    "embed_dim": 1,
-    "depth": 1,
-    "num_heads": 1,
-    "mlp_dim": 1,
-    "num_classes": 0,
-    "num_registers": 0,
-    "pool_blocks": 1,
-}
-FLAGS = (
-    "class_token",
-    "distillation_token",
-    "distillation_head",
-    "position_covers_prefix",
-    "qkv_bias",
-    "qk_norm",
-    "norm_before_blocks",
-    "norm_after_pool",
-    "patch_bias",
-    "axial",
-)
-
-# Other people's words for the same thing: Hugging Face and DeiT, timm, big_vision.
-POOL_ALIASES = {"cls": "token", "tok": "token", "avg": "mean", "gap": "mean", "grid": "quadrants"}
+Model = VisionTransformer | ResNet
+Config = ViTConfig | ResNetConfig
 
 
 @dataclass(frozen=True)
-class ViTConfig:
-    """Everything that decides the computation of a Vision Transformer, and nothing else.
+class Variant:
+    """The four numbers behind a name."""
 
-    Sizes are in pixels, widths in numbers. The defaults are ViT-B/16 of the paper in timm's
-    arithmetic: exact GELU, LayerNorm epsilon 1e-6.
-
-    Attributes:
-        num_classes: outputs of the head; 0 is a backbone without one.
-        pool: what the head reads. `token`: the class token. `mean`: the mean of the patch tokens.
-            `quadrants`: the means of the four quarters of the image, concatenated (4 D wide).
-            `map`: one learned query attends to the patch tokens (big_vision).
-            `token_mean`: class token and mean of the patch tokens, concatenated (DINOv2, 2 D wide).
-            `distilled`: class token and distillation token, concatenated (DeiT, 2 D wide).
-        pool_blocks: the outputs of so many of the last blocks are pooled, each through the final
-            LayerNorm, and concatenated, the last one at the end (linear evaluation of DINO).
-        distillation_token: a second learned token, after the class token (DeiT).
-        distillation_head: with pool `distilled`, a head for each of the two tokens; the logits are
-            their mean. Without it one head reads both.
-        position: `learned`: one table over the row-major sequence, "1-D". `learned2d`: two tables
-            of half the width, one for columns and one for rows. `relative`: a bias of the attention
-            by offset in the sequence. `sincos2d`: fixed. `none`. (Appendix D.4.)
-        position_at: where learned positions are added: after the stem; at the input of every block,
-            each with a table of its own; or at every block the same table (table 8).
-        stem: blocks of each ResNet stage before the patches (hybrids), `()` for the root alone,
-            None for no ResNet. `patch_size` then counts cells of its feature map.
-        stem_width: width of the ResNet as a factor of 64 channels.
-        stem_arithmetic: whose weight standardisation and GroupNorm epsilon the stem follows.
-        axial: every block is one along the rows and one along the columns (appendix D.6).
-        position_covers_prefix: positions are also added to class token and registers (the paper);
-            big_vision and `no_embed_class` of timm leave these without.
-        patch_bias: the patch projection has a bias.
-        norm_before_blocks: a LayerNorm between the positions and the first block (CLIP, timm's
-            `norm_pre`).
-        mlp: `gelu`, or `swiglu`: silu(x1) * x2 with both halves from one projection that is
-            2 * mlp_dim wide (DINOv2).
-        representation_size: width of the tanh layer before the head ("pre-logits", used in
-            pre-training); None for none.
-        layer_scale: starting value of LayerScale, or None for none.
-        norm_after_pool: the final LayerNorm acts on the pooled vector (timm's `fc_norm`).
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
-
-    Raises:
-        ValueError: a combination that cannot be built, said in words.
-    """
-
-    image_size: tuple[int, int] = (224, 224)
-    patch_size: int = 16
-    num_channels: int = 3
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    num_classes: int = 0
-    pool: Pool = "token"
-    pool_blocks: int = 1
-    class_token: bool = True
-    distillation_token: bool = False
-    distillation_head: bool = False
-    num_registers: int = 0
-    position: Position = "learned"
-    position_at: PositionAt = "stem"
-    position_covers_prefix: bool = True
-    representation_size: int | None = None
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    layer_scale: float | None = None
-    mlp: MlpKind = "gelu"
-    gelu: Gelu = "exact"
-    norm_eps: float = 1e-6
-    norm_before_blocks: bool = False
-    norm_after_pool: bool = False
-    patch_bias: bool = True
-    axial: bool = False
-    stem: tuple[int, ...] | None = None
-    stem_width: float = 1.0
-    stem_arithmetic: StemArithmetic = "google"
-    dropout_rate: float = 0.0
-    drop_path_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._check_values()
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"width {self.embed_dim} is not a multiple of {self.num_heads} heads")
-        self._check_stem()
-        self._check_tokens(*self.grid)
-        self._check_positions()
-
-    def _check_values(self) -> None:
-        """Each setting by itself: it may come from a file that anybody wrote."""
-        for key, kind in LITERALS.items():
-            if (value := getattr(self, key)) not in get_args(kind):
-                known = ", ".join(f"`{choice}`" for choice in get_args(kind))
-                raise ValueError(f"no {key} `{value}`; there are {known}")
-        for key, least in COUNTS.items():
-            check_count(key, getattr(self, key), least)
-        for side in self.image_size:
-            check_count("image_size", side, 1)
-        if self.representation_size is not None:
-            check_count("representation_size", self.representation_size, 1)
-        for key in FLAGS:
-            if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key} is {getattr(self, key)!r}, not true or false")
-        for key in ("dropout_rate", "drop_path_rate"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key} is {getattr(self, key)}, not a share from 0 on, below 1")
-        if not 0 < self.norm_eps < 1:
-            raise ValueError(f"norm_eps is {self.norm_eps}, not a small number above 0")
-        if self.layer_scale is not None and not math.isfinite(self.layer_scale):
-            raise ValueError(f"layer_scale is {self.layer_scale}")
-
-    def _check_stem(self) -> None:
-        if self.stem is not None and (len(self.stem) > 4 or any(n < 1 for n in self.stem)):
-            raise ValueError(
-                f"stem {self.stem}: up to four stages, each of one block or more; `()` is the root "
-                "alone"
-            )
-        stem_channels(self.stem_width)  # complains of a width that cannot be built
-
-    def _check_tokens(self, rows: int, cols: int) -> None:
-        """What the pooling and the blocks read must be there."""
-        pool = self.pool
-        if pool in ("token", "token_mean", "distilled") and not self.class_token:
-            raise ValueError(f"pool `{pool}` needs the class token (`class_token = true`)")
-        if pool == "quadrants" and min(rows, cols) < 2:
-            raise ValueError(f"pool `quadrants` needs a grid of 2x2 patches, not {rows}x{cols}")
-        if pool == "distilled" and not self.distillation_token:
-            raise ValueError("pool `distilled` needs `distillation_token = true`")
-        if self.pool_blocks > 1:
-            self._check_pool_blocks()
-        if self.distillation_token and not self.class_token:
-            raise ValueError("the distillation token stands beside a class token")
-        if self.distillation_head and pool != "distilled":
-            raise ValueError(f"a distillation head needs pool `distilled`, not `{pool}`")
-        if self.distillation_head and self.representation_size:
-            raise ValueError("a distillation head has no pre-logits before it")
-        if self.axial and self.num_prefix_tokens:
-            raise ValueError(
-                "axial blocks have rows and columns of patches only: `class_token = false`, no "
-                "registers, no distillation token, pool `mean`, `quadrants` or `map`"
-            )
-
-    def _check_pool_blocks(self) -> None:
-        """What reads several blocks was trained on none of them: a pooling without weights."""
-        if self.pool_blocks > self.depth:
-            raise ValueError(
-                f"pool_blocks is {self.pool_blocks}, but there are {self.depth} blocks"
-            )
-        if self.pool in ("map", "distilled") or self.representation_size:
-            raise ValueError(
-                f"pool_blocks = {self.pool_blocks} goes with pool `token`, `mean`, `quadrants` or "
-                "`token_mean`, and without `representation_size`"
-            )
-
-    def _check_positions(self) -> None:
-        kind, at, d = self.position, self.position_at, self.embed_dim
-        if kind == "sincos2d" and d % 4:
-            raise ValueError(f"sin-cos positions need a width that 4 divides, not {d}")
-        if kind == "learned2d" and d % 2:
-            raise ValueError(f"learned 2-D positions need an even width, not {d}")
-        if at != "stem" and kind in ("none", "relative"):
-            raise ValueError(f"position `{kind}` is added nowhere: `position_at` must be `stem`")
-        if at == "every" and kind == "sincos2d":
-            raise ValueError("fixed positions are the same in every block: `position_at = shared`")
-
-    @property
-    def pixels_per_patch(self) -> int:
-        """Side in pixels of what one token sees: the patch times the stride of the stem.
-
-        The root of a ResNet halves the image twice, every stage after the first once more.
-        """
-        if self.stem is None:
-            return self.patch_size
-        stride: int = 4 * 2 ** max(len(self.stem) - 1, 0)
-        return self.patch_size * stride
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return grid_size(self.image_size, self.pixels_per_patch)
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Class token, distillation token and registers, which stand before the patches."""
-        return int(self.class_token) + int(self.distillation_token) + self.num_registers
-
-    @property
-    def num_covered_tokens(self) -> int:
-        """Prefix tokens that the position table has an entry for; they are its first ones."""
-        covered = self.position_covers_prefix and self.position in ("learned", "sincos2d")
-        return self.num_prefix_tokens if covered else 0
-
-    @property
-    def num_tokens(self) -> int:
-        """T: prefix tokens and patches."""
-        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
-
-    @property
-    def pooled_dim(self) -> int:
-        """Width of what the pooling of one block's output gives."""
-        return self.embed_dim * {"quadrants": 4, "token_mean": 2, "distilled": 2}.get(self.pool, 1)
-
-    @property
-    def feature_dim(self) -> int:
-        """F: width of `features`, of what the head reads (two distilled heads: half each)."""
-        return self.representation_size or self.pooled_dim * self.pool_blocks
-
-    @property
-    def head_dim(self) -> int:
-        """Width of the input of `head`, and of `head_dist` where there is one."""
-        return self.feature_dim // 2 if self.distillation_head else self.feature_dim
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file's header."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; an unknown key is a ValueError that names it."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown model settings: {', '.join(unknown)}")
-        values = dict(values)
-        if "image_size" in values:
-            y, x = values["image_size"]
-            values["image_size"] = (int(y), int(x))
-        if values.get("stem") is not None:  # JSON has no tuples
-            values["stem"] = tuple(int(blocks) for blocks in values["stem"])
-        return cls(**values)
+    embed_dim: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
 
 
-def check_count(key: str, value: Any, least: int) -> None:
-    """Raises a ValueError where the setting `key` is no whole number from `least` to `LARGEST`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not least <= value <= LARGEST:
-        raise ValueError(f"{key} is {value!r}, not a whole number from {least} to {LARGEST:,}")
+VARIANTS = {
+    # For images of about 32 pixels and an hour of two CPU cores; ours.
+    "Pico": Variant(128, 6, 512, 4),
+    "Nano": Variant(192, 6, 768, 3),
+    # DeiT and AugReg (Ti, S), table 1 of the paper (B, L, H), big_vision's models/vit.py (all).
+    "mu": Variant(32, 1, 128, 2),
+    "Ti": Variant(192, 12, 768, 3),
+    "S": Variant(384, 12, 1536, 6),
+    "M": Variant(512, 12, 2048, 8),
+    "B": Variant(768, 12, 3072, 12),
+    "L": Variant(1024, 24, 4096, 16),
+    "So400m": Variant(1152, 27, 4304, 16),
+    "H": Variant(1280, 32, 5120, 16),
+    "g": Variant(1408, 40, 6144, 16),
+    "G": Variant(1664, 48, 8192, 16),
+    "e": Variant(1792, 56, 15360, 16),
+}
+
+# Units of each stage of a ResNet by the layers in its name; 26 and 200 as in big_vision.
+RESNETS = {
+    26: (2, 2, 2, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
+
+FORMS = (
+    f"a size ({', '.join(VARIANTS)}), `/`, a patch size, as in `B/16`; `Axial-B/16`; "
+    f"`R50+B/16`, or `R50x1` (R{', R'.join(str(layers) for layers in RESNETS)})"
+)
 
 
-def normal_pool(name: str) -> Pool:
-    """The pooling that `name` means, in any of the spellings in use.
+def is_variant(name: str) -> bool:
+    """Whether `name` is spelled like one of `parse_variant`, known or not."""
+    form = r"(Axial-)?([A-Za-z0-9]*\+)?(ViT-)?[A-Za-z0-9]+/\d+"
+    return is_resnet(name) or re.fullmatch(form, name) is not None
+
+
+def is_resnet(name: str) -> bool:
+    """Whether `name` is spelled like a BiT ResNet (`R50x1`), known or not."""
+    return re.fullmatch(r"R\d+x\d+", name) is not None
+
+
+def parse_variant(name: str, **settings: Any) -> Config:
+    """`B/16` -> its configuration, with `settings` laid over it.
+
+    `R50+B/16` puts a ResNet before the patches, which are single cells of its feature map
+    (section 3.1). The number after the slash is the distance of two cells in pixels: 32 is the
+    whole ResNet; for 16 its last stage is left out and the units of that stage stand in the third
+    (section 4.1). `R+Ti/16` is the exception, in the official code and here: the root of the
+    ResNet alone (7x7 convolution and max-pool, stride 4) and patches of 8x8 cells, so that a patch
+    is 32 pixels wide in spite of the name.
+
+    `Axial-B/32` has axial blocks, and as there is no sequence to put a class token into, the mean
+    of its patches (appendix D.6). `R50x1` is a BiT ResNet; the last number is a factor of its
+    widths. The paper's longer names do as well: `ViT-B/16`, `R50+ViT-B/16`, `Axial-ViT-B/32`.
+
+    Args:
+        name: of the model.
+        settings: fields of ViTConfig, for a BiT ResNet of ResNetConfig.
 
     Raises:
-        ValueError: no such pooling.
+        ValueError: there is no such variant, or the settings contradict each other.
     """
-    name = POOL_ALIASES.get(name, name)
-    if name not in get_args(Pool):
-        known = ", ".join(f"`{pool}`" for pool in get_args(Pool))
-        raise ValueError(f"no pooling `{name}`; there are {known}")
-    return cast(Pool, name)
+    if found := re.fullmatch(r"R(\d+)x(\d+)", name):
+        layers, width = int(found[1]), float(found[2])
+        return ResNetConfig.from_dict({"layers": _units(name, layers), "width": width, **settings})
+    found = re.fullmatch(r"(?:(Axial)-|R(\d*)\+)?(?:ViT-)?([A-Za-z0-9]+)/(\d+)", name)
+    axial, stem, size, patch = found.groups() if found else (None, None, "", "")
+    if size not in VARIANTS:
+        close = next((v for v in VARIANTS if v.lower() == size.lower()), None)
+        meant = f"; `{name.replace(f'{size}/', f'{close}/')}` is one" if close else ""
+        raise ValueError(f"no model variant `{name}`: {FORMS}{meant}")
+    values: dict[str, Any] = {"patch_size": int(patch), **asdict(VARIANTS[size])}
+    if axial:
+        values.update(axial=True, class_token=False, pool="mean")
+    if stem is not None:
+        values["stem"], values["patch_size"] = _stem(name, stem, int(patch))
+    values.update(settings)
+    values["pool"] = normal_pool(values.get("pool", "token"))
+    return ViTConfig.from_dict(values)
+
+
+def _units(name: str, layers: int) -> tuple[int, ...]:
+    if layers not in RESNETS:
+        known = ", ".join(str(n) for n in RESNETS)
+        raise ValueError(f"no model variant `{name}`: a ResNet has {known} layers")
+    return RESNETS[layers]
+
+
+def _stem(name: str, layers: str, stride: int) -> tuple[tuple[int, ...], int]:
+    """Units of the stages and cells of a patch for `R50` and 16."""
+    if stride not in (16, 32):
+        raise ValueError(f"no model variant `{name}`: a hybrid ends in `/16` or `/32`")
+    if not layers:
+        if stride != 16:
+            raise ValueError(f"no model variant `{name}`: without stages it ends in `/16`")
+        return (), 8
+    one, two, three, four = _units(name, int(layers))
+    return ((one, two, three + four) if stride == 16 else (one, two, three, four)), 1
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of `to_dict` of either configuration, told apart by `kind`.
+
+    Raises:
+        ValueError: a kind that is not known, an unknown key, or a combination that cannot be built.
+    """
+    kind = values.get("kind")
+    if kind not in (None, "resnet"):
+        raise ValueError(f"a model of kind `{kind}` is not known")
+    return ResNetConfig.from_dict(values) if kind == "resnet" else ViTConfig.from_dict(values)
+
+
+def from_config(config: Config) -> Model:
+    """The model of a configuration; its weights are yet to be drawn or loaded.
+
+    Raises:
+        ValueError: a combination that cannot be built.
+    """
+    return ResNet(config) if isinstance(config, ResNetConfig) else VisionTransformer(config)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 0,
+    image_size: int | tuple[int, int] = 224,
+    seed: int = 0,
+    **settings: Any,
+) -> Model:
+    """A model with random weights: `create_model("B/16", num_classes=1000)`.
+
+    Args:
+        name: a variant such as `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1` (see `parse_variant`).
+        num_classes: outputs of the head; 0 for none.
+        image_size: pixels, one number or (Y, X).
+        seed: of the random weights.
+        settings: further fields of `ViTConfig`, for `R50x1` of `ResNetConfig`.
+
+    Raises:
+        ValueError: no such variant, or settings that contradict each other.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    config = parse_variant(name, num_classes=num_classes, image_size=size, **settings)
+    return from_config(config).init_weights(torch.Generator().manual_seed(seed)).eval()

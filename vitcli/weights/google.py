@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.vit.resnet import ResNetConfig
-from vitcli.vit.variants import ViTConfig
 from vitcli.weights.google_archive import WEIGHTS, Archive
 from vitcli.weights.google_config import Found, find_config, refuse
 from vitcli.weights.google_names import (

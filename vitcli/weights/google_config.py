@@ -9,9 +9,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from vitcli.errors import VitcliError
+from vitcli.vit.config import ViTConfig
+from vitcli.vit.hybrid import stem_channels
 from vitcli.vit.resnet import ResNetConfig
-from vitcli.vit.stem import stem_channels
-from vitcli.vit.variants import ViTConfig
 from vitcli.weights.google_names import POSITIONS, STEM_POSITIONS
 from vitcli.weights.stated import Stated
 

@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.resnet import ResNetConfig
-from vitcli.vit.variants import ViTConfig
 
 # How theirs lies -> ours (D width, H heads, E head width, Y X sides of a kernel):
 #   same        as it is

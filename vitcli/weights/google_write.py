@@ -7,9 +7,9 @@ import torch
 
 from vitcli.errors import VitcliError
 from vitcli.vit import Model
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.vit.resnet import ResNetConfig
-from vitcli.vit.variants import ViTConfig
 from vitcli.weights.google_archive import write_npz
 from vitcli.weights.google_config import RATES
 from vitcli.weights.google_names import (

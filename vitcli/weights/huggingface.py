@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vitcli.errors import VitcliError
+from vitcli.vit.config import Pool, ViTConfig
 from vitcli.vit.position import sincos2d
-from vitcli.vit.variants import Pool, ViTConfig
 from vitcli.weights.fits import fitting
 from vitcli.weights.huggingface_names import (
     BLOCK,

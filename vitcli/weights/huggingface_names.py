@@ -8,7 +8,7 @@ which transformers still writes by default, or those that version 5 holds in mem
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitcli.vit.variants import Gelu
+from vitcli.vit.config import Gelu
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from vitcli.data.transforms import Interpolation, Preprocess
 from vitcli.errors import VitcliError
-from vitcli.vit.variants import ViTConfig
+from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface_names import FAMILIES
 from vitcli.weights.stated import Stated, are_pictures, as_size, per_channel, stated_preprocess
 

@@ -10,9 +10,9 @@ from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.run import RUNS, finished_runs
 from vitcli.vit import Model, create_model
-from vitcli.vit.names import is_variant
+from vitcli.vit.hybrid import StemArithmetic
 from vitcli.vit.position import Resize
-from vitcli.vit.stem import StemArithmetic
+from vitcli.vit.variants import is_variant
 from vitcli.watch import Watcher
 from vitcli.weights.fates import LoadReport
 from vitcli.weights.read import read_checkpoint

@@ -7,8 +7,8 @@ from typing import Any, get_args
 
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError, nearest
-from vitcli.vit.stem import StemArithmetic
-from vitcli.vit.variants import Gelu
+from vitcli.vit.config import Gelu
+from vitcli.vit.hybrid import StemArithmetic
 
 PREPROCESS_KEYS = (
     "resize_mode",

@@ -199,7 +199,7 @@ def change_pool(model: Model, pool: str) -> None:
     Raises:
         VitcliError: the model has no class token to pool, or no attention pool.
     """
-    from vitcli.vit.variants import normal_pool
+    from vitcli.vit.config import normal_pool
 
     try:
         wanted = normal_pool(pool)

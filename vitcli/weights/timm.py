@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from vitcli.errors import VitcliError
-from vitcli.vit.names import VARIANTS
-from vitcli.vit.variants import Gelu, Pool, ViTConfig, normal_pool
+from vitcli.vit.config import Gelu, Pool, ViTConfig, normal_pool
+from vitcli.vit.variants import VARIANTS
 from vitcli.weights.stated import PICTURES, Stated, stated_preprocess
 from vitcli.weights.store import Checkpoint
 from vitcli.weights.timm_hub import (

@@ -13,7 +13,7 @@ from typing import Any
 from vitcli.data.transforms import Preprocess, ResizeMode
 from vitcli.errors import VitcliError
 from vitcli.vit import Config, ViTConfig
-from vitcli.vit.variants import Gelu
+from vitcli.vit.config import Gelu
 from vitcli.weights.fits import fitting
 from vitcli.weights.stated import PICTURES, Stated, are_pictures, per_channel
 

@@ -1,7 +1,7 @@
 """What timm's architectures and their JSON arguments cannot express of a model of ours."""
 
 from vitcli.errors import VitcliError
-from vitcli.vit.variants import ViTConfig
+from vitcli.vit.config import ViTConfig
 
 STEMS = {
     (): "vit_tiny_r_s16_p8_224",

@@ -18,8 +18,8 @@ from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.vit import Model
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.resnet import ResNet
-from vitcli.vit.variants import ViTConfig
 from vitcli.weights.timm_bit import bit_architecture
 from vitcli.weights.timm_hub import CROP_MODES
 from vitcli.weights.timm_limits import EPS, POOLS, STEMS, refuse

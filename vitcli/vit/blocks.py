@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import Grid, resample_offsets
-from vitcli.vit.variants import ViTConfig
 
 # Up to this many tokens the (T, T) matrix of a CPU batch is small beside the activations.
 LONGEST_EXPLICIT = 1024

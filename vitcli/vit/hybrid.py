@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
-    from vitcli.vit.variants import ViTConfig
+    from vitcli.vit.config import ViTConfig
 
 StemArithmetic = Literal["google", "timm"]
 GROUPS = 32

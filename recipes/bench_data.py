@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from vitcli.config import AugmentSection
+from vitcli.config.schema import AugmentSection
 from vitcli.data import sets
 from vitcli.data.augment import TrainTransform, inception_box
 from vitcli.data.decode import ImageError, read_image

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from vitcli.commands.pretrain import random_model
-from vitcli.config import Recipe, check
+from vitcli.config.recipe import check
+from vitcli.config.schema import Recipe
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.train import session
 from vitcli.train.signals import SignalFlag

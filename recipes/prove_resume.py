@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from vitcli.commands.pretrain import random_model
-from vitcli.config import Recipe, check
+from vitcli.config.recipe import check
+from vitcli.config.schema import Recipe
 from vitcli.train.session import train
 from vitcli.watch import Quiet
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from vitcli.config import AugmentSection
+from vitcli.config.schema import AugmentSection
 from vitcli.data import sets
 from vitcli.data.augment import CROPS, TrainTransform, image_rng, inception_box
 from vitcli.data.decode import open_image, read_image

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vitcli.train.checkpoint as checkpoint
-from vitcli.config import OptimSection
+from vitcli.config.schema import OptimSection
 from vitcli.errors import VitcliError
 from vitcli.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from vitcli.train.ema import Ema

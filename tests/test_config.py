@@ -2,18 +2,16 @@
 
 import pytest
 
-from vitcli.config import (
-    Inference,
-    Recipe,
+from vitcli.config.recipe import (
     check,
     differing_keys,
     lay_over,
     load_inference,
     load_recipe,
-    parse_duration,
     parse_overrides,
     read_toml,
 )
+from vitcli.config.schema import Inference, Recipe, parse_duration
 from vitcli.errors import VitcliError
 
 SMALL = {"command": "pretrain", "train": {"steps": 10}}

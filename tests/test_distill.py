@@ -9,7 +9,7 @@ from scipy.special import log_softmax, softmax
 from tiny import tiny_recipe
 
 from vitcli.commands.pretrain import random_model
-from vitcli.config import ObjectiveSection
+from vitcli.config.schema import ObjectiveSection
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.train.distill import Distill

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitcli.config import ModelSection, PreprocessSection
+from vitcli.config.schema import ModelSection, PreprocessSection
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.run import create_run

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitcli.config import AugmentSection
+from vitcli.config.schema import AugmentSection
 from vitcli.data.augment import TrainTransform, image_rng
 from vitcli.data.decode import ImageError
 from vitcli.data.loader import TrainLoader, default_workers, eval_batches
@@ -206,7 +206,7 @@ def test_stopping_early_ends_the_threads():
 def test_a_loader_left_open_does_not_hold_up_the_exit():
     code = (
         "import numpy as np\n"
-        "from vitcli.config import AugmentSection\n"
+        "from vitcli.config.recipe import AugmentSection\n"
         "from vitcli.data.augment import TrainTransform\n"
         "from vitcli.data.loader import TrainLoader\n"
         "from vitcli.data.sets import ArrayStore, ImageSet\n"

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tiny import TINY, tiny_recipe
 
 from vitcli.commands import export, finetune, pretrain
-from vitcli.config import LoraSection, Recipe, check
+from vitcli.config.recipe import check
+from vitcli.config.schema import LoraSection, Recipe
 from vitcli.errors import VitcliError
 from vitcli.train.lora import adapters, choose_learning, merged, passes
 from vitcli.vit import ResNet, ResNetConfig, create_model

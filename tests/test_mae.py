@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_masked import model, smooth
 
-from vitcli.config import ObjectiveSection
+from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.mae import Mae
 from vitcli.vit import create_model

@@ -6,7 +6,7 @@ import torch
 from tiny import records, tiny_recipe
 
 from vitcli.commands.pretrain import random_model
-from vitcli.config import ObjectiveSection
+from vitcli.config.schema import ObjectiveSection
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.train.masked import MASKED, OTHER, MaskedPatch, color_classes, commonest, exactly

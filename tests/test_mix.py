@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from vitcli import create_model
-from vitcli.config import AugmentSection, ObjectiveSection
+from vitcli.config.schema import AugmentSection, ObjectiveSection
 from vitcli.data.mix import cut_box, draw_mix, partners, soft_targets
 from vitcli.data.presets import Strength
 from vitcli.data.transforms import Preprocess

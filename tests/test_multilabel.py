@@ -16,7 +16,7 @@ from tiny import tiny_recipe, vitcli
 
 from vitcli.commands import check, evaluate, finetune, predict
 from vitcli.commands.pretrain import random_model
-from vitcli.config import AugmentSection, ObjectiveSection
+from vitcli.config.schema import AugmentSection, ObjectiveSection
 from vitcli.data.augment import TrainTransform
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sources import load_data

@@ -10,7 +10,7 @@ from kinds import KINDS, small
 from tiny import records, tiny_recipe
 
 from vitcli.commands.pretrain import random_model
-from vitcli.config import OptimSection, ScheduleSection
+from vitcli.config.schema import OptimSection, ScheduleSection
 from vitcli.errors import VitcliError
 from vitcli.train.loop import Loop, Stopped
 from vitcli.train.optim import (

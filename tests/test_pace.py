@@ -8,7 +8,7 @@ import torch
 from tiny import records, tiny_recipe
 
 from vitcli.commands.pretrain import random_model
-from vitcli.config import AugmentSection
+from vitcli.config.schema import AugmentSection
 from vitcli.data import sets
 from vitcli.data.augment import TrainTransform
 from vitcli.data.loader import TrainLoader

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from vitcli.config import AugmentSection
+from vitcli.config.schema import AugmentSection
 from vitcli.data import ops, policies
 from vitcli.data.policies import change, erase, jitter
 from vitcli.data.presets import PRESETS, Strength
@@ -201,7 +201,8 @@ def test_what_is_given_goes_over_the_preset():
     [{"preset": "medium3"}, {"magnitude": 31.0}, {"hue": 0.6}, {"policy": "auto"}, {"repeats": 0}],
 )
 def test_settings_are_checked(settings):
-    from vitcli.config import Recipe, check
+    from vitcli.config.recipe import check
+    from vitcli.config.schema import Recipe
 
     recipe = {"command": "pretrain", "train": {"steps": 1}, "augment": settings}
     with pytest.raises(VitcliError, match=f"augment.{next(iter(settings))}"):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from vitcli.commands import finetune, pretrain
-from vitcli.commands.recipes import header, run
-from vitcli.config import Recipe, check, load_recipe, read_toml, recipe_files, recipes_folder
+from vitcli.commands.recipes import run
+from vitcli.config.recipe import check, header, load_recipe, read_toml, recipe_files, recipes_folder
+from vitcli.config.schema import Recipe
 from vitcli.train.objectives import is_supervised
 from vitcli.train.optim import build_optimizers
 from vitcli.vit import ResNetConfig, from_config, parse_variant

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from vitcli.config import Recipe, check
+from vitcli.config.recipe import check
+from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.run import Run, create_run, finished_runs, new_path, place_of, reopen_run
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vitcli.config import ScheduleSection
+from vitcli.config.schema import ScheduleSection
 from vitcli.train.schedules import schedule_factor, warmup_steps
 
 

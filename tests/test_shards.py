@@ -85,7 +85,7 @@ def test_a_brace_notation_and_a_single_shard(shards):
 
 def test_batches_are_those_of_the_same_files_loose(shards, tmp_path):
     """Order, augmentation and so resuming do not depend on where the bytes lie."""
-    from vitcli.config import AugmentSection
+    from vitcli.config.schema import AugmentSection
     from vitcli.data.augment import TrainTransform
     from vitcli.data.transforms import Preprocess
 

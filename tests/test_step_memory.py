@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
-from vitcli.config import Recipe, check
+from vitcli.config.recipe import check
+from vitcli.config.schema import Recipe
 from vitcli.cost.heap import heap_peak
 from vitcli.cost.memory import Step, evaluation_memory, trace
 from vitcli.data.transforms import Preprocess

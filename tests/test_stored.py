@@ -73,7 +73,7 @@ def test_evaluation_sees_the_same_pixels_as_in_the_originals(photos, tmp_path):
 
 
 def test_training_reads_it_with_any_number_of_workers(photos, tmp_path):
-    from vitcli.config import AugmentSection
+    from vitcli.config.schema import AugmentSection
     from vitcli.data.augment import TrainTransform
 
     stored(photos, tmp_path / "s")

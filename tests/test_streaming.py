@@ -14,7 +14,8 @@ from tiny import tiny_recipe, vitcli
 
 from vitcli.commands import evaluate
 from vitcli.commands.pretrain import random_model
-from vitcli.config import AugmentSection, Recipe, check
+from vitcli.config.recipe import check
+from vitcli.config.schema import AugmentSection, DataSection, Recipe
 from vitcli.data.augment import TrainTransform
 from vitcli.data.sets import Request
 from vitcli.data.sources import open_data
@@ -22,7 +23,6 @@ from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.streaming import Sample, Shard, StreamSet, open_stream
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
-from vitcli.sections import DataSection
 from vitcli.train.session import train
 from vitcli.watch import Quiet
 

@@ -12,7 +12,8 @@ from tiny import TINY, vitcli
 
 from vitcli import cli
 from vitcli.commands import suite as command
-from vitcli.config import Recipe, check, load_recipe
+from vitcli.config.recipe import check, load_recipe
+from vitcli.config.schema import Recipe
 from vitcli.data.splits import parse_slice
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
@@ -210,7 +211,7 @@ def test_means_of_groups_and_of_others(here):
 def test_settings_as_assignments():
     nested = {"data": {"train_split": "train[:5]"}, "model": {"image_size": [8, 16]}, "x": True}
     found = command.assignments(nested)
-    from vitcli.config import parse_overrides
+    from vitcli.config.recipe import parse_overrides
 
     assert found[0] == 'data.train_split="train[:5]"'
     assert parse_overrides(found[:2]) == {k: nested[k] for k in ("data", "model")}

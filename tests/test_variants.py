@@ -7,7 +7,8 @@ from typing import get_args
 
 import pytest
 
-from vitcli.config import ModelSection, check
+from vitcli.config.recipe import check
+from vitcli.config.schema import ModelSection
 from vitcli.vit import ViTConfig, parse_variant
 from vitcli.vit.config import LITERALS, normal_pool
 

@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vitcli.config import Recipe, check
+from vitcli.config.recipe import check
+from vitcli.config.schema import Recipe
 
 TINY = {
     "command": "pretrain",

@@ -40,7 +40,8 @@ def settings(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
     Raises:
         VitcliError: an assignment that is not `section.key=value`, or two lengths of a run.
     """
-    from vitcli.config import DURATIONS, lay_over, nest, parse_overrides
+    from vitcli.config.recipe import lay_over, nest, parse_overrides
+    from vitcli.config.schema import DURATIONS
 
     found = parse_overrides(assignments or [])
     written = [text.partition("=")[0].strip() for text in assignments or []]

@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vitcli.config import DataSection, Recipe, check, differing_keys, read_toml
+from vitcli.config.recipe import check, differing_keys, read_toml
+from vitcli.config.schema import DataSection, Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
 

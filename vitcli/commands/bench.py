@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitcli.config import Inference, Settings, load_inference
+from vitcli.config.recipe import load_inference
+from vitcli.config.schema import Inference, Settings
 from vitcli.cost.bench import CLASSES, PERCENTILES, Case, Figures, measure, percentile, ratio
 from vitcli.cost.contenders import contender
 from vitcli.cost.probe import free_memory

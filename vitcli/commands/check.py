@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.config import Settings, load_inference
+from vitcli.config.recipe import load_inference
+from vitcli.config.schema import Settings
 from vitcli.data.duplicates import same_pictures
 from vitcli.data.sets import Integers, Source
 from vitcli.data.sheet import Row, draw_sheet

@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from vitcli.config import flat_settings
+from vitcli.config.recipe import flat_settings
 from vitcli.errors import VitcliError
 from vitcli.evals.paired import Paired, compare_paired
 from vitcli.run import OUTCOMES, Run

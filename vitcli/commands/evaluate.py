@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vitcli.config import Inference, Settings, load_inference
+from vitcli.config.recipe import load_inference
+from vitcli.config.schema import Inference, Settings
 from vitcli.data.sets import ImageSet, Source
 from vitcli.errors import VitcliError
 from vitcli.evals.beside import Evaluations, beside

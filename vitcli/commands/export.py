@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.config import Settings, load_inference
+from vitcli.config.recipe import load_inference
+from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError, nearest
 from vitcli.run import check_free, new_path, run_stem
 from vitcli.vit import Model, ViTConfig

@@ -10,7 +10,8 @@ import tomli_w
 import torch
 from torch import nn
 
-from vitcli.config import FewshotSection, Inference, Settings, load_inference
+from vitcli.config.recipe import load_inference
+from vitcli.config.schema import FewshotSection, Inference, Settings
 from vitcli.data.sets import Source
 from vitcli.data.sources import open_data
 from vitcli.errors import VitcliError

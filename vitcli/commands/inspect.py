@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitcli.config import Inference, Settings, load_inference
+from vitcli.config.recipe import load_inference
+from vitcli.config.schema import Inference, Settings
 from vitcli.data.folders import files_set
 from vitcli.data.formula import FormulaSet
 from vitcli.data.listing import find_images

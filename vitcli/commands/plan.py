@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from vitcli import launch
-from vitcli.config import Recipe, Settings, lay_over, load_recipe, nest, parse_duration, recipe_path
+from vitcli.config.recipe import lay_over, load_recipe, nest, recipe_path
+from vitcli.config.schema import Recipe, Settings, parse_duration
 from vitcli.cost.alternatives import cheaper, devices
 from vitcli.cost.figures import Plan, Prices
 from vitcli.cost.hardware import HERE, find_hardware

@@ -10,7 +10,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from vitcli.config import Inference, Settings, load_inference
+from vitcli.config.recipe import load_inference
+from vitcli.config.schema import Inference, Settings
 from vitcli.data.listing import Listing, find_images
 from vitcli.data.views import Views
 from vitcli.devices import pick_device

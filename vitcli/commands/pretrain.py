@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vitcli.config import Settings
+from vitcli.config.schema import Settings
 from vitcli.run import check_free, new_path, place_of
 from vitcli.train.find_lr import FoundRate, find_rate
 from vitcli.train.session import Trained, train

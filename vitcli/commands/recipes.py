@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitcli.config import Recipe, check, read_toml, recipe_files, recipe_path
-from vitcli.cost.header import header
+from vitcli.config.recipe import check, header, read_toml, recipe_files, recipe_path
+from vitcli.config.schema import Recipe
 
 
 @dataclass(frozen=True)

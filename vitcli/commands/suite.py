@@ -15,7 +15,8 @@ from typing import Any
 import tomli_w
 
 from vitcli import launch
-from vitcli.config import Settings, lay_over, nest
+from vitcli.config.recipe import lay_over, nest
+from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError
 from vitcli.evals.suite import (
     Outcome,

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from vitcli.config import Recipe
+from vitcli.config.schema import Recipe
 from vitcli.cost.changes import Change, changes_of
 from vitcli.cost.figures import Plan
 from vitcli.cost.hardware import Hardware

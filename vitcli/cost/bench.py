@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitcli.config import Recipe, check
+from vitcli.config.recipe import check
+from vitcli.config.schema import Recipe
 from vitcli.cost.memory import DTYPES, Step, evaluation_memory, step_memory
 from vitcli.train.memory import out_of_memory
 from vitcli.vit.blocks import forced_attention

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from vitcli.config import TrainSection
+from vitcli.config.schema import TrainSection
 from vitcli.errors import VitcliError
 from vitcli.train.deadline import Deadline
 from vitcli.train.loop import Loop

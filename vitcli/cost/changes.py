@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from vitcli.config import Recipe, Settings, check, lay_over, nest
+from vitcli.config.recipe import check, lay_over, nest
+from vitcli.config.schema import Recipe, Settings
 from vitcli.errors import VitcliError
 from vitcli.vit import VARIANTS, ResNetConfig, ViTConfig
 

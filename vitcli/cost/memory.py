@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitcli.config import Recipe
+from vitcli.config.schema import Recipe
 from vitcli.cost.heap import Event, heap_peak
 from vitcli.train.ema import Ema
 from vitcli.train.optim import build_optimizers

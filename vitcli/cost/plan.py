@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitcli.config import Recipe, parse_duration
+from vitcli.config.schema import Recipe, parse_duration
 from vitcli.cost.hardware import Hardware
 from vitcli.cost.memory import Memory, Step, evaluation_memory, size_of, step_memory, tensors_of
 from vitcli.cost.work import Config, Stage, stages_of

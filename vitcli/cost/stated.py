@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitcli.cost.header import header
+from vitcli.config.recipe import header
 from vitcli.data.sets import Integers, Source
 from vitcli.errors import VitcliError
 from vitcli.watch import Watcher

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitcli.config import Recipe
+from vitcli.config.schema import Recipe
 from vitcli.cost.budget import PARTS, stage_shares
 from vitcli.train.lora import passes
 from vitcli.train.mae import Mae

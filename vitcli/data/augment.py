@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vitcli.config import AugmentSection
+from vitcli.config.schema import AugmentSection
 from vitcli.data.arrays import AnyPicture
 from vitcli.data.decode import Box, ImageInput, open_image
 from vitcli.data.policies import Pixels, change, erase

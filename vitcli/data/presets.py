@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
-from vitcli.config import AugmentSection
+from vitcli.config.schema import AugmentSection
 
 # "How to train your ViT?" (Steiner et al. 2022, https://arxiv.org/abs/2106.10270), section 3.3, as
 # big_vision/configs/vit_i1k.py sets it: RandAugment (layers, magnitude) and the alpha of mixup.

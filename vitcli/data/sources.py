@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from vitcli.config.schema import DataSection
 from vitcli.data.digits import load_digits
 from vitcli.data.folders import image_files, load_folder
 from vitcli.data.hub import load_hub
@@ -14,7 +15,6 @@ from vitcli.data.shards import load_shards, shard_files
 from vitcli.data.stored import is_stored, load_stored
 from vitcli.data.tables import load_manifest
 from vitcli.errors import VitcliError, nearest, printable
-from vitcli.sections import DataSection
 from vitcli.watch import Quiet, Watcher
 
 __all__ = ["SOURCES", "ImageSet", "Source", "load_data"]

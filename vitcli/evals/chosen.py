@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from vitcli.config import Inference
+from vitcli.config.schema import Inference
 from vitcli.data.sets import ImageSet, Source
 from vitcli.data.sources import open_data
 from vitcli.errors import VitcliError

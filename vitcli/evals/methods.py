@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vitcli.config.schema import FewshotSection
 from vitcli.evals.fewshot import Choice, RidgePath, choose_l2, ridge_head
 from vitcli.evals.knn import Neighbors
 from vitcli.evals.probe import LOGISTIC_L2, ClassMeans, Logistic, choose_logistic_l2
 from vitcli.evals.ridge import DEFAULT_L2, Floats, Ints
-from vitcli.sections import FewshotSection
 
 Predict = Callable[[ArrayLike], Ints]
 Head = tuple[Floats, Floats]  # (K, D) weight, (K,) bias

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vitcli.config.schema import DataSection
 from vitcli.data.sets import ImageSet, Source
 from vitcli.data.sources import open_data
 from vitcli.download import cache_folder
@@ -15,7 +16,6 @@ from vitcli.errors import VitcliError, printable
 from vitcli.evals.features import Extracted, extract
 from vitcli.evals.outliers import Reference, fit_reference, load_reference, save_reference
 from vitcli.run import Run
-from vitcli.sections import DataSection
 from vitcli.vit import Model
 from vitcli.watch import Watcher
 from vitcli.weights.identity import model_hash

@@ -10,7 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from vitcli.config import Section, Settings, check, read_toml, recipes_folder
+from vitcli.config.recipe import check, read_toml, recipes_folder
+from vitcli.config.schema import Section, Settings
 from vitcli.errors import VitcliError, nearest
 
 FOLDER = "suites"  # among the recipes

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vitcli.config.schema import FewshotSection
 from vitcli.data.sets import ImageSet
 from vitcli.evals.features import Extracted
 from vitcli.evals.fewshot import Choice, draw
 from vitcli.evals.methods import METHODS, Fitted, Head, accuracy
-from vitcli.sections import FewshotSection
 from vitcli.watch import Watcher
 
 Shots = int | str  # images a class, or `all`

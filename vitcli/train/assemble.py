@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitcli.config import Recipe
+from vitcli.config.schema import Recipe
 from vitcli.data.sources import Source
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcli.config import ObjectiveSection
+from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.vit import Model
 from vitcli.weights.load import load_model, require_preprocess

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitcli.config import Recipe
+from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
 from vitcli.run import Run

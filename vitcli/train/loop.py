@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitcli.config import Recipe
+from vitcli.config.schema import Recipe
 from vitcli.data.batch import Batch, onto
 from vitcli.data.loader import TrainLoader
 from vitcli.data.mix import soft_targets

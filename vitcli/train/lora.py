@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitcli.config import LoraSection
+from vitcli.config.schema import LoraSection
 from vitcli.errors import VitcliError
 from vitcli.train.optim import layer_of
 from vitcli.vit import Model, ResNet, VisionTransformer

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from vitcli.config import OptimSection, ScheduleSection
+from vitcli.config.schema import OptimSection, ScheduleSection
 from vitcli.errors import VitcliError
 from vitcli.train.adafactor import Adafactor
 from vitcli.train.lamb import Lamb

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from vitcli.config import ScheduleSection
+from vitcli.config.schema import ScheduleSection
 
 
 def warmup_steps(section: ScheduleSection, total_steps: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vitcli import launch
-from vitcli.config import Recipe, parse_duration
+from vitcli.config.schema import Recipe, parse_duration
 from vitcli.cost.budget import NoStepFits, settle_budget
 from vitcli.data.sources import Source
 from vitcli.devices import matrix_peak

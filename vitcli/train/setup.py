@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from vitcli.config import Recipe
+from vitcli.config.schema import Recipe
 from vitcli.data.augment import TrainTransform
 from vitcli.data.loader import TrainLoader, check_batch
 from vitcli.data.presets import Strength

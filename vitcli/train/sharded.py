@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vitcli.config import Recipe
+from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.weights.store import write_tensors
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vitcli.config import ModelSection, Recipe, Settings, check, lay_over, load_recipe, nest
+from vitcli.config.recipe import check, lay_over, load_recipe, nest
+from vitcli.config.schema import ModelSection, Recipe, Settings
 from vitcli.data.sources import Source
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from vitcli.config import Recipe, flat_settings
+from vitcli.config.recipe import flat_settings
+from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 
 PROJECT = "vitcli"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from vitcli.config import ModelSection, PreprocessSection
+from vitcli.config.schema import ModelSection, PreprocessSection
 from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.run import RUNS, finished_runs

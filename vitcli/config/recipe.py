@@ -2,9 +2,12 @@
 
 Defaults < recipe file < `--set section.key=value` and the shorthand flags. All mistakes are
 reported together, each with its dotted name and the nearest name that exists.
+
+The comment at the top of a recipe; loads nothing heavy.
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,8 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from vitcli.errors import VitcliError, nearest
-from vitcli.sections import (
+from vitcli.config.schema import (
     DURATIONS,
     AugmentSection,
     DataSection,
@@ -31,6 +33,7 @@ from vitcli.sections import (
     TrainSection,
     parse_duration,
 )
+from vitcli.errors import VitcliError, nearest
 
 __all__ = [
     "DURATIONS",
@@ -263,3 +266,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def header(text: str) -> dict[str, str]:
+    """`Run`, `Data`, `Cost`, `Expect` of the comment at the top of a recipe, first line each."""
+    top = text.partition("\ncommand")[0]
+    return dict(re.findall(r"^# (Run|Data|Cost|Expect|Then): +(.+)$", top, flags=re.MULTILINE))

@@ -36,13 +36,13 @@ from PIL import Image
 from vitcli.config.schema import AugmentSection
 from vitcli.data import sets
 from vitcli.data.augment import TrainTransform, inception_box
-from vitcli.data.decode import ImageError, read_image
 from vitcli.data.loader import TrainLoader
 from vitcli.data.order import positions
 from vitcli.data.sets import ImageSet, Source
 from vitcli.data.sources import load_data
 from vitcli.data.storing import store_set
-from vitcli.data.transforms import Preprocess
+from vitcli.decode import ImageError, read_image
+from vitcli.preprocess import Preprocess
 
 SHARED = Path(__file__).parents[1].parent / "shared/data"
 SIDE, BATCH, PAIRS = 224, 32, 7

@@ -30,11 +30,11 @@ import torch
 from PIL import Image
 
 from vitcli.data.sets import ImageSet
-from vitcli.data.transforms import Preprocess
 from vitcli.evals import fewshot, ridge
 from vitcli.evals.cache import Rows, stamps_of
 from vitcli.evals.features import run_over
 from vitcli.evals.ridge import PATH, RidgePath
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 
 CLASSES, SHOTS, DIM = 1000, 10, 768

@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 
 from vitcli.commands import predict
-from vitcli.data.transforms import Preprocess
 from vitcli.evals.features import autocast
+from vitcli.preprocess import Preprocess
 from vitcli.vit import VisionTransformer, create_model
 
 FLOWERS = Path(__file__).parents[1].parent / "shared/data/flower_photos/train.parquet"

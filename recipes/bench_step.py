@@ -25,10 +25,10 @@ from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.devices import pick_device, resolve_precision
+from vitcli.progress import Quiet
 from vitcli.train import session
 from vitcli.train.signals import SignalFlag
 from vitcli.vit import VisionTransformer, ViTConfig, parse_variant
-from vitcli.watch import Quiet
 
 CASES = [("S/16", 224, 16), ("Nano/4", 32, 128), ("Nano/8", 32, 128)]
 ROUNDS, LOOP_STEPS = 7, 10

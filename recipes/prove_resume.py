@@ -20,8 +20,8 @@ from typing import Any
 from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
+from vitcli.progress import Quiet
 from vitcli.train.session import train
-from vitcli.watch import Quiet
 
 BASE: dict[str, dict[str, Any]] = {
     "data": {"name": "builtin:digits"},

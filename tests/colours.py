@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitcli.data.transforms import Preprocess
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.load import load_model
 from vitcli.weights.store import save_model

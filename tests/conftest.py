@@ -61,7 +61,7 @@ def loopback(tmp_path, monkeypatch):
     from hub_server import HubServer
     from huggingface_hub import close_session, constants
 
-    from vitcli import download
+    from vitcli.hub import http as download
 
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)

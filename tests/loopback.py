@@ -2,9 +2,9 @@
 
 import torch
 
-from vitcli.data.transforms import Preprocess
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet, QuietBar
 from vitcli.vit import create_model
-from vitcli.watch import Quiet, QuietBar
 from vitcli.weights.store import save_model
 
 NAMES = ("ant", "bee", "cat")

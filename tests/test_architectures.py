@@ -10,13 +10,13 @@ from vitcli import predict
 from vitcli.commands import evaluate, fewshot, finetune, pretrain
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet
 from vitcli.run import Run
 from vitcli.train import loop
 from vitcli.train.loop import Stopped
 from vitcli.train.session import train
 from vitcli.train.starting import regularised
 from vitcli.vit import ResNet, VisionTransformer, create_model
-from vitcli.watch import Quiet
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header
 

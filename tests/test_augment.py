@@ -11,12 +11,12 @@ from scipy import stats
 from vitcli.config.schema import AugmentSection
 from vitcli.data import sets
 from vitcli.data.augment import CROPS, TrainTransform, image_rng, inception_box
-from vitcli.data.decode import open_image, read_image
 from vitcli.data.loader import TrainLoader
 from vitcli.data.order import epoch_order
 from vitcli.data.presets import Strength
 from vitcli.data.sets import ImageSet
-from vitcli.data.transforms import RESAMPLING, Preprocess
+from vitcli.decode import open_image, read_image
+from vitcli.preprocess import RESAMPLING, Preprocess
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
 

@@ -8,8 +8,8 @@ import torch
 
 from vitcli.data.arrays import ArrayPicture
 from vitcli.data.batch import Batch, onto
-from vitcli.data.decode import open_image
 from vitcli.data.mix import Mix
+from vitcli.decode import open_image
 
 
 def a_batch(number=0):

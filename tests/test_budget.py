@@ -10,11 +10,11 @@ from tiny import records, tiny_recipe
 from vitcli.commands.pretrain import random_model
 from vitcli.cost.budget import Budget, stage_shares
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet
 from vitcli.train import loop
 from vitcli.train.deadline import Deadline
 from vitcli.train.loop import Stopped
 from vitcli.train.session import train
-from vitcli.watch import Quiet
 
 SETTINGS = {"train": {"steps": None, "budget": "8s", "smaller_sizes": [[4, 0.5]]}}
 
@@ -97,7 +97,7 @@ def test_a_budget_too_small_for_one_step(tmp_path, monkeypatch):
 
 
 def test_a_budget_that_is_over_is_not_exceeded_by_measuring(tmp_path, monkeypatch):
-    from vitcli import launch
+    from vitcli import distributed as launch
 
     monkeypatch.setattr(launch, "began", time.monotonic() - 100.0)
     monkeypatch.setattr(loop.Loop, "update", lambda *_: pytest.fail("a step was made"))

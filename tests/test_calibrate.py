@@ -11,12 +11,12 @@ from PIL import Image
 
 from vitcli.commands import evaluate, export, predict
 from vitcli.data.sources import load_data
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.evals.calibrate import hold_out
 from vitcli.evals.calibration import fit_temperature
 from vitcli.evals.classes import match
 from vitcli.evals.features import extract
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header, save_model, set_temperature

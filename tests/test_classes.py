@@ -7,8 +7,8 @@ import pytest
 
 from vitcli.errors import VitcliError
 from vitcli.evals.classes import Matching, imagenet_outputs, match, read_class_map
+from vitcli.progress import Quiet
 from vitcli.vit import create_model
-from vitcli.watch import Quiet
 from vitcli.weights.imagenet import imagenet_names, imagenet_synsets, synset_outputs
 
 

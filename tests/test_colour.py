@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from vitcli.data.decode import read_image
+from vitcli.decode import read_image
 
 SMOOTH = np.stack(np.meshgrid(np.arange(0, 256, 4), np.arange(0, 256, 8)), -1)  # (32, 64, 2)
 PHOTO = np.stack([SMOOTH[..., 0], SMOOTH[..., 1], 255 - SMOOTH[..., 0]], -1).astype(np.uint8)

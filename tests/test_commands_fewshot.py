@@ -8,10 +8,10 @@ from PIL import Image
 
 from vitcli.commands import fewshot, predict
 from vitcli.data.sources import load_data
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
 from vitcli.evals.fewshot import fewshot as accuracy
+from vitcli.preprocess import Preprocess
 from vitcli.run import Run
 from vitcli.vit import create_model
 from vitcli.weights.load import load_model

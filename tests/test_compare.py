@@ -11,8 +11,8 @@ from vitcli.commands import compare
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.evals.paired import Paired
+from vitcli.progress import Quiet
 from vitcli.train.session import train
-from vitcli.watch import Quiet
 from vitcli.weights.load import load_model
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcli.data.decode import ImageError, open_image, read_image
+from vitcli.decode import ImageError, open_image, read_image
 from vitcli.errors import printable
 
 NUM_MESSY = 131
@@ -153,7 +153,7 @@ def test_huge_bomb_is_refused_before_memory_is_taken(messy):
     with pytest.raises(ImageError, match="30000 x 30000 pixels, more than the limit"):
         read_image(bomb)
     code = (
-        "import resource, sys; from vitcli.data.decode import ImageError, read_image\n"
+        "import resource, sys; from vitcli.decode import ImageError, read_image\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: read_image(sys.argv[1])\n"
         "except ImageError: pass\n"
@@ -442,7 +442,7 @@ def test_a_damaged_jpeg_is_refused_at_every_scale(messy):
 def test_memory_follows_the_target(large):
     """A twelfth of the pixels is never decoded: measured in a process of its own."""
     code = (
-        "import resource, sys; from vitcli.data.decode import open_image\n"
+        "import resource, sys; from vitcli.decode import open_image\n"
         "data = sys.stdin.buffer.read()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "with open_image(data) as p: p.part((0, 0, *p.size), at_least=(224, 224))\n"

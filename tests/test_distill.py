@@ -10,12 +10,12 @@ from tiny import tiny_recipe
 
 from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import ObjectiveSection
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.train.distill import Distill
 from vitcli.train.session import train
 from vitcli.vit import create_model
-from vitcli.watch import Quiet
 from vitcli.weights.store import save_model
 
 CLASSES = ("a", "b", "c")

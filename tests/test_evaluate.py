@@ -13,9 +13,9 @@ from colours import COLOURS, colour_model
 from PIL import Image
 
 from vitcli.commands import evaluate
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.evals.pictures import write_confusion
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.store import save_model
 

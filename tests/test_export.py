@@ -11,8 +11,8 @@ from PIL import Image
 from vitcli.cli import run as cli
 from vitcli.commands import evaluate, export, predict
 from vitcli.data.sources import load_data
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights import onnx
 from vitcli.weights.load import load_model

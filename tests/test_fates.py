@@ -3,9 +3,9 @@
 import pytest
 from safetensors.torch import save_file
 
-from vitcli.data.transforms import Preprocess
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.vit import create_model
-from vitcli.watch import Quiet
 from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model
 from vitcli.weights.store import save_model

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from vitcli.data.sets import ArrayStore, ImageSet
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.evals.features import autocast, extract
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 
 

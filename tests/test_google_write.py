@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.google_write import contradictions, write_google
 from vitcli.weights.imagenet import imagenet_names

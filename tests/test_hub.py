@@ -284,7 +284,7 @@ class Trap:
 
 
 def test_what_is_chosen(hub):
-    from vitcli.hub import Repository
+    from vitcli.hub.repository import Repository
     from vitcli.weights.hub import choose
 
     repository = Repository("org/x", "main")

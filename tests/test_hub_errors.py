@@ -7,9 +7,9 @@ from hub_server import Fault
 from loopback import files_in, write_model
 from PIL import Image
 
-from vitcli import download
 from vitcli.cli import run
 from vitcli.errors import VitcliError
+from vitcli.hub import http as download
 from vitcli.weights.hub import fetch_repository
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import vitcli
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, ViTConfig
 from vitcli.weights.huggingface_write import write_huggingface
 from vitcli.weights.load import load_model

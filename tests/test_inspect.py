@@ -16,11 +16,11 @@ from vitcli import report, results_look
 from vitcli.cli import run as cli
 from vitcli.commands.inspect import run
 from vitcli.data.photographs import photographs
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.look import pictures as draw
 from vitcli.look.bias import fresh
 from vitcli.look.page import Section, page
+from vitcli.preprocess import Preprocess
 from vitcli.run import create_run
 from vitcli.vit import ResNetConfig, create_model
 from vitcli.weights.store import save_model

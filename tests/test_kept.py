@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from vitcli.data.sources import load_data
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.evals import cache
 from vitcli.evals.features import extract
 from vitcli.evals.kept import Features
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.vit import create_model
-from vitcli.watch import Quiet
 from vitcli.weights.represent import represent
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from vitcli.data import listing
-from vitcli.data.decode import ImageError, read_image
 from vitcli.data.folders import image_files, walk_images
 from vitcli.data.listing import Listing, find_images, listed
+from vitcli.decode import ImageError, read_image
 from vitcli.errors import VitcliError
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vitcli.config.schema import ModelSection, PreprocessSection
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.run import create_run
 from vitcli.vit import create_model
 from vitcli.weights.load import load_model, load_settings, newest_run

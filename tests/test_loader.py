@@ -11,12 +11,12 @@ from PIL import Image
 
 from vitcli.config.schema import AugmentSection
 from vitcli.data.augment import TrainTransform, image_rng
-from vitcli.data.decode import ImageError
 from vitcli.data.loader import TrainLoader, default_workers, eval_batches
 from vitcli.data.order import epoch_order, positions
 from vitcli.data.sets import ArrayStore, ImageSet
-from vitcli.data.transforms import Preprocess
+from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 
 N = 23
 PREPROCESS = Preprocess((6, 8))
@@ -210,7 +210,7 @@ def test_a_loader_left_open_does_not_hold_up_the_exit():
         "from vitcli.data.augment import TrainTransform\n"
         "from vitcli.data.loader import TrainLoader\n"
         "from vitcli.data.sets import ArrayStore, ImageSet\n"
-        "from vitcli.data.transforms import Preprocess\n"
+        "from vitcli.preprocess import Preprocess\n"
         "store = ArrayStore('x', np.zeros((50, 8, 8), dtype=np.uint8))\n"
         "images = ImageSet('train', ['a'], np.zeros(50, dtype=np.int64), store)\n"
         "transform = TrainTransform(Preprocess((8, 8)), AugmentSection(flip_rate=0.5))\n"

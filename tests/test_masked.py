@@ -7,12 +7,12 @@ from tiny import records, tiny_recipe
 
 from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import ObjectiveSection
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.train.masked import MASKED, OTHER, MaskedPatch, color_classes, commonest, exactly
 from vitcli.train.session import train
 from vitcli.vit import create_model
-from vitcli.watch import Quiet
 
 
 def model(**more):

@@ -10,7 +10,7 @@ from vitcli import create_model
 from vitcli.config.schema import AugmentSection, ObjectiveSection
 from vitcli.data.mix import cut_box, draw_mix, partners, soft_targets
 from vitcli.data.presets import Strength
-from vitcli.data.transforms import Preprocess
+from vitcli.preprocess import Preprocess
 from vitcli.train.objectives import build_objective
 
 SIZE = (24, 32)

@@ -21,13 +21,13 @@ from vitcli.data.augment import TrainTransform
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sources import load_data
 from vitcli.data.storing import store_set
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.evals.multilabel import measure_labels
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.train.objectives import build_objective, settled
 from vitcli.train.session import train
 from vitcli.vit import create_model
-from vitcli.watch import Quiet
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header, save_model
 

@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 import torch
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights import onnx as module
 from vitcli.weights.onnx import data_file, read_metadata, run_onnx, write_onnx

@@ -12,6 +12,7 @@ from tiny import records, tiny_recipe
 from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import OptimSection, ScheduleSection
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet
 from vitcli.train.loop import Loop, Stopped
 from vitcli.train.optim import (
     OPTIMIZERS,
@@ -26,7 +27,6 @@ from vitcli.train.optim import (
 from vitcli.train.schedules import SCHEDULES, schedule_factor
 from vitcli.train.session import train
 from vitcli.vit import create_model
-from vitcli.watch import Quiet
 from vitcli.weights.load import load_model
 
 

@@ -13,11 +13,11 @@ from vitcli.data import sets
 from vitcli.data.augment import TrainTransform
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sets import ArrayStore, FileStore, ImageSet
-from vitcli.data.transforms import Preprocess
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.train import pace
 from vitcli.train.pace import Pace, Spent, is_filling, warning
 from vitcli.train.session import train
-from vitcli.watch import Quiet
 
 
 class Clock:

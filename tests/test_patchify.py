@@ -9,10 +9,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from vitcli.commands.patchify import checked_size, draw_grid, run
-from vitcli.data.decode import ImageError
-from vitcli.data.transforms import Preprocess
+from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 from vitcli.look.grids import cut_costs, fitting_sizes, patch_statistics
+from vitcli.preprocess import Preprocess
 from vitcli.vit import parse_variant
 from vitcli.vit.macs import macs
 from vitcli.vit.patches import unpatchify

@@ -13,8 +13,8 @@ from PIL import Image
 
 from vitcli.commands import predict
 from vitcli.data.listing import find_images
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.store import save_model
 

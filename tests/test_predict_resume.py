@@ -14,8 +14,8 @@ from PIL import Image
 
 from vitcli.cli import run as command_line
 from vitcli.commands import predict
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.store import save_model
 

@@ -13,9 +13,9 @@ from PIL import Image
 import vitcli
 from vitcli.cli import run as command_line
 from vitcli.commands import predict
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.evals.answers import Doubts
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.identity import model_hash
 from vitcli.weights.store import load_weights, save_model

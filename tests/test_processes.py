@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 from tiny import records, tiny_recipe, vitcli, write_tiny
 
-from vitcli import cli, launch
+from vitcli import cli
+from vitcli import distributed as launch
 from vitcli.commands import evaluate
 from vitcli.commands.pretrain import random_model
 from vitcli.data.order import positions
 from vitcli.data.sources import load_data
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet
 from vitcli.run import Run
 from vitcli.train.session import train, warn_of_other_processes
-from vitcli.watch import Quiet
 from vitcli.weights.load import load_model
 
 HERE = Path(__file__).parent

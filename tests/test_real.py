@@ -8,10 +8,10 @@ from PIL import Image
 
 from vitcli.commands import evaluate
 from vitcli.data.sources import load_data
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
 from vitcli.evals.real import read_real, real_answers
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.imagenet import imagenet_names, imagenet_synsets
 from vitcli.weights.load import load_model

@@ -13,10 +13,10 @@ from hub_server import Fault, HubServer
 from loopback import NAMES, Told, write_model
 from PIL import Image
 
-from vitcli import download
 from vitcli.cli import run
-from vitcli.download import cache_folder
 from vitcli.errors import VitcliError
+from vitcli.hub import http as download
+from vitcli.hub.http import cache_folder
 from vitcli.run import run_stem
 from vitcli.weights import remote
 from vitcli.weights.load import load_model

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from kinds import pictures, small
 
 from vitcli.cli import run
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.vit.patches import resample_kernel
 from vitcli.weights.load import load_model

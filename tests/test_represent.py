@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.load import load_model
 from vitcli.weights.represent import represent

@@ -11,10 +11,10 @@ from tiny import records, tiny_recipe
 import vitcli.commands.pretrain as pretrain
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet
 from vitcli.train import loop
 from vitcli.train.loop import Stopped, step_seed
 from vitcli.train.session import train
-from vitcli.watch import Quiet
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header
 

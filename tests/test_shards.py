@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from test_duplicates import photographs
 
-from vitcli.data.decode import ImageError
 from vitcli.data.loader import TrainLoader
 from vitcli.data.shards import expand
 from vitcli.data.sources import load_data
+from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 
 
@@ -87,7 +87,7 @@ def test_batches_are_those_of_the_same_files_loose(shards, tmp_path):
     """Order, augmentation and so resuming do not depend on where the bytes lie."""
     from vitcli.config.schema import AugmentSection
     from vitcli.data.augment import TrainTransform
-    from vitcli.data.transforms import Preprocess
+    from vitcli.preprocess import Preprocess
 
     folder, contents = shards
     rows = ["path,label,split"]

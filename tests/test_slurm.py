@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny import records, write_tiny
 
-from vitcli import slurm
+from vitcli import distributed as slurm
 
 SCONTROL = """#!/bin/sh
 echo "$@" >> "$SCONTROL_LOG"

@@ -14,11 +14,11 @@ from PIL import Image
 
 from vitcli.data import sets
 from vitcli.data.assemble import label_names
-from vitcli.data.decode import ImageError
 from vitcli.data.packed import Packed
 from vitcli.data.sets import ArrayStore, ImageSet
 from vitcli.data.sources import SOURCES, load_data
 from vitcli.data.splits import stratified_split
+from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 
 

@@ -15,8 +15,8 @@ from vitcli.config.schema import Recipe
 from vitcli.data.sources import load_data
 from vitcli.data.splits import divide, fold_of, parse_slice, spread_order, stratified_split
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet
 from vitcli.train.session import train
-from vitcli.watch import Quiet
 
 
 def random_labels(seed):

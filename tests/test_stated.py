@@ -1,7 +1,7 @@
 import pytest
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.weights.stated import Stated, as_size, per_channel, stated_preprocess
 
 

@@ -10,7 +10,7 @@ from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.cost.heap import heap_peak
 from vitcli.cost.memory import Step, evaluation_memory, trace
-from vitcli.data.transforms import Preprocess
+from vitcli.preprocess import Preprocess
 from vitcli.train.lora import choose_learning
 from vitcli.train.objectives import build_objective
 from vitcli.vit import create_model, from_config, parse_variant

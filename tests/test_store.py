@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.vit.position import resample
 from vitcli.weights.load import load_model

@@ -15,13 +15,13 @@ from PIL import Image
 from test_duplicates import photographs
 
 from vitcli.cli import run as vitcli
-from vitcli.data.decode import ImageError, read_image
 from vitcli.data.loader import TrainLoader, eval_batches
 from vitcli.data.sources import load_data
 from vitcli.data.stored import INDEX
 from vitcli.data.storing import store_set
-from vitcli.data.transforms import Preprocess
+from vitcli.decode import ImageError, read_image
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from vitcli.data.sets import Request
 from vitcli.data.sources import open_data
 from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.streaming import Sample, Shard, StreamSet, open_stream
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.train.session import train
-from vitcli.watch import Quiet
 
 NAMES = ("cat", "dog", "owl")
 

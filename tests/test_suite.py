@@ -15,11 +15,11 @@ from vitcli.commands import suite as command
 from vitcli.config.recipe import check, load_recipe
 from vitcli.config.schema import Recipe
 from vitcli.data.splits import parse_slice
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.evals.suite import group_means, load_suite, published, suite_files
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.vit import create_model
-from vitcli.watch import Quiet
 from vitcli.weights.store import save_model
 
 MODEL = {"image_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 32}

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from timm_files import read, tiny
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.weights.timm_hub import heads_of, read_hub
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit import VisionTransformer, ViTConfig, create_model
 from vitcli.vit.resnet import ResNet, ResNetConfig
 from vitcli.weights.load import load_model

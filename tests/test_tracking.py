@@ -8,9 +8,9 @@ from tiny import records, tiny_recipe
 
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet
 from vitcli.train import tracking
 from vitcli.train.session import train
-from vitcli.watch import Quiet
 
 
 def go(out, **more):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 GREY_LEVEL = 1 / 127.5

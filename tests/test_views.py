@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitcli.data.transforms import Preprocess
 from vitcli.data.views import Views
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 
 
 @pytest.fixture

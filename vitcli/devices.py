@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from vitcli import launch
+from vitcli import distributed as launch
 from vitcli.errors import VitcliError
 
 Precision = Literal["fp32", "bf16", "fp16"]

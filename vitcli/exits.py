@@ -13,7 +13,8 @@ from typing import Any
 
 import typer
 
-from vitcli import launch, slurm
+from vitcli import distributed as launch
+from vitcli import distributed as slurm
 from vitcli.errors import VitcliError
 
 REFUSALS = {

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from vitcli import launch
+from vitcli import distributed as launch
 from vitcli.errors import VitcliError
 
 # Short flags of the commands -> the settings that they stand for.

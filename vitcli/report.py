@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vitcli.errors import VitcliError, printable
-from vitcli.watch import Bar
+from vitcli.progress import Bar
 
 if TYPE_CHECKING:
     from PIL.Image import Image

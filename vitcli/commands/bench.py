@@ -18,9 +18,9 @@ from vitcli.cost.probe import free_memory
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
+from vitcli.progress import Quiet, Watcher
 from vitcli.vit import ResNetConfig, ViTConfig, from_config, parse_variant
 from vitcli.vit.macs import macs
-from vitcli.watch import Quiet, Watcher
 from vitcli.weights.load import load_model, newest_run
 
 DEFAULT_MODEL = "S/16"

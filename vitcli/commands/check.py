@@ -19,7 +19,7 @@ from vitcli.data.sources import open_data
 from vitcli.data.survey import Survey, survey
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
-from vitcli.watch import Quiet, Watcher
+from vitcli.progress import Quiet, Watcher
 
 EXAMPLES = 5  # class names in one line
 TINY = 16  # pixels of the shorter side

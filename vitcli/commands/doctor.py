@@ -17,8 +17,8 @@ import torch
 from vitcli.cost import machine
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import LIBRARIES, package_version
-from vitcli.watch import Quiet, Watcher
 
 OPTIONAL = ("onnx", "onnxruntime", "transformers", "timm", "tensorboard", "wandb", "trackio")
 TESTED_TORCH = ((2, 9), (2, 14))  # from, and below

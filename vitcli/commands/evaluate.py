@@ -27,9 +27,9 @@ from vitcli.evals.labels import LabelsEvaluation, evaluate_labels
 from vitcli.evals.real import read_real, real_answers
 from vitcli.evals.written import files_of, make_folder, write_files
 from vitcli.files import check_folder
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
 from vitcli.vit import Model
-from vitcli.watch import Quiet, Watcher
 from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, load_settings, newest_run
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError, nearest
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_path, run_stem
 from vitcli.vit import Model, ViTConfig
-from vitcli.watch import Quiet, Watcher
 from vitcli.weights.fates import tell_load
 from vitcli.weights.google_write import write_google
 from vitcli.weights.huggingface_write import write_huggingface

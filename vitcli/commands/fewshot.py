@@ -20,9 +20,9 @@ from vitcli.evals.fewshot import Choice
 from vitcli.evals.kept import Features
 from vitcli.evals.methods import Head
 from vitcli.evals.trials import Shots, draw_all, fit_all
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, create_run, new_path, run_stem
 from vitcli.vit import Model
-from vitcli.watch import Quiet, Watcher
 from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.represent import represent

@@ -29,9 +29,9 @@ from vitcli.look.attention import batch_size, layer_names
 from vitcli.look.equivariance import cell_size, shifts_of
 from vitcli.look.figures import Looked, join, look
 from vitcli.look.rollout import source_name
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
 from vitcli.vit import Model, ResNet, VisionTransformer, ViTConfig
-from vitcli.watch import Quiet, Watcher
 from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
 from vitcli.weights.surgery import match_classes

@@ -7,12 +7,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from vitcli.data.decode import read_image
 from vitcli.data.folders import IMAGE_SUFFIXES
 from vitcli.data.sources import SUFFIXES, load_data
 from vitcli.data.storing import Stored, store_set
 from vitcli.data.tokens import read_patches, save_patches, store_token_set
-from vitcli.data.transforms import Preprocess, ResizeMode
+from vitcli.decode import read_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
 from vitcli.look.grids import (
@@ -23,8 +22,9 @@ from vitcli.look.grids import (
     fitting_sizes,
     patch_statistics,
 )
+from vitcli.preprocess import Preprocess, ResizeMode
+from vitcli.progress import Watcher
 from vitcli.vit.patches import patchify, unpatchify
-from vitcli.watch import Watcher
 
 DEFAULT_IMAGE_SIZE = 224
 # What is stored for crops of 224 has a shorter side of 256, the usual room around a crop.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vitcli import launch
+from vitcli import distributed as launch
 from vitcli.config.recipe import lay_over, load_recipe, nest, recipe_path
 from vitcli.config.schema import Recipe, Settings, parse_duration
 from vitcli.cost.alternatives import cheaper, devices
@@ -20,6 +20,7 @@ from vitcli.cost.stated import Stated, blank_source
 from vitcli.data.sources import Source
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free
 from vitcli.train.assemble import start_accelerator
 from vitcli.train.setup import open_source
@@ -31,7 +32,6 @@ from vitcli.train.starting import (
     random_model,
 )
 from vitcli.vit import Model
-from vitcli.watch import Quiet, Watcher
 
 __all__ = ["Plan", "Prices", "run"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import tomli_w
 
-from vitcli import launch
+from vitcli import distributed as launch
 from vitcli.config.recipe import lay_over, nest
 from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError
@@ -29,8 +29,8 @@ from vitcli.evals.suite import (
     published,
 )
 from vitcli.files import write_text
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import Run, new_path, run_stem
-from vitcli.watch import Quiet, Watcher
 from vitcli.weights.load import newest_run
 
 RECORD = "suite.json"  # in the folder: what it was begun with

@@ -13,8 +13,8 @@ from vitcli.cost.plan import DAY, Count, Span, fits_on, span_here, span_on
 from vitcli.cost.probe import loop_of, step_times
 from vitcli.cost.work import stages_of
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet, Watcher
 from vitcli.vit import Model
-from vitcli.watch import Quiet, Watcher
 
 CHANGE_SECONDS = 1.0
 MakeModel = Callable[[Recipe], Model]

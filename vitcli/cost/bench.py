@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.cost.memory import DTYPES, Step, evaluation_memory, step_memory
+from vitcli.progress import Watcher
 from vitcli.train.memory import out_of_memory
 from vitcli.vit.blocks import forced_attention
-from vitcli.watch import Watcher
 
 Kind = Literal["auto", "fused", "explicit"]
 PERCENTILES = (50, 90, 99)

@@ -11,6 +11,7 @@ import torch
 from vitcli.cost.budget import seconds_per_step, stage_shares
 from vitcli.cost.plan import Speed, Subject
 from vitcli.devices import matrix_peak
+from vitcli.progress import Logged, Watcher
 from vitcli.run import Run
 from vitcli.train.loop import Loop
 from vitcli.train.lora import choose_learning
@@ -18,7 +19,6 @@ from vitcli.train.measure import EVAL_BATCH
 from vitcli.train.meter import peak_memory
 from vitcli.train.objectives import build_objective
 from vitcli.train.setup import check_augment, check_patch_drop, held_out_images, make_loop
-from vitcli.watch import Logged, Watcher
 
 MOST_STEPS = 1000
 WARM_STEPS = 3  # threads fill their queue, torch its caches, and the optimizers make their states

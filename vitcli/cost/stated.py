@@ -11,7 +11,7 @@ from torch import Tensor
 from vitcli.config.recipe import header
 from vitcli.data.sets import Integers, Source
 from vitcli.errors import VitcliError
-from vitcli.watch import Watcher
+from vitcli.progress import Watcher
 
 # Classes of data sets that headers name. JFT's "18k classes" are those of the paper's section 4.1.
 CLASSES = {

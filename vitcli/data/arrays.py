@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.data.decode import Box, Mode, Picture
+from vitcli.decode import Box, Picture
+from vitcli.pixel_modes import Mode
 
 
 class ArrayPicture:

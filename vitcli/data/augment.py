@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vitcli.config.schema import AugmentSection
 from vitcli.data.arrays import AnyPicture
-from vitcli.data.decode import Box, ImageInput, open_image
 from vitcli.data.policies import Pixels, change, erase
 from vitcli.data.presets import Strength
-from vitcli.data.transforms import RESAMPLING, Preprocess, as_pixels
+from vitcli.decode import Box, ImageInput, open_image
+from vitcli.preprocess import RESAMPLING, Preprocess, as_pixels
 
 # The ranges of Inception's crop (Szegedy et al. 2014), which the ViT paper trains with.
 MIN_RATIO, MAX_RATIO = 3 / 4, 4 / 3

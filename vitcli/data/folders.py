@@ -12,7 +12,7 @@ from vitcli.data.assemble import make_source
 from vitcli.data.sets import FileStore, ImageSet, Request, Source
 from vitcli.data.split_names import SPLITS, WORDS, in_split_order
 from vitcli.errors import VitcliError, printable
-from vitcli.watch import Bar, Watcher
+from vitcli.progress import Bar, Watcher
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({

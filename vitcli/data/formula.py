@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from vitcli.data.assemble import fingerprint
-from vitcli.data.decode import Mode
 from vitcli.data.scenes import draw
 from vitcli.data.sets import ImageSet, Request, Source
 from vitcli.data.shapes import CLASSES, Draws, Integers, hash_keys
+from vitcli.pixel_modes import Mode
 
 NUM_TRAIN = 1_000_000
 NUM_TEST = 2_048

@@ -18,9 +18,17 @@ from vitcli.data.parquet import read_parquet
 from vitcli.data.sets import Request, Source
 from vitcli.data.shards import NAMES_FILES, read_names, read_shards
 from vitcli.data.splits import parse_slice
-from vitcli.download import Unreachable, cannot_write
 from vitcli.errors import VitcliError
-from vitcli.hub import Listing, Repository, fetch_big, fetch_small, list_files, parse, quiet
+from vitcli.hub.http import Unreachable, cannot_write
+from vitcli.hub.repository import (
+    Listing,
+    Repository,
+    fetch_big,
+    fetch_small,
+    list_files,
+    parse,
+    quiet,
+)
 
 CARD = "README.md"
 CONVERTED = "refs/convert/parquet"  # where the Hub keeps its own parquet of a data set

@@ -19,13 +19,14 @@ from vitcli.data.ahead import Pool, WorkAhead
 from vitcli.data.arrays import AnyPicture
 from vitcli.data.augment import image_rng
 from vitcli.data.batch import Batch, empty_images, make_batch, targets_of
-from vitcli.data.decode import ImageError, Mode
 from vitcli.data.mix import Mix, draw_mix
 from vitcli.data.order import positions, repeated
 from vitcli.data.presets import Strength
 from vitcli.data.sets import ImageSet, Integers, Pixels
-from vitcli.data.transforms import Preprocess, as_pixels
+from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
+from vitcli.pixel_modes import Mode
+from vitcli.preprocess import Preprocess, as_pixels
 
 MAX_WORKERS = 16
 

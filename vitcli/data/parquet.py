@@ -11,10 +11,10 @@ from typing import Any
 
 from vitcli.data.assemble import make_source
 from vitcli.data.columns import class_names, numbered, numbered_lists, several
-from vitcli.data.decode import ImageInput
 from vitcli.data.sets import ImageSet, Request, Source
 from vitcli.data.split_names import files_ending, in_split_order, split_of, splits_of
 from vitcli.data.tables import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
+from vitcli.decode import ImageInput
 from vitcli.errors import VitcliError, printable
 
 FOOTER_TAIL = 8

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitcli.data.decode import read_image
 from vitcli.data.sets import ImageSet
+from vitcli.decode import read_image
 
 NAMES = ("china.jpg", "flower.jpg")
 HALVES = ("left", "right")

@@ -13,16 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitcli.data.arrays import AnyPicture, ArrayPicture
-from vitcli.data.decode import (
-    ImageError,
-    ImageInput,
-    Mode,
-    open_image,
-    read_image,
-)
 from vitcli.data.packed import Packed
+from vitcli.decode import ImageError, ImageInput, open_image, read_image
 from vitcli.errors import VitcliError, printable
-from vitcli.watch import Quiet, Watcher
+from vitcli.pixel_modes import Mode
+from vitcli.progress import Quiet, Watcher
 
 Integers = NDArray[np.int64]
 Pixels = NDArray[np.uint8]

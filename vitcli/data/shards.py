@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from vitcli.data.assemble import has_label, label_names, label_text, make_source
-from vitcli.data.decode import ImageError
 from vitcli.data.folders import IMAGE_SUFFIXES
 from vitcli.data.multilabel import is_multi_label, several_labels
 from vitcli.data.sets import ImageSet, Integers, Request, Source
 from vitcli.data.split_names import files_ending, in_split_order, splits_of
 from vitcli.data.tables import LABEL_COLUMNS
+from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
 
 LABEL_ENDINGS = ("cls", "label", "txt", "json")  # the first that a sample has counts

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from vitcli.data.decode import ImageError
+from vitcli.decode import ImageError
 
 MARGIN = 160
 LINE = 13  # pixels of a line of text

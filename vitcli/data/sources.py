@@ -15,7 +15,7 @@ from vitcli.data.shards import load_shards, shard_files
 from vitcli.data.stored import is_stored, load_stored
 from vitcli.data.tables import load_manifest
 from vitcli.errors import VitcliError, nearest, printable
-from vitcli.watch import Quiet, Watcher
+from vitcli.progress import Quiet, Watcher
 
 __all__ = ["SOURCES", "ImageSet", "Source", "load_data"]
 

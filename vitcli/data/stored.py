@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from vitcli.data.assemble import make_source
-from vitcli.data.decode import ImageError
 from vitcli.data.sets import ImageSet, Pixels, Request, Source
+from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
 
 FORMAT = 1

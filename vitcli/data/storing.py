@@ -16,12 +16,12 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from vitcli.data.ahead import in_order
-from vitcli.data.decode import ImageError, open_image
 from vitcli.data.sets import ImageSet, Pixels, Source
 from vitcli.data.stored import DESCRIPTION, FORMAT, INDEX, PLAN, ends, read_index, targets_file
+from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing, write_text
-from vitcli.watch import Quiet, Watcher
+from vitcli.progress import Quiet, Watcher
 
 LOCK = ".lock"
 SYNC_IMAGES = 4096  # after so many, what is written is on the disk and survives a power cut

@@ -9,12 +9,12 @@ import torch
 
 from vitcli.data.augment import image_rng
 from vitcli.data.batch import Batch, empty_images
-from vitcli.data.decode import ImageError, open_image
 from vitcli.data.loader import Transform, check_batch, default_workers
 from vitcli.data.mix import draw_mix
 from vitcli.data.presets import Strength
 from vitcli.data.sets import Pixels
 from vitcli.data.streaming import Sample, StreamSet
+from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError
 
 AHEAD = 2  # batches that are decoded ahead

@@ -31,7 +31,7 @@ from vitcli.data.sets import ImageSet, Request, Source
 from vitcli.data.shards import NAMES_FILES, expand, read_names, read_shards, shard_splits
 from vitcli.data.stream_rows import read_parquet_rows, read_tar
 from vitcli.errors import VitcliError, printable
-from vitcli.hub import Listing
+from vitcli.hub.repository import Listing
 
 REMOTE = re.compile(r"https?://.+\.tar")
 WAY_OUT = "`--resume` goes on from the last checkpoint"

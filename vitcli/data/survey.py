@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from vitcli.data.ahead import in_order
-from vitcli.data.decode import ImageError, ImageInput, read_image
 from vitcli.data.duplicates import SIDE, THUMB, Hashes, perceptual_hash, thumbnail
 from vitcli.data.sets import ImageSet, Integers, Pixels, Source
-from vitcli.watch import Quiet, Watcher
+from vitcli.decode import ImageError, ImageInput, read_image
+from vitcli.progress import Quiet, Watcher
 
 
 @dataclass(frozen=True)

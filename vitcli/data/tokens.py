@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vitcli.data.loader import eval_batches
 from vitcli.data.sets import Source
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError, printable
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet, Watcher
 from vitcli.vit.patches import grid_size, patchify
-from vitcli.watch import Quiet, Watcher
 from vitcli.weights.store import load_weights, read_metadata, save_tensors
 
 BATCH_SIZE = 64

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitcli.data.decode import ImageInput, read_image
-from vitcli.data.transforms import Preprocess, as_pixels
+from vitcli.decode import ImageInput, read_image
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess, as_pixels
 
 KINDS = ("flip", "crops:5", "crops:10")
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.data.decode import ImageError
 from vitcli.data.views import Views
+from vitcli.decode import ImageError
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.evals.features import autocast, check_finite
 from vitcli.evals.outliers import Reference
 from vitcli.evals.row_tables import Row
+from vitcli.progress import Bar, QuietBar
 from vitcli.vit import Model
-from vitcli.watch import Bar, QuietBar
 
 MAX_THREADS = 16
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vitcli.evals.calibration import ECE_BINS, bin_of
 from vitcli.evals.outcomes import Outcomes
-from vitcli.watch import Quiet, Watcher
+from vitcli.progress import Quiet, Watcher
 
 Floats = NDArray[np.floating[Any]]
 Interval = tuple[float, float]

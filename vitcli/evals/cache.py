@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 import vitcli.data
 import vitcli.vit
 from vitcli.data.sets import ImageSet
-from vitcli.download import cache_folder
 from vitcli.errors import VitcliError
 from vitcli.files import write_text
-from vitcli.watch import Watcher
+from vitcli.hub.http import cache_folder
+from vitcli.progress import Watcher
 
 Integers = NDArray[np.int64]
 

@@ -20,9 +20,9 @@ from vitcli.evals.evaluation import Calibration
 from vitcli.evals.features import Extracted
 from vitcli.evals.labels import labels_loss
 from vitcli.evals.outcomes import filled_up, judge
+from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.vit import Model
-from vitcli.watch import Watcher
 from vitcli.weights.read import own_file
 from vitcli.weights.store import read_header, save_model, set_temperature
 

@@ -7,8 +7,8 @@ from vitcli.config.schema import Inference
 from vitcli.data.sets import ImageSet, Source
 from vitcli.data.sources import open_data
 from vitcli.errors import VitcliError
+from vitcli.progress import Watcher
 from vitcli.run import Run
-from vitcli.watch import Watcher
 
 
 def choose_images(

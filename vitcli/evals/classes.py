@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from vitcli.data.sets import ImageSet
 from vitcli.errors import VitcliError, nearest
+from vitcli.progress import Watcher
 from vitcli.vit import Model
-from vitcli.watch import Watcher
 from vitcli.weights.imagenet import SETS, SYNSET, imagenet_synsets, synset_outputs
 from vitcli.weights.surgery import match_classes
 

@@ -14,8 +14,8 @@ from vitcli.evals.features import Extracted
 from vitcli.evals.metrics import Metrics, confusion_matrix, per_class, summarise
 from vitcli.evals.mistakes import Mistakes, find_mistakes
 from vitcli.evals.outcomes import NONE, Outcomes, best_among, filled_up, judge
+from vitcli.progress import Watcher
 from vitcli.vit import Model
-from vitcli.watch import Watcher
 
 OTHER = "(another class)"
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitcli import launch
+from vitcli import distributed as launch
 from vitcli.data.batch import onto
 from vitcli.data.loader import eval_batches
 from vitcli.data.sets import ImageSet
 from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet, Watcher
 from vitcli.vit import Model
-from vitcli.watch import Quiet, Watcher
 from vitcli.weights.load import require_preprocess
 
 PIXEL_SIDE = 32  # pixels of a larger image are averaged down to this for the raw-pixel baseline

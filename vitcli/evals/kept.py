@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitcli import launch
+from vitcli import distributed as launch
 from vitcli.data.sets import ImageSet
 from vitcli.devices import pick_device, resolve_precision
-from vitcli.download import size_text
 from vitcli.errors import VitcliError
 from vitcli.evals.cache import (
     HINT,
@@ -35,8 +34,9 @@ from vitcli.evals.features import (
     processes,
     run_over,
 )
+from vitcli.hub.http import size_text
+from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.vit import Model
-from vitcli.watch import Bar, Quiet, Watcher
 from vitcli.weights.identity import model_hash
 from vitcli.weights.load import require_preprocess
 

@@ -13,8 +13,8 @@ from vitcli.evals.bootstrap import Intervals, Ranked, map_draws, percentiles
 from vitcli.evals.evaluation import Calibration
 from vitcli.evals.features import Extracted
 from vitcli.evals.multilabel import MultiLabelMetrics, measure_labels
+from vitcli.progress import Watcher
 from vitcli.vit import Model
-from vitcli.watch import Watcher
 
 
 @dataclass(frozen=True)

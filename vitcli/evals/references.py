@@ -11,13 +11,13 @@ import numpy as np
 from vitcli.config.schema import DataSection
 from vitcli.data.sets import ImageSet, Source
 from vitcli.data.sources import open_data
-from vitcli.download import cache_folder
 from vitcli.errors import VitcliError, printable
 from vitcli.evals.features import Extracted, extract
 from vitcli.evals.outliers import Reference, fit_reference, load_reference, save_reference
+from vitcli.hub.http import cache_folder
+from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.vit import Model
-from vitcli.watch import Watcher
 from vitcli.weights.identity import model_hash
 
 FOLDER = "reference"

@@ -12,7 +12,7 @@ from vitcli.data.sets import ImageSet
 from vitcli.evals.features import Extracted
 from vitcli.evals.fewshot import Choice, draw
 from vitcli.evals.methods import METHODS, Fitted, Head, accuracy
-from vitcli.watch import Watcher
+from vitcli.progress import Watcher
 
 Shots = int | str  # images a class, or `all`
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vitcli.data.loader import eval_batches
 from vitcli.data.sets import ImageSet
-from vitcli.data.transforms import Preprocess
 from vitcli.look.distance import uniform_distance, uniform_local
 from vitcli.look.equivariance import (
     Equivariance,
@@ -20,8 +19,9 @@ from vitcli.look.equivariance import (
     shifts_of,
 )
 from vitcli.look.figures import join, look
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.vit import Config, Model, ResNet, ResNetConfig, from_config
-from vitcli.watch import Bar, Quiet, Watcher
 from vitcli.weights.load import require_preprocess
 
 MOST_PICTURES = 8

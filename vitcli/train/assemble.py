@@ -12,13 +12,13 @@ from vitcli.config.schema import Recipe
 from vitcli.data.sources import Source
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
+from vitcli.progress import Watcher
 from vitcli.train.lora import choose_learning
 from vitcli.train.objectives import build_objective, settled
 from vitcli.train.optim import unused
 from vitcli.train.setup import check_augment, check_patch_drop, open_source
 from vitcli.train.sharded import check_sharding
 from vitcli.vit import Model
-from vitcli.watch import Watcher
 
 MakeModel = Callable[[Source], Model]
 

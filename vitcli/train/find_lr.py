@@ -12,13 +12,13 @@ from typing import Any
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
+from vitcli.progress import Logged, Watcher
 from vitcli.run import Run
 from vitcli.train.assemble import MakeModel, build_parts, start_accelerator
 from vitcli.train.loop import Loop
 from vitcli.train.optim import set_rates
 from vitcli.train.setup import make_loop
 from vitcli.train.timeline import Timeline
-from vitcli.watch import Logged, Watcher
 
 SECONDS = 40.0  # of steps; with the start it is less than a minute
 FEWEST, MOST = 40, 200  # steps

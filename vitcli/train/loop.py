@@ -21,8 +21,9 @@ from vitcli.data.batch import Batch, onto
 from vitcli.data.loader import TrainLoader
 from vitcli.data.mix import soft_targets
 from vitcli.data.stream_loader import StreamLoader
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.train.checkpoint import (
     Team,
@@ -42,7 +43,6 @@ from vitcli.train.pace import Pace, is_filling, warning
 from vitcli.train.schedules import schedule_factor
 from vitcli.train.signals import AtOnce, SignalFlag, Stopped
 from vitcli.train.timeline import Timeline
-from vitcli.watch import Watcher
 
 __all__ = ["Loop", "SignalFlag", "Stopped", "Validate", "averaged"]
 

@@ -13,8 +13,8 @@ from vitcli.data.loader import eval_batches
 from vitcli.data.sets import ImageSet
 from vitcli.errors import VitcliError
 from vitcli.evals.multilabel import measure_labels
+from vitcli.progress import Watcher
 from vitcli.vit import Model
-from vitcli.watch import Watcher
 
 EVAL_BATCH = 256
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitcli import launch
+from vitcli import distributed as launch
 from vitcli.config.schema import Recipe, parse_duration
 from vitcli.cost.budget import NoStepFits, settle_budget
 from vitcli.data.sources import Source
 from vitcli.devices import matrix_peak
 from vitcli.errors import VitcliError
+from vitcli.progress import Logged, Quiet, Watcher
 from vitcli.run import OUTCOMES, Run, check_free, create_run, reopen_run
 from vitcli.train.assemble import build_parts, start_accelerator
 from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
@@ -30,7 +31,6 @@ from vitcli.train.timeline import Timeline
 from vitcli.train.tracking import check_tracker, tracking
 from vitcli.vit import Model
 from vitcli.vit.macs import macs
-from vitcli.watch import Logged, Quiet, Watcher
 from vitcli.weights.store import save_model, save_tensors
 
 EVALUATIONS = 5  # of a run that does not say how often

@@ -10,8 +10,9 @@ from vitcli.data.presets import Strength
 from vitcli.data.sources import Source, open_data
 from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.streaming import StreamSet
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Logged, Watcher
 from vitcli.run import Run
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
@@ -22,7 +23,6 @@ from vitcli.train.objectives import is_supervised
 from vitcli.train.optim import build_optimizers
 from vitcli.train.sharded import share_out
 from vitcli.vit import Model, ResNet
-from vitcli.watch import Logged, Watcher
 
 
 def open_source(recipe: Recipe, watch: Watcher) -> Source:

@@ -10,8 +10,9 @@ import torch
 from vitcli.config.recipe import check, lay_over, load_recipe, nest
 from vitcli.config.schema import ModelSection, Recipe, Settings
 from vitcli.data.sources import Source
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
 from vitcli.train.objectives import is_supervised
 from vitcli.vit import (
@@ -23,7 +24,6 @@ from vitcli.vit import (
     parse_variant,
 )
 from vitcli.vit.variants import is_resnet
-from vitcli.watch import Watcher
 from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.stated import stated_preprocess

@@ -27,7 +27,7 @@ from vitcli.vit.position import (
 )
 
 if TYPE_CHECKING:
-    from vitcli.data.transforms import Preprocess
+    from vitcli.preprocess import Preprocess
     from vitcli.weights.fates import LoadReport
 
 

@@ -17,7 +17,7 @@ from vitcli.vit.config import check_count
 from vitcli.vit.hybrid import GROUPS, StemArithmetic, init_stem, standardize, stem_channels
 
 if TYPE_CHECKING:
-    from vitcli.data.transforms import Preprocess
+    from vitcli.preprocess import Preprocess
     from vitcli.weights.fates import LoadReport
 
 NORM_EPS = 1e-5

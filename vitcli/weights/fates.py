@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vitcli.progress import Watcher
 from vitcli.vit import Model
-from vitcli.watch import Watcher
 
 Fate = Literal["loaded", "resampled", "new", "dropped"]
 

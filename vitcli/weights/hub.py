@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from vitcli.download import Unreachable, cannot_write
 from vitcli.errors import VitcliError
 from vitcli.files import write_text
-from vitcli.hub import COMMIT, Repository, ask, fetch_big, fetch_small, parse, quiet
-from vitcli.watch import Quiet, Watcher
+from vitcli.hub.http import Unreachable, cannot_write
+from vitcli.hub.repository import COMMIT, Repository, ask, fetch_big, fetch_small, parse, quiet
+from vitcli.progress import Quiet, Watcher
 from vitcli.weights.shards import INDEX, shards
 
 WHOLE = "model.safetensors"

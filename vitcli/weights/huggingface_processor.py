@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from math import floor
 from typing import Any
 
-from vitcli.data.transforms import Interpolation, Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Interpolation, Preprocess
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface_names import FAMILIES
 from vitcli.weights.stated import Stated, are_pictures, as_size, per_channel, stated_preprocess

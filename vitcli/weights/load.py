@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vitcli.config.schema import ModelSection, PreprocessSection
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
 from vitcli.vit import Model, create_model
 from vitcli.vit.hybrid import StemArithmetic
 from vitcli.vit.position import Resize
 from vitcli.vit.variants import is_variant
-from vitcli.watch import Watcher
 from vitcli.weights.fates import LoadReport
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.repatch import change_patch_size

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from vitcli.errors import VitcliError
+from vitcli.progress import Watcher
 from vitcli.vit import ResNetConfig, ViTConfig
-from vitcli.watch import Watcher
 from vitcli.weights.google import read_google
 from vitcli.weights.google_archive import read_npz
 from vitcli.weights.hub import fetch_repository

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from vitcli.download import (
+from vitcli.errors import VitcliError
+from vitcli.files import write_text
+from vitcli.hub.http import (
     AGAIN,
     BUSY,
     Part,
@@ -25,9 +27,7 @@ from vitcli.download import (
     persist,
     size_text,
 )
-from vitcli.errors import VitcliError
-from vitcli.files import write_text
-from vitcli.watch import Quiet, Watcher
+from vitcli.progress import Quiet, Watcher
 
 SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 CONNECT_SECONDS = 10.0

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, get_args
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError, nearest
+from vitcli.preprocess import Preprocess
 from vitcli.vit.config import Gelu
 from vitcli.vit.hybrid import StemArithmetic
 

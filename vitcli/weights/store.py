@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
+from vitcli.preprocess import Preprocess
 from vitcli.vit import Config, Model, config_from_dict
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.weights.stated import Stated, stated_preprocess
 from vitcli.weights.store import Checkpoint

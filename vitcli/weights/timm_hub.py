@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vitcli.data.transforms import Preprocess, ResizeMode
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess, ResizeMode
 from vitcli.vit import Config, ViTConfig
 from vitcli.vit.config import Gelu
 from vitcli.weights.fits import fitting

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitcli.data.transforms import Preprocess
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
+from vitcli.preprocess import Preprocess
 from vitcli.vit import Model
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.resnet import ResNet

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vitcli.errors import VitcliError
-from vitcli.watch import Watcher
+from vitcli.progress import Watcher
 
 MEGA = 1_000_000
 PAUSES = (0.0, 1.0, 3.0)  # seconds before the next try, after tries that brought nothing

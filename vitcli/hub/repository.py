@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from vitcli.download import AGAIN, BUSY, Part, Unreachable, cache_folder, locked, persist
 from vitcli.errors import VitcliError
 from vitcli.files import write_text
-from vitcli.watch import Watcher
+from vitcli.hub.http import AGAIN, BUSY, Part, Unreachable, cache_folder, locked, persist
+from vitcli.progress import Watcher
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")

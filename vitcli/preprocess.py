@@ -23,8 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitcli.data.decode import ImageInput, Mode, read_image
+from vitcli.decode import ImageInput, read_image
 from vitcli.errors import VitcliError
+from vitcli.pixel_modes import Mode
 
 ResizeMode = Literal["crop", "squash", "pad"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]

@@ -34,13 +34,12 @@ import torch
 from PIL import Image
 
 from vitcli.config.schema import AugmentSection
-from vitcli.data import sets
-from vitcli.data.augment import TrainTransform, inception_box
-from vitcli.data.loader import TrainLoader
-from vitcli.data.order import positions
-from vitcli.data.sets import ImageSet, Source
-from vitcli.data.sources import load_data
-from vitcli.data.storing import store_set
+from vitcli.data import image_set as sets
+from vitcli.data.augment.transform import TrainTransform, inception_box
+from vitcli.data.decoded_cache import store_set
+from vitcli.data.image_set import ImageSet, Source
+from vitcli.data.loader import TrainLoader, positions
+from vitcli.data.source import load_data
 from vitcli.decode import ImageError, read_image
 from vitcli.preprocess import Preprocess
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitcli.data.sets import ImageSet
+from vitcli.data.image_set import ImageSet
 from vitcli.evals import fewshot, ridge
 from vitcli.evals.cache import Rows, stamps_of
 from vitcli.evals.features import run_over

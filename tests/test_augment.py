@@ -9,12 +9,11 @@ from PIL import Image
 from scipy import stats
 
 from vitcli.config.schema import AugmentSection
-from vitcli.data import sets
-from vitcli.data.augment import CROPS, TrainTransform, image_rng, inception_box
-from vitcli.data.loader import TrainLoader
-from vitcli.data.order import epoch_order
-from vitcli.data.presets import Strength
-from vitcli.data.sets import ImageSet
+from vitcli.data import image_set as sets
+from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.transform import CROPS, TrainTransform, image_rng, inception_box
+from vitcli.data.image_set import ImageSet
+from vitcli.data.loader import TrainLoader, epoch_order
 from vitcli.decode import open_image, read_image
 from vitcli.preprocess import RESAMPLING, Preprocess
 

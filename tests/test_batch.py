@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vitcli.data.arrays import ArrayPicture
+from vitcli.data.augment.mixing import Mix
 from vitcli.data.batch import Batch, onto
-from vitcli.data.mix import Mix
+from vitcli.data.image_set import ArrayPicture
 from vitcli.decode import open_image
 
 

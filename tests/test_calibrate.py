@@ -10,7 +10,7 @@ from colours import COLOURS, colour_model, noisy_colours
 from PIL import Image
 
 from vitcli.commands import evaluate, export, predict
-from vitcli.data.sources import load_data
+from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.evals.calibrate import hold_out
 from vitcli.evals.calibration import fit_temperature

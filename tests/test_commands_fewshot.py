@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from vitcli.commands import fewshot, predict
-from vitcli.data.sources import load_data
+from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
 from vitcli.evals.fewshot import fewshot as accuracy

@@ -51,7 +51,7 @@ def test_settings_results_and_a_paired_test(runs):
 def test_the_outcomes_are_those_of_the_weights(runs):
     from safetensors.numpy import load_file
 
-    from vitcli.data.sources import load_data
+    from vitcli.data.source import load_data
     from vitcli.evals.features import extract
 
     kept = load_file(runs["one"] / "outcomes.safetensors")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy.fft import dctn
 
-from vitcli.data.duplicates import (
+from vitcli.data.scan import (
     LEAST_CORRELATION,
     MOST_BITS,
     SIDE,

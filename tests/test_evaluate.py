@@ -110,7 +110,7 @@ def test_all_images_of_data_without_a_split(photos, here):
 
 def test_the_part_that_the_run_had_set_aside(photos, here):
     """Data without a split: not the images that the run was trained on."""
-    from vitcli.data.sources import load_data
+    from vitcli.data.source import load_data
     from vitcli.run import create_run
 
     run = create_run(Path("runs/mine"), 'command = "finetune"\n')
@@ -178,7 +178,7 @@ def test_the_mistakes(photos, here):
 
 def test_real_classes_are_found_among_imagenets(shared, here):
     """Imagenette's ten, whose numbers in ImageNet-1k its author gives."""
-    from vitcli.data.sources import load_data
+    from vitcli.data.source import load_data
     from vitcli.evals.classes import match
 
     source = load_data(str(shared / "data/imagenette_val500"))
@@ -227,7 +227,7 @@ def test_fashion_mnist_to_the_image(shared, here, layout):
 
 def test_a_real_model_and_real_images(shared, here):
     """The same weights in both layouts on the first images of the test set."""
-    from vitcli.data.sources import load_data
+    from vitcli.data.source import load_data
     from vitcli.evals.features import extract
     from vitcli.weights.load import load_model
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vitcli.cli import run as cli
 from vitcli.commands import evaluate, export, predict
-from vitcli.data.sources import load_data
+from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model

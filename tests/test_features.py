@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitcli.data.sets import ArrayStore, ImageSet
+from vitcli.data.image_set import ArrayStore, ImageSet
 from vitcli.errors import VitcliError
 from vitcli.evals.features import autocast, extract
 from vitcli.preprocess import Preprocess

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitcli.data.formula import NUM_TEST, NUM_TRAIN, FormulaSet, load_formula
-from vitcli.data.sets import Request
-from vitcli.data.shapes import (
+from vitcli.data.formula.dataset import NUM_TEST, NUM_TRAIN, FormulaSet, load_formula
+from vitcli.data.formula.shapes import (
     CLASSES,
     TEXTURES,
     Affine,
@@ -20,6 +19,7 @@ from vitcli.data.shapes import (
     hash_keys,
     inside_contour,
 )
+from vitcli.data.image_set import Request
 
 SIZE = (32, 32)
 

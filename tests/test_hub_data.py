@@ -12,9 +12,8 @@ from hub_server import Fault
 from PIL import Image
 from tiny import vitcli
 
-from vitcli.data.hub import parse_notation
-from vitcli.data.layouts import choose
-from vitcli.data.sources import load_data
+from vitcli.data.readers.hub import choose, parse_notation
+from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 
 

@@ -15,7 +15,7 @@ from tiny import tiny_recipe
 from vitcli import report, results_look
 from vitcli.cli import run as cli
 from vitcli.commands.inspect import run
-from vitcli.data.photographs import photographs
+from vitcli.data.readers.builtin import photographs
 from vitcli.errors import VitcliError
 from vitcli.look import pictures as draw
 from vitcli.look.bias import fresh

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitcli.data.sources import load_data
+from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.evals import cache
 from vitcli.evals.features import extract

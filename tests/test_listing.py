@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vitcli.data import listing
-from vitcli.data.folders import image_files, walk_images
-from vitcli.data.listing import Listing, find_images, listed
+from vitcli.data import image_paths as listing
+from vitcli.data.image_paths import Listing, find_images, listed
+from vitcli.data.readers.folder import image_files, walk_images
 from vitcli.decode import ImageError, read_image
 from vitcli.errors import VitcliError
 

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from vitcli.config.schema import AugmentSection
-from vitcli.data.augment import TrainTransform, image_rng
-from vitcli.data.loader import TrainLoader, default_workers, eval_batches
-from vitcli.data.order import epoch_order, positions
-from vitcli.data.sets import ArrayStore, ImageSet
+from vitcli.data.augment.transform import TrainTransform, image_rng
+from vitcli.data.image_set import ArrayStore, ImageSet
+from vitcli.data.loader import TrainLoader, default_workers, epoch_order, eval_batches, positions
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
@@ -207,9 +206,9 @@ def test_a_loader_left_open_does_not_hold_up_the_exit():
     code = (
         "import numpy as np\n"
         "from vitcli.config.recipe import AugmentSection\n"
-        "from vitcli.data.augment import TrainTransform\n"
+        "from vitcli.data.augment.transform import TrainTransform\n"
         "from vitcli.data.loader import TrainLoader\n"
-        "from vitcli.data.sets import ArrayStore, ImageSet\n"
+        "from vitcli.data.image_set import ArrayStore, ImageSet\n"
         "from vitcli.preprocess import Preprocess\n"
         "store = ArrayStore('x', np.zeros((50, 8, 8), dtype=np.uint8))\n"
         "images = ImageSet('train', ['a'], np.zeros(50, dtype=np.int64), store)\n"

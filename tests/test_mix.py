@@ -8,8 +8,8 @@ from scipy import stats
 
 from vitcli import create_model
 from vitcli.config.schema import AugmentSection, ObjectiveSection
-from vitcli.data.mix import cut_box, draw_mix, partners, soft_targets
-from vitcli.data.presets import Strength
+from vitcli.data.augment.mixing import cut_box, draw_mix, partners, soft_targets
+from vitcli.data.augment.presets import Strength
 from vitcli.preprocess import Preprocess
 from vitcli.train.objectives import build_objective
 

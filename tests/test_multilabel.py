@@ -17,10 +17,10 @@ from tiny import tiny_recipe, vitcli
 from vitcli.commands import check, evaluate, finetune, predict
 from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import AugmentSection, ObjectiveSection
-from vitcli.data.augment import TrainTransform
+from vitcli.data.augment.transform import TrainTransform
+from vitcli.data.decoded_cache import store_set
 from vitcli.data.loader import TrainLoader
-from vitcli.data.sources import load_data
-from vitcli.data.storing import store_set
+from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.evals.multilabel import measure_labels
 from vitcli.preprocess import Preprocess

@@ -9,10 +9,10 @@ from tiny import records, tiny_recipe
 
 from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import AugmentSection
-from vitcli.data import sets
-from vitcli.data.augment import TrainTransform
+from vitcli.data import image_set as sets
+from vitcli.data.augment.transform import TrainTransform
+from vitcli.data.image_set import ArrayStore, FileStore, ImageSet
 from vitcli.data.loader import TrainLoader
-from vitcli.data.sets import ArrayStore, FileStore, ImageSet
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.train import pace

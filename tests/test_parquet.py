@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vitcli.data.sources import load_data
+from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 
 

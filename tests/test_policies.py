@@ -8,9 +8,10 @@ from PIL import Image
 from scipy import stats
 
 from vitcli.config.schema import AugmentSection
-from vitcli.data import ops, policies
-from vitcli.data.policies import change, erase, jitter
-from vitcli.data.presets import PRESETS, Strength
+from vitcli.data.augment import operations as ops
+from vitcli.data.augment import policies
+from vitcli.data.augment.policies import change, erase, jitter
+from vitcli.data.augment.presets import PRESETS, Strength
 from vitcli.errors import VitcliError
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vitcli.commands import predict
-from vitcli.data.listing import find_images
+from vitcli.data.image_paths import find_images
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model

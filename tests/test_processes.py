@@ -19,8 +19,8 @@ from vitcli import cli
 from vitcli import distributed as launch
 from vitcli.commands import evaluate
 from vitcli.commands.pretrain import random_model
-from vitcli.data.order import positions
-from vitcli.data.sources import load_data
+from vitcli.data.loader import positions
+from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.run import Run

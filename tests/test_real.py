@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vitcli.commands import evaluate
-from vitcli.data.sources import load_data
+from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
 from vitcli.evals.real import read_real, real_answers

@@ -12,8 +12,8 @@ from PIL import Image
 from test_duplicates import photographs
 
 from vitcli.data.loader import TrainLoader
-from vitcli.data.shards import expand
-from vitcli.data.sources import load_data
+from vitcli.data.readers.tar import expand
+from vitcli.data.source import load_data
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 
@@ -86,7 +86,7 @@ def test_a_brace_notation_and_a_single_shard(shards):
 def test_batches_are_those_of_the_same_files_loose(shards, tmp_path):
     """Order, augmentation and so resuming do not depend on where the bytes lie."""
     from vitcli.config.schema import AugmentSection
-    from vitcli.data.augment import TrainTransform
+    from vitcli.data.augment.transform import TrainTransform
     from vitcli.preprocess import Preprocess
 
     folder, contents = shards

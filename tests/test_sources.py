@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcli.data import sets
-from vitcli.data.assemble import label_names
-from vitcli.data.packed import Packed
-from vitcli.data.sets import ArrayStore, ImageSet
-from vitcli.data.sources import SOURCES, load_data
+from vitcli.data import image_set as sets
+from vitcli.data.image_set import ArrayStore, ImageSet, Packed
+from vitcli.data.labels import label_names
+from vitcli.data.source import SOURCES, load_data
 from vitcli.data.splits import stratified_split
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError

@@ -12,7 +12,7 @@ from vitcli.commands import evaluate
 from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
-from vitcli.data.sources import load_data
+from vitcli.data.source import load_data
 from vitcli.data.splits import divide, fold_of, parse_slice, spread_order, stratified_split
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet

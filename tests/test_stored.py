@@ -15,10 +15,9 @@ from PIL import Image
 from test_duplicates import photographs
 
 from vitcli.cli import run as vitcli
+from vitcli.data.decoded_cache import INDEX, store_set
 from vitcli.data.loader import TrainLoader, eval_batches
-from vitcli.data.sources import load_data
-from vitcli.data.stored import INDEX
-from vitcli.data.storing import store_set
+from vitcli.data.source import load_data
 from vitcli.decode import ImageError, read_image
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
@@ -74,7 +73,7 @@ def test_evaluation_sees_the_same_pixels_as_in_the_originals(photos, tmp_path):
 
 def test_training_reads_it_with_any_number_of_workers(photos, tmp_path):
     from vitcli.config.schema import AugmentSection
-    from vitcli.data.augment import TrainTransform
+    from vitcli.data.augment.transform import TrainTransform
 
     stored(photos, tmp_path / "s")
     images = load_data(str(tmp_path / "s")).splits["train"]

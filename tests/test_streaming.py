@@ -16,11 +16,11 @@ from vitcli.commands import evaluate
 from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import AugmentSection, DataSection, Recipe
-from vitcli.data.augment import TrainTransform
-from vitcli.data.sets import Request
-from vitcli.data.sources import open_data
+from vitcli.data.augment.transform import TrainTransform
+from vitcli.data.image_set import Request
+from vitcli.data.source import open_data
 from vitcli.data.stream_loader import StreamLoader
-from vitcli.data.streaming import Sample, Shard, StreamSet, open_stream
+from vitcli.data.streaming import Shard, StreamSample, StreamSet, open_stream
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
@@ -126,7 +126,7 @@ def test_memory_is_that_of_the_buffer():
             yield bytes([i % 256]) * 100_000, "a", f"row {i}"
 
     images = StreamSet(["a"], [Shard("x", "tar", io.BytesIO)], (None, None), 16)
-    images.read = lambda shard: (Sample(c, 0, n) for c, _, n in rows(None, None))
+    images.read = lambda shard: (StreamSample(c, 0, n) for c, _, n in rows(None, None))
     tracemalloc.start()
     assert sum(1 for _ in images.epoch((0,), 0, 1)) == 1000
     peak = tracemalloc.get_traced_memory()[1]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitcli.data.views import Views
+from vitcli.data.augment.test_time import Views
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 

@@ -12,11 +12,10 @@ from PIL import Image
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Settings
-from vitcli.data.duplicates import same_pictures
-from vitcli.data.sets import Integers, Source
-from vitcli.data.sheet import Row, draw_sheet
-from vitcli.data.sources import open_data
-from vitcli.data.survey import Survey, survey
+from vitcli.data.contact_sheet import Row, draw_sheet
+from vitcli.data.image_set import Integers, Source
+from vitcli.data.scan import Survey, same_pictures, survey
+from vitcli.data.source import open_data
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.progress import Quiet, Watcher

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
-from vitcli.data.sets import ImageSet, Source
+from vitcli.data.image_set import ImageSet, Source
 from vitcli.errors import VitcliError
 from vitcli.evals.beside import Evaluations, beside
 from vitcli.evals.calibrate import (

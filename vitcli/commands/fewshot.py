@@ -12,8 +12,8 @@ from torch import nn
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import FewshotSection, Inference, Settings
-from vitcli.data.sets import Source
-from vitcli.data.sources import open_data
+from vitcli.data.image_set import Source
+from vitcli.data.source import open_data
 from vitcli.errors import VitcliError
 from vitcli.evals.features import Extracted, processes
 from vitcli.evals.fewshot import Choice

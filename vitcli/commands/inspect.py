@@ -13,13 +13,13 @@ from PIL import Image
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
-from vitcli.data.folders import files_set
-from vitcli.data.formula import FormulaSet
-from vitcli.data.listing import find_images
+from vitcli.data.formula.dataset import FormulaSet
+from vitcli.data.image_paths import find_images
+from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
-from vitcli.data.photographs import photographs
-from vitcli.data.sets import ImageSet
-from vitcli.data.sources import is_set, load_data, open_data
+from vitcli.data.readers.builtin import photographs
+from vitcli.data.readers.folder import files_set
+from vitcli.data.source import is_set, load_data, open_data
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError, printable
 from vitcli.files import check_folder

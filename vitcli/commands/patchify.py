@@ -7,10 +7,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from vitcli.data.folders import IMAGE_SUFFIXES
-from vitcli.data.sources import SUFFIXES, load_data
-from vitcli.data.storing import Stored, store_set
-from vitcli.data.tokens import read_patches, save_patches, store_token_set
+from vitcli.data.decoded_cache import Stored, store_set
+from vitcli.data.patch_files import read_patches, save_patches, store_token_set
+from vitcli.data.readers.folder import IMAGE_SUFFIXES
+from vitcli.data.source import SUFFIXES, load_data
 from vitcli.decode import read_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing

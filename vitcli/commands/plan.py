@@ -17,7 +17,7 @@ from vitcli.cost.hardware import HERE, find_hardware
 from vitcli.cost.plan import Span, Speed, Subject, count, span_here
 from vitcli.cost.probe import base_memory, free_memory, loop_of, probe
 from vitcli.cost.stated import Stated, blank_source
-from vitcli.data.sources import Source
+from vitcli.data.image_set import Source
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher

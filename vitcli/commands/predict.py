@@ -12,8 +12,8 @@ from typing import Any
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
-from vitcli.data.listing import Listing, find_images
-from vitcli.data.views import Views
+from vitcli.data.augment.test_time import Views
+from vitcli.data.image_paths import Listing, find_images
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.evals.answers import Answers, Doubts

@@ -10,8 +10,8 @@ from vitcli.config.schema import Recipe, parse_duration
 from vitcli.cost.hardware import Hardware
 from vitcli.cost.memory import Memory, Step, evaluation_memory, size_of, step_memory, tensors_of
 from vitcli.cost.work import Config, Stage, stages_of
-from vitcli.data.presets import Strength
-from vitcli.data.sources import Source
+from vitcli.data.augment.presets import Strength
+from vitcli.data.image_set import Source
 from vitcli.train.loop import CHECKPOINT_SECONDS
 from vitcli.train.lora import ADAPTER, choose_learning
 from vitcli.train.measure import EVAL_BATCH

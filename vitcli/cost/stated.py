@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitcli.config.recipe import header
-from vitcli.data.sets import Integers, Source
+from vitcli.data.image_set import Integers, Source
 from vitcli.errors import VitcliError
 from vitcli.progress import Watcher
 

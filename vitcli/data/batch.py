@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitcli.data.mix import Mix
-from vitcli.data.sets import Integers, Pixels
+from vitcli.data.augment.mixing import Mix
+from vitcli.data.image_set import Integers, Pixels
 
 
 @dataclass(frozen=True)

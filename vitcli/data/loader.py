@@ -1,4 +1,6 @@
-"""Batches: which image comes when, made by threads ahead of the model.
+"""Which image comes when: functions of the seed and the place in the stream, with no state.
+
+Batches: which image comes when, made by threads ahead of the model.
 
 Nothing here has a state to save. Order is a function of (seed, epoch), augmentation of (seed,
 epoch, index), mixing of (seed, position), and the position is the number of images seen: the same
@@ -9,24 +11,59 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from vitcli.data.ahead import Pool, WorkAhead
-from vitcli.data.arrays import AnyPicture
-from vitcli.data.augment import image_rng
+from vitcli.data.augment.mixing import Mix, draw_mix
+from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.transform import image_rng
 from vitcli.data.batch import Batch, empty_images, make_batch, targets_of
-from vitcli.data.mix import Mix, draw_mix
-from vitcli.data.order import positions, repeated
-from vitcli.data.presets import Strength
-from vitcli.data.sets import ImageSet, Integers, Pixels
+from vitcli.data.image_set import AnyPicture, ImageSet, Integers, Pixels
+from vitcli.data.prefetch import Pool, WorkAhead
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 from vitcli.pixel_modes import Mode
 from vitcli.preprocess import Preprocess, as_pixels
+
+
+@lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, epoch: int) -> Integers:
+    """(n,) the order in which epoch number `epoch` shows the images 0..n-1."""
+    order = np.random.default_rng((seed, epoch)).permutation(n)
+    order.flags.writeable = False  # it is cached
+    return order
+
+
+def positions(start: int, count: int, n: int, seed: int) -> tuple[Integers, Integers]:
+    """Positions start..start+count-1 of the endless stream of a set of n images.
+
+    Returns:
+        (count,) the epoch and (count,) the index of the image at each position.
+    """
+    epochs, offsets = np.divmod(np.arange(start, start + count, dtype=np.int64), n)
+    indices = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = epoch_order(n, seed, int(epoch))[offsets[here]]
+    return epochs, indices
+
+
+def repeated(start: int, count: int, batch_size: int, repeats: int) -> tuple[Integers, Integers]:
+    """Positions start..start+count-1 where every batch shows each of its images `repeats` times.
+
+    The images of a batch come once after another, then all again, so that neighbours differ.
+
+    Returns:
+        (count,) the position in the stream of different images, and (count,) how often the image
+        was shown before in its batch.
+    """
+    batch, offset = np.divmod(np.arange(start, start + count, dtype=np.int64), batch_size)
+    again, place = np.divmod(offset, batch_size // repeats)
+    return batch * (batch_size // repeats) + place, again
+
 
 MAX_WORKERS = 16
 

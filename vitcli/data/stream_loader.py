@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from vitcli.data.augment import image_rng
+from vitcli.data.augment.mixing import draw_mix
+from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.transform import image_rng
 from vitcli.data.batch import Batch, empty_images
+from vitcli.data.image_set import Pixels
 from vitcli.data.loader import Transform, check_batch, default_workers
-from vitcli.data.mix import draw_mix
-from vitcli.data.presets import Strength
-from vitcli.data.sets import Pixels
-from vitcli.data.streaming import Sample, StreamSet
+from vitcli.data.streaming import StreamSample, StreamSet
 from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError
 
@@ -95,7 +95,7 @@ class StreamLoader:
                 shown.close()
                 threads.shutdown(cancel_futures=True)
 
-    def _samples(self, start: int) -> Iterator[tuple[int, int, Sample]]:
+    def _samples(self, start: int) -> Iterator[tuple[int, int, StreamSample]]:
         """(epoch, place in it, image) without end."""
         epoch = 0
         while True:
@@ -115,7 +115,7 @@ class StreamLoader:
 
     def _shown(self, start: int, threads: ThreadPoolExecutor, ahead: int) -> Generator[Shown]:
         """The readable images in the order of the stream, decoded a few ahead."""
-        waiting: deque[tuple[Sample, Future[Shown]]] = deque()
+        waiting: deque[tuple[StreamSample, Future[Shown]]] = deque()
         readable = False
         for epoch, place, sample in self._samples(start):
             if epoch > AHEAD and not readable:
@@ -132,7 +132,7 @@ class StreamLoader:
                         raise
                     self.broken[done.name] = error.reason
 
-    def _make(self, epoch: int, place: int, sample: Sample) -> Shown:
+    def _make(self, epoch: int, place: int, sample: StreamSample) -> Shown:
         index = place * self.world_size + self.rank
         mode = self.transform.preprocess.mode
         with open_image(sample.content, mode, name=sample.name) as picture:

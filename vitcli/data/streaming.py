@@ -1,4 +1,6 @@
-"""`data.streaming`: training images read shard after shard, for sets that are larger than the disk.
+"""Images and labels of one file that is read from its front to its back.
+
+`data.streaming`: training images read shard after shard, for sets that are larger than the disk.
 
 Nothing of a shard is kept. The order of the shards is drawn anew each epoch, and a buffer mixes the
 images of those at hand; that is less random than a permutation of the whole. A stream cannot be
@@ -16,29 +18,92 @@ from typing import Any, cast
 
 import numpy as np
 
-from vitcli.data.assemble import fingerprint, has_label, label_text
-from vitcli.data.columns import class_names
-from vitcli.data.hub import hub_names, load_hub, plan_hub
-from vitcli.data.layouts import Plan
-from vitcli.data.parquet import (
+from vitcli.data.image_set import ImageSet, Request, Source
+from vitcli.data.labels import class_names, fingerprint, has_label, label_text
+from vitcli.data.readers.hub import Plan, hub_names, load_hub, plan_hub
+from vitcli.data.readers.parquet import (
     choose_columns,
     features_of,
     parquet_files,
     parquet_splits,
     read_parquet,
 )
-from vitcli.data.sets import ImageSet, Request, Source
-from vitcli.data.shards import NAMES_FILES, expand, read_names, read_shards, shard_splits
-from vitcli.data.stream_rows import read_parquet_rows, read_tar
+from vitcli.data.readers.tar import (
+    LABEL_ENDINGS,
+    NAMES_FILES,
+    Sample,
+    expand,
+    is_image,
+    key_of,
+    label_of,
+    read_names,
+    read_shards,
+    shard_splits,
+)
 from vitcli.errors import VitcliError, printable
 from vitcli.hub.repository import Listing
+
+ROWS = 64  # of a parquet file at a time
+
+
+def read_parquet_rows(
+    file: Any, columns: tuple[str | None, str | None]
+) -> Iterator[tuple[bytes, Any, str]]:
+    """(image, label, place) of each row; a row group at a time is in memory."""
+    import pyarrow.parquet as pq
+
+    image, label = columns
+    row = 0
+    for batch in pq.ParquetFile(file).iter_batches(ROWS, columns=[image, label], use_threads=False):
+        cells, labels = batch.column(image).to_pylist(), batch.column(label).to_pylist()
+        for cell, value in zip(cells, labels, strict=True):
+            content = cell.get("bytes") if isinstance(cell, dict) else cell
+            yield content or b"", value, f"row {row}"
+            row += 1
+
+
+class Held(Sample):
+    """A sample whose small members are in memory, because a stream has no way back."""
+
+    def text(self, ending: str) -> str:
+        """A small text member."""
+        content: bytes = self.file[ending]
+        return content.decode("utf-8", "backslashreplace").strip()
+
+
+def read_tar(file: Any, columns: tuple[str | None, str | None]) -> Iterator[tuple[bytes, Any, str]]:
+    """(image, label, key) of each sample of a tar file that is read from front to back."""
+    import tarfile
+
+    endings = {*LABEL_ENDINGS, *([columns[1]] if columns[1] else [])}
+    sample = Held("", {}, {})
+    with tarfile.open(fileobj=file, mode="r|") as shard:
+        for member in shard:
+            key, ending = key_of(member.name)
+            if not member.isfile() or not key:
+                continue
+            if key != sample.key:
+                yield from _finished(sample, columns[1])
+                sample = Held(key, {}, {})
+            if is_image(member) or ending in endings:
+                opened = shard.extractfile(member)
+                sample.members[ending] = member
+                sample.file[ending] = opened.read() if opened is not None else b""
+        yield from _finished(sample, columns[1])
+
+
+def _finished(sample: Held, column: str | None) -> Iterator[tuple[bytes, Any, str]]:
+    image = next((e for e, member in sample.members.items() if is_image(member)), None)
+    if image is not None:
+        yield sample.file[image], label_of(sample, column), sample.key
+
 
 REMOTE = re.compile(r"https?://.+\.tar")
 WAY_OUT = "`--resume` goes on from the last checkpoint"
 
 
 @dataclass(frozen=True)
-class Sample:
+class StreamSample:
     """An image as it is stored, the number of its class, and what errors call it."""
 
     content: bytes
@@ -86,7 +151,7 @@ class StreamSet:
             "how many images a stream has is not known", "give `--steps`, or `--set train.images=N`"
         )
 
-    def epoch(self, seed: Sequence[int], rank: int, world_size: int) -> Iterator[Sample]:
+    def epoch(self, seed: Sequence[int], rank: int, world_size: int) -> Iterator[StreamSample]:
         """Every image of this process's shards once, in an order that `seed` says.
 
         Raises:
@@ -95,7 +160,7 @@ class StreamSet:
         rng = np.random.default_rng(tuple(seed))
         order = rng.permutation(len(self.shards))[rank::world_size]
         mixing = np.random.default_rng((*seed, rank + 1))
-        held: list[Sample] = []
+        held: list[StreamSample] = []
         for number in order:
             for sample in self.read(self.shards[number]):
                 if len(held) < self.buffer:
@@ -107,7 +172,7 @@ class StreamSet:
         for place in mixing.permutation(len(held)):
             yield held[place]
 
-    def read(self, shard: Shard) -> Iterator[Sample]:
+    def read(self, shard: Shard) -> Iterator[StreamSample]:
         """The labelled images of one shard, in its order."""
         from huggingface_hub.errors import HTTPError
         from pyarrow import ArrowException
@@ -119,7 +184,7 @@ class StreamSet:
                 for content, label, name in rows(file, self.columns):
                     number = self._label(label, shard)
                     if number is not None:
-                        yield Sample(content, number, f"{name} of {shard.name}")
+                        yield StreamSample(content, number, f"{name} of {shard.name}")
         except broken as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise VitcliError(f"cannot read on in `{shard.name}`: {reason}", WAY_OUT) from error

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import vitcli.data
 import vitcli.vit
-from vitcli.data.sets import ImageSet
+from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError
 from vitcli.files import write_text
 from vitcli.hub.http import cache_folder

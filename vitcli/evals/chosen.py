@@ -4,8 +4,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from vitcli.config.schema import Inference
-from vitcli.data.sets import ImageSet, Source
-from vitcli.data.sources import open_data
+from vitcli.data.image_set import ImageSet, Source
+from vitcli.data.source import open_data
 from vitcli.errors import VitcliError
 from vitcli.progress import Watcher
 from vitcli.run import Run

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcli.data.sets import ImageSet
+from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError, nearest
 from vitcli.progress import Watcher
 from vitcli.vit import Model

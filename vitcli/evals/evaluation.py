@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcli.data.sets import ImageSet
+from vitcli.data.image_set import ImageSet
 from vitcli.evals.bootstrap import Intervals, intervals
 from vitcli.evals.calibration import Reliability, reliability
 from vitcli.evals.classes import Matching

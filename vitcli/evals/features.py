@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vitcli import distributed as launch
 from vitcli.data.batch import onto
+from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
-from vitcli.data.sets import ImageSet
 from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from vitcli import distributed as launch
-from vitcli.data.sets import ImageSet
+from vitcli.data.image_set import ImageSet
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.evals.cache import (

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vitcli.data.sets import ImageSet
+from vitcli.data.image_set import ImageSet
 from vitcli.evals.bootstrap import Intervals, Ranked, map_draws, percentiles
 from vitcli.evals.evaluation import Calibration
 from vitcli.evals.features import Extracted

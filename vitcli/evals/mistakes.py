@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.data.sets import ImageSet
-from vitcli.data.sheet import Row, draw_sheet
+from vitcli.data.contact_sheet import Row, draw_sheet
+from vitcli.data.image_set import ImageSet
 from vitcli.evals.outcomes import Outcomes
 
 Ints = NDArray[np.int64]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcli.data.sets import ImageSet
+from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError
 from vitcli.evals.outcomes import filled_up
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from vitcli.config.schema import DataSection
-from vitcli.data.sets import ImageSet, Source
-from vitcli.data.sources import open_data
+from vitcli.data.image_set import ImageSet, Source
+from vitcli.data.source import open_data
 from vitcli.errors import VitcliError, printable
 from vitcli.evals.features import Extracted, extract
 from vitcli.evals.outliers import Reference, fit_reference, load_reference, save_reference

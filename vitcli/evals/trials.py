@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.config.schema import FewshotSection
-from vitcli.data.sets import ImageSet
+from vitcli.data.image_set import ImageSet
 from vitcli.evals.features import Extracted
 from vitcli.evals.fewshot import Choice, draw
 from vitcli.evals.methods import METHODS, Fitted, Head, accuracy

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vitcli.data.sets import ImageSet
+from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError
 from vitcli.evals.evaluation import Evaluation
 from vitcli.evals.mistakes import mistakes_sheet

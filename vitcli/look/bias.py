@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
-from vitcli.data.sets import ImageSet
 from vitcli.look.distance import uniform_distance, uniform_local
 from vitcli.look.equivariance import (
     Equivariance,

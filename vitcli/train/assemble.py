@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vitcli.config.schema import Recipe
-from vitcli.data.sources import Source
+from vitcli.data.image_set import Source
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.progress import Watcher

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vitcli.config.schema import Recipe
+from vitcli.data.augment.mixing import soft_targets
 from vitcli.data.batch import Batch, onto
 from vitcli.data.loader import TrainLoader
-from vitcli.data.mix import soft_targets
 from vitcli.data.stream_loader import StreamLoader
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess

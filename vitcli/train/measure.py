@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitcli.data.batch import Batch, onto
+from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
-from vitcli.data.sets import ImageSet
 from vitcli.errors import VitcliError
 from vitcli.evals.multilabel import measure_labels
 from vitcli.progress import Watcher

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcli.config.schema import ObjectiveSection
-from vitcli.data.mix import soft_targets
+from vitcli.data.augment.mixing import soft_targets
 from vitcli.errors import VitcliError, nearest
 from vitcli.train.descriptors import TARGET_DIM, quadrant_targets
 from vitcli.train.distill import Distill

@@ -4,10 +4,11 @@ from functools import partial
 from typing import Any
 
 from vitcli.config.schema import Recipe
-from vitcli.data.augment import TrainTransform
+from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.transform import TrainTransform
+from vitcli.data.image_set import Source
 from vitcli.data.loader import TrainLoader, check_batch
-from vitcli.data.presets import Strength
-from vitcli.data.sources import Source, open_data
+from vitcli.data.source import open_data
 from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.streaming import StreamSet
 from vitcli.errors import VitcliError

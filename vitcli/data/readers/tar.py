@@ -17,12 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from vitcli.data.assemble import has_label, label_names, label_text, make_source
-from vitcli.data.folders import IMAGE_SUFFIXES
-from vitcli.data.multilabel import is_multi_label, several_labels
-from vitcli.data.sets import ImageSet, Integers, Request, Source
-from vitcli.data.split_names import files_ending, in_split_order, splits_of
-from vitcli.data.tables import LABEL_COLUMNS
+from vitcli.data.image_set import ImageSet, Integers, Request, Source
+from vitcli.data.labels import (
+    has_label,
+    is_multi_label,
+    label_names,
+    label_text,
+    make_source,
+    several_labels,
+)
+from vitcli.data.readers.folder import IMAGE_SUFFIXES
+from vitcli.data.readers.table import LABEL_COLUMNS
+from vitcli.data.splits import files_ending, in_split_order, splits_of
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vitcli.config.schema import DataSection
-from vitcli.data.digits import load_digits
-from vitcli.data.folders import image_files, load_folder
-from vitcli.data.hub import load_hub
-from vitcli.data.parquet import load_parquet, parquet_files
-from vitcli.data.sets import ImageSet, Request, Source
-from vitcli.data.shards import load_shards, shard_files
-from vitcli.data.stored import is_stored, load_stored
-from vitcli.data.tables import load_manifest
+from vitcli.data.decoded_cache import is_stored, load_stored
+from vitcli.data.image_set import ImageSet, Request, Source
+from vitcli.data.readers.builtin import load_digits
+from vitcli.data.readers.folder import image_files, load_folder
+from vitcli.data.readers.hub import load_hub
+from vitcli.data.readers.parquet import load_parquet, parquet_files
+from vitcli.data.readers.table import load_manifest
+from vitcli.data.readers.tar import load_shards, shard_files
 from vitcli.errors import VitcliError, nearest, printable
 from vitcli.progress import Quiet, Watcher
 
@@ -28,7 +28,7 @@ UNDERSTOOD = (
 
 def load_formula(request: Request) -> Source:
     """`builtin:formula`: images drawn from formulas, as many as wanted."""
-    from vitcli.data.formula import load_formula as load
+    from vitcli.data.formula.dataset import load_formula as load
 
     return load(request)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vitcli.data.assemble import make_source
-from vitcli.data.sets import FileStore, ImageSet, Request, Source
-from vitcli.data.split_names import SPLITS, WORDS, in_split_order
+from vitcli.data.image_set import FileStore, ImageSet, Request, Source
+from vitcli.data.labels import make_source
+from vitcli.data.splits import SPLITS, WORDS, in_split_order
 from vitcli.errors import VitcliError, printable
 from vitcli.progress import Bar, Watcher
 

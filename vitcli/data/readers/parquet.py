@@ -9,11 +9,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from vitcli.data.assemble import make_source
-from vitcli.data.columns import class_names, numbered, numbered_lists, several
-from vitcli.data.sets import ImageSet, Request, Source
-from vitcli.data.split_names import files_ending, in_split_order, split_of, splits_of
-from vitcli.data.tables import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
+from vitcli.data.image_set import ImageSet, Request, Source
+from vitcli.data.labels import class_names, make_source, numbered, numbered_lists, several
+from vitcli.data.readers.table import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
+from vitcli.data.splits import files_ending, in_split_order, split_of, splits_of
 from vitcli.decode import ImageInput
 from vitcli.errors import VitcliError, printable
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitcli.data.presets import Strength
+from vitcli.data.augment.presets import Strength
 
 # Behind (seed, epoch) and (seed, epoch, index, view + 1), which numpy pads with zeros.
 STREAM = 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcli.data.shapes import (
+from vitcli.data.formula.shapes import (
     CLASSES,
     CURVE_POINTS,
     HARMONICS,

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitcli.data.assemble import fingerprint
-from vitcli.data.scenes import draw
-from vitcli.data.sets import ImageSet, Request, Source
-from vitcli.data.shapes import CLASSES, Draws, Integers, hash_keys
+from vitcli.data.formula.scenes import draw
+from vitcli.data.formula.shapes import CLASSES, Draws, Integers, hash_keys
+from vitcli.data.image_set import ImageSet, Request, Source
+from vitcli.data.labels import fingerprint
 from vitcli.pixel_modes import Mode
 
 NUM_TRAIN = 1_000_000

@@ -16,10 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from vitcli.data.assemble import has_label, label_names, label_text, make_source
-from vitcli.data.multilabel import is_multi_label, several_labels
-from vitcli.data.sets import FileStore, ImageSet, Request, Source
-from vitcli.data.split_names import SPLITS, WORDS
+from vitcli.data.image_set import FileStore, ImageSet, Request, Source
+from vitcli.data.labels import (
+    has_label,
+    is_multi_label,
+    label_names,
+    label_text,
+    make_source,
+    several_labels,
+)
+from vitcli.data.splits import SPLITS, WORDS
 from vitcli.errors import VitcliError, nearest, printable
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "y", "class_name", "fine_label")

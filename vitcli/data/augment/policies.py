@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.data import ops
-from vitcli.data.presets import Strength
+from vitcli.data.augment import operations as ops
+from vitcli.data.augment.presets import Strength
 
 Pixels = NDArray[np.uint8]
 

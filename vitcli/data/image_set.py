@@ -1,7 +1,13 @@
-"""What every source of images becomes: sets of readable images with labels, one for each split."""
+"""A long list of short byte strings in two pieces of memory.
+
+Pictures whose pixels lie decoded in memory or in a mapped file: a part of one is a slice.
+
+What every source of images becomes: sets of readable images with labels, one for each split.
+"""
 
 import os
 import threading
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +18,65 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.data.arrays import AnyPicture, ArrayPicture
-from vitcli.data.packed import Packed
-from vitcli.decode import ImageError, ImageInput, open_image, read_image
+from vitcli.decode import Box, ImageError, ImageInput, Picture, open_image, read_image
 from vitcli.errors import VitcliError, printable
 from vitcli.pixel_modes import Mode
 from vitcli.progress import Quiet, Watcher
+
+
+class Packed:
+    """What was given, by position, at its own length and 8 bytes each; a list takes 60 more."""
+
+    def __init__(self, parts: Iterable[bytes]) -> None:
+        joined = bytearray()
+        ends = array("q", [0])
+        for part in parts:
+            joined += part
+            ends.append(len(joined))
+        self._joined = bytes(joined)
+        self._ends = np.frombuffer(ends, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, row: int) -> bytes:
+        start, end = self._ends[row : row + 2]
+        return self._joined[start:end]
+
+
+class ArrayPicture:
+    """Decoded pixels, to take a part of: what `Picture` is for a file.
+
+    Args:
+        array: (Y, X) or (Y, X, 3) uint8, upright; it is only read.
+        name: what errors call it.
+
+    Attributes:
+        size: (width, height).
+    """
+
+    def __init__(self, array: NDArray[np.uint8], name: str) -> None:
+        self.array = array
+        self.name = name
+        self.mode: Mode = "L" if array.ndim == 2 else "RGB"
+        self.size = (array.shape[1], array.shape[0])
+
+    def whole(self) -> Image.Image:
+        """The picture, as its own copy."""
+        return Image.fromarray(self.array)
+
+    def part(self, box: Box, at_least: tuple[int, int] | None = None) -> Image.Image:
+        """What is in `box` = (left, top, right, bottom); there is one scale only."""
+        return Image.fromarray(self.pixels(box))
+
+    def pixels(self, box: Box, at_least: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+        """(Y, X) or (Y, X, 3): what is in `box`, as its own copy."""
+        left, top, right, bottom = box
+        return np.array(self.array[top:bottom, left:right])
+
+
+AnyPicture = Picture | ArrayPicture
+
 
 Integers = NDArray[np.int64]
 Pixels = NDArray[np.uint8]

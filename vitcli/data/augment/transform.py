@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from vitcli.config.schema import AugmentSection
-from vitcli.data.arrays import AnyPicture
-from vitcli.data.policies import Pixels, change, erase
-from vitcli.data.presets import Strength
+from vitcli.data.augment.policies import Pixels, change, erase
+from vitcli.data.augment.presets import Strength
+from vitcli.data.image_set import AnyPicture
 from vitcli.decode import Box, ImageInput, open_image
 from vitcli.preprocess import RESAMPLING, Preprocess, as_pixels
 

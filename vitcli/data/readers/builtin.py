@@ -1,4 +1,6 @@
-"""Two photographs that scikit-learn carries, for commands that are given none.
+"""`builtin:digits`: the handwritten digits that scikit-learn carries.
+
+Two photographs that scikit-learn carries, for commands that are given none.
 
 `china.jpg` and `flower.jpg`, CC BY 2.0: scikit-learn's `datasets/images/README.txt` names
 danielbuechele for both, and for the second links to vultilion. They are read where scikit-learn has
@@ -11,8 +13,38 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitcli.data.sets import ImageSet
+from vitcli.data.image_set import ArrayStore, ImageSet, Request, Source
+from vitcli.data.labels import make_source
+from vitcli.data.splits import stratified_split
 from vitcli.decode import read_image
+
+TEST_FRACTION = 0.2
+
+
+def load_digits(request: Request) -> Source:
+    """1,797 digits of 8x8 grey pixels, 0..16 scaled to 0..255, in scikit-learn's order.
+
+    A fixed stratified fifth is the test set, whatever the seed: scikit-learn's last 360 were
+    written by other people than most of the first.
+    """
+    from sklearn.datasets import load_digits as read_digits
+
+    notation = request.notation
+    images, labels = read_digits(return_X_y=True)
+    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # (n, Y, X)
+    classes = [str(digit) for digit in range(10)]
+    store = ArrayStore(notation, pixels)
+    keep, aside = stratified_split(labels, TEST_FRACTION, 0)
+    splits = {
+        name: ImageSet(name, classes, labels[rows], store, rows)
+        for name, rows in (("train", keep), ("test", aside))
+    }
+    notes = [
+        f"{notation}: a fixed stratified fifth is the test set "
+        f"({len(keep):,} train, {len(aside):,} test)"
+    ]
+    return make_source(request, splits, [pixels.tobytes()], notes)
+
 
 NAMES = ("china.jpg", "flower.jpg")
 HALVES = ("left", "right")

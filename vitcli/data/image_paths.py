@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
-from vitcli.data.folders import walk_images
+from vitcli.data.readers.folder import walk_images
 from vitcli.errors import VitcliError, printable
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # DATA of other commands

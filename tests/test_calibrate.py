@@ -18,9 +18,9 @@ from vitcli.evals.classes import match
 from vitcli.evals.features import extract
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
+from vitcli.weights.edit import fold_temperature, replace_head
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header, save_model, set_temperature
-from vitcli.weights.surgery import fold_temperature, replace_head
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from torch import nn
 from vitcli.errors import VitcliError
 from vitcli.vit import create_model
 from vitcli.vit.position import sincos2d
-from vitcli.weights.google_write import write_google
+from vitcli.weights.edit import replace_head, resize
+from vitcli.weights.google.write_google import write_google
 from vitcli.weights.load import load_model
-from vitcli.weights.surgery import replace_head, resize
 
 CASES = 10
 # Of the READMEs: logits and named intermediates; activations of convolutions are larger.

@@ -10,10 +10,10 @@ import torch
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
-from vitcli.weights.google_write import contradictions, write_google
+from vitcli.weights.edit import resize
+from vitcli.weights.google.write_google import contradictions, write_google
 from vitcli.weights.imagenet import imagenet_names
 from vitcli.weights.load import load_model
-from vitcli.weights.surgery import resize
 
 
 def read(path):

@@ -21,7 +21,7 @@ from tiny import vitcli
 from vitcli.cli import run
 from vitcli.errors import VitcliError
 from vitcli.vit import create_model
-from vitcli.weights.hub import fetch_repository
+from vitcli.weights.hub_models import fetch_repository
 from vitcli.weights.load import load_model
 
 
@@ -285,7 +285,7 @@ class Trap:
 
 def test_what_is_chosen(hub):
     from vitcli.hub.repository import Repository
-    from vitcli.weights.hub import choose
+    from vitcli.weights.hub_models import choose
 
     repository = Repository("org/x", "main")
     for files, chosen in (

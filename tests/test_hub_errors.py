@@ -10,7 +10,7 @@ from PIL import Image
 from vitcli.cli import run
 from vitcli.errors import VitcliError
 from vitcli.hub import http as download
-from vitcli.weights.hub import fetch_repository
+from vitcli.weights.hub_models import fetch_repository
 
 
 @pytest.fixture

@@ -235,7 +235,7 @@ def test_every_class_as_transformers_writes_it(tmp_path, cls, config, settings, 
 
 def test_the_classes_are_all_there():
     """What the module says it reads, of every type that it knows, has been compared."""
-    from vitcli.weights.huggingface_names import FAMILIES, TEACHER
+    from vitcli.weights.huggingface.huggingface_names import FAMILIES, TEACHER
 
     wanted = {f.backbone for f in FAMILIES.values()} | {f.classifier for f in FAMILIES.values()}
     assert wanted - {None} | {TEACHER} <= {cls.partition(" ")[0] for cls, _, _ in CLASSES}

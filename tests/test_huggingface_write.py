@@ -13,7 +13,7 @@ import vitcli
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, ViTConfig
-from vitcli.weights.huggingface_write import write_huggingface
+from vitcli.weights.huggingface.write_huggingface import write_huggingface
 from vitcli.weights.load import load_model
 
 SIZES = {
@@ -234,7 +234,7 @@ def test_a_resnet_has_no_place(tmp_path):
 
 def test_a_table_for_every_setting():
     """A new field of ViTConfig must be thought of here: written, refused, or without meaning."""
-    from vitcli.weights import huggingface_write as w
+    from vitcli.weights.huggingface import write_huggingface as w
 
     judged = set(w.ALWAYS) | set(w.PLAIN) | {"pool", "representation_size", "num_registers"}
     judged |= {"distillation_token", "distillation_head", "position_covers_prefix", "mlp_dim"}
@@ -290,7 +290,7 @@ def test_the_folder_is_whole_or_not_there(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vitcli.weights.huggingface_write.save_file", full)
+    monkeypatch.setattr("vitcli.weights.huggingface.write_huggingface.save_file", full)
     with pytest.raises(VitcliError, match="No space left"):
         write_huggingface(model, tmp_path / "other")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

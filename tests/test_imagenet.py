@@ -5,9 +5,9 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from vitcli.weights.edit import match_classes
 from vitcli.weights.imagenet import imagenet_names
 from vitcli.weights.load import load_model
-from vitcli.weights.surgery import match_classes
 
 # Index -> what any list of ImageNet-1k has there.
 ANCHORS = {

@@ -17,7 +17,7 @@ from vitcli.evals.kept import Features
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.vit import create_model
-from vitcli.weights.represent import represent
+from vitcli.weights.feature_layers import represent
 
 
 class Heard(Quiet):

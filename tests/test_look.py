@@ -23,7 +23,7 @@ from vitcli.look.filters import embedding_filters, principal_components
 from vitcli.look.positions import cosine_similarity, position_table, similarity_facts
 from vitcli.vit import ResNet, ResNetConfig, create_model
 from vitcli.vit.blocks import AxialBlock, join_lines, split_lines
-from vitcli.weights.huggingface_write import write_huggingface
+from vitcli.weights.huggingface.write_huggingface import write_huggingface
 from vitcli.weights.load import load_model
 
 # Plain numpy, written from the paper and the authors' words, not from our code.
@@ -326,8 +326,8 @@ def test_models_without_a_table_of_places():
 
 
 def test_a_head_that_reads_several_blocks():
-    from vitcli.weights.represent import represent
-    from vitcli.weights.surgery import replace_head
+    from vitcli.weights.edit import replace_head
+    from vitcli.weights.feature_layers import represent
 
     model = create_model("Pico/4", image_size=16, depth=3)
     represent(model, "concat:2")

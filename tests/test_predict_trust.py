@@ -17,7 +17,7 @@ from vitcli.errors import VitcliError
 from vitcli.evals.answers import Doubts
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
-from vitcli.weights.identity import model_hash
+from vitcli.weights.hashing import model_hash
 from vitcli.weights.store import load_weights, save_model
 
 NAMES = ("ant", "bee", "cat")

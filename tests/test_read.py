@@ -6,8 +6,8 @@ from vitcli.errors import VitcliError
 from vitcli.run import create_run
 from vitcli.vit import create_model
 from vitcli.weights.load import load_model
+from vitcli.weights.overrides import Stated
 from vitcli.weights.read import read_checkpoint
-from vitcli.weights.stated import Stated
 from vitcli.weights.store import save_model
 
 

@@ -18,9 +18,9 @@ from vitcli.errors import VitcliError
 from vitcli.hub import http as download
 from vitcli.hub.http import cache_folder
 from vitcli.run import run_stem
-from vitcli.weights import remote
+from vitcli.weights import downloads as remote
+from vitcli.weights.downloads import fetch_address, web_address
 from vitcli.weights.load import load_model
-from vitcli.weights.remote import fetch_address, web_address
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import torch
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
+from vitcli.weights.edit import replace_head
+from vitcli.weights.feature_layers import represent
 from vitcli.weights.load import load_model
-from vitcli.weights.represent import represent
 from vitcli.weights.store import save_model
-from vitcli.weights.surgery import replace_head
 
 KINDS = {
     "plain": {},

@@ -10,9 +10,9 @@ import torch
 
 from vitcli.errors import VitcliError
 from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, create_model
+from vitcli.weights.edit import change_pool, prepare_finetune, resize
 from vitcli.weights.load import load_model
 from vitcli.weights.store import load_own, read_header, save_model
-from vitcli.weights.surgery import change_pool, prepare_finetune, resize
 
 
 def drawn(seed=0, **settings):

@@ -2,7 +2,7 @@ import pytest
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.weights.stated import Stated, as_size, per_channel, stated_preprocess
+from vitcli.weights.overrides import Stated, as_size, per_channel, stated_preprocess
 
 
 def test_sizes():

@@ -5,10 +5,10 @@ from kinds import KINDS, pictures, small
 
 from vitcli.errors import VitcliError
 from vitcli.vit import VisionTransformer, create_model
-from vitcli.weights.fates import LoadReport
+from vitcli.weights.edit import change_pool, match_classes, prepare_finetune, resize
 from vitcli.weights.load import load_model
+from vitcli.weights.load_report import LoadReport
 from vitcli.weights.store import save_model
-from vitcli.weights.surgery import change_pool, match_classes, prepare_finetune, resize
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from timm_files import read, tiny
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.weights.timm_hub import heads_of, read_hub
+from vitcli.weights.timm.timm_config import heads_of, read_hub
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from vitcli.vit import VisionTransformer, ViTConfig, create_model
 from vitcli.vit.resnet import ResNet, ResNetConfig
 from vitcli.weights.load import load_model
 from vitcli.weights.store import save_model
-from vitcli.weights.timm_write import write_timm
+from vitcli.weights.timm.write_timm import write_timm
 
 BASE = ViTConfig(
     image_size=(32, 32),
@@ -172,7 +172,7 @@ def test_the_nearest_architecture(name, size, architecture, tmp_path):
 
 def test_every_width_of_an_mlp_survives_the_ratio():
     """timm computes int(width * ratio)."""
-    from vitcli.weights.timm_write import _arguments
+    from vitcli.weights.timm.write_timm import _arguments
 
     for width in (48, 51, 72, 192, 768, 1408):
         for hidden in range(1, 5 * width, 7):
@@ -184,7 +184,7 @@ def test_every_width_of_an_mlp_survives_the_ratio():
 
 def test_every_resize_survives_the_share(tmp_path):
     """timm resizes to floor(side / crop_pct)."""
-    from vitcli.weights.timm_write import _crop_pct
+    from vitcli.weights.timm.write_timm import _crop_pct
 
     for side in (32, 224, 336, 518):
         for resized in range(side, 2 * side):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vitcli.vit import from_config, parse_variant
-from vitcli.weights.unfilled import unfilled
+from vitcli.weights.meta_init import unfilled
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 import torch
 
 from vitcli.vit import VisionTransformer, ViTConfig
-from vitcli.weights.stated import Stated
-from vitcli.weights.surgery import build
-from vitcli.weights.timm import read_timm
-from vitcli.weights.timm_bit import read_bit
-from vitcli.weights.timm_names import is_bit
+from vitcli.weights.edit import build
+from vitcli.weights.overrides import Stated
+from vitcli.weights.timm.bit import read_bit
+from vitcli.weights.timm.read_timm import read_timm
+from vitcli.weights.timm.timm_names import is_bit
 
 
 def tiny(**options) -> VisionTransformer:

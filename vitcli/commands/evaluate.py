@@ -30,8 +30,8 @@ from vitcli.files import check_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
 from vitcli.vit import Model
-from vitcli.weights.fates import tell_load
 from vitcli.weights.load import load_model, load_settings, newest_run
+from vitcli.weights.load_report import tell_load
 
 DEFAULT_DATA = "builtin:digits"
 

@@ -17,13 +17,13 @@ from vitcli.errors import VitcliError, nearest
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_path, run_stem
 from vitcli.vit import Model, ViTConfig
-from vitcli.weights.fates import tell_load
-from vitcli.weights.google_write import write_google
-from vitcli.weights.huggingface_write import write_huggingface
+from vitcli.weights.edit import fold_temperature
+from vitcli.weights.google.write_google import write_google
+from vitcli.weights.huggingface.write_huggingface import write_huggingface
 from vitcli.weights.load import load_model, load_settings, newest_run
+from vitcli.weights.load_report import tell_load
 from vitcli.weights.onnx import data_file, run_onnx, write_onnx
-from vitcli.weights.surgery import fold_temperature
-from vitcli.weights.timm_write import write_timm
+from vitcli.weights.timm.write_timm import write_timm
 
 LARGEST_DIFFERENCE = 1e-4  # of the outputs' largest magnitude
 IMAGES = 3  # of the comparison; drawn from a normal distribution, as normalised images are

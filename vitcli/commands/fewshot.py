@@ -23,11 +23,11 @@ from vitcli.evals.trials import Shots, draw_all, fit_all
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, create_run, new_path, run_stem
 from vitcli.vit import Model
-from vitcli.weights.fates import tell_load
+from vitcli.weights.edit import replace_head
+from vitcli.weights.feature_layers import represent
 from vitcli.weights.load import load_model, load_settings, newest_run
-from vitcli.weights.represent import represent
+from vitcli.weights.load_report import tell_load
 from vitcli.weights.store import save_model
-from vitcli.weights.surgery import replace_head
 
 DEFAULT_DATA = "builtin:digits"
 # Beyond so many images to test, or to learn from, the raw-pixel baseline would need gigabytes, or

@@ -32,9 +32,9 @@ from vitcli.look.rollout import source_name
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
 from vitcli.vit import Model, ResNet, VisionTransformer, ViTConfig
-from vitcli.weights.fates import tell_load
+from vitcli.weights.edit import match_classes
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
-from vitcli.weights.surgery import match_classes
+from vitcli.weights.load_report import tell_load
 
 MOST_IMAGES = 128  # as in appendix D.7
 MOST_SHOWN = 8  # images with pictures of their own

@@ -21,9 +21,9 @@ from vitcli.evals.journal import Journal, Tally, finished, journal
 from vitcli.evals.row_tables import COLUMNS, Row, Tables
 from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.vit import Model
-from vitcli.weights.fates import tell_load
-from vitcli.weights.identity import model_hash
+from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
+from vitcli.weights.load_report import tell_load
 
 
 class Predictions:

@@ -15,8 +15,8 @@ from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError, nearest
 from vitcli.progress import Watcher
 from vitcli.vit import Model
+from vitcli.weights.edit import match_classes
 from vitcli.weights.imagenet import SETS, SYNSET, imagenet_synsets, synset_outputs
-from vitcli.weights.surgery import match_classes
 
 MAP_HINT = (
     'a JSON object `{"class of the data": "class of the model"}` (or a number, a synset, several '

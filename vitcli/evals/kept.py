@@ -37,7 +37,7 @@ from vitcli.evals.features import (
 from vitcli.hub.http import size_text
 from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.vit import Model
-from vitcli.weights.identity import model_hash
+from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import require_preprocess
 
 

@@ -18,7 +18,7 @@ from vitcli.hub.http import cache_folder
 from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.vit import Model
-from vitcli.weights.identity import model_hash
+from vitcli.weights.hashing import model_hash
 
 FOLDER = "reference"
 # Enough for every mean and the covariance of a thousand features, and little enough for a laptop.

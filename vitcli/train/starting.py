@@ -24,10 +24,10 @@ from vitcli.vit import (
     parse_variant,
 )
 from vitcli.vit.variants import is_resnet
-from vitcli.weights.fates import tell_load
+from vitcli.weights.edit import prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
-from vitcli.weights.stated import stated_preprocess
-from vitcli.weights.surgery import prepare_finetune
+from vitcli.weights.load_report import tell_load
+from vitcli.weights.overrides import stated_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
 FROM_FILE = (

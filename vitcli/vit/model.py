@@ -28,7 +28,7 @@ from vitcli.vit.position import (
 
 if TYPE_CHECKING:
     from vitcli.preprocess import Preprocess
-    from vitcli.weights.fates import LoadReport
+    from vitcli.weights.load_report import LoadReport
 
 
 class VisionTransformer(nn.Module):

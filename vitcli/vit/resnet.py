@@ -18,7 +18,7 @@ from vitcli.vit.hybrid import GROUPS, StemArithmetic, init_stem, standardize, st
 
 if TYPE_CHECKING:
     from vitcli.preprocess import Preprocess
-    from vitcli.weights.fates import LoadReport
+    from vitcli.weights.load_report import LoadReport
 
 NORM_EPS = 1e-5
 # Added to the variance of a kernel before it is divided by its root.

@@ -14,13 +14,12 @@ from vitcli.vit import Model, create_model
 from vitcli.vit.hybrid import StemArithmetic
 from vitcli.vit.position import Resize
 from vitcli.vit.variants import is_variant
-from vitcli.weights.fates import LoadReport
+from vitcli.weights.edit import build, change_patch_size, change_pool, replace_head
+from vitcli.weights.load_report import LoadReport
+from vitcli.weights.overrides import MODEL_KEYS, PICTURES, Stated, as_size, stated_preprocess
 from vitcli.weights.read import read_checkpoint
-from vitcli.weights.repatch import change_patch_size
-from vitcli.weights.stated import MODEL_KEYS, PICTURES, Stated, as_size, stated_preprocess
 from vitcli.weights.store import read_header
-from vitcli.weights.surgery import build, change_pool, replace_head
-from vitcli.weights.timm import unsaid
+from vitcli.weights.timm.read_timm import unsaid
 
 VARIANT_HINT = (
     "`B/16`, `R50+B/16`, `Axial-B/32` and `R50x1` are variants, with random weights; weights are a "

@@ -10,19 +10,19 @@ from torch import Tensor
 from vitcli.errors import VitcliError
 from vitcli.progress import Watcher
 from vitcli.vit import ResNetConfig, ViTConfig
-from vitcli.weights.google import read_google
-from vitcli.weights.google_archive import read_npz
-from vitcli.weights.hub import fetch_repository
-from vitcli.weights.huggingface import is_huggingface, read_huggingface
+from vitcli.weights.downloads import fetch_address
+from vitcli.weights.google.npz import read_npz
+from vitcli.weights.google.read_google import read_google
+from vitcli.weights.hub_models import fetch_repository
+from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
+from vitcli.weights.overrides import Stated, stated_preprocess
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
-from vitcli.weights.remote import fetch_address
-from vitcli.weights.shards import INDEX, load_shards
-from vitcli.weights.stated import Stated, stated_preprocess
+from vitcli.weights.sharded_files import INDEX, load_shards
 from vitcli.weights.store import Checkpoint, load_own, load_weights, read_header
-from vitcli.weights.timm import read_timm
-from vitcli.weights.timm_bit import read_bit
-from vitcli.weights.timm_names import is_bit, is_timm
+from vitcli.weights.timm.bit import read_bit
+from vitcli.weights.timm.read_timm import read_timm
+from vitcli.weights.timm.timm_names import is_bit, is_timm
 
 UNDERSTOOD = (
     "a MODEL is a run directory, a .safetensors file of ours or in timm's layout, a .pth with a "

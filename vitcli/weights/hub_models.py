@@ -15,7 +15,7 @@ from vitcli.files import write_text
 from vitcli.hub.http import Unreachable, cannot_write
 from vitcli.hub.repository import COMMIT, Repository, ask, fetch_big, fetch_small, parse, quiet
 from vitcli.progress import Quiet, Watcher
-from vitcli.weights.shards import INDEX, shards
+from vitcli.weights.sharded_files import INDEX, shards
 
 WHOLE = "model.safetensors"
 PICKLE = "pytorch_model.bin"

@@ -10,9 +10,7 @@ from vitcli.vit import Model
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.vit.resnet import ResNetConfig
-from vitcli.weights.google_archive import write_npz
-from vitcli.weights.google_config import RATES
-from vitcli.weights.google_names import (
+from vitcli.weights.google.google_names import (
     POSITIONS,
     STEM_POSITIONS,
     Pair,
@@ -22,6 +20,8 @@ from vitcli.weights.google_names import (
     to_theirs,
     vit_pairs,
 )
+from vitcli.weights.google.npz import write_npz
+from vitcli.weights.google.read_google import RATES
 from vitcli.weights.imagenet import imagenet_names
 
 # The one value of each setting that the official code has.

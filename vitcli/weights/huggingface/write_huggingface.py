@@ -17,7 +17,7 @@ from torch import Tensor
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.vit import Model, VisionTransformer, ViTConfig
-from vitcli.weights.huggingface_names import (
+from vitcli.weights.huggingface.huggingface_names import (
     FAMILIES,
     GELU_WRITTEN,
     QKV,
@@ -27,7 +27,7 @@ from vitcli.weights.huggingface_names import (
     block_names,
     swiglu_width,
 )
-from vitcli.weights.huggingface_processor import write_processor
+from vitcli.weights.huggingface.processor import write_processor
 
 # What each class of transformers can say: setting -> the values that it has. What is not named
 # here (sizes, epsilon, GELU, biases of query, key and value) every class takes as it is.

@@ -8,11 +8,11 @@ from torch import Tensor
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.resnet import ResNetConfig
-from vitcli.weights.stated import Stated, stated_preprocess
+from vitcli.weights.overrides import Stated, stated_preprocess
 from vitcli.weights.store import Checkpoint
-from vitcli.weights.timm_hub import hub_says, read_hub
-from vitcli.weights.timm_names import timm_names
-from vitcli.weights.timm_shapes import ANOTHER, another, check_dimensions, stages
+from vitcli.weights.timm.read_timm import ANOTHER, another, check_dimensions, stages
+from vitcli.weights.timm.timm_config import hub_says, read_hub
+from vitcli.weights.timm.timm_names import timm_names
 
 
 def read_bit(

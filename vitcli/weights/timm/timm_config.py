@@ -14,8 +14,8 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess, ResizeMode
 from vitcli.vit import Config, ViTConfig
 from vitcli.vit.config import Gelu
-from vitcli.weights.fits import fitting
-from vitcli.weights.stated import PICTURES, Stated, are_pictures, per_channel
+from vitcli.weights.overrides import PICTURES, Stated, are_pictures, per_channel
+from vitcli.weights.validation import fitting
 
 MEND = "mend it, or remove it and say with `--set model.…` and `--set preprocess.…` what it says"
 Moments = tuple[tuple[float, ...], tuple[float, ...]]

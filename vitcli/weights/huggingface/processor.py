@@ -18,8 +18,8 @@ from typing import Any
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Interpolation, Preprocess
 from vitcli.vit.config import ViTConfig
-from vitcli.weights.huggingface_names import FAMILIES
-from vitcli.weights.stated import Stated, are_pictures, as_size, per_channel, stated_preprocess
+from vitcli.weights.huggingface.huggingface_names import FAMILIES
+from vitcli.weights.overrides import Stated, are_pictures, as_size, per_channel, stated_preprocess
 
 INTERPOLATIONS: dict[int, Interpolation] = {  # by Pillow's numbers
     0: "nearest",

@@ -7,7 +7,7 @@ from torch import nn
 
 from vitcli.errors import VitcliError
 from vitcli.vit import Model, ResNet, VisionTransformer
-from vitcli.weights.surgery import change_pool
+from vitcli.weights.edit import change_pool
 
 DEFAULT = "pre-logits"
 POOLS = ("cls", "mean", "quadrants", "token_mean")

@@ -14,8 +14,7 @@ from torch import Tensor
 from vitcli.errors import VitcliError
 from vitcli.vit.config import Pool, ViTConfig
 from vitcli.vit.position import sincos2d
-from vitcli.weights.fits import fitting
-from vitcli.weights.huggingface_names import (
+from vitcli.weights.huggingface.huggingface_names import (
     BLOCK,
     FAMILIES,
     GELUS,
@@ -25,9 +24,10 @@ from vitcli.weights.huggingface_names import (
     Family,
     swiglu_width,
 )
-from vitcli.weights.huggingface_processor import pixels, read_processor
-from vitcli.weights.stated import Stated
+from vitcli.weights.huggingface.processor import pixels, read_processor
+from vitcli.weights.overrides import Stated
 from vitcli.weights.store import Checkpoint
+from vitcli.weights.validation import fitting
 
 LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.(.+?)(?:\.(weight|bias))?")
 OUR_BLOCK = re.compile(r"blocks\.(\d+)\.")

@@ -30,10 +30,11 @@ import torch
 from PIL import Image
 
 from vitcli.data.image_set import ImageSet
-from vitcli.evals import fewshot, ridge
-from vitcli.evals.cache import Rows, stamps_of
+from vitcli.evals.feature_cache import Rows, stamps_of
 from vitcli.evals.features import run_over
-from vitcli.evals.ridge import PATH, RidgePath
+from vitcli.evals.fewshot import protocol as fewshot
+from vitcli.evals.fewshot import ridge
+from vitcli.evals.fewshot.ridge import PATH, RidgePath
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 

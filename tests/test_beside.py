@@ -10,8 +10,7 @@ from PIL import Image
 
 from vitcli.cli import run as vitcli
 from vitcli.commands import evaluate
-from vitcli.evals.beside import beside
-from vitcli.evals.paired import compare_paired
+from vitcli.evals.comparison import beside, compare_paired
 from vitcli.weights.load import load_model
 from vitcli.weights.store import save_model
 

@@ -7,7 +7,7 @@ from sklearn.metrics import average_precision_score
 
 from vitcli.evals.bootstrap import Ranked, intervals, map_draws, percentiles, resampled
 from vitcli.evals.calibration import calibration_error
-from vitcli.evals.outcomes import Outcomes, judge
+from vitcli.evals.scoring import Outcomes, judge
 
 
 def outcomes_of(correct, confidence):

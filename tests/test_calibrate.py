@@ -12,10 +12,10 @@ from PIL import Image
 from vitcli.commands import evaluate, export, predict
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
-from vitcli.evals.calibrate import hold_out
 from vitcli.evals.calibration import fit_temperature
-from vitcli.evals.classes import match
+from vitcli.evals.class_matching import match
 from vitcli.evals.features import extract
+from vitcli.evals.temperature import hold_out
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.edit import fold_temperature, replace_head

@@ -12,8 +12,8 @@ from vitcli.evals.calibration import (
     fit_temperature_labels,
     reliability,
 )
-from vitcli.evals.fewshot import fit_temperature as fit_smoothed
-from vitcli.evals.outcomes import filled_up
+from vitcli.evals.fewshot.protocol import fit_temperature as fit_smoothed
+from vitcli.evals.scoring import filled_up
 
 
 def drawn(n=4000, k=7, temperature=2.5, seed=0):

@@ -10,7 +10,7 @@ from vitcli.commands import fewshot, predict
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
-from vitcli.evals.fewshot import fewshot as accuracy
+from vitcli.evals.fewshot.protocol import fewshot as accuracy
 from vitcli.preprocess import Preprocess
 from vitcli.run import Run
 from vitcli.vit import create_model
@@ -132,7 +132,7 @@ def test_features_are_computed_once(weights, here, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("vitcli.evals.kept.run_over", fail)
+    monkeypatch.setattr("vitcli.evals.feature_cache.run_over", fail)
     again = fewshot.run(model=weights, settings=SETTINGS)
     assert (again.accuracies, again.raw_pixels) == (first.accuracies, first.raw_pixels)
     mean = {"fewshot": {"method": "mean", "shots": [1, 5], "seeds": 2}}

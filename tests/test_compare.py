@@ -10,7 +10,7 @@ from vitcli import cli, exits
 from vitcli.commands import compare
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
-from vitcli.evals.paired import Paired
+from vitcli.evals.comparison import Paired
 from vitcli.progress import Quiet
 from vitcli.train.session import train
 from vitcli.weights.load import load_model

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vitcli.commands import evaluate
 from vitcli.errors import VitcliError
-from vitcli.evals.pictures import write_confusion
+from vitcli.evals.plots import write_confusion
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.store import save_model
@@ -179,7 +179,7 @@ def test_the_mistakes(photos, here):
 def test_real_classes_are_found_among_imagenets(shared, here):
     """Imagenette's ten, whose numbers in ImageNet-1k its author gives."""
     from vitcli.data.source import load_data
-    from vitcli.evals.classes import match
+    from vitcli.evals.class_matching import match
 
     source = load_data(str(shared / "data/imagenette_val500"))
     images = source.splits["test"]

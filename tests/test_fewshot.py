@@ -7,16 +7,8 @@ import pytest
 import torch
 
 from vitcli.errors import VitcliError
-from vitcli.evals.fewshot import (
-    RidgePath,
-    choose_l2,
-    draw,
-    fewshot,
-    fit,
-    fit_head,
-    fit_temperature,
-    leave_one_out,
-)
+from vitcli.evals.fewshot.protocol import choose_l2, draw, fewshot, fit_head, fit_temperature
+from vitcli.evals.fewshot.ridge import RidgePath, fit, leave_one_out
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from PIL import Image
 
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
-from vitcli.evals import cache
+from vitcli.evals import feature_cache as cache
+from vitcli.evals.feature_cache import Features
 from vitcli.evals.features import extract
-from vitcli.evals.kept import Features
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.vit import create_model
@@ -131,7 +131,7 @@ def test_what_is_computed_anew(photos, net, monkeypatch):
     assert seen() == 0
     represent(net, "mean")
     assert seen() == 24
-    monkeypatch.setattr("vitcli.evals.kept.code_hash", lambda: "another version")
+    monkeypatch.setattr("vitcli.evals.feature_cache.code_hash", lambda: "another version")
     assert seen() == 24
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from vitcli.evals import knn
-from vitcli.evals.knn import Neighbors
+from vitcli.evals.fewshot import knn
+from vitcli.evals.fewshot.knn import Neighbors
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitcli.evals import outcomes
-from vitcli.evals.outcomes import best_among, filled_up, judge
+from vitcli.evals import scoring as outcomes
+from vitcli.evals.scoring import best_among, filled_up, judge
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.metrics import roc_auc_score
 
 from vitcli.errors import VitcliError
-from vitcli.evals.outliers import fit_reference, load_reference, save_reference
+from vitcli.evals.ood import fit_reference, load_reference, save_reference
 from vitcli.weights.store import save_tensors
 
 

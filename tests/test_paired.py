@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vitcli.evals.paired import compare_paired
+from vitcli.evals.comparison import compare_paired
 
 
 @pytest.fixture

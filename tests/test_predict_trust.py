@@ -14,7 +14,7 @@ import vitcli
 from vitcli.cli import run as command_line
 from vitcli.commands import predict
 from vitcli.errors import VitcliError
-from vitcli.evals.answers import Doubts
+from vitcli.evals.predictor import Doubts
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.hashing import model_hash

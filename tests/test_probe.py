@@ -3,13 +3,8 @@
 import numpy as np
 import pytest
 
-from vitcli.evals import probe
-from vitcli.evals.probe import (
-    LOGISTIC_L2,
-    ClassMeans,
-    Logistic,
-    choose_logistic_l2,
-)
+from vitcli.evals.fewshot import logistic as probe
+from vitcli.evals.fewshot.logistic import LOGISTIC_L2, ClassMeans, Logistic, choose_logistic_l2
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from vitcli.commands import evaluate
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
-from vitcli.evals.real import read_real, real_answers
+from vitcli.evals.real_labels import read_real, real_answers
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 from vitcli.weights.imagenet import imagenet_names, imagenet_synsets

@@ -5,9 +5,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from vitcli.evals import ridge
-from vitcli.evals.fewshot import choose_l2, fit_head, spread_over
-from vitcli.evals.ridge import DEFAULT_L2, PATH, RidgePath, fit
+from vitcli.evals.fewshot import ridge
+from vitcli.evals.fewshot.protocol import choose_l2, fit_head, spread_over
+from vitcli.evals.fewshot.ridge import DEFAULT_L2, PATH, RidgePath, fit
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_spread():
 
 
 def test_the_head_of_many_classes_is_fitted_on_some_images(blobs, monkeypatch):
-    from vitcli.evals import fewshot
+    from vitcli.evals.fewshot import protocol as fewshot
 
     whole = fit_head(*blobs, 5)
     monkeypatch.setattr(fewshot, "PART", 5 * 30)  # thirty images

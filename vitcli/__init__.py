@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from vitcli.commands.predict import predict
     from vitcli.errors import VitcliError
-    from vitcli.evals.fewshot import fewshot
+    from vitcli.evals.fewshot.protocol import fewshot
     from vitcli.vit.config import ViTConfig
     from vitcli.vit.model import VisionTransformer
     from vitcli.vit.variants import create_model
@@ -22,7 +22,7 @@ _HOMES = {
     "ViTConfig": "vitcli.vit.config",
     "VitcliError": "vitcli.errors",
     "create_model": "vitcli.vit.variants",
-    "fewshot": "vitcli.evals.fewshot",
+    "fewshot": "vitcli.evals.fewshot.protocol",
     "load_model": "vitcli.weights.load",
     "predict": "vitcli.commands.predict",
 }

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from vitcli.config.recipe import flat_settings
 from vitcli.errors import VitcliError
-from vitcli.evals.paired import Paired, compare_paired
+from vitcli.evals.comparison import Paired, compare_paired
 from vitcli.run import OUTCOMES, Run
 
 SEEDS = {"train.seed"}  # runs that differ in nothing else are repetitions

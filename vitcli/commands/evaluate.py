@@ -9,8 +9,14 @@ from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
 from vitcli.data.image_set import ImageSet, Source
 from vitcli.errors import VitcliError
-from vitcli.evals.beside import Evaluations, beside
-from vitcli.evals.calibrate import (
+from vitcli.evals.class_matching import ClassMap, Matching, imagenet_outputs, match, read_class_map
+from vitcli.evals.comparison import Evaluations, beside
+from vitcli.evals.evaluate import Evaluation, choose_images, evaluate_images
+from vitcli.evals.features import Extracted, extract, processes
+from vitcli.evals.multilabel import LabelsEvaluation, evaluate_labels
+from vitcli.evals.plots import files_of, make_folder, write_files
+from vitcli.evals.real_labels import read_real, real_answers
+from vitcli.evals.temperature import (
     check_kind,
     compared,
     fit,
@@ -19,13 +25,6 @@ from vitcli.evals.calibrate import (
     store,
     warn_of_fitted,
 )
-from vitcli.evals.chosen import choose_images
-from vitcli.evals.classes import ClassMap, Matching, imagenet_outputs, match, read_class_map
-from vitcli.evals.evaluation import Evaluation, evaluate_images
-from vitcli.evals.features import Extracted, extract, processes
-from vitcli.evals.labels import LabelsEvaluation, evaluate_labels
-from vitcli.evals.real import read_real, real_answers
-from vitcli.evals.written import files_of, make_folder, write_files
 from vitcli.files import check_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem

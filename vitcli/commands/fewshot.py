@@ -15,11 +15,10 @@ from vitcli.config.schema import FewshotSection, Inference, Settings
 from vitcli.data.image_set import Source
 from vitcli.data.source import open_data
 from vitcli.errors import VitcliError
+from vitcli.evals.feature_cache import Features
 from vitcli.evals.features import Extracted, processes
-from vitcli.evals.fewshot import Choice
-from vitcli.evals.kept import Features
-from vitcli.evals.methods import Head
-from vitcli.evals.trials import Shots, draw_all, fit_all
+from vitcli.evals.fewshot.classifiers import Head, Shots, draw_all, fit_all
+from vitcli.evals.fewshot.protocol import Choice
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, create_run, new_path, run_stem
 from vitcli.vit import Model

@@ -16,9 +16,9 @@ from vitcli.data.augment.test_time import Views
 from vitcli.data.image_paths import Listing, find_images
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
-from vitcli.evals.answers import Answers, Doubts
-from vitcli.evals.journal import Journal, Tally, finished, journal
-from vitcli.evals.row_tables import COLUMNS, Row, Tables
+from vitcli.evals.predictor import Answers, Doubts
+from vitcli.evals.resume_log import Journal, Tally, finished, journal
+from vitcli.evals.writers import COLUMNS, Row, Tables
 from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.vit import Model
 from vitcli.weights.hashing import model_hash
@@ -136,7 +136,7 @@ def run(
         threshold: an image whose best probability lies below it gets no label: the row says
             `abstained`, and the guesses stay in `top`.
         ood: how strange an image is: the share of held-out training images whose features lie
-            nearer to what the model knows (`vitcli.evals.outliers`).
+            nearer to what the model knows (`vitcli.evals.ood`).
         ood_threshold: abstain from images with a larger share; implies `ood`.
         reference: DATA that is usual; implies `ood`. None takes what was kept of the last time,
             else the data that the run learned from.
@@ -170,7 +170,7 @@ def run(
     net, name = _classifier(model, inference, labels, watch, verbose)
     views = Views(require_preprocess(net), tta)
     if ood or ood_threshold is not None or reference is not None:
-        from vitcli.evals.references import References  # loads what reads data sets
+        from vitcli.evals.ood import References  # loads what reads data sets
 
         references = References(net, name, inference.data, batch_size, precision, watch)
         found = references.get(None if reference is None else os.fspath(reference))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.evals.calibration import ECE_BINS, bin_of
-from vitcli.evals.outcomes import Outcomes
+from vitcli.evals.scoring import Outcomes
 from vitcli.progress import Quiet, Watcher
 
 Floats = NDArray[np.floating[Any]]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vitcli.errors import VitcliError
-from vitcli.evals.outcomes import NONE, as_answers, blocks, log_softmax, taken
+from vitcli.evals.scoring import NONE, as_answers, blocks, log_softmax, taken
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.evals.calibration import calibration_error
-from vitcli.evals.outcomes import Outcomes, judge
+from vitcli.evals.scoring import Outcomes, judge
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]

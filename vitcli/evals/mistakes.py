@@ -10,7 +10,7 @@ from PIL import Image
 
 from vitcli.data.contact_sheet import Row, draw_sheet
 from vitcli.data.image_set import ImageSet
-from vitcli.evals.outcomes import Outcomes
+from vitcli.evals.scoring import Outcomes
 
 Ints = NDArray[np.int64]
 

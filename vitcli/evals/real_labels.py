@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError
-from vitcli.evals.outcomes import filled_up
+from vitcli.evals.scoring import filled_up
 
 NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
 CLASSES = 1000

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vitcli.evals.ridge import Ints, ints, to_array
+from vitcli.evals.fewshot.ridge import Ints, ints, to_array
 
 NEIGHBORS = 20
 TEMPERATURE = 0.07

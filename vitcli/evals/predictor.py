@@ -15,8 +15,8 @@ from vitcli.decode import ImageError
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.evals.features import autocast, check_finite
-from vitcli.evals.outliers import Reference
-from vitcli.evals.row_tables import Row
+from vitcli.evals.ood import Reference
+from vitcli.evals.writers import Row
 from vitcli.progress import Bar, QuietBar
 from vitcli.vit import Model
 

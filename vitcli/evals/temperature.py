@@ -15,11 +15,11 @@ from vitcli.evals.calibration import (
     fit_temperature_labels,
     reliability,
 )
-from vitcli.evals.classes import Matching
-from vitcli.evals.evaluation import Calibration
+from vitcli.evals.class_matching import Matching
+from vitcli.evals.evaluate import Calibration
 from vitcli.evals.features import Extracted
-from vitcli.evals.labels import labels_loss
-from vitcli.evals.outcomes import filled_up, judge
+from vitcli.evals.multilabel import labels_loss
+from vitcli.evals.scoring import filled_up, judge
 from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.vit import Model

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from vitcli.evals.fewshot import Choice, fit_temperature, spread_over
-from vitcli.evals.knn import unit
-from vitcli.evals.ridge import (
+from vitcli.evals.fewshot.knn import unit
+from vitcli.evals.fewshot.protocol import Choice, fit_temperature, spread_over
+from vitcli.evals.fewshot.ridge import (
     PART,
     STD_FLOOR,
     Floats,

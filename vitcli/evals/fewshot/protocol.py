@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vitcli.errors import VitcliError
-from vitcli.evals.ridge import (
+from vitcli.evals.fewshot.ridge import (
     DEFAULT_L2,
     MOST_LEFT_OUT,
     PART,

@@ -1,20 +1,29 @@
-"""What `evaluate` finds of images that have one class each."""
+"""What `evaluate` finds of images that have one class each.
 
+Which images of DATA a model is measured on.
+"""
+
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcli.data.image_set import ImageSet
+from vitcli.config.schema import Inference
+from vitcli.data.image_set import ImageSet, Source
+from vitcli.data.source import open_data
+from vitcli.errors import VitcliError
 from vitcli.evals.bootstrap import Intervals, intervals
 from vitcli.evals.calibration import Reliability, reliability
-from vitcli.evals.classes import Matching
+from vitcli.evals.class_matching import Matching
 from vitcli.evals.features import Extracted
 from vitcli.evals.metrics import Metrics, confusion_matrix, per_class, summarise
 from vitcli.evals.mistakes import Mistakes, find_mistakes
-from vitcli.evals.outcomes import NONE, Outcomes, best_among, filled_up, judge
+from vitcli.evals.scoring import NONE, Outcomes, best_among, filled_up, judge
 from vitcli.progress import Watcher
+from vitcli.run import Run
 from vitcli.vit import Model
 
 OTHER = "(another class)"
@@ -216,3 +225,28 @@ def _names(
         matching.classes[label] if label < known else labels[output]
         for label, output in zip(predicted.tolist(), outcomes.predicted.tolist(), strict=True)
     ]
+
+
+def choose_images(
+    data: str, model: str, inference: Inference, watch: Watcher
+) -> tuple[Source, ImageSet]:
+    """The data's test images, else its validation images, else all of them.
+
+    On a run that was trained on a part of the data: what the run had held out, split as the run's
+    recipe says.
+    """
+    section = inference.data
+    whole = open_data(section, data, whole=True, watch=watch, streams=True)
+    if section.streaming:
+        return whole, whole.split("test", "validation")
+    run = Run(Path(model))
+    if run.recipe_file.is_file():
+        known = run.provenance().get("data", {}).get("fingerprint")
+        for split in (section, run.data_section()):
+            with suppress(VitcliError):  # the run's data may have other columns and splits
+                source = open_data(split, data) if split is not None else whole
+                if source.fingerprint == known:
+                    return source, source.split("test", "validation", "train")
+    if set(whole.splits) != {"train"}:
+        return whole, whole.split("test", "validation")
+    return whole, whole.split("train")

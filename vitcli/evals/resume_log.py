@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vitcli.errors import VitcliError, printable
-from vitcli.evals.row_tables import Row, Tables
+from vitcli.evals.writers import Row, Tables
 
 ENDING = ".part"
 HEAD = "vitcli predict"  # the key of the first line

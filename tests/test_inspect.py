@@ -17,9 +17,9 @@ from vitcli.cli import run as cli
 from vitcli.commands.inspect import run
 from vitcli.data.readers.builtin import photographs
 from vitcli.errors import VitcliError
-from vitcli.look import pictures as draw
-from vitcli.look.bias import fresh
-from vitcli.look.page import Section, page
+from vitcli.inspection import drawing as draw
+from vitcli.inspection.inductive_bias import fresh
+from vitcli.inspection.report import Section, page
 from vitcli.preprocess import Preprocess
 from vitcli.run import create_run
 from vitcli.vit import ResNetConfig, create_model

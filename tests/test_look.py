@@ -8,19 +8,23 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import r2_score
 from sklearn.metrics.pairwise import cosine_similarity as sklearn_cosine
 
-from vitcli.look import equivariance
-from vitcli.look.attention import (
+from vitcli.inspection import inductive_bias as equivariance
+from vitcli.inspection.attention import (
     attention_layers,
     attention_weights,
     batch_size,
     layer_names,
+    look,
     pool_attention,
 )
-from vitcli.look.bias import body_parameters, fresh
-from vitcli.look.distance import neighbours, spread, uniform_distance, uniform_local
-from vitcli.look.figures import look
-from vitcli.look.filters import embedding_filters, principal_components
-from vitcli.look.positions import cosine_similarity, position_table, similarity_facts
+from vitcli.inspection.attention_distance import neighbours, spread, uniform_distance, uniform_local
+from vitcli.inspection.filters import embedding_filters, principal_components
+from vitcli.inspection.inductive_bias import body_parameters, fresh
+from vitcli.inspection.position_similarity import (
+    cosine_similarity,
+    position_table,
+    similarity_facts,
+)
 from vitcli.vit import ResNet, ResNetConfig, create_model
 from vitcli.vit.blocks import AxialBlock, join_lines, split_lines
 from vitcli.weights.huggingface.write_huggingface import write_huggingface

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from vitcli.commands.patchify import checked_size, draw_grid, run
+from vitcli.commands.patchify import checked_size, run
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
-from vitcli.look.grids import cut_costs, fitting_sizes, patch_statistics
+from vitcli.inspection.patch_grids import cut_costs, draw_grid, fitting_sizes, patch_statistics
 from vitcli.preprocess import Preprocess
 from vitcli.vit import parse_variant
 from vitcli.vit.macs import macs

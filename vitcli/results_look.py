@@ -21,7 +21,7 @@ def show_inspection(result: Any) -> None:
         for one in facts["rollout"][:MOST_IMAGES]:
             _show_rollout(result, one)
     if result.bias_rows:
-        from vitcli.look.chapters import bias_table
+        from vitcli.inspection.report import bias_table
 
         head, *rows = bias_table(result.bias_rows)
         found = facts["inductive_bias"]
@@ -32,7 +32,7 @@ def show_inspection(result: Any) -> None:
 
 def _show_weights(result: Any) -> None:
     """Filters and positions."""
-    from vitcli.look.chapters import filter_picture
+    from vitcli.inspection.report import filter_picture
 
     facts, explained = result.facts, result.facts["filters"]["explained"]
     rows: list[tuple[str, Any]] = [
@@ -62,7 +62,7 @@ def _show_weights(result: Any) -> None:
 
 def _show_distance(result: Any) -> None:
     """Layers in lines: how far their heads look; and the same as blocks of colour."""
-    from vitcli.look.pictures import distance_blocks
+    from vitcli.inspection.drawing import distance_blocks
 
     found = result.facts["attention_distance"]
     rows = []
@@ -83,7 +83,7 @@ def _show_distance(result: Any) -> None:
 
 def _show_rollout(result: Any, one: Any) -> None:
     """The classes of an image, and where the model looks."""
-    from vitcli.look.chapters import caption
+    from vitcli.inspection.report import caption
 
     row, column = one["peak"]
     rows: list[tuple[str, Any]] = [

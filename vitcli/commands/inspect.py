@@ -23,12 +23,12 @@ from vitcli.data.source import is_set, load_data, open_data
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError, printable
 from vitcli.files import check_folder
-from vitcli.look import bias, chapters
-from vitcli.look.album import Album
-from vitcli.look.attention import batch_size, layer_names
-from vitcli.look.equivariance import cell_size, shifts_of
-from vitcli.look.figures import Looked, join, look
-from vitcli.look.rollout import source_name
+from vitcli.inspection import inductive_bias as bias
+from vitcli.inspection import report as chapters
+from vitcli.inspection.attention import Looked, batch_size, join, layer_names, look
+from vitcli.inspection.inductive_bias import cell_size, shifts_of
+from vitcli.inspection.report import Album
+from vitcli.inspection.rollout import source_name
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
 from vitcli.vit import Model, ResNet, VisionTransformer, ViTConfig

@@ -14,7 +14,7 @@ from vitcli.data.source import SUFFIXES, load_data
 from vitcli.decode import read_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
-from vitcli.look.grids import (
+from vitcli.inspection.patch_grids import (
     PatchStatistics,
     compare_sizes,
     cut_costs,

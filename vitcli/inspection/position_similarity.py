@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vitcli.look.distance import grid_distances, grid_places
+from vitcli.inspection.attention_distance import grid_distances, grid_places
 from vitcli.vit.model import VisionTransformer
 from vitcli.vit.position import Grid
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from vitcli.look.pictures import beside
+from vitcli.inspection.drawing import beside
 from vitcli.vit import VARIANTS
 
 PICTURE_SIDE = 448

@@ -1,20 +1,175 @@
-"""From numbers to the chapters of `vitcli inspect`: arrays, pictures, text, and facts for JSON."""
+"""One HTML page with everything inside: it can be mailed, and opens without a network.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Everything that `vitcli inspect` found, as files of one folder.
+
+From numbers to the chapters of `vitcli inspect`: arrays, pictures, text, and facts for JSON.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.look import pictures as draw
-from vitcli.look.album import Album
-from vitcli.look.bias import BiasRow
-from vitcli.look.distance import uniform_distance, uniform_local
-from vitcli.look.figures import Looked
-from vitcli.look.filters import embedding_filters, principal_components
-from vitcli.look.positions import NO_TABLE, cosine_similarity, position_table, similarity_facts
+from vitcli.errors import VitcliError, printable
+from vitcli.files import replacing, write_text
+from vitcli.inspection import drawing as draw
+from vitcli.inspection.attention import Looked
+from vitcli.inspection.attention_distance import uniform_distance, uniform_local
+from vitcli.inspection.filters import embedding_filters, principal_components
+from vitcli.inspection.inductive_bias import BiasRow
+from vitcli.inspection.position_similarity import (
+    NO_TABLE,
+    cosine_similarity,
+    position_table,
+    similarity_facts,
+)
 from vitcli.vit import Model, VisionTransformer
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+img { max-width: 100%; height: auto; background: #fff; }
+figure { margin: 1rem 0; } figcaption { font-size: .9rem; opacity: .8; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
+  overflow-x: auto; }
+th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #8884; }
+th:first-child, td:first-child { text-align: left; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a paragraph, pictures with captions, and a table whose first row is its head."""
+
+    title: str
+    text: str = ""
+    pictures: Sequence[tuple[str, bytes]] = ()
+    table: Sequence[Sequence[Any]] = field(default=())
+
+
+def png(image: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    file = io.BytesIO()
+    image.save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def figure_png(figure: Any) -> bytes:
+    """A matplotlib figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+def page(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """The page as text."""
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escaped(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{escaped(title)}</h1><p>{escaped(lead)}</p>",
+        *(line for section in sections for line in _section(section)),
+        "</body></html>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _section(section: Section) -> list[str]:
+    lines = [f"<section><h2>{escaped(section.title)}</h2>"]
+    if section.text:
+        lines.append(f"<p>{escaped(section.text)}</p>")
+    for caption, content in section.pictures:
+        data = base64.b64encode(content).decode("ascii")
+        shown = escaped(caption)
+        lines.append(
+            f'<figure><img src="data:image/png;base64,{data}" alt="{shown}">'
+            f"<figcaption>{shown}</figcaption></figure>"
+        )
+    if section.table:
+        head, *rows = section.table
+        lines.append("<table><thead>" + _row("th", head) + "</thead><tbody>")
+        lines += [_row("td", row) for row in rows]
+        lines.append("</tbody></table>")
+    return [*lines, "</section>"]
+
+
+def _row(tag: str, cells: Sequence[Any]) -> str:
+    inside = "".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in cells)
+    return f"<tr>{inside}</tr>"
+
+
+def escaped(value: Any) -> str:
+    """Text that stands for itself in HTML, on one line."""
+    return html.escape(printable(str(value)))
+
+
+NUMBERS, FACTS, PAGE = "figures.npz", "inspect.json", "index.html"
+
+
+@dataclass
+class Album:
+    """Pictures, numbers and the sections of the page, put together before anything is written.
+
+    Attributes:
+        arrays: name -> array of `figures.npz`.
+        pictures: file name -> PNG.
+        sections: of the page.
+    """
+
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    sections: list[Section] = field(default_factory=list)
+
+    def add(
+        self,
+        title: str,
+        text: str,
+        pictures: Sequence[tuple[str, str, Any]] = (),
+        table: Sequence[Sequence[Any]] = (),
+    ) -> None:
+        """A section; `pictures` are file name, caption, and a Pillow picture or a figure."""
+        shown = []
+        for name, caption, picture in pictures:
+            is_image = isinstance(picture, Image.Image)
+            content = png(picture) if is_image else figure_png(picture)
+            self.pictures[name] = content
+            shown.append((caption, content))
+        self.sections.append(Section(title, text, shown, table))
+
+    def files(self) -> list[str]:
+        """The names of all files, the page first."""
+        return [PAGE, FACTS, NUMBERS, *self.pictures]
+
+    def write(self, folder: Path, facts: Mapping[str, Any], title: str, lead: str) -> None:
+        """All files into `folder`, each whole or not at all, the page last.
+
+        Raises:
+            VitcliError: they cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise VitcliError(
+                f"cannot make `{folder}`: {error.strerror}",
+                hint="choose another place with `--out`",
+            ) from error
+        for name, content in self.pictures.items():
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(content)
+        with replacing(folder / NUMBERS) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **self.arrays)
+        write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
+        write_text(folder / PAGE, page(title, lead, self.sections))
 
 
 @dataclass(frozen=True)

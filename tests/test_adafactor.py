@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from stepping import compare
 
-from vitcli.train.adafactor import Adafactor
+from vitcli.train.optimizers.adafactor import Adafactor
 
 
 def half(x):

@@ -8,11 +8,11 @@ import pytest
 from tiny import records, tiny_recipe
 
 from vitcli.commands.pretrain import random_model
-from vitcli.cost.budget import Budget, stage_shares
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import loop
-from vitcli.train.deadline import Deadline
+from vitcli.train.budget import Deadline
+from vitcli.train.budget_steps import Budget, stage_shares
 from vitcli.train.loop import Stopped
 from vitcli.train.session import train
 
@@ -72,7 +72,7 @@ def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
 
 def test_measuring_moves_no_weight(tmp_path, monkeypatch):
     """A budget of exactly the steps of a fixed run gives that run."""
-    from vitcli.cost import budget
+    from vitcli.train import budget_steps as budget
 
     measured = budget.settle_budget
     monkeypatch.setattr(Deadline, "is_due", lambda *_: False)
@@ -90,7 +90,7 @@ def test_measuring_moves_no_weight(tmp_path, monkeypatch):
 def test_a_budget_too_small_for_one_step(tmp_path, monkeypatch):
     recipe = tiny_recipe(train={"steps": None, "budget": "1s"})
     monkeypatch.setattr("vitcli.train.session.parse_duration", lambda text: 5.0)
-    monkeypatch.setattr("vitcli.cost.budget.WRITING_SECONDS", 60.0)
+    monkeypatch.setattr("vitcli.train.budget_steps.WRITING_SECONDS", 60.0)
     with pytest.raises(VitcliError, match="no step fits into the budget"):
         go(tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()  # free for another try
@@ -133,7 +133,7 @@ def test_time_that_is_up_is_the_end_whatever_the_marks_say(tmp_path, monkeypatch
 
 
 def test_slow_steps_are_timed_fewer_times(tmp_path, monkeypatch):
-    from vitcli.cost import budget
+    from vitcli.train import budget_steps as budget
 
     count, real = [], loop.Loop.update
     monkeypatch.setattr(budget, "TIMING_SHARE", 0.0)

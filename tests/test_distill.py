@@ -13,7 +13,7 @@ from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.train.distill import Distill
+from vitcli.train.objectives.distillation import Distill
 from vitcli.train.session import train
 from vitcli.vit import create_model
 from vitcli.weights.store import save_model

@@ -9,8 +9,8 @@ from tiny import write_tiny
 
 from vitcli import cli
 from vitcli.errors import VitcliError
-from vitcli.train import find_lr
-from vitcli.train.find_lr import choose, is_over, running_means
+from vitcli.train import lr_finder as find_lr
+from vitcli.train.lr_finder import choose, is_over, running_means
 
 FACTORS = np.geomspace(find_lr.LOWEST, find_lr.HIGHEST, 100)
 

@@ -3,7 +3,7 @@
 import numpy as np
 from stepping import compare
 
-from vitcli.train.lamb import Lamb
+from vitcli.train.optimizers.lamb import Lamb
 
 
 def by_hand(w, gradients, decay, rates):

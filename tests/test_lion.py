@@ -3,7 +3,7 @@
 import numpy as np
 from stepping import compare
 
-from vitcli.train.lion import Lion
+from vitcli.train.optimizers.lion import Lion
 
 
 def by_hand(w, gradients, decay, rates):

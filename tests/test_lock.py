@@ -12,7 +12,7 @@ from tiny import vitcli, write_tiny
 
 from vitcli.errors import VitcliError
 from vitcli.run import Run
-from vitcli.train.lock import holding
+from vitcli.train.run_lock import holding
 
 HOLD = """
 import sys, time

@@ -13,10 +13,10 @@ from tiny import records, tiny_recipe
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
+from vitcli.train import build as setup
 from vitcli.train import loop as loops
-from vitcli.train import setup
 from vitcli.train.loop import Loop, Stopped
-from vitcli.train.objectives import Softmax
+from vitcli.train.objectives.registry import Softmax
 from vitcli.train.session import train
 from vitcli.weights.load import load_model
 

@@ -7,7 +7,7 @@ from test_masked import model, smooth
 
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
-from vitcli.train.mae import Mae
+from vitcli.train.objectives.mae import Mae
 from vitcli.vit import create_model
 
 

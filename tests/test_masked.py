@@ -10,7 +10,14 @@ from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.train.masked import MASKED, OTHER, MaskedPatch, color_classes, commonest, exactly
+from vitcli.train.objectives.masked_patch import (
+    MASKED,
+    OTHER,
+    MaskedPatch,
+    color_classes,
+    commonest,
+    exactly,
+)
 from vitcli.train.session import train
 from vitcli.vit import create_model
 

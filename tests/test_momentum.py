@@ -5,7 +5,7 @@ import torch
 from stepping import compare
 from test_adafactor import half
 
-from vitcli.train.momentum import HalfMomentum
+from vitcli.train.optimizers.sgd_bf16 import HalfMomentum
 
 
 def by_hand(w, gradients, decay, rates):

@@ -25,7 +25,7 @@ from vitcli.errors import VitcliError
 from vitcli.evals.multilabel import measure_labels
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.train.objectives import build_objective, settled
+from vitcli.train.objectives.registry import build_objective, settled
 from vitcli.train.session import train
 from vitcli.vit import create_model
 from vitcli.weights.load import load_model

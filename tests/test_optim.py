@@ -14,7 +14,7 @@ from vitcli.config.schema import OptimSection, ScheduleSection
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train.loop import Loop, Stopped
-from vitcli.train.optim import (
+from vitcli.train.optimizers.registry import (
     OPTIMIZERS,
     OWN,
     OWN_OF_SCHEDULES,

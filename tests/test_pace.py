@@ -15,8 +15,8 @@ from vitcli.data.image_set import ArrayStore, FileStore, ImageSet
 from vitcli.data.loader import TrainLoader
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.train import pace
-from vitcli.train.pace import Pace, Spent, is_filling, warning
+from vitcli.train import data_wait as pace
+from vitcli.train.data_wait import Pace, Spent, is_filling, warning
 from vitcli.train.session import train
 
 

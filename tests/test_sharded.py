@@ -11,7 +11,7 @@ from test_processes import ENVIRONMENT, PLAIN, go
 from tiny import tiny_recipe
 
 from vitcli.errors import VitcliError
-from vitcli.train.sharded import Parts, check_sharding, part_file, write_part
+from vitcli.train.fsdp import Parts, check_sharding, part_file, write_part
 from vitcli.weights.load import load_model
 from vitcli.weights.store import write_tensors
 
@@ -97,8 +97,8 @@ def test_parts_are_put_together_for_any_number(tmp_path, monkeypatch):
     for name, tensor in tensors.items():
         assert torch.equal(parts.read(name), tensor)
     for first, count in ((0, 4), (4, 3), (2, 2), (6, 1), (0, 7)):
-        monkeypatch.setattr("vitcli.train.sharded.is_part", lambda t: True)
-        monkeypatch.setattr("vitcli.train.sharded.rows_of", lambda t, rows=(first, count): rows)
+        monkeypatch.setattr("vitcli.train.fsdp.is_part", lambda t: True)
+        monkeypatch.setattr("vitcli.train.fsdp.rows_of", lambda t, rows=(first, count): rows)
         found = parts.read("a", tensors["a"])
         assert torch.equal(found, tensors["a"][first : first + count]), (first, count)
 

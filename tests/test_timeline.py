@@ -4,9 +4,8 @@ import time
 
 import pytest
 
-from vitcli.train import deadline
-from vitcli.train.deadline import Deadline
-from vitcli.train.timeline import Timeline
+from vitcli.train import budget as deadline
+from vitcli.train.budget import Deadline, Timeline
 
 
 def test_a_run_of_fixed_length_is_counted_in_steps():

@@ -22,8 +22,7 @@ from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free
-from vitcli.train.assemble import start_accelerator
-from vitcli.train.setup import open_source
+from vitcli.train.build import open_source, start_accelerator
 from vitcli.train.starting import (
     finetune_recipe,
     newest_pretrained,

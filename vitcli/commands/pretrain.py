@@ -5,7 +5,7 @@ from pathlib import Path
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_path, place_of
-from vitcli.train.find_lr import FoundRate, find_rate
+from vitcli.train.lr_finder import FoundRate, find_rate
 from vitcli.train.session import Trained, train
 from vitcli.train.starting import pretrain_recipe, random_model
 

@@ -14,7 +14,7 @@ from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.cost.memory import DTYPES, Step, evaluation_memory, step_memory
 from vitcli.progress import Watcher
-from vitcli.train.memory import out_of_memory
+from vitcli.train.oom import out_of_memory
 from vitcli.vit.blocks import forced_attention
 
 Kind = Literal["auto", "fused", "explicit"]

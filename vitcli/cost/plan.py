@@ -12,11 +12,11 @@ from vitcli.cost.memory import Memory, Step, evaluation_memory, size_of, step_me
 from vitcli.cost.work import Config, Stage, stages_of
 from vitcli.data.augment.presets import Strength
 from vitcli.data.image_set import Source
+from vitcli.train.build import held_out_images
 from vitcli.train.loop import CHECKPOINT_SECONDS
 from vitcli.train.lora import ADAPTER, choose_learning
-from vitcli.train.measure import EVAL_BATCH
-from vitcli.train.objectives import build_objective
-from vitcli.train.setup import held_out_images
+from vitcli.train.objectives.registry import build_objective
+from vitcli.train.validate import EVAL_BATCH
 from vitcli.vit import Model, from_config
 from vitcli.vit.macs import macs, parts
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from vitcli.cost.budget import seconds_per_step, stage_shares
 from vitcli.cost.plan import Speed, Subject
 from vitcli.devices import matrix_peak
 from vitcli.progress import Logged, Watcher
 from vitcli.run import Run
+from vitcli.train.budget_steps import seconds_per_step, stage_shares
+from vitcli.train.build import check_augment, check_patch_drop, held_out_images, make_loop
 from vitcli.train.loop import Loop
 from vitcli.train.lora import choose_learning
-from vitcli.train.measure import EVAL_BATCH
 from vitcli.train.meter import peak_memory
-from vitcli.train.objectives import build_objective
-from vitcli.train.setup import check_augment, check_patch_drop, held_out_images, make_loop
+from vitcli.train.objectives.registry import build_objective
+from vitcli.train.validate import EVAL_BATCH
 
 MOST_STEPS = 1000
 WARM_STEPS = 3  # threads fill their queue, torch its caches, and the optimizers make their states

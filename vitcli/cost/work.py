@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitcli.config.schema import Recipe
-from vitcli.cost.budget import PARTS, stage_shares
+from vitcli.train.budget_steps import PARTS, stage_shares
 from vitcli.train.lora import passes
-from vitcli.train.mae import Mae
-from vitcli.train.masked import MaskedPatch
+from vitcli.train.objectives.mae import Mae
+from vitcli.train.objectives.masked_patch import MaskedPatch
 from vitcli.vit import ResNetConfig, ViTConfig
 from vitcli.vit.macs import macs, parts
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
+from vitcli.train.budget import Timeline
 from vitcli.train.ema import Ema
-from vitcli.train.sharded import Parts, is_part, like_part, write_part
-from vitcli.train.timeline import Timeline
+from vitcli.train.fsdp import Parts, is_part, like_part, write_part
 
 
 @dataclass(frozen=True)

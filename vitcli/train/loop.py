@@ -25,6 +25,7 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import Run
+from vitcli.train.budget import Deadline, Timeline
 from vitcli.train.checkpoint import (
     Team,
     TrainState,
@@ -34,15 +35,13 @@ from vitcli.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from vitcli.train.deadline import Deadline
-from vitcli.train.measure import Outcome
-from vitcli.train.memory import fitting
+from vitcli.train.data_wait import Pace, is_filling, warning
 from vitcli.train.meter import Meter, peak_memory
-from vitcli.train.optim import set_rates
-from vitcli.train.pace import Pace, is_filling, warning
+from vitcli.train.oom import fitting
+from vitcli.train.optimizers.registry import set_rates
 from vitcli.train.schedules import schedule_factor
 from vitcli.train.signals import AtOnce, SignalFlag, Stopped
-from vitcli.train.timeline import Timeline
+from vitcli.train.validate import Outcome
 
 __all__ = ["Loop", "SignalFlag", "Stopped", "Validate", "averaged"]
 

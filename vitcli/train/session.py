@@ -12,23 +12,22 @@ from torch import nn
 
 from vitcli import distributed as launch
 from vitcli.config.schema import Recipe, parse_duration
-from vitcli.cost.budget import NoStepFits, settle_budget
 from vitcli.data.image_set import Source
 from vitcli.devices import matrix_peak
 from vitcli.errors import VitcliError
 from vitcli.progress import Logged, Quiet, Watcher
 from vitcli.run import OUTCOMES, Run, check_free, create_run, reopen_run
-from vitcli.train.assemble import build_parts, start_accelerator
+from vitcli.train.budget import Timeline
+from vitcli.train.budget_steps import NoStepFits, settle_budget
+from vitcli.train.build import build_parts, held_out_images, make_loop, start_accelerator
 from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
 from vitcli.train.curves import draw_curves
-from vitcli.train.lock import holding
+from vitcli.train.fsdp import whole
 from vitcli.train.loop import Loop, Stopped, averaged
 from vitcli.train.lora import ADAPTER, merged, passes, save_adapters
-from vitcli.train.measure import Outcome
-from vitcli.train.setup import held_out_images, make_loop
-from vitcli.train.sharded import whole
-from vitcli.train.timeline import Timeline
+from vitcli.train.run_lock import holding
 from vitcli.train.tracking import check_tracker, tracking
+from vitcli.train.validate import Outcome
 from vitcli.vit import Model
 from vitcli.vit.macs import macs
 from vitcli.weights.store import save_model, save_tensors

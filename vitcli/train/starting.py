@@ -14,7 +14,7 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
-from vitcli.train.objectives import is_supervised
+from vitcli.train.objectives.registry import is_supervised
 from vitcli.vit import (
     Model,
     ResNet,

@@ -1,7 +1,16 @@
-"""What a training run is put together from: data, objective, optimizers, loader, loop."""
+"""What a training run is put together from: data, objective, optimizers, loader, loop.
 
+What comes before the first step, whatever the steps are for: device, data, model, objective.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from vitcli.config.schema import Recipe
 from vitcli.data.augment.presets import Strength
@@ -11,18 +20,20 @@ from vitcli.data.loader import TrainLoader, check_batch
 from vitcli.data.source import open_data
 from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.streaming import StreamSet
+from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Logged, Watcher
 from vitcli.run import Run
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
+from vitcli.train.fsdp import check_sharding, share_out
 from vitcli.train.loop import Loop, Validate
-from vitcli.train.mae import check_droppable
-from vitcli.train.measure import Outcome, measure
-from vitcli.train.objectives import is_supervised
-from vitcli.train.optim import build_optimizers
-from vitcli.train.sharded import share_out
+from vitcli.train.lora import choose_learning
+from vitcli.train.objectives.mae import check_droppable
+from vitcli.train.objectives.registry import build_objective, is_supervised, settled
+from vitcli.train.optimizers.registry import build_optimizers, unused
+from vitcli.train.validate import Outcome, measure
 from vitcli.vit import Model, ResNet
 
 
@@ -186,3 +197,91 @@ def check_patch_drop(recipe: Recipe, model: Model) -> None:
             "`train.patch_drop_rate` leaves patches out, and pool `quadrants` needs them all",
             "`--set model.pool=mean`",
         )
+
+
+MakeModel = Callable[[Source], Model]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a loop is made of.
+
+    Attributes:
+        model: the one inside `objective`.
+    """
+
+    source: Source
+    model: Model
+    objective: nn.Module
+
+
+def start_accelerator(
+    recipe: Recipe,
+    *,
+    precision: Precision | None = None,
+    track: str | None = None,
+    folder: Path | None = None,
+) -> tuple[Any, Precision]:
+    """Accelerate's `Accelerator` for this process, and the precision that all have settled on.
+
+    Args:
+        precision: of a run that goes on; None goes by the recipe and, for `auto`, a measurement.
+        track: a tracker, which writes into `folder`.
+
+    Raises:
+        VitcliError: the batch cannot be shared out among the processes, or the device has not what
+            the recipe asks for.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import broadcast_object_list
+
+    device = pick_device()
+    precision = precision or resolve_precision(recipe.train.precision, device)
+    join_processes(device)
+    precision = broadcast_object_list([precision])[0]  # each has measured for itself
+    # Accelerate keeps the precision of a process's first run for all later ones.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        cpu=device.type == "cpu",
+        log_with=track,
+        project_dir=str(folder) if folder else None,
+    )
+    torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
+    if recipe.train.batch_size % accelerator.num_processes:
+        raise VitcliError(
+            f"batch size {recipe.train.batch_size} is not a multiple of the "
+            f"{accelerator.num_processes} processes",
+            "`--batch-size` counts the images of all processes together",
+        )
+    check_sharding(recipe, accelerator.num_processes)
+    return accelerator, precision
+
+
+def build_parts(recipe: Recipe, make_model: MakeModel, processes: int, watch: Watcher) -> Parts:
+    """The data, and the model and objective for it, with a note for each thing that was decided.
+
+    Raises:
+        VitcliError: bad input.
+    """
+    from accelerate.utils import set_seed
+
+    source = open_source(recipe, watch)
+    if recipe.data.streaming:
+        watch.warn(
+            f"a stream is mixed only within {recipe.data.shuffle_buffer:,} images, and cannot be "
+            "entered in its middle: `--resume` keeps the weights but begins another order"
+        )
+    for note in settled(recipe.objective, source.multi_label)[1]:
+        watch.note(note)
+    for note in unused(recipe.optim, recipe.schedule):
+        watch.note(note)
+    check_augment(recipe, source.splits["train"], processes)
+    set_seed(recipe.train.seed)
+    model = make_model(source)
+    for note in choose_learning(model, recipe.lora, recipe.train.freeze, recipe.train.seed):
+        watch.note(note)
+    check_patch_drop(recipe, model)
+    objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
+    return Parts(source, model, objective)

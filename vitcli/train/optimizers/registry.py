@@ -8,10 +8,10 @@ from torch import nn
 
 from vitcli.config.schema import OptimSection, ScheduleSection
 from vitcli.errors import VitcliError
-from vitcli.train.adafactor import Adafactor
-from vitcli.train.lamb import Lamb
-from vitcli.train.lion import Lion
-from vitcli.train.momentum import HalfMomentum
+from vitcli.train.optimizers.adafactor import Adafactor
+from vitcli.train.optimizers.lamb import Lamb
+from vitcli.train.optimizers.lion import Lion
+from vitcli.train.optimizers.sgd_bf16 import HalfMomentum
 from vitcli.vit.position import is_position
 
 # Learned tokens that are not kernels, although they have two dimensions or more; nor are positions.

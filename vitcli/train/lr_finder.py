@@ -14,11 +14,10 @@ from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
 from vitcli.progress import Logged, Watcher
 from vitcli.run import Run
-from vitcli.train.assemble import MakeModel, build_parts, start_accelerator
+from vitcli.train.budget import Timeline
+from vitcli.train.build import MakeModel, build_parts, make_loop, start_accelerator
 from vitcli.train.loop import Loop
-from vitcli.train.optim import set_rates
-from vitcli.train.setup import make_loop
-from vitcli.train.timeline import Timeline
+from vitcli.train.optimizers.registry import set_rates
 
 SECONDS = 40.0  # of steps; with the start it is less than a minute
 FEWEST, MOST = 40, 200  # steps

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 from vitcli.config.schema import TrainSection
 from vitcli.errors import VitcliError
-from vitcli.train.deadline import Deadline
+from vitcli.train.budget import Deadline, Timeline
 from vitcli.train.loop import Loop
-from vitcli.train.measure import EVAL_BATCH
-from vitcli.train.optim import set_rates
-from vitcli.train.timeline import Timeline
+from vitcli.train.optimizers.registry import set_rates
+from vitcli.train.validate import EVAL_BATCH
 
 WARM_STEPS, TIMED_STEPS = 1, 4
 PARTS = 1000  # a run of so many steps stands for any run while its stages are timed

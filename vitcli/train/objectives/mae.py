@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
-from vitcli.train.masked import exactly, tokens_of
+from vitcli.train.objectives.masked_patch import exactly, tokens_of
 from vitcli.vit import Model, ViTConfig
 from vitcli.vit.blocks import Block
 from vitcli.vit.patches import patchify

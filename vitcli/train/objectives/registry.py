@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.data.augment.mixing import soft_targets
 from vitcli.errors import VitcliError, nearest
-from vitcli.train.descriptors import TARGET_DIM, quadrant_targets
-from vitcli.train.distill import Distill
-from vitcli.train.mae import Mae
-from vitcli.train.masked import MaskedPatch
+from vitcli.train.objectives.descriptors import TARGET_DIM, quadrant_targets
+from vitcli.train.objectives.distillation import Distill
+from vitcli.train.objectives.mae import Mae
+from vitcli.train.objectives.masked_patch import MaskedPatch
 from vitcli.vit import Model, ResNet
 
 Figures = dict[str, Tensor]

@@ -9,8 +9,8 @@ import torch
 
 from vitcli import cli
 from vitcli.commands import bench
+from vitcli.cost.baselines import contender
 from vitcli.cost.bench import percentile
-from vitcli.cost.contenders import contender
 from vitcli.errors import VitcliError
 from vitcli.vit import parse_variant
 

@@ -7,7 +7,7 @@ from tiny import write_tiny
 
 from vitcli import cli
 from vitcli.commands import plan
-from vitcli.cost.hardware import HARDWARE, find_hardware
+from vitcli.cost.machine import HARDWARE, find_hardware
 from vitcli.cost.plan import DAY, span_on
 from vitcli.errors import VitcliError
 from vitcli.vit import parse_variant

@@ -8,7 +8,7 @@ from tiny import tiny_recipe
 
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
-from vitcli.cost.heap import heap_peak
+from vitcli.cost.malloc_replay import heap_peak
 from vitcli.cost.memory import Step, evaluation_memory, trace
 from vitcli.preprocess import Preprocess
 from vitcli.train.lora import choose_learning

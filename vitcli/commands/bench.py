@@ -12,8 +12,8 @@ from torch import nn
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
+from vitcli.cost.baselines import contender
 from vitcli.cost.bench import CLASSES, PERCENTILES, Case, Figures, measure, percentile, ratio
-from vitcli.cost.contenders import contender
 from vitcli.cost.probe import free_memory
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.errors import VitcliError

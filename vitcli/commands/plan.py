@@ -12,11 +12,10 @@ from vitcli import distributed as launch
 from vitcli.config.recipe import lay_over, load_recipe, nest, recipe_path
 from vitcli.config.schema import Recipe, Settings, parse_duration
 from vitcli.cost.alternatives import cheaper, devices
-from vitcli.cost.figures import Plan, Prices
-from vitcli.cost.hardware import HERE, find_hardware
-from vitcli.cost.plan import Span, Speed, Subject, count, span_here
+from vitcli.cost.machine import HERE, find_hardware
+from vitcli.cost.plan import Plan, Prices, Span, Speed, Subject, count, span_here
 from vitcli.cost.probe import base_memory, free_memory, loop_of, probe
-from vitcli.cost.stated import Stated, blank_source
+from vitcli.cost.recipe_header import Stated, blank_source
 from vitcli.data.image_set import Source
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError

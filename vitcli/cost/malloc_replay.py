@@ -41,7 +41,7 @@ def heap_peak(events: Sequence[Event]) -> int | None:
 
     They are replayed in processes of their own, whose heap is empty.
     """
-    code = "from vitcli.cost.heap import main; main()"
+    code = "from vitcli.cost.malloc_replay import main; main()"
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],

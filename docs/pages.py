@@ -70,7 +70,7 @@ def command_pages(said: dict[str, str]) -> Iterator[tuple[str, str]]:
     """
     from typer.main import get_command
 
-    from vitcli.cli import app
+    from vitcli.cli.app import app
 
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
         parts = [f"# vitcli {name}\n", inspect.cleandoc(command.help or "") + "\n"]

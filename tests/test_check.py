@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_duplicates import photographs
 
-from vitcli.cli import run as vitcli
+from vitcli.cli.app import run as vitcli
 from vitcli.commands import check
 from vitcli.errors import VitcliError
 

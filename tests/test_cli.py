@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import write_tiny
 
 from vitcli import __version__
-from vitcli.cli import run
+from vitcli.cli.app import run
 from vitcli.weights.store import load_weights
 
 COMMANDS = (

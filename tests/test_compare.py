@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny import tiny_recipe
 
-from vitcli import cli, exits
+from vitcli.cli import app as cli
+from vitcli.cli import main as exits
 from vitcli.commands import compare
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from vitcli.cli import app
+from vitcli.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 

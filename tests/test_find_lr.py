@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import write_tiny
 
-from vitcli import cli
+from vitcli.cli import app as cli
 from vitcli.errors import VitcliError
 from vitcli.train import lr_finder as find_lr
 from vitcli.train.lr_finder import choose, is_over, running_means

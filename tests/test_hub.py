@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import vitcli
 
-from vitcli.cli import run
+from vitcli.cli.app import run
 from vitcli.errors import VitcliError
 from vitcli.vit import create_model
 from vitcli.weights.hub_models import fetch_repository

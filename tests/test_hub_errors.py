@@ -7,7 +7,7 @@ from hub_server import Fault
 from loopback import files_in, write_model
 from PIL import Image
 
-from vitcli.cli import run
+from vitcli.cli.app import run
 from vitcli.errors import VitcliError
 from vitcli.hub import http as download
 from vitcli.weights.hub_models import fetch_repository

@@ -12,8 +12,9 @@ from PIL import Image
 from rich.console import Console
 from tiny import tiny_recipe
 
-from vitcli import report, results_look
-from vitcli.cli import run as cli
+from vitcli.cli import console as report
+from vitcli.cli.app import run as cli
+from vitcli.cli.show import inspection as results_look
 from vitcli.commands.inspect import run
 from vitcli.data.readers.builtin import photographs
 from vitcli.errors import VitcliError

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from tiny import records, tiny_recipe, vitcli, write_tiny
 
-from vitcli import cli
 from vitcli import distributed as launch
+from vitcli.cli import app as cli
 from vitcli.commands import evaluate
 from vitcli.commands.pretrain import random_model
 from vitcli.data.loader import positions

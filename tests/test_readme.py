@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vitcli.cli import app, run
+from vitcli.cli.app import app, run
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md")

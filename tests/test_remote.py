@@ -13,7 +13,7 @@ from hub_server import Fault, HubServer
 from loopback import NAMES, Told, write_model
 from PIL import Image
 
-from vitcli.cli import run
+from vitcli.cli.app import run
 from vitcli.errors import VitcliError
 from vitcli.hub import http as download
 from vitcli.hub.http import cache_folder

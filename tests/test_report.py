@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vitcli import report
+from vitcli.cli import console as report
 from vitcli.errors import VitcliError
 
 

@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 from tiny import TINY, vitcli
 
-from vitcli import cli
+from vitcli.cli import app as cli
 from vitcli.commands import suite as command
 from vitcli.config.recipe import check, load_recipe
 from vitcli.config.schema import Recipe

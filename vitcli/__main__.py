@@ -1,6 +1,6 @@
 """`python -m vitcli` is the command `vitcli`."""
 
-from vitcli.cli import main
+from vitcli.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -4,9 +4,9 @@ from typing import Any
 
 from rich.text import Text
 
-from vitcli import report
+from vitcli.cli import console as report
+from vitcli.cli.console import print_facts
 from vitcli.errors import printable
-from vitcli.report import print_facts
 
 GIB = 2**30
 

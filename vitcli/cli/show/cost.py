@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.text import Text
 
-from vitcli import report
-from vitcli.report import print_facts, print_table, show_next
+from vitcli.cli import console as report
+from vitcli.cli.console import print_facts, print_table, show_next
 
 UNITS = ((1e21, "zetta"), (1e18, "exa"), (1e15, "peta"), (1e12, "tera"), (1e9, "giga"))
 BYTES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))

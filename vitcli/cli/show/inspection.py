@@ -5,9 +5,9 @@ from typing import Any
 
 from PIL import Image
 
-from vitcli import report
+from vitcli.cli import console as report
+from vitcli.cli.console import print_facts, print_picture, print_table, show_next
 from vitcli.errors import printable
-from vitcli.report import print_facts, print_picture, print_table, show_next
 
 MOST_IMAGES = 3  # drawn on the terminal
 

@@ -1,10 +1,15 @@
-"""The result of `vitcli evaluate`, as tables."""
+"""The result of `vitcli evaluate`, as tables.
+
+The result of a suite as a table.
+"""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
-from vitcli.report import print_facts, print_table
-from vitcli.results import MOST_CLASSES, percent, worst
+from vitcli.cli.console import print_facts, print_table, show_next
+from vitcli.cli.show.training import MOST_CLASSES, percent, worst
+from vitcli.run import run_stem
 
 MOST_PAIRS = 5  # of classes that are taken for each other
 
@@ -154,3 +159,35 @@ def show_evaluations(result: Any) -> None:
             facts.append(("right alone", alone))
             facts.append(("McNemar's p", f"{pair.p_value:.3g}, over {pair.images:,} images"))
         print_facts(title, facts)
+
+
+def show_suite(result: Any) -> None:
+    """A row a task, by groups, with the means; beside this model what others have published."""
+    facts = result.to_json()
+    others = facts["published"]
+    columns = ["task", "group", "images", run_stem(facts["model"]), *others]
+    rows = []
+    for name, task in facts["tasks"].items():
+        row = [name, task["group"], "" if task["images"] is None else f"{task['images']:,}"]
+        row.append(percent_or_dash(task["accuracy"]))
+        rows.append(row + [percent_or_dash(other["tasks"].get(name)) for other in others.values()])
+    for group, mean in facts["groups"].items():
+        names = [name for name, task in facts["tasks"].items() if task["group"] == group]
+        row = [f"mean of {group}", "", "", percent_or_dash(mean)]
+        rows.append(
+            row + [percent_or_dash(_mean(other["tasks"], names)) for other in others.values()]
+        )
+    row = [f"mean of {len(facts['tasks'])}", "", "", percent_or_dash(facts["mean"])]
+    rows.append(row + [percent_or_dash(other["mean"]) for other in others.values()])
+    how = "fine-tuned" if facts["method"] == "finetune" else "with few shots"
+    print_table(f"{facts['suite']}, {how}: test accuracy, %", columns, rows)
+    show_next(f"each task is a run in {facts['run']}")
+
+
+def percent_or_dash(share: float | None) -> str:
+    """0.7763 -> 77.63; - where there is none."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def _mean(figures: dict[str, float], names: list[str]) -> float | None:
+    return fmean(figures[n] for n in names) if all(n in figures for n in names) else None

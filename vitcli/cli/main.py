@@ -32,7 +32,7 @@ _received = signal.SIGINT  # of those that `_interrupt` was called for
 
 def unreadable(broken: Iterable[str]) -> None:
     """Name the inputs that could not be read, and end with the status that says so."""
-    from vitcli import report
+    from vitcli.cli import console as report
 
     lines = list(broken)
     for line in lines:
@@ -43,7 +43,7 @@ def unreadable(broken: Iterable[str]) -> None:
 
 def show(result: Any, as_json: bool, draw: Any) -> None:
     """The result for a program, or for a person."""
-    from vitcli import report
+    from vitcli.cli import console as report
 
     if as_json:
         report.print_json(result.to_json())
@@ -106,7 +106,7 @@ def _open_streams() -> None:
 
 def run(app: Callable[..., Any], arguments: list[str]) -> int:
     """Run one command line with `app`, a typer program; the exit status."""
-    from vitcli import report
+    from vitcli.cli import console as report
 
     if launch.rank():
         report.mute()
@@ -143,7 +143,7 @@ def run(app: Callable[..., Any], arguments: list[str]) -> int:
 
 def _tell(error: VitcliError) -> int:
     """Print an error; the exit status for it."""
-    from vitcli import report
+    from vitcli.cli import console as report
 
     launch.hold(mistake=True)
     report.err.quiet = False
@@ -174,7 +174,7 @@ def _refused(error: Exception) -> VitcliError | None:
 
 def _stopped(error: Exception) -> int | None:
     """128 + the signal's number, when `error` says that a signal stopped a training run."""
-    from vitcli import report
+    from vitcli.cli import console as report
 
     loop = sys.modules.get("vitcli.train.loop")
     if loop is None or not isinstance(error, loop.Stopped):

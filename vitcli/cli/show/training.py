@@ -4,9 +4,9 @@ from typing import Any
 
 from rich.text import Text
 
-from vitcli import report
+from vitcli.cli import console as report
+from vitcli.cli.console import print_facts, print_table, show_next
 from vitcli.errors import printable
-from vitcli.report import print_facts, print_table, show_next
 
 MOST_CLASSES = 20  # shown of an evaluation
 MOST_EXAMPLES = 3  # shown of each kind of finding

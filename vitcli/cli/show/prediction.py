@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from vitcli import report
+from vitcli.cli import console as report
 from vitcli.errors import printable
 
 

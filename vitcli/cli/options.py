@@ -1,4 +1,7 @@
-"""Arguments and options that several commands share, and the settings behind the short flags."""
+"""Arguments and options that several commands share, and the settings behind the short flags.
+
+The flags of `vitcli predict`.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -111,7 +114,7 @@ def strength(text: str | None) -> float | str | None:
 
 def _several(context: typer.Context, number: int | None) -> int | None:
     """Hand the command line over to so many processes, if this is not one of them."""
-    from vitcli import report
+    from vitcli.cli import console as report
 
     arguments = context.find_root().obj or []
     if number is None or number == launch.size():
@@ -371,3 +374,109 @@ def flags(command: Callable[..., None]) -> Callable[..., None]:
     written_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     written_out.__annotations__ = {p.name: p.annotation for p in parameters}
     return written_out
+
+
+Top = Annotated[int, typer.Option("--top", help="Classes shown for each image.")]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="A file with more paths, one a line or ended by NUL (`find -print0`); `-` is stdin.",
+        show_default=False,
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        "--threshold",
+        help="No label for images whose best probability lies below this.",
+        show_default=False,
+    ),
+]
+Ood = Annotated[
+    bool,
+    typer.Option(
+        "--ood",
+        help="How strange each image is: the share of held-out training images that lie nearer, by "
+        "their features, to what the model knows.",
+    ),
+]
+OodThreshold = Annotated[
+    float | None,
+    typer.Option(
+        "--ood-threshold",
+        help="No label for images with a larger share than this; 0.99 turns one in a hundred "
+        "ordinary images away.",
+        show_default=False,
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        help="DATA that is usual, for `--ood`: its features are kept beside the weights. Default: "
+        "those kept, else the data that the run learned from.",
+        show_default=False,
+    ),
+]
+Tta = Annotated[
+    str | None,
+    typer.Option(
+        "--tta",
+        help="Mean probabilities of several views: `flip`, `crops:5`, `crops:10` take 2, 5, 10 "
+        "times as long.",
+        show_default=False,
+    ),
+]
+Csv = Annotated[
+    Path | None, typer.Option("--csv", help="Write the table there.", show_default=False)
+]
+Jsonl = Annotated[
+    Path | None, typer.Option("--jsonl", help="Write the table there.", show_default=False)
+]
+Parquet = Annotated[
+    Path | None, typer.Option("--parquet", help="Write the table there.", show_default=False)
+]
+ResumePrediction = Annotated[
+    bool, typer.Option("--resume", help="Go on with the table of an interrupted command.")
+]
+Lines = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+
+
+@dataclass(frozen=True)
+class Predicting:
+    """The flags, named as the arguments of `commands.predict.run` but for four."""
+
+    from_: From = None
+    top: Top = 5
+    threshold: Threshold = None
+    ood: Ood = False
+    ood_threshold: OodThreshold = None
+    reference: Reference = None
+    tta: Tta = None
+    labels: Labels = None
+    set_: Set = None
+    batch_size: AtOnce = 32
+    precision: Precision = None
+    csv: Csv = None
+    jsonl: Jsonl = None
+    parquet: Parquet = None
+    resume: ResumePrediction = False
+    verbose: Verbose = False
+    json: Lines = False
+
+    @property
+    def abstains(self) -> bool:
+        """Whether there may be images without an answer."""
+        return self.threshold is not None or self.ood_threshold is not None
+
+    def arguments(self) -> dict[str, Any]:
+        """What `commands.predict.run` takes; raises as `options.settings` does."""
+        given = dict(vars(self))
+        del given["json"]
+        given["source"] = given.pop("from_")
+        given["settings"] = settings(given.pop("set_"))
+        given["precision"] = self.precision or "auto"
+        for table in ("csv", "jsonl", "parquet"):
+            given[f"{table}_file"] = given.pop(table)
+        return given

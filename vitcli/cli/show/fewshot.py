@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vitcli.report import print_table, show_next
+from vitcli.cli.console import print_table, show_next
 
 METHODS = {
     "ridge": "few-shot",

@@ -58,8 +58,8 @@ def here(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def loopback(tmp_path, monkeypatch):
     """An empty Hub that this process and those it starts use, with its cache in `loopback.home`."""
-    from hub_server import HubServer
     from huggingface_hub import close_session, constants
+    from support.hub_server import HubServer
 
     from vitcli.hub import http as download
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny import records, write_tiny
+from support.tiny import records, write_tiny
 
 from vitcli import distributed as slurm
 

@@ -8,12 +8,12 @@ from PIL import Image
 from torch import Tensor
 
 from vitcli.data.decoded_cache import Stored, store_set
-from vitcli.data.patch_files import read_patches, save_patches, store_token_set
 from vitcli.data.readers.folder import IMAGE_SUFFIXES
 from vitcli.data.source import SUFFIXES, load_data
 from vitcli.decode import read_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
+from vitcli.inspection.patch_files import read_patches, save_patches, store_token_set
 from vitcli.inspection.patch_grids import (
     PatchStatistics,
     compare_sizes,

@@ -72,8 +72,9 @@ RECIPE_FOLDERS = (".", "paper", "reference")
 
 def recipes_folder() -> Path:
     """Where the recipes of this installation lie."""
-    inside = Path(__file__).parent / "_recipes"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+    package = Path(__file__).parents[1]
+    inside = package / "_recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def recipe_files() -> dict[str, Path]:

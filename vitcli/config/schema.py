@@ -156,7 +156,7 @@ class AugmentSection(Section):
 
     `crop`, flip, `policy`, colour jitter (brightness, contrast, saturation, hue), grey, erasing;
     then mixup or cutmix of two pictures of the batch. `preset` names values for all keys that are
-    left out here (`vitcli/data/presets.py`); without one, what is left out does nothing.
+    left out here (`vitcli/data/augment/presets.py`); without one, what is left out does nothing.
     `magnitude` is RandAugment's, on AugReg's scale where 10 is strong. `mix_rate` is the share of
     pairs that are mixed, `cutmix_rate` the share of those cut rather than blended when both alphas
     are given. `repeats` shows each image of a batch so many times (Hoffer et al. 2020).
@@ -187,7 +187,7 @@ class AugmentSection(Section):
 
 
 class ObjectiveSection(Section):
-    """What training minimises; see `vitcli/train/objectives.py`.
+    """What training minimises; see `vitcli/train/objectives/`.
 
     `auto` is `softmax`, and `sigmoid` for images with several labels. `head_bias` is what the
     biases of a new head start from under `sigmoid`: -10 for ImageNet-21k, -6.9 for ImageNet-1k.

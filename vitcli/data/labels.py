@@ -153,7 +153,6 @@ SEPARATOR = ";"
 # A column of this name whose cells hold `;` has several labels without being asked.
 PLURAL = "labels"
 
-Integers = NDArray[np.int64]
 Targets = NDArray[np.uint8]
 
 

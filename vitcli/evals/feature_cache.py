@@ -215,9 +215,10 @@ def table_name(facts: Mapping[str, Any]) -> str:
 def code_hash() -> str:
     """Of the sources between a file and its features: another version may compute otherwise."""
     digest = hashlib.sha256()
-    data = Path(vitcli.data.__path__[0])
-    files = [*Path(vitcli.vit.__path__[0]).glob("*.py")]
-    files += [data / name for name in ("decode.py", "transforms.py", "arrays.py", "stored.py")]
+    package = Path(vitcli.__path__[0])
+    names = ("decode.py", "pixel_modes.py", "preprocess.py")
+    names += ("data/image_set.py", "data/decoded_cache.py")
+    files = [*(package / "vit").glob("*.py"), *(package / name for name in names)]
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -5,7 +5,7 @@ N patches, T tokens, D width, H heads, E head width, K classes.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,6 @@ from vitcli.vit.position import (
     is_position,
     table_shapes,
 )
-
-if TYPE_CHECKING:
-    from vitcli.preprocess import Preprocess
-    from vitcli.weights.load_report import LoadReport
 
 
 class VisionTransformer(nn.Module):
@@ -55,11 +51,11 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.labels: tuple[str, ...] | None = None
-        self.preprocess: Preprocess | None = None
+        self.preprocess: Any = None
         self.head_activation: Literal["softmax", "sigmoid"] = "softmax"
         self.temperature = 1.0
         self.head_trained = False
-        self.load_report: LoadReport | None = None
+        self.load_report: Any = None
         self.position_resize: Resize = "bicubic"
         self.checkpoint_activations = False
         self.patch_drop_rate = 0.0

@@ -6,7 +6,7 @@ big_vision/models/bit_paper.py; its bit.py is another network, the post-activati
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vitcli.vit.config import check_count
 from vitcli.vit.hybrid import GROUPS, StemArithmetic, init_stem, standardize, stem_channels
-
-if TYPE_CHECKING:
-    from vitcli.preprocess import Preprocess
-    from vitcli.weights.load_report import LoadReport
 
 NORM_EPS = 1e-5
 # Added to the variance of a kernel before it is divided by its root.
@@ -198,11 +194,11 @@ class ResNet(nn.Module):
         super().__init__()
         self.config = config
         self.labels: tuple[str, ...] | None = None
-        self.preprocess: Preprocess | None = None
+        self.preprocess: Any = None
         self.head_activation: Literal["softmax", "sigmoid"] = "softmax"
         self.temperature = 1.0
         self.head_trained = False
-        self.load_report: LoadReport | None = None
+        self.load_report: Any = None
         self.checkpoint_activations = False
         channels = stem_channels(config.width)
         self.stem = Root(config.num_channels, channels, config.arithmetic)

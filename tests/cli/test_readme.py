@@ -1,0 +1,81 @@
+"""The README's commands are real: each is parsed by the program, the Python example runs."""
+
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vitcli.cli.app import app, run
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(text):
+    """Every `vitcli …` line in a code block, without comment and prompt."""
+    for block in re.findall(r"^```\n(.*?)^```", text, flags=re.S | re.M):
+        for line in block.splitlines():
+            line = line.removeprefix("$ ").partition(" #")[0].strip()
+            if line.startswith("vitcli "):
+                yield line
+
+
+LINES = sorted(set(commands(README)))
+
+
+def test_the_search_found_them():
+    assert len(LINES) >= 15
+    from typer.main import get_command
+
+    assert {line.split()[1] for line in LINES} == set(get_command(app).commands)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_line_is_understood(line):
+    from typer.main import get_command
+
+    words = shlex.split(line)[1:]
+    command = get_command(app)
+    context = command.make_context("vitcli", words[:1], resilient_parsing=True)
+    found = command.get_command(context, words[0])
+    assert found is not None
+    found.make_context(words[0], words[1:], parent=context)  # raises on an unknown option
+
+
+def test_the_first_two_commands_are_the_contracts():
+    first, second = re.findall(r"^```\n(.*?)^```", README, flags=re.S | re.M)[:2]
+    assert first.strip() == "pip install -e . && vitcli pretrain"
+    assert second.strip() == "pip install -e '.[test]' && pytest"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "test" in extras["optional-dependencies"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_to_files_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert ((ROOT / name).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", re.findall(r"`(vitcli/[\w/.]+)`", README) or ["vitcli/cli.py"])
+def test_files_that_are_named_exist(name):
+    assert (ROOT / name).exists()
+
+
+def test_the_python_example_runs(here, capfd):
+    assert run(["pretrain", "--steps", "2", "--batch-size", "8"]) == 0
+    assert run(["finetune", "--steps", "2"]) == 0
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), (200, 30, 30)).save("image.jpg")
+    code = re.search(r"```python\n(.*?)```", README, flags=re.S).group(1)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["logits"].shape == (1, 10)
+    assert names["rows"][0]["path"] == "image.jpg" and names["rows"][0]["error"] is None
+    shutil.rmtree("runs")

@@ -1,0 +1,138 @@
+"""`vitcli check` on folders with faults that the test has put there."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.pictures import photographs
+
+from vitcli.cli.app import run as vitcli
+from vitcli.commands import check
+from vitcli.errors import VitcliError
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    """Two classes in train and test, with one of every fault."""
+    root = tmp_path / "photos"
+    pictures = list(photographs(40))
+    for split, label, first, count in (
+        ("train", "cat", 0, 12),
+        ("train", "dog", 12, 6),
+        ("train", "Dog ", 18, 6),
+        ("test", "cat", 24, 4),
+        ("test", "dog", 28, 4),
+    ):
+        folder = root / split / label
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(first, first + count):
+            pictures[i].save(folder / f"{i}.png")
+    pictures[0].resize((60, 60)).save(root / "test/cat/leak.jpg", quality=80)
+    pictures[12].save(root / "train/cat/12 again.png")  # with another label
+    (root / "train/dog/13 copy.png").write_bytes((root / "train/dog/13.png").read_bytes())
+    pictures[35].resize((10, 40)).save(root / "train/cat/thin.png")
+    (root / "train/dog/cut.png").write_bytes((root / "train/dog/14.png").read_bytes()[:300])
+    return root
+
+
+def names(group):
+    return sorted(path.rsplit("photos/")[-1] for path in group)
+
+
+def test_every_fault_is_found_and_nothing_else(faulty):
+    found = check.run(str(faulty)).to_json()
+    assert found["images"] == 32 + 5
+    assert found["splits"] == {"train": 28, "test": 9}
+    assert found["classes"]["cat"] == {"train": 14, "test": 5}
+    assert [names(group) for group in found["leaks"]["train -> test"]] == [
+        ["test/cat/leak.jpg", "train/cat/0.png"]
+    ]
+    assert [names(group) for group in found["exact_duplicates"]] == [
+        ["train/cat/12 again.png", "train/dog/12.png"],
+        ["train/dog/13 copy.png", "train/dog/13.png"],
+    ]
+    assert [names(group) for group in found["near_duplicates"]] == [
+        ["test/cat/leak.jpg", "train/cat/0.png"]
+    ]
+    (conflict,) = found["label_conflicts"]
+    assert {row["label"] for row in conflict} == {"cat", "dog"}
+    assert found["label_variants"] == [["Dog ", "dog"]]
+    assert [names([p]) for p in found["tiny"]] == [["train/cat/thin.png"]]
+    assert [names([p]) for p in found["odd_aspect"]] == [["train/cat/thin.png"]]
+    (broken,) = found["unreadable"]
+    assert broken["path"].endswith("cut.png")
+    assert "cut off" in broken["reason"]
+    assert found["suggested"] == {"image_size": 96, "patch_size": 8, "tokens": 144}
+    text = "\n".join(found["problems"])
+    for words in (
+        "1 image leaks from train -> test",
+        "1 image cannot be read",
+        "1 group of equal images has different labels",
+        "2 images are exact copies of others",
+        "`Dog `, `dog`",
+    ):
+        assert words in text
+
+
+def test_every_copy_is_named(tmp_path):
+    for i, picture in enumerate(photographs(4)):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        picture.save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    for i in range(8):
+        (tmp_path / f"a/copy {i}.png").write_bytes((tmp_path / "a/0.png").read_bytes())
+    (group,) = check.run(str(tmp_path)).to_json()["exact_duplicates"]
+    assert len(group) == 9
+
+
+def test_clean_data_has_no_problems(tmp_path):
+    for i, picture in enumerate(photographs(12)):
+        folder = tmp_path / "photos" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{i}.png")
+    assert check.run(str(tmp_path / "photos")).problems() == []
+
+
+def test_imbalance_and_small_classes_are_told(tmp_path):
+    for i, picture in enumerate(photographs(44)):
+        folder = tmp_path / "photos" / ("few" if i < 4 else "many")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{i}.png")
+    found = check.run(str(tmp_path / "photos"))
+    assert found.imbalance == 10
+    assert any("10 times" in line for line in found.problems())
+    assert any("1 class has fewer than 5 images: `few`" in line for line in found.problems())
+
+
+def test_the_command_line(faulty, tmp_path, capfd):
+    sheet = tmp_path / "samples.png"
+    assert vitcli(["check", str(faulty), "--out", str(sheet), "--json"]) == 3
+    out, err = capfd.readouterr()
+    assert json.loads(out)["sheet"] == str(sheet)
+    assert "cut.png" in err
+    with Image.open(sheet) as picture:
+        assert picture.height == 3 * 64  # a row for each class
+        assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 1000
+    assert vitcli(["check", str(faulty)]) == 3
+    out, _ = capfd.readouterr()
+    assert "1 image leaks" in out
+    assert "suggested" in out
+
+
+def test_data_with_one_class_or_without_labels_is_looked_at_too(tmp_path):
+    for i, picture in enumerate(photographs(3)):
+        picture.save(tmp_path / f"{i}.png")
+    assert check.run(str(tmp_path)).to_json()["images"] == 3
+
+
+def test_a_sheet_must_be_a_png(faulty):
+    with pytest.raises(VitcliError, match="no PNG"):
+        check.run(str(faulty), out=faulty / "x.jpg")
+
+
+def test_real_sets(shared):
+    """Photographs of flowers hold one picture twice; CIFAR-10's known leak is found."""
+    flowers = check.run(str(shared / "data/flower_photos")).to_json()
+    assert [len(group) for group in flowers["exact_duplicates"]] == [2]
+    assert flowers["leaks"] == {}
+    assert flowers["suggested"]["patch_size"] == 16

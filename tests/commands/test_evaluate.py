@@ -1,0 +1,255 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.colours import COLOURS, colour_model
+
+from vitcli.commands import evaluate
+from vitcli.errors import VitcliError
+from vitcli.evals.plots import write_confusion
+from vitcli.preprocess import Preprocess
+from vitcli.vit import create_model
+from vitcli.weights.store import save_model
+
+
+@pytest.fixture
+def photos(here):
+    """Test images: 3 red, 2 green, 1 blue; a green one lies among the red ones."""
+    for split in ("train", "test"):
+        for name, count in (("red", 3), ("green", 2), ("blue", 1)):
+            folder = here / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), COLOURS[name]).save(folder / f"{i}.png")
+    Image.new("RGB", (8, 8), COLOURS["green"]).save(here / "photos/test/red/0.png")
+    return "photos"
+
+
+def test_classes_are_matched_by_name(photos, here):
+    model = colour_model("m.safetensors", ("green", "white", "blue", "red"))
+    result = evaluate.run(photos, model=model, out=Path("report"))
+    assert result.split == "test" and result.metrics.images == 6
+    assert result.metrics.top1 == result.top1_restricted == pytest.approx(5 / 6)
+    assert result.per_class["red"]["recall"] == pytest.approx(2 / 3)
+    assert result.per_class["green"]["precision"] == pytest.approx(2 / 3)
+    facts = result.to_json()
+    assert json.loads(json.dumps(facts)) == facts and facts["confusion"] == "report/confusion.csv"
+    with Path(facts["confusion"]).open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][1:] == ["blue", "green", "red", "(another class)"]
+    assert rows[3] == ["red", "0", "1", "2", "0"]
+    with Image.open("report/confusion.png") as picture:
+        assert picture.size[0] > 100
+
+
+def test_more_classes_than_the_data_has(photos, here):
+    """An answer outside of the data's classes is wrong in full, and not given in the restricted."""
+    path = colour_model("m.safetensors", ("white", "green", "blue", "red"))
+    from vitcli.weights.load import load_model
+
+    net = load_model(path)
+    with torch.no_grad():
+        net.head.weight[0], net.head.bias[0] = net.head.weight[3], net.head.bias[3] + 0.1
+    save_model(path, net)
+    result = evaluate.run(photos, model=path)
+    assert result.metrics.top1 == pytest.approx(3 / 6)
+    assert result.top1_restricted == pytest.approx(5 / 6)
+    assert result.confusion.tolist() == [[1, 0, 0, 0], [0, 2, 0, 0], [0, 1, 0, 2]]
+    assert result.confusion_file == "runs/m-evaluate/confusion.csv"
+
+
+def test_without_names(photos, here):
+    notes = []
+    watch = type("W", (evaluate.Quiet,), {"note": lambda self, line: notes.append(line)})()
+    model = colour_model("m.safetensors", ("blue", "green", "red"))
+    from vitcli.weights.load import load_model
+
+    net = load_model(model)
+    net.labels = None
+    save_model(model, net)
+    assert evaluate.run(photos, model=model, watch=watch).metrics.top1 == pytest.approx(5 / 6)
+    assert any("in the data's order" in line for line in notes)
+    Path("names.txt").write_text("red\ngreen\nblue\n")
+    swapped = evaluate.run(photos, model=model, labels="names.txt")
+    assert swapped.metrics.top1 == pytest.approx(2 / 6)
+    four = create_model("Pico/8", image_size=8, num_classes=4, depth=1)
+    four.preprocess, four.head_trained = Preprocess(image_size=(8, 8)), True
+    save_model(model, four)
+    with pytest.raises(VitcliError, match="4 outputs without names") as error:
+        evaluate.run(photos, model=model)
+    assert "--labels FILE" in error.value.hint
+
+
+def test_names_that_do_not_match(photos, here):
+    model = colour_model("m.safetensors", ("red", "green", "cyan"))
+    with pytest.raises(VitcliError, match="lacks 1 of the 3 classes of `photos`: `blue`"):
+        evaluate.run(photos, model=model)
+
+
+def test_broken_images(photos, here):
+    model = colour_model("m.safetensors", ("red", "green", "blue"))
+    (here / "photos/test/red/1.png").write_bytes(b"")
+    result = evaluate.run(photos, model=model)
+    assert result.metrics.images == 5 and result.exit_code == 3
+    assert "1.png" in result.to_json()["unreadable"][0]
+
+
+def test_all_images_of_data_without_a_split(photos, here):
+    model = colour_model("m.safetensors", ("red", "green", "blue"))
+    result = evaluate.run("photos/train", model=model)
+    assert (result.metrics.images, result.metrics.top1) == (6, 1.0)
+
+
+def test_the_part_that_the_run_had_set_aside(photos, here):
+    """Data without a split: not the images that the run was trained on."""
+    from vitcli.data.source import load_data
+    from vitcli.run import create_run
+
+    run = create_run(Path("runs/mine"), 'command = "finetune"\n')
+    colour_model(run.weights_file, ("red", "green", "blue"))
+    source = load_data("photos/train")
+    run.write_provenance({"data": {"fingerprint": source.fingerprint}})
+    result = evaluate.run("photos/train", model="runs/mine")
+    assert result.split == "test" and result.metrics.images == len(source.splits["test"])
+
+
+def test_two_processes_count_every_image_once(photos, here):
+    colour_model("m.safetensors", ("red", "green", "blue"))
+    Path("job.py").write_text(
+        "import sys\n"
+        "from vitcli.commands import evaluate\n"
+        "r = evaluate.run('photos', model='m.safetensors')\n"
+        "print(r.metrics.images, r.metrics.top1, r.confusion.tolist())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "job.py"]
+    path = str(Path(evaluate.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    alone = evaluate.run("photos", model="m.safetensors", out=Path("alone"))
+    line = f"{alone.metrics.images} {alone.metrics.top1} {alone.confusion.tolist()}"
+    assert done.stdout.splitlines() == [line] * 2, done.stderr
+
+
+def test_an_untrained_head(photos, here):
+    net = create_model("Pico/8", image_size=8, num_classes=3, depth=1)
+    save_model("m.safetensors", net)
+    with pytest.raises(VitcliError, match="no trained head"):
+        evaluate.run(photos, model="m.safetensors")
+    with pytest.raises(VitcliError, match="no run with a trained head"):
+        evaluate.run(photos)
+
+
+def test_a_class_map_with_several_outputs(photos, here):
+    """`warm` is red; `cold` is either of two; images of classes that are not named are left out."""
+    model = colour_model("m.safetensors", ("red", "green", "blue"))
+    Path("photos/test/blue").rename("photos/test/other")
+    Path("photos/train/blue").rename("photos/train/other")
+    Path("map.json").write_text(json.dumps({"red": "red", "green": ["blue", "green"]}))
+    result = evaluate.run(photos, model=model, class_map=Path("map.json"))
+    assert result.classes == ("green", "red") and result.metrics.images == 5
+    assert result.metrics.top1 == pytest.approx(4 / 5)
+    assert result.confusion.tolist() == [[2, 0], [1, 2]]
+    assert result.metrics.top5 == 1.0
+
+
+def test_the_mistakes(photos, here):
+    model = colour_model("m.safetensors", ("red", "green", "blue"))
+    result = evaluate.run(photos, model=model, out=Path("report"))
+    (worst,) = result.mistakes.worst
+    assert (worst.true, worst.predicted) == ("red", "green")
+    assert worst.path == "photos/test/red/0.png" and worst.true_probability < 0.2
+    (pair,) = result.mistakes.confused
+    assert (pair.true, pair.predicted, pair.images, pair.of) == ("red", "green", 1, 3)
+    with Image.open("report/mistakes.png") as sheet:
+        colours = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height)}
+    assert COLOURS["green"] in colours and min(colours) < (64, 64, 64)  # picture and caption
+    right = evaluate.run("photos/train", model=model, out=Path("right"))
+    assert right.mistakes.worst == () and right.to_json()["mistakes_picture"] is None
+    assert not Path("right/mistakes.png").exists()
+
+
+def test_real_classes_are_found_among_imagenets(shared, here):
+    """Imagenette's ten, whose numbers in ImageNet-1k its author gives."""
+    from vitcli.data.source import load_data
+    from vitcli.evals.class_matching import match
+
+    source = load_data(str(shared / "data/imagenette_val500"))
+    images = source.splits["test"]
+    assert images.file_name(0).startswith("ILSVRC2012_val_")
+    from vitcli.weights.imagenet import imagenet_names
+
+    net = create_model("Pico/8", image_size=8, num_classes=1000, depth=1)
+    net.labels = imagenet_names(1000)
+    known = match(net, source.classes, "x", evaluate.Quiet()).firsts.tolist()
+    assert known == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
+
+
+@pytest.mark.slow
+def test_imagenette_to_the_image(shared, here):
+    settings = {"model": {"num_heads": 3}, "preprocess": {"mean": 0.5, "std": 0.5}}
+    result = evaluate.run(
+        str(shared / "data/imagenette_val500"),
+        model=str(shared / "data/weights/vit_tiny_patch16_224_in1k/timm.safetensors"),
+        settings=settings,
+    )
+    m = result.metrics
+    assert [round(share * 500) for share in (m.top1, m.top5, result.top1_restricted)] == [
+        362,
+        455,
+        489,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["timm.safetensors", "hf"])
+def test_fashion_mnist_to_the_image(shared, here, layout):
+    """90.77 % of 10,000, as the author of the weights says."""
+    settings = {
+        "model": {"num_heads": 4, "norm_eps": 1e-5},
+        "preprocess": {"mean": 0.5, "std": 0.5},
+    }
+    result = evaluate.run(
+        str(shared / "data/fashion_mnist"),
+        model=str(shared / "data/weights/vit_fashionmnist" / layout),
+        settings=settings if layout.startswith("timm") else None,
+        batch_size=500,
+    )
+    assert (result.metrics.images, round(result.metrics.top1 * 10_000)) == (10_000, 9077)
+
+
+def test_a_real_model_and_real_images(shared, here):
+    """The same weights in both layouts on the first images of the test set."""
+    from vitcli.data.source import load_data
+    from vitcli.evals.features import extract
+    from vitcli.weights.load import load_model
+
+    folder = shared / "data/weights/vit_fashionmnist"
+    images = load_data(str(shared / "data/fashion_mnist")).splits["test"].subset(np.arange(300))
+    said = {"num_heads": 4, "norm_eps": 1e-5, "preprocess": {"mean": 0.5, "std": 0.5}}
+    one = extract(load_model(folder / "timm.safetensors", **said), images, what="logits")
+    two = extract(load_model(folder / "hf"), images, what="logits")
+    assert np.array_equal(one.outputs, two.outputs)
+    assert np.mean(one.outputs.argmax(1) == one.labels) > 0.88
+
+
+def test_a_class_name_that_the_font_cannot_draw(tmp_path):
+    counts, names = np.eye(2, dtype=np.int64), ("cat", "猫")
+    with warnings.catch_warnings(action="error"):
+        write_confusion(tmp_path / "x.csv", tmp_path / "x.png", names, names, counts)
+    assert (tmp_path / "x.png").stat().st_size
+
+
+def test_a_place_that_is_a_file_is_refused_before_the_work(photos, here):
+    (here / "report.txt").write_text("mine")
+    for out in (Path("report.txt"), Path("report.txt/deep/er")):
+        with pytest.raises(VitcliError, match=r"`report\.txt` is no folder"):
+            evaluate.run("no such data", model="no such model", out=out)
+    assert (here / "report.txt").read_text() == "mine"

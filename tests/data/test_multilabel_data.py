@@ -1,0 +1,422 @@
+"""Images with any number of labels: how data says so, what is trained, what is measured."""
+
+import json
+import math
+import shutil
+import tarfile
+from io import BytesIO
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import average_precision_score, f1_score
+from support.tiny import tiny_recipe, vitcli
+
+from vitcli.commands import check, evaluate, finetune, predict
+from vitcli.commands.pretrain import random_model
+from vitcli.config.schema import AugmentSection, ObjectiveSection
+from vitcli.data.augment.transform import TrainTransform
+from vitcli.data.decoded_cache import store_set
+from vitcli.data.loader import TrainLoader
+from vitcli.data.source import load_data
+from vitcli.errors import VitcliError
+from vitcli.evals.multilabel import measure_labels
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
+from vitcli.train.objectives.registry import build_objective, settled
+from vitcli.train.session import train
+from vitcli.vit import create_model
+from vitcli.weights.load import load_model
+from vitcli.weights.store import read_header, save_model
+
+CELLS = ["red", "green", "red;green", "", "green ; red", "blue", "red;blue;", "blue;red;green"]
+WANTED = [{"red"}, {"green"}, {"red", "green"}, set(), {"red", "green"}, {"blue"}]
+WANTED += [{"red", "blue"}, {"red", "green", "blue"}]
+COLOURS = {"red": 0, "green": 1, "blue": 2}
+
+
+def paint(names):
+    """Bright in the channel of each colour that the image has."""
+    colour = tuple(230 if name in names else 25 for name in COLOURS)
+    return Image.new("RGB", (8, 8), colour)
+
+
+def png(names):
+    buffer = BytesIO()
+    paint(names).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_csv(folder, cells, column="labels", repeat=1):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [f"path,{column}"]
+    for i, cell in enumerate(cells * repeat):
+        paint([part.strip() for part in cell.split(";")]).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,{cell}")
+    (folder / "x.csv").write_text("\n".join(rows) + "\n")
+    return str(folder / "x.csv")
+
+
+def named(images):
+    return [{images.classes[k] for k in np.flatnonzero(row)} for row in images.targets]
+
+
+class Notes(Quiet):
+    def __init__(self):
+        self.lines = []
+
+    def note(self, message):
+        self.lines.append(message)
+
+    warn = note
+
+
+def test_a_column_of_labels_with_semicolons(tmp_path):
+    data = load_data(write_csv(tmp_path, CELLS), test_fraction=0)
+    images = data.splits["train"]
+    assert data.multi_label and data.classes == ("blue", "green", "red")
+    assert named(images) == WANTED
+    assert images.targets.dtype == np.uint8
+    assert images.labels.tolist() == [2, 1, 2, -1, 1, 0, 2, 0]  # the first that is written
+    assert [images.label_name(i) for i in (3, 4)] == ["(none)", "green; red"]
+    assert images.class_counts().tolist() == [3, 4, 5]
+    assert "4 cells of `labels` hold `;`" in data.notes[0]
+    single = load_data(write_csv(tmp_path, CELLS), test_fraction=0, multi_label=False)
+    assert not single.multi_label and "red;green" in single.classes
+    assert "1 rows without path or label" in single.notes[0]
+
+
+def test_other_columns_are_taken_apart_only_when_asked(tmp_path):
+    path = write_csv(tmp_path, ["a;b", "c", "a;b", "c"], "label")
+    data = load_data(path, test_fraction=0)
+    assert data.classes == ("a;b", "c") and not data.multi_label
+    assert "2 cells of `label` hold `;`, each taken as the name of one class" in data.notes[0]
+    assert named(load_data(path, test_fraction=0, multi_label=True).splits["train"]) == [
+        {"a", "b"},
+        {"c"},
+        {"a", "b"},
+        {"c"},
+    ]
+
+
+def test_labels_without_semicolons_are_single(tmp_path):
+    data = load_data(write_csv(tmp_path, ["a", "b", "a", "b"]), test_fraction=0)
+    assert not data.multi_label and not data.notes
+
+
+def test_json_lines_with_lists(tmp_path):
+    rows = [{"path": f"{i}.png", "label": sorted(names)} for i, names in enumerate(WANTED)]
+    for row, names in zip(rows, WANTED, strict=True):
+        paint(names).save(tmp_path / row["path"])
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = load_data(str(tmp_path / "x.jsonl"), test_fraction=0)
+    assert named(data.splits["train"]) == WANTED and "`label` holds lists" in data.notes[0]
+    with pytest.raises(VitcliError, match="are lists of labels"):
+        load_data(str(tmp_path / "x.jsonl"), multi_label=False)
+
+
+@pytest.mark.parametrize("kind", ["classlabel", "names", "text", "fixed"])
+def test_parquet(tmp_path, kind):
+    names = sorted(COLOURS)
+    cells = {
+        "classlabel": [[names.index(n) for n in sorted(w)] for w in WANTED],
+        "names": [sorted(w) for w in WANTED],
+        "text": CELLS,
+        "fixed": [[1, 2]] * len(WANTED),
+    }[kind]
+    features = {
+        "classlabel": datasets.Sequence(datasets.ClassLabel(names=names)),
+        "names": datasets.Sequence(datasets.Value("string")),
+        "text": datasets.Value("string"),
+        "fixed": datasets.Sequence(datasets.Value("int64"), length=2),
+    }[kind]
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": png(w), "path": None} for w in WANTED], "labels": cells},
+        features=datasets.Features({"image": datasets.Image(), "labels": features}),
+    )
+    table.to_parquet(tmp_path / "train.parquet")
+    data = load_data(str(tmp_path / "train.parquet"), test_fraction=0)
+    expected = WANTED if kind != "fixed" else [{"1", "2"}] * len(WANTED)
+    assert named(data.splits["train"]) == expected
+    assert data.splits["train"].read(0).getpixel((0, 0)) == (230, 25, 25)
+
+
+def test_shards(tmp_path):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as shard:
+        for i, names in enumerate(WANTED):
+            text = json.dumps({"label": sorted(names)} if i % 2 else sorted(names)).encode()
+            for ending, content in (("png", png(names)), ("json", text)):
+                member = tarfile.TarInfo(f"{i:04}.{ending}")
+                member.size = len(content)
+                shard.addfile(member, BytesIO(content))
+    images = load_data(str(tmp_path / "train-0.tar"), test_fraction=0).splits["train"]
+    assert named(images) == WANTED
+
+
+def test_splits_are_aligned_by_name(tmp_path):
+    for split, cells in (("train", ["a;c", "b", "c"]), ("test", ["c", "a"])):
+        rows = [{"image": {"bytes": png([]), "path": None}, "labels": c.split(";")} for c in cells]
+        features = datasets.Features(
+            {"image": datasets.Image(), "labels": datasets.Sequence(datasets.Value("string"))}
+        )
+        datasets.Dataset.from_list(rows, features=features).to_parquet(
+            tmp_path / f"{split}.parquet"
+        )
+    data = load_data(str(tmp_path))
+    assert data.classes == ("a", "b", "c")
+    assert data.splits["test"].targets.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert data.splits["test"].labels.tolist() == [2, 0]
+    (tmp_path / "train.parquet").replace(tmp_path / "validation.parquet")
+    (tmp_path / "test.parquet").replace(tmp_path / "train.parquet")
+    with pytest.raises(VitcliError, match="class `b` is in `validation` but not in `train`"):
+        load_data(str(tmp_path))
+
+
+def test_what_cannot_have_several(tmp_path):
+    with pytest.raises(VitcliError, match="gives each image one class"):
+        load_data("builtin:digits", multi_label=True)
+    with pytest.raises(VitcliError, match=r"no image of .* has a label"):
+        load_data(write_csv(tmp_path, ["", ";"]), test_fraction=0)
+
+
+def test_a_stored_set_keeps_them(tmp_path):
+    source = load_data(write_csv(tmp_path / "x", CELLS, repeat=3))
+    (tmp_path / "x/4.png").write_bytes(b"broken")
+    store_set(source, tmp_path / "stored", side=8)
+    stored = load_data(str(tmp_path / "stored"))
+    for split, images in source.splits.items():
+        good = [i for i in range(len(images)) if not images.describe(i).endswith("/4.png")]
+        assert np.array_equal(stored.splits[split].targets, images.targets[good])
+        assert np.array_equal(stored.splits[split].labels, images.labels[good])
+    (tmp_path / "stored/train.targets").write_bytes(b"1")
+    with pytest.raises(VitcliError, match=r"train\.targets` is gone or damaged"):
+        load_data(str(tmp_path / "stored"))
+
+
+def test_check_counts_each_label(tmp_path):
+    found = check.run(write_csv(tmp_path, [*CELLS, "red"]), settings={}).to_json()
+    assert found["classes"] == {"blue": {"train": 3}, "green": {"train": 4}, "red": {"train": 6}}
+    # "red;green" and "green ; red" are the same picture and the same labels; so are both "red".
+    assert found["label_conflicts"] == []
+    assert len(found["exact_duplicates"]) == 2
+
+
+def test_the_objective_is_chosen_by_the_data():
+    assert settled(ObjectiveSection(), False)[0].name == "softmax"
+    section, notes = settled(ObjectiveSection(), True)
+    assert section.name == "sigmoid" and "objective `sigmoid`" in notes[0]
+    assert settled(ObjectiveSection(name="descriptors"), True)[0].name == "descriptors"
+    for name in ("softmax", "guided"):
+        with pytest.raises(VitcliError, match=f"`{name}` takes one class an image"):
+            settled(ObjectiveSection(name=name), True)
+    with pytest.raises(VitcliError, match="head_bias` is for `sigmoid`"):
+        settled(ObjectiveSection(head_bias=-10.0), False)
+    notes = settled(ObjectiveSection(name="sigmoid", label_smoothing=0.1), False)[1]
+    assert "not smoothed" in notes[0]
+
+
+def test_settings_of_another_objective_are_told_of_and_do_nothing():
+    given = ObjectiveSection(name="softmax", descriptor_weight=0.0, mask_rate=0.3)
+    section, notes = settled(given, False)
+    assert section == given
+    assert notes == [
+        "objective `softmax` has no use for `objective.descriptor_weight`, `objective.mask_rate`"
+    ]
+    hard = ObjectiveSection(
+        name="distill", teacher="teacher.safetensors", distillation="hard", temperature=3.0
+    )
+    assert "`objective.temperature`" in settled(hard, False)[1][0]
+    assert settled(hard.model_copy(update={"distillation": "soft"}), False)[1] == []
+
+
+def test_the_loss_is_the_sum_over_classes():
+    """Against the definition, -sum(t log p + (1 - t) log(1 - p)), with several and one label."""
+    net = create_model("Pico/8", image_size=8, num_classes=3, depth=1)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(net.head.weight)
+    objective = build_objective(net, ObjectiveSection(name="sigmoid"), 0, True)
+    images = torch.randn(4, 3, 8, 8)
+    p = net(images).detach().double().sigmoid()
+    several = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]], dtype=torch.uint8)
+    for labels in (several, torch.tensor([0, 2, 1, 1])):
+        t = several if labels.ndim == 2 else torch.nn.functional.one_hot(labels, 3)
+        expected = -(t * p.log() + (1 - t) * (1 - p).log()).sum(dim=1).mean()
+        loss, figures = objective(images, labels, {})
+        assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+        best = p.argmax(dim=1)
+        right = [bool(t[i, best[i]]) for i in range(4)]
+        assert float(figures["accuracy"]) == pytest.approx(np.mean(right))
+
+
+def test_the_bias_of_a_new_head():
+    """The first loss with bias b and one positive of K: (K - 1) log(1 + e^b) + log(1 + e^-b)."""
+    net = create_model("Pico/8", image_size=8, num_classes=1000, depth=1)
+    section = ObjectiveSection(name="sigmoid", head_bias=-6.9)
+    objective = build_objective(net, section, 0)
+    loss, _ = objective(torch.randn(2, 3, 8, 8), torch.tensor([3, 4]), {})
+    expected = 999 * math.log1p(math.exp(-6.9)) + math.log1p(math.exp(6.9))
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+    torch.nn.init.ones_(net.head.weight)
+    torch.nn.init.zeros_(net.head.bias)
+    build_objective(net, section, 0)
+    assert not net.head.bias.any()  # a head that has learned stays
+
+
+def test_figures_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    targets = (rng.random((60, 5)) < 0.3).astype(np.uint8)
+    targets[:, 4] = 0
+    scores = np.clip(targets * 0.3 + rng.random((60, 5)) * 0.7, 0, 1)
+    found = measure_labels(scores, targets)
+    each = [average_precision_score(targets[:, k], scores[:, k]) for k in range(4)]
+    assert found.map == pytest.approx(np.mean(each))
+    assert found.micro_f1 == pytest.approx(f1_score(targets, scores >= 0.5, average="micro"))
+    assert np.isnan(found.per_class[4]) and found.positives[4] == 0
+
+
+def test_weights_say_how_the_head_is_read(tmp_path):
+    net = create_model("Pico/8", image_size=8, num_classes=2, depth=1)
+    net.head_trained = True
+    logits = torch.tensor([[1.0, -2.0]])
+    assert torch.allclose(net.probabilities(logits), logits.double().softmax(dim=1))
+    net.head_activation = "sigmoid"
+    save_model(tmp_path / "m.safetensors", net)
+    again = load_model(tmp_path / "m.safetensors")
+    assert read_header(tmp_path / "m.safetensors")["activation"] == "sigmoid"
+    assert torch.allclose(again.probabilities(logits), logits.double().sigmoid())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on images whose labels are the bright channels."""
+    folder = tmp_path_factory.mktemp("several")
+    path = write_csv(folder / "data", CELLS, repeat=10)
+    recipe = tiny_recipe(
+        data={"name": path},
+        objective={"head_bias": -1.0},
+        optim={"lr": 1e-2},
+        model={"dropout_rate": 0.0, "drop_path_rate": 0.0},
+        augment={"crop": "none"},
+        train={"steps": 60, "batch_size": 32, "ema_decay": None},
+    )
+    notes = Notes()
+    result = train(
+        recipe,
+        lambda source: random_model(recipe, source),
+        out=folder / "run",
+        resume=False,
+        watch=notes,
+    )
+    return path, folder / "run", result, notes.lines
+
+
+def test_a_run_learns_several_labels(trained):
+    path, run, result, notes = trained
+    assert any("objective `sigmoid`" in line for line in notes)
+    assert result.figures["map"] > 0.99 and result.figures["micro_f1"] > 0.9
+    assert result.figures["images"] == 16
+    record = json.loads((run / "provenance.json").read_text())["data"]
+    assert record["test_fraction"] == 0.2 and record["images"] == {"train": 64, "test": 16}
+    found = evaluate.run(path, model=str(run))
+    assert found.split == "test" and found.metrics.images == 16
+    assert found.metrics.map == pytest.approx(result.figures["map"], abs=1e-6)
+    assert found.loss == pytest.approx(result.figures["loss"], rel=1e-4)
+    facts = found.to_json()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["per_class"]["red"]["images"] == int(found.metrics.positives[2])
+
+
+def test_several_labels_are_calibrated(trained, tmp_path):
+    path, run, _, _ = trained
+    copy = str(shutil.copy(run / "model.safetensors", tmp_path / "copy.safetensors"))
+    result = evaluate.run(path, model=copy, calibrate=True)
+    assert result.calibration.images + result.metrics.images == 64 + 16
+    assert read_header(copy)["temperature"] == result.temperature != 1.0
+    assert result.calibration.ece_before is None
+    facts = result.to_json()
+    assert facts["intervals"]["map"][0] <= facts["map"] <= facts["intervals"]["map"][1]
+    row = facts["per_class"]["red"]
+    assert {"precision", "recall", "f1", "average_precision", "images"} == set(row)
+
+
+def test_two_models_of_several_labels(trained, tmp_path):
+    path, run, _, _ = trained
+    net = load_model(run)
+    net.head.weight.data = net.head.weight.data.roll(1, dims=0)  # every class says another's
+    save_model(tmp_path / "other.safetensors", net)
+    other = str(tmp_path / "other.safetensors")
+    found = evaluate.run(path, model=[other, other, str(run)], out=tmp_path / "out")
+    same, better = found.paired[0], found.paired[1]
+    assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
+    assert better == "measured on other images"  # of the run its own test images
+    assert found.to_json()["paired"][1]["reason"] == better
+
+
+def test_predict_shows_each_probability_by_itself(trained, tmp_path):
+    _, run, _, _ = trained
+    paint(["red", "blue"]).save(tmp_path / "x.png")
+    row = predict.predict(tmp_path / "x.png", model=run, top=3)[0]
+    shares = {one["label"]: one["probability"] for one in row["top"]}
+    assert shares["red"] > 0.5 and shares["blue"] > 0.5 and shares["green"] < 0.5
+
+
+def test_the_default_recipe_goes_by_the_data(tmp_path, trained):
+    path, run, _, _ = trained
+    again = finetune.run(
+        path,
+        model=str(run),
+        settings={
+            "train": {"steps": 3, "epochs": None, "batch_size": 8, "precision": "fp32"},
+            "schedule": {"warmup_steps": 0, "warmup_fraction": None},
+        },
+        out=tmp_path / "fine",
+    )
+    assert "map" in again.figures
+    assert read_header(tmp_path / "fine/model.safetensors")["activation"] == "sigmoid"
+
+
+def test_fewshot_wants_one_class_an_image(trained):
+    path, run, _, _ = trained
+    done = vitcli("fewshot", path, "--model", run)
+    assert done.returncode == 2
+    assert "error: `fewshot` draws so many images of each class" in done.stderr
+
+
+def test_the_command_shows_the_figures(trained):
+    path, run, _, _ = trained
+    done = vitcli("evaluate", path, "--model", run)
+    assert done.returncode == 0, done.stderr
+    assert "mean average precision" in done.stdout and "micro F1 at 0.5" in done.stdout
+
+
+@pytest.mark.parametrize("mix", [{"mixup_alpha": 0.4, "mix_rate": 1.0}])
+def test_mixing_works_with_several_labels(tmp_path, mix):
+    path = write_csv(tmp_path / "data", CELLS, repeat=4)
+    recipe = tiny_recipe(
+        data={"name": path}, augment={"crop": "none", **mix}, train={"steps": 2, "batch_size": 8}
+    )
+    result = train(
+        recipe,
+        lambda source: random_model(recipe, source),
+        out=tmp_path / "run",
+        resume=False,
+        watch=Quiet(),
+    )
+    assert math.isfinite(result.figures["loss"])
+
+
+def test_what_stands_in_for_a_broken_image_brings_its_own_labels(tmp_path):
+    path = write_csv(tmp_path, ["red", "red;blue", "", "", "green"])
+    (tmp_path / "0.png").write_bytes(b"broken")
+    (tmp_path / "2.png").write_bytes(b"broken")
+    images = load_data(path, test_fraction=0).splits["train"]
+    transform = TrainTransform(Preprocess((8, 8)), AugmentSection(crop="none", flip_rate=0.0))
+    loader = TrainLoader(images, transform, batch_size=5, seed=0, workers=0)
+    batch = next(iter(loader.batches(0, 1)))
+    assert sorted(batch.indices.tolist()) == [1, 1, 3, 3, 4]
+    assert len(loader.broken) == 2
+    for picture, row in zip(batch.images, batch.labels, strict=True):
+        bright = {name for name, c in COLOURS.items() if picture[c].float().mean() > 128}
+        assert bright == {images.classes[k] for k in row.nonzero().flatten().tolist()}

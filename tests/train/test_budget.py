@@ -1,0 +1,166 @@
+"""A run as long as the time it is given."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+from support.tiny import records, tiny_recipe
+
+from vitcli.commands.pretrain import random_model
+from vitcli.errors import VitcliError
+from vitcli.progress import Quiet
+from vitcli.train import loop
+from vitcli.train.budget import Deadline
+from vitcli.train.budget_steps import Budget, stage_shares
+from vitcli.train.loop import Stopped
+from vitcli.train.session import train
+
+SETTINGS = {"train": {"steps": None, "budget": "8s", "smaller_sizes": [[4, 0.5]]}}
+
+
+def go(out, recipe, resume=False):
+    return train(
+        recipe, lambda source: random_model(recipe, source), out=out, resume=resume, watch=Quiet()
+    )
+
+
+def test_stages_share_the_run():
+    def shares(sizes, **settings):
+        recipe = tiny_recipe(train={"smaller_sizes": sizes, **settings})
+        return stage_shares(recipe.train)
+
+    assert shares([]) == [(0, 1.0)]
+    assert shares([[16, 0.4], [24, 0.7]]) == [
+        (0, 0.4),
+        (400, pytest.approx(0.3)),
+        (700, pytest.approx(0.3)),
+    ]
+    assert shares([[16, 1.0]]) == [(0, 1.0)]
+    dropped = {"patch_drop_rate": 0.5, "patch_drop_until": 0.5}
+    assert [at for at, _ in shares([[16, 0.4]], **dropped)] == [0, 400, 500]
+
+
+def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
+    go(tmp_path / "warm", tiny_recipe(train={"steps": 1}))  # what is imported late is now there
+    recipe = tiny_recipe(**SETTINGS)
+    start = time.monotonic()
+    whole = go(tmp_path / "whole", recipe)
+    seconds = time.monotonic() - start
+    # A busy machine may be slower after the measurement than in it; far off would be a mistake.
+    assert 1.0 < seconds < 60.0
+    assert whole.steps > 1
+    facts = json.loads((tmp_path / "whole/provenance.json").read_text())
+    assert facts["steps"] == whole.steps
+    schedule = [r["lr"] for r in records(tmp_path / "whole") if "lr" in r]
+    assert schedule[-1] < 0.1 * max(schedule)  # it came to its end
+    # Stopped, and resumed with the steps that were settled first: the same run of that length.
+    fixed = Budget(7, Deadline(time.monotonic() + 1e6, 0.0, [(1.0, 1e-3)]))
+    monkeypatch.setattr(Deadline, "is_due", lambda *_: False)
+    monkeypatch.setattr("vitcli.train.session.settle_budget", lambda *_: fixed)
+    asked = iter([None] * 5 + [15] + [None] * 100)
+    monkeypatch.setattr(loop.Loop, "agree", lambda _, value: next(asked) or value)
+    with pytest.raises(Stopped):
+        go(tmp_path / "parts", recipe)
+    monkeypatch.undo()
+    parts = go(tmp_path / "parts", recipe, resume=True)
+    exact = go(tmp_path / "exact", tiny_recipe(train={"steps": 7, "smaller_sizes": [[4, 0.5]]}))
+    assert parts.steps == exact.steps == 7
+    a, b = (tmp_path / n / "model.safetensors" for n in ("parts", "exact"))
+    assert a.read_bytes()[-1000:] == b.read_bytes()[-1000:]
+
+
+def test_measuring_moves_no_weight(tmp_path, monkeypatch):
+    """A budget of exactly the steps of a fixed run gives that run."""
+    from vitcli.train import budget_steps as budget
+
+    measured = budget.settle_budget
+    monkeypatch.setattr(Deadline, "is_due", lambda *_: False)
+    monkeypatch.setattr(
+        "vitcli.train.session.settle_budget", lambda *a: replace(measured(*a), steps=6)
+    )
+    go(tmp_path / "budget", tiny_recipe(**SETTINGS))
+    go(tmp_path / "fixed", tiny_recipe(train={"steps": 6, "smaller_sizes": [[4, 0.5]]}))
+    from safetensors.torch import load_file
+
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("budget", "fixed"))
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_budget_too_small_for_one_step(tmp_path, monkeypatch):
+    recipe = tiny_recipe(train={"steps": None, "budget": "1s"})
+    monkeypatch.setattr("vitcli.train.session.parse_duration", lambda text: 5.0)
+    monkeypatch.setattr("vitcli.train.budget_steps.WRITING_SECONDS", 60.0)
+    with pytest.raises(VitcliError, match="no step fits into the budget"):
+        go(tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()  # free for another try
+
+
+def test_a_budget_that_is_over_is_not_exceeded_by_measuring(tmp_path, monkeypatch):
+    from vitcli import distributed as launch
+
+    monkeypatch.setattr(launch, "began", time.monotonic() - 100.0)
+    monkeypatch.setattr(loop.Loop, "update", lambda *_: pytest.fail("a step was made"))
+    recipe = tiny_recipe(train={"steps": None, "budget": "60s"})
+    with pytest.raises(VitcliError, match=r"was over before one could be timed, 4\d\.\d s ago"):
+        go(tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def fixed(monkeypatch, steps):
+    given = Budget(steps, Deadline(time.monotonic() + 1e6, 0.0, [(1.0, 1e-3)]))
+    monkeypatch.setattr("vitcli.train.session.settle_budget", lambda *_: given)
+    return given
+
+
+def test_a_run_that_became_longer_is_evaluated_at_its_end_only(tmp_path, monkeypatch):
+    fixed(monkeypatch, 4)
+    monkeypatch.setattr(Deadline, "is_due", lambda self, line, step: step == 2)
+    monkeypatch.setattr(Deadline, "total", lambda *_: 8)
+    assert go(tmp_path / "run", tiny_recipe(**SETTINGS)).steps == 8
+    assert [r["step"] for r in records(tmp_path / "run") if "test/loss" in r] == [8]
+
+
+def test_time_that_is_up_is_the_end_whatever_the_marks_say(tmp_path, monkeypatch):
+    fixed(monkeypatch, 40)
+    monkeypatch.setattr(Deadline, "is_up", lambda _: len(list(seen)) == 3)
+    seen = []
+    real = loop.Loop.update
+    monkeypatch.setattr(
+        loop.Loop, "update", lambda self, batch: [seen.append(0), real(self, batch)][1]
+    )
+    assert go(tmp_path / "run", tiny_recipe(**SETTINGS)).steps == 3
+
+
+def test_slow_steps_are_timed_fewer_times(tmp_path, monkeypatch):
+    from vitcli.train import budget_steps as budget
+
+    count, real = [], loop.Loop.update
+    monkeypatch.setattr(budget, "TIMING_SHARE", 0.0)
+    monkeypatch.setattr(loop.Loop, "fit", lambda _: None)
+    monkeypatch.setattr(
+        loop.Loop, "update", lambda self, batch: [count.append(0), real(self, batch)][1]
+    )
+    go(tmp_path / "run", tiny_recipe(**SETTINGS))
+    assert len(count) == 2 * (budget.WARM_STEPS + 1)  # two stages
+
+
+def test_a_run_that_goes_back_makes_the_steps_that_there_is_time_for(tmp_path, monkeypatch):
+    fixed(monkeypatch, 10)
+    monkeypatch.setattr(Deadline, "is_due", lambda self, line, step: step == 5)
+    monkeypatch.setattr(Deadline, "total", lambda *_: 12)
+    real, left = loop.Loop.gradients, [1]
+
+    def gradients(self, batch, alone=False):
+        figures = real(self, batch, alone)
+        if self.state.step == 7 and left:
+            left.pop()
+            figures["loss"] = figures["loss"] * float("nan")
+        return figures
+
+    monkeypatch.setattr(loop.Loop, "gradients", gradients)
+    train_settings = {**SETTINGS["train"], "on_nan": "rewind"}
+    result = go(tmp_path / "run", tiny_recipe(train=train_settings))
+    # Back from step 8 of 12 to the start: four more; and no rate below zero on the way.
+    rates = [r["lr"] for r in records(tmp_path / "run") if "lr" in r]
+    assert result.steps == len(rates) == 4 and min(rates) >= 0

@@ -1,0 +1,227 @@
+"""Whole training runs: what they leave, that they repeat, and that they go on exactly."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from support.tiny import records, tiny_recipe
+
+import vitcli.commands.pretrain as pretrain
+from vitcli.commands.pretrain import random_model
+from vitcli.errors import VitcliError
+from vitcli.progress import Quiet
+from vitcli.train import loop
+from vitcli.train.loop import Stopped, step_seed
+from vitcli.train.session import train
+from vitcli.weights.load import load_model
+from vitcli.weights.store import read_header
+
+COMPLETE = {
+    "recipe.toml",
+    "provenance.json",
+    "metrics.jsonl",
+    "log.txt",
+    "curves.png",
+    "checkpoints",
+    "model.safetensors",
+    "outcomes.safetensors",  # beyond the contract: what `vitcli compare` pairs image by image
+    "result.json",
+}
+
+
+def go(out, recipe, resume=False, watch=None):
+    return train(
+        recipe,
+        lambda source: random_model(recipe, source),
+        out=out,
+        resume=resume,
+        watch=watch or Quiet(),
+    )
+
+
+def weights(run):
+    return (run / "model.safetensors").read_bytes()
+
+
+class Interrupt:
+    """Behaves as if a signal had come when so many steps are finished."""
+
+    def __init__(self, monkeypatch, after, number):
+        self.calls = itertools.count(1)
+        monkeypatch.setattr(
+            loop.Loop, "agree", lambda _, value: number if next(self.calls) == after else value
+        )
+
+
+def test_a_run_leaves_what_the_contract_says(tmp_path):
+    recipe = tiny_recipe()
+    result = go(tmp_path / "run", recipe)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == COMPLETE
+    assert [r["step"] for r in records(tmp_path / "run") if "train/loss" in r] == list(range(1, 9))
+    assert result.figures["images"] == 359  # every test image once
+    assert 0 <= result.figures["accuracy"] <= 1
+    model = load_model(tmp_path / "run")
+    assert model.labels == tuple("0123456789") and model.head_trained
+    assert read_header(tmp_path / "run/model.safetensors")["recipe_hash"] == recipe.fingerprint()
+    assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 8
+
+
+def test_the_resolved_recipe_repeats_the_run(tmp_path):
+    go(tmp_path / "one", tiny_recipe())
+    again = pretrain.run(recipe=str(tmp_path / "one/recipe.toml"), out=tmp_path / "two")
+    assert again.figures == json.loads((tmp_path / "one/result.json").read_text())["figures"]
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+
+
+CONFIGURATIONS = {
+    "muon, ema, dropout": {},
+    "adamw": {"optim": {"name": "adamw"}},
+    "sgd with clipping": {"optim": {"name": "sgd", "grad_clip": 1.0, "lr": 0.1}},
+    "micro-batches": {"train": {"micro_batch_size": 10}},
+    "bf16": {"train": {"precision": "bf16"}},
+    "smaller sizes": {"train": {"smaller_sizes": [[4, 0.6]]}, "model": {"patch_size": 2}},
+    "epochs and photographs' crops": {"augment": {"crop": "inception", "flip_rate": 0.5}},
+    "activations computed again": {"train": {"activation_checkpointing": True}},
+    "other positions and tokens": {
+        "model": {
+            "position": "learned2d",
+            "position_at": "every",
+            "mlp": "swiglu",
+            "distillation_token": True,
+            "distillation_head": True,
+            "pool": "distilled",
+        }
+    },
+    "relative positions along axes": {
+        "model": {"position": "relative", "axial": True, "class_token": False}
+    },
+    "all augmentation": {
+        "augment": {
+            "crop": "inception",
+            "flip_rate": 0.5,
+            "preset": "strong1",
+            "brightness": 0.4,
+            "grey_rate": 0.2,
+            "erase_rate": 0.25,
+            "cutmix_alpha": 1.0,
+            "repeats": 2,
+        },
+        "train": {"micro_batch_size": 10},
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_stopped_and_resumed_is_never_stopped(name, tmp_path, monkeypatch):
+    recipe = tiny_recipe(**CONFIGURATIONS[name])
+    go(tmp_path / "whole", recipe)
+    Interrupt(monkeypatch, after=9, number=15)  # two questions a step: this is within step 5
+    with pytest.raises(Stopped) as stopped:
+        go(tmp_path / "parts", recipe)
+    assert stopped.value.number == 15
+    monkeypatch.undo()
+    assert not (tmp_path / "parts/result.json").exists()
+    go(tmp_path / "parts", recipe, resume=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+    steps = [r["step"] for r in records(tmp_path / "parts") if "train/loss" in r]
+    assert steps == list(range(1, 9))
+
+
+def test_resume_before_a_checkpoint_starts_again_and_a_finished_run_is_left_alone(tmp_path):
+    heard = []
+
+    class Watch(Quiet):
+        def note(self, message):
+            heard.append(message)
+
+    recipe = tiny_recipe()
+    go(tmp_path / "run", recipe, resume=True, watch=Watch())
+    assert any("starting from step 0" in line for line in heard)
+    before = weights(tmp_path / "run")
+    result = go(tmp_path / "run", recipe, resume=True, watch=Watch())
+    assert result.already_finished and result.steps == 8
+    assert any("already finished" in line for line in heard)
+    assert weights(tmp_path / "run") == before
+
+
+def test_resume_with_another_recipe_names_the_keys(tmp_path):
+    go(tmp_path / "run", tiny_recipe())
+    with pytest.raises(VitcliError, match=r"these differ: optim\.lr, train\.seed"):
+        go(tmp_path / "run", tiny_recipe(optim={"lr": 2e-3}, train={"seed": 1}), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "is_finite", lambda _: True)  # or the weights would be found first
+    recipe = tiny_recipe(
+        optim={"name": "sgd", "lr": 1e30}, train={"checkpoint_steps": 1, "ema_decay": None}
+    )
+    recipe = recipe.model_copy(
+        update={"schedule": recipe.schedule.model_copy(update={"warmup_fraction": 0.0})}
+    )
+    with pytest.raises(
+        VitcliError, match=r"the loss is not finite .* in steps \d+ to \d+"
+    ) as caught:
+        go(tmp_path / "run", recipe)
+    assert "--lr" in caught.value.hint
+    kept = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert kept and not (tmp_path / "run/model.safetensors").exists()
+    assert "error: the loss is not finite" in (tmp_path / "run/log.txt").read_text()
+    losses = [r["train/loss"] for r in records(tmp_path / "run") if "train/loss" in r]
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_accumulation_does_not_change_the_result(tmp_path):
+    settings = {
+        "model": {"dropout_rate": 0.0, "drop_path_rate": 0.0},
+        "optim": {"name": "sgd", "lr": 0.1},
+    }
+    for name, micro in (("whole", None), ("parts", 8)):
+        go(tmp_path / name, tiny_recipe(**settings, train={"micro_batch_size": micro}))
+    a, b = (load_model(tmp_path / n).state_dict() for n in ("whole", "parts"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputed_activations_do_not_change_the_result(precision, tmp_path):
+    for again in (False, True):
+        train = {"activation_checkpointing": again, "precision": precision, "steps": 4}
+        go(tmp_path / str(again), tiny_recipe(train=train))
+    a, b = (load_model(tmp_path / str(again)).state_dict() for again in (False, True))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_learns_the_digits(tmp_path):
+    recipe = tiny_recipe(
+        train={"steps": 300, "log_steps": 50, "ema_decay": None},
+        model={"dropout_rate": 0.0, "drop_path_rate": 0.0},
+    )
+    result = go(tmp_path / "run", recipe)
+    assert result.figures["accuracy"] > 0.6  # chance is 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": {"image_size": 9}}, "not a multiple of patch size 4"),
+        ({"model": {"name": "Q/4"}}, "no model variant `Q/4`"),
+        ({"data": {"name": "builtin:digit"}}, "no data `builtin:digit`"),
+        ({"train": {"precision": "fp16"}}, "needs a GPU"),
+        ({"augment": {"preset": "light2"}, "train": {"batch_size": 33}}, "in pairs, and 33 are"),
+        ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "part the pairs"),
+        ({"augment": {"repeats": 3}}, "does not show each of its images 3 times"),
+        ({"augment": {"mixup_alpha": 0.2}, "objective": {"name": "descriptors"}}, "no labels"),
+        ({"augment": {"policy": "trivial"}, "data": {"name": "builtin:formula"}}, "draws its"),
+    ],
+)
+def test_bad_settings_leave_no_run(settings, words, tmp_path):
+    with pytest.raises(VitcliError, match=words):
+        go(tmp_path / "run", tiny_recipe(**settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_step_seeds_differ():
+    seeds = {step_seed(s, t, p) for s in range(4) for t in range(500) for p in range(4)}
+    assert len(seeds) == 8000 and all(0 <= s < 2**63 for s in seeds)

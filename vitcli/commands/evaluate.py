@@ -28,9 +28,9 @@ from vitcli.evals.temperature import (
 from vitcli.files import check_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
-from vitcli.vit import Model
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import LoadedModel
 
 DEFAULT_DATA = "builtin:digits"
 
@@ -155,7 +155,7 @@ class Opened:
     """
 
     model: str
-    net: Model
+    net: LoadedModel
     source: Source
     images: ImageSet
     matching: Matching
@@ -223,7 +223,7 @@ def _evaluate(one: Opened, asked: Asked) -> Evaluation | LabelsEvaluation:
     return result
 
 
-def _logits(net: Model, images: ImageSet, asked: Asked, label: str) -> Extracted:
+def _logits(net: LoadedModel, images: ImageSet, asked: Asked, label: str) -> Extracted:
     return extract(
         net,
         images,

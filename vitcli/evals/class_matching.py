@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError, nearest
 from vitcli.progress import Watcher
-from vitcli.vit import Model
 from vitcli.weights.edit import match_classes
 from vitcli.weights.imagenet import SETS, SYNSET, imagenet_synsets, synset_outputs
+from vitcli.weights.loaded import LoadedModel
 
 MAP_HINT = (
     'a JSON object `{"class of the data": "class of the model"}` (or a number, a synset, several '
@@ -68,7 +68,11 @@ class Matching:
 
 
 def match(
-    net: Model, classes: Sequence[str], data: str, watch: Watcher, class_map: ClassMap | None = None
+    net: LoadedModel,
+    classes: Sequence[str],
+    data: str,
+    watch: Watcher,
+    class_map: ClassMap | None = None,
 ) -> Matching:
     """Classes of the data -> outputs of the model.
 
@@ -109,7 +113,7 @@ def match(
     )
 
 
-def _by_synset(net: Model, classes: Sequence[str], watch: Watcher) -> list[int] | None:
+def _by_synset(net: LoadedModel, classes: Sequence[str], watch: Watcher) -> list[int] | None:
     """Where every class is named as ImageNet's folders are: `n01440764`."""
     if not all(SYNSET.fullmatch(name) for name in classes):
         return None
@@ -120,7 +124,9 @@ def _by_synset(net: Model, classes: Sequence[str], watch: Watcher) -> list[int] 
     return [known[name] for name in classes]
 
 
-def _by_number(net: Model, classes: Sequence[str], data: str, watch: Watcher) -> list[int] | None:
+def _by_number(
+    net: LoadedModel, classes: Sequence[str], data: str, watch: Watcher
+) -> list[int] | None:
     """Where the classes are numbers, as ImageNet-V2's folders are, and a model's all are there."""
     outputs = net.config.num_classes
     if data.startswith("builtin:") or not all(n.isascii() and n.isdecimal() for n in classes):
@@ -135,7 +141,7 @@ def _by_number(net: Model, classes: Sequence[str], data: str, watch: Watcher) ->
 
 
 def _mapped(
-    net: Model, classes: Sequence[str], data: str, watch: Watcher, class_map: ClassMap
+    net: LoadedModel, classes: Sequence[str], data: str, watch: Watcher, class_map: ClassMap
 ) -> Matching:
     loose = {_key(name): name for name in class_map}
     found: dict[int, tuple[int, ...]] = {}
@@ -166,7 +172,7 @@ def _mapped(
 class _Finder:
     """What a class map calls a class -> the model's output."""
 
-    def __init__(self, net: Model) -> None:
+    def __init__(self, net: LoadedModel) -> None:
         self.outputs, self.labels = net.config.num_classes, net.labels
         self.exact = {name: i for i, name in enumerate(net.labels or ())}
         self.synsets: dict[str, int] | None = None
@@ -249,7 +255,7 @@ def _several(value: Any, name: str, path: str | os.PathLike[str]) -> tuple[str |
     return tuple(parts)
 
 
-def imagenet_outputs(net: Model) -> NDArray[np.int64]:
+def imagenet_outputs(net: LoadedModel) -> NDArray[np.int64]:
     """(1000,) the output that stands for each class of ImageNet-1k.
 
     Raises:

@@ -24,7 +24,7 @@ from vitcli.evals.mistakes import Mistakes, find_mistakes
 from vitcli.evals.scoring import NONE, Outcomes, best_among, filled_up, judge
 from vitcli.progress import Watcher
 from vitcli.run import Run
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 OTHER = "(another class)"
 
@@ -144,7 +144,7 @@ class Evaluation:
 
 
 def evaluate_images(
-    net: Model,
+    net: LoadedModel,
     found: Extracted,
     matching: Matching,
     images: ImageSet,
@@ -216,7 +216,7 @@ def _by_real(found: Extracted, real: NDArray[np.int64]) -> tuple[Real, NDArray[n
 
 
 def _names(
-    net: Model, matching: Matching, outcomes: Outcomes, predicted: NDArray[np.int64]
+    net: LoadedModel, matching: Matching, outcomes: Outcomes, predicted: NDArray[np.int64]
 ) -> list[str]:
     """(n,) what each image was taken for: a class of the data, else one of the model's."""
     labels = net.labels or tuple(str(i) for i in range(outcomes.outputs))

@@ -18,8 +18,8 @@ from vitcli.data.loader import eval_batches
 from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
-from vitcli.vit import Model
 from vitcli.weights.load import require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
 PIXEL_SIDE = 32  # pixels of a larger image are averaged down to this for the raw-pixel baseline
 
@@ -44,7 +44,7 @@ class Extracted:
 
 
 def extract(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     *,
     what: str = "features",
@@ -106,7 +106,7 @@ def extract(
     )
 
 
-def check_finite(finite: bool, model: Model) -> None:
+def check_finite(finite: bool, model: LoadedModel) -> None:
     """Raises a VitcliError that names `model` where what it gave is not `finite`."""
     if not finite:
         name = f"`{model.load_report.source}`" if model.load_report else "the model"
@@ -118,7 +118,7 @@ def check_finite(finite: bool, model: Model) -> None:
 
 
 def run_over(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     *,
     what: str = "features",

@@ -16,7 +16,7 @@ from vitcli.evals.bootstrap import Intervals, Ranked, map_draws, percentiles
 from vitcli.evals.evaluate import Calibration
 from vitcli.evals.features import Extracted
 from vitcli.progress import Watcher
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 Floats = NDArray[np.floating[Any]]
 Targets = NDArray[np.uint8]
@@ -147,7 +147,7 @@ class LabelsEvaluation:
 
 
 def evaluate_labels(
-    net: Model,
+    net: LoadedModel,
     found: Extracted,
     known: NDArray[np.int64],
     images: ImageSet,
@@ -186,7 +186,7 @@ def evaluate_labels(
     )
 
 
-def labels_loss(net: Model, found: Extracted, known: NDArray[np.int64]) -> float:
+def labels_loss(net: LoadedModel, found: Extracted, known: NDArray[np.int64]) -> float:
     """Binary cross-entropy in nats, summed over the data's classes, mean over images."""
     scores = net.probabilities(torch.from_numpy(found.outputs))[:, known]
     targets = torch.from_numpy(found.labels).double()

@@ -22,7 +22,7 @@ from vitcli.evals.multilabel import labels_loss
 from vitcli.evals.scoring import filled_up, judge
 from vitcli.progress import Watcher
 from vitcli.run import Run
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.read import own_file
 from vitcli.weights.store import read_header, save_model, set_temperature
 
@@ -44,7 +44,7 @@ class HeldOut:
     fitted_on: dict[str, Any]
 
 
-def check_kind(net: Model, images: ImageSet, model: str) -> None:
+def check_kind(net: LoadedModel, images: ImageSet, model: str) -> None:
     """Raises a VitcliError where the head means other probabilities than the images ask for."""
     several = images.targets is not None
     if several == (net.head_activation == "sigmoid"):
@@ -111,7 +111,7 @@ class Fitted:
     images: int
 
 
-def fit(net: Model, seen: Extracted, matching: Matching, parts: HeldOut) -> Fitted:
+def fit(net: LoadedModel, seen: Extracted, matching: Matching, parts: HeldOut) -> Fitted:
     """Set `net.temperature` by the logits of the images held out.
 
     Raises:
@@ -128,7 +128,7 @@ def fit(net: Model, seen: Extracted, matching: Matching, parts: HeldOut) -> Fitt
 
 
 def compared(
-    net: Model, found: Extracted, matching: Matching, fitted: Fitted, stored: Path
+    net: LoadedModel, found: Extracted, matching: Matching, fitted: Fitted, stored: Path
 ) -> tuple[Calibration, Reliability | None]:
     """What the reported images were like under the temperature before."""
     after, net.temperature = net.temperature, fitted.before
@@ -168,7 +168,7 @@ def place_of(model: str, as_it_is: bool, folder: Path) -> Path:
     return copy
 
 
-def store(net: Model, model: str, place: Path, fitted_on: Mapping[str, Any]) -> None:
+def store(net: LoadedModel, model: str, place: Path, fitted_on: Mapping[str, Any]) -> None:
     """Note the temperature of `net`, which was loaded as `model`, at `place`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Atomic writes and exclusive access: a reader finds the old content or the new one, never a part."""
+"""Atomic writes and locks: a reader finds the old content or the new one, never a part."""
 
 import os
 import shutil

@@ -327,7 +327,8 @@ def test_a_run_learns_several_labels(trained):
     assert found.metrics.loss == pytest.approx(result.figures["loss"], rel=1e-4)
     facts = found.to_json()
     assert json.loads(json.dumps(facts)) == facts
-    assert facts["per_class"]["red"]["images"] == int(found.metrics.positives[2])
+    targets = load_data(path).splits["test"].targets
+    assert facts["per_class"]["red"]["images"] == int(targets[:, 2].sum()) > 0
 
 
 def test_several_labels_are_calibrated(trained, tmp_path):

@@ -108,10 +108,10 @@ def test_class_maps_of_every_kind(tmp_path, imagenet):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("m.json", "[1]", "holds no JSON object"),
+        ("m.json", "[1]", "does not hold a JSON object"),
         ("m.json", "{", "cannot read the class map"),
-        ("m.json", '{"a": 1.5}', "`a` is 1.5, which is no class"),
-        ("m.json", '{"a": []}', "`a` has no class"),
+        ("m.json", '{"a": 1.5}', "`a` has the invalid value 1.5"),
+        ("m.json", '{"a": []}', "`a` has no model class"),
         ("m.csv", "a,b,c\n", "line 1 of .* has 3 columns, not 2"),
         ("m.csv", "", "is empty"),
     ],
@@ -127,7 +127,7 @@ def test_maps_that_do_not_fit():
     net = model(["cat", "dog"])
     with pytest.raises(VitcliError, match=r"names 2 classes that the model.*`dgo`, `5`") as error:
         match_outputs(net, ["a", "b"], "x", Quiet(), {"a": ("dgo",), "b": (5,)})
-    assert "`dog` may be meant" in error.value.hint
+    assert "did you mean `dog`?" in error.value.hint
     with pytest.raises(VitcliError, match="none of the classes of `x`, such as `a`"):
         match_outputs(net, ["a", "b"], "x", Quiet(), {"c": ("dog",)})
 

@@ -92,5 +92,5 @@ def test_a_batch_of_nothing(batch_size, model, images):
 def test_numbers_that_are_none(model, images):
     torch.nn.init.constant_(model.head.weight, float("nan"))
     assert np.isfinite(extract(model, images[0]).outputs).all()  # what the head reads
-    with pytest.raises(VitcliError, match="the model gives numbers that are not finite"):
+    with pytest.raises(VitcliError, match="the outputs of the model are not finite"):
         extract(model, images[0], output="logits")

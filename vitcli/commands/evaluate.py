@@ -27,9 +27,9 @@ from vitcli.evals.class_matching import (
 from vitcli.evals.comparison import ModelComparison, compare_models
 from vitcli.evals.evaluate import Evaluation, Evaluator, FittedTemperature, choose_images
 from vitcli.evals.features import Extracted, extract, rank_and_world_size
-from vitcli.evals.plots import evaluation_files, make_folder, write_evaluation_files
+from vitcli.evals.plots import evaluation_files, write_evaluation_files
 from vitcli.evals.real_labels import read_real_labels, real_targets
-from vitcli.files import check_folder
+from vitcli.files import check_folder, make_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
 from vitcli.vit import Model
@@ -202,8 +202,8 @@ def _check_multi_label(matching: ClassMatching, source: Source, request: Evaluat
     complete = len(matching.classes) == len(source.classes)
     if not complete or any(len(outputs) > 1 for outputs in matching.outputs):
         raise VitcliError(
-            f"the images of `{request.data}` are multi-label, so each class needs exactly one class "
-            "of the model",
+            f"the images of `{request.data}` are multi-label, so each class needs exactly one "
+            "class of the model",
             "name every class in `--class-map` once",
         )
 

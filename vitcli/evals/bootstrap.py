@@ -61,7 +61,7 @@ def percentile_interval(values: Floats) -> Interval:
 
 def single_label_intervals(
     scores: ImageScores,
-    means: Mapping[str, Floats],
+    means: Mapping[str, NDArray[Any]],
     *,
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
-from vitcli.errors import VitcliError
 from vitcli.evals.evaluate import Evaluation
 from vitcli.evals.mistakes import draw_mistakes
 from vitcli.evals.scoring import ReliabilityBins, SingleLabelMetrics
@@ -148,14 +147,3 @@ def _save_figure(figure: Any, path: Path) -> None:
     with replacing(path) as temporary, warnings.catch_warnings(action="ignore"):
         # matplotlib warns of a script that its font lacks; such a class name becomes boxes.
         figure.savefig(temporary, format="png", dpi=120)
-
-
-def make_folder(folder: Path) -> None:
-    """Make `folder`; raise a VitcliError that names `--out` if that fails."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VitcliError(
-            f"cannot make the folder `{folder}`: {error.strerror}",
-            hint="choose another folder with `--out`",
-        ) from error

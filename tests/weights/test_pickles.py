@@ -94,7 +94,10 @@ def test_prefixes_go_and_what_stands_outside_is_named(net, here, prefix):
     [
         (lambda net: {"w": Bomb()}, "calls `posix.mkdir`"),
         (lambda net: {**net.state_dict(), "z": [Bomb()]}, "calls `posix.mkdir`"),
-        (lambda net: net.network, "pickle of a whole module (`vitcli.vit.model.VisionTransformer`)"),
+        (
+            lambda net: net.network,
+            "pickle of a whole module (`vitcli.vit.model.VisionTransformer`)",
+        ),
         (lambda net: {"model": torch.nn.Linear(2, 2)}, "(`torch.nn.modules.linear.Linear`)"),
         (lambda net: {"model": net.state_dict(), "at": Path("x")}, "calls `pathlib."),
     ],

@@ -15,7 +15,7 @@ from PIL import Image
 from support.tiny import write_tiny
 
 from vitcli import __version__
-from vitcli.cli.app import run
+from vitcli.cli.main import run
 from vitcli.weights.store import load_weights
 
 COMMANDS = (

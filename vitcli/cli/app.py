@@ -219,14 +219,14 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
             f"{names} cannot be combined with `--suite`, which defines the data of each task",
             f"remove {names}, or edit a copy of the suite's file",
         )
-    models = options.model or [None]
+    models = options.model or []
     if len(models) > 1:
         raise VitcliError(
             f"`--suite` evaluates one model, {len(models)} were given", "run one command per model"
         )
     result = command.run(
         suite,
-        model=models[0],
+        model=models[0] if models else None,
         settings=settings_of(options),
         out=options.out,
         processes=options.processes,

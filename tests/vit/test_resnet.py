@@ -191,7 +191,7 @@ def test_configurations():
         ({"width": 0.3}, "not a multiple of its 32 groups"),
         ({"layers": (2, 0)}, "a unit in every stage"),
         ({"image_size": (0, 3)}, "image_size is 0"),
-        ({"width": 1e30}, "up to 100 times"),
+        ({"width": 1e30}, "is above 100"),
         ({"num_classes": -1}, "num_classes is -1"),
         ({"arithmetic": "jax"}, "no arithmetic `jax`"),
         ({"num_channels": 0}, "num_channels is 0"),

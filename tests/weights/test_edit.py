@@ -101,7 +101,7 @@ def test_pooling_changes_drop_what_was_trained_on_another(model):
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, 128)
     with pytest.raises(VitcliError, match="no attention pool"):
         change_pool(model, "map")
-    with pytest.raises(VitcliError, match="no pooling `median`"):
+    with pytest.raises(VitcliError, match="unknown pooling `median`"):
         change_pool(model, "median")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vitcli.errors import VitcliError, nearest
-from vitcli.vit.blocks import attend_explicit, is_written_out
+from vitcli.vit.blocks import attend_explicit, uses_explicit_attention
 
 PRODUCT = 1024  # side of the matrices that are multiplied
 RUNS = 5  # of which the best counts
@@ -109,7 +109,7 @@ def attention_seconds(device: torch.device, dtype: torch.dtype) -> dict[str, flo
     return {
         "explicit": explicit,
         "fused": fused,
-        "chosen": explicit if is_written_out(q) else fused,
+        "chosen": explicit if uses_explicit_attention(q) else fused,
     }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitcli.errors import VitcliError
 from vitcli.vit import ResNet, VisionTransformer, ViTConfig
 from vitcli.vit.patches import PatchEmbed, resample_kernel
-from vitcli.vit.position import Grid, Resize, attended_length, carry, is_position
+from vitcli.vit.position import Grid, Resize, attended_length, is_position, resample_table
 from vitcli.weights.load_report import Fate, LoadReport
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.meta_init import unfilled
@@ -100,7 +100,7 @@ def carry_positions(network: VisionTransformer, new: ViTConfig, report: LoadRepo
         if not is_position(name):
             continue
         stored = table.detach()
-        carried = carry(name, stored, old, new.grid, method)
+        carried = resample_table(name, stored, old, new.grid, method)
         if carried is stored:  # of the side that stays
             continue
         # The same kind as before: a parameter where learned, a buffer where fixed.
@@ -213,10 +213,10 @@ def change_pool(model: LoadedModel, pool: str) -> None:
     Raises:
         VitcliError: the model has no class token to pool, or no attention pool.
     """
-    from vitcli.vit.config import normal_pool
+    from vitcli.vit.config import canonical_pool
 
     try:
-        wanted = normal_pool(pool)
+        wanted = canonical_pool(pool)
         network = model.network
         if isinstance(network, ResNet):
             if wanted != "mean":

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vitcli.errors import VitcliError
-from vitcli.vit.config import Gelu, Pool, ViTConfig, normal_pool
+from vitcli.vit.config import Gelu, Pool, ViTConfig, canonical_pool
 from vitcli.vit.variants import VARIANTS
 from vitcli.weights.overrides import PICTURES, Stated, stated_preprocess
 from vitcli.weights.store import Checkpoint
@@ -227,7 +227,7 @@ def _pool(
         said = stated.pool  # no file of timm's has a head for the others
     if said:
         try:
-            return _possible(normal_pool(said), shape)
+            return _possible(canonical_pool(said), shape)
         except ValueError as error:
             whose = "the config.json of" if hub.pool else "`model.pool` does not fit"
             raise VitcliError(

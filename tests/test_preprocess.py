@@ -189,7 +189,7 @@ def test_wrong_settings_are_named(settings, words):
 
 
 def test_unknown_keys_are_named():
-    with pytest.raises(VitcliError, match="unknown `crop`"):
+    with pytest.raises(VitcliError, match="unknown key `crop`"):
         Preprocess.from_dict({"image_size": [8, 8], "crop": 3})
     with pytest.raises(VitcliError, match="`image_size` is missing"):
         Preprocess.from_dict({})

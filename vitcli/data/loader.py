@@ -23,10 +23,10 @@ from vitcli.data.augment.transform import image_rng
 from vitcli.data.batch import Batch, empty_images, make_batch, targets_of
 from vitcli.data.image_set import AnyPicture, ImageSet, Integers, Pixels
 from vitcli.data.prefetch import Pool, WorkAhead
-from vitcli.decode import ImageError
+from vitcli.decode import ImageError, Mode
 from vitcli.errors import VitcliError
-from vitcli.pixel_modes import Mode
-from vitcli.preprocess import Preprocess, as_pixels
+
+from vitcli.preprocess import Preprocess, as_array
 
 
 @lru_cache(maxsize=4)
@@ -335,7 +335,7 @@ def eval_batches(
             for i in part:
                 try:
                     image = images.read(int(indices[i]), preprocess.mode)
-                    pixels[i] = as_pixels(preprocess.fit(image))
+                    pixels[i] = as_array(preprocess.fit(image))
                 except ImageError as error:
                     good[i] = False
                     met.append(f"{error.name}: {error.reason}")

@@ -216,7 +216,7 @@ def code_hash() -> str:
     """Of the sources between a file and its features: another version may compute otherwise."""
     digest = hashlib.sha256()
     package = Path(vitcli.__path__[0])
-    names = ("decode.py", "pixel_modes.py", "preprocess.py")
+    names = ("decode.py", "preprocess.py")
     names += ("data/image_set.py", "data/decoded_cache.py")
     files = [*(package / "vit").glob("*.py"), *(package / name for name in names)]
     for path in sorted(files):

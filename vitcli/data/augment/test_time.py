@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitcli.decode import ImageInput, read_image
 from vitcli.errors import VitcliError
-from vitcli.preprocess import Preprocess, as_pixels
+from vitcli.preprocess import Preprocess, as_array
 
 KINDS = ("flip", "crops:5", "crops:10")
 
@@ -73,7 +73,7 @@ class Views:
         corners = [(0, 0), (right, 0), (0, bottom), (right, bottom)]
         pictures = [self.preprocess.fit(image)]
         pictures += [whole.crop((x, y, x + columns, y + rows)) for x, y in corners]
-        parts = map(torch.from_numpy, map(as_pixels, pictures))
+        parts = map(torch.from_numpy, map(as_array, pictures))
         return torch.stack(list(parts))  # (crops, C, Y, X)
 
     def of(self, batch: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ from vitcli.data.augment.policies import Pixels, change, erase
 from vitcli.data.augment.presets import Strength
 from vitcli.data.image_set import AnyPicture
 from vitcli.decode import Box, ImageInput, open_image
-from vitcli.preprocess import RESAMPLING, Preprocess, as_pixels
+from vitcli.preprocess import RESAMPLING, Preprocess, as_array
 
 # The ranges of Inception's crop (Szegedy et al. 2014), which the ViT paper trains with.
 MIN_RATIO, MAX_RATIO = 3 / 4, 4 / 3
@@ -55,7 +55,7 @@ def resized_part(picture: AnyPicture, box: Box, preprocess: Preprocess) -> Pixel
     if preprocess.interpolation not in TORCH_FILTERS:
         part = picture.part(box, at_least=(columns, rows))
         resampling = RESAMPLING[preprocess.interpolation]
-        return as_pixels(part.resize((columns, rows), resampling))
+        return as_array(part.resize((columns, rows), resampling))
     # Within one or two grey levels of Pillow's result, in a fraction of the time
     # (recipes/RESULTS.md), as long as torch is told that the channels lie side by side.
     pixels = torch.from_numpy(picture.pixels(box, at_least=(columns, rows)))
@@ -94,14 +94,14 @@ def padded_crop(
     fitted = preprocess.fit(picture.whole())
     reach = section.crop_padding
     left, top = (int(shift) for shift in rng.integers(-reach, reach + 1, size=2))
-    return as_pixels(fitted.crop((left, top, left + fitted.width, top + fitted.height)))
+    return as_array(fitted.crop((left, top, left + fitted.width, top + fitted.height)))
 
 
 def no_crop(
     picture: AnyPicture, rng: np.random.Generator, preprocess: Preprocess, section: AugmentSection
 ) -> Pixels:
     """The evaluation picture."""
-    return as_pixels(preprocess.fit(picture.whole()))
+    return as_array(preprocess.fit(picture.whole()))
 
 
 Crop = Callable[[AnyPicture, np.random.Generator, Preprocess, AugmentSection], Pixels]
@@ -138,7 +138,7 @@ class TrainTransform:
             # Torch copies pixels backwards several times as fast as numpy, given as a batch.
             pixels = torch.from_numpy(pixels)[None].flip(3)[0].numpy()
         if self.strength.changes_colours:
-            pixels = as_pixels(change(as_image(pixels), rng, self.strength))
+            pixels = as_array(change(as_image(pixels), rng, self.strength))
         if self.strength.erase_rate and rng.random() < self.strength.erase_rate:
             pixels = pixels.copy("K")
             erase(pixels, rng)

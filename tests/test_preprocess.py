@@ -174,8 +174,8 @@ def test_another_size_keeps_the_share_of_the_crop():
 @pytest.mark.parametrize(
     "settings,words",
     [
-        ({"resize_mode": "stretch"}, "'stretch'"),
-        ({"interpolation": "box"}, "'box'"),
+        ({"resize_mode": "stretch"}, "`stretch`"),
+        ({"interpolation": "box"}, "`box`"),
         ({"mean": (0.5, 0.5)}, "2 values, but there are 3 channels"),
         ({"antialias": False, "interpolation": "lanczos"}, "antialias"),
         ({"crop_fraction": 0.0}, "crop_fraction"),

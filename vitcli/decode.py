@@ -81,7 +81,7 @@ def open_image(
     source: ImageInput, mode: Mode = "RGB", max_pixels: int = MAX_PIXELS, name: str | None = None
 ) -> Iterator["LazyImage"]:
     """Open an image, in a `with` block, to decode only a part of it; see `read_image`."""
-    # `warnings.catch_warnings` is not safe in threads, so the filter stays. It matches only `PIL.*`.
+    # `warnings.catch_warnings` is not thread-safe, so the filter stays; it matches only `PIL.*`.
     if _PILLOW_FILTER not in warnings.filters:
         warnings.filterwarnings("ignore", module=r"PIL\.")
     if isinstance(source, Image.Image):

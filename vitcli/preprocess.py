@@ -9,8 +9,8 @@ by `std`. The rules for sizes and offsets follow these sources:
 | shorter side = floor(size / crop_fraction) | timm `transforms_imagenet_eval` |
 | longer side truncated to whole pixels | torchvision `Resize` |
 | rectangular sizes: scale to cover, both sides rounded | timm `ResizeKeepRatio` |
-| offset of the centre crop rounded half to even | torchvision `CenterCrop`; "down": transformers |
-| `squash`: both sides resized independently | transformers `ViTImageProcessor`, big_vision `resize` |
+| crop offset rounded half to even; `down` | torchvision `CenterCrop`; transformers |
+| `squash`: each side resized on its own | transformers `ViTImageProcessor`, big_vision |
 | `pad`: the odd pixel goes to the bottom and the right | timm, `crop_mode="border"` |
 | `antialias = false` | TensorFlow's `tf.image.resize`, used by big_vision and vit_jax |
 
@@ -39,7 +39,6 @@ from torch import Tensor
 
 from vitcli.decode import ImageInput, Mode, read_image
 from vitcli.errors import VitcliError, unknown
-
 
 ResizeMode = Literal["crop", "squash", "pad"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]

@@ -60,7 +60,7 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """What a step reads: images, labels, factors and mixing."""
-        mixing = [self.mix.share, self.mix.box] if self.mix else []
+        mixing = [self.mix.lam, self.mix.box] if self.mix else []
         return [self.images, self.labels, *self.factors.values(), *mixing]
 
     def to(self, device: torch.device) -> "Batch":

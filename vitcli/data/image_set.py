@@ -20,7 +20,6 @@ from PIL import Image
 
 from vitcli.decode import Box, ImageError, ImageInput, LazyImage, Mode, open_image, read_image
 from vitcli.errors import VitcliError, printable
-
 from vitcli.progress import Quiet, Watcher
 
 

@@ -17,15 +17,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vitcli.data.augment.mixing import Mix, draw_mix
-from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.mixing import Mix, mixes_pairs, sample_mix
+from vitcli.data.augment.policies import AugmentSettings
 from vitcli.data.augment.transform import image_rng
 from vitcli.data.batch import Batch, empty_images, make_batch, targets_of
 from vitcli.data.image_set import AnyPicture, ImageSet, Integers, Pixels
 from vitcli.data.prefetch import Pool, WorkAhead
 from vitcli.decode import ImageError, Mode
 from vitcli.errors import VitcliError
-
 from vitcli.preprocess import Preprocess, as_array
 
 
@@ -147,10 +146,10 @@ class TrainLoader:
         strict: bool = False,
         image_size: tuple[int, int] | None = None,
         repeats: int = 1,
-        strength: Strength | None = None,
+        augment: AugmentSettings = None,
         pin_memory: bool = False,
     ) -> None:
-        mixes = strength is not None and strength.mixes
+        mixes = augment is not None and mixes_pairs(augment)
         check_batch(batch_size, world_size, repeats, mixes)
         assert transform is not None or hasattr(images, "batch")
         assert repeats == 1 or not hasattr(images, "batch")
@@ -165,7 +164,7 @@ class TrainLoader:
         self.strict = strict
         self.image_size = image_size or (transform.preprocess.image_size if transform else None)
         self.repeats = repeats
-        self.strength = strength if mixes else None
+        self.augment = augment if mixes else None
         self.pin_memory = pin_memory
         self.broken: dict[str, str] = {}
         self._unreadable: set[int] = set()
@@ -197,10 +196,10 @@ class TrainLoader:
 
     def _my_mix(self, start: int) -> Mix | None:
         """How the images of this process are mixed in the batch that begins at `start`."""
-        if self.strength is None:
+        if self.augment is None:
             return None
         assert self.image_size is not None
-        whole = draw_mix(self.seed, start, self.batch_size, self.image_size, self.strength)
+        whole = sample_mix(self.seed, start, self.batch_size, self.image_size, self.augment)
         size = self.batch_size // self.world_size
         return whole.part(self.rank * size, (self.rank + 1) * size)
 

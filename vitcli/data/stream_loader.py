@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vitcli.data.augment.mixing import draw_mix
-from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.mixing import mixes_pairs, sample_mix
+from vitcli.data.augment.policies import AugmentSettings
 from vitcli.data.augment.transform import image_rng
 from vitcli.data.batch import Batch, empty_images
 from vitcli.data.image_set import Pixels
@@ -56,9 +56,9 @@ class StreamLoader:
         rank: int = 0,
         world_size: int = 1,
         strict: bool = False,
-        strength: Strength | None = None,
+        augment: AugmentSettings = None,
     ) -> None:
-        mixes = strength is not None and strength.mixes
+        mixes = augment is not None and mixes_pairs(augment)
         check_batch(batch_size, world_size, 1, mixes)
         if len(images.shards) < world_size:
             raise VitcliError(
@@ -74,7 +74,7 @@ class StreamLoader:
         self.rank = rank
         self.world_size = world_size
         self.strict = strict
-        self.strength = strength if mixes else None
+        self.augment = augment if mixes else None
         self.broken: dict[str, str] = {}
 
     def batches(self, start_images: int, num_steps: int) -> Iterator[Batch]:
@@ -148,9 +148,9 @@ class StreamLoader:
         for i, pixels in enumerate(views):
             images.numpy()[i] = pixels
         mix = None
-        if self.strength is not None:
+        if self.augment is not None:
             size = self.transform.preprocess.image_size
-            whole = draw_mix(self.seed, start, self.batch_size, size, self.strength)
+            whole = sample_mix(self.seed, start, self.batch_size, size, self.augment)
             mix = whole.part(self.rank * len(shown), (self.rank + 1) * len(shown))
         return Batch(
             images,

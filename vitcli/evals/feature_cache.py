@@ -216,8 +216,7 @@ def code_hash() -> str:
     """Of the sources between a file and its features: another version may compute otherwise."""
     digest = hashlib.sha256()
     package = Path(vitcli.__path__[0])
-    names = ("decode.py", "preprocess.py")
-    names += ("data/image_set.py", "data/decoded_cache.py")
+    names = ("decode.py", "preprocess.py", "data/image_set.py", "data/decoded_cache.py")
     files = [*(package / "vit").glob("*.py"), *(package / name for name in names)]
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())

@@ -21,7 +21,6 @@ from vitcli.data.image_set import ImageSet, Request, Source
 from vitcli.data.labels import fingerprint
 from vitcli.decode import Mode
 
-
 NUM_TRAIN = 1_000_000
 NUM_TEST = 2_048
 # So many pictures are drawn at once: their planes stay in the processor's cache.

@@ -16,10 +16,10 @@ from vitcli.config.schema import Recipe
 from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.policies import changes_pixels
 from vitcli.data.augment.transform import TrainTransform, resolve_augment
+from vitcli.data.batch import check_batch
 from vitcli.data.image_set import Source
-from vitcli.data.loader import TrainLoader, check_batch
+from vitcli.data.loader import TrainLoader
 from vitcli.data.source import open_data
-from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.streaming import StreamSet
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
@@ -108,28 +108,22 @@ def make_loop(
 
 def make_loader(
     recipe: Recipe, source: Source, preprocess: Preprocess, views: int, accelerator: Any
-) -> TrainLoader | StreamLoader:
+) -> TrainLoader:
     """What makes the batches of this process."""
-    images: Any = source.splits["train"]
     transform = TrainTransform(preprocess, recipe.augment)
-    settings: dict[str, Any] = {
-        "batch_size": recipe.train.batch_size,
-        "seed": recipe.train.seed,
-        "views": views,
-        "workers": recipe.data.workers,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "strict": recipe.data.strict,
-        "augment": transform.settings,
-    }
-    if isinstance(images, StreamSet):
-        return StreamLoader(images, transform, **settings)
     return TrainLoader(
-        images,
+        source.splits["train"],
         transform,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        views=views,
+        workers=recipe.data.workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        strict=recipe.data.strict,
         repeats=recipe.augment.repeats,
+        augment=transform.settings,
         pin_memory=accelerator.device.type == "cuda",
-        **settings,
     )
 
 

@@ -13,7 +13,7 @@ from support.kinds import small
 from support.tiny import tiny_recipe
 
 from vitcli.cli import console as report
-from vitcli.cli.app import run as cli
+from vitcli.cli.main import run as cli
 from vitcli.cli.show import inspection as results_look
 from vitcli.commands.inspect import run
 from vitcli.data.readers.builtin import photographs
@@ -23,7 +23,8 @@ from vitcli.inspection.inductive_bias import fresh
 from vitcli.inspection.report import Section, page
 from vitcli.preprocess import Preprocess
 from vitcli.run import create_run
-from vitcli.vit import ResNetConfig, create_model
+from vitcli.vit import ResNetConfig
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 NAMES = ("ant", "bee", "cat", "dog", "<i>elk</i>")
@@ -201,7 +202,7 @@ def test_what_cannot_be_read_is_named(pictures, capsys):
 
 def test_weights_that_are_no_numbers(pictures):
     model = stored()
-    model.blocks[0].attn.qkv.weight.data[0, 0] = float("nan")
+    model.network.blocks[0].attn.qkv.weight.data[0, 0] = float("nan")
     save_model("m.safetensors", model)
     with pytest.raises(VitcliError, match="is not a number"):
         run(["p"], model="m.safetensors", out=pictures / "new")

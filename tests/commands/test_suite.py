@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 from support.tiny import TINY, vitcli
 
-from vitcli.cli import app as cli
+from vitcli.cli import main as cli
 from vitcli.commands import suite as command
 from vitcli.config.recipe import check, load_recipe
 from vitcli.config.schema import Recipe
@@ -19,7 +19,7 @@ from vitcli.errors import VitcliError
 from vitcli.evals.suite import group_means, load_suite, published, suite_files
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 MODEL = {"image_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 32}

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from vitcli import create_model
 from vitcli.config.schema import AugmentSection, ObjectiveSection
 from vitcli.data.augment.mixing import (
     mixes_pairs,
@@ -18,6 +17,7 @@ from vitcli.data.augment.mixing import (
 from vitcli.data.augment.transform import resolve_augment
 from vitcli.preprocess import Preprocess
 from vitcli.train.objectives.registry import build_objective
+from vitcli.weights.loaded import create_model
 
 SIZE = (24, 32)
 IMAGES = torch.randn(8, 3, *SIZE, generator=torch.Generator().manual_seed(0))

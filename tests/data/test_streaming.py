@@ -259,7 +259,7 @@ def test_what_a_stream_cannot_do(shards):
         open_data(DataSection(name=shards, streaming=True, folds=2), streams=True)
     with pytest.raises(VitcliError, match="is unknown"):
         len(stream(shards).splits["train"])
-    with pytest.raises(VitcliError, match="`streaming` is not set"):
+    with pytest.raises(VitcliError, match="set `streaming` too"):
         check(Recipe, {"command": "pretrain", "train": {"steps": 1}, "data": {"classes": "x"}}, "x")
     done = vitcli("check", shards, "--set", "data.streaming=true")
     assert done.returncode == 2 and "a stream has but one" in done.stderr

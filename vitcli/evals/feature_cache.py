@@ -295,7 +295,7 @@ class Features:
         Raises:
             VitcliError: none of them can be read; the disk is full.
         """
-        keep = self.keep and launch.local_size() == launch.size()
+        keep = self.keep and launch.local_world_size() == launch.world_size()
         dims = self.model.config.feature_dim, self._pixels() if with_pixels else 0
         if keep and rank_and_world_size()[0] == 0:
             needed = len(indices) * sum(dims) * 4

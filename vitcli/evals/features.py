@@ -176,7 +176,7 @@ def no_image_readable(count: int, broken: Sequence[str]) -> VitcliError:
 
 def rank_and_world_size() -> tuple[int, int]:
     """Rank of this process and number of processes of this command; (0, 1) without a launcher."""
-    if launch.size() == 1:
+    if launch.world_size() == 1:
         return 0, 1
     state = join_processes(pick_device())
     return state.process_index, state.num_processes

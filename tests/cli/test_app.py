@@ -106,7 +106,11 @@ def test_help_answers_at_once():
         (["fewshot", "--method", "svm"], "`fewshot.method` = 'svm'", ""),
         (["fewshot", "--method", "knn", "--l2", "auto"], "not to `knn`", ""),
         (["fewshot", "-m", "Pico/4", "--method", "knn", "--out", "x"], "nothing to keep", "--out"),
-        (["fewshot", "-m", "Pico/4", "--representation", "cl"], "no representation `cl`", "`cls`"),
+        (
+            ["fewshot", "-m", "Pico/4", "--representation", "cl"],
+            "unknown representation `cl`",
+            "`cls`",
+        ),
         (["export"], "Missing option '--to'", "see `vitcli export --help`"),
         (
             ["export", "--to", "onx", "--model", "Pico/4"],

@@ -3,7 +3,7 @@
 import torch
 
 from vitcli.vit import VisionTransformer, ViTConfig
-from vitcli.weights.edit import build
+from vitcli.weights.from_checkpoint import build_model
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.overrides import Stated
 from vitcli.weights.timm.bit import read_bit
@@ -29,4 +29,4 @@ def read(tensors, **said):
     """What `load_model` does with a file of these tensors."""
     hub = said.pop("hub", None)
     reader = read_bit if is_bit(tensors) else read_timm
-    return build(reader(tensors, "w", hub, Stated(**said)), "w")
+    return build_model(reader(tensors, "w", hub, Stated(**said)), "w")

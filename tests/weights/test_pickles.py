@@ -85,7 +85,7 @@ def test_prefixes_go_and_what_stands_outside_is_named(net, here, prefix):
     state = {prefix + name: tensor for name, tensor in net.state_dict().items()}
     back = load_model(save({"model": {**state, "fc.weight": torch.zeros(2, 2)}}), num_heads=4)
     assert torch.equal(back.network.pos_embed, net.network.pos_embed)
-    assert back.load_report.fates["fc.weight"][0] == "dropped"
+    assert back.load_report.status["fc.weight"][0] == "dropped"
 
 
 @FORMATS
@@ -188,7 +188,7 @@ def test_tensors_that_are_no_weights_are_named(net, here):
 def test_other_precisions_become_float32_and_are_noted(net, here, dtype):
     back = load_model(save({k: v.to(dtype) for k, v in net.state_dict().items()}), num_heads=4)
     assert back.network.head.weight.dtype == torch.float32
-    assert back.load_report.fates["head.weight"] == ("loaded", f"from {dtype}")
+    assert back.load_report.status["head.weight"] == ("loaded", f"from {dtype}")
 
 
 @FORMATS

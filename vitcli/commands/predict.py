@@ -20,10 +20,9 @@ from vitcli.evals.predictor import Answers, Doubts
 from vitcli.evals.resume_log import Journal, Tally, finished, journal
 from vitcli.evals.writers import COLUMNS, Row, Tables
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
 from vitcli.weights.load_report import tell_load
-from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.loaded import LoadedModel, model_hash
 
 
 class Predictions:

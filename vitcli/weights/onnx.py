@@ -101,15 +101,6 @@ def run_onnx(path: Path, images: Tensor) -> Tensor | None:
     return torch.from_numpy(found)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_onnx` noted in the file beside the graph; empty for anybody else's file."""
-    import onnx
-
-    found = onnx.load(os.fspath(path), load_external_data=False)
-    texts = {entry.key: entry.value for entry in found.metadata_props}
-    return dict(json.loads(texts.get("vitcli", "{}")))
-
-
 def _program(model: LoadedModel) -> "ONNXProgram":
     from vitcli import __version__
 

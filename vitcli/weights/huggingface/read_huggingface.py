@@ -26,8 +26,7 @@ from vitcli.weights.huggingface.huggingface_names import (
 )
 from vitcli.weights.huggingface.processor import pixels, read_processor
 from vitcli.weights.overrides import Stated
-from vitcli.weights.store import Checkpoint
-from vitcli.weights.validation import fitting
+from vitcli.weights.store import Checkpoint, readable_values
 
 LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.(.+?)(?:\.(weight|bias))?")
 OUR_BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -77,11 +76,11 @@ def read_huggingface(
             del renamed[name]
             dropped[name] = "a pooler that no head reads"
     notes: list[str] = []
-    with fitting("config.json", source, MEND):
+    with readable_values("config.json", source, MEND):
         values = _values(renamed, described, family, source, stated)
         config = ViTConfig(**{**values, **_positions(renamed, values, kind, notes)})
         labels = stated.labels or _labels(described, config.num_classes)
-    with fitting("preprocessor_config.json", source, MEND):
+    with readable_values("preprocessor_config.json", source, MEND):
         preprocess = read_processor(config, kind, processor, source, stated, notes)
     return Checkpoint(
         config=config,

@@ -15,7 +15,7 @@ from vitcli.preprocess import Preprocess, ResizeMode
 from vitcli.vit import Config, ViTConfig
 from vitcli.vit.config import Gelu
 from vitcli.weights.overrides import PICTURES, Stated, are_pictures, per_channel
-from vitcli.weights.validation import fitting
+from vitcli.weights.store import readable_values
 
 MEND = "mend it, or remove it and say with `--set model.…` and `--set preprocess.…` what it says"
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
@@ -79,7 +79,7 @@ def read_hub(described: Mapping[str, Any] | None, source: str) -> Hub:
         VitcliError: an architecture or argument that computes something else with such tensors,
             or values that cannot be.
     """
-    with fitting("config.json", source, MEND):
+    with readable_values("config.json", source, MEND):
         hub = _parsed(described or {})
     for pattern, what in REFUSED.items():
         if re.search(pattern, hub.architecture):
@@ -196,7 +196,7 @@ def hub_says(
         VitcliError: values that cannot be.
     """
     base = None
-    with fitting("config.json", source, MEND):
+    with readable_values("config.json", source, MEND):
         if are_pictures(config.num_channels, notes):
             base = _preprocess(hub, config.image_size, config.num_channels, notes)
         return base, _labels(hub, config.num_classes)

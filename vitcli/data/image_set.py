@@ -1,6 +1,6 @@
 """`ImageSet`: the labelled images of one split, decoded on demand from a store.
 
-A store (`ImageStore`) holds the images: files, arrays, tar members, parquet cells or decoded pixels.
+An `ImageStore` holds the images: files, arrays, tar members, parquet cells or decoded pixels.
 """
 
 import os

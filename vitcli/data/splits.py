@@ -222,7 +222,8 @@ def _take_slices(
             continue
         part = parse_slice(text)
         if part.name not in labels:
-            raise unknown(f"split of `{shown}`:", part.name, labels)
+            hint = unknown("split", part.name, labels).hint
+            raise VitcliError(f"`{shown}` has no split `{part.name}`", hint)
         n = len(labels[part.name])
         first, last = part.bounds(n)
         if last <= first:
@@ -291,8 +292,8 @@ def _hold_out_fold(
     found.parts = in_split_order(found.parts)
     found.record |= {"folds": folds, "fold": fold, "seed": seed}
     found.notes.append(
-        f"{shown}: fold {fold} of 0 to {folds - 1} is the {role} split: {len(held_out):,} of "
-        f"{len(own):,} training images, seed {seed}"
+        f"{shown}: fold {fold} of {folds} (0 to {folds - 1}) is the {role} split: "
+        f"{len(held_out):,} of {len(own):,} training images, seed {seed}"
     )
 
 

@@ -18,8 +18,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from vitcli.data.image_set import ImageSet, Request, Source
-from vitcli.data.labels import class_names, fingerprint, has_label, label_text
+from vitcli.data.image_set import ImageSet
+from vitcli.data.labels import class_names, has_label, label_text
 from vitcli.data.readers.hub import Plan, hub_names, load_hub, plan_hub
 from vitcli.data.readers.parquet import (
     choose_columns,
@@ -32,7 +32,7 @@ from vitcli.data.readers.tar import (
     LABEL_ENDINGS,
     NAMES_FILES,
     Sample,
-    expand,
+    expand_braces,
     is_image,
     key_of,
     label_of,
@@ -40,6 +40,7 @@ from vitcli.data.readers.tar import (
     read_shards,
     shard_splits,
 )
+from vitcli.data.source import DataRequest, Source, fingerprint
 from vitcli.errors import VitcliError, printable
 from vitcli.hub.repository import Listing
 
@@ -205,18 +206,22 @@ class StreamSet:
         )
 
 
-def open_stream(request: Request, classes_file: str | None, buffer: int) -> Source:
+def open_stream(request: DataRequest) -> Source:
     """DATA as a stream: parquet or shards, here, on the Hub, or `https://…/x-{000..099}.tar`.
 
     Args:
         request: what the user asked for; its splits must be those of the data.
-        classes_file: class names, one a line, where the data does not carry them.
-        buffer: images that are mixed at a time.
 
     Raises:
         VitcliError: data that is no shards or parquet, classes that are not known.
     """
-    if request.multi_label or request.folds or request.validation_fraction or request.train_split:
+    settings, buffer = request.settings, request.settings.shuffle_buffer
+    if (
+        settings.multi_label
+        or settings.folds
+        or settings.validation_fraction
+        or settings.train_split
+    ):
         raise VitcliError(
             "a stream has no folds, slices or several labels an image",
             "without `data.streaming` there are",
@@ -232,7 +237,7 @@ def open_stream(request: Request, classes_file: str | None, buffer: int) -> Sour
         beside = hub_names(listing)
         record |= {"repository": listing.repository.name, "commit": listing.commit}
     elif REMOTE.fullmatch(request.notation):
-        shards = [_remote_shard(url) for url in expand(request.notation)]
+        shards = [_remote_shard(url) for url in expand_braces(request.notation)]
     else:
         shards, held, beside = _local(request)
     if not shards:
@@ -240,7 +245,7 @@ def open_stream(request: Request, classes_file: str | None, buffer: int) -> Sour
             f"`{request.shown}` has no training images that can be streamed",
             "parquet files and WebDataset shards can",
         )
-    names = read_names(Path(classes_file)) if classes_file else None
+    names = read_names(Path(settings.classes)) if settings.classes else None
     if names is None and beside is not None:
         names = read_names(beside)
     columns, marked = _look_into(shards[0], request)
@@ -258,7 +263,7 @@ def open_stream(request: Request, classes_file: str | None, buffer: int) -> Sour
 
 
 def _aligned(
-    request: Request, held: Mapping[str, ImageSet], classes: tuple[str, ...]
+    request: DataRequest, held: Mapping[str, ImageSet], classes: tuple[str, ...]
 ) -> dict[str, ImageSet]:
     try:
         return {name: images.relabelled(classes) for name, images in held.items()}
@@ -269,7 +274,7 @@ def _aligned(
         ) from None
 
 
-def _local(request: Request) -> tuple[list[Shard], Mapping[str, ImageSet], Path | None]:
+def _local(request: DataRequest) -> tuple[list[Shard], Mapping[str, ImageSet], Path | None]:
     """Shards here, the splits beside train, and a file with class names beside them."""
     path = request.path
     kind = "parquet" if path.suffix == ".parquet" or parquet_files(path) else "tar"
@@ -280,7 +285,7 @@ def _local(request: Request) -> tuple[list[Shard], Mapping[str, ImageSet], Path 
     train = files.pop("train", [])
     shards = [Shard(printable(file), kind, partial(file.open, "rb")) for file in train]
     read = read_parquet if kind == "parquet" else read_shards
-    alone = replace(request, test_fraction=0.0, labelled=False)
+    alone = replace(request, whole=True, labelled=False)
     held = read(alone, files, notes).splits if files else {}
     names = (train[0].parent / name for name in NAMES_FILES) if train else ()
     return shards, held, next((name for name in names if name.is_file()), None)
@@ -314,19 +319,19 @@ def _remote_shard(url: str) -> Shard:
     return Shard(url, "tar", opened)
 
 
-def _hub_rest(request: Request, files: Mapping[str, Sequence[str]]) -> Mapping[str, ImageSet]:
+def _hub_rest(request: DataRequest, files: Mapping[str, Sequence[str]]) -> Mapping[str, ImageSet]:
     """The splits to test on, fetched."""
     if not files:
         return {}
-    return load_hub(replace(request, test_fraction=0.0, labelled=False), without="train").splits
+    return load_hub(replace(request, whole=True, labelled=False), without="train").splits
 
 
 def _look_into(
-    shard: Shard, request: Request
+    shard: Shard, request: DataRequest
 ) -> tuple[tuple[str | None, str | None], Sequence[str] | None]:
     """The columns of a stream and, where a parquet file says them, the classes."""
     if shard.kind == "tar":
-        return (None, request.label_column), None
+        return (None, request.settings.label_column), None
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -336,5 +341,5 @@ def _look_into(
     except (OSError, pa.ArrowException) as error:
         raise VitcliError(f"cannot read `{shard.name}`: {error}", "see to the network") from error
     features = features_of(schema)
-    columns = choose_columns(shard.name, schema, features, request)
+    columns = choose_columns(shard.name, schema, features, request.settings)
     return columns, class_names(features.get(columns[1]))

@@ -217,7 +217,7 @@ def code_hash() -> str:
     digest = hashlib.sha256()
     package = Path(vitcli.__path__[0])
     names = ("decode.py", "pixel_modes.py", "preprocess.py")
-    names += ("data/image_set.py", "data/decoded_cache.py")
+    names += ("data/image_set.py", "data/readers/decoded.py")
     files = [*(package / "vit").glob("*.py"), *(package / name for name in names)]
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitcli.data.image_set import ImageSet, Source
+from vitcli.data.image_set import ImageSet
+from vitcli.data.source import Source
 from vitcli.data.splits import stratified_split
 from vitcli.errors import VitcliError
 from vitcli.evals.calibration import (

@@ -15,9 +15,8 @@ from torch import nn
 from vitcli.config.schema import Recipe
 from vitcli.data.augment.presets import Strength
 from vitcli.data.augment.transform import TrainTransform
-from vitcli.data.image_set import Source
 from vitcli.data.loader import TrainLoader, check_batch
-from vitcli.data.source import open_data
+from vitcli.data.source import Source, open_data
 from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.streaming import StreamSet
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision

@@ -1,4 +1,4 @@
-"""The registry of data readers: each kind of DATA, how it is recognised and which function reads it.
+"""The registry of data readers: each kind of DATA, how it is recognised and what reads it.
 
 To add a reader, write a module in this folder and add one entry to READERS. An entry names its
 functions as text, because the command line prints this table and must not load the readers.
@@ -94,7 +94,7 @@ def find_reader(notation: str) -> str:
     if notation.startswith("builtin:"):
         raise unknown("dataset", notation, (key for key in READERS if key.startswith("builtin:")))
     if not notation:  # Path("") would be the current folder
-        raise VitcliError("DATA is an empty string", f"DATA is one of {_KINDS}")
+        raise VitcliError("DATA is an empty string", f"DATA is one of: {_KINDS}")
     path = Path(notation)
     if path.is_dir():
         accepting = (key for key, reader in READERS.items() if _accepts(reader, path))
@@ -105,14 +105,14 @@ def find_reader(notation: str) -> str:
             continue
         if path.is_file() or (suffix == ".tar" and "{" in notation):
             return key
-        raise VitcliError(f"no such file: `{shown}`", f"DATA is one of {_KINDS}")
+        raise VitcliError(f"no such file: `{shown}`", f"DATA is one of: {_KINDS}")
     if re.search(r"\.(tar\.\w+|tgz)$", notation):
         raise VitcliError(
             f"`{shown}` is a compressed tar file",
             "decompress it with `gunzip`: random access needs uncompressed shards",
         )
     fault = "unsupported data format" if path.exists() else "no such file or folder"
-    raise VitcliError(f"{fault}: `{shown}`", f"DATA is one of {_KINDS}")
+    raise VitcliError(f"{fault}: `{shown}`", f"DATA is one of: {_KINDS}")
 
 
 def is_dataset(notation: str | os.PathLike[str]) -> bool:

@@ -2,7 +2,7 @@
 
 The folder holds, for each split, the pixels of all images (`train.pixels`: RGB rows, memory-mapped
 and so shared by all processes), an index (`train.index`), the multi-hot targets if there are any
-(`train.targets`), and `stored.json`, which is written last. `vitcli/data/decoded_cache.py` writes it.
+(`train.targets`), and `stored.json`, which is written last. `data/decoded_cache.py` writes it.
 """
 
 import hashlib

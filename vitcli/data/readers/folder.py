@@ -132,9 +132,7 @@ def image_list(files: Sequence[str]) -> ImageSet:
     return ImageSet("images", classes, labels, FileStore(Path(), map(os.fsencode, files)))
 
 
-def _names_and_sizes(
-    split: str, folder: Path, store: FileStore, watch: Watcher
-) -> Iterator[bytes]:
+def _names_and_sizes(split: str, folder: Path, store: FileStore, watch: Watcher) -> Iterator[bytes]:
     """The part of the fingerprint for the files of a split."""
     with watch.progress(f"{printable(folder)}, sizes", len(store)) as bar:
         for row in range(len(store)):
@@ -161,7 +159,7 @@ def _split_folders(root: Path, notes: list[str]) -> dict[str, Path]:
         return {"train": root}
     if others:
         names = ", ".join(f"`{printable(folder.name)}`" for folder in others)
-        notes.append(f"{printable(root)}: skipped {names}, which are beside `train`")
+        notes.append(f"{printable(root)}: skipped folders that are not splits: {names}")
     return in_split_order(splits)
 
 

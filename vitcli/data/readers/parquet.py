@@ -223,7 +223,7 @@ def features_of(schema: Any) -> dict[str, Any]:
 def choose_columns(
     shown: str, schema: Any, features: dict[str, Any], settings: DataSection
 ) -> tuple[str, str]:
-    """(image column, label column): from the settings, else by feature type, else by usual names."""
+    """(image column, label column): from the settings, the feature types, or usual names."""
     import datasets
     import pyarrow.types as types
 

@@ -26,7 +26,7 @@ from vitcli.data.labels import (
 )
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import SPLIT_ALIASES, SPLITS
-from vitcli.errors import VitcliError, nearest, printable
+from vitcli.errors import VitcliError, printable, unknown
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "y", "class_name", "fine_label")
 IMAGE_COLUMNS = (
@@ -83,7 +83,9 @@ def load_table(request: DataRequest) -> Source:
     else:
         classes, labels = encode_labels(cells)
     if escaped := sorted({label_text(text) for text in table.distinct if not _is_utf8(text)}):
-        notes.append(f"{shown}: labels such as `{escaped[0]}` are not UTF-8; save the file as UTF-8")
+        notes.append(
+            f"{shown}: labels such as `{escaped[0]}` are not UTF-8; save the file as UTF-8"
+        )
     splits = {}
     for name in SPLITS:
         in_split = (split_names[table.splits[i]] == name for i in kept)
@@ -148,15 +150,14 @@ def find_column(
     if given is not None:
         if given in columns:
             return given
-        close = nearest(given, columns)
-        hint = f"did you mean `{close}`?" if close else f"its columns are {present}"
+        hint = unknown("column", given, columns).hint
         raise VitcliError(f"`{shown}` has no column `{given}` (it has {present})", hint)
     lower = {str(name).lower(): name for name in reversed(columns)}
     for name in usual:
         if name in lower:
             return lower[name]
     raise VitcliError(
-        f"`{shown}` has no column with a usual name for the {kind} (it has {present})",
+        f"`{shown}` has no {kind} column with a known name (it has {present})",
         f"name the column: `--set data.{kind}_column=NAME`",
     )
 
@@ -218,7 +219,7 @@ def _open_text(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # Excel writes it
-        # "utf-8-sig" drops a byte-order mark; "surrogateescape" keeps file names that are not UTF-8.
+        # "utf-8-sig" drops a byte-order mark; "surrogateescape" keeps names that are not UTF-8.
         return path.open(
             encoding="utf-16" if utf16 else "utf-8-sig",
             errors="replace" if utf16 else "surrogateescape",

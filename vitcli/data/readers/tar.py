@@ -227,7 +227,8 @@ def read_names(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise VitcliError(
-            f"cannot read the class names in `{printable(path)}`: {error}", "write one class name per line, in UTF-8"
+            f"cannot read the class names in `{printable(path)}`: {error}",
+            "write one class name per line, in UTF-8",
         ) from error
     return [line.strip() for line in lines if line.strip()]
 

@@ -187,7 +187,7 @@ def test_another_set_is_not_mixed_in(photos, tmp_path):
     with pytest.raises(VitcliError, match="holds another decoded dataset"):
         write_decoded(source, tmp_path / "s", side=32)
     (tmp_path / "s" / "stored.json").rename(tmp_path / "s" / "storing.json")
-    with pytest.raises(VitcliError, match="another set was begun"):
+    with pytest.raises(VitcliError, match="holds an unfinished dataset"):
         write_decoded(source, tmp_path / "s", side=32)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")

@@ -101,7 +101,9 @@ def test_parquet_with_plain_columns(tmp_path):
     cells = [png(level) for level in range(6)]
     table = pa.table({"picture": cells, "kind": ["b", "a"] * 3, "weight": [0.5] * 6})
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(VitcliError, match=r"no label column with a known name.*`picture`, `kind`, `weight`"):
+    with pytest.raises(
+        VitcliError, match=r"no label column with a known name.*`picture`, `kind`, `weight`"
+    ):
         load_data(str(tmp_path / "x.parquet"))
     data = load_data(str(tmp_path / "x.parquet"), label_column="kind", whole=True)
     assert data.splits["train"].labels.tolist() == [1, 0] * 3

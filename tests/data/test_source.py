@@ -387,7 +387,8 @@ def test_digits_are_scikit_learns():
     assert (len(train), len(test)) == (1438, 359) and np.abs(shares - 0.2).max() < 0.01
     assert train.read(0).mode == "RGB"
     assert data.notes == (
-        "builtin:digits: a fixed, stratified fifth of the images is the test split (1,438 train, 359 test)",
+        "builtin:digits: a fixed, stratified fifth of the images is the test split "
+        "(1,438 train, 359 test)",
     )
     assert load_data("builtin:digits", split_seed=1).fingerprint == data.fingerprint
 
@@ -491,7 +492,7 @@ def test_empty_text_is_not_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(VitcliError, match="DATA is an empty string") as caught:
         load_data("")
-    assert "`.` is the current folder" in caught.value.hint
+    assert "the current folder is `.`" in caught.value.hint
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -253,13 +253,13 @@ def test_a_run_on_a_stream(shards, tmp_path):
 
 def test_what_a_stream_cannot_do(shards):
     section = DataSection(name=shards, streaming=True)
-    with pytest.raises(VitcliError, match="`data.streaming` has none"):
+    with pytest.raises(VitcliError, match="needs random access"):
         open_data(section)
     with pytest.raises(VitcliError, match="no folds"):
         open_data(DataSection(name=shards, streaming=True, folds=2), streams=True)
     with pytest.raises(VitcliError, match="is not known"):
         len(stream(shards).splits["train"])
-    with pytest.raises(VitcliError, match="`streaming` is not set"):
+    with pytest.raises(VitcliError, match="set `streaming` too"):
         check(Recipe, {"command": "pretrain", "train": {"steps": 1}, "data": {"classes": "x"}}, "x")
     done = vitcli("check", shards, "--set", "data.streaming=true")
     assert done.returncode == 2 and "`data.streaming` has none" in done.stderr

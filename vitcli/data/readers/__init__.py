@@ -94,7 +94,9 @@ def find_reader(notation: str) -> str:
     if notation.startswith("builtin:"):
         raise unknown("dataset", notation, (key for key in READERS if key.startswith("builtin:")))
     if not notation:  # Path("") would be the current folder
-        raise VitcliError("DATA is an empty string", f"DATA is one of: {_KINDS}")
+        raise VitcliError(
+            "DATA is an empty string", f"the current folder is `.`; DATA is one of: {_KINDS}"
+        )
     path = Path(notation)
     if path.is_dir():
         accepting = (key for key, reader in READERS.items() if _accepts(reader, path))

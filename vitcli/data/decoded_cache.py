@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from vitcli.data.image_set import ImageSet, Pixels
-from vitcli.data.prefetch import in_order
+from vitcli.data.prefetch import map_in_order
 from vitcli.data.readers.decoded import (
     DESCRIPTION,
     FORMAT,
@@ -121,7 +121,7 @@ def _write_missing(
                         images.targets.tofile(temporary)
                 with PixelWriter(out, name) as writer:
                     rest = range(writer.rows, len(images))
-                    for image in in_order(partial(_decode_small, images, side), rest, workers):
+                    for image in map_in_order(partial(_decode_small, images, side), rest, workers):
                         writer.add(image, int(images.labels[writer.rows]))
                         bar.advance()
         counts, broken, digests = _summary(source, out)

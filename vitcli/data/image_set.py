@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.decode import Box, ImageError, ImageInput, Picture, open_image, read_image
+from vitcli.decode import Box, ImageError, ImageInput, LazyImage, Mode, open_image, read_image
 from vitcli.errors import printable
-from vitcli.pixel_modes import Mode
 
 
 class BytesList:
@@ -41,7 +40,7 @@ class BytesList:
 
 
 class ArrayPicture:
-    """Decoded pixels with the interface of `Picture`; a part is a slice of the array.
+    """Decoded pixels with the interface of `LazyImage`; a part is a slice of the array.
 
     Args:
         array: (Y, X) or (Y, X, 3) uint8, upright; never written to.
@@ -71,7 +70,7 @@ class ArrayPicture:
         return np.array(self.array[top:bottom, left:right])
 
 
-AnyPicture = Picture | ArrayPicture
+AnyPicture = LazyImage | ArrayPicture
 
 
 Integers = NDArray[np.int64]

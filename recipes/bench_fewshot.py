@@ -4,14 +4,17 @@
     python recipes/bench_fewshot.py solve --json       one, as a line of JSON
     OMP_NUM_THREADS=1 python recipes/bench_fewshot.py extract --model S/16 --threads 1 --cpu
 
-`extract`: images a second of `evals.features.run_over` writing into an empty cache, beside the same
-model on one batch in memory over and over, which reads and decodes nothing. The pictures are JPEGs
-of 240 pixels of noise over a gradient, in memory. `solve`: 1000 classes x 10 images x 768 features
-and 20 strengths. Ours decomposes, leaves images out (2,000 of the 10,000, see `MOST_LEFT_OUT`; with
-`--all` also all of them), chooses and fits; theirs is RidgeClassifierCV on the same standardised
-matrix with the same strengths, which leaves every image out. Both in turn (A B A B ...), medians
-and the range of the ratio of each pair. `--cpu` counts the seconds of this process on all cores,
-not the clock's: on a machine that others use, with one thread.
+`extract` compares the images/s of `evals.features.extract_batches`, which writes into an empty
+cache, with the same model on one batch in memory, which reads and decodes nothing. The images are
+JPEGs of 240 x 240 px in memory, noise over a gradient.
+
+`solve` uses 1000 classes x 10 images x 768 features and 20 values of l2. Ours decomposes, leaves
+images out (2,000 of the 10,000, see `MAX_LEFT_OUT`; `--all` also measures all of them), chooses and
+fits. Theirs is RidgeClassifierCV on the same standardised matrix with the same values; it leaves
+every image out.
+
+Both run in turn (A B A B ...). The output has medians, and the range of the ratio of each pair.
+`--cpu` counts CPU seconds of this process on all cores; use it with one thread on a shared machine.
 """
 
 import argparse
@@ -30,11 +33,11 @@ import torch
 from PIL import Image
 
 from vitcli.data.image_set import ImageSet
-from vitcli.evals.feature_cache import Rows, stamps_of
-from vitcli.evals.features import run_over
-from vitcli.evals.fewshot import protocol as fewshot
+from vitcli.evals.feature_cache import file_stamps
+from vitcli.evals.feature_table import FeatureTable
+from vitcli.evals.features import extract_batches
 from vitcli.evals.fewshot import ridge
-from vitcli.evals.fewshot.ridge import PATH, RidgePath
+from vitcli.evals.fewshot.ridge import L2_CANDIDATES, RidgePath, choose_ridge_l2
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model
 
@@ -103,9 +106,9 @@ def extract(given: argparse.Namespace) -> dict[str, Any]:
         images = ImageSet("train", ("a",), labels, pictures)
         images._estimate_bytes = lambda _: float("inf")  # type: ignore[method-assign]
         with tempfile.TemporaryDirectory() as folder:
-            table = Rows(Path(folder), given.images, net.config.feature_dim, {})
-            for part in run_over(net, images, batch_size=given.batch_size):
-                table.write(part.indices, part.outputs, stamps_of(images, indices[part.indices]))
+            table = FeatureTable(Path(folder), given.images, net.config.feature_dim, {})
+            for part in extract_batches(net, images, batch_size=given.batch_size):
+                table.write(part.indices, part.outputs, file_stamps(images, indices[part.indices]))
 
     def theirs() -> None:
         with torch.inference_mode():
@@ -137,19 +140,19 @@ def solve(given: argparse.Namespace) -> list[dict[str, Any]]:
 
     def of(most: int, name: str) -> Callable[[], None]:
         def work() -> None:
-            fewshot.MOST_LEFT_OUT = most
+            ridge.MAX_LEFT_OUT = most
             path = RidgePath(x, labels, CLASSES)
-            chosen[name] = fewshot.choose_l2(path).l2
+            chosen[name] = choose_ridge_l2(path).l2
             path.fit(chosen[name])
 
         return work
 
     def theirs() -> None:
-        found = RidgeClassifierCV(alphas=PATH, fit_intercept=False).fit(matrix, labels)
+        found = RidgeClassifierCV(alphas=L2_CANDIDATES, fit_intercept=False).fit(matrix, labels)
         chosen["theirs"] = float(found.alpha_)
 
     rows = []
-    some = ridge.MOST_LEFT_OUT
+    some = ridge.MAX_LEFT_OUT
     for name, most in ((f"{some} left out", some), ("all", 10**9))[: 2 if given.all else 1]:
         row = compare(of(most, name), theirs, given.pairs, cpu=given.cpu)
         rows.append({"case": f"solve, {name}", **row, "chosen": dict(chosen)})

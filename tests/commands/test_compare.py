@@ -72,7 +72,9 @@ def test_seeds_are_repetitions(runs):
 
 def test_what_cannot_be_paired_says_why(runs):
     found = compare.run([runs["one"], runs["other"], runs["unlabelled"]])
-    assert "another split" in found.paired[0] and "no outcomes" in found.paired[1]
+    assert (
+        "another split" in found.paired[0] and "no predictions of single images" in found.paired[1]
+    )
     assert found.results["accuracy"][2] is None
 
 
@@ -88,7 +90,7 @@ def test_the_command(runs, capsys):
 
 
 def test_mistakes(runs, tmp_path):
-    with pytest.raises(VitcliError, match="nothing to be compared with"):
+    with pytest.raises(VitcliError, match="at least two runs"):
         compare.run([runs["one"]])
     with pytest.raises(VitcliError, match="is not a run"):
         compare.run([runs["one"], tmp_path])

@@ -546,7 +546,7 @@ def predict(
             results_predict.show_prediction(row)
         if row["error"] is not None:
             report.print_error(VitcliError(f"{row['path']}: {row['error']}"))
-    results_predict.show_tally(rows.tally, predicting.abstains)
+    results_predict.show_counts(rows.counts, predicting.abstains)
     if rows.failed:
         raise typer.Exit(exits.EXIT_UNREADABLE)
 

@@ -92,7 +92,7 @@ def extract(
                     pixels.append(part.pixels)
             bar.advance(len(part.labels) + len(part.broken))
     # Each rank reads a contiguous part, so joining in the order of the ranks restores the order.
-    parts = _gather((outputs, labels, indices, pixels, broken))
+    parts = gather_from_ranks((outputs, labels, indices, pixels, broken))
     outputs, labels, indices, pixels, broken = ([x for p in parts for x in p[i]] for i in range(5))
     if not outputs:
         raise no_image_readable(len(images), broken)
@@ -182,7 +182,8 @@ def rank_and_world_size() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
-def _gather(part: tuple[list[Any], ...]) -> list[tuple[list[Any], ...]]:
+def gather_from_ranks(part: Any) -> list[Any]:
+    """The `part` of every rank, in the order of the ranks."""
     world_size = rank_and_world_size()[1]
     if world_size == 1:
         return [part]

@@ -80,11 +80,11 @@ def file_stamps(images: ImageSet, indices: Ints) -> NDArray[np.uint32]:
     for place, index in enumerate(indices):
         path = images.content(int(index))
         if not isinstance(path, Path):
-            break
+            break  # images in one table or archive: the fingerprint covers that file
         try:
             facts = path.stat()
         except OSError:
-            continue
+            continue  # the image is missing; decoding it reports that
         # `| 1`: a stamp of 0 marks a row that was never written.
         stamps[place] = zlib.crc32(f"{facts.st_size} {facts.st_mtime_ns}".encode()) | 1
     return stamps
@@ -122,14 +122,13 @@ class CachedFeatures:
         """Features of the images `indices` (ascending) of a split, in the form of `extract`.
 
         `indices` of the result index `images`.
-
-        Raises:
-            VitcliError: no image can be read, or the disk is full.
         """
+        # Ranks on one machine write into one table; other machines may see another disk.
         cached = self.use_cache and launch.local_size() == launch.size()
         dims = self.model.config.feature_dim, self._num_pixel_values() if with_pixels else 0
         if cached and rank_and_world_size()[0] == 0:
             folder = feature_cache_folder()
+            # Check before the work, not after an hour of it.
             if reason := lack_of_space(folder, len(indices) * sum(dims) * 4):
                 self.watch.warn(f"features are not cached in `{folder}`: {reason}")
                 cached = self.use_cache = False
@@ -178,6 +177,7 @@ class CachedFeatures:
                     broken += self._compute(tables[1:], images, *args, output="pixels")
             # Also a barrier: when all lists are here, every rank has written its rows.
             broken = [line for part in gather_from_ranks(broken) for line in part]
+        # Read the checksums of new rows back: a full disk may have cut a sparse file short.
         present = np.ones(len(indices), dtype=np.bool_)
         for table, absent in zip(tables, missing, strict=True):
             present[absent] &= table.find_valid(indices[absent], stamps[absent])[0]
@@ -233,7 +233,7 @@ class CachedFeatures:
 
     def _table(self, images: ImageSet, what: str, dim: int) -> FeatureTable:
         if self._weights is None:
-            self._weights = model_hash(self.model, head=False)
+            self._weights = model_hash(self.model, head=False)  # a new head keeps the features
         facts = {
             "what": what,
             "code": code_hash(),
@@ -244,6 +244,7 @@ class CachedFeatures:
             "content": content_hash(images),
             "dim": dim,
         }
+        # Raw pixels depend on neither weights nor device, so all models share them.
         if what == "features":
             device = pick_device()
             precision = "fp32" if self.precision == "auto" else self.precision

@@ -31,9 +31,6 @@ class FeatureTable:
 
     `rows.f32` is a sparse file of the whole table, `rows.sums` has a CRC-32 checksum and a stamp
     for each row, and `about.json` describes the table for a person.
-
-    Raises:
-        VitcliError: the table cannot be created.
     """
 
     def __init__(self, folder: Path, rows: int, dim: int, about: Mapping[str, Any]) -> None:
@@ -58,17 +55,14 @@ class FeatureTable:
         valid = (checks["stamp"] == stamps) & (stamps > 0)
         table, damaged = np.asarray(self._table()), 0  # rows of a plain array are faster to slice
         for place in np.flatnonzero(valid):
+            # A checksum per row: one damaged row costs one image, not the table.
             if zlib.crc32(table[indices[place]].data) != checks["checksum"][place]:
                 valid[place] = False
                 damaged += 1
         return valid, damaged
 
     def write(self, indices: Ints, values: NDArray[np.float32], stamps: NDArray[np.uint32]) -> None:
-        """Set the rows `indices` to `values` (n, dim).
-
-        Raises:
-            VitcliError: the disk is full or not writable.
-        """
+        """Set the rows `indices` to `values` (n, dim)."""
         values = np.ascontiguousarray(values, dtype="<f4")
         checks = np.empty(len(indices), dtype=ROW_CHECK)
         checks["checksum"] = [zlib.crc32(row.data) for row in values]
@@ -84,6 +78,7 @@ class FeatureTable:
 
     def read(self, indices: Ints) -> NDArray[np.float32]:
         """(n, dim): mapped from the disk if the indices are consecutive, else copied."""
+        # Features of ImageNet-21k take tens of GB: a map reads only what is used.
         table = self._table()
         if len(indices) and (np.diff(indices) == 1).all():
             return table[indices[0] : indices[-1] + 1]

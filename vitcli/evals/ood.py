@@ -76,6 +76,7 @@ class OODReference:
         """(B,) -> (B,) float64: share of the held-out images that are nearer, 0..1."""
         nearer = torch.searchsorted(self.held_out, distances.contiguous())
         scores = nearer.double() / len(self.held_out)
+        # A distance that is NaN must not pass as near.
         return scores.masked_fill(distances.isnan(), 1.0)
 
 
@@ -92,9 +93,6 @@ def fit_reference(
         labels: (n,) classes. Multi-label images, (n, K), and classes with fewer than two images on
             average count as one class.
         held_out: (m, F) of images that the model was not trained on.
-
-    Raises:
-        VitcliError: too few images, or features that are not finite.
     """
     from sklearn.covariance import LedoitWolf
 
@@ -106,6 +104,7 @@ def fit_reference(
         )
     if not (np.isfinite(features).all() and np.isfinite(held_out).all()):
         raise VitcliError("the features of the model are not finite", "its weights are damaged")
+    # float64: the covariance of 30,000 x 1,000 features is inverted below.
     x = features.astype(np.float64)
     x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     centre = x.mean(axis=0)
@@ -116,6 +115,7 @@ def fit_reference(
     means = np.zeros((len(classes), x.shape[1]))
     np.add.at(means, place, x)
     means /= np.bincount(place)[:, None]  # (K, F)
+    # Shrinkage makes the covariance invertible with fewer images than features.
     fitted = LedoitWolf(assume_centered=True).fit(x - means[place])
     eigenvalues, vectors = np.linalg.eigh(fitted.covariance_)
     # A constant feature, such as that of a dead unit, has an eigenvalue near 0. Without a floor
@@ -136,11 +136,7 @@ def save_reference(path: Path, reference: OODReference) -> None:
 
 
 def load_reference(path: Path) -> OODReference:
-    """Read what `save_reference` wrote.
-
-    Raises:
-        VitcliError: the file is damaged or from a newer version.
-    """
+    """Read what `save_reference` wrote."""
     from safetensors import safe_open
 
     tensors = load_weights(path)
@@ -190,14 +186,11 @@ class ReferenceStore:
         Args:
             data: DATA; it replaces a stored reference of other data. None uses the stored
                 reference, else the data that the run was trained on.
-
-        Raises:
-            VitcliError: there is neither a reference nor data, or DATA cannot be used.
         """
         key = model_hash(self.net, head=False)
         stored = self._load(key, strict=data is None)
         if data is None and stored is not None:
-            return stored
+            return stored  # without opening the data, which may be gone
         source = self._open_source(data)
         if stored is not None and stored.facts.get("fingerprint") == source.fingerprint:
             return stored
@@ -223,7 +216,7 @@ class ReferenceStore:
                 try:
                     return load_reference(path)
                 except VitcliError:
-                    if strict:
+                    if strict:  # with DATA, a damaged file is simply made again
                         raise
         return None
 
@@ -252,6 +245,7 @@ class ReferenceStore:
             )
         is_own = own is not None and data in (None, own.name)
         section = own if is_own and own is not None else self.section
+        # A reference takes images that are spread over the set, so it needs random access.
         section = section.model_copy(update={"streaming": False})
         try:
             source = open_data(section, data, labelled=is_own, watch=self.watch)
@@ -289,6 +283,7 @@ class ReferenceStore:
 
     def _features(self, images: ImageSet, max_images: int, label: str) -> Extracted:
         if len(images) > max_images:
+            # Evenly spaced: datasets are often sorted by class.
             rows = np.linspace(0, len(images) - 1, max_images).astype(np.int64)
             images = images.subset(rows)
         return extract(

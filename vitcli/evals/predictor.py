@@ -20,7 +20,7 @@ from vitcli.evals.writers import PredictionRow
 from vitcli.progress import Bar, QuietBar
 from vitcli.vit import Model
 
-MAX_THREADS = 16
+MAX_THREADS = 16  # limits the memory of images that are being decoded
 
 TopClasses = list[dict[str, Any]]
 
@@ -33,9 +33,6 @@ class AbstainRules:
         threshold: lowest probability of a label, 0..1; None always gives a label.
         reference: in-distribution features; None computes no OOD score.
         ood_threshold: highest OOD score of a labelled image, 0..1; None only reports the score.
-
-    Raises:
-        VitcliError: a threshold is not in 0..1.
     """
 
     threshold: float | None = None
@@ -141,6 +138,7 @@ class ImagePredictor:
                 distances = reference.distances(features)
             total = probabilities if total is None else total + probabilities
         assert total is not None
+        # Average probabilities, not logits: a view with large logits would decide alone.
         values, order = (total / self.views.count).cpu().topk(self.top, dim=1)
         check_finite(bool(values.isfinite().all()), net)
         names = net.labels or tuple(str(i) for i in range(net.config.num_classes))

@@ -57,11 +57,7 @@ class ResumeLog:
                 yield json.loads(line)
 
     def add(self, row: PredictionRow) -> None:
-        """Append a row.
-
-        Raises:
-            VitcliError: the file cannot be written.
-        """
+        """Append a row."""
         assert self._file is not None
         with _write_errors(self.path):
             self._file.write(json.dumps(row) + "\n")
@@ -73,11 +69,7 @@ class ResumeLog:
         self.path.unlink(missing_ok=True)
 
     def reopen(self, counts: PredictionCounts) -> None:
-        """Count the complete rows of an interrupted run, and cut off the rest of the file.
-
-        Raises:
-            VitcliError: the rows were made with other settings, which the error names.
-        """
+        """Count the complete rows of an interrupted run, and cut off the rest of the file."""
         end = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file):
@@ -93,11 +85,7 @@ class ResumeLog:
         os.truncate(self.path, end)
 
     def remaining(self, files: Iterable[str], batch_size: int) -> tuple[Iterator[str], int]:
-        """The files to predict, and how many of them have rows already.
-
-        Raises:
-            VitcliError: the files are not those of the rows.
-        """
+        """The files to predict, and how many of them have rows already."""
         # Start with the batch that was interrupted: batched matrix products round differently in
         # batches of another composition, and a resumed run must give the same bits.
         rest = iter(files)
@@ -124,7 +112,7 @@ class ResumeLog:
             try:
                 yield
             finally:
-                if self._num_rows == 0:
+                if self._num_rows == 0:  # an empty log would be an obstacle without use
                     self.remove()
 
 
@@ -135,14 +123,11 @@ def open_resume_log(
     """Open the log of the output file `output` for this process alone: new, or with `resume`.
 
     If the block ends before `remove`, a log with rows stays. `counts` gets the rows in the log.
-
-    Raises:
-        VitcliError: another process writes the log; the log has rows of the same command and
-            `resume` is not set; or it cannot be written.
     """
     path = _log_path(output)
     log = ResumeLog(path, settings)
 
+    # Two processes would interleave their rows in one log.
     def busy() -> VitcliError:
         return VitcliError(
             f"another process is writing `{output}`", "wait for it, or choose another file name"

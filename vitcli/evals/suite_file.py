@@ -19,7 +19,7 @@ ADDRESSES = ("hf:", "builtin:", "http:", "https:", "gs:")  # DATA that is not a 
 
 
 class SelectSection(Section):
-    """Choose settings on training images only, as VTAB does (Zhai et al., 2019, section 3).
+    """Choose settings on training images only, as VTAB does (Zhai et al., 2019).
 
     Every combination of `grid` (dotted name -> values) is trained on `train` and measured on
     `validation`, both slices of the training images. The best one is used for the task.
@@ -55,6 +55,7 @@ class TaskSection(Section):
     @property
     def folder(self) -> str:
         """The name of its run."""
+        # Safe on every file system, and never hidden or empty.
         return re.sub(r"[^\w.-]+", "-", self.name.lower()).strip("-.") or "task"
 
 
@@ -93,11 +94,7 @@ def suite_files() -> dict[str, Path]:
 
 
 def load_suite(name: str) -> tuple[Suite, Path]:
-    """Load an installed suite by its name, or a suite file; return it and its path.
-
-    Raises:
-        VitcliError: there is no such suite, or the file is not valid.
-    """
+    """Load an installed suite by its name, or a suite file; return it and its path."""
     path = Path(name)
     if not (name.endswith(".toml") or "/" in name):
         files = suite_files()
@@ -139,12 +136,9 @@ class TaskResult:
 
 
 def task_result(result: Mapping[str, Any], run: str, chosen: Mapping[str, Any]) -> TaskResult:
-    """Read the result.json of a `finetune` or `fewshot` run.
-
-    Raises:
-        VitcliError: it has no test accuracy.
-    """
+    """Read the result.json of a `finetune` or `fewshot` run."""
     if result.get("command") == "fewshot":
+        # The task counts the most shots, where several were measured.
         shots = max(result["shots"], key=lambda n: float("inf") if n == "all" else int(n))
         accuracy = result["shots"][shots]["accuracy"]["mean"]
         return TaskResult(accuracy, result["test_images"], run, chosen)
@@ -160,6 +154,7 @@ def group_means(suite: Suite, accuracies: Mapping[str, float]) -> dict[str, floa
     for task in suite.tasks:
         groups.setdefault(task.group, []).append(task.name)
     return {
+        # No mean over a part of a group: it could not be compared with published means.
         group: fmean(accuracies[name] for name in names)
         for group, names in groups.items()
         if group and all(name in accuracies for name in names)
@@ -171,6 +166,7 @@ def published_results(suite: Suite) -> Iterator[tuple[str, dict[str, float], flo
     names = [*suite.published, *(name for task in suite.tasks for name in task.published)]
     for name in dict.fromkeys(names):
         figures = {t.name: t.published[name] for t in suite.tasks if name in t.published}
+        # A published mean has more digits than the mean of rounded accuracies.
         mean = suite.published.get(name)
         if mean is None and len(figures) == len(suite.tasks):
             mean = fmean(figures.values())

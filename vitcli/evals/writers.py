@@ -15,16 +15,13 @@ from vitcli.files import replacing
 PredictionRow = dict[str, Any]
 WriteRow = Callable[[PredictionRow], object]
 COLUMNS = ("path", "label", "probability", "top", "error")
+# A row group is written at once: large enough to compress, small enough for memory.
 ROW_GROUP_SIZE = 4096  # rows of a parquet row group
 
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """The files that the same rows are written to; None for a format that is not wanted.
-
-    Raises:
-        VitcliError: a path is a folder, its folder is missing, or two paths are the same.
-    """
+    """The files that the same rows are written to; None for a format that is not wanted."""
 
     csv: Path | None = None
     jsonl: Path | None = None
@@ -50,16 +47,12 @@ class OutputFiles:
         return [path for path in (self.csv, self.jsonl, self.parquet) if path is not None]
 
     def write(self, rows: Callable[[], Iterable[PredictionRow]], columns: Sequence[str]) -> None:
-        """Write every file atomically; `rows` is called once for each file.
-
-        Raises:
-            VitcliError: a file cannot be written.
-        """
+        """Write every file atomically; `rows` is called once for each file."""
         writers = ((_csv, self.csv), (_jsonl, self.jsonl), (_parquet, self.parquet))
         for writer, path in writers:
             if path is not None:
                 with writer(path, columns) as write_row:
-                    for row in rows():
+                    for row in rows():  # read again from the log: no list of all rows
                         write_row(row)
 
 
@@ -78,7 +71,8 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
         writer.writeheader()
 
         def write(row: PredictionRow) -> None:
-            # Booleans as in JSON (`true`); csv already writes None as an empty cell.
+            # `top` is a list, which a CSV cell can hold only as JSON. Booleans are as in JSON, and
+            # csv writes None as an empty cell.
             cells = {k: str(v).lower() if isinstance(v, bool) else v for k, v in row.items()}
             top = json.dumps(row["top"], ensure_ascii=False)
             writer.writerow({**cells, "path": _utf8(row["path"]), "top": top})
@@ -105,6 +99,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
         "ood": pa.float64(),
         "ood_distance": pa.float64(),
     }
+    # A fixed schema: types guessed from the first rows fail when a column starts with nulls.
     schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
     group: list[PredictionRow] = []
     with (

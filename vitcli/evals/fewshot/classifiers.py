@@ -203,8 +203,9 @@ def evaluate_draws(
 ) -> FewshotAccuracies:
     """Fit and test one classifier for every draw."""
     results, fit = FewshotAccuracies(), METHODS[section.method].fit
+    # The head that is stored is the best documented one: seed 0 and the most shots.
     largest = max(draws, key=lambda key: (key[1] == 0, len(draws[key])))
-    told: set[str] = set()
+    told: set[str] = set()  # warn once, not for every seed
     with watch.progress("classifiers", len(draws)) as bar:
         for (shots, seed), drawn in draws.items():
             fitted = fit(*_select(train, drawn), num_classes, section, seed)
@@ -222,6 +223,7 @@ def _select(train: Extracted, drawn: NDArray[np.int64]) -> tuple[Any, NDArray[np
     """Features and labels of the drawn images that could be read."""
     if len(drawn) >= len(train.indices) and (np.diff(drawn) > 0).all():
         return train.outputs, train.labels  # all images: do not copy what may be gigabytes
+    # `train` holds the images of all draws that could be read, in ascending order.
     places = np.searchsorted(train.indices, drawn)
     places = np.minimum(places, len(train.indices) - 1)
     rows = places[train.indices[places] == drawn]
@@ -244,5 +246,6 @@ def draw_all(
         if isinstance(shots, int)
         else np.arange(len(train))
         for shots in dict.fromkeys(section.shots)
+        # `all` has nothing to draw, so one seed is enough.
         for seed in range(section.seeds if isinstance(shots, int) else 1)
     }

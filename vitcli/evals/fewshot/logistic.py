@@ -56,6 +56,7 @@ class LinearProbe:
             use_sgd = x.size * num_classes > MAX_LBFGS_OPERATIONS
         mean, std = mean_and_std(x)
         std = std + STD_FLOOR
+        # Classes without images have no finite optimum; they get a low bias below.
         present, own = np.unique(y, return_inverse=True)
         self.converged = True
         if len(present) < 2:
@@ -66,6 +67,7 @@ class LinearProbe:
             weight, bias, self.converged = _fit_by_lbfgs((to_float64(x) - mean) / std, own, l2)
         self.weight = np.zeros((num_classes, x.shape[1]))
         self.bias = np.full(num_classes, float(bias.min()) - ABSENT_CLASS_LOGIT)
+        # Undo the standardisation, so that the weights apply to features as they are.
         self.weight[present] = weight / std
         self.bias[present] = bias - self.weight[present] @ mean
 

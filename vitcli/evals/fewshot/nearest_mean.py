@@ -36,6 +36,7 @@ class NearestMean:
             z = unit_rows(self.x[rows]).double().numpy()
             self.sums += class_sums(z, self.labels[rows], num_classes)
         self.counts = np.bincount(self.labels, minlength=num_classes)
+        # Normalise the sum: its direction is that of the mean, whatever the number of images.
         self.means = _normalised(self.sums)
 
     def predict(self, features: ArrayLike) -> Ints:

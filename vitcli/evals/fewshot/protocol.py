@@ -47,11 +47,13 @@ def fewshot(
     Raises:
         VitcliError: shapes that do not fit, or values that are not finite.
     """
+    # Public function: convert and check here, so that the solver can rely on it.
     x, test_x = to_float64(features), to_float64(test_features)
     y, test_y = to_int64(labels), to_int64(test_labels)
     _check_shapes(x, y, test_x, test_y)
     if shots < 1 or not (l2 == "auto" or (not isinstance(l2, str) and l2 > 0)):
         raise VitcliError(f"shots = {shots} and l2 = {l2}: both must be above 0")
+    # A class may be in the test images only; it can never be predicted, but it counts as wrong.
     num_classes = int(max(y.max(), test_y.max())) + 1
     drawn = draw_shots(y, shots, seed, num_classes)
     path = RidgePath(x[drawn], y[drawn], num_classes)

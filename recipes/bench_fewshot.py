@@ -39,7 +39,7 @@ from vitcli.evals.features import extract_batches
 from vitcli.evals.fewshot import ridge
 from vitcli.evals.fewshot.ridge import L2_CANDIDATES, RidgePath, choose_ridge_l2
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 
 CLASSES, SHOTS, DIM = 1000, 10, 768
 SIDE = 240

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from support.tiny import tiny_recipe
 
-from vitcli.cli import main as cli
 from vitcli.cli import main as exits
 from vitcli.commands import compare
 from vitcli.commands.pretrain import random_model
@@ -80,11 +79,11 @@ def test_what_cannot_be_paired_says_why(runs):
 
 def test_the_command(runs, capsys):
     names = [str(runs["one"]), str(runs["two"])]
-    assert exits.run(cli.app, ["compare", *names, "--json"]) == 0
+    assert exits.run(["compare", *names, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["runs"] == names and said["settings"] == {"train.seed": [0, 1]}
     assert {"difference", "low", "high", "p_value", "run", "against"} <= set(said["paired"][0])
-    assert exits.run(cli.app, ["compare", *names]) == 0
+    assert exits.run(["compare", *names]) == 0
     shown = capsys.readouterr().out
     assert "settings that differ" in shown and "McNemar's p" in shown and "2 seeds" in shown
 

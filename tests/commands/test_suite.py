@@ -19,7 +19,7 @@ from vitcli.errors import VitcliError
 from vitcli.evals.suite_file import group_means, load_suite, published_results, suite_files
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 MODEL = {"image_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 32}
@@ -193,7 +193,7 @@ def test_names_that_are_not_there():
 def test_what_a_suite_settles_is_refused_beside_it(here, capfd):
     words = ["evaluate", "builtin:digits", "--suite", "vtab1k", "--image-size", "8"]
     assert cli.run(words) == 2
-    assert "DATA, --image-size beside `--suite`" in capfd.readouterr().err
+    assert "DATA, --image-size cannot be combined with `--suite`" in capfd.readouterr().err
 
 
 def test_a_task_is_a_process_whose_error_is_its_reason():

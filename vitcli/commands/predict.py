@@ -21,10 +21,10 @@ from vitcli.evals.predictor import AbstainRules, ImagePredictor
 from vitcli.evals.resume_log import PredictionCounts, ResumeLog, is_finished, open_resume_log
 from vitcli.evals.writers import COLUMNS, OutputFiles, PredictionRow
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.vit import Model
 from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import LoadedModel
 
 Labels = str | os.PathLike[str] | Sequence[str] | None
 
@@ -56,7 +56,7 @@ class Predictions:
 
 def predict(
     images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    model: str | os.PathLike[str] | Model | None = None,
+    model: str | os.PathLike[str] | LoadedModel | None = None,
     *,
     top: int = 5,
     batch_size: int = 32,
@@ -107,7 +107,7 @@ def run(
     paths: Sequence[str | os.PathLike[str]],
     *,
     source: str | os.PathLike[str] | None = None,
-    model: str | os.PathLike[str] | Model | None = None,
+    model: str | os.PathLike[str] | LoadedModel | None = None,
     settings: Settings | None = None,
     labels: Labels = None,
     top: int = 5,
@@ -269,14 +269,14 @@ def _note_interruption(
 
 
 def _load_classifier(
-    model: str | os.PathLike[str] | Model | None,
+    model: str | os.PathLike[str] | LoadedModel | None,
     inference: Inference,
     labels: Labels,
     watch: Watcher,
     verbose: bool,
-) -> tuple[Model, str]:
+) -> tuple[LoadedModel, str]:
     """The model in eval mode, and its name."""
-    if isinstance(model, Model):
+    if isinstance(model, LoadedModel):
         net = model.eval()
         name = net.load_report.source if net.load_report else "the model"
     else:

@@ -39,9 +39,9 @@ from vitcli.evals.features import (
 )
 from vitcli.hub.http import size_text
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.vit import Model
 from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
 Ints = NDArray[np.int64]
 
@@ -105,7 +105,7 @@ class CachedFeatures:
         use_cache: False neither reads nor writes the cache.
     """
 
-    model: Model
+    model: LoadedModel
     data: str
     about: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 128

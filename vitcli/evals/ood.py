@@ -33,8 +33,8 @@ from vitcli.evals.features import Extracted, extract
 from vitcli.hub.http import cache_folder
 from vitcli.progress import Watcher
 from vitcli.run import Run
-from vitcli.vit import Model
 from vitcli.weights.hashing import model_hash
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import load_weights, save_tensors
 
 FORMAT = 1
@@ -173,7 +173,7 @@ class ReferenceStore:
         section: the `[data]` settings for DATA.
     """
 
-    net: Model
+    net: LoadedModel
     name: str
     section: DataSection
     batch_size: int

@@ -18,7 +18,7 @@ from vitcli.evals.features import autocast, check_finite
 from vitcli.evals.ood import OODReference
 from vitcli.evals.writers import PredictionRow
 from vitcli.progress import Bar, QuietBar
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 MAX_THREADS = 16  # limits the memory of images that are being decoded
 
@@ -89,7 +89,7 @@ class ImagePredictor:
         precision: `auto` is fp32.
     """
 
-    net: Model
+    net: LoadedModel
     views: Views
     rules: AbstainRules
     top: int = 5
@@ -132,7 +132,7 @@ class ImagePredictor:
         for view in self.views.of(pixels.to(device)):  # (B, C, Y, X)
             with torch.inference_mode(), autocast(self.precision, device):
                 features = net.features(preprocess.normalize(view))  # (B, F)
-                probabilities = net.probabilities(net.classify(features))  # (B, K)
+                probabilities = net.probabilities(net.network.classify(features))  # (B, K)
             if total is None and reference is not None:
                 # The first view is the plain one, as for the features of the reference.
                 distances = reference.distances(features)

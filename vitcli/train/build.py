@@ -34,7 +34,8 @@ from vitcli.train.objectives.mae import check_droppable
 from vitcli.train.objectives.registry import build_objective, is_supervised, settled
 from vitcli.train.optimizers.registry import build_optimizers, unused
 from vitcli.train.validate import Outcome, measure
-from vitcli.vit import Model, ResNet
+from vitcli.vit import ResNet
+from vitcli.weights.loaded import LoadedModel
 
 
 def open_source(recipe: Recipe, watch: Watcher) -> Source:
@@ -53,6 +54,7 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
 
 def make_loop(
     recipe: Recipe,
+    model: LoadedModel,
     objective: Any,
     source: Source,
     run: Run,
@@ -60,10 +62,9 @@ def make_loop(
     watch: Logged,
 ) -> Loop:
     """Everything that trains, put together; its timeline is not settled yet."""
-    model: Model = objective.model
     preprocess = model.preprocess
     assert preprocess is not None
-    model.checkpoint_activations = recipe.train.activation_checkpointing
+    model.network.checkpoint_activations = recipe.train.activation_checkpointing
     if recipe.train.fully_shard:
         share_out(objective.to(accelerator.device))
     optimizers = build_optimizers(objective, recipe.optim)
@@ -173,7 +174,7 @@ def held_out_split(source: Source) -> str | None:
     return next((name for name in ("validation", "test") if name in source.splits), None)
 
 
-def check_patch_drop(recipe: Recipe, model: Model) -> None:
+def check_patch_drop(recipe: Recipe, model: LoadedModel) -> None:
     """Whether patches of this model can be left out, where the recipe asks for it.
 
     Raises:
@@ -182,7 +183,7 @@ def check_patch_drop(recipe: Recipe, model: Model) -> None:
     """
     if not recipe.train.patch_drop_rate:
         return
-    if isinstance(model, ResNet):
+    if isinstance(model.network, ResNet):
         raise VitcliError(
             "a ResNet has no patches to leave out", "`--set train.patch_drop_rate=0.0`"
         )
@@ -191,15 +192,15 @@ def check_patch_drop(recipe: Recipe, model: Model) -> None:
             f"objective `{recipe.objective.name}` chooses itself which patches are seen",
             "`--set train.patch_drop_rate=0.0`, and `objective.mask_rate` for another share",
         )
-    check_droppable(model.config, "`train.patch_drop_rate`")
-    if model.config.pool == "quadrants":
+    check_droppable(model.network.config, "`train.patch_drop_rate`")
+    if model.network.config.pool == "quadrants":
         raise VitcliError(
             "`train.patch_drop_rate` leaves patches out, and pool `quadrants` needs them all",
             "`--set model.pool=mean`",
         )
 
 
-MakeModel = Callable[[Source], Model]
+MakeModel = Callable[[Source], LoadedModel]
 
 
 @dataclass(frozen=True)
@@ -207,11 +208,11 @@ class Parts:
     """What a loop is made of.
 
     Attributes:
-        model: the one inside `objective`.
+        model: `objective` holds its network.
     """
 
     source: Source
-    model: Model
+    model: LoadedModel
     objective: nn.Module
 
 
@@ -280,7 +281,7 @@ def build_parts(recipe: Recipe, make_model: MakeModel, processes: int, watch: Wa
     check_augment(recipe, source.splits["train"], processes)
     set_seed(recipe.train.seed)
     model = make_model(source)
-    for note in choose_learning(model, recipe.lora, recipe.train.freeze, recipe.train.seed):
+    for note in choose_learning(model.network, recipe.lora, recipe.train.freeze, recipe.train.seed):
         watch.note(note)
     check_patch_drop(recipe, model)
     objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)

@@ -1,4 +1,4 @@
-"""Few-shot in two ratios: features beside a bare forward pass, the solve beside scikit-learn.
+"""Compare few-shot extraction with a forward pass, and the solver with scikit-learn.
 
     python recipes/bench_fewshot.py                    both
     python recipes/bench_fewshot.py solve --json       one, as a line of JSON
@@ -62,18 +62,18 @@ class Pictures:
         return len(self.files)
 
     def content(self, row: int) -> bytes:
-        """The bytes of one."""
+        """The bytes of one image."""
         return self.files[row]
 
     def describe(self, row: int) -> str:
-        """What errors call it."""
+        """The name of one image in errors."""
         return f"picture {row}"
 
 
 def compare(
     ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int, *, cpu: bool
 ) -> dict[str, Any]:
-    """Medians of both in seconds, and the ratio ours / theirs of each pair."""
+    """Medians of both in seconds, and the ratio ours / theirs of the pairs."""
     clock = time.process_time if cpu else time.perf_counter
 
     def seconds(work: Callable[[], Any]) -> float:
@@ -94,7 +94,7 @@ def compare(
 
 
 def extract(given: argparse.Namespace) -> dict[str, Any]:
-    """The speed of the extraction over that of the forward pass alone: above 0.95 is wanted."""
+    """Speed of the extraction relative to the forward pass alone; the target is above 0.95."""
     net = create_model(given.model)
     net.preprocess = Preprocess(image_size=(224, 224), crop_fraction=0.9)
     labels = np.zeros(given.images, dtype=np.int64)
@@ -128,7 +128,7 @@ def extract(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def solve(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """The time of choosing and fitting over that of scikit-learn: below 0.1 is wanted."""
+    """Time to choose l2 and fit relative to scikit-learn; the target is below 0.1."""
     from sklearn.linear_model import RidgeClassifierCV
 
     rng = np.random.default_rng(0)
@@ -160,16 +160,16 @@ def solve(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure what the command line asks for."""
+    """Run the measurements of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="extract, solve; both by default")
+    parser.add_argument("what", nargs="*", help="extract or solve; default: both")
     parser.add_argument("--model", default="Ti/16")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--cpu", action="store_true", help="CPU seconds, not the clock's")
-    parser.add_argument("--all", action="store_true", help="also with every image left out")
+    parser.add_argument("--cpu", action="store_true", help="count CPU seconds")
+    parser.add_argument("--all", action="store_true", help="also leave every image out")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     if given.threads:

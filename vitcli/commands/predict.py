@@ -12,7 +12,7 @@ from typing import Any
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
-from vitcli.data.augment.test_time import Views
+from vitcli.data.augment.test_time import TTATransform
 from vitcli.data.image_paths import Listing, find_images
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
@@ -163,7 +163,7 @@ def run(
     files = find_images(paths, source)
     inference = load_inference(settings)
     net, name = _load_classifier(model, inference, labels, watch, verbose)
-    views = Views(require_preprocess(net), tta)
+    transform = TTATransform(require_preprocess(net), tta)
     if ood or ood_threshold is not None or reference is not None:
         store = ReferenceStore(net, name, inference.data, batch_size, precision, watch)
         found = store.get(None if reference is None else os.fspath(reference))
@@ -181,7 +181,7 @@ def run(
         "tta": tta,
     }
     top = min(top, net.config.num_classes)
-    predictor = ImagePredictor(net.to(pick_device()), views, rules, top, batch_size, precision)
+    predictor = ImagePredictor(net.to(pick_device()), transform, rules, top, batch_size, precision)
     rows = _rows(predictor, files, outputs, decisive, resume, counts, watch)
     return Predictions(rows, counts)
 

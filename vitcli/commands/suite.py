@@ -122,7 +122,7 @@ def run(
         KeyboardInterrupt: Ctrl-C; the task has saved its state.
     """
     watch = watch or Quiet()
-    if launch.size() > 1:
+    if launch.world_size() > 1:
         raise VitcliError(
             "`--suite` starts the processes of its tasks; it cannot run under a launcher",
             "use `vitcli evaluate --suite SUITE --processes N`",

@@ -48,7 +48,7 @@ Ints = NDArray[np.int64]
 FORMAT = 1
 NUM_PROBES = 16  # images whose content distinguishes datasets with equal names and sizes
 # Sources between an image file and its features. Another version may compute other features.
-CODE = ["vit/*.py", "decode.py", "pixel_modes.py", "preprocess.py"]
+CODE = ["vit/*.py", "decode.py", "preprocess.py"]
 CODE += ["data/image_set.py", "data/decoded_cache.py"]
 
 
@@ -124,7 +124,7 @@ class CachedFeatures:
         `indices` of the result index `images`.
         """
         # Ranks on one machine write into one table; other machines may see another disk.
-        cached = self.use_cache and launch.local_size() == launch.size()
+        cached = self.use_cache and launch.local_world_size() == launch.world_size()
         dims = self.model.config.feature_dim, self._num_pixel_values() if with_pixels else 0
         if cached and rank_and_world_size()[0] == 0:
             folder = feature_cache_folder()

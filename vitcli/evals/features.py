@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitcli import distributed as launch
-from vitcli.data.batch import onto
+from vitcli.data.batch import move_to_device
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
 from vitcli.devices import join_processes, pick_device, resolve_precision
@@ -138,8 +138,8 @@ def extract_batches(
         world_size=world_size,
         pin_memory=device.type == "cuda",
     )
-    # `onto` copies the next batch to the device while the model computes this one.
-    for batch in onto(batches, device):
+    # `move_to_device` copies to a GPU in a stream of its own, beside the computation.
+    for batch in move_to_device(batches, device):
         x = preprocess.normalize(batch.images)  # (B, C, Y, X)
         with torch.inference_mode(), autocast(precision, device):
             # A batch without a readable image still reports which images are broken.
@@ -177,7 +177,7 @@ def no_image_readable(count: int, broken: Sequence[str]) -> VitcliError:
 
 def rank_and_world_size() -> tuple[int, int]:
     """Rank of this process and number of processes of this command; (0, 1) without a launcher."""
-    if launch.size() == 1:
+    if launch.world_size() == 1:
         return 0, 1  # no process group to join
     state = join_processes(pick_device())
     return state.process_index, state.num_processes

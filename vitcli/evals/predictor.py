@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.data.augment.test_time import Views
+from vitcli.data.augment.test_time import TTATransform
 from vitcli.decode import ImageError
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
@@ -82,7 +82,7 @@ class ImagePredictor:
 
     Args:
         net: a classifier in eval mode.
-        views: the views of each image; their probabilities are averaged.
+        transform: makes the views of each image; their probabilities are averaged.
         rules: when an image gets no label.
         top: number of classes in `top`.
         batch_size: images per forward pass.
@@ -90,7 +90,7 @@ class ImagePredictor:
     """
 
     net: LoadedModel
-    views: Views
+    transform: TTATransform
     rules: AbstainRules
     top: int = 5
     batch_size: int = 32
@@ -126,10 +126,10 @@ class ImagePredictor:
     def _predict_batch(self, pixels: Tensor) -> list[tuple[TopClasses, float | None, float | None]]:
         """(B, crops, C, Y, X) uint8 -> top classes, OOD score and distance of each image."""
         device = pick_device()
-        preprocess, net, reference = self.views.preprocess, self.net, self.rules.reference
+        preprocess, net, reference = self.transform.preprocess, self.net, self.rules.reference
         total: Tensor | None = None
         distances = None
-        for view in self.views.of(pixels.to(device)):  # (B, C, Y, X)
+        for view in self.transform.views(pixels.to(device)):  # (B, C, Y, X)
             with torch.inference_mode(), autocast(self.precision, device):
                 features = net.features(preprocess.normalize(view))  # (B, F)
                 probabilities = net.probabilities(net.network.classify(features))  # (B, K)
@@ -139,7 +139,7 @@ class ImagePredictor:
             total = probabilities if total is None else total + probabilities
         assert total is not None
         # Average probabilities, not logits: a view with large logits would decide alone.
-        values, order = (total / self.views.count).cpu().topk(self.top, dim=1)
+        values, order = (total / self.transform.count).cpu().topk(self.top, dim=1)
         check_finite(bool(values.isfinite().all()), net)
         names = net.labels or tuple(str(i) for i in range(net.config.num_classes))
         top_classes = [
@@ -156,7 +156,7 @@ class ImagePredictor:
 
         def read(file: str) -> Tensor | str:
             try:
-                return self.views.pixels(file)
+                return self.transform.pixels(file)
             except ImageError as error:
                 return error.reason
 

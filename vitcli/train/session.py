@@ -82,7 +82,7 @@ def train(
         VitcliError: bad input, a loss that is not finite, a disk that is full.
         Stopped: a signal came; the state is saved.
     """
-    began = launch.began or time.monotonic()
+    began = launch.started_at or time.monotonic()
     if track is not None:
         check_tracker(track)
     if recipe.data.name is None:

@@ -50,9 +50,7 @@ def resample_positions(
         # Learned tables are parameters, fixed ones are buffers; the kind must not change.
         owner, _, last = name.rpartition(".")
         learned = isinstance(old_table, nn.Parameter)
-        setattr(
-            network.get_submodule(owner), last, nn.Parameter(resampled) if learned else resampled
-        )
+        setattr(network.get_submodule(owner), last, nn.Parameter(table) if learned else table)
         if report is not None:
             detail = _describe_resampling(name, old.grid, new.grid, method)
             report.status[name] = ("resampled", detail)

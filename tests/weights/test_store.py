@@ -170,7 +170,7 @@ def test_a_damaged_description(model, tmp_path):
         ("config", "stem", float("nan"), "is invalid"),
         ("preprocess", None, True, "is invalid"),
         ("preprocess", "mean", ["x"], "is invalid"),
-        ("preprocess", "std", [0.0], r"preprocess\.std` = \(0\.0"),
+        ("preprocess", "std", [0.0], r"preprocess\.std` is \(0\.0"),
         ("labels", None, ["a"], "1 class names for 3 classes"),
         ("labels", None, 5, "is invalid"),
     ],

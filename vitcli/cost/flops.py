@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitcli.config.schema import Recipe
-from vitcli.train.budget_steps import PARTS, stage_shares
+from vitcli.train.budget import SCALE, stage_fractions
 from vitcli.train.lora import passes
 from vitcli.train.objectives.mae import Mae
 from vitcli.train.objectives.masked_patch import MaskedPatch
@@ -23,7 +23,7 @@ class Stage:
     """A part of a run whose steps are all alike.
 
     Attributes:
-        place: a step of it, of `PARTS` in the whole run.
+        place: a step of it, of `SCALE` in the whole run.
         share: of the run's steps.
         side: that images are shrunk to, or None.
         macs: multiply-adds of an image's forward pass, what only the objective needs included.
@@ -47,9 +47,9 @@ def stages_of(recipe: Recipe, config: Config, objective: nn.Module) -> list[Stag
         objective: around the model, on any device; what learns of it decides the backward pass.
     """
     found = []
-    for place, share in stage_shares(recipe.train):
-        side = recipe.train.side_at(place, PARTS)
-        rate = recipe.train.patch_drop_at(place, PARTS)
+    for place, share in stage_fractions(recipe.train):
+        side = recipe.train.side_at(place, SCALE)
+        rate = recipe.train.patch_drop_at(place, SCALE)
         if isinstance(objective, Mae):  # its encoder sees what is not hidden
             rate = objective.mask_rate
         sized = config if side is None else replace(config, image_size=(side, side))

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from vitcli.config.schema import Recipe
 from vitcli.cost.malloc_replay import Event, heap_peak
 from vitcli.train.ema import Ema
-from vitcli.train.optimizers.registry import build_optimizers
+from vitcli.train.optimizers import build_optimizers
 from vitcli.vit.blocks import forced_attention
 
 Make = Callable[[], nn.Module]

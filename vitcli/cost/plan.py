@@ -22,7 +22,7 @@ from vitcli.train.build import held_out_images
 from vitcli.train.loop import CHECKPOINT_SECONDS
 from vitcli.train.lora import ADAPTER, choose_learning
 from vitcli.train.objectives.registry import build_objective
-from vitcli.train.validate import EVAL_BATCH
+from vitcli.train.validate import EVAL_BATCH_SIZE
 from vitcli.vit import Model, from_config
 from vitcli.vit.macs import macs, parts
 
@@ -168,7 +168,7 @@ def _evaluation(subject: Subject) -> int:
         model = from_config(subject.config)
     y, x = subject.config.image_size
     size = (subject.config.num_channels, y, x)
-    return evaluation_memory(model, size, min(EVAL_BATCH, images)) - size_of(tensors_of(model))
+    return evaluation_memory(model, size, min(EVAL_BATCH_SIZE, images)) - size_of(tensors_of(model))
 
 
 @dataclass(frozen=True)

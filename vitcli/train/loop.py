@@ -403,7 +403,7 @@ class Loop:
             self.deadline.forget()
         state.num_rewinds, state.lr_scale = rewinds, scale
         if self.accelerator.is_main_process:
-            run.forget_after(state.step)
+            run.drop_records_after(state.step)
             run.log({"step": state.step, "event": "rewind", "from": failed, "lr_scale": scale})
             # Otherwise a resume from this checkpoint would repeat the rates that failed.
             update_checkpoint_values(checkpoints[-1], state)

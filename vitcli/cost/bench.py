@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.cost.memory import DTYPES, Step, evaluation_memory, step_memory
-from vitcli.progress import Watcher
 from vitcli.devices import is_out_of_memory
+from vitcli.progress import Watcher
 from vitcli.vit.blocks import forced_attention
 
 Kind = Literal["auto", "fused", "explicit"]

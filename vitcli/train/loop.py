@@ -22,7 +22,6 @@ from vitcli.data.loader import TrainLoader
 from vitcli.data.stream_loader import StreamLoader
 from vitcli.devices import is_out_of_memory
 from vitcli.errors import VitcliError
-from vitcli.preprocess import Preprocess
 from vitcli.progress import Bar, QuietBar, Watcher
 from vitcli.run import Run
 from vitcli.train.agreement import max_over_processes, min_over_processes
@@ -44,6 +43,7 @@ from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import schedule_factor
 from vitcli.train.signals import SignalFlag, SignalReceived, Stopped
 from vitcli.train.validate import Outcome
+from vitcli.vit import Model
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, if `train.checkpoint_steps` is not set
 MAX_REWINDS, REWIND_FACTOR = 3, 0.5
@@ -68,7 +68,7 @@ class Loop:
     state: TrainState
     optimizers: Sequence[Any]
     loader: TrainLoader | StreamLoader
-    preprocess: Preprocess
+    model: Model
     recipe: Recipe
     run: Run
     accelerator: Any
@@ -180,11 +180,12 @@ class Loop:
 
     def inputs(self, part: Batch) -> tuple[Tensor, Tensor]:
         """Normalised images (B, C, Y, X) and labels (B,); after mixing, targets (B, K)."""
-        images = self.preprocess.normalize(part.images)
+        preprocess = self.model.preprocess
+        assert preprocess is not None
+        images = preprocess.normalize(part.images)
         if part.mix is None:
             return images, part.labels
-        model: Any = self.state.module.model
-        targets = soft_targets(part.labels, model.config.num_classes)
+        targets = soft_targets(part.labels, self.model.config.num_classes)
         return part.mix.images(images), part.mix.targets(targets)
 
     # ---- before and after a step ----

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from typing import Any
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
-from vitcli.progress import Logged, Watcher
+from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.train.agreement import mean_over_processes, min_over_processes
 from vitcli.train.budget import Timeline
-from vitcli.train.build import MakeModel, build_parts, make_loop, start_accelerator
+from vitcli.train.build import MakeModel, build_loop, open_source, start_accelerator
 from vitcli.train.loop import Loop
 from vitcli.train.param_groups import set_lr
 
@@ -72,9 +71,8 @@ def find_rate(recipe: Recipe, make_model: MakeModel, *, out: Path, watch: Watche
     """
     began = time.monotonic()
     accelerator, _ = start_accelerator(recipe)
-    parts = build_parts(recipe, make_model, accelerator.num_processes, watch)
-    logged = Logged(watch, Path(os.devnull))
-    loop = make_loop(recipe, parts.objective, parts.source, Run(out), accelerator, logged)
+    source = open_source(recipe, watch)
+    loop = build_loop(recipe, source, make_model, Run(out), accelerator, watch)
     loop.state.timeline = Timeline.of(FOREVER)
     factors, losses, smoothed = _climb(loop, watch)
     chosen, lowest = suggest_lr(factors, smoothed)

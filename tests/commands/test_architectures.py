@@ -13,8 +13,8 @@ from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.run import Run
 from vitcli.train import loop
-from vitcli.train.loop import Stopped
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 from vitcli.train.starting import regularised
 from vitcli.vit import ResNet, VisionTransformer, create_model
 from vitcli.weights.load import load_model

@@ -12,7 +12,7 @@ from vitcli.cost.malloc_replay import heap_peak
 from vitcli.cost.memory import Step, evaluation_memory, trace
 from vitcli.preprocess import Preprocess
 from vitcli.train.lora import choose_learning
-from vitcli.train.objectives.registry import build_objective
+from vitcli.train.objectives import build_objective
 from vitcli.vit import create_model, from_config, parse_variant
 
 SIZE = (3, 32, 32)

@@ -11,7 +11,7 @@ from vitcli.config.schema import AugmentSection, ObjectiveSection
 from vitcli.data.augment.mixing import cut_box, draw_mix, partners, soft_targets
 from vitcli.data.augment.presets import Strength
 from vitcli.preprocess import Preprocess
-from vitcli.train.objectives.registry import build_objective
+from vitcli.train.objectives import build_objective
 
 SIZE = (24, 32)
 IMAGES = torch.randn(8, 3, *SIZE, generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,7 @@ from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.train.objectives.distillation import Distill
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 from vitcli.vit import create_model
 from vitcli.weights.store import save_model
 
@@ -149,8 +150,10 @@ def test_a_run_learns_from_a_run_and_resumes_exactly(tmp_path):
     result = go(tmp_path / "whole", recipe)
     assert result.figures["images"] == 359
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loop, "_asked", lambda run, _: 15 if run.state.step == 2 else None)
-        with pytest.raises(loop.Stopped):
+        patch.setattr(
+            loop.Loop, "_stop_request", lambda run, _: 15 if run.state.step == 2 else None
+        )
+        with pytest.raises(Stopped):
             go(tmp_path / "parts", recipe)
     go(tmp_path / "parts", recipe, resume=True)
     a, b = (tmp_path / n / "model.safetensors" for n in ("whole", "parts"))

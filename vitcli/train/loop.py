@@ -350,7 +350,7 @@ class Loop:
         self.module.eval()
         single = self.accelerator.num_processes == 1
         interrupting = signals.interrupting() if signals is not None and single else nullcontext()
-        # `interrupting` is the innermost: whenever a signal comes, the trained weights are put back.
+        # `interrupting` is innermost: whenever a signal comes, the trained weights are put back.
         ema, module = self.state.ema, self.state.module
         with averaged(module, ema), unsharded(module), interrupting:
             metrics = self.validate()

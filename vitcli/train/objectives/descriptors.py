@@ -42,7 +42,7 @@ class Descriptors(Objective):
         config, preprocess = model.config, model.preprocess
         if config.pool != "quadrants" or config.representation_size:
             raise VitcliError(
-                f"objective `descriptors` needs pool `quadrants`, and the model has `{config.pool}`",
+                f"objective `descriptors` needs pool `quadrants`, not `{config.pool}`",
                 "`--set model.pool=quadrants`, without `model.representation_size`",
             )
         if any(side % 4 for side in config.image_size):

@@ -43,11 +43,11 @@ class Distill(Objective):
             )
         teacher = load_model(section.teacher)
         require_preprocess(teacher)
-        if model.config.num_channels != teacher.config.num_channels:
+        mine, theirs = model.config.num_channels, teacher.config.num_channels
+        if mine != theirs:
             raise VitcliError(
-                f"the teacher `{section.teacher}` takes {teacher.config.num_channels} channels, and "
-                f"the model {model.config.num_channels}",
-                f"`--set model.num_channels={teacher.config.num_channels}`, or use another teacher",
+                f"the teacher `{section.teacher}` takes {theirs} channels, and the model {mine}",
+                f"`--set model.num_channels={theirs}`, or use another teacher",
             )
         if teacher.head_activation == "sigmoid" and section.distillation == "soft":
             raise VitcliError(

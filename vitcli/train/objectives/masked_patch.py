@@ -90,7 +90,7 @@ class MaskedPatch(Objective):
         return loss, {"loss": loss.detach(), "accuracy": accuracy, "chance": chance}
 
     def corrupt(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """(B, N, D) embeddings, (B, N) chosen patches -> (B, N, D) with the chosen ones corrupted."""
+        """(B, N, D) embeddings, (B, N) chosen patches -> (B, N, D), the chosen ones corrupted."""
         b, n, d = x.shape
         draw = torch.rand(b, n, device=x.device)
         masked = chosen & (draw < MASKED)

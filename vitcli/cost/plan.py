@@ -4,7 +4,7 @@ All figures of a plan, and what they are called.
 """
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -23,8 +23,9 @@ from vitcli.train.lora import ADAPTER, choose_learning
 from vitcli.train.objectives import build_objective
 from vitcli.train.objectives.base import Objective
 from vitcli.train.validate import EVAL_BATCH_SIZE
-from vitcli.vit import Model, from_config
+from vitcli.vit import from_config
 from vitcli.vit.macs import macs, parts
+from vitcli.weights.loaded import LoadedModel
 
 EVALUATIONS = 5  # of a run that does not say how often, see `train.session`
 DAY = 86_400.0
@@ -41,7 +42,7 @@ class Subject:
 
     recipe: Recipe
     source: Source
-    model: Model
+    model: LoadedModel
     images: int
     processes: int = 1
     precision: str = "fp32"
@@ -67,14 +68,15 @@ class Subject:
         Raises:
             VitcliError: it does not suit model or data.
         """
-        recipe, model = self.recipe, self.model
+        recipe = self.recipe
         with torch.device("meta"):
             empty = from_config(self.config)
             choose_learning(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
-        empty.labels, empty.preprocess = model.labels, model.preprocess
         # What a head starts from is no matter here.
         section = recipe.objective.model_copy(update={"head_bias": None})
-        return build_objective(empty, section, recipe.train.seed, self.source.multi_label)
+        return build_objective(
+            replace(self.model, network=empty), section, recipe.train.seed, self.source.multi_label
+        )
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ def probe(subject: Subject, loop: Loop, seconds: float, start: float) -> Speed:
         start=start,
         steps=times,
         evaluation=_evaluation(subject, loop, times[-1]),
-        writing=0.5 + 3 * 4 * sum(p.numel() for p in subject.model.parameters()) / DISK_SPEED,
+        writing=0.5
+        + 3 * 4 * sum(p.numel() for p in subject.model.network.parameters()) / DISK_SPEED,
         peak_flops=peak * loop.accelerator.num_processes,
         memory=peak_memory(device) if device.type == "cuda" else None,
     )

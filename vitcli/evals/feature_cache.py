@@ -39,9 +39,9 @@ from vitcli.evals.features import (
 from vitcli.files import write_text
 from vitcli.hub.http import cache_folder, size_text
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.vit import Model
 from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
 Integers = NDArray[np.int64]
 
@@ -275,7 +275,7 @@ class Features:
         keep: False neither reads nor writes a cache.
     """
 
-    model: Model
+    model: LoadedModel
     data: str
     about: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 128

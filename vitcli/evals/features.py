@@ -18,8 +18,8 @@ from vitcli.data.loader import eval_batches
 from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
-from vitcli.vit import Model
 from vitcli.weights.load import require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
 MAX_PIXEL_SIDE = 32  # the raw-pixel baseline averages larger images down to this size
 
@@ -44,7 +44,7 @@ class Extracted:
 
 
 def extract(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     *,
     output: str = "features",
@@ -106,7 +106,7 @@ def extract(
 
 
 def extract_batches(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     *,
     output: str = "features",
@@ -154,7 +154,7 @@ def extract_batches(
         )
 
 
-def check_finite(finite: bool, model: Model) -> None:
+def check_finite(finite: bool, model: LoadedModel) -> None:
     """Raise a VitcliError that names `model` if its outputs are not `finite`."""
     if not finite:
         name = f"`{model.load_report.source}`" if model.load_report else "the model"

@@ -15,7 +15,7 @@ from vitcli.data.loader import eval_batches
 from vitcli.errors import VitcliError
 from vitcli.evals.multilabel import multi_label_metrics
 from vitcli.progress import Watcher
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 EVAL_BATCH_SIZE = 256
 
@@ -24,7 +24,7 @@ Outcome = tuple[int, int, int]  # index of the image, its class, the predicted c
 
 @torch.inference_mode()
 def run_validation(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     accelerator: Any,
     watch: Watcher,
@@ -68,7 +68,7 @@ def run_validation(
     return {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}
 
 
-def _sum_of_losses(model: Model, logits: Tensor, labels: Tensor) -> Tensor:
+def _sum_of_losses(model: LoadedModel, logits: Tensor, labels: Tensor) -> Tensor:
     """(B, K), (B,) -> the sum () of the losses that the head was trained with."""
     if model.head_activation == "softmax":
         return cross_entropy(logits, labels, reduction="sum")
@@ -77,7 +77,7 @@ def _sum_of_losses(model: Model, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _validate_multi_label(
-    model: Model, outputs: Iterator[tuple[Tensor, Batch]], accelerator: Any
+    model: LoadedModel, outputs: Iterator[tuple[Tensor, Batch]], accelerator: Any
 ) -> dict[str, float]:
     # Average precision ranks all images of a class, so every process needs all N x K scores.
     scores, targets, loss = [], [], 0.0
@@ -103,7 +103,7 @@ def _validate_multi_label(
 
 
 def _outputs(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     accelerator: Any,
     watch: Watcher,

@@ -197,12 +197,14 @@ def start_accelerator(
         track: a tracker, which writes into `folder`.
 
     Raises:
-        VitcliError: the processes cannot share the batch, or the device lacks what is asked for.
+        VitcliError: an unknown name, a batch that the processes cannot share, or a precision that
+            the device lacks.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import broadcast_object_list
 
+    check_names(recipe)
     device = pick_device()
     precision = precision or resolve_precision(recipe.train.precision, device)
     join_processes(device)

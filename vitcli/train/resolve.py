@@ -84,7 +84,7 @@ def finetune_recipe(
     resolved = load_recipe(name, changes, "finetune")
     if resolved.model.name is None:
         default = newest_pretrained(resumed)
-        watch.note(f"no `--model` given: using {default}")
+        watch.note(f"no `--model` given: {default}")
         lay_over(changes, nest("model.name", default))
         resolved = load_recipe(name, changes, "finetune")
     if data is None and recipe is None:

@@ -74,7 +74,7 @@ def run(
     """
     from accelerate.utils import broadcast_object_list
 
-    began = launch.began or time.monotonic()
+    began = launch.started_at or time.monotonic()
     watch, prices = watch or Quiet(), prices or Prices()
     if out is not None and not resume:
         check_free(out)

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import Recipe
 from vitcli.data.augment.mixing import soft_targets
-from vitcli.data.batch import Batch, onto
+from vitcli.data.batch import Batch, move_to_device
 from vitcli.data.loader import TrainLoader
-from vitcli.data.stream_loader import StreamLoader
 from vitcli.devices import is_out_of_memory
 from vitcli.errors import VitcliError
 from vitcli.progress import Bar, QuietBar, Watcher
@@ -66,7 +65,7 @@ class Loop:
     module: nn.Module
     state: TrainState
     optimizers: Sequence[Any]
-    loader: TrainLoader | StreamLoader
+    loader: TrainLoader
     model: LoadedModel
     recipe: Recipe
     run: Run
@@ -211,7 +210,7 @@ class Loop:
         if self.state.step >= self.total_steps:
             return iter(())
         batches = self.loader.batches(self.state.step * self.recipe.train.batch_size, steps)
-        return self.recorder.timer.over(onto(batches, self.device))
+        return self.recorder.timer.over(move_to_device(batches, self.device))
 
     def _set_lr(self) -> float:
         """Set the rates of this step; returns the base rate."""

@@ -92,7 +92,9 @@ def train(
         VitcliError: bad input, a loss that is not finite, or a full disk.
         Stopped: a signal came; the state is saved.
     """
-    started = distributed.began or time.monotonic()  # a budget counts from the start of the program
+    started = (
+        distributed.started_at or time.monotonic()
+    )  # a budget counts from the start of the program
     if track is not None:
         check_tracker(track)
     if recipe.data.name is None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from vitcli.config.schema import Recipe
 from vitcli.train.budget import SCALE, stage_fractions
-from vitcli.train.lora import passes
+from vitcli.train.lora import training_passes
 from vitcli.train.objectives.base import Objective
 from vitcli.vit import ResNetConfig, ViTConfig
 from vitcli.vit.macs import macs, parts
@@ -51,7 +51,7 @@ def stages_of(recipe: Recipe, config: Config, objective: Objective) -> list[Stag
         forward = sum(parts(sized, rate).values()) if rate else macs(sized)
         forward += objective.extra_macs(sized)
         model: Any = objective.model
-        training = passes(model) * forward + objective.teacher_macs()
+        training = training_passes(model) * forward + objective.teacher_macs()
         found.append(
             Stage(place, share, side, rate, forward, training, tokens_of_image(sized, rate))
         )

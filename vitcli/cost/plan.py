@@ -20,7 +20,7 @@ from vitcli.data.image_set import Source
 from vitcli.errors import VitcliError
 from vitcli.train.build import held_out_images
 from vitcli.train.loop import CHECKPOINT_SECONDS
-from vitcli.train.lora import ADAPTER, choose_learning
+from vitcli.train.lora import ADAPTER, freeze_and_adapt
 from vitcli.train.objectives import build_objective
 from vitcli.train.objectives.base import Objective
 from vitcli.train.validate import EVAL_BATCH_SIZE
@@ -72,7 +72,7 @@ class Subject:
         recipe = self.recipe
         with torch.device("meta"):
             empty = from_config(self.config)
-            choose_learning(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
+            freeze_and_adapt(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
         # What a head starts from is no matter here.
         section = recipe.objective.model_copy(update={"head_bias": None})
         return build_objective(

@@ -25,7 +25,7 @@ from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
 from vitcli.train.loop import Loop
-from vitcli.train.lora import choose_learning
+from vitcli.train.lora import freeze_and_adapt
 from vitcli.train.objectives import (
     AUTO,
     OBJECTIVES,
@@ -70,27 +70,29 @@ def build_loop(
     # Model, trainable weights, objective. Every random draw starts from the seed of the recipe.
     set_seed(recipe.train.seed)
     model = make_model(source)
-    for note in choose_learning(model.network, recipe.lora, recipe.train.freeze, recipe.train.seed):
+    for note in freeze_and_adapt(
+        model.network, recipe.lora, recipe.train.freeze, recipe.train.seed
+    ):
         watch.note(note)
     check_patch_drop(recipe, model.network)
-    objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
-    model.network.checkpoint_activations = recipe.train.activation_checkpointing
+    objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
+    model.network.checkpoint_activations = train.activation_checkpointing
 
     # Sharding comes before the optimizers, which must see the sharded parameters.
-    if recipe.train.fully_shard:
+    if train.fully_shard:
         shard_module(objective.to(accelerator.device))
     optimizers: list[Any] = list(build_optimizers(objective, recipe.optim))
-    if recipe.train.compile:
+    if train.compile:
         # In place, so that parameter names stay. Static shapes: there are few image sizes.
         objective.compile(dynamic=False)
-    if recipe.train.fully_shard:
+    if train.fully_shard:
         # FSDP2 already moves and synchronises; Accelerate adds only its precision (no DDP wrapper).
         module = accelerator.prepare_model(objective, evaluation_mode=True)
         optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
     else:
         module, *optimizers = accelerator.prepare(objective, *optimizers)
     objective = accelerator.unwrap_model(module)
-    decay = recipe.train.ema_decay
+    decay = train.ema_decay
     state = TrainState(
         objective,
         [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers],

@@ -34,7 +34,7 @@ from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
 from vitcli.train.ema import averaged
 from vitcli.train.fsdp import gather_tensors
 from vitcli.train.loop import Loop
-from vitcli.train.lora import ADAPTER, merged, passes, save_adapters
+from vitcli.train.lora import ADAPTER, merged, save_adapters, training_passes
 from vitcli.train.recorder import check_tracker, draw_curves, tracking
 from vitcli.train.signals import Stopped
 from vitcli.vit.macs import macs
@@ -122,7 +122,7 @@ def train(
     loop.recorder.peak_flops = accelerator.num_processes * matrix_peak(loop.device, precision)
     if not loop.state.module.hidden_rate:  # otherwise the encoder sees fewer patches
         network = loop.model.network
-        loop.recorder.flops_per_image = 2.0 * passes(network) * macs(network.config)
+        loop.recorder.flops_per_image = 2.0 * training_passes(network) * macs(network.config)
 
     if old is None:  # only now, so that bad settings leave no directory
         if resume:

@@ -12,7 +12,7 @@ from vitcli.errors import VitcliError
 from vitcli.train import lr_finder as find_lr
 from vitcli.train.lr_finder import is_over, running_means, suggest_lr
 
-FACTORS = np.geomspace(find_lr.LOWEST, find_lr.HIGHEST, 100)
+FACTORS = np.geomspace(find_lr.MIN_FACTOR, find_lr.MAX_FACTOR, 100)
 
 
 def curve(steepest, turn):

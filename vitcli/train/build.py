@@ -69,10 +69,8 @@ def build_loop(
 
     # Model, trainable weights, objective. Every random draw starts from the seed of the recipe.
     set_seed(recipe.train.seed)
-    model = make_model(source)
-    for note in freeze_and_adapt(
-        model.network, recipe.lora, recipe.train.freeze, recipe.train.seed
-    ):
+    model, train = make_model(source), recipe.train
+    for note in freeze_and_adapt(model.network, recipe.lora, train.freeze, train.seed):
         watch.note(note)
     check_patch_drop(recipe, model.network)
     objective = build_objective(model, recipe.objective, train.seed, source.multi_label)

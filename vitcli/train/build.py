@@ -249,9 +249,6 @@ def unused_settings(recipe: Recipe, multi_label: bool) -> list[str]:
     """A note per objective, optimizer and schedule whose settings include some that it ignores.
 
     Not an error: someone who changes the optimizer of a recipe leaves the settings of the old one.
-
-    Raises:
-        VitcliError: an objective that does not fit the data.
     """
     objective, notes = resolve_objective(recipe.objective, multi_label)
     objectives = {name: kind.settings for name, kind in OBJECTIVES.items()}
@@ -277,11 +274,7 @@ def _unused(
 
 
 def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
-    """Check that `[augment]` fits the data, the objective and the batch.
-
-    Raises:
-        VitcliError: it does not.
-    """
+    """Check that `[augment]` fits the data, the objective and the batch."""
     settings = resolve_augment(recipe.augment)
     mixes = mixes_pairs(settings)
     drawn = hasattr(images, "batch") and not getattr(images, "is_blank", False)
@@ -307,11 +300,7 @@ def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
 
 
 def check_patch_drop(recipe: Recipe, network: Network) -> None:
-    """Check that `train.patch_drop_rate`, if set, works with the model and the objective.
-
-    Raises:
-        VitcliError: a ResNet, an objective that masks patches, or layers that need every patch.
-    """
+    """Check that `train.patch_drop_rate`, if set, works with the model and the objective."""
     if not recipe.train.patch_drop_rate:
         return
     if isinstance(network, ResNet):

@@ -228,9 +228,6 @@ def rewind(
         error: what went wrong at `state.step`.
         is_main: this process writes the records.
         same_length: the run makes no more steps than without the rewind; a deadline needs this.
-
-    Raises:
-        VitcliError: too many rewinds, or there is no checkpoint.
     """
     checkpoints = list_checkpoints(run.checkpoints)
     if state.num_rewinds >= MAX_REWINDS or not checkpoints:

@@ -298,9 +298,6 @@ class Loop:
 
         The size is part of the state, because dropout masks depend on it: a resumed run starts
         with it.
-
-        Raises:
-            VitcliError: not even one image fits.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)

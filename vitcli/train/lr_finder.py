@@ -153,11 +153,7 @@ def is_over(losses: Sequence[float], total: int) -> bool:
 
 
 def suggest_lr(factors: Sequence[float], smoothed: Sequence[float]) -> tuple[float, float]:
-    """(the factor where the smoothed loss falls fastest, the factor where it is lowest).
-
-    Raises:
-        VitcliError: the loss does not fall.
-    """
+    """(the factor where the smoothed loss falls fastest, the factor where it is lowest)."""
     finite = [i for i, mean in enumerate(smoothed) if math.isfinite(mean)]
     if not finite:
         raise VitcliError(

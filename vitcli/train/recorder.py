@@ -89,9 +89,6 @@ class Recorder:
 
         Args:
             is_full_image: `flops_per_image` holds for this step, so it has an `mfu`.
-
-        Raises:
-            NonFiniteError: the loss is not finite.
         """
         batch_size, meter = self.recipe.train.batch_size, self.meter
         metrics = mean_over_processes(self.accelerator, meter.means())
@@ -132,11 +129,7 @@ class Recorder:
 
 
 def check_tracker(name: str) -> None:
-    """Check that the tracker exists and its package is installed.
-
-    Raises:
-        VitcliError: one of the two is missing.
-    """
+    """Check that the tracker exists and its package is installed."""
     if name not in TRACKERS:
         raise unknown("tracker", name, TRACKERS)
     if not any(find_spec(package) for package in TRACKERS[name]):

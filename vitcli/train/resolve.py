@@ -40,11 +40,7 @@ DROPOUT = ("dropout_rate", "drop_path_rate")
 def pretrain_recipe(
     data: str | None, recipe: str | None, settings: Settings | None, watch: Watcher
 ) -> tuple[str, Recipe]:
-    """The name of the recipe of a `pretrain` command, and the recipe with all settings.
-
-    Raises:
-        VitcliError: no such recipe, or wrong settings.
-    """
+    """The name of the recipe of a `pretrain` command, and the recipe with all settings."""
     name = "pretrain_formula" if data in (None, FORMULA) else "pretrain"
     name = name if recipe is None else recipe
     changes: Settings = {}
@@ -69,9 +65,6 @@ def finetune_recipe(
 
     Args:
         resumed: the run to resume, whose model is the default.
-
-    Raises:
-        VitcliError: no such recipe, wrong settings, or no model to start from.
     """
     name = "finetune_digits" if data in (None, DIGITS) else "finetune"
     name = name if recipe is None else recipe
@@ -105,11 +98,7 @@ def _without_vit_settings(recipe: Recipe, changes: Settings, watch: Watcher) -> 
 
 
 def newest_pretrained(resumed: Path | None = None) -> str:
-    """The newest finished run of `pretrain`, or the model that the run `resumed` started from.
-
-    Raises:
-        VitcliError: there is no such run.
-    """
+    """The newest finished run of `pretrain`, or the model that the run `resumed` started from."""
     if resumed is not None and (resumed / "recipe.toml").is_file():
         return str(Run(resumed).recipe().model.name)
     for candidate in finished_runs():
@@ -188,11 +177,7 @@ def pretrained_model(
 
 
 def with_dropout(model: LoadedModel, rates: dict[str, Any]) -> LoadedModel:
-    """The same weights in a network with other dropout rates.
-
-    Raises:
-        VitcliError: a ResNet, which has no dropout.
-    """
+    """The same weights in a network with other dropout rates."""
     old = model.network
     if isinstance(old, ResNet):
         raise VitcliError(

@@ -76,11 +76,7 @@ SCHEDULES = {
 
 
 def find_schedule(section: ScheduleSection) -> ScheduleEntry:
-    """The registry entry of `schedule.name`.
-
-    Raises:
-        VitcliError: there is no such schedule.
-    """
+    """The registry entry of `schedule.name`."""
     if section.name not in SCHEDULES:
         raise unknown("schedule", section.name, SCHEDULES)
     return SCHEDULES[section.name]

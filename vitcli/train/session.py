@@ -147,11 +147,7 @@ def train(
 
 
 def read_result(run: Run) -> TrainResult:
-    """The result of a finished run.
-
-    Raises:
-        VitcliError: another command wrote it.
-    """
+    """The result of a finished run."""
     try:
         return TrainResult(**{**run.result(), "already_finished": True})
     except TypeError:
@@ -176,9 +172,6 @@ def locked(run: Run, is_main: bool = True) -> Iterator[None]:
 
     Args:
         is_main: only the first process of a command holds the lock.
-
-    Raises:
-        VitcliError: another process trains there.
     """
 
     def busy() -> VitcliError:

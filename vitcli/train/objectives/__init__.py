@@ -29,11 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def find_objective(name: str) -> type[Objective]:
-    """The class of the objective `name`; `auto` counts as `softmax`.
-
-    Raises:
-        VitcliError: there is no such objective.
-    """
+    """The class of the objective `name`; `auto` counts as `softmax`."""
     if name == AUTO:
         return Softmax
     if name not in OBJECTIVES:

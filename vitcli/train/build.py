@@ -63,6 +63,7 @@ def build_loop(
     """
     from accelerate.utils import set_seed
 
+    # Cheap checks first: a wrong setting must not cost the time to load a model.
     check_augment(recipe, source.splits["train"], accelerator.num_processes)
     for note in unused_settings(recipe, source.multi_label):
         watch.note(note)
@@ -89,6 +90,8 @@ def build_loop(
         optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
     else:
         module, *optimizers = accelerator.prepare(objective, *optimizers)
+    # Checkpoints, averages and schedules use the unwrapped objects: the names of their tensors must
+    # not depend on the number of processes.
     objective = accelerator.unwrap_model(module)
     decay = train.ema_decay
     state = TrainState(
@@ -100,6 +103,7 @@ def build_loop(
 
     preprocess = model.preprocess
     assert preprocess is not None
+    # Validation uses the transform that is stored with the weights, training its own augmentation.
     loader = make_loader(recipe, source, preprocess, objective.num_views, accelerator)
     validate, outcomes = None, list[Outcome]()
     if (split := held_out_split(source)) is not None and model.config.num_classes > 0:
@@ -163,6 +167,7 @@ def make_loader(
         strict=recipe.data.strict,
         repeats=recipe.augment.repeats,
         augment=transform.settings,
+        # A GPU copies from pinned memory while it computes.
         pin_memory=accelerator.device.type == "cuda",
     )
 
@@ -202,7 +207,7 @@ def start_accelerator(
     check_names(recipe)
     device = pick_device()
     precision = precision or resolve_precision(recipe.train.precision, device)
-    join_processes(device)
+    join_processes(device)  # before the first collective operation, which follows
     # Each process has measured for itself, and the results may differ.
     precision = broadcast_object_list([precision])[0]
     # Accelerate keeps the precision of the first run in a process for all later ones.
@@ -213,6 +218,7 @@ def start_accelerator(
         log_with=track,
         project_dir=str(folder) if folder else None,
     )
+    # Set in both directions: the setting is global, and another run may precede in this process.
     torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
     if recipe.train.batch_size % accelerator.num_processes:
         raise VitcliError(
@@ -265,6 +271,7 @@ def unused_settings(recipe: Recipe, multi_label: bool) -> list[str]:
 def _unused(
     kind: str, table: str, section: Any, settings: Mapping[str, Collection[str]]
 ) -> Iterator[str]:
+    # A recipe is complete, so "given" cannot be seen. A value that differs from the default can.
     defaults: Section = type(section)()
     foreign = sorted(set().union(*settings.values()) - set(settings[section.name]))
     changed = [key for key in foreign if getattr(section, key) != getattr(defaults, key)]
@@ -277,6 +284,7 @@ def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
     """Check that `[augment]` fits the data, the objective and the batch."""
     settings = resolve_augment(recipe.augment)
     mixes = mixes_pairs(settings)
+    # Generated images come as whole batches with their variations, and plans use blank ones.
     drawn = hasattr(images, "batch") and not getattr(images, "is_blank", False)
     if drawn and (changes_pixels(settings) or settings.repeats > 1):
         raise VitcliError(

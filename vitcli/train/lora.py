@@ -91,6 +91,7 @@ def _freeze(model: Network, what: str) -> int:
         for name, p in model.named_parameters():
             p.requires_grad_(name.startswith(HEADS))
         return 0 if isinstance(model, ResNet) else model.config.depth
+    # Block N freezes everything before it as well: no gradient goes back that far.
     count, depth = int(what.partition(":")[2]), _with_blocks(model).config.depth
     if count > depth:
         raise VitcliError(
@@ -119,7 +120,7 @@ def _adapt(model: VisionTransformer, section: LoraSection, first: int, seed: int
         )
     endings = tuple(name for target in section.targets for name in LAYERS[target])
     for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(HEADS))
+        p.requires_grad_(name.startswith(HEADS))  # heads are new, an adapter would not do
     # In a fork, so that adapters do not change the random numbers that follow.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -167,7 +168,7 @@ def merged(model: nn.Module) -> Iterator[None]:
         put(name, layer.merged())
     try:
         yield
-    finally:
+    finally:  # a run that is interrupted while it writes continues with its adapters
         for name, layer in found.items():
             put(name, layer)
 

@@ -160,6 +160,7 @@ def suggest_lr(factors: Sequence[float], smoothed: Sequence[float]) -> tuple[flo
             "the loss is not finite even at the smallest rate", "start from a lower `--lr`"
         )
     lowest = min(finite, key=lambda i: smoothed[i])
+    # A slope over a tenth of the test: neighbouring means differ by noise only.
     width = max(1, len(factors) // 20)
     # Steps are equally spaced on the logarithm of the rate, so a difference is a slope.
     falls = {
@@ -194,6 +195,7 @@ def _write(found: FoundRate, out: Path) -> None:
         axes.axvline(rate * scale, linestyle=style, color=color, label=label)
     axes.set_xscale("log")
     finite = [mean for mean in found.smoothed if math.isfinite(mean)]
+    # The last losses are huge and would flatten the curve, so the axis follows the running mean.
     room = 0.1 * (max(finite) - min(finite))
     axes.set_ylim(min(finite) - room, max(finite) + room)
     axes.set_xlabel("learning rate")

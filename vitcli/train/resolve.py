@@ -46,7 +46,7 @@ def pretrain_recipe(
     changes: Settings = {}
     if data is not None:
         lay_over(changes, nest("data.name", data))
-    lay_over(changes, settings or {})
+    lay_over(changes, settings or {})  # `--set data.name=` wins over the argument
     resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")
@@ -75,6 +75,7 @@ def finetune_recipe(
         lay_over(changes, nest("model.name", model))
     lay_over(changes, settings or {})
     resolved = load_recipe(name, changes, "finetune")
+    # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
         default = newest_pretrained(resumed)
         watch.note(f"no `--model` given: {default}")
@@ -137,6 +138,7 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
             "size must divide `model.image_size`",
         ) from error
     size, channels = network.config.image_size, network.config.num_channels
+    # Mean and standard deviation 0.5 give inputs in -1 to 1, as in the paper's code.
     base = Preprocess(image_size=size, mean=(0.5,), std=(0.5,), num_channels=channels)
     given = recipe.preprocess.model_dump(exclude_none=True)
     return LoadedModel(
@@ -183,6 +185,7 @@ def with_dropout(model: LoadedModel, rates: dict[str, Any]) -> LoadedModel:
         raise VitcliError(
             f"a ResNet has no dropout: model.{', model.'.join(rates)}", "remove these settings"
         )
+    # Dropout layers are created by the constructor, so the network is built anew.
     network = VisionTransformer(replace(old.config, **rates), old.position_resize)
     network.load_state_dict(old.state_dict())
     return replace(model, network=network)

@@ -13,7 +13,7 @@ from support.kinds import small
 from support.tiny import tiny_recipe
 
 from vitcli.cli import console as report
-from vitcli.cli.app import run as cli
+from vitcli.cli.main import run as cli
 from vitcli.cli.show import inspection as results_look
 from vitcli.commands.inspect import run
 from vitcli.data.readers.builtin import photographs
@@ -212,7 +212,7 @@ def test_mistakes_are_said_before_the_work(pictures):
     stored()
     for message, arguments in (
         ("`--limit` is 0", {"limit": 0}),
-        ("is no folder", {"out": pictures / "m.safetensors"}),
+        ("is not a folder", {"out": pictures / "m.safetensors"}),
         ("no such image", {"paths": ["gone.png"]}),
         ("no data `builtin:digit`", {"paths": ["builtin:digit"]}),
         ("no finished run", {"model": None}),

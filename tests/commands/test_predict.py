@@ -126,7 +126,7 @@ def test_numbers_that_are_none(model, pictures):
     with torch.no_grad():
         model.head.weight[0] = float("nan")
     save_model("nan.safetensors", model)
-    with pytest.raises(VitcliError, match=r"`nan\.safetensors` gives numbers that are not finite"):
+    with pytest.raises(VitcliError, match=r"outputs of `nan\.safetensors` are not finite"):
         list(predict.run(["p"], model="nan.safetensors", csv_file=Path("t.csv")))
     assert not Path("t.csv").exists()
 

@@ -32,7 +32,7 @@ def test_every_image_once_in_order(model, images):
     assert found.indices.tolist() == list(range(7)) and found.broken == ()
     assert found.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     np.testing.assert_allclose(found.pixels, x.flatten(1).numpy(), atol=1e-6)
-    logits = extract(model, images[0], what="logits", batch_size=7).outputs
+    logits = extract(model, images[0], output="logits", batch_size=7).outputs
     np.testing.assert_allclose(logits, model.head(torch.from_numpy(expected)).detach(), atol=1e-4)
 
 
@@ -92,5 +92,5 @@ def test_a_batch_of_nothing(batch_size, model, images):
 def test_numbers_that_are_none(model, images):
     torch.nn.init.constant_(model.head.weight, float("nan"))
     assert np.isfinite(extract(model, images[0]).outputs).all()  # what the head reads
-    with pytest.raises(VitcliError, match="the model gives numbers that are not finite"):
-        extract(model, images[0], what="logits")
+    with pytest.raises(VitcliError, match="the outputs of the model are not finite"):
+        extract(model, images[0], output="logits")

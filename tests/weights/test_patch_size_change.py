@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from support.kinds import pictures, small
 
-from vitcli.cli.app import run
+from vitcli.cli.main import run
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit import create_model

@@ -16,7 +16,7 @@ from vitcli.data.image_set import Source
 from vitcli.data.source import open_data
 from vitcli.errors import VitcliError
 from vitcli.evals.feature_cache import Features
-from vitcli.evals.features import Extracted, processes
+from vitcli.evals.features import Extracted, rank_and_world_size
 from vitcli.evals.fewshot.classifiers import Head, Shots, draw_all, fit_all
 from vitcli.evals.fewshot.protocol import Choice
 from vitcli.progress import Quiet, Watcher
@@ -177,7 +177,7 @@ def run(
     features = Features(net, source.fingerprint, about, batch_size, precision, cache, watch)
     result, head = _measure(features, source, inference.fewshot, watch)
     result = replace(result, model=model, data=data, run=None if path is None else str(path))
-    if path is not None and head is not None and processes()[0] == 0:
+    if path is not None and head is not None and rank_and_world_size()[0] == 0:
         _keep(net, source, head, inference, path, result)
     return result
 

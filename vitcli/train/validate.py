@@ -12,7 +12,7 @@ from vitcli.data.batch import Batch, onto
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
 from vitcli.errors import VitcliError
-from vitcli.evals.multilabel import measure_labels
+from vitcli.evals.scoring import multi_label_metrics
 from vitcli.progress import Watcher
 from vitcli.vit import Model
 
@@ -92,7 +92,7 @@ def _measure_several(
         parts = gather_object(parts)
     if not any(scores for scores, _, _ in parts):
         raise _nothing()
-    found = measure_labels(
+    found = multi_label_metrics(
         np.concatenate([x for scores, _, _ in parts for x in scores]),
         np.concatenate([x for _, targets, _ in parts for x in targets]),
     )

@@ -16,7 +16,7 @@ from vitcli.commands import evaluate
 from vitcli.errors import VitcliError
 from vitcli.evals.plots import write_confusion
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 
@@ -57,7 +57,10 @@ def test_more_classes_than_the_data_has(photos, here):
 
     net = load_model(path)
     with torch.no_grad():
-        net.head.weight[0], net.head.bias[0] = net.head.weight[3], net.head.bias[3] + 0.1
+        net.network.head.weight[0], net.network.head.bias[0] = (
+            net.network.head.weight[3],
+            net.network.head.bias[3] + 0.1,
+        )
     save_model(path, net)
     result = evaluate.run(photos, model=path)
     assert result.metrics.top1 == pytest.approx(3 / 6)

@@ -13,8 +13,8 @@ from vitcli.evals.features import extract
 from vitcli.evals.fewshot.protocol import fewshot as accuracy
 from vitcli.preprocess import Preprocess
 from vitcli.run import Run
-from vitcli.vit import create_model
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 SETTINGS = {"fewshot": {"shots": [1, 5], "seeds": 2}}

@@ -23,7 +23,8 @@ from vitcli.inspection.inductive_bias import fresh
 from vitcli.inspection.report import Section, page
 from vitcli.preprocess import Preprocess
 from vitcli.run import create_run
-from vitcli.vit import ResNetConfig, create_model
+from vitcli.vit import ResNetConfig
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 NAMES = ("ant", "bee", "cat", "dog", "<i>elk</i>")
@@ -192,7 +193,7 @@ def test_what_cannot_be_read_is_named(pictures, capsys):
     assert cli([*arguments, "--out", "o"]) == 3
     captured = capsys.readouterr()
     assert json.loads(captured.out)["images"] == 6
-    assert "p/bad.png: " in captured.err and "gone.png: there is no such file" in captured.err
+    assert "p/bad.png: " in captured.err and "gone.png: the file does not exist" in captured.err
     assert cli(["inspect", "gone.png", "--model", "m.safetensors", "--out", "new"]) == 2
     assert cli(["inspect", "p/bad.png", "--model", "m.safetensors", "--out", "new"]) == 2
     assert "none of 1 images can be read" in capsys.readouterr().err
@@ -201,7 +202,7 @@ def test_what_cannot_be_read_is_named(pictures, capsys):
 
 def test_weights_that_are_no_numbers(pictures):
     model = stored()
-    model.blocks[0].attn.qkv.weight.data[0, 0] = float("nan")
+    model.network.blocks[0].attn.qkv.weight.data[0, 0] = float("nan")
     save_model("m.safetensors", model)
     with pytest.raises(VitcliError, match="is not a number"):
         run(["p"], model="m.safetensors", out=pictures / "new")

@@ -27,8 +27,8 @@ from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.train.objectives.registry import build_objective, settled
 from vitcli.train.session import train
-from vitcli.vit import create_model
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import read_header, save_model
 
 CELLS = ["red", "green", "red;green", "", "green ; red", "blue", "red;blue;", "blue;red;green"]
@@ -235,7 +235,7 @@ def test_the_loss_is_the_sum_over_classes():
     """Against the definition, -sum(t log p + (1 - t) log(1 - p)), with several and one label."""
     net = create_model("Pico/8", image_size=8, num_classes=3, depth=1)
     torch.manual_seed(0)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     objective = build_objective(net, ObjectiveSection(name="sigmoid"), 0, True)
     images = torch.randn(4, 3, 8, 8)
     p = net(images).detach().double().sigmoid()
@@ -258,10 +258,10 @@ def test_the_bias_of_a_new_head():
     loss, _ = objective(torch.randn(2, 3, 8, 8), torch.tensor([3, 4]), {})
     expected = 999 * math.log1p(math.exp(-6.9)) + math.log1p(math.exp(6.9))
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
-    torch.nn.init.ones_(net.head.weight)
-    torch.nn.init.zeros_(net.head.bias)
+    torch.nn.init.ones_(net.network.head.weight)
+    torch.nn.init.zeros_(net.network.head.bias)
     build_objective(net, section, 0)
-    assert not net.head.bias.any()  # a head that has learned stays
+    assert not net.network.head.bias.any()  # a head that has learned stays
 
 
 def test_figures_against_scikit_learn():
@@ -347,7 +347,9 @@ def test_several_labels_are_calibrated(trained, tmp_path):
 def test_two_models_of_several_labels(trained, tmp_path):
     path, run, _, _ = trained
     net = load_model(run)
-    net.head.weight.data = net.head.weight.data.roll(1, dims=0)  # every class says another's
+    net.network.head.weight.data = net.network.head.weight.data.roll(
+        1, dims=0
+    )  # every class says another's
     save_model(tmp_path / "other.safetensors", net)
     other = str(tmp_path / "other.safetensors")
     found = evaluate.run(path, model=[other, other, str(run)], out=tmp_path / "out")

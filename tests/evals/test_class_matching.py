@@ -13,8 +13,8 @@ from vitcli.evals.class_matching import (
     read_class_map,
 )
 from vitcli.progress import Quiet
-from vitcli.vit import create_model
 from vitcli.weights.imagenet import imagenet_names, imagenet_synsets, synset_outputs
+from vitcli.weights.loaded import create_model
 
 
 def model(labels, outputs=None):

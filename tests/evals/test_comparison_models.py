@@ -23,7 +23,7 @@ def noisy(here):
 def test_several_models_beside_each_other(noisy, here, capsys):
     net = load_model("m.safetensors")
     with torch.no_grad():
-        net.head.bias[0] += 8
+        net.network.head.bias[0] += 8
     save_model("other.safetensors", net)
     words = ["evaluate", noisy, "--model", "m.safetensors", "-m", "other.safetensors"]
     assert vitcli([*words, "--json", "--out", "both"]) == 0

@@ -12,9 +12,9 @@ from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
 from vitcli.evals.real_labels import read_real_labels, real_targets
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.weights.imagenet import imagenet_names, imagenet_synsets
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 NUMBERS = [3, 7, 8, 12, 20]  # of the images, as in their file names
@@ -25,7 +25,7 @@ def validation(here):
     """Five images of two synsets under ImageNet's names, and a model that says something."""
     net = create_model("Pico/8", image_size=8, num_classes=1000, depth=1)
     rng = np.random.default_rng(0)
-    net.head.weight.data.normal_(0, 1)
+    net.network.head.weight.data.normal_(0, 1)
     net.labels, net.head_trained = imagenet_names(1000), True
     net.preprocess = Preprocess(image_size=(8, 8))
     save_model("m.safetensors", net)

@@ -16,9 +16,9 @@ from vitcli.evals.calibration import fit_temperature, split_for_calibration
 from vitcli.evals.class_matching import match_outputs
 from vitcli.evals.features import extract
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.weights.edit import fold_temperature, replace_head
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import read_header, save_model, set_temperature
 
 
@@ -116,12 +116,12 @@ def test_a_copy_where_the_file_is_not_ours_or_is_loaded_otherwise(noisy, here):
 def test_exports_are_calibrated(here, to):
     """Layouts without a word for it carry it in the head."""
     net = create_model("Pico/8", image_size=8, num_classes=3, depth=1)
-    net.head.weight.data.normal_(0, 3, generator=torch.Generator().manual_seed(0))
+    net.network.head.weight.data.normal_(0, 3, generator=torch.Generator().manual_seed(0))
     net.labels, net.head_trained, net.temperature = ("a", "b", "c"), True, 2.5
     net.preprocess = Preprocess(image_size=(8, 8))
     save_model("m.safetensors", net)
     done = export.run(to, model="m.safetensors", out=Path("out"))
-    assert "the head is divided by its temperature, 2.5" in done.notes
+    assert "the temperature 2.5 is folded into the head" in done.notes
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     again = load_model("out")
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_two_heads_are_divided_alike():
     two = {"pool": "distilled", "distillation_token": True, "distillation_head": True}
     net = create_model("Pico/8", image_size=8, num_classes=3, depth=1, **two)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for head in (net.head, net.head_dist):
+    for head in (net.network.head, net.network.head_dist):
         head.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     net.temperature = 0.5
     with torch.no_grad():

@@ -12,11 +12,11 @@ from vitcli.errors import VitcliError
 from vitcli.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from vitcli.train.ema import Ema
 from vitcli.train.optimizers.registry import OPTIMIZERS, build_optimizers
-from vitcli.vit import create_model
+from vitcli.vit import create_network
 
 
 def state(name="adamw", seed=0):
-    model = create_model("Pico/8", image_size=16, num_classes=3, seed=seed).train()
+    model = create_network("Pico/8", image_size=16, num_classes=3, seed=seed).train()
     return TrainState(model, build_optimizers(model, OptimSection(name=name)), Ema(model, 0.9))
 
 

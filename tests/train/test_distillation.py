@@ -15,7 +15,7 @@ from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.train.objectives.distillation import Distill
 from vitcli.train.session import train
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 CLASSES = ("a", "b", "c")
@@ -24,7 +24,7 @@ CLASSES = ("a", "b", "c")
 def built(labels, size, mean, **more):
     settings = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_dim": 64, **more}
     net = create_model("Pico/4", image_size=size, num_classes=len(labels), **settings)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     net.labels = tuple(labels)
     net.preprocess = Preprocess((size, size), mean=(mean,), std=(0.5,))
     return net
@@ -59,7 +59,7 @@ def test_the_loss_is_the_formula_of_deit(teacher, kind, two_heads):
     )
     student = built(CLASSES, 8, 0.5, **more)
     if two_heads:
-        torch.nn.init.normal_(student.head_dist.weight)
+        torch.nn.init.normal_(student.network.head_dist.weight)
     task = objective(
         name,
         student,
@@ -73,9 +73,9 @@ def test_the_loss_is_the_formula_of_deit(teacher, kind, two_heads):
     features = student.features(images)
     if two_heads:
         one, two = features.chunk(2, dim=-1)
-        a, b = student.head(one), student.head_dist(two)
+        a, b = student.network.head(one), student.network.head_dist(two)
     else:
-        a = b = student.head(features)
+        a = b = student.network.head(features)
     pixels = images * 0.5 + 0.5
     big = torch.nn.functional.interpolate(pixels, (16, 16), mode="bilinear", antialias=True)
     wanted = net((big - 0.4) / 0.5)[:, [2, 3, 0]].detach().double().numpy()
@@ -100,8 +100,8 @@ def test_the_teacher_is_neither_trained_nor_stored(teacher):
     torch.optim.SGD(task.parameters(), lr=1.0).step()
     after = task.others[0].state_dict()
     assert all((after[key] == value).all() for key, value in before.items())
-    assert all(p.grad is None for p in task.others[0].parameters())
-    assert not task.others[0].training
+    assert all(p.grad is None for p in task.others[0].network.parameters())
+    assert not task.others[0].network.training
 
 
 def test_what_cannot_be_is_said(teacher):

@@ -26,7 +26,7 @@ from vitcli.train.optimizers.registry import (
 )
 from vitcli.train.schedules import SCHEDULES, schedule_factor
 from vitcli.train.session import train
-from vitcli.vit import create_model
+from vitcli.vit import create_network
 from vitcli.weights.load import load_model
 
 
@@ -43,7 +43,7 @@ def run_reference(folder, section, schedule, clip, tmp_path, final, loss_toleran
         models[part] = load_model(
             tmp_path / f"{part.replace('/', '_')}.npz", num_heads=2, image_size=16
         )
-    model = models["init"].train()
+    model = models["init"].network.train()
     optimizers = build_optimizers(model, section)
     images = torch.from_numpy(arrays["images"]).permute(0, 3, 1, 2)
     labels = torch.from_numpy(arrays["labels"]).long()
@@ -118,7 +118,7 @@ def test_adamw_makes_big_visions_steps(shared, tmp_path):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_parameter_has_one_optimizer_and_only_kernels_decay(name):
-    model = create_model("Pico/8", image_size=32, num_classes=5, pool="map", num_registers=2)
+    model = create_network("Pico/8", image_size=32, num_classes=5, pool="map", num_registers=2)
     optimizers = build_optimizers(model, OptimSection(name=name, weight_decay=0.1))
     names = {id(p): n for n, p in model.named_parameters()}
     seen = []
@@ -135,7 +135,7 @@ def test_every_parameter_has_one_optimizer_and_only_kernels_decay(name):
 
 
 def test_muon_has_the_matrices_of_the_blocks_only():
-    model = create_model("Pico/8", image_size=32, num_classes=5)
+    model = create_network("Pico/8", image_size=32, num_classes=5)
     hidden = {n for n, p in model.named_parameters() if is_hidden_matrix(n, p)}
     assert len(hidden) == 6 * 4
     assert all(n.startswith("blocks.") and n.endswith(".weight") for n in hidden)
@@ -154,7 +154,7 @@ def test_tables_and_tokens_are_no_kernels_in_any_kind_of_model(name):
 
 def test_layers_have_their_rates():
     """As MAE fine-tunes: the head's is whole, the embedding's is decayed most."""
-    model = create_model("Pico/8", image_size=32, num_classes=5, num_registers=1)
+    model = create_network("Pico/8", image_size=32, num_classes=5, num_registers=1)
     depth = model.config.depth
     names = {id(p): n for n, p in model.named_parameters()}
     for kind in ("adamw", "muon"):
@@ -174,7 +174,7 @@ def test_layers_have_their_rates():
 
 def test_rates_by_layer_need_layers():
     with pytest.raises(VitcliError, match="goes by the blocks of a ViT"):
-        resnet = create_model("R50x1", image_size=32, num_classes=3)
+        resnet = create_network("R50x1", image_size=32, num_classes=3)
         build_optimizers(resnet, OptimSection(layer_decay=0.5))
 
 

@@ -16,6 +16,7 @@ from vitcli.weights.expressible import EXPRESSIBLE, Lost, Refused, find_limits
 from vitcli.weights.google.write_google import write_google
 from vitcli.weights.huggingface.write_huggingface import write_huggingface
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.timm.write_timm import write_timm
 
 WRITERS = {"timm": write_timm, "huggingface": write_huggingface, "google": write_google}
@@ -175,13 +176,13 @@ def test_every_limit_is_reached():
         assert [limit for limit in limits if limit not in met] == []
 
 
-def complete(model, preprocess=None):
-    """Give `model` weights that are nowhere 0 or 1, class names and a transform."""
+def complete(network, preprocess=None):
+    """Give `network` weights that are nowhere 0 or 1, class names and a transform."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in network.parameters():
             parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    config = model.config
+    model, config = LoadedModel(network), network.config
     model.head_trained = config.num_classes > 0
     model.labels = tuple(f"class {i}" for i in range(config.num_classes)) or None
     if config.num_channels in (1, 3):

@@ -32,9 +32,9 @@ from vitcli.evals.real_labels import read_real_labels, real_targets
 from vitcli.files import check_folder, make_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
-from vitcli.vit import Model
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import LoadedModel
 
 DEFAULT_DATA = "builtin:digits"
 
@@ -68,7 +68,7 @@ class LoadedTask:
     """
 
     model: str
-    net: Model
+    net: LoadedModel
     source: Source
     images: ImageSet
     matching: ClassMatching
@@ -255,7 +255,9 @@ def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
     return result
 
 
-def _logits(net: Model, images: ImageSet, request: EvaluationRequest, label: str) -> Extracted:
+def _logits(
+    net: LoadedModel, images: ImageSet, request: EvaluationRequest, label: str
+) -> Extracted:
     return extract(
         net,
         images,

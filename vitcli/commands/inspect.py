@@ -31,10 +31,11 @@ from vitcli.inspection.report import Album
 from vitcli.inspection.rollout import source_name
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
-from vitcli.vit import Model, ResNet, VisionTransformer, ViTConfig
+from vitcli.vit import ResNet, VisionTransformer, ViTConfig
 from vitcli.weights.edit import match_classes
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import LoadedModel
 
 MOST_IMAGES = 128  # as in appendix D.7
 MOST_SHOWN = 8  # images with pictures of their own
@@ -119,7 +120,7 @@ def run(
     arguments = load_settings(inference.model, inference.preprocess)
     net = load_model(model, labels=labels, watch=watch, **arguments)
     other = _resnet(resnet, net, watch)
-    if isinstance(net, ResNet):
+    if isinstance(net.network, ResNet):
         if not with_bias:
             raise VitcliError(
                 f"`{model}` is a ResNet: it has no attention and no positions to look at",
@@ -132,22 +133,22 @@ def run(
     net = net.to(pick_device()).eval()
     album, facts = Album(), _describe(model, net, chosen)
     broken: list[str] = []
-    facts["filters"] = chapters.filters(album, net)
+    facts["filters"] = chapters.filters(album, net.network)
     facts |= dict.fromkeys(("positions", "attention_distance", "rollout", "inductive_bias"))
-    if isinstance(net, VisionTransformer):
-        facts["positions"] = chapters.positions(album, net)
-        looked, shown, broken = look_at(net, chosen.images, limit, watch)
-        names, source = layer_names(net), source_name(net.config)
+    if isinstance(net.network, VisionTransformer):
+        facts["positions"] = chapters.positions(album, net.network)
+        looked, shown, broken = look_at(net, net.network, chosen.images, limit, watch)
+        names, source = layer_names(net.network), source_name(net.network.config)
         facts["images"], facts["source"] = len(looked), source
-        facts["attention_distance"] = chapters.distance(album, net, looked, names)
-        facts["rollout"] = chapters.rollout(album, net, looked, shown, source, names)
+        facts["attention_distance"] = chapters.distance(album, net.network, looked, names)
+        facts["rollout"] = chapters.rollout(album, net.network, looked, shown, source, names)
     rows: list[bias.BiasRow] = []
     if with_bias:
         pictured, read, unread = _pictures(chosen, net)
         broken += [line for line in unread if line not in broken]
         with watch.progress("this network", 1) as bar:
             shifts = shifts_of(cell_size(net.config))
-            rows.append(bias.row("this model", net, read, preprocess, shifts, bar))
+            rows.append(bias.row("this model", net.network, read, preprocess, shifts, bar))
         config, parameters = net.config, rows[0].parameters
         random_itself = net.load_report is not None and net.load_report.layout == "variant"
         del net  # two of them need not fit into memory
@@ -168,7 +169,7 @@ def run(
     return Inspection(model, folder, facts, album, tuple(rows), tuple(broken))
 
 
-def _pictures(chosen: Chosen, net: Model) -> tuple[Chosen, list[torch.Tensor], list[str]]:
+def _pictures(chosen: Chosen, net: LoadedModel) -> tuple[Chosen, list[torch.Tensor], list[str]]:
     """What equivariance is measured on: whose, the pictures with a margin, and the unreadable."""
     if len(chosen.images) < bias.LEAST_PICTURES:
         chosen = built_in(net)
@@ -178,16 +179,16 @@ def _pictures(chosen: Chosen, net: Model) -> tuple[Chosen, list[torch.Tensor], l
         raise VitcliError(
             "equivariance needs two images that can be read", "give more, or `--no-bias`"
         )
-    device = next(net.parameters()).device
+    device = next(net.network.parameters()).device
     return chosen, [picture.to(device) for picture in read], unread
 
 
-def _resnet(resnet: str | None, net: Model, watch: Watcher) -> tuple[str, ResNet] | None:
+def _resnet(resnet: str | None, net: LoadedModel, watch: Watcher) -> tuple[str, LoadedModel] | None:
     """The ResNet to compare with, loaded."""
     if resnet is None:
         return None
     found = load_model(resnet, watch=watch)
-    if not isinstance(found, ResNet):
+    if not isinstance(found.network, ResNet):
         raise VitcliError(f"`--resnet {resnet}` is no ResNet", "`R50x1`, or weights of one")
     if found.config.num_channels != net.config.num_channels:
         raise VitcliError(
@@ -198,12 +199,12 @@ def _resnet(resnet: str | None, net: Model, watch: Watcher) -> tuple[str, ResNet
     return printable(resnet), found
 
 
-def _describe(model: str, net: Model, chosen: Chosen) -> dict[str, Any]:
+def _describe(model: str, net: LoadedModel, chosen: Chosen) -> dict[str, Any]:
     config = net.config
     facts: dict[str, Any] = {
         "model": printable(model),
         "kind": "resnet",
-        "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters": sum(p.numel() for p in net.network.parameters()),
         "image_size": list(config.image_size),
         "cell_pixels": cell_size(config),
         "images": 0,
@@ -216,7 +217,7 @@ def _describe(model: str, net: Model, chosen: Chosen) -> dict[str, Any]:
     return facts
 
 
-def choose(paths: Sequence[str], net: Model, inference: Inference, watch: Watcher) -> Chosen:
+def choose(paths: Sequence[str], net: LoadedModel, inference: Inference, watch: Watcher) -> Chosen:
     """The images that are meant; without any, what suits the model, said in one line."""
     data = inference.data.name
     if not paths and data is None:
@@ -234,7 +235,7 @@ def choose(paths: Sequence[str], net: Model, inference: Inference, watch: Watche
     return Chosen(files_set(list(find_images(given))), name)
 
 
-def built_in(net: Model) -> Chosen:
+def built_in(net: LoadedModel) -> Chosen:
     """Pictures that suit the model: digits, drawn ones, or photographs that scikit-learn has."""
     side = min(net.config.image_size)
     if net.config.num_channels == 1 or side <= DIGIT_SIDE:
@@ -248,7 +249,7 @@ def built_in(net: Model) -> Chosen:
 
 
 def look_at(
-    net: VisionTransformer, images: ImageSet, limit: int, watch: Watcher
+    net: LoadedModel, network: VisionTransformer, images: ImageSet, limit: int, watch: Watcher
 ) -> tuple[Looked, list[chapters.Shown], list[str]]:
     """The numbers of up to `limit` images, the first few to show, and what cannot be read.
 
@@ -256,19 +257,19 @@ def look_at(
         VitcliError: none can be read.
     """
     preprocess = require_preprocess(net)
-    device = next(net.parameters()).device
+    device = next(network.parameters()).device
     parts: list[Looked] = []
     pixels: list[tuple[int, Image.Image]] = []
     broken: list[str] = []
     total = min(limit, len(images))
     with watch.progress("images", total) as bar:
-        for batch in eval_batches(images, preprocess, batch_size=batch_size(net), limit=limit):
+        for batch in eval_batches(images, preprocess, batch_size=batch_size(network), limit=limit):
             broken += batch.broken
             if len(batch.labels):
                 keep = min(MOST_SHOWN - len(pixels), len(batch.images))
                 kept = zip(batch.indices[:keep].tolist(), batch.images[:keep], strict=True)
                 pixels += [(index, _picture(image)) for index, image in kept]
-                parts.append(look(net, preprocess.normalize(batch.images.to(device)), keep))
+                parts.append(look(network, preprocess.normalize(batch.images.to(device)), keep))
             bar.advance(len(batch.labels) + len(batch.broken))
     if not parts:
         raise VitcliError(f"none of {total} images can be read: {broken[0]}", "give others")
@@ -281,7 +282,7 @@ def look_at(
     for number, (index, image) in enumerate(pixels):
         name = printable(images.describe(index))
         stem = re.sub(r"[^\w-]+", "-", Path(name).stem)[:40].strip("-")
-        answers = _answers(net, images, index, looked.probabilities[number])
+        answers = _answers(net, images, index, looked.logits[number])
         shown.append(chapters.Shown(name, f"{number + 1:02d}-{stem}", image, answers))
     return looked, shown, broken
 
@@ -292,10 +293,11 @@ def _picture(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).convert("RGB")
 
 
-def _answers(net: VisionTransformer, images: ImageSet, index: int, shares: Any) -> dict[str, Any]:
+def _answers(net: LoadedModel, images: ImageSet, index: int, logits: Any) -> dict[str, Any]:
     """The likeliest classes with their ranks, and the image's own where its name is known."""
     if not net.head_trained:
         return {"label": None, "probability": None, "top": [], "truth": None}
+    shares = net.probabilities(torch.from_numpy(logits)[None])[0].numpy()  # (K,)
     names = net.labels or tuple(str(i) for i in range(len(shares)))
     order = np.argsort(-shares, kind="stable").tolist()
 

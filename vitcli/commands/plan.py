@@ -29,7 +29,7 @@ from vitcli.train.starting import (
     pretrained_model,
     random_model,
 )
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 __all__ = ["Plan", "Prices", "run"]
 
@@ -74,7 +74,7 @@ def run(
     """
     from accelerate.utils import broadcast_object_list
 
-    began = launch.began or time.monotonic()
+    began = launch.started_at or time.monotonic()
     watch, prices = watch or Quiet(), prices or Prices()
     if out is not None and not resume:
         check_free(out)
@@ -219,20 +219,20 @@ def _images(recipe: Recipe, source: Source) -> int:
         return 1
 
 
-def _model(recipe: Recipe, source: Source, weights: bool, watch: Watcher) -> Model:
+def _model(recipe: Recipe, source: Source, weights: bool, watch: Watcher) -> LoadedModel:
     """The model of the run, without weights where no step will be made with it."""
     if recipe.command == "finetune":
         return pretrained_model(recipe, source, watch)
     empty = random_model(recipe, source, empty=True)
     on_cpu = pick_device().type == "cpu"
-    if not weights or (on_cpu and sum(p.numel() for p in empty.parameters()) > LARGE):
+    if not weights or (on_cpu and sum(p.numel() for p in empty.network.parameters()) > LARGE):
         return empty
     return random_model(recipe, source)
 
 
 def _too_large(plan: Plan, kind: torch.device) -> str | None:
     """Why no step is made here, if none is."""
-    if any(p.is_meta for p in plan.subject.model.parameters()):
+    if any(p.is_meta for p in plan.subject.model.network.parameters()):
         return (
             f"not probed here: a model of {plan.count.parameters:,} parameters; "
             "`--device all` estimates other machines"

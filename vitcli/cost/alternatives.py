@@ -16,7 +16,8 @@ from vitcli.cost.plan import DAY, Count, Plan, Span, fits_on, span_here, span_on
 from vitcli.cost.probe import loop_of, step_times
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
-from vitcli.vit import VARIANTS, Model, ResNetConfig, ViTConfig
+from vitcli.vit import VARIANTS, ResNetConfig, ViTConfig
+from vitcli.weights.loaded import LoadedModel
 
 SMALLER_SIDE = 0.72  # of the present one: half of the pixels
 TOO_SMALL = {"mu"}  # one layer: a test of code more than a model
@@ -93,7 +94,7 @@ def _as_change(recipe: Recipe, name: str, text: str, keys: dict[str, Any]) -> It
 
 
 CHANGE_SECONDS = 1.0
-MakeModel = Callable[[Recipe], Model]
+MakeModel = Callable[[Recipe], LoadedModel]
 
 
 def devices(plan: Plan, hardware: list[Hardware]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ All figures of a plan, and what they are called.
 """
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -15,7 +15,8 @@ from vitcli.config.schema import Recipe, parse_duration
 from vitcli.cost.flops import Config, Stage, stages_of
 from vitcli.cost.machine import Hardware
 from vitcli.cost.memory import Memory, Step, evaluation_memory, size_of, step_memory, tensors_of
-from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.mixing import mixes_pairs
+from vitcli.data.augment.transform import resolve_augment
 from vitcli.data.image_set import Source
 from vitcli.errors import VitcliError
 from vitcli.train.build import held_out_images
@@ -23,8 +24,9 @@ from vitcli.train.loop import CHECKPOINT_SECONDS
 from vitcli.train.lora import ADAPTER, choose_learning
 from vitcli.train.objectives.registry import build_objective
 from vitcli.train.validate import EVAL_BATCH
-from vitcli.vit import Model, from_config
+from vitcli.vit import from_config
 from vitcli.vit.macs import macs, parts
+from vitcli.weights.loaded import LoadedModel
 
 EVALUATIONS = 5  # of a run that does not say how often, see `train.session`
 DAY = 86_400.0
@@ -41,7 +43,7 @@ class Subject:
 
     recipe: Recipe
     source: Source
-    model: Model
+    model: LoadedModel
     images: int
     processes: int = 1
     precision: str = "fp32"
@@ -67,14 +69,15 @@ class Subject:
         Raises:
             VitcliError: it does not suit model or data.
         """
-        recipe, model = self.recipe, self.model
+        recipe = self.recipe
         with torch.device("meta"):
             empty = from_config(self.config)
             choose_learning(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
-        empty.labels, empty.preprocess = model.labels, model.preprocess
         # What a head starts from is no matter here.
         section = recipe.objective.model_copy(update={"head_bias": None})
-        return build_objective(empty, section, recipe.train.seed, self.source.multi_label)
+        return build_objective(
+            replace(self.model, network=empty), section, recipe.train.seed, self.source.multi_label
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def memory_of(
 ) -> Memory:
     """The memory of the stage of the run that needs most."""
     recipe, (y, x) = subject.recipe, subject.config.image_size
-    several = subject.source.multi_label or Strength.of(recipe.augment).mixes
+    several = subject.source.multi_label or mixes_pairs(resolve_augment(recipe.augment))
     largest = max(stages, key=lambda stage: stage.macs)
     micro = micro or subject.micro
     step = Step(

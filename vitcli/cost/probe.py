@@ -37,14 +37,18 @@ def loop_of(subject: Subject, accelerator: Any, watch: Watcher) -> Loop:
     recipe, source = subject.recipe, subject.source
     if not hasattr(source.splits["train"], "channels"):  # of a blank set nothing is to be augmented
         check_augment(recipe, source.splits["train"], accelerator.num_processes)
-    for note in choose_learning(subject.model, recipe.lora, recipe.train.freeze, recipe.train.seed):
+    for note in choose_learning(
+        subject.model.network, recipe.lora, recipe.train.freeze, recipe.train.seed
+    ):
         watch.note(note)
     check_patch_drop(recipe, subject.model)
     objective = build_objective(
         subject.model, recipe.objective, recipe.train.seed, source.multi_label
     )
     nowhere = Path(os.devnull)
-    return make_loop(recipe, objective, source, Run(nowhere), accelerator, Logged(watch, nowhere))
+    return make_loop(
+        recipe, subject.model, objective, source, Run(nowhere), accelerator, Logged(watch, nowhere)
+    )
 
 
 def step_times(loop: Loop, seconds: float, warm: int = WARM_STEPS) -> tuple[float, ...]:
@@ -78,7 +82,8 @@ def probe(subject: Subject, loop: Loop, seconds: float, start: float) -> Speed:
         start=start,
         steps=times,
         evaluation=_evaluation(subject, loop, times[-1]),
-        writing=0.5 + 3 * 4 * sum(p.numel() for p in subject.model.parameters()) / DISK_SPEED,
+        writing=0.5
+        + 3 * 4 * sum(p.numel() for p in subject.model.network.parameters()) / DISK_SPEED,
         peak_flops=peak * loop.accelerator.num_processes,
         memory=peak_memory(device) if device.type == "cuda" else None,
     )

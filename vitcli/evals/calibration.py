@@ -16,7 +16,7 @@ from vitcli.evals.features import Extracted
 from vitcli.evals.scoring import NO_TARGET, log_softmax, pad_targets, row_blocks, target_values
 from vitcli.progress import Watcher
 from vitcli.run import Run
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.read import own_file
 from vitcli.weights.store import read_header, save_model, set_temperature
 
@@ -207,7 +207,7 @@ def split_for_calibration(
     return CalibrationSplit(held_out, reported, description, record)
 
 
-def check_same_kind(net: Model, images: ImageSet, model: str) -> None:
+def check_same_kind(net: LoadedModel, images: ImageSet, model: str) -> None:
     """Raise a VitcliError if the head is single-label and the images multi-label, or vice versa."""
     multi_label = images.targets is not None
     if multi_label == (net.head_activation == "sigmoid"):
@@ -233,7 +233,7 @@ def warn_if_calibrated_on(model: str, source: Source, images: ImageSet, watch: W
         )
 
 
-def calibrate(net: Model, held_out: Extracted, matching: ClassMatching) -> float:
+def calibrate(net: LoadedModel, held_out: Extracted, matching: ClassMatching) -> float:
     """Set `net.temperature` from the logits of held-out images; return the previous temperature.
 
     Raises:
@@ -271,7 +271,7 @@ def temperature_file(model: str, unchanged: bool, folder: Path) -> Path:
     return copy
 
 
-def store_temperature(net: Model, model: str, file: Path, record: Mapping[str, Any]) -> None:
+def store_temperature(net: LoadedModel, model: str, file: Path, record: Mapping[str, Any]) -> None:
     """Write the temperature of `net`, which was loaded as `model`, into the weights file `file`.
 
     Raises:

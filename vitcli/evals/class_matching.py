@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError, nearest
 from vitcli.progress import Watcher
-from vitcli.vit import Model
 from vitcli.weights.edit import match_classes
 from vitcli.weights.imagenet import SETS, SYNSET, imagenet_synsets, synset_outputs
+from vitcli.weights.loaded import LoadedModel
 
 MAP_HINT = (
     'write a JSON object `{"data class": "model class"}`, or a CSV file of two columns; a model '
@@ -70,7 +70,11 @@ class ClassMatching:
 
 
 def match_outputs(
-    net: Model, classes: Sequence[str], data: str, watch: Watcher, class_map: ClassMap | None = None
+    net: LoadedModel,
+    classes: Sequence[str],
+    data: str,
+    watch: Watcher,
+    class_map: ClassMap | None = None,
 ) -> ClassMatching:
     """Match classes of the data to outputs of the model.
 
@@ -115,7 +119,7 @@ def match_outputs(
     )
 
 
-def _match_synsets(net: Model, classes: Sequence[str], watch: Watcher) -> list[int] | None:
+def _match_synsets(net: LoadedModel, classes: Sequence[str], watch: Watcher) -> list[int] | None:
     """Match classes that have the names of ImageNet's folders, such as `n01440764`."""
     if not all(SYNSET.fullmatch(name) for name in classes):
         return None
@@ -127,7 +131,7 @@ def _match_synsets(net: Model, classes: Sequence[str], watch: Watcher) -> list[i
 
 
 def _match_numbers(
-    net: Model, classes: Sequence[str], data: str, watch: Watcher
+    net: LoadedModel, classes: Sequence[str], data: str, watch: Watcher
 ) -> list[int] | None:
     """Match classes that are numbers, as the folders of ImageNet-V2 are."""
     num_outputs = net.config.num_classes
@@ -145,7 +149,7 @@ def _match_numbers(
 
 
 def _match_by_map(
-    net: Model, classes: Sequence[str], data: str, watch: Watcher, class_map: ClassMap
+    net: LoadedModel, classes: Sequence[str], data: str, watch: Watcher, class_map: ClassMap
 ) -> ClassMatching:
     normalised = {_normalised(name): name for name in class_map}
     found: dict[int, tuple[int, ...]] = {}
@@ -176,7 +180,7 @@ def _match_by_map(
 class _OutputFinder:
     """Finds the output that an entry of a class map names."""
 
-    def __init__(self, net: Model) -> None:
+    def __init__(self, net: LoadedModel) -> None:
         self.num_outputs, self.labels = net.config.num_classes, net.labels
         self.by_name = {name: i for i, name in enumerate(net.labels or ())}
         self.by_synset: dict[str, int] | None = None
@@ -258,7 +262,7 @@ def _map_entries(value: Any, name: str, path: str | os.PathLike[str]) -> tuple[s
     return tuple(entries)
 
 
-def imagenet_outputs(net: Model) -> NDArray[np.int64]:
+def imagenet_outputs(net: LoadedModel) -> NDArray[np.int64]:
     """(1000,) the output of each class of ImageNet-1k.
 
     Raises:

@@ -44,7 +44,7 @@ from vitcli.evals.scoring import (
 )
 from vitcli.progress import Watcher
 from vitcli.run import Run
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 OTHER_CLASS = "(another class)"
 
@@ -172,7 +172,7 @@ class Evaluator:
         seed: seed of the resampling.
     """
 
-    net: Model
+    net: LoadedModel
     extracted: Extracted
     matching: ClassMatching
     images: ImageSet

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitcli import distributed as launch
-from vitcli.data.batch import onto
+from vitcli.data.batch import move_to_device
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
 from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
-from vitcli.vit import Model
 from vitcli.weights.load import require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
 MAX_PIXEL_SIDE = 32  # the raw-pixel baseline averages larger images down to this size
 
@@ -44,7 +44,7 @@ class Extracted:
 
 
 def extract(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     *,
     output: str = "features",
@@ -106,7 +106,7 @@ def extract(
 
 
 def extract_batches(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     *,
     output: str = "features",
@@ -140,7 +140,7 @@ def extract_batches(
         world_size=world_size,
         pin_memory=device.type == "cuda",
     )
-    for batch in onto(batches, device):
+    for batch in move_to_device(batches, device):
         x = preprocess.normalize(batch.images)  # (B, C, Y, X)
         with torch.inference_mode(), autocast(precision, device):
             y = forward[output](x) if len(batch.labels) else x.flatten(1)
@@ -154,7 +154,7 @@ def extract_batches(
         )
 
 
-def check_finite(finite: bool, model: Model) -> None:
+def check_finite(finite: bool, model: LoadedModel) -> None:
     """Raise a VitcliError that names `model` if its outputs are not `finite`."""
     if not finite:
         name = f"`{model.load_report.source}`" if model.load_report else "the model"
@@ -176,7 +176,7 @@ def no_image_readable(count: int, broken: Sequence[str]) -> VitcliError:
 
 def rank_and_world_size() -> tuple[int, int]:
     """Rank of this process and number of processes of this command; (0, 1) without a launcher."""
-    if launch.size() == 1:
+    if launch.world_size() == 1:
         return 0, 1
     state = join_processes(pick_device())
     return state.process_index, state.num_processes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.data.augment.test_time import Views
+from vitcli.data.augment.test_time import TTATransform
 from vitcli.decode import ImageError
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
@@ -18,7 +18,7 @@ from vitcli.evals.features import autocast, check_finite
 from vitcli.evals.ood import Reference
 from vitcli.evals.writers import Row
 from vitcli.progress import Bar, QuietBar
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 MAX_THREADS = 16
 
@@ -92,8 +92,8 @@ class Answers:
         precision: `auto` is fp32.
     """
 
-    net: Model
-    views: Views
+    net: LoadedModel
+    views: TTATransform
     doubts: Doubts
     top: int = 5
     batch_size: int = 32
@@ -130,10 +130,10 @@ class Answers:
         preprocess, net = self.views.preprocess, self.net
         shares: Tensor | None = None
         distances = None
-        for view in self.views.of(pixels.to(device)):  # (B, C, Y, X)
+        for view in self.views.views(pixels.to(device)):  # (B, C, Y, X)
             with torch.inference_mode(), autocast(self.precision, device):
                 features = net.features(preprocess.normalize(view))  # (B, F)
-                logits = net.classify(features)  # (B, K)
+                logits = net.network.classify(features)  # (B, K)
                 found = net.probabilities(logits)  # (B, K)
             if shares is None and self.doubts.reference is not None:
                 distances = self.doubts.reference.distances(features)

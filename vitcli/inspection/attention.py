@@ -132,7 +132,7 @@ class Looked:
         rollout: (n, rows, cols) what the source takes from each patch through all layers.
         maps: (m, L, H, rows, cols) what the source takes from each patch in each layer, of the
             first m images.
-        probabilities: (n, K), or (n, 0) of a model without a head.
+        logits: (n, K), or (n, 0) of a model without a head.
     """
 
     distance: Numbers
@@ -141,7 +141,7 @@ class Looked:
     prefix: Numbers
     rollout: Numbers
     maps: Numbers
-    probabilities: Numbers
+    logits: Numbers
 
     def __len__(self) -> int:
         return len(self.distance)
@@ -170,9 +170,8 @@ def look(model: VisionTransformer, images: Tensor, keep: int = 0) -> Looked:
         rolled = source_row(joint, model.config, pooled)  # (B, N)
         if model.config.num_classes:
             logits = model.classify(model.pool_last(tokens, grid))
-            probabilities = model.probabilities(logits.cpu())
         else:
-            probabilities = rolled.new_zeros(len(rolled), 0)
+            logits = rolled.new_zeros(len(rolled), 0)
     shown = torch.stack(maps, dim=1)  # (m, L, H, N)
     columns = {
         f.name: torch.stack([getattr(s, f.name) for s in spreads], dim=1) for f in fields(Spread)
@@ -181,7 +180,7 @@ def look(model: VisionTransformer, images: Tensor, keep: int = 0) -> Looked:
         **{name: values.cpu().numpy() for name, values in columns.items()},
         rollout=rolled.reshape(len(rolled), *grid).cpu().numpy(),
         maps=shown.reshape(*shown.shape[:3], *grid).numpy(),
-        probabilities=probabilities.cpu().numpy(),
+        logits=logits.cpu().numpy(),
     )
 
 

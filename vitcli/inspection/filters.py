@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitcli.vit import Model, VisionTransformer
+from vitcli.vit import Network, VisionTransformer
 from vitcli.vit.hybrid import HybridEmbed, standardize
 from vitcli.vit.patches import PatchEmbed
 
@@ -32,7 +32,7 @@ class Components:
     explained: Tensor
 
 
-def embedding_filters(model: Model) -> tuple[str, Tensor]:
+def embedding_filters(model: Network) -> tuple[str, Tensor]:
     """The filters that read pixels -> (what they are, (D, C, P, P) float64)."""
     if isinstance(model, VisionTransformer):
         embed = model.patch_embed

@@ -30,9 +30,10 @@ from vitcli.inspection.attention import join, look
 from vitcli.inspection.attention_distance import uniform_distance, uniform_local
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.vit import Config, Model, ResNet, ResNetConfig, from_config
+from vitcli.vit import Config, Network, ResNet, ResNetConfig, from_config
 from vitcli.vit.variants import RESNETS
 from vitcli.weights.load import require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
 WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 SMALLEST_UNITS = (1, 1, 1, 1)
@@ -52,7 +53,7 @@ def resnet_stride(layers: Sequence[int]) -> int:
     return stride
 
 
-def feature_map(model: Model, images: Tensor) -> Tensor:
+def feature_map(model: Network, images: Tensor) -> Tensor:
     """(B, C, Y, X) -> (B, D, rows, cols): the patch tokens, or the ResNet's, before pooling."""
     if isinstance(model, ResNet):
         return model.feature_map(images)
@@ -129,7 +130,7 @@ class Equivariance:
 
 
 def measure(
-    model: Model,
+    model: Network,
     pictures: Sequence[Tensor],
     shifts: tuple[int, ...],
     size: tuple[int, int],
@@ -269,7 +270,7 @@ def read_pictures(
 
 def row(
     name: str,
-    model: Model,
+    model: Network,
     pictures: Sequence[Tensor],
     preprocess: Preprocess,
     shifts: tuple[int, ...],
@@ -304,7 +305,7 @@ def others(
     preprocess: Preprocess,
     *,
     random_itself: bool,
-    resnet: tuple[str, ResNet] | None = None,
+    resnet: tuple[str, LoadedModel] | None = None,
     watch: Watcher | None = None,
 ) -> list[BiasRow]:
     """The rows to compare with, one network in memory at a time.
@@ -326,9 +327,9 @@ def others(
             found.append(row("random twin", twin, pictures, preprocess, shifts, bar))
             del twin
         if resnet is not None:
-            name, network = resnet
-            own = require_preprocess(network).resized_to(preprocess.image_size)
-            found.append(row(name, network.to(device), pictures, own, shifts, bar))
+            name, loaded = resnet
+            own = require_preprocess(loaded).resized_to(preprocess.image_size)
+            found.append(row(name, loaded.network.to(device), pictures, own, shifts, bar))
         elif not isinstance(config, ResNetConfig):
             plain = same_budget(parameters, config.image_size, config.num_channels)
             name = f"{resnet_name(plain)}, random"
@@ -336,12 +337,12 @@ def others(
     return found
 
 
-def fresh(config: Config) -> Model:
+def fresh(config: Config) -> Network:
     """A model of `config` with random weights, in eval mode."""
     return from_config(config).init_weights(torch.Generator().manual_seed(SEED)).eval()
 
 
-def body_parameters(model: Model) -> int:
+def body_parameters(model: Network) -> int:
     """All parameters but those of the heads."""
     named = model.named_parameters()
     return sum(p.numel() for name, p in named if not name.startswith(("head.", "head_dist.")))

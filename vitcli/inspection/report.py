@@ -31,7 +31,7 @@ from vitcli.inspection.position_similarity import (
     position_table,
     similarity_facts,
 )
-from vitcli.vit import Model, VisionTransformer
+from vitcli.vit import Network, VisionTransformer
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -189,7 +189,7 @@ class Shown:
     answers: dict[str, Any]
 
 
-def filters(album: Album, model: Model) -> dict[str, Any]:
+def filters(album: Album, model: Network) -> dict[str, Any]:
     """Principal components of the filters that read pixels."""
     name, weights = embedding_filters(model)
     found = principal_components(weights)

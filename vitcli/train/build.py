@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from vitcli.config.schema import Recipe
-from vitcli.data.augment.presets import Strength
-from vitcli.data.augment.transform import TrainTransform
+from vitcli.data.augment.mixing import mixes_pairs
+from vitcli.data.augment.policies import changes_pixels
+from vitcli.data.augment.transform import TrainTransform, resolve_augment
+from vitcli.data.batch import check_batch
 from vitcli.data.image_set import Source
-from vitcli.data.loader import TrainLoader, check_batch
+from vitcli.data.loader import TrainLoader
 from vitcli.data.source import open_data
-from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.streaming import StreamSet
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
@@ -34,7 +35,8 @@ from vitcli.train.objectives.mae import check_droppable
 from vitcli.train.objectives.registry import build_objective, is_supervised, settled
 from vitcli.train.optimizers.registry import build_optimizers, unused
 from vitcli.train.validate import Outcome, measure
-from vitcli.vit import Model, ResNet
+from vitcli.vit import ResNet
+from vitcli.weights.loaded import LoadedModel
 
 
 def open_source(recipe: Recipe, watch: Watcher) -> Source:
@@ -53,6 +55,7 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
 
 def make_loop(
     recipe: Recipe,
+    model: LoadedModel,
     objective: Any,
     source: Source,
     run: Run,
@@ -60,10 +63,9 @@ def make_loop(
     watch: Logged,
 ) -> Loop:
     """Everything that trains, put together; its timeline is not settled yet."""
-    model: Model = objective.model
     preprocess = model.preprocess
     assert preprocess is not None
-    model.checkpoint_activations = recipe.train.activation_checkpointing
+    model.network.checkpoint_activations = recipe.train.activation_checkpointing
     if recipe.train.fully_shard:
         share_out(objective.to(accelerator.device))
     optimizers = build_optimizers(objective, recipe.optim)
@@ -107,28 +109,22 @@ def make_loop(
 
 def make_loader(
     recipe: Recipe, source: Source, preprocess: Preprocess, views: int, accelerator: Any
-) -> TrainLoader | StreamLoader:
+) -> TrainLoader:
     """What makes the batches of this process."""
-    images: Any = source.splits["train"]
     transform = TrainTransform(preprocess, recipe.augment)
-    settings: dict[str, Any] = {
-        "batch_size": recipe.train.batch_size,
-        "seed": recipe.train.seed,
-        "views": views,
-        "workers": recipe.data.workers,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "strict": recipe.data.strict,
-        "strength": Strength.of(recipe.augment),
-    }
-    if isinstance(images, StreamSet):
-        return StreamLoader(images, transform, **settings)
     return TrainLoader(
-        images,
+        source.splits["train"],
         transform,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        views=views,
+        workers=recipe.data.workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        strict=recipe.data.strict,
         repeats=recipe.augment.repeats,
+        augment=transform.settings,
         pin_memory=accelerator.device.type == "cuda",
-        **settings,
     )
 
 
@@ -139,27 +135,28 @@ def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
         VitcliError: the set draws whole batches, which augmentation cannot change; without labels
             there is nothing to mix; or a micro-batch or a process would part a pair.
     """
-    section, strength = recipe.augment, Strength.of(recipe.augment)
-    if hasattr(images, "batch") and (strength.changes or section.repeats > 1):
+    settings = resolve_augment(recipe.augment)
+    mixes = mixes_pairs(settings)
+    if hasattr(images, "batch") and (changes_pixels(settings) or settings.repeats > 1):
         raise VitcliError(
             f"`{recipe.data.name}` draws its images with their variations, and `[augment]` changes "
             "none of them",
             "leave out `augment.preset`, `policy`, colours, `erase_rate` and `repeats`",
         )
-    if isinstance(images, StreamSet) and section.repeats > 1:
+    if isinstance(images, StreamSet) and settings.repeats > 1:
         raise VitcliError("a stream shows each image once at a time", "leave out `augment.repeats`")
-    if strength.mixes and not is_supervised(recipe.objective.name):
+    if mixes and not is_supervised(recipe.objective.name):
         raise VitcliError(
             f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
             "`--set augment.mix_rate=0.0` leaves images as they are",
         )
     micro = recipe.train.micro_batch_size
-    if strength.mixes and micro is not None and micro % 2:
+    if mixes and micro is not None and micro % 2:
         raise VitcliError(
             f"`train.micro_batch_size` = {micro} would part the pairs that mixup or cutmix mixes",
             f"`--set train.micro_batch_size={micro + 1}`",
         )
-    check_batch(recipe.train.batch_size, processes, section.repeats, strength.mixes)
+    check_batch(recipe.train.batch_size, processes, settings.repeats, mixes)
 
 
 def held_out_images(source: Source) -> int:
@@ -173,7 +170,7 @@ def held_out_split(source: Source) -> str | None:
     return next((name for name in ("validation", "test") if name in source.splits), None)
 
 
-def check_patch_drop(recipe: Recipe, model: Model) -> None:
+def check_patch_drop(recipe: Recipe, model: LoadedModel) -> None:
     """Whether patches of this model can be left out, where the recipe asks for it.
 
     Raises:
@@ -182,7 +179,7 @@ def check_patch_drop(recipe: Recipe, model: Model) -> None:
     """
     if not recipe.train.patch_drop_rate:
         return
-    if isinstance(model, ResNet):
+    if isinstance(model.network, ResNet):
         raise VitcliError(
             "a ResNet has no patches to leave out", "`--set train.patch_drop_rate=0.0`"
         )
@@ -191,15 +188,15 @@ def check_patch_drop(recipe: Recipe, model: Model) -> None:
             f"objective `{recipe.objective.name}` chooses itself which patches are seen",
             "`--set train.patch_drop_rate=0.0`, and `objective.mask_rate` for another share",
         )
-    check_droppable(model.config, "`train.patch_drop_rate`")
-    if model.config.pool == "quadrants":
+    check_droppable(model.network.config, "`train.patch_drop_rate`")
+    if model.network.config.pool == "quadrants":
         raise VitcliError(
             "`train.patch_drop_rate` leaves patches out, and pool `quadrants` needs them all",
             "`--set model.pool=mean`",
         )
 
 
-MakeModel = Callable[[Source], Model]
+MakeModel = Callable[[Source], LoadedModel]
 
 
 @dataclass(frozen=True)
@@ -207,11 +204,11 @@ class Parts:
     """What a loop is made of.
 
     Attributes:
-        model: the one inside `objective`.
+        model: `objective` holds its network.
     """
 
     source: Source
-    model: Model
+    model: LoadedModel
     objective: nn.Module
 
 
@@ -267,6 +264,7 @@ def build_parts(recipe: Recipe, make_model: MakeModel, processes: int, watch: Wa
     """
     from accelerate.utils import set_seed
 
+    resolve_augment(recipe.augment)  # an unknown name is an error before the data are opened
     source = open_source(recipe, watch)
     if recipe.data.streaming:
         watch.warn(
@@ -280,7 +278,7 @@ def build_parts(recipe: Recipe, make_model: MakeModel, processes: int, watch: Wa
     check_augment(recipe, source.splits["train"], processes)
     set_seed(recipe.train.seed)
     model = make_model(source)
-    for note in choose_learning(model, recipe.lora, recipe.train.freeze, recipe.train.seed):
+    for note in choose_learning(model.network, recipe.lora, recipe.train.freeze, recipe.train.seed):
         watch.note(note)
     check_patch_drop(recipe, model)
     objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)

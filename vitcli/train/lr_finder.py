@@ -73,7 +73,9 @@ def find_rate(recipe: Recipe, make_model: MakeModel, *, out: Path, watch: Watche
     accelerator, _ = start_accelerator(recipe)
     parts = build_parts(recipe, make_model, accelerator.num_processes, watch)
     logged = Logged(watch, Path(os.devnull))
-    loop = make_loop(recipe, parts.objective, parts.source, Run(out), accelerator, logged)
+    loop = make_loop(
+        recipe, parts.model, parts.objective, parts.source, Run(out), accelerator, logged
+    )
     loop.state.timeline = Timeline.of(FOREVER)
     factors, losses, smoothed = _climb(loop, watch)
     chosen, lowest = choose(factors, smoothed)

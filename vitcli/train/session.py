@@ -28,8 +28,8 @@ from vitcli.train.lora import ADAPTER, merged, passes, save_adapters
 from vitcli.train.run_lock import holding
 from vitcli.train.tracking import check_tracker, tracking
 from vitcli.train.validate import Outcome
-from vitcli.vit import Model
 from vitcli.vit.macs import macs
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import save_model, save_tensors
 
 EVALUATIONS = 5  # of a run that does not say how often
@@ -66,7 +66,7 @@ class Trained:
 
 def train(
     recipe: Recipe,
-    make_model: Callable[[Source], Model],
+    make_model: Callable[[Source], LoadedModel],
     *,
     out: Path,
     resume: bool,
@@ -82,7 +82,7 @@ def train(
         VitcliError: bad input, a loss that is not finite, a disk that is full.
         Stopped: a signal came; the state is saved.
     """
-    began = launch.began or time.monotonic()
+    began = launch.started_at or time.monotonic()
     if track is not None:
         check_tracker(track)
     if recipe.data.name is None:
@@ -127,14 +127,14 @@ def train(
         )
     facts = {
         "lr_factor": factor,
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trained": sum(p.numel() for p in model.network.parameters() if p.requires_grad),
         "model": model.load_report.provenance() if model.load_report else None,
         "data": {
             "name": recipe.data.name,
             "fingerprint": source.fingerprint,
             **source.splitting,
         },
-        "parameters": count_parameters(model),
+        "parameters": count_parameters(model.network),
         "precision": precision,
         "device": str(accelerator.device),
         "processes": accelerator.num_processes,
@@ -144,13 +144,13 @@ def train(
         try:
             if main:
                 run.remove_temporary_files()
-            loop = make_loop(recipe, objective, source, run, accelerator, logged)
+            loop = make_loop(recipe, model, objective, source, run, accelerator, logged)
             loop.track = record
             loop.peak_flops = matrix_peak(accelerator.device, precision)
             loop.peak_flops *= accelerator.num_processes
             # `mae` encodes a part of the patches and decodes besides: its count is another one.
             if recipe.objective.name != "mae":
-                loop.flops_per_image = 2.0 * passes(model) * macs(model.config)
+                loop.flops_per_image = 2.0 * passes(model.network) * macs(model.config)
             # Only epochs need the number of training images, which a stream does not know.
             images_of_an_epoch = 0 if recipe.train.epochs is None else len(images)
             settle_steps(loop, facts, began, images_of_an_epoch, held_out_images(source))
@@ -241,7 +241,7 @@ def run_through(loop: Loop) -> tuple[float, float, dict[str, float]]:
 
 def finish(
     loop: Loop,
-    model: Model,
+    model: LoadedModel,
     seconds: float,
     images_per_second: float,
     figures: dict[str, float],
@@ -258,7 +258,7 @@ def finish(
         command=recipe.command,
         data=str(recipe.data.name),
         model=str(recipe.model.name),
-        parameters=count_parameters(model),
+        parameters=count_parameters(model.network),
         steps=loop.total_steps,
         images=loop.total_steps * recipe.train.batch_size,
         seconds=round(seconds, 2),
@@ -280,8 +280,8 @@ def finish(
         model.head_trained = model.config.num_classes > 0
         with averaged(loop.state):
             adapted = run.path / "lora.safetensors"
-            save_adapters(adapted, model, recipe.lora, str(recipe.model.name))
-            with merged(model):
+            save_adapters(adapted, model.network, recipe.lora, str(recipe.model.name))
+            with merged(model.network):
                 hashed = recipe.fingerprint()
                 save_model(run.weights_file, model, recipe_hash=hashed, tensors=tensors)
         draw_curves(run)

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitcli.data.batch import Batch, onto
+from vitcli.data.batch import Batch, move_to_device
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
 from vitcli.errors import VitcliError
 from vitcli.evals.scoring import multi_label_metrics
 from vitcli.progress import Watcher
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 EVAL_BATCH = 256
 
@@ -23,7 +23,7 @@ Outcome = tuple[int, int, int]  # which image, its class, the class that was pre
 
 @torch.inference_mode()
 def measure(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     accelerator: Any,
     watch: Watcher,
@@ -65,7 +65,7 @@ def measure(
     return {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}
 
 
-def _loss(model: Model, logits: Tensor, labels: Tensor) -> Tensor:
+def _loss(model: LoadedModel, logits: Tensor, labels: Tensor) -> Tensor:
     """(B, K), (B,) -> the sum of the losses () that the head was trained under."""
     if model.head_activation == "softmax":
         return nn.functional.cross_entropy(logits, labels, reduction="sum")
@@ -74,7 +74,7 @@ def _loss(model: Model, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _measure_several(
-    model: Model, outputs: Iterator[tuple[Tensor, Batch]], accelerator: Any
+    model: LoadedModel, outputs: Iterator[tuple[Tensor, Batch]], accelerator: Any
 ) -> dict[str, float]:
     """Ranking needs all scores at once: n x K float32 are held, and those of all processes."""
     scores, targets, loss = [], [], 0.0
@@ -101,7 +101,7 @@ def _measure_several(
 
 
 def _outputs(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     accelerator: Any,
     watch: Watcher,
@@ -119,7 +119,7 @@ def _outputs(
         pin_memory=accelerator.device.type == "cuda",
     )
     with watch.progress("test", len(images)) as bar:
-        for batch in onto(batches, accelerator.device):
+        for batch in move_to_device(batches, accelerator.device):
             for line in batch.broken:
                 name, _, reason = line.rpartition(": ")
                 broken[name] = reason

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit import Model, ViTConfig
+from vitcli.vit import ViTConfig
 from vitcli.weights.huggingface.huggingface_names import closest_type, dino_mlp_ratio
 from vitcli.weights.huggingface.processor import resized_size
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.timm.timm_names import BIT_LAYERS, EPS, POOLS, STEMS
 
 Layout = Literal["timm", "huggingface", "google"]
@@ -46,7 +47,7 @@ class Limit:
     remedy: str = ""
     effect: str = "changes the logits slightly"
 
-    def applies(self, model: Model) -> bool:
+    def applies(self, model: LoadedModel) -> bool:
         """Return True if `model` has the property, with a value that the layout cannot hold."""
         owner, value = owner_and_value(model, self.key)
         return owner is not None and value not in self.only and self.when(owner)
@@ -90,7 +91,7 @@ def _resize_that_timm_lacks(p: Preprocess) -> bool:
     return p.image_size[0] != p.image_size[1] or p.resize_size < p.image_size[0]
 
 
-def _untrained_head(model: Model) -> bool:
+def _untrained_head(model: LoadedModel) -> bool:
     return model.config.num_classes > 0 and not model.head_trained
 
 
@@ -261,7 +262,7 @@ EXPRESSIBLE: dict[Layout, tuple[Refused | Lost, ...]] = {
 }
 
 
-def find_limits(model: Model, layout: Layout) -> dict[str, Refused | Lost]:
+def find_limits(model: LoadedModel, layout: Layout) -> dict[str, Refused | Lost]:
     """Return property -> the first limit of `layout` that `model` exceeds."""
     found: dict[str, Refused | Lost] = {}
     for limit in EXPRESSIBLE[layout]:
@@ -270,7 +271,7 @@ def find_limits(model: Model, layout: Layout) -> dict[str, Refused | Lost]:
     return found
 
 
-def check_expressible(model: Model, layout: Layout) -> list[str]:
+def check_expressible(model: LoadedModel, layout: Layout) -> list[str]:
     """Return a note on each property of `model` that `layout` does not store.
 
     Raises:
@@ -291,7 +292,7 @@ def check_expressible(model: Model, layout: Layout) -> list[str]:
     raise VitcliError(f"{name} cannot express {shown}", hint=hint)
 
 
-def owner_and_value(model: Model, key: str) -> tuple[Any, Any]:
+def owner_and_value(model: LoadedModel, key: str) -> tuple[Any, Any]:
     """Return the object that has the property `key` (None if the model has none), and its value."""
     part, _, field = key.partition(".")
     owner: Any = model
@@ -302,7 +303,7 @@ def owner_and_value(model: Model, key: str) -> tuple[Any, Any]:
     return owner, getattr(owner, field or part, None)
 
 
-def _show(model: Model, key: str) -> str:
+def _show(model: LoadedModel, key: str) -> str:
     """Format a property for an error: `model.pool` = mean."""
     if key == "resnet":
         return "a ResNet"

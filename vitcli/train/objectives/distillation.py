@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
-from vitcli.vit import Model
 from vitcli.weights.load import load_model, require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
 SHOWN = 5  # classes that an error names
 
@@ -25,14 +25,15 @@ class Distill(nn.Module):
 
     views = 1
     supervised = True
+    places: Tensor
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         if section.teacher is None:
             raise VitcliError(
                 "objective `distill` needs a teacher", "`--set objective.teacher=MODEL`"
             )
-        two = getattr(model, "head_dist", None) is not None
+        two = getattr(model.network, "head_dist", None) is not None
         if getattr(model.config, "distillation_token", False) and not two:
             raise VitcliError(
                 "the model has a distillation token, and no head that reads it",
@@ -52,10 +53,11 @@ class Distill(nn.Module):
                 "`soft` compares shares of one",
                 "`--set objective.distillation=hard`, or a teacher trained with `softmax`",
             )
-        self.model = model
+        self.model, self.preprocess = model.network, model.preprocess
         model.head_activation = "softmax"
         # In a tuple, so that it is neither trained nor stored nor averaged with this module.
-        self.others = (teacher.eval().requires_grad_(False),)
+        teacher.network.requires_grad_(False)
+        self.others = (teacher.eval(),)
         self.hard = section.distillation == "hard"
         self.weight, self.temperature = section.distillation_weight, section.temperature
         self.label_smoothing = section.label_smoothing
@@ -105,7 +107,7 @@ class Distill(nn.Module):
         The student's normalisation is undone, and its size made the teacher's.
         """
         teacher = self.others[0].to(images.device)
-        mine, theirs = self.model.preprocess, teacher.preprocess
+        mine, theirs = self.preprocess, teacher.preprocess
         assert mine is not None and theirs is not None
         pixels = images.float() * _column(mine.std, images) + _column(mine.mean, images)
         if tuple(pixels.shape[2:]) != tuple(theirs.image_size):
@@ -122,7 +124,7 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, device=like.device)[:, None, None]
 
 
-def known_classes(teacher: Model, wanted: Sequence[str], name: str) -> list[int]:
+def known_classes(teacher: LoadedModel, wanted: Sequence[str], name: str) -> list[int]:
     """Which outputs of the teacher stand for the classes `wanted`, matched by name.
 
     Raises:

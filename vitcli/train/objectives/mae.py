@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.masked_patch import exactly, tokens_of
-from vitcli.vit import Model, ViTConfig
+from vitcli.vit import ViTConfig
 from vitcli.vit.blocks import Block
 from vitcli.vit.patches import patchify
 from vitcli.vit.position import sincos2d
+from vitcli.weights.loaded import LoadedModel
 
 MASK_RATE = 0.75
 NORM_EPS = 1e-6  # beside the variance of a patch, as in the authors' definition
@@ -27,9 +28,9 @@ class Mae(nn.Module):
     views = 1
     supervised = False
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        self.model = tokens_of(model, "mae")
+        self.model = tokens_of(model.network, "mae")
         config = self.model.config
         check_droppable(config, "objective `mae`")
         self.mask_rate = section.mask_rate or MASK_RATE

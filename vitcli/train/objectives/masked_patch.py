@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
-from vitcli.vit import Model, ResNet, VisionTransformer
+from vitcli.vit import Network, ResNet, VisionTransformer
 from vitcli.vit.patches import patchify
+from vitcli.weights.loaded import LoadedModel
 
 BINS = 8  # a channel; 3 bits
 SMALL = 4  # side of a patch in the second form
@@ -33,9 +34,9 @@ class MaskedPatch(nn.Module):
     supervised = False
     scale: Tensor
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        self.model = tokens_of(model, "masked_patch")
+        self.model = tokens_of(model.network, "masked_patch")
         config = self.model.config
         self.target, self.mask_rate = section.target, section.mask_rate or MASK_RATE
         side, channels = config.pixels_per_patch, config.num_channels
@@ -54,7 +55,7 @@ class MaskedPatch(nn.Module):
         self.mask = nn.Parameter(torch.empty(d))
         nn.init.normal_(self.mask, std=0.02)
         self.predict = nn.Linear(d, width)
-        self.register_buffer("scale", pixel_scale(self.model), persistent=False)
+        self.register_buffer("scale", pixel_scale(model), persistent=False)
 
     def forward(
         self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
@@ -94,7 +95,7 @@ class MaskedPatch(nn.Module):
         return torch.where(masked[..., None], self.mask.to(x.dtype), x)
 
 
-def tokens_of(model: Model, objective: str) -> VisionTransformer:
+def tokens_of(model: Network, objective: str) -> VisionTransformer:
     """`model`, which must have tokens that learn; what only its pooling needs is put to rest.
 
     Raises:
@@ -116,7 +117,7 @@ def tokens_of(model: Model, objective: str) -> VisionTransformer:
     return model
 
 
-def pixel_scale(model: VisionTransformer) -> Tensor:
+def pixel_scale(model: LoadedModel) -> Tensor:
     """(2, C, 1, 1): mean and std that images were normalised with."""
     assert model.preprocess is not None
     channels = model.config.num_channels

@@ -14,7 +14,8 @@ from vitcli.train.objectives.descriptors import TARGET_DIM, quadrant_targets
 from vitcli.train.objectives.distillation import Distill
 from vitcli.train.objectives.mae import Mae
 from vitcli.train.objectives.masked_patch import MaskedPatch
-from vitcli.vit import Model, ResNet
+from vitcli.vit import Network, ResNet
+from vitcli.weights.loaded import LoadedModel
 
 Figures = dict[str, Tensor]
 
@@ -25,9 +26,9 @@ class Softmax(nn.Module):
     views = 1
     supervised = True
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.network
         model.head_activation = "softmax"
         self.label_smoothing = section.label_smoothing
 
@@ -51,11 +52,11 @@ class Sigmoid(nn.Module):
     views = 1
     supervised = True
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.network
         model.head_activation = "sigmoid"
-        head = model.head
+        head = model.network.head
         if section.head_bias is not None and isinstance(head, nn.Linear) and not head.weight.any():
             nn.init.constant_(head.bias, section.head_bias)
 
@@ -84,14 +85,14 @@ class Descriptors(nn.Module):
     supervised = False
     scale: Tensor
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        if isinstance(model, ResNet):
+        if isinstance(model.network, ResNet):
             raise VitcliError(
                 "objective `descriptors` reads quadrants of patches, which a ResNet has not",
                 "`--set objective.name=softmax`, or a Vision Transformer",
             )
-        config, preprocess = model.config, model.preprocess
+        config, preprocess = model.network.config, model.preprocess
         if config.pool != "quadrants" or config.representation_size:
             raise VitcliError(
                 f"objective `descriptors` reads quadrants, the model pools `{config.pool}`",
@@ -103,7 +104,7 @@ class Descriptors(nn.Module):
                 "another `--image-size`, such as 32",
             )
         assert preprocess is not None
-        self.model = model
+        self.model = model.network
         self.decoder = nn.Linear(config.embed_dim, TARGET_DIM)
         scale = torch.tensor([preprocess.mean, preprocess.std])  # (2, C)
         self.register_buffer("scale", scale[:, :, None, None], persistent=False)
@@ -134,7 +135,7 @@ class Guided(nn.Module):
     views = 1
     supervised = True
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         self.descriptors = Descriptors(model, section)
         model.head_activation = "softmax"
@@ -142,7 +143,7 @@ class Guided(nn.Module):
         self.weight = section.descriptor_weight
 
     @property
-    def model(self) -> Model:
+    def model(self) -> Network:
         return self.descriptors.model
 
     def forward(
@@ -244,7 +245,7 @@ def settled(section: ObjectiveSection, multi_label: bool) -> tuple[ObjectiveSect
 
 
 def build_objective(
-    model: Model, section: ObjectiveSection, seed: int, multi_label: bool = False
+    model: LoadedModel, section: ObjectiveSection, seed: int, multi_label: bool = False
 ) -> nn.Module:
     """The objective that `section` names, around `model`; its own heads are drawn from `seed`.
 

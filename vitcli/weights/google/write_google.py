@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from vitcli.errors import VitcliError
-from vitcli.vit import Model
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.vit.resnet import ResNetConfig
@@ -24,9 +23,10 @@ from vitcli.weights.google.google_names import (
 from vitcli.weights.google.npz import write_npz
 from vitcli.weights.google.read_google import RATES
 from vitcli.weights.imagenet import imagenet_names
+from vitcli.weights.loaded import LoadedModel
 
 
-def write_google(model: Model, out: Path) -> list[str]:
+def write_google(model: LoadedModel, out: Path) -> list[str]:
     """Write `model` as one float32 `.npz` in the official code's names; return notes.
 
     vit_jax and big_vision both have ViTs and hybrids whose positions cover the class token, or
@@ -59,7 +59,7 @@ def _is_vit_jax(config: ViTConfig) -> bool:
     return plain and (config.position_covers_prefix or hybrid_without_token)
 
 
-def _vit_arrays(model: Model, config: ViTConfig, notes: list[str]) -> dict[str, Any]:
+def _vit_arrays(model: LoadedModel, config: ViTConfig, notes: list[str]) -> dict[str, Any]:
     arrays = _arrays(model, list(vit_pairs(config)), config.num_heads)
     table = model.state_dict()["pos_embed"].detach().cpu().float()
     if config.position == "sincos2d":
@@ -75,7 +75,7 @@ def _vit_arrays(model: Model, config: ViTConfig, notes: list[str]) -> dict[str, 
     return arrays
 
 
-def _resnet_arrays(model: Model, config: ResNetConfig) -> dict[str, Any]:
+def _resnet_arrays(model: LoadedModel, config: ResNetConfig) -> dict[str, Any]:
     arrays = _arrays(model, list(resnet_pairs(config)), 1)
     if config.arithmetic == "google":
         return arrays
@@ -87,12 +87,12 @@ def _resnet_arrays(model: Model, config: ResNetConfig) -> dict[str, Any]:
     return {to_bit_release(name): array for name, array in arrays.items()}
 
 
-def _arrays(model: Model, pairs: list[TensorPair], num_heads: int) -> dict[str, Any]:
+def _arrays(model: LoadedModel, pairs: list[TensorPair], num_heads: int) -> dict[str, Any]:
     state = model.state_dict()
     return dict(a for pair in pairs for a in to_theirs(pair, state[pair.ours], num_heads))
 
 
-def _comment_settings(model: Model) -> dict[str, Any]:
+def _comment_settings(model: LoadedModel) -> dict[str, Any]:
     """Return the settings that the arrays do not say."""
     config = model.config
     settings: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
-from vitcli.vit import Model, ViTConfig
+from vitcli.vit import ViTConfig
 from vitcli.weights.expressible import check_expressible
 from vitcli.weights.huggingface.huggingface_names import (
     DINO_BLOCK,
@@ -29,10 +29,11 @@ from vitcli.weights.huggingface.huggingface_names import (
     dino_mlp_ratio,
 )
 from vitcli.weights.huggingface.processor import write_processor
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import write_tensors
 
 
-def write_huggingface(model: Model, out: Path) -> list[str]:
+def write_huggingface(model: LoadedModel, out: Path) -> list[str]:
     """Write `model` into the new folder `out`, completely or not at all.
 
     Returns:
@@ -59,7 +60,7 @@ def write_huggingface(model: Model, out: Path) -> list[str]:
     return notes
 
 
-def _config_json(model: Model, config: ViTConfig) -> dict[str, Any]:
+def _config_json(model: LoadedModel, config: ViTConfig) -> dict[str, Any]:
     model_type = closest_type(config)
     rows, cols = config.image_size
     values: dict[str, Any] = {
@@ -105,7 +106,7 @@ def _class_name(config: ViTConfig) -> str:
     return family.classifier or family.backbone if config.num_classes else family.backbone
 
 
-def _named(model: Model, config: ViTConfig) -> dict[str, Tensor]:
+def _named(model: LoadedModel, config: ViTConfig) -> dict[str, Tensor]:
     """Return the tensors under the classic names of transformers."""
     family = MODEL_TYPES[closest_type(config)]
     prefix = family.prefix if config.num_classes else ""

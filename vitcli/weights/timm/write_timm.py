@@ -14,15 +14,15 @@ from torch import Tensor
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.preprocess import Preprocess
-from vitcli.vit import Model
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.expressible import check_expressible
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import write_tensors
 from vitcli.weights.timm.timm_config import CROP_MODES
 from vitcli.weights.timm.timm_names import POOLS, bit_architecture, vit_architecture
 
 
-def write_timm(model: Model, out: Path) -> list[str]:
+def write_timm(model: LoadedModel, out: Path) -> list[str]:
     """Write `model` into the new folder `out`, completely or not at all.
 
     Returns:
@@ -43,7 +43,7 @@ def write_timm(model: Model, out: Path) -> list[str]:
     return notes
 
 
-def _config_json(model: Model) -> dict[str, Any]:
+def _config_json(model: LoadedModel) -> dict[str, Any]:
     """Return the content of the Hub `config.json`."""
     config = model.config
     if isinstance(config, ViTConfig):
@@ -138,7 +138,7 @@ def crop_pct(preprocess: Preprocess) -> float:
     return fraction if floor(rows / fraction) == side else rows / (side + 0.5)
 
 
-def _named(model: Model) -> dict[str, Tensor]:
+def _named(model: LoadedModel) -> dict[str, Tensor]:
     """Return the state dict in timm's names and shapes."""
     tensors, config = dict(model.state_dict()), model.config
     if not isinstance(config, ViTConfig):

@@ -285,7 +285,7 @@ def test_the_folder_is_whole_or_not_there(tmp_path, monkeypatch):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     with pytest.raises(VitcliError, match="already exists"):
         write_huggingface(model, out)
-    with pytest.raises(VitcliError, match="no folder"):
+    with pytest.raises(VitcliError, match="is not a folder"):
         write_huggingface(model, tmp_path / "missing/out")
 
     def full(*_, **__):

@@ -17,7 +17,7 @@ from vitcli.cost.machine import Hardware
 from vitcli.cost.memory import Memory, Step, evaluation_memory, size_of, step_memory, tensors_of
 from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.transform import resolve_augment
-from vitcli.data.image_set import Source
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.train.build import held_out_images
 from vitcli.train.loop import CHECKPOINT_SECONDS

@@ -102,7 +102,7 @@ class Pace:
 
 def is_filling(loader: TrainLoader, seen: int) -> bool:
     """Whether the first epoch still decodes what later ones find in memory; it tells nothing."""
-    return getattr(loader.images, "keeps", False) and seen < len(loader.images)
+    return getattr(loader.images, "is_cached", False) and seen < len(loader.images)
 
 
 def warning(spent: Spent, loader: TrainLoader, data: str) -> str:
@@ -118,7 +118,7 @@ def warning(spent: Spent, loader: TrainLoader, data: str) -> str:
         f"images arrive at {images / (spent.waited + spent.worked):.4g}/s, the model could take "
         f"{images / spent.worked:.4g}/s: it waits {spent.fraction:.0%} of the time"
     )
-    if getattr(loader.images, "decodes", False):
+    if getattr(loader.images, "decodes_each_epoch", False):
         return f"{text}; `vitcli patchify {data} --out DIR` stores them decoded, and DIR is DATA"
     usual = default_workers(loader.world_size)
     return f"{text}; `--set data.workers={usual}`" if loader.workers < usual else text

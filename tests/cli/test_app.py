@@ -104,8 +104,12 @@ def test_help_answers_at_once():
         (["fewshot", "--l2", "some"], "`--l2 some` is not a number", "`auto`"),
         (["fewshot", "--l2", "-1"], "`fewshot.l2` = -1.0", ""),
         (["fewshot", "--method", "svm"], "`fewshot.method` = 'svm'", ""),
-        (["fewshot", "--method", "knn", "--l2", "auto"], "not to `knn`", ""),
-        (["fewshot", "-m", "Pico/4", "--method", "knn", "--out", "x"], "nothing to keep", "--out"),
+        (["fewshot", "--method", "knn", "--l2", "auto"], "`l2` belongs to the methods", "`--l2`"),
+        (
+            ["fewshot", "-m", "Pico/4", "--method", "knn", "--out", "x"],
+            "no classifier that",
+            "--out",
+        ),
         (["fewshot", "-m", "Pico/4", "--representation", "cl"], "no representation `cl`", "`cls`"),
         (["export"], "Missing option '--to'", "see `vitcli export --help`"),
         (
@@ -290,14 +294,14 @@ def test_training_goes_on_past_a_broken_image_and_says_so(split, trained, capfd)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("pretrain", ""), "DATA is empty text"),
+        (("pretrain", ""), "DATA is an empty string"),
         (("pretrain", "--recipe", ""), "no recipe ``"),
         (("finetune", "photos", "--model", ""), "the MODEL is empty text"),
         (("finetune", "--recipe", ""), "no recipe ``"),
-        (("fewshot", "", "--model", "runs/tiny"), "DATA is empty text"),
-        (("evaluate", "", "--model", "runs/tiny"), "DATA is empty text"),
+        (("fewshot", "", "--model", "runs/tiny"), "DATA is an empty string"),
+        (("evaluate", "", "--model", "runs/tiny"), "DATA is an empty string"),
         (("predict", "photos", "--model", ""), "the MODEL is empty text"),
-        (("patchify", ""), "DATA is empty text"),
+        (("patchify", ""), "DATA is an empty string"),
         (("patchify", "a" * 300), "File name too long"),
     ],
 )

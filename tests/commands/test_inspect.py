@@ -16,7 +16,7 @@ from vitcli.cli import console as report
 from vitcli.cli.main import run as cli
 from vitcli.cli.show import inspection as results_look
 from vitcli.commands.inspect import run
-from vitcli.data.readers.builtin import photographs
+from vitcli.data.readers.builtin import sklearn_photographs
 from vitcli.errors import VitcliError
 from vitcli.inspection import drawing as draw
 from vitcli.inspection.inductive_bias import fresh
@@ -127,7 +127,7 @@ def test_every_kind_of_model_can_be_looked_into(kind, pictures):
 
 
 def test_without_an_image_there_are_built_in_ones(here):
-    found = photographs()
+    found = sklearn_photographs()
     assert found is not None and len(found) == 4
     with Image.open(found._store.files[0]) as whole:
         assert found.read(0).size == (whole.width // 2, whole.height)
@@ -193,7 +193,7 @@ def test_what_cannot_be_read_is_named(pictures, capsys):
     assert cli([*arguments, "--out", "o"]) == 3
     captured = capsys.readouterr()
     assert json.loads(captured.out)["images"] == 6
-    assert "p/bad.png: " in captured.err and "gone.png: there is no such file" in captured.err
+    assert "p/bad.png: " in captured.err and "gone.png: the file does not exist" in captured.err
     assert cli(["inspect", "gone.png", "--model", "m.safetensors", "--out", "new"]) == 2
     assert cli(["inspect", "p/bad.png", "--model", "m.safetensors", "--out", "new"]) == 2
     assert "none of 1 images can be read" in capsys.readouterr().err
@@ -215,7 +215,7 @@ def test_mistakes_are_said_before_the_work(pictures):
         ("`--limit` is 0", {"limit": 0}),
         ("is not a folder", {"out": pictures / "m.safetensors"}),
         ("no such image", {"paths": ["gone.png"]}),
-        ("no data `builtin:digit`", {"paths": ["builtin:digit"]}),
+        ("unknown dataset `builtin:digit`", {"paths": ["builtin:digit"]}),
         ("no finished run", {"model": None}),
     ):
         with pytest.raises(VitcliError, match=message):

@@ -10,8 +10,13 @@ from scipy import stats
 
 from vitcli.config.schema import AugmentSection
 from vitcli.data import image_set as sets
-from vitcli.data.augment.presets import Strength
-from vitcli.data.augment.transform import CROPS, TrainTransform, image_rng, inception_box
+from vitcli.data.augment.transform import (
+    CROPS,
+    TrainTransform,
+    image_rng,
+    inception_box,
+    resolve_augment,
+)
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import TrainLoader, epoch_order
 from vitcli.decode import open_image, read_image
@@ -173,7 +178,7 @@ def batches(section, **settings):
         images,
         TrainTransform(preprocess, section),
         **{"batch_size": 8, "seed": 3, "repeats": section.repeats, **settings},
-        strength=Strength.of(section),
+        augment=resolve_augment(section),
     )
     return list(loader.batches(16, 4))
 
@@ -187,7 +192,7 @@ def mixed(batch):
 @pytest.mark.parametrize("settings", [{"workers": 1}, {"workers": 3}, {"workers": 3, "parts": 2}])
 def test_who_makes_a_picture_changes_nothing(keep, settings, monkeypatch):
     """Everything on at once: 0, 1 and 3 threads, one process or two."""
-    monkeypatch.setattr(sets, "KEEP_BYTES", keep)
+    monkeypatch.setattr(sets, "CACHE_BYTES", keep)
     wanted = batches(EVERYTHING, workers=0)
     ranks = settings.pop("parts", 1)
     made = [batches(EVERYTHING, **settings, rank=r, world_size=ranks) for r in range(ranks)]

@@ -19,7 +19,7 @@ from support.tiny import records, vitcli, write_tiny
 from vitcli import distributed as launch
 from vitcli.cli import main as cli
 from vitcli.commands import evaluate
-from vitcli.data.loader import positions
+from vitcli.data.loader import images_at
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
@@ -221,7 +221,7 @@ def test_a_mistake_that_only_one_process_meets(tmp_path):
     data = {"name": str(tmp_path / "photos"), "strict": True, "test_fraction": 0.2}
     write_tiny(tmp_path / "tiny.toml", data=data, train={"batch_size": 16, "steps": 3})
     images = load_data(str(tmp_path / "photos")).splits["train"]
-    _, order = positions(0, len(images), len(images), 0)
+    _, order = images_at(0, len(images), len(images), 0)
     broken = images.describe(int(order[-1]))  # of the first batch, the second process's
     Path(broken).write_bytes(b"")
     done = command(tmp_path, "pretrain", "--recipe", "tiny.toml", "--out", "run")

@@ -273,7 +273,7 @@ def predict(
             show.show_prediction(row)
         if row["error"] is not None:
             console.print_error(VitcliError(f"{row['path']}: {row['error']}"))
-    show.show_tally(rows.tally, options.abstains)
+    show.show_counts(rows.counts, options.abstains)
     if rows.failed:
         raise typer.Exit(console.EXIT_UNREADABLE)
 
@@ -524,7 +524,7 @@ def check(
 
     result = command.run(data, settings=settings_of(set_=set_), out=out, watch=console.Terminal())
     console.show(result, json, show.show_check)
-    console.exit_if_unreadable(f"{name}: {reason}" for name, reason in result.seen.unreadable)
+    console.exit_if_unreadable(f"{name}: {reason}" for name, reason in result.scan.unreadable)
 
 
 @app.command(cls=SettingsCommand)
@@ -541,10 +541,10 @@ def compare(
 
     Example: `vitcli compare runs/finetune runs/finetune-2`
     """
-    from vitcli.cli.show import training as show
+    from vitcli.cli.show import evaluation as show
     from vitcli.commands import compare as command
 
-    console.show(command.run(runs), json, show.show_comparison)
+    console.show(command.run(runs), json, show.show_run_comparison)
 
 
 @app.command(cls=SettingsCommand)

@@ -7,9 +7,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from vitcli.data.decoded_cache import Stored, store_set
+from vitcli.data.decoded_cache import DecodedCache, write_decoded
+from vitcli.data.readers import DATA_SUFFIXES
 from vitcli.data.readers.folder import IMAGE_SUFFIXES
-from vitcli.data.source import SUFFIXES, load_data
+from vitcli.data.source import load_data
 from vitcli.decode import read_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
@@ -189,15 +190,15 @@ def run(
         source,
         image_column=image_column,
         label_column=label_column,
-        test_fraction=0.0,
+        whole=True,
         labelled=False,
         watch=watch,
     )
     broken: tuple[str, ...] = ()
-    stored: Stored | None = None
+    stored: DecodedCache | None = None
     if target is not None and not target.suffix:
         side = round(max(size) / STORED_CROP)
-        stored = store_set(data, target, side=side, workers=workers, watch=watch)
+        stored = write_decoded(data, target, side=side, workers=workers, watch=watch)
         broken = stored.broken
         notes.append(f"shorter sides of at most {side} pixels: enough for crops of {size[0]}")
     elif target is not None:
@@ -266,7 +267,7 @@ def _is_image(source: str) -> bool:
     if path.is_dir() or source.startswith("builtin:"):
         return False
     suffix = path.suffix.lower()
-    return suffix in IMAGE_SUFFIXES or (path.is_file() and suffix not in SUFFIXES)
+    return suffix in IMAGE_SUFFIXES or (path.is_file() and suffix not in DATA_SUFFIXES)
 
 
 def _patchify_image(

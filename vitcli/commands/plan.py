@@ -16,7 +16,7 @@ from vitcli.cost.machine import HERE, find_hardware
 from vitcli.cost.plan import Plan, Prices, Span, Speed, Subject, count, span_here
 from vitcli.cost.probe import base_memory, free_memory, loop_of, probe
 from vitcli.cost.recipe_header import Stated, blank_source
-from vitcli.data.image_set import Source
+from vitcli.data.source import Source
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher

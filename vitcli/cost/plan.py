@@ -15,8 +15,9 @@ from vitcli.config.schema import Recipe, parse_duration
 from vitcli.cost.flops import Config, Stage, stages_of
 from vitcli.cost.machine import Hardware
 from vitcli.cost.memory import Memory, Step, evaluation_memory, size_of, step_memory, tensors_of
-from vitcli.data.augment.presets import Strength
-from vitcli.data.image_set import Source
+from vitcli.data.augment.mixing import mixes_pairs
+from vitcli.data.augment.transform import resolve_augment
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.train.build import held_out_images
 from vitcli.train.loop import CHECKPOINT_SECONDS
@@ -144,7 +145,7 @@ def memory_of(
 ) -> Memory:
     """The memory of the stage of the run that needs most."""
     recipe, (y, x) = subject.recipe, subject.config.image_size
-    several = subject.source.multi_label or Strength.of(recipe.augment).mixes
+    several = subject.source.multi_label or mixes_pairs(resolve_augment(recipe.augment))
     largest = max(stages, key=lambda stage: stage.macs)
     micro = micro or subject.micro
     step = Step(

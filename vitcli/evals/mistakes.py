@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitcli.data.contact_sheet import Row, draw_sheet
+from vitcli.data.contact_sheet import SheetRow, draw_sheet
 from vitcli.data.image_set import ImageSet
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
@@ -67,6 +67,8 @@ def find_mistakes(
     """Collect the misclassified images; `predicted` (n,) are the names of the predictions."""
     labels, classes = extracted.labels, matching.classes
     wrong = np.flatnonzero(~scores.correct)
+    # The loss of a wrong answer is high where the model was sure: these are mislabelled images, or
+    # the errors that matter most.
     by_loss = wrong[np.argsort(-scores.loss[wrong], kind="stable")]
 
     def mistake(row: int) -> Mistake:
@@ -83,6 +85,7 @@ def find_mistakes(
     pairs: dict[tuple[str, str], list[int]] = {}
     for row in by_loss.tolist():
         pairs.setdefault((classes[int(labels[row])], predicted[row]), []).append(row)
+    # Python's sort is stable, so pairs of equal count keep the order of their worst image.
     largest = sorted(pairs.items(), key=lambda item: -len(item[1]))[:NUM_PAIRS]
     number = {classes[k]: int(count) for k, count in enumerate(np.bincount(labels))}
     confused = [
@@ -101,9 +104,9 @@ def draw_mistakes(
         true = display_names.get(one.true, one.true)
         return f"{true}\n-> {display_names.get(one.predicted, one.predicted)}"
 
-    def row(title: str, some: Sequence[Mistake]) -> Row:
+    def row(title: str, some: Sequence[Mistake]) -> SheetRow:
         captions = [f"{caption(one)}\n{100 * one.probability:.1f} %" for one in some]
-        return Row(title, [one.index for one in some], captions)
+        return SheetRow(title, [one.index for one in some], captions)
 
     rows = []
     for start in range(0, len(mistakes.worst), NUM_COLUMNS):

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from vitcli.config.schema import Recipe
-from vitcli.data.augment.presets import Strength
-from vitcli.data.augment.transform import TrainTransform
-from vitcli.data.image_set import Source
-from vitcli.data.loader import TrainLoader, check_batch
-from vitcli.data.source import open_data
-from vitcli.data.stream_loader import StreamLoader
+from vitcli.data.augment.mixing import mixes_pairs
+from vitcli.data.augment.policies import changes_pixels
+from vitcli.data.augment.transform import TrainTransform, resolve_augment
+from vitcli.data.batch import check_batch
+from vitcli.data.loader import TrainLoader
+from vitcli.data.source import Source, open_data
 from vitcli.data.streaming import StreamSet
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
@@ -108,28 +108,22 @@ def make_loop(
 
 def make_loader(
     recipe: Recipe, source: Source, preprocess: Preprocess, views: int, accelerator: Any
-) -> TrainLoader | StreamLoader:
+) -> TrainLoader:
     """What makes the batches of this process."""
-    images: Any = source.splits["train"]
     transform = TrainTransform(preprocess, recipe.augment)
-    settings: dict[str, Any] = {
-        "batch_size": recipe.train.batch_size,
-        "seed": recipe.train.seed,
-        "views": views,
-        "workers": recipe.data.workers,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "strict": recipe.data.strict,
-        "strength": Strength.of(recipe.augment),
-    }
-    if isinstance(images, StreamSet):
-        return StreamLoader(images, transform, **settings)
     return TrainLoader(
-        images,
+        source.splits["train"],
         transform,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        views=views,
+        workers=recipe.data.workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        strict=recipe.data.strict,
         repeats=recipe.augment.repeats,
+        augment=transform.settings,
         pin_memory=accelerator.device.type == "cuda",
-        **settings,
     )
 
 
@@ -140,27 +134,28 @@ def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
         VitcliError: the set draws whole batches, which augmentation cannot change; without labels
             there is nothing to mix; or a micro-batch or a process would part a pair.
     """
-    section, strength = recipe.augment, Strength.of(recipe.augment)
-    if hasattr(images, "batch") and (strength.changes or section.repeats > 1):
+    settings = resolve_augment(recipe.augment)
+    mixes = mixes_pairs(settings)
+    if hasattr(images, "batch") and (changes_pixels(settings) or settings.repeats > 1):
         raise VitcliError(
             f"`{recipe.data.name}` draws its images with their variations, and `[augment]` changes "
             "none of them",
             "leave out `augment.preset`, `policy`, colours, `erase_rate` and `repeats`",
         )
-    if isinstance(images, StreamSet) and section.repeats > 1:
+    if isinstance(images, StreamSet) and settings.repeats > 1:
         raise VitcliError("a stream shows each image once at a time", "leave out `augment.repeats`")
-    if strength.mixes and not is_supervised(recipe.objective.name):
+    if mixes and not is_supervised(recipe.objective.name):
         raise VitcliError(
             f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
             "`--set augment.mix_rate=0.0` leaves images as they are",
         )
     micro = recipe.train.micro_batch_size
-    if strength.mixes and micro is not None and micro % 2:
+    if mixes and micro is not None and micro % 2:
         raise VitcliError(
             f"`train.micro_batch_size` = {micro} would part the pairs that mixup or cutmix mixes",
             f"`--set train.micro_batch_size={micro + 1}`",
         )
-    check_batch(recipe.train.batch_size, processes, section.repeats, strength.mixes)
+    check_batch(recipe.train.batch_size, processes, settings.repeats, mixes)
 
 
 def held_out_images(source: Source) -> int:
@@ -268,6 +263,7 @@ def build_parts(recipe: Recipe, make_model: MakeModel, processes: int, watch: Wa
     """
     from accelerate.utils import set_seed
 
+    resolve_augment(recipe.augment)  # an unknown name is an error before the data are opened
     source = open_source(recipe, watch)
     if recipe.data.streaming:
         watch.warn(

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from vitcli.data.batch import Batch
-from vitcli.data.loader import default_workers
-from vitcli.data.stream_loader import StreamLoader
+from vitcli.data.loader import TrainLoader
+from vitcli.data.prefetch import default_workers
 
 WARM_STEPS = 5  # threads fill their queue meanwhile, and the first steps are slow
 WINDOW_STEPS, WINDOW_SECONDS = 20, 10.0  # what a verdict looks at, at least
@@ -34,15 +34,6 @@ class Spent:
     def fraction(self) -> float:
         """Of the time that was spent waiting."""
         return self.waited / max(self.waited + self.worked, 1e-9)
-
-
-class Loader(Protocol):
-    """What makes the batches of a run: `TrainLoader`, or that of a stream."""
-
-    images: Any
-    batch_size: int
-    workers: int
-    world_size: int
 
 
 class Pace:
@@ -109,12 +100,12 @@ class Pace:
         return float(start.elapsed_time(end)) / 1000
 
 
-def is_filling(loader: Loader | StreamLoader, seen: int) -> bool:
+def is_filling(loader: TrainLoader, seen: int) -> bool:
     """Whether the first epoch still decodes what later ones find in memory; it tells nothing."""
-    return getattr(loader.images, "keeps", False) and seen < len(loader.images)
+    return getattr(loader.images, "is_cached", False) and seen < len(loader.images)
 
 
-def warning(spent: Spent, loader: Loader | StreamLoader, data: str) -> str:
+def warning(spent: Spent, loader: TrainLoader, data: str) -> str:
     """What to tell about a loader that is too slow, and what would help.
 
     Args:
@@ -127,7 +118,7 @@ def warning(spent: Spent, loader: Loader | StreamLoader, data: str) -> str:
         f"images arrive at {images / (spent.waited + spent.worked):.4g}/s, the model could take "
         f"{images / spent.worked:.4g}/s: it waits {spent.fraction:.0%} of the time"
     )
-    if getattr(loader.images, "decodes", False):
+    if getattr(loader.images, "decodes_each_epoch", False):
         return f"{text}; `vitcli patchify {data} --out DIR` stores them decoded, and DIR is DATA"
     usual = default_workers(loader.world_size)
     return f"{text}; `--set data.workers={usual}`" if loader.workers < usual else text

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import Recipe
 from vitcli.data.augment.mixing import soft_targets
-from vitcli.data.batch import Batch, onto
+from vitcli.data.batch import Batch, move_to_device
 from vitcli.data.loader import TrainLoader
-from vitcli.data.stream_loader import StreamLoader
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
@@ -78,7 +77,7 @@ class Loop:
     module: nn.Module
     state: TrainState
     optimizers: Sequence[Any]
-    loader: TrainLoader | StreamLoader
+    loader: TrainLoader
     preprocess: Preprocess
     recipe: Recipe
     run: Run
@@ -138,7 +137,7 @@ class Loop:
             return
         with self.watch.progress("train", self.total_steps, state.step) as bar:
             batches = self.loader.batches(state.step * train.batch_size, todo)
-            for batch in pace.over(onto(batches, self.accelerator.device)):
+            for batch in pace.over(move_to_device(batches, self.accelerator.device)):
                 place = self.timeline.at(state.step)
                 factor = schedule_factor(self.recipe.schedule, place, self.timeline.planned)
                 factor *= state.lr_scale * self.recipe.optim.rate_factor(train.batch_size)

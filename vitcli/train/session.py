@@ -12,7 +12,7 @@ from torch import nn
 
 from vitcli import distributed as launch
 from vitcli.config.schema import Recipe, parse_duration
-from vitcli.data.image_set import Source
+from vitcli.data.source import Source
 from vitcli.devices import matrix_peak
 from vitcli.errors import VitcliError
 from vitcli.progress import Logged, Quiet, Watcher

@@ -218,9 +218,13 @@ def test_training_learns_the_digits(tmp_path):
         ({"model": {"name": "Q/4"}}, "no model variant `Q/4`"),
         ({"data": {"name": "builtin:digit"}}, "unknown dataset `builtin:digit`"),
         ({"train": {"precision": "fp16"}}, "needs a GPU"),
-        ({"augment": {"preset": "light2"}, "train": {"batch_size": 33}}, "in pairs, and 33 are"),
+        (
+            {"augment": {"preset": "light2"}, "train": {"batch_size": 33}},
+            "even number of images per process, not 33",
+        ),
         ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "needs pairs"),
-        ({"augment": {"repeats": 3}}, "does not show each of its images 3 times"),
+        ({"augment": {"repeats": 3}}, "does not divide by `augment.repeats` = 3"),
+        ({"augment": {"policy": "trivail"}}, "unknown augment.policy `trivail`"),
         ({"augment": {"mixup_alpha": 0.2}, "objective": {"name": "descriptors"}}, "no labels"),
         (
             {"augment": {"policy": "trivial"}, "data": {"name": "builtin:formula"}},

@@ -20,7 +20,7 @@ from vitcli.weights.loaded import LoadedModel, create_model
 from vitcli.weights.overrides import MODEL_KEYS, PICTURES, Stated, as_size, stated_preprocess
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
-from vitcli.weights.timm.read_timm import unsaid
+from vitcli.weights.timm.read_timm import missing_settings
 
 VARIANT_HINT = (
     "variants with random weights are for example `B/16`, `R50+B/16`, `Axial-B/32` and `R50x1`; "
@@ -143,7 +143,7 @@ def require_preprocess(model: LoadedModel) -> Preprocess:
                 f"`{source}` reads {model.config.num_channels} channels, not grey or RGB images",
                 hint="use it from Python: the model that `vitcli.load_model` returns takes tensors",
             )
-        raise unsaid(source, ["preprocess.mean", "preprocess.std"])
+        raise missing_settings(source, ["preprocess.mean", "preprocess.std"])
     preprocess: Preprocess = model.preprocess
     return preprocess
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 import vitcli
 from vitcli.preprocess import Preprocess
-from vitcli.train.starting import regularised
+from vitcli.train.resolve import with_dropout
 from vitcli.vit import create_network
 from vitcli.weights.loaded import LoadedModel, model_hash
 from vitcli.weights.store import save_model
@@ -71,7 +71,7 @@ def test_a_deep_copy_shares_nothing():
 def test_other_dropout_rates_keep_everything_else():
     model = full()
     model.network.position_resize = "bilinear"
-    other = regularised(model, {"dropout_rate": 0.1})
+    other = with_dropout(model, {"dropout_rate": 0.1})
     assert other.config.dropout_rate == 0.1 and model.config.dropout_rate == 0.0
     assert other.network.position_resize == "bilinear"
     for name in FACTS:

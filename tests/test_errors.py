@@ -1,11 +1,11 @@
-"""What is told, and how names stand in it."""
+"""Helpers for the words of error messages."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from vitcli.errors import nearest, printable
+from vitcli.errors import nearest, printable, unknown
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,10 @@ def test_odd_names_are_printable_and_distinct(name, shown):
 def test_the_nearest_word():
     assert nearest("bach_size", ["batch_size", "lr"]) == "batch_size"
     assert nearest("colour", ["batch_size", "lr"]) is None
+
+
+def test_an_unknown_name_gets_the_nearest_and_all_known_ones():
+    error = unknown("optimizer", "adam", {"adamw": 1, "sgd": 2})
+    assert error.message == "unknown optimizer `adam`"
+    assert error.hint == "did you mean `adamw`? Available: `adamw`, `sgd`"
+    assert unknown("optimizer", "x", ["sgd"]).hint == "available: `sgd`"

@@ -6,10 +6,11 @@ import stat
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 
 from vitcli.errors import VitcliError
-from vitcli.files import replacing, write_text
+from vitcli.files import exclusive, make_folder, replacing, write_text
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -49,9 +50,9 @@ def test_a_place_that_is_no_folder(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(VitcliError, match="is no folder") as caught:
+    with pytest.raises(VitcliError, match="is not a folder") as caught:
         write_text(tmp_path / "nowhere" / "x", "y")
-    assert caught.value.hint == "make it first"
+    assert caught.value.hint == "create the folder first"
 
 
 def test_who_may_read_is_the_users_choice(tmp_path):
@@ -67,3 +68,21 @@ def test_who_may_read_is_the_users_choice(tmp_path):
         os.umask(mask)
     assert stat.S_IMODE((tmp_path / "d/a.safetensors").stat().st_mode) == 0o644
     assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o600
+
+
+def test_a_second_holder_of_a_lock_gets_the_given_error(tmp_path):
+    lock = tmp_path / ".lock"
+    taken = exclusive(lock, lambda: VitcliError("busy"))
+    with FileLock(lock), pytest.raises(VitcliError, match="busy"), taken:
+        pass
+    with exclusive(lock, lambda: VitcliError("busy")):
+        assert lock.exists()
+    assert not lock.exists()
+
+
+def test_a_folder_that_cannot_be_created(tmp_path):
+    make_folder(tmp_path / "a/b")
+    make_folder(tmp_path / "a/b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(VitcliError, match="cannot create the folder"):
+        make_folder(tmp_path / "file" / "x")

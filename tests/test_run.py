@@ -8,7 +8,7 @@ import pytest
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
-from vitcli.run import Run, create_run, finished_runs, new_path, place_of, reopen_run
+from vitcli.run import Run, create_run, finished_runs, new_path, reopen_run, training_path
 
 
 def recipe(**train):
@@ -37,7 +37,7 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "a").write_text("")
     with pytest.raises(VitcliError, match="exists already"):
         create_run(tmp_path / "a", recipe())
-    with pytest.raises(VitcliError, match="cannot make"):
+    with pytest.raises(VitcliError, match="cannot create the folder"):
         create_run(tmp_path / "a" / "b", recipe())
 
 
@@ -59,7 +59,7 @@ def test_records_survive_a_line_cut_off_and_are_forgotten_after_a_step(tmp_path)
         run.log({"step": step, "train/loss": 1.0})
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "tra')
-    run.forget_after(2)
+    run.drop_records_after(2)
     assert [r["step"] for r in run.records()] == [1, 2]
     run.log({"step": 3})
     assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [
@@ -91,17 +91,17 @@ def test_a_line_that_becomes_shorter_leaves_no_rest(tmp_path):
 
 
 def test_a_resume_needs_to_be_told_which(tmp_path):
-    assert place_of(tmp_path / "x", "a", resume=True) == tmp_path / "x"
-    assert place_of(None, "a", resume=False, runs=tmp_path) == tmp_path / "a"
-    with pytest.raises(VitcliError, match="which is not given") as caught:
-        place_of(None, "a", resume=True, runs=tmp_path / "none")
-    assert caught.value.hint == "`--out RUN`"
+    assert training_path(tmp_path / "x", "a", resume=True) == tmp_path / "x"
+    assert training_path(None, "a", resume=False, runs=tmp_path) == tmp_path / "a"
+    with pytest.raises(VitcliError, match="`--out` is missing") as caught:
+        training_path(None, "a", resume=True, runs=tmp_path / "none")
+    assert caught.value.hint == "add `--out RUN`"
     for number, name in enumerate(("a", "b", "c")):
         run = create_run(tmp_path / name, recipe())
         os.utime(run.recipe_file, (number, number))
     Run(tmp_path / "c").finish({})
     with pytest.raises(VitcliError) as caught:
-        place_of(None, "a", resume=True, runs=tmp_path)
+        training_path(None, "a", resume=True, runs=tmp_path)
     assert f"`--out {tmp_path / 'b'}`" in caught.value.hint
 
 

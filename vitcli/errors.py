@@ -1,18 +1,19 @@
-"""The one exception that is meant for the person at the keyboard, and words for it."""
+"""`VitcliError`, the exception for users, and helpers that word its messages."""
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 
 
 class VitcliError(Exception):
-    """Something the user can mend: a wrong setting, bad input, a full disk.
+    """A problem that the user can fix: a wrong setting, bad input, a full disk.
 
-    The command line prints it as one `error:` line and, where there is one, one `hint:` line, and
-    ends with exit status 2.
+    The command line prints it as one `error:` line and, if there is a hint, one `hint:` line, and
+    exits with status 2.
 
     Args:
-        message: what went wrong, with the value that was wrong.
-        hint: what to do about it.
+        message: what is wrong, with the value that is wrong.
+        hint: what to type or to do.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -21,20 +22,35 @@ class VitcliError(Exception):
         self.hint = hint
 
 
-def nearest(word: str, words: list[str] | tuple[str, ...]) -> str | None:
-    """The entry of `words` that `word` was most likely meant to be, or None when none is close."""
+def unknown(kind: str, name: str, known: Iterable[str]) -> VitcliError:
+    """The error for a value that is not in a list; the hint gives the nearest entry and the list.
+
+    `raise unknown("optimizer", "adam", OPTIMIZERS)` prints
+
+        error: unknown optimizer `adam`
+        hint: did you mean `adamw`? Available: `adamw`, `sgd`
+    """
+    names = list(known)
+    close = nearest(name, names)
+    available = f"{', '.join(f'`{entry}`' for entry in names)}"
+    hint = f"did you mean `{close}`? Available: {available}" if close else f"available: {available}"
+    return VitcliError(f"unknown {kind} `{printable(name)}`", hint)
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The entry of `words` that is most similar to `word`, or None if none is close."""
     from difflib import get_close_matches
 
-    found = get_close_matches(word, words, n=1, cutoff=0.6)
+    found = get_close_matches(word, list(words), n=1, cutoff=0.6)
     return found[0] if found else None
 
 
 def printable(text: str | bytes | os.PathLike[str]) -> str:
-    r"""A name or a text on one line: bytes that are not UTF-8 as `\xe9`, control codes as `\n`."""
+    r"""Text for one line of output: bytes that are not UTF-8 as `\xe9`, control codes as `\n`."""
     text = os.fspath(text)
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")
-    with suppress(UnicodeEncodeError):  # a surrogate that stands for no byte
+    with suppress(UnicodeEncodeError):  # a lone surrogate that does not come from a byte
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

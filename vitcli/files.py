@@ -1,8 +1,8 @@
-"""Writing so that a reader finds the old or the new, never a part."""
+"""Atomic writes and locks: a reader finds the old content or the new one, never a part."""
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -11,19 +11,20 @@ from vitcli.errors import VitcliError
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path`: moved onto it when the block ends well, else removed.
+    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
 
-    The block may make it a file or a folder. What it holds is on the disk before the move.
+    The block creates a file or a folder there. If it fails, the temporary path is removed and
+    `path` stays as it was. The content is flushed to the disk before the rename.
 
     Raises:
-        VitcliError: it cannot be written (no permission, disk full).
+        VitcliError: the path cannot be written (no permission, disk full).
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name[:80]}.{os.getpid()}.tmp")
     try:
         yield temporary
         for file in [temporary, *temporary.rglob("*")]:
-            if file.is_file():  # safetensors leaves out what the user's umask allows
+            if file.is_file():  # safetensors ignores the user's umask
                 file.chmod(0o666 & ~_umask())
             _sync(file)
         if temporary.is_dir() and target.is_dir():
@@ -33,11 +34,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if not target.parent.is_dir():
             raise VitcliError(
-                f"cannot write `{target}`: `{target.parent}` is no folder", "make it first"
+                f"cannot write `{target}`: `{target.parent}` is not a folder",
+                "create the folder first",
             ) from error
         raise VitcliError(
             f"cannot write `{target}`: {os.strerror(error.errno) if error.errno else error}",
-            "free some space or choose another place; what was there is still whole",
+            "free some space or choose another path; the previous content is unchanged",
         ) from error
     finally:
         if temporary.is_dir():
@@ -48,28 +50,76 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small text file whole or not at all; raises as `replacing` does."""
+    """Write a small text file atomically; raises as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def check_folder(out: Path) -> None:
-    """`out` can become a folder, as far as can be seen before the work.
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents, unless they exist.
 
     Raises:
-        VitcliError: it, or what it would lie in, is something else.
+        VitcliError: the folder cannot be created.
     """
-    for place in (out, *out.parents):
-        if os.path.lexists(place):
-            if not place.is_dir():
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VitcliError(
+            f"cannot create the folder `{folder}`: {error.strerror}",
+            "choose another path with `--out`",
+        ) from error
+
+
+def check_folder(out: Path) -> None:
+    """Check before the work that `out` is a folder or can become one.
+
+    Raises:
+        VitcliError: `out` or one of its parents is a file.
+    """
+    for path in (out, *out.parents):
+        if os.path.lexists(path):
+            if not path.is_dir():
                 raise VitcliError(
-                    f"`--out {out}`: `{place}` is no folder", hint="give the name of a folder"
+                    f"`--out {out}`: `{path}` is not a folder", hint="give the path of a folder"
                 )
             return
 
 
+@contextmanager
+def exclusive(lock_file: Path, busy: Callable[[], VitcliError]) -> Iterator[None]:
+    """Hold a lock during the block, so that one process at a time writes beside `lock_file`.
+
+    The operating system releases the lock when its process ends, even after a kill, so no stale
+    lock blocks a later command.
+
+    Args:
+        lock_file: created for the block and removed afterwards; its folder exists.
+        busy: makes the error to raise if another process holds the lock.
+
+    Raises:
+        VitcliError: another process holds the lock, or the file cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise busy() from None
+    except OSError as error:
+        raise VitcliError(
+            f"cannot lock `{lock_file.parent}`: {error.strerror}", "choose another path"
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            lock_file.unlink(missing_ok=True)
+        lock.release()
+
+
 def _umask() -> int:
-    mask = os.umask(0o077)  # there is no reading without setting
+    mask = os.umask(0o077)  # the umask can only be read by setting it
     os.umask(mask)
     return mask
 

@@ -1,4 +1,4 @@
-"""The run directory: made once, written atomically, readable by every other command."""
+"""The run directory: created once, written atomically, read by every other command."""
 
 import json
 import os
@@ -19,17 +19,17 @@ from typing import Any
 from vitcli.config.recipe import check, differing_keys, read_toml
 from vitcli.config.schema import DataSection, Recipe
 from vitcli.errors import VitcliError
-from vitcli.files import replacing, write_text
+from vitcli.files import make_folder, replacing, write_text
 
 RUNS = Path("runs")
-OUTCOMES = "outcomes.safetensors"  # of the last evaluation, image by image
-TAIL = 2**16  # bytes at the end of metrics.jsonl, which hold its last line
+OUTCOMES = "outcomes.safetensors"  # per-image results of the last evaluation
+TAIL_BYTES = 2**16  # more than the last line of metrics.jsonl
 LIBRARIES = ("torch", "accelerate", "datasets", "numpy", "pillow", "safetensors")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A directory such as `runs/digits`, with the names that INTERFACE gives its files."""
+    """A run directory such as `runs/digits`. The names of its files are a public interface."""
 
     path: Path
 
@@ -40,7 +40,7 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """One JSON record a line."""
+        """One JSON record per line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -50,25 +50,25 @@ class Run:
 
     @property
     def result_file(self) -> Path:
-        """Final figures; exists only when the run has finished."""
+        """The final results; the file exists only if the run has finished."""
         return self.path / "result.json"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of `step_000100` folders."""
+        """The folder that holds `step_000100`, …"""
         return self.path / "checkpoints"
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """True if the run has finished."""
         return self.result_file.is_file()
 
     def recipe(self) -> Recipe:
-        """The recipe that was written down at the start."""
+        """The recipe that the run started with."""
         return check(Recipe, read_toml(self.recipe_file), f"`{self.recipe_file}`")
 
     def data_section(self) -> DataSection | None:
-        """The `[data]` settings of any command's recipe; None where there are none to read."""
+        """The `[data]` settings of the recipe, or None if they cannot be read."""
         try:
             text = self.recipe_file.read_text(encoding="utf-8")
             return DataSection(**tomllib.loads(text)["data"])
@@ -76,34 +76,34 @@ class Run:
             return None
 
     def provenance(self) -> dict[str, Any]:
-        """What was written down about the machine and the data; empty when there is none."""
+        """The recorded facts about machine and data; empty if there are none."""
         return _read_json(self.path / "provenance.json")
 
     def result(self) -> dict[str, Any]:
-        """The final figures; empty when the run has not finished."""
+        """The final results; empty if the run has not finished."""
         return _read_json(self.result_file)
 
     def write_provenance(self, facts: Mapping[str, Any]) -> None:
-        """Note `facts` beside versions, argv and time."""
-        self._write_json("provenance.json", {**describe_here(), **facts})
+        """Write `facts`, versions, argv and time to provenance.json."""
+        self._write_json("provenance.json", {**describe_environment(), **facts})
 
-    def amend_provenance(self, facts: Mapping[str, Any]) -> None:
-        """Change single facts of it, such as how many steps it became."""
+    def update_provenance(self, facts: Mapping[str, Any]) -> None:
+        """Replace some facts in provenance.json, such as the number of steps."""
         self._write_json("provenance.json", {**self.provenance(), **facts})
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one record to metrics.jsonl, or add it to the last one where that has its step.
+        """Append a record to metrics.jsonl, or merge it into the last one if the step is the same.
 
-        So each step has one line, with the figures of training and of an evaluation after it.
+        So each step has one line, which holds its training and its evaluation metrics.
 
         Raises:
-            VitcliError: it cannot be written.
+            VitcliError: the file cannot be written.
         """
         try:
             self.metrics_file.touch()
             with self.metrics_file.open("r+b") as file:
                 end = file.seek(0, os.SEEK_END)
-                file.seek(max(0, end - TAIL))
+                file.seek(max(0, end - TAIL_BYTES))
                 last = (file.read().splitlines(keepends=True) or [b""])[-1]
                 same = _record_of(last)
                 if same is not None and same.get("step") == record.get("step"):
@@ -114,35 +114,35 @@ class Run:
         except OSError as error:
             raise VitcliError(
                 f"cannot write `{self.metrics_file}`: {error.strerror}",
-                "free some space, then the same command with `--resume`",
+                "free some space and repeat the command with `--resume`",
             ) from error
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole records of metrics.jsonl; a line cut off by a kill is left out."""
+        """All records of metrics.jsonl; an incomplete last line is skipped."""
         if not self.metrics_file.is_file():
             return []
         lines = self.metrics_file.read_bytes().splitlines()
         return [record for line in lines if (record := _record_of(line)) is not None]
 
-    def forget_after(self, step: int) -> None:
-        """Drop the records of steps that a resume from `step` will do again."""
+    def drop_records_after(self, step: int) -> None:
+        """Remove the records of the steps that a resume from `step` repeats."""
         kept = [json.dumps(r) + "\n" for r in self.records() if r.get("step", 0) <= step]
         write_text(self.metrics_file, "".join(kept))
 
-    def sweep(self) -> None:
-        """Remove what a process that was killed while writing left half-written."""
-        for left in self.path.glob(".*.tmp"):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
+    def remove_temporary_files(self) -> None:
+        """Remove the temporary files of a process that was killed while it wrote."""
+        for path in self.path.glob(".*.tmp"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                left.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
-    def discard(self) -> None:
-        """Remove the directory of a run that never began."""
+    def remove(self) -> None:
+        """Remove the directory of a run that has not started."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Write result.json: the last thing that a run does."""
+        """Write result.json, which marks the run as finished."""
         self._write_json("result.json", result)
 
     def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
@@ -150,36 +150,34 @@ class Run:
 
 
 def check_free(path: Path) -> None:
-    """Nothing is at `path`, or an empty folder.
+    """Check that `path` does not exist or is an empty folder.
 
     Raises:
-        VitcliError: something is there, or the name is not UTF-8.
+        VitcliError: the path is in use, or its name is not UTF-8.
     """
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise VitcliError(
-            f"`{path}` is not UTF-8, and no weights could be read from it", "choose another `--out`"
+            f"the path `{path}` is not UTF-8, and safetensors could not read weights from it",
+            "choose another path with `--out`",
         ) from None
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         unfinished = Run(path).recipe_file.is_file() and not Run(path).finished
-        way = "continue it with `--resume`, or c" if unfinished else "c"
-        raise VitcliError(f"`{path}` exists already", f"{way}hoose another place with `--out`")
+        hint = "choose another path with `--out`"
+        if unfinished:
+            hint = f"add `--resume` to continue this run, or {hint}"
+        raise VitcliError(f"`{path}` exists already", hint)
 
 
 def create_run(path: Path, recipe: Recipe | str) -> Run:
-    """A new run directory that holds its recipe (as an object, or as TOML text).
+    """Create a run directory that holds the recipe (an object, or TOML text).
 
     Raises:
-        VitcliError: something is there already, or the place cannot be written to.
+        VitcliError: the path is in use, or it cannot be written.
     """
     check_free(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VitcliError(
-            f"cannot make `{path.parent}`: {error.strerror}", "choose another place with `--out`"
-        ) from None
+    make_folder(path.parent)
     text = recipe if isinstance(recipe, str) else recipe.to_toml()
     with replacing(path) as temporary:
         temporary.mkdir()
@@ -188,43 +186,47 @@ def create_run(path: Path, recipe: Recipe | str) -> Run:
 
 
 def reopen_run(path: Path, recipe: Recipe) -> Run | None:
-    """The run at `path`, which must be one of the same recipe; None when nothing is there.
+    """The run at `path`, which must have the same recipe; None if the path is free.
 
     Raises:
-        VitcliError: its recipe differs (the differing keys are named), or it is something else.
+        VitcliError: the recipes differ (the error names the keys), or the path is not a run.
     """
     run = Run(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
     if not run.recipe_file.is_file():
-        raise VitcliError(f"`{path}` is not a run: it has no recipe.toml", "give another `--out`")
+        raise VitcliError(
+            f"`{path}` is not a run: it has no recipe.toml", "give the path of a run with `--out`"
+        )
     if keys := differing_keys(run.recipe(), recipe):
         raise VitcliError(
             f"`{path}` was started with another recipe; these differ: {', '.join(keys)}",
-            "give the first command again with `--resume` added, or choose another `--out`",
+            "repeat the first command and add `--resume`, or choose another path with `--out`",
         )
     return run
 
 
-def place_of(out: Path | None, stem: str, resume: bool, runs: Path = RUNS) -> Path:
-    """The directory of a run that trains: `out`, or a new one named after `stem`.
+def training_path(out: Path | None, stem: str, resume: bool, runs: Path = RUNS) -> Path:
+    """The directory for a training run: `out`, or a new one that is named after `stem`.
 
     Raises:
-        VitcliError: it is to be resumed, and `out` is not given.
+        VitcliError: `resume` is set without `out`.
     """
     if out is not None:
         return out
     if not resume:
         return new_path(stem, runs)
-    begun = [Run(p) for p in runs.iterdir()] if runs.is_dir() else []
-    begun = [run for run in begun if run.recipe_file.is_file() and not run.finished]
-    newest = max(begun, key=lambda run: run.recipe_file.stat().st_mtime_ns, default=None)
-    hint = f"the newest that has not finished: `--out {newest.path}`" if newest else "`--out RUN`"
-    raise VitcliError("`--resume` goes on with the run at `--out`, which is not given", hint)
+    started = [Run(p) for p in runs.iterdir()] if runs.is_dir() else []
+    started = [run for run in started if run.recipe_file.is_file() and not run.finished]
+    newest = max(started, key=lambda run: run.recipe_file.stat().st_mtime_ns, default=None)
+    hint = "add `--out RUN`"
+    if newest is not None:
+        hint = f"add `--out {newest.path}` for the newest unfinished run"
+    raise VitcliError("`--resume` needs the run directory, and `--out` is missing", hint)
 
 
 def new_path(stem: str, runs: Path = RUNS, *, suffix: str = "") -> Path:
-    """`runs/STEM`, or the first of `runs/STEM-2`, `-3`, … that is free; `suffix` ends a file's."""
+    """The first free path of `runs/STEM`, `runs/STEM-2`, …; `suffix` is a file's extension."""
     path, number = runs / f"{stem}{suffix}", 1
     while path.exists():
         number += 1
@@ -233,9 +235,9 @@ def new_path(stem: str, runs: Path = RUNS, *, suffix: str = "") -> Path:
 
 
 def run_stem(model: str) -> str:
-    """A name for the run that a command makes of `model`: a run, a weights file or a variant.
+    """The start of a run's name, from MODEL: a run, a weights file, a variant, `hf:` or a URL.
 
-    Of what lies elsewhere it is the repository's or the file's name, without its address.
+    It is the name of the run, the file or the repository, without its folder or address.
     """
     path = Path(model)
     if model.startswith("hf:"):
@@ -244,7 +246,7 @@ def run_stem(model: str) -> str:
         name = Path(model.partition("?")[0]).stem
     elif path.is_dir():
         name = path.resolve().name
-    elif path.is_file():  # `model` and `timm` say nothing, the folder does
+    elif path.is_file():  # `model` and `timm` are generic, so take the folder's name
         name = path.resolve().parent.name if path.stem in ("model", "timm") else path.stem
     else:
         name = model
@@ -252,7 +254,7 @@ def run_stem(model: str) -> str:
 
 
 def finished_runs(runs: Path = RUNS) -> list[Run]:
-    """All runs under `runs` that have weights and a result, newest first."""
+    """The finished runs under `runs` that have weights, newest first."""
     if not runs.is_dir():
         return []
     found = [Run(p) for p in runs.iterdir() if not p.name.startswith(".")]
@@ -260,8 +262,8 @@ def finished_runs(runs: Path = RUNS) -> list[Run]:
     return sorted(found, key=lambda run: run.result_file.stat().st_mtime_ns, reverse=True)
 
 
-def describe_here() -> dict[str, Any]:
-    """Version, commit, argv, libraries, machine and time: what a reader of a result asks for."""
+def describe_environment() -> dict[str, Any]:
+    """Version, commit, argv, time, machine and library versions, for provenance.json."""
     return {
         "vitcli": package_version(),
         "commit": _commit(),
@@ -290,7 +292,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, with `+` when it was changed; None outside of git."""
+    """The git commit of this source tree, with `+` if it has changes; None outside git."""
     folder = Path(__file__).parents[1]
     if not (folder / ".git").exists():
         return None
@@ -308,7 +310,7 @@ def _commit() -> str | None:
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None of one that is cut off."""
+    """The record on one line of metrics.jsonl; None if the line is incomplete."""
     try:
         return json.loads(line)
     except ValueError:
@@ -321,10 +323,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise VitcliError(
             f"`{path}` is damaged: {error}",
-            f"remove it: without its result.json the run `{path.parent}` counts as not finished",
+            f"remove it; a run without result.json, such as `{path.parent}` then, is unfinished",
         ) from None
     return values

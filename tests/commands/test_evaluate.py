@@ -250,6 +250,6 @@ def test_a_class_name_that_the_font_cannot_draw(tmp_path):
 def test_a_place_that_is_a_file_is_refused_before_the_work(photos, here):
     (here / "report.txt").write_text("mine")
     for out in (Path("report.txt"), Path("report.txt/deep/er")):
-        with pytest.raises(VitcliError, match=r"`report\.txt` is no folder"):
+        with pytest.raises(VitcliError, match=r"`report\.txt` is not a folder"):
             evaluate.run("no such data", model="no such model", out=out)
     assert (here / "report.txt").read_text() == "mine"

@@ -212,7 +212,7 @@ def test_mistakes_are_said_before_the_work(pictures):
     stored()
     for message, arguments in (
         ("`--limit` is 0", {"limit": 0}),
-        ("is no folder", {"out": pictures / "m.safetensors"}),
+        ("is not a folder", {"out": pictures / "m.safetensors"}),
         ("no such image", {"paths": ["gone.png"]}),
         ("no data `builtin:digit`", {"paths": ["builtin:digit"]}),
         ("no finished run", {"model": None}),

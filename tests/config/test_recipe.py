@@ -125,9 +125,9 @@ def test_budgets_are_durations():
         65,
     ]
     for text in ("", "10", "m", "1.5h", "-3m", "0s"):
-        with pytest.raises(ValueError, match="is no time such as"):
+        with pytest.raises(ValueError, match="is not a duration"):
             parse_duration(text)
-    with pytest.raises(VitcliError, match=r"`train`: `soon` is no time"):
+    with pytest.raises(VitcliError, match=r"`train`: `soon` is not a duration"):
         recipe(train={"steps": None, "budget": "soon"})
     assert recipe(train={"steps": None, "budget": "5m"}).train.total_steps(100) is None
 
@@ -161,10 +161,10 @@ def test_a_key_is_complained_of_once():
     with pytest.raises(VitcliError) as caught:
         load_inference({"model": {"image_size": 0}})
     assert caught.value.message.count("`model.image_size`") == 1
-    assert "`fewshot.…`" in caught.value.hint
+    assert "`fewshot`" in caught.value.hint
 
 
 def test_a_name_that_no_recipe_can_hold():
     with pytest.raises(VitcliError, match="is not UTF-8") as caught:
         load_recipe("pretrain", {"data": {"name": "caf\udce9"}})
-    assert "rename it" in caught.value.hint
+    assert "rename the file" in caught.value.hint

@@ -205,7 +205,7 @@ def test_stopping_early_ends_the_threads():
 def test_a_loader_left_open_does_not_hold_up_the_exit():
     code = (
         "import numpy as np\n"
-        "from vitcli.config.recipe import AugmentSection\n"
+        "from vitcli.config.schema import AugmentSection\n"
         "from vitcli.data.augment.transform import TrainTransform\n"
         "from vitcli.data.loader import TrainLoader\n"
         "from vitcli.data.image_set import ArrayStore, ImageSet\n"

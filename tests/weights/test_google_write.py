@@ -352,6 +352,6 @@ def test_a_file_that_is_there_stays(tmp_path):
     assert out.read_bytes() == b"mine"
     with pytest.raises(VitcliError, match=r"does not end in `\.npz`"):
         write_google(small(), tmp_path / "w.safetensors")
-    with pytest.raises(VitcliError, match="is no folder"):
+    with pytest.raises(VitcliError, match="is not a folder"):
         write_google(small(), tmp_path / "none" / "w.npz")
     assert [p.name for p in tmp_path.iterdir()] == ["w.npz"]

@@ -169,7 +169,7 @@ def test_nothing_is_replaced_and_nothing_is_left_behind(small, here, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "_save", full)
-    with pytest.raises(VitcliError, match="`no` is no folder"):
+    with pytest.raises(VitcliError, match="`no` is not a folder"):
         write_onnx(small, Path("no/x.onnx"))
     with pytest.raises(VitcliError, match=r"cannot write `y\.onnx`"):
         write_onnx(small, Path("y.onnx"))

@@ -14,7 +14,7 @@ from vitcli.evals.comparison import Evaluations, beside
 from vitcli.evals.evaluate import Evaluation, choose_images, evaluate_images
 from vitcli.evals.features import Extracted, extract, processes
 from vitcli.evals.multilabel import LabelsEvaluation, evaluate_labels
-from vitcli.evals.plots import files_of, make_folder, write_files
+from vitcli.evals.plots import files_of, write_files
 from vitcli.evals.real_labels import read_real, real_answers
 from vitcli.evals.temperature import (
     check_kind,
@@ -25,7 +25,7 @@ from vitcli.evals.temperature import (
     store,
     warn_of_fitted,
 )
-from vitcli.files import check_folder
+from vitcli.files import check_folder, make_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
 from vitcli.vit import Model

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import check_free, new_path, place_of
+from vitcli.run import check_free, new_path, training_path
 from vitcli.train.lr_finder import FoundRate, find_rate
 from vitcli.train.session import Trained, train
 from vitcli.train.starting import finetune_recipe, pretrained_model
@@ -43,7 +43,7 @@ def run(
     return train(
         resolved,
         lambda source: pretrained_model(resolved, source, watch, verbose=verbose),
-        out=place_of(out, Path(name).stem, resume),
+        out=training_path(out, Path(name).stem, resume),
         resume=resume,
         watch=watch,
         track=track,

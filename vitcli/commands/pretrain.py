@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import check_free, new_path, place_of
+from vitcli.run import check_free, new_path, training_path
 from vitcli.train.lr_finder import FoundRate, find_rate
 from vitcli.train.session import Trained, train
 from vitcli.train.starting import pretrain_recipe, random_model
@@ -39,7 +39,7 @@ def run(
     return train(
         resolved,
         lambda source: random_model(resolved, source),
-        out=place_of(out, Path(name).stem, resume),
+        out=training_path(out, Path(name).stem, resume),
         resume=resume,
         watch=watch,
         track=track,

@@ -225,7 +225,7 @@ class Work:
         run = Run(self.folder / name)
         if not run.finished:
             if self.suite.method == "fewshot":  # which leaves nothing to go on from
-                run.discard()
+                run.remove()
             self._do(run.path, given)
         return run
 

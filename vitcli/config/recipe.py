@@ -1,9 +1,6 @@
-"""Recipes: TOML in, checked and frozen sections out, and back again.
+"""Recipes: read TOML, apply overrides, check every setting, and list the recipes that are shipped.
 
-Defaults < recipe file < `--set section.key=value` and the shorthand flags. All mistakes are
-reported together, each with its dotted name and the nearest name that exists.
-
-The comment at the top of a recipe; loads nothing heavy.
+Precedence: the defaults of the schema, the recipe file, then `--set section.key=value` and flags.
 """
 
 import json
@@ -15,77 +12,28 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from vitcli.config.schema import (
-    DURATIONS,
-    AugmentSection,
-    DataSection,
-    FewshotSection,
-    Inference,
-    LoraSection,
-    ModelSection,
-    ObjectiveSection,
-    OptimSection,
-    PreprocessSection,
-    Recipe,
-    ScheduleSection,
-    Section,
-    Settings,
-    TrainSection,
-    parse_duration,
-)
+from vitcli.config.schema import DURATIONS, Inference, Recipe, Section, Settings
 from vitcli.errors import VitcliError, nearest
-
-__all__ = [
-    "DURATIONS",
-    "AugmentSection",
-    "DataSection",
-    "FewshotSection",
-    "Inference",
-    "LoraSection",
-    "ModelSection",
-    "ObjectiveSection",
-    "OptimSection",
-    "PreprocessSection",
-    "Recipe",
-    "ScheduleSection",
-    "Section",
-    "Settings",
-    "TrainSection",
-    "check",
-    "differing_keys",
-    "flat_settings",
-    "lay_over",
-    "load_inference",
-    "load_recipe",
-    "nest",
-    "parse_duration",
-    "parse_overrides",
-    "read_toml",
-    "recipe_files",
-    "recipe_path",
-    "recipes_folder",
-]
-
 
 RECIPE_FOLDERS = (".", "paper", "reference")
 
 
 def recipes_folder() -> Path:
-    """Where the recipes of this installation lie."""
+    """The folder with the recipes of this installation."""
     package = Path(__file__).parents[1]
     inside = package / "_recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def recipe_files() -> dict[str, Path]:
-    """The recipes of this installation by name: our own, the paper's, and other people's."""
+    """Recipe name -> file: general recipes, the paper's, and reference implementations'."""
     folder = recipes_folder()
     paths = [p for part in RECIPE_FOLDERS for p in sorted((folder / part).glob("*.toml"))]
     return {path.stem: path for path in paths}
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe's file, by the name of one that is shipped or by a path.
+    """The file of a recipe, given its name or its path.
 
     Raises:
         VitcliError: neither exists.
@@ -94,27 +42,29 @@ def recipe_path(name: str) -> Path:
         path = Path(name)
         if path.is_file():
             return path
-        raise VitcliError(f"no recipe file `{name}`", "`vitcli recipes` lists those that are here")
+        raise VitcliError(f"no recipe file `{name}`", "`vitcli recipes` lists the recipes")
     files = recipe_files()
     if name in files:
         return files[name]
     names = sorted(files)
     close = nearest(name, names)
-    hint = f"did you mean `{close}`?" if close else f"there are {', '.join(names)}"
-    raise VitcliError(f"no recipe `{name}`", hint)
+    hint = f"did you mean `{close}`?" if close else f"the recipes are {', '.join(names)}"
+    raise VitcliError(f"there is no recipe `{name}`", hint)
 
 
 def read_toml(path: Path) -> Settings:
-    """The tables of a TOML file.
+    """Read a TOML file.
 
     Raises:
-        VitcliError: it cannot be read or is not TOML; the line is named.
+        VitcliError: the file cannot be read or is not TOML; the error names the line.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise VitcliError(f"cannot read `{path}`: {reason}", "a recipe is TOML in UTF-8") from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise VitcliError(
+            f"cannot read `{path}`: {why}", "a recipe is a TOML file in UTF-8"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise VitcliError(f"`{path}` is not TOML: {error}", "see `vitcli recipes NAME`") from None
 
@@ -122,17 +72,17 @@ def read_toml(path: Path) -> Settings:
 def parse_overrides(assignments: Iterable[str]) -> Settings:
     """`["train.epochs=3", "preprocess.mean=[0.5,0.5,0.5]"]` -> nested settings.
 
-    A value is read as TOML; what is not TOML is taken as a string, so names need no quotes.
+    A value is parsed as TOML. A value that is not TOML is a string, so names need no quotes.
 
     Raises:
-        VitcliError: an entry without `=` or without a section.
+        VitcliError: an entry has no `=` or no section.
     """
     settings: Settings = {}
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not all(part.strip() for part in key.split(".")):
             raise VitcliError(
-                f"`--set {text}` is not of the form section.key=value",
+                f"`--set {text}` must have the form section.key=value",
                 "for example `--set train.epochs=3`",
             )
         try:
@@ -151,9 +101,9 @@ def nest(key: str, value: Any) -> Settings:
 
 
 def lay_over(lower: Settings, upper: Mapping[str, Any]) -> None:
-    """Lay `upper` over `lower` in place, table by table.
+    """Merge `upper` into `lower` in place; `upper` wins.
 
-    A duration given above replaces any duration below, and so does a warm-up.
+    A run length in `upper` replaces every run length in `lower`. The same holds for the warm-up.
     """
     for key, value in upper.items():
         if isinstance(value, Mapping) and isinstance(lower.get(key), dict):
@@ -170,42 +120,44 @@ S = TypeVar("S", bound=Section)
 
 
 def check(kind: type[S], settings: Mapping[str, Any], origin: str) -> S:
-    """Settings -> a checked section; `origin` says in an error where they came from.
+    """Validate settings; `origin` names their source in an error.
 
     Raises:
-        VitcliError: names every mistake at once.
+        VitcliError: one error that lists every mistake.
     """
     try:
         json.dumps(settings, default=str, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise VitcliError(
-            f"{origin}: a name in it is not UTF-8, and a recipe cannot hold it",
-            "rename it, or give a link to it that has another name",
+            f"{origin}: it contains a name that is not UTF-8, which a recipe cannot store",
+            "rename the file, or pass a link to it that has a UTF-8 name",
         ) from None
     try:
-        # Through JSON, because there an array may stand for a tuple even in strict mode.
+        # Validate from JSON: strict mode accepts a JSON array for a tuple, but not a Python list.
         return kind.model_validate_json(json.dumps(settings, default=str))
     except ValidationError as error:
         faults: dict[str, str] = {}
-        for one in error.errors():  # the first of a key: of a union each member complains
+        for one in error.errors():  # each member of a union reports an error; keep the first
             faults.setdefault(*_fault(kind, dict(one)))
-        hint = "`vitcli recipes NAME` prints a recipe with its keys"
+        hint = "see `vitcli recipes NAME` and docs/reference/settings.md"
         if kind is Inference:
-            hint = f"there are `{'.…`, `'.join(Inference.model_fields)}.…`"
+            hint = f"the sections are `{'`, `'.join(Inference.model_fields)}`"
         raise VitcliError(f"{origin}: " + "; ".join(faults.values()), hint) from None
 
 
 def _fault(kind: type[Section], error: Mapping[str, Any]) -> tuple[str, str]:
-    """A key, and one sentence about the mistake that pydantic found in it."""
+    """The key of one pydantic error, and a sentence about the mistake."""
     parts = [str(part) for part in error["loc"]]
     names = _dotted_names(kind)
     while len(parts) > 1 and ".".join(parts) not in names and error["type"] != "extra_forbidden":
-        parts.pop()  # pydantic appends the member of a union that it tried
+        parts.pop()  # pydantic appends the union member that it tried
     name = ".".join(parts)
     if error["type"] == "extra_forbidden":
         close = nearest(name, names) or nearest(parts[-1], [n.rpartition(".")[2] for n in names])
         full = next((n for n in names if n == close or n.endswith(f".{close}")), None)
-        return name, f"no setting `{name}`" + (f" (did you mean `{full}`?)" if full else "")
+        return name, f"there is no setting `{name}`" + (
+            f" (did you mean `{full}`?)" if full else ""
+        )
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "missing":
         return name, f"`{name}` is missing"
@@ -215,7 +167,7 @@ def _fault(kind: type[Section], error: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _dotted_names(kind: type[Section], prefix: str = "") -> list[str]:
-    """Every setting that exists, such as `train.epochs`."""
+    """The dotted names of all settings, such as `train.epochs`."""
     names = []
     for name, field in kind.model_fields.items():
         names.append(prefix + name)
@@ -227,10 +179,11 @@ def _dotted_names(kind: type[Section], prefix: str = "") -> list[str]:
 def load_recipe(
     name: str, overrides: Mapping[str, Any] | None = None, command: str | None = None
 ) -> Recipe:
-    """The recipe `name` (shipped, or a file) with `overrides` laid over it.
+    """Load the recipe `name` (a shipped recipe or a file) and apply `overrides`.
 
     Raises:
-        VitcliError: no such recipe, not TOML, settings that are wrong, or one of another `command`.
+        VitcliError: the recipe does not exist, is not TOML, has invalid settings, or belongs to
+            another `command`.
     """
     path = recipe_path(name)
     settings = read_toml(path)
@@ -239,7 +192,7 @@ def load_recipe(
     recipe = check(Recipe, settings, origin)
     if command is not None and recipe.command != command:
         right = f"vitcli {recipe.command}"
-        raise VitcliError(f"recipe `{name}` is one of `{right}`", f"`{right} --recipe {name}`")
+        raise VitcliError(f"recipe `{name}` is for `{right}`", f"run `{right} --recipe {name}`")
     return recipe
 
 
@@ -249,13 +202,13 @@ def load_inference(overrides: Mapping[str, Any] | None = None) -> Inference:
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
-    """Dotted names of the settings in which two recipes differ; the description does not count."""
+    """Dotted names of the settings in which two recipes differ, without the description."""
     a, b = flat_settings(one), flat_settings(other)
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
-    """Dotted name -> plain value of every setting but the description."""
+    """Dotted name -> plain value of every setting except the description."""
     return _flat(recipe.model_dump(mode="json", exclude={"description"}))
 
 

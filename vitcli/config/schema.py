@@ -1,4 +1,8 @@
-"""The sections of a recipe: every setting there is, with its type, bounds and default."""
+"""Every setting of a recipe, declared once: type, bounds, default and one sentence of help.
+
+The `--set` keys, the recipe files, the short flags, the settings reference and the provenance of a
+run all derive from these classes. `help_of("optim.lr")` returns the sentence of a setting.
+"""
 
 import hashlib
 import json
@@ -20,76 +24,95 @@ from pydantic import (
 
 Settings = dict[str, Any]
 DURATIONS = ("steps", "epochs", "images", "budget")
+Size = PositiveInt | tuple[PositiveInt, PositiveInt]
+
+
+def setting(default: Any, help: str, **bounds: Any) -> Any:
+    """A field with its default, its help and pydantic's bounds such as `gt=0.0`."""
+    return Field(default=default, description=help, **bounds)
 
 
 def parse_duration(text: str) -> float:
     """`90s`, `10m`, `1h30m` -> seconds.
 
     Raises:
-        ValueError: not of that form, or nothing at all.
+        ValueError: the text has another form, or the duration is zero.
     """
     found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     parts = [int(part or 0) for part in found.groups()] if found else []
     seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
     if not seconds:
-        raise ValueError(f"`{text}` is no time such as `90s`, `10m` or `1h30m`")
+        raise ValueError(f"`{text}` is not a duration; write for example `90s`, `10m` or `1h30m`")
     return float(seconds)
 
 
 class Section(BaseModel):
-    """One table of a recipe: unknown keys and wrong types are errors, nothing changes later."""
+    """One table of a recipe. Unknown keys and wrong types are errors; a section is immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class ModelSection(Section):
-    """Which model; a key left out keeps what `name` says.
+    """The model. A key that is not given keeps the value of the variant `name`.
 
-    `layers` and `width` are those of a ResNet (`name = "R50x1"`), which besides has image size and
-    channels only.
+    A ResNet (`name = "R50x1"`) has the settings `image_size`, `num_channels`, `layers` and `width`.
     """
 
-    name: str | None = None
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
-    patch_size: PositiveInt | None = None
-    num_channels: Literal[1, 3] | None = None
-    embed_dim: PositiveInt | None = None
-    depth: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
-    mlp_dim: PositiveInt | None = None
-    pool: str | None = None
-    class_token: bool | None = None
-    distillation_token: bool | None = None
-    distillation_head: bool | None = None
-    num_registers: NonNegativeInt | None = None
-    position: Literal["learned", "learned2d", "relative", "sincos2d", "none"] | None = None
-    position_at: Literal["stem", "every", "shared"] | None = None
-    position_covers_prefix: bool | None = None
-    pool_blocks: PositiveInt | None = None
+    name: str | None = setting(None, "Variant such as `B/16`, or the MODEL to fine-tune.")
+    image_size: Size | None = setting(None, "Image side in px, or [height, width].")
+    patch_size: PositiveInt | None = setting(None, "Patch side in px.")
+    num_channels: Literal[1, 3] | None = setting(None, "Image channels: 1 (grey) or 3 (RGB).")
+    embed_dim: PositiveInt | None = setting(None, "Width of the tokens.")
+    depth: PositiveInt | None = setting(None, "Number of encoder blocks.")
+    num_heads: PositiveInt | None = setting(None, "Attention heads per block.")
+    mlp_dim: PositiveInt | None = setting(None, "Hidden width of the MLP.")
+    pool: str | None = setting(
+        None, "Pooling: token, mean, quadrants, map, token_mean or distilled."
+    )
+    class_token: bool | None = setting(None, "Prepend a class token.")
+    distillation_token: bool | None = setting(None, "Prepend a distillation token (DeiT).")
+    distillation_head: bool | None = setting(None, "Add a head on the distillation token (DeiT).")
+    num_registers: NonNegativeInt | None = setting(None, "Number of register tokens.")
+    position: Literal["learned", "learned2d", "relative", "sincos2d", "none"] | None = setting(
+        None, "Kind of position embedding."
+    )
+    position_at: Literal["stem", "every", "shared"] | None = setting(
+        None, "Where positions are added: before the encoder, per block, or one table in each."
+    )
+    position_covers_prefix: bool | None = setting(
+        None, "Give the prefix tokens position embeddings too."
+    )
+    pool_blocks: PositiveInt | None = setting(None, "Number of last blocks that pooling reads.")
     position_resize: (
         Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"] | None
-    ) = None
-    representation_size: PositiveInt | None = None
-    qkv_bias: bool | None = None
-    qk_norm: bool | None = None
-    layer_scale: float | None = None
-    mlp: Literal["gelu", "swiglu"] | None = None
-    gelu: Literal["exact", "tanh"] | None = None
-    norm_eps: PositiveFloat | None = None
-    norm_before_blocks: bool | None = None
-    norm_after_pool: bool | None = None
-    patch_bias: bool | None = None
-    axial: bool | None = None
-    stem: tuple[PositiveInt, ...] | None = None
-    stem_width: PositiveFloat | None = None
-    stem_arithmetic: Literal["google", "timm"] | None = None
-    layers: tuple[PositiveInt, ...] | None = None
-    width: PositiveFloat | None = None
-    dropout_rate: float | None = Field(default=None, ge=0.0, lt=1.0)
-    drop_path_rate: float | None = Field(default=None, ge=0.0, lt=1.0)
+    ) = setting(None, "Interpolation of position embeddings for another image size.")
+    representation_size: PositiveInt | None = setting(None, "Width of the pre-logits layer.")
+    qkv_bias: bool | None = setting(None, "Add a bias to query, key and value.")
+    qk_norm: bool | None = setting(None, "Normalise queries and keys.")
+    layer_scale: float | None = setting(None, "Initial value of LayerScale.")
+    mlp: Literal["gelu", "swiglu"] | None = setting(None, "Kind of MLP.")
+    gelu: Literal["exact", "tanh"] | None = setting(None, "Form of GELU.")
+    norm_eps: PositiveFloat | None = setting(None, "Epsilon of the layer norms.")
+    norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
+    norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
+    patch_bias: bool | None = setting(None, "Add a bias to the patch embedding.")
+    axial: bool | None = setting(None, "Use axial attention: rows, then columns.")
+    stem: tuple[PositiveInt, ...] | None = setting(
+        None, "Units per stage of the hybrid's ResNet stem."
+    )
+    stem_width: PositiveFloat | None = setting(None, "Width factor of the hybrid's ResNet stem.")
+    stem_arithmetic: Literal["google", "timm"] | None = setting(
+        None, "Whose padding and normalisation the stem reproduces."
+    )
+    layers: tuple[PositiveInt, ...] | None = setting(None, "Units per stage of a ResNet.")
+    width: PositiveFloat | None = setting(None, "Width factor of a ResNet.")
+    dropout_rate: float | None = setting(None, "Dropout rate.", ge=0.0, lt=1.0)
+    drop_path_rate: float | None = setting(
+        None, "Stochastic depth rate of the last block.", ge=0.0, lt=1.0
+    )
 
     def architecture(self) -> Settings:
-        """The keys that were given and belong to the configuration; image sizes as (Y, X)."""
+        """The given keys that belong to the model's configuration; image sizes as (Y, X)."""
         given = self.model_dump(exclude_none=True, exclude={"name", "position_resize"})
         if isinstance(given.get("image_size"), int):
             given["image_size"] = (given["image_size"], given["image_size"])
@@ -97,271 +120,325 @@ class ModelSection(Section):
 
 
 class PreprocessSection(Section):
-    """The evaluation transform; a key left out keeps what travels with the weights."""
+    """The evaluation transform. A key that is not given keeps the value in the weights file."""
 
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
-    resize_mode: Literal["crop", "squash", "pad"] | None = None
-    resize_size: PositiveInt | None = None
-    crop_fraction: float | None = Field(default=None, gt=0.0, le=1.0)
-    crop_rounding: Literal["even", "down"] | None = None
-    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] | None = None
-    antialias: bool | None = None
-    mean: float | tuple[float, ...] | None = None
-    std: PositiveFloat | tuple[PositiveFloat, ...] | None = None
+    image_size: Size | None = setting(None, "Image side in px that the model receives.")
+    resize_mode: Literal["crop", "squash", "pad"] | None = setting(
+        None, "Resize and centre crop, squash to the size, or pad to a square."
+    )
+    resize_size: PositiveInt | None = setting(None, "Shorter side in px before the centre crop.")
+    crop_fraction: float | None = setting(
+        None, "Central fraction of the resized image that is kept.", gt=0.0, le=1.0
+    )
+    crop_rounding: Literal["even", "down"] | None = setting(
+        None, "Rounding of the size before the crop."
+    )
+    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] | None = setting(
+        None, "Interpolation of the resize."
+    )
+    antialias: bool | None = setting(None, "Antialias when the image is shrunk.")
+    mean: float | tuple[float, ...] | None = setting(
+        None, "Mean per channel that is subtracted, pixels in 0 to 1."
+    )
+    std: PositiveFloat | tuple[PositiveFloat, ...] | None = setting(
+        None, "Standard deviation per channel, pixels in 0 to 1."
+    )
 
 
 class DataSection(Section):
-    """Which images, and how a split is made where the data has none.
+    """The dataset, and how to split it where it has no splits. Each cut is stratified by class."""
 
-    `multi_label`: an image has any number of labels (cells `a;b`, lists); None goes by the data.
-    `train_split` and `test_split` are splits of the data or slices of one, such as `train[:98%]`.
-    `folds` hold the `fold`th of so many parts of the training images out; `validation_fraction`
-    a share of them. Whatever is cut keeps each class in its share and follows `split_seed`.
-    `streaming` reads training images shard by shard and keeps none; `shuffle_buffer` of them are
-    mixed at a time, and `classes` is a file of class names where the data does not say them.
-    """
-
-    name: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    multi_label: bool | None = None
-    train_split: str | None = None
-    test_split: str | None = None
-    test_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
-    validation_fraction: float | None = Field(default=None, gt=0.0, lt=1.0)
-    folds: int | None = Field(default=None, ge=2)
-    fold: NonNegativeInt = 0
-    split_seed: NonNegativeInt = 0
-    workers: NonNegativeInt | None = None
-    strict: bool = False
-    streaming: bool = False
-    shuffle_buffer: PositiveInt = 2048
-    classes: str | None = None
+    name: str | None = setting(None, "DATA: a folder, a table, parquet, shards, `hf:NAME` …")
+    image_column: str | None = setting(None, "Column that holds the images or their paths.")
+    label_column: str | None = setting(None, "Column that holds the labels.")
+    multi_label: bool | None = setting(
+        None, "Treat each image as having any number of labels. Default: detect it."
+    )
+    train_split: str | None = setting(None, "Training split or slice, e.g. `train[:98%]`.")
+    test_split: str | None = setting(None, "Test split or slice.")
+    test_fraction: float = setting(
+        0.2, "Test fraction where the data has no test split.", gt=0.0, lt=1.0
+    )
+    validation_fraction: float | None = setting(
+        None, "Fraction of the training images held out for validation.", gt=0.0, lt=1.0
+    )
+    folds: int | None = setting(None, "Number of cross-validation folds.", ge=2)
+    fold: NonNegativeInt = setting(0, "Index of the fold that is held out, from 0.")
+    split_seed: NonNegativeInt = setting(0, "Random seed of the splits.")
+    workers: NonNegativeInt | None = setting(
+        None, "Threads that decode images. Default: by the number of CPU cores."
+    )
+    strict: bool = setting(
+        False, "Stop at an unreadable image. Default: use another image of the class."
+    )
+    streaming: bool = setting(
+        False, "Read training images shard by shard without storing them; resume is approximate."
+    )
+    shuffle_buffer: PositiveInt = setting(2048, "Images in the shuffle buffer of a stream.")
+    classes: str | None = setting(None, "File with the class names of a stream, one per line.")
 
     @model_validator(mode="after")
-    def _fold_exists(self) -> Self:
+    def _check_splits(self) -> Self:
         if self.classes is not None and not self.streaming:
-            raise ValueError("`classes` names those of a stream: `streaming` is not set")
+            raise ValueError("`classes` names the classes of a stream; set `streaming` too")
         if self.fold and self.folds is None:
-            raise ValueError("`fold` is one of `folds`: say how many there are")
+            raise ValueError("`fold` needs `folds`, the number of folds")
         if self.folds is not None and self.fold >= self.folds:
-            raise ValueError(f"`fold` is 0 to {self.folds - 1} where there are {self.folds} folds")
+            raise ValueError(f"`fold` must be 0 to {self.folds - 1} with {self.folds} folds")
         if self.folds is not None and self.validation_fraction is not None:
             raise ValueError("give `folds` or `validation_fraction`, not both")
         return self
 
 
 class AugmentSection(Section):
-    """What training does to a picture before the model sees it, in this order.
+    """Training augmentation, in this order.
 
-    `crop`, flip, `policy`, colour jitter (brightness, contrast, saturation, hue), grey, erasing;
-    then mixup or cutmix of two pictures of the batch. `preset` names values for all keys that are
-    left out here (`vitcli/data/augment/presets.py`); without one, what is left out does nothing.
-    `magnitude` is RandAugment's, on AugReg's scale where 10 is strong. `mix_rate` is the share of
-    pairs that are mixed, `cutmix_rate` the share of those cut rather than blended when both alphas
-    are given. `repeats` shows each image of a batch so many times (Hoffer et al. 2020).
+    Crop, flip, policy, colour jitter, grey, erasing, then mixup or cutmix of pairs in the batch.
+    A key that is not given takes the value of `preset`; without a preset it does nothing.
     """
 
-    crop: Literal["inception", "pad", "none"] = "inception"
-    min_area: float = Field(default=0.05, gt=0.0, le=1.0)
-    crop_padding: NonNegativeInt = 4
-    flip_rate: float = Field(default=0.5, ge=0.0, le=1.0)
+    crop: Literal["inception", "pad", "none"] = setting("inception", "Kind of random crop.")
+    min_area: float = setting(
+        0.05, "Smallest area of an inception crop, as a fraction of the image.", gt=0.0, le=1.0
+    )
+    crop_padding: NonNegativeInt = setting(4, "Padding of a pad crop in px.")
+    flip_rate: float = setting(0.5, "Probability of a horizontal flip.", ge=0.0, le=1.0)
     preset: (
         Literal["none", "light1", "light2", "medium1", "medium2", "strong1", "strong2", "3-augment"]
         | None
-    ) = None
-    policy: Literal["none", "randaugment", "trivial", "3-augment"] | None = None
-    num_ops: PositiveInt | None = None
-    magnitude: float | None = Field(default=None, ge=0.0, le=30.0)
-    brightness: NonNegativeFloat | None = None
-    contrast: NonNegativeFloat | None = None
-    saturation: NonNegativeFloat | None = None
-    hue: float | None = Field(default=None, ge=0.0, le=0.5)
-    grey_rate: float | None = Field(default=None, ge=0.0, le=1.0)
-    erase_rate: float | None = Field(default=None, ge=0.0, le=1.0)
-    mixup_alpha: NonNegativeFloat | None = None
-    cutmix_alpha: NonNegativeFloat | None = None
-    mix_rate: float | None = Field(default=None, ge=0.0, le=1.0)
-    cutmix_rate: float | None = Field(default=None, ge=0.0, le=1.0)
-    repeats: PositiveInt = 1
+    ) = setting(None, "Named strength of AugReg or DeiT III that sets the keys below.")
+    policy: Literal["none", "randaugment", "trivial", "3-augment"] | None = setting(
+        None, "Augmentation policy."
+    )
+    num_ops: PositiveInt | None = setting(None, "Operations per image of RandAugment.")
+    magnitude: float | None = setting(
+        None, "Magnitude of RandAugment on AugReg's scale; 10 is strong.", ge=0.0, le=30.0
+    )
+    brightness: NonNegativeFloat | None = setting(None, "Brightness range of the colour jitter.")
+    contrast: NonNegativeFloat | None = setting(None, "Contrast range of the colour jitter.")
+    saturation: NonNegativeFloat | None = setting(None, "Saturation range of the colour jitter.")
+    hue: float | None = setting(None, "Hue range of the colour jitter.", ge=0.0, le=0.5)
+    grey_rate: float | None = setting(None, "Probability of a grey image.", ge=0.0, le=1.0)
+    erase_rate: float | None = setting(None, "Probability of random erasing.", ge=0.0, le=1.0)
+    mixup_alpha: NonNegativeFloat | None = setting(None, "Alpha of mixup.")
+    cutmix_alpha: NonNegativeFloat | None = setting(None, "Alpha of cutmix.")
+    mix_rate: float | None = setting(
+        None, "Fraction of the pairs that mixup or cutmix mixes.", ge=0.0, le=1.0
+    )
+    cutmix_rate: float | None = setting(
+        None,
+        "Fraction of the mixed pairs that cutmix gets when both alphas are set.",
+        ge=0.0,
+        le=1.0,
+    )
+    repeats: PositiveInt = setting(
+        1, "Views of each image per batch (repeated augmentation, Hoffer et al., 2020)."
+    )
 
 
 class ObjectiveSection(Section):
-    """What training minimises; see `vitcli/train/objectives/`.
+    """The training objective, and the settings that one or a few objectives have."""
 
-    `auto` is `softmax`, and `sigmoid` for images with several labels. `head_bias` is what the
-    biases of a new head start from under `sigmoid`: -10 for ImageNet-21k, -6.9 for ImageNet-1k.
-
-    `masked_patch` and `mae` corrupt or hide `mask_rate` of the patches, by default 0.5 and 0.75.
-    `target` is what a corrupted patch is to tell: its mean colour, those of 4x4 parts of it, or
-    its pixels. `decoder_depth`, `_dim` and `_heads` shape the decoder of `mae`, whose targets are
-    standardised in each patch under `norm_pixels`.
-
-    `distill` learns from the MODEL `teacher`: its class (`hard`) or its probabilities at
-    `temperature` (`soft`), with `distillation_weight` of the loss, the labels with the rest.
-    """
-
-    name: str = "auto"
-    head_bias: float | None = None
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
-    descriptor_weight: NonNegativeFloat = 1.0
-    target: Literal["mean_color", "small_patch", "pixels"] = "mean_color"
-    mask_rate: float | None = Field(default=None, gt=0.0, lt=1.0)
-    decoder_depth: PositiveInt = 2
-    decoder_dim: PositiveInt = 128
-    decoder_heads: PositiveInt = 4
-    norm_pixels: bool = True
-    teacher: str | None = None
-    distillation: Literal["hard", "soft"] = "hard"
-    distillation_weight: float = Field(default=0.5, gt=0.0, le=1.0)
-    temperature: PositiveFloat = 1.0
+    name: str = setting("auto", "Objective. `auto`: softmax, or sigmoid for multi-label data.")
+    head_bias: float | None = setting(
+        None, "Initial bias of a new sigmoid head: -10 for ImageNet-21k, -6.9 for ImageNet-1k."
+    )
+    label_smoothing: float = setting(0.0, "Label smoothing.", ge=0.0, lt=1.0)
+    descriptor_weight: NonNegativeFloat = setting(1.0, "Weight of the descriptor loss in `guided`.")
+    target: Literal["mean_color", "small_patch", "pixels"] = setting(
+        "mean_color", "Target of `masked_patch`: mean colour, 4x4 mean colours, or pixels."
+    )
+    mask_rate: float | None = setting(
+        None,
+        "Fraction of patches that is masked. Default: 0.5 for masked_patch, 0.75 for mae.",
+        gt=0.0,
+        lt=1.0,
+    )
+    decoder_depth: PositiveInt = setting(2, "Blocks of the `mae` decoder.")
+    decoder_dim: PositiveInt = setting(128, "Width of the `mae` decoder.")
+    decoder_heads: PositiveInt = setting(4, "Attention heads of the `mae` decoder.")
+    norm_pixels: bool = setting(True, "Standardise the `mae` targets in each patch.")
+    teacher: str | None = setting(None, "MODEL that teaches in `distill`.")
+    distillation: Literal["hard", "soft"] = setting(
+        "hard", "Learn the teacher's class (hard) or its probabilities (soft)."
+    )
+    distillation_weight: float = setting(
+        0.5, "Weight of the teacher in the loss of `distill`.", gt=0.0, le=1.0
+    )
+    temperature: PositiveFloat = setting(1.0, "Temperature of soft distillation.")
 
 
 class OptimSection(Section):
-    """The optimizer. `matrix_lr` is Muon's rate for the hidden matrices; `lr` serves the rest.
+    """The optimizer and its learning rates."""
 
-    `lr_batch_size` is the batch that the rates are meant for: with another one they are multiplied
-    by the ratio (`lr_scaling = "linear"`) or its root. `layer_decay` multiplies the rate once more
-    for every layer further from the head: the last block has it once, the embedding depth + 1
-    times. `momentum_dtype = "bf16"` keeps the momentum of `sgd` in half the memory, as the paper's
-    fine-tuning code does. `betas` are those of `adamw`, `lamb` and `lion`; `adafactor` takes
-    `momentum`, and its second moments as big_vision has them.
-    """
-
-    name: Literal["adamw", "sgd", "muon", "lion", "lamb", "adafactor"] = "adamw"
-    lr: PositiveFloat = 1e-3
-    matrix_lr: PositiveFloat = 0.02
-    lr_batch_size: PositiveInt | None = None
-    lr_scaling: Literal["linear", "sqrt"] = "linear"
-    layer_decay: float = Field(default=1.0, gt=0.0, le=1.0)
-    weight_decay: NonNegativeFloat = 0.0
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    momentum_dtype: Literal["fp32", "bf16"] = "fp32"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    grad_clip: PositiveFloat | None = None
+    name: Literal["adamw", "sgd", "muon", "lion", "lamb", "adafactor"] = setting(
+        "adamw", "Optimizer."
+    )
+    lr: PositiveFloat = setting(1e-3, "Peak learning rate.")
+    matrix_lr: PositiveFloat = setting(
+        0.02, "Peak learning rate of Muon, which trains the matrices in the blocks."
+    )
+    lr_batch_size: PositiveInt | None = setting(
+        None, "Batch size that `lr` is meant for; another batch size scales the rate."
+    )
+    lr_scaling: Literal["linear", "sqrt"] = setting(
+        "linear", "How the learning rate scales with the batch size."
+    )
+    layer_decay: float = setting(
+        1.0, "Learning rate factor per layer, counted from the head.", gt=0.0, le=1.0
+    )
+    weight_decay: NonNegativeFloat = setting(
+        0.0, "Weight decay of kernels; biases, norms, tokens and positions have none."
+    )
+    momentum: float = setting(0.9, "Momentum of sgd, muon and adafactor.", ge=0.0, lt=1.0)
+    momentum_dtype: Literal["fp32", "bf16"] = setting("fp32", "Storage type of sgd's momentum.")
+    betas: tuple[float, float] = setting((0.9, 0.999), "Betas of adamw, lamb and lion.")
+    eps: PositiveFloat = setting(1e-8, "Epsilon of adamw and lamb.")
+    grad_clip: PositiveFloat | None = setting(None, "Maximum global norm of the gradients.")
 
     @model_validator(mode="after")
-    def _half_momentum(self) -> Self:
+    def _check_momentum_dtype(self) -> Self:
         if self.momentum_dtype == "bf16" and self.name != "sgd":
-            raise ValueError("`momentum_dtype` is for `sgd`; `adafactor` keeps bf16 by itself")
+            raise ValueError("`momentum_dtype` belongs to `sgd`; `adafactor` always uses bf16")
         return self
 
     def rate_factor(self, batch_size: int) -> float:
-        """What the rates are multiplied by for steps of `batch_size` images."""
+        """The factor on the learning rates for a batch of `batch_size` images."""
         ratio = batch_size / (self.lr_batch_size or batch_size)
         return ratio if self.lr_scaling == "linear" else ratio**0.5
 
 
 class ScheduleSection(Section):
-    """How the rate moves: warm-up from 0, then the named curve down to `final_lr_fraction`.
+    """The learning-rate schedule: warm-up from 0, then the named curve."""
 
-    `decay_fraction` is the last part of `wsd`; `timescale` and `cooldown_steps` belong to `rsqrt`,
-    which ends at 0 where there is a cool-down.
-    """
-
-    name: Literal["linear", "cosine", "wsd", "constant", "rsqrt"] = "cosine"
-    warmup_steps: NonNegativeInt | None = None
-    warmup_fraction: float | None = Field(default=None, ge=0.0, lt=1.0)
-    decay_fraction: float = Field(default=0.2, gt=0.0, le=1.0)
-    final_lr_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    timescale: PositiveInt = 10_000
-    cooldown_steps: NonNegativeInt = 0
+    name: Literal["linear", "cosine", "wsd", "constant", "rsqrt"] = setting(
+        "cosine", "Learning-rate schedule."
+    )
+    warmup_steps: NonNegativeInt | None = setting(None, "Warm-up in steps.")
+    warmup_fraction: float | None = setting(
+        None, "Warm-up as a fraction of the run.", ge=0.0, lt=1.0
+    )
+    decay_fraction: float = setting(
+        0.2, "Last fraction of the run in which `wsd` decays.", gt=0.0, le=1.0
+    )
+    final_lr_fraction: float = setting(
+        0.0, "Learning rate at the end, as a fraction of the peak.", ge=0.0, le=1.0
+    )
+    timescale: PositiveInt = setting(10_000, "Timescale of `rsqrt` in steps.")
+    cooldown_steps: NonNegativeInt = setting(0, "Linear cool-down to 0 at the end of `rsqrt`.")
 
     @model_validator(mode="after")
-    def _one_warmup(self) -> Self:
+    def _check_warmup(self) -> Self:
         if self.warmup_steps is not None and self.warmup_fraction is not None:
             raise ValueError("give `warmup_steps` or `warmup_fraction`, not both")
         return self
 
 
 class LoraSection(Section):
-    """Low-rank adapters in `finetune` (Hu et al., 2021): they and the head learn, nothing else.
+    """Low-rank adapters for `finetune` (Hu et al., 2021); they are merged at the end of the run."""
 
-    `rank` is their width, None for none; their output counts `alpha` / `rank` times, `alpha` being
-    2 * `rank` where it is left out. `targets` are the layers of each block that get one: `qkv`,
-    `proj` and `mlp` (both of its layers). They become part of the weights at the end of the run.
-    """
-
-    rank: PositiveInt | None = None
-    alpha: PositiveFloat | None = None
-    targets: tuple[Literal["qkv", "proj", "mlp"], ...] = ("qkv", "proj")
+    rank: PositiveInt | None = setting(
+        None, "Train low-rank adapters of this rank and the head only (finetune)."
+    )
+    alpha: PositiveFloat | None = setting(
+        None, "Scale of the adapters: alpha / rank. Default: 2 * rank."
+    )
+    targets: tuple[Literal["qkv", "proj", "mlp"], ...] = setting(
+        ("qkv", "proj"), "Layers of each block that get an adapter: qkv, proj, mlp."
+    )
 
     @property
     def scale(self) -> float:
-        """The factor on what an adapter adds."""
+        """The factor on the output of an adapter."""
         return 2.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _check_adapters(self) -> Self:
         if self.rank is None and self.alpha is not None:
-            raise ValueError("`alpha` scales adapters of a `rank`, which is not given")
+            raise ValueError("`alpha` needs `rank`, the rank of the adapters")
         if not self.targets:
-            raise ValueError("`targets` are some of `qkv`, `proj` and `mlp`")
+            raise ValueError("`targets` must name at least one of `qkv`, `proj` and `mlp`")
         return self
 
 
 class TrainSection(Section):
-    """How long, how many at once, and what is kept.
+    """The length of a run, its batches, and what it stores."""
 
-    `batch_size` is the images per optimizer step over all processes; `micro_batch_size` those of
-    one forward pass on one process. `eval_steps` and `checkpoint_steps` are intervals; None takes
-    a fifth of the run for the first and about a minute for the second. `smaller_sizes` are pairs
-    (side in pixels, share of the run until which images are shrunk to it). `patch_drop_rate` of
-    each image's patches are left out in training, until `patch_drop_until` of the run is over.
-    `freeze` keeps weights as they are in `finetune`: `backbone` all but the head, `blocks:6` the
-    embeddings and the first six blocks, of which nothing is then kept for a backward pass.
-    `activation_checkpointing` keeps the input of each block only and computes the rest again in the
-    backward pass: less memory, more time, the same gradients. `compile` has torch compile the
-    forward and backward pass, `tf32` lets a GPU round the factors of fp32 products to 10 bits.
-    `fully_shard` shares weights, gradients and optimizer states out among the processes (FSDP2).
-    `on_nan`: when the loss is not finite, `stop`, or `rewind` to the last checkpoint and go on with
-    half the rate, three times at most.
-    """
-
-    steps: PositiveInt | None = None
-    epochs: PositiveFloat | None = None
-    images: PositiveInt | None = None
-    budget: str | None = None
-    batch_size: PositiveInt = 128
-    micro_batch_size: PositiveInt | None = None
-    seed: NonNegativeInt = 0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    freeze: str = Field(default="none", pattern=r"^(none|backbone|blocks:[1-9][0-9]*)$")
-    activation_checkpointing: bool = False
-    patch_drop_rate: float = Field(default=0.0, ge=0.0, lt=1.0)
-    patch_drop_until: float = Field(default=1.0, gt=0.0, le=1.0)
-    smaller_sizes: tuple[tuple[PositiveInt, float], ...] = ()
-    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
-    checkpoint_steps: PositiveInt | None = None
-    keep_checkpoints: PositiveInt = 2
-    eval_steps: PositiveInt | None = None
-    log_steps: PositiveInt = 20
-    compile: bool = False
-    tf32: bool = False
-    fully_shard: bool = False
-    on_nan: Literal["stop", "rewind"] = "stop"
+    steps: PositiveInt | None = setting(None, "Number of optimizer steps.")
+    epochs: PositiveFloat | None = setting(None, "Number of passes over the training images.")
+    images: PositiveInt | None = setting(None, "Number of training images seen.")
+    budget: str | None = setting(
+        None, "Time limit of the whole command, e.g. `90s`, `10m`, `1h30m`."
+    )
+    batch_size: PositiveInt = setting(128, "Images per optimizer step, summed over all processes.")
+    micro_batch_size: PositiveInt | None = setting(
+        None, "Images per forward pass and process. Default: all that fit."
+    )
+    seed: NonNegativeInt = setting(
+        0, "Random seed for weight initialisation, shuffling and augmentation."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "Precision: auto, fp32, bf16 or fp16."
+    )
+    freeze: str = setting(
+        "none",
+        "Freeze `backbone` (all but the head) or `blocks:N` (embeddings and N blocks) in finetune.",
+        pattern=r"^(none|backbone|blocks:[1-9][0-9]*)$",
+    )
+    activation_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, more time."
+    )
+    patch_drop_rate: float = setting(
+        0.0, "Fraction of patches that is dropped per training image.", ge=0.0, lt=1.0
+    )
+    patch_drop_until: float = setting(
+        1.0, "Fraction of the run during which patches are dropped.", gt=0.0, le=1.0
+    )
+    smaller_sizes: tuple[tuple[PositiveInt, float], ...] = setting(
+        (), "Progressive resizing: pairs of image side in px and the fraction of the run it ends."
+    )
+    ema_decay: float | None = setting(
+        None, "Decay of the exponential moving average of the weights.", gt=0.0, lt=1.0
+    )
+    checkpoint_steps: PositiveInt | None = setting(
+        None, "Steps between checkpoints. Default: about one minute."
+    )
+    keep_checkpoints: PositiveInt = setting(2, "Number of checkpoints that are kept.")
+    eval_steps: PositiveInt | None = setting(
+        None, "Steps between evaluations. Default: a fifth of the run."
+    )
+    log_steps: PositiveInt = setting(20, "Steps between records in metrics.jsonl.")
+    compile: bool = setting(False, "Compile the forward and backward pass with torch.compile.")
+    tf32: bool = setting(False, "Let a GPU use TF32 for fp32 matrix products.")
+    fully_shard: bool = setting(
+        False, "Shard weights, gradients and optimizer states over the processes (FSDP2)."
+    )
+    on_nan: Literal["stop", "rewind"] = setting(
+        "stop",
+        "If the loss becomes NaN or infinite: `stop`, or `rewind` to the last checkpoint and halve "
+        "the learning rate (at most three times).",
+    )
 
     @model_validator(mode="after")
-    def _one_duration(self) -> Self:
+    def _check_duration(self) -> Self:
         given = [name for name in DURATIONS if getattr(self, name) is not None]
         if len(given) != 1:
             named = " and ".join(f"`{name}`" for name in given) or "none"
             options = ", ".join(f"`{name}`" for name in DURATIONS)
-            raise ValueError(f"give exactly one of {options}; here: {named}")
+            raise ValueError(f"give exactly one of {options}; given: {named}")
         if self.budget is not None:
             parse_duration(self.budget)
         return self
 
     def side_at(self, step: float, total_steps: int) -> int | None:
-        """The side that images are shrunk to at `step`, or None for their own size."""
+        """The image side in px at `step` under `smaller_sizes`; None for the full size."""
         for side, until in self.smaller_sizes:
             if step < until * total_steps:
                 return side
         return None
 
     def patch_drop_at(self, step: float, total_steps: int) -> float:
-        """The share of the patches that are left out at `step`."""
+        """The fraction of patches that is dropped at `step`."""
         return self.patch_drop_rate if step < self.patch_drop_until * total_steps else 0.0
 
     def total_steps(self, num_images: int) -> int | None:
@@ -375,27 +452,33 @@ class TrainSection(Section):
 
 
 class FewshotSection(Section):
-    """A classifier on frozen features; left as it is, the few-shot protocol of big_vision.
+    """A classifier on frozen features. The defaults are big_vision's few-shot protocol."""
 
-    `shots` are images a class, or `all`; `seeds` so many draws of them. `l2` is the strength of the
-    penalty of `ridge` (1024 if left out) and `logistic` (1): a number; `auto`, chosen on the drawn
-    images; `path`, the same with the accuracies of all strengths. `neighbors` and `temperature` are
-    those of `knn`. `representation` is what of the model is read: `pre-logits` (what its head
-    reads), `cls`, `mean`, `quadrants`, `token_mean`, `layer:N`, `concat:N`.
-    """
-
-    method: Literal["ridge", "knn", "logistic", "mean"] = "ridge"
-    shots: tuple[PositiveInt | Literal["all"], ...] = Field(default=(5,), min_length=1)
-    seeds: PositiveInt = 3
-    l2: PositiveFloat | Literal["auto", "path"] | None = None
-    neighbors: PositiveInt = 20
-    temperature: PositiveFloat = 0.07
-    representation: str = "pre-logits"
+    method: Literal["ridge", "knn", "logistic", "mean"] = setting(
+        "ridge",
+        "Classifier: ridge (the paper's), knn, logistic (linear probe) or mean (nearest mean).",
+    )
+    shots: tuple[PositiveInt | Literal["all"], ...] = setting(
+        (5,), "Training images per class, or `all`; several as `1,5,10`.", min_length=1
+    )
+    seeds: PositiveInt = setting(3, "Number of random draws of the shots.")
+    l2: PositiveFloat | Literal["auto", "path"] | None = setting(
+        None,
+        "L2 regularisation: a number, `auto` (chosen on the training images) or `path` (auto, and "
+        "the accuracy of every value). Default: 1024 for ridge, 1 for logistic.",
+    )
+    neighbors: PositiveInt = setting(20, "Number of neighbours of knn.")
+    temperature: PositiveFloat = setting(0.07, "Temperature of the knn votes.")
+    representation: str = setting(
+        "pre-logits",
+        "Features: pre-logits (the input of the head), cls, mean, quadrants, token_mean, `layer:N` "
+        "or `concat:N` (the last N blocks).",
+    )
 
     @model_validator(mode="after")
-    def _penalised(self) -> Self:
+    def _check_l2(self) -> Self:
         if self.l2 is not None and self.method in ("knn", "mean"):
-            raise ValueError(f"`l2` is for `ridge` and `logistic`; `{self.method}` has no penalty")
+            raise ValueError(f"`l2` belongs to `ridge` and `logistic`, not to `{self.method}`")
         return self
 
 
@@ -409,7 +492,7 @@ class Inference(Section):
 
 
 class Recipe(Section):
-    """A training run, whole: what decides its result and nothing else."""
+    """A complete training run: every setting that decides its result."""
 
     command: Literal["pretrain", "finetune"]
     description: str = ""
@@ -424,18 +507,32 @@ class Recipe(Section):
     train: TrainSection
 
     @model_validator(mode="after")
-    def _something_pretrained(self) -> Self:
+    def _check_command(self) -> Self:
         if self.command == "pretrain" and self.lora.rank is not None:
-            raise ValueError("`lora.rank` adapts pretrained weights: it is for `vitcli finetune`")
+            raise ValueError("`lora.rank` needs pretrained weights; use `vitcli finetune`")
         if self.command == "pretrain" and self.train.freeze != "none":
-            raise ValueError("`train.freeze` keeps pretrained weights: it is for `vitcli finetune`")
+            raise ValueError("`train.freeze` needs pretrained weights; use `vitcli finetune`")
         return self
 
     def to_toml(self) -> str:
-        """The recipe written out in full; reading it back gives an equal one."""
+        """The complete recipe as TOML; reading it back gives an equal recipe."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     def fingerprint(self) -> str:
         """A short hash of every setting."""
         values = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(values.encode()).hexdigest()[:16]
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for kind in (Recipe, Inference)
+    for name, field in kind.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def help_of(key: str) -> str:
+    """The help sentence of a setting such as `optim.lr`."""
+    section, _, name = key.partition(".")
+    return SECTIONS[section].model_fields[name].description or ""

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
-from vitcli.errors import VitcliError
 from vitcli.evals.calibration import Reliability
 from vitcli.evals.evaluate import Evaluation
 from vitcli.evals.mistakes import mistakes_sheet
@@ -118,16 +117,6 @@ def files_of(result: Evaluation, folder: Path) -> dict[str, str]:
     if result.mistakes.worst:
         names["mistakes"] = "mistakes.png"
     return {key: str(folder / name) for key, name in names.items()}
-
-
-def make_folder(folder: Path) -> None:
-    """Raises a VitcliError where `folder` cannot be one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VitcliError(
-            f"cannot make `{folder}`: {error.strerror}", hint="choose another place with `--out`"
-        ) from error
 
 
 def write_files(result: Evaluation, images: ImageSet) -> None:

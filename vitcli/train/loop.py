@@ -214,7 +214,7 @@ class Loop:
             self.deadline.forget()
         state.rewinds, state.lr_scale = rewinds, scale
         if self.accelerator.is_main_process:
-            run.forget_after(state.step)
+            run.drop_records_after(state.step)
             record = {"step": state.step, "event": "rewind", "from": failed, "lr_scale": scale}
             run.log(record)
             amend_checkpoint(found[-1], state)  # a resume from here knows of it

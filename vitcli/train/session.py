@@ -143,7 +143,7 @@ def train(
     with holding(run, main), tracking(accelerator, track, recipe) as record:
         try:
             if main:
-                run.sweep()
+                run.remove_temporary_files()
             loop = make_loop(recipe, objective, source, run, accelerator, logged)
             loop.track = record
             loop.peak_flops = matrix_peak(accelerator.device, precision)
@@ -157,7 +157,7 @@ def train(
             return finish(loop, model, *run_through(loop))
         except NoStepFits:
             if main and old is None:  # nothing is in it that a resume could go on with
-                run.discard()
+                run.remove()
             raise
         except VitcliError as error:
             logged.write(f"error: {error.message}")
@@ -226,7 +226,7 @@ def settle_steps(
     elif run.metrics_file.is_file():
         watch.note("no checkpoint was written before: starting from step 0")
     if loop.accelerator.is_main_process and run.metrics_file.is_file():
-        run.forget_after(loop.state.step)
+        run.drop_records_after(loop.state.step)
 
 
 def run_through(loop: Loop) -> tuple[float, float, dict[str, float]]:
@@ -275,7 +275,7 @@ def finish(
     if loop.accelerator.is_main_process:
         if predicted:
             save_outcomes(run, predicted)
-        run.amend_provenance({"steps": loop.total_steps})
+        run.update_provenance({"steps": loop.total_steps})
         model.eval()
         model.head_trained = model.config.num_classes > 0
         with averaged(loop.state):

@@ -39,7 +39,8 @@ def embedding_filters(model: Model) -> tuple[str, Tensor]:
             return "patch embedding", embed.proj.weight.detach().double().cpu()
         assert isinstance(embed, HybridEmbed)
         # The patch embedding of a hybrid reads feature maps, not pixels.
-        conv, name = embed.backbone.stem.conv, "root convolution of the ResNet"
+        conv: nn.Module = embed.backbone.stem.conv
+        name = "root convolution of the ResNet"
     else:
         conv, name = model.stem.conv, "root convolution"
     weight = conv.weight

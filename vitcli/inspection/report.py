@@ -17,8 +17,8 @@ from jinja2 import Environment
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.errors import VitcliError, printable
-from vitcli.files import replacing, write_text
+from vitcli.errors import printable
+from vitcli.files import make_folder, replacing, write_text
 from vitcli.inspection import drawing
 from vitcli.inspection.attention import AttentionStatistics
 from vitcli.inspection.attention_distance import uniform_distance, uniform_local_share
@@ -134,13 +134,7 @@ class Report:
         Raises:
             VitcliError: `folder` cannot be written.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise VitcliError(
-                f"cannot make folder `{folder}`: {error.strerror}",
-                hint="choose another folder with `--out`",
-            ) from error
+        make_folder(folder)
         for name, content in self.pictures.items():
             with replacing(folder / name) as temporary:
                 temporary.write_bytes(content)

@@ -11,7 +11,7 @@ from vitcli.commands.recipes import run
 from vitcli.config.recipe import check, header, load_recipe, read_toml, recipe_files, recipes_folder
 from vitcli.config.schema import Recipe
 from vitcli.train.objectives.registry import is_supervised
-from vitcli.train.optimizers.registry import build_optimizers
+from vitcli.train.optimizers import build_optimizers
 from vitcli.vit import ResNetConfig, from_config, parse_variant
 from vitcli.vit.macs import training_flops
 

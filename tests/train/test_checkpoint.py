@@ -11,7 +11,7 @@ from vitcli.config.schema import OptimSection
 from vitcli.errors import VitcliError
 from vitcli.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from vitcli.train.ema import Ema
-from vitcli.train.optimizers.registry import OPTIMIZERS, build_optimizers
+from vitcli.train.optimizers import OPTIMIZERS, build_optimizers
 from vitcli.vit import create_model
 
 

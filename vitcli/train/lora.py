@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import LoraSection
 from vitcli.errors import VitcliError
-from vitcli.train.optimizers.registry import layer_of
+from vitcli.train.param_groups import layer_of
 from vitcli.vit import Model, ResNet, VisionTransformer
 from vitcli.vit.macs import BACKWARD
 from vitcli.weights.store import save_tensors

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from typing import Any
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
-from vitcli.progress import Logged, Watcher
+from vitcli.progress import Watcher
 from vitcli.run import Run
+from vitcli.train.agreement import mean_over_processes, min_over_processes
 from vitcli.train.budget import Timeline
-from vitcli.train.build import MakeModel, build_parts, make_loop, start_accelerator
+from vitcli.train.build import MakeModel, build_loop, open_source, start_accelerator
 from vitcli.train.loop import Loop
-from vitcli.train.optimizers.registry import set_rates
+from vitcli.train.param_groups import set_lr
 
 SECONDS = 40.0  # of steps; with the start it is less than a minute
 FEWEST, MOST = 40, 200  # steps
@@ -71,12 +71,11 @@ def find_rate(recipe: Recipe, make_model: MakeModel, *, out: Path, watch: Watche
     """
     began = time.monotonic()
     accelerator, _ = start_accelerator(recipe)
-    parts = build_parts(recipe, make_model, accelerator.num_processes, watch)
-    logged = Logged(watch, Path(os.devnull))
-    loop = make_loop(recipe, parts.objective, parts.source, Run(out), accelerator, logged)
+    source = open_source(recipe, watch)
+    loop = build_loop(recipe, source, make_model, Run(out), accelerator, watch)
     loop.state.timeline = Timeline.of(FOREVER)
     factors, losses, smoothed = _climb(loop, watch)
-    chosen, lowest = choose(factors, smoothed)
+    chosen, lowest = suggest_lr(factors, smoothed)
     scale = recipe.optim.rate_factor(recipe.train.batch_size)
     found = FoundRate(
         lr=chosen * recipe.optim.lr,
@@ -100,7 +99,7 @@ def _climb(loop: Loop, watch: Watcher) -> tuple[list[float], list[float], list[f
     loop.module.train()
     batch_size, state = loop.recipe.train.batch_size, loop.state
     scale = loop.recipe.optim.rate_factor(batch_size)
-    set_rates(state.optimizers, 0.0)
+    set_lr(state.optimizers, 0.0)
     total, timer = MOST, time.perf_counter()
     factors: list[float] = []
     losses: list[float] = []
@@ -110,19 +109,19 @@ def _climb(loop: Loop, watch: Watcher) -> tuple[list[float], list[float], list[f
             if number == WARM_STEPS:
                 timer = time.perf_counter()
             if number < WARM_STEPS + TIMED_STEPS:
-                loop.update(batch)
+                loop.step(batch)
                 continue
             if number == WARM_STEPS + TIMED_STEPS:
                 fit = SECONDS * TIMED_STEPS / (time.perf_counter() - timer)
-                total = loop.least(min(MOST, max(FEWEST, int(fit))))
+                total = min_over_processes(loop.accelerator, min(MOST, max(FEWEST, int(fit))))
                 bar.extend(total)
                 for optimizer in state.optimizers:
                     optimizer.state.clear()
             factor = LOWEST * (HIGHEST / LOWEST) ** (len(factors) / (total - 1))
-            set_rates(state.optimizers, factor * scale)
-            seen = {name: float(value) for name, value in loop.update(batch).items()}
+            set_lr(state.optimizers, factor * scale)
+            seen = {name: float(value) for name, value in loop.step(batch).items()}
             state.step += 1
-            loss = loop.mean(seen)["loss"]
+            loss = mean_over_processes(loop.accelerator, seen)["loss"]
             factors.append(factor)
             losses.append(loss)
             bar.advance(1, loss=loss)
@@ -151,7 +150,7 @@ def is_over(losses: Sequence[float], total: int) -> bool:
     return lost > WORSE * gained + NOISE * abs(means[0])
 
 
-def choose(factors: Sequence[float], smoothed: Sequence[float]) -> tuple[float, float]:
+def suggest_lr(factors: Sequence[float], smoothed: Sequence[float]) -> tuple[float, float]:
     """(where the smoothed loss falls fastest with the logarithm of the rate, where it is lowest).
 
     Raises:

@@ -14,7 +14,7 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
-from vitcli.train.objectives.registry import is_supervised
+from vitcli.train.objectives import find_objective
 from vitcli.vit import (
     Model,
     ResNet,
@@ -119,7 +119,7 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Mode
         VitcliError: no such variant, or settings that contradict each other.
     """
     section = recipe.model
-    supervised = is_supervised(recipe.objective.name)
+    supervised = find_objective(recipe.objective.name).supervised
     classes = len(source.classes) if supervised else 0
     settings = {"num_classes": classes, **section.architecture()}
     try:

@@ -16,13 +16,13 @@ from vitcli.evals.multilabel import measure_labels
 from vitcli.progress import Watcher
 from vitcli.vit import Model
 
-EVAL_BATCH = 256
+EVAL_BATCH_SIZE = 256
 
 Outcome = tuple[int, int, int]  # which image, its class, the class that was predicted
 
 
 @torch.inference_mode()
-def measure(
+def run_validation(
     model: Model,
     images: ImageSet,
     accelerator: Any,
@@ -45,9 +45,9 @@ def measure(
     """
     outputs = _outputs(model, images, accelerator, watch, broken)
     if limit is not None:
-        outputs = islice(outputs, max(1, limit // (EVAL_BATCH * accelerator.num_processes)))
+        outputs = islice(outputs, max(1, limit // (EVAL_BATCH_SIZE * accelerator.num_processes)))
     if images.targets is not None:
-        return _measure_several(model, outputs, accelerator)
+        return _multi_label_metrics(model, outputs, accelerator)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     if outcomes is not None:
         outcomes.clear()
@@ -61,7 +61,7 @@ def measure(
         sums += torch.stack([loss.double(), correct.double(), sums.new_tensor(len(logits))])
     loss_sum, correct_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
     if not count:
-        raise _nothing()
+        raise _no_readable_image()
     return {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}
 
 
@@ -73,7 +73,7 @@ def _loss(model: Model, logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
 
 
-def _measure_several(
+def _multi_label_metrics(
     model: Model, outputs: Iterator[tuple[Tensor, Batch]], accelerator: Any
 ) -> dict[str, float]:
     """Ranking needs all scores at once: n x K float32 are held, and those of all processes."""
@@ -91,7 +91,7 @@ def _measure_several(
 
         parts = gather_object(parts)
     if not any(scores for scores, _, _ in parts):
-        raise _nothing()
+        raise _no_readable_image()
     found = measure_labels(
         np.concatenate([x for scores, _, _ in parts for x in scores]),
         np.concatenate([x for _, targets, _ in parts for x in targets]),
@@ -113,7 +113,7 @@ def _outputs(
     batches = eval_batches(
         images,
         preprocess,
-        batch_size=EVAL_BATCH,
+        batch_size=EVAL_BATCH_SIZE,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
@@ -131,7 +131,7 @@ def _outputs(
             bar.advance(len(logits))
 
 
-def _nothing() -> VitcliError:
+def _no_readable_image() -> VitcliError:
     return VitcliError(
         "no image of the test split could be read", "`vitcli patchify IMAGE` says why of each"
     )

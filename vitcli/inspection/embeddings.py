@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitcli.inspection.attention_distance import grid_distances, grid_places
 from vitcli.vit import Model, VisionTransformer

@@ -36,7 +36,7 @@ from vitcli.evals.fewshot import protocol as fewshot
 from vitcli.evals.fewshot import ridge
 from vitcli.evals.fewshot.ridge import PATH, RidgePath
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 
 CLASSES, SHOTS, DIM = 1000, 10, 768
 SIDE = 240

@@ -29,7 +29,7 @@ from PIL import Image
 from vitcli.commands import predict
 from vitcli.evals.features import autocast
 from vitcli.preprocess import Preprocess
-from vitcli.vit import VisionTransformer, create_model
+from vitcli.weights.loaded import LoadedModel, create_model
 
 FLOWERS = Path(__file__).parents[1].parent / "shared/data/flower_photos/train.parquet"
 CLASSES = 1000
@@ -51,17 +51,17 @@ def make_folder(folder: Path, count: int) -> list[str]:
     return files
 
 
-def make_model(name: str) -> VisionTransformer:
+def make_model(name: str) -> LoadedModel:
     """A classifier of random weights."""
     net = create_model(name, num_classes=CLASSES, image_size=224)
-    torch.nn.init.normal_(net.head.weight, std=0.02)
+    torch.nn.init.normal_(net.network.head.weight, std=0.02)
     net.preprocess = Preprocess((224, 224), crop_fraction=0.875)
     net.labels = tuple(f"class {i}" for i in range(CLASSES))
     net.head_trained = True
     return net.eval()
 
 
-def predicting(net: VisionTransformer, files: list[str], batch_size: int, precision: str) -> float:
+def predicting(net: LoadedModel, files: list[str], batch_size: int, precision: str) -> float:
     """Seconds for the rows of all files."""
     start = time.perf_counter()
     rows = list(predict.run(files, model=net, batch_size=batch_size, precision=precision))
@@ -70,7 +70,7 @@ def predicting(net: VisionTransformer, files: list[str], batch_size: int, precis
     return seconds
 
 
-def alone(net: VisionTransformer, batch: torch.Tensor, count: int, precision: str) -> float:
+def alone(net: LoadedModel, batch: torch.Tensor, count: int, precision: str) -> float:
     """Seconds of the model for `count` images that lie ready."""
     start = time.perf_counter()
     with torch.inference_mode(), autocast(precision, batch.device):

@@ -14,20 +14,22 @@ if TYPE_CHECKING:
     from vitcli.evals.fewshot.protocol import fewshot
     from vitcli.vit.config import ViTConfig
     from vitcli.vit.model import VisionTransformer
-    from vitcli.vit.variants import create_model
     from vitcli.weights.load import load_model
+    from vitcli.weights.loaded import LoadedModel, create_model
 
 _HOMES = {
+    "LoadedModel": "vitcli.weights.loaded",
     "VisionTransformer": "vitcli.vit.model",
     "ViTConfig": "vitcli.vit.config",
     "VitcliError": "vitcli.errors",
-    "create_model": "vitcli.vit.variants",
+    "create_model": "vitcli.weights.loaded",
     "fewshot": "vitcli.evals.fewshot.protocol",
     "load_model": "vitcli.weights.load",
     "predict": "vitcli.commands.predict",
 }
 
 __all__ = [
+    "LoadedModel",
     "ViTConfig",
     "VisionTransformer",
     "VitcliError",

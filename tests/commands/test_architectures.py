@@ -13,11 +13,12 @@ from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.run import Run
 from vitcli.train import loop
-from vitcli.train.loop import Stopped
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 from vitcli.train.starting import regularised
-from vitcli.vit import ResNet, VisionTransformer, create_model
+from vitcli.vit import ResNet, VisionTransformer
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import read_header
 
 SMALL = {"embed_dim": 32, "num_heads": 2, "mlp_dim": 64, "depth": 1, "image_size": 8}
@@ -52,7 +53,7 @@ def test_from_training_to_predictions(kind, here):
     model = load_model("run")
     assert isinstance(model, ResNet if kind == "resnet" else VisionTransformer)
     assert model.head_trained and model.labels == tuple("0123456789")
-    assert all(p.any() for p in model.head.parameters())  # it began at zero
+    assert all(p.any() for p in model.network.head.parameters())  # it began at zero
 
     Image.new("L", (9, 12), 100).save("x.png")
     (row,) = predict("x.png", model="run")
@@ -64,7 +65,7 @@ def test_from_training_to_predictions(kind, here):
     few = {"fewshot": {"shots": [1]}}
     shots = fewshot.run("builtin:digits", model="run", settings=few, out=here / "few")
     assert shots.dim == model.config.feature_dim
-    assert type(load_model("few")) is type(model)
+    assert type(load_model("few").network) is type(model.network)
 
     settings = {"train": {"steps": 1, "batch_size": 8}, "model": {"image_size": 16}}
     finetune.run("builtin:digits", model="run", settings=settings, out=here / "tuned")

@@ -11,7 +11,7 @@ from vitcli.cli import main as exits
 from vitcli.commands import compare
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
-from vitcli.evals.comparison import Paired
+from vitcli.evals.comparison import PairedAccuracy
 from vitcli.progress import Quiet
 from vitcli.train.session import train
 from vitcli.weights.load import load_model
@@ -41,7 +41,7 @@ def test_settings_results_and_a_paired_test(runs):
     assert found.settings == {"optim.lr": [1e-3, 2e-3], "train.steps": [8, 40]}
     a, b = found.results["accuracy"]
     (pair,) = found.paired
-    assert isinstance(pair, Paired)
+    assert isinstance(pair, PairedAccuracy)
     assert pair.difference == pytest.approx(b - a) and pair.images == 359
     assert found.results["images"] == [8 * 32, 40 * 32]  # in training; those of the test:
     assert found.results["test_images"] == [359, 359]
@@ -58,7 +58,7 @@ def test_the_outcomes_are_those_of_the_weights(runs):
     kept = load_file(runs["one"] / "outcomes.safetensors")
     images = load_data("builtin:digits").splits["test"]
     net = load_model(runs["one"])
-    found = extract(net, images, what="logits")
+    found = extract(net, images, output="logits")
     np.testing.assert_array_equal(kept["index"], found.indices)
     np.testing.assert_array_equal(kept["label"], found.labels)
     np.testing.assert_array_equal(kept["predicted"], found.outputs.argmax(axis=1))

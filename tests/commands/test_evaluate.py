@@ -16,7 +16,7 @@ from vitcli.commands import evaluate
 from vitcli.errors import VitcliError
 from vitcli.evals.plots import write_confusion
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 
@@ -37,7 +37,7 @@ def test_classes_are_matched_by_name(photos, here):
     model = colour_model("m.safetensors", ("green", "white", "blue", "red"))
     result = evaluate.run(photos, model=model, out=Path("report"))
     assert result.split == "test" and result.metrics.images == 6
-    assert result.metrics.top1 == result.top1_restricted == pytest.approx(5 / 6)
+    assert result.metrics.top1 == result.metrics.top1_restricted == pytest.approx(5 / 6)
     assert result.per_class["red"]["recall"] == pytest.approx(2 / 3)
     assert result.per_class["green"]["precision"] == pytest.approx(2 / 3)
     facts = result.to_json()
@@ -57,13 +57,16 @@ def test_more_classes_than_the_data_has(photos, here):
 
     net = load_model(path)
     with torch.no_grad():
-        net.head.weight[0], net.head.bias[0] = net.head.weight[3], net.head.bias[3] + 0.1
+        net.network.head.weight[0], net.network.head.bias[0] = (
+            net.network.head.weight[3],
+            net.network.head.bias[3] + 0.1,
+        )
     save_model(path, net)
     result = evaluate.run(photos, model=path)
     assert result.metrics.top1 == pytest.approx(3 / 6)
-    assert result.top1_restricted == pytest.approx(5 / 6)
-    assert result.confusion.tolist() == [[1, 0, 0, 0], [0, 2, 0, 0], [0, 1, 0, 2]]
-    assert result.confusion_file == "runs/m-evaluate/confusion.csv"
+    assert result.metrics.top1_restricted == pytest.approx(5 / 6)
+    assert result.details.confusion.tolist() == [[1, 0, 0, 0], [0, 2, 0, 0], [0, 1, 0, 2]]
+    assert result.files["confusion"] == "runs/m-evaluate/confusion.csv"
 
 
 def test_without_names(photos, here):
@@ -127,14 +130,14 @@ def test_two_processes_count_every_image_once(photos, here):
         "import sys\n"
         "from vitcli.commands import evaluate\n"
         "r = evaluate.run('photos', model='m.safetensors')\n"
-        "print(r.metrics.images, r.metrics.top1, r.confusion.tolist())\n"
+        "print(r.metrics.images, r.metrics.top1, r.details.confusion.tolist())\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "job.py"]
     path = str(Path(evaluate.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     alone = evaluate.run("photos", model="m.safetensors", out=Path("alone"))
-    line = f"{alone.metrics.images} {alone.metrics.top1} {alone.confusion.tolist()}"
+    line = f"{alone.metrics.images} {alone.metrics.top1} {alone.details.confusion.tolist()}"
     assert done.stdout.splitlines() == [line] * 2, done.stderr
 
 
@@ -156,30 +159,30 @@ def test_a_class_map_with_several_outputs(photos, here):
     result = evaluate.run(photos, model=model, class_map=Path("map.json"))
     assert result.classes == ("green", "red") and result.metrics.images == 5
     assert result.metrics.top1 == pytest.approx(4 / 5)
-    assert result.confusion.tolist() == [[2, 0], [1, 2]]
+    assert result.details.confusion.tolist() == [[2, 0], [1, 2]]
     assert result.metrics.top5 == 1.0
 
 
 def test_the_mistakes(photos, here):
     model = colour_model("m.safetensors", ("red", "green", "blue"))
     result = evaluate.run(photos, model=model, out=Path("report"))
-    (worst,) = result.mistakes.worst
+    (worst,) = result.details.mistakes.worst
     assert (worst.true, worst.predicted) == ("red", "green")
     assert worst.path == "photos/test/red/0.png" and worst.true_probability < 0.2
-    (pair,) = result.mistakes.confused
+    (pair,) = result.details.mistakes.confused
     assert (pair.true, pair.predicted, pair.images, pair.of) == ("red", "green", 1, 3)
     with Image.open("report/mistakes.png") as sheet:
         colours = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height)}
     assert COLOURS["green"] in colours and min(colours) < (64, 64, 64)  # picture and caption
     right = evaluate.run("photos/train", model=model, out=Path("right"))
-    assert right.mistakes.worst == () and right.to_json()["mistakes_picture"] is None
+    assert right.details.mistakes.worst == () and right.to_json()["mistakes_picture"] is None
     assert not Path("right/mistakes.png").exists()
 
 
 def test_real_classes_are_found_among_imagenets(shared, here):
     """Imagenette's ten, whose numbers in ImageNet-1k its author gives."""
     from vitcli.data.source import load_data
-    from vitcli.evals.class_matching import match
+    from vitcli.evals.class_matching import match_outputs
 
     source = load_data(str(shared / "data/imagenette_val500"))
     images = source.splits["test"]
@@ -188,7 +191,7 @@ def test_real_classes_are_found_among_imagenets(shared, here):
 
     net = create_model("Pico/8", image_size=8, num_classes=1000, depth=1)
     net.labels = imagenet_names(1000)
-    known = match(net, source.classes, "x", evaluate.Quiet()).firsts.tolist()
+    known = match_outputs(net, source.classes, "x", evaluate.Quiet()).first_outputs.tolist()
     assert known == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
 
 
@@ -201,7 +204,7 @@ def test_imagenette_to_the_image(shared, here):
         settings=settings,
     )
     m = result.metrics
-    assert [round(share * 500) for share in (m.top1, m.top5, result.top1_restricted)] == [
+    assert [round(share * 500) for share in (m.top1, m.top5, result.metrics.top1_restricted)] == [
         362,
         455,
         489,
@@ -234,8 +237,8 @@ def test_a_real_model_and_real_images(shared, here):
     folder = shared / "data/weights/vit_fashionmnist"
     images = load_data(str(shared / "data/fashion_mnist")).splits["test"].subset(np.arange(300))
     said = {"num_heads": 4, "norm_eps": 1e-5, "preprocess": {"mean": 0.5, "std": 0.5}}
-    one = extract(load_model(folder / "timm.safetensors", **said), images, what="logits")
-    two = extract(load_model(folder / "hf"), images, what="logits")
+    one = extract(load_model(folder / "timm.safetensors", **said), images, output="logits")
+    two = extract(load_model(folder / "hf"), images, output="logits")
     assert np.array_equal(one.outputs, two.outputs)
     assert np.mean(one.outputs.argmax(1) == one.labels) > 0.88
 

@@ -13,9 +13,9 @@ from vitcli.commands import evaluate, export, predict
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.weights import onnx
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.onnx import run_onnx
 from vitcli.weights.store import save_model
 
@@ -33,7 +33,7 @@ def trained(**settings):
     net = create_model("Pico/8", **settings)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for p in net.parameters():
+        for p in net.network.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
     net.head_trained = net.config.num_classes > 0
     net.labels = NAMES if net.head_trained else None
@@ -175,7 +175,7 @@ def test_what_gives_other_logits_is_not_kept(model, here, monkeypatch):
     def careless(net, out):
         with torch.no_grad():
             net = trained()
-            net.head.bias += 0.01
+            net.network.head.bias += 0.01
         export.write_timm(net, out)
         return []
 
@@ -187,7 +187,7 @@ def test_what_gives_other_logits_is_not_kept(model, here, monkeypatch):
 
 def test_weights_that_are_not_finite(model, here):
     with torch.no_grad():
-        model.head.bias[0] = float("nan")
+        model.network.head.bias[0] = float("nan")
     save_model("m.safetensors", model)
     with pytest.raises(VitcliError, match="gives other logits") as error:
         export.run("timm", model="m.safetensors")

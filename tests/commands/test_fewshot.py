@@ -13,8 +13,8 @@ from vitcli.evals.features import extract
 from vitcli.evals.fewshot.protocol import fewshot as accuracy
 from vitcli.preprocess import Preprocess
 from vitcli.run import Run
-from vitcli.vit import create_model
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 SETTINGS = {"fewshot": {"shots": [1, 5], "seeds": 2}}
@@ -58,7 +58,7 @@ def test_the_classifier_is_a_run_that_predict_takes(weights, here):
     model = load_model(result.run)
     assert model.labels == tuple(str(i) for i in range(10)) and model.config.pool == "quadrants"
     test = load_data("builtin:digits").splits["test"]
-    logits = extract(model, test, what="logits").outputs
+    logits = extract(model, test, output="logits").outputs
     assert np.mean(logits.argmax(1) == test.labels) == result.accuracies[5][0]
     test.read(0).save("digit.png")
     (row,) = predict.run(["digit.png"])
@@ -82,7 +82,7 @@ def test_a_classifier_on_any_representation_is_kept(method, name, here):
     result = fewshot.run(model="w.safetensors", settings={"fewshot": section})
     assert result.dim == {"cls": 128, "layer:1": 128, "concat:2": 256}[name]
     model, test = load_model(result.run), load_data("builtin:digits").splits["test"]
-    logits = extract(model, test, what="logits").outputs
+    logits = extract(model, test, output="logits").outputs
     assert np.mean(logits.argmax(1) == test.labels) == result.accuracies[20][0] > 0.3
     test.read(0).save("digit.png")
     (row,) = predict.run(["digit.png"], model=result.run)
@@ -132,7 +132,7 @@ def test_features_are_computed_once(weights, here, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("vitcli.evals.feature_cache.run_over", fail)
+    monkeypatch.setattr("vitcli.evals.feature_cache.extract_batches", fail)
     again = fewshot.run(model=weights, settings=SETTINGS)
     assert (again.accuracies, again.raw_pixels) == (first.accuracies, first.raw_pixels)
     mean = {"fewshot": {"method": "mean", "shots": [1, 5], "seeds": 2}}

@@ -23,7 +23,8 @@ from vitcli.inspection.inductive_bias import random_network
 from vitcli.inspection.report import ReportSection, render_page
 from vitcli.preprocess import Preprocess
 from vitcli.run import create_run
-from vitcli.vit import ResNetConfig, create_model
+from vitcli.vit import ResNetConfig
+from vitcli.weights.loaded import LoadedModel, create_model
 from vitcli.weights.store import save_model
 
 NAMES = ("ant", "bee", "cat", "dog", "<i>elk</i>")
@@ -43,18 +44,17 @@ def pictures(here):
 
 def stored(kind="plain", path="m.safetensors", **settings):
     """A small model of a kind in a file, with names and a head that is trained."""
-    model = small(kind, **settings)
-    model.labels, model.head_trained = NAMES, True
-    channels = model.config.num_channels
-    model.preprocess = Preprocess(model.config.image_size, num_channels=channels)
+    network = small(kind, **settings)
+    channels = network.config.num_channels
+    preprocess = Preprocess(network.config.image_size, num_channels=channels)
+    model = LoadedModel(network, labels=NAMES, preprocess=preprocess, head_trained=True)
     save_model(path, model)
     return model
 
 
 def stored_resnet(path="r.safetensors"):
-    model = random_network(ResNetConfig((64, 64), 3, (1, 1, 1), 0.5))
-    model.preprocess = Preprocess((64, 64))
-    save_model(path, model)
+    network = random_network(ResNetConfig((64, 64), 3, (1, 1, 1), 0.5))
+    save_model(path, LoadedModel(network, preprocess=Preprocess((64, 64))))
 
 
 def test_numbers_pictures_and_one_page(pictures):
@@ -201,7 +201,7 @@ def test_what_cannot_be_read_is_named(pictures, capsys):
 
 def test_weights_that_are_no_numbers(pictures):
     model = stored()
-    model.blocks[0].attn.qkv.weight.data[0, 0] = float("nan")
+    model.network.blocks[0].attn.qkv.weight.data[0, 0] = float("nan")
     save_model("m.safetensors", model)
     with pytest.raises(VitcliError, match="is not a number"):
         run(["p"], model="m.safetensors", out=pictures / "new")

@@ -15,7 +15,7 @@ from vitcli.commands import predict
 from vitcli.data.image_paths import find_images
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 NAMES = ("ant", "bée", "cat", "dog", "eel", "fox", "gnu")
@@ -24,7 +24,7 @@ NAMES = ("ant", "bée", "cat", "dog", "eel", "fox", "gnu")
 @pytest.fixture
 def model(here):
     net = create_model("Pico/8", num_classes=7, image_size=16, depth=1)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     net.preprocess, net.labels, net.head_trained = Preprocess(image_size=(16, 16)), NAMES, True
     save_model("m.safetensors", net)
     return net
@@ -124,9 +124,9 @@ def test_a_model_without_a_trained_head(model, pictures):
 
 def test_numbers_that_are_none(model, pictures):
     with torch.no_grad():
-        model.head.weight[0] = float("nan")
+        model.network.head.weight[0] = float("nan")
     save_model("nan.safetensors", model)
-    with pytest.raises(VitcliError, match=r"`nan\.safetensors` gives numbers that are not finite"):
+    with pytest.raises(VitcliError, match=r"outputs of `nan\.safetensors` are not finite"):
         list(predict.run(["p"], model="nan.safetensors", csv_file=Path("t.csv")))
     assert not Path("t.csv").exists()
 

@@ -16,7 +16,7 @@ from vitcli.cli.app import run as command_line
 from vitcli.commands import predict
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 COUNT, BATCH = 14, 4
@@ -26,7 +26,7 @@ TABLES = ("t.csv", "t.jsonl", "t.parquet")
 @pytest.fixture
 def images(here):
     net = create_model("Pico/8", num_classes=5, image_size=16, depth=1)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     net.preprocess, net.labels, net.head_trained = Preprocess((16, 16)), tuple("abcde"), True
     save_model("m.safetensors", net)
     rng = np.random.default_rng(0)

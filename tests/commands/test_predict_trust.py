@@ -16,8 +16,8 @@ from vitcli.commands import predict
 from vitcli.errors import VitcliError
 from vitcli.evals.predictor import Doubts
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.weights.hashing import model_hash
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import load_weights, save_model
 
 NAMES = ("ant", "bee", "cat")
@@ -26,7 +26,7 @@ NAMES = ("ant", "bee", "cat")
 def make_model(seed=0):
     net = create_model("Pico/8", num_classes=3, image_size=16, depth=1, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    torch.nn.init.normal_(net.head.weight, generator=generator)
+    torch.nn.init.normal_(net.network.head.weight, generator=generator)
     net.preprocess = Preprocess(image_size=(16, 16), crop_fraction=0.8)
     net.labels, net.head_trained = NAMES, True
     return net.eval()
@@ -81,7 +81,7 @@ def test_abstaining(model, pictures):
 
 
 def test_no_number_is_no_answer(model, pictures):
-    model.head.bias.data[:] = torch.nan
+    model.network.head.bias.data[:] = torch.nan
     with pytest.raises(VitcliError, match="not finite"):
         list(predict.run(["p"], model=model, threshold=0.0))
     row = {"label": "ant", "probability": float("nan"), "error": None}
@@ -135,7 +135,7 @@ def test_other_data_and_other_weights_have_their_own(model, pictures):
         predict.run(["p"], model="other.safetensors", ood=True)
     # Another head does not change the features.
     net = make_model()
-    net.head.weight.data.add_(1)
+    net.network.head.weight.data.add_(1)
     save_model("head.safetensors", net)
     assert vitcli.predict("p", "head.safetensors", ood=True)[0]["ood"] is not None
     kept.write_bytes(b"damaged")
@@ -219,11 +219,11 @@ def test_the_command_line(model, pictures, capfd):
 
 def test_hash_of_a_model(model):
     same, head = make_model(), make_model()
-    head.head.weight.data.add_(1)
+    head.network.head.weight.data.add_(1)
     assert model_hash(same) == model_hash(model) != model_hash(head)
     assert model_hash(head, head=False) == model_hash(model, head=False)
     block = make_model()
-    block.blocks[0].mlp.fc1.bias.data[0] = 1
+    block.network.blocks[0].mlp.fc1.bias.data[0] = 1
     assert model_hash(block, head=False) != model_hash(model, head=False)
     block = make_model()
     block.preprocess = Preprocess(image_size=(16, 16))

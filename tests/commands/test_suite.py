@@ -19,7 +19,7 @@ from vitcli.errors import VitcliError
 from vitcli.evals.suite import group_means, load_suite, published, suite_files
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 MODEL = {"image_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 32}

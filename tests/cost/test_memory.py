@@ -10,7 +10,8 @@ from vitcli.cost.memory import StepShape, evaluation_memory, step_memory, trace_
 from vitcli.preprocess import Preprocess
 from vitcli.train.lora import choose_learning
 from vitcli.train.objectives import build_objective
-from vitcli.vit import create_model, from_config, parse_variant
+from vitcli.vit import create_network, from_config, parse_variant
+from vitcli.weights.loaded import LoadedModel
 
 SIZE = (3, 32, 32)
 
@@ -18,9 +19,10 @@ SIZE = (3, 32, 32)
 def objective(recipe, device="meta", **settings):
     settings = {"image_size": (32, 32), "num_classes": 10, "depth": 3, **settings}
     with torch.device(device):
-        model = from_config(parse_variant("Pico/4", **settings))
-        choose_learning(model, recipe.lora, recipe.train.freeze, 0)
-    model.preprocess = Preprocess(image_size=(32, 32), mean=(0.5,), std=(0.5,))
+        network = from_config(parse_variant("Pico/4", **settings))
+        choose_learning(network, recipe.lora, recipe.train.freeze, 0)
+    preprocess = Preprocess(image_size=(32, 32), mean=(0.5,), std=(0.5,))
+    model = LoadedModel(network, preprocess=preprocess)
     return build_objective(model, recipe.objective, 0)
 
 
@@ -114,7 +116,7 @@ def test_adapters_have_gradients_alone():
 
 
 def test_an_evaluation_needs_weights_and_little_else():
-    model = create_model("Pico/4", image_size=32, num_classes=10, depth=3)
+    model = create_network("Pico/4", image_size=32, num_classes=10, depth=3)
     weights = 4 * sum(p.numel() for p in model.parameters())
     few, many = (evaluation_memory(from_config(model.config), SIZE, n) for n in (2, 8))
     assert weights < few < many < weights + 8 * 2**20

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from vitcli import create_model
 from vitcli.config.schema import AugmentSection, ObjectiveSection
 from vitcli.data.augment.mixing import cut_box, draw_mix, partners, soft_targets
 from vitcli.data.augment.presets import Strength
 from vitcli.preprocess import Preprocess
-from vitcli.train.objectives.registry import build_objective
+from vitcli.train.objectives import build_objective
+from vitcli.weights.loaded import create_model
 
 SIZE = (24, 32)
 IMAGES = torch.randn(8, 3, *SIZE, generator=torch.Generator().manual_seed(0))

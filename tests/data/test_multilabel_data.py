@@ -22,13 +22,14 @@ from vitcli.data.decoded_cache import store_set
 from vitcli.data.loader import TrainLoader
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
-from vitcli.evals.multilabel import measure_labels
+from vitcli.evals.scoring import multi_label_metrics, multi_label_per_class
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.train.objectives.registry import build_objective, settled
+from vitcli.train.build import unused_settings
+from vitcli.train.objectives import build_objective, resolve_objective
 from vitcli.train.session import train
-from vitcli.vit import create_model
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import read_header, save_model
 
 CELLS = ["red", "green", "red;green", "", "green ; red", "blue", "red;blue;", "blue;red;green"]
@@ -204,38 +205,37 @@ def test_check_counts_each_label(tmp_path):
 
 
 def test_the_objective_is_chosen_by_the_data():
-    assert settled(ObjectiveSection(), False)[0].name == "softmax"
-    section, notes = settled(ObjectiveSection(), True)
+    assert resolve_objective(ObjectiveSection(), False)[0].name == "softmax"
+    section, notes = resolve_objective(ObjectiveSection(), True)
     assert section.name == "sigmoid" and "objective `sigmoid`" in notes[0]
-    assert settled(ObjectiveSection(name="descriptors"), True)[0].name == "descriptors"
+    assert resolve_objective(ObjectiveSection(name="descriptors"), True)[0].name == "descriptors"
     for name in ("softmax", "guided"):
-        with pytest.raises(VitcliError, match=f"`{name}` takes one class an image"):
-            settled(ObjectiveSection(name=name), True)
+        with pytest.raises(VitcliError, match=f"`{name}` takes one class per image"):
+            resolve_objective(ObjectiveSection(name=name), True)
     with pytest.raises(VitcliError, match="head_bias` is for `sigmoid`"):
-        settled(ObjectiveSection(head_bias=-10.0), False)
-    notes = settled(ObjectiveSection(name="sigmoid", label_smoothing=0.1), False)[1]
-    assert "not smoothed" in notes[0]
+        resolve_objective(ObjectiveSection(head_bias=-10.0), False)
+    recipe = tiny_recipe(objective={"name": "sigmoid", "label_smoothing": 0.1})
+    assert "`objective.label_smoothing`" in unused_settings(recipe, False)[0]
 
 
 def test_settings_of_another_objective_are_told_of_and_do_nothing():
-    given = ObjectiveSection(name="softmax", descriptor_weight=0.0, mask_rate=0.3)
-    section, notes = settled(given, False)
-    assert section == given
-    assert notes == [
-        "objective `softmax` has no use for `objective.descriptor_weight`, `objective.mask_rate`"
+    given = {"name": "softmax", "descriptor_weight": 0.0, "mask_rate": 0.3}
+    assert resolve_objective(ObjectiveSection(**given), False) == (ObjectiveSection(**given), [])
+    assert unused_settings(tiny_recipe(objective=given), False)[:1] == [
+        "objective `softmax` does not use `objective.descriptor_weight`, `objective.mask_rate`"
     ]
     hard = ObjectiveSection(
         name="distill", teacher="teacher.safetensors", distillation="hard", temperature=3.0
     )
-    assert "`objective.temperature`" in settled(hard, False)[1][0]
-    assert settled(hard.model_copy(update={"distillation": "soft"}), False)[1] == []
+    assert "`objective.temperature`" in resolve_objective(hard, False)[1][0]
+    assert resolve_objective(hard.model_copy(update={"distillation": "soft"}), False)[1] == []
 
 
 def test_the_loss_is_the_sum_over_classes():
     """Against the definition, -sum(t log p + (1 - t) log(1 - p)), with several and one label."""
     net = create_model("Pico/8", image_size=8, num_classes=3, depth=1)
     torch.manual_seed(0)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     objective = build_objective(net, ObjectiveSection(name="sigmoid"), 0, True)
     images = torch.randn(4, 3, 8, 8)
     p = net(images).detach().double().sigmoid()
@@ -258,10 +258,10 @@ def test_the_bias_of_a_new_head():
     loss, _ = objective(torch.randn(2, 3, 8, 8), torch.tensor([3, 4]), {})
     expected = 999 * math.log1p(math.exp(-6.9)) + math.log1p(math.exp(6.9))
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
-    torch.nn.init.ones_(net.head.weight)
-    torch.nn.init.zeros_(net.head.bias)
+    torch.nn.init.ones_(net.network.head.weight)
+    torch.nn.init.zeros_(net.network.head.bias)
     build_objective(net, section, 0)
-    assert not net.head.bias.any()  # a head that has learned stays
+    assert not net.network.head.bias.any()  # a head that has learned stays
 
 
 def test_figures_against_scikit_learn():
@@ -269,11 +269,13 @@ def test_figures_against_scikit_learn():
     targets = (rng.random((60, 5)) < 0.3).astype(np.uint8)
     targets[:, 4] = 0
     scores = np.clip(targets * 0.3 + rng.random((60, 5)) * 0.7, 0, 1)
-    found = measure_labels(scores, targets)
+    found = multi_label_metrics(scores, targets)
     each = [average_precision_score(targets[:, k], scores[:, k]) for k in range(4)]
     assert found.map == pytest.approx(np.mean(each))
     assert found.micro_f1 == pytest.approx(f1_score(targets, scores >= 0.5, average="micro"))
-    assert np.isnan(found.per_class[4]) and found.positives[4] == 0
+    classes = multi_label_per_class(scores, targets, found, list("abcde"))
+    assert np.isnan(found.average_precision[4])
+    assert classes["e"]["average_precision"] is None and classes["e"]["images"] == 0
 
 
 def test_weights_say_how_the_head_is_read(tmp_path):
@@ -322,10 +324,11 @@ def test_a_run_learns_several_labels(trained):
     found = evaluate.run(path, model=str(run))
     assert found.split == "test" and found.metrics.images == 16
     assert found.metrics.map == pytest.approx(result.figures["map"], abs=1e-6)
-    assert found.loss == pytest.approx(result.figures["loss"], rel=1e-4)
+    assert found.metrics.loss == pytest.approx(result.figures["loss"], rel=1e-4)
     facts = found.to_json()
     assert json.loads(json.dumps(facts)) == facts
-    assert facts["per_class"]["red"]["images"] == int(found.metrics.positives[2])
+    targets = load_data(path).splits["test"].targets
+    assert facts["per_class"]["red"]["images"] == int(targets[:, 2].sum()) > 0
 
 
 def test_several_labels_are_calibrated(trained, tmp_path):
@@ -344,7 +347,9 @@ def test_several_labels_are_calibrated(trained, tmp_path):
 def test_two_models_of_several_labels(trained, tmp_path):
     path, run, _, _ = trained
     net = load_model(run)
-    net.head.weight.data = net.head.weight.data.roll(1, dims=0)  # every class says another's
+    net.network.head.weight.data = net.network.head.weight.data.roll(
+        1, dims=0
+    )  # every class says another's
     save_model(tmp_path / "other.safetensors", net)
     other = str(tmp_path / "other.safetensors")
     found = evaluate.run(path, model=[other, other, str(run)], out=tmp_path / "out")

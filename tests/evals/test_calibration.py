@@ -6,14 +6,8 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from vitcli.errors import VitcliError
-from vitcli.evals.calibration import (
-    calibration_error,
-    fit_temperature,
-    fit_temperature_labels,
-    reliability,
-)
-from vitcli.evals.fewshot.protocol import fit_temperature as fit_smoothed
-from vitcli.evals.scoring import filled_up
+from vitcli.evals.calibration import fit_score_temperature, fit_temperature
+from vitcli.evals.scoring import expected_calibration_error, pad_targets, reliability_bins
 
 
 def drawn(n=4000, k=7, temperature=2.5, seed=0):
@@ -55,13 +49,13 @@ def test_a_calibrated_model_has_less_error():
     errors = []
     for scale in (1.0, t):
         shares = torch.from_numpy(logits / scale).double().softmax(1).numpy()
-        errors.append(calibration_error(shares.max(1), shares.argmax(1) == labels))
+        errors.append(expected_calibration_error(shares.max(1), shares.argmax(1) == labels))
     assert errors[1] < 0.03 < 0.2 < errors[0]
 
 
 def test_several_right_outputs():
     logits, labels = drawn(800)
-    sets = filled_up([(int(y), (int(y) + 3) % 7) for y in labels])
+    sets = pad_targets([(int(y), (int(y) + 3) % 7) for y in labels])
     found = fit_temperature(logits, sets)
 
     def loss(x):
@@ -77,7 +71,9 @@ def test_images_that_are_all_right_ask_for_no_certainty():
     logits = (np.random.default_rng(0).normal(size=(30, 4)) * 2).astype(np.float32)
     found = fit_temperature(logits, logits.argmax(1))
     assert 0.01 < found < 10
-    assert found == pytest.approx(fit_smoothed(logits.astype(float), logits.argmax(1)), rel=1e-4)
+    assert found == pytest.approx(
+        fit_score_temperature(logits.astype(float), logits.argmax(1)), rel=1e-4
+    )
 
 
 def test_worse_than_a_guess():
@@ -90,7 +86,7 @@ def test_labels_each_for_itself():
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(600, 5)) * 3).astype(np.float32)
     targets = (rng.random((600, 5)) < 1 / (1 + np.exp(-logits / 1.8))).astype(np.uint8)
-    found = fit_temperature_labels(logits, targets)
+    found = fit_temperature(logits, targets, "sigmoid")
     y, z = torch.from_numpy(targets).double(), torch.from_numpy(logits).double()
     best = minimize_scalar(
         lambda x: float(
@@ -100,17 +96,18 @@ def test_labels_each_for_itself():
         options={"xatol": 1e-9},
     )
     assert found == pytest.approx(np.exp(best.x), rel=1e-6)
-    assert 0.001 < fit_temperature_labels(logits, (logits > 0).astype(np.uint8)) < 5
+    all_right = (logits > 0).astype(np.uint8)
+    assert 0.001 < fit_temperature(logits, all_right, "sigmoid") < 5
 
 
 def test_bins_are_those_of_the_error():
     logits, labels = drawn(700)
     shares = torch.from_numpy(logits).double().softmax(1).numpy()
     confidence, correct = shares.max(1), shares.argmax(1) == labels
-    bins = reliability(confidence, correct)
+    bins = reliability_bins(confidence, correct)
     full = bins.images > 0
     gap = np.abs(bins.accuracy - bins.confidence)[full] @ bins.images[full] / 700
-    assert gap == pytest.approx(calibration_error(confidence, correct))
+    assert gap == pytest.approx(expected_calibration_error(confidence, correct))
     assert bins.images.sum() == 700 and len(bins.to_json()) == full.sum()
     inside = (confidence > 14 / 15) & (confidence <= 1)
     assert bins.accuracy[-1] == pytest.approx(correct[inside].mean())

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 
 from vitcli.errors import VitcliError
-from vitcli.evals.class_matching import Matching, imagenet_outputs, match, read_class_map
+from vitcli.evals.class_matching import (
+    ClassMatching,
+    imagenet_outputs,
+    match_outputs,
+    read_class_map,
+)
 from vitcli.progress import Quiet
-from vitcli.vit import create_model
 from vitcli.weights.imagenet import imagenet_names, imagenet_synsets, synset_outputs
+from vitcli.weights.loaded import create_model
 
 
 def model(labels, outputs=None):
@@ -33,9 +38,9 @@ def imagenet():
 
 def test_synsets_are_the_folders_of_imagenet(imagenet):
     notes = Notes()
-    found = match(imagenet, ["n01443537", "n01440764", "n15075141"], "imagenet-a", notes)
+    found = match_outputs(imagenet, ["n01443537", "n01440764", "n15075141"], "imagenet-a", notes)
     assert found.outputs == ((1,), (0,), (999,))
-    assert found.words == ("goldfish", "tench", "toilet tissue")
+    assert found.display_names == ("goldfish", "tench", "toilet tissue")
     assert "synsets" in notes.lines[0]
 
 
@@ -59,17 +64,19 @@ def test_numbers_are_outputs():
     classes = sorted(map(str, range(12)))
     assert classes[2] == "10"
     notes = Notes()
-    found = match(net, classes, "v2", notes)
+    found = match_outputs(net, classes, "v2", notes)
     assert [one[0] for one in found.outputs] == [int(name) for name in classes]
     assert "numbers" in notes.lines[0]
     with pytest.raises(VitcliError, match="lacks 11 of the 11"):
-        match(net, classes[1:], "v2", notes)  # not all are there: these may be other things
+        match_outputs(net, classes[1:], "v2", notes)  # not all: they may be other things
     with pytest.raises(VitcliError, match="lacks"):
-        match(model(list("abcdefghij")), [str(i) for i in range(10)], "builtin:digits", notes)
+        match_outputs(
+            model(list("abcdefghij")), [str(i) for i in range(10)], "builtin:digits", notes
+        )
 
 
 def test_some_numbers_of_imagenet(imagenet):
-    found = match(imagenet, ["10", "999", "2"], "v2", Quiet())
+    found = match_outputs(imagenet, ["10", "999", "2"], "v2", Quiet())
     assert found.outputs == ((10,), (999,), (2,))
 
 
@@ -89,22 +96,22 @@ def test_class_maps_of_every_kind(tmp_path, imagenet):
     mapped = write(tmp_path / "map.json", json.dumps(said))
     notes = Notes()
     classes = ["alarm_clock", "backpack", "banana", "bills_money", "air_freshener"]
-    found = match(imagenet, classes, "objectnet", notes, mapped)
+    found = match_outputs(imagenet, classes, "objectnet", notes, mapped)
     assert found.classes == ("alarm_clock", "backpack", "banana", "bills_money")
     assert found.outputs == ((409, 530), (414,), (954,), (0, 7))
-    assert found.taken.tolist() == [0, 1, 2, 3]
-    assert notes.lines == ["1 of 5 classes are not in the class map: left out"]
+    assert found.data_indices.tolist() == [0, 1, 2, 3]
+    assert notes.lines == ["1 of 5 classes are not in the class map and are left out"]
     rows = write(tmp_path / "map.csv", "alarm_clock,409\nalarm_clock,digital clock\n")
-    assert match(imagenet, classes, "x", notes, rows).outputs == ((409, 530),)
+    assert match_outputs(imagenet, classes, "x", notes, rows).outputs == ((409, 530),)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("m.json", "[1]", "holds no JSON object"),
+        ("m.json", "[1]", "does not hold a JSON object"),
         ("m.json", "{", "cannot read the class map"),
-        ("m.json", '{"a": 1.5}', "`a` is 1.5, which is no class"),
-        ("m.json", '{"a": []}', "`a` has no class"),
+        ("m.json", '{"a": 1.5}', "`a` has the invalid value 1.5"),
+        ("m.json", '{"a": []}', "`a` has no model class"),
         ("m.csv", "a,b,c\n", "line 1 of .* has 3 columns, not 2"),
         ("m.csv", "", "is empty"),
     ],
@@ -119,16 +126,16 @@ def test_maps_that_are_none(tmp_path, name, text, words):
 def test_maps_that_do_not_fit():
     net = model(["cat", "dog"])
     with pytest.raises(VitcliError, match=r"names 2 classes that the model.*`dgo`, `5`") as error:
-        match(net, ["a", "b"], "x", Quiet(), {"a": ("dgo",), "b": (5,)})
-    assert "`dog` may be meant" in error.value.hint
+        match_outputs(net, ["a", "b"], "x", Quiet(), {"a": ("dgo",), "b": (5,)})
+    assert "did you mean `dog`?" in error.value.hint
     with pytest.raises(VitcliError, match="none of the classes of `x`, such as `a`"):
-        match(net, ["a", "b"], "x", Quiet(), {"c": ("dog",)})
+        match_outputs(net, ["a", "b"], "x", Quiet(), {"c": ("dog",)})
 
 
 def test_outputs_back_to_classes():
-    both = Matching(("a", "b"), ((4, 1), (2,)), np.arange(2))
-    assert both.class_of(np.array([1, 4, 2, 0, 7])).tolist() == [0, 0, 1, 2, 2]
-    assert both.known.tolist() == [1, 2, 4] and both.firsts.tolist() == [4, 2]
+    both = ClassMatching(("a", "b"), ((4, 1), (2,)), np.arange(2))
+    assert both.to_data_classes(np.array([1, 4, 2, 0, 7])).tolist() == [0, 0, 1, 2, 2]
+    assert both.all_outputs.tolist() == [1, 2, 4] and both.first_outputs.tolist() == [4, 2]
 
 
 def test_all_of_imagenet_or_none(imagenet):

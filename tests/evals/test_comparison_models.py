@@ -10,7 +10,7 @@ from support.colours import COLOURS, noisy_colours
 
 from vitcli.cli.app import run as vitcli
 from vitcli.commands import evaluate
-from vitcli.evals.comparison import beside, compare_paired
+from vitcli.evals.comparison import compare_models, compare_paired
 from vitcli.weights.load import load_model
 from vitcli.weights.store import save_model
 
@@ -23,7 +23,7 @@ def noisy(here):
 def test_several_models_beside_each_other(noisy, here, capsys):
     net = load_model("m.safetensors")
     with torch.no_grad():
-        net.head.bias[0] += 8
+        net.network.head.bias[0] += 8
     save_model("other.safetensors", net)
     words = ["evaluate", noisy, "--model", "m.safetensors", "-m", "other.safetensors"]
     assert vitcli([*words, "--json", "--out", "both"]) == 0
@@ -32,7 +32,7 @@ def test_several_models_beside_each_other(noisy, here, capsys):
     two = evaluate.run(noisy, model="other.safetensors", out=Path("both/other"))
     assert two.metrics.top1 - one.metrics.top1 == pytest.approx(facts["paired"][0]["difference"])
     assert facts["models"] == [one.to_json(), two.to_json()]
-    pair = compare_paired(one.correct, two.correct)
+    pair = compare_paired(one.details.correct, two.details.correct)
     assert facts["paired"][0]["difference"] == pair.difference
     assert facts["paired"][0]["p_value"] == pair.p_value
     assert facts["paired"][0]["against"] == "m.safetensors"
@@ -47,4 +47,4 @@ def test_models_on_other_images_are_not_paired(noisy, here):
         (here / "few/test" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), colour).save(here / "few/test" / name / "0.png")
     one, two = (evaluate.run(data, model="m.safetensors") for data in (noisy, "few"))
-    assert beside(noisy, [one, two], 0).paired == ("measured on other images",)
+    assert compare_models(noisy, [one, two], 0).paired == ("measured on other images",)

@@ -16,8 +16,8 @@ from vitcli.evals.feature_cache import Features
 from vitcli.evals.features import extract
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.vit import create_model
 from vitcli.weights.feature_layers import represent
+from vitcli.weights.loaded import create_model
 
 
 class Heard(Quiet):
@@ -124,10 +124,10 @@ def test_what_is_computed_anew(photos, net, monkeypatch):
     net.preprocess = Preprocess(image_size=(8, 8), mean=(0.4,))
     assert seen() == 24
     with torch.no_grad():
-        net.blocks[1].mlp.fc1.bias[3] += 1e-3
+        net.network.blocks[1].mlp.fc1.bias[3] += 1e-3
     assert seen() == 24 and seen() == 0
     # A head makes no difference, and another representation does.
-    net.head = torch.nn.Linear(net.config.feature_dim, 5)
+    net.network.head = torch.nn.Linear(net.config.feature_dim, 5)
     assert seen() == 0
     represent(net, "mean")
     assert seen() == 24

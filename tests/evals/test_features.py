@@ -6,13 +6,13 @@ from vitcli.data.image_set import ArrayStore, ImageSet
 from vitcli.errors import VitcliError
 from vitcli.evals.features import autocast, extract
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 
 
 @pytest.fixture
 def model():
     net = create_model("Pico/8", num_classes=3, image_size=16, depth=2)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     net.preprocess = Preprocess(image_size=(16, 16))
     return net
 
@@ -32,8 +32,9 @@ def test_every_image_once_in_order(model, images):
     assert found.indices.tolist() == list(range(7)) and found.broken == ()
     assert found.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     np.testing.assert_allclose(found.pixels, x.flatten(1).numpy(), atol=1e-6)
-    logits = extract(model, images[0], what="logits", batch_size=7).outputs
-    np.testing.assert_allclose(logits, model.head(torch.from_numpy(expected)).detach(), atol=1e-4)
+    logits = extract(model, images[0], output="logits", batch_size=7).outputs
+    head = model.network.head
+    np.testing.assert_allclose(logits, head(torch.from_numpy(expected)).detach(), atol=1e-4)
 
 
 def test_pixels_of_large_images_are_averaged(images):
@@ -90,7 +91,7 @@ def test_a_batch_of_nothing(batch_size, model, images):
 
 
 def test_numbers_that_are_none(model, images):
-    torch.nn.init.constant_(model.head.weight, float("nan"))
+    torch.nn.init.constant_(model.network.head.weight, float("nan"))
     assert np.isfinite(extract(model, images[0]).outputs).all()  # what the head reads
-    with pytest.raises(VitcliError, match="the model gives numbers that are not finite"):
-        extract(model, images[0], what="logits")
+    with pytest.raises(VitcliError, match="the outputs of the model are not finite"):
+        extract(model, images[0], output="logits")

@@ -10,11 +10,11 @@ from vitcli.commands import evaluate
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
-from vitcli.evals.real_labels import read_real, real_answers
+from vitcli.evals.real_labels import read_real_labels, real_targets
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.weights.imagenet import imagenet_names, imagenet_synsets
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 NUMBERS = [3, 7, 8, 12, 20]  # of the images, as in their file names
@@ -25,7 +25,7 @@ def validation(here):
     """Five images of two synsets under ImageNet's names, and a model that says something."""
     net = create_model("Pico/8", image_size=8, num_classes=1000, depth=1)
     rng = np.random.default_rng(0)
-    net.head.weight.data.normal_(0, 1)
+    net.network.head.weight.data.normal_(0, 1)
     net.labels, net.head_trained = imagenet_names(1000), True
     net.preprocess = Preprocess(image_size=(8, 8))
     save_model("m.safetensors", net)
@@ -40,7 +40,7 @@ def validation(here):
 def answers_of(folder):
     """File name -> what the model says."""
     images = load_data(folder, test_fraction=0).splits["train"]
-    found = extract(load_model("m.safetensors"), images, what="logits")
+    found = extract(load_model("m.safetensors"), images, output="logits")
     names = [images.file_name(i) for i in found.indices.tolist()]
     return dict(zip(names, found.outputs, strict=True))
 
@@ -60,13 +60,15 @@ def test_accuracy_as_its_authors_compute_it(validation, here):
         for name, answer in said.items()
         if real[int(name[15:23]) - 1]
     ]
-    assert (result.real.images, result.real.skipped) == (4, 1)
-    assert result.real.top1 == pytest.approx(np.mean(right)) == 0.5
-    assert result.real.top5 >= 0.75
+    assert (result.details.real.images, result.details.real.skipped) == (4, 1)
+    assert result.details.real.top1 == pytest.approx(np.mean(right)) == 0.5
+    assert result.details.real.top5 >= 0.75
     assert result.metrics.images == 5  # the labels of the folders, all of them
     two = sorted({NUMBERS[k]: k % 2 for k in range(5)}.items())
     among = [int(logits[f"ILSVRC2012_val_{n:08d}.png"][:2].argmax()) == label for n, label in two]
-    assert result.top1_restricted == pytest.approx(np.mean(among))  # of both synsets, 0 and 1
+    assert result.metrics.top1_restricted == pytest.approx(
+        np.mean(among)
+    )  # of both synsets, 0 and 1
     facts = result.to_json()
     assert facts["real"]["top1"] == 0.5
     low, high = facts["intervals"]["top1_real"]
@@ -83,7 +85,7 @@ def test_names_in_parquet(validation, here):
     features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
     datasets.Dataset.from_dict(rows, features).to_parquet("test.parquet")
     images = load_data("test.parquet").splits["test"]
-    found = real_answers(images, np.arange(5), [[n] for n in range(25)], np.arange(1000) + 1)
+    found = real_targets(images, np.arange(5), [[n] for n in range(25)], np.arange(1000) + 1)
     numbers = [int(images.file_name(i)[15:23]) for i in range(5)]
     assert sorted(numbers) == NUMBERS and found[:, 0].tolist() == numbers
 
@@ -91,20 +93,20 @@ def test_names_in_parquet(validation, here):
 def test_what_is_no_file_of_labels(tmp_path):
     for text in ("{}", "[]", "[1]", '[["a"]]', "[[1000]]", "[[true]]"):
         (tmp_path / "real.json").write_text(text)
-        with pytest.raises(VitcliError, match="no list of lists of classes"):
-            read_real(tmp_path / "real.json")
+        with pytest.raises(VitcliError, match="not a list of lists of classes"):
+            read_real_labels(tmp_path / "real.json")
     with pytest.raises(VitcliError, match="cannot read") as error:
-        read_real(tmp_path / "nowhere.json")
+        read_real_labels(tmp_path / "nowhere.json")
     assert "reassessed-imagenet" in error.value.hint
 
 
 def test_images_that_it_does_not_know(validation, here):
     images = load_data(validation, test_fraction=0).splits["train"]
     every = np.arange(5)
-    with pytest.raises(VitcliError, match="is image 20, and the labels are those of 8"):
-        real_answers(images, every, [[1]] * 8, np.arange(1000))
-    with pytest.raises(VitcliError, match="none of 5 images has a label by ReaL"):
-        real_answers(images, every, [[]] * 30, np.arange(1000))
+    with pytest.raises(VitcliError, match="is image 20, but the ReaL file has only 8 images"):
+        real_targets(images, every, [[1]] * 8, np.arange(1000))
+    with pytest.raises(VitcliError, match="none of 5 images has a ReaL label"):
+        real_targets(images, every, [[]] * 30, np.arange(1000))
     digits = load_data("builtin:digits").splits["test"]
     with pytest.raises(VitcliError, match="no image has a name such as ILSVRC2012_val"):
-        real_answers(digits, np.arange(3), [[1]] * 30, np.arange(1000))
+        real_targets(digits, np.arange(3), [[1]] * 30, np.arange(1000))

@@ -12,14 +12,13 @@ from support.colours import COLOURS, colour_model, noisy_colours
 from vitcli.commands import evaluate, export, predict
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
-from vitcli.evals.calibration import fit_temperature
-from vitcli.evals.class_matching import match
+from vitcli.evals.calibration import fit_temperature, split_for_calibration
+from vitcli.evals.class_matching import match_outputs
 from vitcli.evals.features import extract
-from vitcli.evals.temperature import hold_out
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.weights.edit import fold_temperature, replace_head
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import read_header, save_model, set_temperature
 
 
@@ -56,13 +55,13 @@ def test_what_is_fitted_is_not_reported(noisy, here):
     """No image is in both, and the temperature is that of the ones held out."""
     net, source = load_model("m.safetensors"), load_data(noisy)
     images = source.splits["test"]
-    matching = match(net, source.classes, noisy, evaluate.Quiet())
-    parts = hold_out(source, images, matching, seed=5)
-    names = [{p.describe(i) for i in range(len(p))} for p in (parts.held, parts.reported)]
+    matching = match_outputs(net, source.classes, noisy, evaluate.Quiet())
+    parts = split_for_calibration(source, images, matching, seed=5)
+    names = [{p.describe(i) for i in range(len(p))} for p in (parts.held_out, parts.reported)]
     assert not names[0] & names[1] and len(names[0] | names[1]) == len(images)
-    assert parts.held.class_counts().tolist() == [20, 20, 20]
-    seen = extract(net, parts.held, what="logits")
-    wanted = fit_temperature(seen.outputs, matching.firsts[seen.labels])
+    assert parts.held_out.class_counts().tolist() == [20, 20, 20]
+    seen = extract(net, parts.held_out, output="logits")
+    wanted = fit_temperature(seen.outputs, matching.first_outputs[seen.labels])
     result = evaluate.run(noisy, model="m.safetensors", calibrate=True, seed=5)
     assert result.temperature == pytest.approx(wanted, rel=1e-9)
 
@@ -117,7 +116,7 @@ def test_a_copy_where_the_file_is_not_ours_or_is_loaded_otherwise(noisy, here):
 def test_exports_are_calibrated(here, to):
     """Layouts without a word for it carry it in the head."""
     net = create_model("Pico/8", image_size=8, num_classes=3, depth=1)
-    net.head.weight.data.normal_(0, 3, generator=torch.Generator().manual_seed(0))
+    net.network.head.weight.data.normal_(0, 3, generator=torch.Generator().manual_seed(0))
     net.labels, net.head_trained, net.temperature = ("a", "b", "c"), True, 2.5
     net.preprocess = Preprocess(image_size=(8, 8))
     save_model("m.safetensors", net)
@@ -135,7 +134,7 @@ def test_two_heads_are_divided_alike():
     two = {"pool": "distilled", "distillation_token": True, "distillation_head": True}
     net = create_model("Pico/8", image_size=8, num_classes=3, depth=1, **two)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for head in (net.head, net.head_dist):
+    for head in (net.network.head, net.network.head_dist):
         head.weight.data.normal_(generator=torch.Generator().manual_seed(1))
     net.temperature = 0.5
     with torch.no_grad():
@@ -149,7 +148,9 @@ def test_a_head_of_the_other_kind(noisy, here):
     net = load_model("m.safetensors")
     net.head_activation = "sigmoid"
     save_model("s.safetensors", net)
-    with pytest.raises(VitcliError, match="trained for any number of labels an image, and these"):
+    with pytest.raises(
+        VitcliError, match="trained on multi-label images, and these images are single-label"
+    ):
         evaluate.run(noisy, model="s.safetensors", calibrate=True)
     assert evaluate.run(noisy, model="s.safetensors").metrics.images == 120
 
@@ -159,7 +160,7 @@ def test_too_few_images(here):
         (here / "few/test" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), colour).save(here / "few/test" / name / "0.png")
     colour_model("m.safetensors", ("red", "green", "blue"))
-    with pytest.raises(VitcliError, match="3 images are too few to hold some out"):
+    with pytest.raises(VitcliError, match="3 images are too few"):
         evaluate.run("few", model="m.safetensors", calibrate=True)
     assert not (here / "runs").exists()
 

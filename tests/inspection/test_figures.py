@@ -31,7 +31,7 @@ from vitcli.inspection.embeddings import (
     similarity_means,
 )
 from vitcli.inspection.inductive_bias import backbone_parameters, random_network
-from vitcli.vit import ResNet, ResNetConfig, create_model
+from vitcli.vit import ResNet, ResNetConfig, create_network
 from vitcli.vit.blocks import AxialBlock, join_lines, split_lines
 from vitcli.weights.huggingface.write_huggingface import write_huggingface
 from vitcli.weights.load import load_model
@@ -91,7 +91,7 @@ def folder(tmp_path_factory):
 
 def test_rollout_and_distance_are_those_of_transformers_attentions(folder):
     path, images, theirs, logits, _ = folder
-    model = load_model(path)
+    model = load_model(path).network
     found = measure_attention(model, images, num_maps=2)
     assert len(theirs) == len(layer_names(model)) == 4
     for i in range(3):
@@ -107,13 +107,12 @@ def test_rollout_and_distance_are_those_of_transformers_attentions(folder):
                 expected = attention[:, 0, 1:].reshape(3, 5, 5)
                 assert np.abs(found.maps[i, number] - expected).max() < 1e-5
     assert found.maps.shape == (2, 4, 3, 5, 5)
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    assert np.abs(found.probabilities - shares / shares.sum(1, keepdims=True)).max() < 1e-5
+    np.testing.assert_allclose(found.logits, logits, atol=1e-4)
 
 
 def test_filters_and_positions_are_those_of_sklearn(folder):
     path, _, _, _, state = folder
-    model = load_model(path)
+    model = load_model(path).network
     name, filters = embedding_filters(model)
     found = principal_components(filters, number=10)
     weights = state["vit.embeddings.patch_embeddings.projection.weight"].double().numpy()
@@ -146,7 +145,7 @@ def test_a_trained_vit_tiny_in_transformers(shared, tmp_path):
     with torch.no_grad():
         attentions = theirs(images, output_attentions=True).attentions
     attentions = [a[0].double().numpy() for a in attentions]
-    found = measure_attention(model, images)
+    found = measure_attention(model.network, images)
     expected = numpy_rollout(attentions)[0, 1:].reshape(14, 14)
     assert np.abs(found.rollout[0] - expected).max() < 1e-5
     for number in (0, 5, 11):
@@ -244,8 +243,8 @@ def test_attention_that_looks_nowhere_else_and_everywhere():
 
 def test_memory_decides_how_many_images_go_at_once():
     with torch.device("meta"):
-        assert max_batch_size(create_model("Ti/16")) == 32
-        assert max_batch_size(create_model("L/16", image_size=384)) == 3
+        assert max_batch_size(create_network("Ti/16")) == 32
+        assert max_batch_size(create_network("L/16", image_size=384)) == 3
 
 
 def test_a_shift_by_whole_cells_and_between_them():
@@ -280,7 +279,7 @@ def shifted_pictures(margin, number=3, side=64):
 
 def test_patches_without_positions_and_attention_move_exactly():
     """No positions, attention that is switched off: shifting by a patch moves the features."""
-    model = create_model("mu/16", image_size=64, position="none")
+    model = create_network("mu/16", image_size=64, position="none")
     with torch.no_grad():
         for block in model.blocks:
             block.attn.proj.weight.zero_()
@@ -293,7 +292,7 @@ def test_patches_without_positions_and_attention_move_exactly():
 
 def test_positions_alone_do_not_move():
     """Features that are nothing but their place are, when shifted, as good as another picture's."""
-    model = create_model("mu/16", image_size=64)
+    model = create_network("mu/16", image_size=64)
     with torch.no_grad():
         model.patch_embed.proj.weight.zero_()
     found = equivariance.measure_equivariance(model, shifted_pictures(16), (16,), (64, 64))
@@ -313,7 +312,7 @@ def test_a_convolution_moves_with_the_picture():
 @pytest.mark.parametrize("name", ["R26x1", "R50x1", "R101x1", "R50x2"])
 def test_parameters_of_a_resnet_in_closed_form(name):
     with torch.device("meta"):
-        model = create_model(name, num_classes=10)
+        model = create_network(name, num_classes=10)
     assert equivariance.resnet_parameters(model.config) == backbone_parameters(model)
     found = equivariance.resnet_of_size(backbone_parameters(model), (224, 224))
     assert found.layers == model.config.layers and found.width == model.config.width
@@ -346,12 +345,13 @@ def test_models_without_a_table_of_places():
 def test_a_head_that_reads_several_blocks():
     from vitcli.weights.edit import replace_head
     from vitcli.weights.feature_layers import represent
+    from vitcli.weights.loaded import LoadedModel
 
-    model = create_model("Pico/4", image_size=16, depth=3)
+    model = LoadedModel(create_network("Pico/4", image_size=16, depth=3))
     represent(model, "concat:2")
     replace_head(model, ["x", "y", "z"])
-    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.network.head.weight)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = model.probabilities(model(images)).numpy()
-    np.testing.assert_allclose(measure_attention(model, images).probabilities, expected, atol=1e-5)
+        expected = model(images).numpy()
+    np.testing.assert_allclose(measure_attention(model.network, images).logits, expected, atol=1e-5)

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -26,12 +26,12 @@ def colour_model(path, labels):
         x = net.features(images)
         x = x - x.mean(0)
         solution = torch.linalg.lstsq(x, torch.eye(3) * 4).solution  # (D, 3)
-        net.head.bias.fill_(-9.0)
+        net.network.head.bias.fill_(-9.0)
         for i, name in enumerate(COLOURS):
             if labels is not None and name in labels:
                 row = labels.index(name)
-                net.head.weight[row] = solution[:, i]
-                net.head.bias[row] = -float(net.features(images).mean(0) @ solution[:, i])
+                net.network.head.weight[row] = solution[:, i]
+                net.network.head.bias[row] = -float(net.features(images).mean(0) @ solution[:, i])
     save_model(path, net)
     return path
 
@@ -50,7 +50,7 @@ def noisy_colours():
             )
     net = load_model(colour_model("m.safetensors", ("red", "green", "blue")))
     with torch.no_grad():
-        net.head.weight *= 6
-        net.head.bias *= 6
+        net.network.head.weight *= 6
+        net.network.head.bias *= 6
     save_model("m.safetensors", net, extra={"note": "kept"})
     return "noisy"

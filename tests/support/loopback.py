@@ -4,7 +4,7 @@ import torch
 
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet, QuietBar
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 NAMES = ("ant", "bee", "cat")
@@ -33,7 +33,7 @@ class Told(Quiet):
 def write_model(path, seed=0, depth=1):
     """A small classifier of ours."""
     net = create_model("Pico/8", num_classes=3, image_size=16, depth=depth, seed=seed)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     net.preprocess, net.labels, net.head_trained = Preprocess(image_size=(16, 16)), NAMES, True
     path.parent.mkdir(parents=True, exist_ok=True)
     save_model(path, net)

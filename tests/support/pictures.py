@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 
 
 def photographs(n, seed=0, size=96):

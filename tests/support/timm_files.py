@@ -4,13 +4,14 @@ import torch
 
 from vitcli.vit import VisionTransformer, ViTConfig
 from vitcli.weights.edit import build
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.overrides import Stated
 from vitcli.weights.timm.bit import read_bit
 from vitcli.weights.timm.read_timm import read_timm
 from vitcli.weights.timm.timm_names import is_bit
 
 
-def tiny(**options) -> VisionTransformer:
+def tiny(**options) -> LoadedModel:
     """A small model with weights that are nowhere 0 or 1, so that each one counts."""
     stem = {"stem_arithmetic": "timm"} if "stem" in options else {}
     base = {"image_size": (32, 32), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -21,7 +22,7 @@ def tiny(**options) -> VisionTransformer:
     with torch.no_grad():
         for p in net.parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    return net.eval()
+    return LoadedModel(net.eval())
 
 
 def read(tensors, **said):

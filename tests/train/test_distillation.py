@@ -15,7 +15,8 @@ from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.train.objectives.distillation import Distill
 from vitcli.train.session import train
-from vitcli.vit import create_model
+from vitcli.train.signals import Stopped
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 CLASSES = ("a", "b", "c")
@@ -24,7 +25,7 @@ CLASSES = ("a", "b", "c")
 def built(labels, size, mean, **more):
     settings = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_dim": 64, **more}
     net = create_model("Pico/4", image_size=size, num_classes=len(labels), **settings)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     net.labels = tuple(labels)
     net.preprocess = Preprocess((size, size), mean=(mean,), std=(0.5,))
     return net
@@ -59,7 +60,7 @@ def test_the_loss_is_the_formula_of_deit(teacher, kind, two_heads):
     )
     student = built(CLASSES, 8, 0.5, **more)
     if two_heads:
-        torch.nn.init.normal_(student.head_dist.weight)
+        torch.nn.init.normal_(student.network.head_dist.weight)
     task = objective(
         name,
         student,
@@ -73,9 +74,9 @@ def test_the_loss_is_the_formula_of_deit(teacher, kind, two_heads):
     features = student.features(images)
     if two_heads:
         one, two = features.chunk(2, dim=-1)
-        a, b = student.head(one), student.head_dist(two)
+        a, b = student.network.head(one), student.network.head_dist(two)
     else:
-        a = b = student.head(features)
+        a = b = student.network.head(features)
     pixels = images * 0.5 + 0.5
     big = torch.nn.functional.interpolate(pixels, (16, 16), mode="bilinear", antialias=True)
     wanted = net((big - 0.4) / 0.5)[:, [2, 3, 0]].detach().double().numpy()
@@ -100,8 +101,8 @@ def test_the_teacher_is_neither_trained_nor_stored(teacher):
     torch.optim.SGD(task.parameters(), lr=1.0).step()
     after = task.others[0].state_dict()
     assert all((after[key] == value).all() for key, value in before.items())
-    assert all(p.grad is None for p in task.others[0].parameters())
-    assert not task.others[0].training
+    assert all(p.grad is None for p in task.others[0].network.parameters())
+    assert not task.others[0].network.training
 
 
 def test_what_cannot_be_is_said(teacher):
@@ -149,8 +150,10 @@ def test_a_run_learns_from_a_run_and_resumes_exactly(tmp_path):
     result = go(tmp_path / "whole", recipe)
     assert result.figures["images"] == 359
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loop, "_asked", lambda run, _: 15 if run.state.step == 2 else None)
-        with pytest.raises(loop.Stopped):
+        patch.setattr(
+            loop.Loop, "_stop_request", lambda run, _: 15 if run.state.step == 2 else None
+        )
+        with pytest.raises(Stopped):
             go(tmp_path / "parts", recipe)
     go(tmp_path / "parts", recipe, resume=True)
     a, b = (tmp_path / n / "model.safetensors" for n in ("whole", "parts"))

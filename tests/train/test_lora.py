@@ -14,14 +14,14 @@ from vitcli.config.recipe import check
 from vitcli.config.schema import LoraSection, Recipe
 from vitcli.errors import VitcliError
 from vitcli.train.lora import adapters, choose_learning, merged, passes
-from vitcli.vit import ResNet, ResNetConfig, create_model
+from vitcli.vit import ResNet, ResNetConfig, create_network
 from vitcli.weights.load import load_model
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def model_of(**options):
-    model = create_model("Pico/4", image_size=32, num_classes=5, depth=3, **options)
+    model = create_network("Pico/4", image_size=32, num_classes=5, depth=3, **options)
     with torch.no_grad():
         model.head.weight.normal_(generator=torch.Generator().manual_seed(2))
     return model.eval()
@@ -203,7 +203,7 @@ def test_a_run_ends_with_an_ordinary_model(base, optimizer):
     result = finetune.run(recipe=recipe, out=out)
     before, after = load_model(str(base / "base")), load_model(str(out))
     old, new = before.state_dict(), after.state_dict()
-    assert result.parameters == sum(p.numel() for p in after.parameters())
+    assert result.parameters == sum(p.numel() for p in after.network.parameters())
     with safe_open(out / "lora.safetensors", "pt") as file:
         said = json.loads(file.metadata()["vitcli"])
     assert said["rank"] == 2 and said["alpha"] == 4.0 and said["base"] == str(base / "base")

@@ -8,7 +8,7 @@ from support.pictures import model, smooth
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.mae import Mae
-from vitcli.vit import create_model
+from vitcli.weights.loaded import create_model
 
 
 def objective(net=None, **more):

@@ -19,6 +19,7 @@ from vitcli.train.objectives.masked_patch import (
     exactly,
 )
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 
 
 def objective(**more):
@@ -188,8 +189,10 @@ def test_a_resumed_run_is_exact_and_its_model_is_an_ordinary_one(tmp_path, name)
     recipe = tiny_recipe(objective={"name": name, "decoder_dim": 32}, train={"steps": 6})
     go(tmp_path / "whole", recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loop, "_asked", lambda run, _: 15 if run.state.step == 3 else None)
-        with pytest.raises(loop.Stopped):
+        patch.setattr(
+            loop.Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None
+        )
+        with pytest.raises(Stopped):
             go(tmp_path / "parts", recipe)
     go(tmp_path / "parts", recipe, resume=True)
     a, b = (tmp_path / n / "model.safetensors" for n in ("whole", "parts"))

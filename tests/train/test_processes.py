@@ -43,7 +43,8 @@ JOB = """
 import sys
 import test_processes as t
 from vitcli import distributed as launch
-from vitcli.train.loop import Loop, Stopped
+from vitcli.train.loop import Loop
+from vitcli.train.signals import Stopped
 
 for name in sys.argv[1:]:
     t.go(name, t.RECIPES[name])

@@ -13,8 +13,10 @@ from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import loop
-from vitcli.train.loop import Stopped, step_seed
+from vitcli.train.checkpoint import TrainState
+from vitcli.train.loop import step_seed
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header
 
@@ -51,7 +53,9 @@ class Interrupt:
     def __init__(self, monkeypatch, after, number):
         self.calls = itertools.count(1)
         monkeypatch.setattr(
-            loop.Loop, "agree", lambda _, value: number if next(self.calls) == after else value
+            loop,
+            "max_over_processes",
+            lambda _, value: number if next(self.calls) == after else value,
         )
 
 
@@ -153,7 +157,9 @@ def test_resume_with_another_recipe_names_the_keys(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "is_finite", lambda _: True)  # or the weights would be found first
+    monkeypatch.setattr(
+        TrainState, "has_finite_weights", lambda _: True
+    )  # or the weights would be found first
     recipe = tiny_recipe(
         optim={"name": "sgd", "lr": 1e30}, train={"checkpoint_steps": 1, "ema_decay": None}
     )
@@ -210,10 +216,13 @@ def test_training_learns_the_digits(tmp_path):
         ({"data": {"name": "builtin:digit"}}, "no data `builtin:digit`"),
         ({"train": {"precision": "fp16"}}, "needs a GPU"),
         ({"augment": {"preset": "light2"}, "train": {"batch_size": 33}}, "in pairs, and 33 are"),
-        ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "part the pairs"),
+        ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "needs pairs"),
         ({"augment": {"repeats": 3}}, "does not show each of its images 3 times"),
         ({"augment": {"mixup_alpha": 0.2}, "objective": {"name": "descriptors"}}, "no labels"),
-        ({"augment": {"policy": "trivial"}, "data": {"name": "builtin:formula"}}, "draws its"),
+        (
+            {"augment": {"policy": "trivial"}, "data": {"name": "builtin:formula"}},
+            "generates whole batches",
+        ),
     ],
 )
 def test_bad_settings_leave_no_run(settings, words, tmp_path):

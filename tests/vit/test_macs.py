@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vitcli.vit import create_model, parse_variant
+from vitcli.vit import create_network, parse_variant
 from vitcli.vit.macs import macs, parts, training_flops
 
 JFT = 303e6  # images
@@ -62,7 +62,7 @@ def test_the_official_code(shared):
     ],
 )
 def test_a_formula(options, prefix):
-    config = create_model("Ti/16", **{"image_size": 32, "num_classes": 10, **options}).config
+    config = create_network("Ti/16", **{"image_size": 32, "num_classes": 10, **options}).config
     n = config.grid[0] * config.grid[1]
     t, d, m = n + prefix, config.embed_dim, config.mlp_dim
     assert parts(config) == {
@@ -77,7 +77,7 @@ def test_a_formula(options, prefix):
 
 @pytest.mark.parametrize("name", ["R50x1", "R50+Ti/16", "Axial-Ti/16"])
 def test_other_families_are_counted_whole(name):
-    config = create_model(name, image_size=64, num_classes=10).config
+    config = create_network(name, image_size=64, num_classes=10).config
     found = parts(config)
     assert macs(config) > 1e8 and found["head"] > 0
     assert ("stages" in found) == (name == "R50x1")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitcli.vit import VisionTransformer, ViTConfig, create_model
+from vitcli.vit import VisionTransformer, ViTConfig, create_network
 from vitcli.weights.load import load_model
 
 TOLERANCE = 1e-5
@@ -139,8 +139,8 @@ def from_transformers(theirs, depth):
 
 
 def test_a_new_model_guesses_uniformly_and_is_a_function_of_its_seed():
-    a, b = (create_model("Pico/8", image_size=32, num_classes=5, seed=s) for s in (3, 3))
-    other = create_model("Pico/8", image_size=32, num_classes=5, seed=4)
+    a, b = (create_network("Pico/8", image_size=32, num_classes=5, seed=s) for s in (3, 3))
+    other = create_network("Pico/8", image_size=32, num_classes=5, seed=4)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(a(images), torch.zeros(2, 5))
     assert torch.equal(a.blocks[0].attn.qkv.weight, b.blocks[0].attn.qkv.weight)
@@ -148,7 +148,7 @@ def test_a_new_model_guesses_uniformly_and_is_a_function_of_its_seed():
 
 
 def test_initial_weights_have_the_spread_of_the_official_code():
-    model = create_model("B/16", num_classes=10)
+    model = create_network("B/16", num_classes=10)
     for part in model.blocks[0].attn.qkv.weight.chunk(3):
         # Xavier-uniform over 768 in, 768 out: variance 2 / (in + out).
         assert part.std().item() == pytest.approx((2 / (768 + 768)) ** 0.5, rel=0.01)
@@ -222,7 +222,7 @@ def test_a_header_of_before_the_options_still_loads():
 
 @pytest.mark.parametrize("position", ["learned", "sincos2d", "none"])
 def test_other_sizes_than_the_configured_one_pass(position):
-    model = create_model(
+    model = create_network(
         "Pico/8",
         image_size=32,
         num_classes=5,
@@ -237,7 +237,7 @@ def test_other_sizes_than_the_configured_one_pass(position):
 
 
 def test_no_positions_means_that_order_does_not_matter():
-    model = create_model("Pico/8", image_size=32, pool="mean", class_token=False, position="none")
+    model = create_network("Pico/8", image_size=32, pool="mean", class_token=False, position="none")
     images = torch.randn(1, 3, 32, 32)
     turned = torch.cat([images[..., 16:], images[..., :16]], dim=-1)  # patches change places
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_no_positions_means_that_order_does_not_matter():
 
 
 def test_dropout_is_off_in_eval_and_on_in_training():
-    model = create_model("Pico/8", image_size=32, num_classes=5, dropout_rate=0.5)
+    model = create_network("Pico/8", image_size=32, num_classes=5, dropout_rate=0.5)
     torch.nn.init.normal_(model.head.weight)
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(model(images), model(images))

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from vitcli.errors import VitcliError
-from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, create_model
+from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, create_network
 from vitcli.weights.edit import change_pool, prepare_finetune, resize
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import load_own, read_header, save_model
 
 
@@ -105,9 +106,8 @@ def test_activation_checkpointing_changes_no_gradient():
 
 
 def test_the_face_of_a_vision_transformer():
-    model, vit = drawn(), create_model("Pico/8", image_size=32, depth=1, num_classes=5)
-    for name in ("labels", "preprocess", "head_trained", "load_report", "checkpoint_activations"):
-        assert getattr(model, name) == getattr(vit, name), name
+    model, vit = drawn(), create_network("Pico/8", image_size=32, depth=1, num_classes=5)
+    assert model.checkpoint_activations == vit.checkpoint_activations
     public = {name for name in vars(VisionTransformer) if not name.startswith("_")}
     shared = {"init_weights", "features", "classify", "forward"}
     assert shared <= public and all(callable(getattr(model, name)) for name in shared)
@@ -118,7 +118,7 @@ def test_the_face_of_a_vision_transformer():
 
 
 def test_fresh_weights():
-    model = create_model("R26x1", layers=(1, 1), num_classes=7, image_size=32)
+    model = create_network("R26x1", layers=(1, 1), num_classes=7, image_size=32)
     assert not any(p.any() for p in model.head.parameters())
     for name, p in model.named_parameters():
         if p.ndim == 4:
@@ -128,8 +128,7 @@ def test_fresh_weights():
 
 
 def test_a_file_of_ours(tmp_path):
-    model = drawn()
-    model.labels, model.head_trained = tuple("abcde"), True
+    model = LoadedModel(drawn(), labels=tuple("abcde"), head_trained=True)
     save_model(tmp_path / "m.safetensors", model)
     header = read_header(tmp_path / "m.safetensors")
     assert header["config"]["kind"] == "resnet"
@@ -137,7 +136,7 @@ def test_a_file_of_ours(tmp_path):
     read = load_model(
         tmp_path / "m.safetensors", image_size=64, preprocess={"mean": 0.5, "std": 0.5}
     )
-    assert isinstance(read, ResNet) and read.labels == model.labels and read.head_trained
+    assert isinstance(read.network, ResNet) and read.labels == model.labels and read.head_trained
     assert read.config == replace(model.config, image_size=(64, 64))
     assert all(map(torch.equal, read.state_dict().values(), model.state_dict().values()))
     images = torch.randn(1, 3, 32, 48)
@@ -147,14 +146,14 @@ def test_a_file_of_ours(tmp_path):
         with pytest.raises(VitcliError, match=f"a ResNet has no `model.{next(iter(settings))}`"):
             load_model(tmp_path / "m.safetensors", **settings)
     # A header that says another architecture than the tensors have.
-    model.config = replace(model.config, layers=(1, 1))
+    model.network.config = replace(model.config, layers=(1, 1))
     save_model(tmp_path / "lies.safetensors", model)
     with pytest.raises(VitcliError, match=r"not part of the model: stages\.0\.blocks\.1"):
         load_model(tmp_path / "lies.safetensors")
 
 
 def test_surgery():
-    model = drawn()
+    model = LoadedModel(drawn())
     features = model.features(images := torch.randn(1, 3, 32, 48))
     prepare_finetune(model, ["x", "y"], image_size=(17, 40))
     assert model.config == replace(model.config, num_classes=2, image_size=(17, 40))
@@ -168,11 +167,10 @@ def test_surgery():
 
 
 def test_the_rows_of_a_trained_head_are_kept():
-    model = drawn()
-    model.labels, model.head_trained = tuple("abcde"), True
-    rows = model.head.weight.detach().clone()
+    model = LoadedModel(drawn(), labels=tuple("abcde"), head_trained=True)
+    rows = model.network.head.weight.detach().clone()
     prepare_finetune(model, ["d", "b"], keep_head=True)
-    assert torch.equal(model.head.weight, rows[[3, 1]]) and model.head_trained
+    assert torch.equal(model.network.head.weight, rows[[3, 1]]) and model.head_trained
 
 
 def test_a_variant_by_its_name():

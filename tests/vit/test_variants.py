@@ -13,7 +13,7 @@ from vitcli.vit import (
     VisionTransformer,
     ViTConfig,
     config_from_dict,
-    create_model,
+    create_network,
     from_config,
     parse_variant,
 )
@@ -219,7 +219,7 @@ def test_names_make_models_with_random_weights_that_a_seed_repeats():
         ("R26x1", ResNet, {"layers": (1, 1), "width": 0.5}),
     ):
         a, b, c = (
-            create_model(name, **{"num_classes": 3, "image_size": 32, "seed": seed, **settings})
+            create_network(name, **{"num_classes": 3, "image_size": 32, "seed": seed, **settings})
             for seed in (1, 1, 2)
         )
         assert type(a) is kind and not a.training

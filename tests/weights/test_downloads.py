@@ -48,7 +48,7 @@ def test_a_model_at_an_address(web):
     model = load_model(address)
     assert (model.labels, model.load_report.source) == (NAMES, address)
     here = load_model(web.root / "files/ours.safetensors")
-    assert torch.equal(model.head.weight, here.head.weight)
+    assert torch.equal(model.network.head.weight, here.network.head.weight)
 
 
 def test_progress_in_megabytes(web):

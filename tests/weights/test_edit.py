@@ -1,14 +1,20 @@
 import numpy as np
 import pytest
 import torch
-from support.kinds import KINDS, pictures, small
+from support import kinds
+from support.kinds import KINDS, pictures
 
 from vitcli.errors import VitcliError
-from vitcli.vit import VisionTransformer, create_model
+from vitcli.vit import VisionTransformer
 from vitcli.weights.edit import change_pool, match_classes, prepare_finetune, resize
 from vitcli.weights.load import load_model
 from vitcli.weights.load_report import LoadReport
+from vitcli.weights.loaded import LoadedModel, create_model
 from vitcli.weights.store import save_model
+
+
+def small(*args, **settings):
+    return LoadedModel(kinds.small(*args, **settings))
 
 
 @pytest.fixture
@@ -16,8 +22,8 @@ def model():
     net = create_model(
         "Pico/8", num_classes=3, image_size=16, representation_size=20, depth=2, seed=1
     )
-    torch.nn.init.normal_(net.head.weight)
-    torch.nn.init.normal_(net.head.bias)
+    torch.nn.init.normal_(net.network.head.weight)
+    torch.nn.init.normal_(net.network.head.bias)
     net.labels, net.head_trained = ("cat", "dog", "eel"), True
     return net
 
@@ -34,9 +40,9 @@ def test_a_new_head_is_zero_and_both_old_layers_go(model):
 def test_the_backbone_stays(model):
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        before = model.tokens(images)
+        before = model.network.tokens(images)
         prepare_finetune(model, ["x", "y"])
-        assert torch.equal(model.tokens(images), before)
+        assert torch.equal(model.network.tokens(images), before)
 
 
 def test_rows_of_known_classes_are_kept_by_name(model):
@@ -50,15 +56,15 @@ def test_rows_of_known_classes_are_kept_by_name(model):
 
 def test_unknown_classes_get_a_zero_head_all_the_same(model):
     prepare_finetune(model, ["eel", "fox"], keep_head=True)
-    assert not model.head.weight.any() and not model.head_trained
+    assert not model.network.head.weight.any() and not model.head_trained
 
 
 def test_there_and_back_keeps_the_prefix(model):
-    before = model.pos_embed.detach().clone()
+    before = model.network.pos_embed.detach().clone()
     resize(model, (32, 48))
     assert model.config.grid == (4, 6)
-    assert torch.equal(model.pos_embed[:, :1], before[:, :1])
-    assert isinstance(model.pos_embed, torch.nn.Parameter)
+    assert torch.equal(model.network.pos_embed[:, :1], before[:, :1])
+    assert isinstance(model.network.pos_embed, torch.nn.Parameter)
     assert model(torch.randn(1, 3, 32, 48)).shape == (1, 3)
 
 
@@ -134,14 +140,14 @@ def test_a_resized_model_computes_what_it_would_at_that_size(name, grid):
     model.load_report = LoadReport("x", "vitcli")
     size = tuple(n * stride for n, stride in zip(grid, strides(model), strict=True))
     images = pictures(model, size=size)
-    kinds = {key: type(t) for key, t in model.state_dict(keep_vars=True).items()}
+    kinds = {key: type(t) for key, t in model.network.state_dict(keep_vars=True).items()}
     shapes = {key: t.shape for key, t in model.state_dict().items()}
     with torch.no_grad():
         expected = model(images)
         resize(model, size)
         torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-4)
     assert model.config.grid == grid and model.config.image_size == size
-    now = model.state_dict(keep_vars=True)
+    now = model.network.state_dict(keep_vars=True)
     assert {key: type(t) for key, t in now.items()} == kinds
     changed = {key for key, t in now.items() if t.shape != shapes[key]}
     told = set(model.load_report.names("resampled"))
@@ -173,11 +179,13 @@ def test_the_report_says_how_positions_were_carried(name, reports):
 @pytest.mark.parametrize("kind", ["learned", "learned2d"])
 def test_bilinear_aligns_the_corners_of_every_block(kind):
     model = small(position=kind, position_at="every")
-    model.load_report, model.position_resize = LoadReport("x", "google"), "bilinear"
-    before = [model.positions((4, 6), block)[:, -24:].reshape(4, 6, 16) for block in range(3)]
+    model.load_report, model.network.position_resize = LoadReport("x", "google"), "bilinear"
+    before = [
+        model.network.positions((4, 6), block)[:, -24:].reshape(4, 6, 16) for block in range(3)
+    ]
     resize(model, (28, 44))
     for block in range(3):
-        after = model.positions((7, 11), block)[:, -77:].reshape(7, 11, 16)
+        after = model.network.positions((7, 11), block)[:, -77:].reshape(7, 11, 16)
         torch.testing.assert_close(after[::2, ::2], before[block], rtol=0, atol=1e-6)
 
 
@@ -207,7 +215,7 @@ def test_a_new_head_reads_both_tokens_of_a_distilled_model():
         before = model(images)
         prepare_finetune(model, ["d", "a"], keep_head=True)
         torch.testing.assert_close(model(images), before[:, [3, 0]], rtol=0, atol=1e-5)
-    assert model.head.weight.shape == (2, 32) and not model.config.distillation_head
+    assert model.network.head.weight.shape == (2, 32) and not model.config.distillation_head
     assert set(model.load_report.names("dropped")) == {"head_dist.weight", "head_dist.bias"}
     assert VisionTransformer(model.config).load_state_dict(model.state_dict())
     prepare_finetune(model, ["x", "y", "z"])
@@ -217,7 +225,7 @@ def test_a_new_head_reads_both_tokens_of_a_distilled_model():
 def test_another_pooling_than_the_distilled_one():
     model = small("distilled")
     change_pool(model, "token_mean")
-    assert model.head_dist is None and model.config.num_classes == 0
+    assert model.network.head_dist is None and model.config.num_classes == 0
     assert model(pictures(model)).shape == (2, 32)
     change_pool(model, "distilled")
     assert model.features(pictures(model)).shape == (2, 32)

@@ -5,10 +5,10 @@ import torch
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.weights.edit import replace_head
 from vitcli.weights.feature_layers import represent
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 KINDS = {
@@ -30,7 +30,7 @@ KINDS = {
 def make(kind):
     net = create_model("Pico/4", image_size=16, depth=4, num_classes=3, **KINDS[kind])
     generator = torch.Generator().manual_seed(1)
-    for name, p in net.named_parameters():
+    for name, p in net.network.named_parameters():
         if name == "cls_token" or "norm" in name or "pos_embed" in name:
             p.data += 0.3 * torch.randn(p.shape, generator=generator)
     net.preprocess = Preprocess(image_size=(16, 16))
@@ -46,7 +46,9 @@ def images():
 def outputs(net, images):
     """(B, T, D) of every block."""
     found = []
-    handles = [block.register_forward_hook(lambda _, i, o: found.append(o)) for block in net.blocks]
+    handles = [
+        block.register_forward_hook(lambda _, i, o: found.append(o)) for block in net.network.blocks
+    ]
     with torch.no_grad():
         net(images)
     for handle in handles:
@@ -56,7 +58,7 @@ def outputs(net, images):
 
 def pooled(net, x, how):
     """What `how` makes of (B, T, D), written out."""
-    x = x if net.config.norm_after_pool else net.norm(x)
+    x = x if net.config.norm_after_pool else net.network.norm(x)
     patches = x[:, net.config.num_prefix_tokens :]
     if how == "quadrants":
         b, _, d = patches.shape
@@ -66,7 +68,7 @@ def pooled(net, x, how):
         y = torch.cat([x[:, 0], patches.mean(1)], dim=1)
     else:
         y = x[:, 0] if how == "cls" else patches.mean(1)
-    return net.fc_norm(y) if net.config.norm_after_pool else y
+    return net.network.fc_norm(y) if net.config.norm_after_pool else y
 
 
 CASES = [
@@ -106,13 +108,13 @@ def test_it_is_what_the_plain_model_holds(kind, name, how, blocks, images, tmp_p
     assert net.config.feature_dim == expected.shape[1] and net.labels is None
     # A classifier on it is an ordinary weights file.
     replace_head(net, ["x", "y"], keep_pre_logits=True)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     save_model(tmp_path / "w.safetensors", net)
     again = load_model(tmp_path / "w.safetensors")
     with torch.no_grad():
-        torch.testing.assert_close(again(images), net.head(expected), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(again(images), net.network.head(expected), atol=1e-4, rtol=1e-4)
     if name.startswith("layer"):
-        assert len(again.blocks) == blocks[0]
+        assert len(again.network.blocks) == blocks[0]
 
 
 def test_what_the_head_reads(images):
@@ -127,7 +129,7 @@ def test_gradients_reach_every_block_that_is_read(images):
     net = make("plain")
     represent(net, "concat:2")
     net.train().features(images).square().sum().backward()
-    assert all(block.mlp.fc2.weight.grad.abs().sum() > 0 for block in net.blocks)
+    assert all(block.mlp.fc2.weight.grad.abs().sum() > 0 for block in net.network.blocks)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from vitcli.errors import VitcliError
-from vitcli.vit import create_model
 from vitcli.vit.position import sincos2d
 from vitcli.weights.edit import replace_head, resize
 from vitcli.weights.google.write_google import write_google
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 
 CASES = 10
 # Of the READMEs: logits and named intermediates; activations of convolutions are larger.
@@ -71,31 +71,31 @@ def intermediates(model, images, names):
     def keep(name, module):
         module.register_forward_hook(lambda _m, _i, out: kept.__setitem__(name, out))
 
-    keep("inter/Transformer/encoder_norm", model.norm)
-    keep("inter/encoded", model.norm)
-    for i, block in enumerate(model.blocks):
+    keep("inter/Transformer/encoder_norm", model.network.norm)
+    keep("inter/encoded", model.network.norm)
+    for i, block in enumerate(model.network.blocks):
         keep(f"inter/Transformer/encoderblock_{i}", block)
         keep(f"inter/encoder/block{i:02d}/+mlp", block)
     if model.config.stem is not None:
-        stem = model.patch_embed.backbone
+        stem = model.network.patch_embed.backbone
         maps = {"inter/conv_root": stem.stem.conv, "inter/gn_root": stem.stem.norm}
         maps |= {f"inter/block{i + 1}": stage for i, stage in enumerate(stem.stages)}
         for name, module in maps.items():
             keep(name, module)
-    kept["inter/embedding"] = model.patch_embed(images)
-    embedded = model.embed(images)
+    kept["inter/embedding"] = model.network.patch_embed(images)
+    embedded = model.network.embed(images)
     kept["inter/Transformer/posembed_input"] = embedded
     prefix = model.config.num_prefix_tokens
     kept["inter/with_posemb"] = embedded[:, prefix:]
     pooled = []
-    model.pre_logits.register_forward_hook(lambda _m, i, _o: pooled.append(i[0]))
+    model.network.pre_logits.register_forward_hook(lambda _m, i, _o: pooled.append(i[0]))
     kept["inter/pre_logits"] = model.features(images)
     kept["inter/head_input"] = pooled[0]
     if model.config.representation_size:
-        kept["inter/pre_logits_dense"] = model.pre_logits.fc(pooled[0])
+        kept["inter/pre_logits_dense"] = model.network.pre_logits.fc(pooled[0])
     # big_vision puts head and hidden layer on every patch, too.
-    kept["inter/pre_logits_2d"] = model.pre_logits(kept["inter/encoded"][:, prefix:])
-    kept["inter/logits_2d"] = model.head(kept["inter/pre_logits_2d"])
+    kept["inter/pre_logits_2d"] = model.network.pre_logits(kept["inter/encoded"][:, prefix:])
+    kept["inter/logits_2d"] = model.network.head(kept["inter/pre_logits_2d"])
     found = {name: kept[name] for name in names}
     return {n: t.permute(0, 2, 3, 1) if t.ndim == 4 else t for n, t in found.items()}
 
@@ -114,11 +114,11 @@ def test_fine_tuning_load(shared):
         images = torch.from_numpy(expected["images"]).permute(0, 3, 1, 2)
         resize(model, tuple(images.shape[2:]))
         positions = expected["restored/Transformer/posembed_input/pos_embedding"]
-        assert np.abs(model.pos_embed.detach().numpy() - positions).max() < 1e-5
+        assert np.abs(model.network.pos_embed.detach().numpy() - positions).max() < 1e-5
         with torch.no_grad():
             assert not model(images).any()
-            model.head.weight.copy_(torch.from_numpy(expected["test_head_kernel"]).T)
-            model.head.bias.copy_(torch.from_numpy(expected["test_head_bias"]))
+            model.network.head.weight.copy_(torch.from_numpy(expected["test_head_kernel"]).T)
+            model.network.head.bias.copy_(torch.from_numpy(expected["test_head_bias"]))
             difference = model(images).numpy() - expected["logits_with_test_head"]
         assert np.abs(difference).max() < 1e-5
         fates, new = model.load_report.fates, model.config.grid
@@ -288,7 +288,7 @@ def test_a_grid_that_is_no_square_must_be_said(shared, tmp_path):
         load_model(tmp_path / "w.npz")
     assert "model.image_size" in caught.value.hint
     model = load_model(tmp_path / "w.npz", image_size=(24, 40))
-    assert model.config.grid == (3, 5) and model.pos_embed.shape == (1, 16, 48)
+    assert model.config.grid == (3, 5) and model.network.pos_embed.shape == (1, 16, 48)
 
 
 def big_transfer(name):
@@ -313,7 +313,7 @@ def big_transfer(name):
 
 def test_bit_in_the_names_of_its_first_release(tmp_path):
     model = create_model("R50x1", num_classes=3, image_size=64, seed=1)
-    nn.init.normal_(model.head.weight)
+    nn.init.normal_(model.network.head.weight)
     write_google(model, tmp_path / "new.npz")
     arrays = {}
     for name, array in np.load(tmp_path / "new.npz").items():

@@ -9,11 +9,11 @@ import torch
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.weights.edit import resize
 from vitcli.weights.google.write_google import contradictions, write_google
 from vitcli.weights.imagenet import imagenet_names
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 
 
 def read(path):
@@ -24,7 +24,7 @@ def filled(model, seed=0):
     """Every number different, so that none can take another's place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in model.network.parameters():
             p.normal_(generator=generator)
     return model
 

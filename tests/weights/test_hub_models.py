@@ -20,9 +20,9 @@ from support.tiny import vitcli
 
 from vitcli.cli.app import run
 from vitcli.errors import VitcliError
-from vitcli.vit import create_model
 from vitcli.weights.hub_models import fetch_repository
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_transformers_repository(hub, shared):
 
 def test_a_timm_repository(hub):
     net = create_model("Pico/8", num_classes=3, image_size=16, depth=1)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     there = hub.root / "models/timm/tiny.in1k"
     there.mkdir(parents=True)
     save_file(net.state_dict(), there / "model.safetensors")
@@ -72,7 +72,7 @@ def test_a_timm_repository(hub):
     model = load_model("hf:timm/tiny.in1k")
     assert (model.load_report.layout, model.preprocess.mean) == ("timm", (0.1, 0.2, 0.3))
     assert model.config.num_heads == net.config.num_heads
-    assert torch.equal(model.head.weight, net.head.weight)
+    assert torch.equal(model.network.head.weight, net.network.head.weight)
 
 
 def test_the_second_load_asks_one_question(hub):

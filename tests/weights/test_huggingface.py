@@ -35,8 +35,8 @@ def worst(ours, theirs):
 
 def hidden_states(model, images):
     """The input of the first block, then the output of each."""
-    states = [model.embed(images)]
-    for block in model.blocks:
+    states = [model.network.embed(images)]
+    for block in model.network.blocks:
         block.register_forward_hook(lambda *parts: states.append(parts[-1]))
     model(images)
     return states
@@ -56,9 +56,11 @@ def test_every_reference_case(shared):
                 assert worst(model(x), io["logits"]) < 5e-5, folder
                 compared += 1
             if "distillation_logits" in io:
-                tokens = model.tokens(x)
-                assert worst(model.head(tokens[:, 0]), io["cls_logits"]) < 5e-5
-                assert worst(model.head_dist(tokens[:, 1]), io["distillation_logits"]) < 5e-5
+                tokens = model.network.tokens(x)
+                assert worst(model.network.head(tokens[:, 0]), io["cls_logits"]) < 5e-5
+                assert (
+                    worst(model.network.head_dist(tokens[:, 1]), io["distillation_logits"]) < 5e-5
+                )
                 compared += 1
             if "hidden_0" in io:
                 for i, z in enumerate(hidden_states(model, x)):
@@ -226,7 +228,7 @@ def test_every_class_as_transformers_writes_it(tmp_path, cls, config, settings, 
     images = torch.randn(2, 3, *(size if isinstance(size, list) else (size, size)))
     with torch.no_grad():
         tokens, out = outputs(theirs, images)
-        torch.testing.assert_close(model.tokens(images), tokens, atol=5e-5, rtol=0)
+        torch.testing.assert_close(model.network.tokens(images), tokens, atol=5e-5, rtol=0)
         expected = out if out is not None else tokens[:, 0]
         torch.testing.assert_close(model(images), expected, atol=5e-5, rtol=0)
     assert bool(model.config.num_classes) == ("ForImageClassification" in cls)
@@ -267,7 +269,7 @@ def test_rows_of_zeros_cover_nothing(tmp_path):
         theirs.vit.embeddings.position_embeddings[:, :1] = 0
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path)
-    assert not model.config.position_covers_prefix and model.pos_embed.shape == (1, 16, 48)
+    assert not model.config.position_covers_prefix and model.network.pos_embed.shape == (1, 16, 48)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(images), theirs(images).logits, atol=5e-5, rtol=0)

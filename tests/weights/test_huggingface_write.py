@@ -15,6 +15,7 @@ from vitcli.preprocess import Preprocess
 from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, ViTConfig
 from vitcli.weights.huggingface.write_huggingface import write_huggingface
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import LoadedModel
 
 SIZES = {
     "image_size": (16, 16),
@@ -86,10 +87,10 @@ GRID = [(cls, settings) for cls, several in CONFIGS.items() for settings in seve
 def random_model(settings, seed=0):
     """Every tensor random, none of them zero."""
     config = ViTConfig(**{**SIZES, **settings})
-    model = VisionTransformer(config)
+    model = LoadedModel(VisionTransformer(config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.network.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
             if "norm" in name and name.endswith("weight"):
                 parameter.add_(1.0)
@@ -130,7 +131,7 @@ def test_transformers_computes_the_same_and_we_read_it_back(tmp_path, seed, cls,
             expected = out.logits
         else:
             torch.testing.assert_close(
-                ours.tokens(images), out.last_hidden_state, atol=5e-5, rtol=0
+                ours.network.tokens(images), out.last_hidden_state, atol=5e-5, rtol=0
             )
             expected = out.pooler_output
             expected = out.last_hidden_state[:, 0] if expected is None else expected
@@ -227,7 +228,7 @@ def test_what_transformers_has_no_class_for(tmp_path, settings, named):
 
 
 def test_a_resnet_has_no_place(tmp_path):
-    model = ResNet(ResNetConfig((32, 32), layers=(1,), num_classes=2))
+    model = LoadedModel(ResNet(ResNetConfig((32, 32), layers=(1,), num_classes=2)))
     with pytest.raises(VitcliError, match="no Vision Transformer"):
         write_huggingface(model, tmp_path / "out")
 

@@ -8,8 +8,8 @@ from vitcli.config.schema import ModelSection, PreprocessSection
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.run import create_run
-from vitcli.vit import create_model
 from vitcli.weights.load import load_model, load_settings, newest_run
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 
@@ -27,7 +27,7 @@ def make_run(name, *, trained, command="finetune", age=0):
 
 def test_variants_are_random_but_repeatable():
     one, two = load_model("Ti/16", image_size=32), load_model("Ti/16", image_size=32)
-    assert torch.equal(one.blocks[0].attn.qkv.weight, two.blocks[0].attn.qkv.weight)
+    assert torch.equal(one.network.blocks[0].attn.qkv.weight, two.network.blocks[0].attn.qkv.weight)
     assert one.config.num_classes == 0 and not one.head_trained
     assert one.preprocess.mean == (0.5, 0.5, 0.5)
     assert set(one.load_report.names("new")) == set(one.state_dict())

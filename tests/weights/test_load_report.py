@@ -5,10 +5,10 @@ from safetensors.torch import save_file
 
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.vit import create_model
 from vitcli.weights.edit import change_pool, prepare_finetune
 from vitcli.weights.load import load_model
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 

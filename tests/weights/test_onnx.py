@@ -11,8 +11,8 @@ import torch
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.weights import onnx as module
+from vitcli.weights.loaded import create_model
 from vitcli.weights.onnx import data_file, read_metadata, run_onnx, write_onnx
 
 TOLERANCE = 1e-4  # of the logits' largest magnitude
@@ -72,7 +72,7 @@ def made(name):
     model = create_model(variant, **settings)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in model.network.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=generator))
     return model
 

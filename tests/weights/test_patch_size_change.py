@@ -6,15 +6,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.kinds import pictures, small
+from support import kinds
+from support.kinds import pictures
 
 from vitcli.cli.app import run
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.vit.patches import resample_kernel
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import LoadedModel, create_model
 from vitcli.weights.store import save_model
+
+
+def small(*args, **settings):
+    return LoadedModel(kinds.small(*args, **settings))
 
 
 def test_kernels_equal_timms(shared):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from vitcli.errors import VitcliError
-from vitcli.vit import create_model
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.pickles import WRAPPINGS, load_pickle
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False])
@@ -26,7 +26,7 @@ class Bomb:
 @pytest.fixture(scope="module")
 def net():
     net = create_model("Pico/8", num_classes=3, image_size=16, depth=2)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     return net
 
 
@@ -56,7 +56,7 @@ def test_a_plain_state_dict(net, here, name, zipped):
 @FORMATS
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_wrappings_and_what_is_left_of_a_training(net, here, wrapping, zipped):
-    optimizer = torch.optim.AdamW(net.parameters())
+    optimizer = torch.optim.AdamW(net.network.parameters())
     path = save(
         {
             wrapping: net.state_dict(),
@@ -67,7 +67,7 @@ def test_wrappings_and_what_is_left_of_a_training(net, here, wrapping, zipped):
         zipped=zipped,
     )
     back = load_model(path, num_heads=4)
-    assert torch.equal(back.blocks[1].mlp.fc1.weight, net.blocks[1].mlp.fc1.weight)
+    assert torch.equal(back.network.blocks[1].mlp.fc1.weight, net.network.blocks[1].mlp.fc1.weight)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_wrappings_and_what_is_left_of_a_training(net, here, wrapping, zipped):
 def test_of_two_models_the_averaged_one_is_taken_and_named(net, here, taken, left):
     zeros = {name: torch.zeros_like(tensor) for name, tensor in net.state_dict().items()}
     back = load_model(save({left: zeros, taken: net.state_dict()}), num_heads=4)
-    assert torch.equal(back.patch_embed.proj.weight, net.patch_embed.proj.weight)
+    assert torch.equal(back.network.patch_embed.proj.weight, net.network.patch_embed.proj.weight)
     assert f"`{taken}` were taken, not `{left}`" in back.load_report.notes[0]
 
 
@@ -84,7 +84,7 @@ def test_of_two_models_the_averaged_one_is_taken_and_named(net, here, taken, lef
 def test_prefixes_go_and_what_stands_outside_is_named(net, here, prefix):
     state = {prefix + name: tensor for name, tensor in net.state_dict().items()}
     back = load_model(save({"model": {**state, "fc.weight": torch.zeros(2, 2)}}), num_heads=4)
-    assert torch.equal(back.pos_embed, net.pos_embed)
+    assert torch.equal(back.network.pos_embed, net.network.pos_embed)
     assert back.load_report.fates["fc.weight"][0] == "dropped"
 
 
@@ -94,7 +94,10 @@ def test_prefixes_go_and_what_stands_outside_is_named(net, here, prefix):
     [
         (lambda net: {"w": Bomb()}, "calls `posix.mkdir`"),
         (lambda net: {**net.state_dict(), "z": [Bomb()]}, "calls `posix.mkdir`"),
-        (lambda net: net, "pickle of a whole module (`vitcli.vit.model.VisionTransformer`)"),
+        (
+            lambda net: net.network,
+            "pickle of a whole module (`vitcli.vit.model.VisionTransformer`)",
+        ),
         (lambda net: {"model": torch.nn.Linear(2, 2)}, "(`torch.nn.modules.linear.Linear`)"),
         (lambda net: {"model": net.state_dict(), "at": Path("x")}, "calls `pathlib."),
     ],
@@ -184,7 +187,7 @@ def test_tensors_that_are_no_weights_are_named(net, here):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32_and_are_noted(net, here, dtype):
     back = load_model(save({k: v.to(dtype) for k, v in net.state_dict().items()}), num_heads=4)
-    assert back.head.weight.dtype == torch.float32
+    assert back.network.head.weight.dtype == torch.float32
     assert back.load_report.fates["head.weight"] == ("loaded", f"from {dtype}")
 
 
@@ -235,15 +238,15 @@ def test_blocks_that_share_their_weights_load(here, zipped):
     back = load_model(save(state, zipped=zipped), num_heads=4)
     for name, tensor in state.items():
         assert torch.equal(back.state_dict()[name], tensor), name
-    places = {p.data_ptr() for p in back.parameters()}
-    assert len(places) == len(list(back.parameters()))
+    places = {p.data_ptr() for p in back.network.parameters()}
+    assert len(places) == len(list(back.network.parameters()))
 
 
 def test_the_file_stays_as_it_is(net, here):
     before = Path(save(net.state_dict())).read_bytes()
     model = load_model("w.pth", num_heads=4)
     with torch.no_grad():
-        model.head.weight.zero_()
+        model.network.head.weight.zero_()
     assert Path("w.pth").read_bytes() == before
 
 

@@ -4,8 +4,8 @@ from safetensors.torch import save_file
 
 from vitcli.errors import VitcliError
 from vitcli.run import create_run
-from vitcli.vit import create_model
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.overrides import Stated
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import save_model

@@ -10,16 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit import create_model
 from vitcli.vit.position import resample
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 from vitcli.weights.store import load_weights, read_header, save_model
 
 
 @pytest.fixture
 def model():
     net = create_model("Pico/8", num_classes=3, image_size=(16, 24), pool="mean", depth=2)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     net.labels, net.head_trained = ("cat", "dög", "a b"), True
     net.preprocess = Preprocess(image_size=(16, 24), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     return net
@@ -31,7 +31,7 @@ def test_everything_comes_back(model, tmp_path):
     back = load_model(path)
     assert back.config == model.config
     assert (back.labels, back.preprocess) == (model.labels, model.preprocess)
-    assert back.head_trained and not back.training
+    assert back.head_trained and not back.network.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
     header = read_header(path)
@@ -53,12 +53,14 @@ def test_anybody_can_read_the_tensors(model, tmp_path):
 def test_fixed_positions_are_stored_and_resampled_like_learned_ones(tmp_path):
     net = create_model("Pico/8", image_size=16, position="sincos2d", depth=1)
     save_model(tmp_path / "m.safetensors", net)
-    assert torch.equal(load_model(tmp_path / "m.safetensors").pos_embed, net.pos_embed)
+    assert torch.equal(
+        load_model(tmp_path / "m.safetensors").network.pos_embed, net.network.pos_embed
+    )
     back = load_model(tmp_path / "m.safetensors", image_size=32)
-    expected = resample(net.pos_embed[:, 1:], (2, 2), (4, 4), "bicubic")
-    assert torch.equal(back.pos_embed[:, 1:], expected)
+    expected = resample(net.network.pos_embed[:, 1:], (2, 2), (4, 4), "bicubic")
+    assert torch.equal(back.network.pos_embed[:, 1:], expected)
     # A place keeps its code: the corners of the new grid are nearest to those of the old one.
-    far, near = (expected[0, 0] - net.pos_embed[0, i] for i in (4, 1))
+    far, near = (expected[0, 0] - net.network.pos_embed[0, i] for i in (4, 1))
     assert near.norm() < far.norm()
 
 
@@ -140,9 +142,10 @@ def test_integers_are_no_weights(model, tmp_path):
 
 def test_half_precision_is_widened(model, tmp_path):
     path = tmp_path / "model.safetensors"
-    save_model(path, model.half())
+    model.network.half()
+    save_model(path, model)
     back = load_model(path)
-    assert back.head.weight.dtype == torch.float32
+    assert back.network.head.weight.dtype == torch.float32
     assert back.load_report.fates["head.weight"] == ("loaded", "from torch.float16")
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from support.timm_files import read, tiny
 
 from vitcli.errors import VitcliError
-from vitcli.vit import create_model
 from vitcli.weights.load import load_model, require_preprocess
+from vitcli.weights.loaded import create_model
 
 CASES = 4
 
@@ -19,7 +19,7 @@ CASES = 4
 def plain(tmp_path):
     """A small file in timm's layout that says nothing about itself, and its model."""
     net = create_model("Pico/4", num_classes=10, image_size=28, num_channels=1, depth=2)
-    torch.nn.init.normal_(net.head.weight)
+    torch.nn.init.normal_(net.network.head.weight)
     save_file(net.state_dict(), tmp_path / "w.safetensors")
     return tmp_path / "w.safetensors", net
 
@@ -57,7 +57,9 @@ def test_settings_reach_the_config(plain):
     model = load_model(path, num_heads=8, norm_eps=1e-5, gelu="tanh", pool="gap")
     assert (model.config.num_heads, model.config.norm_eps) == (8, 1e-5)
     assert (model.config.gelu, model.config.pool) == ("tanh", "mean")
-    assert torch.equal(model.head.weight, net.head.weight)  # the user says what the head reads
+    assert torch.equal(
+        model.network.head.weight, net.network.head.weight
+    )  # the user says what the head reads
     with pytest.raises(VitcliError, match="5, which does not divide width 128"):
         load_model(path, num_heads=5)
 
@@ -113,7 +115,7 @@ def test_common_prefixes_go(plain):
     path, net = plain
     save_file({f"module.{k}": v for k, v in load_file(path).items()}, path)
     model = load_model(path, num_heads=4)
-    assert torch.equal(model.pos_embed, net.pos_embed)
+    assert torch.equal(model.network.pos_embed, net.network.pos_embed)
 
 
 def test_a_grid_that_is_not_square(tmp_path):
@@ -176,8 +178,8 @@ def test_two_heads_are_averaged():
     """DeiT at test time: the mean of what class and distillation token say."""
     net = tiny(**OPTIONS["distilled"])
     images = torch.randn(2, 3, 16, 40)
-    tokens = net.tokens(images)
-    expected = (net.head(tokens[:, 0]) + net.head_dist(tokens[:, 1])) / 2
+    tokens = net.network.tokens(images)
+    expected = (net.network.head(tokens[:, 0]) + net.network.head_dist(tokens[:, 1])) / 2
     assert torch.allclose(
         read(net.state_dict(), num_heads=3, image_size=(16, 40))(images), expected
     )

@@ -24,8 +24,8 @@ def dinov2(net, chunk: int) -> dict[str, torch.Tensor]:
             name = f"blocks.{int(match[1]) // chunk}.{match[1]}.{inner}"
         renamed[name.replace("reg_token", "register_tokens")] = tensor
     entry = torch.randn(1, 1, 48)
-    renamed["cls_token"] = net.cls_token.detach() - entry
-    renamed["pos_embed"] = torch.cat([entry, net.pos_embed.detach()], dim=1)
+    renamed["cls_token"] = net.network.cls_token.detach() - entry
+    renamed["pos_embed"] = torch.cat([entry, net.network.pos_embed.detach()], dim=1)
     return renamed
 
 
@@ -37,7 +37,7 @@ def test_dinov2(chunk):
     back = read(dinov2(net, chunk), num_heads=3)
     assert back.config == net.config
     assert back.load_report.fates["mask_token"][0] == "dropped"
-    assert torch.allclose(back.cls_token, net.cls_token)
+    assert torch.allclose(back.network.cls_token, net.network.cls_token)
     for name, tensor in net.state_dict().items():
         assert name == "cls_token" or torch.equal(back.state_dict()[name], tensor), name
 
@@ -54,7 +54,7 @@ def test_unpacked_swiglu_and_deit3():
             renamed[re.sub(r"ls(\d)\.gamma", r"gamma_\1", name)] = tensor
     back = read(renamed, num_heads=3)
     assert back.config == net.config
-    assert torch.equal(back.blocks[1].mlp.fc1.weight, net.blocks[1].mlp.fc1.weight)
+    assert torch.equal(back.network.blocks[1].mlp.fc1.weight, net.network.blocks[1].mlp.fc1.weight)
 
 
 def test_the_root_alone_has_a_shorter_name():
@@ -101,7 +101,7 @@ def test_student_and_teacher_with_their_heads():
         "student.head.mlp.0.weight": torch.ones(2),
     }
     back = read(state, num_heads=3)
-    assert torch.equal(back.pos_embed, net.pos_embed)
+    assert torch.equal(back.network.pos_embed, net.network.pos_embed)
     assert "`teacher.backbone.` were taken" in back.load_report.notes[0]
     assert back.preprocess.mean == (0.485, 0.456, 0.406)  # DINO's files use ImageNet's
     two = {n.replace("teacher", "other"): t for n, t in state.items()}

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit import VisionTransformer, ViTConfig, create_model
+from vitcli.vit import VisionTransformer, ViTConfig
 from vitcli.vit.resnet import ResNet, ResNetConfig
 from vitcli.weights.load import load_model
+from vitcli.weights.loaded import LoadedModel, create_model
 from vitcli.weights.store import save_model
 from vitcli.weights.timm.write_timm import write_timm
 
@@ -71,7 +72,7 @@ def filled(model):
     """`model` with weights that are nowhere 0 or 1, class names and a transform."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in model.network.parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=generator))
     config = model.config
     model.head_trained = config.num_classes > 0
@@ -81,8 +82,8 @@ def filled(model):
     return model.eval()
 
 
-def vit(**options) -> VisionTransformer:
-    return filled(VisionTransformer(replace(BASE, **options)))
+def vit(**options) -> LoadedModel:
+    return filled(LoadedModel(VisionTransformer(replace(BASE, **options))))
 
 
 def check_round_trip(model, out):
@@ -116,7 +117,7 @@ def test_everything_comes_back(i, tmp_path):
     ],
 )
 def test_a_resnet_comes_back(config, tmp_path):
-    assert check_round_trip(filled(ResNet(config)), tmp_path / "out") == []
+    assert check_round_trip(filled(LoadedModel(ResNet(config))), tmp_path / "out") == []
     weights = load_file(tmp_path / "out/model.safetensors")
     if config.num_classes:  # a convolution on the pooled map, as timm has it
         assert weights["head.fc.weight"].shape == (3, config.feature_dim, 1, 1)
@@ -263,7 +264,7 @@ def test_a_resnet_that_timm_has_not_is_named(tmp_path):
         (ResNetConfig(num_classes=2), "arithmetic of `google`"),
     ):
         with pytest.raises(VitcliError, match=words):
-            write_timm(ResNet(config), tmp_path / "out")
+            write_timm(LoadedModel(ResNet(config)), tmp_path / "out")
 
 
 def test_what_is_lost_is_noted(tmp_path):
@@ -273,7 +274,7 @@ def test_what_is_lost_is_noted(tmp_path):
     assert "sin-cos" in notes and "never trained" in notes and "timm will take ImageNet's" in notes
     back = load_model(tmp_path / "a")
     assert back.config == replace(model.config, position="learned")
-    assert torch.equal(back.pos_embed, model.pos_embed)
+    assert torch.equal(back.network.pos_embed, model.network.pos_embed)
     model = vit(patch_bias=False)
     assert "zeros are written" in write_timm(model, tmp_path / "b")[0]
     images = torch.randn(2, 3, 32, 32)

@@ -28,7 +28,7 @@ from vitcli.devices import pick_device, resolve_precision
 from vitcli.errors import VitcliError, unknown
 from vitcli.files import replacing
 from vitcli.progress import Quiet, Watcher
-from vitcli.vit import Config, Model, from_config, parse_variant
+from vitcli.vit import Config, Network, from_config, parse_variant
 from vitcli.vit.macs import macs
 from vitcli.weights.load import load_model, newest_run
 
@@ -245,7 +245,7 @@ def _measure(
     ]
 
 
-def _build_ours(config: Config) -> Model:
+def _build_ours(config: Config) -> Network:
     return from_config(config).init_weights(torch.Generator().manual_seed(0))
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from vitcli.config.recipe import flat_settings
 from vitcli.errors import VitcliError
-from vitcli.evals.comparison import Paired, compare_paired
+from vitcli.evals.comparison import PairedAccuracy, compare_paired
 from vitcli.run import OUTCOMES, Run
 
 SEEDS = {"train.seed"}  # runs that differ in nothing else are repetitions
@@ -32,7 +32,7 @@ class Comparison:
     runs: tuple[str, ...]
     settings: dict[str, list[Any]]
     results: dict[str, list[float | None]]
-    paired: list[Paired | str]
+    paired: list[PairedAccuracy | str]
     seeds: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Comparison:
         }
 
 
-def _described(pair: Paired | str) -> dict[str, Any]:
+def _described(pair: PairedAccuracy | str) -> dict[str, Any]:
     return {"reason": pair} if isinstance(pair, str) else asdict(pair)
 
 
@@ -115,7 +115,7 @@ def _spread(values: list[float | None]) -> tuple[float, float]:
     return float(known.mean()), float(known.std(ddof=1))
 
 
-def _pair(first: Run, second: Run) -> Paired | str:
+def _pair(first: Run, second: Run) -> PairedAccuracy | str:
     """The test of two runs, or why there is none."""
     data = [found.provenance().get("data", {}) for found in (first, second)]
     if data[0].get("fingerprint") != data[1].get("fingerprint"):

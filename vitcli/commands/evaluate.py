@@ -1,4 +1,4 @@
-"""`vitcli evaluate`: models on a whole labelled set: accuracy, calibration, confusion."""
+"""`vitcli evaluate`: measure models on a whole labelled split."""
 
 import os
 from collections.abc import Sequence
@@ -9,28 +9,32 @@ from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
 from vitcli.data.image_set import ImageSet, Source
 from vitcli.errors import VitcliError
-from vitcli.evals.class_matching import ClassMap, Matching, imagenet_outputs, match, read_class_map
-from vitcli.evals.comparison import Evaluations, beside
-from vitcli.evals.evaluate import Evaluation, choose_images, evaluate_images
-from vitcli.evals.features import Extracted, extract, processes
-from vitcli.evals.multilabel import LabelsEvaluation, evaluate_labels
-from vitcli.evals.plots import files_of, write_files
-from vitcli.evals.real_labels import read_real, real_answers
-from vitcli.evals.temperature import (
-    check_kind,
-    compared,
-    fit,
-    hold_out,
-    place_of,
-    store,
-    warn_of_fitted,
+from vitcli.evals.calibration import (
+    calibrate,
+    check_same_kind,
+    split_for_calibration,
+    store_temperature,
+    temperature_file,
+    warn_if_calibrated_on,
 )
+from vitcli.evals.class_matching import (
+    ClassMap,
+    ClassMatching,
+    imagenet_outputs,
+    match_outputs,
+    read_class_map,
+)
+from vitcli.evals.comparison import ModelComparison, compare_models
+from vitcli.evals.evaluate import Evaluation, Evaluator, FittedTemperature, choose_images
+from vitcli.evals.features import Extracted, extract, rank_and_world_size
+from vitcli.evals.plots import evaluation_files, write_evaluation_files
+from vitcli.evals.real_labels import read_real_labels, real_targets
 from vitcli.files import check_folder, make_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
-from vitcli.vit import Model
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import LoadedModel
 
 DEFAULT_DATA = "builtin:digits"
 
@@ -38,8 +42,8 @@ Labels = str | os.PathLike[str] | Sequence[str] | None
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What holds for every model of one command line."""
+class EvaluationRequest:
+    """Options that hold for every model of one command line."""
 
     data: str
     inference: Inference
@@ -52,6 +56,24 @@ class Asked:
     seed: int
     verbose: bool
     watch: Watcher
+
+
+@dataclass
+class LoadedTask:
+    """One model and the images that it is measured on, checked but not yet evaluated.
+
+    Attributes:
+        folder: folder of the files that the evaluation writes.
+        weights_file: file that will hold the temperature; None without `--calibrate`.
+    """
+
+    model: str
+    net: LoadedModel
+    source: Source
+    images: ImageSet
+    matching: ClassMatching
+    folder: Path
+    weights_file: Path | None
 
 
 def run(
@@ -69,29 +91,29 @@ def run(
     seed: int = 0,
     verbose: bool = False,
     watch: Watcher | None = None,
-) -> Evaluation | LabelsEvaluation | Evaluations:
-    """Run one or several models over a labelled set.
+) -> Evaluation | ModelComparison:
+    """Measure one or several models on a labelled split.
 
     Args:
-        data: DATA; its `test` images, else its `validation` images, else all. None takes
+        data: DATA; its `test` images, else its `validation` images, else all images. None uses
             `builtin:digits`.
-        model: MODEL with a trained head, or several; None takes the newest run that has one.
+        model: MODEL with a trained head, or several; None uses the newest run that has one.
         settings: nested settings: `model.num_heads`, `preprocess.mean`, `data.label_column` …
-        labels: class names of the model, or a file with one a line.
-        out: a folder for the CSV and the pictures; None makes `runs/MODEL-evaluate`. Of several
-            models each has a folder in it.
-        real: the ReaL labels of ImageNet's validation images, as published.
-        class_map: a file that says which classes of the model stand for which of the data.
-        calibrate: fit a temperature on the validation images, or on half of the images where there
-            are none, report the others, and store it with the weights: in a file of ours, else in
-            a copy in `out`.
-        batch_size: images of one forward pass.
-        precision: `auto` is fp32, so that the figure is the same everywhere.
-        seed: of the resampling, and of the half.
-        verbose: tell what became of every tensor of the weights.
+        labels: class names of the model, or a file with one name per line.
+        out: folder for the CSV file and the pictures; None makes `runs/MODEL-evaluate`. Each of
+            several models has its own folder in it.
+        real: file with the ReaL labels of ImageNet's validation images.
+        class_map: file that assigns classes of the model to classes of the data.
+        calibrate: fit a temperature on the validation images (without these: on half of the
+            images), report the other images, and store the temperature with the weights: in a
+            weights file of our format, else in a copy in `out`.
+        batch_size: images per forward pass.
+        precision: `auto` is fp32, so that the metrics are the same on every machine.
+        seed: seed of the resampling and of the half that is held out.
+        verbose: report how each tensor was loaded.
 
     Raises:
-        VitcliError: bad input; a head that is not trained; classes that do not match.
+        VitcliError: bad input, an untrained head, or classes that do not match.
     """
     watch = watch or Quiet()
     if out is not None:
@@ -100,12 +122,12 @@ def run(
     data = inference.data.name if data is None else data
     if data is None:
         data = DEFAULT_DATA
-        watch.note(f"no DATA given: {data}")
-    asked = Asked(
+        watch.note(f"no DATA given: using {data}")
+    request = EvaluationRequest(
         data=data,
         inference=inference,
         labels=labels,
-        real=None if real is None else read_real(real),
+        real=None if real is None else read_real_labels(real),
         class_map=None if class_map is None else read_class_map(class_map),
         calibrate=calibrate,
         batch_size=batch_size,
@@ -116,22 +138,21 @@ def run(
     )
     models = [model] if isinstance(model, str) else list(model or ())
     if not models:
-        named = inference.model.name or newest_run(classifier=True)
+        name = inference.model.name or newest_run(classifier=True)
         if inference.model.name is None:
-            watch.note(f"no `--model` given: {named}")
-        models = [named]
-    folders = _folders(models, out)
-    opened = [_open(name, asked, place) for name, place in zip(models, folders, strict=True)]
-    if len(models) == 1:
-        return _evaluate(opened[0], asked)
-    found = []
-    while opened:
-        found.append(_evaluate(opened.pop(0), asked))  # popped: its weights go
-    return beside(data, found, seed)
+            watch.note(f"no `--model` given: using {name}")
+        models = [name]
+    folders = _output_folders(models, out)
+    # Load and check every model before the first is evaluated: a mistake shows at once.
+    tasks = [_load(name, request, folder) for name, folder in zip(models, folders, strict=True)]
+    results = []
+    while tasks:
+        results.append(_evaluate(tasks.pop(0), request))  # pop: frees the weights afterwards
+    return results[0] if len(results) == 1 else compare_models(data, results, seed)
 
 
-def _folders(models: Sequence[str], out: Path | None) -> list[Path]:
-    """Where the files of each go: `out`, of several models folders in it, all different."""
+def _output_folders(models: Sequence[str], out: Path | None) -> list[Path]:
+    """The folder of each model: `out` itself, or different folders in it if there are several."""
     if len(models) == 1:
         return [out or new_path(f"{run_stem(models[0])}-evaluate")]
     root = out or new_path("evaluate")
@@ -145,143 +166,104 @@ def _folders(models: Sequence[str], out: Path | None) -> list[Path]:
     return folders
 
 
-@dataclass
-class Opened:
-    """A model and the images that it is asked about, before the work.
-
-    Attributes:
-        folder: of its files.
-        place: of its temperature, where one is fitted.
-    """
-
-    model: str
-    net: Model
-    source: Source
-    images: ImageSet
-    matching: Matching
-    folder: Path
-    place: Path | None
-
-
-def _open(model: str, asked: Asked, folder: Path) -> Opened:
-    """Everything about one model that can be refused."""
-    watch = asked.watch
-    arguments = load_settings(asked.inference.model, asked.inference.preprocess)
-    net = load_model(model, labels=asked.labels, watch=watch, **arguments)
+def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
+    """Load the model and the data, and do every check that can fail."""
+    watch = request.watch
+    arguments = load_settings(request.inference.model, request.inference.preprocess)
+    net = load_model(model, labels=request.labels, watch=watch, **arguments)
     if not net.head_trained:
         raise VitcliError(
             f"`{model}` has no trained head to evaluate",
             hint="train one with `vitcli finetune` or `vitcli fewshot`",
         )
-    source, images = choose_images(asked.data, model, asked.inference, watch)
+    source, images = choose_images(request.data, model, request.inference, watch)
     for line in source.notes:
         watch.note(line)
-    tell_load(net, watch, verbose=asked.verbose)
-    matching = match(net, source.classes, asked.data, watch, asked.class_map)
+    tell_load(net, watch, verbose=request.verbose)
+    matching = match_outputs(net, source.classes, request.data, watch, request.class_map)
     if images.targets is not None:
-        _check_several(matching, source, asked)
-    elif asked.real is not None:
+        _check_multi_label(matching, source, request)
+    elif request.real is not None:
         imagenet_outputs(net)
-    place = None
-    if asked.calibrate:
-        check_kind(net, images, model)
-        place = place_of(model, not arguments and asked.labels is None, folder)
-    return Opened(model, net, source, matching.select(images), matching, folder, place)
+    file = None
+    if request.calibrate:
+        check_same_kind(net, images, model)
+        file = temperature_file(model, not arguments and request.labels is None, folder)
+    return LoadedTask(model, net, source, matching.select(images), matching, folder, file)
 
 
-def _evaluate(one: Opened, asked: Asked) -> Evaluation | LabelsEvaluation:
-    """One model, and its files."""
-    net, images, matching = one.net, one.images, one.matching
-    fitted = None
-    if asked.calibrate:
-        parts = hold_out(one.source, images, matching, asked.seed)
-        seen = _logits(net, parts.held, asked, "images for the temperature")
-        fitted, images = fit(net, seen, matching, parts), parts.reported
-        asked.watch.note(
-            f"temperature {net.temperature:.4g}, fitted on {len(seen.labels):,} images: "
-            f"{parts.said}"
+def _check_multi_label(matching: ClassMatching, source: Source, request: EvaluationRequest) -> None:
+    """Raise a VitcliError for options that multi-label images do not have."""
+    if request.real is not None:
+        raise VitcliError(
+            f"`--real` needs single-label images, and those of `{request.data}` are multi-label",
+            "remove `--real`",
+        )
+    complete = len(matching.classes) == len(source.classes)
+    if not complete or any(len(outputs) > 1 for outputs in matching.outputs):
+        raise VitcliError(
+            f"the images of `{request.data}` are multi-label, so each class needs exactly one "
+            "class of the model",
+            "name every class in `--class-map` once",
+        )
+
+
+def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
+    """Evaluate one model and write its files."""
+    net, images, watch = task.net, task.images, request.watch
+    fitted, record = None, None
+    if task.weights_file is not None:
+        split = split_for_calibration(task.source, images, task.matching, request.seed)
+        held_out = _logits(net, split.held_out, request, "images for the temperature")
+        before = calibrate(net, held_out, task.matching)
+        count, images, record = len(held_out.labels), split.reported, split.record
+        fitted = FittedTemperature(before, split.description, count, task.weights_file)
+        watch.note(
+            f"temperature {net.temperature:.4g}, fitted on {count:,} images: {split.description}"
         )
     else:
-        warn_of_fitted(one.model, one.source, images, asked.watch)
-    asked.watch.note(f"{len(images):,} {images.name} images of {asked.data}")
-    found = _logits(net, images, asked, "images")
-    result = _judge(one, found, images, asked)
-    if isinstance(result, Evaluation):
-        result = replace(result, files=files_of(result, one.folder))
-    if fitted is not None and one.place is not None:
-        calibration, before = compared(net, found, matching, fitted, one.place)
-        result = replace(result, calibration=calibration)
-        if isinstance(result, Evaluation):
-            result = replace(result, uncalibrated=before)
-    if processes()[0] == 0:
-        if isinstance(result, Evaluation):
-            make_folder(one.folder)
-            write_files(result, images)
-        if fitted is not None and one.place is not None:  # last: all else is there
-            make_folder(one.place.parent)
-            store(net, one.model, one.place, fitted.parts.fitted_on)
+        warn_if_calibrated_on(task.model, task.source, images, watch)
+    watch.note(f"evaluating {len(images):,} {images.name} images of {request.data}")
+    extracted = _logits(net, images, request, "images")
+    if images.targets is None and net.head_activation == "sigmoid":
+        watch.note("loss and calibration error use a softmax over the outputs of the sigmoid head")
+    real = None
+    if images.targets is None and request.real is not None:
+        real = real_targets(images, extracted.indices, request.real, imagenet_outputs(net))
+    result = Evaluator(
+        net=net,
+        extracted=extracted,
+        matching=task.matching,
+        images=images,
+        model=task.model,
+        data=request.data,
+        identity=f"{task.source.fingerprint}/{images.name}/{len(images)}",
+        real=real,
+        fitted=fitted,
+        seed=request.seed,
+        watch=watch,
+    ).run()
+    result = replace(result, files=evaluation_files(result, task.folder))
+    if rank_and_world_size()[0] == 0:
+        if result.files:
+            make_folder(task.folder)
+            write_evaluation_files(result, images)
+        if fitted is not None and record is not None:
+            # Last: if anything above fails, the weights file is unchanged.
+            make_folder(fitted.file.parent)
+            store_temperature(net, task.model, fitted.file, record)
     return result
 
 
-def _logits(net: Model, images: ImageSet, asked: Asked, label: str) -> Extracted:
+def _logits(
+    net: LoadedModel, images: ImageSet, request: EvaluationRequest, label: str
+) -> Extracted:
     return extract(
         net,
         images,
-        what="logits",
-        batch_size=asked.batch_size,
-        precision=asked.precision,
-        watch=asked.watch,
+        output="logits",
+        batch_size=request.batch_size,
+        precision=request.precision,
+        watch=request.watch,
         label=label,
     )
-
-
-def _judge(
-    one: Opened, found: Extracted, images: ImageSet, asked: Asked
-) -> Evaluation | LabelsEvaluation:
-    about = {
-        "model": one.model,
-        "data": asked.data,
-        "identity": f"{one.source.fingerprint}/{images.name}/{len(images)}",
-    }
-    if images.targets is not None:
-        return evaluate_labels(
-            one.net,
-            found,
-            one.matching.firsts,
-            images,
-            seed=asked.seed,
-            watch=asked.watch,
-            **about,
-        )
-    if one.net.head_activation == "sigmoid":
-        asked.watch.note(
-            "loss and calibration are those of a softmax over the model's sigmoid outputs"
-        )
-    real = None
-    if asked.real is not None:
-        real = real_answers(images, found.indices, asked.real, imagenet_outputs(one.net))
-    return evaluate_images(
-        one.net,
-        found,
-        one.matching,
-        images,
-        real=real,
-        seed=asked.seed,
-        watch=asked.watch,
-        **about,
-    )
-
-
-def _check_several(matching: Matching, source: Source, asked: Asked) -> None:
-    """Raises a VitcliError for what images with any number of labels cannot be asked."""
-    if asked.real is not None:
-        raise VitcliError(
-            f"the images of `{asked.data}` have any number of labels, and `--real` replaces one",
-            "leave it out",
-        )
-    if len(matching.classes) < len(source.classes) or any(len(o) > 1 for o in matching.outputs):
-        raise VitcliError(
-            f"the images of `{asked.data}` have any number of labels: each class needs one of the "
-            "model's",
-            "name all of them in `--class-map`, one for each",
-        )

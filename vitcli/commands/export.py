@@ -16,12 +16,13 @@ from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError, nearest
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_path, run_stem
-from vitcli.vit import Model, ViTConfig
+from vitcli.vit import ViTConfig
 from vitcli.weights.edit import fold_temperature
 from vitcli.weights.google.write_google import write_google
 from vitcli.weights.huggingface.write_huggingface import write_huggingface
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.onnx import data_file, run_onnx, write_onnx
 from vitcli.weights.timm.write_timm import write_timm
 
@@ -38,7 +39,7 @@ class Format:
         suffix: of the file; None where the layout is a folder.
     """
 
-    write: Callable[[Model, Path], list[str]]
+    write: Callable[[LoadedModel, Path], list[str]]
     suffix: str | None = None
 
 
@@ -205,7 +206,7 @@ def _folders_for(out: Path) -> Iterator[None]:
         raise
 
 
-def _compare(net: Model, to: str, out: Path) -> tuple[Model, float | None, float]:
+def _compare(net: LoadedModel, to: str, out: Path) -> tuple[LoadedModel, float | None, float]:
     """What is read back from `out`; the largest difference of the outputs; largest magnitude.
 
     Features are compared too where they are to be had, since an untrained head hides them. An
@@ -261,7 +262,7 @@ def _remove(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _facts(net: Model) -> dict[str, Any]:
+def _facts(net: LoadedModel) -> dict[str, Any]:
     config, preprocess = net.config, net.preprocess
     return {
         "classes": config.num_classes,

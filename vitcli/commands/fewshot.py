@@ -16,16 +16,16 @@ from vitcli.data.image_set import Source
 from vitcli.data.source import open_data
 from vitcli.errors import VitcliError
 from vitcli.evals.feature_cache import Features
-from vitcli.evals.features import Extracted, processes
+from vitcli.evals.features import Extracted, rank_and_world_size
 from vitcli.evals.fewshot.classifiers import Head, Shots, draw_all, fit_all
 from vitcli.evals.fewshot.protocol import Choice
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, create_run, new_path, run_stem
-from vitcli.vit import Model
 from vitcli.weights.edit import replace_head
 from vitcli.weights.feature_layers import represent
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import save_model
 
 DEFAULT_DATA = "builtin:digits"
@@ -177,7 +177,7 @@ def run(
     features = Features(net, source.fingerprint, about, batch_size, precision, cache, watch)
     result, head = _measure(features, source, inference.fewshot, watch)
     result = replace(result, model=model, data=data, run=None if path is None else str(path))
-    if path is not None and head is not None and processes()[0] == 0:
+    if path is not None and head is not None and rank_and_world_size()[0] == 0:
         _keep(net, source, head, inference, path, result)
     return result
 
@@ -265,7 +265,7 @@ def _pixels(extracted: Extracted) -> Extracted:
 
 
 def _keep(
-    net: Model,
+    net: LoadedModel,
     source: Source,
     head: Head,
     inference: Inference,
@@ -274,9 +274,10 @@ def _keep(
 ) -> None:
     """Write the classifier as a model with an ordinary head, in a run directory."""
     replace_head(net, source.classes, keep_pre_logits=True)
-    assert isinstance(net.head, nn.Linear)
+    layer = net.network.head
+    assert isinstance(layer, nn.Linear)
     with torch.no_grad():
-        for parameter, value in zip((net.head.weight, net.head.bias), head, strict=True):
+        for parameter, value in zip((layer.weight, layer.bias), head, strict=True):
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
     net.head_trained = True
     recipe = {"command": "fewshot", **inference.model_dump(mode="json", exclude_none=True)}
@@ -289,6 +290,6 @@ def _keep(
             "data": {"name": source.notation, "fingerprint": source.fingerprint},
         }
     )
-    save_model(made.weights_file, net.cpu())
+    save_model(made.weights_file, net.to("cpu"))
     named = replace(result, model=recipe["model"]["name"])
     made.finish({"command": "fewshot", **named.to_json()})

@@ -6,7 +6,7 @@ from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_path, training_path
 from vitcli.train.lr_finder import FoundRate, find_rate
-from vitcli.train.session import Trained, train
+from vitcli.train.session import TrainResult, train
 from vitcli.train.starting import finetune_recipe, pretrained_model
 
 
@@ -21,7 +21,7 @@ def run(
     track: str | None = None,
     verbose: bool = False,
     watch: Watcher | None = None,
-) -> Trained:
+) -> TrainResult:
     """Fine-tune a model on labelled images (section 3.2 of the paper).
 
     Args:

@@ -35,10 +35,11 @@ from vitcli.inspection.report import Report, ReportImage
 from vitcli.inspection.rollout import rollout_source
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
-from vitcli.vit import Model, ResNet, VisionTransformer, ViTConfig
+from vitcli.vit import ResNet, VisionTransformer, ViTConfig
 from vitcli.weights.edit import match_classes
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import LoadedModel
 
 MAX_IMAGES = 128  # as in appendix D.7
 MAX_PICTURED = 8  # images with pictures of their own
@@ -120,24 +121,25 @@ def run(
     if model is None:
         model = newest_run(classifier=False)
         watch.note(f"no `--model` given: {model}")
-    net = load_model(
+    loaded = load_model(
         model, labels=labels, watch=watch, **load_settings(inference.model, inference.preprocess)
     )
-    baseline = _load_resnet(resnet, net, watch)
-    if isinstance(net, ResNet):
+    baseline = _load_resnet(resnet, loaded, watch)
+    if isinstance(loaded.network, ResNet):
         _check_resnet(model, with_bias, watch)
-    chosen = _choose_images(paths, net, inference, watch)
-    tell_load(net, watch, verbose=verbose)
-    net = net.to(pick_device()).eval()
+    chosen = _choose_images(paths, loaded, inference, watch)
+    tell_load(loaded, watch, verbose=verbose)
+    loaded = loaded.to(pick_device()).eval()
+    network = loaded.network
 
     folder = out or new_path(f"{run_stem(model)}-inspect")
-    result = Inspection(model, folder, _describe(model, net, chosen))
-    result.facts["filters"] = report.add_filters(result.report, net)
+    result = Inspection(model, folder, _describe(model, loaded, chosen))
+    result.facts["filters"] = report.add_filters(result.report, network)
     result.facts |= dict.fromkeys(("positions", "attention_distance", "rollout", "inductive_bias"))
-    if isinstance(net, VisionTransformer):
-        _add_attention(result, net, chosen.images, limit, watch)
+    if isinstance(network, VisionTransformer):
+        _add_attention(result, loaded, network, chosen.images, limit, watch)
     if with_bias:
-        _add_bias(result, net, chosen, baseline, watch)
+        _add_bias(result, loaded, chosen, baseline, watch)
     facts = result.facts
     facts |= {"unreadable": result.broken, "out": printable(folder), "files": result.report.files()}
     summary = f"{facts['images']} images: {chosen.name}" if facts["images"] else chosen.name
@@ -154,30 +156,32 @@ def _check_resnet(model: str, with_bias: bool, watch: Watcher) -> None:
     watch.warn(f"`{model}` is a ResNet and has no attention: only filters and equivariance")
 
 
-def _load_resnet(resnet: str | None, net: Model, watch: Watcher) -> tuple[str, ResNet] | None:
+def _load_resnet(
+    resnet: str | None, model: LoadedModel, watch: Watcher
+) -> tuple[str, LoadedModel] | None:
     """The ResNet of `--resnet` and its name."""
     if resnet is None:
         return None
     found = load_model(resnet, watch=watch)
-    if not isinstance(found, ResNet):
+    if not isinstance(found.network, ResNet):
         raise VitcliError(
             f"`--resnet {resnet}` is not a ResNet", "give `R50x1`, or weights of a ResNet"
         )
-    if found.config.num_channels != net.config.num_channels:
+    if found.config.num_channels != model.config.num_channels:
         raise VitcliError(
             f"`--resnet {resnet}` reads {found.config.num_channels} channels, the model reads "
-            f"{net.config.num_channels}",
+            f"{model.config.num_channels}",
             "choose a ResNet with the same number of channels",
         )
     return printable(resnet), found
 
 
-def _describe(model: str, net: Model, chosen: NamedImages) -> dict[str, Any]:
-    config = net.config
+def _describe(model: str, loaded: LoadedModel, chosen: NamedImages) -> dict[str, Any]:
+    config = loaded.config
     facts: dict[str, Any] = {
         "model": printable(model),
         "kind": "resnet",
-        "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters": sum(p.numel() for p in loaded.network.parameters()),
         "image_size": list(config.image_size),
         "cell_pixels": cell_size(config),
         "images": 0,
@@ -191,12 +195,12 @@ def _describe(model: str, net: Model, chosen: NamedImages) -> dict[str, Any]:
 
 
 def _choose_images(
-    paths: Sequence[str], net: Model, inference: Inference, watch: Watcher
+    paths: Sequence[str], model: LoadedModel, inference: Inference, watch: Watcher
 ) -> NamedImages:
     """The images that the user names, else built-in images, with a note."""
     data = inference.data.name
     if not paths and data is None:
-        chosen = _builtin_images(net)
+        chosen = _builtin_images(model)
         watch.note(f"no IMAGE given: {chosen.name}")
         return chosen
     given = list(paths) or [data or ""]
@@ -210,10 +214,10 @@ def _choose_images(
     return NamedImages(files_set(list(find_images(given))), name)
 
 
-def _builtin_images(net: Model) -> NamedImages:
+def _builtin_images(model: LoadedModel) -> NamedImages:
     """Images that suit the input size: digits, formula images, or photographs."""
-    side = min(net.config.image_size)
-    if net.config.num_channels == 1 or side <= MAX_DIGIT_SIDE:
+    side = min(model.config.image_size)
+    if model.config.num_channels == 1 or side <= MAX_DIGIT_SIDE:
         digits = load_data("builtin:digits").split("test").subset(np.arange(NUM_BUILTIN))
         return NamedImages(digits, f"{NUM_BUILTIN} of builtin:digits")
     found = photographs() if side >= MIN_PHOTOGRAPH_SIDE else None
@@ -224,37 +228,50 @@ def _builtin_images(net: Model) -> NamedImages:
 
 
 def _add_attention(
-    result: Inspection, net: VisionTransformer, images: ImageSet, limit: int, watch: Watcher
+    result: Inspection,
+    model: LoadedModel,
+    network: VisionTransformer,
+    images: ImageSet,
+    limit: int,
+    watch: Watcher,
 ) -> None:
     """Positions, attention distance and rollout."""
-    facts, names, source = result.facts, layer_names(net), rollout_source(net.config)
-    facts["positions"] = report.add_positions(result.report, net)
-    statistics, pictured = _measure(result, net, images, limit, watch)
+    facts, names, source = result.facts, layer_names(network), rollout_source(network.config)
+    facts["positions"] = report.add_positions(result.report, network)
+    statistics, pictured = _measure(result, model, network, images, limit, watch)
     facts["images"], facts["source"] = len(statistics), source
     facts["attention_distance"] = report.add_attention_distance(
-        result.report, net, statistics, names
+        result.report, network, statistics, names
     )
-    facts["rollout"] = report.add_rollout(result.report, net, statistics, pictured, source, names)
+    facts["rollout"] = report.add_rollout(
+        result.report, network, statistics, pictured, source, names
+    )
 
 
 def _measure(
-    result: Inspection, net: VisionTransformer, images: ImageSet, limit: int, watch: Watcher
+    result: Inspection,
+    model: LoadedModel,
+    network: VisionTransformer,
+    images: ImageSet,
+    limit: int,
+    watch: Watcher,
 ) -> tuple[AttentionStatistics, list[ReportImage]]:
     """The attention of up to `limit` images, and the first few images for pictures."""
-    preprocess = require_preprocess(net)
-    device = next(net.parameters()).device
+    preprocess = require_preprocess(model)
+    device = next(network.parameters()).device
+    batch_size = max_batch_size(network)
     batches: list[AttentionStatistics] = []
     pixels: list[tuple[int, Image.Image]] = []
     total = min(limit, len(images))
     with watch.progress("images", total) as bar:
-        for batch in eval_batches(images, preprocess, batch_size=max_batch_size(net), limit=limit):
+        for batch in eval_batches(images, preprocess, batch_size=batch_size, limit=limit):
             result.broken += batch.broken
             if len(batch.labels):
                 count = min(MAX_PICTURED - len(pixels), len(batch.images))
                 first = zip(batch.indices[:count].tolist(), batch.images[:count], strict=True)
                 pixels += [(index, _to_image(image)) for index, image in first]
                 normalized = preprocess.normalize(batch.images.to(device))
-                batches.append(measure_attention(net, normalized, count))
+                batches.append(measure_attention(network, normalized, count))
             bar.advance(len(batch.labels) + len(batch.broken))
     if not batches:
         raise VitcliError(
@@ -270,7 +287,7 @@ def _measure(
     for number, (index, image) in enumerate(pixels):
         name = printable(images.describe(index))
         stem = re.sub(r"[^\w-]+", "-", Path(name).stem)[:40].strip("-")
-        classes = _classify(net, images, index, statistics.probabilities[number])
+        classes = _classify(model, images, index, statistics.logits[number])
         pictured.append(ReportImage(name, f"{number + 1:02d}-{stem}", image, classes))
     return statistics, pictured
 
@@ -281,13 +298,12 @@ def _to_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).convert("RGB")
 
 
-def _classify(
-    net: VisionTransformer, images: ImageSet, index: int, probabilities: Any
-) -> dict[str, Any]:
+def _classify(model: LoadedModel, images: ImageSet, index: int, logits: Any) -> dict[str, Any]:
     """The most probable classes, and the rank of the true class if the model knows it."""
-    if not net.head_trained:
+    if not model.head_trained:
         return {"label": None, "probability": None, "top": [], "truth": None}
-    names = net.labels or tuple(str(i) for i in range(len(probabilities)))
+    probabilities = model.probabilities(torch.from_numpy(logits)[None])[0].numpy()  # (K,)
+    names = model.labels or tuple(str(i) for i in range(len(probabilities)))
     order = np.argsort(-probabilities, kind="stable").tolist()
 
     def entry(label: int) -> dict[str, Any]:
@@ -305,15 +321,15 @@ def _classify(
 
 def _add_bias(
     result: Inspection,
-    net: Model,
+    model: LoadedModel,
     chosen: NamedImages,
-    resnet: tuple[str, ResNet] | None,
+    resnet: tuple[str, LoadedModel] | None,
     watch: Watcher,
 ) -> None:
     """The table of inductive bias: this model, then the networks to compare with."""
     if len(chosen.images) < inductive_bias.MIN_IMAGES:
-        chosen = _builtin_images(net)
-    preprocess, config = require_preprocess(net), net.config
+        chosen = _builtin_images(model)
+    preprocess, config, network = require_preprocess(model), model.config, model.network
     shifts = default_shifts(cell_size(config))
     found, broken = inductive_bias.read_with_margin(chosen.images, preprocess, max(shifts))
     result.broken += [line for line in broken if line not in result.broken]
@@ -322,12 +338,12 @@ def _add_bias(
             f"equivariance needs 2 readable images, and there are {len(found)}",
             "give more images, or add `--no-bias`",
         )
-    device = next(net.parameters()).device
+    device = next(network.parameters()).device
     images = [image.to(device) for image in found]
     with watch.progress("this model", 1) as bar:
-        row = inductive_bias.measure_network("this model", net, images, preprocess, shifts, bar)
-    is_random = net.load_report is not None and net.load_report.layout == "variant"
-    net.to("meta")  # frees the weights: two networks may not fit into memory
+        row = inductive_bias.measure_network("this model", network, images, preprocess, shifts, bar)
+    is_random = model.load_report is not None and model.load_report.layout == "variant"
+    network.to("meta")  # frees the weights: two networks may not fit into memory
     result.bias_rows = [row]
     result.bias_rows += inductive_bias.measure_baselines(
         config,

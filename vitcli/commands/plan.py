@@ -33,7 +33,7 @@ from vitcli.train.starting import (
     pretrained_model,
     random_model,
 )
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 __all__ = ["CostEstimate", "Prices", "run"]
 
@@ -198,12 +198,12 @@ def _count_images(recipe: Recipe, source: Source) -> int:
         return 1
 
 
-def _make_model(recipe: Recipe, source: Source, weights: bool, watch: Watcher) -> Model:
+def _make_model(recipe: Recipe, source: Source, weights: bool, watch: Watcher) -> LoadedModel:
     """The model of the run; without weights if no step will be made with it."""
     if recipe.command == "finetune":
         return pretrained_model(recipe, source, watch)
     empty = random_model(recipe, source, empty=True)
-    parameters = sum(p.numel() for p in empty.parameters())
+    parameters = sum(p.numel() for p in empty.network.parameters())
     if not weights or (pick_device().type == "cpu" and parameters > MAX_CPU_PARAMETERS):
         return empty
     return random_model(recipe, source)
@@ -239,7 +239,7 @@ def _add_probe(
 
 def _too_large(estimate: CostEstimate) -> str | None:
     """The reason against a probe on this machine, or None."""
-    if any(p.is_meta for p in estimate.planned.model.parameters()):
+    if any(p.is_meta for p in estimate.planned.model.network.parameters()):
         return (
             f"not probed: {estimate.counts.parameters:,} parameters are too many for this machine; "
             "`--device all` estimates other machines"

@@ -20,10 +20,10 @@ from vitcli.evals.predictor import Answers, Doubts
 from vitcli.evals.resume_log import Journal, Tally, finished, journal
 from vitcli.evals.writers import COLUMNS, Row, Tables
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.vit import Model
 from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import LoadedModel
 
 
 class Predictions:
@@ -53,7 +53,7 @@ class Predictions:
 
 def predict(
     images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    model: str | os.PathLike[str] | Model | None = None,
+    model: str | os.PathLike[str] | LoadedModel | None = None,
     *,
     top: int = 5,
     batch_size: int = 32,
@@ -104,7 +104,7 @@ def run(
     paths: Sequence[str | os.PathLike[str]],
     *,
     source: str | os.PathLike[str] | None = None,
-    model: str | os.PathLike[str] | Model | None = None,
+    model: str | os.PathLike[str] | LoadedModel | None = None,
     settings: Settings | None = None,
     labels: str | os.PathLike[str] | Sequence[str] | None = None,
     top: int = 5,
@@ -260,14 +260,14 @@ def _tell_kept(
 
 
 def _classifier(
-    model: str | os.PathLike[str] | Model | None,
+    model: str | os.PathLike[str] | LoadedModel | None,
     inference: Inference,
     labels: str | os.PathLike[str] | Sequence[str] | None,
     watch: Watcher,
     verbose: bool,
-) -> tuple[Model, str]:
+) -> tuple[LoadedModel, str]:
     """The model, in eval mode, and what it was called."""
-    if isinstance(model, Model):
+    if isinstance(model, LoadedModel):
         net, name = model.eval(), "the model"
         name = net.load_report.source if net.load_report else name
     else:

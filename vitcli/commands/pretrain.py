@@ -6,7 +6,7 @@ from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_path, training_path
 from vitcli.train.lr_finder import FoundRate, find_rate
-from vitcli.train.session import Trained, train
+from vitcli.train.session import TrainResult, train
 from vitcli.train.starting import pretrain_recipe, random_model
 
 
@@ -19,7 +19,7 @@ def run(
     resume: bool = False,
     track: str | None = None,
     watch: Watcher | None = None,
-) -> Trained:
+) -> TrainResult:
     """Train a model from random weights.
 
     Args:

@@ -14,7 +14,8 @@ from vitcli.cost.planned_run import PlannedRun, RunCounts
 from vitcli.cost.probe import time_steps, unsaved_loop
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
-from vitcli.vit import VARIANTS, Config, Model, ResNetConfig
+from vitcli.vit import VARIANTS, Config, ResNetConfig
+from vitcli.weights.loaded import LoadedModel
 
 SECONDS_PER_DAY = 86_400.0
 USABLE_MEMORY = 0.92  # of a GPU; the rest is for the context, kernel buffers and fragmentation
@@ -23,7 +24,7 @@ SMALLER_SIDE = 0.72  # of the present image size: about half of the pixels
 TOO_SMALL = {"mu"}  # one layer: a variant for tests
 SIZE_KEYS = ("embed_dim", "depth", "num_heads", "mlp_dim")
 
-MakeModel = Callable[[Recipe], Model]
+MakeModel = Callable[[Recipe], LoadedModel]
 
 
 def device_rows(estimate: CostEstimate, hardware: list[Hardware]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """A run to plan, and its exact numbers: parameters, multiply-adds, tokens, memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from vitcli.train.lora import ADAPTER, choose_learning
 from vitcli.train.objectives import build_objective
 from vitcli.train.objectives.base import Objective
 from vitcli.train.validate import EVAL_BATCH_SIZE
-from vitcli.vit import Config, Model, from_config
+from vitcli.vit import Config, from_config
 from vitcli.vit.macs import macs, parts
+from vitcli.weights.loaded import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class PlannedRun:
 
     recipe: Recipe
     source: Source
-    model: Model
+    model: LoadedModel
     images: int
     processes: int = 1
     precision: str = "fp32"
@@ -64,14 +65,14 @@ class PlannedRun:
         Raises:
             VitcliError: it does not suit the model or the data.
         """
-        recipe, model = self.recipe, self.model
+        recipe = self.recipe
         with torch.device("meta"):
             empty = from_config(self.config)
             choose_learning(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
-        empty.labels, empty.preprocess = model.labels, model.preprocess
+        model = replace(self.model, network=empty)
         # The initial bias would be written into the head, which has no memory here.
         section = recipe.objective.model_copy(update={"head_bias": None})
-        return build_objective(empty, section, recipe.train.seed, self.source.multi_label)
+        return build_objective(model, section, recipe.train.seed, self.source.multi_label)
 
     def step_memory(
         self,

@@ -64,7 +64,7 @@ def probe(planned: PlannedRun, loop: Loop, seconds: float, startup: float) -> Pr
     device = loop.accelerator.device
     peak = matrix_peak(device, planned.precision)
     times = time_steps(loop, seconds)
-    parameters = sum(p.numel() for p in planned.model.parameters())
+    parameters = sum(p.numel() for p in planned.model.network.parameters())
     return ProbeResult(
         startup=startup,
         steps=times,

@@ -1,156 +1,282 @@
-"""Whether probabilities can be believed: calibration error, reliability, temperature."""
+"""Temperature scaling (Guo et al., 2017): fit a temperature, and store it with the weights."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from vitcli.data.image_set import ImageSet, Source
+from vitcli.data.splits import stratified_split
 from vitcli.errors import VitcliError
-from vitcli.evals.scoring import NONE, as_answers, blocks, log_softmax, taken
+from vitcli.evals.class_matching import ClassMatching
+from vitcli.evals.features import Extracted
+from vitcli.evals.scoring import NO_TARGET, log_softmax, pad_targets, row_blocks, target_values
+from vitcli.progress import Watcher
+from vitcli.run import Run
+from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.read import own_file
+from vitcli.weights.store import read_header, save_model, set_temperature
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
-ECE_BINS = 15
-LARGEST = 1e4  # of a temperature and of its inverse
+MAX_TEMPERATURE = 1e4  # also limits the inverse
+HELD_OUT_FRACTION = 0.5  # used for the fit if the data have no validation split
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """Images by the confidence of their answer, in bins of equal width; a bin holds its upper edge.
-
-    Attributes:
-        edges: (bins + 1,).
-        images: (bins,) how many.
-        confidence, accuracy: (bins,) means; NaN for an empty bin.
-    """
-
-    edges: Floats
-    images: Ints
-    confidence: Floats
-    accuracy: Floats
-
-    def to_json(self) -> list[dict[str, float | int]]:
-        """A row for each bin that holds an image."""
-        return [
-            {
-                "from": float(self.edges[i]),
-                "to": float(self.edges[i + 1]),
-                "images": int(self.images[i]),
-                "confidence": float(self.confidence[i]),
-                "accuracy": float(self.accuracy[i]),
-            }
-            for i in np.flatnonzero(self.images)
-        ]
-
-
-def bin_of(confidence: Floats, bins: int = ECE_BINS) -> Ints:
-    """(n,) in 0..1 -> (n,) the number of the bin."""
-    edges = np.linspace(0, 1, bins + 1)
-    return np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, bins - 1).astype(np.int64)
-
-
-def calibration_error(
-    confidence: Floats, correct: NDArray[np.bool_], bins: int = ECE_BINS
+def fit_temperature(
+    logits: Floats, targets: ArrayLike, activation: Literal["softmax", "sigmoid"] = "softmax"
 ) -> float:
-    """Expected calibration error: the mean of |accuracy - confidence| over equal-width bins,
-    weighted by their images (Guo et al., 2017). A bin holds its upper edge.
-    """
-    gap = correct.astype(np.float64) - confidence
-    sums = np.bincount(bin_of(confidence, bins), weights=gap, minlength=bins)
-    return float(np.abs(sums).sum() / len(confidence))
+    """Find the temperature T that minimises the cross-entropy of logits / T.
 
-
-def reliability(
-    confidence: Floats, correct: NDArray[np.bool_], bins: int = ECE_BINS
-) -> Reliability:
-    """What the calibration error is made of."""
-    place = bin_of(confidence, bins)
-    images = np.bincount(place, minlength=bins)
-    with np.errstate(invalid="ignore"):  # of an empty bin
-        means = [
-            np.bincount(place, weights=values.astype(np.float64), minlength=bins) / images
-            for values in (confidence, correct)
-        ]
-    return Reliability(np.linspace(0, 1, bins + 1), images.astype(np.int64), *means)
-
-
-def fit_temperature(logits: Floats, answers: ArrayLike) -> float:
-    """(n, K) logits and their (n,) or (n, M) right outputs -> the T of the least loss.
-
-    Guo et al. (2017). The loss of softmax(b z) is convex in b = 1 / T, and its slope is the mean of
-    z under the model minus z of the right output; T is where that is zero. Where every image is
-    right the loss falls for ever, and the right outputs are wanted with n + 1 of n + 2 only, as
-    Platt (1999) has it, so that no certainty comes of it.
+    Args:
+        logits: (n, K).
+        targets: for softmax (n,) right outputs or (n, M) as in `pad_targets`; for sigmoid (n, K)
+            zeros and ones.
 
     Raises:
-        VitcliError: no T makes the logits better than a guess.
+        VitcliError: no temperature gives a lower loss than equal probabilities.
     """
-    right = as_answers(answers)
+    from scipy.optimize import brentq
+
+    slope = _softmax_slope if activation == "softmax" else _sigmoid_slope
+    of_inverse = slope(logits, np.asarray(targets))
+    # The loss is convex in b = 1 / T, so its minimum is the root of the slope. Searching in log b
+    # gives the same relative precision for every scale of logits.
+    low, high = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE
+    if of_inverse(low) >= 0:
+        raise VitcliError(
+            "no temperature makes these logits better than equal probabilities",
+            "the logits carry no information about these images; check the class names and the "
+            "preprocessing",
+        )
+    if of_inverse(high) <= 0:
+        return 1 / high
+    log_b = brentq(lambda x: of_inverse(float(np.exp(x))), np.log(low), np.log(high), xtol=1e-10)
+    return float(np.exp(-log_b))
+
+
+def _softmax_slope(logits: Floats, targets: NDArray[Any]) -> Callable[[float], float]:
+    """d loss / d b: the mean logit under the model minus that of the right outputs."""
+    right = targets.astype(np.int64)
+    right = right[:, None] if right.ndim == 1 else right
     n, k = logits.shape
-    doubt = 0.0 if _any_wrong(logits, right) else 1 / (n + 2)
+    # If every image is right, the loss falls for ever as T goes to 0. Platt (1999) aims at
+    # (n + 1) / (n + 2) instead of 1, which keeps T finite.
+    all_right = bool((right == logits.argmax(axis=1)[:, None]).any(axis=1).all())
+    smoothing = 1 / (n + 2) if all_right else 0.0
 
     def slope(b: float) -> float:
         total = 0.0
-        for part in blocks(n, k):
-            z = logits[part].astype(np.float64)
-            wanted = _expected_of(z, right[part], b)
-            if doubt and k > 1:
+        for rows in row_blocks(n, k):
+            z = logits[rows].astype(np.float64)
+            wanted = _right_logit(z, right[rows], b)
+            if smoothing and k > 1:
                 others = (z.sum(axis=1) - wanted) / (k - 1)
-                wanted = (1 - doubt) * wanted + doubt * others
+                wanted = (1 - smoothing) * wanted + smoothing * others
             total += float(((np.exp(log_softmax(b * z)) * z).sum(axis=1) - wanted).sum())
         return total / n
 
-    return _root(slope)
+    return slope
 
 
-def fit_temperature_labels(logits: Floats, targets: ArrayLike) -> float:
-    """(n, K) logits and (n, K) ones and zeros -> the T of the least binary cross-entropy.
-
-    Raises:
-        VitcliError: no T makes the logits better than a guess.
-    """
-    y = np.asarray(targets, dtype=np.float64)
+def _sigmoid_slope(logits: Floats, targets: NDArray[Any]) -> Callable[[float], float]:
+    y = targets.astype(np.float64)
     n, k = logits.shape
-    if np.array_equal(logits > 0, y > 0.5):  # as above
+    if np.array_equal(logits > 0, y > 0.5):  # Platt's targets, as in `_softmax_slope`
         y = (y * n + 1) / (n + 2)
 
     def slope(b: float) -> float:
         total = 0.0
-        for part in blocks(n, k):
-            z = logits[part].astype(np.float64)
-            shares = 0.5 * (1 + np.tanh(0.5 * b * z))  # the logistic function, never overflowing
-            total += float(((shares - y[part]) * z).sum())
+        for rows in row_blocks(n, k):
+            z = logits[rows].astype(np.float64)
+            p = 0.5 * (1 + np.tanh(0.5 * b * z))  # the sigmoid of b z, without overflow in exp
+            total += float(((p - y[rows]) * z).sum())
         return total / n
 
-    return _root(slope)
+    return slope
 
 
-def _any_wrong(logits: Floats, right: Ints) -> bool:
-    best = logits.argmax(axis=1)
-    return bool((~(right == best[:, None]).any(axis=1)).any())
-
-
-def _expected_of(z: NDArray[np.float64], right: Ints, b: float) -> NDArray[np.float64]:
-    """(n, K), (n, M) -> (n,): the mean of z over the right outputs, as likely as the model says."""
+def _right_logit(z: NDArray[np.float64], right: Ints, b: float) -> NDArray[np.float64]:
+    """(n, K), (n, M) -> (n,): mean logit of the right outputs, weighted by their probability."""
     if right.shape[1] == 1:
-        return taken(z, right)[:, 0]
-    shares = np.exp(log_softmax(taken(b * z, right)))
-    return np.asarray((shares * np.where(right == NONE, 0.0, taken(z, right.clip(0)))).sum(axis=1))
+        return target_values(z, right)[:, 0]
+    p = np.exp(log_softmax(target_values(b * z, right)))
+    values = np.where(right == NO_TARGET, 0.0, target_values(z, right.clip(0)))
+    return np.asarray((p * values).sum(axis=1))
 
 
-def _root(slope: Any) -> float:
-    """1 / b for the b at which a slope that rises with b is zero."""
-    from scipy.optimize import brentq
+def fit_score_temperature(scores: NDArray[np.float64], labels: ArrayLike) -> float:
+    """Find the temperature of scores that are not logits, such as ridge regression scores.
 
-    low, high = 1 / LARGEST, LARGEST
-    if slope(low) >= 0:
-        raise VitcliError(
-            "no temperature makes these logits better than a guess",
-            "they say nothing about these images: see to the class names and the preprocessing",
+    A few-shot classifier has few images and usually all of them right, so every target is
+    Platt's (n + 1) / (n + 2). The temperature is at most the mean spread of the scores over the
+    classes, so that scores without information do not become equal probabilities.
+    """
+    y = np.asarray(labels, dtype=np.int64)
+    n, k = scores.shape
+    targets = np.full((n, k), 1 / (n + 2) / max(k - 1, 1))
+    targets[np.arange(n), y] = (n + 1) / (n + 2)
+    spread = float(scores.std(axis=1).mean()) or 1.0
+
+    def loss(log_t: float) -> float:
+        z = scores / np.exp(log_t)
+        z = z - z.max(axis=1, keepdims=True)
+        return float(np.mean(np.log(np.exp(z).sum(axis=1)) - (targets * z).sum(axis=1)))
+
+    # Golden-section search: the loss is convex in 1 / T, so it has one minimum in log T. The
+    # search, unlike `fit_temperature`'s root, also ends well at the upper bound. 60 steps narrow
+    # 7 units of log T to less than float64 resolves.
+    low, high = float(np.log(spread) - 7), float(np.log(spread))
+    ratio = (5**0.5 - 1) / 2
+    for _ in range(60):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        if loss(left) < loss(right):
+            high = right
+        else:
+            low = left
+    return float(np.exp((low + high) / 2))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature that was fitted on images which are not reported.
+
+    Attributes:
+        split: description of the images it was fitted on.
+        images: number of these images.
+        loss_before, ece_before: metrics of the reported images under the previous temperature;
+            `ece_before` is None for multi-label images.
+        stored: weights file that holds the temperature now.
+    """
+
+    temperature: float
+    split: str
+    images: int
+    loss_before: float
+    ece_before: float | None
+    stored: str
+
+
+@dataclass(frozen=True)
+class CalibrationSplit:
+    """Disjoint images for the fit and for the report.
+
+    Attributes:
+        description: names the held-out images, for the reader.
+        record: the same as plain values; stored with the temperature.
+    """
+
+    held_out: ImageSet
+    reported: ImageSet
+    description: str
+    record: dict[str, Any]
+
+
+def split_for_calibration(
+    source: Source, images: ImageSet, matching: ClassMatching, seed: int
+) -> CalibrationSplit:
+    """Hold out the validation images; if they are the reported ones, half of each class.
+
+    Raises:
+        VitcliError: too few images.
+    """
+    # Never take training images: a model is more confident about them than about new ones.
+    validation = source.splits.get("validation")
+    if validation is not None and images.name != "validation":
+        held_out, reported = matching.select(validation), images
+        description = "the validation images"
+    else:
+        keep, aside = stratified_split(images.labels, HELD_OUT_FRACTION, seed)
+        if not len(aside):
+            raise VitcliError(
+                f"`--calibrate` cannot hold out images: {len(images)} images are too few",
+                "use data with at least two images per class",
+            )
+        held_out, reported = images.subset(aside), images.subset(keep)
+        description = f"half of the {images.name} images, drawn with seed {seed}"
+    record = {
+        "data": source.notation,
+        "fingerprint": source.fingerprint,
+        "split": held_out.name,
+        "images": len(held_out),
+    }
+    return CalibrationSplit(held_out, reported, description, record)
+
+
+def check_same_kind(net: LoadedModel, images: ImageSet, model: str) -> None:
+    """Raise a VitcliError if the head is single-label and the images multi-label, or vice versa."""
+    multi_label = images.targets is not None
+    if multi_label == (net.head_activation == "sigmoid"):
+        return
+    trained, given = ("single-label", "multi-label")[:: 1 if multi_label else -1]
+    raise VitcliError(
+        f"`{model}` was trained on {trained} images, and these images are {given}; no temperature "
+        "fits both",
+        f"calibrate it on {trained} images",
+    )
+
+
+def warn_if_calibrated_on(model: str, source: Source, images: ImageSet, watch: Watcher) -> None:
+    """Warn if the temperature of the model was fitted on some of the reported images."""
+    file = own_file(model)
+    record = (read_header(file) or {}).get("fitted_on") if file is not None else None
+    if not isinstance(record, dict):
+        return
+    if (record.get("fingerprint"), record.get("split")) == (source.fingerprint, images.name):
+        watch.warn(
+            f"the temperature of `{model}` was fitted on {record.get('images')} of these images, "
+            "so loss and calibration error are too good; `--calibrate` reports only the others"
         )
-    if slope(high) <= 0:
-        return 1 / high
-    log_b = brentq(lambda x: slope(float(np.exp(x))), np.log(low), np.log(high), xtol=1e-10)
-    return float(np.exp(-log_b))
+
+
+def calibrate(net: LoadedModel, held_out: Extracted, matching: ClassMatching) -> float:
+    """Set `net.temperature` from the logits of held-out images; return the previous temperature.
+
+    Raises:
+        VitcliError: no temperature gives a lower loss than equal probabilities.
+    """
+    previous = net.temperature
+    if held_out.labels.ndim == 2:
+        logits = held_out.outputs[:, matching.first_outputs]
+        net.temperature = fit_temperature(logits, held_out.labels, "sigmoid")
+    else:
+        targets = pad_targets(matching.outputs)[held_out.labels]
+        net.temperature = fit_temperature(held_out.outputs, targets)
+    return previous
+
+
+def temperature_file(model: str, unchanged: bool, folder: Path) -> Path:
+    """Choose the weights file that will hold the temperature.
+
+    This is the model's own file if it has our format and was loaded `unchanged`, that is without
+    settings that override its header. Otherwise it is a copy in `folder`.
+
+    Raises:
+        VitcliError: `folder` holds other weights.
+    """
+    own = own_file(model) if unchanged else None
+    if own is not None:
+        return own
+    copy = folder / "model.safetensors"
+    calibrated_copy = copy.is_file() and bool((read_header(copy) or {}).get("fitted_on"))
+    if copy.exists() and (not calibrated_copy or Run(folder).recipe_file.exists()):
+        raise VitcliError(
+            f"`{copy}` exists already; the calibrated copy of `{model}` would replace it",
+            "choose another folder with `--out`",
+        )
+    return copy
+
+
+def store_temperature(net: LoadedModel, model: str, file: Path, record: Mapping[str, Any]) -> None:
+    """Write the temperature of `net`, which was loaded as `model`, into the weights file `file`.
+
+    Raises:
+        VitcliError: the file cannot be written.
+    """
+    if own_file(model) != file:
+        save_model(file, net)
+    set_temperature(file, net.temperature, record)

@@ -1,4 +1,4 @@
-"""Which outputs of a model stand for which class of the data."""
+"""Match the classes of a dataset to the outputs of a model."""
 
 import csv
 import json
@@ -14,246 +14,259 @@ from numpy.typing import NDArray
 from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError, nearest
 from vitcli.progress import Watcher
-from vitcli.vit import Model
 from vitcli.weights.edit import match_classes
 from vitcli.weights.imagenet import SETS, SYNSET, imagenet_synsets, synset_outputs
+from vitcli.weights.loaded import LoadedModel
 
 MAP_HINT = (
-    'a JSON object `{"class of the data": "class of the model"}` (or a number, a synset, several '
-    "with `; ` between them or in a list), or a CSV of two columns"
+    'write a JSON object `{"data class": "model class"}`, or a CSV file of two columns; a model '
+    "class is a name, an output number or a synset; separate several with `; ` or use a list"
 )
 
 ClassMap = Mapping[str, tuple[str | int, ...]]
 
 
 @dataclass(frozen=True)
-class Matching:
-    """Classes of the data and the outputs that stand for them.
+class ClassMatching:
+    """Classes of the data and the model outputs that stand for them.
 
     Attributes:
-        classes: those that are evaluated.
-        outputs: of each, one or more.
-        taken: the number of each among the data's own classes.
-        words: of each what the model calls it, where the data has only synsets or numbers.
+        classes: the evaluated classes.
+        outputs: one or more outputs of each class.
+        data_indices: index of each class among all classes of the data.
+        display_names: the model's name of each class, if the data have only synsets or numbers.
     """
 
     classes: tuple[str, ...]
     outputs: tuple[tuple[int, ...], ...]
-    taken: NDArray[np.int64]
-    words: tuple[str, ...] | None = None
+    data_indices: NDArray[np.int64]
+    display_names: tuple[str, ...] | None = None
 
     @property
-    def known(self) -> NDArray[np.int64]:
-        """Every output that stands for a class, once, in order."""
+    def all_outputs(self) -> NDArray[np.int64]:
+        """Every output that stands for a class, sorted, without repeats."""
         return np.unique([output for one in self.outputs for output in one])
 
     @property
-    def firsts(self) -> NDArray[np.int64]:
-        """(K,) one output for each class: the first of those that stand for it."""
+    def first_outputs(self) -> NDArray[np.int64]:
+        """(K,) the first output of each class."""
         return np.array([one[0] for one in self.outputs], dtype=np.int64)
 
     def select(self, images: ImageSet) -> ImageSet:
-        """The images of the evaluated classes, labelled with them."""
-        if len(self.taken) == len(images.classes):
+        """The images of the evaluated classes, labelled with these classes."""
+        if len(self.data_indices) == len(images.classes):
             return images
-        rows = np.flatnonzero(np.isin(images.labels, self.taken))
+        rows = np.flatnonzero(np.isin(images.labels, self.data_indices))
         return images.subset(rows).relabelled(self.classes)
 
-    def class_of(self, predicted: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,) outputs -> (n,) classes of the data; their number for an output of another class."""
-        place = np.full(int(max(predicted.max(), self.known.max())) + 1, len(self.classes))
+    def to_data_classes(self, predicted: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) outputs -> (n,) evaluated classes; K for an output that stands for none of them."""
+        size = int(max(predicted.max(), self.all_outputs.max())) + 1
+        table = np.full(size, len(self.classes))
+        # Reversed: if two classes share an output, the first class wins.
         for label in reversed(range(len(self.classes))):
-            place[list(self.outputs[label])] = label
-        return np.asarray(place[predicted], dtype=np.int64)
+            table[list(self.outputs[label])] = label
+        return np.asarray(table[predicted], dtype=np.int64)
 
 
-def match(
-    net: Model, classes: Sequence[str], data: str, watch: Watcher, class_map: ClassMap | None = None
-) -> Matching:
-    """Classes of the data -> outputs of the model.
+def match_outputs(
+    net: LoadedModel,
+    classes: Sequence[str],
+    data: str,
+    watch: Watcher,
+    class_map: ClassMap | None = None,
+) -> ClassMatching:
+    """Match classes of the data to outputs of the model.
 
-    By `class_map` if there is one, which leaves out the classes that it does not name; else by
-    name, by ImageNet's synsets, or by number, where all the data's classes are such.
+    With `class_map` only the classes that it names are matched. Otherwise all classes are matched
+    by name, by ImageNet synset or by output number.
 
     Raises:
-        VitcliError: they cannot be matched.
+        VitcliError: the classes do not match.
     """
     if class_map is not None:
-        return _mapped(net, classes, data, watch, class_map)
-    outputs = net.config.num_classes
+        return _match_by_map(net, classes, data, watch, class_map)
+    num_outputs = net.config.num_classes
     indices: Sequence[int] | None = None
     if net.labels is not None:
         indices = match_classes(classes, net.labels)
-    elif outputs == len(classes):
-        watch.note(f"the model has no class names: its {outputs} outputs in the data's order")
-        indices = range(outputs)
-    words = None
+    elif num_outputs == len(classes):
+        watch.note(
+            f"the model has no class names; its {num_outputs} outputs are taken in the data's order"
+        )
+        indices = range(num_outputs)
+    display_names = None
     if indices is None:
-        indices = _by_synset(net, classes, watch) or _by_number(net, classes, data, watch)
+        indices = _match_synsets(net, classes, watch) or _match_numbers(net, classes, data, watch)
         if indices is not None and net.labels is not None:
-            words = tuple(net.labels[i].split(",")[0] for i in indices)
+            display_names = tuple(net.labels[i].split(",")[0] for i in indices)
     if indices is not None:
-        every = np.arange(len(classes))
-        return Matching(tuple(classes), tuple((int(i),) for i in indices), every, words)
+        outputs = tuple((int(i),) for i in indices)
+        return ClassMatching(tuple(classes), outputs, np.arange(len(classes)), display_names)
     if net.labels is None:
         raise VitcliError(
-            f"the model has {outputs} outputs without names, `{data}` has {len(classes)} classes",
-            hint="name the outputs with `--labels FILE`, one class a line",
+            f"the model has {num_outputs} outputs without names, `{data}` has {len(classes)} "
+            "classes",
+            hint="name the outputs with `--labels FILE`, one class per line",
         )
     missing = [name for name in classes if match_classes([name], net.labels) is None]
     shown = ", ".join(f"`{name}`" for name in missing[:3])
+    known = ", ".join(f"`{name}`" for name in net.labels[:3])
     raise VitcliError(
         f"the model lacks {len(missing)} of the {len(classes)} classes of `{data}`: {shown}",
-        hint=f"it knows {', '.join(f'`{n}`' for n in net.labels[:3])} …; other names for its "
-        "outputs: `--labels FILE`, one class a line; which class is which: `--class-map FILE`",
+        hint=f"the model has {known} …; rename its outputs with `--labels FILE` (one class per "
+        "line), or assign classes with `--class-map FILE`",
     )
 
 
-def _by_synset(net: Model, classes: Sequence[str], watch: Watcher) -> list[int] | None:
-    """Where every class is named as ImageNet's folders are: `n01440764`."""
+def _match_synsets(net: LoadedModel, classes: Sequence[str], watch: Watcher) -> list[int] | None:
+    """Match classes that have the names of ImageNet's folders, such as `n01440764`."""
     if not all(SYNSET.fullmatch(name) for name in classes):
         return None
     known = synset_outputs(net.config.num_classes, net.labels)
     if not all(name in known for name in classes):
         return None
-    watch.note(f"{len(classes)} classes are named by ImageNet's synsets")
+    watch.note(f"matched {len(classes)} classes by their ImageNet synsets")
     return [known[name] for name in classes]
 
 
-def _by_number(net: Model, classes: Sequence[str], data: str, watch: Watcher) -> list[int] | None:
-    """Where the classes are numbers, as ImageNet-V2's folders are, and a model's all are there."""
-    outputs = net.config.num_classes
+def _match_numbers(
+    net: LoadedModel, classes: Sequence[str], data: str, watch: Watcher
+) -> list[int] | None:
+    """Match classes that are numbers, as the folders of ImageNet-V2 are."""
+    num_outputs = net.config.num_classes
     if data.startswith("builtin:") or not all(n.isascii() and n.isdecimal() for n in classes):
         return None
     numbers = [int(name) for name in classes]
-    whole = sorted(numbers) == list(range(outputs))  # else they may be names of other things
-    part = outputs in SETS and max(numbers) < outputs and len(set(numbers)) == len(numbers)
+    # A number may also be a name (a digit, a year). It is an output number only if the numbers
+    # cover all outputs, or if the model has one of ImageNet's sets of classes.
+    whole = sorted(numbers) == list(range(num_outputs))
+    part = num_outputs in SETS and max(numbers) < num_outputs and len(set(numbers)) == len(numbers)
     if not whole and not part:
         return None
-    watch.note(f"classes are numbers: taken for those of the model's {outputs} outputs, from 0 on")
+    watch.note(f"the class names are numbers; they are taken as output numbers 0–{num_outputs - 1}")
     return numbers
 
 
-def _mapped(
-    net: Model, classes: Sequence[str], data: str, watch: Watcher, class_map: ClassMap
-) -> Matching:
-    loose = {_key(name): name for name in class_map}
+def _match_by_map(
+    net: LoadedModel, classes: Sequence[str], data: str, watch: Watcher, class_map: ClassMap
+) -> ClassMatching:
+    normalised = {_normalised(name): name for name in class_map}
     found: dict[int, tuple[int, ...]] = {}
-    faults: list[str] = []
-    find = _Finder(net)
+    unknown: list[str] = []
+    find = _OutputFinder(net)
     for number, name in enumerate(classes):
-        key = name if name in class_map else loose.get(_key(name))
+        key = name if name in class_map else normalised.get(_normalised(name))
         if key is not None:
-            outputs = [find(wanted, faults) for wanted in class_map[key]]
+            outputs = [find(wanted, unknown) for wanted in class_map[key]]
             found[number] = tuple(dict.fromkeys(i for i in outputs if i is not None))
-    if faults:
-        shown = ", ".join(f"`{name}`" for name in faults[:3])
-        near = nearest(faults[0], list(net.labels or ()))
+    if unknown:
+        shown = ", ".join(f"`{name}`" for name in unknown[:3])
+        near = nearest(unknown[0], list(net.labels or ()))
         raise VitcliError(
-            f"`--class-map` names {len(faults)} classes that the model does not know: {shown}",
-            f"`{near}` may be meant" if near else MAP_HINT,
+            f"`--class-map` names {len(unknown)} classes that the model does not have: {shown}",
+            f"did you mean `{near}`?" if near else MAP_HINT,
         )
     if not found:
         raise VitcliError(
             f"`--class-map` names none of the classes of `{data}`, such as `{classes[0]}`", MAP_HINT
         )
     if left := len(classes) - len(found):
-        watch.note(f"{left} of {len(classes)} classes are not in the class map: left out")
-    taken = np.array(list(found), dtype=np.int64)
-    return Matching(tuple(classes[i] for i in found), tuple(found.values()), taken)
+        watch.note(f"{left} of {len(classes)} classes are not in the class map and are left out")
+    indices = np.array(list(found), dtype=np.int64)
+    return ClassMatching(tuple(classes[i] for i in found), tuple(found.values()), indices)
 
 
-class _Finder:
-    """What a class map calls a class -> the model's output."""
+class _OutputFinder:
+    """Finds the output that an entry of a class map names."""
 
-    def __init__(self, net: Model) -> None:
-        self.outputs, self.labels = net.config.num_classes, net.labels
-        self.exact = {name: i for i, name in enumerate(net.labels or ())}
-        self.synsets: dict[str, int] | None = None
+    def __init__(self, net: LoadedModel) -> None:
+        self.num_outputs, self.labels = net.config.num_classes, net.labels
+        self.by_name = {name: i for i, name in enumerate(net.labels or ())}
+        self.by_synset: dict[str, int] | None = None
 
-    def __call__(self, wanted: str | int, faults: list[str]) -> int | None:
+    def __call__(self, wanted: str | int, unknown: list[str]) -> int | None:
         found = self._find(wanted)
-        if found is None or not 0 <= found < self.outputs:
-            faults.append(str(wanted))
+        if found is None or not 0 <= found < self.num_outputs:
+            unknown.append(str(wanted))
             return None
         return found
 
     def _find(self, wanted: str | int) -> int | None:
         if isinstance(wanted, int):
             return wanted
-        if wanted in self.exact:
-            return self.exact[wanted]
+        if wanted in self.by_name:
+            return self.by_name[wanted]
         if SYNSET.fullmatch(wanted):
-            if self.synsets is None:
-                self.synsets = synset_outputs(self.outputs, self.labels)
-            return self.synsets.get(wanted)
+            if self.by_synset is None:
+                self.by_synset = synset_outputs(self.num_outputs, self.labels)
+            return self.by_synset.get(wanted)
         if self.labels is not None and (found := match_classes([wanted], self.labels)):
             return found[0]
         return int(wanted) if wanted.isascii() and wanted.isdecimal() else None
 
 
-def _key(name: str) -> str:
-    """One spelling for `Bills (money)` and `bills_money`."""
+def _normalised(name: str) -> str:
+    """The same text for `Bills (money)` and `bills_money`."""
     return "".join(c for c in name.casefold() if c.isalnum()) or name
 
 
 def read_class_map(path: str | os.PathLike[str]) -> ClassMap:
-    """Class of the data -> classes of the model, from JSON or a CSV of two columns.
+    """Read data class -> model classes from JSON or from a CSV file of two columns.
 
-    In JSON a value is a name, a synset or a number, or a list of such; ObjectNet's own
-    `objectnet_to_imagenet_1k.json` writes several in one text, with `; ` between them.
+    A JSON value is a name, a synset or a number, or a list of these. ObjectNet's
+    `objectnet_to_imagenet_1k.json` writes several in one text, separated by `; `.
 
     Raises:
-        VitcliError: it cannot be read, or says something else.
+        VitcliError: the file cannot be read or has another form.
     """
+    suffix = Path(path).suffix.lower()
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-        if Path(path).suffix.lower() in (".csv", ".tsv"):
-            return _from_rows(csv.reader(text.splitlines(), delimiter=_delimiter(path)), path)
+        if suffix in (".csv", ".tsv"):
+            delimiter = "\t" if suffix == ".tsv" else ","
+            return _map_from_rows(csv.reader(text.splitlines(), delimiter=delimiter), path)
         values = json.loads(text)
     except (OSError, ValueError, csv.Error) as error:
         raise VitcliError(f"cannot read the class map `{path}`: {error}", MAP_HINT) from error
     if not isinstance(values, dict) or not values:
-        raise VitcliError(f"`{path}` holds no JSON object", MAP_HINT)
-    return {name: _several(value, name, path) for name, value in values.items()}
+        raise VitcliError(f"`{path}` does not hold a JSON object", MAP_HINT)
+    return {name: _map_entries(value, name, path) for name, value in values.items()}
 
 
-def _delimiter(path: str | os.PathLike[str]) -> str:
-    return "\t" if Path(path).suffix.lower() == ".tsv" else ","
-
-
-def _from_rows(rows: Iterable[list[str]], path: str | os.PathLike[str]) -> ClassMap:
+def _map_from_rows(rows: Iterable[list[str]], path: str | os.PathLike[str]) -> ClassMap:
     found: dict[str, tuple[str | int, ...]] = {}
     for number, row in enumerate(rows, 1):
         if not row:
             continue
         if len(row) != 2:
             raise VitcliError(f"line {number} of `{path}` has {len(row)} columns, not 2", MAP_HINT)
-        found[row[0].strip()] = (*found.get(row[0].strip(), ()), *_several(row[1], row[0], path))
+        name = row[0].strip()
+        found[name] = (*found.get(name, ()), *_map_entries(row[1], row[0], path))
     if not found:
-        raise VitcliError(f"`{path}` is empty", MAP_HINT)
+        raise VitcliError(f"the class map `{path}` is empty", MAP_HINT)
     return found
 
 
-def _several(value: Any, name: str, path: str | os.PathLike[str]) -> tuple[str | int, ...]:
-    parts: list[str | int] = []
+def _map_entries(value: Any, name: str, path: str | os.PathLike[str]) -> tuple[str | int, ...]:
+    entries: list[str | int] = []
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, str):
-            parts += [part.strip() for part in one.split(";") if part.strip()]
+            entries += [entry.strip() for entry in one.split(";") if entry.strip()]
         elif isinstance(one, int) and not isinstance(one, bool):
-            parts.append(one)
+            entries.append(one)
         else:
-            raise VitcliError(f"`{path}`: `{name}` is {one!r}, which is no class", MAP_HINT)
-    if not parts:
-        raise VitcliError(f"`{path}`: `{name}` has no class", MAP_HINT)
-    return tuple(parts)
+            raise VitcliError(f"`{path}`: `{name}` has the invalid value {one!r}", MAP_HINT)
+    if not entries:
+        raise VitcliError(f"`{path}`: `{name}` has no model class", MAP_HINT)
+    return tuple(entries)
 
 
-def imagenet_outputs(net: Model) -> NDArray[np.int64]:
-    """(1000,) the output that stands for each class of ImageNet-1k.
+def imagenet_outputs(net: LoadedModel) -> NDArray[np.int64]:
+    """(1000,) the output of each class of ImageNet-1k.
 
     Raises:
-        VitcliError: the model lacks one.
+        VitcliError: the model lacks a class.
     """
     known = synset_outputs(net.config.num_classes, net.labels)
     synsets = imagenet_synsets(1000) or ()
@@ -262,6 +275,6 @@ def imagenet_outputs(net: Model) -> NDArray[np.int64]:
         raise VitcliError(
             f"the model lacks {len(missing)} of the 1000 classes of {SETS[1000][0]}, such as "
             f"`{missing[0]}`",
-            "`--real` is for models of ImageNet-1k",
+            "use `--real` with a model that has the classes of ImageNet-1k",
         )
     return np.array([known[synset] for synset in synsets], dtype=np.int64)

@@ -1,7 +1,4 @@
-"""Two classifiers on the same images: how far apart they are, and whether that is chance.
-
-Several models on the same data, each against the first.
-"""
+"""Paired comparison of two models on the same images."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,24 +7,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vitcli.evals.bootstrap import Interval, percentiles
+from vitcli.evals.bootstrap import percentile_interval
 from vitcli.evals.evaluate import Evaluation
-from vitcli.evals.multilabel import LabelsEvaluation
+from vitcli.evals.scoring import MultiLabelMetrics
 
-RESAMPLES = 10_000
-LEVEL = 0.95
+NUM_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Paired:
-    """What the second gets right more often than the first.
+class PairedAccuracy:
+    """Difference of two accuracies on the same images.
 
     Attributes:
-        images: on which both were measured.
-        difference: of the accuracies, second minus first.
-        low, high: 95 % interval of the difference, by resampling images.
-        only_first, only_second: images that one alone has right.
-        p_value: of McNemar's exact test, that both are equally good.
+        images: number of images that both models were measured on.
+        difference: accuracy of the second model minus that of the first.
+        low, high: 95 % bootstrap interval of the difference.
+        only_first, only_second: images that only one of the models gets right.
+        p_value: of McNemar's exact test of equal accuracy.
     """
 
     images: int
@@ -39,42 +35,9 @@ class Paired:
     p_value: float
 
 
-def compare_paired(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Paired:
-    """Bootstrap and McNemar's test of two classifiers on the same images.
-
-    Resampling pairs of outcomes needs only how many images one alone has right, so a resample is
-    one draw from a multinomial, however many images there are.
-
-    Args:
-        first, second: (n,) booleans, whether image i is right.
-        seed: of the resampling.
-
-    Raises:
-        ValueError: of different lengths, or empty.
-    """
-    from scipy.stats import binomtest
-
-    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise ValueError(f"outcomes of {a.shape} and {b.shape} images cannot be paired")
-    n = len(a)
-    worse, better = int((a & ~b).sum()), int((~a & b).sum())
-    shares = [better / n, worse / n, (n - better - worse) / n]
-    draws = np.random.default_rng(seed).multinomial(n, shares, size=RESAMPLES)
-    differences = (draws[:, 0] - draws[:, 1]) / n
-    tails = (1 - LEVEL) / 2
-    low, high = np.quantile(differences, [tails, 1 - tails])
-    apart = worse + better
-    p_value = float(binomtest(better, apart).pvalue) if apart else 1.0
-    return Paired(n, (better - worse) / n, float(low), float(high), worse, better, p_value)
-
-
-Either = Evaluation | LabelsEvaluation
-
-
 @dataclass(frozen=True)
 class PairedMap:
-    """How far apart two mean average precisions are: second minus first, and its 95 % interval."""
+    """Difference of two mean average precisions (second minus first) and its 95 % interval."""
 
     images: int
     difference: float
@@ -82,27 +45,60 @@ class PairedMap:
     high: float
 
 
+Pair = PairedAccuracy | PairedMap | str
+
+
+def compare_paired(first: ArrayLike, second: ArrayLike, seed: int = 0) -> PairedAccuracy:
+    """Compare two classifiers on the same images: bootstrap interval and McNemar's exact test.
+
+    Args:
+        first, second: (n,) booleans, whether image i is classified correctly.
+        seed: seed of the resampling.
+
+    Raises:
+        ValueError: different numbers of images, or none.
+    """
+    from scipy.stats import binomtest
+
+    a, b = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    if a.shape != b.shape or a.ndim != 1 or not len(a):
+        raise ValueError(f"results of {a.shape} and {b.shape} images cannot be paired")
+    n = len(a)
+    only_first, only_second = int((a & ~b).sum()), int((~a & b).sum())
+    # The difference depends only on how many images are in each of three groups. Resampling
+    # images is then one draw from a multinomial, whatever n is.
+    shares = [only_second / n, only_first / n, (n - only_second - only_first) / n]
+    draws = np.random.default_rng(seed).multinomial(n, shares, size=NUM_RESAMPLES)
+    low, high = percentile_interval((draws[:, 0] - draws[:, 1]) / n)
+    # McNemar (1947): if both are equally good, each image on which they disagree is a fair coin.
+    # The exact binomial test also holds for few such images, unlike the chi-squared form.
+    disagree = only_first + only_second
+    p_value = float(binomtest(only_second, disagree).pvalue) if disagree else 1.0
+    difference = (only_second - only_first) / n
+    return PairedAccuracy(n, difference, low, high, only_first, only_second, p_value)
+
+
 @dataclass(frozen=True)
-class Evaluations:
-    """Several models.
+class ModelComparison:
+    """Several models on the same data.
 
     Attributes:
-        models: the evaluation of each, in the order asked for.
-        paired: of each but the first against the first; or the reason why not.
+        models: evaluation of each model, in the order of the command line.
+        paired: for each model but the first, the comparison with the first, or why there is none.
     """
 
     data: str
-    models: tuple[Either, ...]
-    paired: tuple[Paired | PairedMap | str, ...]
+    models: tuple[Evaluation, ...]
+    paired: tuple[Pair, ...]
 
     @property
     def broken(self) -> tuple[str, ...]:
-        """Images that one of the models could not be given."""
+        """Images that could not be read for one of the models."""
         return tuple(dict.fromkeys(line for one in self.models for line in one.broken))
 
     @property
     def exit_code(self) -> int:
-        """3 when some images could not be read."""
+        """3 if some images could not be read."""
         return 3 if self.broken else 0
 
     def to_json(self) -> dict[str, Any]:
@@ -112,36 +108,35 @@ class Evaluations:
             "data": self.data,
             "models": [one.to_json() for one in self.models],
             "paired": [
-                {
-                    "model": other.model,
-                    "against": first.model,
-                    **({"reason": pair} if isinstance(pair, str) else asdict(pair)),
-                }
+                {"model": other.model, "against": first.model, **pair_json(pair)}
                 for other, pair in zip(others, self.paired, strict=True)
             ],
         }
 
 
-def beside(data: str, models: Sequence[Either], seed: int) -> Evaluations:
-    """Every model against the first, image by image; `seed` of the resampling."""
+def pair_json(pair: Pair) -> dict[str, Any]:
+    """Plain values of a comparison, or the reason why there is none."""
+    return {"reason": pair} if isinstance(pair, str) else asdict(pair)
+
+
+def compare_models(data: str, models: Sequence[Evaluation], seed: int) -> ModelComparison:
+    """Compare every model with the first one, image by image; `seed` of the resampling."""
     first, *others = models
-    return Evaluations(data, tuple(models), tuple(_pair(first, one, seed) for one in others))
+    return ModelComparison(data, tuple(models), tuple(_compare(first, one, seed) for one in others))
 
 
-def _pair(first: Either, second: Either, seed: int) -> Paired | PairedMap | str:
+def _compare(first: Evaluation, second: Evaluation, seed: int) -> Pair:
     if first.identity != second.identity:
         return "measured on other images"
-    if isinstance(first, Evaluation) and isinstance(second, Evaluation):
+    if first.details is not None and second.details is not None:
+        # A file may be unreadable to one model only (another preprocessing): pair what both read.
         _, a, b = np.intersect1d(first.indices, second.indices, return_indices=True)
-        return compare_paired(first.correct[a], second.correct[b], seed)
-    if isinstance(first, LabelsEvaluation) and isinstance(second, LabelsEvaluation):
-        if not np.array_equal(first.indices, second.indices):
-            return "measured on other images"
-        low, high = _difference(first, second)
-        return PairedMap(len(first.indices), second.metrics.map - first.metrics.map, low, high)
-    return "measured in other ways"
-
-
-def _difference(first: LabelsEvaluation, second: LabelsEvaluation) -> Interval:
-    """Both were drawn the same images, resample by resample."""
-    return percentiles(second.draws - first.draws)
+        return compare_paired(first.details.correct[a], second.details.correct[b], seed)
+    one, two = first.metrics, second.metrics
+    if not (isinstance(one, MultiLabelMetrics) and isinstance(two, MultiLabelMetrics)):
+        return "measured in other ways"
+    if not np.array_equal(first.indices, second.indices):
+        return "measured on other images"
+    # Both models drew the same resamples, so the differences are paired.
+    low, high = percentile_interval(second.resampled_map - first.resampled_map)
+    return PairedMap(len(first.indices), two.map - one.map, low, high)

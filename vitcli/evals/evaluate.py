@@ -1,57 +1,57 @@
-"""What `evaluate` finds of images that have one class each.
-
-Which images of DATA a model is measured on.
-"""
+"""Evaluate one model on one labelled split: metrics, intervals, calibration, mistakes."""
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vitcli.config.schema import Inference
 from vitcli.data.image_set import ImageSet, Source
 from vitcli.data.source import open_data
 from vitcli.errors import VitcliError
-from vitcli.evals.bootstrap import Intervals, intervals
-from vitcli.evals.calibration import Reliability, reliability
-from vitcli.evals.class_matching import Matching
+from vitcli.evals.bootstrap import (
+    Intervals,
+    percentile_interval,
+    resampled_map,
+    single_label_intervals,
+)
+from vitcli.evals.calibration import Calibration
+from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
-from vitcli.evals.metrics import Metrics, confusion_matrix, per_class, summarise
 from vitcli.evals.mistakes import Mistakes, find_mistakes
-from vitcli.evals.scoring import NONE, Outcomes, best_among, filled_up, judge
+from vitcli.evals.scoring import (
+    NO_TARGET,
+    ImageScores,
+    MultiLabelMetrics,
+    PerClass,
+    ReliabilityBins,
+    SingleLabelMetrics,
+    confusion_matrix,
+    expected_calibration_error,
+    multi_label_loss,
+    multi_label_metrics,
+    multi_label_per_class,
+    pad_targets,
+    reliability_bins,
+    restricted_argmax,
+    score_logits,
+    single_label_metrics,
+    single_label_per_class,
+)
 from vitcli.progress import Watcher
 from vitcli.run import Run
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
-OTHER = "(another class)"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A temperature that was fitted on images which are not reported.
-
-    Attributes:
-        temperature: what the logits are divided by from now on.
-        split: which images it was fitted on, in words.
-        images: how many.
-        loss_before, ece_before: of the reported images under the temperature before.
-        stored: the weights file that carries it now.
-    """
-
-    temperature: float
-    split: str
-    images: int
-    loss_before: float
-    ece_before: float | None
-    stored: str
+OTHER_CLASS = "(another class)"
 
 
 @dataclass(frozen=True)
-class Real:
-    """Accuracy by all classes that people saw; images in which they saw none are skipped."""
+class RealAccuracy:
+    """Accuracy by the ReaL labels; images without a ReaL label are skipped."""
 
     images: int
     skipped: int
@@ -60,180 +60,256 @@ class Real:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Figures over every readable image, each counted once.
+class SingleLabelDetails:
+    """What an evaluation of single-label images has besides metrics.
 
     Attributes:
-        metrics: over all classes that the model knows.
-        top1_restricted: accuracy when only the data's classes can be answered.
-        per_class: class name -> precision, recall, f1, images.
-        confusion: (K, K) or (K, K + 1) counts, rows true; the last column of K + 1 is answers
-            outside of the data's classes.
-        broken: images that could not be read.
-        correct, indices: (n,) whether an image is right, and which of the set it is.
-        identity: of the set; two evaluations of the same one can be paired.
-        words: name of a class -> what the model calls it, where that says more.
-        uncalibrated: the bins before the calibration, where there was one.
-        files: what was written: `confusion`, `confusion_picture`, `reliability`, `mistakes`.
+        correct: (n,) whether each image is classified correctly.
+        confusion: (K, K) or (K, K + 1) counts, rows true; an extra last column counts predictions
+            of classes that the data do not have.
+        display_names: class name -> the model's name of it, where the data have only codes.
+        uncalibrated: reliability under the previous temperature, after a calibration.
+    """
+
+    correct: NDArray[np.bool_]
+    confusion: NDArray[np.int64]
+    reliability: ReliabilityBins
+    mistakes: Mistakes
+    display_names: dict[str, str]
+    real: RealAccuracy | None = None
+    uncalibrated: ReliabilityBins | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of one model on every readable image of a split, each image counted once.
+
+    Attributes:
+        per_class: class name -> precision, recall, F1, images; average precision if multi-label.
+        broken: descriptions of the images that could not be read.
+        indices: (n,) images of the split that were measured.
+        identity: identifies the split; evaluations with the same identity can be paired.
+        details: None for multi-label images.
+        resampled_map: (R,) mean average precision of each resample; empty for single-label images.
+        files: files that are written: `confusion`, `confusion_picture`, `reliability`, `mistakes`.
     """
 
     model: str
     data: str
     split: str
-    metrics: Metrics
-    top1_restricted: float
-    per_class: dict[str, dict[str, float | int]]
+    metrics: SingleLabelMetrics | MultiLabelMetrics
+    per_class: PerClass
     classes: tuple[str, ...]
-    confusion: NDArray[np.int64]
     broken: tuple[str, ...]
     temperature: float
     intervals: Intervals
-    reliability: Reliability
-    mistakes: Mistakes
-    correct: NDArray[np.bool_]
     indices: NDArray[np.int64]
     identity: str
-    words: dict[str, str]
-    real: Real | None = None
+    details: SingleLabelDetails | None = None
+    resampled_map: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
     calibration: Calibration | None = None
-    uncalibrated: Reliability | None = None
-    files: dict[str, str] | None = None
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
-        """3 when some images could not be read."""
+        """3 if some images could not be read."""
         return 3 if self.broken else 0
 
     @property
-    def confusion_file(self) -> str | None:
-        """The CSV that holds the confusion matrix; a picture lies beside it."""
-        return (self.files or {}).get("confusion")
-
-    @property
-    def columns(self) -> list[str]:
-        """What the columns of `confusion` stand for."""
-        return [*self.classes, OTHER][: self.confusion.shape[1]]
+    def confusion_columns(self) -> list[str]:
+        """Names of the columns of `details.confusion`."""
+        assert self.details is not None
+        return [*self.classes, OTHER_CLASS][: self.details.confusion.shape[1]]
 
     def to_json(self) -> dict[str, Any]:
         """The object of `evaluate --json`."""
-        files = self.files or {}
-        return {
+        details, files = self.details, self.files
+        found: dict[str, Any] = {
             "model": self.model,
             "data": self.data,
             "split": self.split,
-            "images": self.metrics.images,
-            "top1": self.metrics.top1,
-            "top5": self.metrics.top5,
-            "top1_restricted": self.top1_restricted,
-            "loss": self.metrics.loss,
-            "ece": self.metrics.ece,
+            **self.metrics.to_json(),
             "temperature": self.temperature,
             "intervals": self.intervals.to_json(),
-            **({"real": asdict(self.real)} if self.real else {}),
-            **({"calibration": asdict(self.calibration)} if self.calibration else {}),
-            "per_class": self.per_class,
-            "reliability": self.reliability.to_json(),
-            "worst": [one.to_json() for one in self.mistakes.worst],
-            "confused": [pair.to_json() for pair in self.mistakes.confused],
-            "confusion": files.get("confusion"),
-            "confusion_picture": files.get("confusion_picture"),
-            "reliability_picture": files.get("reliability"),
-            "mistakes_picture": files.get("mistakes"),
-            "unreadable": list(self.broken),
+        }
+        if details is not None and details.real is not None:
+            found["real"] = asdict(details.real)
+        if self.calibration is not None:
+            found["calibration"] = asdict(self.calibration)
+        found["per_class"] = self.per_class
+        if details is not None:
+            found |= {
+                "reliability": details.reliability.to_json(),
+                "worst": [one.to_json() for one in details.mistakes.worst],
+                "confused": [pair.to_json() for pair in details.mistakes.confused],
+                "confusion": files.get("confusion"),
+                "confusion_picture": files.get("confusion_picture"),
+                "reliability_picture": files.get("reliability"),
+                "mistakes_picture": files.get("mistakes"),
+            }
+        return found | {"unreadable": list(self.broken)}
+
+
+@dataclass(frozen=True)
+class FittedTemperature:
+    """A new temperature of a model: the one before, and where the new one comes from and goes."""
+
+    before: float
+    split: str
+    images: int
+    file: Path
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Turns the logits of a model on a split into an `Evaluation`.
+
+    Attributes:
+        extracted: logits and labels; the labels index `matching.classes`.
+        identity: see `Evaluation`.
+        real: (n, M) right outputs by ReaL, -1 where there is none.
+        fitted: the temperature of `net`, if it was fitted for this evaluation.
+        seed: seed of the resampling.
+    """
+
+    net: LoadedModel
+    extracted: Extracted
+    matching: ClassMatching
+    images: ImageSet
+    model: str
+    data: str
+    identity: str
+    real: NDArray[np.int64] | None
+    fitted: FittedTemperature | None
+    seed: int
+    watch: Watcher
+
+    def run(self) -> Evaluation:
+        """Compute everything that does not need the disk."""
+        parts = self._multi_label() if self.images.targets is not None else self._single_label()
+        return Evaluation(
+            model=self.model,
+            data=self.data,
+            split=self.images.name,
+            classes=self.matching.classes,
+            broken=self.extracted.broken,
+            temperature=self.net.temperature,
+            indices=self.extracted.indices,
+            identity=self.identity,
+            **parts,
+        )
+
+    def _single_label(self) -> dict[str, Any]:
+        logits, labels, matching = self.extracted.outputs, self.extracted.labels, self.matching
+        targets = pad_targets(matching.outputs)[labels]  # (n, M)
+        scores = score_logits(logits, targets, self.net.temperature)
+        allowed = matching.all_outputs
+        restricted = (restricted_argmax(logits, allowed)[:, None] == targets).any(axis=1)
+        # One output may stand for several classes. If the image has one of them, count that one.
+        other = matching.to_data_classes(scores.predicted)
+        predicted = np.where(scores.correct, labels, other)
+        num_classes = len(matching.classes)
+        num_columns = num_classes + (len(allowed) < scores.num_outputs)
+        means: dict[str, Any] = {"top1_restricted": restricted}
+        real = None
+        if self.real is not None:
+            real, means["top1_real"] = _real_accuracy(logits, self.real)
+        calibration, uncalibrated = None, None
+        if self.fitted is not None:
+            before = score_logits(logits, targets, self.fitted.before)
+            error = expected_calibration_error(before.confidence, before.correct)
+            calibration = self._calibration(self.fitted, float(before.loss.mean()), error)
+            uncalibrated = reliability_bins(before.confidence, before.correct)
+        names = self._predicted_names(scores, predicted)
+        return {
+            "metrics": single_label_metrics(scores, restricted),
+            "per_class": single_label_per_class(labels, predicted, matching.classes),
+            "intervals": single_label_intervals(scores, means, seed=self.seed, watch=self.watch),
+            "calibration": calibration,
+            "details": SingleLabelDetails(
+                correct=scores.correct,
+                confusion=confusion_matrix(labels, predicted, num_columns)[:num_classes],
+                reliability=reliability_bins(scores.confidence, scores.correct),
+                mistakes=find_mistakes(scores, self.images, self.extracted, matching, names),
+                display_names=dict(
+                    zip(matching.classes, matching.display_names or (), strict=False)
+                ),
+                real=real,
+                uncalibrated=uncalibrated,
+            ),
         }
 
+    def _multi_label(self) -> dict[str, Any]:
+        if self.net.head_activation != "sigmoid":
+            self.watch.warn(
+                f"`{self.model}` was trained on single-label images: its probabilities sum to 1, "
+                "so only one class per image can be likely"
+            )
+        probabilities = self._probabilities(self.net.temperature)
+        targets = self.extracted.labels
+        metrics = multi_label_metrics(probabilities, targets)
+        draws = resampled_map(probabilities, targets, seed=self.seed, watch=self.watch)
+        interval = {"map": percentile_interval(draws)}
+        calibration = None
+        if self.fitted is not None:
+            loss = multi_label_loss(self._probabilities(self.fitted.before), targets)
+            calibration = self._calibration(self.fitted, loss, None)
+        names = self.matching.classes
+        return {
+            "metrics": metrics,
+            "per_class": multi_label_per_class(probabilities, targets, metrics, names),
+            "intervals": Intervals(len(draws), self.seed, interval),
+            "resampled_map": draws,
+            "calibration": calibration,
+        }
 
-def evaluate_images(
-    net: Model,
-    found: Extracted,
-    matching: Matching,
-    images: ImageSet,
-    *,
-    model: str,
-    data: str,
-    identity: str,
-    real: NDArray[np.int64] | None,
-    seed: int,
-    watch: Watcher,
-) -> Evaluation:
-    """The figures of images that have one class each.
+    def _probabilities(self, temperature: float) -> NDArray[np.float64]:
+        """(n, K) of the data's classes, by the activation that the head was trained with."""
+        z = torch.from_numpy(self.extracted.outputs).double() / temperature
+        p = z.sigmoid() if self.net.head_activation == "sigmoid" else z.softmax(dim=1)
+        return np.asarray(p[:, self.matching.first_outputs].numpy())
 
-    Args:
-        found: the logits; its labels point into `matching.classes`.
-        real: (n, M) the right outputs by ReaL, -1 where there is none.
-        identity: of the set, see `Evaluation`.
-        seed: of the resampling.
-    """
-    answers = filled_up(matching.outputs)[found.labels]  # (n, M)
-    outcomes = judge(found.outputs, answers, net.temperature)
-    known = matching.known
-    restricted = (best_among(found.outputs, known)[:, None] == answers).any(axis=1)
-    # An output may stand for several classes; where one of them is the right one, it is that.
-    predicted = np.where(outcomes.correct, found.labels, matching.class_of(outcomes.predicted))
-    more = len(known) < outcomes.outputs
-    number = len(matching.classes)
-    shares: dict[str, Any] = {"top1_restricted": restricted}
-    by_real = None
-    if real is not None:
-        by_real, shares["top1_real"] = _by_real(found, real)
-    return Evaluation(
-        model=model,
-        data=data,
-        split=images.name,
-        metrics=summarise(outcomes),
-        top1_restricted=float(restricted.mean()),
-        per_class=per_class(found.labels, predicted, matching.classes),
-        classes=matching.classes,
-        confusion=confusion_matrix(found.labels, predicted, number + more)[:number],
-        broken=found.broken,
-        temperature=net.temperature,
-        intervals=intervals(outcomes, shares, seed=seed, watch=watch),
-        reliability=reliability(outcomes.confidence, outcomes.correct),
-        mistakes=find_mistakes(
-            outcomes,
-            images,
-            found.indices,
-            found.labels,
-            matching.classes,
-            _names(net, matching, outcomes, predicted),
-        ),
-        correct=outcomes.correct,
-        indices=found.indices,
-        identity=identity,
-        words=dict(zip(matching.classes, matching.words or (), strict=False)),
-        real=by_real,
-    )
+    def _calibration(
+        self, fitted: FittedTemperature, loss: float, error: float | None
+    ) -> Calibration:
+        return Calibration(
+            temperature=self.net.temperature,
+            split=fitted.split,
+            images=fitted.images,
+            loss_before=loss,
+            ece_before=error,
+            stored=str(fitted.file),
+        )
+
+    def _predicted_names(self, scores: ImageScores, predicted: NDArray[np.int64]) -> list[str]:
+        """(n,) name of the predicted class: a class of the data, else one of the model."""
+        labels = self.net.labels or tuple(str(i) for i in range(scores.num_outputs))
+        classes = self.matching.classes
+        return [
+            classes[label] if label < len(classes) else labels[output]
+            for label, output in zip(predicted.tolist(), scores.predicted.tolist(), strict=True)
+        ]
 
 
-def _by_real(found: Extracted, real: NDArray[np.int64]) -> tuple[Real, NDArray[np.float64]]:
-    """Accuracies, and (n,) whether an image is right, NaN of those that have no label."""
-    there = (real != NONE).any(axis=1)
-    outcomes = judge(found.outputs[there], real[there])
-    right = np.full(len(real), np.nan)
-    right[there] = outcomes.correct
-    top1, top5 = float(outcomes.correct.mean()), float(outcomes.in_five.mean())
-    return Real(len(outcomes), int((~there).sum()), top1, top5), right
-
-
-def _names(
-    net: Model, matching: Matching, outcomes: Outcomes, predicted: NDArray[np.int64]
-) -> list[str]:
-    """(n,) what each image was taken for: a class of the data, else one of the model's."""
-    labels = net.labels or tuple(str(i) for i in range(outcomes.outputs))
-    known = len(matching.classes)
-    return [
-        matching.classes[label] if label < known else labels[output]
-        for label, output in zip(predicted.tolist(), outcomes.predicted.tolist(), strict=True)
-    ]
+def _real_accuracy(
+    logits: NDArray[np.float32], real: NDArray[np.int64]
+) -> tuple[RealAccuracy, NDArray[np.float64]]:
+    """Accuracy by ReaL, and (n,) correctness of each image, NaN for one without a label."""
+    labelled = (real != NO_TARGET).any(axis=1)
+    scores = score_logits(logits[labelled], real[labelled])
+    correct = np.full(len(real), np.nan)
+    correct[labelled] = scores.correct
+    top1, top5 = float(scores.correct.mean()), float(scores.top5_correct.mean())
+    return RealAccuracy(len(scores), int((~labelled).sum()), top1, top5), correct
 
 
 def choose_images(
     data: str, model: str, inference: Inference, watch: Watcher
 ) -> tuple[Source, ImageSet]:
-    """The data's test images, else its validation images, else all of them.
+    """The test images of the data, else the validation images, else all images.
 
-    On a run that was trained on a part of the data: what the run had held out, split as the run's
-    recipe says.
+    If the model is a run that was trained on a part of these data, choose the part that the run
+    held out, split as the recipe of the run says.
     """
     section = inference.data
     whole = open_data(section, data, whole=True, watch=watch, streams=True)
@@ -243,7 +319,7 @@ def choose_images(
     if run.recipe_file.is_file():
         known = run.provenance().get("data", {}).get("fingerprint")
         for split in (section, run.data_section()):
-            with suppress(VitcliError):  # the run's data may have other columns and splits
+            with suppress(VitcliError):  # the data of the run may have other columns and splits
                 source = open_data(split, data) if split is not None else whole
                 if source.fingerprint == known:
                     return source, source.split("test", "validation", "train")

@@ -28,13 +28,20 @@ from vitcli import distributed as launch
 from vitcli.data.image_set import ImageSet
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.errors import VitcliError
-from vitcli.evals.features import PIXEL_SIDE, Extracted, extract, none_readable, processes, run_over
+from vitcli.evals.features import (
+    MAX_PIXEL_SIDE,
+    Extracted,
+    extract,
+    extract_batches,
+    no_image_readable,
+    rank_and_world_size,
+)
 from vitcli.files import write_text
 from vitcli.hub.http import cache_folder, size_text
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.vit import Model
 from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
 Integers = NDArray[np.int64]
 
@@ -216,8 +223,8 @@ def code_hash() -> str:
     """Of the sources between a file and its features: another version may compute otherwise."""
     digest = hashlib.sha256()
     package = Path(vitcli.__path__[0])
-    names = ("decode.py", "pixel_modes.py", "preprocess.py")
-    names += ("data/image_set.py", "data/decoded_cache.py")
+    names = ["decode.py", "pixel_modes.py", "preprocess.py"]
+    names += ["data/image_set.py", "data/decoded_cache.py"]
     files = [*(package / "vit").glob("*.py"), *(package / name for name in names)]
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
@@ -268,7 +275,7 @@ class Features:
         keep: False neither reads nor writes a cache.
     """
 
-    model: Model
+    model: LoadedModel
     data: str
     about: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 128
@@ -291,7 +298,7 @@ class Features:
         """
         keep = self.keep and launch.local_size() == launch.size()
         dims = self.model.config.feature_dim, self._pixels() if with_pixels else 0
-        if keep and processes()[0] == 0:
+        if keep and rank_and_world_size()[0] == 0:
             needed = len(indices) * sum(dims) * 4
             if reason := room_for(features_folder(), needed):
                 self.watch.warn(f"no features are kept in `{features_folder()}`: {reason}")
@@ -315,7 +322,7 @@ class Features:
         self, tables: list[Rows], images: ImageSet, indices: Integers, label: str
     ) -> Extracted:
         """Compute what is missing in the tables, then read them."""
-        first, stamps = processes()[0] == 0, stamps_of(images, indices)
+        first, stamps = rank_and_world_size()[0] == 0, stamps_of(images, indices)
         broken: list[str] = []
         with tables[0].alone(self.watch) if first else nullcontext():
             missing = _agreed([self._missing(t, indices, stamps) for t in tables] if first else [])
@@ -333,7 +340,7 @@ class Features:
             there[lacked] &= table.there(indices[lacked], stamps[lacked])[0]
         told = tuple(dict.fromkeys(broken))
         if not there.any():
-            raise none_readable(len(indices), broken)
+            raise no_image_readable(len(indices), broken)
         if lost := len(indices) - int(there.sum()) - len(told):
             raise VitcliError(
                 f"{lost} rows that were written to `{tables[0].folder}` cannot be read back", HINT
@@ -380,10 +387,10 @@ class Features:
         return broken
 
     def _parts(self, images: ImageSet, what: str, with_pixels: bool) -> Iterator[Extracted]:
-        return run_over(
+        return extract_batches(
             self.model,
             images,
-            what=what,
+            output=what,
             batch_size=self.batch_size,
             precision=self.precision,
             with_pixels=with_pixels,
@@ -417,7 +424,7 @@ class Features:
     def _pixels(self) -> int:
         """Numbers of one image in the raw-pixel baseline."""
         preprocess = require_preprocess(self.model)
-        rows, columns = (min(side, PIXEL_SIDE) for side in preprocess.image_size)
+        rows, columns = (min(side, MAX_PIXEL_SIDE) for side in preprocess.image_size)
         return preprocess.num_channels * rows * columns
 
     def _tell_found(self, count: int, missing: int, label: str) -> None:
@@ -427,14 +434,14 @@ class Features:
 
     def tell_kept(self) -> None:
         """Where what was added to the cache lies; the longest unused goes where it is too much."""
-        if self._added and processes()[0] == 0:
+        if self._added and rank_and_world_size()[0] == 0:
             total = size_text(trim(self._used))
             self.watch.note(f"features are kept in `{features_folder()}` ({total} in all); {HINT}")
 
 
 def _agreed(value: Any) -> Any:
     """The value that process 0 has."""
-    if processes()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return value
     box = [value]
     torch.distributed.broadcast_object_list(box)
@@ -443,7 +450,7 @@ def _agreed(value: Any) -> Any:
 
 def _joined(lines: list[str]) -> list[str]:
     """The lines of all processes, in their order."""
-    number = processes()[1]
+    number = rank_and_world_size()[1]
     if number == 1:
         return lines
     parts: list[Any] = [None] * number

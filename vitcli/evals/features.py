@@ -1,4 +1,4 @@
-"""Running a model over a whole set, once, in order."""
+"""Run a model over a whole split, once, in order, and collect features or logits."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,22 +18,22 @@ from vitcli.data.loader import eval_batches
 from vitcli.devices import join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
-from vitcli.vit import Model
 from vitcli.weights.load import require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
-PIXEL_SIDE = 32  # pixels of a larger image are averaged down to this for the raw-pixel baseline
+MAX_PIXEL_SIDE = 32  # the raw-pixel baseline averages larger images down to this size
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What came out for the images that could be read, in their order.
+    """Outputs for the images that could be read, in their order.
 
     Attributes:
-        outputs: (n, F) float32: features, or logits.
-        labels: (n,), or (n, K) ones and zeros of images with several labels.
-        indices: (n,): which images of the set these are.
-        pixels: (n, D) float32 of the raw-pixel baseline, or None.
-        broken: the images that could not be read, described.
+        outputs: (n, F) float32, features or logits.
+        labels: (n,) classes, or (n, K) zeros and ones of multi-label images.
+        indices: (n,) images of the split.
+        pixels: (n, D) float32 raw-pixel baseline, or None.
+        broken: descriptions of the images that could not be read.
     """
 
     outputs: NDArray[np.float32]
@@ -44,10 +44,10 @@ class Extracted:
 
 
 def extract(
-    model: Model,
+    model: LoadedModel,
     images: ImageSet,
     *,
-    what: str = "features",
+    output: str = "features",
     batch_size: int = 128,
     precision: str = "auto",
     device: torch.device | None = None,
@@ -56,26 +56,25 @@ def extract(
     watch: Watcher | None = None,
     label: str = "features",
 ) -> Extracted:
-    """`features` or `logits` of every readable image of `images`, in order.
+    """Compute `features` or `logits` of every readable image of `images`, in order.
 
     Args:
-        model: stays in eval mode on `device`.
-        images: read in order, each once.
-        what: `features` (what the head reads) or `logits`.
-        precision: `auto` is fp32 (see `autocast`).
-        with_pixels: also keep the normalised pixels, averaged down to 32 pixels a side.
+        model: put into eval mode on `device`.
+        output: `features` (the input of the head) or `logits`.
+        precision: `auto` is fp32, see `autocast`.
+        with_pixels: also return the normalised pixels, averaged down to 32 pixels per side.
+        label: title of the progress bar.
 
     Raises:
-        VitcliError: no image can be read, the model's preprocessing is not known, a batch size
-            below 1, or outputs that are not finite.
+        VitcliError: no image can be read, the preprocessing is unknown, the batch size is below 1,
+            or an output is not finite.
     """
-    world_size = processes()[1]
     outputs, labels, indices, pixels = [], [], [], []
     broken: list[str] = []
-    passes = run_over(
+    batches = extract_batches(
         model,
         images,
-        what=what,
+        output=output,
         batch_size=batch_size,
         precision=precision,
         device=device,
@@ -83,7 +82,7 @@ def extract(
         with_pixels=with_pixels,
     )
     with (watch or Quiet()).progress(label, len(images)) as bar:
-        for part in passes:
+        for part in batches:
             broken += part.broken
             if len(part.labels):
                 outputs.append(part.outputs)
@@ -92,11 +91,11 @@ def extract(
                 if part.pixels is not None:
                     pixels.append(part.pixels)
             bar.advance(len(part.labels) + len(part.broken))
-    # Contiguous parts, so that joined in the order of the ranks they are the whole in order.
-    parts = _gathered((outputs, labels, indices, pixels, broken), world_size)
+    # Each rank reads a contiguous part, so joining in the order of the ranks restores the order.
+    parts = _gather((outputs, labels, indices, pixels, broken))
     outputs, labels, indices, pixels, broken = ([x for p in parts for x in p[i]] for i in range(5))
     if not outputs:
-        raise none_readable(len(images), broken)
+        raise no_image_readable(len(images), broken)
     return Extracted(
         np.concatenate(outputs),
         np.concatenate(labels),
@@ -106,44 +105,32 @@ def extract(
     )
 
 
-def check_finite(finite: bool, model: Model) -> None:
-    """Raises a VitcliError that names `model` where what it gave is not `finite`."""
-    if not finite:
-        name = f"`{model.load_report.source}`" if model.load_report else "the model"
-        raise VitcliError(
-            f"{name} gives numbers that are not finite",
-            hint="its weights are damaged or diverged, or fp16 is too narrow for them "
-            "(`--precision fp32`)",
-        )
-
-
-def run_over(
-    model: Model,
+def extract_batches(
+    model: LoadedModel,
     images: ImageSet,
     *,
-    what: str = "features",
+    output: str = "features",
     batch_size: int = 128,
     precision: str = "auto",
     device: torch.device | None = None,
     workers: int | None = None,
     with_pixels: bool = False,
 ) -> Iterator[Extracted]:
-    """What `extract` puts together, batch by batch: this process's part of the images.
+    """Batches of what `extract` returns, for the images of this process.
 
-    Args:
-        what: also `pixels`, for which the model computes nothing.
-
-    Raises:
-        VitcliError: as `extract`.
+    `output` may also be `pixels`; the model then computes nothing.
     """
     if batch_size < 1:
-        raise VitcliError(f"`--batch-size` is {batch_size}", "it is the images at once, 1 or more")
+        raise VitcliError(f"`--batch-size` is {batch_size}", "give a number of images, 1 or more")
     preprocess = require_preprocess(model)
     device = device or pick_device()
-    rank, world_size = processes()
+    rank, world_size = rank_and_world_size()
     model = model.to(device).eval()
-    runs: dict[str, Callable[[Tensor], Tensor]] = {"features": model.features, "pixels": _baseline}
-    run = runs.get(what, model)
+    forward: dict[str, Callable[[Tensor], Tensor]] = {
+        "features": model.features,
+        "logits": model,
+        "pixels": _pixel_features,
+    }
     batches = eval_batches(
         images,
         preprocess,
@@ -156,35 +143,47 @@ def run_over(
     for batch in onto(batches, device):
         x = preprocess.normalize(batch.images)  # (B, C, Y, X)
         with torch.inference_mode(), autocast(precision, device):
-            y = run(x) if len(batch.labels) else x.flatten(1)
+            y = forward[output](x) if len(batch.labels) else x.flatten(1)
         check_finite(bool(y.isfinite().all()), model)
         yield Extracted(
             y.float().cpu().numpy(),
             batch.labels.cpu().numpy(),
             batch.indices.numpy(),
-            _baseline(x).cpu().numpy() if with_pixels and len(batch.labels) else None,
+            _pixel_features(x).cpu().numpy() if with_pixels and len(batch.labels) else None,
             batch.broken,
         )
 
 
-def none_readable(count: int, broken: Sequence[str]) -> VitcliError:
-    """The error for a set of which no image can be read."""
+def check_finite(finite: bool, model: LoadedModel) -> None:
+    """Raise a VitcliError that names `model` if its outputs are not `finite`."""
+    if not finite:
+        name = f"`{model.load_report.source}`" if model.load_report else "the model"
+        raise VitcliError(
+            f"the outputs of {name} are not finite",
+            hint="try `--precision fp32`; if that does not help, the weights are damaged or the "
+            "training diverged",
+        )
+
+
+def no_image_readable(count: int, broken: Sequence[str]) -> VitcliError:
+    """The error for a split without a readable image."""
     reason = f": {broken[0]}" if broken else ""
     return VitcliError(
         f"none of {count} images can be read{reason}",
-        "`vitcli patchify IMAGE` shows one as it is read",
+        "look at one of them with `vitcli patchify IMAGE`",
     )
 
 
-def processes() -> tuple[int, int]:
-    """(rank, number) of the processes that a launcher started for this command; (0, 1) alone."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Rank of this process and number of processes of this command; (0, 1) without a launcher."""
     if launch.size() == 1:
         return 0, 1
     state = join_processes(pick_device())
     return state.process_index, state.num_processes
 
 
-def _gathered(part: tuple[list[Any], ...], world_size: int) -> list[tuple[list[Any], ...]]:
+def _gather(part: tuple[list[Any], ...]) -> list[tuple[list[Any], ...]]:
+    world_size = rank_and_world_size()[1]
     if world_size == 1:
         return [part]
     parts: list[Any] = [None] * world_size
@@ -192,24 +191,22 @@ def _gathered(part: tuple[list[Any], ...], world_size: int) -> list[tuple[list[A
     return parts
 
 
-def _baseline(x: Tensor) -> Tensor:
-    """(B, C, Y, X) -> (B, D): the pixels as features, no more than 32 rows and columns of them."""
-    size = min(x.shape[2], PIXEL_SIDE), min(x.shape[3], PIXEL_SIDE)
+def _pixel_features(x: Tensor) -> Tensor:
+    """(B, C, Y, X) -> (B, D): pixels as features, of at most 32 rows and columns."""
+    size = min(x.shape[2], MAX_PIXEL_SIDE), min(x.shape[3], MAX_PIXEL_SIDE)
     if size != tuple(x.shape[2:]):
         x = F.adaptive_avg_pool2d(x, size)
-    return x.flatten(1)  # (B, C*Y*X)
+    return x.flatten(1)  # (B, D)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The context that computes in `precision`.
 
-    `auto` is fp32 here, unlike in training: a figure should not depend on the machine that it was
-    measured on. bf16 is two to three times as fast where the hardware has it, and moves a few
-    predictions in ten thousand.
-
     Raises:
-        VitcliError: no such precision on this device.
+        VitcliError: this device does not have the precision.
     """
+    # Unlike in training, `auto` is fp32: a metric must not depend on the machine. bf16 is two to
+    # three times as fast where the hardware has it; it changes a few predictions in 10,000.
     resolved = "fp32" if precision == "auto" else resolve_precision(precision, device)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return nullcontext() if resolved == "fp32" else torch.autocast(device.type, dtypes[resolved])

@@ -1,138 +1,114 @@
-"""The images that a classifier gets most wrong, and the classes that it takes for each other."""
+"""The worst mistakes of a classifier, and the classes that it confuses most often."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from vitcli.data.contact_sheet import Row, draw_sheet
 from vitcli.data.image_set import ImageSet
-from vitcli.evals.scoring import Outcomes
+from vitcli.evals.class_matching import ClassMatching
+from vitcli.evals.features import Extracted
+from vitcli.evals.scoring import ImageScores
 
-Ints = NDArray[np.int64]
-
-WORST = 24  # images
-PAIRS = 10  # of classes
-COLUMNS, SIDE = 8, 112  # of the sheet; pixels
+NUM_WORST = 24  # images
+NUM_PAIRS = 10  # pairs of classes
+NUM_COLUMNS, IMAGE_SIZE = 8, 112  # of the sheet; pixels per side
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that was taken for something else.
+    """One misclassified image; `index` is its index in the split."""
 
-    Attributes:
-        index: of the image in its set.
-        probability: of the class that was predicted.
-        true_probability: of the right one.
-    """
-
-    index: int
     path: str
     true: str
     predicted: str
     probability: float
     true_probability: float
+    index: int
 
     def to_json(self) -> dict[str, Any]:
-        """A row of `worst`."""
-        return {
-            "path": self.path,
-            "true": self.true,
-            "predicted": self.predicted,
-            "probability": self.probability,
-            "true_probability": self.true_probability,
-        }
+        """An element of `worst`."""
+        return {key: value for key, value in asdict(self).items() if key != "index"}
 
 
 @dataclass(frozen=True)
-class Confused:
-    """Images of one class that were taken for another, the surest mistake first."""
+class ConfusedPair:
+    """Images of one class that are predicted as another; `of` counts all images of the class."""
 
     true: str
     predicted: str
     images: int
     of: int
-    examples: tuple[Mistake, ...]
+    examples: tuple[Mistake, ...] = field(default=(), repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """A row of `confused`."""
-        return {
-            "true": self.true,
-            "predicted": self.predicted,
-            "images": self.images,
-            "of": self.of,
-        }
+        """An element of `confused`."""
+        return {key: value for key, value in asdict(self).items() if key != "examples"}
 
 
 @dataclass(frozen=True)
 class Mistakes:
-    """`worst`: the largest losses of wrong answers; `confused`: the commonest pairs of classes."""
+    """`worst`: wrong images by falling loss. `confused`: pairs of classes by falling count."""
 
     worst: tuple[Mistake, ...]
-    confused: tuple[Confused, ...]
+    confused: tuple[ConfusedPair, ...]
 
 
 def find_mistakes(
-    outcomes: Outcomes,
+    scores: ImageScores,
     images: ImageSet,
-    indices: Ints,
-    labels: Ints,
-    classes: Sequence[str],
-    answers: Sequence[str],
+    extracted: Extracted,
+    matching: ClassMatching,
+    predicted: Sequence[str],
 ) -> Mistakes:
-    """What went most wrong.
-
-    Args:
-        indices, labels: (n,) which image of `images` each is, and its class.
-        classes: names of the data's classes.
-        answers: (n,) names of what was predicted.
-    """
-    wrong = np.flatnonzero(~outcomes.correct)
-    by_loss = wrong[np.argsort(-outcomes.loss[wrong], kind="stable")]
+    """Collect the misclassified images; `predicted` (n,) are the names of the predictions."""
+    labels, classes = extracted.labels, matching.classes
+    wrong = np.flatnonzero(~scores.correct)
+    by_loss = wrong[np.argsort(-scores.loss[wrong], kind="stable")]
 
     def mistake(row: int) -> Mistake:
+        index = int(extracted.indices[row])
         return Mistake(
-            index=int(indices[row]),
-            path=images.describe(int(indices[row])),
+            path=images.describe(index),
             true=classes[int(labels[row])],
-            predicted=answers[row],
-            probability=float(outcomes.confidence[row]),
-            true_probability=float(np.exp(-outcomes.loss[row])),
+            predicted=predicted[row],
+            probability=float(scores.confidence[row]),
+            true_probability=float(np.exp(-scores.loss[row])),
+            index=index,
         )
 
     pairs: dict[tuple[str, str], list[int]] = {}
     for row in by_loss.tolist():
-        pairs.setdefault((classes[int(labels[row])], answers[row]), []).append(row)
-    commonest = sorted(pairs.items(), key=lambda item: -len(item[1]))[:PAIRS]
+        pairs.setdefault((classes[int(labels[row])], predicted[row]), []).append(row)
+    largest = sorted(pairs.items(), key=lambda item: -len(item[1]))[:NUM_PAIRS]
     number = {classes[k]: int(count) for k, count in enumerate(np.bincount(labels))}
     confused = [
-        Confused(true, said, len(rows), number[true], tuple(map(mistake, rows[:COLUMNS])))
-        for (true, said), rows in commonest
+        ConfusedPair(true, name, len(rows), number[true], tuple(map(mistake, rows[:NUM_COLUMNS])))
+        for (true, name), rows in largest
     ]
-    return Mistakes(tuple(mistake(int(row)) for row in by_loss[:WORST]), tuple(confused))
+    return Mistakes(tuple(mistake(int(row)) for row in by_loss[:NUM_WORST]), tuple(confused))
 
 
-def mistakes_sheet(mistakes: Mistakes, images: ImageSet, words: Mapping[str, str]) -> Image.Image:
-    """Both as pictures; under each the true class, what was said, and how surely.
+def draw_mistakes(
+    mistakes: Mistakes, images: ImageSet, display_names: Mapping[str, str]
+) -> Image.Image:
+    """Draw the images, each with its true class, its predicted class and the probability."""
 
-    Args:
-        words: what is written for the name of a class; itself where there is nothing.
-    """
-
-    def said(one: Mistake | Confused) -> str:
-        return f"{words.get(one.true, one.true)}\n-> {words.get(one.predicted, one.predicted)}"
+    def caption(one: Mistake | ConfusedPair) -> str:
+        true = display_names.get(one.true, one.true)
+        return f"{true}\n-> {display_names.get(one.predicted, one.predicted)}"
 
     def row(title: str, some: Sequence[Mistake]) -> Row:
-        captions = [f"{said(one)}\n{100 * one.probability:.1f} %" for one in some]
+        captions = [f"{caption(one)}\n{100 * one.probability:.1f} %" for one in some]
         return Row(title, [one.index for one in some], captions)
 
     rows = []
-    for start in range(0, len(mistakes.worst), COLUMNS):
+    for start in range(0, len(mistakes.worst), NUM_COLUMNS):
         title = "least probable\ntrue class" if start == 0 else ""
-        rows.append(row(title, mistakes.worst[start : start + COLUMNS]))
+        rows.append(row(title, mistakes.worst[start : start + NUM_COLUMNS]))
     for pair in mistakes.confused:
-        rows.append(row(f"{said(pair)}\n{pair.images} of {pair.of} images", pair.examples))
-    return draw_sheet(rows, images.read, columns=COLUMNS, side=SIDE)
+        rows.append(row(f"{caption(pair)}\n{pair.images} of {pair.of} images", pair.examples))
+    return draw_sheet(rows, images.read, columns=NUM_COLUMNS, side=IMAGE_SIZE)

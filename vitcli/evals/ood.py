@@ -34,8 +34,8 @@ from vitcli.evals.features import Extracted, extract
 from vitcli.hub.http import cache_folder
 from vitcli.progress import Watcher
 from vitcli.run import Run
-from vitcli.vit import Model
 from vitcli.weights.hashing import model_hash
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import load_weights, save_tensors
 
 FORMAT = 1
@@ -180,7 +180,7 @@ class References:
         batch_size, precision: as of the prediction.
     """
 
-    net: Model
+    net: LoadedModel
     name: str
     section: DataSection
     batch_size: int

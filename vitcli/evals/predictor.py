@@ -18,7 +18,7 @@ from vitcli.evals.features import autocast, check_finite
 from vitcli.evals.ood import Reference
 from vitcli.evals.writers import Row
 from vitcli.progress import Bar, QuietBar
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 MAX_THREADS = 16
 
@@ -92,7 +92,7 @@ class Answers:
         precision: `auto` is fp32.
     """
 
-    net: Model
+    net: LoadedModel
     views: Views
     doubts: Doubts
     top: int = 5
@@ -133,7 +133,7 @@ class Answers:
         for view in self.views.of(pixels.to(device)):  # (B, C, Y, X)
             with torch.inference_mode(), autocast(self.precision, device):
                 features = net.features(preprocess.normalize(view))  # (B, F)
-                logits = net.classify(features)  # (B, K)
+                logits = net.network.classify(features)  # (B, K)
                 found = net.probabilities(logits)  # (B, K)
             if shares is None and self.doubts.reference is not None:
                 distances = self.doubts.reference.distances(features)

@@ -1,4 +1,4 @@
-"""ReaL: all classes that people saw in ImageNet's validation images (Beyer et al., 2020)."""
+"""ReaL labels: all correct classes of ImageNet's validation images (Beyer et al., 2020)."""
 
 import json
 import os
@@ -10,72 +10,72 @@ from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError
-from vitcli.evals.scoring import filled_up
+from vitcli.evals.scoring import pad_targets
 
-NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
-CLASSES = 1000
+FILE_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
+NUM_CLASSES = 1000
 REAL_HINT = (
-    "`real.json` of google-research/reassessed-imagenet: a list with the classes of each image; "
-    "timm carries it as `timm/data/_info/imagenet_real_labels.json`"
+    "give `real.json` of google-research/reassessed-imagenet (a list of the classes of each "
+    "image), or timm's copy `timm/data/_info/imagenet_real_labels.json`"
 )
 
 
-def read_real(path: str | os.PathLike[str]) -> list[list[int]]:
-    """The classes (0 to 999) of the validation images, in the order of their numbers.
+def read_real_labels(path: str | os.PathLike[str]) -> list[list[int]]:
+    """Read the classes (0 to 999) of each validation image, in the order of the file numbers.
 
     Raises:
-        VitcliError: it cannot be read, or is something else.
+        VitcliError: the file cannot be read or has another form.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VitcliError(f"cannot read `{path}`: {error}", REAL_HINT) from error
-    fits = isinstance(values, list) and bool(values)
-    for one in values if fits else []:
-        fits = fits and isinstance(one, list)
-        fits = fits and all(type(c) is int and 0 <= c < CLASSES for c in one)
-    if not fits:
-        raise VitcliError(f"`{path}` is no list of lists of classes from 0 to 999", REAL_HINT)
+    valid = isinstance(values, list) and bool(values)
+    for one in values if valid else []:
+        valid = valid and isinstance(one, list)
+        valid = valid and all(type(c) is int and 0 <= c < NUM_CLASSES for c in one)
+    if not valid:
+        raise VitcliError(f"`{path}` is not a list of lists of classes from 0 to 999", REAL_HINT)
     return values
 
 
-def real_answers(
+def real_targets(
     images: ImageSet, indices: NDArray[np.int64], real: list[list[int]], outputs: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """(n, M) the right outputs of images by ReaL, filled up with -1; all -1 where there are none.
+    """(n, M) right outputs of each image by ReaL, as in `pad_targets`; all -1 without a label.
 
     Args:
-        indices: (n,) which images of the set; each is known by the number in its file's name.
-        outputs: (1000,) the output of each class.
+        indices: (n,) images of the set; the number in its file name identifies an image.
+        outputs: (1000,) output of each class of ImageNet-1k.
 
     Raises:
-        VitcliError: no name has such a number, or there are fewer lists.
+        VitcliError: no file name has a number, or a number is larger than the list.
     """
     sets: list[list[int]] = []
-    named = 0
+    numbered = 0
     for index in indices.tolist():
-        found = NUMBER.search(_name(images, index))
+        found = FILE_NUMBER.search(_file_name(images, index))
         number = int(found[1]) if found else 0
-        named += found is not None
+        numbered += found is not None
         if number > len(real):
             raise VitcliError(
-                f"`{images.describe(index)}` is image {number}, and the labels are those of "
-                f"{len(real)}",
+                f"`{images.describe(index)}` is image {number}, but the ReaL file has only "
+                f"{len(real)} images",
                 REAL_HINT,
             )
         sets.append([int(outputs[c]) for c in real[number - 1]] if number else [])
-    if not named:
+    if not numbered:
         raise VitcliError(
-            f"no image has a name such as ILSVRC2012_val_00000293.JPEG: the first is "
-            f"`{_name(images, int(indices[0]))}`",
-            "`--real` is for ImageNet's validation images under their own names",
+            f"no image has a name such as ILSVRC2012_val_00000293.JPEG; the first is "
+            f"`{_file_name(images, int(indices[0]))}`",
+            "use `--real` with ImageNet's validation images under their original names",
         )
     if not any(sets):
-        raise VitcliError(f"none of {len(sets):,} images has a label by ReaL", REAL_HINT)
-    return filled_up(sets)
+        raise VitcliError(f"none of {len(sets):,} images has a ReaL label", REAL_HINT)
+    return pad_targets(sets)
 
 
-def _name(images: ImageSet, index: int) -> str:
-    """The name of the file, else what errors call the image; drawn ones have no file."""
-    named = getattr(images, "file_name", None)
-    return (named and named(index)) or images.describe(index)
+def _file_name(images: ImageSet, index: int) -> str:
+    """The file name; a generated image has none, so what errors call it."""
+    file_name = getattr(images, "file_name", None)
+    return (file_name and file_name(index)) or images.describe(index)

@@ -1,7 +1,12 @@
-"""What a classifier said of each image, from its logits, in blocks that fit in memory."""
+"""Metrics of a classifier on labelled images.
+
+Single-label images: `score_logits` reduces (n, K) logits to a few numbers per image
+(`ImageScores`), and every metric is a mean of these over images. Multi-label images:
+`multi_label_metrics` takes (n, K) probabilities.
+"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,110 +15,317 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+PerClass = dict[str, dict[str, float | int | None]]
 
-BLOCK = 2**22  # logits in float64 at a time
-NONE = -1
+BLOCK_VALUES = 2**22  # logits that are converted to float64 at a time
+NO_TARGET = -1  # fills up rows of a target table that have fewer right outputs than others
+ECE_BINS = 15  # Guo et al. (2017), section 4
+THRESHOLD = 0.5  # probability from which a multi-label class counts as predicted
 
 
 @dataclass(frozen=True)
-class Outcomes:
-    """Of n images.
+class ImageScores:
+    """Numbers for each of n single-label images.
 
     Attributes:
-        outputs: K, how many classes could be answered.
-        predicted: (n,) the output with the highest logit.
-        confidence: (n,) its probability.
-        correct: (n,) whether it is a right one.
-        ahead: (n,) how many outputs score higher than the best of the right ones.
-        loss: (n,) minus the logarithm of the probability of the right ones together, in nats.
+        num_outputs: K, how many outputs the model has.
+        predicted: (n,) output with the highest logit.
+        confidence: (n,) probability of that output.
+        correct: (n,) whether that output is a right one.
+        num_higher: (n,) how many outputs score higher than the best right one.
+        loss: (n,) negative log-probability of the right outputs together, in nats.
     """
 
-    outputs: int
+    num_outputs: int
     predicted: Ints
     confidence: NDArray[np.float64]
     correct: Bools
-    ahead: Ints
+    num_higher: Ints
     loss: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.predicted)
 
     @property
-    def in_five(self) -> Bools:
-        """(n,) whether a right one is among the best min(5, K): fewer than five score higher."""
-        return self.ahead < min(5, self.outputs)
+    def top5_correct(self) -> Bools:
+        """(n,) whether fewer than min(5, K) outputs score higher than the best right one."""
+        return self.num_higher < min(5, self.num_outputs)
 
 
-def judge(logits: Floats, answers: ArrayLike, temperature: float = 1.0) -> Outcomes:
-    """(n, K) logits -> what became of each image.
+def score_logits(logits: Floats, targets: ArrayLike, temperature: float = 1.0) -> ImageScores:
+    """Score (n, K) logits of single-label images.
 
     Args:
-        answers: (n,) the right output of each image, or (n, M) where several are right, filled up
-            with -1; at least one of each image.
-        temperature: what the logits are divided by before the softmax.
+        targets: (n,) right output of each image, or (n, M) if several outputs are right, see
+            `pad_targets`. Each image needs at least one.
+        temperature: the logits are divided by it before the softmax.
     """
-    right = as_answers(answers)
+    table = _target_table(targets)
     n, k = logits.shape
-    predicted, ahead = np.empty(n, np.int64), np.empty(n, np.int64)
+    predicted, num_higher = np.empty(n, np.int64), np.empty(n, np.int64)
     confidence, loss = np.empty(n), np.empty(n)
-    for part in blocks(n, k):
-        z = logits[part].astype(np.float64)
-        of = right[part]
-        best = taken(z, of).max(axis=1, keepdims=True)
-        predicted[part] = z.argmax(axis=1)
-        ahead[part] = (z > best).sum(axis=1)
+    for rows in row_blocks(n, k):
+        z = logits[rows].astype(np.float64)
+        best = target_values(z, table[rows]).max(axis=1, keepdims=True)
+        predicted[rows] = z.argmax(axis=1)
+        num_higher[rows] = (z > best).sum(axis=1)
         log_p = log_softmax(z / temperature)
-        confidence[part] = np.exp(log_p.max(axis=1))
-        loss[part] = -_log_sum(taken(log_p, of))
-    correct = (right == predicted[:, None]).any(axis=1)
-    return Outcomes(k, predicted, confidence, correct, ahead, loss)
+        confidence[rows] = np.exp(log_p.max(axis=1))
+        loss[rows] = -_logsumexp(target_values(log_p, table[rows]))
+    correct = (table == predicted[:, None]).any(axis=1)
+    return ImageScores(k, predicted, confidence, correct, num_higher, loss)
 
 
-def best_among(logits: Floats, outputs: Sequence[int] | Ints) -> Ints:
-    """(n, K) logits -> (n,) the output with the highest of those in `outputs`."""
-    chosen = np.unique(np.asarray(outputs, dtype=np.int64))
+def restricted_argmax(logits: Floats, outputs: Sequence[int] | Ints) -> Ints:
+    """(n, K) logits -> (n,) the output with the highest logit among `outputs`."""
+    allowed = np.unique(np.asarray(outputs, dtype=np.int64))
     best = np.empty(len(logits), np.int64)
-    for part in blocks(*logits.shape):
-        best[part] = chosen[logits[part][:, chosen].argmax(axis=1)]
+    for rows in row_blocks(*logits.shape):
+        best[rows] = allowed[logits[rows][:, allowed].argmax(axis=1)]
     return best
 
 
-def as_answers(answers: ArrayLike) -> Ints:
-    """(n,) or (n, M) -> (n, M)."""
-    right = np.asarray(answers, dtype=np.int64)
-    return right[:, None] if right.ndim == 1 else right
-
-
-def filled_up(sets: Sequence[Sequence[int]]) -> Ints:
-    """Sets of outputs -> (n, M), each filled up with -1."""
-    wide = max((len(one) for one in sets), default=1)
-    table = np.full((len(sets), max(wide, 1)), NONE, dtype=np.int64)
+def pad_targets(sets: Sequence[Sequence[int]]) -> Ints:
+    """Lists of right outputs -> (n, M) table; shorter rows are filled with -1."""
+    width = max((len(one) for one in sets), default=1)
+    table = np.full((len(sets), max(width, 1)), NO_TARGET, dtype=np.int64)
     for row, one in zip(table, sets, strict=True):
         row[: len(one)] = one
     return table
 
 
-def blocks(n: int, k: int) -> Iterator[slice]:
-    """The rows 0..n in parts of about BLOCK values."""
-    rows = max(1, BLOCK // max(k, 1))
+def row_blocks(n: int, k: int) -> Iterator[slice]:
+    """Slices of n rows of k values. They bound the memory of float64 copies."""
+    rows = max(1, BLOCK_VALUES // max(k, 1))
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
-def taken(values: Floats, answers: Ints) -> NDArray[np.float64]:
-    """(n, K), (n, M) -> (n, M): the values of the answers, minus infinity where there is none."""
-    found = np.take_along_axis(values, np.maximum(answers, 0), axis=1)
-    return np.where(answers == NONE, -np.inf, found)
+def target_values(values: Floats, targets: Ints) -> NDArray[np.float64]:
+    """(n, K), (n, M) -> (n, M): the values at the targets, minus infinity at padding."""
+    found = np.take_along_axis(values, np.maximum(targets, 0), axis=1)
+    return np.where(targets == NO_TARGET, -np.inf, found)
 
 
 def log_softmax(z: NDArray[np.float64]) -> NDArray[np.float64]:
     """(n, K) -> (n, K), in nats."""
+    # Subtract the maximum first: exp of a large logit overflows.
     shifted = z - z.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
-def _log_sum(log_p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n, M) -> (n,): the logarithm of the sum; exact where there is one summand."""
-    if log_p.shape[1] == 1:
+def _target_table(targets: ArrayLike) -> Ints:
+    table = np.asarray(targets, dtype=np.int64)
+    return table[:, None] if table.ndim == 1 else table
+
+
+def _logsumexp(log_p: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, M) -> (n,)."""
+    if log_p.shape[1] == 1:  # exact: log(exp(x)) would round
         return log_p[:, 0]
     top = log_p.max(axis=1, keepdims=True)
     return np.asarray(top[:, 0] + np.log(np.exp(log_p - top).sum(axis=1)))
+
+
+@dataclass(frozen=True)
+class SingleLabelMetrics:
+    """Metrics of single-label images.
+
+    Attributes:
+        top1, top5: accuracy in 0..1; top5 counts the min(5, K) highest logits.
+        top1_restricted: accuracy if only the classes of the data may be predicted.
+        loss: mean cross-entropy in nats.
+        ece: expected calibration error, see `expected_calibration_error`.
+    """
+
+    images: int
+    top1: float
+    top5: float
+    top1_restricted: float
+    loss: float
+    ece: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Values by their JSON keys."""
+        return asdict(self)
+
+
+def single_label_metrics(
+    scores: ImageScores, restricted: Bools | None = None
+) -> SingleLabelMetrics:
+    """Average over images; `restricted` (n,) is correctness among the classes of the data."""
+    top1 = float(scores.correct.mean())
+    return SingleLabelMetrics(
+        images=len(scores),
+        top1=top1,
+        top5=float(scores.top5_correct.mean()),
+        top1_restricted=top1 if restricted is None else float(restricted.mean()),
+        loss=float(scores.loss.mean()),
+        ece=expected_calibration_error(scores.confidence, scores.correct),
+    )
+
+
+def confusion_matrix(labels: Ints, predicted: Ints, num_classes: int) -> Ints:
+    """(n,) true and (n,) predicted classes -> (K, K) counts: rows true, columns predicted."""
+    from sklearn.metrics import confusion_matrix as count
+
+    return np.asarray(count(labels, predicted, labels=np.arange(num_classes)), dtype=np.int64)
+
+
+def single_label_per_class(labels: Ints, predicted: Ints, names: Sequence[str]) -> PerClass:
+    """Precision, recall, F1 and number of images for each class that has images.
+
+    `predicted` may be larger than every class number: the model predicts a class that the data do
+    not have. The precision of a class that is never predicted is 0.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    present = np.unique(labels)
+    columns = precision_recall_fscore_support(labels, predicted, labels=present, zero_division=0)
+    return {
+        names[k]: {"precision": float(p), "recall": float(r), "f1": float(f), "images": int(count)}
+        for k, p, r, f, count in zip(present, *columns, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class MultiLabelMetrics:
+    """Metrics of images with any number of labels.
+
+    Attributes:
+        map: mean average precision over the classes that have images.
+        micro_f1: F1 of all n x K decisions at a probability of 0.5.
+        loss: binary cross-entropy in nats, summed over classes, mean over images.
+        average_precision: (K,) average precision; NaN for a class that has no image.
+    """
+
+    images: int
+    map: float
+    micro_f1: float
+    loss: float
+    average_precision: Floats = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Values by their JSON keys."""
+        return {
+            "images": self.images,
+            "map": self.map,
+            "micro_f1": self.micro_f1,
+            "loss": self.loss,
+        }
+
+
+def multi_label_metrics(probabilities: Floats, targets: NDArray[np.uint8]) -> MultiLabelMetrics:
+    """(n, K) probabilities and (n, K) targets of 0 and 1 -> metrics.
+
+    Average precision follows scikit-learn: the mean of the precision at each threshold, weighted
+    by the recall that the threshold adds, without interpolation.
+    """
+    from sklearn.metrics import average_precision_score
+
+    positives = targets.sum(axis=0, dtype=np.int64)
+    average_precision = np.full(targets.shape[1], np.nan)
+    for k in np.flatnonzero(positives):
+        average_precision[k] = average_precision_score(targets[:, k], probabilities[:, k])
+    decided = probabilities >= THRESHOLD
+    hits = int((decided & (targets == 1)).sum())
+    total = int(decided.sum()) + int(positives.sum())
+    return MultiLabelMetrics(
+        images=len(targets),
+        map=float(np.nanmean(average_precision)) if positives.any() else float("nan"),
+        micro_f1=2 * hits / total if total else 0.0,
+        loss=multi_label_loss(probabilities, targets),
+        average_precision=average_precision,
+    )
+
+
+def multi_label_loss(probabilities: Floats, targets: NDArray[np.uint8]) -> float:
+    """Binary cross-entropy in nats, summed over classes, mean over images."""
+    import torch
+
+    # torch limits log(0) to -100, so that one certain mistake does not make the mean infinite.
+    p, y = (torch.from_numpy(np.asarray(a, dtype=np.float64)) for a in (probabilities, targets))
+    loss = torch.nn.functional.binary_cross_entropy(p, y, reduction="sum")
+    return float(loss) / len(targets)
+
+
+def multi_label_per_class(
+    probabilities: Floats,
+    targets: NDArray[np.uint8],
+    metrics: MultiLabelMetrics,
+    names: Sequence[str],
+) -> PerClass:
+    """Average precision (None without images), precision, recall, F1 at 0.5, number of images."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    decided, images = probabilities >= THRESHOLD, targets.sum(axis=0, dtype=np.int64)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        targets, decided, average=None, zero_division=0
+    )
+    return {
+        name: {
+            "average_precision": float(metrics.average_precision[k]) if images[k] else None,
+            "precision": float(precision[k]),
+            "recall": float(recall[k]),
+            "f1": float(f1[k]),
+            "images": int(images[k]),
+        }
+        for k, name in enumerate(names)
+    }
+
+
+@dataclass(frozen=True)
+class ReliabilityBins:
+    """Images grouped by confidence, in bins of equal width. A bin includes its upper edge.
+
+    Attributes:
+        edges: (bins + 1,) confidence at the edges.
+        images: (bins,) number of images.
+        confidence, accuracy: (bins,) means; NaN for an empty bin.
+    """
+
+    edges: Floats
+    images: Ints
+    confidence: Floats
+    accuracy: Floats
+
+    def to_json(self) -> list[dict[str, float | int]]:
+        """One row for each bin that is not empty."""
+        return [
+            {
+                "from": float(self.edges[i]),
+                "to": float(self.edges[i + 1]),
+                "images": int(self.images[i]),
+                "confidence": float(self.confidence[i]),
+                "accuracy": float(self.accuracy[i]),
+            }
+            for i in np.flatnonzero(self.images)
+        ]
+
+
+def confidence_bins(confidence: Floats, bins: int = ECE_BINS) -> Ints:
+    """(n,) confidence in 0..1 -> (n,) bin numbers."""
+    edges = np.linspace(0, 1, bins + 1)
+    return np.clip(np.digitize(confidence, edges[1:-1], right=True), 0, bins - 1).astype(np.int64)
+
+
+def expected_calibration_error(confidence: Floats, correct: Bools, bins: int = ECE_BINS) -> float:
+    """Mean of |accuracy - confidence| over equal-width bins, weighted by their images.
+
+    Guo et al. (2017), equation 3, on the predicted class.
+    """
+    # n_b / n * |accuracy_b - confidence_b| is |sum of (correct - confidence) in the bin| / n.
+    gap = correct.astype(np.float64) - confidence
+    sums = np.bincount(confidence_bins(confidence, bins), weights=gap, minlength=bins)
+    return float(np.abs(sums).sum() / len(confidence))
+
+
+def reliability_bins(confidence: Floats, correct: Bools, bins: int = ECE_BINS) -> ReliabilityBins:
+    """Bins of the reliability diagram (Guo et al., 2017, figure 1)."""
+    place = confidence_bins(confidence, bins)
+    images = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin is NaN on purpose
+        means = [
+            np.bincount(place, weights=values.astype(np.float64), minlength=bins) / images
+            for values in (confidence, correct)
+        ]
+    return ReliabilityBins(np.linspace(0, 1, bins + 1), images.astype(np.int64), *means)

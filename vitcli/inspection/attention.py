@@ -129,7 +129,7 @@ class AttentionStatistics:
         prefix: (n, L, H) share of a patch's attention on class token and registers.
         rollout: (n, rows, cols) attention of the source to each patch through all layers.
         maps: (m, L, H, rows, cols) attention of the source in each layer, for the first m images.
-        probabilities: (n, K), or (n, 0) for a model without a head.
+        logits: (n, K), or (n, 0) for a model without a head.
     """
 
     distance: Array
@@ -138,7 +138,7 @@ class AttentionStatistics:
     prefix: Array
     rollout: Array
     maps: Array
-    probabilities: Array
+    logits: Array
 
     def __len__(self) -> int:
         return len(self.distance)
@@ -175,9 +175,8 @@ def measure_attention(
         rollout = source_attention(joint, model.config, pooled)  # (B, N)
         if model.config.num_classes:
             logits = model.classify(model.pool_last(tokens, grid))
-            probabilities = model.probabilities(logits.cpu())
         else:
-            probabilities = rollout.new_zeros(len(rollout), 0)
+            logits = rollout.new_zeros(len(rollout), 0)
     stacked = torch.stack(maps, dim=1)  # (m, L, H, N)
     per_head = {
         f.name: torch.stack([getattr(h, f.name) for h in heads], dim=1)  # (B, L, H)
@@ -187,5 +186,5 @@ def measure_attention(
         **{name: values.cpu().numpy() for name, values in per_head.items()},
         rollout=rollout.reshape(len(rollout), *grid).cpu().numpy(),
         maps=stacked.reshape(*stacked.shape[:3], *grid).numpy(),
-        probabilities=probabilities.cpu().numpy(),
+        logits=logits.cpu().numpy(),
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitcli.inspection.attention_distance import grid_distances, grid_places
-from vitcli.vit import Model, VisionTransformer
+from vitcli.vit import Network, VisionTransformer
 from vitcli.vit.hybrid import HybridEmbed, standardize
 from vitcli.vit.patches import PatchEmbed
 from vitcli.vit.position import Grid
@@ -31,7 +31,7 @@ class FilterComponents:
     explained: Tensor
 
 
-def embedding_filters(model: Model) -> tuple[str, Tensor]:
+def embedding_filters(model: Network) -> tuple[str, Tensor]:
     """The first layer that reads pixels -> (its name, its filters (D, C, P, P) float64)."""
     if isinstance(model, VisionTransformer):
         embed = model.patch_embed

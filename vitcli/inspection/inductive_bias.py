@@ -27,9 +27,10 @@ from vitcli.inspection.attention import AttentionStatistics, measure_attention
 from vitcli.inspection.attention_distance import uniform_distance, uniform_local_share
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.vit import Config, Model, ResNet, ResNetConfig, from_config
+from vitcli.vit import Config, Network, ResNet, ResNetConfig, from_config
 from vitcli.vit.variants import RESNETS
 from vitcli.weights.load import require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
 RESNET_WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 SMALLEST_LAYERS = (1, 1, 1, 1)
@@ -52,7 +53,7 @@ def resnet_stride(layers: Sequence[int]) -> int:
     return stride
 
 
-def feature_map(model: Model, images: Tensor) -> Tensor:
+def feature_map(model: Network, images: Tensor) -> Tensor:
     """(B, C, Y, X) -> (B, D, rows, cols): patch tokens, or ResNet features, before pooling."""
     if isinstance(model, ResNet):
         return model.feature_map(images)
@@ -129,7 +130,7 @@ class Equivariance:
 
 
 def measure_equivariance(
-    model: Model, images: Sequence[Tensor], shifts: tuple[int, ...], size: tuple[int, int]
+    model: Network, images: Sequence[Tensor], shifts: tuple[int, ...], size: tuple[int, int]
 ) -> Equivariance:
     """Compare the feature maps of shifted windows with the shifted map of the first window.
 
@@ -264,7 +265,7 @@ def read_with_margin(
 
 def measure_network(
     name: str,
-    model: Model,
+    model: Network,
     images: Sequence[Tensor],
     preprocess: Preprocess,
     shifts: tuple[int, ...],
@@ -301,7 +302,7 @@ def measure_baselines(
     preprocess: Preprocess,
     *,
     is_random: bool,
-    resnet: tuple[str, ResNet] | None = None,
+    resnet: tuple[str, LoadedModel] | None = None,
     watch: Watcher | None = None,
 ) -> list[BiasRow]:
     """The rows of the other networks, with one network in memory at a time.
@@ -322,9 +323,10 @@ def measure_baselines(
             found.append(measure_network("random twin", twin, images, preprocess, shifts, bar))
             del twin
         if resnet is not None:
-            name, network = resnet
-            own = require_preprocess(network).resized_to(preprocess.image_size)
-            found.append(measure_network(name, network.to(device), images, own, shifts, bar))
+            name, loaded = resnet
+            network = loaded.network.to(device)
+            own = require_preprocess(loaded).resized_to(preprocess.image_size)
+            found.append(measure_network(name, network, images, own, shifts, bar))
         elif not isinstance(config, ResNetConfig):
             plain = resnet_of_size(parameters, config.image_size, config.num_channels)
             name, network = f"{resnet_name(plain)}, random", random_network(plain).to(device)
@@ -332,12 +334,12 @@ def measure_baselines(
     return found
 
 
-def random_network(config: Config) -> Any:
+def random_network(config: Config) -> Network:
     """A model of `config` with random weights, in eval mode."""
     return from_config(config).init_weights(torch.Generator().manual_seed(SEED)).eval()
 
 
-def backbone_parameters(model: Model) -> int:
+def backbone_parameters(model: Network) -> int:
     """Number of parameters without the heads."""
     named = model.named_parameters()
     return sum(p.numel() for name, p in named if not name.startswith(("head.", "head_dist.")))

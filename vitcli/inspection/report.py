@@ -31,7 +31,7 @@ from vitcli.inspection.embeddings import (
     similarity_means,
 )
 from vitcli.inspection.inductive_bias import BiasRow
-from vitcli.vit import Model, VisionTransformer
+from vitcli.vit import Network, VisionTransformer
 
 ARRAYS_FILE, FACTS_FILE, PAGE_FILE = "figures.npz", "inspect.json", "index.html"
 
@@ -161,7 +161,7 @@ class ReportImage:
     classes: dict[str, Any]
 
 
-def add_filters(report: Report, model: Model) -> dict[str, Any]:
+def add_filters(report: Report, model: Network) -> dict[str, Any]:
     """Principal components of the filters that read pixels."""
     name, weights = embedding_filters(model)
     components = principal_components(weights)

@@ -1,4 +1,4 @@
-"""Values that the processes of a run agree on: all must save, evaluate and stop at the same step."""
+"""Values that all processes agree on, so that they save, evaluate and stop at the same step."""
 
 from typing import Any
 

@@ -37,9 +37,10 @@ from vitcli.train.optimizers import OPTIMIZERS, build_optimizers, find_optimizer
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
 from vitcli.train.validate import Outcome, run_validation
-from vitcli.vit import Model, ResNet
+from vitcli.vit import Network, ResNet
+from vitcli.weights.loaded import LoadedModel
 
-MakeModel = Callable[[Source], Model]
+MakeModel = Callable[[Source], LoadedModel]
 
 
 def build_loop(
@@ -68,11 +69,11 @@ def build_loop(
     # Model, trainable weights, objective. Every random draw starts from the seed of the recipe.
     set_seed(recipe.train.seed)
     model = make_model(source)
-    for note in choose_learning(model, recipe.lora, recipe.train.freeze, recipe.train.seed):
+    for note in choose_learning(model.network, recipe.lora, recipe.train.freeze, recipe.train.seed):
         watch.note(note)
-    check_patch_drop(recipe, model)
+    check_patch_drop(recipe, model.network)
     objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
-    model.checkpoint_activations = recipe.train.activation_checkpointing
+    model.network.checkpoint_activations = recipe.train.activation_checkpointing
 
     # Sharding comes before the optimizers, which must see the sharded parameters.
     if recipe.train.fully_shard:
@@ -306,7 +307,7 @@ def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
     check_batch(recipe.train.batch_size, processes, section.repeats, strength.mixes)
 
 
-def check_patch_drop(recipe: Recipe, model: Model) -> None:
+def check_patch_drop(recipe: Recipe, network: Network) -> None:
     """Check that `train.patch_drop_rate`, if set, works with the model and the objective.
 
     Raises:
@@ -314,15 +315,15 @@ def check_patch_drop(recipe: Recipe, model: Model) -> None:
     """
     if not recipe.train.patch_drop_rate:
         return
-    if isinstance(model, ResNet):
+    if isinstance(network, ResNet):
         raise VitcliError("a ResNet has no patches to drop", "`--set train.patch_drop_rate=0.0`")
     if find_objective(recipe.objective.name).masks_patches:
         raise VitcliError(
             f"objective `{recipe.objective.name}` masks patches and cannot drop others",
             "`--set train.patch_drop_rate=0.0`; `objective.mask_rate` sets the masked fraction",
         )
-    check_droppable(model.config, "`train.patch_drop_rate`")
-    if model.config.pool == "quadrants":
+    check_droppable(network.config, "`train.patch_drop_rate`")
+    if network.config.pool == "quadrants":
         raise VitcliError(
             "`train.patch_drop_rate` drops patches, and pool `quadrants` needs all of them",
             "`--set model.pool=mean`",

@@ -132,7 +132,7 @@ def save_checkpoint(
             _write_tensors(temporary, state, SINGLE_PROCESS)
             _write_values(temporary, state)
     if writer.rank == 0:
-        # Old ones go only after the new one is complete, so that there is always one to resume from.
+        # Only now that the new one is complete: there is always one to resume from.
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
         for ending in ("tmp", "parts"):  # of processes that were killed while they wrote
@@ -183,7 +183,7 @@ def _write_values(folder: Path, state: TrainState) -> None:
 
 
 def update_checkpoint_values(path: Path, state: TrainState) -> None:
-    """Replace everything except the tensors in the checkpoint at `path`, which has the same step."""
+    """Replace everything except the tensors in the checkpoint at `path`, of the same step."""
     write_text(path / "state.json", json.dumps(state.values()))
 
 

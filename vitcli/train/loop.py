@@ -43,7 +43,7 @@ from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import schedule_factor
 from vitcli.train.signals import SignalFlag, SignalReceived, Stopped
 from vitcli.train.validate import Outcome
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, if `train.checkpoint_steps` is not set
 MAX_REWINDS, REWIND_FACTOR = 3, 0.5
@@ -57,6 +57,7 @@ class Loop:
     Attributes:
         module: the prepared objective; a call returns (loss, metrics).
         state: what a checkpoint holds, with the unwrapped module and optimizers.
+        model: the trained network, with the labels and preprocessing that go with it.
         optimizers: the prepared ones, which skip a step if its fp16 gradients overflow.
         accelerator: the `accelerate.Accelerator`.
         validate: returns metrics of a held-out split; runs every `eval_steps` and at the end.
@@ -68,7 +69,7 @@ class Loop:
     state: TrainState
     optimizers: Sequence[Any]
     loader: TrainLoader | StreamLoader
-    model: Model
+    model: LoadedModel
     recipe: Recipe
     run: Run
     accelerator: Any
@@ -350,7 +351,7 @@ class Loop:
         self.module.eval()
         single = self.accelerator.num_processes == 1
         interrupting = signals.interrupting() if signals is not None and single else nullcontext()
-        # `interrupting` is the innermost: whenever a signal comes, the trained weights are put back.
+        # `interrupting` is innermost: whenever a signal comes, the trained weights are put back.
         ema, module = self.state.ema, self.state.module
         with averaged(module, ema), unsharded(module), interrupting:
             metrics = self.validate()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitcli.config.schema import LoraSection
 from vitcli.errors import VitcliError
 from vitcli.train.param_groups import layer_of
-from vitcli.vit import Model, ResNet, VisionTransformer
+from vitcli.vit import Network, ResNet, VisionTransformer
 from vitcli.vit.macs import BACKWARD
 from vitcli.weights.store import save_tensors
 
@@ -52,7 +52,7 @@ class LoraLinear(nn.Module):
         return layer
 
 
-def choose_learning(model: Model, section: LoraSection, frozen: str, seed: int) -> list[str]:
+def choose_learning(model: Network, section: LoraSection, frozen: str, seed: int) -> list[str]:
     """Freeze what is not to learn, and put in the adapters; what the user should know of it.
 
     Args:
@@ -72,7 +72,7 @@ def choose_learning(model: Model, section: LoraSection, frozen: str, seed: int) 
     return [f"{learning:,} numbers learn, of a model of {whole:,}"]
 
 
-def _with_blocks(model: Model) -> VisionTransformer:
+def _with_blocks(model: Network) -> VisionTransformer:
     if isinstance(model, ResNet):
         raise VitcliError(
             "a ResNet has no encoder blocks, which adapters and `train.freeze=blocks:N` are about",
@@ -81,7 +81,7 @@ def _with_blocks(model: Model) -> VisionTransformer:
     return model
 
 
-def _freeze(model: Model, what: str) -> int:
+def _freeze(model: Network, what: str) -> int:
     """Keep what `what` names as it is; the number of the first block that is free."""
     if what == "none":
         return 0

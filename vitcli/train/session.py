@@ -121,8 +121,8 @@ def train(
     loop = build_loop(recipe, source, make_model, Run(out), accelerator, log)
     loop.recorder.peak_flops = accelerator.num_processes * matrix_peak(loop.device, precision)
     if not loop.state.module.hidden_rate:  # otherwise the encoder sees fewer patches
-        model = loop.model
-        loop.recorder.flops_per_image = 2.0 * passes(model) * macs(model.config)
+        network = loop.model.network
+        loop.recorder.flops_per_image = 2.0 * passes(network) * macs(network.config)
 
     if old is None:  # only now, so that bad settings leave no directory
         if resume:
@@ -279,14 +279,14 @@ def facts_of(loop: Loop, source: Source, precision: str) -> dict[str, Any]:
     recipe, model = loop.recipe, loop.model
     return {
         "lr_factor": recipe.optim.rate_factor(recipe.train.batch_size),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trained": sum(p.numel() for p in model.network.parameters() if p.requires_grad),
         "model": model.load_report.provenance() if model.load_report else None,
         "data": {
             "name": recipe.data.name,
             "fingerprint": source.fingerprint,
             **source.splitting,
         },
-        "parameters": num_parameters(model),
+        "parameters": num_parameters(model.network),
         "precision": precision,
         "device": str(loop.device),
         "processes": loop.accelerator.num_processes,
@@ -314,7 +314,7 @@ def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
         command=recipe.command,
         data=str(recipe.data.name),
         model=str(recipe.model.name),
-        parameters=num_parameters(model),
+        parameters=num_parameters(model.network),
         steps=loop.total_steps,
         images=loop.total_steps * recipe.train.batch_size,
         seconds=round(seconds, 2),
@@ -338,8 +338,8 @@ def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
         model.head_trained = model.config.num_classes > 0
         with averaged(loop.state.module, loop.state.ema):
             adapters = run.path / "lora.safetensors"
-            save_adapters(adapters, model, recipe.lora, str(recipe.model.name))
-            with merged(model):
+            save_adapters(adapters, model.network, recipe.lora, str(recipe.model.name))
+            with merged(model.network):
                 fingerprint = recipe.fingerprint()
                 save_model(run.weights_file, model, recipe_hash=fingerprint, tensors=tensors)
         draw_curves(run)

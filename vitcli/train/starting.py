@@ -15,18 +15,12 @@ from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
 from vitcli.train.objectives import find_objective
-from vitcli.vit import (
-    Model,
-    ResNet,
-    VisionTransformer,
-    create_model,
-    from_config,
-    parse_variant,
-)
+from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
 from vitcli.weights.edit import prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.load_report import tell_load
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.overrides import stated_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
@@ -109,7 +103,7 @@ def for_resnet(recipe: Recipe, changes: Settings, watch: Watcher) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Model:
+def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> LoadedModel:
     """The recipe's variant with fresh weights, a head where the objective has classes, a transform.
 
     Args:
@@ -125,21 +119,23 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Mode
     try:
         if empty:
             with torch.device("meta"):
-                model = from_config(parse_variant(section.name or "", **settings))
+                network = from_config(parse_variant(section.name or "", **settings))
         else:
-            model = create_model(section.name or "", seed=recipe.train.seed, **settings)
+            network = create_network(section.name or "", seed=recipe.train.seed, **settings)
     except ValueError as error:
         raise VitcliError(
             f"this model cannot be built: {error}",
             "`model.name` is for example `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1`; the patch "
             "size divides `model.image_size`",
         ) from error
-    model.labels = source.classes if supervised else None
-    size, channels = model.config.image_size, model.config.num_channels
+    size, channels = network.config.image_size, network.config.num_channels
     base = Preprocess(image_size=size, mean=(0.5,), std=(0.5,), num_channels=channels)
     given = recipe.preprocess.model_dump(exclude_none=True)
-    model.preprocess = stated_preprocess(base, given, size, channels)
-    return model
+    return LoadedModel(
+        network,
+        labels=source.classes if supervised else None,
+        preprocess=stated_preprocess(base, given, size, channels),
+    )
 
 
 def newest_pretrained(resumed: Path | None = None) -> str:
@@ -164,7 +160,7 @@ def newest_pretrained(resumed: Path | None = None) -> str:
 
 def pretrained_model(
     recipe: Recipe, source: Source, watch: Watcher, *, verbose: bool = False
-) -> Model:
+) -> LoadedModel:
     """The recipe's MODEL with a zero head for the classes of `source`.
 
     Raises:
@@ -192,19 +188,17 @@ def pretrained_model(
     return regularised(model, changes) if changes else model
 
 
-def regularised(model: Model, rates: dict[str, Any]) -> Model:
+def regularised(model: LoadedModel, rates: dict[str, Any]) -> LoadedModel:
     """The same weights in a model with other dropout rates.
 
     Raises:
         VitcliError: a ResNet, which has none.
     """
-    if isinstance(model, ResNet):
+    old = model.network
+    if isinstance(old, ResNet):
         raise VitcliError(
             f"a ResNet has no dropout: model.{', model.'.join(rates)}", "leave it out"
         )
-    new = VisionTransformer(replace(model.config, **rates))
-    new.load_state_dict(model.state_dict())
-    new.labels, new.preprocess = model.labels, model.preprocess
-    new.head_activation = model.head_activation
-    new.head_trained, new.load_report = model.head_trained, model.load_report
-    return new
+    network = VisionTransformer(replace(old.config, **rates), old.position_resize)
+    network.load_state_dict(old.state_dict())
+    return replace(model, network=network)

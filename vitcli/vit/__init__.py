@@ -6,9 +6,9 @@ from vitcli.vit.resnet import ResNet, ResNetConfig
 from vitcli.vit.variants import (
     VARIANTS,
     Config,
-    Model,
+    Network,
     config_from_dict,
-    create_model,
+    create_network,
     from_config,
     parse_variant,
 )
@@ -16,13 +16,13 @@ from vitcli.vit.variants import (
 __all__ = [
     "VARIANTS",
     "Config",
-    "Model",
+    "Network",
     "ResNet",
     "ResNetConfig",
     "ViTConfig",
     "VisionTransformer",
     "config_from_dict",
-    "create_model",
+    "create_network",
     "from_config",
     "parse_variant",
 ]

@@ -5,7 +5,6 @@ N patches, T tokens, D width, H heads, E head width, K classes.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +31,6 @@ class VisionTransformer(nn.Module):
 
     Attributes:
         config: what it is made of.
-        labels: class names in the order of the logits, or None.
-        preprocess: the evaluation transform that belongs to the weights, or None.
-        head_activation: what makes probabilities of the logits: `softmax`, or `sigmoid` where each
-            class is for itself.
-        temperature: what the logits are divided by before that; above 1 makes a model less sure.
-        head_trained: whether the head has learned something that `predict` may show.
-        load_report: what became of each tensor of the file that it was loaded from, or None.
         position_resize: how positions are carried to the grid of images of another size.
         checkpoint_activations: in training keep only the input of each block (of a hybrid's ResNet,
             each unit) for the backward pass, which computes the rest again: one more pass for a
@@ -47,16 +39,10 @@ class VisionTransformer(nn.Module):
             time (PatchDropout, Liu et al., 2022): less work, and a regulariser.
     """
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, position_resize: Resize = "bicubic") -> None:
         super().__init__()
         self.config = config
-        self.labels: tuple[str, ...] | None = None
-        self.preprocess: Any = None
-        self.head_activation: Literal["softmax", "sigmoid"] = "softmax"
-        self.temperature = 1.0
-        self.head_trained = False
-        self.load_report: Any = None
-        self.position_resize: Resize = "bicubic"
+        self.position_resize = position_resize
         self.checkpoint_activations = False
         self.patch_drop_rate = 0.0
         d, eps = config.embed_dim, config.norm_eps
@@ -249,11 +235,6 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, K): logits; the features where there is no head."""
         return self.classify(self.features(images))
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K) logits -> (B, K) float64: as the head was trained to be read."""
-        x = logits.double() / self.temperature
-        return x.sigmoid() if self.head_activation == "sigmoid" else x.softmax(dim=1)
 
 
 def embedding(config: ViTConfig) -> nn.Module:

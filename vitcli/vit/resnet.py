@@ -6,7 +6,7 @@ big_vision/models/bit_paper.py; its bit.py is another network, the post-activati
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -179,13 +179,6 @@ class ResNet(nn.Module):
 
     Attributes:
         config: what it is made of.
-        labels: class names in the order of the logits, or None.
-        preprocess: the evaluation transform that belongs to the weights, or None.
-        head_activation: what makes probabilities of the logits: `softmax`, or `sigmoid` where each
-            class is for itself.
-        temperature: what the logits are divided by before that; above 1 makes a model less sure.
-        head_trained: whether the head has learned something that `predict` may show.
-        load_report: what became of each tensor of the file that it was loaded from, or None.
         checkpoint_activations: compute each unit again in the backward pass instead of keeping
             what it computed: less memory, more time, the same numbers.
     """
@@ -193,12 +186,6 @@ class ResNet(nn.Module):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.labels: tuple[str, ...] | None = None
-        self.preprocess: Any = None
-        self.head_activation: Literal["softmax", "sigmoid"] = "softmax"
-        self.temperature = 1.0
-        self.head_trained = False
-        self.load_report: Any = None
         self.checkpoint_activations = False
         channels = stem_channels(config.width)
         self.stem = Root(config.num_channels, channels, config.arithmetic)
@@ -245,8 +232,3 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, K): logits; the features where there is no head."""
         return self.classify(self.features(images))
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K) logits -> (B, K) float64: as the head was trained to be read."""
-        x = logits.double() / self.temperature
-        return x.sigmoid() if self.head_activation == "sigmoid" else x.softmax(dim=1)

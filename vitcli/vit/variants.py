@@ -11,7 +11,7 @@ from vitcli.vit.config import ViTConfig, normal_pool
 from vitcli.vit.model import VisionTransformer
 from vitcli.vit.resnet import ResNet, ResNetConfig
 
-Model = VisionTransformer | ResNet
+Network = VisionTransformer | ResNet
 Config = ViTConfig | ResNetConfig
 
 
@@ -140,7 +140,7 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
     return ResNetConfig.from_dict(values) if kind == "resnet" else ViTConfig.from_dict(values)
 
 
-def from_config(config: Config) -> Model:
+def from_config(config: Config) -> Network:
     """The model of a configuration; its weights are yet to be drawn or loaded.
 
     Raises:
@@ -149,15 +149,15 @@ def from_config(config: Config) -> Model:
     return ResNet(config) if isinstance(config, ResNetConfig) else VisionTransformer(config)
 
 
-def create_model(
+def create_network(
     name: str,
     *,
     num_classes: int = 0,
     image_size: int | tuple[int, int] = 224,
     seed: int = 0,
     **settings: Any,
-) -> Model:
-    """A model with random weights: `create_model("B/16", num_classes=1000)`.
+) -> Network:
+    """A model with random weights: `create_network("B/16", num_classes=1000)`.
 
     Args:
         name: a variant such as `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1` (see `parse_variant`).

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
-from vitcli.vit import Model, ResNet, VisionTransformer, ViTConfig
+from vitcli.vit import ResNet, VisionTransformer, ViTConfig
 from vitcli.vit.patches import PatchEmbed, resample_kernel
 from vitcli.vit.position import Grid, Resize, attended_length, carry, is_position
 from vitcli.weights.load_report import Fate, LoadReport
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.meta_init import unfilled
 from vitcli.weights.store import Checkpoint
 from vitcli.weights.validation import check_depth, compare
@@ -25,7 +26,7 @@ def build(
     *,
     image_size: tuple[int, int] | None = None,
     position_resize: Resize = "bicubic",
-) -> Model:
+) -> LoadedModel:
     """The model that `checkpoint` describes, in eval mode, at `image_size` if one is given.
 
     Raises:
@@ -36,23 +37,28 @@ def build(
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     report.shapes = checkpoint.dropped_shapes | shapes
     check_depth(config, len(shapes), source)
-    model = unfilled(config)
+    network = unfilled(config)
+    if isinstance(network, VisionTransformer):
+        network.position_resize = position_resize
     tensors = _floats(checkpoint.tensors, source)
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     compare({name: tuple(t.shape) for name, t in tensors.items()}, expected, source)
-    model.load_state_dict(tensors, assign=True)
+    network.load_state_dict(tensors, assign=True)
     for name in expected:
         dtype = checkpoint.tensors[name].dtype
         report.fates[name] = ("loaded", "" if dtype == torch.float32 else f"from {dtype}")
     for name, reason in checkpoint.dropped.items():
         report.fates[name] = ("dropped", reason)
-    model.requires_grad_(True)
-    model.labels, model.preprocess = checkpoint.labels, checkpoint.preprocess
-    model.head_activation, model.temperature = checkpoint.activation, checkpoint.temperature
-    model.head_trained = checkpoint.head_trained and config.num_classes > 0
-    model.load_report = report
-    if isinstance(model, VisionTransformer):
-        model.position_resize = position_resize
+    network.requires_grad_(True)
+    model = LoadedModel(
+        network,
+        labels=checkpoint.labels,
+        preprocess=checkpoint.preprocess,
+        head_activation=checkpoint.activation,
+        temperature=checkpoint.temperature,
+        head_trained=checkpoint.head_trained and config.num_classes > 0,
+        load_report=report,
+    )
     if image_size is not None:
         resize(model, image_size)
     return model.eval()
@@ -67,7 +73,7 @@ def _floats(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def resize(model: Model, image_size: tuple[int, int]) -> None:
+def resize(model: LoadedModel, image_size: tuple[int, int]) -> None:
     """Change the resolution in place: the patch size stays, positions are carried to the new grid.
 
     The entries of class token and registers are kept (section 3.2 of the paper).
@@ -77,19 +83,20 @@ def resize(model: Model, image_size: tuple[int, int]) -> None:
     """
     if image_size == model.config.image_size:
         return
-    if isinstance(model, ResNet):  # it has no positions
-        model.config = replace(model.config, image_size=image_size)
+    network = model.network
+    if isinstance(network, ResNet):  # it has no positions
+        network.config = replace(network.config, image_size=image_size)
     else:
-        carry_positions(model, resized_config(model.config, image_size))
+        carry_positions(network, resized_config(network.config, image_size), model.load_report)
     if model.preprocess is not None:
         model.preprocess = model.preprocess.resized_to(image_size)
 
 
-def carry_positions(model: VisionTransformer, new: ViTConfig) -> None:
-    """Make `new`, of another grid, the model's own; the report names what is resampled."""
-    old = model.config
-    method = model.position_resize
-    for name, table in list(model.state_dict(keep_vars=True).items()):
+def carry_positions(network: VisionTransformer, new: ViTConfig, report: LoadReport | None) -> None:
+    """Make `new`, of another grid, the network's own; the report names what is resampled."""
+    old = network.config
+    method = network.position_resize
+    for name, table in list(network.state_dict(keep_vars=True).items()):
         if not is_position(name):
             continue
         stored = table.detach()
@@ -99,11 +106,11 @@ def carry_positions(model: VisionTransformer, new: ViTConfig) -> None:
         # The same kind as before: a parameter where learned, a buffer where fixed.
         owner, _, last = name.rpartition(".")
         learned = isinstance(table, nn.Parameter)
-        setattr(model.get_submodule(owner), last, nn.Parameter(carried) if learned else carried)
-        if model.load_report is not None:
+        setattr(network.get_submodule(owner), last, nn.Parameter(carried) if learned else carried)
+        if report is not None:
             told = _resampled(name, old.grid, new.grid, method)
-            model.load_report.fates[name] = ("resampled", told)
-    model.config = new
+            report.fates[name] = ("resampled", told)
+    network.config = new
 
 
 def _resampled(name: str, old: Grid, new: Grid, method: Resize) -> str:
@@ -133,7 +140,9 @@ def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:
     return replace(config, image_size=image_size)
 
 
-def replace_head(model: Model, labels: Sequence[str], *, keep_pre_logits: bool = False) -> None:
+def replace_head(
+    model: LoadedModel, labels: Sequence[str], *, keep_pre_logits: bool = False
+) -> None:
     """A new zero head for `labels`, in place; the pre-training head goes, both of its layers.
 
     Removing the hidden layer too is "a little more robust than re-initialising the last layer"
@@ -141,13 +150,14 @@ def replace_head(model: Model, labels: Sequence[str], *, keep_pre_logits: bool =
     be whatever the mean of two is.
     """
     fates = model.load_report.fates if model.load_report else {}
-    if isinstance(model, VisionTransformer):
-        _drop_pretraining_head(model, fates, keep_pre_logits=keep_pre_logits)
-    model.config = replace(model.config, num_classes=len(labels))
-    device = next(model.parameters()).device
-    model.head = nn.Linear(model.config.feature_dim, len(labels), device=device)
-    nn.init.zeros_(model.head.weight)
-    nn.init.zeros_(model.head.bias)
+    network = model.network
+    if isinstance(network, VisionTransformer):
+        _drop_pretraining_head(network, fates, keep_pre_logits=keep_pre_logits)
+    network.config = replace(network.config, num_classes=len(labels))
+    device = next(network.parameters()).device
+    network.head = nn.Linear(network.config.feature_dim, len(labels), device=device)
+    nn.init.zeros_(network.head.weight)
+    nn.init.zeros_(network.head.bias)
     for name in ("head.weight", "head.bias"):
         fates[name] = ("new", f"zero, {len(labels)} classes")
     model.labels = tuple(labels)
@@ -156,24 +166,24 @@ def replace_head(model: Model, labels: Sequence[str], *, keep_pre_logits: bool =
 
 
 def _drop_pretraining_head(
-    model: VisionTransformer, fates: dict[str, tuple[Fate, str]], *, keep_pre_logits: bool
+    network: VisionTransformer, fates: dict[str, tuple[Fate, str]], *, keep_pre_logits: bool
 ) -> None:
-    config = model.config
+    config = network.config
     size = config.representation_size if keep_pre_logits else None
-    model.config = replace(config, representation_size=size, distillation_head=False)
+    network.config = replace(config, representation_size=size, distillation_head=False)
     if config.representation_size and not keep_pre_logits:
-        model.pre_logits = nn.Identity()
+        network.pre_logits = nn.Identity()
         for name in ("pre_logits.fc.weight", "pre_logits.fc.bias"):
             fates[name] = ("dropped", "pre-training head")
-    if model.head_dist is not None:
-        model.head_dist = None
+    if network.head_dist is not None:
+        network.head_dist = None
         for name in ("head_dist.weight", "head_dist.bias"):
             fates[name] = ("dropped", "the new head reads both tokens")
 
 
-def linear_head(model: Model) -> tuple[Tensor, Tensor] | None:
+def linear_head(model: LoadedModel) -> tuple[Tensor, Tensor] | None:
     """(K, F) weight and (K,) bias of the head, of two distilled ones their mean; None for none."""
-    head, second = model.head, getattr(model, "head_dist", None)
+    head, second = model.network.head, getattr(model.network, "head_dist", None)
     if not isinstance(head, nn.Linear):
         return None
     if second is None:
@@ -182,7 +192,7 @@ def linear_head(model: Model) -> tuple[Tensor, Tensor] | None:
     return weight.detach(), (head.bias + second.bias).detach() / 2
 
 
-def fold_temperature(model: Model) -> None:
+def fold_temperature(model: LoadedModel) -> None:
     """Divide the head by the model's temperature, in place, which is 1 then.
 
     For layouts that have no word for it: the probabilities stay, and so does every prediction.
@@ -190,14 +200,14 @@ def fold_temperature(model: Model) -> None:
     if model.temperature == 1.0:
         return
     with torch.no_grad():
-        for head in (model.head, getattr(model, "head_dist", None)):
+        for head in (model.network.head, getattr(model.network, "head_dist", None)):
             if isinstance(head, nn.Linear):
                 head.weight.div_(model.temperature)
                 head.bias.div_(model.temperature)
     model.temperature = 1.0
 
 
-def change_pool(model: Model, pool: str) -> None:
+def change_pool(model: LoadedModel, pool: str) -> None:
     """Let the features be pooled otherwise, in place; a head of another width goes with it.
 
     Raises:
@@ -207,11 +217,12 @@ def change_pool(model: Model, pool: str) -> None:
 
     try:
         wanted = normal_pool(pool)
-        if isinstance(model, ResNet):
+        network = model.network
+        if isinstance(network, ResNet):
             if wanted != "mean":
                 raise ValueError(f"a ResNet takes the mean of its feature map, not `{wanted}`")
             return
-        config = model.config
+        config = network.config
         two_heads = config.distillation_head and wanted == config.pool
         new = replace(config, pool=wanted, distillation_head=two_heads)
     except ValueError as error:
@@ -234,9 +245,9 @@ def change_pool(model: Model, pool: str) -> None:
             f"pool `{wanted}` does not fit a model that normalises after pooling",
             hint="`token` or `mean` will do",
         )
-    model.config = replace(new, num_classes=0, representation_size=None)
-    model.head, model.pre_logits = nn.Identity(), nn.Identity()
-    model.head_dist, model.attn_pool = None, None
+    network.config = replace(new, num_classes=0, representation_size=None)
+    network.head, network.pre_logits = nn.Identity(), nn.Identity()
+    network.head_dist, network.attn_pool = None, None
     model.labels, model.head_trained, model.temperature = None, False, 1.0
 
 
@@ -263,13 +274,13 @@ def _plain(name: str) -> str:
 
 
 def prepare_finetune(
-    model: Model,
+    model: LoadedModel,
     labels: Sequence[str],
     *,
     image_size: tuple[int, int] | None = None,
     pool: str | None = None,
     keep_head: bool = False,
-) -> Model:
+) -> LoadedModel:
     """`model` made ready for the classes `labels`, in place: resolution, pooling, new zero head.
 
     Args:
@@ -287,10 +298,11 @@ def prepare_finetune(
     rows = match_classes(labels, model.labels) if keep_head and model.labels else None
     old = linear_head(model) if rows is not None and model.head_trained else None
     replace_head(model, labels, keep_pre_logits=old is not None)
-    if old is not None and rows is not None and isinstance(model.head, nn.Linear):
+    head = model.network.head
+    if old is not None and rows is not None and isinstance(head, nn.Linear):
         with torch.no_grad():
-            model.head.weight.copy_(old[0][rows])
-            model.head.bias.copy_(old[1][rows])
+            head.weight.copy_(old[0][rows])
+            head.bias.copy_(old[1][rows])
         model.head_trained = True
     if image_size is not None:
         resize(model, image_size)
@@ -298,7 +310,7 @@ def prepare_finetune(
 
 
 def change_patch_size(
-    model: Model, patch_size: int, image_size: tuple[int, int] | None = None
+    model: LoadedModel, patch_size: int, image_size: tuple[int, int] | None = None
 ) -> None:
     """Cut images into patches of `patch_size` pixels, in place, and carry the positions over.
 
@@ -308,30 +320,33 @@ def change_patch_size(
     Raises:
         VitcliError: a model without patches of pixels, or sizes that do not divide.
     """
-    old = model.config.patch_size if isinstance(model, VisionTransformer) else None
+    network = model.network
+    old = network.config.patch_size if isinstance(network, VisionTransformer) else None
     if old == patch_size and image_size in (None, model.config.image_size):
         return
-    if not isinstance(model, VisionTransformer) or not isinstance(model.patch_embed, PatchEmbed):
+    if not isinstance(network, VisionTransformer) or not isinstance(
+        network.patch_embed, PatchEmbed
+    ):
         raise VitcliError(
             "a ResNet, and the one of a hybrid, sees no patches of pixels",
             hint="leave `model.patch_size` out",
         )
     size = image_size or model.config.image_size
     try:
-        config = replace(model.config, patch_size=patch_size, image_size=size)
+        config = replace(network.config, patch_size=patch_size, image_size=size)
     except ValueError as error:
         raise VitcliError(
             f"`model.patch_size` = {patch_size} does not fit: {error}",
             hint="`--set model.image_size=[Y,X]`, multiples of it, makes other pictures of it",
         ) from error
-    proj = model.patch_embed.proj
+    proj = network.patch_embed.proj
     embed = PatchEmbed(config.num_channels, patch_size, config.embed_dim, config.patch_bias)
     embed.proj.weight = nn.Parameter(resample_kernel(proj.weight.detach(), patch_size))
     embed.proj.bias = proj.bias
-    model.patch_embed = embed
+    network.patch_embed = embed
     if model.load_report is not None and patch_size != old:
         told = f"{old}x{old} -> {patch_size}x{patch_size}, pseudo-inverse"
         model.load_report.fates["patch_embed.proj.weight"] = ("resampled", told)
-    carry_positions(model, config)
+    carry_positions(network, config, model.load_report)
     if model.preprocess is not None and model.preprocess.image_size != size:
         model.preprocess = model.preprocess.resized_to(size)

@@ -6,12 +6,12 @@ import json
 import torch
 from torch import Tensor
 
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 HEADS = ("head.", "head_dist.")
 
 
-def model_hash(model: Model, *, head: bool = True) -> str:
+def model_hash(model: LoadedModel, *, head: bool = True) -> str:
     """SHA-256 in hexadecimal digits of weights, configuration and preprocessing.
 
     Args:
@@ -23,7 +23,7 @@ def model_hash(model: Model, *, head: bool = True) -> str:
     said = {
         "config": config if head else {k: v for k, v in config.items() if k != "num_classes"},
         "preprocess": model.preprocess.to_dict() if model.preprocess is not None else None,
-        "position_resize": getattr(model, "position_resize", None),
+        "position_resize": getattr(model.network, "position_resize", None),
         "labels": model.labels if head else None,
     }
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())

@@ -10,12 +10,12 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
-from vitcli.vit import Model, create_model
 from vitcli.vit.hybrid import StemArithmetic
 from vitcli.vit.position import Resize
 from vitcli.vit.variants import is_variant
 from vitcli.weights.edit import build, change_patch_size, change_pool, replace_head
 from vitcli.weights.load_report import LoadReport
+from vitcli.weights.loaded import LoadedModel, create_model
 from vitcli.weights.overrides import MODEL_KEYS, PICTURES, Stated, as_size, stated_preprocess
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
@@ -43,7 +43,7 @@ def load_model(
     num_classes: int | None = None,
     seed: int = 0,
     watch: Watcher | None = None,
-) -> Model:
+) -> LoadedModel:
     """Any MODEL -> a model in eval mode, with `labels`, `preprocess`, `load_report`.
 
     Args:
@@ -130,7 +130,7 @@ def _one_size(
     return model or preprocess
 
 
-def require_preprocess(model: Model) -> Preprocess:
+def require_preprocess(model: LoadedModel) -> Preprocess:
     """The model's evaluation transform.
 
     Raises:
@@ -175,7 +175,7 @@ def read_labels(labels: Sequence[str] | str | os.PathLike[str] | None) -> tuple[
     return names
 
 
-def _name_classes(model: Model, labels: tuple[str, ...]) -> None:
+def _name_classes(model: LoadedModel, labels: tuple[str, ...]) -> None:
     if len(labels) != model.config.num_classes:
         raise VitcliError(
             f"{len(labels)} class names for a head with {model.config.num_classes} outputs",
@@ -184,7 +184,7 @@ def _name_classes(model: Model, labels: tuple[str, ...]) -> None:
     model.labels = labels
 
 
-def _variant(name: str, stated: Stated, seed: int, patch_size: int | None) -> Model:
+def _variant(name: str, stated: Stated, seed: int, patch_size: int | None) -> LoadedModel:
     settings: dict[str, Any] = {
         "patch_size": patch_size,
         "image_size": stated.image_size or (224, 224),

@@ -1,10 +1,12 @@
 """The report of a load: what became of every tensor of a weights file."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vitcli.progress import Watcher
-from vitcli.vit import Model
+
+if TYPE_CHECKING:
+    from vitcli.weights.loaded import LoadedModel
 
 Fate = Literal["loaded", "resampled", "new", "dropped"]
 
@@ -47,7 +49,7 @@ class LoadReport:
         """What a run writes down about its weights: with a Hub's commit among the notes."""
         return {"name": self.source, "layout": self.layout, "notes": self.notes}
 
-    def table(self, model: Model) -> list[str]:
+    def table(self, model: "LoadedModel") -> list[str]:
         """A line for every tensor of file and model: fate, name, shape, and what is to be said."""
         now = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         rows = []
@@ -66,7 +68,7 @@ class LoadReport:
         ]
 
 
-def tell_load(model: Model, watch: Watcher, *, verbose: bool = False) -> None:
+def tell_load(model: "LoadedModel", watch: Watcher, *, verbose: bool = False) -> None:
     """How `model` was loaded: what was assumed, and one line in all, or one for every tensor."""
     report = model.load_report
     if report is None:

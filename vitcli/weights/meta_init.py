@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from vitcli.vit import Config, Model, from_config
+from vitcli.vit import Config, Network, from_config
 
 
 class _WithoutInit(TorchFunctionMode):
@@ -25,7 +25,7 @@ class _WithoutInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def unfilled(config: Config) -> Model:
+def unfilled(config: Config) -> Network:
     """The model of `config` on the meta device: no memory and no random numbers for its weights."""
     with torch.device("meta"), _WithoutInit():
         return from_config(config)

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -35,7 +35,7 @@ LARGEST_BYTES = 2**31 - 2**24
 INSTALL_HINT = "`pip install 'vitcli[onnx]'`"
 
 
-def write_onnx(model: Model, out: Path) -> list[str]:
+def write_onnx(model: LoadedModel, out: Path) -> list[str]:
     """Write `model` to the file `out`: the whole is there at the end, or nothing.
 
     Input `images` (batch, C, Y, X), float32, normalised; output `logits` (batch, K), or `features`
@@ -110,7 +110,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return dict(json.loads(texts.get("vitcli", "{}")))
 
 
-def _program(model: Model) -> "ONNXProgram":
+def _program(model: LoadedModel) -> "ONNXProgram":
     from vitcli import __version__
 
     config = model.config
@@ -121,7 +121,7 @@ def _program(model: Model) -> "ONNXProgram":
     # decomposes it; with a mask (relative positions) the others do not, and the export fails.
     with _silence(), sdpa_kernel(SDPBackend.MATH):
         program = torch.onnx.export(
-            model.eval(),
+            model.network.eval(),
             (images,),
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim(BATCH)},),
@@ -150,7 +150,7 @@ def _program(model: Model) -> "ONNXProgram":
     return program
 
 
-def _described(model: Model, output: str) -> dict[str, Any]:
+def _described(model: LoadedModel, output: str) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "input": INPUT,

@@ -19,7 +19,8 @@ from torch import Tensor
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.preprocess import Preprocess
-from vitcli.vit import Config, Model, config_from_dict
+from vitcli.vit import Config, config_from_dict
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
 FORMAT = 1
@@ -57,7 +58,7 @@ class Checkpoint:
 
 def save_model(
     path: str | os.PathLike[str],
-    model: Model,
+    model: LoadedModel,
     *,
     recipe_hash: str | None = None,
     extra: Mapping[str, str] | None = None,

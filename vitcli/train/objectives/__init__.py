@@ -13,7 +13,7 @@ from vitcli.train.objectives.descriptors import Descriptors, Guided
 from vitcli.train.objectives.distillation import Distill
 from vitcli.train.objectives.mae import Mae
 from vitcli.train.objectives.masked_patch import MaskedPatch
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 AUTO = "auto"  # `softmax`, or `sigmoid` if an image may have several labels
 
@@ -72,7 +72,7 @@ def resolve_objective(
 
 
 def build_objective(
-    model: Model, section: ObjectiveSection, seed: int, multi_label: bool = False
+    model: LoadedModel, section: ObjectiveSection, seed: int, multi_label: bool = False
 ) -> Objective:
     """Build the objective of `section` around `model`; `seed` draws the weights of its own heads.
 

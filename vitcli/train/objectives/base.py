@@ -1,4 +1,4 @@
-"""The facts that every objective knows about itself; the loop, `plan` and the schema ask for them."""
+"""What every objective knows about itself; the loop and `vitcli plan` ask for it."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

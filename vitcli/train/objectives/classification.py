@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.data.augment.mixing import soft_targets
 from vitcli.train.objectives.base import Metrics, Objective, main_class
-from vitcli.vit import Model
+from vitcli.weights.loaded import LoadedModel
 
 
 class Softmax(Objective):
@@ -17,9 +17,9 @@ class Softmax(Objective):
     supervised = True
     settings = frozenset({"label_smoothing"})
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.network
         model.head_activation = "softmax"
         self.label_smoothing = section.label_smoothing
 
@@ -42,11 +42,11 @@ class Sigmoid(Objective):
     supervised = True
     settings = frozenset({"head_bias"})
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.network
         model.head_activation = "sigmoid"
-        head = model.head
+        head = model.network.head
         # Most classes are absent from an image. A new head that starts with probabilities of 0.5
         # would spend its first steps on learning just that. A pretrained head keeps its bias.
         if section.head_bias is not None and isinstance(head, nn.Linear) and not head.weight.any():

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.base import Metrics, Objective, count_macs, main_class
-from vitcli.vit import Model, ResNet, ResNetConfig, ViTConfig
+from vitcli.vit import Network, ResNet, ResNetConfig, ViTConfig
+from vitcli.weights.loaded import LoadedModel
 
 NUM_ORIENTATIONS = 8
 NUM_LEVELS = 4
@@ -32,17 +33,17 @@ class Descriptors(Objective):
     supervised = False
     scale: Tensor
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        if isinstance(model, ResNet):
+        if isinstance(model.network, ResNet):
             raise VitcliError(
                 "objective `descriptors` pools quadrants of patches, and a ResNet has no patches",
                 "`--set objective.name=softmax`, or use a Vision Transformer",
             )
-        config, preprocess = model.config, model.preprocess
+        config, preprocess = model.network.config, model.preprocess
         if config.pool != "quadrants" or config.representation_size:
             raise VitcliError(
-                f"objective `descriptors` needs pool `quadrants`, and the model has `{config.pool}`",
+                f"objective `descriptors` needs pool `quadrants`, not `{config.pool}`",
                 "`--set model.pool=quadrants`, without `model.representation_size`",
             )
         if any(side % 4 for side in config.image_size):
@@ -51,7 +52,7 @@ class Descriptors(Objective):
                 "use another `--image-size`, such as 32",
             )
         assert preprocess is not None
-        self.model = model
+        self.model = model.network
         self.decoder = nn.Linear(config.embed_dim, TARGET_DIM)
         scale = torch.tensor([preprocess.mean, preprocess.std])  # (2, C)
         self.register_buffer("scale", scale[:, :, None, None], persistent=False)
@@ -88,7 +89,7 @@ class Guided(Objective):
     supervised = True
     settings = frozenset({"label_smoothing", "descriptor_weight"})
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         self.descriptors = Descriptors(model, section)
         model.head_activation = "softmax"
@@ -96,10 +97,10 @@ class Guided(Objective):
         self.weight = section.descriptor_weight
 
     @property
-    def model(self) -> Model:  # type: ignore[override]
-        """The model; a property, because a submodule must be registered once only."""
-        model: Model = self.descriptors.model
-        return model
+    def model(self) -> Network:  # type: ignore[override]
+        """The network; a property, because a submodule must be registered once only."""
+        network: Network = self.descriptors.model
+        return network
 
     def forward(
         self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]

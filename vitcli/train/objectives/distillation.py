@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.base import Metrics, Objective, main_class
-from vitcli.vit import Model
 from vitcli.vit.macs import macs
 from vitcli.weights.load import load_model, require_preprocess
+from vitcli.weights.loaded import LoadedModel
 
 MAX_NAMES = 5  # classes that an error lists
 
@@ -29,13 +29,13 @@ class Distill(Objective):
         {"label_smoothing", "teacher", "distillation", "distillation_weight", "temperature"}
     )
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         if section.teacher is None:
             raise VitcliError(
                 "objective `distill` needs a teacher", "`--set objective.teacher=MODEL`"
             )
-        two = getattr(model, "head_dist", None) is not None
+        two = getattr(model.network, "head_dist", None) is not None
         if getattr(model.config, "distillation_token", False) and not two:
             raise VitcliError(
                 "the model has a distillation token, but no head that reads it",
@@ -43,11 +43,11 @@ class Distill(Objective):
             )
         teacher = load_model(section.teacher)
         require_preprocess(teacher)
-        if model.config.num_channels != teacher.config.num_channels:
+        mine, theirs = model.config.num_channels, teacher.config.num_channels
+        if mine != theirs:
             raise VitcliError(
-                f"the teacher `{section.teacher}` takes {teacher.config.num_channels} channels, and "
-                f"the model {model.config.num_channels}",
-                f"`--set model.num_channels={teacher.config.num_channels}`, or use another teacher",
+                f"the teacher `{section.teacher}` takes {theirs} channels, and the model {mine}",
+                f"`--set model.num_channels={theirs}`, or use another teacher",
             )
         if teacher.head_activation == "sigmoid" and section.distillation == "soft":
             raise VitcliError(
@@ -55,11 +55,12 @@ class Distill(Objective):
                 "distillation needs probabilities that sum to 1",
                 "`--set objective.distillation=hard`, or use a teacher trained with `softmax`",
             )
-        self.model = model
+        self.model, self.preprocess = model.network, model.preprocess
         model.head_activation = "softmax"
         # In a tuple, so that it is neither trained nor averaged, nor stored in checkpoints: a
         # resumed run loads it again.
-        self.teachers = (teacher.eval().requires_grad_(False),)
+        self.teachers = (teacher.eval(),)
+        teacher.network.requires_grad_(False)
         self.hard = section.distillation == "hard"
         self.weight, self.temperature = section.distillation_weight, section.temperature
         self.label_smoothing = section.label_smoothing
@@ -77,7 +78,7 @@ class Distill(Objective):
     @property
     def frozen_modules(self) -> tuple[nn.Module, ...]:
         """The teacher."""
-        return self.teachers
+        return tuple(teacher.network for teacher in self.teachers)
 
     def teacher_macs(self) -> int:
         """One forward pass of the teacher."""
@@ -126,7 +127,7 @@ class Distill(Objective):
         Normalisation and size are changed from those of the student to those of the teacher.
         """
         teacher = self.teachers[0].to(images.device)
-        mine, theirs = self.model.preprocess, teacher.preprocess
+        mine, theirs = self.preprocess, teacher.preprocess
         assert mine is not None and theirs is not None
         pixels = images.float() * _column(mine.std, images) + _column(mine.mean, images)
         if tuple(pixels.shape[2:]) != tuple(theirs.image_size):
@@ -143,7 +144,7 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, device=like.device)[:, None, None]
 
 
-def teacher_columns(teacher: Model, classes: Sequence[str], name: str) -> list[int]:
+def teacher_columns(teacher: LoadedModel, classes: Sequence[str], name: str) -> list[int]:
     """The outputs of the teacher that stand for `classes`, matched by name.
 
     Raises:

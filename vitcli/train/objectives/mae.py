@@ -10,10 +10,11 @@ from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.base import Metrics, Objective, count_macs
 from vitcli.train.objectives.masked_patch import maskable, random_mask
-from vitcli.vit import Model, ResNetConfig, ViTConfig
+from vitcli.vit import ResNetConfig, ViTConfig
 from vitcli.vit.blocks import Block
 from vitcli.vit.patches import patchify
 from vitcli.vit.position import sincos2d
+from vitcli.weights.loaded import LoadedModel
 
 MASK_RATE = 0.75
 NORM_EPS = 1e-6  # added to the variance of a patch, as in the code of the authors
@@ -32,9 +33,9 @@ class Mae(Objective):
     masks_patches = True
     shapes_depend_on_data = True
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        self.model = maskable(model, "mae")
+        self.model = maskable(model.network, "mae")
         config = self.model.config
         check_droppable(config, "objective `mae`")
         self.mask_rate = section.mask_rate or MASK_RATE

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.base import Metrics, Objective, count_macs
-from vitcli.vit import Model, ResNet, ResNetConfig, VisionTransformer, ViTConfig
+from vitcli.vit import Network, ResNet, ResNetConfig, VisionTransformer, ViTConfig
 from vitcli.vit.patches import patchify
+from vitcli.weights.loaded import LoadedModel
 
 NUM_BINS = 8  # per channel, 3 bits
 SMALL_PATCH = 4  # target `small_patch` cuts each patch into 4x4 parts
@@ -37,9 +38,9 @@ class MaskedPatch(Objective):
     shapes_depend_on_data = True
     scale: Tensor
 
-    def __init__(self, model: Model, section: ObjectiveSection) -> None:
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        self.model = maskable(model, "masked_patch")
+        self.model = maskable(model.network, "masked_patch")
         config = self.model.config
         self.target, self.mask_rate = section.target, section.mask_rate or MASK_RATE
         side, channels = config.pixels_per_patch, config.num_channels
@@ -58,7 +59,7 @@ class MaskedPatch(Objective):
         self.mask = nn.Parameter(torch.empty(d))
         nn.init.normal_(self.mask, std=0.02)
         self.predict = nn.Linear(d, width)
-        self.register_buffer("scale", pixel_scale(self.model), persistent=False)
+        self.register_buffer("scale", pixel_scale(model), persistent=False)
 
     def forward(
         self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
@@ -90,7 +91,7 @@ class MaskedPatch(Objective):
         return loss, {"loss": loss.detach(), "accuracy": accuracy, "chance": chance}
 
     def corrupt(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """(B, N, D) embeddings, (B, N) chosen patches -> (B, N, D) with the chosen ones corrupted."""
+        """(B, N, D) embeddings, (B, N) chosen patches -> (B, N, D), the chosen ones corrupted."""
         b, n, d = x.shape
         draw = torch.rand(b, n, device=x.device)
         masked = chosen & (draw < MASKED)
@@ -106,7 +107,7 @@ class MaskedPatch(Objective):
         return count_macs(self.predict, (num_masked(n, self.mask_rate), config.embed_dim))
 
 
-def maskable(model: Model, objective: str) -> VisionTransformer:
+def maskable(model: Network, objective: str) -> VisionTransformer:
     """Check that `objective` can train the tokens of `model`, and freeze what only pooling uses.
 
     Raises:
@@ -128,7 +129,7 @@ def maskable(model: Model, objective: str) -> VisionTransformer:
     return model
 
 
-def pixel_scale(model: VisionTransformer) -> Tensor:
+def pixel_scale(model: LoadedModel) -> Tensor:
     """(2, C, 1, 1): the mean and the standard deviation of the normalisation."""
     assert model.preprocess is not None
     channels = model.config.num_channels

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from vitcli.errors import VitcliError
-from vitcli.vit import Model
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.vit.resnet import ResNetConfig
@@ -23,6 +22,7 @@ from vitcli.weights.google.google_names import (
 from vitcli.weights.google.npz import write_npz
 from vitcli.weights.google.read_google import RATES
 from vitcli.weights.imagenet import imagenet_names
+from vitcli.weights.loaded import LoadedModel
 
 # The one value of each setting that the official code has.
 OFFICIAL: dict[str, Any] = {
@@ -45,7 +45,7 @@ OFFICIAL: dict[str, Any] = {
 CLOSE = ("gelu", "norm_eps")
 
 
-def write_google(model: Model, out: Path) -> list[str]:
+def write_google(model: LoadedModel, out: Path) -> list[str]:
     """Write `model` as one `.npz` in the official code's names, float32; returns notes.
 
     A ViT or hybrid with covered class token, or without one and pool `mean`, gets the names of the
@@ -116,7 +116,7 @@ def _refuse(config: ViTConfig) -> None:
     raise VitcliError(f"the official code has no such model: {told}", hint=hint)
 
 
-def _vit_arrays(model: Model, config: ViTConfig) -> tuple[dict[str, Any], list[str]]:
+def _vit_arrays(model: LoadedModel, config: ViTConfig) -> tuple[dict[str, Any], list[str]]:
     _refuse(config)
     arrays = _arrays(model, list(vit_pairs(config)), config.num_heads)
     notes: list[str] = []
@@ -135,7 +135,7 @@ def _vit_arrays(model: Model, config: ViTConfig) -> tuple[dict[str, Any], list[s
     return arrays, notes
 
 
-def _resnet_arrays(model: Model, config: ResNetConfig) -> tuple[dict[str, Any], list[str]]:
+def _resnet_arrays(model: LoadedModel, config: ResNetConfig) -> tuple[dict[str, Any], list[str]]:
     arrays = _arrays(model, list(resnet_pairs(config)), 1)
     if config.arithmetic == "google":
         return arrays, []
@@ -148,12 +148,12 @@ def _resnet_arrays(model: Model, config: ResNetConfig) -> tuple[dict[str, Any], 
     return {first_release(name): array for name, array in arrays.items()}, [note]
 
 
-def _arrays(model: Model, pairs: list[Pair], num_heads: int) -> dict[str, Any]:
+def _arrays(model: LoadedModel, pairs: list[Pair], num_heads: int) -> dict[str, Any]:
     state = model.state_dict()
     return dict(a for pair in pairs for a in to_theirs(pair, state[pair.ours], num_heads))
 
 
-def _said(model: Model) -> dict[str, Any]:
+def _said(model: LoadedModel) -> dict[str, Any]:
     """What the arrays do not say."""
     config = model.config
     said: dict[str, Any] = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
-from vitcli.vit import Model, VisionTransformer, ViTConfig
+from vitcli.vit import ViTConfig
 from vitcli.weights.huggingface.huggingface_names import (
     FAMILIES,
     GELU_WRITTEN,
@@ -28,6 +28,7 @@ from vitcli.weights.huggingface.huggingface_names import (
     swiglu_width,
 )
 from vitcli.weights.huggingface.processor import write_processor
+from vitcli.weights.loaded import LoadedModel
 
 # What each class of transformers can say: setting -> the values that it has. What is not named
 # here (sizes, epsilon, GELU, biases of query, key and value) every class takes as it is.
@@ -56,7 +57,7 @@ EXPRESSED: dict[str, dict[str, Collection[Any]]] = {
 }
 
 
-def write_huggingface(model: Model, out: Path) -> list[str]:
+def write_huggingface(model: LoadedModel, out: Path) -> list[str]:
     """Write `model` into the new folder `out`, whole or not at all.
 
     Returns:
@@ -66,17 +67,18 @@ def write_huggingface(model: Model, out: Path) -> list[str]:
         VitcliError: transformers has no class for such a model; `out` is not empty, or cannot be
             written.
     """
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model.config, ViTConfig):
         raise VitcliError(
             "a ResNet is no Vision Transformer, which Hugging Face's layout here is for",
             hint="`--to timm` or `--to onnx`",
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise VitcliError(f"`{out}` is there already", hint="another `--out`, or remove it first")
-    kind = _model_type(model.config)
-    _refuse(model.config, kind)
+    config = model.config
+    kind = _model_type(config)
+    _refuse(config, kind)
     notes: list[str] = []
-    described = _described(model, kind, notes)
+    described = _described(model, config, kind, notes)
     processor = None
     if model.preprocess is not None:
         processor = write_processor(model.preprocess)
@@ -89,7 +91,7 @@ def write_huggingface(model: Model, out: Path) -> list[str]:
             notes.append("transformers smooths pictures that it shrinks, this model does not")
     else:
         notes.append("no preprocessing is known, so none is written: `pipeline` will miss it")
-    tensors = {n: t.detach().cpu().contiguous() for n, t in _named(model, kind).items()}
+    tensors = {n: t.detach().cpu().contiguous() for n, t in _named(model, config, kind).items()}
     with replacing(out) as temporary:
         temporary.mkdir()
         try:
@@ -164,14 +166,16 @@ def _mlp_ratio(config: ViTConfig) -> int | None:
     return next((r for r in (near, near - 1, near + 1) if swiglu_width(width, r) == hidden), None)
 
 
-def _described(model: VisionTransformer, kind: str, notes: list[str]) -> dict[str, Any]:
+def _described(
+    model: LoadedModel, config: ViTConfig, kind: str, notes: list[str]
+) -> dict[str, Any]:
     """The content of `config.json`; what it cannot say is added to `notes`."""
-    config, family = model.config, FAMILIES[kind]
+    family = FAMILIES[kind]
     rows, cols = config.image_size
     values: dict[str, Any] = {
         "architectures": [_class(config, family)],
         "model_type": kind,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(next(model.network.parameters()).dtype).removeprefix("torch."),
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
@@ -217,7 +221,7 @@ def _class(config: ViTConfig, family: Family) -> str:
     return family.classifier or family.backbone if config.num_classes else family.backbone
 
 
-def _classes(model: VisionTransformer, notes: list[str]) -> dict[str, Any]:
+def _classes(model: LoadedModel, notes: list[str]) -> dict[str, Any]:
     labels = model.labels
     if labels is None:  # what transformers puts in itself, and what we read as no names
         labels = tuple(f"LABEL_{i}" for i in range(model.config.num_classes))
@@ -232,9 +236,9 @@ def _classes(model: VisionTransformer, notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _named(model: VisionTransformer, kind: str) -> dict[str, Tensor]:
+def _named(model: LoadedModel, config: ViTConfig, kind: str) -> dict[str, Tensor]:
     """The tensors under the classic names of transformers."""
-    config, family = model.config, FAMILIES[kind]
+    family = FAMILIES[kind]
     prefix = family.prefix if config.num_classes else ""
     state = model.state_dict()
     state["pos_embed"] = _with_prefix_rows(state["pos_embed"], config)

@@ -19,9 +19,9 @@ from torch import Tensor
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.preprocess import Preprocess
-from vitcli.vit import Model
 from vitcli.vit.config import ViTConfig
-from vitcli.vit.resnet import ResNet
+from vitcli.vit.resnet import ResNetConfig
+from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.timm.bit import bit_architecture
 from vitcli.weights.timm.timm_config import CROP_MODES
 
@@ -140,7 +140,7 @@ PLAIN = {
 }
 
 
-def write_timm(model: Model, out: Path) -> list[str]:
+def write_timm(model: LoadedModel, out: Path) -> list[str]:
     """Write `model` into the new folder `out`, whole or not at all.
 
     Returns:
@@ -153,19 +153,16 @@ def write_timm(model: Model, out: Path) -> list[str]:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise VitcliError(f"`{out}` is there already", hint="another `--out`, or remove it first")
     notes: list[str] = []
-    if isinstance(model, ResNet):
-        architecture, arguments = bit_architecture(model.config)
-        input_conv, heads, width = "stem.conv", ["head.fc"], model.config.feature_dim
+    config = model.config
+    if isinstance(config, ResNetConfig):
+        architecture, arguments = bit_architecture(config)
+        input_conv, heads, width = "stem.conv", ["head.fc"], config.feature_dim
     else:
-        refuse(model.config)
-        architecture, arguments = _architecture(model.config), _arguments(model.config)
-        input_conv, heads, width = _first_conv(model.config), ["head"], model.config.embed_dim
-        heads += ["head_dist"] if model.config.distillation_token else []
-    size, channels, classes = (
-        model.config.image_size,
-        model.config.num_channels,
-        model.config.num_classes,
-    )
+        refuse(config)
+        architecture, arguments = _architecture(config), _arguments(config)
+        input_conv, heads, width = _first_conv(config), ["head"], config.embed_dim
+        heads += ["head_dist"] if config.distillation_token else []
+    size, channels, classes = config.image_size, config.num_channels, config.num_classes
     described: dict[str, Any] = {
         "architecture": architecture,
         "num_classes": classes,
@@ -176,7 +173,7 @@ def write_timm(model: Model, out: Path) -> list[str]:
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": [channels, *size],
-            "fixed_input_size": not isinstance(model, ResNet),
+            "fixed_input_size": not isinstance(config, ResNetConfig),
             **_transform(model.preprocess, notes),
             "num_classes": classes,
             "pool_size": None,
@@ -291,7 +288,7 @@ def _crop_pct(preprocess: Preprocess) -> float:
     return share if floor(rows / share) == side else rows / (side + 0.5)
 
 
-def _notes(model: Model) -> list[str]:
+def _notes(model: LoadedModel) -> list[str]:
     config, notes = model.config, []
     if isinstance(config, ViTConfig):
         if config.position == "sincos2d":
@@ -312,18 +309,18 @@ def _notes(model: Model) -> list[str]:
     return notes
 
 
-def _named(model: Model) -> dict[str, Tensor]:
+def _named(model: LoadedModel) -> dict[str, Tensor]:
     """The state dict with timm's names and shapes."""
-    tensors: dict[str, Tensor] = dict(model.state_dict())
-    if isinstance(model, ResNet):
+    tensors, config = model.state_dict(), model.config
+    if isinstance(config, ResNetConfig):
         if "head.weight" in tensors:
             tensors["head.fc.weight"] = tensors.pop("head.weight")[:, :, None, None]  # (K, F, 1, 1)
             tensors["head.fc.bias"] = tensors.pop("head.bias")
         return tensors
-    if not model.config.patch_bias and not model.config.norm_before_blocks:
+    if not config.patch_bias and not config.norm_before_blocks:
         weight = tensors["patch_embed.proj.weight"]
         tensors["patch_embed.proj.bias"] = weight.new_zeros(weight.shape[0])
-    if model.config.stem == ():
+    if config.stem == ():
         root = "patch_embed.backbone.stem."
         return {n.replace(root, "patch_embed.backbone."): t for n, t in tensors.items()}
     return tensors

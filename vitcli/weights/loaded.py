@@ -1,0 +1,103 @@
+"""A network together with everything that travels with its weights."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vitcli.preprocess import Preprocess
+from vitcli.vit import Config, Network, create_network
+from vitcli.weights.load_report import LoadReport
+
+HeadActivation = Literal["softmax", "sigmoid"]
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A network, and beside it what a weights file says about how to use it.
+
+    Call it with images (B, C, Y, X) to get logits (B, K), or the features if it has no head.
+
+    Attributes:
+        network: the `VisionTransformer` or `ResNet`, a plain `nn.Module`.
+        labels: class names in the order of the logits, or None.
+        preprocess: the evaluation transform of the weights, or None if it is not known.
+        head_activation: turns logits into probabilities. `sigmoid` treats each class on its own.
+        temperature: divides the logits before the activation. Above 1, the model is less confident.
+        head_trained: True if the head has learned the classes, so that `predict` may use it.
+        load_report: how each tensor was loaded, or None if the model was not loaded.
+    """
+
+    network: Network
+    labels: tuple[str, ...] | None = None
+    preprocess: Preprocess | None = None
+    head_activation: HeadActivation = "softmax"
+    temperature: float = 1.0
+    head_trained: bool = False
+    load_report: LoadReport | None = None
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the network."""
+        return self.network.config
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, C, Y, X) -> (B, K): logits; the features if there is no head."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C, Y, X) -> (B, F): the representation that the head reads."""
+        return self.network.features(images)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(B, K) logits -> (B, K) float64: divided by the temperature, then activated."""
+        x = logits.double() / self.temperature
+        return x.sigmoid() if self.head_activation == "sigmoid" else x.softmax(dim=1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the network, under timm's names."""
+        return self.network.state_dict()
+
+    def to(self, device: torch.device | str) -> "LoadedModel":
+        """Move the network to `device` in place; returns self."""
+        self.network.to(device)
+        return self
+
+    def eval(self) -> "LoadedModel":
+        """Switch the network to evaluation mode; returns self."""
+        self.network.eval()
+        return self
+
+    def train(self, mode: bool = True) -> "LoadedModel":
+        """Switch the network to training mode, or back; returns self."""
+        self.network.train(mode)
+        return self
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 0,
+    image_size: int | tuple[int, int] = 224,
+    seed: int = 0,
+    **settings: Any,
+) -> LoadedModel:
+    """Create a model with random weights: `create_model("B/16", num_classes=1000)`.
+
+    The model is in evaluation mode. It has no labels and no preprocessing: set both before saving.
+
+    Args:
+        name: a variant such as `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1` (see `parse_variant`).
+        num_classes: outputs of the head; 0 for no head.
+        image_size: pixels, one number or (Y, X).
+        seed: random seed of the weights.
+        settings: further fields of `ViTConfig`, for `R50x1` of `ResNetConfig`.
+
+    Raises:
+        ValueError: the variant does not exist, or the settings contradict each other.
+    """
+    return LoadedModel(
+        create_network(name, num_classes=num_classes, image_size=image_size, seed=seed, **settings)
+    )

@@ -71,8 +71,10 @@ def command_pages(said: dict[str, str]) -> Iterator[tuple[str, str]]:
     from typer.main import get_command
 
     from vitcli.cli.app import app
+    from vitcli.cli.options import fill_help
 
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        fill_help(command)
         parts = [f"# vitcli {name}\n", inspect.cleandoc(command.help or "") + "\n"]
         for heading, text in said.items():
             if name in re.findall(r"[a-z]+", heading.partition(":")[0]):

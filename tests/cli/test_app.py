@@ -15,7 +15,7 @@ from PIL import Image
 from support.tiny import write_tiny
 
 from vitcli import __version__
-from vitcli.cli.app import run
+from vitcli.cli.main import run
 from vitcli.weights.store import load_weights
 
 COMMANDS = (
@@ -94,17 +94,17 @@ def test_help_answers_at_once():
         (["pretrain", "--set", "train.bach_size=3"], "`train.batch_size`", "vitcli recipes"),
         (
             ["pretrain", "--recipe", "finetune"],
-            "one of `vitcli finetune`",
+            "is for `vitcli finetune`",
             "vitcli finetune --recipe",
         ),
         (["pretrain", "--image-size", "30"], "not a multiple of patch size 8", "divides"),
         (["finetune"], "no finished `pretrain` run", "run `vitcli pretrain` first"),
         (["fewshot", "--shots", "a"], "not a list of numbers", "--shots 1,5,10"),
         (["fewshot", "--shots", "0"], "`fewshot.shots` = 0", ""),
-        (["fewshot", "--l2", "some"], "`--l2 some` is no strength", "`auto`"),
+        (["fewshot", "--l2", "some"], "`--l2 some` is not a number", "`auto`"),
         (["fewshot", "--l2", "-1"], "`fewshot.l2` = -1.0", ""),
         (["fewshot", "--method", "svm"], "`fewshot.method` = 'svm'", ""),
-        (["fewshot", "--method", "knn", "--l2", "auto"], "`knn` has no penalty", ""),
+        (["fewshot", "--method", "knn", "--l2", "auto"], "not to `knn`", ""),
         (["fewshot", "-m", "Pico/4", "--method", "knn", "--out", "x"], "nothing to keep", "--out"),
         (["fewshot", "-m", "Pico/4", "--representation", "cl"], "no representation `cl`", "`cls`"),
         (["export"], "Missing option '--to'", "see `vitcli export --help`"),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vitcli.cli.app import app, run
+from vitcli.cli.app import app
+from vitcli.cli.main import run
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md")

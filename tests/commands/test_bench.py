@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitcli.cli import app as cli
+from vitcli.cli import main as cli
 from vitcli.commands import bench
 from vitcli.cost.bench import build_baseline, percentile
 from vitcli.errors import VitcliError

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from support.pictures import photographs
 
-from vitcli.cli.app import run as vitcli
+from vitcli.cli.main import run as vitcli
 from vitcli.commands import check
 from vitcli.errors import VitcliError
 

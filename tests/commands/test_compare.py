@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.tiny import tiny_recipe
 
-from vitcli.cli import app as cli
+from vitcli.cli import main as cli
 from vitcli.cli import main as exits
 from vitcli.commands import compare
 from vitcli.commands.pretrain import random_model

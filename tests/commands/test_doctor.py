@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from vitcli.cli import app as cli
+from vitcli.cli import main as cli
 from vitcli.commands import doctor
 from vitcli.cost import machine
 from vitcli.devices import has_fast_bf16

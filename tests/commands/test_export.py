@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitcli.cli.app import run as cli
+from vitcli.cli.main import run as cli
 from vitcli.commands import evaluate, export, predict
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError

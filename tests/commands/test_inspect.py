@@ -13,7 +13,7 @@ from support.kinds import small
 from support.tiny import tiny_recipe
 
 from vitcli.cli import console as report
-from vitcli.cli.app import run as cli
+from vitcli.cli.main import run as cli
 from vitcli.cli.show import inspection as results_look
 from vitcli.commands.inspect import run
 from vitcli.data.readers.builtin import photographs

@@ -5,7 +5,7 @@ import json
 import pytest
 from support.tiny import write_tiny
 
-from vitcli.cli import app as cli
+from vitcli.cli import main as cli
 from vitcli.commands import plan
 from vitcli.cost.alternatives import SECONDS_PER_DAY
 from vitcli.cost.machine import HARDWARE, find_hardware

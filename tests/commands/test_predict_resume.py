@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitcli.cli.app import run as command_line
+from vitcli.cli.main import run as command_line
 from vitcli.commands import predict
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess

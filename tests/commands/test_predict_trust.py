@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import vitcli
-from vitcli.cli.app import run as command_line
+from vitcli.cli.main import run as command_line
 from vitcli.commands import predict
 from vitcli.errors import VitcliError
 from vitcli.evals.predictor import Doubts

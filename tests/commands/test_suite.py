@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 from support.tiny import TINY, vitcli
 
-from vitcli.cli import app as cli
+from vitcli.cli import main as cli
 from vitcli.commands import suite as command
 from vitcli.config.recipe import check, load_recipe
 from vitcli.config.schema import Recipe

@@ -14,7 +14,7 @@ from filelock import FileLock
 from PIL import Image
 from support.pictures import photographs
 
-from vitcli.cli.app import run as vitcli
+from vitcli.cli.main import run as vitcli
 from vitcli.data.decoded_cache import INDEX, store_set
 from vitcli.data.loader import TrainLoader, eval_batches
 from vitcli.data.source import load_data

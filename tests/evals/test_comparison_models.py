@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from support.colours import COLOURS, noisy_colours
 
-from vitcli.cli.app import run as vitcli
+from vitcli.cli.main import run as vitcli
 from vitcli.commands import evaluate
 from vitcli.evals.comparison import compare_models, compare_paired
 from vitcli.weights.load import load_model

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.tiny import write_tiny
 
-from vitcli.cli import app as cli
+from vitcli.cli import main as cli
 from vitcli.errors import VitcliError
 from vitcli.train import lr_finder as find_lr
 from vitcli.train.lr_finder import is_over, running_means, suggest_lr

@@ -17,7 +17,7 @@ from support.launching import ENVIRONMENT, PLAIN, go
 from support.tiny import records, vitcli, write_tiny
 
 from vitcli import distributed as launch
-from vitcli.cli import app as cli
+from vitcli.cli import main as cli
 from vitcli.commands import evaluate
 from vitcli.data.loader import positions
 from vitcli.data.source import load_data

@@ -13,7 +13,7 @@ from PIL import Image
 from support.hub_server import Fault, HubServer
 from support.loopback import NAMES, Told, write_model
 
-from vitcli.cli.app import run
+from vitcli.cli.main import run
 from vitcli.errors import VitcliError
 from vitcli.hub import http as download
 from vitcli.hub.http import cache_folder

@@ -7,7 +7,7 @@ from PIL import Image
 from support.hub_server import Fault
 from support.loopback import files_in, write_model
 
-from vitcli.cli.app import run
+from vitcli.cli.main import run
 from vitcli.errors import VitcliError
 from vitcli.hub import http as download
 from vitcli.weights.hub_models import fetch_repository

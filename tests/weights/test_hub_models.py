@@ -18,7 +18,7 @@ from support.hub_server import Fault
 from support.loopback import NAMES, Told, files_in, write_model
 from support.tiny import vitcli
 
-from vitcli.cli.app import run
+from vitcli.cli.main import run
 from vitcli.errors import VitcliError
 from vitcli.weights.hub_models import fetch_repository
 from vitcli.weights.load import load_model

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support import kinds
 from support.kinds import pictures
 
-from vitcli.cli.app import run
+from vitcli.cli.main import run
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.patches import resample_kernel

@@ -1,279 +1,43 @@
-"""Commands and switches about what a run costs, before it starts: `cli.py` lists them.
+"""The table of contents: one thin function per command, its help and a worked example."""
 
-The table of contents: one thin function per command, its help with an example.
-"""
-
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vitcli import __version__
-from vitcli.cli import main as exits
+from vitcli.cli import console
 from vitcli.cli.options import (
-    L2,
-    AtOnce,
-    BatchSize,
-    Budget,
-    Calibrate,
-    ClassMap,
+    EVALUATION,
+    MODEL,
+    OUTPUT,
+    BenchOptions,
     Data,
-    Epochs,
+    EvaluateOptions,
+    FewshotOptions,
     ImageSize,
     Json,
     Labels,
-    Method,
-    Model,
-    Models,
-    NoCache,
-    Out,
-    Precision,
-    Predicting,
-    Processes,
-    Real,
-    Representation,
-    Resampling,
-    Seeds,
+    ModelName,
+    PlanOptions,
+    PredictOptions,
     Set,
-    Shots,
-    Steps,
-    Suite,
-    Training,
+    SettingsCommand,
+    TrainOptions,
     Verbose,
-    flags,
-    numbers,
-    settings,
-    sides,
-    strength,
-    words,
+    option,
+    option_groups,
+    setting,
+    settings_of,
 )
 from vitcli.errors import VitcliError
-
-
-def find_lr(find: Callable[..., Any], training: Training, **given: Any) -> None:
-    """`--find-lr` of a command that trains."""
-    from vitcli.cli import console as report
-    from vitcli.cli.show import training as results
-
-    if training.resume:
-        raise VitcliError("`--find-lr` makes no run that `--resume` could go on with")
-    found = find(
-        **given,
-        recipe=training.recipe,
-        settings=training.settings(),
-        out=training.out,
-        watch=report.Terminal(),
-    )
-    exits.show(found, training.json, results.show_found_rate)
-
-
-def dry_run(name: str, data: str | None, model: str | None, training: Training) -> None:
-    """`vitcli plan` of exactly this command line."""
-    from vitcli.cli import console as report
-    from vitcli.cli.show import cost as results_cost
-    from vitcli.commands import plan as command
-
-    result = command.run(
-        training.recipe,
-        data,
-        command=name,
-        model=model,
-        settings=training.settings(),
-        out=training.out,
-        resume=training.resume,
-        compare=False,
-        watch=report.Terminal(),
-    )
-    exits.show(result, training.json, results_cost.show_plan)
-
-
-def plan(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            help="A recipe's name or file, or a run directory.",
-            metavar="RECIPE|RUN",
-            show_default=False,
-        ),
-    ] = None,
-    data: Data = None,
-    model: Model = None,
-    set_: Set = None,
-    epochs: Epochs = None,
-    steps: Steps = None,
-    budget: Budget = None,
-    batch_size: BatchSize = None,
-    image_size: ImageSize = None,
-    precision: Precision = None,
-    processes: Processes = None,
-    images: Annotated[
-        int | None,
-        typer.Option(
-            "--images",
-            min=1,
-            help="Training images, where no data are at hand.",
-            show_default=False,
-        ),
-    ] = None,
-    classes: Annotated[
-        int | None,
-        typer.Option("--classes", min=1, help="Likewise, their classes.", show_default=False),
-    ] = None,
-    probe: Annotated[
-        bool, typer.Option("--probe/--no-probe", help="Make a few real steps on this machine.")
-    ] = True,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device",
-            help="Estimate other machines: t4, l4, rtx4090, a100, h100, h200, tpuv3 (a core), "
-            "several with commas, or `all`.",
-            show_default=False,
-        ),
-    ] = None,
-    watts: Annotated[
-        float | None,
-        typer.Option("--watts", min=0.0, help="Power that the machine draws.", show_default=False),
-    ] = None,
-    kwh_price: Annotated[
-        float | None,
-        typer.Option("--kwh-price", min=0.0, help="Price of a kWh.", show_default=False),
-    ] = None,
-    hour_price: Annotated[
-        float | None,
-        typer.Option("--hour-price", min=0.0, help="Price of a rented hour.", show_default=False),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Say what a run would cost before it starts: operations, memory, hours, money.
-
-    Numbers of the model are exact; time is measured by a few real steps of the recipe; other
-    machines are estimated from their peak. Nothing is written.
-
-    Example: `vitcli plan pretrain_cifar10_small cifar10/ --budget 30m --watts 65 --kwh-price 0.3`
-    or: `vitcli plan paper_vit_l16_jft --device all --no-probe`
-    """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import cost as results_cost
-    from vitcli.commands import plan as command
-
-    given = settings(
-        set_,
-        epochs=epochs,
-        steps=steps,
-        budget=budget,
-        batch_size=batch_size,
-        image_size=image_size,
-        precision=precision,
-    )
-    result = command.run(
-        recipe,
-        data,
-        model=model,
-        settings=given,
-        images=images,
-        classes=classes,
-        probing=probe,
-        device=device,
-        prices=command.Prices(watts, kwh_price, hour_price),
-        watch=report.Terminal(),
-    )
-    exits.show(result, json, results_cost.show_plan)
-
-
-def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A MODEL, or several with commas. Default: the newest run, else `S/16`.",
-            metavar="[MODEL]",
-            show_default=False,
-        ),
-    ] = None,
-    image_size: Annotated[
-        str | None,
-        typer.Option("--image-size", help="Side in pixels; several with commas: `224,384`."),
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16; several too.")
-    ] = None,
-    attention: Annotated[
-        str | None,
-        typer.Option("--attention", help="auto, fused (torch's kernel) or explicit; several too."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")] = 16,
-    against: Annotated[
-        str | None,
-        typer.Option("--against", help="transformers or timm, measured in turn; several too."),
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="For each figure of each contender.")
-    ] = 3.0,
-    quick: Annotated[bool, typer.Option("--quick", help="A tenth of that time.")] = False,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory", help="That the largest batch fits in: `4G`. Default: what is free."
-        ),
-    ] = None,
-    set_: Set = None,
-    out: Annotated[Path | None, typer.Option("--out", help="A .png file for a picture.")] = None,
-    json: Json = False,
-) -> None:
-    """Measure a model: images a second, latency, memory, the largest batch that fits.
-
-    Contenders are measured in turn, so that a busy machine is fair to all. Peak memory is that of
-    the tensors, traced; on a CPU with the holes that malloc leaves.
-
-    Example: `vitcli bench S/16 --image-size 224,384 --against transformers --out bench.png`
-    """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import cost as results_cost
-    from vitcli.commands import bench as command
-
-    result = command.run(
-        model,
-        image_sizes=sides(image_size),
-        precisions=words(precision),
-        attentions=words(attention),
-        batch_size=batch_size,
-        against=words(against),
-        seconds=seconds / 10 if quick else seconds,
-        memory=memory,
-        settings=settings(set_),
-        out=out,
-        watch=report.Terminal(),
-    )
-    exits.show(result, json, results_cost.show_bench)
-
-
-def doctor(
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="The folder whose disk is measured.", show_default=False),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Look at this machine and this installation, and say what slows them.
-
-    Versions, devices, precisions, threads, attention, decoding and the disk, in about ten seconds.
-
-    Example: `vitcli doctor --json > machine.json`
-    """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import doctor as results_doctor
-    from vitcli.commands import doctor as command
-
-    exits.show(command.run(out, report.Terminal()), json, results_doctor.show_doctor)
-
 
 app = typer.Typer(
     name="vitcli",
     help="Train, evaluate and use Vision Transformers.",
-    epilog="The first minutes: `vitcli pretrain`, `vitcli fewshot --shots 5`, `vitcli finetune`, "
+    epilog="First steps: `vitcli pretrain`, `vitcli fewshot --shots 5`, `vitcli finetune`, "
     "`vitcli predict image.jpg`.",
-    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -281,365 +45,449 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         typer.echo(f"vitcli {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
 
 
-@app.command()
-@flags
-def pretrain(data: Data = None, *, training: Training) -> None:
+@app.command(cls=SettingsCommand)
+@option_groups
+def pretrain(data: Data = None, *, training: TrainOptions) -> None:
     """Train a model from random weights.
 
-    Without DATA: a few minutes on images drawn from formulas, no download.
+    Without DATA, train for a few minutes on images drawn from formulas; nothing is downloaded.
 
     Example: `vitcli pretrain photos/ --recipe pretrain --epochs 30 --out runs/photos`
     """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import training as results
     from vitcli.commands import pretrain as command
 
-    if training.find_lr:
-        find_lr(command.find_lr, training, data=data)
-        return
-    if training.dry_run:
-        dry_run("pretrain", data, None, training)
-        return
-
-    result = command.run(
-        data,
-        recipe=training.recipe,
-        settings=training.settings(),
-        out=training.out,
-        resume=training.resume,
-        track=training.track,
-        watch=report.Terminal(),
-    )
-    exits.show(result, training.json, results.show_trained)
-    exits.unreadable(f"{name}: {reason}" for name, reason in result.broken.items())
+    _train(command, training, settings_of(training), data=data)
 
 
-@app.command()
-@flags
+@app.command(cls=SettingsCommand)
+@option_groups
 def finetune(
-    data: Data = None, model: Model = None, verbose: Verbose = False, *, training: Training
+    data: Data = None,
+    model: ModelName = None,
+    lora: Annotated[int | None, setting(MODEL, "lora.rank", "--lora")] = None,
+    verbose: Verbose = False,
+    *,
+    training: TrainOptions,
 ) -> None:
-    """Fine-tune pretrained weights on labelled images, at their or a higher resolution.
+    """Fine-tune pretrained weights on labelled images, at the same or a higher resolution.
 
     Example: `vitcli finetune photos/ --model runs/pretrain_formula --image-size 48 --epochs 20`
     """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import training as results
     from vitcli.commands import finetune as command
 
+    settings = settings_of(training, lora__rank=lora)
+    _train(command, training, settings, data=data, model=model, verbose=verbose)
+
+
+def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **given: Any) -> None:
+    """Run `pretrain` or `finetune`, or only estimate its cost, or only find a learning rate."""
+    from vitcli.cli.show import training as show
+
+    shared = {"recipe": training.recipe, "settings": settings, "out": training.out}
+    verbose = {"verbose": given.pop("verbose")} if "verbose" in given else {}
     if training.find_lr:
-        find_lr(command.find_lr, training, data=data, model=model)
+        if training.resume:
+            raise VitcliError(
+                "`--find-lr` does not train, so there is no run to resume", "remove `--resume`"
+            )
+        rate = command.find_lr(**given, **shared, watch=console.Terminal())
+        console.show(rate, training.json, show.show_found_rate)
         return
     if training.dry_run:
-        dry_run("finetune", data, model, training)
-        return
+        from vitcli.cli.show import cost as show_cost
+        from vitcli.commands import plan as planning
 
-    result = command.run(
-        data,
-        model=model,
-        recipe=training.recipe,
-        settings=training.settings(),
-        out=training.out,
+        name = command.__name__.rpartition(".")[2]
+        result = planning.run(
+            **{"data": None, "model": None, **given, **shared},
+            command=name,
+            resume=training.resume,
+            compare=False,
+            watch=console.Terminal(),
+        )
+        console.show(result, training.json, show_cost.show_plan)
+        return
+    trained = command.run(
+        **given,
+        **shared,
+        **verbose,
         resume=training.resume,
         track=training.track,
-        verbose=verbose,
-        watch=report.Terminal(),
+        watch=console.Terminal(),
     )
-    exits.show(result, training.json, results.show_trained)
-    exits.unreadable(f"{name}: {reason}" for name, reason in result.broken.items())
+    console.show(trained, training.json, show.show_trained)
+    console.exit_if_unreadable(f"{name}: {reason}" for name, reason in trained.broken.items())
 
 
-@app.command()
-def fewshot(
-    data: Data = None,
-    model: Model = None,
-    shots: Shots = None,
-    method: Method = None,
-    l2: L2 = None,
-    representation: Representation = None,
-    seeds: Seeds = None,
-    set_: Set = None,
-    batch_size: AtOnce = 128,
-    image_size: ImageSize = None,
-    precision: Precision = None,
-    processes: Processes = None,
-    no_cache: NoCache = False,
-    out: Out = None,
-    verbose: Verbose = False,
-    json: Json = False,
-) -> None:
-    """Measure a frozen model with few labelled images a class, or with all of them.
+@app.command(cls=SettingsCommand)
+@option_groups
+def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
+    """Evaluate frozen features with few labelled images per class, or with all of them.
 
-    The protocol of the paper's code: regularised least squares on the standardised features, in
-    closed form, 3 seeds. Nearest neighbours and linear probes are other methods. The classifier is
-    kept as a run, so that `vitcli predict` can use it, and features are computed once.
+    The default is the paper's protocol: regularised least squares on standardised features, in
+    closed form, with 3 random draws. The classifier is stored as a run for `vitcli predict`.
 
     Example: `vitcli fewshot photos/ --model runs/pretrain_formula --shots 1,5,10 --l2 auto`
+
     or: `vitcli fewshot photos/ --model vit_tiny/ --shots all --method logistic`
     """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import fewshot as results_fewshot
+    from vitcli.cli.show import fewshot as show
     from vitcli.commands import fewshot as command
 
-    given = settings(
-        set_,
-        shots=numbers(shots),
-        method=method,
-        l2=strength(l2),
-        representation=representation,
-        seeds=seeds,
-        image_size=image_size,
-    )
     result = command.run(
         data,
-        model=model,
-        settings=given,
-        out=out,
-        batch_size=batch_size,
-        precision=precision or "auto",
-        cache=not no_cache,
-        verbose=verbose,
-        watch=report.Terminal(),
+        model=options.model,
+        settings=settings_of(options),
+        out=options.out,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        cache=not options.no_cache,
+        verbose=options.verbose,
+        watch=console.Terminal(),
     )
-    exits.show(result, json, results_fewshot.show_fewshot)
-    exits.unreadable(result.broken)
+    console.show(result, options.json, show.show_fewshot)
+    console.exit_if_unreadable(result.broken)
 
 
-@app.command()
-def evaluate(
-    data: Data = None,
-    model: Models = None,
-    suite: Suite = None,
-    labels: Labels = None,
-    class_map: ClassMap = None,
-    real: Real = None,
-    calibrate: Calibrate = False,
-    set_: Set = None,
-    batch_size: AtOnce = 128,
-    image_size: ImageSize = None,
-    precision: Precision = None,
-    processes: Processes = None,
-    seed: Resampling = 0,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the CSV and the pictures.")
-    ] = None,
-    verbose: Verbose = False,
-    json: Json = False,
-) -> None:
-    """Run a model over a whole labelled set: accuracy, calibration, confusion.
+@app.command(cls=SettingsCommand)
+@option_groups
+def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
+    """Evaluate a model on a labelled dataset: accuracy, calibration, confusion matrix.
 
-    Figures come with 95 % bootstrap intervals, several models with paired differences to the first.
-    With `--suite` the model is fine-tuned, or tried with few shots, on each of its tasks;
-    interrupted, the same command with `--out` goes on.
+    Figures have 95 % confidence intervals. Several models are compared with the first one on the
+    same images. `--suite` fine-tunes or few-shot evaluates the model on every task of a suite; run
+    it again with the same `--out` to continue.
 
     Example: `vitcli evaluate photos/ --model runs/finetune --out report/`
+
     or: `vitcli evaluate photos/ --model runs/finetune --model runs/other`
+
     or: `vitcli evaluate --suite vtab1k --model B_16.npz --out runs/vtab`
     """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import evaluation as results_evaluate
-    from vitcli.commands import evaluate as command
-
-    if suite is not None:
-        given = {"DATA": data, "--labels": labels, "--image-size": image_size}
-        given |= {"--class-map": class_map, "--real": real, "--calibrate": calibrate or None}
-        _evaluate_suite(suite, given, model, settings(set_), out, processes, precision, json)
+    if options.suite is not None:
+        _evaluate_suite(options.suite, data, options)
         return
+    from vitcli.cli.show import evaluation as show
+    from vitcli.commands import evaluate as command
 
     result = command.run(
         data,
-        model=model,
-        settings=settings(set_, image_size=image_size),
-        labels=labels,
-        out=out,
-        real=real,
-        class_map=class_map,
-        calibrate=calibrate,
-        batch_size=batch_size,
-        precision=precision or "auto",
-        seed=seed,
-        verbose=verbose,
-        watch=report.Terminal(),
+        model=options.model,
+        settings=settings_of(options),
+        labels=options.labels,
+        out=options.out,
+        real=options.real,
+        class_map=options.class_map,
+        calibrate=options.calibrate,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        seed=options.seed,
+        verbose=options.verbose,
+        watch=console.Terminal(),
     )
-    exits.show(result, json, results_evaluate.show_evaluation)
-    exits.unreadable(result.broken)
+    console.show(result, options.json, show.show_evaluation)
+    console.exit_if_unreadable(result.broken)
 
 
-def _evaluate_suite(
-    suite: str,
-    given: dict[str, Any],
-    models: list[str] | None,
-    changes: dict[str, Any],
-    out: Path | None,
-    processes: int | None,
-    precision: str | None,
-    json: bool,
-) -> None:
-    """`evaluate --suite`; `given` are the arguments of `evaluate` that a suite settles itself."""
-    from vitcli.cli import console as report
-    from vitcli.cli.show import evaluation as results_suite
+def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> None:
+    """Run `evaluate --suite`, which defines data and classes itself."""
+    from vitcli.cli.show import evaluation as show
     from vitcli.commands import suite as command
 
-    if wrong := [name for name, value in given.items() if value is not None]:
+    given = {
+        "DATA": data,
+        "--labels": options.labels,
+        "--image-size": options.image_size,
+        "--class-map": options.class_map,
+        "--real": options.real,
+        "--calibrate": options.calibrate or None,
+    }
+    if names := ", ".join(name for name, value in given.items() if value is not None):
         raise VitcliError(
-            f"{', '.join(wrong)} beside `--suite`, which says that of each task itself",
-            "leave it out, or change a copy of the suite's file",
+            f"{names} cannot be combined with `--suite`, which defines the data of each task",
+            f"remove {names}, or edit a copy of the suite's file",
         )
-    if models is not None and len(models) > 1:
-        raise VitcliError(f"`--suite` takes one model, not {len(models)}", "a command for each")
+    models = options.model or []
+    if len(models) > 1:
+        raise VitcliError(
+            f"`--suite` evaluates one model, {len(models)} were given", "run one command per model"
+        )
     result = command.run(
         suite,
         model=models[0] if models else None,
-        settings=changes,
-        out=out,
-        processes=processes,
-        precision=precision,
-        watch=report.Terminal(),
+        settings=settings_of(options),
+        out=options.out,
+        processes=options.processes,
+        precision=None if options.precision == "auto" else options.precision,
+        watch=console.Terminal(),
     )
-    exits.show(result, json, results_suite.show_suite)
-    exits.unreadable(f"{name}: {reason}" for name, reason in result.failed.items())
+    console.show(result, options.json, show.show_suite)
+    console.exit_if_unreadable(f"{name}: {reason}" for name, reason in result.failed.items())
 
 
-@app.command()
-@flags
+@app.command(cls=SettingsCommand)
+@option_groups
 def predict(
     images: Annotated[
         list[str] | None,
         typer.Argument(help="Images, folders, quoted globs.", metavar="IMAGE..."),
     ] = None,
-    model: Model = None,
     *,
-    predicting: Predicting,
+    options: PredictOptions,
 ) -> None:
-    """Name the classes of images, with probabilities.
+    """Predict classes and probabilities of images.
 
-    A table (`--csv`, `--jsonl`, `--parquet`) appears when its last row is there; until then the
-    rows lie beside it in a file that ends in `.part`, and `--resume` goes on with them.
+    A table (`--csv`, `--jsonl`, `--parquet`) gets its name when it is complete. Until then its rows
+    are in a file that ends in `.part`, and `--resume` continues from there.
 
     Example: `vitcli predict holiday/ cat.jpg --model runs/finetune --top 3 --csv classes.csv`
 
-    or: `vitcli predict holiday/ --threshold 0.7 --ood-threshold 0.99` (no answer where unsure)
+    or: `vitcli predict holiday/ --threshold 0.7 --ood-threshold 0.99` (no label when unsure)
 
     or: `find / -name '*.jpg' -print0 | vitcli predict --from - --jsonl all.jsonl --resume`
     """
-    if not images and predicting.from_ is None:
+    if not images and options.from_ is None:
         raise VitcliError(
-            "Missing argument `IMAGE...`, or `--from FILE`", "see `vitcli predict --help`"
+            "Missing argument `IMAGE...` or option `--from FILE`", "see `vitcli predict --help`"
         )
-    from vitcli.cli import console as report
-    from vitcli.cli.show import prediction as results_predict
+    from vitcli.cli.show import prediction as show
     from vitcli.commands import predict as command
 
-    rows = command.run(images or [], model=model, watch=report.Terminal(), **predicting.arguments())
+    rows = command.run(images or [], watch=console.Terminal(), **options.arguments())
     for row in rows:
-        if predicting.json:
-            report.print_json(row)
+        if options.json:
+            console.print_json(row)
         else:
-            results_predict.show_prediction(row)
+            show.show_prediction(row)
         if row["error"] is not None:
-            report.print_error(VitcliError(f"{row['path']}: {row['error']}"))
-    results_predict.show_tally(rows.tally, predicting.abstains)
+            console.print_error(VitcliError(f"{row['path']}: {row['error']}"))
+    show.show_tally(rows.tally, options.abstains)
     if rows.failed:
-        raise typer.Exit(exits.EXIT_UNREADABLE)
+        raise typer.Exit(console.EXIT_UNREADABLE)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def export(
-    to: Annotated[str, typer.Option("--to", help="timm, huggingface, google or onnx.")],
-    model: Model = None,
+    to: Annotated[str, option(OUTPUT, "--to", help="Format: timm, huggingface, google or onnx.")],
+    model: ModelName = None,
     labels: Labels = None,
-    set_: Set = None,
     image_size: ImageSize = None,
-    out: Annotated[Path | None, typer.Option("--out", help="A folder, or x.npz, x.onnx.")] = None,
+    out: Annotated[
+        Path | None,
+        option(OUTPUT, "--out", help="Folder (timm, huggingface) or file (.npz, .onnx)."),
+    ] = None,
+    set_: Set = None,
     verbose: Verbose = False,
     json: Json = False,
 ) -> None:
-    """Write a model in another layout, read it back, and compare the logits of both.
+    """Export a model to another format, read it back, and compare the logits.
 
-    Google's layout knows GELU's tanh form only: `--set model.gelu=tanh` where that is near enough.
+    Google's format has the tanh form of GELU only: add `--set model.gelu=tanh` if that is close
+    enough.
 
     Example: `vitcli export --model runs/finetune --to onnx --out flowers.onnx`
     """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import training as results
+    from vitcli.cli.show import training as show
     from vitcli.commands import export as command
 
     result = command.run(
         to,
         model=model,
-        settings=settings(set_, image_size=image_size),
+        settings=settings_of(set_=set_, model__image_size=image_size),
         labels=labels,
         out=out,
         verbose=verbose,
-        watch=report.Terminal(),
+        watch=console.Terminal(),
     )
-    exits.show(result, json, results.show_export)
+    console.show(result, json, show.show_export)
 
 
-@app.command()
-def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Two or more finished runs.", metavar="RUN RUN...")
-    ],
+@app.command(cls=SettingsCommand)
+@option_groups
+def plan(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="Name or file of a recipe, or a run directory.",
+            metavar="RECIPE|RUN",
+            show_default=False,
+        ),
+    ] = None,
+    data: Data = None,
+    *,
+    options: PlanOptions,
+) -> None:
+    """Estimate the cost of a run before it starts: operations, memory, time, money.
+
+    Parameters and operations are exact. The time is measured with a few real steps of the recipe.
+    Other machines are estimated from their peak performance. Nothing is written.
+
+    Example: `vitcli plan pretrain_cifar10_small cifar10/ --budget 30m --watts 65 --kwh-price 0.3`
+
+    or: `vitcli plan paper_vit_l16_jft --device all --no-probe`
+    """
+    from vitcli.cli.show import cost as show
+    from vitcli.commands import plan as command
+
+    result = command.run(
+        recipe,
+        data,
+        model=options.model,
+        settings=settings_of(options),
+        images=options.images,
+        classes=options.classes,
+        probing=options.probe,
+        device=options.device,
+        prices=command.Prices(options.watts, options.kwh_price, options.hour_price),
+        watch=console.Terminal(),
+    )
+    console.show(result, options.json, show.show_plan)
+
+
+@app.command(cls=SettingsCommand)
+@option_groups
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A MODEL, or several separated by commas. Default: the newest run, or `S/16`.",
+            metavar="MODEL",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    options: BenchOptions,
+) -> None:
+    """Benchmark a model: throughput, latency, memory, and the largest batch that fits.
+
+    The models take turns, so a busy machine slows all of them alike. Peak memory is traced from the
+    tensors; on a CPU it includes the allocator's overhead.
+
+    Example: `vitcli bench S/16 --image-size 224,384 --against transformers --out bench.png`
+    """
+    from vitcli.cli.show import cost as show
+    from vitcli.commands import bench as command
+
+    result = command.run(model, **options.arguments(), watch=console.Terminal())
+    console.show(result, options.json, show.show_bench)
+
+
+@app.command(cls=SettingsCommand)
+def inspect(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Images, folders, quoted globs, or DATA.", metavar="IMAGE...", show_default=False
+        ),
+    ] = None,
+    model: ModelName = None,
+    labels: Labels = None,
+    image_size: ImageSize = None,
+    limit: Annotated[
+        int, option(EVALUATION, "--limit", help="Maximum number of images.", show_default=True)
+    ] = 128,
+    bias: Annotated[
+        bool,
+        option(
+            EVALUATION, "--bias/--no-bias", help="Measure the inductive bias.", show_default=True
+        ),
+    ] = True,
+    resnet: Annotated[
+        str | None,
+        option(
+            EVALUATION,
+            "--resnet",
+            help="ResNet to compare with. Default: random weights, same number of parameters.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, option(OUTPUT, "--out", help="Folder for the pictures and numbers.")
+    ] = None,
+    set_: Set = None,
+    verbose: Verbose = False,
     json: Json = False,
 ) -> None:
-    """Put runs beside each other: settings that differ, results, a paired test.
+    """Draw the paper's figures for a model, with their numbers.
 
-    The test is McNemar's, the interval a bootstrap over images; both need the same held-out images.
+    The figures: embedding filters, position similarity, mean attention distance per head, attention
+    rollout per image, and translation equivariance and locality beside random weights and a ResNet.
+    The folder holds `index.html`, PNG files, `inspect.json` and `figures.npz`.
 
-    Example: `vitcli compare runs/finetune runs/finetune-2`
+    Example: `vitcli inspect cat.jpg --model runs/finetune --out look/`
     """
-    from vitcli.cli.show import training as results
-    from vitcli.commands import compare as command
+    from vitcli.cli.show import inspection as show
+    from vitcli.commands import inspect as command
 
-    exits.show(command.run(runs), json, results.show_comparison)
+    result = command.run(
+        images or (),
+        model=model,
+        settings=settings_of(set_=set_, model__image_size=image_size),
+        labels=labels,
+        out=out,
+        limit=limit,
+        with_bias=bias,
+        resnet=resnet,
+        verbose=verbose,
+        watch=console.Terminal(),
+    )
+    console.show(result, json, show.show_inspection)
+    console.exit_if_unreadable(result.broken)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def patchify(
     source: Annotated[
         str,
-        typer.Argument(help="An image, DATA, or patches that were stored.", metavar="IMAGE|DATA"),
+        typer.Argument(help="An image, DATA, or a file of stored patches.", metavar="IMAGE|DATA"),
     ],
-    patch_size: Annotated[int, typer.Option("--patch-size", help="Side of a patch.")] = 16,
+    patch_size: Annotated[
+        int, option(MODEL, "--patch-size", help="Patch side in px.", show_default=True)
+    ] = 16,
     image_size: ImageSize = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", help="x.safetensors for patches, x.png for the picture, a folder for images."
+        option(
+            OUTPUT,
+            "--out",
+            help="x.safetensors for the patches, x.png for a picture, a folder for a decoded "
+            "dataset.",
         ),
     ] = None,
     compare: Annotated[
         str | None,
-        typer.Option("--compare", help="A .png for the grids of 8, 16 and 32 side by side."),
+        option(OUTPUT, "--compare", help="A .png file with the grids of patch sizes 8, 16, 32."),
     ] = None,
     reconstruct: Annotated[
         str | None,
-        typer.Option("--reconstruct", help="A .png put together of the patches again."),
+        option(OUTPUT, "--reconstruct", help="Rebuild the image from its patches as a .png file."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Cut images into patches: look at them, measure them, or store them as tokens.
+    """Cut images into patches: view them, measure them, or store them.
 
-    `--out DIR` stores the images of DATA once, decoded and shrunk; DIR is DATA for every command
-    then, and no epoch decodes anything again. Interrupted, the same command goes on.
+    `--out DIR` decodes and resizes the images of DATA once. DIR is DATA for every command, and
+    training on it decodes nothing. Run an interrupted command again to continue.
 
-    Of a picture also: mean, spread and entropy of its patches, and what each patch size costs.
-    `vitcli patchify cat.safetensors --reconstruct cat.png` puts stored patches together again.
+    For one image it prints mean, spread and entropy of the patches and the cost of each patch size.
+    `vitcli patchify cat.safetensors --reconstruct cat.png` rebuilds an image from stored patches.
 
     Example: `vitcli patchify cat.jpg --patch-size 32 --out cat.safetensors`
+
     or: `vitcli patchify photos/ --image-size 224 --out photos-224`
     """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import inspection as results_look
+    from vitcli.cli.show import inspection as show
     from vitcli.commands import patchify as command
 
     result = command.run(
@@ -649,98 +497,57 @@ def patchify(
         out=None if out is None else str(out),
         compare=compare,
         reconstruct=reconstruct,
-        watch=report.Terminal(),
+        watch=console.Terminal(),
     )
-    exits.show(result, json, results_look.show_patches)
-    exits.unreadable(result.broken)
+    console.show(result, json, show.show_patches)
+    console.exit_if_unreadable(result.broken)
 
 
-@app.command()
-def inspect(
-    images: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Images, folders, quoted globs, or DATA.", metavar="[IMAGE...]", show_default=False
-        ),
-    ] = None,
-    model: Model = None,
-    labels: Labels = None,
-    set_: Set = None,
-    image_size: ImageSize = None,
-    limit: Annotated[int, typer.Option("--limit", help="Images to look at, at most.")] = 128,
-    bias: Annotated[
-        bool, typer.Option("--bias/--no-bias", help="Measure the inductive bias too.")
-    ] = True,
-    resnet: Annotated[
-        str | None,
-        typer.Option(
-            "--resnet",
-            help="The ResNet to compare with. Default: random weights, as many parameters.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for pictures and numbers.", show_default=False),
-    ] = None,
-    verbose: Verbose = False,
-    json: Json = False,
-) -> None:
-    """Look into a model: the paper's figures as pictures and numbers.
-
-    Embedding filters, position similarity, mean attention distance of every head, attention rollout
-    over each image, and how translation-equivariant and how local the model is, beside random
-    weights and a ResNet. The folder holds `index.html`, PNGs, `inspect.json` and `figures.npz`.
-
-    Example: `vitcli inspect cat.jpg --model runs/finetune --out look/`
-    """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import inspection as results_look
-    from vitcli.commands import inspect as command
-
-    result = command.run(
-        images or (),
-        model=model,
-        settings=settings(set_, image_size=image_size),
-        labels=labels,
-        out=out,
-        limit=limit,
-        with_bias=bias,
-        resnet=resnet,
-        verbose=verbose,
-        watch=report.Terminal(),
-    )
-    exits.show(result, json, results_look.show_inspection)
-    exits.unreadable(result.broken)
-
-
-@app.command()
+@app.command(cls=SettingsCommand)
 def check(
-    data: Annotated[str, typer.Argument(help="The images to look at.", metavar="DATA")],
-    set_: Set = None,
+    data: Annotated[str, typer.Argument(help="Dataset to check.", metavar="DATA")],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="A .png file for samples of each class.", show_default=False),
+        Path | None, option(OUTPUT, "--out", help="A .png file with samples of each class.")
     ] = None,
+    set_: Set = None,
     json: Json = False,
 ) -> None:
-    """Say what is wrong with a data set: unreadable, doubled, leaking, unbalanced images.
+    """Check a dataset: unreadable images, duplicates, train/test leaks, class imbalance.
 
-    Every image is read once. Copies are found by what they show, so recompressed and resized ones
-    are too; the gravest are those of training images among the test images.
+    Every image is read once. Duplicates are found by content, so recompressed and resized copies
+    are found too. Training images that are also test images are reported first.
 
     Example: `vitcli check photos/ --out samples.png`
     """
-    from vitcli.cli import console as report
-    from vitcli.cli.show import training as results
+    from vitcli.cli.show import training as show
     from vitcli.commands import check as command
 
-    result = command.run(data, settings=settings(set_), out=out, watch=report.Terminal())
-    exits.show(result, json, results.show_check)
-    exits.unreadable(f"{name}: {reason}" for name, reason in result.seen.unreadable)
+    result = command.run(data, settings=settings_of(set_=set_), out=out, watch=console.Terminal())
+    console.show(result, json, show.show_check)
+    console.exit_if_unreadable(f"{name}: {reason}" for name, reason in result.seen.unreadable)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Two or more finished runs.", metavar="RUN RUN...")
+    ],
+    json: Json = False,
+) -> None:
+    """Compare runs: settings that differ, results, and a paired test.
+
+    The test is McNemar's; the interval is a bootstrap over images. Both need the same held-out
+    images in each run.
+
+    Example: `vitcli compare runs/finetune runs/finetune-2`
+    """
+    from vitcli.cli.show import training as show
+    from vitcli.commands import compare as command
+
+    console.show(command.run(runs), json, show.show_comparison)
+
+
+@app.command(cls=SettingsCommand)
 def recipes(
     name: Annotated[
         str | None, typer.Argument(help="Print this recipe.", show_default=False)
@@ -751,24 +558,30 @@ def recipes(
 
     Example: `vitcli recipes pretrain_formula > mine.toml`
     """
-    from vitcli.cli.show import training as results
+    from vitcli.cli.show import training as show
     from vitcli.commands import recipes as command
 
     if name is not None:
         typer.echo(command.text(name), nl=False)
         return
-    exits.show(command.run(), json, results.show_recipes)
+    console.show(command.run(), json, show.show_recipes)
 
 
-for command in (plan, bench, doctor):
-    app.command()(command)
+@app.command(cls=SettingsCommand)
+def doctor(
+    out: Annotated[
+        Path | None, option(OUTPUT, "--out", help="Folder whose disk speed is measured.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check this machine and this installation for problems.
 
+    It reports versions, devices, precisions, threads, attention, image decoding and disk speed in
+    about ten seconds.
 
-def run(arguments: list[str]) -> int:
-    """Run one command line; the exit status."""
-    return exits.run(app, arguments)
+    Example: `vitcli doctor --json > machine.json`
+    """
+    from vitcli.cli.show import doctor as show
+    from vitcli.commands import doctor as command
 
-
-def main() -> None:
-    """The entry point: this process is one command line."""
-    exits.main(app)
+    console.show(command.run(out, console.Terminal()), json, show.show_doctor)

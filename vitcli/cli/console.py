@@ -1,16 +1,17 @@
-"""What the user sees: progress, tables and pictures through Rich, or plain JSON.
+"""Terminal output: progress bars, messages, tables and pictures through Rich, or plain JSON.
 
-What each command shows of its result is in `results.py`.
+`vitcli/cli/show/` prints the result of each command with these functions.
 """
 
 import io
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -30,7 +31,7 @@ from vitcli.progress import Bar
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PLAIN_SECONDS = 20.0  # between two lines of progress where there is no terminal
+PLAIN_SECONDS = 20.0  # between two progress lines when stderr is not a terminal
 SHOWN = {
     "loss": "loss {:.3f}",
     "accuracy": "acc {:.1%}",
@@ -43,8 +44,28 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+EXIT_UNREADABLE = 3  # done, but some inputs could not be read
+
+
+def show(result: Any, as_json: bool, draw: Callable[[Any], None]) -> None:
+    """Print a result as JSON, or let `draw` print it as tables."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        draw(result)
+
+
+def exit_if_unreadable(broken: Iterable[str]) -> None:
+    """Print each input that could not be read, and exit with status 3 if there is any."""
+    lines = list(broken)
+    for line in lines:
+        print_error(VitcliError(line))
+    if lines:
+        raise typer.Exit(EXIT_UNREADABLE)
+
+
 def mute() -> None:
-    """Say nothing from here on: of several processes the first one speaks."""
+    """Print nothing from now on: with several processes, only the first one prints."""
     out.quiet = err.quiet = True
     sys.stdout = io.StringIO()
 
@@ -60,7 +81,7 @@ def figures_text(figures: Mapping[str, float]) -> str:
 
 
 class Terminal:
-    """A watcher that draws on stderr: live bars on a terminal, a line now and then elsewhere."""
+    """A watcher that prints to stderr: live bars on a terminal, plain lines elsewhere."""
 
     def note(self, message: str) -> None:
         err.print(Text(printable(message), style="dim"), soft_wrap=True)
@@ -73,7 +94,7 @@ class Terminal:
 
 
 class LiveBar:
-    """A Rich progress bar with the latest figures."""
+    """A Rich progress bar with the latest metrics."""
 
     def __init__(self, label: str, total: int | None, done: int) -> None:
         self.figures: dict[str, float] = {}
@@ -111,7 +132,7 @@ class LiveBar:
 
 
 class PlainBar:
-    """One line every `PLAIN_SECONDS`, and one at the end of what took that long."""
+    """A progress line every `PLAIN_SECONDS`, and one at the end if any was printed."""
 
     def __init__(self, label: str, total: int | None, done: int) -> None:
         self.label, self.total, self.done = label, total, done
@@ -156,19 +177,19 @@ def print_error(error: VitcliError) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, and nothing else; odd file names are kept as escapes."""
+    """Print one JSON document to stdout; file names that are not UTF-8 are escaped."""
     sys.stdout.write(json.dumps(value, default=str) + "\n")
     sys.stdout.flush()
 
 
 def print_title(title: str) -> None:
-    """What the table below is about, on one line however long; nothing for an empty title."""
+    """Print the title of a table on one line; an empty title prints nothing."""
     if title:
         out.print(Text(printable(title), style="bold"), soft_wrap=True)
 
 
 def print_facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
-    """A table of names and values."""
+    """Print a table of names and values."""
     print_title(title)
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows:
@@ -177,7 +198,7 @@ def print_facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table with a heading; all but the first column are set to the right."""
+    """Print a table with column names; all but the first column are right-aligned."""
     print_title(title)
     table = Table(box=None, padding=(0, 2))
     for number, name in enumerate(columns):
@@ -188,7 +209,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
 
 def print_picture(image: "Image", width: int = 64) -> None:
-    """A picture of coloured half blocks, two pixel rows a line; nothing where colour is off."""
+    """Print an image as coloured half blocks, two pixel rows per line, if colour is on."""
     if not out.is_terminal or out.no_color or out.color_system is None:
         return
     width = min(width, out.width)
@@ -208,5 +229,5 @@ def _rgb(values: bytes, at: int) -> str:
 
 
 def show_next(command: str) -> None:
-    """What one does after this."""
+    """Print the command that a user would run next."""
     out.print(Text(f"next: {command}", style="dim"), soft_wrap=True)

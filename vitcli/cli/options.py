@@ -1,74 +1,127 @@
-"""Arguments and options that several commands share, and the settings behind the short flags.
+"""The option groups of the commands.
 
-The flags of `vitcli predict`.
+A group is a frozen dataclass whose fields are Typer options. `option_groups` writes the fields of
+every keyword-only parameter out as flags of the command. A flag made by `setting` is shorthand for
+a key of the recipe schema and shows the help of that key, so nothing is described twice.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
-from vitcli import distributed as launch
+from vitcli import distributed
 from vitcli.errors import VitcliError
 
-# Short flags of the commands -> the settings that they stand for.
-SHORTHAND = {
-    "epochs": "train.epochs",
-    "steps": "train.steps",
-    "budget": "train.budget",
-    "batch_size": "train.batch_size",
-    "lr": "optim.lr",
-    "image_size": "model.image_size",
-    "seed": "train.seed",
-    "precision": "train.precision",
-    "shots": "fewshot.shots",
-    "method": "fewshot.method",
-    "l2": "fewshot.l2",
-    "seeds": "fewshot.seeds",
-    "representation": "fewshot.representation",
-    "streaming": "data.streaming",
-    "strict": "data.strict",
-    "on_nan": "train.on_nan",
-    "lora": "lora.rank",
-}
+DATA, MODEL, TRAINING, EVALUATION = "Data", "Model", "Training", "Evaluation"
+MACHINE, OUTPUT = "Machine", "Output"
+SCHEMA = "schema:"  # marks a help text that `SettingsCommand` reads from the schema
 
 
-def settings(assignments: list[str] | None, **flags: Any) -> dict[str, Any]:
-    """`--set` assignments, and laid over them the short flags that were given (not None).
+def option(panel: str, *flags: str, help: str, **more: Any) -> Any:
+    """A Typer option in the help panel `panel`; its default is shown only where that helps."""
+    more.setdefault("show_default", False)
+    return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
+
+
+def setting(
+    panel: str, key: str, *flags: str, parse: Callable[[Any], Any] | None = None, **more: Any
+) -> Any:
+    """A flag that sets the key `key` of the recipe schema; `parse` converts what is typed."""
+    info = option(panel, *flags, help=SCHEMA + key, **more)
+    info.setting, info.parse = key, parse
+    return info
+
+
+class SettingsCommand(TyperCommand):
+    """A command that fills in help texts from the schema when its help is shown.
+
+    The schema needs pydantic, which takes longer to import than all of `vitcli --help`.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        fill_help(self)
+        super().format_help(ctx, formatter)
+
+
+def fill_help(command: Any) -> None:
+    """Replace the marked help texts of a click command by those of the schema."""
+    from vitcli.config.schema import help_of
+
+    for parameter in command.params:
+        text = getattr(parameter, "help", None)
+        if text and text.startswith(SCHEMA):
+            parameter.help = help_of(text.removeprefix(SCHEMA))
+
+
+def option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Give Typer a command whose keyword-only dataclass parameters become flags."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters = inspect.signature(command).parameters.values()
+    groups = {p.name: hints[p.name] for p in parameters if is_dataclass(hints[p.name])}
+
+    @wraps(command)
+    def expanded(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
+        command(**given)
+
+    own = [p.replace(annotation=hints[p.name]) for p in parameters if p.name not in groups]
+    own = [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in own]
+    flags = [
+        p for k in groups.values() for p in inspect.signature(k, eval_str=True).parameters.values()
+    ]
+    # Typer reads the signature for the parameters and the annotations for their types.
+    expanded.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    expanded.__annotations__ = {p.name: p.annotation for p in [*own, *flags]}
+    return expanded
+
+
+def settings_of(*groups: Any, set_: list[str] | None = None, **keys: Any) -> dict[str, Any]:
+    """The recipe settings in `--set` and in the flags of `groups`, nested; flags win.
+
+    Args:
+        set_: assignments of a command that has no option group.
+        keys: further settings with `__` for the dot, such as `lora__rank=4`.
 
     Raises:
-        VitcliError: an assignment that is not `section.key=value`, or two lengths of a run.
+        VitcliError: an assignment is malformed, or two flags set the length of the run.
     """
     from vitcli.config.recipe import lay_over, nest, parse_overrides
     from vitcli.config.schema import DURATIONS
 
-    found = parse_overrides(assignments or [])
-    written = [text.partition("=")[0].strip() for text in assignments or []]
-    written += [SHORTHAND[name] for name, value in flags.items() if value is not None]
-    lengths = sorted({f"train.{name}" for name in DURATIONS} & set(written))
+    assignments = list(set_ or [])
+    given = {name.replace("__", "."): value for name, value in keys.items()}
+    for group in groups:
+        for name, hint in get_type_hints(type(group), include_extras=True).items():
+            value = getattr(group, name)
+            if name == "set_":
+                assignments += value or []
+            for info in getattr(hint, "__metadata__", ()):
+                # A switch that is off leaves the setting to the recipe.
+                if (key := getattr(info, "setting", None)) and value not in (None, False):
+                    given[key] = info.parse(value) if info.parse else value
+    given = {key: value for key, value in given.items() if value is not None}
+    written = {text.partition("=")[0].strip() for text in assignments} | set(given)
+    lengths = sorted({f"train.{name}" for name in DURATIONS} & written)
     if len(lengths) > 1:
         raise VitcliError(
-            f"a run has one length, and here are {' and '.join(f'`{key}`' for key in lengths)}",
-            "give one of `--steps`, `--epochs` and `--budget`",
+            f"the length of the run is set by {' and '.join(f'`{key}`' for key in lengths)}",
+            "use only one of `--epochs`, `--steps` and `--budget`",
         )
-    for name, value in flags.items():
-        if value is not None:
-            lay_over(found, nest(SHORTHAND[name], value))
+    found = parse_overrides(assignments)
+    for key, value in given.items():
+        lay_over(found, nest(key, value))
     return found
 
 
-def numbers(text: str | None) -> list[int | str] | None:
-    """`1,5,all` -> [1, 5, "all"].
-
-    Raises:
-        VitcliError: not that.
-    """
-    if text is None:
-        return None
+def shot_counts(text: str) -> list[int | str]:
+    """`1,5,all` -> [1, 5, "all"]."""
     try:
         return [part if part == "all" else int(part) for part in text.split(",")]
     except ValueError:
@@ -82,401 +135,446 @@ def words(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",")]
 
 
-def sides(text: str | None) -> list[int] | None:
-    """`224,384` -> [224, 384].
-
-    Raises:
-        VitcliError: not that.
-    """
+def image_sizes(text: str | None) -> list[int] | None:
+    """`224,384` -> [224, 384]."""
     try:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise VitcliError(
-            f"`--image-size {text}` is not a list of pixels", "for example `--image-size 224,384`"
+            f"`--image-size {text}` is not a list of sizes in px",
+            "for example `--image-size 224,384`",
         ) from None
 
 
-def strength(text: str | None) -> float | str | None:
-    """`1024` -> 1024.0; words stay.
-
-    Raises:
-        VitcliError: neither a number nor one of the words.
-    """
-    if text is None or text in ("auto", "path"):
+def penalty(text: str) -> float | str:
+    """`1024` -> 1024.0; `auto` and `path` stay."""
+    if text in ("auto", "path"):
         return text
     try:
         return float(text)
     except ValueError:
         raise VitcliError(
-            f"`--l2 {text}` is no strength", "a number above 0, `auto` or `path`"
+            f"`--l2 {text}` is not a number", "give a number above 0, `auto` or `path`"
         ) from None
 
 
-def _several(context: typer.Context, number: int | None) -> int | None:
-    """Hand the command line over to so many processes, if this is not one of them."""
-    from vitcli.cli import console as report
+def start_processes(context: typer.Context, number: int | None) -> int | None:
+    """Start `number` processes with this command line, unless this process is one of them."""
+    from vitcli.cli import console
 
     arguments = context.find_root().obj or []
-    if number is None or number == launch.size():
+    if number is None or number == distributed.size():
         return number
     if any(word.partition("=")[0] == "--suite" for word in arguments):
-        return number  # a suite hands the number on to each of its tasks
-    if launch.size() > 1:
+        return number  # a suite starts the processes of each task itself
+    if distributed.size() > 1:
         raise VitcliError(
-            f"`--processes {number}` in a launch of {launch.size()} processes", "leave it out"
+            f"`--processes {number}` does not match the launch of {distributed.size()} processes",
+            "remove `--processes`",
         )
-    raise typer.Exit(launch.several(number, arguments, report.print_error))
+    raise typer.Exit(distributed.several(number, arguments, console.print_error))
 
 
 Data = Annotated[
     str | None,
     typer.Argument(
-        help="A folder of images, a .csv/.tsv/.jsonl manifest, parquet, .tar shards, `hf:NAME`, "
-        "or `builtin:digits`.",
+        help="Dataset: a folder of images, a .csv/.tsv/.jsonl table, parquet, .tar shards, "
+        "`hf:NAME`, or `builtin:digits`.",
+        metavar="DATA",
         show_default=False,
     ),
-]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="A run, a weights file or folder, `hf:ORG/NAME`, the address of a weights file, or a "
-        "variant such as `B/16`. Default: the newest run that fits.",
-        show_default=False,
-    ),
-]
-Models = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help="A run, a weights file or folder, `hf:ORG/NAME`, or the address of a weights file; "
-        "given several times, several models in one table. Default: the newest run that fits.",
-        show_default=False,
-    ),
-]
-ClassMap = Annotated[
-    Path | None,
-    typer.Option(
-        "--class-map",
-        help="Which classes of the model stand for which of the data, as JSON or CSV; images of "
-        "others are left out.",
-        show_default=False,
-    ),
-]
-Real = Annotated[
-    Path | None,
-    typer.Option(
-        "--real",
-        help="ReaL labels of ImageNet's validation images, as published: accuracy by them too.",
-        show_default=False,
-    ),
-]
-Calibrate = Annotated[
-    bool,
-    typer.Option(
-        "--calibrate",
-        help="Fit a temperature on the validation images, or on half of the images where there "
-        "are none, report the others, and store it with the weights.",
-    ),
-]
-Resampling = Annotated[
-    int, typer.Option("--seed", min=0, help="Of the resampling and of what is held out.")
-]
-RecipeName = Annotated[
-    str | None, typer.Option("--recipe", help="A recipe's name or file.", show_default=False)
-]
-Shots = Annotated[
-    str | None,
-    typer.Option("--shots", help="Images a class, or `all`; several with commas: `1,5,10`."),
-]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        "--method",
-        help="ridge (the paper's), knn, logistic (a linear probe) or mean (nearest class mean).",
-        show_default=False,
-    ),
-]
-L2 = Annotated[
-    str | None,
-    typer.Option(
-        "--l2",
-        help="Strength of the penalty: a number; `auto`: chosen on the images learned from; "
-        "`path`: that, and the accuracy of every strength. Default: 1024; logistic 1.",
-        show_default=False,
-    ),
-]
-Seeds = Annotated[int | None, typer.Option("--seeds", help="Draws of the shots.")]
-Representation = Annotated[
-    str | None,
-    typer.Option(
-        "--representation",
-        help="pre-logits (what the head reads), cls, mean, quadrants, token_mean, `layer:N` or "
-        "`concat:N` (the last N blocks).",
-        show_default=False,
-    ),
-]
-NoCache = Annotated[
-    bool, typer.Option("--no-cache", help="Neither read nor keep features on disk.")
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="A setting, `section.key=value`; repeatable.", show_default=False),
+    option(
+        OUTPUT,
+        "--set",
+        help="Override a setting: `section.key=value`. Repeatable.",
+        metavar="KEY=VALUE",
+    ),
+]
+Json = Annotated[bool, option(OUTPUT, "--json", help="Print the result as JSON to stdout.")]
+ImageSize = Annotated[int | None, setting(MODEL, "model.image_size", "--image-size")]
+Labels = Annotated[
+    Path | None, option(MODEL, "--labels", help="File with class names, one per line.")
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", help="Tell what became of every tensor of the weights.")
+    bool, option(OUTPUT, "--verbose", help="List how each tensor of the weights was loaded.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="Where the result goes. Default: under runs/.", show_default=False),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the run at --out, exactly where it stopped.")
-]
-Streaming = Annotated[
-    bool,
-    typer.Option(
-        "--streaming",
-        help="Read training images shard by shard, keeping none; resume is not exact.",
-    ),
-]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Stop at an image that cannot be read; else replace it.")
-]
-Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the data.")]
-Steps = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        "--budget", help="As many steps as fit: `90s`, `10m`, `1h30m`.", show_default=False
-    ),
-]
-AtOnce = Annotated[int, typer.Option("--batch-size", help="Images at once.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images a step, in all.")]
-Lr = Annotated[float | None, typer.Option("--lr", help="The peak learning rate.")]
-ImageSize = Annotated[
-    int | None, typer.Option("--image-size", help="Side of the images in pixels.")
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of weights, order and augmentation.")]
-Precision = Annotated[
-    str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16.", show_default=False)
-]
-Suite = Annotated[
-    str | None,
-    typer.Option(
-        "--suite",
-        help="Instead of DATA: every task of a suite, by its name (`vtab1k`) or file.",
-        show_default=False,
-    ),
+    Path | None, option(OUTPUT, "--out", help="Run directory. Default: a new one under runs/.")
 ]
 Processes = Annotated[
     int | None,
-    typer.Option(
+    option(
+        MACHINE,
         "--processes",
         min=1,
-        help="Processes on this machine that share the work.",
-        callback=_several,
-        show_default=False,
+        help="Number of processes on this machine that share the work.",
+        callback=start_processes,
     ),
 ]
-Track = Annotated[
+InferenceBatch = Annotated[
+    int, option(MACHINE, "--batch-size", min=1, help="Images per forward pass.", show_default=True)
+]
+InferencePrecision = Annotated[
+    str, option(MACHINE, "--precision", help="auto, fp32, bf16 or fp16.", show_default=True)
+]
+ModelName = Annotated[
     str | None,
-    typer.Option(
-        "--track", help="Send records to tensorboard, wandb or trackio.", show_default=False
+    option(
+        MODEL,
+        "--model",
+        "-m",
+        help="A run, a weights file or folder, `hf:ORG/NAME`, the URL of a weights file, or a "
+        "variant such as `B/16`. Default: the newest run that fits.",
     ),
-]
-OnNan = Annotated[
-    str | None,
-    typer.Option(
-        "--on-nan",
-        help="A loss that is not finite: `stop`, or `rewind` and go on with half the rate.",
-        show_default=False,
-    ),
-]
-Lora = Annotated[
-    int | None,
-    typer.Option(
-        "--lora",
-        help="Of `finetune`: train adapters of this rank and the head, nothing else.",
-        show_default=False,
-    ),
-]
-FindLr = Annotated[
-    bool,
-    typer.Option(
-        "--find-lr", help="Do not train: try learning rates for half a minute, and draw the curve."
-    ),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what it would cost, and train and write nothing.")
-]
-Labels = Annotated[
-    Path | None, typer.Option("--labels", help="Class names, one a line.", show_default=False)
 ]
 
 
 @dataclass(frozen=True)
-class Training:
-    """The flags of every command that trains."""
+class TrainOptions:
+    """The options of `pretrain` and `finetune`."""
 
-    recipe: RecipeName = None
-    set_: Set = None
-    epochs: Epochs = None
-    steps: Steps = None
-    budget: Budget = None
-    batch_size: BatchSize = None
-    lr: Lr = None
+    recipe: Annotated[
+        str | None, option(TRAINING, "--recipe", help="Name or file of a recipe.")
+    ] = None
+    epochs: Annotated[float | None, setting(TRAINING, "train.epochs", "--epochs")] = None
+    steps: Annotated[int | None, setting(TRAINING, "train.steps", "--steps")] = None
+    budget: Annotated[str | None, setting(TRAINING, "train.budget", "--budget")] = None
+    batch_size: Annotated[int | None, setting(TRAINING, "train.batch_size", "--batch-size")] = None
+    lr: Annotated[float | None, setting(TRAINING, "optim.lr", "--lr")] = None
+    seed: Annotated[int | None, setting(TRAINING, "train.seed", "--seed")] = None
+    on_nan: Annotated[str | None, setting(TRAINING, "train.on_nan", "--on-nan")] = None
+    find_lr: Annotated[
+        bool,
+        option(
+            TRAINING,
+            "--find-lr",
+            help="Run the learning-rate finder for half a minute and plot the curve; do not train.",
+        ),
+    ] = False
+    dry_run: Annotated[
+        bool, option(TRAINING, "--dry-run", help="Print the cost estimate only; do not train.")
+    ] = False
+    resume: Annotated[
+        bool,
+        option(TRAINING, "--resume", help="Resume the run in `--out` from its last checkpoint."),
+    ] = False
     image_size: ImageSize = None
-    seed: Seed = None
-    precision: Precision = None
+    streaming: Annotated[bool, setting(DATA, "data.streaming", "--streaming")] = False
+    strict: Annotated[bool, setting(DATA, "data.strict", "--strict")] = False
+    precision: Annotated[str | None, setting(MACHINE, "train.precision", "--precision")] = None
     processes: Processes = None
     out: Out = None
-    resume: Resume = False
-    on_nan: OnNan = None
-    lora: Lora = None
-    track: Track = None
-    find_lr: FindLr = False
-    dry_run: DryRun = False
-    streaming: Streaming = False
-    strict: Strict = False
+    set_: Set = None
+    track: Annotated[
+        str | None,
+        option(OUTPUT, "--track", help="Send metrics to tensorboard, wandb or trackio."),
+    ] = None
     json: Json = False
-
-    def settings(self) -> dict[str, Any]:
-        """What they say about the recipe; raises as the function `settings` does."""
-        names = [field.name for field in fields(self) if field.name in SHORTHAND]
-        given = {name: getattr(self, name) for name in names}
-        # A switch that was not thrown says nothing.
-        return settings(self.set_, **{k: None if v is False else v for k, v in given.items()})
-
-
-def flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give typer a command whose keyword-only argument, a dataclass, is written out as its flags.
-
-    Such as `training: Training`.
-    """
-    hints = get_type_hints(command, include_extras=True)
-    takes = inspect.signature(command).parameters.values()
-    (keyword,) = (p.name for p in takes if p.kind is p.KEYWORD_ONLY)
-    kind = hints[keyword]
-
-    @wraps(command)
-    def written_out(**given: Any) -> None:
-        mine = {f.name: given.pop(f.name) for f in fields(kind)}
-        command(**given, **{keyword: kind(**mine)})
-
-    own = [p.replace(annotation=hints[p.name]) for p in takes if p.name != keyword]
-    theirs = inspect.signature(kind, eval_str=True).parameters.values()
-    parameters = [*own, *theirs]
-    # Both, because typer looks at both.
-    written_out.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    written_out.__annotations__ = {p.name: p.annotation for p in parameters}
-    return written_out
-
-
-Top = Annotated[int, typer.Option("--top", help="Classes shown for each image.")]
-From = Annotated[
-    str | None,
-    typer.Option(
-        "--from",
-        help="A file with more paths, one a line or ended by NUL (`find -print0`); `-` is stdin.",
-        show_default=False,
-    ),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(
-        "--threshold",
-        help="No label for images whose best probability lies below this.",
-        show_default=False,
-    ),
-]
-Ood = Annotated[
-    bool,
-    typer.Option(
-        "--ood",
-        help="How strange each image is: the share of held-out training images that lie nearer, by "
-        "their features, to what the model knows.",
-    ),
-]
-OodThreshold = Annotated[
-    float | None,
-    typer.Option(
-        "--ood-threshold",
-        help="No label for images with a larger share than this; 0.99 turns one in a hundred "
-        "ordinary images away.",
-        show_default=False,
-    ),
-]
-Reference = Annotated[
-    str | None,
-    typer.Option(
-        "--reference",
-        help="DATA that is usual, for `--ood`: its features are kept beside the weights. Default: "
-        "those kept, else the data that the run learned from.",
-        show_default=False,
-    ),
-]
-Tta = Annotated[
-    str | None,
-    typer.Option(
-        "--tta",
-        help="Mean probabilities of several views: `flip`, `crops:5`, `crops:10` take 2, 5, 10 "
-        "times as long.",
-        show_default=False,
-    ),
-]
-Csv = Annotated[
-    Path | None, typer.Option("--csv", help="Write the table there.", show_default=False)
-]
-Jsonl = Annotated[
-    Path | None, typer.Option("--jsonl", help="Write the table there.", show_default=False)
-]
-Parquet = Annotated[
-    Path | None, typer.Option("--parquet", help="Write the table there.", show_default=False)
-]
-ResumePrediction = Annotated[
-    bool, typer.Option("--resume", help="Go on with the table of an interrupted command.")
-]
-Lines = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
 
 @dataclass(frozen=True)
-class Predicting:
-    """The flags, named as the arguments of `commands.predict.run` but for four."""
+class PlanOptions:
+    """The options of `plan`: the run's settings, the machine and its prices."""
 
-    from_: From = None
-    top: Top = 5
-    threshold: Threshold = None
-    ood: Ood = False
-    ood_threshold: OodThreshold = None
-    reference: Reference = None
-    tta: Tta = None
-    labels: Labels = None
+    model: ModelName = None
+    epochs: Annotated[float | None, setting(TRAINING, "train.epochs", "--epochs")] = None
+    steps: Annotated[int | None, setting(TRAINING, "train.steps", "--steps")] = None
+    budget: Annotated[str | None, setting(TRAINING, "train.budget", "--budget")] = None
+    batch_size: Annotated[int | None, setting(TRAINING, "train.batch_size", "--batch-size")] = None
+    image_size: ImageSize = None
+    images: Annotated[
+        int | None,
+        option(DATA, "--images", min=1, help="Number of training images, if there is no DATA."),
+    ] = None
+    classes: Annotated[
+        int | None, option(DATA, "--classes", min=1, help="Number of classes, if there is no DATA.")
+    ] = None
+    probe: Annotated[
+        bool,
+        option(
+            MACHINE,
+            "--probe/--no-probe",
+            help="Measure a few real training steps on this machine.",
+            show_default=True,
+        ),
+    ] = True
+    device: Annotated[
+        str | None,
+        option(
+            MACHINE,
+            "--device",
+            help="Estimate for other machines: t4, l4, rtx4090, a100, h100, h200, tpuv3 (one "
+            "core), several separated by commas, or `all`.",
+        ),
+    ] = None
+    precision: Annotated[str | None, setting(MACHINE, "train.precision", "--precision")] = None
+    processes: Processes = None
+    watts: Annotated[
+        float | None, option(MACHINE, "--watts", min=0.0, help="Power draw of the machine in W.")
+    ] = None
+    kwh_price: Annotated[
+        float | None, option(MACHINE, "--kwh-price", min=0.0, help="Price of one kWh.")
+    ] = None
+    hour_price: Annotated[
+        float | None, option(MACHINE, "--hour-price", min=0.0, help="Rent of the machine per hour.")
+    ] = None
     set_: Set = None
-    batch_size: AtOnce = 32
-    precision: Precision = None
-    csv: Csv = None
-    jsonl: Jsonl = None
-    parquet: Parquet = None
-    resume: ResumePrediction = False
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """The options of `bench`."""
+
+    image_size: Annotated[
+        str | None,
+        option(MODEL, "--image-size", help="Image side in px; several as `224,384`."),
+    ] = None
+    attention: Annotated[
+        str | None,
+        option(
+            MODEL,
+            "--attention",
+            help="auto, fused (PyTorch's kernel) or explicit; several as `fused,explicit`.",
+        ),
+    ] = None
+    against: Annotated[
+        str | None,
+        option(MODEL, "--against", help="Libraries to compare with: transformers, timm or both."),
+    ] = None
+    precision: Annotated[
+        str | None,
+        option(MACHINE, "--precision", help="auto, fp32, bf16 or fp16; several as `fp32,bf16`."),
+    ] = None
+    batch_size: Annotated[
+        int, option(MACHINE, "--batch-size", min=1, help="Images per batch.", show_default=True)
+    ] = 16
+    seconds: Annotated[
+        float,
+        option(MACHINE, "--seconds", min=0.0, help="Seconds per measurement.", show_default=True),
+    ] = 3.0
+    quick: Annotated[
+        bool, option(MACHINE, "--quick", help="Measure for a tenth of `--seconds`.")
+    ] = False
+    memory: Annotated[
+        str | None,
+        option(
+            MACHINE,
+            "--memory",
+            help="Memory limit for the largest-batch search, e.g. `4G`. Default: free memory.",
+        ),
+    ] = None
+    out: Annotated[Path | None, option(OUTPUT, "--out", help="Plot as a .png file.")] = None
+    set_: Set = None
+    json: Json = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `commands.bench.run`."""
+        return {
+            "image_sizes": image_sizes(self.image_size),
+            "precisions": words(self.precision),
+            "attentions": words(self.attention),
+            "batch_size": self.batch_size,
+            "against": words(self.against),
+            "seconds": self.seconds / 10 if self.quick else self.seconds,
+            "memory": self.memory,
+            "settings": settings_of(self),
+            "out": self.out,
+        }
+
+
+@dataclass(frozen=True)
+class FewshotOptions:
+    """The options of `fewshot`."""
+
+    model: ModelName = None
+    image_size: ImageSize = None
+    representation: Annotated[
+        str | None, setting(MODEL, "fewshot.representation", "--representation")
+    ] = None
+    shots: Annotated[
+        str | None, setting(EVALUATION, "fewshot.shots", "--shots", parse=shot_counts)
+    ] = None
+    method: Annotated[str | None, setting(EVALUATION, "fewshot.method", "--method")] = None
+    l2: Annotated[str | None, setting(EVALUATION, "fewshot.l2", "--l2", parse=penalty)] = None
+    seeds: Annotated[int | None, setting(EVALUATION, "fewshot.seeds", "--seeds")] = None
+    batch_size: InferenceBatch = 128
+    precision: InferencePrecision = "auto"
+    processes: Processes = None
+    no_cache: Annotated[
+        bool,
+        option(MACHINE, "--no-cache", help="Do not read or write the feature cache on disk."),
+    ] = False
+    out: Out = None
+    set_: Set = None
     verbose: Verbose = False
-    json: Lines = False
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The options of `evaluate`."""
+
+    model: Annotated[
+        list[str] | None,
+        option(
+            MODEL,
+            "--model",
+            "-m",
+            help="A run, a weights file or folder, `hf:ORG/NAME`, or the URL of a weights file. "
+            "Repeat it to compare models in one table. Default: the newest run that fits.",
+        ),
+    ] = None
+    image_size: ImageSize = None
+    labels: Labels = None
+    class_map: Annotated[
+        Path | None,
+        option(
+            MODEL,
+            "--class-map",
+            help="JSON or CSV file that maps classes of the model to classes of the data; images "
+            "of other classes are excluded.",
+        ),
+    ] = None
+    suite: Annotated[
+        str | None,
+        option(
+            EVALUATION,
+            "--suite",
+            help="Run every task of a suite instead of DATA, by name (`vtab1k`) or file.",
+        ),
+    ] = None
+    real: Annotated[
+        Path | None,
+        option(
+            EVALUATION,
+            "--real",
+            help="ReaL labels of the ImageNet validation images; adds the ReaL accuracy.",
+        ),
+    ] = None
+    calibrate: Annotated[
+        bool,
+        option(
+            EVALUATION,
+            "--calibrate",
+            help="Fit a temperature on the validation images (or on half of the images if there "
+            "are none), report on the others, and store it with the weights.",
+        ),
+    ] = False
+    seed: Annotated[
+        int,
+        option(
+            EVALUATION,
+            "--seed",
+            min=0,
+            help="Random seed for the bootstrap and for held-out images.",
+            show_default=True,
+        ),
+    ] = 0
+    batch_size: InferenceBatch = 128
+    precision: InferencePrecision = "auto"
+    processes: Processes = None
+    out: Annotated[
+        Path | None, option(OUTPUT, "--out", help="Folder for the CSV files and plots.")
+    ] = None
+    set_: Set = None
+    verbose: Verbose = False
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """The options of `predict`."""
+
+    from_: Annotated[
+        str | None,
+        option(
+            DATA,
+            "--from",
+            help="File with more paths, one per line or separated by NUL (`find -print0`); `-` is "
+            "stdin.",
+        ),
+    ] = None
+    model: ModelName = None
+    labels: Labels = None
+    top: Annotated[
+        int, option(EVALUATION, "--top", help="Number of classes per image.", show_default=True)
+    ] = 5
+    threshold: Annotated[
+        float | None,
+        option(EVALUATION, "--threshold", help="Give no label below this probability."),
+    ] = None
+    ood: Annotated[
+        bool,
+        option(
+            EVALUATION,
+            "--ood",
+            help="Add the out-of-distribution (OOD) score, 0 to 1: the fraction of held-out "
+            "training images whose features are closer to the training data.",
+        ),
+    ] = False
+    ood_threshold: Annotated[
+        float | None,
+        option(
+            EVALUATION,
+            "--ood-threshold",
+            help="Give no label above this OOD score; 0.99 rejects about 1 % of in-distribution "
+            "images.",
+        ),
+    ] = None
+    reference: Annotated[
+        str | None,
+        option(
+            EVALUATION,
+            "--reference",
+            help="In-distribution reference dataset for `--ood`. Default: the reference stored "
+            "with the weights, or the training data of the run.",
+        ),
+    ] = None
+    tta: Annotated[
+        str | None,
+        option(
+            EVALUATION,
+            "--tta",
+            help="Average predictions over augmented views: `flip`, `crops:5` or `crops:10` (2, 5 "
+            "or 10 times the work).",
+        ),
+    ] = None
+    batch_size: InferenceBatch = 32
+    precision: InferencePrecision = "auto"
+    csv: Annotated[
+        Path | None, option(OUTPUT, "--csv", help="Save the results to this CSV file.")
+    ] = None
+    jsonl: Annotated[
+        Path | None, option(OUTPUT, "--jsonl", help="Save the results to this JSON Lines file.")
+    ] = None
+    parquet: Annotated[
+        Path | None, option(OUTPUT, "--parquet", help="Save the results to this parquet file.")
+    ] = None
+    resume: Annotated[
+        bool, option(OUTPUT, "--resume", help="Resume the table of an interrupted command.")
+    ] = False
+    set_: Set = None
+    verbose: Verbose = False
+    json: Annotated[
+        bool, option(OUTPUT, "--json", help="Print one JSON object per image to stdout.")
+    ] = False
 
     @property
     def abstains(self) -> bool:
-        """Whether there may be images without an answer."""
+        """Whether some images may get no label."""
         return self.threshold is not None or self.ood_threshold is not None
 
     def arguments(self) -> dict[str, Any]:
-        """What `commands.predict.run` takes; raises as `options.settings` does."""
+        """Keyword arguments of `commands.predict.run`."""
         given = dict(vars(self))
-        del given["json"]
+        for name in ("json", "set_"):
+            del given[name]
+        given["settings"] = settings_of(self)
         given["source"] = given.pop("from_")
-        given["settings"] = settings(given.pop("set_"))
-        given["precision"] = self.precision or "auto"
         for table in ("csv", "jsonl", "parquet"):
             given[f"{table}_file"] = given.pop(table)
         return given

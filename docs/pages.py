@@ -1,73 +1,52 @@
-"""A hook of MkDocs: the site's pages, made from the texts that the project has anyway.
+"""A hook of MkDocs that adds generated pages to the files in this folder.
 
-README.md becomes a page a section; each command's page is its section of README.md and the help
-that the program itself gives. So there is one text, and the tests of README.md are those of the
-site.
+Generated: the start page from README.md, a page per command from the program's help, a page with
+every setting from the schema, and the texts that are elsewhere in the repository. Links are written
+for the repository, and `site_links` rewrites them for the site.
 """
 
 import inspect
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = "commands"  # the folder of their pages
-# Files that are pages as they are, at the place that they have in the project.
-AS_THEY_ARE = {
-    "Recipes": "recipes/README.md",
-    "Results": "recipes/RESULTS.md",
-    "Log": "recipes/LOG.md",
-    "Contributing": "CONTRIBUTING.md",
-    "Changes": "CHANGELOG.md",
+COMMANDS = "reference/commands"
+SETTINGS = "reference/settings.md"
+# Repository path -> address on the site, for texts outside of docs/.
+OTHER_TEXTS = {
+    "README.md": "index.md",
+    "recipes/README.md": "recipes/README.md",
+    "recipes/RESULTS.md": "recipes/RESULTS.md",
+    "recipes/LOG.md": "recipes/LOG.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+    "CHANGELOG.md": "CHANGELOG.md",
 }
 
 
-def sections(text: str, level: int) -> dict[str, str]:
-    """Heading -> what stands under it, for the headings of one level; "" is what comes before."""
-    found: dict[str, list[str]] = {"": []}
-    title, fenced = "", False
-    for line in text.splitlines():
-        fenced ^= line.startswith("```")
-        if not fenced and line.startswith("#" * level + " "):
-            title = line.strip("# ").strip()
-            found[title] = []
-        else:
-            found[title].append(line)
-    return {name: "\n".join(lines).strip() + "\n" for name, lines in found.items()}
-
-
-def moved(text: str) -> str:
-    """Links of a text of the project's root, for a page one folder further down."""
-    return re.sub(r"\]\((?![a-z]+:|#|/)", "](../", text)
-
-
 def cell(text: str) -> str:
-    """A text in a table."""
+    """A text inside a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def options(command: Any) -> str:
-    """The arguments and options of a command, as a table."""
+def option_table(command: Any) -> str:
+    """The arguments and options of a click command as a Markdown table."""
     rows = []
     for parameter in command.params:
-        names = getattr(parameter, "opts", [])
         positional = parameter.param_type_name == "argument"
-        name = parameter.metavar or parameter.name if positional else ", ".join(names)
-        shown = (
-            "" if positional or parameter.is_flag or not parameter.default else parameter.default
-        )
-        default = f"`{shown}`" if isinstance(shown, (int, float, str)) and shown != "" else ""
+        flags = ", ".join(parameter.opts)
+        name = (parameter.metavar or parameter.name) if positional else flags
+        shown = "" if positional or parameter.is_flag else (parameter.default or "")
+        default = f"`{shown}`" if isinstance(shown, int | float | str) and shown != "" else ""
         rows.append(f"| `{cell(name)}` | {cell(parameter.help or '')} | {cell(default)} |")
-    return "\n".join(["| | | default |", "| --- | --- | --- |", *rows]) + "\n"
+    return "\n".join(["| option | meaning | default |", "| --- | --- | --- |", *rows]) + "\n"
 
 
-def command_pages(said: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """(name, page) of each command of the program.
-
-    Args:
-        said: heading -> text of README's sections about commands, such as `evaluate, predict`.
-    """
+def command_pages() -> Iterator[tuple[str, str]]:
+    """(address, Markdown) of each command of the program."""
     from typer.main import get_command
 
     from vitcli.cli.app import app
@@ -75,67 +54,111 @@ def command_pages(said: dict[str, str]) -> Iterator[tuple[str, str]]:
 
     for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
         fill_help(command)
-        parts = [f"# vitcli {name}\n", inspect.cleandoc(command.help or "") + "\n"]
-        for heading, text in said.items():
-            if name in re.findall(r"[a-z]+", heading.partition(":")[0]):
-                parts.append(moved(text))
-        parts += ["## Arguments and options\n", options(command)]
-        yield name, "\n".join(parts)
+        text = inspect.cleandoc(command.help or "")
+        page = f"# vitcli {name}\n\n{text}\n\n## Arguments and options\n\n{option_table(command)}"
+        yield f"{COMMANDS}/{name}.md", page
+
+
+def type_name(kind: Any) -> str:
+    """A type of the schema in words, such as `int` or `'crop', 'squash' or 'pad'`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(f"`{word}`" for word in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(type_name(one) for one in arguments if one is not type(None))
+    if origin is tuple:
+        return f"list of {type_name(arguments[0])}"
+    if origin is Annotated:
+        return type_name(arguments[0])
+    return str(kind.__name__)
+
+
+def settings_page() -> str:
+    """Every setting of the recipe schema: key, type, default, help."""
+    from vitcli.config.schema import SECTIONS
+
+    parts = ["# Settings\n", "Set a key with `--set section.key=value` or in a recipe.\n"]
+    for name, section in SECTIONS.items():
+        parts.append(f"## {name}\n\n{inspect.cleandoc(section.__doc__ or '')}\n")
+        rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+        for key, field in section.model_fields.items():
+            default = "" if field.default is None else f"`{field.default}`"
+            kind, text = cell(type_name(field.annotation)), cell(field.description or "")
+            rows.append(f"| `{name}.{key}` | {kind} | {cell(default)} | {text} |")
+        parts.append("\n".join(rows) + "\n")
+    return "\n".join(parts)
 
 
 def pages() -> dict[str, str]:
-    """Address of every page that is made -> its text."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    top = sections(readme, 2)
-    about = sections(top.pop("Commands"), 3)
-    made = {"index.md": "\n".join([top.pop(""), "## What one gets\n", top.pop("What one gets")])}
-    made[f"{COMMANDS}/index.md"] = f"# Commands\n\n{moved(about.pop(''))}"
-    for name, text in command_pages(about):
-        made[f"{COMMANDS}/{name}.md"] = text
-    for title, text in top.items():
-        made[f"{slug(title)}.md"] = f"# {title}\n\n{text}"
-    for file in AS_THEY_ARE.values():
-        made[file] = (ROOT / file).read_text(encoding="utf-8")
+    """Address -> Markdown of every generated page."""
+    made = {
+        address: site_links((ROOT / path).read_text(encoding="utf-8"), path)
+        for path, address in OTHER_TEXTS.items()
+    }
+    made |= dict(command_pages())
+    made[SETTINGS] = settings_page()
     return made
 
 
-def slug(title: str) -> str:
-    """`Data and models` -> `data-and-models`."""
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+def address_of(path: str) -> str:
+    """The address on the site of a file of the repository."""
+    return OTHER_TEXTS.get(path, path.removeprefix("docs/"))
+
+
+def site_links(text: str, path: str) -> str:
+    """Rewrite the relative links of the repository file `path` for its place on the site."""
+    here = posixpath.dirname(address_of(path))
+
+    def rewritten(match: re.Match[str]) -> str:
+        target, anchor = match[1], match[2] or ""
+        if "://" in target or not target:
+            return match[0]
+        file = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
+        return f"]({posixpath.relpath(address_of(file), here or '.')}{anchor})"
+
+    return re.sub(r"\]\(([^)#\s]*)(#[^)]*)?\)", rewritten, text)
 
 
 def navigation(made: dict[str, str]) -> list[Any]:
     """The order of the pages."""
-    own = [page for page in made if "/" not in page and page not in AS_THEY_ARE.values()]
-    commands = [page for page in made if page.startswith(f"{COMMANDS}/")]
+
+    def folder(name: str) -> list[str]:
+        return [f"{name}/{p.name}" for p in sorted((ROOT / "docs" / name).glob("*.md"))]
+
+    commands = [address for address in made if address.startswith(f"{COMMANDS}/")]
     return [
-        *(page for page in own if page == "index.md"),
-        {"Commands": commands},
-        *(page for page in own if page != "index.md"),
-        *({title: page} for title, page in AS_THEY_ARE.items()),
+        "index.md",
+        {"Tutorials": folder("tutorials")},
+        {"How-to guides": folder("how-to")},
+        {"Concepts": folder("concepts")},
+        {"Reference": [{"Commands": commands}, SETTINGS, "recipes/README.md"]},
+        {"Results": ["recipes/RESULTS.md", "recipes/LOG.md"]},
+        "comparison.md",
+        "faq.md",
+        {"Project": ["CONTRIBUTING.md", "CHANGELOG.md"]},
     ]
 
 
 def on_config(config: Any) -> Any:
-    """MkDocs asks for the navigation first."""
+    """Set the navigation before MkDocs reads the files."""
     config["nav"] = navigation(pages())
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """MkDocs asks which files there are: the pages, and the pictures and files that they name."""
+    """Add the generated pages, and the recipes and pictures that pages link to."""
     from mkdocs.structure.files import File
 
-    made = pages()
-    for address, text in made.items():
+    for address, text in pages().items():
         files.append(File.generated(config, address, content=text))
-    linked = {
-        target
-        for text in made.values()
-        for target in re.findall(r"\]\((?:\.\./)?([\w./-]+)\)", text)
-    }
     for path in sorted((ROOT / "recipes").rglob("*")):
         name = path.relative_to(ROOT).as_posix()
-        if path.is_file() and name not in made and (name in linked or path.suffix == ".svg"):
+        if path.is_file() and path.suffix in (".toml", ".png", ".svg", ".py"):
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Rewrite the links of the pages that are files in docs/."""
+    source = f"docs/{page.file.src_uri}"
+    return site_links(markdown, source) if (ROOT / source).is_file() else markdown

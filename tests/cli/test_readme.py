@@ -12,7 +12,8 @@ from vitcli.cli.app import app
 from vitcli.cli.main import run
 
 ROOT = Path(__file__).parents[2]
-TEXTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md")
+DOCS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))
+TEXTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md", *DOCS)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -25,14 +26,15 @@ def commands(text):
                 yield line
 
 
-LINES = sorted(set(commands(README)))
+ALL = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", *DOCS)]
+LINES = sorted({line for text in ALL for line in commands(text)})
 
 
 def test_the_search_found_them():
     assert len(LINES) >= 15
     from typer.main import get_command
 
-    assert {line.split()[1] for line in LINES} == set(get_command(app).commands)
+    assert {line.split()[1] for line in commands(README)} == set(get_command(app).commands)
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -63,7 +65,9 @@ def test_links_to_files_lead_somewhere(name):
             assert ((ROOT / name).parent / target).exists(), target
 
 
-@pytest.mark.parametrize("name", re.findall(r"`(vitcli/[\w/.]+)`", README) or ["vitcli/cli.py"])
+@pytest.mark.parametrize(
+    "name", re.findall(r"^((?:vitcli|recipes|docs|tests)/\w*/?)", README, flags=re.M)
+)
 def test_files_that_are_named_exist(name):
     assert (ROOT / name).exists()
 

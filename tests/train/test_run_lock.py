@@ -44,7 +44,7 @@ def test_a_second_process_is_refused_and_told_who_is_there(tmp_path, holder):
     words = f"process {holder.pid} on `.+` is training in"
     with pytest.raises(VitcliError, match=words), locked(Run(tmp_path)):
         raise AssertionError("entered")
-    with locked(Run(tmp_path), main=False):  # not the first of its launch
+    with locked(Run(tmp_path), is_main=False):  # not the first of its launch
         pass
 
 

@@ -20,7 +20,7 @@ def go(out, **more):
 
 
 def test_a_tracker_must_exist_and_be_installed(tmp_path, monkeypatch):
-    with pytest.raises(VitcliError, match="no tracker `pencil`"):
+    with pytest.raises(VitcliError, match="unknown tracker `pencil`"):
         go(tmp_path / "run", track="pencil")
     monkeypatch.setattr(recorder, "find_spec", lambda name: None)
     with pytest.raises(VitcliError, match="needs a package that is not installed") as caught:

@@ -13,7 +13,7 @@ from vitcli.data.batch import Batch, onto
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
 from vitcli.errors import VitcliError
-from vitcli.evals.multilabel import multi_label_metrics
+from vitcli.evals.scoring import multi_label_metrics
 from vitcli.progress import Watcher
 from vitcli.weights.loaded import LoadedModel
 

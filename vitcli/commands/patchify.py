@@ -1,6 +1,6 @@
 """`vitcli patchify`: cut an image, or every image of a dataset, into the patches of a ViT."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,37 +182,9 @@ def run(
         return _patchify_image(
             source, patch_size, preprocess, target, compare, reconstruct, tuple(notes)
         )
-    data = load_data(
-        source,
-        image_column=image_column,
-        label_column=label_column,
-        test_fraction=0.0,
-        labelled=False,
-        watch=watch,
-    )
-    broken: tuple[str, ...] = ()
-    stored_bytes = None
-    if target is not None and not target.suffix:
-        side = round(max(size) / STORED_CROP)
-        stored = store_set(data, target, side=side, workers=workers, watch=watch)
-        broken, stored_bytes = stored.broken, stored.bytes
-        notes.append(f"the shorter side is at most {side} px, enough for crops of {size[0]} px")
-    elif target is not None:
-        broken = store_token_set(
-            data, target, preprocess, patch_size, source=source, workers=workers, watch=watch
-        )
-    return PatchifyResult(
-        source=printable(source),
-        kind="data",
-        image_size=size,
-        patch_size=patch_size,
-        num_channels=num_channels,
-        splits={name: len(images) for name, images in data.splits.items()},
-        classes=data.classes,
-        out=target,
-        stored_bytes=stored_bytes,
-        broken=broken,
-        notes=(*notes, *data.notes),
+    columns = {"image_column": image_column, "label_column": label_column}
+    return _patchify_data(
+        source, patch_size, preprocess, target, tuple(notes), columns, workers, watch
     )
 
 
@@ -312,6 +284,51 @@ def _patchify_image(
         comparison=None if compare is None else Path(compare),
         reconstruction=None if reconstruct is None else Path(reconstruct),
         notes=notes,
+    )
+
+
+def _patchify_data(
+    source: str,
+    patch_size: int,
+    preprocess: Preprocess,
+    target: Path | None,
+    notes: tuple[str, ...],
+    columns: dict[str, str | None],
+    workers: int | None,
+    watch: Watcher | None,
+) -> PatchifyResult:
+    data = load_data(
+        source,
+        **columns,
+        test_fraction=0.0,
+        labelled=False,
+        watch=watch,
+    )
+    result = PatchifyResult(
+        source=printable(source),
+        kind="data",
+        image_size=preprocess.image_size,
+        patch_size=patch_size,
+        num_channels=preprocess.num_channels,
+        splits={name: len(images) for name, images in data.splits.items()},
+        classes=data.classes,
+        out=target,
+        notes=(*notes, *data.notes),
+    )
+    if target is None:
+        return result
+    if target.suffix:
+        broken = store_token_set(
+            data, target, preprocess, patch_size, source=source, workers=workers, watch=watch
+        )
+        return replace(result, broken=broken)
+    side = round(max(preprocess.image_size) / STORED_CROP)
+    stored = store_set(data, target, side=side, workers=workers, watch=watch)
+    note = (
+        f"the shorter side is at most {side} px, enough for crops of {preprocess.image_size[0]} px"
+    )
+    return replace(
+        result, broken=stored.broken, stored_bytes=stored.bytes, notes=(*notes, note, *data.notes)
     )
 
 

@@ -90,7 +90,7 @@ class PlanTarget:
 
 
 def run(
-    target: str | None = None,
+    recipe: str | None = None,
     data: str | None = None,
     *,
     command: str | None = None,
@@ -109,7 +109,7 @@ def run(
     """Estimate the cost of a run. Nothing is written.
 
     Args:
-        target: name or file of a recipe, or a run directory; None takes the default of `command`.
+        recipe: name or file of a recipe, or a run directory; None takes the default of `command`.
         data: DATA; None takes that of the recipe, else the header of the recipe.
         command: `pretrain` or `finetune`, for `--dry-run`; None takes that of the recipe.
         model: MODEL of a `finetune` recipe.
@@ -130,37 +130,37 @@ def run(
         check_free(out)
     hardware = find_hardware(device) if device else []
     here = includes_this_machine(device)
-    request = PlanTarget(target, data, command, model, settings)
-    name, recipe, stated = request.resolve(watch)
-    check_names(recipe)
+    request = PlanTarget(recipe, data, command, model, settings)
+    name, resolved, stated = request.resolve(watch)
+    check_names(resolved)
     own = request.without_budget()
-    accelerator, precision = start_accelerator(recipe)
-    if recipe.data.name is None:
-        channels = recipe.model.num_channels or 3
+    accelerator, precision = start_accelerator(resolved)
+    if resolved.data.name is None:
+        channels = resolved.model.num_channels or 3
         source = noise_source(name, stated, images, classes, channels, watch)
     else:
-        source = open_source(recipe, watch)
-    torch.manual_seed(recipe.train.seed)
+        source = open_source(resolved, watch)
+    torch.manual_seed(resolved.train.seed)
     base = base_memory() if pick_device().type == "cpu" else None
     make_model = partial(_make_model, source=source, weights=probing and here)
     planned = PlannedRun(
-        recipe,
+        resolved,
         source,
-        make_model(recipe, watch=watch),
-        images if images is not None else _count_images(recipe, source),
+        make_model(resolved, watch=watch),
+        images if images is not None else _count_images(resolved, source),
         accelerator.num_processes,
         precision,
     )
     startup = time.monotonic() - began
     estimate = CostEstimate(planned, name, count_run(planned), base, prices)
-    if recipe.train.budget is not None:
-        estimate.budget = parse_duration(recipe.train.budget)
+    if resolved.train.budget is not None:
+        estimate.budget = parse_duration(resolved.train.budget)
     if probing and here:
         _add_probe(estimate, own, accelerator, startup, watch)
     _add_devices(estimate, hardware, here)
     if compare:
         quiet_model = partial(make_model, watch=Quiet())
-        estimate.changes = change_rows(estimate, own or recipe, quiet_model, accelerator, watch)
+        estimate.changes = change_rows(estimate, own or resolved, quiet_model, accelerator, watch)
     return estimate
 
 

@@ -143,11 +143,12 @@ def run(
     limit = parse_memory(memory, device)
     rows: list[BenchRow] = []
     ratios: list[dict[str, Any]] = []
+    sizes: list[int | None] = [*image_sizes] if image_sizes else [None]
     for name in (models or _default_model(watch)).split(","):
         name = name.strip()
         config = _model_config(name, load_inference(settings or {}), watch)
         for size, precision, attention in product(
-            image_sizes or [None], precisions or ["auto"], attentions or ["auto"]
+            sizes, precisions or ["auto"], attentions or ["auto"]
         ):
             sized = config if size is None else _resize(config, size, name)
             case = BenchCase(

@@ -182,7 +182,7 @@ def run(
         return _patchify_image(
             source, patch_size, preprocess, target, compare, reconstruct, tuple(notes)
         )
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     return _patchify_data(
         source, patch_size, preprocess, target, tuple(notes), columns, workers, watch
     )
@@ -293,17 +293,11 @@ def _patchify_data(
     preprocess: Preprocess,
     target: Path | None,
     notes: tuple[str, ...],
-    columns: dict[str, str | None],
+    columns: dict[str, Any],
     workers: int | None,
     watch: Watcher | None,
 ) -> PatchifyResult:
-    data = load_data(
-        source,
-        **columns,
-        test_fraction=0.0,
-        labelled=False,
-        watch=watch,
-    )
+    data = load_data(source, **columns, test_fraction=0.0, labelled=False, watch=watch)
     result = PatchifyResult(
         source=printable(source),
         kind="data",

@@ -158,8 +158,8 @@ def test_what_cannot_be(kind, rank, freeze, words):
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"lora": {"rank": 2}}, "it is for `vitcli finetune`"),
-        ({"train": {"freeze": "backbone"}}, "it is for `vitcli finetune`"),
+        ({"lora": {"rank": 2}}, "needs pretrained weights"),
+        ({"train": {"freeze": "backbone"}}, "needs pretrained weights"),
         ({"lora": {"alpha": 2.0}}, "which is not given"),
         ({"lora": {"targets": []}}, "are some of"),
         ({"train": {"freeze": "blocks:0"}}, "freeze"),

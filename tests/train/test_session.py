@@ -3,11 +3,13 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import records, tiny_recipe
+from support.tiny import records, tiny_recipe, write_tiny
 
+import vitcli
 import vitcli.commands.pretrain as pretrain
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
@@ -15,6 +17,7 @@ from vitcli.progress import Quiet
 from vitcli.train import loop
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.loop import step_seed
+from vitcli.train.objectives.classification import Softmax
 from vitcli.train.session import train
 from vitcli.train.signals import Stopped
 from vitcli.weights.load import load_model
@@ -234,3 +237,24 @@ def test_bad_settings_leave_no_run(settings, words, tmp_path):
 def test_step_seeds_differ():
     seeds = {step_seed(s, t, p) for s in range(4) for t in range(500) for p in range(4)}
     assert len(seeds) == 8000 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_five_frames_from_the_command_to_the_gradients(tmp_path, monkeypatch):
+    """run -> train -> fit -> step -> gradients; frames of torch and of the objective do not count.
+
+    The frames are those of the package in the traceback of an error in the objective's forward.
+    """
+
+    class Reached(Exception):
+        pass
+
+    def forward(self, images, labels, factors):
+        raise Reached
+
+    monkeypatch.setattr(Softmax, "forward", forward)
+    recipe = write_tiny(tmp_path / "tiny.toml")
+    with pytest.raises(Reached) as caught:
+        pretrain.run(recipe=str(recipe), out=tmp_path / "run")
+    package = str(Path(vitcli.__file__).parent)
+    frames = [frame.name for frame in caught.traceback if str(frame.path).startswith(package)]
+    assert frames == ["run", "train", "fit", "step", "gradients"]

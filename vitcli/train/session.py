@@ -228,9 +228,9 @@ def errors_logged(loop: Loop, log: Logged, is_new: bool) -> Iterator[None]:
             raise
         found = list_checkpoints(run.checkpoints)
         step = step_of(found[-1]) if found else 0
-        stopped = Stopped(interrupt.args[0], step, str(run.path))
-        log.write(str(stopped))
-        raise stopped from None
+        outside = Stopped(interrupt.args[0], step, str(run.path))
+        log.write(str(outside))
+        raise outside from None
 
 
 def choose_steps(loop: Loop, started: float, source: Source, precision: str) -> None:

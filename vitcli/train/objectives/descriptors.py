@@ -97,7 +97,7 @@ class Guided(Objective):
         self.weight = section.descriptor_weight
 
     @property
-    def model(self) -> Network:  # type: ignore[override]
+    def model(self) -> Network:
         """The network; a property, because a submodule must be registered once only."""
         network: Network = self.descriptors.model
         return network

@@ -25,6 +25,7 @@ class Distill(Objective):
     """
 
     supervised = True
+    columns: Tensor
     settings = frozenset(
         {"label_smoothing", "teacher", "distillation", "distillation_weight", "temperature"}
     )

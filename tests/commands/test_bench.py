@@ -3,13 +3,12 @@
 import importlib.util
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from vitcli.cli import main as cli
 from vitcli.commands import bench
-from vitcli.cost.bench import build_baseline, percentile
+from vitcli.cost.bench import build_baseline
 from vitcli.errors import VitcliError
 from vitcli.vit import parse_variant
 
@@ -73,12 +72,6 @@ def test_the_contender_has_our_shape():
     config = parse_variant("Pico/8", image_size=(16, 16), num_classes=10)
     theirs = build_baseline("transformers", config, "fused")
     assert theirs(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
-
-
-def test_percentiles_are_numpys():
-    values = np.random.default_rng(0).exponential(size=37).tolist()
-    for percent in (50, 90, 99):
-        assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
 
 
 def test_sizes_of_memory():

@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 from vitcli.config.recipe import load_inference
@@ -19,7 +20,6 @@ from vitcli.cost.bench import (
     BenchResult,
     BuildModel,
     build_baseline,
-    percentile,
     round_ratios,
     run_bench,
 )
@@ -63,7 +63,7 @@ class BenchRow:
             "forward_images_per_second": statistics.median(result.forward),
             "training_images_per_second": statistics.median(result.training),
             "rounds": {"forward": len(result.forward), "training": len(result.training)},
-            "latency_ms": {f"p{p}": percentile(result.latency, p) for p in PERCENTILES},
+            "latency_ms": {f"p{p}": float(np.percentile(result.latency, p)) for p in PERCENTILES},
             "latency_samples": len(result.latency),
             "forward_memory_bytes": result.forward_bytes,
             "training_memory_bytes": result.training_bytes,

@@ -221,15 +221,6 @@ def _largest_tried(build: BuildModel, case: BenchCase, batch: int, training: boo
     return 0
 
 
-def percentile(values: Sequence[float], percent: int) -> float:
-    """A percentile of the values, with linear interpolation."""
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
 def round_ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """Ours divided by theirs in each round: median, minimum and maximum."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]

@@ -35,7 +35,7 @@ HEALTHY = {
 }
 
 ILL = [
-    ("devices.gpu_without_torch", True, "does not see it"),
+    ("devices.gpu_without_torch", True, "does not see the NVIDIA GPU"),
     ("versions.torchvision_imports", False, "cannot be imported"),
     ("versions.torch", "2.14.0", "is not tested"),
     ("versions.torch", "2.8.1", "is not tested"),

@@ -38,7 +38,7 @@ from vitcli.data import image_set as sets
 from vitcli.data.augment.transform import TrainTransform, inception_box
 from vitcli.data.decoded_cache import store_set
 from vitcli.data.image_set import ImageSet, Source
-from vitcli.data.loader import TrainLoader, positions
+from vitcli.data.loader import TrainLoader, images_at
 from vitcli.data.source import load_data
 from vitcli.decode import ImageError, read_image
 from vitcli.preprocess import Preprocess
@@ -84,7 +84,7 @@ def plain(files: Sequence[bytes], steps: int, workers: int) -> Iterator[torch.Te
         array = torch.from_numpy(np.array(image))
         return array.permute(2, 0, 1).contiguous().float().div(255)
 
-    _, order = positions(0, steps * BATCH, len(files), 0)
+    _, order = images_at(0, steps * BATCH, len(files), 0)
     batches = [order[i : i + BATCH].tolist() for i in range(0, len(order), BATCH)]
     if not workers:
         for batch in batches:

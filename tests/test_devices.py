@@ -23,5 +23,5 @@ def test_the_measurement_leaves_the_threads_as_they_were():
 def test_what_a_device_cannot_do():
     with pytest.raises(VitcliError, match="needs a GPU"):
         resolve_precision("fp16", CPU)
-    with pytest.raises(VitcliError, match="no precision `int8`"):
+    with pytest.raises(VitcliError, match="unknown precision `int8`"):
         resolve_precision("int8", CPU)

@@ -25,7 +25,6 @@ ORDER = (
     "run",
     "preprocess",
     "decode",
-    "pixel_modes",
     "devices",
     "distributed",
     "vit",

@@ -174,8 +174,8 @@ def test_another_size_keeps_the_share_of_the_crop():
 @pytest.mark.parametrize(
     "settings,words",
     [
-        ({"resize_mode": "stretch"}, "'stretch'"),
-        ({"interpolation": "box"}, "'box'"),
+        ({"resize_mode": "stretch"}, "`stretch`"),
+        ({"interpolation": "box"}, "`box`"),
         ({"mean": (0.5, 0.5)}, "2 values, but there are 3 channels"),
         ({"antialias": False, "interpolation": "lanczos"}, "antialias"),
         ({"crop_fraction": 0.0}, "crop_fraction"),
@@ -189,7 +189,7 @@ def test_wrong_settings_are_named(settings, words):
 
 
 def test_unknown_keys_are_named():
-    with pytest.raises(VitcliError, match="unknown `crop`"):
+    with pytest.raises(VitcliError, match="unknown key `crop`"):
         Preprocess.from_dict({"image_size": [8, 8], "crop": 3})
     with pytest.raises(VitcliError, match="`image_size` is missing"):
         Preprocess.from_dict({})

@@ -43,7 +43,7 @@ def test_tasks_of_srun_find_each_other(scontrol, monkeypatch):
         "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
     }
     monkeypatch.setattr(os, "environ", {**os.environ, **given})
-    slurm.join()
+    slurm.join_slurm_job()
     found = {k: os.environ[k] for k in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     assert found == {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert os.environ["MASTER_ADDR"] == "alpha" and os.environ["MASTER_PORT"] == "15007"
@@ -60,18 +60,18 @@ def test_tasks_of_srun_find_each_other(scontrol, monkeypatch):
 def test_elsewhere_nothing_changes(scontrol, monkeypatch, given):
     environment = {**os.environ, **given}
     monkeypatch.setattr(os, "environ", dict(environment))
-    slurm.join()
+    slurm.join_slurm_job()
     assert os.environ == environment
 
 
 def test_only_slurms_signal_queues_again(scontrol, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert slurm.requeue(signal.SIGTERM) is None and not scontrol.exists()
-    assert slurm.requeue(signal.SIGUSR1) == "job 7 is queued again"
+    assert slurm.requeue_slurm_job(signal.SIGTERM) is None and not scontrol.exists()
+    assert slurm.requeue_slurm_job(signal.SIGUSR1) == "requeued job 7"
     monkeypatch.setenv("SLURM_JOB_ID", "13")
-    assert "could not be queued again: Job is held" in (slurm.requeue(signal.SIGUSR1) or "")
+    assert "cannot requeue job 13: Job is held" in (slurm.requeue_slurm_job(signal.SIGUSR1) or "")
     monkeypatch.delenv("SLURM_JOB_ID")
-    assert slurm.requeue(signal.SIGUSR1) is None
+    assert slurm.requeue_slurm_job(signal.SIGUSR1) is None
 
 
 def test_a_job_whose_time_is_up_saves_and_is_queued_again(scontrol, tmp_path):
@@ -91,7 +91,7 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(scontrol, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGUSR1
     assert "starting from step 0" in said and "stopped by SIGUSR1" in said
-    assert said.rstrip().endswith("job 7 is queued again")
+    assert said.rstrip().endswith("requeued job 7")
     assert scontrol.read_text() == "requeue 7\n"
     step = records(tmp_path / "run")[-1]["step"]
     assert (tmp_path / f"run/checkpoints/step_{step:06d}").is_dir()

@@ -1,10 +1,10 @@
-"""Which of Pillow's readers takes a file, and why none does: everything before the pixels.
+"""Image files of any kind -> upright RGB or greyscale pixels, as the author saw them.
 
-Any picture file -> an upright picture in RGB or grey with the pixels that its author saw.
+* EXIF orientation is applied, and the first of several frames is used.
+* Transparent pixels are blended with white; 16-bit and floating-point samples are scaled to bytes.
+* CMYK, Lab and embedded colour profiles are converted to sRGB.
 
-Orientation is applied; of several frames the first counts; `colour.py` says what becomes of alpha,
-wide samples and profiles. What cannot be read is an `ImageError` with the reason; nothing is
-printed and no warning escapes.
+An image that cannot be read raises `ImageError` with the reason. Pillow's warnings are silenced.
 """
 
 import io
@@ -15,29 +15,42 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
 from vitcli.errors import VitcliError, printable
-from vitcli.pixel_modes import Mode, is_wide, to_mode
 
-# Pillow would start Ghostscript on a file that somebody else wrote.
-REFUSED_FORMATS = frozenset({"EPS"})
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+Mode = Literal["RGB", "L"]
+
+MAX_PIXELS = 256_000_000
+REFUSED_FORMATS = frozenset({"EPS"})  # Pillow would run Ghostscript on an untrusted file
+JPEG_SCALES = (8, 4, 2)  # libjpeg decodes 8x8 blocks at 1/8, 1/4 or 1/2 of the size at little cost
+ORIENTATION_TAG = 0x0112  # EXIF
+PHOTOMETRIC_TAG = 262  # TIFF: whether the sample 0 is black or white
+METADATA_WITH_ORIENTATION = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+TRANSPOSE_OF_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SWAPPED_AXES = {5, 6, 7, 8}  # orientations in which a row of the file is a column of the image
+_PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 class ImageError(VitcliError):
-    """A picture that cannot be read.
-
-    Args:
-        name: the picture, printable.
-        reason: why, without the name.
-        hint: what to do about it.
-    """
+    """An image cannot be read: `name` is the printable name, `reason` is why, without the name."""
 
     def __init__(self, name: str, reason: str, hint: str | None = None) -> None:
         super().__init__(f"cannot read `{name}`: {reason}", hint)
@@ -45,26 +58,187 @@ class ImageError(VitcliError):
         self.reason = reason
 
 
-def open_file(path: str | os.PathLike[str], name: str) -> BinaryIO:
+def read_image(
+    source: ImageInput, mode: Mode = "RGB", max_pixels: int = MAX_PIXELS, name: str | None = None
+) -> Image.Image:
+    """Decode an image: upright, in `mode`, without metadata. `source` is not changed.
+
+    Args:
+        source: a path, the bytes of a file, a binary file object or a Pillow image.
+        mode: "RGB" or "L" (greyscale).
+        max_pixels: an image that declares more pixels is refused before memory is allocated.
+        name: the name in errors; default: the path.
+
+    Raises:
+        ImageError: the image cannot be read.
+    """
+    with open_image(source, mode, max_pixels, name) as image:
+        return image.whole()
+
+
+@contextmanager
+def open_image(
+    source: ImageInput, mode: Mode = "RGB", max_pixels: int = MAX_PIXELS, name: str | None = None
+) -> Iterator["LazyImage"]:
+    """Open an image, in a `with` block, to decode only a part of it; see `read_image`."""
+    # `warnings.catch_warnings` is not thread-safe, so the filter stays; it matches only `PIL.*`.
+    if _PILLOW_FILTER not in warnings.filters:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    if isinstance(source, Image.Image):
+        name = name or printable(getattr(source, "filename", "") or "an image in memory")
+        _check_size(source, max_pixels, name)
+        yield LazyImage(source, mode, name, borrowed=True)
+    elif isinstance(source, str | os.PathLike):
+        name = name or printable(source)
+        with _open_file(source, name) as file:
+            yield _open(file, mode, max_pixels, name)
+    elif isinstance(source, bytes | bytearray | memoryview):
+        yield _open(io.BytesIO(source), mode, max_pixels, name or f"{len(source)} bytes")
+    else:
+        name = name or printable(str(getattr(source, "name", "a file object")))
+        yield _open(io.BytesIO(source.read()), mode, max_pixels, name)
+
+
+class LazyImage:
+    """An open image that decodes, rotates and converts only the requested part.
+
+    A JPEG is decoded at the first request, at 1/2, 1/4 or 1/8 of its size if that is enough. A
+    224-pixel crop of a 12-megapixel photograph then takes a fraction of the time and memory. Every
+    other format is decoded when it is opened.
+
+    `size` is the (width, height) of the whole upright image. `file` is given for a JPEG, to read it
+    again at another scale. If `borrowed`, the caller owns `image` and results are copies.
+    """
+
+    def __init__(
+        self,
+        image: Image.Image,
+        mode: Mode,
+        name: str,
+        file: BinaryIO | None = None,
+        borrowed: bool = False,
+    ) -> None:
+        self.mode: Mode = mode
+        self.name = name
+        self._source = image
+        self._file = file
+        self._borrowed = borrowed
+        self._decoded: dict[int, Image.Image] = {}
+        stored = self._decode(1) if file is None else image
+        self._orientation = _orientation(stored)
+        self.size = self._upright_size(stored)
+
+    def whole(self) -> Image.Image:
+        """The whole image at full size; a second call may return the same object."""
+        return self.part((0, 0, *self.size))
+
+    def part(self, box: Box, at_least: tuple[int, int] | None = None) -> Image.Image:
+        """The part in `box`, given in pixels of the whole upright image.
+
+        A JPEG may be decoded at a smaller scale, as long as this part still has the (width,
+        height) `at_least`. Without `at_least` every pixel is decoded.
+        """
+        width, height = box[2] - box[0], box[3] - box[1]
+        ratio = min(width / at_least[0], height / at_least[1]) if at_least and self._file else 1
+        scale = next((s for s in JPEG_SCALES if s <= ratio), 1)
+        stored = self._decode(scale)
+        size = self._upright_size(stored)
+        if scale > 1:
+            box = _scaled_box(box, scale, size)
+        with _failures_of(self.name):
+            result = stored
+            if box != (0, 0, *size):
+                result = result.crop(_stored_box(box, size, self._orientation))
+            result = _convert(result, self.mode)
+            if self._orientation in TRANSPOSE_OF_ORIENTATION:
+                result = result.transpose(TRANSPOSE_OF_ORIENTATION[self._orientation])
+        if result is stored and self._borrowed:
+            result = result.copy()
+        result.info = {}  # an orientation or a profile in it would be applied a second time
+        return result
+
+    def pixels(self, box: Box, at_least: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+        """(Y, X) or (Y, X, 3): the same part as a new array."""
+        return np.array(self.part(box, at_least))
+
+    def _upright_size(self, stored: Image.Image) -> tuple[int, int]:
+        return stored.size[::-1] if self._orientation in SWAPPED_AXES else stored.size
+
+    def _decode(self, scale: int) -> Image.Image:
+        """Decode at 1/`scale` of each side, rounded up, in the orientation and mode of the file."""
+        if scale in self._decoded:
+            return self._decoded[scale]
+        with _failures_of(self.name):
+            image = self._source
+            if self._decoded:  # Pillow decodes an open file only once
+                assert self._file is not None
+                self._file.seek(0)
+                image = _identify(self._file, self.name)
+            if scale > 1:
+                assert isinstance(image, JpegImageFile)
+                # Pillow takes the smallest decoding that still has this size, which is 1/`scale`.
+                image.draft(None, (image.width // scale, image.height // scale))
+            image.load()
+            if _has_wide_samples(image):  # the white level depends on the whole image
+                image = _convert(image, self.mode)
+        self._decoded[scale] = image
+        return image
+
+
+def _scaled_box(box: Box, scale: int, size: tuple[int, int]) -> Box:
+    """`box` on the image reduced by `scale` to (width, height) `size`, up to half a pixel off.
+
+    Its own size is only rounded, so it never falls below the size that the scale was chosen for.
+    """
+    width, height = round((box[2] - box[0]) / scale), round((box[3] - box[1]) / scale)
+    left = min(round(box[0] / scale), size[0] - width)
+    top = min(round(box[1] / scale), size[1] - height)
+    return left, top, left + width, top + height
+
+
+def _stored_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """`box` of the upright image of (width, height) `size`, in pixels of the file."""
+    left, top, right, bottom = box
+    if orientation in SWAPPED_AXES:
+        left, top, right, bottom = top, left, bottom, right
+        size = size[1], size[0]
+    # The flips that remain after the axes are swapped: EXIF 2.3, table 4.6.4.
+    if orientation in {2, 3, 7, 8}:
+        left, right = size[0] - right, size[0] - left
+    if orientation in {3, 4, 6, 7}:
+        top, bottom = size[1] - bottom, size[1] - top
+    return left, top, right, bottom
+
+
+def _open_file(path: str | os.PathLike[str], name: str) -> BinaryIO:
     try:
-        kind = Path(path).stat().st_mode
-        if stat.S_ISDIR(kind):
+        mode = Path(path).stat().st_mode
+        if stat.S_ISDIR(mode):
             closed = not os.access(path, os.R_OK | os.X_OK)
-            raise ImageError(name, f"it is a folder{' that may not be read' if closed else ''}")
-        if not stat.S_ISREG(kind):  # opening a pipe would wait for a writer
+            denied = " without read permission" if closed else ""
+            raise ImageError(name, f"it is a folder{denied}")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
             raise ImageError(name, "it is not a regular file")
         return open(path, "rb")
     except FileNotFoundError:
         if Path(path).is_symlink():
             target = printable(Path(path).readlink())
             raise ImageError(name, f"it is a link to `{target}`, which does not exist") from None
-        raise ImageError(name, "there is no such file", "check the path") from None
+        raise ImageError(name, "the file does not exist", "check the path") from None
     except (OSError, ValueError) as error:
         raise ImageError(name, getattr(error, "strerror", None) or str(error)) from None
 
 
-def identify(file: BinaryIO, name: str) -> ImageFile.ImageFile:
-    """`Image.open` without its check of sizes, which warns and cannot be set per call."""
+def _open(file: BinaryIO, mode: Mode, max_pixels: int, name: str) -> LazyImage:
+    with _failures_of(name):
+        image = _identify(file, name)
+        _check_size(image, max_pixels, name)
+        is_jpeg = isinstance(image, JpegImageFile) and image.format == "JPEG"
+        return LazyImage(image, mode, name, file if is_jpeg else None)
+
+
+def _identify(file: BinaryIO, name: str) -> ImageFile.ImageFile:
+    """`Image.open` without its size check, which warns and cannot be configured per call."""
     head = file.read(512)
     if not head:
         raise ImageError(name, "the file is empty")
@@ -84,291 +258,143 @@ def identify(file: BinaryIO, name: str) -> ImageFile.ImageFile:
                     return factory(file, "")
                 except (SyntaxError, IndexError, TypeError, struct.error):
                     if accept and not complaint:
-                        complaint = f"it begins as {kind} and does not go on as such"
-    raise ImageError(name, *_not_an_image(head, complaint))
+                        complaint = f"the header says {kind}, but the content is not valid {kind}"
+    raise ImageError(name, *_why_unknown(head, complaint))
 
 
-def _not_an_image(head: bytes, complaint: str) -> tuple[str, str | None]:
-    """(reason, hint) for content that no reader takes, by its first bytes."""
+def _why_unknown(head: bytes, complaint: str) -> tuple[str, str | None]:
+    """(reason, hint) for a file that no Pillow plugin reads, from its first bytes."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer, not the picture", "`git lfs pull` fetches the pictures"
+        return "it is a Git LFS pointer, not the image", "run `git lfs pull` to download the images"
     if b"<svg" in start:
         return "it is an SVG drawing, not a pixel image", "convert it to PNG first"
     if start.startswith((b"<!doctype html", b"<html")):
-        return "it is an HTML page, not an image", "the download failed: fetch the file again"
+        return "it is an HTML page, not an image", "the download failed; download the file again"
     if start.startswith(b"%pdf"):
         return "it is a PDF document, not an image", "convert its pages to PNG first"
     if start.startswith(b"%!ps"):
-        return "it is a PostScript file, which is not run", "convert it to PNG first"
+        return "it is a PostScript program, which is not executed", "convert it to PNG first"
     if re.match(rb"....ftyp(hei|hev|mif)", head, re.DOTALL):
-        return "it is a HEIC picture, which this Pillow does not read", "convert it to JPEG first"
+        return "it is a HEIC image, which this Pillow does not read", "convert it to JPEG first"
     if complaint:
-        return f"it is damaged: {complaint}", None
+        return f"the file is damaged: {complaint}", None
     if all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
         return "it is text, not an image", None
-    return "it is not an image of a kind that Pillow reads", None
-
-
-def reason_of(error: Exception) -> str:
-    text = str(error) or type(error).__name__
-    if isinstance(error, MemoryError):
-        return "there is not enough memory for it"
-    if "truncated" in text.lower():
-        return f"the file is cut off before its end ({text})"
-    if isinstance(error, OSError | SyntaxError | ValueError):
-        return f"its data are damaged ({text})"
-    return f"its data are damaged ({type(error).__name__}: {text})"
-
-
-__all__ = [
-    "MAX_PIXELS",
-    "Box",
-    "ImageError",
-    "ImageInput",
-    "Mode",
-    "Picture",
-    "open_image",
-    "read_image",
-]
-
-Box = tuple[int, int, int, int]
-ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
-
-MAX_PIXELS = 256_000_000
-ORIENTATION_TAG = 0x0112
-METADATA_WITH_ORIENTATION = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-SIDEWAYS = {5, 6, 7, 8}
-# What libjpeg can leave out of a JPEG's 8x8 blocks at almost no cost (Pillow offers these).
-JPEG_SCALES = (8, 4, 2)
-_PILLOW_IS_QUIET = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-
-
-def read_image(
-    source: ImageInput, mode: Mode = "RGB", max_pixels: int = MAX_PIXELS, name: str | None = None
-) -> Image.Image:
-    """The picture, upright, in `mode`, free of metadata; `source` is left as it was.
-
-    Args:
-        source: a path, the bytes of a file, a binary file object or a Pillow picture.
-        mode: "RGB" or "L" (grey).
-        max_pixels: a picture that declares more is refused before memory is taken for it.
-        name: what errors call it; the path by default.
-
-    Raises:
-        ImageError: it cannot be read; names the picture and the reason.
-    """
-    with open_image(source, mode, max_pixels, name) as picture:
-        return picture.whole()
+    return "Pillow does not know this image format", None
 
 
 @contextmanager
-def open_image(
-    source: ImageInput, mode: Mode = "RGB", max_pixels: int = MAX_PIXELS, name: str | None = None
-) -> Iterator["Picture"]:
-    """The picture as something to take a part of, inside a `with`; otherwise as `read_image`."""
-    _quiet_pillow()
-    if isinstance(source, Image.Image):
-        name = name or printable(getattr(source, "filename", "") or "a picture in memory")
-        _check_size(source, max_pixels, name)
-        yield Picture(source, mode, name, borrowed=True)
-    elif isinstance(source, str | os.PathLike):
-        name = name or printable(source)
-        with open_file(source, name) as file:
-            yield _open(file, mode, max_pixels, name)
-    elif isinstance(source, bytes | bytearray | memoryview):
-        yield _open(io.BytesIO(source), mode, max_pixels, name or f"{len(source)} bytes")
-    else:
-        name = name or printable(str(getattr(source, "name", "a file object")))
-        yield _open(io.BytesIO(source.read()), mode, max_pixels, name)
-
-
-class Picture:
-    """An open picture, of which only what is needed is decoded, turned and converted.
-
-    A JPEG waits until a part of it is asked for, and is then decoded at 1/2, 1/4 or 1/8 of its size
-    if that is enough: a 12-megapixel photograph for a 224-pixel crop takes a fraction of the time
-    and memory. Every other kind is decoded when it is opened.
-
-    Args:
-        image: Pillow's; a JPEG not yet decoded.
-        mode: that is wanted.
-        name: what errors call it.
-        file: where a JPEG can be read again for another scale.
-        borrowed: whether `image` is somebody else's and must not be handed out itself.
-
-    Attributes:
-        size: (width, height), whole and upright.
-
-    Raises:
-        ImageError: it is damaged.
-    """
-
-    def __init__(
-        self,
-        image: Image.Image,
-        mode: Mode,
-        name: str,
-        file: BinaryIO | None = None,
-        borrowed: bool = False,
-    ) -> None:
-        self.mode: Mode = mode
-        self.name = name
-        self._source = image
-        self._file = file
-        self._borrowed = borrowed
-        self._decoded: dict[int, Image.Image] = {}
-        if file is None:
-            stored = self._stored(1)
-            self._turn = _orientation(stored)
-        else:
-            stored = image
-            self._turn = _orientation(image)
-        self.size = stored.size[::-1] if self._turn in SIDEWAYS else stored.size
-
-    def whole(self) -> Image.Image:
-        """The picture at its own size; asked again, perhaps the same object.
-
-        Raises:
-            ImageError: it is damaged.
-        """
-        return self.part((0, 0, *self.size))
-
-    def part(self, box: Box, at_least: tuple[int, int] | None = None) -> Image.Image:
-        """What is in `box` = (left, top, right, bottom), in whole, upright pixels.
-
-        Args:
-            box: inside the picture.
-            at_least: (width, height): a JPEG may be decoded at a smaller scale as long as this part
-                is still so large. Without it every pixel is there.
-
-        Raises:
-            ImageError: it is damaged.
-        """
-        width, height = box[2] - box[0], box[3] - box[1]
-        most = min(width / at_least[0], height / at_least[1]) if at_least and self._file else 1
-        scale = next((s for s in JPEG_SCALES if s <= most), 1)
-        stored = self._stored(scale)
-        size = stored.size[::-1] if self._turn in SIDEWAYS else stored.size
-        if scale > 1:
-            box = scaled_box(box, scale, size)
-        try:
-            cut = stored
-            if box != (0, 0, *size):
-                cut = stored.crop(stored_box(box, size, self._turn))
-            result = to_mode(cut, self.mode)
-            if self._turn in TURNS:
-                result = result.transpose(TURNS[self._turn])
-        except Exception as error:
-            raise ImageError(self.name, reason_of(error)) from None
-        if result is stored and self._borrowed:
-            result = result.copy()
-        result.info = {}  # an orientation or profile left here would be applied a second time
-        return result
-
-    def pixels(self, box: Box, at_least: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-        """(Y, X) or (Y, X, 3): the same as an array of its own."""
-        return np.array(self.part(box, at_least))
-
-    def _stored(self, scale: int) -> Image.Image:
-        """The decoded pixels, of 1/`scale` the sides, rounded up, not turned nor converted."""
-        if scale in self._decoded:
-            return self._decoded[scale]
-        try:
-            image = self._source
-            if self._decoded:  # Pillow decodes an open file once
-                assert self._file is not None
-                self._file.seek(0)
-                image = identify(self._file, self.name)
-            if scale > 1:
-                assert isinstance(image, JpegImageFile)
-                # Pillow takes the largest scale that still gives this size, which is `scale`.
-                image.draft(None, (image.width // scale, image.height // scale))
-            image.load()
-            if is_wide(image):  # what is white depends on the whole picture
-                image = to_mode(image, self.mode)
-        except ImageError:
-            raise
-        except Exception as error:
-            raise ImageError(self.name, reason_of(error)) from None
-        self._decoded[scale] = image
-        return image
-
-
-def scaled_box(box: Box, scale: int, size: tuple[int, int]) -> Box:
-    """`box` on the same picture of 1/`scale` the sides, which has (width, height) `size`.
-
-    Moved by up to half a pixel there; as large as before up to rounding, so never below the size
-    that the scale was chosen for.
-    """
-    width, height = round((box[2] - box[0]) / scale), round((box[3] - box[1]) / scale)
-    left = min(round(box[0] / scale), size[0] - width)
-    top = min(round(box[1] / scale), size[1] - height)
-    return left, top, left + width, top + height
-
-
-def stored_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """Where `box` of the upright picture of (width, height) `size` lies before it is turned."""
-    left, top, right, bottom = box
-    if orientation in SIDEWAYS:
-        left, top, right, bottom = top, left, bottom, right
-        size = size[1], size[0]
-    # After an exchange of the axes the flips that are left, as stored: EXIF 2.3, table 4.6.4.
-    if orientation in {2, 3, 7, 8}:
-        left, right = size[0] - right, size[0] - left
-    if orientation in {3, 4, 6, 7}:
-        top, bottom = size[1] - bottom, size[1] - top
-    return left, top, right, bottom
-
-
-def _quiet_pillow() -> None:
-    """Have Pillow's warnings ignored: what matters in them is an error or handled here.
-
-    `warnings.catch_warnings` is not safe in threads, so the filter stays; it names only `PIL.*`.
-    """
-    if _PILLOW_IS_QUIET not in warnings.filters:
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-def _open(file: BinaryIO, mode: Mode, max_pixels: int, name: str) -> Picture:
+def _failures_of(name: str) -> Iterator[None]:
+    """Turn every exception into `ImageError`; on damaged files Pillow raises nearly every type."""
     try:
-        image = identify(file, name)
-        _check_size(image, max_pixels, name)
-        waits = isinstance(image, JpegImageFile) and image.format == "JPEG"
-        return Picture(image, mode, name, file if waits else None)
+        yield
     except ImageError:
         raise
-    except Exception as error:  # Pillow's readers raise nearly every kind on damaged files
-        raise ImageError(name, reason_of(error)) from None
+    except MemoryError:
+        raise ImageError(name, "there is not enough memory to decode it") from None
+    except Exception as error:
+        text, kind = str(error), type(error).__name__
+        if not isinstance(error, OSError | SyntaxError | ValueError):
+            text = f"{kind}: {text}" if text else kind
+        fault = "cut off" if "truncated" in text.lower() else "damaged"
+        raise ImageError(name, f"the file is {fault} ({text or kind})") from None
 
 
 def _check_size(image: Image.Image, max_pixels: int, name: str) -> None:
+    declared = f"it declares {image.width} x {image.height} pixels"
     if image.width * image.height > max_pixels:
-        raise ImageError(
-            name,
-            f"it declares {image.width} x {image.height} pixels, more than the limit of "
-            f"{max_pixels:,}",
-            "make it smaller first",
-        )
+        reason = f"{declared}, more than the limit of {max_pixels:,}"
+        raise ImageError(name, reason, "reduce the image first")
     if image.width == 0 or image.height == 0:
-        raise ImageError(name, f"it declares {image.width} x {image.height} pixels")
+        raise ImageError(name, declared)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF (or XMP) orientation 1..8; 1 when there is none or it is garbage."""
+    """The EXIF (or XMP) orientation, 1 to 8; 1 if there is none or it is invalid."""
     if not METADATA_WITH_ORIENTATION & image.info.keys():
-        return 1  # TIFF, which has none of these, is turned by Pillow while it loads
+        return 1  # a TIFF has none of these; Pillow rotates it when it loads the pixels
     try:
         value = image.getexif().get(ORIENTATION_TAG)
     except Exception:
         return 1
     return value if isinstance(value, int) else 1
+
+
+def _has_wide_samples(image: Image.Image) -> bool:
+    """Samples of 16 or 32 bits, or floating point."""
+    return image.mode in {"I", "F"} or image.mode.startswith("I;16")
+
+
+def _convert(image: Image.Image, mode: Mode) -> Image.Image:
+    """Any Pillow mode -> `mode`; the same object if nothing changes."""
+    if _has_wide_samples(image):
+        return _scale_samples(image).convert(mode)
+    alpha = None
+    if image.mode in {"P", "PA", "LA", "La", "RGBA", "RGBa"} or "transparency" in image.info:
+        if image.mode == "1":
+            image = image.convert("L")  # it keeps the transparent level
+        if image.mode not in {"LA", "RGBA"}:
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        alpha = image.getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            alpha = None
+    image = _to_srgb(image)
+    if alpha is not None:
+        opaque = image.convert("RGB")
+        image = Image.new("RGB", image.size, (255, 255, 255))
+        image.paste(opaque, mask=alpha)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _scale_samples(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 or 32 bits or floating point -> mode L; a transparent level becomes white.
+
+    White is 65535 for integers, or the largest int32 if a sample exceeds that. For floats white is
+    1, 255 or 65535, by the largest sample.
+    """
+    samples = np.asarray(image)
+    transparent = image.info.get("transparency")
+    values = np.nan_to_num(samples.astype(np.float32), nan=0.0, posinf=np.inf, neginf=0.0)
+    finite = values[np.isfinite(values)]
+    top = float(finite.max()) if finite.size else 0.0
+    if image.mode == "F":
+        white = 1.0 if top <= 2.0 else 255.0 if top <= 255.0 else max(65535.0, top)
+    else:
+        white = 65535.0 if top <= 65535.0 else float(np.iinfo(np.int32).max)
+    grey = np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8)
+    # Pillow inverts the 8-bit samples of a TIFF in which 0 is white, but not wider ones.
+    if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_TAG, 1) == 0:
+        grey = 255 - grey
+    if isinstance(transparent, int):
+        grey[samples == transparent] = 255
+    return Image.fromarray(grey)
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Apply the embedded colour profile; without a profile, or with a bad one, keep the values."""
+    profile = image.info.get("icc_profile")
+    if image.mode in {"RGBA", "LA"}:  # the colours as stored; the caller blends them
+        bands = image.split()[:-1]
+        image = Image.merge("RGB", bands) if len(bands) == 3 else bands[0]
+    try:
+        transform = _srgb_transform(profile if isinstance(profile, bytes) else None, image.mode)
+        converted = transform and ImageCms.applyTransform(image, transform)
+    except Exception:  # a damaged profile, or one for other channels: most viewers ignore it too
+        return image
+    return converted or image
+
+
+@lru_cache(maxsize=32)
+def _srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform to sRGB; None if the values are sRGB or have no known meaning."""
+    srgb: Any = ImageCms.createProfile("sRGB")
+    if mode == "LAB":
+        lab: Any = ImageCms.createProfile("LAB")
+        return ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
+    if profile is None or mode not in {"RGB", "L", "CMYK"}:
+        return None
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if mode == "RGB" and "sRGB" in (opened.profile.profile_description or ""):
+        return None
+    return ImageCms.buildTransform(opened, srgb, mode, "RGB")

@@ -1,4 +1,4 @@
-"""Which device computes, and in which precision."""
+"""The device and the precision of a computation."""
 
 import sys
 import time
@@ -8,50 +8,50 @@ from typing import Any, Literal
 
 import torch
 
-from vitcli import distributed as launch
-from vitcli.errors import VitcliError
+from vitcli import distributed
+from vitcli.errors import VitcliError, unknown
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def pick_device() -> torch.device:
-    """The accelerator that torch sees, else the CPU."""
+    """The GPU if PyTorch sees one, otherwise the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    # Accelerate knows no way for several processes to share an Apple GPU.
-    if torch.backends.mps.is_available() and launch.size() == 1:
+    # Accelerate cannot share an Apple GPU between processes.
+    if torch.backends.mps.is_available() and distributed.world_size() == 1:
         return torch.device("mps")
     return torch.device("cpu")
 
 
 def join_processes(device: torch.device) -> Any:
-    """Accelerate's `PartialState`: the place of this process among all of the command.
+    """Join the processes of this command: Accelerate's `PartialState`.
 
     Raises:
         VitcliError: there are more processes than GPUs.
     """
     from accelerate import PartialState
 
-    if device.type == "cuda" and launch.local_size() > torch.cuda.device_count():
+    if device.type == "cuda" and distributed.local_world_size() > torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise VitcliError(
-            f"{launch.local_size()} processes on {count} GPU{'s' if count > 1 else ''}",
-            f"`--processes {count}`",
+            f"{distributed.local_world_size()} processes for {count} GPU{'s' if count > 1 else ''}",
+            f"use `--processes {count}`",
         )
     return PartialState(cpu=device.type == "cpu")
 
 
-PROBE_SIZE = (1024, 384)  # rows and width of the products that are timed
+PROBE_SIZE = (1024, 384)  # (rows, width) of the timed matrix product
 PROBE_RUNS = 12
-WORTH_IT = 1.2  # bf16 rounds more coarsely: it must be so many times as fast
+WORTH_IT = 1.2  # bf16 is less precise, so it must be at least this much faster
 
 
 @cache
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are clearly faster than fp32 ones there.
+    """Whether bf16 matrix products are clearly faster than fp32 on `device`.
 
-    GPUs from Ampere on have units for it. On a CPU it is measured, in some milliseconds, because
-    the flags do not tell: with the same `avx512_bf16` it is five times as fast as fp32 on one
+    GPUs have bf16 units since Ampere. On a CPU it is measured in a few milliseconds, because the
+    CPU flags are no guide: with the same `avx512_bf16`, bf16 is five times as fast as fp32 on one
     processor and half as fast on another (recipes/LOG.md).
     """
     if device.type == "cuda":
@@ -59,7 +59,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for each other on a busy machine say nothing
+    torch.set_num_threads(1)  # on a busy machine, waiting threads distort the timing
     try:
         single, half = (_product(dtype) for dtype in (torch.float32, torch.bfloat16))
         pairs = [(_seconds(single), _seconds(half)) for _ in range(PROBE_RUNS)]
@@ -81,19 +81,19 @@ def _seconds(work: Callable[[], torch.Tensor]) -> float:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """`auto` -> bf16 where it is fast, else fp32; other names are checked against the device.
+    """Resolve `auto` to bf16 if it is fast, else fp32, and check other names.
 
     Raises:
-        VitcliError: the device has no such precision.
+        VitcliError: the precision is unknown, or the device does not support it.
     """
     if name == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
     if name == "fp16" and device.type == "cpu":
         raise VitcliError(
-            "precision `fp16` needs a GPU", "take `--precision bf16`, or `auto`, on a CPU"
+            "precision `fp16` needs a GPU", "on a CPU use `--precision bf16` or `--precision auto`"
         )
     if name not in ("fp32", "bf16", "fp16"):
-        raise VitcliError(f"no precision `{name}`", "`auto`, `fp32`, `bf16` or `fp16`")
+        raise unknown("precision", name, ("auto", "fp32", "bf16", "fp16"))
     return name  # type: ignore[return-value]
 
 
@@ -103,9 +103,9 @@ PEAK_RUNS = 5
 
 @cache
 def matrix_peak(device: torch.device, precision: str) -> float:
-    """Operations a second of large matrix products there, the best of a few: what MFU refers to.
+    """FLOP/s of large matrix products on `device`: the reference of the MFU.
 
-    Measured in some hundredths of a second; two operations a multiply-add.
+    The best of a few runs; two operations per multiply-add.
     """
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     size = PEAK_SIZE.get(device.type, 2048)

@@ -1,13 +1,11 @@
-"""Several processes of one command, and how they speak with one voice.
+"""Several processes of one command: starting them, their rank, their common exit status, Slurm.
 
-`--processes N` starts this program N times, with the environment that torch's launchers set and
-Accelerate reads. Not by `accelerate launch`: with `--cpu` that starts one process whatever N is,
-and otherwise the exit status and the last words are those of torch's launcher.
+`--processes N` starts this program N times with the environment variables that torchrun sets and
+Accelerate reads. `accelerate launch` is not used for it: with `--cpu` it starts one process for any
+N, and otherwise its own exit status and traceback replace ours.
 
-Process 0 writes files and talks. All make the same mistakes together, so it tells those of the
-user too; another process speaks only of what it alone has met, see `hold`.
-
-Slurm: `srun vitcli …` on any number of machines, and a job that goes on after its time is up.
+Process 0 writes files and prints. A user error occurs in every process, so process 0 prints it; see
+`wait_before_error` for errors that occur in one process only.
 """
 
 import atexit
@@ -27,36 +25,36 @@ from typing import NoReturn
 from vitcli.errors import VitcliError
 
 POLL_SECONDS = 0.05
-END_SECONDS = 1.0  # to end by oneself after another process failed; less than HOLD_SECONDS
+END_SECONDS = 1.0  # grace period after another process failed; less than HOLD_SECONDS
 HOLD_SECONDS = 3.0
 LIFELINE = "VITCLI_LIFELINE"
 FORWARDED = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
-# Of `time.monotonic`: when the command was started; a budget counts from it.
-began: float | None = None
-BEGAN = "VITCLI_BEGAN"  # the same, told to the processes of one command
-LONGEST_START = 60.0  # seconds that Python may take to come as far as `start`
+# The value of `time.monotonic` when the command started; a budget counts from here.
+started_at: float | None = None
+STARTED_AT = "VITCLI_BEGAN"  # passes it to the processes of the command
+LONGEST_START = 60.0  # a longer start means that the clocks cannot be compared
 
-# By torchrun and accelerate, then by the MPIs that Accelerate knows.
-RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
-SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
-LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
-
-
-def size() -> int:
-    """How many processes a launcher started for this command; 1 alone."""
-    return _given(SIZE, 1)
+# Set by torchrun and accelerate, then by the MPI versions that Accelerate supports.
+RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+LOCAL_WORLD_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
-def local_size() -> int:
-    """How many of them are on this machine."""
-    return _given(LOCAL_SIZE, 1)
+def world_size() -> int:
+    """The number of processes that a launcher started for this command, or 1."""
+    return _given(WORLD_SIZE_VARIABLES, 1)
+
+
+def local_world_size() -> int:
+    """The number of these processes on this machine."""
+    return _given(LOCAL_WORLD_SIZE_VARIABLES, 1)
 
 
 def rank() -> int:
-    """The number of this process among them."""
-    return _given(RANK, 0) if size() > 1 else 0
+    """The rank of this process, from 0."""
+    return _given(RANK_VARIABLES, 0) if world_size() > 1 else 0
 
 
 def _given(names: Sequence[str], default: int) -> int:
@@ -66,22 +64,23 @@ def _given(names: Sequence[str], default: int) -> int:
     return default
 
 
-def lonely() -> str | None:
-    """A warning where `accelerate launch` was asked for several processes and started one."""
+def launch_warning() -> str | None:
+    """A warning if `accelerate launch` was asked for several processes and started one."""
     asked = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
-    if not asked or any(name in os.environ for name in SIZE):
+    if not asked or any(name in os.environ for name in WORLD_SIZE_VARIABLES):
         return None
     return (
-        "`accelerate launch` started one process: without several GPUs it does so for any "
-        "`--num_processes`; `vitcli … --processes N` starts N, `accelerate launch --multi_gpu` too"
+        "`accelerate launch` started one process. Without several GPUs it ignores "
+        "`--num_processes`; use `vitcli … --processes N` or `accelerate launch --multi_gpu`"
     )
 
 
-def several(number: int, arguments: Sequence[str], tell: Callable[[VitcliError], None]) -> int:
-    """Run the command line `arguments` in `number` processes; the exit status of them all.
+def launch_processes(
+    number: int, arguments: Sequence[str], tell: Callable[[VitcliError], None]
+) -> int:
+    """Run the command line `arguments` in `number` processes and return the exit status.
 
-    Args:
-        tell: shows an error when a process ended without a word.
+    `tell` prints an error when a signal ended a process before it could print one.
     """
     port = _free_port()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -94,9 +93,9 @@ def several(number: int, arguments: Sequence[str], tell: Callable[[VitcliError],
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         LIFELINE: "stdin",
-        **({} if began is None else {BEGAN: repr(began)}),
+        **({} if started_at is None else {STARTED_AT: repr(started_at)}),
     }
-    return Team(
+    return LaunchedProcesses(
         [sys.executable, "-m", "vitcli", *arguments],
         [{**environment, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(number)],
     ).wait(tell)
@@ -108,10 +107,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Team:
-    """Processes of one command, which end together.
+class LaunchedProcesses:
+    """The processes of one command, which end together.
 
-    Each is in a session of its own, so that Ctrl-C in a terminal reaches it once, through here.
+    Each has its own session, so that Ctrl-C in a terminal reaches it once, forwarded from here.
     """
 
     def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]) -> None:
@@ -122,7 +121,7 @@ class Team:
         ]
 
     def wait(self, tell: Callable[[VitcliError], None]) -> int:
-        """The exit status of the first that fails, 128 + the number where a signal ended it."""
+        """Wait for all; the exit status of the first that fails (128 + number after a signal)."""
         old = {number: signal.signal(number, self._forward) for number in FORWARDED}
         try:
             failed = None
@@ -143,10 +142,9 @@ class Team:
             name = signal.Signals(-status).name
             tell(
                 VitcliError(
-                    f"process {self.members.index(failed)} of {len(self.members)} was ended by "
-                    f"{name}",
-                    "the system does that when memory runs out: fewer `--processes`, or a "
-                    "smaller `--batch-size`",
+                    f"{name} ended process {self.members.index(failed)} of {len(self.members)}",
+                    "the system may have run out of memory; use fewer `--processes` or a smaller "
+                    "`--batch-size`",
                 )
             )
         return 128 - status
@@ -170,17 +168,17 @@ class Team:
             member.stdin.close()
 
 
-def start() -> None:
-    """Note when the command was started: before Python was loaded, where the system tells."""
-    global began
+def record_start() -> None:
+    """Record when the command started; on Linux that includes the start of Python."""
+    global started_at
     now = time.monotonic()
-    given = os.environ.pop(BEGAN, None)
+    given = os.environ.pop(STARTED_AT, None)
     age = now - float(given) if given else _age()
-    began = now - age if 0.0 <= age <= LONGEST_START else now
+    started_at = now - age if 0.0 <= age <= LONGEST_START else now
 
 
 def _age() -> float:
-    """Seconds that this process has been running; 0 where only the system knows."""
+    """Seconds since this process started; 0 where the system does not say."""
     try:
         told = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         born = int(told[19]) / os.sysconf("SC_CLK_TCK")  # field 22: since the machine started
@@ -189,8 +187,8 @@ def _age() -> float:
         return 0.0
 
 
-def follow() -> None:
-    """Stop, as after SIGTERM, when the process that started this one is no more."""
+def exit_with_launcher() -> None:
+    """Stop as after SIGTERM when the process that launched this one has gone."""
     if os.environ.pop(LIFELINE, None) is None:
         return
 
@@ -201,49 +199,49 @@ def follow() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def hold(mistake: bool) -> None:
-    """Wait before telling of a failure that is another process's to tell.
+def wait_before_error(mistake: bool) -> None:
+    """Wait before printing an error that another process may print.
 
-    Process 0 tells of the user's mistakes at once, and its end makes the launcher end the rest in
-    the meantime. An unexpected exception may be the echo of a process that has just gone; then
-    that one has spoken, and the launcher ends this one.
+    Process 0 prints user errors (`mistake`) at once; its exit makes the launcher end the others
+    while they wait here. An unexpected exception may be the consequence of another process that
+    has failed; then that one has printed its error, and the launcher ends this one.
     """
-    if size() > 1 and not (mistake and rank() == 0):
+    if world_size() > 1 and not (mistake and rank() == 0):
         time.sleep(HOLD_SECONDS)
 
 
-def together(status: int) -> int:
-    """The exit status of this process at an end that all come to: process 0 gives it for all."""
+def agree_on_status(status: int) -> int:
+    """The exit status of this process at a common end; process 0 returns it for all."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
-        distributed.barrier()  # nobody leaves while another waits for its last answer
+        distributed.barrier()  # no process may exit while another waits for its answer
     return status if rank() == 0 else 0
 
 
-def leave(status: int) -> NoReturn:
-    """End this process, without the interpreter's tear-down.
+def exit_process(status: int) -> NoReturn:
+    """Exit without the interpreter's tear-down.
 
-    That of torch takes most of a second, and with several processes its threads hang or abort now
-    and then, also after a good end. Every file is closed by now, and what is left is memory.
+    The tear-down of torch takes most of a second, and with several processes its threads sometimes
+    hang or abort after a successful run. All files are closed at this point.
     """
-    if size() == 1:
-        atexit._run_exitfuncs()  # temporary folders of libraries, what trackers still hold
+    if world_size() == 1:
+        atexit._run_exitfuncs()  # temporary folders of libraries, unsent records of trackers
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:
-        sys.exit(status)  # the interpreter has its own words for it
+        sys.exit(status)  # the interpreter reports it
     os._exit(status)
 
 
-# Set for the tasks that srun starts; the whole job's SLURM_NTASKS stands in shells too.
+# Set for tasks that srun starts. SLURM_NTASKS is also set in the shell of the job.
 SLURM_TASKS, SLURM_RANK, SLURM_LOCAL_RANK = "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"
 NODES, JOB = "SLURM_STEP_NODELIST", "SLURM_JOB_ID"
-PORTS = 15_000, 20_000  # where those for a job's processes begin, and how many there are
+PORTS = 15_000, 20_000  # first port, number of ports
 
 
-def join() -> None:
-    """Put what torch's launchers would have set into the environment, where srun started us.
+def join_slurm_job() -> None:
+    """Set torchrun's environment variables if srun started this process.
 
     Nothing happens outside of srun, for a single task, or under another launcher.
     """
@@ -265,7 +263,7 @@ def join() -> None:
 
 
 def _first_host() -> str:
-    """The machine of the first task."""
+    """The host of the first task."""
     nodes = os.environ.get(NODES, "")
     if nodes and shutil.which("scontrol"):
         command = ["scontrol", "show", "hostnames", nodes]
@@ -275,21 +273,18 @@ def _first_host() -> str:
     return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
 
 
-def requeue(number: int) -> str | None:
-    """Queue the job again, where Slurm's signal before the end of its time stopped it.
+def requeue_slurm_job(number: int) -> str | None:
+    """Requeue the Slurm job if Slurm's warning signal stopped it; returns a message or None.
 
-    Slurm sends SIGUSR1 to a job that asked for it: `#SBATCH --signal=USR1@120`.
-
-    Returns:
-        What to tell; None where there is nothing to do.
+    `#SBATCH --signal=USR1@120` sends SIGUSR1 120 s before the time limit.
     """
     asked = hasattr(signal, "SIGUSR1") and number == signal.SIGUSR1
     if not asked or not (job := os.environ.get(JOB)):
         return None
     if not shutil.which("scontrol"):
-        return f"job {job} cannot be queued again: there is no `scontrol` here"
+        return f"cannot requeue job {job}: `scontrol` is not installed here"
     command = ["scontrol", "requeue", job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return f"job {job} could not be queued again: {done.stderr.strip()}"
-    return f"job {job} is queued again"
+        return f"cannot requeue job {job}: {done.stderr.strip()}"
+    return f"requeued job {job}"

@@ -1,17 +1,31 @@
-"""The evaluation transform: one object for validation, predict, fewshot, evaluate and export.
+"""`Preprocess`, the one evaluation transform: image file -> normalised model input.
 
-Against the references in `shared/reference/preprocessing`: timm's pipelines and Hugging Face's
-Pillow ones come out equal to 1e-6. Hugging Face's torchvision backend resizes columns and rows in
-the other order and clips bicubic's overshoot in between (mostly one grey level apart, up to 11 on
-noise), and it floors the offset of the crop where timm rounds it. big_vision and vit_jax resize
-without antialiasing: with `antialias = false` that is met to the pixel (values that are nearly
-whole may be cut off one level lower), and vit_jax's evaluation, which keeps fractions of grey
-levels, within one level; with antialiasing a shrunk picture is up to 0.9 of -1..1 apart.
-big_vision's `resize_small` takes means of areas, which Pillow cannot do: up to 1.3 apart.
+Validation, predict, fewshot, evaluate and export use it, and it is stored in the weights file.
+The steps: decode, resize, crop or pad to the model's size, scale to 0..1, subtract `mean`, divide
+by `std`. The rules for sizes and offsets follow these sources:
 
-A JPEG is decoded whole here, unlike in training. At the smallest scale of at least twice the
-resized side, six photographs of 2 to 108 megapixels would come out 0.1 to 1.2 grey levels apart on
-average (at most 19), and the probabilities of a ViT-Ti/16 at most 0.01, with the same first class.
+| rule | source |
+| --- | --- |
+| shorter side = floor(size / crop_fraction) | timm `transforms_imagenet_eval` |
+| longer side truncated to whole pixels | torchvision `Resize` |
+| rectangular sizes: scale to cover, both sides rounded | timm `ResizeKeepRatio` |
+| crop offset rounded half to even; `down` | torchvision `CenterCrop`; transformers |
+| `squash`: each side resized on its own | transformers `ViTImageProcessor`, big_vision |
+| `pad`: the odd pixel goes to the bottom and the right | timm, `crop_mode="border"` |
+| `antialias = false` | TensorFlow's `tf.image.resize`, used by big_vision and vit_jax |
+
+Differences from the original pipelines, measured on `shared/reference/preprocessing`:
+
+* timm and transformers with Pillow: equal to 1e-6.
+* transformers with torchvision: mostly 1 grey level, up to 11 on noise, because it resizes rows
+  first and clips in between. It also rounds the crop offset down.
+* big_vision and vit_jax with `antialias = false`: equal, or one grey level lower where a value is
+  nearly whole. vit_jax's evaluation keeps fractions of grey levels: within one level.
+* big_vision's `resize_small` averages areas, which Pillow cannot do: up to 1.3 on -1..1.
+
+Evaluation decodes a JPEG at full size, unlike training. Decoding at the smallest scale of at least
+twice the resized side changed six photographs of 2 to 108 megapixels by 0.1 to 1.2 grey levels on
+average (19 at most) and the probabilities of a ViT-Ti/16 by at most 0.01.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,9 +37,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitcli.decode import ImageInput, read_image
-from vitcli.errors import VitcliError
-from vitcli.pixel_modes import Mode
+from vitcli.decode import ImageInput, Mode, read_image
+from vitcli.errors import VitcliError, unknown
 
 ResizeMode = Literal["crop", "squash", "pad"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
@@ -41,25 +54,25 @@ RESAMPLING = {
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What happens to a picture between the file and the model.
+    """The evaluation transform of a model.
 
     Args:
-        image_size: (Y, X) in pixels that the model reads.
-        resize_mode: "crop" keeps the aspect ratio and cuts the middle out; "squash" ignores it;
-            "pad" keeps it and fills the rest with the mean colour.
-        resize_size: the shorter side before the crop (both sides when squashed), in pixels;
-            None takes floor(side / crop_fraction), as timm does.
-        crop_fraction: the share of the shorter side that the crop keeps.
-        interpolation: Pillow's filter.
-        antialias: whether a picture that is shrunk is smoothed first; without it "bilinear" is that
-            of TensorFlow, cut off to whole grey levels. "nearest" never is.
-        mean, std: a value per channel (or one for all) on the scale 0..1.
-        num_channels: 3 (RGB) or 1 (grey).
-        crop_rounding: where the middle lies between two pixels: to the "even" one, as torchvision
-            and timm have it, or "down", as transformers does.
+        image_size: (Y, X) of the model's input, in pixels.
+        resize_mode: "crop" keeps the aspect ratio and crops the centre, "squash" ignores the
+            aspect ratio, "pad" keeps it and fills the rest with the mean colour.
+        resize_size: length of the shorter side before the crop (of both sides for "squash"), in
+            pixels. None means floor(image_size / crop_fraction).
+        crop_fraction: fraction of the shorter side that the crop keeps.
+        interpolation: Pillow's resampling filter.
+        antialias: smooth an image before it is made smaller. False gives TensorFlow's "bilinear",
+            truncated to whole grey levels. It has no effect on "nearest".
+        mean, std: one value per channel, or one for all channels, on the scale 0..1.
+        num_channels: 3 (RGB) or 1 (greyscale).
+        crop_rounding: how half a pixel in the crop offset is rounded: to "even" (torchvision,
+            timm) or "down" (transformers).
 
     Raises:
-        VitcliError: a setting is not one of these, or the counts disagree.
+        VitcliError: a setting has an invalid value.
     """
 
     image_size: tuple[int, int]
@@ -77,24 +90,25 @@ class Preprocess:
         size = self.image_size
         object.__setattr__(self, "image_size", (int(size[0]), int(size[1])))
         if self.num_channels not in (1, 3):
-            raise VitcliError(f"`num_channels` = {self.num_channels}", "it is 1 or 3")
-        for name, options in (
+            raise VitcliError(
+                f"`num_channels` is {self.num_channels}", "a model reads 1 channel or 3 channels"
+            )
+        for name, choices in (
             ("resize_mode", get_args(ResizeMode)),
             ("crop_rounding", get_args(CropRounding)),
             ("interpolation", get_args(Interpolation)),
         ):
-            if getattr(self, name) not in options:
-                raise VitcliError(
-                    f"`preprocess.{name}` = {getattr(self, name)!r}",
-                    f"it is one of {', '.join(options)}",
-                )
+            if getattr(self, name) not in choices:
+                raise unknown(f"preprocess.{name}", str(getattr(self, name)), choices)
         if not self.antialias and self.interpolation == "lanczos":
             raise VitcliError(
-                "`preprocess.antialias` = false with `lanczos`", "`bilinear` or `bicubic` can do so"
+                "`preprocess.antialias=false` is not possible with `lanczos`",
+                "set `preprocess.interpolation` to `bilinear` or `bicubic`",
             )
         if not 0 < self.crop_fraction <= 1:
             raise VitcliError(
-                f"`preprocess.crop_fraction` = {self.crop_fraction}", "it lies above 0, up to 1"
+                f"`preprocess.crop_fraction` is {self.crop_fraction}",
+                "give a number above 0 and up to 1",
             )
         for name in ("mean", "std"):
             values = tuple(float(value) for value in getattr(self, name))
@@ -104,42 +118,42 @@ class Preprocess:
                 raise VitcliError(
                     f"`preprocess.{name}` has {len(values)} values, but there are "
                     f"{self.num_channels} channels",
-                    "give one for each channel, or one for all",
+                    "give one value per channel, or one value for all channels",
                 )
             object.__setattr__(self, name, values)
         if not all(map(isfinite, self.mean + self.std)) or min(self.std) <= 0:
             raise VitcliError(
-                f"`preprocess.mean` = {self.mean}, `preprocess.std` = {self.std}",
-                "finite numbers, and every std above 0",
+                f"`preprocess.mean` is {self.mean}, `preprocess.std` is {self.std}",
+                "give finite numbers; every std must be above 0",
             )
 
     @property
     def mode(self) -> Mode:
-        """Pillow's mode of the pictures this transform reads."""
+        """Pillow's mode of the images that this transform reads."""
         return "L" if self.num_channels == 1 else "RGB"
 
     def __call__(self, source: ImageInput) -> Tensor:
-        """A path, file, bytes or picture -> (C, Y, X) float32, normalised.
+        """A path, file, bytes or Pillow image -> (C, Y, X) float32, normalised.
 
         Raises:
-            ImageError: it cannot be read.
+            ImageError: the image cannot be read.
         """
         return self.normalize(self.pixels(source)[None])[0]  # (C, Y, X)
 
     def pixels(self, source: ImageInput) -> Tensor:
-        """A path, file, bytes or picture -> (C, Y, X) uint8: everything but the normalisation."""
+        """A path, file, bytes or Pillow image -> (C, Y, X) uint8, before normalisation."""
         fitted = self.fit(read_image(source, self.mode))
-        return torch.from_numpy(np.ascontiguousarray(as_pixels(fitted)))
+        return torch.from_numpy(np.ascontiguousarray(as_array(fitted)))
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """A picture in `self.mode` -> one of `image_size`: resized, then cropped or padded."""
+        """Resize an image in `self.mode`, then crop or pad it to `image_size`."""
         if image.size == (self.image_size[1], self.image_size[0]) and self._keeps_size():
             return image
         resized = self.resize(image)
         rows, columns = self.image_size
-        whole = floor if self.crop_rounding == "down" else round  # `round` goes to even
-        top, left = whole((resized.height - rows) / 2), whole((resized.width - columns) / 2)
-        if self.crop_rounding == "even":  # torchvision's: a smaller picture lies over the middle
+        to_int = floor if self.crop_rounding == "down" else round  # `round` rounds half to even
+        top, left = to_int((resized.height - rows) / 2), to_int((resized.width - columns) / 2)
+        if self.crop_rounding == "even":  # torchvision pads a smaller image, less on the top left
             top = -((rows - resized.height) // 2) if resized.height < rows else top
             left = -((columns - resized.width) // 2) if resized.width < columns else left
         if top == left == 0 and resized.size == (columns, rows):
@@ -147,58 +161,62 @@ class Preprocess:
         if self.resize_mode != "pad":
             return resized.crop((left, top, left + columns, top + rows))
         canvas = Image.new(self.mode, (columns, rows), self._mean_colour())
-        # timm's `border`: what cannot be shared evenly goes to the bottom and the right.
         canvas.paste(resized, ((columns - resized.width) // 2, (rows - resized.height) // 2))
         return canvas
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """A picture as it is before the crop (or the padding)."""
-        return _resize(image, self._resized_shape(image), self.interpolation, self.antialias)
+        """The resized image, before it is cropped or padded."""
+        height, width = self._resized_shape(image)
+        if image.size == (width, height):
+            return image
+        if self.antialias or self.interpolation == "nearest":
+            return image.resize((width, height), RESAMPLING[self.interpolation])
+        # Pillow's `resize` always smooths, so an affine map samples without smoothing.
+        matrix = (image.width / width, 0, 0, 0, image.height / height, 0)
+        resampling: Any = RESAMPLING[self.interpolation]  # transforms do not support lanczos
+        return image.transform((width, height), Image.Transform.AFFINE, matrix, resampling)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(B, C, Y, X) uint8, on any device -> (B, C, Y, X) float32: (x / 255 - mean) / std."""
+        """(B, C, Y, X) uint8 on any device -> (B, C, Y, X) float32: (x / 255 - mean) / std."""
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)  # (1, C, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)  # (1, C, 1, 1)
-        # Batches hold the channels of a pixel side by side; here they come apart at no cost.
+        # Batches are channels-last in memory. Writing into a contiguous tensor reorders them here,
+        # at no extra cost.
         scaled = torch.empty(images.shape, device=images.device)
         return torch.div(images, 255, out=scaled).sub_(mean).div_(std)  # (B, C, Y, X)
 
     def resized_to(self, image_size: tuple[int, int]) -> "Preprocess":
-        """The same transform for another model size; the crop keeps its share of the picture."""
+        """The same transform for another input size; `crop_fraction` stays the same."""
         before, after = min(self.image_size), min(image_size)
         side = self.resize_size
         scaled = None if side is None else max(after, floor(side * after / before))
         return replace(self, image_size=image_size, resize_size=scaled)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in a weights file's header."""
+        """Plain values, as in the header of a weights file."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`.
-
-        Raises:
-            VitcliError: a key is unknown or `image_size` is missing.
-        """
+        """The inverse of `to_dict`; an unknown key or a missing `image_size` is an error."""
         known = {field.name for field in fields(cls)}
-        unknown = sorted(values.keys() - known)
-        if unknown or "image_size" not in values:
-            fault = f"unknown `{unknown[0]}`" if unknown else "`image_size` is missing"
-            raise VitcliError(f"preprocessing: {fault}", f"known are {', '.join(sorted(known))}")
+        extra = sorted(values.keys() - known)
+        if extra or "image_size" not in values:
+            fault = f"unknown key `{extra[0]}`" if extra else "`image_size` is missing"
+            raise VitcliError(f"preprocessing: {fault}", f"the keys are {', '.join(sorted(known))}")
         settings: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
         return cls(**settings)
 
     def _keeps_size(self) -> bool:
-        """Whether a picture that has the model's size already passes unchanged."""
+        """An image that already has the model's size stays unchanged."""
         if self.resize_mode == "pad":
             return True
         return self.resize_size is None and self.crop_fraction == 1.0
 
     def _resized_shape(self, image: Image.Image) -> tuple[int, int]:
-        """(rows, columns) between resizing and cropping."""
+        """(rows, columns) after resizing, before the crop."""
         rows, columns = self.image_size
         if self.resize_mode == "pad":
             scale = min(rows / image.height, columns / image.width)
@@ -212,11 +230,11 @@ class Preprocess:
             target = (floor(rows / self.crop_fraction), floor(columns / self.crop_fraction))
         if self.resize_mode == "squash":
             return target
-        if target[0] == target[1]:  # torchvision's Resize: the longer side is truncated
+        if target[0] == target[1]:  # torchvision's `Resize` truncates the longer side
             short, long = sorted(image.size)
             longer = int(target[0] * long / short)
             return (target[0], longer) if image.height <= image.width else (longer, target[0])
-        scale = max(target[0] / image.height, target[1] / image.width)  # timm's ResizeKeepRatio
+        scale = max(target[0] / image.height, target[1] / image.width)  # timm's `ResizeKeepRatio`
         return max(rows, round(image.height * scale)), max(columns, round(image.width * scale))
 
     def _mean_colour(self) -> tuple[int, ...] | int:
@@ -224,20 +242,7 @@ class Preprocess:
         return colour if self.num_channels == 3 else colour[0]
 
 
-def as_pixels(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A picture in L or RGB -> (C, Y, X) uint8, writable; in memory the channels lie last."""
+def as_array(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """An image in mode L or RGB -> (C, Y, X) uint8, writable, channels-last in memory."""
     array = np.array(image)  # (Y, X) or (Y, X, C)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)  # (C, Y, X)
-
-
-def _resize(
-    image: Image.Image, shape: tuple[int, int], interpolation: str, antialias: bool
-) -> Image.Image:
-    width, height = shape[1], shape[0]
-    if image.size == (width, height):
-        return image
-    if antialias or interpolation == "nearest":
-        return image.resize((width, height), RESAMPLING[interpolation])
-    steps = (image.width / width, 0, 0, 0, image.height / height, 0)
-    how: Any = RESAMPLING[interpolation]  # not lanczos, which transformations do not have
-    return image.transform((width, height), Image.Transform.AFFINE, steps, how)

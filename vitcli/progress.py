@@ -1,6 +1,7 @@
-"""What a long computation tells the person who waits for it.
+"""Progress, notes and warnings of library code.
 
-Library code knows only these two small interfaces; `report.py` draws them on a terminal.
+Library code knows only the protocols `Watcher` and `Bar`. `cli/console.py` implements them for a
+terminal.
 """
 
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Protocol, Self
 
 
 class Bar(Protocol):
-    """One running measure of progress, closed by leaving its `with` block."""
+    """A progress bar; it closes at the end of its `with` block."""
 
     def __enter__(self) -> "Bar": ...
 
@@ -23,27 +24,27 @@ class Bar(Protocol):
     ) -> None: ...
 
     def advance(self, n: int = 1, **figures: float) -> None:
-        """`n` more units are done; `figures` are the latest numbers to show beside the bar."""
+        """Advance by `n` units; `figures` are the latest metrics to show next to the bar."""
 
     def extend(self, total: int) -> None:
-        """It will be so many units in all."""
+        """Change the total number of units."""
 
 
 class Watcher(Protocol):
     """Receives notes, warnings and progress."""
 
     def note(self, message: str) -> None:
-        """One line of ordinary information."""
+        """Print one line of information."""
 
     def warn(self, message: str) -> None:
-        """One line that the user should not miss."""
+        """Print one line of warning."""
 
     def progress(self, label: str, total: int | None = None, done: int = 0) -> Bar:
-        """Start a bar over `total` units (None when unknown), `done` of which are behind us."""
+        """Start a progress bar over `total` units (None: unknown), `done` of them finished."""
 
 
 class QuietBar:
-    """A bar that nobody sees."""
+    """A progress bar that prints nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +65,7 @@ class QuietBar:
 
 
 class Quiet:
-    """A watcher that says nothing: the default of every library function."""
+    """A watcher that prints nothing: the default of every library function."""
 
     def note(self, message: str) -> None:
         return None
@@ -77,16 +78,16 @@ class Quiet:
 
 
 class Logged:
-    """Passes everything on to `inner`, and keeps notes and warnings in a file as well."""
+    """A watcher that also writes notes and warnings to a log file."""
 
     def __init__(self, inner: Watcher, path: Path) -> None:
         self.inner = inner
         self.path = path
 
     def write(self, line: str) -> None:
-        """Append one line with its time to the file, for nobody's eyes now.
+        """Append one line with its time to the log file only.
 
-        Where that fails the line is lost: a full disk is told of by what matters more.
+        A line that cannot be written is lost; a full disk is reported by the checkpoint.
         """
         text = f"{datetime.now().isoformat(timespec='seconds')} {line}\n"
         with suppress(OSError), self.path.open("ab") as file:

@@ -108,7 +108,11 @@ def test_help_answers_at_once():
         (["fewshot", "-m", "Pico/4", "--method", "knn", "--out", "x"], "nothing to keep", "--out"),
         (["fewshot", "-m", "Pico/4", "--representation", "cl"], "no representation `cl`", "`cls`"),
         (["export"], "Missing option '--to'", "see `vitcli export --help`"),
-        (["export", "--to", "onx", "--model", "Pico/4"], "no format `onx`", "`onnx` may be meant"),
+        (
+            ["export", "--to", "onx", "--model", "Pico/4"],
+            "unknown format `onx`",
+            "did you mean `onnx`",
+        ),
         (["export", "--to", "timm"], "there is no finished run", "vitcli pretrain"),
         (["predict", "no.jpg", "--model", "B/16"], "no such image: `no.jpg`", "globs"),
         (["evaluate", "nowhere/", "--model", "B/16"], "", ""),

@@ -192,7 +192,7 @@ def test_what_cannot_be_read_is_named(pictures, capsys):
     assert cli([*arguments, "--out", "o"]) == 3
     captured = capsys.readouterr()
     assert json.loads(captured.out)["images"] == 6
-    assert "p/bad.png: " in captured.err and "gone.png: there is no such file" in captured.err
+    assert "p/bad.png: " in captured.err and "gone.png: the file does not exist" in captured.err
     assert cli(["inspect", "gone.png", "--model", "m.safetensors", "--out", "new"]) == 2
     assert cli(["inspect", "p/bad.png", "--model", "m.safetensors", "--out", "new"]) == 2
     assert "none of 1 images can be read" in capsys.readouterr().err

@@ -10,8 +10,13 @@ from scipy import stats
 
 from vitcli.config.schema import AugmentSection
 from vitcli.data import image_set as sets
-from vitcli.data.augment.presets import Strength
-from vitcli.data.augment.transform import CROPS, TrainTransform, image_rng, inception_box
+from vitcli.data.augment.transform import (
+    CROPS,
+    TrainTransform,
+    image_rng,
+    inception_box,
+    resolve_augment,
+)
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import TrainLoader, epoch_order
 from vitcli.decode import open_image, read_image
@@ -173,7 +178,7 @@ def batches(section, **settings):
         images,
         TrainTransform(preprocess, section),
         **{"batch_size": 8, "seed": 3, "repeats": section.repeats, **settings},
-        strength=Strength.of(section),
+        augment=resolve_augment(section),
     )
     return list(loader.batches(16, 4))
 

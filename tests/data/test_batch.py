@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vitcli.data.augment.mixing import Mix
-from vitcli.data.batch import Batch, onto
+from vitcli.data.batch import Batch, move_to_device
 from vitcli.data.image_set import ArrayPicture
 from vitcli.decode import open_image
 
@@ -22,9 +22,10 @@ def a_batch(number=0):
 def test_nothing_moves_where_it_is_already():
     batches = [a_batch(i) for i in range(3)]
     assert all(
-        a is b for a, b in zip(onto(iter(batches), torch.device("cpu")), batches, strict=True)
+        a is b
+        for a, b in zip(move_to_device(iter(batches), torch.device("cpu")), batches, strict=True)
     )
-    moved = next(onto(iter(batches), torch.device("meta")))
+    moved = next(move_to_device(iter(batches), torch.device("meta")))
     assert {x.device.type for x in moved.tensors()} == {"meta"}
     assert len(moved.tensors()) == 5
     assert moved.to(torch.device("meta")) is moved
@@ -69,7 +70,7 @@ def test_a_gpu_copies_beside_the_step(monkeypatch):
         def tensors(self):
             return [Recorded()]
 
-    for batch in onto(iter([Fake(0), Fake(1)]), torch.device("cuda")):
+    for batch in move_to_device(iter([Fake(0), Fake(1)]), torch.device("cuda")):
         log.append(f"step {batch.number}")
     one = ["in copies", "copy {0}", "out", "steps waits for copies", "kept for steps", "step {0}"]
     assert log == [line.format(number) for number in range(2) for line in one]

@@ -294,7 +294,7 @@ def test_the_users_picture_is_left_alone():
 
 
 def test_what_is_no_file(tmp_path):
-    with pytest.raises(ImageError, match="there is no such file") as caught:
+    with pytest.raises(ImageError, match="the file does not exist") as caught:
         read_image(tmp_path / "missing.jpg")
     assert caught.value.hint
     pipe = tmp_path / "pipe.jpg"

@@ -68,7 +68,7 @@ def test_a_folder_that_may_not_be_read_is_one_that_is_reported(tree, monkeypatch
     monkeypatch.setattr(os, "access", lambda *_: False)
     found = list(find_images(["p"]))
     assert found == ["p/a.b/c.jpg", "p/a.jpg", "p/a/", "p/ab.jpg", "p/Ä/é.png"]
-    with pytest.raises(ImageError, match="a folder that may not be read"):
+    with pytest.raises(ImageError, match="a folder without read permission"):
         read_image("p/a/")
     with pytest.raises(PermissionError):
         image_files(tree)  # a class that is not there would be no class

@@ -12,7 +12,8 @@ from PIL import Image
 from vitcli.config.schema import AugmentSection
 from vitcli.data.augment.transform import TrainTransform, image_rng
 from vitcli.data.image_set import ArrayStore, ImageSet
-from vitcli.data.loader import TrainLoader, default_workers, epoch_order, eval_batches, positions
+from vitcli.data.loader import TrainLoader, epoch_order, eval_batches, images_at
+from vitcli.data.prefetch import default_workers
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
@@ -68,7 +69,7 @@ def test_an_epoch_shows_every_image_once():
 
 def test_positions_are_one_endless_stream():
     stream = np.concatenate([epoch_order(N, 3, epoch) for epoch in range(4)])
-    epochs, indices = positions(5, 60, N, 3)
+    epochs, indices = images_at(5, 60, N, 3)
     assert (indices == stream[5:65]).all()
     assert (epochs == np.arange(5, 65) // N).all()
 
@@ -78,7 +79,7 @@ def test_batches_are_what_the_parts_give():
     made = list(loader(images).batches(16, 3))
     transform = TrainTransform(PREPROCESS, AugmentSection(flip_rate=0.5))
     for step, batch in enumerate(made):
-        epochs, indices = positions(16 + 8 * step, 8, N, 1)
+        epochs, indices = images_at(16 + 8 * step, 8, N, 1)
         assert batch.indices.tolist() == indices.tolist()
         assert batch.epochs.tolist() == epochs.tolist()
         assert batch.labels.tolist() == (indices % 3).tolist()
@@ -148,7 +149,7 @@ def test_a_broken_image_is_replaced_by_the_next_of_its_class(workers):
     broken = {0, 4, 7}  # 7 follows 4 in class 1
     train = loader(some_images(broken), workers=workers)
     batches = list(train.batches(0, 6))
-    _, wanted = positions(0, 48, N, 1)
+    _, wanted = images_at(0, 48, N, 1)
     shown = torch.cat([batch.indices for batch in batches]).numpy()
     replaced = {0: 3, 4: 10, 7: 10}
     assert shown.tolist() == [replaced.get(int(i), int(i)) for i in wanted]
@@ -164,9 +165,9 @@ def test_the_last_of_a_class_is_replaced_by_its_first():
     assert 0 in {
         int(batch.indices[i])
         for batch in train.batches(0, 3)
-        for i, index in enumerate(positions(0, 24, N, 1)[1].reshape(3, 8)[0])
+        for i, index in enumerate(images_at(0, 24, N, 1)[1].reshape(3, 8)[0])
     }
-    assert train._with_readable(21, "RGB", lambda picture: None, []) == 0
+    assert train._read_or_replace(21, "RGB", lambda picture: None, []) == 0
 
 
 def test_strict_raises_in_the_consumer():
@@ -254,7 +255,7 @@ def test_sets_that_make_batches_are_asked_for_them(workers):
         Drawn(), None, batch_size=8, seed=1, views=2, workers=workers, image_size=(4, 5)
     )
     for step, batch in enumerate(train.batches(0, 4)):
-        wanted = positions(8 * step, 8, N, 1)[1]
+        wanted = images_at(8 * step, 8, N, 1)[1]
         assert batch.images.shape == (16, 3, 4, 5)
         assert batch.images[8:, 0, 0, 0].tolist() == wanted.tolist() == batch.indices.tolist()
         assert batch.labels.tolist() == (wanted % 3).tolist()

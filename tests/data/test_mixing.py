@@ -7,8 +7,14 @@ import torch.nn.functional as F
 from scipy import stats
 
 from vitcli.config.schema import AugmentSection, ObjectiveSection
-from vitcli.data.augment.mixing import cut_box, draw_mix, partners, soft_targets
-from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.mixing import (
+    mixes_pairs,
+    sample_cutmix_box,
+    sample_mix,
+    soft_targets,
+    swap_pairs,
+)
+from vitcli.data.augment.transform import resolve_augment
 from vitcli.preprocess import Preprocess
 from vitcli.train.objectives import build_objective
 from vitcli.weights.loaded import create_model
@@ -18,21 +24,21 @@ IMAGES = torch.randn(8, 3, *SIZE, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 4, 4, 1, 0])
 
 
-def strength(**settings):
-    return Strength.of(AugmentSection(**settings))
+def resolved(**settings):
+    return resolve_augment(AugmentSection(**settings))
 
 
 def test_partners_are_neighbours():
-    assert partners(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
+    assert swap_pairs(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
 
 
 def test_mixup_is_its_formula():
-    mix = draw_mix(0, 0, 8, SIZE, strength(mixup_alpha=0.8))
+    mix = sample_mix(0, 0, 8, SIZE, resolved(mixup_alpha=0.8))
     images, targets = mix.images(IMAGES), mix.targets(soft_targets(LABELS, 5))
     order = [1, 0, 3, 2, 5, 4, 7, 6]
     for i, j in enumerate(order):
-        own = float(mix.share[i])
-        assert 0.5 <= own <= 1 and own == float(mix.share[j])
+        own = float(mix.lam[i])
+        assert 0.5 <= own <= 1 and own == float(mix.lam[j])
         torch.testing.assert_close(images[i], own * IMAGES[i] + (1 - own) * IMAGES[j])
         wanted = torch.zeros(5)
         wanted[LABELS[i]] += own
@@ -41,39 +47,39 @@ def test_mixup_is_its_formula():
 
 
 def test_cutmix_is_its_formula():
-    mix = draw_mix(3, 0, 8, SIZE, strength(cutmix_alpha=1.0))
+    mix = sample_mix(3, 0, 8, SIZE, resolved(cutmix_alpha=1.0))
     images, targets = mix.images(IMAGES), mix.targets(soft_targets(LABELS, 5))
-    assert (mix.share < 1).any()
+    assert (mix.lam < 1).any()
     for i, j in enumerate([1, 0, 3, 2, 5, 4, 7, 6]):
         from_other = (images[i] == IMAGES[j]).all(0)
         from_own = (images[i] == IMAGES[i]).all(0)
         assert (from_other ^ from_own).all()  # every pixel is from exactly one of the two
         rows, columns = from_other.any(1).sum(), from_other.any(0).sum()
         assert from_other.sum() == rows * columns  # a box
-        assert float(mix.share[i]) == pytest.approx(1 - float(from_other.float().mean()), abs=1e-6)
+        assert float(mix.lam[i]) == pytest.approx(1 - float(from_other.float().mean()), abs=1e-6)
         assert float(targets[i].sum()) == pytest.approx(1.0)
         if LABELS[i] != LABELS[j]:
-            assert float(targets[i, LABELS[i]]) == pytest.approx(float(mix.share[i]))
+            assert float(targets[i, LABELS[i]]) == pytest.approx(float(mix.lam[i]))
 
 
 def test_the_loss_is_the_mixture_of_both_losses():
     """Zhang et al. 2018: cross-entropy with a mixed target is the mixture of cross-entropies."""
-    mix = draw_mix(1, 0, 8, SIZE, strength(mixup_alpha=0.5))
+    mix = sample_mix(1, 0, 8, SIZE, resolved(mixup_alpha=0.5))
     logits = torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
     each = F.cross_entropy(logits, LABELS, reduction="none")
-    other = F.cross_entropy(logits, partners(LABELS), reduction="none")
-    wanted = (mix.share * each + (1 - mix.share) * other).mean()
+    other = F.cross_entropy(logits, swap_pairs(LABELS), reduction="none")
+    wanted = (mix.lam * each + (1 - mix.lam) * other).mean()
     found = F.cross_entropy(logits, mix.targets(soft_targets(LABELS, 5)))
     torch.testing.assert_close(found, wanted)
 
 
 def shares(many=3000, **settings):
-    return draw_mix(0, 0, 2 * many, (200, 200), strength(**settings))
+    return sample_mix(0, 0, 2 * many, (200, 200), resolved(**settings))
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0])
 def test_shares_of_mixup_come_from_beta(alpha):
-    own = shares(mixup_alpha=alpha).share[::2].numpy()
+    own = shares(mixup_alpha=alpha).lam[::2].numpy()
 
     def larger(x):  # the distribution of the larger of l and 1 - l
         return stats.beta(alpha, alpha).cdf(x) - stats.beta(alpha, alpha).cdf(1 - x)
@@ -88,7 +94,7 @@ def test_boxes_of_cutmix_have_the_area_that_beta_says():
     for own in (0.1, 0.5, 0.9):
         inside = 0
         for _ in range(300):
-            box, share = cut_box(own, (200, 300), rng)
+            box, share = sample_cutmix_box(own, (200, 300), rng)
             height, width = (box[2] - box[0]) * 200, (box[3] - box[1]) * 300
             assert share == pytest.approx(1 - height * width / 60000)
             if box.min() > 0 and box.max() < 1:  # nothing of it was cut off by the border
@@ -102,31 +108,31 @@ def test_boxes_of_cutmix_have_the_area_that_beta_says():
 def test_rates():
     mix = shares(mixup_alpha=0.8, cutmix_alpha=1.0, mix_rate=0.6, cutmix_rate=0.3)
     cut = (mix.box[::2, 2] > mix.box[::2, 0]).sum()
-    mixed = (mix.share[::2] < 1).sum()
+    mixed = (mix.lam[::2] < 1).sum()
     assert stats.binomtest(int(mixed), 3000, 0.6).pvalue > 0.005
     assert stats.binomtest(int(cut), int(mixed), 0.3).pvalue > 0.005
     nothing = shares(many=5, mixup_alpha=0.8, mix_rate=0.0)
-    assert (nothing.share == 1).all() and not strength(mixup_alpha=0.8, mix_rate=0.0).mixes
+    assert (nothing.lam == 1).all() and not mixes_pairs(resolved(mixup_alpha=0.8, mix_rate=0.0))
     assert (shares(cutmix_alpha=1.0, cutmix_rate=0.0).box[:, 2] > 0).any()  # the only one there is
 
 
 def test_it_is_of_the_seed_and_the_place_in_the_stream():
-    how = strength(mixup_alpha=0.8)
-    first = draw_mix(0, 64, 8, SIZE, how).share
-    assert torch.equal(first, draw_mix(0, 64, 8, SIZE, how).share)
-    for other in (draw_mix(1, 64, 8, SIZE, how), draw_mix(0, 72, 8, SIZE, how)):
-        assert not torch.equal(first, other.share)
+    how = resolved(mixup_alpha=0.8)
+    first = sample_mix(0, 64, 8, SIZE, how).lam
+    assert torch.equal(first, sample_mix(0, 64, 8, SIZE, how).lam)
+    for other in (sample_mix(1, 64, 8, SIZE, how), sample_mix(0, 72, 8, SIZE, how)):
+        assert not torch.equal(first, other.lam)
 
 
 def test_parts_of_a_batch_mix_as_the_whole():
-    mix = draw_mix(5, 0, 8, SIZE, strength(mixup_alpha=0.8, cutmix_alpha=1.0))
+    mix = sample_mix(5, 0, 8, SIZE, resolved(mixup_alpha=0.8, cutmix_alpha=1.0))
     whole = mix.images(IMAGES)
     parts = [mix.part(a, b).images(IMAGES[a:b]) for a, b in ((0, 2), (2, 6), (6, 8))]
     assert torch.equal(torch.cat(parts), whole)
 
 
 def test_views_are_mixed_each_with_the_partners_same_view():
-    mix = draw_mix(5, 0, 4, SIZE, strength(mixup_alpha=0.8, cutmix_alpha=1.0))
+    mix = sample_mix(5, 0, 4, SIZE, resolved(mixup_alpha=0.8, cutmix_alpha=1.0))
     both = mix.images(IMAGES)  # two views of four pictures
     assert torch.equal(both, torch.cat([mix.images(IMAGES[:4]), mix.images(IMAGES[4:])]))
 
@@ -134,8 +140,8 @@ def test_views_are_mixed_each_with_the_partners_same_view():
 def test_several_labels_stay_several():
     many = torch.tensor([[1, 0, 1], [0, 1, 0]])
     assert torch.equal(soft_targets(many, 3), many.float())
-    mix = draw_mix(0, 0, 2, SIZE, strength(mixup_alpha=0.8))
-    own = mix.share[0]
+    mix = sample_mix(0, 0, 2, SIZE, resolved(mixup_alpha=0.8))
+    own = mix.lam[0]
     torch.testing.assert_close(
         mix.targets(soft_targets(many, 3))[0], torch.stack([own, 1 - own, own])
     )

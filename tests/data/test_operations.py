@@ -29,7 +29,7 @@ PICTURES = pytest.mark.parametrize("picture", [NOISE, DULL, DULL[..., 0]], ids=[
 @PICTURES
 def test_pointwise(picture):
     x = picture.astype(np.float64)
-    assert (apply(ops.same, picture) == x).all()
+    assert (apply(ops.identity, picture) == x).all()
     assert (apply(ops.invert, picture) == 255 - x).all()
     for bits in (1, 3, 8):
         step = 2 ** (8 - bits)
@@ -154,7 +154,7 @@ def test_blur_has_the_variance_of_its_radius(radius):
 
 
 def numbers(table, level, side=(224, 224)):
-    return {name: choice.number(level, side) for name, choice in table.items()}
+    return {name: operation.value(level, side) for name, operation in table.items()}
 
 
 def test_the_scale_of_augreg():
@@ -173,34 +173,36 @@ def test_the_scale_of_augreg():
     small = numbers(ops.RANDAUGMENT, 10, side=(32, 64))
     assert small["translate_x"] == pytest.approx(100 * 64 / 224)
     assert small["translate_y"] == pytest.approx(100 * 32 / 224)
-    signed = {name for name, choice in ops.RANDAUGMENT.items() if choice.signed}
+    signed = {name for name, operation in ops.RANDAUGMENT.items() if operation.signed}
     assert signed == {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
 
 
 def test_the_space_of_trivial_augment_wide():
     """Müller and Hutter 2021, table 1."""
-    assert len(ops.TRIVIAL) == 14
-    least, most = numbers(ops.TRIVIAL, 0), numbers(ops.TRIVIAL, 30)
+    assert len(ops.TRIVIAL_AUGMENT) == 14
+    least, most = numbers(ops.TRIVIAL_AUGMENT, 0), numbers(ops.TRIVIAL_AUGMENT, 30)
     ends = {"rotate": 135, "shear_x": 0.99, "shear_y": 0.99, "translate_x": 32, "translate_y": 32}
     ends |= dict.fromkeys(("color", "contrast", "brightness", "sharpness"), 0.99)
     for name, end in ends.items():
         assert least[name] == 0 and most[name] == pytest.approx(end)
-        assert ops.TRIVIAL[name].signed
+        assert ops.TRIVIAL_AUGMENT[name].signed
     assert (least["posterize"], most["posterize"]) == (8, 2)
     assert (least["solarize"], most["solarize"]) == (255, 0)
-    bright = apply(ops.TRIVIAL["brightness"].op, DULL, 0.5)
+    bright = apply(ops.TRIVIAL_AUGMENT["brightness"].function, DULL, 0.5)
     assert np.abs(bright - np.minimum(DULL * 1.5, 255)).max() <= 1.5
 
 
-@pytest.mark.parametrize("table", [ops.RANDAUGMENT, ops.TRIVIAL], ids=["randaugment", "trivial"])
+@pytest.mark.parametrize(
+    "table", [ops.RANDAUGMENT, ops.TRIVIAL_AUGMENT], ids=["randaugment", "trivial"]
+)
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (32, 24)])
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_every_operation_takes_every_size_level_and_mode(table, size, mode):
     image = Image.fromarray(NOISE).resize(size).convert(mode)
-    for choice in table.values():
+    for operation in table.values():
         for level in (0, 7, 20, 30):
-            number = choice.number(level, size[::-1])
-            for sign in (1, -1) if choice.signed else (1,):
-                place = (0, 0) if choice.placed else ()
-                result = choice.op(image, sign * number, *place)
+            number = operation.value(level, size[::-1])
+            for sign in (1, -1) if operation.signed else (1,):
+                place = (0, 0) if operation.at_position else ()
+                result = operation.function(image, sign * number, *place)
                 assert result.size == size and result.mode == mode

@@ -9,16 +9,22 @@ from scipy import stats
 
 from vitcli.config.schema import AugmentSection
 from vitcli.data.augment import operations as ops
-from vitcli.data.augment import policies
-from vitcli.data.augment.policies import change, erase, jitter
-from vitcli.data.augment.presets import PRESETS, Strength
+from vitcli.data.augment.mixing import mixes_pairs
+from vitcli.data.augment.policies import (
+    PRESETS,
+    change_colours,
+    changes_pixels,
+    erase_rectangle,
+    jitter_colours,
+)
+from vitcli.data.augment.transform import resolve_augment
 from vitcli.errors import VitcliError
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
 
 
-def strength(**settings):
-    return Strength.of(AugmentSection(**settings))
+def resolved(**settings):
+    return resolve_augment(AugmentSection(**settings))
 
 
 def watched(table, seen):
@@ -31,7 +37,7 @@ def watched(table, seen):
 
         return op
 
-    return {name: choice._replace(op=noting(name)) for name, choice in table.items()}
+    return {name: operation._replace(function=noting(name)) for name, operation in table.items()}
 
 
 def test_randaugment_draws_all_alike_at_one_magnitude(monkeypatch):
@@ -39,7 +45,7 @@ def test_randaugment_draws_all_alike_at_one_magnitude(monkeypatch):
     monkeypatch.setattr(ops, "RANDAUGMENT", watched(ops.RANDAUGMENT, seen))
     rng = np.random.default_rng(0)
     for _ in range(4000):
-        change(NOISE, rng, strength(policy="randaugment", num_ops=2, magnitude=10.0))
+        change_colours(NOISE, rng, resolved(policy="randaugment", num_ops=2, magnitude=10.0))
     assert len(seen) == 8000
     assert stats.chisquare(list(Counter(name for name, _, _ in seen).values())).pvalue > 0.01
     angles = Counter(number for name, number, _ in seen if name == "rotate")
@@ -53,10 +59,10 @@ def test_randaugment_draws_all_alike_at_one_magnitude(monkeypatch):
 
 def test_trivial_draws_one_at_any_level(monkeypatch):
     seen = []
-    monkeypatch.setattr(ops, "TRIVIAL", watched(ops.TRIVIAL, seen))
+    monkeypatch.setattr(ops, "TRIVIAL_AUGMENT", watched(ops.TRIVIAL_AUGMENT, seen))
     rng = np.random.default_rng(0)
     for _ in range(9000):
-        change(NOISE, rng, strength(policy="trivial"))
+        change_colours(NOISE, rng, resolved(policy="trivial"))
     assert len(seen) == 9000
     assert stats.chisquare(list(Counter(name for name, _, _ in seen).values())).pvalue > 0.01
     shears = np.array([number for name, number, _ in seen if name == "shear_x"])
@@ -80,7 +86,7 @@ def test_three_augment_is_one_of_three(monkeypatch):
     solar = np.asarray(NOISE)
     solar = np.where(solar < 128, solar, 255 - solar)
     for _ in range(600):
-        result = np.asarray(change(NOISE, rng, strength(policy="3-augment")))
+        result = np.asarray(change_colours(NOISE, rng, resolved(policy="3-augment")))
         seen[
             "grey" if (result == grey).all() else "solar" if (result == solar).all() else "blur"
         ] += 1
@@ -98,9 +104,9 @@ def test_jitter_factors_are_uniform_and_in_random_order(monkeypatch):
 
         monkeypatch.setattr(ops, name, op)
     rng = np.random.default_rng(0)
-    how = strength(brightness=0.4, contrast=1.5, saturation=0.3, hue=0.1)
+    how = resolved(brightness=0.4, contrast=1.5, saturation=0.3, hue=0.1)
     for _ in range(1500):
-        jitter(NOISE, rng, how)
+        jitter_colours(NOISE, rng, how)
     ranges = {
         "brightness": (0.6, 0.8),
         "contrast": (0, 2.5),
@@ -117,16 +123,16 @@ def test_jitter_factors_are_uniform_and_in_random_order(monkeypatch):
 
 def test_what_has_no_strength_is_left_out():
     rng = np.random.default_rng(0)
-    assert (np.asarray(change(NOISE, rng, strength())) == np.asarray(NOISE)).all()
-    assert not strength().changes and not strength(preset="none").changes
-    dark = jitter(NOISE, np.random.default_rng(1), strength(brightness=0.5))
+    assert (np.asarray(change_colours(NOISE, rng, resolved())) == np.asarray(NOISE)).all()
+    assert not changes_pixels(resolved()) and not changes_pixels(resolved(preset="none"))
+    dark = jitter_colours(NOISE, np.random.default_rng(1), resolved(brightness=0.5))
     ratio = np.asarray(dark).mean() / np.asarray(NOISE).mean()
     assert 0.5 <= ratio <= 1.5 and ratio != 1
 
 
 def test_grey_comes_at_its_rate():
     rng = np.random.default_rng(0)
-    results = [np.asarray(change(NOISE, rng, strength(grey_rate=0.2))) for _ in range(500)]
+    results = [np.asarray(change_colours(NOISE, rng, resolved(grey_rate=0.2))) for _ in range(500)]
     grey = sum((r == r[..., :1]).all() for r in results)
     assert stats.binomtest(int(grey), 500, 0.2).pvalue > 0.01
 
@@ -137,7 +143,7 @@ def test_erased_areas_and_ratios():
     areas, ratios, lefts = [], [], []
     for _ in range(1500):
         pixels = np.full((1, 400, 400), -1, dtype=np.int16)
-        erase(pixels, rng)
+        erase_rectangle(pixels, rng)
         rows, columns = (
             np.nonzero((pixels[0] >= 0).any(1))[0],
             np.nonzero((pixels[0] >= 0).any(0))[0],
@@ -159,7 +165,7 @@ def test_erased_areas_and_ratios():
 
 def test_erased_pixels_are_noise_over_the_whole_range():
     pixels = np.zeros((3, 200, 200), dtype=np.uint8)
-    erase(pixels, np.random.default_rng(3))
+    erase_rectangle(pixels, np.random.default_rng(3))
     values = pixels[pixels > 0]
     assert len(values) > 500
     assert (
@@ -169,7 +175,7 @@ def test_erased_pixels_are_noise_over_the_whole_range():
         > 0.01
     )
     tiny = np.zeros((3, 1, 1), dtype=np.uint8)
-    erase(tiny, np.random.default_rng(0))  # nothing fits, nothing happens
+    erase_rectangle(tiny, np.random.default_rng(0))  # nothing fits, nothing happens
     assert (tiny == 0).all()
 
 
@@ -185,21 +191,21 @@ def test_the_levels_of_augreg():
     }
     assert set(PRESETS) == {"none", "3-augment", *expected}
     for name, values in expected.items():
-        found = strength(preset=name)
+        found = resolved(preset=name)
         assert found.policy == "randaugment"
         assert (found.num_ops, found.magnitude, found.mixup_alpha) == values
-    assert strength(preset="none") == Strength()
+    assert resolved(preset="none").model_copy(update={"preset": None}) == resolved()
 
 
 def test_what_is_given_goes_over_the_preset():
-    found = strength(preset="medium1", magnitude=5.0, mixup_alpha=0.0, erase_rate=0.25)
+    found = resolved(preset="medium1", magnitude=5.0, mixup_alpha=0.0, erase_rate=0.25)
     assert (found.magnitude, found.mixup_alpha, found.erase_rate) == (5.0, 0.0, 0.25)
-    assert found.num_ops == 2 and not found.mixes
+    assert found.num_ops == 2 and not mixes_pairs(found)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"preset": "medium3"}, {"magnitude": 31.0}, {"hue": 0.6}, {"policy": "auto"}, {"repeats": 0}],
+    [{"preset": 3}, {"magnitude": 31.0}, {"hue": 0.6}, {"policy": 1}, {"repeats": 0}],
 )
 def test_settings_are_checked(settings):
     from vitcli.config.recipe import check
@@ -210,15 +216,19 @@ def test_settings_are_checked(settings):
         check(Recipe, recipe, "test")
 
 
-def test_policies_and_presets_are_those_a_recipe_can_name():
-    import typing
+@pytest.mark.parametrize(
+    ("settings", "words", "hint"),
+    [
+        ({"preset": "medium3"}, "augment.preset `medium3`", "`strong2`"),
+        ({"policy": "rand-augment"}, "augment.policy `rand-augment`", "did you mean `randaugment`"),
+        ({"crop": "random"}, "augment.crop `random`", "`inception`"),
+    ],
+)
+def test_an_unknown_name_is_an_error_with_the_list_of_the_registry(settings, words, hint):
+    with pytest.raises(VitcliError, match=words) as caught:
+        resolved(**settings)
+    assert hint in caught.value.hint
 
-    def names(field):
-        return {
-            name
-            for member in typing.get_args(AugmentSection.model_fields[field].annotation)
-            for name in typing.get_args(member)
-        }
 
-    assert names("policy") == set(policies.POLICIES)
-    assert names("preset") == set(PRESETS)
+def test_every_augment_setting_has_a_value_without_a_preset():
+    assert None not in resolved().model_dump(exclude={"preset"}).values()

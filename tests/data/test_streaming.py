@@ -18,8 +18,8 @@ from vitcli.config.recipe import check
 from vitcli.config.schema import AugmentSection, DataSection, Recipe
 from vitcli.data.augment.transform import TrainTransform
 from vitcli.data.image_set import Request
+from vitcli.data.loader import TrainLoader
 from vitcli.data.source import open_data
-from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.streaming import Shard, StreamSample, StreamSet, open_stream
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
@@ -85,7 +85,7 @@ def levels(samples):
 
 def loader(images, batch_size=10, **settings):
     transform = TrainTransform(Preprocess((8, 8)), AugmentSection(crop="none", flip_rate=0.0))
-    return StreamLoader(images, transform, batch_size=batch_size, seed=0, **settings)
+    return TrainLoader(images, transform, batch_size=batch_size, seed=0, **settings)
 
 
 def test_an_epoch_has_every_image_once(shards):
@@ -125,7 +125,7 @@ def test_memory_is_that_of_the_buffer():
         for i in range(1000):
             yield bytes([i % 256]) * 100_000, "a", f"row {i}"
 
-    images = StreamSet(["a"], [Shard("x", "tar", io.BytesIO)], (None, None), 16)
+    images = StreamSet(["a"], [Shard("x", "x.tar")], (None, None), 16)
     images.read = lambda shard: (StreamSample(c, 0, n) for c, _, n in rows(None, None))
     tracemalloc.start()
     assert sum(1 for _ in images.epoch((0,), 0, 1)) == 1000
@@ -165,11 +165,11 @@ def test_broken_images_are_passed_over(tmp_path):
 
 def test_classes_must_be_known(tmp_path):
     tar(tmp_path / "train-0.tar", range(6))
-    with pytest.raises(VitcliError, match="does not say its classes"):
+    with pytest.raises(VitcliError, match="does not contain its class names"):
         stream(str(tmp_path / "train-0.tar"))
     (tmp_path / "names").write_text("cat\ndog\n")
     source = open_stream(Request(str(tmp_path / "train-0.tar")), str(tmp_path / "names"), 4)
-    with pytest.raises(VitcliError, match="label `2`, which is none of 2 classes"):
+    with pytest.raises(VitcliError, match="label `2`, which is not one of the 2 classes"):
         [*source.splits["train"].epoch((0,), 0, 1)]
 
 
@@ -179,7 +179,7 @@ def test_a_shard_that_ends_early(tmp_path):
     (tmp_path / "train-0.tar").write_bytes(content[: len(content) // 2 + 700])
     (tmp_path / "classes.txt").write_text("\n".join(NAMES))
     images = stream(str(tmp_path / "train-0.tar")).splits["train"]
-    with pytest.raises(VitcliError, match=r"cannot read on in .*train-0\.tar") as caught:
+    with pytest.raises(VitcliError, match=r"reading .*train-0\.tar` failed") as caught:
         [*images.epoch((0,), 0, 1)]
     assert "--resume" in caught.value.hint
 
@@ -210,7 +210,7 @@ def test_from_any_server(loopback):
     images = source.splits["train"]
     assert sorted(levels(images.epoch((0,), 0, 1))) == list(range(10))
     loopback.faults["x-001.tar"] = [Fault(status=404)]
-    with pytest.raises(VitcliError, match=r"cannot read on in .*x-001\.tar"):
+    with pytest.raises(VitcliError, match=r"reading .*x-001\.tar` failed"):
         [*images.epoch((0,), 0, 1)]
 
 
@@ -257,9 +257,9 @@ def test_what_a_stream_cannot_do(shards):
         open_data(section)
     with pytest.raises(VitcliError, match="no folds"):
         open_data(DataSection(name=shards, streaming=True, folds=2), streams=True)
-    with pytest.raises(VitcliError, match="is not known"):
+    with pytest.raises(VitcliError, match="is unknown"):
         len(stream(shards).splits["train"])
-    with pytest.raises(VitcliError, match="`streaming` is not set"):
+    with pytest.raises(VitcliError, match="set `streaming` too"):
         check(Recipe, {"command": "pretrain", "train": {"steps": 1}, "data": {"classes": "x"}}, "x")
     done = vitcli("check", shards, "--set", "data.streaming=true")
     assert done.returncode == 2 and "a stream has but one" in done.stderr

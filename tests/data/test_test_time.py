@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitcli.data.augment.test_time import Views
+from vitcli.data.augment.test_time import TTATransform
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 
@@ -24,17 +24,17 @@ def resized(picture, size):
 
 def test_one_view_is_the_transform(picture):
     preprocess = Preprocess(image_size=(16, 16), crop_fraction=0.8)
-    views = Views(preprocess)
+    views = TTATransform(preprocess)
     assert views.count == 1
     pixels = views.pixels(picture)
     assert torch.equal(pixels[0], preprocess.pixels(picture))
-    assert len(views.of(pixels[None])) == 1
+    assert len(views.views(pixels[None])) == 1
 
 
 def test_the_mirror_image(picture):
     preprocess = Preprocess(image_size=(16, 24), crop_fraction=0.8)
-    views = Views(preprocess, "flip")
-    plain, mirrored = views.of(views.pixels(picture)[None])
+    views = TTATransform(preprocess, "flip")
+    plain, mirrored = views.views(views.pixels(picture)[None])
     assert views.count == 2 and torch.equal(plain[0], preprocess.pixels(picture))
     assert torch.equal(mirrored[0], torch.from_numpy(plain[0].numpy()[..., ::-1].copy()))
 
@@ -42,8 +42,8 @@ def test_the_mirror_image(picture):
 @pytest.mark.parametrize(("kind", "count"), [("crops:5", 5), ("crops:10", 10)])
 def test_middle_and_corners(kind, count, picture):
     preprocess = Preprocess(image_size=(16, 16), crop_fraction=0.8)  # 20 x 30 before the crop
-    views = Views(preprocess, kind)
-    shown = views.of(views.pixels(picture)[None])
+    views = TTATransform(preprocess, kind)
+    shown = views.views(views.pixels(picture)[None])
     assert views.count == len(shown) == count
     whole = resized(picture, (30, 20))
     step = count // 5
@@ -58,10 +58,10 @@ def test_middle_and_corners(kind, count, picture):
 def test_the_settings_that_leave_nothing_to_crop(picture):
     for settings in ({"resize_mode": "pad"}, {"resize_mode": "squash"}):
         with pytest.raises(VitcliError, match="all crops are the same"):
-            Views(Preprocess(image_size=(16, 16), **settings), "crops:5")
-    squashed = Views(Preprocess((16, 16), resize_mode="squash", resize_size=20), "crops:5")
+            TTATransform(Preprocess(image_size=(16, 16), **settings), "crops:5")
+    squashed = TTATransform(Preprocess((16, 16), resize_mode="squash", resize_size=20), "crops:5")
     assert torch.equal(squashed.pixels(picture)[4], resized(picture, (20, 20))[:, 4:, 4:])
     for kind in ("crops:3", "crops", "rotate", ""):
-        with pytest.raises(VitcliError, match="is not known") as error:
-            Views(Preprocess((16, 16)), kind)
+        with pytest.raises(VitcliError, match="unknown `--tta` value") as error:
+            TTATransform(Preprocess((16, 16)), kind)
         assert "crops:10" in error.value.hint

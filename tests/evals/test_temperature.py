@@ -121,7 +121,7 @@ def test_exports_are_calibrated(here, to):
     net.preprocess = Preprocess(image_size=(8, 8))
     save_model("m.safetensors", net)
     done = export.run(to, model="m.safetensors", out=Path("out"))
-    assert "the head is divided by its temperature, 2.5" in done.notes
+    assert "the temperature 2.5 is folded into the head" in done.notes
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     again = load_model("out")
     with torch.no_grad():

@@ -12,7 +12,11 @@ from vitcli.train.session import train
 
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {
-    **{k: v for k, v in os.environ.items() if k not in (*launch.SIZE, *launch.RANK)},
+    **{
+        k: v
+        for k, v in os.environ.items()
+        if k not in (*launch.WORLD_SIZE_VARIABLES, *launch.RANK_VARIABLES)
+    },
     "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "train")]),
     "OMP_NUM_THREADS": "1",
 }

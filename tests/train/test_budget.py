@@ -98,7 +98,7 @@ def test_a_budget_too_small_for_one_step(tmp_path, monkeypatch):
 def test_a_budget_that_is_over_is_not_exceeded_by_measuring(tmp_path, monkeypatch):
     from vitcli import distributed as launch
 
-    monkeypatch.setattr(launch, "began", time.monotonic() - 100.0)
+    monkeypatch.setattr(launch, "started_at", time.monotonic() - 100.0)
     monkeypatch.setattr(loop.Loop, "step", lambda *_: pytest.fail("a step was made"))
     recipe = tiny_recipe(train={"steps": None, "budget": "60s"})
     with pytest.raises(VitcliError, match=r"was over before one could be timed, 4\d\.\d s ago"):

@@ -35,7 +35,7 @@ try:
     go(name, t.SHARED, resume=resume)
 except Stopped:
     assert stop
-launch.leave(launch.together(0))
+launch.exit_process(launch.agree_on_status(0))
 """
 
 

@@ -78,7 +78,7 @@ def test_from_the_command_line(here, capfd, monkeypatch):
     assert facts["losses"][0] == pytest.approx(math.log(10), abs=0.05)
     assert np.allclose(np.diff(np.log(facts["rates"])), np.log(facts["rates"][1] / 1e-5))
     assert cli.run(words) == 0
-    assert "falls fastest at" in capfd.readouterr().out and (here / "runs/tiny-lr-2").is_dir()
+    assert "steepest descent" in capfd.readouterr().out and (here / "runs/tiny-lr-2").is_dir()
     assert cli.run([*words, "--out", str(kept)]) == 2
     assert cli.run([*words, "--resume"]) == 2
 

@@ -19,7 +19,7 @@ from support.tiny import records, vitcli, write_tiny
 from vitcli import distributed as launch
 from vitcli.cli import main as cli
 from vitcli.commands import evaluate
-from vitcli.data.loader import positions
+from vitcli.data.loader import images_at
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
@@ -56,7 +56,7 @@ except Stopped as stopped:
     assert "SIGTERM after step 2" in str(stopped), stopped
 Loop.agree = real
 t.go("parts", t.RECIPES["whole"], resume=True)
-launch.leave(launch.together(0))
+launch.exit_process(launch.agree_on_status(0))
 """
 
 
@@ -118,7 +118,7 @@ def test_another_number_of_processes_is_told(tmp_path):
     warn_of_other_processes(run, 2, Watch())
     assert not warned
     warn_of_other_processes(run, 1, Watch())
-    assert "begun with 2 processes, and goes on with 1" in warned[0]
+    assert "started with 2 processes and continues with 1" in warned[0]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_a_mistake_that_only_one_process_meets(tmp_path):
     data = {"name": str(tmp_path / "photos"), "strict": True, "test_fraction": 0.2}
     write_tiny(tmp_path / "tiny.toml", data=data, train={"batch_size": 16, "steps": 3})
     images = load_data(str(tmp_path / "photos")).splits["train"]
-    _, order = positions(0, len(images), len(images), 0)
+    _, order = images_at(0, len(images), len(images), 0)
     broken = images.describe(int(order[-1]))  # of the first batch, the second process's
     Path(broken).write_bytes(b"")
     done = command(tmp_path, "pretrain", "--recipe", "tiny.toml", "--out", "run")
@@ -312,7 +312,9 @@ TOLD = []
 def team(*codes):
     TOLD.clear()
     environments = [{**ENVIRONMENT, "CODE": code} for code in codes]
-    return launch.Team([sys.executable, "-c", "import os; exec(os.environ['CODE'])"], environments)
+    return launch.LaunchedProcesses(
+        [sys.executable, "-c", "import os; exec(os.environ['CODE'])"], environments
+    )
 
 
 SLEEP = "import time; time.sleep(60)"
@@ -337,13 +339,13 @@ def test_the_first_to_fail_gives_the_status_and_ends_the_others(codes, status):
 
 def test_a_process_that_was_killed_is_told_of():
     assert team(SLEEP, "os.kill(os.getpid(), 9)").wait(TOLD.append) == 137
-    assert TOLD[0].message == "process 1 of 2 was ended by SIGKILL" and "memory" in TOLD[0].hint
+    assert TOLD[0].message == "SIGKILL ended process 1 of 2" and "memory" in TOLD[0].hint
 
 
 def test_threads_are_shared_and_the_environment_of_a_launcher_is_set(monkeypatch, tmp_path):
     seen = []
 
-    class Team(launch.Team):
+    class Team(launch.LaunchedProcesses):
         def __init__(self, command, environments):
             seen.append((command, environments))
             super().__init__([sys.executable, "-c", ""], environments)
@@ -369,21 +371,22 @@ def python(code, **environment):
 
 
 def test_the_clock_runs_from_the_start_of_the_program(monkeypatch):
-    code = (
-        "import time; time.sleep(0.5); from vitcli import distributed as launch; launch.start(); "
-    )
-    code += "print(time.monotonic() - launch.began)"
+    code = "import time; time.sleep(0.5); from vitcli import distributed as launch; "
+    code += "launch.record_start(); "
+    code += "print(time.monotonic() - launch.started_at)"
     if Path("/proc/self/stat").exists():
         assert 0.5 <= float(python(code).stdout) < 30.0
-    told = python(code, **{launch.BEGAN: repr(time.monotonic() - 20.0)})
+    told = python(code, **{launch.STARTED_AT: repr(time.monotonic() - 20.0)})
     assert 20.5 <= float(told.stdout) < 50.0
-    assert float(python(code, **{launch.BEGAN: "1e12"}).stdout) < 0.1  # another machine's clock
+    assert (
+        float(python(code, **{launch.STARTED_AT: "1e12"}).stdout) < 0.1
+    )  # another machine's clock
 
 
 def test_an_end_without_tear_down_still_writes_and_tidies():
     code = "import atexit, sys; from vitcli import distributed as launch; "
     code += "atexit.register(print, 'tidied'); "
-    code += "atexit.register(sys.stdout.write, 'a word, '); launch.leave(5)"
+    code += "atexit.register(sys.stdout.write, 'a word, '); launch.exit_process(5)"
     done = python(code)
     assert (done.returncode, done.stdout) == (5, "a word, tidied\n")
 
@@ -409,18 +412,18 @@ def test_who_holds_back(monkeypatch):
         slept.clear()
         monkeypatch.setenv("WORLD_SIZE", str(size))
         monkeypatch.setenv("RANK", str(rank))
-        launch.hold(mistake)
+        launch.wait_before_error(mistake)
         assert len(slept) == holds, (size, rank, mistake)
     assert launch.END_SECONDS < launch.HOLD_SECONDS
 
 
 def test_accelerate_that_started_one_process_of_several(monkeypatch):
-    assert launch.lonely() is None
+    assert launch.launch_warning() is None
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert "--processes N" in launch.lonely()
+    assert "--processes N" in launch.launch_warning()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launch.lonely() is None
+    assert launch.launch_warning() is None
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -428,5 +431,5 @@ def test_more_processes_than_gpus(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(VitcliError, match="2 processes on 1 GPU"):
+    with pytest.raises(VitcliError, match="2 processes for 1 GPU"):
         join_processes(torch.device("cuda"))

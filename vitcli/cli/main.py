@@ -38,35 +38,35 @@ def main() -> None:
     # Spinning OpenMP threads make two busy cores slower than one (recipes/LOG.md). OpenMP reads
     # this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    distributed.start()
-    distributed.join()
-    distributed.follow()
+    distributed.record_start()
+    distributed.join_slurm_job()
+    distributed.exit_with_launcher()
     _open_streams()
     signal.signal(signal.SIGINT, _interrupt)
-    if distributed.size() == 1:  # with several processes, the launcher reports SIGTERM
+    if distributed.world_size() == 1:  # with several processes, the launcher reports SIGTERM
         signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = run(sys.argv[1:])
     except KeyboardInterrupt:  # before the command has started
         sys.stderr.write(f"{_interrupted()}\n")
         status = 128 + _received
-    distributed.leave(status)
+    distributed.exit_process(status)
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status."""
     if distributed.rank():
         console.mute()
-    if warning := distributed.lonely():
+    if warning := distributed.launch_warning():
         console.Terminal().warn(warning)
     try:
         status = app(args=arguments, prog_name="vitcli", standalone_mode=False, obj=arguments)
         if status == EXIT_INTERRUPTED:  # Typer has caught a KeyboardInterrupt
             console.err.print(_interrupted())
             status = 128 + _received
-        return distributed.together(status if isinstance(status, int) else 0)
+        return distributed.agree_on_status(status if isinstance(status, int) else 0)
     except typer.Exit as done:
-        return distributed.together(done.exit_code)
+        return distributed.agree_on_status(done.exit_code)
     except VitcliError as error:
         return _report(error)
     except (KeyboardInterrupt, typer.Abort):
@@ -78,11 +78,11 @@ def run(arguments: list[str]) -> int:
         return 0
     except Exception as error:
         if (stopped := _stopped_training(error)) is not None:
-            return distributed.together(stopped)
+            return distributed.agree_on_status(stopped)
         if (mistake := _usage_error(error) or _os_error(error)) is not None:
             return _report(mistake)
-        distributed.hold(mistake=False)
-        if distributed.size() == 1:
+        distributed.wait_before_error(mistake=False)
+        if distributed.world_size() == 1:
             raise
         sys.excepthook(type(error), error, error.__traceback__)
         return EXIT_BUG
@@ -123,7 +123,7 @@ def _open_streams() -> None:
 
 def _report(error: VitcliError) -> int:
     """Print a user error and return its exit status."""
-    distributed.hold(mistake=True)
+    distributed.wait_before_error(mistake=True)
     console.err.quiet = False
     console.print_error(error)
     return EXIT_USER_ERROR
@@ -159,6 +159,6 @@ def _stopped_training(error: Exception) -> int | None:
         f"{error}; to resume, run the same command with `--out {error.run} --resume`",
         soft_wrap=True,
     )
-    if distributed.rank() == 0 and (message := distributed.requeue(error.number)):
+    if distributed.rank() == 0 and (message := distributed.requeue_slurm_job(error.number)):
         console.err.print(message, soft_wrap=True)
     return 128 + error.number

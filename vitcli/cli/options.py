@@ -163,16 +163,17 @@ def start_processes(context: typer.Context, number: int | None) -> int | None:
     from vitcli.cli import console
 
     arguments = context.find_root().obj or []
-    if number is None or number == distributed.size():
+    if number is None or number == distributed.world_size():
         return number
     if any(word.partition("=")[0] == "--suite" for word in arguments):
         return number  # a suite starts the processes of each task itself
-    if distributed.size() > 1:
+    if distributed.world_size() > 1:
+        started = distributed.world_size()
         raise VitcliError(
-            f"`--processes {number}` does not match the launch of {distributed.size()} processes",
+            f"`--processes {number}` does not match the launch of {started} processes",
             "remove `--processes`",
         )
-    raise typer.Exit(distributed.several(number, arguments, console.print_error))
+    raise typer.Exit(distributed.launch_processes(number, arguments, console.print_error))
 
 
 Data = Annotated[

@@ -1,4 +1,4 @@
-"""`vitcli export`: a model in somebody else's layout, read back and compared before it is kept."""
+"""`vitcli export`: write a model in another format, read it back, and compare the outputs."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Settings
-from vitcli.errors import VitcliError, nearest
+from vitcli.errors import VitcliError, unknown
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_path, run_stem
 from vitcli.vit import ViTConfig
@@ -26,17 +26,17 @@ from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.onnx import data_file, run_onnx, write_onnx
 from vitcli.weights.timm.write_timm import write_timm
 
-LARGEST_DIFFERENCE = 1e-4  # of the outputs' largest magnitude
-IMAGES = 3  # of the comparison; drawn from a normal distribution, as normalised images are
+LARGEST_DIFFERENCE = 1e-4  # relative to the largest output
+NUM_IMAGES = 3  # random images for the comparison
 
 
 @dataclass(frozen=True)
 class Format:
-    """A layout that can be written.
+    """An export format.
 
     Attributes:
-        write: model, place -> what could not be carried, one line each.
-        suffix: of the file; None where the layout is a folder.
+        write: (model, path) -> notes about what the format cannot store.
+        suffix: the suffix of its file; None if the format is a folder.
     """
 
     write: Callable[[LoadedModel, Path], list[str]]
@@ -53,15 +53,15 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how far what is read back lies from it.
+    """An export and its verification.
 
     Attributes:
-        files: name -> bytes.
-        facts: what came along: classes, image size, mean, std, epsilon, GELU.
-        notes: what could not be carried, one line each.
+        files: file name -> bytes.
+        facts: classes, image size, mean, std, epsilon and GELU of the exported model.
+        notes: what the format cannot store, one line each.
         compared: `logits`, or `features` of a model without a head.
-        difference: the largest of the comparison; None where it could not be made.
-        scale: the largest magnitude of what was compared.
+        difference: the largest difference after reading it back; None if not verified.
+        scale: the largest magnitude of the compared outputs.
     """
 
     model: str
@@ -76,7 +76,7 @@ class Exported:
     head_trained: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `export --json`."""
+        """The JSON of `export --json`."""
         return {
             "model": self.model,
             "format": self.format,
@@ -101,36 +101,33 @@ def run(
     verbose: bool = False,
     watch: Watcher | None = None,
 ) -> Exported:
-    """Write a model in another layout, read it back, and compare the outputs of both.
+    """Export a model, read it back, and compare the outputs of both.
 
     Args:
-        to: `timm`, `huggingface`, `google` or `onnx`.
-        model: MODEL; None takes the newest run with a trained head, else the newest run.
-        settings: nested settings: `model.image_size`, `model.gelu`, `preprocess.mean` …
-        labels: class names of the model, or a file with one a line.
-        out: a folder for `timm` and `huggingface`, a file for `google` and `onnx`; None makes
-            one under `runs/`, named after the model.
-        verbose: tell what became of every tensor of the weights.
+        to: a key of `FORMATS`.
+        model: MODEL. None: the newest run with a trained head, or the newest run.
+        settings: nested settings such as `model.image_size`, `model.gelu`, `preprocess.mean`.
+        labels: class names, or a file with one class name per line.
+        out: folder or file. None: a new one under `runs/`, named after the model.
+        verbose: list how each tensor of the weights was loaded.
 
     Raises:
-        VitcliError: no such format or model, a place that is taken, a model that the layout cannot
-            express, or other outputs from what was written; nothing is left there then.
+        VitcliError: unknown format or model, existing `out`, a model that the format cannot
+            express, or different outputs after reading back. Nothing is kept then.
     """
     watch = watch or Quiet()
     if to not in FORMATS:
-        near = nearest(to, list(FORMATS))
-        known = ", ".join(f"`{name}`" for name in FORMATS)
-        raise VitcliError(f"no format `{to}`", f"`{near}` may be meant" if near else known)
+        raise unknown("format", to, FORMATS)
     if out is not None:
         _check_place(out, to)
     inference = load_inference(settings)
     model = inference.model.name if model is None else model
     if model is None:
         model = _newest()
-        watch.note(f"no `--model` given: {model}")
+        watch.note(f"using the model {model} (no `--model` given)")
     if out is None:
         out = _default_place(model, to)
-        watch.note(f"no `--out` given: {out}")
+        watch.note(f"writing to {out} (no `--out` given)")
     said = load_settings(inference.model, inference.preprocess)
     net = load_model(model, labels=labels, watch=watch, **said)
     tell_load(net, watch, verbose=verbose)
@@ -144,7 +141,7 @@ def run(
             _remove(out)
             raise
     if temperature != 1.0:
-        notes = [*notes, f"the head is divided by its temperature, {temperature:.4g}"]
+        notes = [*notes, f"the temperature {temperature:.4g} is folded into the head"]
     if difference is None:
         notes = [*notes, "not verified: onnxruntime is not installed"]
     return Exported(
@@ -162,63 +159,63 @@ def run(
 
 
 def _newest() -> str:
-    """The newest run with a trained head, else the newest run."""
+    """The newest run with a trained head, or else the newest run."""
     with suppress(VitcliError):
         return newest_run(classifier=True)
     return newest_run(classifier=False)
 
 
 def _default_place(model: str, to: str) -> Path:
-    """`runs/MODEL-timm`, `runs/MODEL.onnx`, or the first such name with a number that is free."""
+    """`runs/MODEL-timm` or `runs/MODEL.onnx`, numbered if that name is taken."""
     suffix = FORMATS[to].suffix
     stem = run_stem(model)
     return new_path(f"{stem}-{to}") if suffix is None else new_path(stem, suffix=suffix)
 
 
 def _check_place(out: Path, to: str) -> None:
-    """Raises a VitcliError where something is at `out`, or its name is not one of the format."""
+    """Check that `out` is free and has the suffix of the format."""
     suffix = FORMATS[to].suffix
     if suffix is not None and out.suffix != suffix:
         raise VitcliError(
-            f"`--out {out}` does not end in {suffix}", f"`--to {to}` writes one file with that end"
+            f"`--out {out}` does not end in {suffix}",
+            f"`--to {to}` writes one file; use for example `--out model{suffix}`",
         )
     if suffix is not None and out.is_dir():
-        raise VitcliError(f"`{out}` is a folder", f"`--to {to}` writes a file: give its name too")
+        raise VitcliError(
+            f"`{out}` is a folder",
+            f"`--to {to}` writes a file; use for example `--out {out / 'model'}{suffix}`",
+        )
     check_free(out)
 
 
 @contextmanager
 def _folders_for(out: Path) -> Iterator[None]:
-    """The folders that `out` lies in are there; those made for it go where nothing comes of it."""
+    """Make the parent folders of `out`; remove the new ones if the export fails."""
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VitcliError(
-            f"cannot make `{out.parent}`: {error.strerror}", "choose another place with `--out`"
+            f"cannot make `{out.parent}`: {error.strerror}", "choose another path with `--out`"
         ) from error
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # somebody else has put something there meanwhile
+        with suppress(OSError):  # another process may have written there
             for folder in missing:
                 folder.rmdir()
         raise
 
 
 def _compare(net: LoadedModel, to: str, out: Path) -> tuple[LoadedModel, float | None, float]:
-    """What is read back from `out`; the largest difference of the outputs; largest magnitude.
+    """Read `out` back: (model, largest difference, largest magnitude of the outputs).
 
-    Features are compared too where they are to be had, since an untrained head hides them. An
-    ONNX file is not read back as a model of ours, and without onnxruntime not at all: then it is
-    `net` itself, and the difference None.
-
-    Raises:
-        VitcliError: what was written gives other outputs, or cannot be read.
+    Features are compared too, because an untrained (zero) head hides them. ONNX is run by
+    onnxruntime and not read back as a model; without onnxruntime the difference is None.
     """
     generator = torch.Generator().manual_seed(0)
     size = (net.config.num_channels, *net.config.image_size)
-    images = torch.randn(IMAGES, *size, generator=generator)
+    images = torch.randn(NUM_IMAGES, *size, generator=generator)
     with torch.inference_mode():
         wanted = net(images)
         if to == "onnx":
@@ -233,22 +230,21 @@ def _compare(net: LoadedModel, to: str, out: Path) -> tuple[LoadedModel, float |
 
 
 def _demand_equal(found: Tensor, wanted: Tensor, what: str, to: str) -> tuple[float, float]:
-    """Largest difference and largest magnitude of outputs that agree."""
+    """(largest difference, largest magnitude) of outputs that must agree."""
     shapes = tuple(found.shape), tuple(wanted.shape)
     if shapes[0] != shapes[1]:
-        raise VitcliError(f"what `--to {to}` wrote gives {what} of {shapes[0]}, not {shapes[1]}")
+        raise VitcliError(f"the {to} export has {what} of shape {shapes[0]} instead of {shapes[1]}")
     difference, scale = float((found - wanted).abs().max()), float(wanted.abs().max())
-    if not difference <= LARGEST_DIFFERENCE * scale:  # also where one is no number
+    if not difference <= LARGEST_DIFFERENCE * scale:  # also true for NaN
         raise VitcliError(
-            f"what `--to {to}` wrote gives other {what}: {difference:.2g} apart, of {scale:.2g}",
-            "nothing was kept; weights that are not finite, or a fault of ours that is worth "
-            "reporting",
+            f"the {what} of the {to} export differ by {difference:.2g} (values up to {scale:.2g})",
+            "nothing was kept; check the weights for NaN, otherwise report this as a bug",
         )
     return difference, scale
 
 
 def _files(out: Path) -> dict[str, int]:
-    """Name -> bytes of what was written."""
+    """File name -> bytes of the export."""
     if out.is_dir():
         return {p.name: p.stat().st_size for p in sorted(out.iterdir())}
     return {p.name: p.stat().st_size for p in (out, data_file(out)) if p.is_file()}

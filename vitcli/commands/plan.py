@@ -124,7 +124,7 @@ def run(
     Raises:
         VitcliError: bad input.
     """
-    began = distributed.began or time.monotonic()
+    began = distributed.started_at or time.monotonic()
     watch, prices = watch or Quiet(), prices or Prices()
     if out is not None and not resume:
         check_free(out)

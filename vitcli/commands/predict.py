@@ -12,7 +12,7 @@ from typing import Any
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
-from vitcli.data.augment.test_time import Views
+from vitcli.data.augment.test_time import TTATransform
 from vitcli.data.image_paths import Listing, find_images
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
@@ -168,7 +168,7 @@ def run(
     files = find_images(paths, source)
     inference = load_inference(settings)
     net, name = _classifier(model, inference, labels, watch, verbose)
-    views = Views(require_preprocess(net), tta)
+    views = TTATransform(require_preprocess(net), tta)
     if ood or ood_threshold is not None or reference is not None:
         from vitcli.evals.ood import References  # loads what reads data sets
 

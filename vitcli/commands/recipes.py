@@ -1,4 +1,4 @@
-"""`vitcli recipes`: list the recipes that are here, or print one."""
+"""`vitcli recipes`: list the recipes, or print one."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,12 @@ from vitcli.config.schema import Recipe
 
 @dataclass(frozen=True)
 class RecipeRow:
-    """One line of the list.
+    """One recipe of the list.
 
     Attributes:
-        made_for: the data that the recipe was made for, where it leaves DATA to the user.
-        cost: of the whole training run on these data: 6 floating-point operations a multiply-add
-            and image, as Table 6 of the paper counts; None where it depends on DATA.
+        made_for: the data that the recipe was made for, if it leaves DATA to the user.
+        cost: operations of the training run on that data: 6 FLOPs per multiply-add and image, as
+            in Table 6 of the paper; None if it depends on DATA.
     """
 
     name: str
@@ -29,20 +29,20 @@ class RecipeRow:
 
 @dataclass(frozen=True)
 class RecipeList:
-    """All recipes: our own, the paper's, other people's; by name within each."""
+    """All recipes: general ones, the paper's, and reference implementations'."""
 
     rows: tuple[RecipeRow, ...]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """A list of objects, see INTERFACE."""
+        """The JSON of `recipes --json`."""
         return [vars(row) for row in self.rows]
 
 
 def run() -> RecipeList:
-    """The recipes of this installation, each checked as it is read.
+    """Read and validate all recipes of this installation.
 
     Raises:
-        VitcliError: one of them is wrong.
+        VitcliError: a recipe is invalid.
     """
     return RecipeList(tuple(_row(name, path) for name, path in recipe_files().items()))
 
@@ -62,9 +62,9 @@ def _row(name: str, path: Path) -> RecipeRow:
 
 
 def text(name: str) -> str:
-    """The recipe as its file has it, comments and all.
+    """The text of a recipe file, with its comments.
 
     Raises:
-        VitcliError: no such recipe.
+        VitcliError: the recipe does not exist.
     """
     return recipe_path(name).read_text(encoding="utf-8")

@@ -122,7 +122,7 @@ def run(
         KeyboardInterrupt: Ctrl-C; the task has saved its state.
     """
     watch = watch or Quiet()
-    if launch.size() > 1:
+    if launch.world_size() > 1:
         raise VitcliError(
             "a suite starts the processes of its tasks itself", "`vitcli evaluate --processes N`"
         )

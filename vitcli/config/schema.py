@@ -197,19 +197,18 @@ class AugmentSection(Section):
     A key that is not given takes the value of `preset`; without a preset it does nothing.
     """
 
-    crop: Literal["inception", "pad", "none"] = setting("inception", "Kind of random crop.")
+    # The names of crops, presets and policies are listed in `vitcli/data/augment/` only;
+    # `resolve_augment` checks them.
+    crop: str = setting("inception", "Kind of random crop.")
     min_area: float = setting(
         0.05, "Smallest area of an inception crop, as a fraction of the image.", gt=0.0, le=1.0
     )
     crop_padding: NonNegativeInt = setting(4, "Padding of a pad crop in px.")
     flip_rate: float = setting(0.5, "Probability of a horizontal flip.", ge=0.0, le=1.0)
-    preset: (
-        Literal["none", "light1", "light2", "medium1", "medium2", "strong1", "strong2", "3-augment"]
-        | None
-    ) = setting(None, "Named strength of AugReg or DeiT III that sets the keys below.")
-    policy: Literal["none", "randaugment", "trivial", "3-augment"] | None = setting(
-        None, "Augmentation policy."
+    preset: str | None = setting(
+        None, "Named strength of AugReg or DeiT III that sets the keys below."
     )
+    policy: str | None = setting(None, "Augmentation policy.")
     num_ops: PositiveInt | None = setting(None, "Operations per image of RandAugment.")
     magnitude: float | None = setting(
         None, "Magnitude of RandAugment on AugReg's scale; 10 is strong.", ge=0.0, le=30.0

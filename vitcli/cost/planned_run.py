@@ -15,7 +15,8 @@ from vitcli.cost.memory import (
     step_memory,
     storage_bytes,
 )
-from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.mixing import mixes_pairs
+from vitcli.data.augment.transform import resolve_augment
 from vitcli.data.image_set import Source
 from vitcli.train.build import held_out_images
 from vitcli.train.lora import ADAPTER, choose_learning
@@ -83,7 +84,7 @@ class PlannedRun:
     ) -> StepMemory:
         """The memory of a step in the stage with the largest model input."""
         recipe, config = self.recipe, self.config
-        soft_labels = self.source.multi_label or Strength.of(recipe.augment).mixes
+        soft_labels = self.source.multi_label or mixes_pairs(resolve_augment(recipe.augment))
         largest = max(stages, key=lambda stage: stage.macs)
         micro_batch = micro_batch or self.micro_batch
         settings: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A batch of images with what is known about them, and its way to the device."""
+"""`Batch`: images with what is known about them, and their way to the device."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,21 +10,21 @@ from torch import Tensor
 
 from vitcli.data.augment.mixing import Mix
 from vitcli.data.image_set import Integers, Pixels
+from vitcli.errors import VitcliError
 
 
 @dataclass(frozen=True)
 class Batch:
     """Images with what is known about them.
 
-    Args:
-        images: (V*B, C, Y, X) uint8; all first views, then all second views. In memory the
-            channels may lie last.
-        labels: (B,) int64; (B, K) uint8 ones and zeros where an image has several.
-        indices: (B,) int64, which images of the set these are.
-        epochs: (B,) int64, in which epoch each is shown; 0 in evaluation.
-        broken: a line for each image that could not be read and is not here.
-        factors: what a generator knows about its pictures, each (V*B, ...), view-major.
-        mix: how the images are to be mixed with their neighbours, if at all.
+    Attributes:
+        images: (V*B, C, Y, X) uint8, view-major; memory may be channels-last.
+        labels: (B,) int64 class numbers, or (B, K) uint8 multi-hot targets.
+        indices: (B,) int64, positions in the image set.
+        epochs: (B,) int64, the epoch of each image; 0 in evaluation.
+        broken: one line per unreadable image.
+        factors: what a generator knows about its images, each (V*B, ...), view-major.
+        mix: how to mix the images in pairs, or None.
     """
 
     images: Tensor
@@ -39,7 +39,7 @@ class Batch:
         return len(self.labels)
 
     def part(self, start: int, stop: int) -> "Batch":
-        """The images `start` to `stop`, with all their views."""
+        """The images `start` to `stop` with all their views, as a micro-batch."""
         if (start, stop) == (0, len(self)):
             return self
         views = len(self.images) // len(self)
@@ -59,12 +59,12 @@ class Batch:
         )
 
     def tensors(self) -> list[Tensor]:
-        """What a step reads: images, labels, factors and mixing."""
-        mixing = [self.mix.share, self.mix.box] if self.mix else []
+        """The tensors that a step reads: images, labels, factors and mixing."""
+        mixing = [self.mix.lam, self.mix.box] if self.mix else []
         return [self.images, self.labels, *self.factors.values(), *mixing]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same with what a step reads on `device`; where it is there already, nothing moves."""
+        """Copy what a step reads to `device`; return `self` if it is already there."""
         if self.images.device == device or device.type == "cpu":
             return self
         return replace(
@@ -76,42 +76,43 @@ class Batch:
         )
 
 
-def empty_images(shape: tuple[int, ...], pin_memory: bool) -> Tensor:
-    """(B, C, Y, X) bytes to be filled, in memory with the channels last, as decoders give them.
+def allocate_images(shape: tuple[int, ...], pin_memory: bool) -> Tensor:
+    """(B, C, Y, X) uninitialised bytes, channels-last in memory, as decoders write them.
 
-    Pinned ones a GPU fetches by itself while other work goes on.
+    A GPU copies from pinned memory in the background.
     """
     return torch.empty(
         shape, dtype=torch.uint8, pin_memory=pin_memory, memory_format=torch.channels_last
     )
 
 
-def onto(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on `device`, as bytes.
+def move_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on `device`, still uint8, because a quarter of float32 is copied.
 
-    To a GPU they are copied in a stream of their own: whoever asks for the next batch while the
-    last step still runs there has it copied beside that step. Their images should be pinned.
+    On a GPU the copy runs in its own CUDA stream. If the caller asks for the next batch while a
+    step still runs, the copy overlaps with that step. The images should be in pinned memory.
     """
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device)
         return
-    beside: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    copies: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     for batch in batches:
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(copies):
             moved = batch.to(device)
-        here = torch.cuda.current_stream(device)
-        here.wait_stream(beside)
-        for tensor in moved.tensors():  # their memory is taken again only when `here` is done
-            tensor.record_stream(here)
+        compute = torch.cuda.current_stream(device)
+        compute.wait_stream(copies)
+        # Without this the allocator could reuse the memory for the next copy while the step reads.
+        for tensor in moved.tensors():
+            tensor.record_stream(compute)
         yield moved
 
 
 def targets_of(images: Any, indices: Integers) -> Integers | Pixels:
-    """(B,) class numbers, or (B, K) ones and zeros of a set whose images have several labels."""
-    several: Pixels | None = getattr(images, "targets", None)
+    """(B,) class numbers, or (B, K) multi-hot targets of a multi-label set."""
+    targets: Pixels | None = getattr(images, "targets", None)
     labels: Integers = images.labels
-    return labels[indices] if several is None else several[indices]
+    return labels[indices] if targets is None else targets[indices]
 
 
 def make_batch(
@@ -121,7 +122,7 @@ def make_batch(
     epochs: Integers,
     broken: Iterable[str] = (),
 ) -> Batch:
-    """A batch of what threads have put together; see there."""
+    """A `Batch` from arrays."""
     labels = np.asarray(labels)
     return Batch(
         torch.as_tensor(images),
@@ -130,3 +131,27 @@ def make_batch(
         torch.from_numpy(epochs),
         tuple(broken),
     )
+
+
+def check_batch(batch_size: int, world_size: int, repeats: int, mixes: bool) -> None:
+    """Check that a batch divides by the processes, by `repeats`, and into pairs for mixing.
+
+    Raises:
+        VitcliError: it does not; the hint gives a batch size that does.
+    """
+    local = batch_size // world_size
+    if batch_size % world_size:
+        raise VitcliError(
+            f"a batch of {batch_size} images does not divide among {world_size} processes",
+            f"use `--batch-size {max(1, local) * world_size}`",
+        )
+    if mixes and local % 2:
+        raise VitcliError(
+            f"mixup and cutmix need an even number of images per process, not {local}",
+            f"use `--batch-size {(local + 1) * world_size}`",
+        )
+    if batch_size % repeats:
+        raise VitcliError(
+            f"a batch of {batch_size} images does not divide by `augment.repeats` = {repeats}",
+            f"use `--batch-size {max(1, batch_size // repeats) * repeats}`",
+        )

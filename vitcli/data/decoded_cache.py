@@ -25,7 +25,7 @@ from PIL import Image
 
 from vitcli.data.image_set import ImageSet, Pixels, Request, Source
 from vitcli.data.labels import make_source
-from vitcli.data.prefetch import in_order
+from vitcli.data.prefetch import map_in_order
 from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing, write_text
@@ -262,7 +262,7 @@ def _store(
                         images.targets.tofile(temporary)
                 with Writer(out, name) as writer:
                     rest = range(writer.rows, len(images))
-                    for image in in_order(partial(shrink, images, side), rest, workers):
+                    for image in map_in_order(partial(shrink, images, side), rest, workers):
                         writer.add(image, int(images.labels[writer.rows]))
                         bar.advance()
         kept, broken, digests = _look_through(source, out)

@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.decode import Box, ImageError, ImageInput, Picture, open_image, read_image
+from vitcli.decode import Box, ImageError, ImageInput, LazyImage, Mode, open_image, read_image
 from vitcli.errors import VitcliError, printable
-from vitcli.pixel_modes import Mode
 from vitcli.progress import Quiet, Watcher
 
 
@@ -45,7 +44,7 @@ class Packed:
 
 
 class ArrayPicture:
-    """Decoded pixels, to take a part of: what `Picture` is for a file.
+    """Decoded pixels, to take a part of: what `LazyImage` is for a file.
 
     Args:
         array: (Y, X) or (Y, X, 3) uint8, upright; it is only read.
@@ -75,7 +74,7 @@ class ArrayPicture:
         return np.array(self.array[top:bottom, left:right])
 
 
-AnyPicture = Picture | ArrayPicture
+AnyPicture = LazyImage | ArrayPicture
 
 
 Integers = NDArray[np.int64]

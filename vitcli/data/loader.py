@@ -1,142 +1,111 @@
-"""Which image comes when: functions of the seed and the place in the stream, with no state.
+"""Batches for training and evaluation, made by threads ahead of the model.
 
-Batches: which image comes when, made by threads ahead of the model.
+A loader has no state to save. Everything random is a function of numbers that a checkpoint has:
 
-Nothing here has a state to save. Order is a function of (seed, epoch), augmentation of (seed,
-epoch, index), mixing of (seed, position), and the position is the number of images seen: the same
-batches for any number of threads, and for any number of processes taken together.
+* order of the images: (seed, epoch)
+* augmentation of an image: (seed, epoch, index, view)
+* mixup and cutmix of a batch: (seed, position)
+
+The position is the number of images seen by all processes. So the batches are the same for any
+number of threads, and for any number of processes taken together. A stream (`data.streaming`) is
+the exception: it cannot start in its middle, so its order depends on the position it starts from.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from itertools import count, islice
+from typing import Any
 
 import numpy as np
 import torch
 
-from vitcli.data.augment.mixing import Mix, draw_mix
-from vitcli.data.augment.presets import Strength
-from vitcli.data.augment.transform import image_rng
-from vitcli.data.batch import Batch, empty_images, make_batch, targets_of
+from vitcli.data.augment.mixing import Mix, mixes_pairs, sample_mix
+from vitcli.data.augment.policies import AugmentSettings, Rng
+from vitcli.data.augment.transform import TrainTransform, image_rng
+from vitcli.data.batch import Batch, allocate_images, check_batch, make_batch, targets_of
 from vitcli.data.image_set import AnyPicture, ImageSet, Integers, Pixels
-from vitcli.data.prefetch import Pool, WorkAhead
-from vitcli.decode import ImageError
+from vitcli.data.prefetch import Prefetcher, Submit, default_workers
+from vitcli.decode import ImageError, Mode, open_image
 from vitcli.errors import VitcliError
-from vitcli.pixel_modes import Mode
-from vitcli.preprocess import Preprocess, as_pixels
+from vitcli.preprocess import Preprocess, as_array
+
+STREAM_PREFETCH = 2  # batches of a stream that are decoded ahead
 
 
 @lru_cache(maxsize=4)
-def epoch_order(n: int, seed: int, epoch: int) -> Integers:
-    """(n,) the order in which epoch number `epoch` shows the images 0..n-1."""
-    order = np.random.default_rng((seed, epoch)).permutation(n)
-    order.flags.writeable = False  # it is cached
+def epoch_order(num_images: int, seed: int, epoch: int) -> Integers:
+    """(n,) the order in which an epoch shows the images 0..n-1; a function of (seed, epoch)."""
+    order = np.random.default_rng((seed, epoch)).permutation(num_images)
+    order.flags.writeable = False  # callers share the cached array
     return order
 
 
-def positions(start: int, count: int, n: int, seed: int) -> tuple[Integers, Integers]:
-    """Positions start..start+count-1 of the endless stream of a set of n images.
-
-    Returns:
-        (count,) the epoch and (count,) the index of the image at each position.
-    """
-    epochs, offsets = np.divmod(np.arange(start, start + count, dtype=np.int64), n)
+def images_at(start: int, count: int, num_images: int, seed: int) -> tuple[Integers, Integers]:
+    """(count,) epochs and (count,) indices of the images at the positions start..start+count-1."""
+    epochs, offsets = np.divmod(np.arange(start, start + count, dtype=np.int64), num_images)
     indices = np.empty(count, dtype=np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        indices[here] = epoch_order(n, seed, int(epoch))[offsets[here]]
+        indices[here] = epoch_order(num_images, seed, int(epoch))[offsets[here]]
     return epochs, indices
 
 
-def repeated(start: int, count: int, batch_size: int, repeats: int) -> tuple[Integers, Integers]:
-    """Positions start..start+count-1 where every batch shows each of its images `repeats` times.
+def repeated_positions(
+    start: int, count: int, batch_size: int, repeats: int
+) -> tuple[Integers, Integers]:
+    """Positions under repeated augmentation (Hoffer et al. 2020), `repeats` times in each batch.
 
-    The images of a batch come once after another, then all again, so that neighbours differ.
+    The images of a batch come once in a row, then again in a row, so that mixing never pairs an
+    image with itself.
 
     Returns:
-        (count,) the position in the stream of different images, and (count,) how often the image
-        was shown before in its batch.
+        (count,) the positions without repeats, and (count,) the number of earlier showings of the
+        image in its batch.
     """
     batch, offset = np.divmod(np.arange(start, start + count, dtype=np.int64), batch_size)
-    again, place = np.divmod(offset, batch_size // repeats)
-    return batch * (batch_size // repeats) + place, again
-
-
-MAX_WORKERS = 16
-
-
-class Transform(Protocol):
-    """A training transform, such as `TrainTransform`."""
-
-    preprocess: Preprocess
-
-    def view(self, picture: AnyPicture, rng: np.random.Generator) -> Pixels:
-        """(C, Y, X): a random view of the model's size."""
-
-
-def default_workers(world_size: int = 1) -> int:
-    """Threads for one of `world_size` processes: a core is left for the model."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(MAX_WORKERS, (cores or 1) // world_size - 1))
-
-
-def check_batch(batch_size: int, world_size: int, repeats: int, mixes: bool) -> None:
-    """Whether a batch divides among processes, by repeats and into pairs that are mixed.
-
-    Raises:
-        VitcliError: it does not; the hint names a size that does.
-    """
-    each = batch_size // world_size
-    if batch_size % world_size:
-        raise VitcliError(
-            f"a batch of {batch_size} images does not divide among {world_size} processes",
-            f"`--batch-size {max(1, each) * world_size}` does",
-        )
-    if mixes and each % 2:
-        raise VitcliError(
-            f"mixing takes the images of a process in pairs, and {each} are not even",
-            f"`--batch-size {(each + 1) * world_size}` makes them so",
-        )
-    if batch_size % repeats:
-        raise VitcliError(
-            f"a batch of {batch_size} images does not show each of its images {repeats} times",
-            f"`--batch-size {max(1, batch_size // repeats) * repeats}` does",
-        )
+    repeat, place = np.divmod(offset, batch_size // repeats)
+    return batch * (batch_size // repeats) + place, repeat
 
 
 class TrainLoader:
-    """The endless, seeded stream of a training set, cut into batches.
+    """The endless, seeded sequence of training batches.
 
-    A picture that cannot be read is replaced by the next one of its class; `broken` says which and
-    why. A set that has a method `batch` (images from formulas) makes whole batches itself.
+    `images` is of one of three kinds:
+
+    * an `ImageSet`, decoded image by image. An unreadable image is replaced by the next image of
+      its class.
+    * a set with the method `batch` (`FormulaSet`), which draws whole batches itself.
+    * a stream with the method `epoch` (`StreamSet`). An unreadable image is skipped.
 
     Args:
         images: the training set.
-        transform: picture and randomness -> view; may be None for a set with `batch`.
-        batch_size: images of one step over all processes.
-        seed: of order and augmentation.
+        transform: the training transform; None for a set with `batch`.
+        batch_size: images per step, summed over all processes.
+        seed: seed of order, augmentation and mixing.
         views: views of each image in a batch.
-        workers: threads; 0 works inline, None chooses.
-        rank, world_size: this process and the number of all; each makes an equal, contiguous part
-            of every batch.
-        strict: raise on a picture that cannot be read.
-        image_size: (Y, X) asked of a set with `batch`; taken from `transform` by default.
-        repeats: how often a batch shows each of its images, each time augmented anew.
-        strength: says how images of a batch are mixed; not at all by default.
-        pin_memory: for a GPU; see `batch.onto`.
+        workers: threads; 0 decodes in the calling thread, None chooses.
+        rank, world_size: this process and the number of processes. Each process makes an equal,
+            contiguous part of every batch.
+        strict: raise `ImageError` for an unreadable image.
+        image_size: (Y, X) of a set with `batch`; default: that of the transform.
+        repeats: showings of each image in a batch, each with its own augmentation.
+        augment: resolved `[augment]` settings for mixup and cutmix; None: no mixing.
+        pin_memory: allocate pinned memory, from which a GPU copies in the background.
+
+    Attributes:
+        broken: name -> reason of each unreadable image so far.
 
     Raises:
-        VitcliError: the batch size does not divide among the processes, into pairs to be mixed, or
-            by `repeats`.
+        VitcliError: the batch size does not divide as needed, or a stream has fewer files than
+            there are processes.
     """
 
     def __init__(
         self,
         images: Any,
-        transform: Transform | None,
+        transform: TrainTransform | None,
         *,
         batch_size: int,
         seed: int,
@@ -147,13 +116,21 @@ class TrainLoader:
         strict: bool = False,
         image_size: tuple[int, int] | None = None,
         repeats: int = 1,
-        strength: Strength | None = None,
+        augment: AugmentSettings = None,
         pin_memory: bool = False,
     ) -> None:
-        mixes = strength is not None and strength.mixes
+        mixes = augment is not None and mixes_pairs(augment)
         check_batch(batch_size, world_size, repeats, mixes)
-        assert transform is not None or hasattr(images, "batch")
-        assert repeats == 1 or not hasattr(images, "batch")
+        self.is_stream = hasattr(images, "epoch")
+        self.draws_batches = hasattr(images, "batch")
+        if self.is_stream and len(images.shards) < world_size:
+            raise VitcliError(
+                f"the stream has {len(images.shards)} files for {world_size} processes, and each "
+                "process reads its own files",
+                "use fewer processes, or split the data into more files",
+            )
+        assert transform is not None or self.draws_batches
+        assert repeats == 1 or not (self.draws_batches or self.is_stream)
         self.images = images
         self.transform = transform
         self.batch_size = batch_size
@@ -165,116 +142,121 @@ class TrainLoader:
         self.strict = strict
         self.image_size = image_size or (transform.preprocess.image_size if transform else None)
         self.repeats = repeats
-        self.strength = strength if mixes else None
+        self.augment = augment if mixes else None
         self.pin_memory = pin_memory
         self.broken: dict[str, str] = {}
         self._unreadable: set[int] = set()
         self._lock = threading.Lock()
 
     def batches(self, start_images: int, num_steps: int) -> Iterator[Batch]:
-        """This process's part of `num_steps` batches, from the position `start_images` on.
+        """This process's part of `num_steps` batches, from position `start_images` on.
 
-        Threads work a few batches ahead; they end when the iterator is closed or used up.
+        The threads end when the iterator is exhausted or closed.
 
         Raises:
-            VitcliError: a class has no readable image left.
-            ImageError: one cannot be read and `strict` is set.
+            VitcliError: a class, or a whole stream, has no readable image; a shard is unreadable.
+            ImageError: an image is unreadable and `strict` is set.
         """
+        if self.is_stream:
+            return self._stream_batches(start_images, num_steps)
         starts = (start_images + step * self.batch_size for step in range(num_steps))
-        make = self._make_whole if hasattr(self.images, "batch") else self._make
-        return WorkAhead(make, starts, self.workers)
+        make = self._draw_batch if self.draws_batches else self._decode_batch
+        return Prefetcher(make, starts, self.workers)
 
-    def _my_positions(self, start: int) -> tuple[Integers, Integers, Integers]:
-        """Epoch and index of each image of this process, and how often the batch had it before."""
+    def _local_images(self, start: int) -> tuple[Integers, Integers, Integers]:
+        """Epoch, index and number of earlier showings of this process's images in a batch."""
         size = self.batch_size // self.world_size
-        first, n = start + self.rank * size, len(self.images)
+        first, num_images = start + self.rank * size, len(self.images)
         if self.repeats == 1:
-            return *positions(first, size, n, self.seed), np.zeros(size, dtype=np.int64)
-        stream, again = repeated(first, size, self.batch_size, self.repeats)
-        low = int(stream.min())
-        epochs, indices = positions(low, int(stream.max()) - low + 1, n, self.seed)
-        return epochs[stream - low], indices[stream - low], again
+            return *images_at(first, size, num_images, self.seed), np.zeros(size, dtype=np.int64)
+        places, repeat = repeated_positions(first, size, self.batch_size, self.repeats)
+        low = int(places.min())
+        epochs, indices = images_at(low, int(places.max()) - low + 1, num_images, self.seed)
+        return epochs[places - low], indices[places - low], repeat
 
-    def _my_mix(self, start: int) -> Mix | None:
-        """How the images of this process are mixed in the batch that begins at `start`."""
-        if self.strength is None:
+    def _local_mix(self, start: int) -> Mix | None:
+        """The mixing of this process's images in the batch at position `start`."""
+        if self.augment is None:
             return None
         assert self.image_size is not None
-        whole = draw_mix(self.seed, start, self.batch_size, self.image_size, self.strength)
+        # Every process draws the mixing of the whole batch, so that their number changes nothing.
+        whole = sample_mix(self.seed, start, self.batch_size, self.image_size, self.augment)
         size = self.batch_size // self.world_size
         return whole.part(self.rank * size, (self.rank + 1) * size)
 
-    def _make_whole(self, start: int, pool: Pool) -> Callable[[], Batch]:
-        """A batch from a set that makes batches."""
-        epochs, indices, _ = self._my_positions(start)
+    def _draw_batch(self, start: int, submit: Submit) -> Callable[[], Batch]:
+        """A batch from a set that draws batches."""
+        epochs, indices, _ = self._local_images(start)
 
-        def make() -> Batch:
+        def draw() -> Batch:
             drawn, labels, factors = self.images.batch(
                 epochs, indices, self.image_size, self.seed, self.views
             )
             images = torch.as_tensor(drawn)
             images = images.pin_memory() if self.pin_memory else images
             batch = make_batch(images, labels, indices, epochs)
-            factors = {k: torch.as_tensor(v) for k, v in factors.items()}
-            return replace(batch, factors=factors, mix=self._my_mix(start))
+            factors = {name: torch.as_tensor(values) for name, values in factors.items()}
+            return replace(batch, factors=factors, mix=self._local_mix(start))
 
-        return pool(make)
+        return submit(draw)
 
-    def _make(self, start: int, pool: Pool) -> Callable[[], Batch]:
-        """A batch read and transformed picture by picture, in parts that threads share."""
+    def _decode_batch(self, start: int, submit: Submit) -> Callable[[], Batch]:
+        """A batch that is decoded and transformed image by image; the threads share its parts."""
         assert self.transform is not None
-        preprocess, transform = self.transform.preprocess, self.transform
-        epochs, indices, again = self._my_positions(start)
-        shown = indices.copy()
+        transform, preprocess = self.transform, self.transform.preprocess
+        epochs, indices, repeat = self._local_images(start)
+        shown = indices.copy()  # differs from `indices` where an image is replaced
         shape = (self.views, len(indices), preprocess.num_channels, *preprocess.image_size)
-        flat = empty_images((shape[0] * shape[1], *shape[2:]), self.pin_memory)  # (V*B, C, Y, X)
-        images = flat.numpy().reshape(shape)  # (V, B, C, Y, X), a view of it
+        images = allocate_images((shape[0] * shape[1], *shape[2:]), self.pin_memory)
+        pixels = images.numpy().reshape(shape)  # (V, B, C, Y, X), the same memory
 
-        def randomness(i: int) -> list[np.random.Generator]:
-            first = int(again[i]) * self.views
+        def rngs_of(i: int) -> list[Rng]:
+            # A repeat is a further view of the image, so its views count on.
+            first_view = int(repeat[i]) * self.views
             epoch, index = int(epochs[i]), int(indices[i])
-            return [image_rng(self.seed, epoch, index, first + view) for view in range(self.views)]
+            return [image_rng(self.seed, epoch, index, first_view + v) for v in range(self.views)]
 
-        def views_of(i: int, rngs: list[np.random.Generator], picture: AnyPicture) -> None:
+        def write_views(i: int, rngs: list[Rng], image: AnyPicture) -> None:
             for view, rng in enumerate(rngs):
-                images[view, i] = transform.view(picture, rng)
+                pixels[view, i] = transform.view(image, rng)
 
-        def make(part: Integers) -> list[str]:
-            met: list[str] = []
-            # All at once: between pixels it takes twice the time, which stored sets would feel.
-            rngs = [randomness(i) for i in part.tolist()]
-            for i, mine in zip(part.tolist(), rngs, strict=True):
-                use = partial(views_of, i, mine)
-                shown[i] = self._with_readable(int(indices[i]), preprocess.mode, use, met)
-            return met
+        def fill(part: Integers) -> list[str]:
+            unreadable: list[str] = []
+            # All generators first: creating them between images takes twice the time, which is
+            # noticeable with decoded images.
+            rngs = [rngs_of(i) for i in part.tolist()]
+            for i, image_rngs in zip(part.tolist(), rngs, strict=True):
+                use = partial(write_views, i, image_rngs)
+                shown[i] = self._read_or_replace(int(indices[i]), preprocess.mode, use, unreadable)
+            return unreadable
 
         parts = np.array_split(np.arange(len(indices)), max(1, min(self.workers, len(indices))))
-        waiting = [pool(partial(make, part)) for part in parts]
+        results = [submit(partial(fill, part)) for part in parts]
 
         def gather() -> Batch:
-            met = [name for wait in waiting for name in wait()]
+            unreadable = [name for result in results for name in result()]
             labels = targets_of(self.images, shown)
-            batch = make_batch(flat, labels, shown, epochs, dict.fromkeys(met))
-            return replace(batch, mix=self._my_mix(start))
+            batch = make_batch(images, labels, shown, epochs, dict.fromkeys(unreadable))
+            return replace(batch, mix=self._local_mix(start))
 
         return gather
 
-    def _with_readable(
-        self, index: int, mode: Mode, use: Callable[[AnyPicture], None], met: list[str]
+    def _read_or_replace(
+        self, index: int, mode: Mode, use: Callable[[AnyPicture], None], unreadable: list[str]
     ) -> int:
-        """Call `use` with the picture, or with the next readable one of its class; its index."""
-        for candidate in self._class_from(index):
+        """Call `use` with the image or the next readable one of its class; return its index."""
+        for candidate in self._same_class(index):
             if candidate in self._unreadable:
-                met.append(self.images.describe(candidate))
+                unreadable.append(self.images.describe(candidate))
                 continue
             try:
-                with self.images.open(candidate, mode) as picture:
-                    use(picture)
+                with self.images.open(candidate, mode) as image:
+                    use(image)
                 return candidate
             except ImageError as error:
                 if self.strict:
                     raise
-                met.append(error.name)
+                unreadable.append(error.name)
                 with self._lock:
                     self.broken[error.name] = error.reason
                     self._unreadable.add(candidate)
@@ -282,16 +264,73 @@ class TrainLoader:
         which = f"of class `{self.images.classes[label]}`" if label >= 0 else "without a label"
         raise VitcliError(
             f"none of the images {which} can be read",
-            f"the first: {self.images.describe(index)}",
+            f"check the files, for example {self.images.describe(index)}",
         )
 
-    def _class_from(self, index: int) -> Iterator[int]:
-        """`index`, then the others of its class in order, around the end once."""
+    def _same_class(self, index: int) -> Iterator[int]:
+        """`index`, then the later images of its class, then the earlier ones."""
         yield index
         members = np.flatnonzero(self.images.labels == self.images.labels[index])
         at = int(np.searchsorted(members, index))
         for member in np.roll(members, -at)[1:]:
             yield int(member)
+
+    def _stream_batches(self, start_images: int, num_steps: int) -> Iterator[Batch]:
+        size = self.batch_size // self.world_size
+        decoded = self._stream_images(start_images, STREAM_PREFETCH * size - 1)
+        for step in range(num_steps):
+            epochs, indices, labels, views = zip(*islice(decoded, size), strict=True)
+            pixels = [image[view] for view in range(self.views) for image in views]  # V*B
+            images = allocate_images((len(pixels), *pixels[0].shape), self.pin_memory)
+            for i, view in enumerate(pixels):
+                images.numpy()[i] = view
+            batch = make_batch(images, labels, np.array(indices), np.array(epochs))
+            mix = self._local_mix(start_images + step * self.batch_size)
+            yield replace(batch, mix=mix)
+
+    def _stream_images(
+        self, start_images: int, prefetch: int
+    ) -> Iterator[tuple[int, int, int, list[Pixels]]]:
+        """(epoch, index, label, views) of the readable images, in the order of the stream."""
+        assert self.transform is not None
+        transform, mode = self.transform, self.transform.preprocess.mode
+        no_image = VitcliError(
+            f"the stream of {len(self.images.shards)} files has no labelled image that can be read",
+            "name the columns with `--set data.image_column=NAME` and `data.label_column=NAME`",
+        )
+
+        def samples() -> Iterator[tuple[int, int, Any]]:
+            for epoch in count():
+                seed, place = (self.seed, start_images, epoch), -1
+                shuffled = self.images.epoch(seed, self.rank, self.world_size)
+                for place, sample in enumerate(shuffled):
+                    yield epoch, place * self.world_size + self.rank, sample
+                if place < 0:
+                    raise no_image
+
+        def decode(epoch: int, index: int, sample: Any) -> Any:
+            rngs = [image_rng(self.seed, epoch, index, view) for view in range(self.views)]
+            try:
+                with open_image(sample.content, mode, name=sample.name) as image:
+                    views = [transform.view(image, rng) for rng in rngs]
+            except ImageError as error:
+                return epoch, index, error, None
+            return epoch, index, sample.label, views
+
+        any_readable = False
+        workers = max(1, self.workers)
+        for result in Prefetcher(
+            lambda one, submit: submit(partial(decode, *one)), samples(), workers, prefetch
+        ):
+            if not isinstance(result[2], ImageError):
+                any_readable = True
+                yield result
+            elif self.strict:
+                raise result[2]
+            elif result[0] > 0 and not any_readable:  # the whole first epoch was unreadable
+                raise no_image
+            else:
+                self.broken[result[2].name] = result[2].reason
 
 
 def eval_batches(
@@ -305,51 +344,51 @@ def eval_batches(
     limit: int | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Every image once, in order; of several processes each takes a contiguous part.
+    """Every image once, in order; each process takes a contiguous part.
 
-    Images that cannot be read are left out and told in `broken`, so a batch may be short or empty.
+    Unreadable images are left out and listed in `Batch.broken`, so a batch may be short or empty.
 
     Args:
         images: the set.
-        preprocess: the evaluation transform; normalisation is left to the caller.
-        batch_size: images of one batch of this process.
-        workers: threads; 0 works inline, None chooses.
-        rank, world_size: this process and the number of all.
-        limit: at most so many images, spread evenly over the set.
-        pin_memory: for a GPU; see `batch.onto`.
+        preprocess: the evaluation transform; the caller normalises on the device.
+        batch_size: images per batch of this process.
+        workers, rank, world_size, pin_memory: as in `TrainLoader`.
+        limit: evaluate at most this many images, spread evenly over the set.
     """
-    count = len(images) if limit is None else min(limit, len(images))
-    chosen = np.arange(count, dtype=np.int64) * len(images) // max(count, 1)
-    mine = np.array_split(chosen, world_size)[rank]
+    num_images = len(images) if limit is None else min(limit, len(images))
+    chosen = np.arange(num_images, dtype=np.int64) * len(images) // max(num_images, 1)
+    local = np.array_split(chosen, world_size)[rank]
     workers = default_workers(world_size) if workers is None else workers
 
-    def make(start: int, pool: Pool) -> Callable[[], Batch]:
-        indices = mine[start : start + batch_size]
+    def make(start: int, submit: Submit) -> Callable[[], Batch]:
+        indices = local[start : start + batch_size]
         shape = (len(indices), preprocess.num_channels, *preprocess.image_size)
-        whole = empty_images(shape, pin_memory)  # (B, C, Y, X)
-        pixels = whole.numpy()  # a view of it
-        good = np.ones(len(indices), dtype=bool)
+        batch_images = allocate_images(shape, pin_memory)  # (B, C, Y, X)
+        pixels = batch_images.numpy()  # the same memory
+        readable = np.ones(len(indices), dtype=bool)
 
-        def read(part: Integers) -> list[str]:
-            met = []
+        def fill(part: Integers) -> list[str]:
+            failures = []
             for i in part:
                 try:
                     image = images.read(int(indices[i]), preprocess.mode)
-                    pixels[i] = as_pixels(preprocess.fit(image))
+                    pixels[i] = as_array(preprocess.fit(image))
                 except ImageError as error:
-                    good[i] = False
-                    met.append(f"{error.name}: {error.reason}")
-            return met
+                    readable[i] = False
+                    failures.append(f"{error.name}: {error.reason}")
+            return failures
 
         parts = np.array_split(np.arange(len(indices)), max(1, min(workers, len(indices))))
-        waiting = [pool(partial(read, part)) for part in parts]
+        results = [submit(partial(fill, part)) for part in parts]
 
         def gather() -> Batch:
-            met = [line for wait in waiting for line in wait()]
-            kept, left = (whole, indices) if good.all() else (whole[good], indices[good])
+            failures = [line for result in results for line in result()]
+            kept, left = batch_images, indices
+            if not readable.all():
+                kept, left = batch_images[readable], indices[readable]
             labels = targets_of(images, left)
-            return make_batch(kept, labels, left, np.zeros_like(left), met)
+            return make_batch(kept, labels, left, np.zeros_like(left), failures)
 
         return gather
 
-    return WorkAhead(make, range(0, len(mine), batch_size), workers)
+    return Prefetcher(make, range(0, len(local), batch_size), workers)

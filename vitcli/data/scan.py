@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitcli.data.image_set import ImageSet, Integers, Pixels, Source
-from vitcli.data.prefetch import in_order
+from vitcli.data.prefetch import map_in_order
 from vitcli.decode import ImageError, ImageInput, read_image
 from vitcli.progress import Quiet, Watcher
 
@@ -186,7 +186,7 @@ def survey(source: Source, *, workers: int | None = None, watch: Watcher | None 
     workers = workers or os.cpu_count() or 1
     with watch.progress("images", total) as bar:
         for number, images in enumerate(source.splits.values()):
-            looks = in_order(partial(look_at, images), range(len(images)), workers)
+            looks = map_in_order(partial(look_at, images), range(len(images)), workers)
             for index, seen in enumerate(looks):
                 columns.add(number, index, images, seen)
                 bar.advance()

@@ -1,17 +1,14 @@
-"""Images and labels of one file that is read from its front to its back.
+"""`data.streaming`: training images read shard by shard, for sets that are larger than the disk.
 
-`data.streaming`: training images read shard after shard, for sets that are larger than the disk.
-
-Nothing of a shard is kept. The order of the shards is drawn anew each epoch, and a buffer mixes the
-images of those at hand; that is less random than a permutation of the whole. A stream cannot be
-entered in its middle, so a resumed run begins another one: images of the epoch that was cut short
-come again or not at all. Images to test on are fetched and read as any others.
+Nothing of a shard is stored. Each epoch draws a new order of the shards, and a shuffle buffer mixes
+their images, which is less random than a permutation of the whole set. A stream cannot start in its
+middle, so a resumed run starts another order: images of the epoch that was interrupted may come
+twice or not at all. The test images are downloaded and read like any others.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tarfile import TarError
 from typing import Any, cast
@@ -43,18 +40,55 @@ from vitcli.data.readers.tar import (
 from vitcli.errors import VitcliError, printable
 from vitcli.hub.repository import Listing
 
-ROWS = 64  # of a parquet file at a time
+PARQUET_ROWS = 64  # rows of a parquet file that are in memory at a time
+TAR_URL = re.compile(r"https?://.+\.tar")
+CLASSES_HINT = "`--set data.classes=FILE` gives all class names, one per line"
+Columns = tuple[str | None, str | None]  # image, label
 
 
-def read_parquet_rows(
-    file: Any, columns: tuple[str | None, str | None]
-) -> Iterator[tuple[bytes, Any, str]]:
-    """(image, label, place) of each row; a row group at a time is in memory."""
+@dataclass(frozen=True)
+class Shard:
+    """One file of a stream: its name in errors, and a path, `https://` or `hf://` URL."""
+
+    name: str
+    location: Path | str
+
+    @property
+    def is_tar(self) -> bool:
+        return not str(self.location).lower().endswith(".parquet")
+
+    def open(self) -> Any:
+        """The open binary file."""
+        if isinstance(self.location, Path):
+            return self.location.open("rb")
+        import fsspec
+        from huggingface_hub import constants
+
+        hub = {"endpoint": constants.ENDPOINT} if self.location.startswith("hf://") else {}
+        system, path = fsspec.core.url_to_fs(self.location, **hub)
+        # A tar file is read from front to back without seeking, parquet starts at its end.
+        return system.open(path, "rb", **({"block_size": 0} if self.is_tar else {}))
+
+
+@dataclass(frozen=True)
+class StreamSample:
+    """An encoded image, its class number, and its name in errors."""
+
+    content: bytes
+    label: int
+    name: str
+
+
+def read_parquet_rows(file: Any, columns: Columns) -> Iterator[tuple[bytes, Any, str]]:
+    """(image, label, name) of each row of a parquet file."""
     import pyarrow.parquet as pq
 
     image, label = columns
     row = 0
-    for batch in pq.ParquetFile(file).iter_batches(ROWS, columns=[image, label], use_threads=False):
+    batches = pq.ParquetFile(file).iter_batches(
+        PARQUET_ROWS, columns=[image, label], use_threads=False
+    )
+    for batch in batches:
         cells, labels = batch.column(image).to_pylist(), batch.column(label).to_pylist()
         for cell, value in zip(cells, labels, strict=True):
             content = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -62,82 +96,56 @@ def read_parquet_rows(
             row += 1
 
 
-class Held(Sample):
-    """A sample whose small members are in memory, because a stream has no way back."""
+class BufferedSample(Sample):
+    """A tar sample whose members are in memory, because a stream cannot seek back."""
 
     def text(self, ending: str) -> str:
-        """A small text member."""
         content: bytes = self.file[ending]
         return content.decode("utf-8", "backslashreplace").strip()
 
 
-def read_tar(file: Any, columns: tuple[str | None, str | None]) -> Iterator[tuple[bytes, Any, str]]:
-    """(image, label, key) of each sample of a tar file that is read from front to back."""
+def read_tar_samples(file: Any, columns: Columns) -> Iterator[tuple[bytes, Any, str]]:
+    """(image, label, key) of each sample of a tar file."""
     import tarfile
 
     endings = {*LABEL_ENDINGS, *([columns[1]] if columns[1] else [])}
-    sample = Held("", {}, {})
+    sample = BufferedSample("", {}, {})
+
+    def finish() -> Iterator[tuple[bytes, Any, str]]:
+        image = next((e for e, member in sample.members.items() if is_image(member)), None)
+        if image is not None:
+            yield sample.file[image], label_of(sample, columns[1]), sample.key
+
     with tarfile.open(fileobj=file, mode="r|") as shard:
         for member in shard:
             key, ending = key_of(member.name)
             if not member.isfile() or not key:
                 continue
             if key != sample.key:
-                yield from _finished(sample, columns[1])
-                sample = Held(key, {}, {})
+                yield from finish()
+                sample = BufferedSample(key, {}, {})
             if is_image(member) or ending in endings:
                 opened = shard.extractfile(member)
                 sample.members[ending] = member
                 sample.file[ending] = opened.read() if opened is not None else b""
-        yield from _finished(sample, columns[1])
-
-
-def _finished(sample: Held, column: str | None) -> Iterator[tuple[bytes, Any, str]]:
-    image = next((e for e, member in sample.members.items() if is_image(member)), None)
-    if image is not None:
-        yield sample.file[image], label_of(sample, column), sample.key
-
-
-REMOTE = re.compile(r"https?://.+\.tar")
-WAY_OUT = "`--resume` goes on from the last checkpoint"
-
-
-@dataclass(frozen=True)
-class StreamSample:
-    """An image as it is stored, the number of its class, and what errors call it."""
-
-    content: bytes
-    label: int
-    name: str
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of a stream: its name, how it is read (`parquet` or `tar`), and how it is opened."""
-
-    name: str
-    kind: str
-    open: Callable[[], Any]
+        yield from finish()
 
 
 class StreamSet:
-    """The training images of a stream; only `StreamLoader` can read them.
+    """The training images of a stream; `TrainLoader` reads them with `epoch`.
 
     Args:
-        classes: names, in the order of the labels.
-        shards: in their own order.
-        columns: (image, label) of parquet files; (None, label) of shards, where it is said.
-        buffer: images that are mixed at a time.
+        classes: class names in the order of the labels.
+        shards: the files, in a fixed order.
+        columns: (image, label) columns of parquet files; for tar files (None, the JSON field of
+            the label or None).
+        buffer: images in the shuffle buffer.
     """
 
     targets: None = None
 
     def __init__(
-        self,
-        classes: Sequence[str],
-        shards: Sequence[Shard],
-        columns: tuple[str | None, str | None],
-        buffer: int,
+        self, classes: Sequence[str], shards: Sequence[Shard], columns: Columns, buffer: int
     ) -> None:
         self.name = "train"
         self.classes = tuple(classes)
@@ -148,49 +156,53 @@ class StreamSet:
 
     def __len__(self) -> int:
         raise VitcliError(
-            "how many images a stream has is not known", "give `--steps`, or `--set train.images=N`"
+            "the number of images in a stream is unknown",
+            "give `--steps`, or `--set train.images=N`",
         )
 
     def epoch(self, seed: Sequence[int], rank: int, world_size: int) -> Iterator[StreamSample]:
-        """Every image of this process's shards once, in an order that `seed` says.
+        """Every image of this process's shards once, in an order that `seed` determines.
 
         Raises:
-            VitcliError: a shard cannot be read, or a label is no class.
+            VitcliError: a shard cannot be read, or a label is not a class.
         """
-        rng = np.random.default_rng(tuple(seed))
-        order = rng.permutation(len(self.shards))[rank::world_size]
-        mixing = np.random.default_rng((*seed, rank + 1))
-        held: list[StreamSample] = []
-        for number in order:
+        # All processes draw the same order of the shards and take every `world_size`th of them.
+        order = np.random.default_rng(tuple(seed)).permutation(len(self.shards))
+        rng = np.random.default_rng((*seed, rank + 1))
+        buffer: list[StreamSample] = []
+        for number in order[rank::world_size]:
             for sample in self.read(self.shards[number]):
-                if len(held) < self.buffer:
-                    held.append(sample)
+                if len(buffer) < self.buffer:
+                    buffer.append(sample)
                     continue
-                place = int(mixing.integers(self.buffer))
-                sample, held[place] = held[place], sample
+                place = int(rng.integers(self.buffer))
+                sample, buffer[place] = buffer[place], sample
                 yield sample
-        for place in mixing.permutation(len(held)):
-            yield held[place]
+        for place in rng.permutation(len(buffer)):
+            yield buffer[place]
 
     def read(self, shard: Shard) -> Iterator[StreamSample]:
-        """The labelled images of one shard, in its order."""
+        """The labelled images of one shard, in order."""
         from huggingface_hub.errors import HTTPError
         from pyarrow import ArrowException
 
-        broken: Any = (OSError, TarError, ArrowException, HTTPError)
+        failures: Any = (OSError, TarError, ArrowException, HTTPError)
+        rows = read_tar_samples if shard.is_tar else read_parquet_rows
         try:
             with shard.open() as file:
-                rows = read_parquet_rows if shard.kind == "parquet" else read_tar
                 for content, label, name in rows(file, self.columns):
-                    number = self._label(label, shard)
+                    number = self._class_number(label, shard)
                     if number is not None:
                         yield StreamSample(content, number, f"{name} of {shard.name}")
-        except broken as error:
+        except failures as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise VitcliError(f"cannot read on in `{shard.name}`: {reason}", WAY_OUT) from error
+            raise VitcliError(
+                f"reading `{shard.name}` failed: {reason}",
+                "continue from the last checkpoint with `--resume`",
+            ) from error
 
-    def _label(self, label: Any, shard: Shard) -> int | None:
-        """The class number of a cell; None where there is none."""
+    def _class_number(self, label: Any, shard: Shard) -> int | None:
+        """The class number of a label; None for a missing label."""
         if not has_label(label) or label == -1:
             return None
         name = label_text(label)
@@ -199,133 +211,102 @@ class StreamSet:
         if name.isdecimal() and int(name) < len(self.classes):
             return int(name)
         raise VitcliError(
-            f"`{shard.name}` has the label `{printable(str(label))}`, which is none of "
+            f"`{shard.name}` has the label `{printable(str(label))}`, which is not one of the "
             f"{len(self.classes)} classes",
-            "`--set data.classes=FILE` names them all, one a line",
+            CLASSES_HINT,
         )
 
 
 def open_stream(request: Request, classes_file: str | None, buffer: int) -> Source:
-    """DATA as a stream: parquet or shards, here, on the Hub, or `https://…/x-{000..099}.tar`.
+    """DATA as a stream: parquet or tar shards, local, on the Hub or `https://…/x-{000..099}.tar`.
 
     Args:
-        request: what the user asked for; its splits must be those of the data.
-        classes_file: class names, one a line, where the data does not carry them.
-        buffer: images that are mixed at a time.
+        request: the DATA request; a stream cannot be split, so its splits are those of the data.
+        classes_file: file with the class names, for data that does not contain them.
+        buffer: images in the shuffle buffer.
 
     Raises:
-        VitcliError: data that is no shards or parquet, classes that are not known.
+        VitcliError: the data is neither parquet nor tar shards, or its classes are unknown.
     """
     if request.multi_label or request.folds or request.validation_fraction or request.train_split:
         raise VitcliError(
-            "a stream has no folds, slices or several labels an image",
-            "without `data.streaming` there are",
+            "a stream has no folds, no slices and no multi-label images",
+            "remove these settings, or `data.streaming`",
         )
-    held: Mapping[str, ImageSet] = {}
+    test_sets: Mapping[str, ImageSet] = {}
     record: dict[str, Any] = {"streaming": True, "resume": "approximate"}
-    beside: Path | None = None
+    names_file: Path | None = None
     if request.notation.startswith("hf:"):
         listing, plan = plan_hub(request)
-        shards = [_hub_shard(listing, plan, name) for name in plan.files.get("train", ())]
-        rest = {name: files for name, files in plan.files.items() if name != "train"}
-        held = _hub_rest(request, rest)
-        beside = hub_names(listing)
+        shards = _hub_shards(listing, plan)
+        if plan.files.keys() - {"train"}:
+            whole = replace(request, test_fraction=0.0, labelled=False)
+            test_sets = load_hub(whole, without="train").splits
+        names_file = hub_names(listing)
         record |= {"repository": listing.repository.name, "commit": listing.commit}
-    elif REMOTE.fullmatch(request.notation):
-        shards = [_remote_shard(url) for url in expand(request.notation)]
+    elif TAR_URL.fullmatch(request.notation):
+        shards = [Shard(url, url) for url in expand(request.notation)]
     else:
-        shards, held, beside = _local(request)
+        shards, test_sets, names_file = _local_files(request)
     if not shards:
         raise VitcliError(
             f"`{request.shown}` has no training images that can be streamed",
-            "parquet files and WebDataset shards can",
+            "a stream needs parquet files or WebDataset shards",
         )
-    names = read_names(Path(classes_file)) if classes_file else None
-    if names is None and beside is not None:
-        names = read_names(beside)
-    columns, marked = _look_into(shards[0], request)
-    classes = names or marked
+    names_file = Path(classes_file) if classes_file else names_file
+    columns, marked = _columns_and_classes(shards[0], request)
+    classes = (read_names(names_file) if names_file else None) or marked
     if not classes:
         raise VitcliError(
-            f"`{request.shown}` does not say its classes, and a stream cannot be searched for them",
-            "`--set data.classes=FILE` names them, one a line",
+            f"`{request.shown}` does not contain its class names, and a stream cannot be searched "
+            "for them",
+            CLASSES_HINT,
         )
     stream = StreamSet(classes, shards, columns, buffer)
-    splits = {"train": cast(ImageSet, stream), **_aligned(request, held, stream.classes)}
+    try:
+        others = {name: s.relabelled(stream.classes) for name, s in test_sets.items()}
+    except KeyError as error:
+        raise VitcliError(
+            f"`{request.shown}`: class {error} of the test images is not a class of the stream",
+            CLASSES_HINT,
+        ) from None
+    splits = {"train": cast(ImageSet, stream), **others}
     marks = [shard.name.encode() for shard in shards] + [name.encode() for name in classes]
-    note = f"{request.shown}: a stream of {len(shards):,} files, mixed {buffer:,} images at a time"
+    note = f"{request.shown}: a stream of {len(shards):,} files, shuffle buffer {buffer:,} images"
     return Source(request.shown, splits, stream.classes, fingerprint(marks), (note,), record)
 
 
-def _aligned(
-    request: Request, held: Mapping[str, ImageSet], classes: tuple[str, ...]
-) -> dict[str, ImageSet]:
-    try:
-        return {name: images.relabelled(classes) for name, images in held.items()}
-    except KeyError as error:
-        raise VitcliError(
-            f"`{request.shown}`: class {error} of the images to test on is none of the stream's",
-            "`--set data.classes=FILE` names them all, one a line",
-        ) from None
-
-
-def _local(request: Request) -> tuple[list[Shard], Mapping[str, ImageSet], Path | None]:
-    """Shards here, the splits beside train, and a file with class names beside them."""
+def _local_files(request: Request) -> tuple[list[Shard], Mapping[str, ImageSet], Path | None]:
+    """Local shards, the splits besides train, and a file with class names next to the shards."""
     path = request.path
-    kind = "parquet" if path.suffix == ".parquet" or parquet_files(path) else "tar"
-    if kind == "tar" and not path.is_dir() and path.suffix != ".tar":
+    is_parquet = path.suffix == ".parquet" or bool(parquet_files(path))
+    if not is_parquet and not path.is_dir() and path.suffix != ".tar":
         return [], {}, None
     notes: list[str] = []
-    files = parquet_splits(path, notes) if kind == "parquet" else shard_splits(request.notation)
+    files = parquet_splits(path, notes) if is_parquet else shard_splits(request.notation)
     train = files.pop("train", [])
-    shards = [Shard(printable(file), kind, partial(file.open, "rb")) for file in train]
-    read = read_parquet if kind == "parquet" else read_shards
-    alone = replace(request, test_fraction=0.0, labelled=False)
-    held = read(alone, files, notes).splits if files else {}
+    shards = [Shard(printable(file), file) for file in train]
+    read = read_parquet if is_parquet else read_shards
+    whole = replace(request, test_fraction=0.0, labelled=False)
+    test_sets = read(whole, files, notes).splits if files else {}
     names = (train[0].parent / name for name in NAMES_FILES) if train else ()
-    return shards, held, next((name for name in names if name.is_file()), None)
+    return shards, test_sets, next((name for name in names if name.is_file()), None)
 
 
-def _hub_shard(listing: Listing, plan: Plan, name: str) -> Shard:
-    from huggingface_hub import HfFileSystem, constants
-
+def _hub_shards(listing: Listing, plan: Plan) -> list[Shard]:
     if plan.kind == "folder":
         raise VitcliError(
-            f"`{listing.repository}` is a folder of pictures, which is no stream",
-            "without `data.streaming` it is fetched",
+            f"`{listing.repository}` is a folder of images, which cannot be streamed",
+            "remove `data.streaming` to download it",
         )
-    kind = "parquet" if plan.kind == "parquet" else "tar"
-    path = f"datasets/{listing.repository.name}@{listing.commit}/{name}"
-
-    def opened() -> Any:
-        system = HfFileSystem(endpoint=constants.ENDPOINT)
-        # A tar file is read from front to back, parquet begins at its end.
-        return system.open(path, "rb", **({"block_size": 0} if kind == "tar" else {}))
-
-    return Shard(f"{listing.repository}/{name}", kind, opened)
+    root = f"hf://datasets/{listing.repository.name}@{listing.commit}"
+    files = plan.files.get("train", ())
+    return [Shard(f"{listing.repository}/{name}", f"{root}/{name}") for name in files]
 
 
-def _remote_shard(url: str) -> Shard:
-    def opened() -> Any:
-        import fsspec
-
-        return fsspec.open(url, "rb", block_size=0).open()
-
-    return Shard(url, "tar", opened)
-
-
-def _hub_rest(request: Request, files: Mapping[str, Sequence[str]]) -> Mapping[str, ImageSet]:
-    """The splits to test on, fetched."""
-    if not files:
-        return {}
-    return load_hub(replace(request, test_fraction=0.0, labelled=False), without="train").splits
-
-
-def _look_into(
-    shard: Shard, request: Request
-) -> tuple[tuple[str | None, str | None], Sequence[str] | None]:
-    """The columns of a stream and, where a parquet file says them, the classes."""
-    if shard.kind == "tar":
+def _columns_and_classes(shard: Shard, request: Request) -> tuple[Columns, Sequence[str] | None]:
+    """The columns of a stream, and the class names that the metadata of a parquet file has."""
+    if shard.is_tar:
         return (None, request.label_column), None
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -334,7 +315,9 @@ def _look_into(
         with shard.open() as file:
             schema = pq.ParquetFile(file).schema_arrow
     except (OSError, pa.ArrowException) as error:
-        raise VitcliError(f"cannot read `{shard.name}`: {error}", "see to the network") from error
+        raise VitcliError(
+            f"cannot read `{shard.name}`: {error}", "check the network connection"
+        ) from error
     features = features_of(schema)
     columns = choose_columns(shard.name, schema, features, request)
     return columns, class_names(features.get(columns[1]))

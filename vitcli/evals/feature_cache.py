@@ -223,8 +223,7 @@ def code_hash() -> str:
     """Of the sources between a file and its features: another version may compute otherwise."""
     digest = hashlib.sha256()
     package = Path(vitcli.__path__[0])
-    names = ["decode.py", "pixel_modes.py", "preprocess.py"]
-    names += ["data/image_set.py", "data/decoded_cache.py"]
+    names = ("decode.py", "preprocess.py", "data/image_set.py", "data/decoded_cache.py")
     files = [*(package / "vit").glob("*.py"), *(package / name for name in names)]
     for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
@@ -296,7 +295,7 @@ class Features:
         Raises:
             VitcliError: none of them can be read; the disk is full.
         """
-        keep = self.keep and launch.local_size() == launch.size()
+        keep = self.keep and launch.local_world_size() == launch.world_size()
         dims = self.model.config.feature_dim, self._pixels() if with_pixels else 0
         if keep and rank_and_world_size()[0] == 0:
             needed = len(indices) * sum(dims) * 4

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitcli import distributed as launch
-from vitcli.data.batch import onto
+from vitcli.data.batch import move_to_device
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
 from vitcli.devices import join_processes, pick_device, resolve_precision
@@ -140,7 +140,7 @@ def extract_batches(
         world_size=world_size,
         pin_memory=device.type == "cuda",
     )
-    for batch in onto(batches, device):
+    for batch in move_to_device(batches, device):
         x = preprocess.normalize(batch.images)  # (B, C, Y, X)
         with torch.inference_mode(), autocast(precision, device):
             y = forward[output](x) if len(batch.labels) else x.flatten(1)
@@ -176,7 +176,7 @@ def no_image_readable(count: int, broken: Sequence[str]) -> VitcliError:
 
 def rank_and_world_size() -> tuple[int, int]:
     """Rank of this process and number of processes of this command; (0, 1) without a launcher."""
-    if launch.size() == 1:
+    if launch.world_size() == 1:
         return 0, 1
     state = join_processes(pick_device())
     return state.process_index, state.num_processes

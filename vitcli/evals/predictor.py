@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.data.augment.test_time import Views
+from vitcli.data.augment.test_time import TTATransform
 from vitcli.decode import ImageError
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
@@ -93,7 +93,7 @@ class Answers:
     """
 
     net: LoadedModel
-    views: Views
+    views: TTATransform
     doubts: Doubts
     top: int = 5
     batch_size: int = 32
@@ -130,7 +130,7 @@ class Answers:
         preprocess, net = self.views.preprocess, self.net
         shares: Tensor | None = None
         distances = None
-        for view in self.views.of(pixels.to(device)):  # (B, C, Y, X)
+        for view in self.views.views(pixels.to(device)):  # (B, C, Y, X)
             with torch.inference_mode(), autocast(self.precision, device):
                 features = net.features(preprocess.normalize(view))  # (B, F)
                 logits = net.network.classify(features)  # (B, K)

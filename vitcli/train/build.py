@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from vitcli.config.schema import Recipe, Section
-from vitcli.data.augment.presets import Strength
-from vitcli.data.augment.transform import TrainTransform
+from vitcli.data.augment.mixing import mixes_pairs
+from vitcli.data.augment.policies import changes_pixels
+from vitcli.data.augment.transform import TrainTransform, resolve_augment
+from vitcli.data.batch import check_batch
 from vitcli.data.image_set import Source
-from vitcli.data.loader import TrainLoader, check_batch
+from vitcli.data.loader import TrainLoader
 from vitcli.data.source import open_data
-from vitcli.data.stream_loader import StreamLoader
 from vitcli.data.streaming import StreamSet
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
@@ -147,28 +148,22 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
 
 def make_loader(
     recipe: Recipe, source: Source, preprocess: Preprocess, num_views: int, accelerator: Any
-) -> TrainLoader | StreamLoader:
+) -> TrainLoader:
     """The loader that makes the batches of this process."""
-    images: Any = source.splits["train"]
     transform = TrainTransform(preprocess, recipe.augment)
-    settings: dict[str, Any] = {
-        "batch_size": recipe.train.batch_size,
-        "seed": recipe.train.seed,
-        "views": num_views,
-        "workers": recipe.data.workers,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "strict": recipe.data.strict,
-        "strength": Strength.of(recipe.augment),
-    }
-    if isinstance(images, StreamSet):
-        return StreamLoader(images, transform, **settings)
     return TrainLoader(
-        images,
+        source.splits["train"],
         transform,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        views=num_views,
+        workers=recipe.data.workers,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        strict=recipe.data.strict,
         repeats=recipe.augment.repeats,
+        augment=transform.settings,
         pin_memory=accelerator.device.type == "cuda",
-        **settings,
     )
 
 
@@ -197,12 +192,14 @@ def start_accelerator(
         track: a tracker, which writes into `folder`.
 
     Raises:
-        VitcliError: the processes cannot share the batch, or the device lacks what is asked for.
+        VitcliError: an unknown name, a batch that the processes cannot share, or a precision that
+            the device lacks.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import broadcast_object_list
 
+    check_names(recipe)
     device = pick_device()
     precision = precision or resolve_precision(recipe.train.precision, device)
     join_processes(device)
@@ -228,7 +225,7 @@ def start_accelerator(
 
 
 def check_names(recipe: Recipe) -> None:
-    """Check the objective, optimizer and schedule of a recipe against their registries.
+    """Check objective, optimizer, schedule and augmentation of a recipe against their registries.
 
     Raises:
         VitcliError: a name is unknown; the hint gives the nearest one and the list.
@@ -236,6 +233,7 @@ def check_names(recipe: Recipe) -> None:
     find_objective(recipe.objective.name)
     find_optimizer(recipe.optim)
     find_schedule(recipe.schedule)
+    resolve_augment(recipe.augment)
 
 
 def registered_names() -> dict[str, tuple[str, ...]]:
@@ -284,27 +282,28 @@ def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
     Raises:
         VitcliError: it does not.
     """
-    section, strength = recipe.augment, Strength.of(recipe.augment)
+    settings = resolve_augment(recipe.augment)
+    mixes = mixes_pairs(settings)
     drawn = hasattr(images, "batch") and not getattr(images, "is_blank", False)
-    if drawn and (strength.changes or section.repeats > 1):
+    if drawn and (changes_pixels(settings) or settings.repeats > 1):
         raise VitcliError(
             f"`{recipe.data.name}` generates whole batches, which `[augment]` cannot change",
             "remove `augment.preset`, `policy`, the colour settings, `erase_rate` and `repeats`",
         )
-    if isinstance(images, StreamSet) and section.repeats > 1:
+    if isinstance(images, StreamSet) and settings.repeats > 1:
         raise VitcliError("a stream cannot repeat images", "remove `augment.repeats`")
-    if strength.mixes and not find_objective(recipe.objective.name).supervised:
+    if mixes and not find_objective(recipe.objective.name).supervised:
         raise VitcliError(
             f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
             "`--set augment.mix_rate=0.0`",
         )
     micro = recipe.train.micro_batch_size
-    if strength.mixes and micro is not None and micro % 2:
+    if mixes and micro is not None and micro % 2:
         raise VitcliError(
             f"`train.micro_batch_size` = {micro} is odd, and mixup or cutmix needs pairs of images",
             f"`--set train.micro_batch_size={micro + 1}`",
         )
-    check_batch(recipe.train.batch_size, processes, section.repeats, strength.mixes)
+    check_batch(recipe.train.batch_size, processes, settings.repeats, mixes)
 
 
 def check_patch_drop(recipe: Recipe, network: Network) -> None:

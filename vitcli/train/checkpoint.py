@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
+from vitcli.run import Run
 from vitcli.train.budget import Timeline
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import ShardReader, is_sharded, shard_like, write_shard
+
+MAX_REWINDS, REWIND_FACTOR = 3, 0.5
 
 
 class NonFiniteError(VitcliError):
@@ -182,11 +185,6 @@ def _write_values(folder: Path, state: TrainState) -> None:
     (folder / "state.json").write_text(json.dumps(state.values()), encoding="utf-8")
 
 
-def update_checkpoint_values(path: Path, state: TrainState) -> None:
-    """Replace everything except the tensors in the checkpoint at `path`, of the same step."""
-    write_text(path / "state.json", json.dumps(state.values()))
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
@@ -219,6 +217,38 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
             f"cannot read checkpoint `{path}`: {error}",
             "remove it; `--resume` then uses the checkpoint before it",
         ) from error
+
+
+def rewind(
+    state: TrainState, run: Run, error: NonFiniteError, is_main: bool, same_length: bool
+) -> None:
+    """Load the last checkpoint of a run into `state`, and lower all rates from there on.
+
+    Args:
+        error: what went wrong at `state.step`.
+        is_main: this process writes the records.
+        same_length: the run makes no more steps than without the rewind; a deadline needs this.
+
+    Raises:
+        VitcliError: too many rewinds, or there is no checkpoint.
+    """
+    checkpoints = list_checkpoints(run.checkpoints)
+    if state.num_rewinds >= MAX_REWINDS or not checkpoints:
+        raise VitcliError(
+            f"{error.message}, after {state.num_rewinds} rewinds",
+            "use a lower `--lr`, a longer warm-up or `--set optim.grad_clip=1.0`",
+        ) from None
+    failed, left = state.step, state.timeline.total - state.step
+    rewinds, scale = state.num_rewinds + 1, state.lr_scale * REWIND_FACTOR
+    load_checkpoint(checkpoints[-1], state)
+    if same_length:
+        state.timeline.replan(state.step, state.step + left)
+    state.num_rewinds, state.lr_scale = rewinds, scale
+    if is_main:
+        run.drop_records_after(state.step)
+        run.log({"step": state.step, "event": "rewind", "from": failed, "lr_scale": scale})
+        # Otherwise a resume from this checkpoint would repeat the rates that failed.
+        write_text(checkpoints[-1] / "state.json", json.dumps(state.values()))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

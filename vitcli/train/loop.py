@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import Recipe
 from vitcli.data.augment.mixing import soft_targets
-from vitcli.data.batch import Batch, onto
+from vitcli.data.batch import Batch, move_to_device
 from vitcli.data.loader import TrainLoader
-from vitcli.data.stream_loader import StreamLoader
 from vitcli.devices import is_out_of_memory
 from vitcli.errors import VitcliError
 from vitcli.progress import Bar, QuietBar, Watcher
@@ -31,10 +30,9 @@ from vitcli.train.checkpoint import (
     ShardWriter,
     TrainState,
     list_checkpoints,
-    load_checkpoint,
     non_finite_error,
+    rewind,
     save_checkpoint,
-    update_checkpoint_values,
 )
 from vitcli.train.ema import averaged
 from vitcli.train.fsdp import unsharded
@@ -46,7 +44,6 @@ from vitcli.train.validate import Outcome
 from vitcli.weights.loaded import LoadedModel
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, if `train.checkpoint_steps` is not set
-MAX_REWINDS, REWIND_FACTOR = 3, 0.5
 TIME_IS_UP = 1 + max(signal.Signals)  # processes agree on signal numbers, and on this one
 
 
@@ -68,7 +65,7 @@ class Loop:
     module: nn.Module
     state: TrainState
     optimizers: Sequence[Any]
-    loader: TrainLoader | StreamLoader
+    loader: TrainLoader
     model: LoadedModel
     recipe: Recipe
     run: Run
@@ -213,7 +210,7 @@ class Loop:
         if self.state.step >= self.total_steps:
             return iter(())
         batches = self.loader.batches(self.state.step * self.recipe.train.batch_size, steps)
-        return self.recorder.timer.over(onto(batches, self.device))
+        return self.recorder.timer.over(move_to_device(batches, self.device))
 
     def _set_lr(self) -> float:
         """Set the rates of this step; returns the base rate."""
@@ -385,32 +382,15 @@ class Loop:
         )
 
     def _rewind(self, error: NonFiniteError) -> None:
-        """Go back to the last checkpoint and continue with lower rates.
-
-        Raises:
-            VitcliError: too many rewinds, or there is no checkpoint.
-        """
-        state, run = self.state, self.run
-        checkpoints = list_checkpoints(run.checkpoints)
-        if state.num_rewinds >= MAX_REWINDS or not checkpoints:
-            raise VitcliError(
-                f"{error.message}, after {state.num_rewinds} rewinds",
-                "use a lower `--lr`, a longer warm-up or `--set optim.grad_clip=1.0`",
-            ) from None
-        failed, left = state.step, self.total_steps - state.step
-        rewinds, scale = state.num_rewinds + 1, state.lr_scale * REWIND_FACTOR
-        load_checkpoint(checkpoints[-1], state)
-        if self.deadline is not None:  # the rewind does not give the run more time
-            state.timeline.replan(state.step, state.step + left)
+        """Go back to the last checkpoint and continue with lower rates."""
+        # With a budget there is no time to repeat the steps that are lost.
+        has_deadline = self.deadline is not None
+        rewind(self.state, self.run, error, self.accelerator.is_main_process, has_deadline)
+        if self.deadline is not None:
             self.deadline.forget()
-        state.num_rewinds, state.lr_scale = rewinds, scale
-        if self.accelerator.is_main_process:
-            run.drop_records_after(state.step)
-            run.log({"step": state.step, "event": "rewind", "from": failed, "lr_scale": scale})
-            # Otherwise a resume from this checkpoint would repeat the rates that failed.
-            update_checkpoint_values(checkpoints[-1], state)
         self.watch.warn(
-            f"{error.message}: going back to step {state.step}, with {scale:g} of the learning rate"
+            f"{error.message}: going back to step {self.state.step}, with "
+            f"{self.state.lr_scale:g} of the learning rate"
         )
 
 

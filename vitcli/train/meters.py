@@ -3,13 +3,14 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitcli.data.batch import Batch
-from vitcli.data.loader import default_workers
+from vitcli.data.loader import TrainLoader
+from vitcli.data.prefetch import default_workers
 
 WARMUP_STEPS = 5  # not timed: the loader fills its queue meanwhile, and the first steps are slow
 WINDOW_STEPS, WINDOW_SECONDS = 20, 10.0  # a warning looks at no less than this
@@ -54,15 +55,6 @@ class StepTimes:
     def wait_fraction(self) -> float:
         """The fraction of the time spent waiting."""
         return self.waited / max(self.waited + self.worked, 1e-9)
-
-
-class BatchLoader(Protocol):
-    """What the warning reads from `TrainLoader` or `StreamLoader`."""
-
-    images: Any
-    batch_size: int
-    workers: int
-    world_size: int
 
 
 class WaitTimer:
@@ -126,12 +118,12 @@ class WaitTimer:
         return float(start.elapsed_time(end)) / 1000
 
 
-def is_filling_cache(loader: BatchLoader, seen: int) -> bool:
+def is_filling_cache(loader: TrainLoader, seen: int) -> bool:
     """True in the first epoch of a loader that keeps decoded images: later epochs are faster."""
     return getattr(loader.images, "keeps", False) and seen < len(loader.images)
 
 
-def slow_data_warning(times: StepTimes, loader: BatchLoader, data: str) -> str:
+def slow_data_warning(times: StepTimes, loader: TrainLoader, data: str) -> str:
     """The warning about a loader that is too slow, and what makes it faster.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitcli.config.recipe import flat_settings
 from vitcli.config.schema import Recipe
+from vitcli.data.loader import TrainLoader
 from vitcli.devices import peak_memory
 from vitcli.errors import VitcliError, unknown
 from vitcli.files import replacing
@@ -21,7 +22,6 @@ from vitcli.train.agreement import mean_over_processes
 from vitcli.train.checkpoint import non_finite_error
 from vitcli.train.meters import (
     AverageMeter,
-    BatchLoader,
     WaitTimer,
     is_filling_cache,
     slow_data_warning,
@@ -59,7 +59,7 @@ class Recorder:
     run: Run
     accelerator: Any
     watch: Watcher
-    loader: BatchLoader
+    loader: TrainLoader
     track: Track | None = None
     peak_flops: float | None = None
     flops_per_image: float = 0.0

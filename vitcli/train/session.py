@@ -26,7 +26,6 @@ from vitcli.train.budget import NoStepFits, Timeline, plan_budget
 from vitcli.train.build import (
     MakeModel,
     build_loop,
-    check_names,
     held_out_images,
     open_source,
     start_accelerator,
@@ -93,8 +92,9 @@ def train(
         VitcliError: bad input, a loss that is not finite, or a full disk.
         Stopped: a signal came; the state is saved.
     """
-    started = distributed.began or time.monotonic()  # a budget counts from the start of the program
-    check_names(recipe)
+    started = (
+        distributed.started_at or time.monotonic()
+    )  # a budget counts from the start of the program
     if track is not None:
         check_tracker(track)
     if recipe.data.name is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
-from vitcli.data.batch import Batch, onto
+from vitcli.data.batch import Batch, move_to_device
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
 from vitcli.errors import VitcliError
@@ -121,7 +121,7 @@ def _outputs(
         pin_memory=accelerator.device.type == "cuda",
     )
     with watch.progress("test", len(images)) as bar:
-        for batch in onto(batches, accelerator.device):
+        for batch in move_to_device(batches, accelerator.device):
             for line in batch.broken:
                 name, _, reason = line.rpartition(": ")
                 broken[name] = reason

@@ -1,4 +1,4 @@
-"""The results of the commands, one function each, as tables."""
+"""Print the results of pretrain, finetune, compare, export, recipes and check."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from vitcli.cli import console as report
 from vitcli.cli.console import print_facts, print_table, show_next
 from vitcli.errors import printable
 
-MOST_CLASSES = 20  # shown of an evaluation
-MOST_EXAMPLES = 3  # shown of each kind of finding
-MOST_NAMES = 5  # of one group of copies
+MOST_CLASSES = 20  # rows of a table of classes
+MOST_EXAMPLES = 3  # examples of each kind of finding
+MOST_NAMES = 5  # file names of one group of duplicates
 
 
 def percent(share: float) -> str:
@@ -19,7 +19,7 @@ def percent(share: float) -> str:
 
 
 def show_trained(result: Any) -> None:
-    """The result of `pretrain` and `finetune`."""
+    """Print the result of `pretrain` or `finetune`."""
     figures = result.figures
     rows: list[tuple[str, Any]] = [
         ("model", f"{result.model}, {result.parameters:,} parameters"),
@@ -40,30 +40,30 @@ def show_trained(result: Any) -> None:
         if name == "loss" or name.startswith("train/")
     ]
     if result.broken:
-        rows.append(("unreadable", f"{len(result.broken)} images, replaced"))
+        rows.append(("unreadable", f"{len(result.broken)} images, replaced by others of the class"))
     print_facts(f"{result.command}: {result.run}", rows)
     steps = {"pretrain": "vitcli fewshot --shots 5, or vitcli finetune"}
     show_next(steps.get(result.command, "vitcli predict image.jpg"))
 
 
 def show_found_rate(result: Any) -> None:
-    """The rate to try, where the loss was lowest, and where the curve is."""
-    rows: list[tuple[str, Any]] = [("falls fastest at", f"{result.lr:.2g}")]
+    """Print the learning rate to try, and where the curve is."""
+    rows: list[tuple[str, Any]] = [("steepest descent at lr", f"{result.lr:.2g}")]
     if result.matrix_lr is not None:
-        rows.append(("Muon's beside it", f"{result.matrix_lr:.2g}"))
+        rows.append(("Muon's matrix_lr", f"{result.matrix_lr:.2g}"))
     rows += [
-        ("lowest at", f"{result.lowest:.2g}"),
-        ("the recipe has", f"{result.given:g}"),
+        ("lowest loss at lr", f"{result.lowest:.2g}"),
+        ("lr of the recipe", f"{result.given:g}"),
         ("steps", f"{len(result.rates)}, in {result.seconds:.0f} s"),
         ("curve", f"{result.folder}/lr.png"),
     ]
-    print_facts("learning rate", rows)
+    print_facts("learning-rate finder", rows)
     muon = "" if result.matrix_lr is None else f" --set optim.matrix_lr={result.matrix_lr:.2g}"
     show_next(f"the same command with --lr {result.lr:.2g}{muon}, without --find-lr")
 
 
 def show_comparison(result: Any) -> None:
-    """Settings and results of several runs in columns, and what the paired tests say."""
+    """Print settings and results of runs in columns, and the paired tests."""
     columns = ["", *result.runs]
     if result.settings:
         rows = [
@@ -76,41 +76,42 @@ def show_comparison(result: Any) -> None:
     ]
     print_table("results", columns, results)
     for run, pair in zip(result.runs[1:], result.paired, strict=True):
-        title = f"{run} against {result.runs[0]}"
+        title = f"{run} compared with {result.runs[0]}"
         if isinstance(pair, str):
-            print_facts(title, [("not paired", pair)])
+            print_facts(title, [("no paired test", pair)])
             continue
         between = f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}"
         facts = [
             ("difference", f"{100 * pair.difference:+.2f} points, 95 % interval {between}"),
-            ("right alone", f"{pair.only_second} images, the other {pair.only_first}"),
-            ("McNemar's p", f"{pair.p_value:.3g}, over {pair.images:,} images"),
+            (f"only {run} correct", f"{pair.only_second} images"),
+            (f"only {result.runs[0]} correct", f"{pair.only_first} images"),
+            ("McNemar's p-value", f"{pair.p_value:.3g} ({pair.images:,} images)"),
         ]
         print_facts(title, facts)
     if result.seeds:
         facts = [(n, f"{mean:,.5g} ± {std:.2g}") for n, (mean, std) in result.seeds.items()]
-        print_facts(f"{len(result.runs)} seeds of one recipe", facts)
+        print_facts(f"mean and std over {len(result.runs)} seeds of one recipe", facts)
 
 
 def worst(classes: list[list[Any]]) -> list[list[Any]]:
-    """The rows with the lowest F1."""
+    """The rows of the classes with the lowest F1."""
     return sorted(classes, key=lambda row: row[3])[:MOST_CLASSES]
 
 
 def show_export(result: Any) -> None:
-    """Files, what came along, what did not, and how far what was read back lies from the model."""
+    """Print the files of an export, its facts, and the difference after reading it back."""
     facts, names = result.facts, "with names" if result.facts["class_names"] else "without names"
     rows: list[tuple[str, Any]] = [(name, f"{size:,} bytes") for name, size in result.files.items()]
     rows.append(("classes", f"{facts['classes']:,}, {names}" if facts["classes"] else "no head"))
     rows.append(("image size", "x".join(map(str, facts["image_size"]))))
     for key in ("mean", "std"):
         known = facts[key] is not None
-        rows.append((key, ", ".join(f"{v:g}" for v in facts[key]) if known else "not known"))
+        rows.append((key, ", ".join(f"{v:g}" for v in facts[key]) if known else "unknown"))
     if facts["gelu"] is not None:
         rows.append(("epsilon, GELU", f"{facts['norm_eps']:g}, {facts['gelu']}"))
     if result.difference is not None:
-        apart = f"{result.difference:.2g} at most, of {result.scale:.3g}"
-        rows.append((f"{result.compared} apart", apart))
+        largest = f"{result.difference:.2g} ({result.compared} up to {result.scale:.3g})"
+        rows.append((f"largest {result.compared} difference", largest))
     print_facts(f"{result.model} as {result.format}: {result.path}", rows)
     for note in result.notes:
         report.Terminal().note(note)
@@ -119,7 +120,7 @@ def show_export(result: Any) -> None:
 
 
 def show_recipes(result: Any) -> None:
-    """Two lines a recipe: what it takes and costs, and what it is."""
+    """Print two lines per recipe: its data, model and cost, and its description."""
     for row in result.rows:
         takes = f"{row.command} {row.data or 'DATA'} {row.model or '--model MODEL'}"
         takes += f", {row.cost}" if row.cost else ""
@@ -128,7 +129,7 @@ def show_recipes(result: Any) -> None:
 
 
 def show_check(result: Any) -> None:
-    """Splits and sizes, the classes, and what was found."""
+    """Print splits, sizes and classes of a dataset, and the problems found."""
     facts = result.to_json()
     rows: list[tuple[str, Any]] = [
         ("images", ", ".join(f"{n:,} {name}" for name, n in facts["splits"].items())),
@@ -151,7 +152,7 @@ def show_check(result: Any) -> None:
     if len(classes) > MOST_CLASSES:
         classes = [*classes[: MOST_CLASSES // 2], *classes[-MOST_CLASSES // 2 :]]
     print_table("", ["class", *splits], [[k, *(v[s] for s in splits)] for k, v in classes])
-    report.print_title("found" if facts["problems"] else "nothing wrong was found")
+    report.print_title("problems" if facts["problems"] else "no problems found")
     for line in facts["problems"]:
         report.out.print(Text(f"  {printable(line)}"), soft_wrap=True)
     for title, pairs in facts["leaks"].items():

@@ -1,10 +1,10 @@
-"""Mixing the pictures of a batch, two and two: mixup and cutmix.
+"""Mixup and cutmix: mix the images of a batch in pairs.
 
-Which two: positions 2 k and 2 k + 1 of the batch. The order of the images is random, so this pairs
-them at random, and any number of processes (or parts of a batch) that hold whole pairs can mix
-their own: what comes out does not depend on their number. The price is an even batch. big_vision
-mixes each picture with the one before it in the whole batch, with one share for all; here each pair
-draws its own, which tells the gradient more. Each picture is still in two mixtures.
+Positions 2k and 2k + 1 of the batch form a pair. The order of the images is random, so the pairs
+are random too, and every process (or micro-batch) that holds whole pairs can mix its own part with
+the same result. The price is an even batch size. big_vision mixes each image with its predecessor
+in the whole batch with one lambda for all; here each pair draws its own lambda, so that one step
+has weak and strong mixtures.
 """
 
 from dataclasses import dataclass
@@ -16,54 +16,52 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.policies import AugmentSettings, Rng
 
-# Behind (seed, epoch) and (seed, epoch, index, view + 1), which numpy pads with zeros.
-STREAM = 1
+# numpy pads seeds with zeros. (seed, epoch) shuffles and (seed, epoch, index, view + 1) augments,
+# so mixing takes a fifth word that both leave at 0.
+MIX_STREAM = 1
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How the pictures of a batch are mixed with their partners.
+    """How the images of a batch are mixed with their partners.
 
     Attributes:
-        share: (B,) float32: how much of each picture, and of its label, is its own.
-        box: (B, 4) float32: top, left, bottom, right, as shares of the sides: what the partner
-            fills with its own pixels there. Empty (all 0) where pictures are blended or left.
+        lam: (B,) float32: lambda, the weight of an image's own pixels and label.
+        box: (B, 4) float32: top, left, bottom, right as fractions of the sides. The partner's
+            pixels fill this box. All 0 for an image that is blended or unchanged.
     """
 
-    share: Tensor
+    lam: Tensor
     box: Tensor
 
     def part(self, start: int, stop: int) -> "Mix":
-        """The pictures `start` to `stop`; both even."""
+        """The images `start` to `stop`; both are even."""
         assert start % 2 == stop % 2 == 0
-        return Mix(self.share[start:stop], self.box[start:stop])
+        return Mix(self.lam[start:stop], self.box[start:stop])
 
     def to(self, device: torch.device) -> "Mix":
-        """The same on `device`."""
-        return Mix(self.share.to(device, non_blocking=True), self.box.to(device, non_blocking=True))
+        """A copy on `device`."""
+        return Mix(self.lam.to(device, non_blocking=True), self.box.to(device, non_blocking=True))
 
     def images(self, images: Tensor) -> Tensor:
-        """(V*B, C, Y, X) float, view-major -> the same mixed, each view with its partner's."""
-        views = len(images) // len(self.share)
+        """(V*B, C, Y, X) float, view-major -> mixed, each view with the partner's same view."""
+        views = len(images) // len(self.lam)
         cut = self._mask(images.shape[2], images.shape[3])  # (B, 1, Y, X)
-        # A pair that is cut is not blended as well.
-        blend = torch.where(self._is_cut(), 1.0, self.share).view(-1, 1, 1, 1)
+        # A pair under cutmix is not blended, although its lambda is below 1.
+        blend = torch.where(self.box[:, 2] > self.box[:, 0], 1.0, self.lam).view(-1, 1, 1, 1)
         blend, cut = blend.repeat(views, 1, 1, 1), cut.repeat(views, 1, 1, 1)
-        other = partners(images)
+        other = swap_pairs(images)
         mixed = torch.lerp(other, images, blend.to(images.dtype))
         return torch.where(cut, other, mixed)  # (V*B, C, Y, X)
 
     def targets(self, targets: Tensor) -> Tensor:
-        """(B, K) -> the targets mixed in the same shares."""
-        return torch.lerp(partners(targets), targets, self.share.to(targets.dtype)[:, None])
-
-    def _is_cut(self) -> Tensor:
-        return self.box[:, 2] > self.box[:, 0]
+        """(B, K) -> (B, K): the targets mixed with the same lambda."""
+        return torch.lerp(swap_pairs(targets), targets, self.lam.to(targets.dtype)[:, None])
 
     def _mask(self, rows: int, columns: int) -> Tensor:
-        """(B, 1, Y, X): where the partner's pixels lie."""
+        """(B, 1, Y, X): True for the partner's pixels."""
         y = torch.arange(rows, device=self.box.device) + 0.5
         x = torch.arange(columns, device=self.box.device) + 0.5
         top, left, bottom, right = (edge[:, None] for edge in self.box.unbind(1))
@@ -72,57 +70,61 @@ class Mix:
         return (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
 
 
-def partners(x: Tensor) -> Tensor:
-    """(B, ...) -> (B, ...): 1, 0, 3, 2, ..."""
+def swap_pairs(x: Tensor) -> Tensor:
+    """(B, ...) -> (B, ...) in the order 1, 0, 3, 2, ..."""
     return x.view(-1, 2, *x.shape[1:]).flip(1).flatten(0, 1)
 
 
 def soft_targets(labels: Tensor, num_classes: int) -> Tensor:
-    """(B,) whole numbers -> (B, K) ones and zeros; (B, K) stays, as float."""
+    """(B,) class numbers -> (B, K) one-hot; (B, K) multi-label targets -> the same as float."""
     return F.one_hot(labels, num_classes).float() if labels.ndim == 1 else labels.float()
 
 
-def draw_mix(
-    seed: int, start: int, batch_size: int, image_size: tuple[int, int], strength: Strength
+def mixes_pairs(settings: AugmentSettings) -> bool:
+    """Mixup or cutmix is switched on."""
+    return bool(settings.mix_rate and (settings.mixup_alpha or settings.cutmix_alpha))
+
+
+def sample_mix(
+    seed: int,
+    start: int,
+    batch_size: int,
+    image_size: tuple[int, int],
+    settings: AugmentSettings,
 ) -> Mix:
-    """The mixing of the whole batch that begins at position `start` of the stream of images.
+    """The mixing of the whole batch that begins after `start` images of the run.
 
-    Mixup (Zhang et al. 2018): x' = l x + (1 - l) x_partner, l from Beta(a, a); as big_vision, the
-    larger of l and 1 - l is a picture's own share. CutMix (Yun et al. 2019): a box of (1 - l) of
-    the area about a random pixel comes from the partner; its part inside the picture counts.
-
-    Args:
-        seed: of the run.
-        start: a multiple of `batch_size`.
-        batch_size: over all processes; even.
-        image_size: (Y, X): boxes lie on whole pixels of it.
-        strength: says how often and how.
+    Mixup (Zhang et al. 2018): x' = lam * x + (1 - lam) * x_partner, lam from Beta(a, a). As in
+    big_vision, an image keeps the larger of lam and 1 - lam. CutMix (Yun et al. 2019): a box with
+    1 - lam of the area around a random pixel comes from the partner, clipped to the image; lam is
+    then 1 - the clipped area. Boxes lie on whole pixels of `image_size`. `batch_size` is that of
+    all processes, and even.
     """
     assert batch_size % 2 == 0
-    rng = np.random.default_rng((seed, start, 0, 0, STREAM))
-    share = np.ones(batch_size // 2)
+    rng = np.random.default_rng((seed, start, 0, 0, MIX_STREAM))
+    lam = np.ones(batch_size // 2)
     box = np.zeros((batch_size // 2, 4))
-    both = strength.mixup_alpha > 0 and strength.cutmix_alpha > 0
+    both = settings.mixup_alpha > 0 and settings.cutmix_alpha > 0
     for pair in range(batch_size // 2):
-        if rng.random() >= strength.mix_rate:
+        if rng.random() >= settings.mix_rate:
             continue
-        cut = rng.random() < strength.cutmix_rate if both else strength.cutmix_alpha > 0
+        cut = rng.random() < settings.cutmix_rate if both else settings.cutmix_alpha > 0
         if cut:
-            own = float(rng.beta(strength.cutmix_alpha, strength.cutmix_alpha))
-            box[pair], share[pair] = cut_box(own, image_size, rng)
+            sampled = float(rng.beta(settings.cutmix_alpha, settings.cutmix_alpha))
+            box[pair], lam[pair] = sample_cutmix_box(sampled, image_size, rng)
         else:
-            own = float(rng.beta(strength.mixup_alpha, strength.mixup_alpha))
-            share[pair] = max(own, 1 - own)
-    each = np.repeat(share, 2).astype(np.float32)
+            sampled = float(rng.beta(settings.mixup_alpha, settings.mixup_alpha))
+            lam[pair] = max(sampled, 1 - sampled)
+    each = np.repeat(lam, 2).astype(np.float32)
     return Mix(torch.from_numpy(each), torch.from_numpy(box.repeat(2, 0).astype(np.float32)))
 
 
-def cut_box(
-    own: float, image_size: tuple[int, int], rng: np.random.Generator
+def sample_cutmix_box(
+    lam: float, image_size: tuple[int, int], rng: Rng
 ) -> tuple[NDArray[np.float64], float]:
-    """((4,) the box as shares of the sides, the share of the area that is outside it)."""
+    """((4,) the clipped box as fractions of the sides, the fraction of the area outside it)."""
     rows, columns = image_size
-    side = sqrt(1 - own)
+    side = sqrt(1 - lam)
     height, width = int(rows * side), int(columns * side)
     y, x = int(rng.integers(rows)), int(rng.integers(columns))
     top, bottom = np.clip([y - height // 2, y + height // 2], 0, rows)

@@ -1,4 +1,4 @@
-"""Several views of each image at test time, whose probabilities are averaged."""
+"""Test-time augmentation: several views of an image, whose probabilities are averaged."""
 
 from dataclasses import dataclass
 
@@ -6,82 +6,78 @@ import torch
 from torch import Tensor
 
 from vitcli.decode import ImageInput, read_image
-from vitcli.errors import VitcliError
-from vitcli.preprocess import Preprocess, as_pixels
+from vitcli.errors import VitcliError, unknown
+from vitcli.preprocess import Preprocess, as_array
 
-KINDS = ("flip", "crops:5", "crops:10")
+VIEWS = {"flip": (1, True), "crops:5": (5, False), "crops:10": (5, True)}  # crops, mirrored
 
 
 @dataclass(frozen=True)
-class Views:
-    """What the model is shown of an image.
+class TTATransform:
+    """The views of an image that the model receives at test time.
 
-    `flip` is the image and its mirror image; `crops:5` the middle and the four corners of the
-    resized picture, `crops:10` these and their mirror images (Krizhevsky et al., 2012). The first
-    view is always the one of `preprocess` itself. A model's work, and so the time, is `count` times
-    that of one view.
+    `flip` is the image and its mirror image. `crops:5` is the centre and the four corners of the
+    resized image, `crops:10` these and their mirror images (Krizhevsky et al., 2012). The first
+    view is always that of `preprocess`. The time grows in proportion to `count`.
 
     Args:
         preprocess: the evaluation transform.
-        kind: None for one view.
+        kind: a key of `VIEWS`, or None for one view.
 
     Raises:
-        VitcliError: no such kind, or a transform that leaves nothing to crop.
+        VitcliError: the kind is unknown, or `preprocess` leaves nothing to crop.
     """
 
     preprocess: Preprocess
     kind: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in KINDS:
-            raise VitcliError(
-                f"`--tta {self.kind}` is not known", f"it is one of {', '.join(KINDS)}"
-            )
-        if self.crops > 1 and self._shows_all():
+        if self.kind is not None and self.kind not in VIEWS:
+            raise unknown("`--tta` value", self.kind, VIEWS)
+        if self.crops > 1 and self._shows_whole_image():
             raise VitcliError(
                 f"`--tta {self.kind}`: with `preprocess.resize_mode={self.preprocess.resize_mode}` "
-                "the model sees the whole picture, so all crops are the same",
-                "`--tta flip`, or `--set preprocess.resize_mode=crop`",
+                "the model sees the whole image, so all crops are the same",
+                "use `--tta flip`, or `--set preprocess.resize_mode=crop`",
             )
 
     @property
     def crops(self) -> int:
-        """Crops of a picture, mirror images not counted."""
-        return 5 if self.kind in ("crops:5", "crops:10") else 1
+        """Crops per image, without mirror images."""
+        return VIEWS[self.kind][0] if self.kind else 1
 
     @property
     def mirrored(self) -> bool:
-        """Whether each crop is shown as its mirror image as well."""
-        return self.kind in ("flip", "crops:10")
+        """Each crop has a mirror image as a second view."""
+        return VIEWS[self.kind][1] if self.kind else False
 
     @property
     def count(self) -> int:
-        """Views of an image."""
+        """Views per image."""
         return self.crops * (2 if self.mirrored else 1)
 
     def pixels(self, source: ImageInput) -> Tensor:
-        """A path, file, bytes or picture -> (crops, C, Y, X) uint8.
+        """A path, file, bytes or Pillow image -> (crops, C, Y, X) uint8.
 
         Raises:
-            ImageError: it cannot be read.
+            ImageError: the image cannot be read.
         """
         if self.crops == 1:
             return self.preprocess.pixels(source)[None]  # (1, C, Y, X)
         image = read_image(source, self.preprocess.mode)
-        whole, (rows, columns) = self.preprocess.resize(image), self.preprocess.image_size
-        right, bottom = whole.width - columns, whole.height - rows
+        resized, (rows, columns) = self.preprocess.resize(image), self.preprocess.image_size
+        right, bottom = resized.width - columns, resized.height - rows
         corners = [(0, 0), (right, 0), (0, bottom), (right, bottom)]
-        pictures = [self.preprocess.fit(image)]
-        pictures += [whole.crop((x, y, x + columns, y + rows)) for x, y in corners]
-        parts = map(torch.from_numpy, map(as_pixels, pictures))
-        return torch.stack(list(parts))  # (crops, C, Y, X)
+        crops = [self.preprocess.fit(image)]
+        crops += [resized.crop((x, y, x + columns, y + rows)) for x, y in corners]
+        return torch.stack([torch.from_numpy(as_array(crop)) for crop in crops])  # (crops, C, Y, X)
 
-    def of(self, batch: Tensor) -> list[Tensor]:
-        """(B, crops, C, Y, X) uint8 -> `count` times (B, C, Y, X), the first the plain one."""
-        shown = list(batch.unbind(1))
-        return [view for x in shown for view in ([x, x.flip(-1)] if self.mirrored else [x])]
+    def views(self, batch: Tensor) -> list[Tensor]:
+        """(B, crops, C, Y, X) uint8 -> `count` tensors (B, C, Y, X), the plain view first."""
+        crops = list(batch.unbind(1))
+        return [view for x in crops for view in ([x, x.flip(-1)] if self.mirrored else [x])]
 
-    def _shows_all(self) -> bool:
+    def _shows_whole_image(self) -> bool:
         mode, size = self.preprocess.resize_mode, self.preprocess.image_size
         if mode == "squash":
             side = self.preprocess.resize_size

@@ -1,7 +1,7 @@
-"""What training does to a picture: crop, flip, and what the recipe adds to them.
+"""The training transform: random crop and flip, then the policies of the recipe.
 
-The same (seed, epoch, index) gives the same picture. It is still uint8; normalisation and mixing
-happen on the device for the whole batch.
+The same (seed, epoch, index, view) gives the same pixels, in every process and thread. The result
+is uint8; normalisation and mixing run on the device for the whole batch.
 """
 
 from collections.abc import Callable
@@ -14,51 +14,58 @@ from PIL import Image
 from torch import Tensor
 
 from vitcli.config.schema import AugmentSection
-from vitcli.data.augment.policies import Pixels, change, erase
-from vitcli.data.augment.presets import Strength
+from vitcli.data.augment.policies import (
+    DEFAULTS,
+    POLICIES,
+    PRESETS,
+    AugmentSettings,
+    Pixels,
+    Rng,
+    change_colours,
+    changes_colours,
+    erase_rectangle,
+)
 from vitcli.data.image_set import AnyPicture
 from vitcli.decode import Box, ImageInput, open_image
-from vitcli.preprocess import RESAMPLING, Preprocess, as_pixels
+from vitcli.errors import unknown
+from vitcli.preprocess import RESAMPLING, Preprocess, as_array
 
-# The ranges of Inception's crop (Szegedy et al. 2014), which the ViT paper trains with.
+# The crop of Inception (Szegedy et al. 2014), which the ViT paper trains with: width / height.
 MIN_RATIO, MAX_RATIO = 3 / 4, 4 / 3
 CROP_ATTEMPTS = 10
-# What torch resizes as Pillow does, on bytes, and faster.
-TORCH_FILTERS = {"bilinear", "bicubic"}
+TORCH_FILTERS = {"bilinear", "bicubic"}  # torch resizes bytes like Pillow with these, and faster
 
 
-def image_rng(seed: int, epoch: int, index: int, view: int = 0) -> np.random.Generator:
-    """The randomness of one view of one picture in one epoch, whoever makes it."""
-    # View + 1, because numpy pads entropy with zeros: (seed, epoch) is the order of the epoch.
+def image_rng(seed: int, epoch: int, index: int, view: int = 0) -> Rng:
+    """The generator of one view of one image in one epoch; no worker or process number enters."""
+    # numpy pads entropy with zeros, so (seed, epoch, 0, 0) would repeat the stream of (seed,
+    # epoch), which shuffles the epoch. `view + 1` keeps the two apart.
     words = (seed, epoch, index, view + 1)
-    if max(words) < 2**32:  # the same entropy as numpy makes of each, in half the time
+    if max(words) < 2**32:  # the entropy that numpy would build from the tuple, in half the time
         return np.random.default_rng(np.array(words, dtype=np.uint32))
     return np.random.default_rng(words)
 
 
 def inception_crop(
-    picture: AnyPicture, rng: np.random.Generator, preprocess: Preprocess, section: AugmentSection
+    image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
 ) -> Pixels:
-    """A random part of `min_area`..1 of the area, of ratio 3/4..4/3, resized to the model's size.
+    """A random box of `min_area`..1 of the area and ratio 3/4..4/3, resized to the model's size.
 
-    As torchvision's RandomResizedCrop. The part is drawn on the whole picture, before anything is
-    decoded; a large JPEG is then decoded at the smallest of its scales at which the part still has
-    the model's size.
+    It follows torchvision's `RandomResizedCrop`. The box is drawn before anything is decoded, so
+    that a large JPEG is decoded at the smallest scale at which the box still has the model's size.
     """
-    box = inception_box(picture.size, rng, section.min_area)
-    return resized_part(picture, box, preprocess)
+    return resized_crop(image, inception_box(image.size, rng, settings.min_area), preprocess)
 
 
-def resized_part(picture: AnyPicture, box: Box, preprocess: Preprocess) -> Pixels:
-    """(C, Y, X) of the model's size: the part `box` of the whole picture, cut out and resized."""
+def resized_crop(image: AnyPicture, box: Box, preprocess: Preprocess) -> Pixels:
+    """(C, Y, X): the part of the image in `box`, resized to the model's size."""
     rows, columns = preprocess.image_size
     if preprocess.interpolation not in TORCH_FILTERS:
-        part = picture.part(box, at_least=(columns, rows))
-        resampling = RESAMPLING[preprocess.interpolation]
-        return as_pixels(part.resize((columns, rows), resampling))
-    # Within one or two grey levels of Pillow's result, in a fraction of the time
-    # (recipes/RESULTS.md), as long as torch is told that the channels lie side by side.
-    pixels = torch.from_numpy(picture.pixels(box, at_least=(columns, rows)))
+        part = image.part(box, at_least=(columns, rows))
+        return as_array(part.resize((columns, rows), RESAMPLING[preprocess.interpolation]))
+    # Within two grey levels of Pillow in a fraction of the time (recipes/RESULTS.md), if torch sees
+    # that the channels lie last in memory.
+    pixels = torch.from_numpy(image.pixels(box, at_least=(columns, rows)))
     pixels = pixels[None, ..., None] if pixels.ndim == 2 else pixels[None]  # (1, Y, X, C)
     resized = F.interpolate(
         pixels.permute(0, 3, 1, 2),
@@ -69,8 +76,8 @@ def resized_part(picture: AnyPicture, box: Box, preprocess: Preprocess) -> Pixel
     return resized[0].numpy()  # (C, Y, X)
 
 
-def inception_box(size: tuple[int, int], rng: np.random.Generator, min_area: float) -> Box:
-    """(left, top, right, bottom) of a random crop of a picture of (width, height)."""
+def inception_box(size: tuple[int, int], rng: Rng, min_area: float) -> Box:
+    """A random crop box for an image of (width, height) `size`."""
     width, height = size
     low, high = log(MIN_RATIO), log(MAX_RATIO)
     for _ in range(CROP_ATTEMPTS):
@@ -80,7 +87,7 @@ def inception_box(size: tuple[int, int], rng: np.random.Generator, min_area: flo
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    # Nothing fitted, as in a very long picture: the largest central part of an allowed ratio.
+    # No box fits, for example in a very long image: take the largest central box.
     w = max(1, min(width, round(height * MAX_RATIO)))
     h = max(1, min(height, round(width / MIN_RATIO)))
     left, top = (width - w) // 2, (height - h) // 2
@@ -88,65 +95,85 @@ def inception_box(size: tuple[int, int], rng: np.random.Generator, min_area: flo
 
 
 def padded_crop(
-    picture: AnyPicture, rng: np.random.Generator, preprocess: Preprocess, section: AugmentSection
+    image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
 ) -> Pixels:
-    """The evaluation picture, shifted by up to `crop_padding` pixels each way over black."""
-    fitted = preprocess.fit(picture.whole())
-    reach = section.crop_padding
+    """The evaluation image, shifted by up to `crop_padding` px in each direction over black."""
+    fitted = preprocess.fit(image.whole())
+    reach = settings.crop_padding
     left, top = (int(shift) for shift in rng.integers(-reach, reach + 1, size=2))
-    return as_pixels(fitted.crop((left, top, left + fitted.width, top + fitted.height)))
+    return as_array(fitted.crop((left, top, left + fitted.width, top + fitted.height)))
 
 
 def no_crop(
-    picture: AnyPicture, rng: np.random.Generator, preprocess: Preprocess, section: AugmentSection
+    image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
 ) -> Pixels:
-    """The evaluation picture."""
-    return as_pixels(preprocess.fit(picture.whole()))
+    """The evaluation image."""
+    return as_array(preprocess.fit(image.whole()))
 
 
-Crop = Callable[[AnyPicture, np.random.Generator, Preprocess, AugmentSection], Pixels]
-CROPS: dict[str, Crop] = {"inception": inception_crop, "pad": padded_crop, "none": no_crop}
+CROPS: dict[str, Callable[[AnyPicture, Rng, Preprocess, AugmentSettings], Pixels]] = {
+    "inception": inception_crop,
+    "pad": padded_crop,
+    "none": no_crop,
+}
+
+
+def resolve_augment(section: AugmentSection) -> AugmentSettings:
+    """The section with every open setting filled in: the recipe, then its preset, then defaults.
+
+    Raises:
+        VitcliError: the crop, the preset or the policy is unknown.
+    """
+    preset = section.preset or "none"
+    if preset not in PRESETS:
+        raise unknown("augment.preset", preset, PRESETS)
+    values = {**DEFAULTS, **PRESETS[preset], **section.model_dump(exclude_none=True)}
+    for key, known in (("policy", POLICIES), ("crop", CROPS)):
+        if values[key] not in known:
+            raise unknown(f"augment.{key}", values[key], known)
+    for policy in POLICIES.values():
+        values = {**policy.defaults, **values}
+    return section.model_copy(update=values)
 
 
 class TrainTransform:
-    """A picture -> a random view of it, uint8.
+    """An image -> a random view of it, (C, Y, X) uint8.
 
     Args:
-        preprocess: says size, interpolation and channels.
-        section: says what is done.
+        preprocess: its size, interpolation and channels are used.
+        section: the `[augment]` section of the recipe.
     """
 
     def __init__(self, preprocess: Preprocess, section: AugmentSection) -> None:
         self.preprocess = preprocess
-        self.section = section
-        self.strength = Strength.of(section)
-        self._crop = CROPS[section.crop]
+        self.settings = resolve_augment(section)
 
-    def __call__(self, image: ImageInput, rng: np.random.Generator) -> Tensor:
-        """A path, file, bytes or picture -> (C, Y, X) uint8."""
-        with open_image(image, self.preprocess.mode) as picture:
-            return torch.from_numpy(np.ascontiguousarray(self.view(picture, rng)))
+    def __call__(self, image: ImageInput, rng: Rng) -> Tensor:
+        """A path, file, bytes or Pillow image -> (C, Y, X) uint8."""
+        with open_image(image, self.preprocess.mode) as opened:
+            return torch.from_numpy(np.ascontiguousarray(self.view(opened, rng)))
 
-    def view(self, picture: AnyPicture, rng: np.random.Generator) -> Pixels:
-        """The same as an array, from a picture that may not be decoded yet.
+    def view(self, image: AnyPicture, rng: Rng) -> Pixels:
+        """(C, Y, X): a random view of an opened image, which may not be decoded yet.
 
         Raises:
-            ImageError: it is damaged.
+            ImageError: the image is damaged.
         """
-        pixels = self._crop(picture, rng, self.preprocess, self.section)  # (C, Y, X)
-        if rng.random() < self.section.flip_rate:
-            # Torch copies pixels backwards several times as fast as numpy, given as a batch.
+        # Each step draws from the same generator, so a step that is switched off must not draw.
+        pixels = CROPS[self.settings.crop](image, rng, self.preprocess, self.settings)
+        if rng.random() < self.settings.flip_rate:
+            # torch reverses the pixels of a batch several times as fast as numpy.
             pixels = torch.from_numpy(pixels)[None].flip(3)[0].numpy()
-        if self.strength.changes_colours:
-            pixels = as_pixels(change(as_image(pixels), rng, self.strength))
-        if self.strength.erase_rate and rng.random() < self.strength.erase_rate:
-            pixels = pixels.copy("K")
-            erase(pixels, rng)
+        if changes_colours(self.settings):
+            pixels = as_array(change_colours(as_image(pixels), rng, self.settings))
+        if self.settings.erase_rate and rng.random() < self.settings.erase_rate:
+            pixels = pixels.copy("K")  # keeps the channels last in memory
+            erase_rectangle(pixels, rng)
         return pixels
 
 
 def as_image(pixels: Pixels) -> Image.Image:
-    """(C, Y, X) uint8 -> a picture in L or RGB."""
+    """(C, Y, X) uint8 -> a Pillow image in mode L or RGB."""
     if len(pixels) == 1:
         return Image.fromarray(np.ascontiguousarray(pixels[0]))
     return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))

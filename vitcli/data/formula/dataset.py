@@ -19,7 +19,7 @@ from vitcli.data.formula.scenes import draw
 from vitcli.data.formula.shapes import CLASSES, Draws, Integers, hash_keys
 from vitcli.data.image_set import ImageSet, Request, Source
 from vitcli.data.labels import fingerprint
-from vitcli.pixel_modes import Mode
+from vitcli.decode import Mode
 
 NUM_TRAIN = 1_000_000
 NUM_TEST = 2_048

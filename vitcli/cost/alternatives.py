@@ -79,11 +79,11 @@ def _memory_on(estimate: CostEstimate, hardware: list[Hardware]) -> list[dict[st
     a, b = (
         planned.step_memory(
             list(counts.stages), checkpointing, micro, on_gpu=True, precision="bf16"
-        ).peak
+        )
         for micro in (small, large)
     )
-    per_image = max(1, (b - a) // (large - small))
-    fixed = a - small * per_image
+    per_image = a.growth_per_image(b, large - small)
+    fixed = b.peak - large * per_image
     needed = fixed + per_image * planned.micro_batch
     return [
         {

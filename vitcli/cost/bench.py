@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
-from vitcli.cost.memory import AUTOCAST_DTYPES, StepShape, evaluation_memory, step_memory
+from vitcli.cost.memory import (
+    AUTOCAST_DTYPES,
+    MALLOC_OVERHEAD,
+    StepMemory,
+    StepShape,
+    evaluation_memory,
+    step_memory,
+)
 from vitcli.devices import is_out_of_memory
 from vitcli.errors import VitcliError, unknown
 from vitcli.progress import Watcher
@@ -176,26 +183,32 @@ def _memory(build: BuildModel, case: BenchCase, memory: int) -> dict[str, int]:
     recipe = check(Recipe, sections, "bench")
     on_gpu = case.device.type == "cuda"
 
-    def training(batch: int) -> int:
+    def training(batch: int) -> StepMemory:
         shape = StepShape(case.size, batch, batch, case.precision, on_gpu=on_gpu)
         with case.forced_attention():
-            traced = step_memory(lambda: ClassificationStep(build()), recipe, shape)
-        return traced.peak if on_gpu else traced.cpu_peak
+            return step_memory(lambda: ClassificationStep(build()), recipe, shape)
 
     def forward(batch: int) -> int:
         with case.forced_attention():
             return evaluation_memory(build(), case.size, batch, case.precision)
 
-    found = {}
-    for name, bytes_of in (("forward", forward), ("training", training)):
-        few, many = max(1, case.batch // 2), max(2, case.batch)
-        low, high = bytes_of(few), bytes_of(many)
-        per_image = max(1.0, (high - low) / (many - few))
-        largest = max(0, int((memory - high) / per_image) + many)
+    few, many = max(1, case.batch // 2), max(2, case.batch)
+    low, high = forward(few), forward(many)
+    small, large = training(few), training(many)
+    factor = 1.0 if on_gpu else MALLOC_OVERHEAD[False]
+    peaks = [step.peak if on_gpu else step.cpu_peak for step in (small, large)]
+    found = {
+        "forward_bytes": high if case.batch > 1 else low,
+        "training_bytes": peaks[-1 if case.batch > 1 else 0],
+    }
+    for name, peak, per_image in (
+        ("forward", high, max(1.0, (high - low) / (many - few))),
+        ("training", peaks[1], factor * small.growth_per_image(large, many - few)),
+    ):
+        batch = max(0, int((memory - peak) / per_image) + many)
         if on_gpu:
-            largest = _largest_tried(build, case, largest, name == "training")
-        found[f"{name}_bytes"] = high if case.batch > 1 else low
-        found[f"largest_{name}"] = largest
+            batch = _largest_tried(build, case, batch, name == "training")
+        found[f"largest_{name}"] = batch
     return found
 
 

@@ -65,6 +65,15 @@ class StepMemory:
         """Bytes that stay between two steps; gradients are freed at the start of a step."""
         return self.weights + self.optimizer + self.average
 
+    def growth_per_image(self, larger: "StepMemory", images: int) -> float:
+        """Bytes by which a step grows per image; `larger` is the same step with `images` more.
+
+        In a small batch the gradients may decide both peaks, and then they are equal. The
+        activations always grow.
+        """
+        peak = larger.gradient_peak - self.gradient_peak
+        return max(1.0, max(peak, larger.activations - self.activations) / images)
+
     @property
     def cpu_peak(self) -> int:
         """Bytes by which a process on a CPU grows."""

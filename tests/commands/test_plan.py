@@ -144,7 +144,7 @@ def test_mistakes(here, capsys):
         (["pretrain", "--no-probe"], "--images N"),
         ([recipe, "--device", "h10"], "did you mean `h100`?"),
         ([recipe, "--kwh-price", "0.3"], "needs the power of the machine"),
-        ([recipe, "--budget", "soon"], "is no time"),
+        ([recipe, "--budget", "soon"], "is not a duration"),
     ]:
         assert cli.run(["plan", *map(str, arguments)]) == 2, arguments
         assert words in capsys.readouterr().err

@@ -1,17 +1,20 @@
-"""Few-shot in two ratios: features beside a bare forward pass, the solve beside scikit-learn.
+"""Compare few-shot extraction with a forward pass, and the solver with scikit-learn.
 
     python recipes/bench_fewshot.py                    both
     python recipes/bench_fewshot.py solve --json       one, as a line of JSON
     OMP_NUM_THREADS=1 python recipes/bench_fewshot.py extract --model S/16 --threads 1 --cpu
 
-`extract`: images a second of `evals.features.run_over` writing into an empty cache, beside the same
-model on one batch in memory over and over, which reads and decodes nothing. The pictures are JPEGs
-of 240 pixels of noise over a gradient, in memory. `solve`: 1000 classes x 10 images x 768 features
-and 20 strengths. Ours decomposes, leaves images out (2,000 of the 10,000, see `MOST_LEFT_OUT`; with
-`--all` also all of them), chooses and fits; theirs is RidgeClassifierCV on the same standardised
-matrix with the same strengths, which leaves every image out. Both in turn (A B A B ...), medians
-and the range of the ratio of each pair. `--cpu` counts the seconds of this process on all cores,
-not the clock's: on a machine that others use, with one thread.
+`extract` compares the images/s of `evals.features.extract_batches`, which writes into an empty
+cache, with the same model on one batch in memory, which reads and decodes nothing. The images are
+JPEGs of 240 x 240 px in memory, noise over a gradient.
+
+`solve` uses 1000 classes x 10 images x 768 features and 20 values of l2. Ours decomposes, leaves
+images out (2,000 of the 10,000, see `MAX_LEFT_OUT`; `--all` also measures all of them), chooses and
+fits. Theirs is RidgeClassifierCV on the same standardised matrix with the same values; it leaves
+every image out.
+
+Both run in turn (A B A B ...). The output has medians, and the range of the ratio of each pair.
+`--cpu` counts CPU seconds of this process on all cores; use it with one thread on a shared machine.
 """
 
 import argparse
@@ -30,11 +33,11 @@ import torch
 from PIL import Image
 
 from vitcli.data.image_set import ImageSet
-from vitcli.evals.feature_cache import Rows, stamps_of
-from vitcli.evals.features import run_over
-from vitcli.evals.fewshot import protocol as fewshot
+from vitcli.evals.feature_cache import file_stamps
+from vitcli.evals.feature_table import FeatureTable
+from vitcli.evals.features import extract_batches
 from vitcli.evals.fewshot import ridge
-from vitcli.evals.fewshot.ridge import PATH, RidgePath
+from vitcli.evals.fewshot.ridge import L2_CANDIDATES, RidgePath, choose_ridge_l2
 from vitcli.preprocess import Preprocess
 from vitcli.weights.loaded import create_model
 
@@ -59,18 +62,18 @@ class Pictures:
         return len(self.files)
 
     def content(self, row: int) -> bytes:
-        """The bytes of one."""
+        """The bytes of one image."""
         return self.files[row]
 
     def describe(self, row: int) -> str:
-        """What errors call it."""
+        """The name of one image in errors."""
         return f"picture {row}"
 
 
 def compare(
     ours: Callable[[], Any], theirs: Callable[[], Any], pairs: int, *, cpu: bool
 ) -> dict[str, Any]:
-    """Medians of both in seconds, and the ratio ours / theirs of each pair."""
+    """Medians of both in seconds, and the ratio ours / theirs of the pairs."""
     clock = time.process_time if cpu else time.perf_counter
 
     def seconds(work: Callable[[], Any]) -> float:
@@ -91,7 +94,7 @@ def compare(
 
 
 def extract(given: argparse.Namespace) -> dict[str, Any]:
-    """The speed of the extraction over that of the forward pass alone: above 0.95 is wanted."""
+    """Speed of the extraction relative to the forward pass alone; the target is above 0.95."""
     net = create_model(given.model)
     net.preprocess = Preprocess(image_size=(224, 224), crop_fraction=0.9)
     labels = np.zeros(given.images, dtype=np.int64)
@@ -103,9 +106,9 @@ def extract(given: argparse.Namespace) -> dict[str, Any]:
         images = ImageSet("train", ("a",), labels, pictures)
         images._estimate_bytes = lambda _: float("inf")  # type: ignore[method-assign]
         with tempfile.TemporaryDirectory() as folder:
-            table = Rows(Path(folder), given.images, net.config.feature_dim, {})
-            for part in run_over(net, images, batch_size=given.batch_size):
-                table.write(part.indices, part.outputs, stamps_of(images, indices[part.indices]))
+            table = FeatureTable(Path(folder), given.images, net.config.feature_dim, {})
+            for part in extract_batches(net, images, batch_size=given.batch_size):
+                table.write(part.indices, part.outputs, file_stamps(images, indices[part.indices]))
 
     def theirs() -> None:
         with torch.inference_mode():
@@ -125,7 +128,7 @@ def extract(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def solve(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """The time of choosing and fitting over that of scikit-learn: below 0.1 is wanted."""
+    """Time to choose l2 and fit relative to scikit-learn; the target is below 0.1."""
     from sklearn.linear_model import RidgeClassifierCV
 
     rng = np.random.default_rng(0)
@@ -137,19 +140,19 @@ def solve(given: argparse.Namespace) -> list[dict[str, Any]]:
 
     def of(most: int, name: str) -> Callable[[], None]:
         def work() -> None:
-            fewshot.MOST_LEFT_OUT = most
+            ridge.MAX_LEFT_OUT = most
             path = RidgePath(x, labels, CLASSES)
-            chosen[name] = fewshot.choose_l2(path).l2
+            chosen[name] = choose_ridge_l2(path).l2
             path.fit(chosen[name])
 
         return work
 
     def theirs() -> None:
-        found = RidgeClassifierCV(alphas=PATH, fit_intercept=False).fit(matrix, labels)
+        found = RidgeClassifierCV(alphas=L2_CANDIDATES, fit_intercept=False).fit(matrix, labels)
         chosen["theirs"] = float(found.alpha_)
 
     rows = []
-    some = ridge.MOST_LEFT_OUT
+    some = ridge.MAX_LEFT_OUT
     for name, most in ((f"{some} left out", some), ("all", 10**9))[: 2 if given.all else 1]:
         row = compare(of(most, name), theirs, given.pairs, cpu=given.cpu)
         rows.append({"case": f"solve, {name}", **row, "chosen": dict(chosen)})
@@ -157,16 +160,16 @@ def solve(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure what the command line asks for."""
+    """Run the measurements of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", help="extract, solve; both by default")
+    parser.add_argument("what", nargs="*", help="extract or solve; default: both")
     parser.add_argument("--model", default="Ti/16")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--cpu", action="store_true", help="CPU seconds, not the clock's")
-    parser.add_argument("--all", action="store_true", help="also with every image left out")
+    parser.add_argument("--cpu", action="store_true", help="count CPU seconds")
+    parser.add_argument("--all", action="store_true", help="also leave every image out")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     if given.threads:

@@ -1,10 +1,10 @@
-"""Does `predict` keep the model busy? Its images a second beside the model's own on ready batches.
+"""Compare the images/s of `predict` with those of the model alone on batches in memory.
 
-A folder of 2,000 JPEG files (photographs of `flower_photos`, enlarged to 300 to 500 pixels a side)
-is read by `vitcli.commands.predict`, with an S/16 at 224 pixels that has random weights and 1,000
-made-up class names. The model alone runs on as many normalised batches of the same size, with the
-same threads. Both go in turn (A B A B ...) over pieces of the folder; printed are medians, and
-median, least and largest of the ratio of each pair.
+`vitcli.commands.predict` reads a folder of 2,000 JPEG files: photographs of `flower_photos`,
+enlarged to 300 to 500 px per side. The model is an S/16 at 224 px with random weights and 1,000
+invented class names. The model alone runs on as many normalised batches of the same size, with the
+same threads. Both run in turn (A B A B ...) over parts of the folder. The output has the medians,
+and the median, minimum and maximum of the ratio of each pair.
 
     python recipes/bench_predict.py
     python recipes/bench_predict.py --piece 2000 --pairs 3 --model Ti/16
@@ -37,7 +37,7 @@ WARM_IMAGES = 64
 
 
 def make_folder(folder: Path, count: int) -> list[str]:
-    """`count` JPEG files of 300 to 500 pixels a side; their paths."""
+    """Write `count` JPEG files of 300 to 500 px per side; return their paths."""
     table = pq.read_table(FLOWERS)
     contents = [row["bytes"] for row in table["image"].to_pylist()]
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def make_folder(folder: Path, count: int) -> list[str]:
 
 
 def make_model(name: str) -> LoadedModel:
-    """A classifier of random weights."""
+    """A classifier with random weights."""
     net = create_model(name, num_classes=CLASSES, image_size=224)
     torch.nn.init.normal_(net.network.head.weight, std=0.02)
     net.preprocess = Preprocess((224, 224), crop_fraction=0.875)
@@ -71,7 +71,7 @@ def predicting(net: LoadedModel, files: list[str], batch_size: int, precision: s
 
 
 def alone(net: LoadedModel, batch: torch.Tensor, count: int, precision: str) -> float:
-    """Seconds of the model for `count` images that lie ready."""
+    """Seconds of the model for `count` images that are in memory."""
     start = time.perf_counter()
     with torch.inference_mode(), autocast(precision, batch.device):
         for i in range(0, count, len(batch)):
@@ -82,12 +82,12 @@ def alone(net: LoadedModel, batch: torch.Tensor, count: int, precision: str) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--piece", type=int, default=192, help="images of one measurement")
+    parser.add_argument("--piece", type=int, default=192, help="images per measurement")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--model", default="S/16")
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
+    parser.add_argument("--threads", type=int, help="threads of torch; default: chosen by torch")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)

@@ -104,8 +104,12 @@ def test_help_answers_at_once():
         (["fewshot", "--l2", "some"], "`--l2 some` is not a number", "`auto`"),
         (["fewshot", "--l2", "-1"], "`fewshot.l2` = -1.0", ""),
         (["fewshot", "--method", "svm"], "`fewshot.method` = 'svm'", ""),
-        (["fewshot", "--method", "knn", "--l2", "auto"], "not to `knn`", ""),
-        (["fewshot", "-m", "Pico/4", "--method", "knn", "--out", "x"], "nothing to keep", "--out"),
+        (["fewshot", "--method", "knn", "--l2", "auto"], "`l2` belongs to the methods", "`--l2`"),
+        (
+            ["fewshot", "-m", "Pico/4", "--method", "knn", "--out", "x"],
+            "no classifier that",
+            "--out",
+        ),
         (["fewshot", "-m", "Pico/4", "--representation", "cl"], "no representation `cl`", "`cls`"),
         (["export"], "Missing option '--to'", "see `vitcli export --help`"),
         (

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from support.tiny import tiny_recipe
 
-from vitcli.cli import main as cli
 from vitcli.cli import main as exits
 from vitcli.commands import compare
 from vitcli.commands.pretrain import random_model
@@ -72,23 +71,25 @@ def test_seeds_are_repetitions(runs):
 
 def test_what_cannot_be_paired_says_why(runs):
     found = compare.run([runs["one"], runs["other"], runs["unlabelled"]])
-    assert "another split" in found.paired[0] and "no outcomes" in found.paired[1]
+    assert (
+        "another split" in found.paired[0] and "no predictions of single images" in found.paired[1]
+    )
     assert found.results["accuracy"][2] is None
 
 
 def test_the_command(runs, capsys):
     names = [str(runs["one"]), str(runs["two"])]
-    assert exits.run(cli.app, ["compare", *names, "--json"]) == 0
+    assert exits.run(["compare", *names, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["runs"] == names and said["settings"] == {"train.seed": [0, 1]}
     assert {"difference", "low", "high", "p_value", "run", "against"} <= set(said["paired"][0])
-    assert exits.run(cli.app, ["compare", *names]) == 0
+    assert exits.run(["compare", *names]) == 0
     shown = capsys.readouterr().out
     assert "settings that differ" in shown and "McNemar's p" in shown and "2 seeds" in shown
 
 
 def test_mistakes(runs, tmp_path):
-    with pytest.raises(VitcliError, match="nothing to be compared with"):
+    with pytest.raises(VitcliError, match="at least two runs"):
         compare.run([runs["one"]])
     with pytest.raises(VitcliError, match="is not a run"):
         compare.run([runs["one"], tmp_path])

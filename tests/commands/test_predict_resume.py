@@ -70,7 +70,7 @@ def test_any_row_may_have_been_the_last(images):
         result = started(resume=True)
         assert list(result) == whole[rows:], rows
         assert contents() == expected, rows
-        assert result.tally.count == COUNT and result.failed == 1 and result.exit_code == 3
+        assert result.counts.count == COUNT and result.failed == 1 and result.exit_code == 3
         assert sorted(p.name for p in Path().iterdir()) == left
 
 
@@ -123,7 +123,7 @@ def test_killed(images):
 
 def test_a_forgotten_resume_loses_nothing(images):
     broken_off(7)
-    with pytest.raises(VitcliError, match=r"holds 7 rows of this command") as error:
+    with pytest.raises(VitcliError, match=r"has 7 rows of this command") as error:
         list(started())
     assert "--resume" in error.value.hint
     # Another command has no use for these rows.
@@ -140,15 +140,17 @@ def test_resume_with_other_settings_or_images(images):
     with pytest.raises(VitcliError, match="`model`"):
         list(started(resume=True, model=net))
     Image.new("RGB", (20, 20)).save("p/000.png")
-    with pytest.raises(VitcliError, match=r"row 2 is of `p/01.png`; there is `p/000.png` now"):
+    with pytest.raises(
+        VitcliError, match=r"row 2 is of `p/01.png`, but the command now has image `p/000.png`"
+    ):
         list(started(resume=True))
     for path in Path("p").iterdir():
         if path.name != "00.png":
             path.unlink()
-    with pytest.raises(VitcliError, match="there is no more images now"):
+    with pytest.raises(VitcliError, match="now has no more images there"):
         list(started(resume=True))
     Path("t.csv.part").write_text("something else\n")
-    with pytest.raises(VitcliError, match="is no journal"):
+    with pytest.raises(VitcliError, match="is not a resume log"):
         list(started(resume=True))
 
 
@@ -175,7 +177,7 @@ def test_one_process_at_a_time(images):
 def test_nothing_is_left_where_no_row_was_written(images):
     result = iter(started())
     del result
-    with pytest.raises(VitcliError, match="two tables"):
+    with pytest.raises(VitcliError, match="two output files"):
         started(csv_file=Path("t.x"), jsonl_file=Path("t.x"), names=())
     assert sorted(p.name for p in Path().iterdir()) == ["m.safetensors", "p"]
 

@@ -14,7 +14,7 @@ import vitcli
 from vitcli.cli.main import run as command_line
 from vitcli.commands import predict
 from vitcli.errors import VitcliError
-from vitcli.evals.predictor import Doubts
+from vitcli.evals.predictor import AbstainRules
 from vitcli.preprocess import Preprocess
 from vitcli.weights.hashing import model_hash
 from vitcli.weights.loaded import create_model
@@ -69,7 +69,7 @@ def test_abstaining(model, pictures):
     middle = sorted(row["probability"] for row in plain if row["error"] is None)[6]
     result = predict.run(["p"], model="m.safetensors", threshold=middle)
     rows = list(result)
-    assert result.tally.abstained == 6 and result.tally.count == 13 and result.failed == 1
+    assert result.counts.abstained == 6 and result.counts.count == 13 and result.failed == 1
     for row, before in zip(rows, plain, strict=True):
         below = before["error"] is None and before["probability"] < middle
         assert row["abstained"] is below
@@ -85,7 +85,7 @@ def test_no_number_is_no_answer(model, pictures):
     with pytest.raises(VitcliError, match="not finite"):
         list(predict.run(["p"], model=model, threshold=0.0))
     row = {"label": "ant", "probability": float("nan"), "error": None}
-    assert Doubts(threshold=0.0).noted(row, None, None)["label"] is None
+    assert AbstainRules(threshold=0.0).apply(row, None, None)["label"] is None
 
 
 @pytest.mark.parametrize("flag", ["threshold", "ood_threshold"])
@@ -96,7 +96,7 @@ def test_shares_that_are_none(flag, value, model, pictures):
 
 
 def test_strangeness(model, pictures, capfd):
-    with pytest.raises(VitcliError, match="no reference features") as error:
+    with pytest.raises(VitcliError, match="no OOD reference") as error:
         predict.run(["p"], model="m.safetensors", ood=True)
     assert "--reference" in error.value.hint
     usual = vitcli.predict("p", "m.safetensors", reference="data")
@@ -131,7 +131,7 @@ def test_other_data_and_other_weights_have_their_own(model, pictures):
     vitcli.predict("p", "m.safetensors", reference="data")
     assert not torch.equal(load_weights(kept)["held_out"], before)
     save_model("other.safetensors", make_model(seed=1))
-    with pytest.raises(VitcliError, match="no reference features"):
+    with pytest.raises(VitcliError, match="no OOD reference"):
         predict.run(["p"], model="other.safetensors", ood=True)
     # Another head does not change the features.
     net = make_model()
@@ -157,13 +157,13 @@ def test_a_run_knows_what_it_learned_from(model, pictures, capfd):
     streams = capfd.readouterr()
     rows = [json.loads(line) for line in streams.out.splitlines()]
     assert len(rows) == 20 and all(0 <= row["ood"] <= 1 for row in rows)
-    assert "30 images of data, 6 held out: runs/few/reference" in streams.err
+    assert "(30 images of data, 6 held out) in runs/few/reference" in streams.err
     Path("data").rename("moved")
     assert command_line(["predict", "p", "-m", "runs/few", "--ood"]) == 0  # what was kept
     for kept in Path("runs/few/reference").iterdir():
         kept.unlink()
     assert command_line(["predict", "p", "-m", "runs/few", "--ood"]) == 2
-    assert "`--reference DATA` says where they are now" in capfd.readouterr().err
+    assert "give their new path, or other data, with `--reference DATA`" in capfd.readouterr().err
 
 
 def test_where_the_weights_lie_nothing_may_be_written(model, pictures):
@@ -197,10 +197,10 @@ def test_the_command_line(model, pictures, capfd):
     tables = "--csv t.csv --jsonl t.jsonl --parquet t.parquet"
     assert command_line([*line.split(), *tables.split(), "--threshold", "0"]) == 3
     out, err = capfd.readouterr()
-    assert "no answer; guesses:" in out and "farther than 100.0 % of usual images" in out
-    assert "no answer for 1 of 3 images (33.3 %)" in err and "none.png" in err
+    assert "no label; best classes:" in out and "OOD score 1.000" in out
+    assert "no label for 1 of 3 images (33.3 %)" in err and "none.png" in err
     assert "6 held-out images are too few for `--ood-threshold 0.99`" in err
-    assert "one usual image in 7" in err
+    assert "one in 7 in-distribution images" in err
     rows = [json.loads(row) for row in Path("t.jsonl").read_text().splitlines()]
     assert [row["path"] for row in rows] == ["p/36.png", "none.png", "noise/1.png"]
     assert [row["abstained"] for row in rows] == [False, False, True]

@@ -16,7 +16,7 @@ from vitcli.config.recipe import check, load_recipe
 from vitcli.config.schema import Recipe
 from vitcli.data.splits import parse_slice
 from vitcli.errors import VitcliError
-from vitcli.evals.suite import group_means, load_suite, published, suite_files
+from vitcli.evals.suite_file import group_means, load_suite, published_results, suite_files
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.weights.loaded import create_model
@@ -39,11 +39,11 @@ def weights(tmp_path_factory):
 def inside(monkeypatch):
     """Tasks run in this process: their own start takes longer than they do."""
 
-    def follow(words, label, watch):
+    def run_command(words, label, watch):
         if cli.run(list(words)) not in (0, 3):
             raise VitcliError(f"{label} failed: {words[1]}")
 
-    monkeypatch.setattr(command, "follow", follow)
+    monkeypatch.setattr(command, "run_command", run_command)
 
 
 def write(path, text):
@@ -114,7 +114,7 @@ def test_a_few_shot_suite_from_the_command_line(here, weights, inside, capfd):
     assert cli.run(words) == 0 and "mean of 2" in capfd.readouterr().out
     assert (here / "out/one/result.json").stat().st_mtime_ns == before  # not done again
     assert cli.run([*words[:-3], "B/16", *words[-2:]]) == 2
-    assert "begun with another model" in capfd.readouterr().err
+    assert "started with another model" in capfd.readouterr().err
 
 
 SELECTED = """
@@ -162,7 +162,7 @@ def test_a_task_that_fails_takes_no_other_with_it(here, weights, inside, capfd):
 
 def test_no_task_at_all_is_an_error(here, weights, inside):
     suite = write(here / "two.toml", FEWSHOT.replace("builtin:digits", "nowhere"))
-    with pytest.raises(VitcliError, match=r"no task of suite `Two` could be done"):
+    with pytest.raises(VitcliError, match=r"every task of suite `Two` failed"):
         command.run(suite, model=weights)
 
 
@@ -170,8 +170,8 @@ def test_no_task_at_all_is_an_error(here, weights, inside):
     ("text", "words"),
     [
         ("name = 1", "`tasks` is missing"),
-        (FEWSHOT.replace("Two of them", "one"), "two tasks would be called one"),
-        (FEWSHOT.replace("shots = 2", "recipe = 'x'"), "`recipe` is for `finetune`"),
+        (FEWSHOT.replace("Two of them", "one"), "two tasks have the run name one"),
+        (FEWSHOT.replace("shots = 2", "recipe = 'x'"), "`recipe` belongs to the method `finetune`"),
         (FEWSHOT.replace("shots = 2", "shotz = 2"), "no setting `shotz`"),
         ("name =", "is not TOML"),
     ],
@@ -183,7 +183,7 @@ def test_mistakes_in_a_suite_file(here, text, words):
 
 
 def test_names_that_are_not_there():
-    with pytest.raises(VitcliError, match="no suite `vtab`") as caught:
+    with pytest.raises(VitcliError, match="unknown suite `vtab`") as caught:
         load_suite("vtab")
     assert "vtab1k" in caught.value.hint
     with pytest.raises(VitcliError, match=r"no suite file `lost\.toml`"):
@@ -193,19 +193,19 @@ def test_names_that_are_not_there():
 def test_what_a_suite_settles_is_refused_beside_it(here, capfd):
     words = ["evaluate", "builtin:digits", "--suite", "vtab1k", "--image-size", "8"]
     assert cli.run(words) == 2
-    assert "DATA, --image-size beside `--suite`" in capfd.readouterr().err
+    assert "DATA, --image-size cannot be combined with `--suite`" in capfd.readouterr().err
 
 
 def test_a_task_is_a_process_whose_error_is_its_reason():
-    command.follow(["--version"], "task", Quiet())
+    command.run_command(["--version"], "task", Quiet())
     with pytest.raises(VitcliError, match="no recipe `lost`"):
-        command.follow(["recipes", "lost"], "task", Quiet())
+        command.run_command(["recipes", "lost"], "task", Quiet())
 
 
 def test_means_of_groups_and_of_others(here):
     suite, _ = load_suite(write(here / "two.toml", FEWSHOT))
     assert group_means(suite, {"One": 0.5}) == {"a": 0.5}  # b is not complete
-    assert list(published(suite)) == [("theirs", {"One": 50.0, "Two of them": 70.0}, 60.0)]
+    assert list(published_results(suite)) == [("theirs", {"One": 50.0, "Two of them": 70.0}, 60.0)]
 
 
 def test_settings_as_assignments():

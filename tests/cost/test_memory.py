@@ -8,7 +8,7 @@ from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.cost.memory import StepShape, evaluation_memory, step_memory, trace_step
 from vitcli.preprocess import Preprocess
-from vitcli.train.lora import choose_learning
+from vitcli.train.lora import freeze_and_adapt
 from vitcli.train.objectives import build_objective
 from vitcli.vit import create_network, from_config, parse_variant
 from vitcli.weights.loaded import LoadedModel
@@ -20,7 +20,7 @@ def objective(recipe, device="meta", **settings):
     settings = {"image_size": (32, 32), "num_classes": 10, "depth": 3, **settings}
     with torch.device(device):
         network = from_config(parse_variant("Pico/4", **settings))
-        choose_learning(network, recipe.lora, recipe.train.freeze, 0)
+        freeze_and_adapt(network, recipe.lora, recipe.train.freeze, 0)
     preprocess = Preprocess(image_size=(32, 32), mean=(0.5,), std=(0.5,))
     model = LoadedModel(network, preprocess=preprocess)
     return build_objective(model, recipe.objective, 0)

@@ -38,7 +38,7 @@ def test_several_models_beside_each_other(noisy, here, capsys):
     assert facts["paired"][0]["against"] == "m.safetensors"
     assert vitcli(words) == 0
     shown = capsys.readouterr().out
-    assert "other.safetensors against m.safetensors" in shown and "McNemar" in shown
+    assert "other.safetensors compared with m.safetensors" in shown and "McNemar" in shown
     assert Path("runs/evaluate/other/confusion.csv").is_file()
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
-from vitcli.evals import feature_cache as cache
-from vitcli.evals.feature_cache import Features
+from vitcli.evals import feature_table
+from vitcli.evals.feature_cache import CachedFeatures
 from vitcli.evals.features import extract
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
@@ -72,9 +72,11 @@ def features(net, photos, indices=None, watch=None, **settings):
     images = source.splits["train"]
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
     about, watch = {"model": "x"}, watch or Quiet()
-    kept = Features(net, source.fingerprint, about, watch=watch, **{"batch_size": 4} | settings)
-    found = kept.of(images, indices, label="images", with_pixels=True)
-    kept.tell_kept()
+    kept = CachedFeatures(
+        net, source.fingerprint, about, watch=watch, **{"batch_size": 4} | settings
+    )
+    found = kept.extract(images, indices, label="images", with_pixels=True)
+    kept.report()
     return found
 
 
@@ -84,7 +86,7 @@ def test_computed_once_and_only_what_is_missing(photos, net, monkeypatch):
     assert counted.seen == 4 and some.indices.tolist() == [1, 5, 6, 20]
     found = features(net, photos, watch=heard)
     assert counted.seen == 24
-    assert "4 of 24" in heard.lines[0] and "features are kept in" in heard.lines[-1]
+    assert "4 of 24" in heard.lines[0] and "cached features in" in heard.lines[-1]
     plain = extract(net, load_data(photos, test_fraction=0).splits["train"], with_pixels=True)
     counted.seen = 0
     again = features(net, photos, batch_size=7)
@@ -195,28 +197,28 @@ def test_unreadable_images_are_tried_again(photos, net, monkeypatch):
 def test_without_a_cache(photos, net, monkeypatch):
     counted, heard = Counted(net, monkeypatch), Heard()
     for _ in range(2):
-        found = features(net, photos, [3, 9], keep=False)
+        found = features(net, photos, [3, 9], use_cache=False)
         assert found.indices.tolist() == [3, 9]
     assert counted.seen == 4 and not Path("cache").exists()
     Path("file").write_text("")
     monkeypatch.setenv("VITCLI_CACHE", "file")
     assert len(features(net, photos, watch=heard).outputs) == 24
-    assert "no features are kept in" in heard.lines[0]
+    assert "features are not cached in" in heard.lines[0]
 
 
 def test_a_full_disk(photos, net, monkeypatch):
     heard = Heard()
-    monkeypatch.setattr(cache, "FREE", 0.0)
+    monkeypatch.setattr(feature_table, "MAX_DISK_FRACTION", 0.0)
     assert len(features(net, photos, watch=heard).outputs) == 24
     assert "do not fit" in heard.lines[0]
-    monkeypatch.setattr(cache, "FREE", 0.9)
-    real = cache.Rows.write
+    monkeypatch.setattr(feature_table, "MAX_DISK_FRACTION", 0.9)
+    real = feature_table.FeatureTable.write
 
     def write(table, *values):
-        table._place = lambda name: Path("/dev/full")
+        table._path = lambda name: Path("/dev/full")
         real(table, *values)
 
-    monkeypatch.setattr(cache.Rows, "write", write)
+    monkeypatch.setattr(feature_table.FeatureTable, "write", write)
     with pytest.raises(VitcliError, match="No space left") as caught:
         features(net, photos)
     assert "--no-cache" in caught.value.hint
@@ -226,13 +228,13 @@ def test_the_cache_stays_bounded(photos, net):
     for mean in (0.1, 0.2, 0.3):
         net.preprocess = Preprocess(image_size=(8, 8), mean=(mean,))
         features(net, photos)
-    root = cache.features_folder()
+    root = feature_table.feature_cache_folder()
     tables = sorted(root.glob("*/about.json"))
     assert len(tables) == 6
     for age, path in enumerate(tables):
         os.utime(path, (age, age))
-    whole = cache.trim([])
+    whole = feature_table.evict([])
     kept = tables[1].parent
-    left = cache.trim([kept], whole // 2)
+    left = feature_table.evict([kept], whole // 2)
     assert left <= whole // 2 and kept.is_dir()
     assert not tables[0].parent.exists() and tables[5].parent.exists()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from vitcli.errors import VitcliError
-from vitcli.evals.fewshot.protocol import choose_l2, draw, fewshot, fit_head, fit_temperature
-from vitcli.evals.fewshot.ridge import RidgePath, fit, leave_one_out
+from vitcli.evals.calibration import fit_score_temperature
+from vitcli.evals.fewshot.protocol import draw_shots, fewshot
+from vitcli.evals.fewshot.ridge import RIDGE_L2, RidgePath, choose_ridge_l2, ridge_head
 
 
 @pytest.fixture
@@ -49,12 +50,12 @@ def test_reference_draws_and_weights(shared):
         for name in data.files:
             if name.startswith("idx/"):
                 seed, shots = (int("".join(filter(str.isdigit, p))) for p in name.split("_"))
-                assert np.array_equal(draw(y, shots, seed, k), data[name])
+                assert np.array_equal(draw_shots(y, shots, seed, k), data[name])
             if not name.startswith("w/") or not name.endswith("_1024"):
                 continue
             shots = int(name.split("shot")[1].split("_")[0])
-            chosen = draw(y, shots, 0, k)
-            ridge = fit(x[chosen], y[chosen], k)
+            chosen = draw_shots(y, shots, 0, k)
+            ridge = RidgePath(x[chosen], y[chosen], k).fit()
             branches.add(len(chosen) >= x.shape[1] + 1)
             np.testing.assert_allclose(ridge.weights, data[name], atol=5e-5)
             exact = name.replace("w/", "w64/")
@@ -71,7 +72,7 @@ def test_against_scikit_learn(blobs, count):
     from sklearn.linear_model import Ridge
 
     x, y = blobs[0][::-1][:count], blobs[1][::-1][:count]
-    ours = fit(x, y, 4, l2=7.0)
+    ours = RidgePath(x, y, 4).fit(7.0)
     z = np.pad((x.astype(np.float64) - ours.mean) / ours.std, ((0, 0), (0, 1)), constant_values=100)
     theirs = Ridge(alpha=7.0, fit_intercept=False, solver="svd").fit(z, 2.0 * np.eye(4)[y] - 1)
     np.testing.assert_allclose(ours.weights, theirs.coef_.T, rtol=1e-6, atol=1e-9)
@@ -83,17 +84,18 @@ def test_leave_one_out_is_what_refitting_gives(blobs, count):
     mean, std = x.mean(0), x.std(0) + 1e-5
     z = np.pad((x - mean) / std, ((0, 0), (0, 1)), constant_values=100.0)
     t = 2.0 * np.eye(4)[y] - 1
+    left_out = RidgePath(x, y, 4).left_out_scores(5.0)
     for i in range(0, count, 7):
         rest = np.arange(count) != i
         gram = z[rest].T @ z[rest] + 5.0 * np.eye(z.shape[1])
         weights = np.linalg.solve(gram, z[rest].T @ t[rest])
-        np.testing.assert_allclose(leave_one_out(x, y, 4, 5.0)[i], z[i] @ weights, atol=1e-7)
+        np.testing.assert_allclose(left_out[i], z[i] @ weights, atol=1e-7)
 
 
 def test_the_head_is_the_classifier_in_float32(blobs):
     x, y = blobs
-    ridge = fit(x, y, 4)
-    weight, bias = (torch.from_numpy(v).float() for v in fit_head(x, y, 4))
+    ridge = RidgePath(x, y, 4).fit()
+    weight, bias = (torch.from_numpy(v).float() for v in ridge_head(RidgePath(x, y, 4), RIDGE_L2))
     head = torch.nn.functional.linear(torch.from_numpy(x), weight, bias)
     assert np.array_equal(head.argmax(1).numpy(), ridge.scores(x).argmax(1))
     share = head.softmax(1).max(1).values.mean()
@@ -105,13 +107,13 @@ def test_the_temperature_is_the_likeliest():
     logits = rng.normal(size=(2000, 5)) * 2
     labels = np.array([rng.choice(5, p=np.exp(z) / np.exp(z).sum()) for z in logits])
     # The scores are the true logits, a hundred times too small.
-    assert fit_temperature(logits / 100, labels) == pytest.approx(0.01, rel=0.1)
+    assert fit_score_temperature(logits / 100, labels) == pytest.approx(0.01, rel=0.1)
 
 
 def test_one_shot_has_a_head_too(blobs):
     x, y = blobs
-    chosen = draw(y, 1, 0, 4)
-    weight, bias = fit_head(x[chosen], y[chosen], 4)
+    chosen = draw_shots(y, 1, 0, 4)
+    weight, bias = ridge_head(RidgePath(x[chosen], y[chosen], 4), RIDGE_L2)
     assert np.isfinite(weight).all() and np.isfinite(bias).all()
     assert ((x[chosen] @ weight.T + bias).argmax(1) == y[chosen]).all()
 
@@ -129,17 +131,17 @@ def test_tensors_and_arrays_of_any_type(blobs):
 
 def test_small_and_absent_classes():
     labels = [0, 0, 0, 2]
-    assert sorted(labels[i] for i in draw(labels, 2, 0, 4)) == [0, 0, 2]
-    few, more = draw(labels, 1, 5, 4), draw(labels, 3, 5, 4)
+    assert sorted(labels[i] for i in draw_shots(labels, 2, 0, 4)) == [0, 0, 2]
+    few, more = draw_shots(labels, 1, 5, 4), draw_shots(labels, 3, 5, 4)
     assert few[0] == more[0] and few[-1] == more[-1]
 
 
 def test_wrong_input(blobs):
     x, y = blobs
     for arguments, words in (
-        ((x, y, x[:, :3], y), "both of one D"),
-        ((x, y[:-1], x, y), "60 feature rows, but `labels`"),
-        ((x * np.nan, y, x, y), "`labels` are not all finite"),
+        ((x, y, x[:, :3], y), "with the same D"),
+        ((x, y[:-1], x, y), "60 rows of features, but `labels`"),
+        ((x * np.nan, y, x, y), "features of `labels` are not all finite"),
         ((x, y - 1, x, y), "integers from 0"),
     ):
         with pytest.raises(VitcliError, match=words):
@@ -150,9 +152,20 @@ def test_wrong_input(blobs):
 
 def test_the_strength_can_be_chosen(blobs):
     x, y = blobs
-    rest = np.setdiff1d(np.arange(60), draw(y, 5, 0, 4))
-    path = RidgePath(x[draw(y, 5, 0, 4)], y[draw(y, 5, 0, 4)], 4)
-    expected = np.mean(path.fit(choose_l2(path).l2).predict(x[rest]) == y[rest])
+    rest = np.setdiff1d(np.arange(60), draw_shots(y, 5, 0, 4))
+    path = RidgePath(x[draw_shots(y, 5, 0, 4)], y[draw_shots(y, 5, 0, 4)], 4)
+    expected = np.mean(path.fit(choose_ridge_l2(path).l2).predict(x[rest]) == y[rest])
     assert fewshot(x, y, x[rest], y[rest], l2="auto") == expected
     with pytest.raises(VitcliError, match="l2 = best"):
         fewshot(x, y, x, y, l2="best")
+
+
+def test_the_schema_names_the_methods():
+    from typing import get_args
+
+    from vitcli.config.schema import FewshotSection
+    from vitcli.evals.fewshot.classifiers import METHODS
+
+    fields = FewshotSection.model_fields
+    assert set(get_args(fields["method"].annotation)) == set(METHODS)
+    assert all(set(method.settings) <= set(fields) for method in METHODS.values())

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from vitcli.evals.fewshot import knn
-from vitcli.evals.fewshot.knn import Neighbors
+from vitcli.evals.fewshot.knn import NearestNeighbors
 
 
 @pytest.fixture
@@ -22,17 +22,21 @@ def test_against_scikit_learn(cloud, neighbors, monkeypatch):
         min(neighbors, 100), metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)
     ).fit(x[:100], y[:100])
     expected = theirs.predict(x[100:])
-    assert np.array_equal(Neighbors(x[:100], y[:100], 6, neighbors).predict(x[100:]), expected)
-    monkeypatch.setattr(knn, "PART", 700)  # seven images at a time
-    assert np.array_equal(Neighbors(x[:100], y[:100], 6, neighbors).predict(x[100:]), expected)
+    assert np.array_equal(
+        NearestNeighbors(x[:100], y[:100], 6, neighbors).predict(x[100:]), expected
+    )
+    monkeypatch.setattr(knn, "MAX_SIMILARITIES", 700)  # seven images at a time
+    assert np.array_equal(
+        NearestNeighbors(x[:100], y[:100], 6, neighbors).predict(x[100:]), expected
+    )
 
 
 def test_weights_stay_in_range(cloud):
     x, y = cloud
-    near = Neighbors(x, y, 6, temperature=1e-4)  # exp(1 / 1e-4) is no number
+    near = NearestNeighbors(x, y, 6, temperature=1e-4)  # exp(1 / 1e-4) is no number
     assert np.array_equal(near.predict(x), y)  # each is its own nearest
 
 
 def test_a_row_of_zeros(cloud):
     x, y = cloud
-    assert Neighbors(x, y, 6).predict(np.zeros((1, 8))).shape == (1,)
+    assert NearestNeighbors(x, y, 6).predict(np.zeros((1, 8))).shape == (1,)

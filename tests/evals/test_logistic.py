@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from vitcli.evals.fewshot import logistic as probe
-from vitcli.evals.fewshot.logistic import LOGISTIC_L2, ClassMeans, Logistic, choose_logistic_l2
+from vitcli.evals.fewshot.logistic import LOGISTIC_L2, LinearProbe, choose_logistic_l2
+from vitcli.evals.fewshot.nearest_mean import NearestMean
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def test_logistic_against_scikit_learn(cloud):
 
     x, y = cloud[0].astype(np.float64), cloud[1]
     theirs = make_pipeline(StandardScaler(), LogisticRegression(C=1 / 3, tol=1e-8)).fit(x, y)
-    ours = Logistic(x, y, 4, 3.0)
+    ours = LinearProbe(x, y, 4, 3.0)
     assert ours.converged
     assert np.array_equal(ours.predict(x), theirs.predict(x))
     z = x @ ours.weight.T + ours.bias
@@ -43,8 +44,8 @@ def test_logistic_against_scikit_learn(cloud):
 def test_descent_comes_to_the_same_minimum(cloud, l2, monkeypatch):
     monkeypatch.setattr(probe, "SGD_STEPS", 250)
     x, y = cloud
-    exact = Logistic(x, y, 4, l2, descend=False)
-    found, again = (Logistic(x, y, 4, l2, descend=True) for _ in range(2))
+    exact = LinearProbe(x, y, 4, l2, use_sgd=False)
+    found, again = (LinearProbe(x, y, 4, l2, use_sgd=True) for _ in range(2))
     assert loss(found, x, y, l2) == pytest.approx(loss(exact, x, y, l2), rel=1e-3)
     assert np.array_equal(found.weight, again.weight)
 
@@ -52,7 +53,7 @@ def test_descent_comes_to_the_same_minimum(cloud, l2, monkeypatch):
 def test_two_classes_and_absent_ones(cloud):
     x, y = cloud
     two = y < 2
-    found = Logistic(x[two], y[two], 4)
+    found = LinearProbe(x[two], y[two], 4)
     weight, bias = found.linear()
     assert weight.shape == (4, 6) and set(found.predict(x)) == {0, 1}
     from sklearn.linear_model import LogisticRegression
@@ -61,7 +62,7 @@ def test_two_classes_and_absent_ones(cloud):
     theirs = LogisticRegression().fit(z[two], y[two])
     assert np.array_equal(found.predict(x), theirs.predict(z))
     assert (bias[2:] < bias[:2].min() - 50).all()
-    only = Logistic(x[y == 3], y[y == 3], 4)
+    only = LinearProbe(x[y == 3], y[y == 3], 4)
     assert set(only.predict(x)) == {3}
 
 
@@ -70,8 +71,8 @@ def test_the_strength_is_chosen_on_held_out_images(cloud):
     y = np.repeat(np.arange(3), 20)
     noisy = np.hstack([np.eye(3)[y] * 2 + rng.normal(size=(60, 3)), rng.normal(size=(60, 80))])
     choice = choose_logistic_l2(noisy, y, 3)
-    assert choice.images == 60 and len(choice.accuracies) == len(choice.strengths)
-    assert choice.accuracies[choice.strengths.index(choice.l2)] == choice.accuracies.max()
+    assert choice.images == 60 and len(choice.accuracies) == len(choice.candidates)
+    assert choice.accuracies[choice.candidates.index(choice.l2)] == choice.accuracies.max()
     assert choice.l2 >= LOGISTIC_L2
     single = choose_logistic_l2(noisy[::20], y[::20], 3)
     assert (single.l2, single.accuracies) == (LOGISTIC_L2, None)
@@ -82,11 +83,11 @@ def test_class_means_by_hand(cloud):
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     means = np.stack([unit[y == k].mean(axis=0) for k in range(4)])
     cosine = unit @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
-    found = ClassMeans(x, y, 5)  # the last class has no image
+    found = NearestMean(x, y, 5)  # the last class has no image
     assert np.array_equal(found.predict(x), cosine.argmax(axis=1))
     weight, bias = found.linear()
     assert np.array_equal((x @ weight.T + bias).argmax(axis=1), found.predict(x))
-    left_out = found._left_out(np.arange(0, 160, 9))
+    left_out = found._left_out_scores(np.arange(0, 160, 9))
     for row, i in enumerate(range(0, 160, 9)):
         rest = (np.arange(160) != i) & (y == y[i])
         mean = unit[rest].mean(axis=0)
@@ -96,5 +97,5 @@ def test_class_means_by_hand(cloud):
 
 def test_class_means_of_single_images(cloud):
     first = np.unique(cloud[1], return_index=True)[1]
-    weight, bias = ClassMeans(cloud[0][first], cloud[1][first], 4).linear()
+    weight, bias = NearestMean(cloud[0][first], cloud[1][first], 4).linear()
     assert np.isfinite(weight).all() and (bias == 0).all()

@@ -46,15 +46,15 @@ def test_the_length_of_features_does_not_matter(reference):
 
 def test_shares(reference):
     held_out = reference.distances(torch.from_numpy(clouds(200, 1)[0]))
-    share = reference.shares(held_out)
+    share = reference.scores(held_out)
     rank = held_out.argsort().argsort()
     assert torch.allclose(share, rank.double() / 200)  # of itself none lies nearer
-    ends = reference.shares(torch.tensor([0.0, 1e9, torch.nan]))
+    ends = reference.scores(torch.tensor([0.0, 1e9, torch.nan]))
     assert ends.tolist() == [0.0, 1.0, 1.0]
 
 
 def test_of_usual_images_a_share_above_0_9_has_one_in_ten(reference):
-    share = reference.shares(reference.distances(torch.from_numpy(clouds(4000, 4)[0])))
+    share = reference.scores(reference.distances(torch.from_numpy(clouds(4000, 4)[0])))
     # The share of 200 held-out images that lie beyond a quantile: Beta, sd sqrt(0.09 / 200).
     assert float((share > 0.9).double().mean()) == pytest.approx(0.1, abs=4 * 0.0212)
 
@@ -87,7 +87,7 @@ def test_more_dimensions_than_images():
     found = fit_reference(features, labels, clouds(20, 1, dim=64)[0])
     other = np.random.default_rng(6).normal(size=(20, 64)).astype(np.float32)
     far = found.distances(torch.from_numpy(other))
-    assert float((found.shares(far) > 0.9).double().mean()) > 0.9
+    assert float((found.scores(far) > 0.9).double().mean()) > 0.9
 
 
 def test_too_few_or_no_numbers():

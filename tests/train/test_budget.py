@@ -135,7 +135,7 @@ def test_slow_steps_are_timed_fewer_times(tmp_path, monkeypatch):
     from vitcli.train import budget
 
     count, real = [], loop.Loop.step
-    monkeypatch.setattr(budget, "TIMING_SHARE", 0.0)
+    monkeypatch.setattr(budget, "TIMING_FRACTION", 0.0)
     monkeypatch.setattr(loop.Loop, "fit", lambda _: None)
     monkeypatch.setattr(
         loop.Loop, "step", lambda self, batch: [count.append(0), real(self, batch)][1]

@@ -12,7 +12,7 @@ from vitcli.errors import VitcliError
 from vitcli.train import lr_finder as find_lr
 from vitcli.train.lr_finder import is_over, running_means, suggest_lr
 
-FACTORS = np.geomspace(find_lr.LOWEST, find_lr.HIGHEST, 100)
+FACTORS = np.geomspace(find_lr.MIN_FACTOR, find_lr.MAX_FACTOR, 100)
 
 
 def curve(steepest, turn):
@@ -58,7 +58,7 @@ def test_when_it_is_over():
 
 
 def test_from_the_command_line(here, capfd, monkeypatch):
-    monkeypatch.setattr(find_lr, "MOST", 60)
+    monkeypatch.setattr(find_lr, "MAX_STEPS", 60)
     recipe = write_tiny(
         here / "tiny.toml",
         optim={"name": "adamw", "lr": 1e-2, "momentum": 0.9},
@@ -84,7 +84,7 @@ def test_from_the_command_line(here, capfd, monkeypatch):
 
 
 def test_fine_tuning_has_it_too(here, capfd, monkeypatch):
-    monkeypatch.setattr(find_lr, "MOST", 40)
+    monkeypatch.setattr(find_lr, "MAX_STEPS", 40)
     words = ["finetune", "--model", "Pico/4", "--image-size", "8", "--batch-size", "32"]
     assert cli.run([*words, "--find-lr", "--json"]) == 0
     facts = json.loads(capfd.readouterr().out)

@@ -273,7 +273,7 @@ def predict(
             show.show_prediction(row)
         if row["error"] is not None:
             console.print_error(VitcliError(f"{row['path']}: {row['error']}"))
-    show.show_tally(rows.tally, options.abstains)
+    show.show_counts(rows.counts, options.abstains)
     if rows.failed:
         raise typer.Exit(console.EXIT_UNREADABLE)
 
@@ -541,10 +541,10 @@ def compare(
 
     Example: `vitcli compare runs/finetune runs/finetune-2`
     """
-    from vitcli.cli.show import training as show
+    from vitcli.cli.show import evaluation as show
     from vitcli.commands import compare as command
 
-    console.show(command.run(runs), json, show.show_comparison)
+    console.show(command.run(runs), json, show.show_run_comparison)
 
 
 @app.command(cls=SettingsCommand)

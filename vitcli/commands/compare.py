@@ -1,7 +1,7 @@
-"""`vitcli compare`: finished runs beside each other."""
+"""`vitcli compare`: settings and results of finished runs, with a paired test."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,22 @@ from safetensors.numpy import load_file
 
 from vitcli.config.recipe import flat_settings
 from vitcli.errors import VitcliError
-from vitcli.evals.comparison import PairedAccuracy, compare_paired
+from vitcli.evals.comparison import PairedAccuracy, compare_paired, pair_json
 from vitcli.run import OUTCOMES, Run
 
-SEEDS = {"train.seed"}  # runs that differ in nothing else are repetitions
+SEED_SETTINGS = {"train.seed"}  # runs that differ in nothing else are repetitions
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Runs beside each other.
 
     Attributes:
-        runs: their directories.
-        settings: dotted name -> the value of each run, of those that differ; None is "not set".
-        results: name -> the figure of each run, or None where it has none.
-        paired: for each run but the first, it against the first; or the reason why not.
-        seeds: where runs differ by their seed only, figure -> (mean, sample standard deviation).
+        runs: run directories.
+        settings: dotted name -> value of each run, for settings that differ; None is "not set".
+        results: name -> figure of each run; None if the run does not have it.
+        paired: for each run but the first, the test against the first, or why there is none.
+        seeds: figure -> (mean, sample standard deviation), if the runs differ only in their seed.
     """
 
     runs: tuple[str, ...]
@@ -38,7 +38,7 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """The object of `compare --json`."""
         pairs = [
-            {"run": run, "against": self.runs[0], **_described(pair)}
+            {"run": run, "against": self.runs[0], **pair_json(pair)}
             for run, pair in zip(self.runs[1:], self.paired, strict=True)
         ]
         seeds = {name: {"mean": mean, "std": std} for name, (mean, std) in self.seeds.items()}
@@ -51,79 +51,66 @@ class Comparison:
         }
 
 
-def _described(pair: PairedAccuracy | str) -> dict[str, Any]:
-    return {"reason": pair} if isinstance(pair, str) else asdict(pair)
-
-
-def run(paths: Sequence[Path]) -> Comparison:
-    """Settings that differ, results, and a paired test of each run against the first.
+def run(paths: Sequence[Path]) -> RunComparison:
+    """Compare settings and results of runs, and test each run against the first.
 
     Args:
         paths: two or more finished runs of `pretrain` or `finetune`.
 
     Raises:
-        VitcliError: fewer than two, or one that is no finished run.
+        VitcliError: fewer than two runs, or a run that has not finished.
     """
     if len(paths) < 2:
-        raise VitcliError("one run has nothing to be compared with", "name two or more")
-    runs = [_finished(path) for path in paths]
+        raise VitcliError("`compare` needs at least two runs", "give two or more run directories")
+    runs = [_finished_run(path) for path in paths]
     recipes = [flat_settings(found.recipe()) for found in runs]
     keys = sorted({key for recipe in recipes for key in recipe})
     settings = {key: [recipe.get(key) for recipe in recipes] for key in keys}
-    settings = {key: values for key, values in settings.items() if _differ(values)}
+    settings = {
+        key: values for key, values in settings.items() if any(v != values[0] for v in values)
+    }
     results = [found.result() for found in runs]
-    figures = [{**_numbers(r), **_figures(r.get("figures", {}))} for r in results]
+    figures = [{**_numbers(r), **_test_figures(r.get("figures", {}))} for r in results]
     names = [*dict.fromkeys(name for found in figures for name in found)]
     table = {name: [found.get(name) for found in figures] for name in names}
-    first, *others = runs
     seeds: dict[str, tuple[float, float]] = {}
-    if set(settings) == SEEDS:
-        seeds = {name: _spread(values) for name, values in table.items() if None not in values}
-    return Comparison(
-        tuple(str(path) for path in paths),
-        settings,
-        table,
-        [_pair(first, other) for other in others],
-        seeds,
-    )
+    if set(settings) == SEED_SETTINGS:
+        for name, values in table.items():
+            if None not in values:
+                known = np.array(values, dtype=float)
+                seeds[name] = float(known.mean()), float(known.std(ddof=1))
+    first, *others = runs
+    paired = [_compare(first, other) for other in others]
+    return RunComparison(tuple(str(path) for path in paths), settings, table, paired, seeds)
 
 
-def _finished(path: Path) -> Run:
+def _finished_run(path: Path) -> Run:
     found = Run(path)
     if not found.recipe_file.is_file() or not found.finished:
         what = "has not finished" if found.recipe_file.is_file() else "is not a run"
-        raise VitcliError(f"`{path}` {what}", "`compare` takes directories with a result.json")
+        raise VitcliError(f"`{path}` {what}", "give run directories that have a result.json")
     return found
 
 
-def _differ(values: list[Any]) -> bool:
-    return any(value != values[0] for value in values)
-
-
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    wanted = {k: v for k, v in values.items() if isinstance(v, int | float)}
-    return {k: float(v) for k, v in wanted.items() if not isinstance(v, bool)}
+    numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+    return {k: float(v) for k, v in numbers.items() if not isinstance(v, bool)}
 
 
-def _figures(values: dict[str, Any]) -> dict[str, float]:
-    """Figures of the last evaluation; `images` of a result are those it trained on."""
+def _test_figures(values: dict[str, Any]) -> dict[str, float]:
+    """Figures of the last evaluation. `images` of the whole result counts training images."""
     return {("test_images" if k == "images" else k): v for k, v in _numbers(values).items()}
 
 
-def _spread(values: list[float | None]) -> tuple[float, float]:
-    known = np.array(values, dtype=float)
-    return float(known.mean()), float(known.std(ddof=1))
-
-
-def _pair(first: Run, second: Run) -> PairedAccuracy | str:
-    """The test of two runs, or why there is none."""
+def _compare(first: Run, second: Run) -> PairedAccuracy | str:
+    """The paired test of two runs, or why there is none."""
     data = [found.provenance().get("data", {}) for found in (first, second)]
     if data[0].get("fingerprint") != data[1].get("fingerprint"):
-        return "other data, or another split of it"
+        return "other data, or another split of the data"
     try:
         a, b = (load_file(found.path / OUTCOMES) for found in (first, second))
     except (OSError, SafetensorError):
-        return "no outcomes of single images were kept"
+        return "a run has no predictions of single images"
     if any(not np.array_equal(a[name], b[name]) for name in ("index", "label")):
         return "measured on other images"
     return compare_paired(*(found["predicted"] == found["label"] for found in (a, b)))

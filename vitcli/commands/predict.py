@@ -1,4 +1,4 @@
-"""`vitcli predict`: images, folders, globs -> class names and probabilities."""
+"""`vitcli predict`: class names and probabilities of images, folders and globs."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,38 +16,41 @@ from vitcli.data.augment.test_time import TTATransform
 from vitcli.data.image_paths import Listing, find_images
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
-from vitcli.evals.predictor import Answers, Doubts
-from vitcli.evals.resume_log import Journal, Tally, finished, journal
-from vitcli.evals.writers import COLUMNS, Row, Tables
+from vitcli.evals.ood import ReferenceStore
+from vitcli.evals.predictor import AbstainRules, ImagePredictor
+from vitcli.evals.resume_log import PredictionCounts, ResumeLog, is_finished, open_resume_log
+from vitcli.evals.writers import COLUMNS, OutputFiles, PredictionRow
 from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
 from vitcli.weights.load_report import tell_load
 from vitcli.weights.loaded import LoadedModel
 
+Labels = str | os.PathLike[str] | Sequence[str] | None
+
 
 class Predictions:
-    """The rows, computed while one iterates over them, in the order of the images.
+    """Rows that are computed while one iterates over them, in the order of the images.
 
     Attributes:
-        tally: what there was so far, with the rows of an interrupted run that is gone on with.
+        counts: numbers so far; with `resume`, they include the rows of the interrupted run.
     """
 
-    def __init__(self, rows: Iterator[Row], tally: Tally) -> None:
+    def __init__(self, rows: Iterator[PredictionRow], counts: PredictionCounts) -> None:
         self._rows = rows
-        self.tally = tally
+        self.counts = counts
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[PredictionRow]:
         return self._rows
 
     @property
     def failed(self) -> int:
-        """How many images could not be read, so far."""
-        return self.tally.failed
+        """Number of images so far that could not be read."""
+        return self.counts.failed
 
     @property
     def exit_code(self) -> int:
-        """3 when some images could not be read."""
+        """3 if some images could not be read."""
         return 3 if self.failed else 0
 
 
@@ -63,24 +66,24 @@ def predict(
     ood_threshold: float | None = None,
     reference: str | os.PathLike[str] | None = None,
     tta: str | None = None,
-    labels: str | os.PathLike[str] | Sequence[str] | None = None,
+    labels: Labels = None,
     settings: Settings | None = None,
-) -> list[Row]:
+) -> list[PredictionRow]:
     """Class names and probabilities of images: the rows of `vitcli predict --json`.
 
     Args:
         images: paths of images, folders or globs.
-        model: MODEL, or one that is loaded; None takes the newest run with a trained head.
-        top: how many classes in `top`.
+        model: MODEL, or a loaded model; None uses the newest run with a trained head.
+        top: number of classes in `top`.
         batch_size, precision, threshold, ood, ood_threshold, reference, tta, labels, settings: as
             in `run`.
 
     Returns:
         A dict for each image: `path`, `label`, `probability`, `top`, `error`; with a threshold
-        `abstained`, with `ood` the keys `ood` and `ood_distance`.
+        also `abstained`; with `ood` also `ood` and `ood_distance`.
 
     Raises:
-        VitcliError: no such model, no trained head, or none of the images exists.
+        VitcliError: no such model, no trained head, or no such image.
     """
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     rows = run(
@@ -106,7 +109,7 @@ def run(
     source: str | os.PathLike[str] | None = None,
     model: str | os.PathLike[str] | LoadedModel | None = None,
     settings: Settings | None = None,
-    labels: str | os.PathLike[str] | Sequence[str] | None = None,
+    labels: Labels = None,
     top: int = 5,
     batch_size: int = 32,
     precision: str = "auto",
@@ -125,60 +128,51 @@ def run(
     """Predict the classes of images.
 
     Args:
-        paths: images, folders (with what lies in them), globs.
-        source: a file with more of them, one a line or ended by NUL; `-` is stdin.
-        model: MODEL, or one that is loaded; None takes the newest run with a trained head.
+        paths: images, folders (with everything in them), globs.
+        source: a file with further paths, one per line or separated by NUL; `-` is stdin.
+        model: MODEL, or a loaded model; None uses the newest run with a trained head.
         settings: nested settings: `model.num_heads`, `preprocess.mean` …
-        labels: class names of the model, or a file with one a line.
-        top: how many classes in `top`; more than there are gives all.
-        batch_size: images of one forward pass; as many more are decoded meanwhile.
+        labels: class names of the model, or a file with one name per line.
+        top: number of classes in `top`; more than the model has give all classes.
+        batch_size: images per forward pass.
         precision: `auto` is fp32.
-        threshold: an image whose best probability lies below it gets no label: the row says
-            `abstained`, and the guesses stay in `top`.
-        ood: how strange an image is: the share of held-out training images whose features lie
-            nearer to what the model knows (`vitcli.evals.ood`).
-        ood_threshold: abstain from images with a larger share; implies `ood`.
-        reference: DATA that is usual; implies `ood`. None takes what was kept of the last time,
-            else the data that the run learned from.
-        tta: average the probabilities of several views: `flip`, `crops:5` or `crops:10`, which
-            take 2, 5 and 10 times as long.
-        csv_file, jsonl_file, parquet_file: where the same table is written to, when the last row
-            is taken; until then the rows are kept beside it, in a file that ends in `.part`.
-        resume: go on with the rows of an interrupted run; these do not come again.
-        verbose: tell what became of every tensor of the weights.
+        threshold: an image whose highest probability is lower gets no label: `abstained` is true.
+        ood: report the out-of-distribution score: the share of held-out in-distribution images
+            whose features are nearer to the training images (`vitcli.evals.ood`).
+        ood_threshold: an image with a higher OOD score gets no label; implies `ood`.
+        reference: in-distribution DATA; implies `ood`. None uses the stored reference, else the
+            data that the run was trained on.
+        tta: average the probabilities of several views: `flip`, `crops:5` or `crops:10`, at 2, 5
+            or 10 times the cost.
+        csv_file, jsonl_file, parquet_file: output files, written after the last row. Until then
+            the rows are in a file beside the first one, with the suffix `.part`.
+        resume: continue after the rows of an interrupted run, which are not returned again.
+        verbose: report how each tensor was loaded.
 
     Raises:
-        VitcliError: no such model, no trained head, none of `paths` exists, a share that is none.
+        VitcliError: no such model, no trained head, no such image, or an invalid option.
     """
     watch = watch or Quiet()
-    if top < 1 or batch_size < 1:
-        raise VitcliError(
-            f"`--top` is {top}, `--batch-size` {batch_size}", "both are 1 or more, usually 5 and 32"
-        )
-    doubts = Doubts(threshold=threshold, ood_threshold=ood_threshold)
-    tables = Tables(csv_file, jsonl_file, parquet_file)
-    if resume and not tables.paths:
-        raise VitcliError(
-            "`--resume` goes on with a table, and none is given",
-            "the first command again, with its `--csv`, `--jsonl` or `--parquet`",
-        )
-    if resume and finished(tables):
-        watch.note(f"`{tables.paths[0]}`: already finished; without `--resume` it is made anew")
-        return Predictions(iter(()), Tally())
+    rules = AbstainRules(threshold=threshold, ood_threshold=ood_threshold)
+    outputs = OutputFiles(csv_file, jsonl_file, parquet_file)
+    counts = PredictionCounts()
+    _check_options(top, batch_size, outputs, resume)
+    if resume and is_finished(outputs):
+        watch.note(f"`{outputs.paths[0]}` is already finished; without `--resume` it is replaced")
+        return Predictions(iter(()), counts)
     files = find_images(paths, source)
     inference = load_inference(settings)
-    net, name = _classifier(model, inference, labels, watch, verbose)
-    views = TTATransform(require_preprocess(net), tta)
+    net, name = _load_classifier(model, inference, labels, watch, verbose)
+    transform = TTATransform(require_preprocess(net), tta)
     if ood or ood_threshold is not None or reference is not None:
-        from vitcli.evals.ood import References  # loads what reads data sets
-
-        references = References(net, name, inference.data, batch_size, precision, watch)
-        found = references.get(None if reference is None else os.fspath(reference))
-        doubts = replace(doubts, reference=found.to(pick_device()))
-        _tell_few(doubts, watch)
-    settled = {
-        "model": model_hash(net) if tables.paths else None,
-        "reference": dict(doubts.reference.facts) if doubts.reference else None,
+        store = ReferenceStore(net, name, inference.data, batch_size, precision, watch)
+        found = store.get(None if reference is None else os.fspath(reference))
+        rules = replace(rules, reference=found.to(pick_device()))
+        _warn_if_too_few(rules, watch)
+    # The settings that decide a row: rows of a resumed run must have the same.
+    decisive = {
+        "model": model_hash(net) if outputs.paths else None,
+        "reference": dict(rules.reference.facts) if rules.reference else None,
         "top": top,
         "batch_size": batch_size,
         "precision": precision,
@@ -186,103 +180,122 @@ def run(
         "ood_threshold": ood_threshold,
         "tta": tta,
     }
-    net = net.to(pick_device())
     top = min(top, net.config.num_classes)
-    answers = Answers(net, views, doubts, top, batch_size, precision)
-    tally = Tally()
-    return Predictions(_rows(answers, files, tables, settled, resume, tally, watch), tally)
+    predictor = ImagePredictor(net.to(pick_device()), transform, rules, top, batch_size, precision)
+    rows = _rows(predictor, files, outputs, decisive, resume, counts, watch)
+    return Predictions(rows, counts)
 
 
-def _rows(
-    answers: Answers,
-    files: Listing,
-    tables: Tables,
-    settled: Mapping[str, Any],
-    resume: bool,
-    tally: Tally,
-    watch: Watcher,
-) -> Iterator[Row]:
-    """The rows that are not written yet, each written down before it is handed on."""
-    with ExitStack() as stack:
-        todo, again, book = iter(files), 0, None
-        if tables.paths:
-            book = stack.enter_context(journal(tables.paths[0], settled, tally, resume=resume))
-            todo, again = book.after(files, answers.batch_size)
-            stack.push(partial(_tell_kept, book, tally, watch))
-            if resume:
-                watch.note(f"{tally.count:,} rows are in `{book.path}` already")
-        done = tally.count - again
-        bar = stack.enter_context(watch.progress("images", files.total, done))
-        if files.total is None and files.repeats:
-            Thread(target=_count, args=(files, bar), daemon=True).start()
-        made = answers.rows(todo, bar)
-        stack.callback(made.close)
-        for row in islice(made, again, None):
-            if book is not None:
-                book.add(row)
-            tally.add(row)
-            yield row
-        if book is not None:
-            tables.write(book.rows, [*COLUMNS, *answers.doubts.columns])
-            book.remove()
-
-
-def _tell_few(doubts: Doubts, watch: Watcher) -> None:
-    """Warn of a share that too few images cannot tell: the largest of n lies nearer than a new
-    one of the same kind once in n + 1 times.
-    """
-    share = doubts.ood_threshold
-    if doubts.reference is None or share is None or share == 1:
-        return
-    count = len(doubts.reference.held_out)
-    if count * (1 - share) < 1 - 1e-9:
-        watch.warn(
-            f"{count} held-out images are too few for `--ood-threshold {share:g}`: about one usual "
-            f"image in {count + 1} will have no answer"
+def _check_options(top: int, batch_size: int, outputs: OutputFiles, resume: bool) -> None:
+    if top < 1 or batch_size < 1:
+        raise VitcliError(
+            f"`--top` is {top} and `--batch-size` is {batch_size}", "both must be 1 or more"
+        )
+    if resume and not outputs.paths:
+        raise VitcliError(
+            "`--resume` continues an output file, and none is given",
+            "repeat the first command with its `--csv`, `--jsonl` or `--parquet`",
         )
 
 
-def _count(files: Listing, bar: Bar) -> None:
-    """Tell the bar how many there are; meanwhile the first ones are predicted."""
+def _rows(
+    predictor: ImagePredictor,
+    files: Listing,
+    outputs: OutputFiles,
+    decisive: Mapping[str, Any],
+    resume: bool,
+    counts: PredictionCounts,
+    watch: Watcher,
+) -> Iterator[PredictionRow]:
+    """The rows that are not in the log yet; each is logged before it is yielded."""
+    with ExitStack() as stack:
+        todo, repeated, log = iter(files), 0, None
+        if outputs.paths:
+            opened = open_resume_log(outputs.paths[0], decisive, counts, resume=resume)
+            log = stack.enter_context(opened)
+            todo, repeated = log.remaining(files, predictor.batch_size)
+            stack.push(partial(_note_interruption, log, counts, watch))
+            if resume:
+                watch.note(f"`{log.path}` already has {counts.count:,} rows")
+        done = counts.count - repeated
+        bar = stack.enter_context(watch.progress("images", files.total, done))
+        if files.total is None and files.repeats:
+            # Count the files of a large folder in the background; predict the first meanwhile.
+            Thread(target=_count_files, args=(files, bar), daemon=True).start()
+        made = predictor.rows(todo, bar)
+        stack.callback(made.close)
+        for row in islice(made, repeated, None):
+            if log is not None:
+                log.add(row)
+            counts.add(row)
+            yield row
+        if log is not None:
+            outputs.write(log.rows, [*COLUMNS, *predictor.rules.columns])
+            log.remove()
+
+
+def _warn_if_too_few(rules: AbstainRules, watch: Watcher) -> None:
+    """Warn of an OOD threshold that needs more held-out images than the reference has."""
+    share = rules.ood_threshold
+    if rules.reference is None or share is None or share == 1:
+        return
+    # A new in-distribution image is farther than all n held-out ones once in n + 1 times.
+    count = len(rules.reference.held_out)
+    if count * (1 - share) < 1 - 1e-9:
+        watch.warn(
+            f"{count} held-out images are too few for `--ood-threshold {share:g}`: about one in "
+            f"{count + 1} in-distribution images will get no label"
+        )
+
+
+def _count_files(files: Listing, bar: Bar) -> None:
     with suppress(OSError, VitcliError):
         bar.extend(sum(1 for _ in files))
 
 
-def _tell_kept(
-    book: Journal, tally: Tally, watch: Watcher, kind: type[BaseException] | None, *_: object
+def _note_interruption(
+    log: ResumeLog,
+    counts: PredictionCounts,
+    watch: Watcher,
+    kind: type[BaseException] | None,
+    *_: object,
 ) -> None:
-    """On the way out of what was broken off: that nothing is lost."""
-    if kind is not None and tally.count:
+    """After an exception, say where the rows are."""
+    if kind is not None and counts.count:
         watch.note(
-            f"{tally.count:,} rows are kept in `{book.path}`; the same command with `--resume` "
-            "goes on"
+            f"{counts.count:,} rows are in `{log.path}`; repeat the command with `--resume` to "
+            "continue"
         )
 
 
-def _classifier(
+def _load_classifier(
     model: str | os.PathLike[str] | LoadedModel | None,
     inference: Inference,
-    labels: str | os.PathLike[str] | Sequence[str] | None,
+    labels: Labels,
     watch: Watcher,
     verbose: bool,
 ) -> tuple[LoadedModel, str]:
-    """The model, in eval mode, and what it was called."""
+    """The model in eval mode, and its name."""
     if isinstance(model, LoadedModel):
-        net, name = model.eval(), "the model"
-        name = net.load_report.source if net.load_report else name
+        net = model.eval()
+        name = net.load_report.source if net.load_report else "the model"
     else:
         if model is None and inference.model.name is None:
             model = newest_run(classifier=True)
-            watch.note(f"no `--model` given: {model}")
+            watch.note(f"no `--model` given: using {model}")
         name = os.fspath(model if model is not None else inference.model.name or "")
         arguments = load_settings(inference.model, inference.preprocess)
         net = load_model(name, labels=labels, watch=watch, **arguments)
         tell_load(net, watch, verbose=verbose)
     if not net.head_trained:
         raise VitcliError(
-            f"`{name}` has no trained head, so there is nothing to predict",
-            hint="give it one: `vitcli fewshot DATA` in seconds, `vitcli finetune DATA` in minutes",
+            f"`{name}` has no trained head, so it cannot predict classes",
+            hint="train a head with `vitcli fewshot DATA` (seconds) or `vitcli finetune DATA` "
+            "(minutes)",
         )
     if net.labels is None:
-        watch.warn(f"`{name}` has no class names, so numbers stand for them; see `--labels FILE`")
+        watch.warn(
+            f"`{name}` has no class names, so output numbers are used; name them with "
+            "`--labels FILE`"
+        )
     return net, name

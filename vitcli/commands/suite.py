@@ -1,4 +1,4 @@
-"""`vitcli evaluate --suite`: one model on every task of a suite, each task a run of its own."""
+"""`vitcli evaluate --suite`: one model on every task of a suite, each task in its own run."""
 
 import json
 import os
@@ -18,71 +18,71 @@ from vitcli import distributed as launch
 from vitcli.config.recipe import lay_over, nest
 from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError
-from vitcli.evals.suite import (
-    Outcome,
+from vitcli.evals.suite_file import (
     Suite,
+    TaskResult,
     TaskSection,
-    data_of,
     group_means,
     load_suite,
-    outcome_of,
-    published,
+    published_results,
+    task_data,
+    task_result,
 )
-from vitcli.files import write_text
+from vitcli.files import make_folder, write_text
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import Run, new_path, run_stem
 from vitcli.weights.load import newest_run
 
-RECORD = "suite.json"  # in the folder: what it was begun with
+RECORD = "suite.json"  # the suite, model and settings that the folder was started with
 RESULT = "result.json"
-STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What became of each task.
+    """The results of all tasks.
 
     Attributes:
-        outcomes: task -> its accuracy; those that failed are not in it.
-        failed: task -> why.
-        path: the folder that holds a run for each task.
+        results: task -> result, without the failed tasks.
+        failed: task -> error message.
+        path: folder with one run per task.
     """
 
     suite: Suite
     model: str
-    outcomes: dict[str, Outcome]
+    results: dict[str, TaskResult]
     failed: dict[str, str]
     path: str
 
     @property
     def exit_code(self) -> int:
-        """3 when some tasks have no figure."""
+        """3 if some tasks failed."""
         return 3 if self.failed else 0
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `evaluate --suite --json`; accuracies in 0..1, those of others too."""
-        accuracies = {name: outcome.accuracy for name, outcome in self.outcomes.items()}
-        others = {
+        """The object of `evaluate --suite --json`; all accuracies are in 0..1."""
+        accuracies = {name: result.accuracy for name, result in self.results.items()}
+        published = {
             name: {
                 "tasks": {task: value / 100 for task, value in figures.items()},
                 "mean": None if mean is None else mean / 100,
             }
-            for name, figures, mean in published(self.suite)
+            for name, figures, mean in published_results(self.suite)
         }
         return {
             "suite": self.suite.name,
             "method": self.suite.method,
             "model": self.model,
-            "tasks": {task.name: self._task(task) for task in self.suite.tasks},
+            "tasks": {task.name: self._task_json(task) for task in self.suite.tasks},
             "groups": group_means(self.suite, accuracies),
             "mean": fmean(accuracies.values()) if not self.failed and accuracies else None,
             "failed": self.failed,
-            "published": others,
+            "published": published,
             "run": self.path,
         }
 
-    def _task(self, task: TaskSection) -> dict[str, Any]:
-        found = self.outcomes.get(task.name)
+    def _task_json(self, task: TaskSection) -> dict[str, Any]:
+        found = self.results.get(task.name)
         return {
             "group": task.group,
             "data": task.data,
@@ -103,61 +103,62 @@ def run(
     precision: str | None = None,
     watch: Watcher | None = None,
 ) -> SuiteResult:
-    """Fine-tune or few-shot a model on every task of a suite, and put the accuracies together.
+    """Run `finetune` or `fewshot` with a model on every task of a suite.
 
-    Each task is a command of its own in a process of its own, so that memory is free again and a
-    task that fails takes no other with it. With the same `out` the same command goes on: finished
-    tasks are not done again, an interrupted fine-tuning resumes exactly.
+    Each task is a command in its own process: its memory is free afterwards, and a task that fails
+    does not stop the others. The same command with the same `out` continues: finished tasks are
+    skipped and an interrupted fine-tuning resumes exactly.
 
     Args:
-        suite: the name of one that is shipped, or a file.
-        model: MODEL; None takes the newest finished run.
-        settings: nested settings laid over those of the suite and its tasks.
-        out: the folder of the runs; None makes `runs/MODEL-SUITE`.
+        suite: name of an installed suite, or a suite file.
+        model: MODEL; None uses the newest finished run.
+        settings: nested settings that override those of the suite and its tasks.
+        out: folder of the runs; None makes `runs/MODEL-SUITE`.
         processes: processes of each task.
-        precision: of each task.
+        precision: precision of each task.
 
     Raises:
-        VitcliError: no such suite or model, or not one task could be done.
+        VitcliError: no such suite or model, or every task failed.
         KeyboardInterrupt: Ctrl-C; the task has saved its state.
     """
     watch = watch or Quiet()
     if launch.world_size() > 1:
         raise VitcliError(
-            "a suite starts the processes of its tasks itself", "`vitcli evaluate --processes N`"
+            "`--suite` starts the processes of its tasks; it cannot run under a launcher",
+            "use `vitcli evaluate --suite SUITE --processes N`",
         )
     spec, file = load_suite(suite)
     if model is None:
         model = newest_run(classifier=False)
-        watch.note(f"no `--model` given: {model}")
+        watch.note(f"no `--model` given: using {model}")
     path = out or new_path(f"{run_stem(model)}-{file.stem}")
     changes = settings or {}
-    _begin(path, spec, model, changes)
-    watch.note(f"suite `{spec.name}`: {len(spec.tasks)} tasks, in `{path}`")
+    _start_or_continue(path, spec, model, changes)
+    watch.note(f"suite `{spec.name}`: {len(spec.tasks)} tasks in `{path}`")
     options = [*_option("--processes", processes), *_option("--precision", precision)]
-    outcomes: dict[str, Outcome] = {}
+    results: dict[str, TaskResult] = {}
     failed: dict[str, str] = {}
     with watch.progress("tasks", len(spec.tasks)) as bar:
         for task in spec.tasks:
-            work = Work(spec, task, file, model, changes, options, path, watch)
+            runner = TaskRunner(spec, task, file, model, changes, options, path, watch)
             try:
-                outcomes[task.name] = work.outcome()
+                results[task.name] = runner.run()
             except VitcliError as error:
                 failed[task.name] = error.message
                 watch.warn(f"{task.name}: {error.message}")
             bar.advance(1)
-    if not outcomes:
+    if not results:
         raise VitcliError(
-            f"no task of suite `{spec.name}` could be done; {next(iter(failed.values()))}",
-            "the lines above say why of each",
+            f"every task of suite `{spec.name}` failed; the first: {next(iter(failed.values()))}",
+            "see the warnings above for each task",
         )
-    result = SuiteResult(spec, model, outcomes, failed, str(path))
+    result = SuiteResult(spec, model, results, failed, str(path))
     write_text(path / RESULT, json.dumps(result.to_json(), indent=2) + "\n")
     return result
 
 
-def _begin(path: Path, suite: Suite, model: str, settings: Settings) -> None:
-    """Make the folder, or see that it was begun with the same suite, model and settings."""
+def _start_or_continue(path: Path, suite: Suite, model: str, settings: Settings) -> None:
+    """Make the folder, or check that it was started with the same suite, model and settings."""
     wanted = {"suite": suite.model_dump(mode="json"), "model": model, "settings": settings}
     wanted = json.loads(json.dumps(wanted, default=str))
     record = path / RECORD
@@ -167,15 +168,13 @@ def _begin(path: Path, suite: Suite, model: str, settings: Settings) -> None:
         except (OSError, ValueError):
             raise VitcliError(f"`{path}` exists already", "choose another `--out`") from None
         if known != wanted:
-            differs = ", ".join(key for key in wanted if known.get(key) != wanted[key])
+            differing = ", ".join(key for key in wanted if known.get(key) != wanted[key])
             raise VitcliError(
-                f"`{path}` was begun with another {differs}", "choose another place with `--out`"
+                f"`{path}` was started with another {differing}",
+                "choose another folder with `--out`",
             )
         return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VitcliError(f"cannot make `{path}`: {error.strerror}", "another `--out`") from None
+    make_folder(path)
     write_text(record, json.dumps(wanted, indent=2) + "\n")
 
 
@@ -184,8 +183,8 @@ def _option(name: str, value: object) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Work:
-    """One task of a suite on one model."""
+class TaskRunner:
+    """Runs one task of a suite with one model."""
 
     suite: Suite
     task: TaskSection
@@ -196,47 +195,47 @@ class Work:
     folder: Path
     watch: Watcher
 
-    def outcome(self) -> Outcome:
-        """The accuracy, from the runs that are there or new ones.
+    def run(self) -> TaskResult:
+        """The result of the task, from existing or new runs.
 
         Raises:
             VitcliError: a run fails.
         """
-        chosen = self._choose()
-        run = self._finished(self.task.folder, chosen)
-        return outcome_of(run.result(), str(run.path), chosen)
+        chosen = self._select_settings()
+        run = self._finished_run(self.task.folder, chosen)
+        return task_result(run.result(), str(run.path), chosen)
 
-    def _choose(self) -> dict[str, Any]:
-        """The settings of `select` that do best on its validation images; of equals the first."""
+    def _select_settings(self) -> dict[str, Any]:
+        """The combination of `select` with the best validation accuracy; the first of equals."""
         select = self.suite.select
         if select is None:
             return {}
-        cut = {"data.train_split": select.train, "data.test_split": select.validation}
-        best, found = -1.0, {}
-        for number, choice in enumerate(select.choices()):
-            run = self._finished(f"{self.task.folder}-select-{number}", {**choice, **cut})
-            accuracy = outcome_of(run.result(), str(run.path), {}).accuracy
+        splits = {"data.train_split": select.train, "data.test_split": select.validation}
+        best, chosen = -1.0, {}
+        for number, candidate in enumerate(select.combinations()):
+            run = self._finished_run(f"{self.task.folder}-select-{number}", {**candidate, **splits})
+            accuracy = task_result(run.result(), str(run.path), {}).accuracy
             if accuracy > best:
-                best, found = accuracy, choice
-        return found
+                best, chosen = accuracy, candidate
+        return chosen
 
-    def _finished(self, name: str, given: Mapping[str, Any]) -> Run:
-        """The run called `name`, done now if it is not there yet."""
+    def _finished_run(self, name: str, given: Mapping[str, Any]) -> Run:
+        """The run `name`; it is run now unless it is finished."""
         run = Run(self.folder / name)
         if not run.finished:
-            if self.suite.method == "fewshot":  # which leaves nothing to go on from
+            if self.suite.method == "fewshot":  # has no checkpoints to resume from
                 run.remove()
-            self._do(run.path, given)
+            self._start(run.path, given)
         return run
 
-    def _do(self, path: Path, given: Mapping[str, Any]) -> None:
+    def _start(self, path: Path, given: Mapping[str, Any]) -> None:
         settings: Settings = {}
         for layer in (self.suite.settings, self.task.settings):
             lay_over(settings, layer)
         for key, value in given.items():
             lay_over(settings, nest(key, value))
         lay_over(settings, self.changes)
-        command = [self.suite.method, data_of(self.task, self.file), "--model", self.model]
+        command = [self.suite.method, task_data(self.task, self.file), "--model", self.model]
         command += ["--out", str(path), *self.options]
         if self.suite.method == "finetune":
             command += [*_option("--recipe", self.suite.recipe), "--resume"]
@@ -244,13 +243,13 @@ class Work:
             command += ["--shots", str(self.suite.shots)]
         for assignment in assignments(settings):
             command += ["--set", assignment]
-        follow(command, self.task.name, self.watch)
+        run_command(command, self.task.name, self.watch)
         if not Run(path).finished:
             raise VitcliError(f"`{path}` has no result")
 
 
 def assignments(settings: Settings, prefix: str = "") -> list[str]:
-    """Nested settings as `section.key=value`, values in TOML."""
+    """Nested settings as `section.key=value`, with values in TOML."""
     found = []
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -261,15 +260,16 @@ def assignments(settings: Settings, prefix: str = "") -> list[str]:
     return found
 
 
-def follow(command: Sequence[str], label: str, watch: Watcher) -> None:
-    """Run one command line of this program to its end, passing on what it says.
+def run_command(command: Sequence[str], label: str, watch: Watcher) -> None:
+    """Run one command line of this program, and pass on its messages.
 
     Raises:
-        VitcliError: it ended with an error; some unreadable images (status 3) are none.
-        KeyboardInterrupt: it was interrupted, and has saved its state.
+        VitcliError: it failed; status 3 (some unreadable images) is not a failure.
+        KeyboardInterrupt: it was interrupted and has saved its state.
     """
     child = subprocess.Popen(
         [sys.executable, "-m", "vitcli", *command],
+        # The child watches its stdin: if this process is killed, the pipe closes and it stops.
         env={**os.environ, launch.LIFELINE: "stdin", "NO_COLOR": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -291,7 +291,7 @@ def follow(command: Sequence[str], label: str, watch: Watcher) -> None:
     finally:
         child.stdin.close()
         child.stderr.close()
-    if status in STOPPED:
+    if status in INTERRUPTED:
         raise KeyboardInterrupt
     if status not in (0, 3):
         raise VitcliError(re.sub(r"^error: ", "", reason) or f"it ended with status {status}")

@@ -464,12 +464,6 @@ class FewshotSection(Section):
         "or `concat:N` (the last N blocks).",
     )
 
-    @model_validator(mode="after")
-    def _check_l2(self) -> Self:
-        if self.l2 is not None and self.method in ("knn", "mean"):
-            raise ValueError(f"`l2` belongs to `ridge` and `logistic`, not to `{self.method}`")
-        return self
-
 
 class Inference(Section):
     """The settings of commands that use a model and do not train it."""

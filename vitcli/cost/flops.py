@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from vitcli.config.schema import Recipe
 from vitcli.train.budget import SCALE, stage_fractions
-from vitcli.train.lora import passes
+from vitcli.train.lora import training_passes
 from vitcli.train.objectives.base import Objective
 from vitcli.vit import Config, ResNetConfig
 from vitcli.vit.macs import macs, parts
@@ -41,7 +41,7 @@ def run_stages(recipe: Recipe, config: Config, objective: Objective) -> list[Run
         resized = config if side is None else replace(config, image_size=(side, side))
         forward = sum(parts(resized, rate).values()) if rate else macs(resized)
         forward += objective.extra_macs(resized)
-        training = passes(objective.model) * forward + objective.teacher_macs()
+        training = training_passes(objective.model) * forward + objective.teacher_macs()
         tokens = count_tokens(resized, rate)
         stages.append(RunStage(fraction, side, rate, forward, training, tokens))
     return stages

@@ -19,7 +19,7 @@ from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.transform import resolve_augment
 from vitcli.data.image_set import Source
 from vitcli.train.build import held_out_images
-from vitcli.train.lora import ADAPTER, choose_learning
+from vitcli.train.lora import ADAPTER, freeze_and_adapt
 from vitcli.train.objectives import build_objective
 from vitcli.train.objectives.base import Objective
 from vitcli.train.validate import EVAL_BATCH_SIZE
@@ -69,7 +69,7 @@ class PlannedRun:
         recipe = self.recipe
         with torch.device("meta"):
             empty = from_config(self.config)
-            choose_learning(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
+            freeze_and_adapt(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
         model = replace(self.model, network=empty)
         # The initial bias would be written into the head, which has no memory here.
         section = recipe.objective.model_copy(update={"head_bias": None})

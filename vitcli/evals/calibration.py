@@ -24,6 +24,7 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 MAX_TEMPERATURE = 1e4  # also limits the inverse
+# Half: the fit has one parameter, but the reported metrics need images, too.
 HELD_OUT_FRACTION = 0.5  # used for the fit if the data have no validation split
 
 
@@ -36,9 +37,6 @@ def fit_temperature(
         logits: (n, K).
         targets: for softmax (n,) right outputs or (n, M) as in `pad_targets`; for sigmoid (n, K)
             zeros and ones.
-
-    Raises:
-        VitcliError: no temperature gives a lower loss than equal probabilities.
     """
     from scipy.optimize import brentq
 
@@ -47,6 +45,7 @@ def fit_temperature(
     # The loss is convex in b = 1 / T, so its minimum is the root of the slope. Searching in log b
     # gives the same relative precision for every scale of logits.
     low, high = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE
+    # If the loss already rises at T = 10,000, the likeliest model ignores the logits.
     if of_inverse(low) >= 0:
         raise VitcliError(
             "no temperature makes these logits better than equal probabilities",
@@ -118,6 +117,7 @@ def fit_score_temperature(scores: NDArray[np.float64], labels: ArrayLike) -> flo
     """
     y = np.asarray(labels, dtype=np.int64)
     n, k = scores.shape
+    # The rest of the probability is spread evenly over the wrong classes.
     targets = np.full((n, k), 1 / (n + 2) / max(k - 1, 1))
     targets[np.arange(n), y] = (n + 1) / (n + 2)
     spread = float(scores.std(axis=1).mean()) or 1.0
@@ -179,11 +179,7 @@ class CalibrationSplit:
 def split_for_calibration(
     source: Source, images: ImageSet, matching: ClassMatching, seed: int
 ) -> CalibrationSplit:
-    """Hold out the validation images; if they are the reported ones, half of each class.
-
-    Raises:
-        VitcliError: too few images.
-    """
+    """Hold out the validation images; if they are the reported ones, half of each class."""
     # Never take training images: a model is more confident about them than about new ones.
     validation = source.splits.get("validation")
     if validation is not None and images.name != "validation":
@@ -234,16 +230,14 @@ def warn_if_calibrated_on(model: str, source: Source, images: ImageSet, watch: W
 
 
 def calibrate(net: LoadedModel, held_out: Extracted, matching: ClassMatching) -> float:
-    """Set `net.temperature` from the logits of held-out images; return the previous temperature.
-
-    Raises:
-        VitcliError: no temperature gives a lower loss than equal probabilities.
-    """
+    """Set `net.temperature` from the logits of held-out images; return the previous temperature."""
     previous = net.temperature
     if held_out.labels.ndim == 2:
+        # Sigmoids are independent: outputs for which there are no labels do not take part.
         logits = held_out.outputs[:, matching.first_outputs]
         net.temperature = fit_temperature(logits, held_out.labels, "sigmoid")
     else:
+        # A softmax depends on every output, also on those of classes that the data lack.
         targets = pad_targets(matching.outputs)[held_out.labels]
         net.temperature = fit_temperature(held_out.outputs, targets)
     return previous
@@ -254,13 +248,12 @@ def temperature_file(model: str, unchanged: bool, folder: Path) -> Path:
 
     This is the model's own file if it has our format and was loaded `unchanged`, that is without
     settings that override its header. Otherwise it is a copy in `folder`.
-
-    Raises:
-        VitcliError: `folder` holds other weights.
     """
     own = own_file(model) if unchanged else None
     if own is not None:
         return own
+    # With overriding settings, the file and the model are not the same: a temperature in the file
+    # would be wrong for whoever loads it without these settings.
     copy = folder / "model.safetensors"
     calibrated_copy = copy.is_file() and bool((read_header(copy) or {}).get("fitted_on"))
     if copy.exists() and (not calibrated_copy or Run(folder).recipe_file.exists()):
@@ -272,11 +265,7 @@ def temperature_file(model: str, unchanged: bool, folder: Path) -> Path:
 
 
 def store_temperature(net: LoadedModel, model: str, file: Path, record: Mapping[str, Any]) -> None:
-    """Write the temperature of `net`, which was loaded as `model`, into the weights file `file`.
-
-    Raises:
-        VitcliError: the file cannot be written.
-    """
+    """Write the temperature of `net`, which was loaded as `model`, into the weights file `file`."""
     if own_file(model) != file:
         save_model(file, net)
     set_temperature(file, net.temperature, record)

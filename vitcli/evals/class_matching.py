@@ -80,13 +80,11 @@ def match_outputs(
 
     With `class_map` only the classes that it names are matched. Otherwise all classes are matched
     by name, by ImageNet synset or by output number.
-
-    Raises:
-        VitcliError: the classes do not match.
     """
     if class_map is not None:
         return _match_by_map(net, classes, data, watch, class_map)
     num_outputs = net.config.num_classes
+    # From the surest sign to the weakest: names, then synsets, then numbers.
     indices: Sequence[int] | None = None
     if net.labels is not None:
         indices = match_classes(classes, net.labels)
@@ -99,6 +97,7 @@ def match_outputs(
     if indices is None:
         indices = _match_synsets(net, classes, watch) or _match_numbers(net, classes, data, watch)
         if indices is not None and net.labels is not None:
+            # ImageNet names list synonyms: "tench, Tinca tinca".
             display_names = tuple(net.labels[i].split(",")[0] for i in indices)
     if indices is not None:
         outputs = tuple((int(i),) for i in indices)
@@ -109,6 +108,7 @@ def match_outputs(
             "classes",
             hint="name the outputs with `--labels FILE`, one class per line",
         )
+    # All or nothing: a partial match would silently drop images of the other classes.
     missing = [name for name in classes if match_classes([name], net.labels) is None]
     shown = ", ".join(f"`{name}`" for name in missing[:3])
     known = ", ".join(f"`{name}`" for name in net.labels[:3])
@@ -152,6 +152,7 @@ def _match_by_map(
     net: LoadedModel, classes: Sequence[str], data: str, watch: Watcher, class_map: ClassMap
 ) -> ClassMatching:
     normalised = {_normalised(name): name for name in class_map}
+    # ObjectNet's folders and its published map differ in case and signs, so compare both forms.
     found: dict[int, tuple[int, ...]] = {}
     unknown: list[str] = []
     find = _OutputFinder(net)
@@ -195,10 +196,11 @@ class _OutputFinder:
     def _find(self, wanted: str | int) -> int | None:
         if isinstance(wanted, int):
             return wanted
+        # A name goes first: a class may be called `7` or look like a synset.
         if wanted in self.by_name:
             return self.by_name[wanted]
         if SYNSET.fullmatch(wanted):
-            if self.by_synset is None:
+            if self.by_synset is None:  # made once: it matches 1,000 names
                 self.by_synset = synset_outputs(self.num_outputs, self.labels)
             return self.by_synset.get(wanted)
         if self.labels is not None and (found := match_classes([wanted], self.labels)):
@@ -216,13 +218,10 @@ def read_class_map(path: str | os.PathLike[str]) -> ClassMap:
 
     A JSON value is a name, a synset or a number, or a list of these. ObjectNet's
     `objectnet_to_imagenet_1k.json` writes several in one text, separated by `; `.
-
-    Raises:
-        VitcliError: the file cannot be read or has another form.
     """
     suffix = Path(path).suffix.lower()
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Excel writes a byte order mark
         if suffix in (".csv", ".tsv"):
             delimiter = "\t" if suffix == ".tsv" else ","
             return _map_from_rows(csv.reader(text.splitlines(), delimiter=delimiter), path)
@@ -242,6 +241,7 @@ def _map_from_rows(rows: Iterable[list[str]], path: str | os.PathLike[str]) -> C
         if len(row) != 2:
             raise VitcliError(f"line {number} of `{path}` has {len(row)} columns, not 2", MAP_HINT)
         name = row[0].strip()
+        # A class on several lines collects all of them: lines of a CSV have no lists.
         found[name] = (*found.get(name, ()), *_map_entries(row[1], row[0], path))
     if not found:
         raise VitcliError(f"the class map `{path}` is empty", MAP_HINT)
@@ -253,7 +253,7 @@ def _map_entries(value: Any, name: str, path: str | os.PathLike[str]) -> tuple[s
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, str):
             entries += [entry.strip() for entry in one.split(";") if entry.strip()]
-        elif isinstance(one, int) and not isinstance(one, bool):
+        elif isinstance(one, int) and not isinstance(one, bool):  # JSON true is an int in Python
             entries.append(one)
         else:
             raise VitcliError(f"`{path}`: `{name}` has the invalid value {one!r}", MAP_HINT)
@@ -263,11 +263,7 @@ def _map_entries(value: Any, name: str, path: str | os.PathLike[str]) -> tuple[s
 
 
 def imagenet_outputs(net: LoadedModel) -> NDArray[np.int64]:
-    """(1000,) the output of each class of ImageNet-1k.
-
-    Raises:
-        VitcliError: the model lacks a class.
-    """
+    """(1000,) the output of each class of ImageNet-1k."""
     known = synset_outputs(net.config.num_classes, net.labels)
     synsets = imagenet_synsets(1000) or ()
     missing = [synset for synset in synsets if synset not in known]

@@ -11,7 +11,7 @@ from vitcli.evals.bootstrap import percentile_interval
 from vitcli.evals.evaluate import Evaluation
 from vitcli.evals.scoring import MultiLabelMetrics
 
-NUM_RESAMPLES = 10_000
+NUM_RESAMPLES = 10_000  # cheap here: one resample is three numbers
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,6 @@ def compare_paired(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Paired
     Args:
         first, second: (n,) booleans, whether image i is classified correctly.
         seed: seed of the resampling.
-
-    Raises:
-        ValueError: different numbers of images, or none.
     """
     from scipy.stats import binomtest
 

@@ -203,17 +203,22 @@ class Evaluator:
         logits, labels, matching = self.extracted.outputs, self.extracted.labels, self.matching
         targets = pad_targets(matching.outputs)[labels]  # (n, M)
         scores = score_logits(logits, targets, self.net.temperature)
+        # A model of 1,000 classes on data with 10 of them: top-1 counts a prediction of another
+        # class as wrong; the restricted accuracy asks only which of the 10 scores highest.
         allowed = matching.all_outputs
         restricted = (restricted_argmax(logits, allowed)[:, None] == targets).any(axis=1)
         # One output may stand for several classes. If the image has one of them, count that one.
         other = matching.to_data_classes(scores.predicted)
         predicted = np.where(scores.correct, labels, other)
         num_classes = len(matching.classes)
+        # The confusion matrix has one column more if the model can predict other classes.
         num_columns = num_classes + (len(allowed) < scores.num_outputs)
         means: dict[str, Any] = {"top1_restricted": restricted}
         real = None
         if self.real is not None:
             real, means["top1_real"] = _real_accuracy(logits, self.real)
+        # Score the reported images under the old temperature as well, so that the gain is measured
+        # on images that the fit has not seen.
         calibration, uncalibrated = None, None
         if self.fitted is not None:
             before = score_logits(logits, targets, self.fitted.before)
@@ -248,6 +253,7 @@ class Evaluator:
         probabilities = self._probabilities(self.net.temperature)
         targets = self.extracted.labels
         metrics = multi_label_metrics(probabilities, targets)
+        # Keep the resamples: `comparison` pairs those of two models.
         draws = resampled_map(probabilities, targets, seed=self.seed, watch=self.watch)
         interval = {"map": percentile_interval(draws)}
         calibration = None
@@ -265,6 +271,7 @@ class Evaluator:
 
     def _probabilities(self, temperature: float) -> NDArray[np.float64]:
         """(n, K) of the data's classes, by the activation that the head was trained with."""
+        # A softmax head is normalised over all its outputs, before the data's classes are taken.
         z = torch.from_numpy(self.extracted.outputs).double() / temperature
         p = z.sigmoid() if self.net.head_activation == "sigmoid" else z.softmax(dim=1)
         return np.asarray(p[:, self.matching.first_outputs].numpy())
@@ -295,6 +302,8 @@ def _real_accuracy(
     logits: NDArray[np.float32], real: NDArray[np.int64]
 ) -> tuple[RealAccuracy, NDArray[np.float64]]:
     """Accuracy by ReaL, and (n,) correctness of each image, NaN for one without a label."""
+    # Beyer et al. (2020), section 2: an image without a label is left out; a prediction is right
+    # if it is any of the labels.
     labelled = (real != NO_TARGET).any(axis=1)
     scores = score_logits(logits[labelled], real[labelled])
     correct = np.full(len(real), np.nan)
@@ -312,9 +321,12 @@ def choose_images(
     held out, split as the recipe of the run says.
     """
     section = inference.data
+    # `whole` keeps data without a test split in one piece; `open_data` would hold a part out.
     whole = open_data(section, data, whole=True, watch=watch, streams=True)
     if section.streaming:
         return whole, whole.split("test", "validation")
+    # Images that a run was trained on would give too high an accuracy. The fingerprint covers the
+    # split, so it tells whether a way of splitting is that of the run.
     run = Run(Path(model))
     if run.recipe_file.is_file():
         known = run.provenance().get("data", {}).get("fingerprint")

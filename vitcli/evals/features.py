@@ -21,6 +21,7 @@ from vitcli.progress import Quiet, Watcher
 from vitcli.weights.load import require_preprocess
 from vitcli.weights.loaded import LoadedModel
 
+# Raw pixels show how much of an accuracy needs no features at all.
 MAX_PIXEL_SIDE = 32  # the raw-pixel baseline averages larger images down to this size
 
 
@@ -64,10 +65,6 @@ def extract(
         precision: `auto` is fp32, see `autocast`.
         with_pixels: also return the normalised pixels, averaged down to 32 pixels per side.
         label: title of the progress bar.
-
-    Raises:
-        VitcliError: no image can be read, the preprocessing is unknown, the batch size is below 1,
-            or an output is not finite.
     """
     outputs, labels, indices, pixels = [], [], [], []
     broken: list[str] = []
@@ -91,8 +88,9 @@ def extract(
                 if part.pixels is not None:
                     pixels.append(part.pixels)
             bar.advance(len(part.labels) + len(part.broken))
+    # Every image counts once: no rank pads its part, so parts may differ in length by a batch.
     # Each rank reads a contiguous part, so joining in the order of the ranks restores the order.
-    parts = _gather((outputs, labels, indices, pixels, broken))
+    parts = gather_from_ranks((outputs, labels, indices, pixels, broken))
     outputs, labels, indices, pixels, broken = ([x for p in parts for x in p[i]] for i in range(5))
     if not outputs:
         raise no_image_readable(len(images), broken)
@@ -140,13 +138,16 @@ def extract_batches(
         world_size=world_size,
         pin_memory=device.type == "cuda",
     )
+    # `move_to_device` copies to a GPU in a stream of its own, beside the computation.
     for batch in move_to_device(batches, device):
         x = preprocess.normalize(batch.images)  # (B, C, Y, X)
         with torch.inference_mode(), autocast(precision, device):
+            # A batch without a readable image still reports which images are broken.
             y = forward[output](x) if len(batch.labels) else x.flatten(1)
+        # Check every batch: one NaN makes a mean, a covariance or a ridge solution NaN.
         check_finite(bool(y.isfinite().all()), model)
         yield Extracted(
-            y.float().cpu().numpy(),
+            y.float().cpu().numpy(),  # NumPy has no bfloat16
             batch.labels.cpu().numpy(),
             batch.indices.numpy(),
             _pixel_features(x).cpu().numpy() if with_pixels and len(batch.labels) else None,
@@ -177,12 +178,13 @@ def no_image_readable(count: int, broken: Sequence[str]) -> VitcliError:
 def rank_and_world_size() -> tuple[int, int]:
     """Rank of this process and number of processes of this command; (0, 1) without a launcher."""
     if launch.world_size() == 1:
-        return 0, 1
+        return 0, 1  # no process group to join
     state = join_processes(pick_device())
     return state.process_index, state.num_processes
 
 
-def _gather(part: tuple[list[Any], ...]) -> list[tuple[list[Any], ...]]:
+def gather_from_ranks(part: Any) -> list[Any]:
+    """The `part` of every rank, in the order of the ranks."""
     world_size = rank_and_world_size()[1]
     if world_size == 1:
         return [part]
@@ -200,11 +202,7 @@ def _pixel_features(x: Tensor) -> Tensor:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The context that computes in `precision`.
-
-    Raises:
-        VitcliError: this device does not have the precision.
-    """
+    """The context that computes in `precision`."""
     # Unlike in training, `auto` is fp32: a metric must not depend on the machine. bf16 is two to
     # three times as fast where the hardware has it; it changes a few predictions in 10,000.
     resolved = "fp32" if precision == "auto" else resolve_precision(precision, device)

@@ -67,6 +67,8 @@ def find_mistakes(
     """Collect the misclassified images; `predicted` (n,) are the names of the predictions."""
     labels, classes = extracted.labels, matching.classes
     wrong = np.flatnonzero(~scores.correct)
+    # The loss of a wrong answer is high where the model was sure: these are mislabelled images, or
+    # the errors that matter most.
     by_loss = wrong[np.argsort(-scores.loss[wrong], kind="stable")]
 
     def mistake(row: int) -> Mistake:
@@ -83,6 +85,7 @@ def find_mistakes(
     pairs: dict[tuple[str, str], list[int]] = {}
     for row in by_loss.tolist():
         pairs.setdefault((classes[int(labels[row])], predicted[row]), []).append(row)
+    # Python's sort is stable, so pairs of equal count keep the order of their worst image.
     largest = sorted(pairs.items(), key=lambda item: -len(item[1]))[:NUM_PAIRS]
     number = {classes[k]: int(count) for k, count in enumerate(np.bincount(labels))}
     confused = [

@@ -1,17 +1,16 @@
-"""How far an image lies from those that a model learned from, by its features.
+"""Out-of-distribution (OOD) scores: how far the features of an image are from known ones.
 
-The Mahalanobis distance to the nearest class mean under the covariance that the classes share (Lee
-et al., 2018, section 2.1), of features scaled to length one (Müller and Hein, 2025: lengths differ
-between classes, and the distance assumes that they do not). Beside the distance to the k-th nearest
-image (Sun et al., 2022) it finds other data as well on the sets tried here (recipes/LOG.md), and a
-file of it holds class means and one matrix, not every training image.
-
-A distance alone says little, so it is given as the share of held-out images that lie nearer. Held
-out from the training too: a network draws the images that it learned from around their means, and
-beside those every other image would look strange.
-
-Where the features that outliers are measured against come from, and where they are kept.
+The distance is that of Mahalanobis to the nearest class mean, under the covariance that the classes
+share (Lee et al., 2018, section 2.1), of features of length one (Mueller and Hein, 2025). The OOD
+score is the share of held-out in-distribution images with a smaller distance.
 """
+
+# Features of length one: their lengths differ between classes, and a shared covariance assumes
+# that they do not. The distance to the k-th nearest image (Sun et al., 2022) detects other data as
+# well on the datasets in recipes/LOG.md, but its file would hold every training image.
+#
+# The score uses images that were also held out from training. A network moves the images it was
+# trained on close to their means; compared with these, every new image would look far away.
 
 import json
 from collections.abc import Iterator, Mapping
@@ -39,19 +38,23 @@ from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import load_weights, save_tensors
 
 FORMAT = 1
-NAMES = ("centre", "whiten", "means", "held_out")
+TENSORS = ("centre", "whiten", "means", "held_out")
+FOLDER = "reference"
+# Enough for the mean of every class and a covariance of 1,000 features, and fast on a laptop.
+MAX_FITTED_IMAGES = 30_000
+MAX_HELD_OUT_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What is kept of the images that a model knows.
+class OODReference:
+    """Statistics of in-distribution features.
 
     Attributes:
-        centre: (F,) the mean of their features.
-        whiten: (F, F) makes the shared covariance the identity.
+        centre: (F,) mean of the features.
+        whiten: (F, F) matrix that makes the shared covariance the identity.
         means: (K, F) class means, whitened.
-        held_out: (n,) distances of images that were neither trained on nor fitted to, sorted.
-        facts: where it comes from: `data`, `fingerprint`, `images`, `held_out`, `model`.
+        held_out: (n,) sorted distances of held-out images.
+        facts: origin: `data`, `fingerprint`, `images`, `held_out`, `model`.
     """
 
     centre: Tensor
@@ -62,18 +65,19 @@ class Reference:
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
-        return replace(self, **{name: getattr(self, name).to(device) for name in NAMES})
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
     def distances(self, features: Tensor) -> Tensor:
-        """(B, F) -> (B,): to the nearest class mean, in standard deviations."""
+        """(B, F) -> (B,): distance to the nearest class mean, in standard deviations."""
         x = (F.normalize(features.float(), dim=1) - self.centre) @ self.whiten  # (B, F)
         return torch.cdist(x, self.means).amin(dim=1)  # (B,)
 
-    def shares(self, distances: Tensor) -> Tensor:
-        """(B,) -> (B,) float64: the share of the held-out images that lie nearer, 0..1."""
+    def scores(self, distances: Tensor) -> Tensor:
+        """(B,) -> (B,) float64: share of the held-out images that are nearer, 0..1."""
         nearer = torch.searchsorted(self.held_out, distances.contiguous())
-        shares = nearer.double() / len(self.held_out)
-        return shares.masked_fill(distances.isnan(), 1.0)  # nothing is as strange as no number
+        scores = nearer.double() / len(self.held_out)
+        # A distance that is NaN must not pass as near.
+        return scores.masked_fill(distances.isnan(), 1.0)
 
 
 def fit_reference(
@@ -81,27 +85,26 @@ def fit_reference(
     labels: NDArray[Any],
     held_out: NDArray[np.float32],
     facts: Mapping[str, Any] | None = None,
-) -> Reference:
-    """Class means and a shared covariance, shrunk by the rule of Ledoit and Wolf (2004).
+) -> OODReference:
+    """Fit class means and a shared covariance, with the shrinkage of Ledoit and Wolf (2004).
 
     Args:
         features: (n, F) of training images.
-        labels: (n,) their classes. Images of several labels, (n, K), and classes of fewer than two
-            images on average are taken as one class.
-        held_out: (m, F) of images that the model did not learn from.
-
-    Raises:
-        VitcliError: fewer than two images, or features that are not numbers.
+        labels: (n,) classes. Multi-label images, (n, K), and classes with fewer than two images on
+            average count as one class.
+        held_out: (m, F) of images that the model was not trained on.
     """
     from sklearn.covariance import LedoitWolf
 
     if len(features) < 2 or len(held_out) < 1:
         raise VitcliError(
-            f"{len(features)} images and {len(held_out)} held out are too few to say what is usual",
-            "give more of them with `--reference DATA`",
+            f"{len(features)} images and {len(held_out)} held-out images are too few for an OOD "
+            "reference",
+            "give a larger dataset with `--reference DATA`",
         )
     if not (np.isfinite(features).all() and np.isfinite(held_out).all()):
-        raise VitcliError("the model's features are not finite", "its weights are damaged")
+        raise VitcliError("the features of the model are not finite", "its weights are damaged")
+    # float64: the covariance of 30,000 x 1,000 features is inverted below.
     x = features.astype(np.float64)
     x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     centre = x.mean(axis=0)
@@ -112,72 +115,62 @@ def fit_reference(
     means = np.zeros((len(classes), x.shape[1]))
     np.add.at(means, place, x)
     means /= np.bincount(place)[:, None]  # (K, F)
+    # Shrinkage makes the covariance invertible with fewer images than features.
     fitted = LedoitWolf(assume_centered=True).fit(x - means[place])
-    values, vectors = np.linalg.eigh(fitted.covariance_)
-    # Features that do not vary at all, such as those of a dead unit, say nothing.
-    floor = max(values[-1], 1e-12) * 1e-7
-    whiten = vectors / np.sqrt(np.maximum(values, floor))  # (F, F)
-    parts = {"centre": centre, "whiten": whiten, "means": means @ whiten}
-    tensors = {name: torch.from_numpy(a.astype(np.float32)) for name, a in parts.items()}
-    reference = Reference(**tensors, held_out=torch.zeros(0), facts=facts or {})
+    eigenvalues, vectors = np.linalg.eigh(fitted.covariance_)
+    # A constant feature, such as that of a dead unit, has an eigenvalue near 0. Without a floor
+    # its inverse would decide every distance.
+    floor = max(eigenvalues[-1], 1e-12) * 1e-7
+    whiten = vectors / np.sqrt(np.maximum(eigenvalues, floor))  # (F, F)
+    arrays = {"centre": centre, "whiten": whiten, "means": means @ whiten}
+    tensors = {name: torch.from_numpy(a.astype(np.float32)) for name, a in arrays.items()}
+    reference = OODReference(**tensors, held_out=torch.zeros(0), facts=facts or {})
     distances = reference.distances(torch.from_numpy(held_out)).sort().values
     return replace(reference, held_out=distances)
 
 
-def save_reference(path: Path, reference: Reference) -> None:
-    """Write it as a safetensors file, whole or not at all; raises as `replacing` does."""
+def save_reference(path: Path, reference: OODReference) -> None:
+    """Write a safetensors file atomically; raises as `replacing` does."""
     metadata = {"vitcli_reference": json.dumps({"format": FORMAT, **reference.facts})}
-    save_tensors(path, {name: getattr(reference, name) for name in NAMES}, metadata)
+    save_tensors(path, {name: getattr(reference, name) for name in TENSORS}, metadata)
 
 
-def load_reference(path: Path) -> Reference:
-    """What `save_reference` wrote.
-
-    Raises:
-        VitcliError: it is damaged, or of a newer vitcli.
-    """
+def load_reference(path: Path) -> OODReference:
+    """Read what `save_reference` wrote."""
     from safetensors import safe_open
 
     tensors = load_weights(path)
     with safe_open(path, framework="pt") as file:
-        said = (file.metadata() or {}).get("vitcli_reference", "")
+        header = (file.metadata() or {}).get("vitcli_reference", "")
     try:
-        facts = json.loads(said)
+        facts = json.loads(header)
         if facts["format"] != FORMAT:
-            raise ValueError(f"format {facts['format']}, not {FORMAT}")
-        found = Reference(**{name: tensors[name] for name in NAMES}, facts=facts)
+            raise ValueError(f"its format is {facts['format']}, not {FORMAT}")
+        found = OODReference(**{name: tensors[name] for name in TENSORS}, facts=facts)
         width = len(found.centre)
         if found.whiten.shape != (width, width) or found.means.shape[1:] != (width,):
-            raise ValueError("its tensors do not fit together")
+            raise ValueError("the shapes of its tensors do not agree")
         if found.held_out.ndim != 1 or not len(found.held_out):
-            raise ValueError("no held-out images")
+            raise ValueError("it has no held-out images")
         return found
     except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
         raise VitcliError(
-            f"the reference features in `{path}` cannot be used: {error}",
-            "remove the file; `--reference DATA` makes it again",
+            f"the OOD reference `{path}` cannot be used: {error}",
+            "remove the file, and make it again with `--reference DATA`",
         ) from None
 
 
-FOLDER = "reference"
-# Enough for every mean and the covariance of a thousand features, and little enough for a laptop.
-MOST_FITTED = 30_000
-MOST_HELD_OUT = 10_000
-
-
 @dataclass(frozen=True)
-class References:
-    """The reference features of one model.
+class ReferenceStore:
+    """The stored OOD reference of one model.
 
-    They lie in a file named after a hash of what makes the features, in the folder `reference`
-    beside the weights; where that cannot be written to, or the weights are no file here, in the
-    folder for caches. A model with another head has the same.
+    The file name is a hash of everything that makes the features, so a model with another head
+    has the same reference. The file is in the folder `reference` beside the weights; if that is
+    not writable, or the weights are not local, it is in the cache folder.
 
     Attributes:
-        net: the model.
         name: MODEL as the user wrote it.
         section: the `[data]` settings for DATA.
-        batch_size, precision: as of the prediction.
     """
 
     net: LoadedModel
@@ -187,98 +180,98 @@ class References:
     precision: str
     watch: Watcher
 
-    def get(self, data: str | None) -> Reference:
-        """Those that are kept; else, or where they are of other data, those of `data`, kept.
+    def get(self, data: str | None) -> OODReference:
+        """Return the stored reference, or make and store one of `data`.
 
         Args:
-            data: DATA; None takes what is kept, else the data that the run learned from.
-
-        Raises:
-            VitcliError: there are none, and no data to make them of; or DATA cannot be used.
+            data: DATA; it replaces a stored reference of other data. None uses the stored
+                reference, else the data that the run was trained on.
         """
         key = model_hash(self.net, head=False)
-        kept = self._kept(key, strict=data is None)
-        if data is None and kept is not None:
-            return kept
-        source = self._source(data)
-        if kept is not None and kept.facts.get("fingerprint") == source.fingerprint:
-            return kept
+        stored = self._load(key, strict=data is None)
+        if data is None and stored is not None:
+            return stored  # without opening the data, which may be gone
+        source = self._open_source(data)
+        if stored is not None and stored.facts.get("fingerprint") == source.fingerprint:
+            return stored
         for line in source.notes:
             self.watch.note(line)
-        if kept is not None:
-            self.watch.note(f"these replace the reference features of {kept.facts.get('data')}")
-        made = self._fit(source, key)
-        self._keep(made, key)
+        if stored is not None:
+            self.watch.note(f"replacing the OOD reference of {stored.facts.get('data')}")
+        made = self._make(source, key)
+        self._save(made, key)
         return made
 
-    def _places(self, key: str) -> Iterator[Path]:
+    def _paths(self, key: str) -> Iterator[Path]:
+        name = f"{key[:16]}.safetensors"
         with suppress(OSError, ValueError):
             path = Path(self.name)
             if path.exists():
-                yield (path if path.is_dir() else path.parent) / FOLDER / f"{key[:16]}.safetensors"
-        yield cache_folder() / FOLDER / f"{key[:16]}.safetensors"
+                yield (path if path.is_dir() else path.parent) / FOLDER / name
+        yield cache_folder() / FOLDER / name
 
-    def _kept(self, key: str, *, strict: bool) -> Reference | None:
-        for place in self._places(key):
-            if place.is_file():
+    def _load(self, key: str, *, strict: bool) -> OODReference | None:
+        for path in self._paths(key):
+            if path.is_file():
                 try:
-                    return load_reference(place)
+                    return load_reference(path)
                 except VitcliError:
-                    if strict:
+                    if strict:  # with DATA, a damaged file is simply made again
                         raise
         return None
 
-    def _keep(self, made: Reference, key: str) -> None:
-        for place in self._places(key):
+    def _save(self, made: OODReference, key: str) -> None:
+        for path in self._paths(key):
             with suppress(OSError, VitcliError):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                save_reference(place, made)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_reference(path, made)
                 facts = made.facts
                 self.watch.note(
-                    f"reference features of {facts['images']:,} images of {facts['data']}, "
-                    f"{facts['held_out']:,} held out: {place}"
+                    f"stored the OOD reference ({facts['images']:,} images of {facts['data']}, "
+                    f"{facts['held_out']:,} held out) in {path}"
                 )
                 return
-        self.watch.warn("the reference features could not be kept; the next time makes them again")
+        self.watch.warn("cannot store the OOD reference; the next command computes it again")
 
-    def _source(self, data: str | None) -> Source:
-        """The data; of the run's own its own split."""
+    def _open_source(self, data: str | None) -> Source:
+        """Open DATA, or the data of the run with the split of the run."""
         run = Run(Path(self.name))
         own = run.data_section()
         if data is None and (own is None or own.name is None):
             raise VitcliError(
-                f"there are no reference features for `{printable(self.name)}`, and it does not "
-                "say what it learned from",
-                "`--reference DATA`, once: images like those that it is meant for",
+                f"there is no OOD reference for `{printable(self.name)}`, and it does not record "
+                "its training data",
+                "give in-distribution images once with `--reference DATA`",
             )
-        mine = own is not None and data in (None, own.name)
-        section = own if mine and own is not None else self.section
+        is_own = own is not None and data in (None, own.name)
+        section = own if is_own and own is not None else self.section
+        # A reference takes images that are spread over the set, so it needs random access.
         section = section.model_copy(update={"streaming": False})
         try:
-            source = open_data(section, data, labelled=mine, watch=self.watch)
+            source = open_data(section, data, labelled=is_own, watch=self.watch)
         except VitcliError as error:
             if data is not None:
                 raise
             raise VitcliError(
-                f"the data that `{printable(self.name)}` learned from: {error.message}",
-                "`--reference DATA` says where they are now, or gives others",
+                f"cannot open the training data of `{printable(self.name)}`: {error.message}",
+                "give their new path, or other data, with `--reference DATA`",
             ) from None
         known = run.provenance().get("data", {}).get("fingerprint")
-        if mine and known not in (None, source.fingerprint):
-            self.watch.warn(f"{section.name} has changed since `{self.name}` learned from it")
+        if is_own and known not in (None, source.fingerprint):
+            self.watch.warn(f"{section.name} has changed since `{self.name}` was trained on it")
         return source
 
-    def _fit(self, source: Source, key: str) -> Reference:
+    def _make(self, source: Source, key: str) -> OODReference:
         try:
             train, held_out = source.split("train"), source.split("test", "validation")
         except VitcliError as error:
             raise VitcliError(
                 error.message,
-                "reference features take training images, and held-out ones that say how far is "
-                "usual; `--set data.test_fraction=0.2` holds some out",
+                "an OOD reference needs training images and held-out images; hold some out with "
+                "`--set data.test_fraction=0.2`",
             ) from None
-        fitted = self._features(train, MOST_FITTED, "reference images")
-        others = self._features(held_out, MOST_HELD_OUT, "held-out images")
+        fitted = self._features(train, MAX_FITTED_IMAGES, "reference images")
+        others = self._features(held_out, MAX_HELD_OUT_IMAGES, "held-out images")
         facts: dict[str, Any] = {
             "data": source.notation,
             "fingerprint": source.fingerprint,
@@ -288,9 +281,11 @@ class References:
         }
         return fit_reference(fitted.outputs, fitted.labels, others.outputs, facts)
 
-    def _features(self, images: ImageSet, most: int, label: str) -> Extracted:
-        if len(images) > most:
-            images = images.subset(np.linspace(0, len(images) - 1, most).astype(np.int64))
+    def _features(self, images: ImageSet, max_images: int, label: str) -> Extracted:
+        if len(images) > max_images:
+            # Evenly spaced: datasets are often sorted by class.
+            rows = np.linspace(0, len(images) - 1, max_images).astype(np.int64)
+            images = images.subset(rows)
         return extract(
             self.net,
             images,

@@ -32,11 +32,7 @@ def evaluation_files(result: Evaluation, folder: Path) -> dict[str, str]:
 
 
 def write_evaluation_files(result: Evaluation, images: ImageSet) -> None:
-    """Write `result.files`; their folder exists.
-
-    Raises:
-        VitcliError: a file cannot be written.
-    """
+    """Write `result.files`; their folder exists."""
     details, metrics = result.details, result.metrics
     if details is None or not isinstance(metrics, SingleLabelMetrics):
         return
@@ -77,9 +73,6 @@ def write_confusion(
 
     Args:
         display_names: class name -> the name that the picture shows.
-
-    Raises:
-        VitcliError: a file cannot be written.
     """
     shown = display_names or {}
     with (
@@ -92,11 +85,12 @@ def write_confusion(
             writer.writerow([name, *row])
     if picture is None:
         return
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not pyplot: it keeps global state and needs a backend
 
     size = max(4.0, 0.35 * len(columns) + 2)
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
+    # Colour by share of the row, or a large class would outshine all others.
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(columns)), [shown.get(n, n) for n in columns], rotation=90)
@@ -117,9 +111,6 @@ def write_reliability(path: Path, diagrams: Sequence[tuple[str, ReliabilityBins,
 
     Args:
         diagrams: title, bins, expected calibration error.
-
-    Raises:
-        VitcliError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -137,6 +128,7 @@ def write_reliability(path: Path, diagrams: Sequence[tuple[str, ReliabilityBins,
         upper.set_ylim(0, 1)
         upper.set_ylabel("accuracy")
         share = bins.images[full] / bins.images.sum()
+        # A bar may be far off the diagonal and hold two images: show how many each has.
         lower.bar(left, share, width, align="edge", color="#b0b0b0", edgecolor="white")
         lower.set_ylabel("share of images")
         lower.set_xlabel("confidence")

@@ -1,4 +1,4 @@
-"""From paths of images to rows: names, probabilities, doubts; decoded ahead, in order."""
+"""Predict classes for image files: decode ahead, run the model in batches, make rows in order."""
 
 import os
 from collections import deque
@@ -15,31 +15,28 @@ from vitcli.decode import ImageError
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.evals.features import autocast, check_finite
-from vitcli.evals.ood import Reference
-from vitcli.evals.writers import Row
+from vitcli.evals.ood import OODReference
+from vitcli.evals.writers import PredictionRow
 from vitcli.progress import Bar, QuietBar
 from vitcli.weights.loaded import LoadedModel
 
-MAX_THREADS = 16
+MAX_THREADS = 16  # limits the memory of images that are being decoded
+
+TopClasses = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Doubts:
-    """When a model says nothing rather than something wrong.
+class AbstainRules:
+    """When an image gets no label.
 
     Attributes:
-        threshold: the least probability of an answer, 0..1; None answers always.
-        reference: features of images that are like those the model learned from; None does not
-            look for outliers.
-        ood_threshold: the largest share of such images, 0..1, that may lie nearer than an image
-            that is answered; None only tells the share.
-
-    Raises:
-        VitcliError: a share that is none.
+        threshold: lowest probability of a label, 0..1; None always gives a label.
+        reference: in-distribution features; None computes no OOD score.
+        ood_threshold: highest OOD score of a labelled image, 0..1; None only reports the score.
     """
 
     threshold: float | None = None
-    reference: Reference | None = None
+    reference: OODReference | None = None
     ood_threshold: float | None = None
 
     def __post_init__(self) -> None:
@@ -48,31 +45,31 @@ class Doubts:
             ("--ood-threshold", self.ood_threshold),
         ):
             if value is not None and not 0 <= value <= 1:
-                raise VitcliError(f"`{flag}` is {value}", "it lies between 0 and 1")
+                raise VitcliError(f"`{flag}` is {value}", "give a number from 0 to 1")
 
     @property
-    def abstains(self) -> bool:
-        """Whether there may be images without an answer."""
+    def can_abstain(self) -> bool:
+        """Whether any image may get no label."""
         return self.threshold is not None or self.ood_threshold is not None
 
     @property
     def columns(self) -> list[str]:
-        """What a row has besides the usual."""
-        found = ["abstained"] if self.abstains else []
-        return found + (["ood", "ood_distance"] if self.reference is not None else [])
+        """The columns that these rules add to a row."""
+        columns = ["abstained"] if self.can_abstain else []
+        return columns + (["ood", "ood_distance"] if self.reference is not None else [])
 
-    def noted(self, row: Row, ood: float | None, distance: float | None) -> Row:
-        """The row with what is doubtful about it; without its label where that is too much.
+    def apply(self, row: PredictionRow, ood: float | None, distance: float | None) -> PredictionRow:
+        """Add the columns to a row, and remove its label if the image is rejected.
 
-        The guesses stay in `top`, and `error` stays null: that alone tells an image that could not
-        be read. Not a number, a probability is no answer either.
+        The classes stay in `top`. `error` stays None: only unreadable images have an error.
         """
-        if self.abstains and row["error"] is None:
+        if self.can_abstain and row["error"] is None:
+            # `not >=` and not `<`: a probability that is NaN must not become a label.
             unsure = self.threshold is not None and not row["probability"] >= self.threshold
             far = self.ood_threshold is not None and not (ood or 0.0) <= self.ood_threshold
             row["abstained"] = unsure or far
             row["label"] = None if row["abstained"] else row["label"]
-        elif self.abstains:
+        elif self.can_abstain:
             row["abstained"] = False
         if self.reference is not None:
             row |= {"ood": ood, "ood_distance": distance}
@@ -80,86 +77,91 @@ class Doubts:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Makes rows of images.
+class ImagePredictor:
+    """Makes one row for each image file.
 
     Args:
-        net: a classifier, in eval mode.
-        views: what it is shown of each image; their probabilities are averaged.
-        doubts: when it abstains.
-        top: how many classes in `top`.
-        batch_size: images of one forward pass; as many more are decoded meanwhile.
+        net: a classifier in eval mode.
+        transform: makes the views of each image; their probabilities are averaged.
+        rules: when an image gets no label.
+        top: number of classes in `top`.
+        batch_size: images per forward pass.
         precision: `auto` is fp32.
     """
 
     net: LoadedModel
-    views: TTATransform
-    doubts: Doubts
+    transform: TTATransform
+    rules: AbstainRules
     top: int = 5
     batch_size: int = 32
     precision: str = "auto"
 
-    def rows(self, files: Iterable[str], bar: Bar | None = None) -> Generator[Row, None, None]:
-        """One row a file, in order; an image that cannot be read has its reason in `error`.
+    def rows(
+        self, files: Iterable[str], bar: Bar | None = None
+    ) -> Generator[PredictionRow, None, None]:
+        """One row per file, in order; an unreadable image has its reason in `error`.
 
-        Which images share a batch depends on their places alone: from a place that the batch size
-        divides, a part of the files gives the rows that all of them give.
+        The composition of a batch depends only on positions. A part of the files that starts at
+        a multiple of the batch size gives the same rows as all files do.
         """
         bar = bar or QuietBar()
-        for batch in self._decoded(files):
+        for batch in self._decoded_batches(files):
             pixels = [image for _, image in batch if isinstance(image, Tensor)]
-            known = iter(self._batch(torch.stack(pixels)) if pixels else [])
-            for file, image in batch:
+            predicted = iter(self._predict_batch(torch.stack(pixels)) if pixels else [])
+            for path, image in batch:
                 if isinstance(image, Tensor):
-                    yield self._row(file, *next(known))
+                    top, ood, distance = next(predicted)
+                    row: PredictionRow = {"path": path, **top[0], "top": top, "error": None}
+                    yield self.rules.apply(row, ood, distance)
                 else:
-                    yield self.doubts.noted(_unread(file, image), None, None)
+                    empty: PredictionRow = {
+                        "path": path,
+                        "label": None,
+                        "probability": None,
+                        "top": [],
+                    }
+                    yield self.rules.apply({**empty, "error": image}, None, None)
             bar.advance(len(batch))
 
-    def _row(
-        self, path: str, top: list[dict[str, Any]], ood: float | None, distance: float | None
-    ) -> Row:
-        row: Row = {"path": path, **top[0], "top": top, "error": None}
-        return self.doubts.noted(row, ood, distance)
-
-    def _batch(
-        self, pixels: Tensor
-    ) -> list[tuple[list[dict[str, Any]], float | None, float | None]]:
-        """(B, crops, C, Y, X) uint8 -> for each image its best classes, and how far off it lies."""
+    def _predict_batch(self, pixels: Tensor) -> list[tuple[TopClasses, float | None, float | None]]:
+        """(B, crops, C, Y, X) uint8 -> top classes, OOD score and distance of each image."""
         device = pick_device()
-        preprocess, net = self.views.preprocess, self.net
-        shares: Tensor | None = None
+        preprocess, net, reference = self.transform.preprocess, self.net, self.rules.reference
+        total: Tensor | None = None
         distances = None
-        for view in self.views.views(pixels.to(device)):  # (B, C, Y, X)
+        for view in self.transform.views(pixels.to(device)):  # (B, C, Y, X)
             with torch.inference_mode(), autocast(self.precision, device):
                 features = net.features(preprocess.normalize(view))  # (B, F)
-                logits = net.network.classify(features)  # (B, K)
-                found = net.probabilities(logits)  # (B, K)
-            if shares is None and self.doubts.reference is not None:
-                distances = self.doubts.reference.distances(features)
-            shares = found if shares is None else shares + found
-        assert shares is not None
-        values, order = (shares / self.views.count).cpu().topk(self.top, dim=1)
+                probabilities = net.probabilities(net.network.classify(features))  # (B, K)
+            if total is None and reference is not None:
+                # The first view is the plain one, as for the features of the reference.
+                distances = reference.distances(features)
+            total = probabilities if total is None else total + probabilities
+        assert total is not None
+        # Average probabilities, not logits: a view with large logits would decide alone.
+        values, order = (total / self.transform.count).cpu().topk(self.top, dim=1)
         check_finite(bool(values.isfinite().all()), net)
         names = net.labels or tuple(str(i) for i in range(net.config.num_classes))
-        best = [
+        top_classes = [
             [{"label": names[i], "probability": p} for i, p in zip(*pair, strict=True)]
             for pair in zip(order.tolist(), values.tolist(), strict=True)
         ]
-        if distances is None or self.doubts.reference is None:
-            return [(top, None, None) for top in best]
-        far = self.doubts.reference.shares(distances).tolist()
-        return list(zip(best, far, distances.tolist(), strict=True))
+        if distances is None or reference is None:
+            return [(top, None, None) for top in top_classes]
+        scores = reference.scores(distances).tolist()
+        return list(zip(top_classes, scores, distances.tolist(), strict=True))
 
-    def _decoded(self, files: Iterable[str]) -> Iterator[list[tuple[str, Tensor | str]]]:
-        """Batches of (path, (crops, C, Y, X) uint8 or the reason why not), decoded ahead."""
+    def _decoded_batches(self, files: Iterable[str]) -> Iterator[list[tuple[str, Tensor | str]]]:
+        """Batches of (path, (crops, C, Y, X) uint8 or the reason why it cannot be read)."""
 
         def read(file: str) -> Tensor | str:
             try:
-                return self.views.pixels(file)
+                return self.transform.pixels(file)
             except ImageError as error:
                 return error.reason
 
+        # Threads decode the next batch while the model runs: PIL releases the GIL. Two batches
+        # are the limit, so that memory does not grow with the number of files.
         waiting: deque[tuple[str, Future[Tensor | str]]] = deque()
         rest = iter(files)
         with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
@@ -176,7 +178,3 @@ class Answers:
                     yield [(name, future.result()) for name, future in ready]
             finally:
                 pool.shutdown(cancel_futures=True)
-
-
-def _unread(path: str, reason: str) -> Row:
-    return {"path": path, "label": None, "probability": None, "top": [], "error": reason}

@@ -21,11 +21,7 @@ REAL_HINT = (
 
 
 def read_real_labels(path: str | os.PathLike[str]) -> list[list[int]]:
-    """Read the classes (0 to 999) of each validation image, in the order of the file numbers.
-
-    Raises:
-        VitcliError: the file cannot be read or has another form.
-    """
+    """Read the classes (0 to 999) of each validation image, in the order of the file numbers."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -33,6 +29,7 @@ def read_real_labels(path: str | os.PathLike[str]) -> list[list[int]]:
     valid = isinstance(values, list) and bool(values)
     for one in values if valid else []:
         valid = valid and isinstance(one, list)
+        # `type is int`: JSON `true` would pass isinstance as class 1.
         valid = valid and all(type(c) is int and 0 <= c < NUM_CLASSES for c in one)
     if not valid:
         raise VitcliError(f"`{path}` is not a list of lists of classes from 0 to 999", REAL_HINT)
@@ -47,10 +44,9 @@ def real_targets(
     Args:
         indices: (n,) images of the set; the number in its file name identifies an image.
         outputs: (1000,) output of each class of ImageNet-1k.
-
-    Raises:
-        VitcliError: no file name has a number, or a number is larger than the list.
     """
+    # ReaL has one list per image in the order of the official numbers. The order of the files here
+    # may be another one, so the number in the name decides, never the position.
     sets: list[list[int]] = []
     numbered = 0
     for index in indices.tolist():

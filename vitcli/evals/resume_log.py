@@ -1,11 +1,12 @@
-"""Rows of a long prediction, kept as they come, so that the same command can go on with them.
+"""The resume log of a long prediction: finished rows, so that `--resume` continues after them.
 
-The journal is a file of JSON lines beside the table that is to be: first what was asked for, then a
-row a line, on its way to the disk before the row is handed on. The tables are made of it when the
-last row is there, each whole or not at all, and the journal goes away. Tables in parquet have an
-end that cannot be appended to; made this way they are the same bytes as without a break, whichever
-the format.
+The log is a file of JSON lines beside the first output file. Its first line holds the settings,
+each further line a row. A row is in the log before the caller gets it. When the last row is done,
+the output files are written from the log and the log is removed.
 """
+
+# A log instead of appending to the output files: parquet ends in a footer and cannot be appended
+# to. And files that are written at the end are the same bytes with and without an interruption.
 
 import json
 import os
@@ -17,106 +18,93 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vitcli.errors import VitcliError, printable
-from vitcli.evals.writers import Row, Tables
+from vitcli.evals.writers import OutputFiles, PredictionRow
+from vitcli.files import exclusive
 
-ENDING = ".part"
-HEAD = "vitcli predict"  # the key of the first line
+SUFFIX = ".part"
+SETTINGS_KEY = "vitcli predict"  # the key of the first line
 
 
 @dataclass
-class Tally:
-    """How many rows there were, of images that could not be read, and without an answer."""
+class PredictionCounts:
+    """Number of rows, of unreadable images, and of images without a label."""
 
     count: int = 0
     failed: int = 0
     abstained: int = 0
 
-    def add(self, row: Row) -> None:
+    def add(self, row: PredictionRow) -> None:
         """Count a row."""
         self.count += 1
         self.failed += row["error"] is not None
         self.abstained += bool(row.get("abstained"))
 
 
-class Journal:
-    """Rows that were written down.
-
-    Args:
-        path: the file.
-        settings: what was asked for; a row of other settings would not fit the others.
-    """
+class ResumeLog:
+    """The log file `path` of a prediction with `settings`."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.settings = dict(settings)
+        self.settings = json.loads(json.dumps(settings))  # as they compare after reading
         self._file: TextIO | None = None
-        self._lines = 0
+        self._num_rows = 0
 
-    def rows(self) -> Iterator[Row]:
-        """The rows, read from the file."""
+    def rows(self) -> Iterator[PredictionRow]:
+        """Read the rows."""
         with self.path.open("rb") as file:
             next(file, b"")
             for line in file:
                 yield json.loads(line)
 
-    def add(self, row: Row) -> None:
-        """Write a row down; raises as `_writing` does."""
+    def add(self, row: PredictionRow) -> None:
+        """Append a row."""
         assert self._file is not None
-        with _writing(self.path):
+        with _write_errors(self.path):
             self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-        self._lines += 1
+            self._file.flush()  # so that a killed process loses no row that the caller has seen
+        self._num_rows += 1
 
     def remove(self) -> None:
-        """The rows are elsewhere now."""
+        """Remove the file."""
         self.path.unlink(missing_ok=True)
 
-    def take_up(self, tally: Tally) -> None:
-        """Count the whole rows of an interrupted run, and cut off what follows them.
-
-        Raises:
-            VitcliError: they were made with other settings, which are named.
-        """
+    def reopen(self, counts: PredictionCounts) -> None:
+        """Count the complete rows of an interrupted run, and cut off the rest of the file."""
         end = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file):
-                found = _whole(line)
+                found = _parse_line(line)
                 if number == 0:
-                    _compare(self.path, found.get(HEAD) if found else None, self.settings)
+                    _check_settings(self.path, found and found.get(SETTINGS_KEY), self.settings)
                 elif found is None or not found.keys() >= {"path", "error"}:
-                    break  # half a line: the power went, or the disk was full
+                    break  # an incomplete line, after a power failure or on a full disk
                 else:
-                    tally.add(found)
+                    counts.add(found)
                 end += len(line)
-        self._lines = tally.count
+        self._num_rows = counts.count
         os.truncate(self.path, end)
 
-    def after(self, files: Iterable[str], batch_size: int) -> tuple[Iterator[str], int]:
-        """The files that are still to be looked at, and how many of their rows are here already.
-
-        They begin with the batch that was broken off, so that every image is in the same company
-        as without the break, and its figures are the same to the last bit.
-
-        Raises:
-            VitcliError: the files are not those of the rows.
-        """
+    def remaining(self, files: Iterable[str], batch_size: int) -> tuple[Iterator[str], int]:
+        """The files to predict, and how many of them have rows already."""
+        # Start with the batch that was interrupted: batched matrix products round differently in
+        # batches of another composition, and a resumed run must give the same bits.
         rest = iter(files)
-        held: list[str] = []
+        batch: list[str] = []
         for number, row in enumerate(self.rows()):
             file = next(rest, None)
             if file is None or file != row["path"]:
-                there = f"`{printable(file)}`" if file is not None else "no more images"
-                written = printable(row["path"])
+                now = f"image `{printable(file)}`" if file is not None else "no more images"
                 raise VitcliError(
-                    f"`{self.path}`: row {number + 1} is of `{written}`; there is {there} now",
-                    f"the images must be the same; to begin anew, remove `{self.path}`",
+                    f"`{self.path}`: row {number + 1} is of `{printable(row['path'])}`, but the "
+                    f"command now has {now} there",
+                    f"give the same images, or remove `{self.path}` to start again",
                 )
             if number % batch_size == 0:
-                held.clear()
-            held.append(file)
-        if self._lines % batch_size == 0:
-            held.clear()
-        return chain(held, rest), len(held)
+                batch.clear()
+            batch.append(file)
+        if self._num_rows % batch_size == 0:
+            batch.clear()
+        return chain(batch, rest), len(batch)
 
     @contextmanager
     def _open(self) -> Iterator[None]:
@@ -124,106 +112,88 @@ class Journal:
             try:
                 yield
             finally:
-                if self._lines == 0:
+                if self._num_rows == 0:  # an empty log would be an obstacle without use
                     self.remove()
 
 
 @contextmanager
-def journal(
-    table: Path, settings: Mapping[str, Any], tally: Tally, *, resume: bool
-) -> Iterator[Journal]:
-    """The journal of `table`, held for this process alone: new, or taken up with `resume`.
+def open_resume_log(
+    output: Path, settings: Mapping[str, Any], counts: PredictionCounts, *, resume: bool
+) -> Iterator[ResumeLog]:
+    """Open the log of the output file `output` for this process alone: new, or with `resume`.
 
-    It stays when the block is left before `remove`, if it has any row.
-
-    Args:
-        tally: counts the rows that are there already.
-
-    Raises:
-        VitcliError: another process writes it; it holds rows of this very command and `resume` is
-            not set; it cannot be written.
+    If the block ends before `remove`, a log with rows stays. `counts` gets the rows in the log.
     """
-    path = _place(table)
-    book = Journal(path, json.loads(json.dumps(settings)))
-    with _alone(path, table):
+    path = _log_path(output)
+    log = ResumeLog(path, settings)
+
+    # Two processes would interleave their rows in one log.
+    def busy() -> VitcliError:
+        return VitcliError(
+            f"another process is writing `{output}`", "wait for it, or choose another file name"
+        )
+
+    with exclusive(path.with_name(f".{path.name}.lock"), busy):
         if resume and path.exists():
-            book.take_up(tally)
+            log.reopen(counts)
         else:
-            _refuse_to_lose(path, book.settings)
-            with _writing(path):
-                path.write_text(json.dumps({HEAD: book.settings}) + "\n", encoding="utf-8")
-        with book._open():
-            yield book
+            _check_not_forgotten(path, log.settings)
+            with _write_errors(path):
+                path.write_text(json.dumps({SETTINGS_KEY: log.settings}) + "\n", encoding="utf-8")
+        with log._open():
+            yield log
 
 
-def finished(tables: Tables) -> bool:
-    """Whether all of them are there, and no journal that says otherwise."""
-    return not _place(tables.paths[0]).exists() and all(p.exists() for p in tables.paths)
+def is_finished(files: OutputFiles) -> bool:
+    """Whether every output file exists and no log is left."""
+    return not _log_path(files.paths[0]).exists() and all(p.exists() for p in files.paths)
 
 
-def _place(table: Path) -> Path:
-    return table.with_name(table.name + ENDING)
+def _log_path(output: Path) -> Path:
+    return output.with_name(output.name + SUFFIX)
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise VitcliError(
-            f"cannot write `{path}`: {error.strerror}", "free some space or choose another place"
+            f"cannot write `{path}`: {error.strerror}", "free some space or choose another path"
         ) from None
 
 
-@contextmanager
-def _alone(path: Path, table: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    with _writing(path):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise VitcliError(
-                f"another process is writing `{table}`", "wait for it, or choose another name"
-            ) from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
-def _refuse_to_lose(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raises where somebody most likely forgot `--resume`."""
+def _check_not_forgotten(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise if the log has rows of this command: the user probably forgot `--resume`."""
     if not path.is_file():
         return
     with path.open("rb") as file:
-        found = _whole(next(file, b"")) or {}
+        found = _parse_line(next(file, b"")) or {}
         rows = sum(line.endswith(b"\n") for line in file)
-    if rows and found.get(HEAD) == settings:
+    if rows and found.get(SETTINGS_KEY) == settings:
         raise VitcliError(
-            f"`{path}` holds {rows:,} rows of this command, which was interrupted",
-            f"`--resume` goes on with them; to begin anew, remove `{path}`",
+            f"`{path}` has {rows:,} rows of this command, which was interrupted",
+            f"continue with `--resume`, or remove `{path}` to start again",
         )
 
 
-def _whole(line: bytes) -> dict[str, Any] | None:
-    """The object on a line that came to its end."""
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object on a complete line; None for a line that was cut off."""
     with suppress(ValueError):
         if line.endswith(b"\n") and isinstance(found := json.loads(line), dict):
             return found
     return None
 
 
-def _compare(path: Path, there: Any, here: Mapping[str, Any]) -> None:
-    if not isinstance(there, dict):
-        raise VitcliError(f"`{path}` is no journal of `vitcli predict`", "remove it to begin anew")
-    differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
-    if differing:
+def _check_settings(path: Path, logged: Any, settings: Mapping[str, Any]) -> None:
+    if not isinstance(logged, dict):
         raise VitcliError(
-            f"the rows in `{path}` were made with other settings; these differ: "
+            f"`{path}` is not a resume log of `vitcli predict`", f"remove `{path}` to start again"
+        )
+    keys = sorted(logged.keys() | settings.keys())
+    if differing := [key for key in keys if logged.get(key) != settings.get(key)]:
+        raise VitcliError(
+            f"the rows in `{path}` were made with other settings: "
             + ", ".join(f"`{key}`" for key in differing),
-            f"give the first command again with `--resume`, or remove `{path}` to begin anew",
+            f"repeat the first command with `--resume`, or remove `{path}` to start again",
         )

@@ -19,7 +19,7 @@ PerClass = dict[str, dict[str, float | int | None]]
 
 BLOCK_VALUES = 2**22  # logits that are converted to float64 at a time
 NO_TARGET = -1  # fills up rows of a target table that have fewer right outputs than others
-ECE_BINS = 15  # Guo et al. (2017), section 4
+ECE_BINS = 15  # Guo et al. (2017), table 1
 THRESHOLD = 0.5  # probability from which a multi-label class counts as predicted
 
 
@@ -64,12 +64,14 @@ def score_logits(logits: Floats, targets: ArrayLike, temperature: float = 1.0) -
     n, k = logits.shape
     predicted, num_higher = np.empty(n, np.int64), np.empty(n, np.int64)
     confidence, loss = np.empty(n), np.empty(n)
+    # float64: in float32 a confidence of 1 - 1e-9 is 1, and the loss of such an image is 0.
     for rows in row_blocks(n, k):
         z = logits[rows].astype(np.float64)
         best = target_values(z, table[rows]).max(axis=1, keepdims=True)
         predicted[rows] = z.argmax(axis=1)
+        # Ranks by `>`: equal logits do not count against the image, whatever the sort order.
         num_higher[rows] = (z > best).sum(axis=1)
-        log_p = log_softmax(z / temperature)
+        log_p = log_softmax(z / temperature)  # only here: a temperature changes no ranking
         confidence[rows] = np.exp(log_p.max(axis=1))
         loss[rows] = -_logsumexp(target_values(log_p, table[rows]))
     correct = (table == predicted[:, None]).any(axis=1)
@@ -78,6 +80,7 @@ def score_logits(logits: Floats, targets: ArrayLike, temperature: float = 1.0) -
 
 def restricted_argmax(logits: Floats, outputs: Sequence[int] | Ints) -> Ints:
     """(n, K) logits -> (n,) the output with the highest logit among `outputs`."""
+    # Sorted: of equal logits argmax takes the first, as it does over all outputs.
     allowed = np.unique(np.asarray(outputs, dtype=np.int64))
     best = np.empty(len(logits), np.int64)
     for rows in row_blocks(*logits.shape):
@@ -179,7 +182,7 @@ def single_label_per_class(labels: Ints, predicted: Ints, names: Sequence[str]) 
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    present = np.unique(labels)
+    present = np.unique(labels)  # a class without images has no recall
     columns = precision_recall_fscore_support(labels, predicted, labels=present, zero_division=0)
     return {
         names[k]: {"precision": float(p), "recall": float(r), "f1": float(f), "images": int(count)}
@@ -222,12 +225,14 @@ def multi_label_metrics(probabilities: Floats, targets: NDArray[np.uint8]) -> Mu
     """
     from sklearn.metrics import average_precision_score
 
+    # Average precision is not defined without a positive; such a class is left out of the mean.
     positives = targets.sum(axis=0, dtype=np.int64)
     average_precision = np.full(targets.shape[1], np.nan)
     for k in np.flatnonzero(positives):
         average_precision[k] = average_precision_score(targets[:, k], probabilities[:, k])
     decided = probabilities >= THRESHOLD
     hits = int((decided & (targets == 1)).sum())
+    # F1 = 2 TP / (2 TP + FP + FN), and the denominator is all decisions plus all positives.
     total = int(decided.sum()) + int(positives.sum())
     return MultiLabelMetrics(
         images=len(targets),

@@ -1,4 +1,4 @@
-"""Rows -> CSV, JSON lines and parquet, a row at a time, so that memory does not grow."""
+"""Write predictions as CSV, JSON lines and parquet, row by row, in constant memory."""
 
 import csv
 import json
@@ -11,23 +11,17 @@ from typing import Any
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 
-# One object of `predict --json`: path, label, probability, top, error, and what was asked for.
-Row = dict[str, Any]
-Sink = Callable[[Row], object]
+# One object of `predict --json`: path, label, probability, top, error, and optional columns.
+PredictionRow = dict[str, Any]
+WriteRow = Callable[[PredictionRow], object]
 COLUMNS = ("path", "label", "probability", "top", "error")
-GROUP_ROWS = 4096  # of a row group in parquet
+# A row group is written at once: large enough to compress, small enough for memory.
+ROW_GROUP_SIZE = 4096  # rows of a parquet row group
 
 
 @dataclass(frozen=True)
-class Tables:
-    """The files that the same rows are written to.
-
-    Attributes:
-        csv, jsonl, parquet: paths; None for no such file.
-
-    Raises:
-        VitcliError: one of them is a folder or lies in none, or two are the same.
-    """
+class OutputFiles:
+    """The files that the same rows are written to; None for a format that is not wanted."""
 
     csv: Path | None = None
     jsonl: Path | None = None
@@ -36,45 +30,39 @@ class Tables:
     def __post_init__(self) -> None:
         for path in self.paths:
             if path.is_dir():
-                raise VitcliError(f"`{path}` is a folder", "the table is a file: give its name too")
+                raise VitcliError(
+                    f"`{path}` is a folder", f"give the name of a file, such as `{path / 'out'}`"
+                )
             if not path.parent.is_dir():
                 raise VitcliError(
-                    f"cannot write `{path}`: `{path.parent}` is no folder", "make it first"
+                    f"cannot write `{path}`: `{path.parent}` is not a folder",
+                    "create the folder first",
                 )
             if self.paths.count(path) > 1:
-                raise VitcliError(f"two tables are to be `{path}`", "give each its own name")
+                raise VitcliError(f"two output files have the name `{path}`", "rename one of them")
 
     @property
     def paths(self) -> list[Path]:
-        """Of all that are wanted, in a fixed order."""
+        """All wanted files, in a fixed order."""
         return [path for path in (self.csv, self.jsonl, self.parquet) if path is not None]
 
-    def write(self, rows: Callable[[], Iterable[Row]], columns: Sequence[str]) -> None:
-        """Write every table whole or not at all; `rows` is called once for each.
-
-        Raises:
-            VitcliError: one cannot be written.
-        """
-        makers = ((_csv, self.csv), (_jsonl, self.jsonl), (_parquet, self.parquet))
-        for make, path in makers:
+    def write(self, rows: Callable[[], Iterable[PredictionRow]], columns: Sequence[str]) -> None:
+        """Write every file atomically; `rows` is called once for each file."""
+        writers = ((_csv, self.csv), (_jsonl, self.jsonl), (_parquet, self.parquet))
+        for writer, path in writers:
             if path is not None:
-                with make(path, columns) as sink:
-                    for row in rows():
-                        sink(row)
+                with writer(path, columns) as write_row:
+                    for row in rows():  # read again from the log: no list of all rows
+                        write_row(row)
 
 
-def _plain(path: str) -> str:
-    """A path as text that every file can hold: bytes that are no UTF-8 are escaped."""
+def _utf8(path: str) -> str:
+    """A path that every file can hold: bytes that are not UTF-8 become escapes."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _cell(value: Any) -> Any:
-    """A value as it stands in a CSV file: as in JSON, nothing for null."""
-    return str(value).lower() if isinstance(value, bool) else value
-
-
 @contextmanager
-def _csv(path: Path, columns: Sequence[str]) -> Iterator[Sink]:
+def _csv(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
     with (
         replacing(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
@@ -82,35 +70,38 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[Sink]:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
 
-        def write(row: Row) -> None:
+        def write(row: PredictionRow) -> None:
+            # `top` is a list, which a CSV cell can hold only as JSON. Booleans are as in JSON, and
+            # csv writes None as an empty cell.
+            cells = {k: str(v).lower() if isinstance(v, bool) else v for k, v in row.items()}
             top = json.dumps(row["top"], ensure_ascii=False)
-            cells = {name: _cell(value) for name, value in row.items()}
-            writer.writerow({**cells, "path": _plain(row["path"]), "top": top})
+            writer.writerow({**cells, "path": _utf8(row["path"]), "top": top})
 
         yield write
 
 
 @contextmanager
-def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Sink]:
+def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         yield lambda row: file.write(json.dumps(row) + "\n")
 
 
 @contextmanager
-def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Sink]:
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     entry = pa.struct([("label", pa.string()), ("probability", pa.float64())])
-    kinds = {
+    types = {
         "probability": pa.float64(),
         "top": pa.list_(entry),
         "abstained": pa.bool_(),
         "ood": pa.float64(),
         "ood_distance": pa.float64(),
     }
-    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
-    held: list[Row] = []
+    # A fixed schema: types guessed from the first rows fail when a column starts with nulls.
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
+    group: list[PredictionRow] = []
     with (
         replacing(path) as temporary,
         temporary.open("wb") as file,
@@ -118,12 +109,12 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Sink]:
     ):
 
         def flush() -> None:
-            writer.write_table(pa.Table.from_pylist(held, schema=schema))
-            held.clear()
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            group.clear()
 
-        def write(row: Row) -> None:
-            held.append({**row, "path": _plain(row["path"])})
-            if len(held) >= GROUP_ROWS:
+        def write(row: PredictionRow) -> None:
+            group.append({**row, "path": _utf8(row["path"])})
+            if len(group) >= ROW_GROUP_SIZE:
                 flush()
 
         yield write

@@ -11,6 +11,7 @@ def mean_over_processes(accelerator: Any, metrics: dict[str, float]) -> dict[str
     """The mean of each metric over all processes."""
     if accelerator.num_processes == 1:
         return metrics
+    # In fp64: the sum over processes must not round away what a mean of fp32 values has.
     mine = torch.tensor([*metrics.values()], device=accelerator.device).double()
     means = accelerator.reduce(mine, reduction="mean").tolist()
     return dict(zip(metrics, means, strict=True))

@@ -25,7 +25,7 @@ from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
 from vitcli.train.loop import Loop
-from vitcli.train.lora import choose_learning
+from vitcli.train.lora import freeze_and_adapt
 from vitcli.train.objectives import (
     AUTO,
     OBJECTIVES,
@@ -63,34 +63,37 @@ def build_loop(
     """
     from accelerate.utils import set_seed
 
+    # Cheap checks first: a wrong setting must not cost the time to load a model.
     check_augment(recipe, source.splits["train"], accelerator.num_processes)
     for note in unused_settings(recipe, source.multi_label):
         watch.note(note)
 
     # Model, trainable weights, objective. Every random draw starts from the seed of the recipe.
     set_seed(recipe.train.seed)
-    model = make_model(source)
-    for note in choose_learning(model.network, recipe.lora, recipe.train.freeze, recipe.train.seed):
+    model, train = make_model(source), recipe.train
+    for note in freeze_and_adapt(model.network, recipe.lora, train.freeze, train.seed):
         watch.note(note)
     check_patch_drop(recipe, model.network)
-    objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
-    model.network.checkpoint_activations = recipe.train.activation_checkpointing
+    objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
+    model.network.checkpoint_activations = train.activation_checkpointing
 
     # Sharding comes before the optimizers, which must see the sharded parameters.
-    if recipe.train.fully_shard:
+    if train.fully_shard:
         shard_module(objective.to(accelerator.device))
     optimizers: list[Any] = list(build_optimizers(objective, recipe.optim))
-    if recipe.train.compile:
+    if train.compile:
         # In place, so that parameter names stay. Static shapes: there are few image sizes.
         objective.compile(dynamic=False)
-    if recipe.train.fully_shard:
+    if train.fully_shard:
         # FSDP2 already moves and synchronises; Accelerate adds only its precision (no DDP wrapper).
         module = accelerator.prepare_model(objective, evaluation_mode=True)
         optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
     else:
         module, *optimizers = accelerator.prepare(objective, *optimizers)
+    # Checkpoints, averages and schedules use the unwrapped objects: the names of their tensors must
+    # not depend on the number of processes.
     objective = accelerator.unwrap_model(module)
-    decay = recipe.train.ema_decay
+    decay = train.ema_decay
     state = TrainState(
         objective,
         [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers],
@@ -100,6 +103,7 @@ def build_loop(
 
     preprocess = model.preprocess
     assert preprocess is not None
+    # Validation uses the transform that is stored with the weights, training its own augmentation.
     loader = make_loader(recipe, source, preprocess, objective.num_views, accelerator)
     validate, outcomes = None, list[Outcome]()
     if (split := held_out_split(source)) is not None and model.config.num_classes > 0:
@@ -163,6 +167,7 @@ def make_loader(
         strict=recipe.data.strict,
         repeats=recipe.augment.repeats,
         augment=transform.settings,
+        # A GPU copies from pinned memory while it computes.
         pin_memory=accelerator.device.type == "cuda",
     )
 
@@ -202,7 +207,7 @@ def start_accelerator(
     check_names(recipe)
     device = pick_device()
     precision = precision or resolve_precision(recipe.train.precision, device)
-    join_processes(device)
+    join_processes(device)  # before the first collective operation, which follows
     # Each process has measured for itself, and the results may differ.
     precision = broadcast_object_list([precision])[0]
     # Accelerate keeps the precision of the first run in a process for all later ones.
@@ -213,6 +218,7 @@ def start_accelerator(
         log_with=track,
         project_dir=str(folder) if folder else None,
     )
+    # Set in both directions: the setting is global, and another run may precede in this process.
     torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
     if recipe.train.batch_size % accelerator.num_processes:
         raise VitcliError(
@@ -249,9 +255,6 @@ def unused_settings(recipe: Recipe, multi_label: bool) -> list[str]:
     """A note per objective, optimizer and schedule whose settings include some that it ignores.
 
     Not an error: someone who changes the optimizer of a recipe leaves the settings of the old one.
-
-    Raises:
-        VitcliError: an objective that does not fit the data.
     """
     objective, notes = resolve_objective(recipe.objective, multi_label)
     objectives = {name: kind.settings for name, kind in OBJECTIVES.items()}
@@ -268,6 +271,7 @@ def unused_settings(recipe: Recipe, multi_label: bool) -> list[str]:
 def _unused(
     kind: str, table: str, section: Any, settings: Mapping[str, Collection[str]]
 ) -> Iterator[str]:
+    # A recipe is complete, so "given" cannot be seen. A value that differs from the default can.
     defaults: Section = type(section)()
     foreign = sorted(set().union(*settings.values()) - set(settings[section.name]))
     changed = [key for key in foreign if getattr(section, key) != getattr(defaults, key)]
@@ -277,13 +281,10 @@ def _unused(
 
 
 def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
-    """Check that `[augment]` fits the data, the objective and the batch.
-
-    Raises:
-        VitcliError: it does not.
-    """
+    """Check that `[augment]` fits the data, the objective and the batch."""
     settings = resolve_augment(recipe.augment)
     mixes = mixes_pairs(settings)
+    # Generated images come as whole batches with their variations, and plans use blank ones.
     drawn = hasattr(images, "batch") and not getattr(images, "is_blank", False)
     if drawn and (changes_pixels(settings) or settings.repeats > 1):
         raise VitcliError(
@@ -307,11 +308,7 @@ def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
 
 
 def check_patch_drop(recipe: Recipe, network: Network) -> None:
-    """Check that `train.patch_drop_rate`, if set, works with the model and the objective.
-
-    Raises:
-        VitcliError: a ResNet, an objective that masks patches, or layers that need every patch.
-    """
+    """Check that `train.patch_drop_rate`, if set, works with the model and the objective."""
     if not recipe.train.patch_drop_rate:
         return
     if isinstance(network, ResNet):

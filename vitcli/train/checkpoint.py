@@ -228,10 +228,8 @@ def rewind(
         error: what went wrong at `state.step`.
         is_main: this process writes the records.
         same_length: the run makes no more steps than without the rewind; a deadline needs this.
-
-    Raises:
-        VitcliError: too many rewinds, or there is no checkpoint.
     """
+    # Halved three times, the rate is an eighth. If that fails, the cause is another one.
     checkpoints = list_checkpoints(run.checkpoints)
     if state.num_rewinds >= MAX_REWINDS or not checkpoints:
         raise VitcliError(
@@ -278,5 +276,6 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, reader: ShardReader) -> No
         sharded = is_sharded(p) and key != "step"
         value = reader.read(name, p if sharded else None)
         state.setdefault(int(index), {})[key] = shard_like(value, p) if sharded else value
+    # The settings of this run, not of the checkpoint: a resume may only continue with equal ones.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

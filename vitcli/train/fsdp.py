@@ -23,11 +23,7 @@ SHARDS = "parts"  # the metadata key: name -> (first row, rows of the whole tens
 
 
 def check_sharding(recipe: Recipe, processes: int) -> None:
-    """Check that `train.fully_shard`, if set, works with the rest of the recipe.
-
-    Raises:
-        VitcliError: one process, an optimizer that needs whole matrices, or adapters.
-    """
+    """Check that `train.fully_shard`, if set, works with the rest of the recipe."""
     if not recipe.train.fully_shard:
         return
     if processes == 1:

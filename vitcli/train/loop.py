@@ -136,10 +136,8 @@ class Loop:
         """Compute the gradients of a step, in micro-batches if asked; returns its metrics.
 
         If memory runs out, the micro-batch is halved and the step starts over. Apart from dropout
-        masks and the order of sums, the result does not change.
-
-        Args:
-            alone: do not average the gradients over the processes.
+        masks and the order of sums, the result does not change. With `alone`, gradients are not
+        averaged over the processes.
         """
         accelerator, num_images = self.accelerator, len(batch.labels)
         model: Any = self.state.module.model
@@ -298,9 +296,6 @@ class Loop:
 
         The size is part of the state, because dropout masks depend on it: a resumed run starts
         with it.
-
-        Raises:
-            VitcliError: not even one image fits.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -337,15 +332,14 @@ class Loop:
     # ---- evaluation, records, checkpoints ----
 
     def evaluate(self, signals: SignalFlag | None = None) -> dict[str, float]:
-        """Metrics of the held-out split, with averaged weights if there are any; logs them.
+        """Log and return metrics of the held-out split, with averaged weights if there are any.
 
-        Raises:
-            SignalReceived: a signal came, and `signals` is given. Several processes finish the
-                evaluation first, because they must stop together.
+        If `signals` is given, a signal raises `SignalReceived`.
         """
         if self.validate is None:
             return {}
         self.module.eval()
+        # Several processes must stop together, so they finish the evaluation first.
         single = self.accelerator.num_processes == 1
         interrupting = signals.interrupting() if signals is not None and single else nullcontext()
         # `interrupting` is innermost: whenever a signal comes, the trained weights are put back.
@@ -365,11 +359,7 @@ class Loop:
             raise Stopped(received.number, self.state.step, str(self.run.path)) from None
 
     def save(self) -> None:
-        """Write a checkpoint of the current step.
-
-        Raises:
-            NonFiniteError: a weight is not finite; the older checkpoints are unchanged.
-        """
+        """Write a checkpoint of the current step; raises `NonFiniteError` for weights of NaN."""
         # A resume from such weights would fail again, and the good checkpoints would be gone.
         if max_over_processes(self.accelerator, int(not self.state.has_finite_weights())):
             text = f"the weights are not finite after step {self.state.step}"

@@ -250,11 +250,7 @@ OPTIMIZERS = {
 
 
 def find_optimizer(section: OptimSection) -> OptimizerEntry:
-    """The registry entry of `optim.name`.
-
-    Raises:
-        VitcliError: there is no such optimizer, or it cannot store its momentum in bf16.
-    """
+    """The registry entry of `optim.name`."""
     if section.name not in OPTIMIZERS:
         raise unknown("optimizer", section.name, OPTIMIZERS)
     entry = OPTIMIZERS[section.name]

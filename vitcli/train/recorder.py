@@ -89,14 +89,13 @@ class Recorder:
 
         Args:
             is_full_image: `flops_per_image` holds for this step, so it has an `mfu`.
-
-        Raises:
-            NonFiniteError: the loss is not finite.
         """
         batch_size, meter = self.recipe.train.batch_size, self.meter
+        # Means over all processes, so that all of them see a loss that is not finite and stop.
         metrics = mean_over_processes(self.accelerator, meter.means())
         seconds = time.perf_counter() - meter.started
         images_per_second = meter.steps * batch_size / seconds
+        # Before the record is written: a run that rewinds repeats these steps.
         if not math.isfinite(metrics["loss"]):
             first = step - meter.steps + 1
             loss = f"the loss is not finite ({metrics['loss']}) in steps {first} to {step}"
@@ -125,6 +124,7 @@ class Recorder:
     def _warn_about_data(self, seen: int) -> None:
         """Warn once if the model waits for images that could come faster."""
         times = self.timer.slow_window()
+        # The first epoch may fill a cache of decoded images, and says nothing about later ones.
         if times is None or self._warned or is_filling_cache(self.loader, seen):
             return
         self._warned = True
@@ -132,11 +132,7 @@ class Recorder:
 
 
 def check_tracker(name: str) -> None:
-    """Check that the tracker exists and its package is installed.
-
-    Raises:
-        VitcliError: one of the two is missing.
-    """
+    """Check that the tracker exists and its package is installed."""
     if name not in TRACKERS:
         raise unknown("tracker", name, TRACKERS)
     if not any(find_spec(package) for package in TRACKERS[name]):
@@ -158,7 +154,7 @@ def tracking(accelerator: Any, name: str | None, recipe: Recipe) -> Iterator[Tra
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         accelerator.log(numbers, step=int(record["step"]))
 
-    try:
+    try:  # closed also after an error: trackers write their last records then
         yield track
     finally:
         accelerator.end_training()
@@ -183,6 +179,7 @@ def draw_curves(run: Run) -> None:
     }
     if not panels:
         return
+    # Not through pyplot, which would choose a backend for the whole process.
     figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     for number, (title, names) in enumerate(panels.items(), start=1):

@@ -40,17 +40,13 @@ DROPOUT = ("dropout_rate", "drop_path_rate")
 def pretrain_recipe(
     data: str | None, recipe: str | None, settings: Settings | None, watch: Watcher
 ) -> tuple[str, Recipe]:
-    """The name of the recipe of a `pretrain` command, and the recipe with all settings.
-
-    Raises:
-        VitcliError: no such recipe, or wrong settings.
-    """
+    """The name of the recipe of a `pretrain` command, and the recipe with all settings."""
     name = "pretrain_formula" if data in (None, FORMULA) else "pretrain"
     name = name if recipe is None else recipe
     changes: Settings = {}
     if data is not None:
         lay_over(changes, nest("data.name", data))
-    lay_over(changes, settings or {})
+    lay_over(changes, settings or {})  # `--set data.name=` wins over the argument
     resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")
@@ -69,9 +65,6 @@ def finetune_recipe(
 
     Args:
         resumed: the run to resume, whose model is the default.
-
-    Raises:
-        VitcliError: no such recipe, wrong settings, or no model to start from.
     """
     name = "finetune_digits" if data in (None, DIGITS) else "finetune"
     name = name if recipe is None else recipe
@@ -82,6 +75,7 @@ def finetune_recipe(
         lay_over(changes, nest("model.name", model))
     lay_over(changes, settings or {})
     resolved = load_recipe(name, changes, "finetune")
+    # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
         default = newest_pretrained(resumed)
         watch.note(f"no `--model` given: {default}")
@@ -105,11 +99,7 @@ def _without_vit_settings(recipe: Recipe, changes: Settings, watch: Watcher) -> 
 
 
 def newest_pretrained(resumed: Path | None = None) -> str:
-    """The newest finished run of `pretrain`, or the model that the run `resumed` started from.
-
-    Raises:
-        VitcliError: there is no such run.
-    """
+    """The newest finished run of `pretrain`, or the model that the run `resumed` started from."""
     if resumed is not None and (resumed / "recipe.toml").is_file():
         return str(Run(resumed).recipe().model.name)
     for candidate in finished_runs():
@@ -148,6 +138,7 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
             "size must divide `model.image_size`",
         ) from error
     size, channels = network.config.image_size, network.config.num_channels
+    # Mean and standard deviation 0.5 give inputs in -1 to 1, as in the paper's code.
     base = Preprocess(image_size=size, mean=(0.5,), std=(0.5,), num_channels=channels)
     given = recipe.preprocess.model_dump(exclude_none=True)
     return LoadedModel(
@@ -188,16 +179,13 @@ def pretrained_model(
 
 
 def with_dropout(model: LoadedModel, rates: dict[str, Any]) -> LoadedModel:
-    """The same weights in a network with other dropout rates.
-
-    Raises:
-        VitcliError: a ResNet, which has no dropout.
-    """
+    """The same weights in a network with other dropout rates."""
     old = model.network
     if isinstance(old, ResNet):
         raise VitcliError(
             f"a ResNet has no dropout: model.{', model.'.join(rates)}", "remove these settings"
         )
+    # Dropout layers are created by the constructor, so the network is built anew.
     network = VisionTransformer(replace(old.config, **rates), old.position_resize)
     network.load_state_dict(old.state_dict())
     return replace(model, network=network)

@@ -43,12 +43,14 @@ def constant(section: ScheduleSection, step: float, steps: int) -> float:
 
 def rsqrt(section: ScheduleSection, step: float, steps: int) -> float:
     """1 / sqrt(1 + step / `timescale`), and a linear `cooldown_steps` to 0 (big_vision)."""
+    # `timescale` steps after the warm-up the factor is 1 / sqrt(2).
     factor = (1.0 + max(0.0, step) / section.timescale) ** -0.5
     if section.cooldown_steps:
         factor *= min(1.0, max(0.0, (steps - step) / section.cooldown_steps))
     return factor
 
 
+# Clamped: a run whose budget became shorter or longer may ask for a position outside of the curve.
 def _progress(step: float, steps: int) -> float:
     return min(1.0, max(0.0, step / max(1, steps)))
 
@@ -76,11 +78,7 @@ SCHEDULES = {
 
 
 def find_schedule(section: ScheduleSection) -> ScheduleEntry:
-    """The registry entry of `schedule.name`.
-
-    Raises:
-        VitcliError: there is no such schedule.
-    """
+    """The registry entry of `schedule.name`."""
     if section.name not in SCHEDULES:
         raise unknown("schedule", section.name, SCHEDULES)
     return SCHEDULES[section.name]

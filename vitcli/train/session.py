@@ -34,7 +34,7 @@ from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
 from vitcli.train.ema import averaged
 from vitcli.train.fsdp import gather_tensors
 from vitcli.train.loop import Loop
-from vitcli.train.lora import ADAPTER, merged, passes, save_adapters
+from vitcli.train.lora import ADAPTER, merged, save_adapters, training_passes
 from vitcli.train.recorder import check_tracker, draw_curves, tracking
 from vitcli.train.signals import Stopped
 from vitcli.vit.macs import macs
@@ -116,13 +116,14 @@ def train(
     if old is not None:
         warn_of_other_processes(old, accelerator.num_processes, watch)
     is_main = accelerator.is_main_process
+    # Until the directory exists, nothing is written to its log.txt.
     log = Logged(watch if is_main else Quiet(), Path(os.devnull))
     source = open_source(recipe, watch)
     loop = build_loop(recipe, source, make_model, Run(out), accelerator, log)
     loop.recorder.peak_flops = accelerator.num_processes * matrix_peak(loop.device, precision)
     if not loop.state.module.hidden_rate:  # otherwise the encoder sees fewer patches
         network = loop.model.network
-        loop.recorder.flops_per_image = 2.0 * passes(network) * macs(network.config)
+        loop.recorder.flops_per_image = 2.0 * training_passes(network) * macs(network.config)
 
     if old is None:  # only now, so that bad settings leave no directory
         if resume:
@@ -131,14 +132,14 @@ def train(
             create_run(out, recipe)
     if is_main:
         log.path = out / "log.txt"
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # the directory exists now, for all processes
     with (
-        locked(loop.run, is_main),
+        run_locked(loop.run, is_main),
         tracking(accelerator, track, recipe) as loop.recorder.track,
         errors_logged(loop, log, is_new=old is None),
     ):
         if is_main:
-            loop.run.remove_temporary_files()
+            loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
         choose_steps(loop, started, source, precision)
         first, start = loop.state.step, time.perf_counter()
         loop.fit()
@@ -147,11 +148,7 @@ def train(
 
 
 def read_result(run: Run) -> TrainResult:
-    """The result of a finished run.
-
-    Raises:
-        VitcliError: another command wrote it.
-    """
+    """The result of a finished run."""
     try:
         return TrainResult(**{**run.result(), "already_finished": True})
     except TypeError:
@@ -171,14 +168,11 @@ def warn_of_other_processes(run: Run, number: int, watch: Watcher) -> None:
 
 
 @contextmanager
-def locked(run: Run, is_main: bool = True) -> Iterator[None]:
+def run_locked(run: Run, is_main: bool = True) -> Iterator[None]:
     """Keep all other commands from training in `run` inside the block.
 
     Args:
         is_main: only the first process of a command holds the lock.
-
-    Raises:
-        VitcliError: another process trains there.
     """
 
     def busy() -> VitcliError:
@@ -323,6 +317,7 @@ def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
         labels=model.config.num_classes,
         broken=broken,
     )
+    # Weights come before result.json: a run that is killed here evaluates again after a resume.
     tensors: dict[str, torch.Tensor] | None = None
     if recipe.train.fully_shard:  # every process must take part
         with averaged(loop.state.module, loop.state.ema):
@@ -339,6 +334,7 @@ def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
         with averaged(loop.state.module, loop.state.ema):
             adapters = run.path / "lora.safetensors"
             save_adapters(adapters, model.network, recipe.lora, str(recipe.model.name))
+            # Merged, so that the weights load everywhere; the adapters are stored separately too.
             with merged(model.network):
                 fingerprint = recipe.fingerprint()
                 save_model(run.weights_file, model, recipe_hash=fingerprint, tensors=tensors)

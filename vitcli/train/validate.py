@@ -52,7 +52,7 @@ def run_validation(
         return _validate_multi_label(model, outputs, accelerator)
     # Sums in fp64, because in fp32 a count stops to grow at 2^24.
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    if outcomes is not None:
+    if outcomes is not None:  # in place: the loop holds the same list
         outcomes.clear()
     for logits, batch in outputs:
         loss = _sum_of_losses(model, logits, batch.labels)
@@ -125,12 +125,12 @@ def _outputs(
             for line in batch.broken:
                 name, _, reason = line.rpartition(": ")
                 broken[name] = reason
-            if not len(batch):
+            if not len(batch):  # every image of it is broken
                 continue
             with accelerator.autocast():
                 logits = model(preprocess.normalize(batch.images)).float()  # (B, K)
             yield logits, batch
-            bar.advance(len(logits))
+            bar.advance(len(logits))  # after the `yield`: the caller is done with the batch
 
 
 def _no_readable_image() -> VitcliError:

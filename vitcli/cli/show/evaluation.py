@@ -1,4 +1,4 @@
-"""Results of `vitcli evaluate` as tables."""
+"""Results of `vitcli evaluate` and `vitcli compare` as tables."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -132,21 +132,40 @@ def _show_comparison(result: Any) -> None:
     print_table(result.data, columns, rows)
     first, *others = models
     for one, pair in zip(others, result.paired, strict=True):
-        title = f"{one.model} against {first.model}"
+        title = f"{one.model} compared with {first.model}"
         print_facts(title, paired_rows(pair, first.model, one.model))
 
 
 def paired_rows(pair: Any, first: str, second: str) -> Rows:
     """A paired comparison, or the reason why there is none."""
     if isinstance(pair, str):
-        return [("not paired", pair)]
+        return [("no paired test", pair)]
     interval = f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}"
     rows: Rows = [("difference", f"{100 * pair.difference:+.2f} points, 95 % interval {interval}")]
     if hasattr(pair, "p_value"):
         rows.append((f"only {second} correct", f"{pair.only_second:,} images"))
         rows.append((f"only {first} correct", f"{pair.only_first:,} images"))
-        rows.append(("McNemar's p", f"{pair.p_value:.3g}, over {pair.images:,} images"))
+        rows.append(("McNemar's p-value", f"{pair.p_value:.3g} ({pair.images:,} images)"))
     return rows
+
+
+def show_run_comparison(result: Any) -> None:
+    """Show settings and results of several runs in columns, then the paired tests."""
+    columns = ["", *result.runs]
+    if result.settings:
+        settings = [[name, *map(str, values)] for name, values in result.settings.items()]
+        print_table("settings that differ", columns, settings)
+    results = [
+        [name, *("-" if value is None else f"{value:,.4g}" for value in values)]
+        for name, values in result.results.items()
+    ]
+    print_table("results", columns, results)
+    first, *others = result.runs
+    for run, pair in zip(others, result.paired, strict=True):
+        print_facts(f"{run} compared with {first}", paired_rows(pair, first, run))
+    if result.seeds:
+        rows = [(n, f"{mean:,.5g} ± {std:.2g}") for n, (mean, std) in result.seeds.items()]
+        print_facts(f"mean and std over {len(result.runs)} seeds of one recipe", rows)
 
 
 def show_suite(result: Any) -> None:

@@ -5,16 +5,11 @@ from typing import Any
 
 from vitcli.cli.console import print_table, show_next
 
-METHODS = {
-    "ridge": "few-shot",
-    "knn": "nearest neighbours",
-    "logistic": "linear probe",
-    "mean": "nearest class mean",
-}
-
 
 def show_fewshot(result: Any) -> None:
-    """Accuracies by shots, beside those of the raw pixels; of `path` those of every strength."""
+    """Show the accuracy for each number of shots, beside that of raw pixels."""
+    from vitcli.evals.fewshot.classifiers import METHODS  # loads torch
+
     facts = result.to_json()
     columns = ["shots", "this model"]
     if facts["raw_pixels"]:
@@ -24,36 +19,41 @@ def show_fewshot(result: Any) -> None:
         columns.append("l2 of each seed")
     rows = []
     for shots, found in facts["shots"].items():
-        row = ["all images" if shots == "all" else f"{shots} a class", spread(found["accuracy"])]
+        row = [_shots_text(shots), _accuracy_text(found["accuracy"])]
         if facts["raw_pixels"]:
-            row.append(spread(facts["raw_pixels"][shots]["accuracy"]))
+            row.append(_accuracy_text(facts["raw_pixels"][shots]["accuracy"]))
         if chosen:
             row.append(", ".join(f"{l2:g}" for l2 in found["l2"]))
         rows.append(row)
-    of = "" if facts["representation"] == "pre-logits" else f", {facts['representation']}"
+    features = facts["representation"]
+    features = "" if features == "pre-logits" else f" ({features})"
     title = (
-        f"{METHODS[facts['method']]} accuracy of {result.model}{of} on {result.data}: "
+        f"{METHODS[facts['method']].title} accuracy of {result.model}{features} on {result.data}: "
         f"{result.classes} classes, {result.test_images:,} test images, {result.dim} features"
     )
     print_table(title, columns, rows)
     for shots, found in facts["shots"].items():
         if found.get("path", {}).get("accuracy"):
-            show_path(shots, found["path"])
+            _show_path(shots, found["path"])
     if result.run:
         show_next(f"vitcli predict image.jpg --model {result.run}")
 
 
-def show_path(shots: str, path: Mapping[str, Any]) -> None:
-    """The accuracy of every strength on images left out, which decide, and on the test images."""
+def _show_path(shots: str, path: Mapping[str, Any]) -> None:
+    """Show the accuracy of each l2 on images left out, which decides, and on the test images."""
     rows = []
     for i, l2 in enumerate(path["l2"]):
         left_out = [100 * seed[i] for seed in path["left_out_accuracy"] if seed]
         mean = f"{sum(left_out) / len(left_out):.1f} %" if left_out else "-"
-        rows.append([f"{l2:g}", mean, spread(path["accuracy"][i])])
-    print_table(f"{shots} a class, by l2", ["l2", "left out", "test"], rows)
+        rows.append([f"{l2:g}", mean, _accuracy_text(path["accuracy"][i])])
+    print_table(f"{_shots_text(shots)}, by l2", ["l2", "left-out images", "test images"], rows)
 
 
-def spread(accuracy: Mapping[str, Any]) -> str:
+def _shots_text(shots: str) -> str:
+    return "all images" if shots == "all" else f"{shots} per class"
+
+
+def _accuracy_text(accuracy: Mapping[str, Any]) -> str:
     """Mean and standard deviation over the seeds."""
     mean = f"{100 * accuracy['mean']:.1f}"
     return f"{mean} ± {100 * accuracy['std']:.1f} %" if len(accuracy["seeds"]) > 1 else f"{mean} %"

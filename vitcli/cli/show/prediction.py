@@ -1,33 +1,33 @@
-"""What `vitcli predict` shows: a line an image on stdout, what was left open on stderr."""
+"""Results of `vitcli predict`: one line per image on stdout, counts on stderr."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from rich.text import Text
 
-from vitcli.cli import console as report
+from vitcli.cli import console
 from vitcli.errors import printable
 
 
 def show_prediction(row: Mapping[str, Any]) -> None:
-    """One line an image."""
+    """Print one line for an image that could be read."""
     if row["error"] is not None:
         return
-    guesses = "  ".join(f"{one['label']} {100 * one['probability']:.1f} %" for one in row["top"])
+    classes = "  ".join(f"{one['label']} {100 * one['probability']:.1f} %" for one in row["top"])
     parts: list[str | tuple[str, str]] = [(printable(str(row["path"])), "bold"), "  "]
     if row.get("abstained"):
-        parts += [("no answer", "yellow"), "; guesses: "]
-    parts.append(printable(guesses))
+        parts += [("no label", "yellow"), "; best classes: "]
+    parts.append(printable(classes))
     if row.get("ood") is not None:
-        parts.append((f"  farther than {100 * row['ood']:.1f} % of usual images", "dim"))
-    report.out.print(Text.assemble(*parts), soft_wrap=True)
+        parts.append((f"  OOD score {row['ood']:.3f}", "dim"))
+    console.out.print(Text.assemble(*parts), soft_wrap=True)
 
 
-def show_tally(tally: Any, abstains: bool) -> None:
-    """How many images have no answer, where that was asked for."""
-    if abstains and tally.count:
-        images = "image" if tally.count == 1 else "images"
-        report.Terminal().note(
-            f"no answer for {tally.abstained:,} of {tally.count:,} {images} "
-            f"({100 * tally.abstained / tally.count:.1f} %)"
+def show_counts(counts: Any, can_abstain: bool) -> None:
+    """Print how many images got no label."""
+    if can_abstain and counts.count:
+        images = "image" if counts.count == 1 else "images"
+        share = 100 * counts.abstained / counts.count
+        console.Terminal().note(
+            f"no label for {counts.abstained:,} of {counts.count:,} {images} ({share:.1f} %)"
         )

@@ -62,37 +62,6 @@ def show_found_rate(result: Any) -> None:
     show_next(f"the same command with --lr {result.lr:.2g}{muon}, without --find-lr")
 
 
-def show_comparison(result: Any) -> None:
-    """Print settings and results of runs in columns, and the paired tests."""
-    columns = ["", *result.runs]
-    if result.settings:
-        rows = [
-            [name, *(str(value) for value in values)] for name, values in result.settings.items()
-        ]
-        print_table("settings that differ", columns, rows)
-    results = [
-        [name, *("-" if value is None else f"{value:,.4g}" for value in values)]
-        for name, values in result.results.items()
-    ]
-    print_table("results", columns, results)
-    for run, pair in zip(result.runs[1:], result.paired, strict=True):
-        title = f"{run} compared with {result.runs[0]}"
-        if isinstance(pair, str):
-            print_facts(title, [("no paired test", pair)])
-            continue
-        between = f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}"
-        facts = [
-            ("difference", f"{100 * pair.difference:+.2f} points, 95 % interval {between}"),
-            (f"only {run} correct", f"{pair.only_second} images"),
-            (f"only {result.runs[0]} correct", f"{pair.only_first} images"),
-            ("McNemar's p-value", f"{pair.p_value:.3g} ({pair.images:,} images)"),
-        ]
-        print_facts(title, facts)
-    if result.seeds:
-        facts = [(n, f"{mean:,.5g} ± {std:.2g}") for n, (mean, std) in result.seeds.items()]
-        print_facts(f"mean and std over {len(result.runs)} seeds of one recipe", facts)
-
-
 def worst(classes: list[list[Any]]) -> list[list[Any]]:
     """The rows of the classes with the lowest F1."""
     return sorted(classes, key=lambda row: row[3])[:MOST_CLASSES]

@@ -1,206 +1,251 @@
-"""The classifiers of `vitcli fewshot` on frozen features, under one interface.
-
-A classifier for every number of shots and every seed.
-"""
+"""The few-shot methods, and the fit of one classifier for each number of shots and each seed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vitcli.config.schema import FewshotSection
 from vitcli.data.image_set import ImageSet
+from vitcli.errors import VitcliError
 from vitcli.evals.features import Extracted
-from vitcli.evals.fewshot.knn import Neighbors
-from vitcli.evals.fewshot.logistic import LOGISTIC_L2, ClassMeans, Logistic, choose_logistic_l2
-from vitcli.evals.fewshot.protocol import Choice, choose_l2, draw, ridge_head
-from vitcli.evals.fewshot.ridge import DEFAULT_L2, Floats, Ints, RidgePath
+from vitcli.evals.fewshot.arrays import Floats, Ints
+from vitcli.evals.fewshot.knn import NearestNeighbors
+from vitcli.evals.fewshot.logistic import LOGISTIC_L2, LinearProbe, choose_logistic_l2
+from vitcli.evals.fewshot.nearest_mean import NearestMean
+from vitcli.evals.fewshot.protocol import draw_shots
+from vitcli.evals.fewshot.ridge import RIDGE_L2, L2Choice, RidgePath, choose_ridge_l2, ridge_head
 from vitcli.progress import Watcher
 
 Predict = Callable[[ArrayLike], Ints]
 Head = tuple[Floats, Floats]  # (K, D) weight, (K,) bias
+Shots = int | str  # images per class, or `all`
+
+
+class Classifier(Protocol):
+    """Anything fitted that predicts (n,) classes from (n, D) features."""
+
+    def predict(self, features: ArrayLike) -> Ints: ...
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A classifier.
+class FittedClassifier:
+    """A classifier of one draw.
 
     Attributes:
         predict: (n, D) features -> (n,) classes.
-        head: makes the dense layer with the same predictions; None where there is none.
-        l2: the strength of its penalty; None where it has none.
-        choice: how the strength was chosen, where it was.
-        others: for `path`, the same of every strength.
-        notes: what the user should know, one line each.
+        make_head: makes a linear layer with the same predictions; None if there is none.
+        l2, choice: L2 regularisation and how it was chosen; None where this does not apply.
+        by_l2: for `l2 = path`, the predictions of every candidate.
+        notes: warnings for the user.
     """
 
     predict: Predict
-    head: Callable[[], Head] | None
+    make_head: Callable[[], Head] | None
     l2: float | None = None
-    choice: Choice | None = None
-    others: Mapping[float, Predict] = field(default_factory=dict)
+    choice: L2Choice | None = None
+    by_l2: Mapping[float, Predict] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
-Method = Callable[[Any, Ints, int, FewshotSection, int], Fitted]
-
-
-def fit_ridge(x: Any, y: Ints, num_classes: int, section: FewshotSection, seed: int) -> Fitted:
-    """Least squares in closed form; `auto` and `path` choose the strength by leave-one-out."""
+def fit_ridge(
+    x: Any, y: Ints, num_classes: int, section: FewshotSection, seed: int
+) -> FittedClassifier:
+    """Ridge regression in closed form; l2 is chosen by leave-one-out."""
     path = RidgePath(x, y, num_classes)
-    choice = choose_l2(path) if isinstance(section.l2, str) else None
-    l2 = choice.l2 if choice else float(section.l2 or DEFAULT_L2)
-    others: dict[float, Predict] = {}
-    if choice and section.l2 == "path":
-
-        def of(strength: float) -> Predict:
-            # Fitted when it is asked for, one after another: each may be as large as a head.
-            return lambda test: path.fit(strength).predict(test)
-
-        others = {strength: of(strength) for strength in choice.strengths}
-    notes: tuple[str, ...] = ()
-    if choice and choice.accuracies is None:
-        notes = (f"one image a class: none can be left out, and l2 stays {l2:g}",)
-    return Fitted(path.fit(l2).predict, lambda: ridge_head(path, l2), l2, choice, others, notes)
+    choice = choose_ridge_l2(path) if isinstance(section.l2, str) else None
+    l2 = choice.l2 if choice else float(section.l2 or RIDGE_L2)
+    fitted = FittedClassifier(path.fit(l2).predict, lambda: ridge_head(path, l2))
+    return _with_l2(fitted, section, l2, choice, path.fit)
 
 
-def fit_knn(x: Any, y: Ints, num_classes: int, section: FewshotSection, seed: int) -> Fitted:
-    """Nearest neighbours: nothing is fitted, and nothing that a head could be."""
-    near = Neighbors(x, y, num_classes, section.neighbors, section.temperature)
-    return Fitted(near.predict, None)
-
-
-def fit_logistic(x: Any, y: Ints, num_classes: int, section: FewshotSection, seed: int) -> Fitted:
-    """Logistic regression; `auto` and `path` choose the strength on held-out training images."""
+def fit_logistic(
+    x: Any, y: Ints, num_classes: int, section: FewshotSection, seed: int
+) -> FittedClassifier:
+    """Logistic regression; l2 is chosen by cross-validation."""
     choice = None
     if isinstance(section.l2, str):
         choice = choose_logistic_l2(x, y, num_classes, seed=seed)
     l2 = choice.l2 if choice else float(section.l2 or LOGISTIC_L2)
-    found = Logistic(x, y, num_classes, l2, seed=seed)
-    others: dict[float, Predict] = {}
-    if choice and section.l2 == "path":
-
-        def of(strength: float) -> Predict:
-            return lambda test: Logistic(x, y, num_classes, strength, seed=seed).predict(test)
-
-        others = {strength: of(strength) for strength in choice.strengths}
-    notes = [] if found.converged else ["logistic regression did not converge: a larger `--l2`"]
-    if choice and choice.accuracies is None:
-        notes.append(f"one image a class: none can be held out, and l2 stays {l2:g}")
-    return Fitted(found.predict, found.linear, l2, choice, others, tuple(notes))
+    probe = LinearProbe(x, y, num_classes, l2, seed=seed)
+    notes = (
+        () if probe.converged else ("logistic regression did not converge; use a larger `--l2`",)
+    )
+    fitted = FittedClassifier(probe.predict, probe.linear, notes=notes)
+    return _with_l2(
+        fitted, section, l2, choice, lambda l2: LinearProbe(x, y, num_classes, l2, seed=seed)
+    )
 
 
-def fit_mean(x: Any, y: Ints, num_classes: int, section: FewshotSection, seed: int) -> Fitted:
+def _with_l2(
+    fitted: FittedClassifier,
+    section: FewshotSection,
+    l2: float,
+    choice: L2Choice | None,
+    fit: Callable[[float], Classifier],
+) -> FittedClassifier:
+    """Add the facts about l2."""
+
+    def predict_at(candidate: float) -> Predict:
+        # Fitted when it is tested, one after another: each may be as large as a head.
+        return lambda test: fit(candidate).predict(test)
+
+    by_l2: dict[float, Predict] = {}
+    if choice is not None and section.l2 == "path":
+        by_l2 = {candidate: predict_at(candidate) for candidate in choice.candidates}
+    notes = fitted.notes
+    if choice is not None and choice.accuracies is None:
+        notes += (f"with one image per class none can be left out, so l2 stays {l2:g}",)
+    return replace(fitted, l2=l2, choice=choice, by_l2=by_l2, notes=notes)
+
+
+def fit_knn(
+    x: Any, y: Ints, num_classes: int, section: FewshotSection, seed: int
+) -> FittedClassifier:
+    """Nearest neighbours; no linear layer has the same predictions."""
+    neighbors = NearestNeighbors(x, y, num_classes, section.neighbors, section.temperature)
+    return FittedClassifier(neighbors.predict, None)
+
+
+def fit_nearest_mean(
+    x: Any, y: Ints, num_classes: int, section: FewshotSection, seed: int
+) -> FittedClassifier:
     """The nearest class mean."""
-    found = ClassMeans(x, y, num_classes)
-    return Fitted(found.predict, found.linear)
+    means = NearestMean(x, y, num_classes)
+    return FittedClassifier(means.predict, means.linear)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A few-shot method.
+
+    Attributes:
+        title: its name in a sentence.
+        settings: settings of `FewshotSection` that only some methods have, and this one.
+        has_head: whether the classifier can be stored as the head of a model.
+        pixel_baseline: whether the method is fast enough for thousands of raw pixels.
+    """
+
+    fit: Callable[[Any, Ints, int, FewshotSection, int], FittedClassifier]
+    title: str
+    settings: tuple[str, ...] = ()
+    has_head: bool = True
+    pixel_baseline: bool = True
 
 
 METHODS: dict[str, Method] = {
-    "ridge": fit_ridge,
-    "knn": fit_knn,
-    "logistic": fit_logistic,
-    "mean": fit_mean,
+    "ridge": Method(fit_ridge, "few-shot", settings=("l2",)),
+    "knn": Method(fit_knn, "nearest neighbours", ("neighbors", "temperature"), has_head=False),
+    "logistic": Method(fit_logistic, "linear probe", settings=("l2",), pixel_baseline=False),
+    "mean": Method(fit_nearest_mean, "nearest class mean"),
 }
 
 
-def accuracy(predict: Predict, x: Any, y: Ints) -> float:
-    """The share of right answers, 0..1."""
-    return float(np.mean(predict(x) == y))
-
-
-Shots = int | str  # images a class, or `all`
+def check_method(section: FewshotSection) -> Method:
+    """The method of `section`. Raises a VitcliError if `l2` is set and the method has none."""
+    method = METHODS[section.method]
+    if section.l2 is not None and "l2" not in method.settings:
+        names = " and ".join(f"`{name}`" for name, m in METHODS.items() if "l2" in m.settings)
+        raise VitcliError(
+            f"`l2` belongs to the methods {names}, not to `{section.method}`", "remove `--l2`"
+        )
+    return method
 
 
 @dataclass
-class Trials:
-    """What came out; lists have one entry for each seed.
+class FewshotAccuracies:
+    """Results of all draws; each list has one element per seed.
 
     Attributes:
-        accuracies: shots -> accuracy on the test images, 0..1.
-        strengths: shots -> l2; empty where the method has none.
-        choices: shots -> how it was chosen; empty where it was given.
-        paths: shots -> accuracy of each strength that was tried, each a list over seeds.
+        accuracies: shots -> test accuracy, 0..1.
+        l2_values: shots -> l2; empty if the method has none.
+        choices: shots -> how l2 was chosen; empty if it was given.
+        paths: shots -> for each candidate of l2 a list of test accuracies.
         l2: of the last classifier.
-        head: of seed 0 and the most shots; None of a method that makes none.
+        head: of seed 0 and the most shots; None if the method has none.
     """
 
     accuracies: dict[Shots, list[float]] = field(default_factory=dict)
-    strengths: dict[Shots, list[float]] = field(default_factory=dict)
-    choices: dict[Shots, list[Choice]] = field(default_factory=dict)
+    l2_values: dict[Shots, list[float]] = field(default_factory=dict)
+    choices: dict[Shots, list[L2Choice]] = field(default_factory=dict)
     paths: dict[Shots, list[list[float]]] = field(default_factory=dict)
     l2: float | None = None
     head: Head | None = None
 
+    def add(self, shots: Shots, fitted: FittedClassifier, test: Extracted) -> None:
+        """Test a classifier and record it."""
 
-def fit_all(
-    support: Extracted,
-    tested: Extracted,
+        def accuracy(predict: Predict) -> float:
+            return float(np.mean(predict(test.outputs) == test.labels))
+
+        self.accuracies.setdefault(shots, []).append(accuracy(fitted.predict))
+        if fitted.l2 is None:
+            return
+        self.l2 = fitted.l2
+        self.l2_values.setdefault(shots, []).append(fitted.l2)
+        if fitted.choice is not None:
+            self.choices.setdefault(shots, []).append(fitted.choice)
+        if fitted.by_l2:
+            path = self.paths.setdefault(shots, [[] for _ in fitted.by_l2])
+            for seeds, predict in zip(path, fitted.by_l2.values(), strict=True):
+                seeds.append(accuracy(predict))
+
+
+def evaluate_draws(
+    train: Extracted,
+    test: Extracted,
     draws: Mapping[tuple[Shots, int], NDArray[np.int64]],
     num_classes: int,
     section: FewshotSection,
     watch: Watcher,
-) -> Trials:
-    """Fit and test a classifier for every draw."""
-    found, fit = Trials(), METHODS[section.method]
+) -> FewshotAccuracies:
+    """Fit and test one classifier for every draw."""
+    results, fit = FewshotAccuracies(), METHODS[section.method].fit
+    # The head that is stored is the best documented one: seed 0 and the most shots.
     largest = max(draws, key=lambda key: (key[1] == 0, len(draws[key])))
-    told: set[str] = set()
+    told: set[str] = set()  # warn once, not for every seed
     with watch.progress("classifiers", len(draws)) as bar:
-        for (shots, seed), chosen in draws.items():
-            x, y = _drawn(support, chosen)
-            fitted = fit(x, y, num_classes, section, seed)
-            found.accuracies.setdefault(shots, []).append(
-                accuracy(fitted.predict, tested.outputs, tested.labels)
-            )
-            _note_strength(found, fitted, shots, tested)
+        for (shots, seed), drawn in draws.items():
+            fitted = fit(*_select(train, drawn), num_classes, section, seed)
+            results.add(shots, fitted, test)
             for line in set(fitted.notes) - told:
                 watch.warn(f"`--shots {shots}`: {line}")
             told |= set(fitted.notes)
-            if (shots, seed) == largest and fitted.head is not None:
-                found.head = fitted.head()
+            if (shots, seed) == largest and fitted.make_head is not None:
+                results.head = fitted.make_head()
             bar.advance()
-    return found
+    return results
 
 
-def _drawn(support: Extracted, chosen: NDArray[np.int64]) -> tuple[Any, NDArray[np.int64]]:
-    """Features and labels of the drawn images; those that could not be read are left out."""
-    if len(chosen) >= len(support.indices) and (np.diff(chosen) > 0).all():
-        return support.outputs, support.labels  # all there are: no copy of what may be gigabytes
-    places = np.searchsorted(support.indices, chosen)
-    places = np.minimum(places, len(support.indices) - 1)
-    rows = places[support.indices[places] == chosen]
-    return support.outputs[rows], support.labels[rows]
-
-
-def _note_strength(found: Trials, fitted: Fitted, shots: Shots, tested: Extracted) -> None:
-    """Add the strength, how it was chosen, and what the others give."""
-    if fitted.l2 is None:
-        return
-    found.l2 = fitted.l2
-    found.strengths.setdefault(shots, []).append(fitted.l2)
-    if fitted.choice is not None:
-        found.choices.setdefault(shots, []).append(fitted.choice)
-    if fitted.others:
-        by_strength = found.paths.setdefault(shots, [[] for _ in fitted.others])
-        for seeds, predict in zip(by_strength, fitted.others.values(), strict=True):
-            seeds.append(accuracy(predict, tested.outputs, tested.labels))
+def _select(train: Extracted, drawn: NDArray[np.int64]) -> tuple[Any, NDArray[np.int64]]:
+    """Features and labels of the drawn images that could be read."""
+    if len(drawn) >= len(train.indices) and (np.diff(drawn) > 0).all():
+        return train.outputs, train.labels  # all images: do not copy what may be gigabytes
+    # `train` holds the images of all draws that could be read, in ascending order.
+    places = np.searchsorted(train.indices, drawn)
+    places = np.minimum(places, len(train.indices) - 1)
+    rows = places[train.indices[places] == drawn]
+    return train.outputs[rows], train.labels[rows]
 
 
 def draw_all(
     train: ImageSet, section: FewshotSection, num_classes: int, watch: Watcher
 ) -> dict[tuple[Shots, int], NDArray[np.int64]]:
-    """(shots, seed) -> the images; fewer shots of a seed are a part of more."""
+    """(shots, seed) -> image indices."""
     counts = np.bincount(train.labels, minlength=num_classes)
     most = max((s for s in section.shots if isinstance(s, int)), default=0)
     if short := [name for name, n in zip(train.classes, counts, strict=True) if n < most]:
         shown = ", ".join(short[:3]) + (" …" if len(short) > 3 else "")
-        watch.warn(f"{len(short)} classes have fewer than {most} images; all are used: {shown}")
+        watch.warn(
+            f"{len(short)} classes have fewer than {most} images; all of them are used: {shown}"
+        )
     return {
-        (shots, seed): draw(train.labels, shots, seed, num_classes)
+        (shots, seed): draw_shots(train.labels, shots, seed, num_classes)
         if isinstance(shots, int)
         else np.arange(len(train))
         for shots in dict.fromkeys(section.shots)
+        # `all` has nothing to draw, so one seed is enough.
         for seed in range(section.seeds if isinstance(shots, int) else 1)
     }

@@ -29,13 +29,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def find_objective(name: str) -> type[Objective]:
-    """The class of the objective `name`; `auto` counts as `softmax`.
-
-    Raises:
-        VitcliError: there is no such objective.
-    """
+    """The class of the objective `name`; `auto` counts as `softmax`."""
     if name == AUTO:
-        return Softmax
+        return Softmax  # like `sigmoid` it is supervised, which is all that callers ask of `auto`
     if name not in OBJECTIVES:
         raise unknown("objective", name, [AUTO, *OBJECTIVES])
     return OBJECTIVES[name]

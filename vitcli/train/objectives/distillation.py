@@ -146,11 +146,7 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def teacher_columns(teacher: LoadedModel, classes: Sequence[str], name: str) -> list[int]:
-    """The outputs of the teacher that stand for `classes`, matched by name.
-
-    Raises:
-        VitcliError: the teacher has no class names, or some of `classes` are missing.
-    """
+    """The outputs of the teacher that stand for `classes`, matched by name."""
     if not teacher.labels:
         raise VitcliError(
             f"the teacher `{name}` has no class names, so its outputs cannot be matched",

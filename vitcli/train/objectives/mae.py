@@ -125,11 +125,7 @@ class Mae(Objective):
 
 
 def check_droppable(config: ViTConfig, what: str) -> None:
-    """Check that the encoder works without some of the patches.
-
-    Raises:
-        VitcliError: its blocks depend on rows, columns or offsets between patches.
-    """
+    """Check that the encoder works without some of the patches."""
     if config.axial or config.position == "relative" or config.position_at != "stem":
         kind = "axial blocks" if config.axial else "positions inside the blocks"
         raise VitcliError(

@@ -108,11 +108,7 @@ class MaskedPatch(Objective):
 
 
 def maskable(model: Network, objective: str) -> VisionTransformer:
-    """Check that `objective` can train the tokens of `model`, and freeze what only pooling uses.
-
-    Raises:
-        VitcliError: a ResNet, or a pooling with weights that the objective would not train.
-    """
+    """Check that `objective` can train the tokens of `model`, and freeze what only pooling uses."""
     if isinstance(model, ResNet):
         raise VitcliError(
             f"objective `{objective}` masks patches, and a ResNet has no patches",

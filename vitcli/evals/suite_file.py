@@ -1,4 +1,4 @@
-"""A suite: tasks on which one model is measured the same way, in groups, with a mean."""
+"""Suite files: tasks on which one model is measured in the same way, in groups, with a mean."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -12,18 +12,17 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from vitcli.config.recipe import check, read_toml, recipes_folder
 from vitcli.config.schema import Section, Settings
-from vitcli.errors import VitcliError, nearest
+from vitcli.errors import VitcliError, unknown
 
-FOLDER = "suites"  # among the recipes
-ELSEWHERE = ("hf:", "builtin:", "http:", "https:", "gs:")
-KINDS = ("finetune", "fewshot")
+FOLDER = "suites"  # in the folder of the recipes
+ADDRESSES = ("hf:", "builtin:", "http:", "https:", "gs:")  # DATA that is not a relative path
 
 
 class SelectSection(Section):
-    """How settings are chosen, on training images alone.
+    """Choose settings on training images only, as VTAB does (Zhai et al., 2019).
 
-    Every combination of `grid` (dotted name -> values) learns from `train` and is measured on
-    `validation`, both slices of the training images; the best one then does the task.
+    Every combination of `grid` (dotted name -> values) is trained on `train` and measured on
+    `validation`, both slices of the training images. The best one is used for the task.
     """
 
     train: str
@@ -32,20 +31,20 @@ class SelectSection(Section):
 
     @field_validator("grid")
     @classmethod
-    def _values(cls, grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    def _check_values(cls, grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         if empty := [key for key, values in grid.items() if not values]:
             raise ValueError(f"no values for {', '.join(empty)}")
         return grid
 
-    def choices(self) -> list[dict[str, Any]]:
-        """Every combination, dotted name -> value."""
+    def combinations(self) -> list[dict[str, Any]]:
+        """Every combination, as dotted name -> value."""
         return [
             dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())
         ]
 
 
 class TaskSection(Section):
-    """One data set. `published` are accuracies in percent of others, by what is to stand above."""
+    """One dataset. `published` has accuracies in percent, by the name of the publication."""
 
     name: str = Field(min_length=1)
     group: str = ""
@@ -55,7 +54,8 @@ class TaskSection(Section):
 
     @property
     def folder(self) -> str:
-        """What its run is called."""
+        """The name of its run."""
+        # Safe on every file system, and never hidden or empty.
         return re.sub(r"[^\w.-]+", "-", self.name.lower()).strip("-.") or "task"
 
 
@@ -63,9 +63,9 @@ class Suite(Section):
     """A suite file.
 
     Attributes:
-        method: `finetune`, with `recipe`, or `fewshot`, with `shots` images a class.
-        settings: for every task; those of a task are laid over them.
-        published: means of others in percent, by the names that the tasks' figures have.
+        method: `finetune`, with `recipe`, or `fewshot`, with `shots` images per class.
+        settings: for every task; the settings of a task override them.
+        published: published means in percent, under the same names as in the tasks.
     """
 
     name: str
@@ -79,39 +79,32 @@ class Suite(Section):
     tasks: tuple[TaskSection, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _apart(self) -> Self:
+    def _check_tasks(self) -> Self:
         folders = [task.folder for task in self.tasks]
-        if twice := sorted({name for name in folders if folders.count(name) > 1}):
-            raise ValueError(f"two tasks would be called {', '.join(twice)}")
+        if repeated := sorted({name for name in folders if folders.count(name) > 1}):
+            raise ValueError(f"two tasks have the run name {', '.join(repeated)}")
         if self.recipe is not None and self.method != "finetune":
-            raise ValueError("`recipe` is for `finetune`, and the method is `fewshot`")
+            raise ValueError("`recipe` belongs to the method `finetune`, not to `fewshot`")
         return self
 
 
 def suite_files() -> dict[str, Path]:
-    """The suites of this installation, by name."""
+    """The installed suites: name -> file."""
     return {path.stem: path for path in sorted((recipes_folder() / FOLDER).glob("*.toml"))}
 
 
 def load_suite(name: str) -> tuple[Suite, Path]:
-    """A suite by the name of one that is shipped or by a file, and where it lies.
-
-    Folders and tables that it names are found from where it lies.
-
-    Raises:
-        VitcliError: there is none, it is not TOML, or every mistake in it.
-    """
+    """Load an installed suite by its name, or a suite file; return it and its path."""
     path = Path(name)
     if not (name.endswith(".toml") or "/" in name):
         files = suite_files()
         if name not in files:
-            close = nearest(name, list(files))
-            hint = f"did you mean `{close}`?" if close else f"a file, or one of {', '.join(files)}"
-            raise VitcliError(f"no suite `{name}`", hint)
+            raise unknown("suite", name, files)
         path = files[name]
     elif not path.is_file():
         raise VitcliError(
-            f"no suite file `{name}`", f"a file, or one of {', '.join(suite_files())}"
+            f"no suite file `{name}`",
+            f"give an existing file, or one of the suites {', '.join(suite_files())}",
         )
     try:
         suite = check(Suite, read_toml(path), f"suite `{name}`")
@@ -121,21 +114,19 @@ def load_suite(name: str) -> tuple[Suite, Path]:
     return suite, path
 
 
-def data_of(task: TaskSection, path: Path) -> str:
-    """DATA of a task of the suite file at `path`."""
-    if task.data.startswith(ELSEWHERE):
-        return task.data
-    return str(path.parent / task.data)
+def task_data(task: TaskSection, path: Path) -> str:
+    """DATA of a task; a path is relative to the suite file `path`."""
+    return task.data if task.data.startswith(ADDRESSES) else str(path.parent / task.data)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One task done.
+class TaskResult:
+    """The result of one task.
 
     Attributes:
-        accuracy: in 0..1 on the task's test images.
-        images: test images.
-        chosen: what `select` chose, dotted name -> value.
+        accuracy: on the test images, 0..1.
+        images: number of test images.
+        chosen: settings that `select` chose, as dotted name -> value.
     """
 
     accuracy: float
@@ -144,42 +135,38 @@ class Outcome:
     chosen: Mapping[str, Any]
 
 
-def outcome_of(result: Mapping[str, Any], run: str, chosen: Mapping[str, Any]) -> Outcome:
-    """What the result.json of a `finetune` or `fewshot` run says.
-
-    Raises:
-        VitcliError: it has no accuracy: images with several labels, or no test images.
-    """
+def task_result(result: Mapping[str, Any], run: str, chosen: Mapping[str, Any]) -> TaskResult:
+    """Read the result.json of a `finetune` or `fewshot` run."""
     if result.get("command") == "fewshot":
+        # The task counts the most shots, where several were measured.
         shots = max(result["shots"], key=lambda n: float("inf") if n == "all" else int(n))
-        return Outcome(
-            result["shots"][shots]["accuracy"]["mean"], result["test_images"], run, chosen
-        )
+        accuracy = result["shots"][shots]["accuracy"]["mean"]
+        return TaskResult(accuracy, result["test_images"], run, chosen)
     figures = result.get("figures", {})
     if "accuracy" not in figures or "images" not in figures:
-        raise VitcliError(
-            f"`{run}` has no test accuracy", "a task has test images of one class each"
-        )
-    return Outcome(figures["accuracy"], int(figures["images"]), run, chosen)
+        raise VitcliError(f"`{run}` has no test accuracy", "a task needs single-label test images")
+    return TaskResult(figures["accuracy"], int(figures["images"]), run, chosen)
 
 
 def group_means(suite: Suite, accuracies: Mapping[str, float]) -> dict[str, float]:
-    """Group -> mean of its tasks, for the groups of which every task has a figure."""
+    """Group -> mean accuracy, for groups in which every task has an accuracy."""
     groups: dict[str, list[str]] = {}
     for task in suite.tasks:
         groups.setdefault(task.group, []).append(task.name)
     return {
+        # No mean over a part of a group: it could not be compared with published means.
         group: fmean(accuracies[name] for name in names)
         for group, names in groups.items()
         if group and all(name in accuracies for name in names)
     }
 
 
-def published(suite: Suite) -> Iterator[tuple[str, dict[str, float], float | None]]:
-    """(name, task -> accuracy in percent, mean or None) for each of the others' columns."""
+def published_results(suite: Suite) -> Iterator[tuple[str, dict[str, float], float | None]]:
+    """(publication, task -> accuracy in percent, mean or None)."""
     names = [*suite.published, *(name for task in suite.tasks for name in task.published)]
     for name in dict.fromkeys(names):
         figures = {t.name: t.published[name] for t in suite.tasks if name in t.published}
+        # A published mean has more digits than the mean of rounded accuracies.
         mean = suite.published.get(name)
         if mean is None and len(figures) == len(suite.tasks):
             mean = fmean(figures.values())

@@ -1,0 +1,180 @@
+"""Tables of features on disk, and the folder that holds them."""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitcli.errors import VitcliError
+from vitcli.files import write_text
+from vitcli.hub.http import cache_folder
+from vitcli.progress import Watcher
+
+Ints = NDArray[np.int64]
+
+MAX_CACHE_BYTES = 20 * 10**9  # a larger cache loses the tables that were not used for longest
+MAX_DISK_FRACTION = 0.9  # of the free disk space that new rows may take
+ROW_CHECK = np.dtype([("checksum", "<u4"), ("stamp", "<u4")])
+HINT = "disable the cache with `--no-cache`, or move it with the variable VITCLI_CACHE"
+
+
+class FeatureTable:
+    """A (rows, dim) float32 table in a folder. Any subset of the rows may be present.
+
+    `rows.f32` is a sparse file of the whole table, `rows.sums` has a CRC-32 checksum and a stamp
+    for each row, and `about.json` describes the table for a person.
+    """
+
+    def __init__(self, folder: Path, rows: int, dim: int, about: Mapping[str, Any]) -> None:
+        self.folder, self.rows, self.dim = folder, rows, dim
+        with self._write_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, width in (("rows.f32", dim * 4), ("rows.sums", ROW_CHECK.itemsize)):
+                # Append mode creates the file but never truncates one that another process fills.
+                with self._path(name).open("ab") as file:
+                    if file.tell() != rows * width:
+                        file.truncate(rows * width)
+        if not (folder / "about.json").is_file():
+            write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
+        with suppress(OSError):
+            os.utime(folder / "about.json")  # its time is that of the last use, for `evict`
+
+    def find_valid(
+        self, indices: Ints, stamps: NDArray[np.uint32]
+    ) -> tuple[NDArray[np.bool_], int]:
+        """(n,) which rows are present, whole and of these stamps; the number of damaged rows."""
+        checks = np.fromfile(self._path("rows.sums"), dtype=ROW_CHECK)[indices]
+        valid = (checks["stamp"] == stamps) & (stamps > 0)
+        table, damaged = np.asarray(self._table()), 0  # rows of a plain array are faster to slice
+        for place in np.flatnonzero(valid):
+            # A checksum per row: one damaged row costs one image, not the table.
+            if zlib.crc32(table[indices[place]].data) != checks["checksum"][place]:
+                valid[place] = False
+                damaged += 1
+        return valid, damaged
+
+    def write(self, indices: Ints, values: NDArray[np.float32], stamps: NDArray[np.uint32]) -> None:
+        """Set the rows `indices` to `values` (n, dim)."""
+        values = np.ascontiguousarray(values, dtype="<f4")
+        checks = np.empty(len(indices), dtype=ROW_CHECK)
+        checks["checksum"] = [zlib.crc32(row.data) for row in values]
+        checks["stamp"] = stamps
+        # Values first: after a kill between both writes, the old checksum does not fit the new
+        # row, and the row counts as missing.
+        with self._write_errors():
+            for name, records in (("rows.f32", values), ("rows.sums", checks)):
+                with self._path(name).open("r+b") as file:
+                    for first, last in _consecutive(indices):
+                        file.seek(int(indices[first]) * records[0].nbytes)
+                        file.write(records[first:last].tobytes())
+
+    def read(self, indices: Ints) -> NDArray[np.float32]:
+        """(n, dim): mapped from the disk if the indices are consecutive, else copied."""
+        # Features of ImageNet-21k take tens of GB: a map reads only what is used.
+        table = self._table()
+        if len(indices) and (np.diff(indices) == 1).all():
+            return table[indices[0] : indices[-1] + 1]
+        return np.asarray(table[indices])
+
+    @contextmanager
+    def locked(self, watch: Watcher) -> Iterator[None]:
+        """Let one process at a time compute missing rows; the next one finds them done."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            watch.note("waiting for another process that computes the same features")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise VitcliError(
+                f"cannot write cached features to `{self.folder}`: {reason}",
+                f"rows that are already cached stay valid; {HINT}",
+            ) from error
+
+    def _table(self) -> NDArray[np.float32]:
+        shape = self.rows, self.dim
+        return np.memmap(self._path("rows.f32"), dtype="<f4", mode="r", shape=shape)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / name
+
+
+def _consecutive(indices: Ints) -> Iterator[tuple[int, int]]:
+    """Ascending indices -> (first, last + 1) positions of each run of consecutive ones."""
+    breaks = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(indices)]
+    yield from pairwise(breaks)
+
+
+def feature_cache_folder() -> Path:
+    """The folder of all feature tables."""
+    return cache_folder() / "features"
+
+
+def lack_of_space(folder: Path, size: int) -> str | None:
+    """Return why `size` bytes cannot be written into `folder`, or None if they can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return str(error.strerror)
+    if not os.access(folder, os.W_OK):
+        return "the folder is not writable"
+    return None if size <= MAX_DISK_FRACTION * free else f"{size / 1e9:.1f} GB do not fit"
+
+
+def evict(used: Iterable[Path], max_bytes: int = MAX_CACHE_BYTES) -> int:
+    """Remove least recently used tables until all take `max_bytes`; return the bytes they take.
+
+    Tables in `used` and tables that another process computes stay.
+    """
+    from filelock import FileLock, Timeout
+
+    tables = sorted(feature_cache_folder().glob("*/about.json"), key=_last_used)
+    sizes = {path.parent: _disk_bytes(path.parent) for path in tables}
+    total, protected = sum(sizes.values()), set(used)
+    for folder, size in sizes.items():
+        if total <= max_bytes:
+            break
+        if folder in protected:
+            continue
+        with suppress(OSError, Timeout), FileLock(folder / ".lock").acquire(timeout=0):
+            shutil.rmtree(folder)
+            total -= size
+    return total
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _disk_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.iterdir():
+        with suppress(OSError):
+            facts = path.stat()
+            # Blocks, not the length: the tables are sparse files.
+            total += getattr(facts, "st_blocks", -(-facts.st_size // 512)) * 512
+    return total

@@ -36,10 +36,10 @@ from PIL import Image
 from vitcli.config.schema import AugmentSection
 from vitcli.data import image_set as sets
 from vitcli.data.augment.transform import TrainTransform, inception_box
-from vitcli.data.decoded_cache import store_set
-from vitcli.data.image_set import ImageSet, Source
+from vitcli.data.decoded_cache import write_decoded
+from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import TrainLoader, images_at
-from vitcli.data.source import load_data
+from vitcli.data.source import Source, load_data
 from vitcli.decode import ImageError, read_image
 from vitcli.preprocess import Preprocess
 
@@ -114,14 +114,16 @@ def seconds(batches: Callable[[], Iterator[torch.Tensor]]) -> float:
 @contextmanager
 def ready(files: Sequence[bytes], way: Way) -> Iterator[ImageSet]:
     """The files as the loader is to read them."""
-    sets.KEEP_BYTES = 1 << 40 if way == "kept" else 0
+    sets.CACHE_BYTES = 1 << 40 if way == "kept" else 0
     images = ImageSet("train", ["a"], np.zeros(len(files), dtype=np.int64), Files(files))
     if way != "stored":
         yield images
         return
     with tempfile.TemporaryDirectory() as folder:
-        store_set(Source("files", {"train": images}, ("a",), ""), Path(folder), side=STORED_SIDE)
-        stored = load_data(folder, test_fraction=0.0, labelled=False).splits["train"]
+        write_decoded(
+            Source("files", {"train": images}, ("a",), ""), Path(folder), side=STORED_SIDE
+        )
+        stored = load_data(folder, whole=True, labelled=False).splits["train"]
         assert len(stored) == len(files)
         yield stored
 

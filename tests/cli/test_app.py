@@ -294,14 +294,14 @@ def test_training_goes_on_past_a_broken_image_and_says_so(split, trained, capfd)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("pretrain", ""), "DATA is empty text"),
+        (("pretrain", ""), "DATA is an empty string"),
         (("pretrain", "--recipe", ""), "no recipe ``"),
         (("finetune", "photos", "--model", ""), "the MODEL is empty text"),
         (("finetune", "--recipe", ""), "no recipe ``"),
-        (("fewshot", "", "--model", "runs/tiny"), "DATA is empty text"),
-        (("evaluate", "", "--model", "runs/tiny"), "DATA is empty text"),
+        (("fewshot", "", "--model", "runs/tiny"), "DATA is an empty string"),
+        (("evaluate", "", "--model", "runs/tiny"), "DATA is an empty string"),
         (("predict", "photos", "--model", ""), "the MODEL is empty text"),
-        (("patchify", ""), "DATA is empty text"),
+        (("patchify", ""), "DATA is an empty string"),
         (("patchify", "a" * 300), "File name too long"),
     ],
 )

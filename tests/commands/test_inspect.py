@@ -16,7 +16,7 @@ from vitcli.cli import console as report
 from vitcli.cli.main import run as cli
 from vitcli.cli.show import inspection as results_look
 from vitcli.commands.inspect import run
-from vitcli.data.readers.builtin import photographs
+from vitcli.data.readers.builtin import sklearn_photographs
 from vitcli.errors import VitcliError
 from vitcli.inspection import drawing as draw
 from vitcli.inspection.inductive_bias import random_network
@@ -126,7 +126,7 @@ def test_every_kind_of_model_can_be_looked_into(kind, pictures):
 
 
 def test_without_an_image_there_are_built_in_ones(here):
-    found = photographs()
+    found = sklearn_photographs()
     assert found is not None and len(found) == 4
     with Image.open(found._store.files[0]) as whole:
         assert found.read(0).size == (whole.width // 2, whole.height)
@@ -214,7 +214,7 @@ def test_mistakes_are_said_before_the_work(pictures):
         ("`--limit` is 0", {"limit": 0}),
         ("is not a folder", {"out": pictures / "m.safetensors"}),
         ("no such image", {"paths": ["gone.png"]}),
-        ("no data `builtin:digit`", {"paths": ["builtin:digit"]}),
+        ("unknown dataset `builtin:digit`", {"paths": ["builtin:digit"]}),
         ("no finished run", {"model": None}),
     ):
         with pytest.raises(VitcliError, match=message):

@@ -192,7 +192,7 @@ def mixed(batch):
 @pytest.mark.parametrize("settings", [{"workers": 1}, {"workers": 3}, {"workers": 3, "parts": 2}])
 def test_who_makes_a_picture_changes_nothing(keep, settings, monkeypatch):
     """Everything on at once: 0, 1 and 3 threads, one process or two."""
-    monkeypatch.setattr(sets, "KEEP_BYTES", keep)
+    monkeypatch.setattr(sets, "CACHE_BYTES", keep)
     wanted = batches(EVERYTHING, workers=0)
     ranks = settings.pop("parts", 1)
     made = [batches(EVERYTHING, **settings, rank=r, world_size=ranks) for r in range(ranks)]

@@ -15,8 +15,9 @@ from PIL import Image
 from support.pictures import photographs
 
 from vitcli.cli.main import run as vitcli
-from vitcli.data.decoded_cache import INDEX, store_set
+from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.loader import TrainLoader, eval_batches
+from vitcli.data.readers.decoded import INDEX
 from vitcli.data.source import load_data
 from vitcli.decode import ImageError, read_image
 from vitcli.errors import VitcliError
@@ -37,7 +38,7 @@ def photos(tmp_path):
 
 def stored(photos, out, side=48):
     source = load_data(str(photos))
-    return source, store_set(source, out, side=side)
+    return source, write_decoded(source, out, side=side)
 
 
 def test_the_pictures_are_the_originals_shrunk_to_the_shorter_side(photos, tmp_path):
@@ -100,9 +101,9 @@ def test_stopped_at_any_byte_it_goes_on_to_the_same_bytes(photos, tmp_path):
         (out / "storing.json").write_text(json.dumps(plan))
         for name in names[: 2 if attempt % 2 else 4]:  # lost at any place, in either file
             (out / name).write_bytes(whole[name][: rng.integers(0, len(whole[name]) + 1)])
-        with pytest.raises(VitcliError, match="not stored to its end"):
+        with pytest.raises(VitcliError, match="is an unfinished decoded dataset"):
             load_data(str(out))
-        store_set(source, out, side=48)
+        write_decoded(source, out, side=48)
         assert {name: (out / name).read_bytes() for name in names} == whole
         assert not (out / "storing.json").exists()
 
@@ -128,7 +129,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     assert index.exists()
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["images"] == {"train": 60}
-    assert len(load_data(str(out), test_fraction=0.0).splits["train"]) == 60
+    assert len(load_data(str(out), whole=True).splits["train"]) == 60
 
 
 @pytest.mark.parametrize("what", ["pixel", "index", "cut", "json", "newer", "lost"])
@@ -157,7 +158,7 @@ def test_damage_is_told(photos, tmp_path, what):
         described["format"] = 99
         text = json.dumps(described) if what == "newer" else "{"
         (out / "stored.json").write_text(text)
-    words = {"index": "damaged", "cut": "cut off", "lost": "cannot read", "json": "damaged"}
+    words = {"index": "damaged", "cut": "truncated", "lost": "cannot read", "json": "damaged"}
     with pytest.raises(VitcliError, match=words.get(what, "newer")):
         load_data(str(out))
 
@@ -165,7 +166,7 @@ def test_damage_is_told(photos, tmp_path, what):
 def test_what_is_stored_is_not_stored_again(photos, tmp_path):
     source, told = stored(photos, tmp_path / "s")
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s").iterdir()}
-    assert store_set(source, tmp_path / "s", side=48) == told
+    assert write_decoded(source, tmp_path / "s", side=48) == told
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s").iterdir()} == before
 
 
@@ -176,22 +177,22 @@ def test_two_processes_do_not_write_into_one_set(photos, tmp_path):
     del plan["index"]
     (tmp_path / "s/storing.json").write_text(json.dumps(plan))
     with FileLock(tmp_path / "s/.lock"), pytest.raises(VitcliError, match="another process"):
-        store_set(source, tmp_path / "s", side=48)
-    store_set(source, tmp_path / "s", side=48)
+        write_decoded(source, tmp_path / "s", side=48)
+    write_decoded(source, tmp_path / "s", side=48)
     assert not (tmp_path / "s/.lock").exists()
 
 
 def test_another_set_is_not_mixed_in(photos, tmp_path):
     source, _ = stored(photos, tmp_path / "s")
-    with pytest.raises(VitcliError, match="another finished set"):
-        store_set(source, tmp_path / "s", side=32)
+    with pytest.raises(VitcliError, match="holds another decoded dataset"):
+        write_decoded(source, tmp_path / "s", side=32)
     (tmp_path / "s" / "stored.json").rename(tmp_path / "s" / "storing.json")
-    with pytest.raises(VitcliError, match="another set was begun"):
-        store_set(source, tmp_path / "s", side=32)
+    with pytest.raises(VitcliError, match="holds an unfinished dataset"):
+        write_decoded(source, tmp_path / "s", side=32)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(VitcliError, match="not empty"):
-        store_set(source, tmp_path / "full", side=32)
+        write_decoded(source, tmp_path / "full", side=32)
 
 
 def test_the_command_line_and_a_run_on_it(photos, tmp_path, capfd, monkeypatch):
@@ -204,7 +205,7 @@ def test_the_command_line_and_a_run_on_it(photos, tmp_path, capfd, monkeypatch):
     small = ["--set", "model.name=Pico/8", "--set", "model.image_size=32"]
     assert vitcli([*run, *small, "--out", "r"]) == 0
     assert vitcli(["fewshot", "set", "--model", "r", "--shots", "2"]) == 0
-    assert "stored from" in capfd.readouterr().err
+    assert "decoded from" in capfd.readouterr().err
 
 
 def test_decoded_pixels_are_not_copied_into_memory(photos, tmp_path):
@@ -218,8 +219,8 @@ def test_decoded_pixels_are_not_copied_into_memory(photos, tmp_path):
             )
         assert images.read(i).size == picture.size
     original.read(0)
-    assert original.keeps and not images.keeps
-    assert not original.decodes and not images.decodes
+    assert original.is_cached and not images.is_cached
+    assert not original.decodes_each_epoch and not images.decodes_each_epoch
 
 
 def test_the_pictures_are_views_of_the_file(photos, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vitcli.config.schema import DataSection
 from vitcli.data.formula.dataset import NUM_TEST, NUM_TRAIN, FormulaSet, load_formula
 from vitcli.data.formula.shapes import (
     CLASSES,
@@ -19,7 +20,7 @@ from vitcli.data.formula.shapes import (
     hash_keys,
     inside_contour,
 )
-from vitcli.data.image_set import Request
+from vitcli.data.source import DataRequest
 
 SIZE = (32, 32)
 
@@ -130,12 +131,15 @@ def test_a_subset_keeps_its_pictures():
 
 
 def test_the_source_has_two_splits_without_a_scene_in_common():
-    source = load_formula(Request("builtin:formula"))
+    source = load_formula(DataRequest("builtin:formula"))
     train, test = source.splits["train"], source.splits["test"]
     assert (len(train), len(test)) == (NUM_TRAIN, NUM_TEST)
     assert train.read(0).tobytes() != test.read(0).tobytes()
-    assert source.fingerprint == load_formula(Request("builtin:formula")).fingerprint
-    assert source.fingerprint != load_formula(Request("builtin:formula", seed=1)).fingerprint
+    assert source.fingerprint == load_formula(DataRequest("builtin:formula")).fingerprint
+    assert (
+        source.fingerprint
+        != load_formula(DataRequest("builtin:formula", DataSection(split_seed=1))).fingerprint
+    )
 
 
 def test_numbers_are_uniform_and_random_access():

@@ -18,7 +18,7 @@ from vitcli.commands import check, evaluate, finetune, predict
 from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import AugmentSection, ObjectiveSection
 from vitcli.data.augment.transform import TrainTransform
-from vitcli.data.decoded_cache import store_set
+from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.loader import TrainLoader
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
@@ -75,7 +75,7 @@ class Notes(Quiet):
 
 
 def test_a_column_of_labels_with_semicolons(tmp_path):
-    data = load_data(write_csv(tmp_path, CELLS), test_fraction=0)
+    data = load_data(write_csv(tmp_path, CELLS), whole=True)
     images = data.splits["train"]
     assert data.multi_label and data.classes == ("blue", "green", "red")
     assert named(images) == WANTED
@@ -83,18 +83,18 @@ def test_a_column_of_labels_with_semicolons(tmp_path):
     assert images.labels.tolist() == [2, 1, 2, -1, 1, 0, 2, 0]  # the first that is written
     assert [images.label_name(i) for i in (3, 4)] == ["(none)", "green; red"]
     assert images.class_counts().tolist() == [3, 4, 5]
-    assert "4 cells of `labels` hold `;`" in data.notes[0]
-    single = load_data(write_csv(tmp_path, CELLS), test_fraction=0, multi_label=False)
+    assert "4 cells of `labels` contain `;`" in data.notes[0]
+    single = load_data(write_csv(tmp_path, CELLS), whole=True, multi_label=False)
     assert not single.multi_label and "red;green" in single.classes
     assert "1 rows without path or label" in single.notes[0]
 
 
 def test_other_columns_are_taken_apart_only_when_asked(tmp_path):
     path = write_csv(tmp_path, ["a;b", "c", "a;b", "c"], "label")
-    data = load_data(path, test_fraction=0)
+    data = load_data(path, whole=True)
     assert data.classes == ("a;b", "c") and not data.multi_label
-    assert "2 cells of `label` hold `;`, each taken as the name of one class" in data.notes[0]
-    assert named(load_data(path, test_fraction=0, multi_label=True).splits["train"]) == [
+    assert "2 cells of `label` contain `;`: each cell is one class name" in data.notes[0]
+    assert named(load_data(path, whole=True, multi_label=True).splits["train"]) == [
         {"a", "b"},
         {"c"},
         {"a", "b"},
@@ -103,7 +103,7 @@ def test_other_columns_are_taken_apart_only_when_asked(tmp_path):
 
 
 def test_labels_without_semicolons_are_single(tmp_path):
-    data = load_data(write_csv(tmp_path, ["a", "b", "a", "b"]), test_fraction=0)
+    data = load_data(write_csv(tmp_path, ["a", "b", "a", "b"]), whole=True)
     assert not data.multi_label and not data.notes
 
 
@@ -112,9 +112,9 @@ def test_json_lines_with_lists(tmp_path):
     for row, names in zip(rows, WANTED, strict=True):
         paint(names).save(tmp_path / row["path"])
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = load_data(str(tmp_path / "x.jsonl"), test_fraction=0)
+    data = load_data(str(tmp_path / "x.jsonl"), whole=True)
     assert named(data.splits["train"]) == WANTED and "`label` holds lists" in data.notes[0]
-    with pytest.raises(VitcliError, match="are lists of labels"):
+    with pytest.raises(VitcliError, match="are lists, but `data"):
         load_data(str(tmp_path / "x.jsonl"), multi_label=False)
 
 
@@ -138,7 +138,7 @@ def test_parquet(tmp_path, kind):
         features=datasets.Features({"image": datasets.Image(), "labels": features}),
     )
     table.to_parquet(tmp_path / "train.parquet")
-    data = load_data(str(tmp_path / "train.parquet"), test_fraction=0)
+    data = load_data(str(tmp_path / "train.parquet"), whole=True)
     expected = WANTED if kind != "fixed" else [{"1", "2"}] * len(WANTED)
     assert named(data.splits["train"]) == expected
     assert data.splits["train"].read(0).getpixel((0, 0)) == (230, 25, 25)
@@ -152,7 +152,7 @@ def test_shards(tmp_path):
                 member = tarfile.TarInfo(f"{i:04}.{ending}")
                 member.size = len(content)
                 shard.addfile(member, BytesIO(content))
-    images = load_data(str(tmp_path / "train-0.tar"), test_fraction=0).splits["train"]
+    images = load_data(str(tmp_path / "train-0.tar"), whole=True).splits["train"]
     assert named(images) == WANTED
 
 
@@ -176,23 +176,23 @@ def test_splits_are_aligned_by_name(tmp_path):
 
 
 def test_what_cannot_have_several(tmp_path):
-    with pytest.raises(VitcliError, match="gives each image one class"):
+    with pytest.raises(VitcliError, match="each image of `builtin:digits` has exactly one class"):
         load_data("builtin:digits", multi_label=True)
     with pytest.raises(VitcliError, match=r"no image of .* has a label"):
-        load_data(write_csv(tmp_path, ["", ";"]), test_fraction=0)
+        load_data(write_csv(tmp_path, ["", ";"]), whole=True)
 
 
 def test_a_stored_set_keeps_them(tmp_path):
     source = load_data(write_csv(tmp_path / "x", CELLS, repeat=3))
     (tmp_path / "x/4.png").write_bytes(b"broken")
-    store_set(source, tmp_path / "stored", side=8)
+    write_decoded(source, tmp_path / "stored", side=8)
     stored = load_data(str(tmp_path / "stored"))
     for split, images in source.splits.items():
         good = [i for i in range(len(images)) if not images.describe(i).endswith("/4.png")]
         assert np.array_equal(stored.splits[split].targets, images.targets[good])
         assert np.array_equal(stored.splits[split].labels, images.labels[good])
     (tmp_path / "stored/train.targets").write_bytes(b"1")
-    with pytest.raises(VitcliError, match=r"train\.targets` is gone or damaged"):
+    with pytest.raises(VitcliError, match=r"train\.targets` is missing or damaged"):
         load_data(str(tmp_path / "stored"))
 
 
@@ -416,7 +416,7 @@ def test_what_stands_in_for_a_broken_image_brings_its_own_labels(tmp_path):
     path = write_csv(tmp_path, ["red", "red;blue", "", "", "green"])
     (tmp_path / "0.png").write_bytes(b"broken")
     (tmp_path / "2.png").write_bytes(b"broken")
-    images = load_data(path, test_fraction=0).splits["train"]
+    images = load_data(path, whole=True).splits["train"]
     transform = TrainTransform(Preprocess((8, 8)), AugmentSection(crop="none", flip_rate=0.0))
     loader = TrainLoader(images, transform, batch_size=5, seed=0, workers=0)
     batch = next(iter(loader.batches(0, 1)))

@@ -89,7 +89,7 @@ def test_configurations_and_revisions(pets):
     with pytest.raises(VitcliError, match="no configuration `medium`"):
         load_data("hf:org/two:medium")
     parquet(pets.root / "datasets/org/two@v1/train.parquet", [1, 2], [0, 1])
-    assert levels(load_data("hf:org/two@v1", test_fraction=0).splits["train"]) == [1, 2]
+    assert levels(load_data("hf:org/two@v1", whole=True).splits["train"]) == [1, 2]
     with pytest.raises(VitcliError, match="no revision `v2`"):
         load_data("hf:org/two@v2")
 
@@ -105,7 +105,7 @@ def test_the_card_decides(pets):
         "  - split: train\n    path: a/x*\n  - split: test\n    path: [a/y.parquet]\n"
         "- config_name: second\n  default: true\n  data_files: b/*.parquet\n---\ntext\n"
     )
-    assert levels(load_data("hf:org/card", test_fraction=0).splits["train"]) == [4, 5]
+    assert levels(load_data("hf:org/card", whole=True).splits["train"]) == [4, 5]
     first = load_data("hf:org/card:first")
     assert [levels(s) for s in first.splits.values()] == [[1, 2], [3]]
 
@@ -119,7 +119,7 @@ def test_other_splits_are_left_until_asked_for(pets):
         "  - split: hidden\n    path: data/hidden-*\n---\n"
     )
     parquet(root / "data/hidden-0.parquet", [3, 4], [0, 1])
-    data = load_data("hf:org/odd", test_fraction=0)
+    data = load_data("hf:org/odd", whole=True)
     assert list(data.splits) == ["train"] and "`hidden` left out" in data.notes[1]
     data = load_data("hf:org/odd", test_split="hidden")
     assert [levels(s) for s in data.splits.values()] == [[1, 2], [3, 4]]
@@ -181,7 +181,7 @@ def test_a_broken_download_goes_on(pets):
     parquet(pets.root / "datasets/org/pets/train.parquet", range(8), [0, 1] * 4)
     size = (pets.root / "datasets/org/pets/train.parquet").stat().st_size
     pets.faults["train.parquet"] = [Fault(cut=size // 2)]
-    assert len(load_data("hf:org/pets", test_fraction=0).splits["train"]) == 8
+    assert len(load_data("hf:org/pets", whole=True).splits["train"]) == 8
     ranges = {r.range for r in pets.asked(ending="train.parquet") if r.range}
     assert ranges == {f"bytes={size // 2}-"}
 

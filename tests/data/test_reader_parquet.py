@@ -101,9 +101,11 @@ def test_parquet_with_plain_columns(tmp_path):
     cells = [png(level) for level in range(6)]
     table = pa.table({"picture": cells, "kind": ["b", "a"] * 3, "weight": [0.5] * 6})
     pq.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(VitcliError, match=r"no label column.*`picture`, `kind`, `weight`"):
+    with pytest.raises(
+        VitcliError, match=r"no label column with a known name.*`picture`, `kind`, `weight`"
+    ):
         load_data(str(tmp_path / "x.parquet"))
-    data = load_data(str(tmp_path / "x.parquet"), label_column="kind", test_fraction=0)
+    data = load_data(str(tmp_path / "x.parquet"), label_column="kind", whole=True)
     assert data.splits["train"].labels.tolist() == [1, 0] * 3
     assert level(data.splits["train"], 5) == 5
 
@@ -113,15 +115,15 @@ def test_parquet_with_paths_beside_it(tmp_path):
         (tmp_path / f"{value}.png").write_bytes(png(value))
     table = pa.table({"path": ["4.png", "3.png"], "label": ["a", "b"]})
     pq.write_table(table, tmp_path / "y.parquet")
-    data = load_data(str(tmp_path / "y.parquet"), test_fraction=0)
+    data = load_data(str(tmp_path / "y.parquet"), whole=True)
     assert levels(data.splits["train"]) == [4, 3]
 
 
 def test_parquet_rows_without_a_label_are_left_out(tmp_path):
     path = write_parquet(tmp_path / "x.parquet", [0, 1, 2, 3], [0, -1, None, 1], ["x", "y"])
-    data = load_data(path, test_fraction=0)
+    data = load_data(path, whole=True)
     assert [level(data.splits["train"], i) for i in range(2)] == [0, 3]
-    assert "2 rows without a label left out" in data.notes[0]
+    assert "skipped 2 rows without a label" in data.notes[0]
 
 
 def test_a_test_file_alone_is_a_test_set(tmp_path):
@@ -162,7 +164,7 @@ def test_the_file_at_fault_is_named(tmp_path, file):
 )
 def test_labels_of_any_type(tmp_path, cells, classes, labels):
     path = write_parquet(tmp_path / "x.parquet", range(len(cells)), cells)
-    data = load_data(path, test_fraction=0)
+    data = load_data(path, whole=True)
     assert data.classes == classes
     assert data.splits["train"].labels.tolist() == labels
 
@@ -172,7 +174,7 @@ def test_labels_that_are_none(tmp_path):
     with pytest.raises(VitcliError, match=r"as parquet: .*struct"):
         load_data(path)
     path = write_parquet(tmp_path / "y.parquet", [0, 1], [0, 5], ["x", "y"])
-    with pytest.raises(VitcliError, match="has label 5, but names 2 classes"):
+    with pytest.raises(VitcliError, match="has label 5, but names only 2 classes"):
         load_data(path)
 
 
@@ -181,14 +183,14 @@ def test_a_changed_file_is_read_anew(tmp_path):
     path = tmp_path / "x.parquet"
     write_parquet(path, [1, 2], [0, 1])
     before = path.stat()
-    data = load_data(str(path), test_fraction=0)
+    data = load_data(str(path), whole=True)
     old = data.splits["train"]
     assert levels(old) == [1, 2]
     write_parquet(tmp_path / "new", [3, 4], [1, 0])
     (tmp_path / "new").replace(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
-    new = load_data(str(path), test_fraction=0)
+    new = load_data(str(path), whole=True)
     assert levels(new.splits["train"]) == [3, 4]
     assert new.splits["train"].labels.tolist() == [1, 0]
     assert new.fingerprint != data.fingerprint
@@ -227,7 +229,7 @@ def test_without_a_cache_images_are_held_in_memory(tmp_path, monkeypatch):
 def test_names_that_are_patterns_urls_or_not_text(tmp_path, name):
     write_parquet(tmp_path / "x", [1, 2], [0, 1])
     (tmp_path / "x").rename(tmp_path / name)
-    assert levels(load_data(str(tmp_path / name), test_fraction=0).splits["train"]) == [1, 2]
+    assert levels(load_data(str(tmp_path / name), whole=True).splits["train"]) == [1, 2]
 
 
 def test_nothing_is_told_but_by_us(tmp_path, capfd):

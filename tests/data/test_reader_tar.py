@@ -12,7 +12,7 @@ from PIL import Image
 from support.pictures import photographs
 
 from vitcli.data.loader import TrainLoader
-from vitcli.data.readers.tar import expand
+from vitcli.data.readers.tar import expand_braces
 from vitcli.data.source import load_data
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
@@ -56,7 +56,7 @@ def shards(tmp_path):
     ],
 )
 def test_braces(notation, names):
-    assert list(expand(notation)) == names
+    assert list(expand_braces(notation)) == names
 
 
 def test_pictures_and_labels_are_those_that_went_in(shards):
@@ -75,9 +75,9 @@ def test_pictures_and_labels_are_those_that_went_in(shards):
 
 def test_a_brace_notation_and_a_single_shard(shards):
     folder, _ = shards
-    whole = load_data(f"{folder}/train-{{000..002}}.tar", test_fraction=0.0)
+    whole = load_data(f"{folder}/train-{{000..002}}.tar", whole=True)
     assert {name: len(images) for name, images in whole.splits.items()} == {"train": 12}
-    one = load_data(f"{folder}/train-001.tar", test_fraction=0.0)
+    one = load_data(f"{folder}/train-001.tar", whole=True)
     assert len(one.splits["train"]) == 4
     with pytest.raises(VitcliError, match=r"train-003.tar` and 1 more of 5"):
         load_data(f"{folder}/train-{{000..004}}.tar")
@@ -98,7 +98,7 @@ def test_batches_are_those_of_the_same_files_loose(shards, tmp_path):
     transform = TrainTransform(Preprocess((16, 16)), AugmentSection())
     found = []
     for data in (f"{folder}/train-{{000..002}}.tar", str(tmp_path / "loose.csv")):
-        images = load_data(data, test_fraction=0.0).splits["train"]
+        images = load_data(data, whole=True).splits["train"]
         loader = TrainLoader(images, transform, batch_size=6, seed=3, workers=2)
         found.append(torch.cat([batch.images for batch in loader.batches(6, 3)]))
     assert torch.equal(*found)
@@ -114,7 +114,7 @@ def test_labels_in_json_names_beside_and_unlabelled_samples(tmp_path):
     write(tmp_path / "x.tar", members)
     with pytest.raises(VitcliError, match="no sample with an image and a label"):
         load_data(str(tmp_path / "x.tar"))
-    source = load_data(str(tmp_path / "x.tar"), label_column="kind", test_fraction=0.0)
+    source = load_data(str(tmp_path / "x.tar"), label_column="kind", whole=True)
     assert source.classes == ("cat", "dog")
     assert source.splits["train"].labels.tolist() == [0, 1, 0, 1]
     assert any("1 samples without a label" in note for note in source.notes)
@@ -122,7 +122,7 @@ def test_labels_in_json_names_beside_and_unlabelled_samples(tmp_path):
     pairs = sorted([*numbered, ("1.cls", b"1")])
     write(tmp_path / "y.tar", pairs)
     (tmp_path / "classes.txt").write_text("tench\ngoldfish\nshark\n")
-    source = load_data(str(tmp_path / "y.tar"), test_fraction=0.0)
+    source = load_data(str(tmp_path / "y.tar"), whole=True)
     assert source.classes == ("tench", "goldfish", "shark")
 
 
@@ -132,7 +132,7 @@ def test_a_shard_that_is_cut_off_is_read_up_to_there(shards):
     path.write_bytes(path.read_bytes()[:5000])
     source = load_data(str(folder))
     assert 8 < len(source.splits["train"]) < 12
-    assert any("train-001.tar is cut off" in note for note in source.notes)
+    assert any("train-001.tar is truncated" in note for note in source.notes)
     images = source.splits["train"]
     for i in range(len(images)):
         try:

@@ -13,12 +13,15 @@ import pytest
 from PIL import Image
 
 from vitcli.data import image_set as sets
-from vitcli.data.image_set import ArrayStore, ImageSet, Packed
-from vitcli.data.labels import label_names
-from vitcli.data.source import SOURCES, load_data
+from vitcli.data.image_set import ArrayStore, BytesList, ImageSet
+from vitcli.data.labels import encode_labels
+from vitcli.data.readers import DATA_HELP, READERS, resolve
+from vitcli.data.source import load_data
 from vitcli.data.splits import stratified_split
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
+
+ROOT = Path(__file__).parents[2]
 
 
 def paint(path, level=0, size=(6, 4)):
@@ -48,12 +51,12 @@ def test_one_folder_is_split_by_class_and_seed(tmp_path):
         assert np.bincount(data.splits[name].labels).tolist() == [count] * 3
     paths = [s.describe(i) for s in data.splits.values() for i in range(len(s))]
     assert len(set(paths)) == 30
-    again, other = (load_data(str(tmp_path), test_fraction=0.3, seed=seed) for seed in (0, 1))
+    again, other = (load_data(str(tmp_path), test_fraction=0.3, split_seed=seed) for seed in (0, 1))
     names = [[s.splits["test"].describe(i) for i in range(9)] for s in (data, again, other)]
     assert names[0] == names[1] != names[2]
     assert data.fingerprint == again.fingerprint != other.fingerprint
-    assert "9 of 30 are set aside (30% of each class, seed 0)" in data.notes[-1]
-    assert list(load_data(str(tmp_path), test_fraction=0).splits) == ["train"]
+    assert "9 of 30 images are held out for testing (30% of each class, seed 0)" in data.notes[-1]
+    assert list(load_data(str(tmp_path), whole=True).splits) == ["train"]
 
 
 def test_train_and_test_folders_are_taken_as_they_are(tmp_path):
@@ -79,7 +82,7 @@ def test_a_folder_of_train_only_is_split(tmp_path):
     (tmp_path / "extra").mkdir()
     data = load_data(str(tmp_path))
     assert {name: len(s) for name, s in data.splits.items()} == {"train": 8, "test": 2}
-    assert "`extra` beside `train` left out" in data.notes[0]
+    assert "skipped folders that are not splits: `extra`" in data.notes[0]
 
 
 def test_a_test_folder_alone_is_a_test_set(tmp_path):
@@ -101,7 +104,7 @@ def test_splits_of_other_names(tmp_path):
         photos(tmp_path, inside=split)
     data = load_data(str(tmp_path))
     assert {name: len(s) for name, s in data.splits.items()} == {"train": 10, "validation": 10}
-    assert "`eval` beside `train` left out" in data.notes[0]
+    assert "skipped folders that are not splits: `eval`" in data.notes[0]
     photos(tmp_path, inside="validation", count=3)  # the plain name goes before the other
     assert len(load_data(str(tmp_path)).splits["validation"]) == 6
 
@@ -128,13 +131,13 @@ def test_what_lies_around_is_left_out(tmp_path):
     (tmp_path / "empty").mkdir()
     photos(tmp_path, (".git", "__MACOSX"), 1)
     paint(tmp_path / "loose.png")
-    data = load_data(str(tmp_path), test_fraction=0)
+    data = load_data(str(tmp_path), whole=True)
     assert data.classes == ("cat", "dog")
     assert np.bincount(data.splits["train"].labels).tolist() == [7, 5]  # nested and x
     notes = "\n".join(data.notes)
-    assert "`empty` has no images" in notes
+    assert "skipped `empty`, a folder without images" in notes
     assert "1 .db, 1 .txt" in notes
-    assert "1 images outside of class folders left out" in notes
+    assert "skipped 1 images outside class folders" in notes
 
 
 def test_links(tmp_path):
@@ -142,7 +145,7 @@ def test_links(tmp_path):
     (tmp_path / "cat/link.png").symlink_to(tmp_path / "dog/0.png")
     (tmp_path / "cat/round").symlink_to(tmp_path / "cat")
     (tmp_path / "dog/dangling.png").symlink_to("nowhere.png")
-    images = load_data(str(tmp_path), test_fraction=0).splits["train"]
+    images = load_data(str(tmp_path), whole=True).splits["train"]
     assert np.bincount(images.labels).tolist() == [6, 6]
     broken = [i for i in range(12) if images.describe(i).endswith("dangling.png")]
     with pytest.raises(ImageError, match=r"link to `nowhere\.png`, which does not exist"):
@@ -152,7 +155,7 @@ def test_links(tmp_path):
 def test_odd_names_survive(shared, tmp_path):
     with tarfile.open(shared / "data/messy.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
-    data = load_data(str(tmp_path / "messy/odd"), test_fraction=0)
+    data = load_data(str(tmp_path / "messy/odd"), whole=True)
     images = data.splits["train"]
     assert data.classes == ("ants", "bees", "pizza slice ü")
     names = [images.describe(i) for i in range(len(images))]
@@ -185,7 +188,7 @@ def test_pictures_without_classes_serve_where_no_labels_are_needed(tmp_path):
     paint(tmp_path / "b.png")
     with pytest.raises(VitcliError, match="2 images but no class folders"):
         load_data(str(tmp_path))
-    data = load_data(str(tmp_path), labelled=False, test_fraction=0)
+    data = load_data(str(tmp_path), labelled=False, whole=True)
     assert len(data.splits["train"]) == 2
 
 
@@ -251,7 +254,7 @@ def test_labels_stay_as_they_are_written(tmp_path, name):
     text = "path,label\n" + "\n".join(map(",".join, rows))
     if name == "a.jsonl":
         text = "\n".join(json.dumps({"path": path, "label": label}) for path, label in rows)
-    data = load_data(manifest(tmp_path, text, name), test_fraction=0)
+    data = load_data(manifest(tmp_path, text, name), whole=True)
     assert data.classes == ("01", "1", "1.0", "NA")
     assert data.splits["train"].labels.tolist() == [0, 3, 1, 2]
 
@@ -260,7 +263,7 @@ def test_a_path_that_is_not_utf8(tmp_path):
     paint(tmp_path / os.fsdecode(b"caf\xe9.png"), 7)
     paint(tmp_path / "tea.png", 8)
     (tmp_path / "a.csv").write_bytes(b"path,label\ncaf\xe9.png,a\ntea.png,b\n")
-    images = load_data(str(tmp_path / "a.csv"), test_fraction=0).splits["train"]
+    images = load_data(str(tmp_path / "a.csv"), whole=True).splits["train"]
     assert [level(images, i) for i in range(2)] == [7, 8]
     assert images.describe(0).endswith(r"caf\xe9.png")
 
@@ -280,10 +283,10 @@ def test_a_path_that_is_not_utf8(tmp_path):
 def test_labels_that_are_not_utf8(tmp_path, name, content):
     photos(tmp_path)
     (tmp_path / name).write_bytes(content)
-    data = load_data(str(tmp_path / name), test_fraction=0)
+    data = load_data(str(tmp_path / name), whole=True)
     first = r"caf\xe9" if name == "a.csv" else r"\ud800"
     assert data.classes == (first, "tea")
-    assert f"labels are not UTF-8, such as `{first}`" in data.notes[0]
+    assert f"labels such as `{first}`" in data.notes[0]
 
 
 def test_a_table_as_excel_writes_it(tmp_path):
@@ -306,15 +309,15 @@ def test_a_column_of_splits(tmp_path, column):
     rows = [",".join((*row, split)) for row, split in zip(ROWS, names, strict=True)]
     data = load_data(manifest(tmp_path, f"path,label,{column}\n" + "\n".join(rows)), labelled=False)
     assert {name: len(s) for name, s in data.splits.items()} == {"train": 2, "test": 1}
-    assert "1 row of split `holdout` left out" in data.notes[0]
+    assert "skipped 1 row of split `holdout`" in data.notes[0]
 
 
 def test_a_column_that_only_sounds_like_splits(tmp_path):
     rows = [",".join((*row, str(fold))) for fold, row in enumerate(ROWS)]
     path = manifest(tmp_path, "path,label,split\n" + "\n".join(rows))
-    data = load_data(path, test_fraction=0)
+    data = load_data(path, whole=True)
     assert len(data.splits["train"]) == 4
-    assert "names no split and is passed over" in data.notes[0]
+    assert "ignored `split`, which names no split" in data.notes[0]
 
 
 def test_gaps_as_tables_fill_them_are_no_classes(tmp_path):
@@ -325,13 +328,13 @@ def test_gaps_as_tables_fill_them_are_no_classes(tmp_path):
     ]
     data = load_data(manifest(tmp_path, "\n".join(rows), "a.jsonl"))
     assert data.classes == ("0", "1")
-    assert "2 rows without path or label left out" in data.notes[0]
+    assert "skipped 2 rows without path or label" in data.notes[0]
 
 
 def test_columns_of_any_name(tmp_path):
     text = "a,b\n" + "\n".join(",".join(row) for row in ROWS)
     path = manifest(tmp_path, text)
-    with pytest.raises(VitcliError, match=r"no image column that is known.*`a`, `b`") as caught:
+    with pytest.raises(VitcliError, match=r"no image column with a known name.*`a`, `b`") as caught:
         load_data(path)
     assert "data.image_column" in str(caught.value.hint)
     assert load_data(path, image_column="a", label_column="b").classes == ("cat", "dog")
@@ -342,16 +345,16 @@ def test_columns_of_any_name(tmp_path):
 
 def test_rows_that_say_nothing_are_counted(tmp_path):
     text = "path,label\n,cat,and more\ncat/2.png,\n" + "\n".join(",".join(row) for row in ROWS)
-    data = load_data(manifest(tmp_path, text), test_fraction=0)
+    data = load_data(manifest(tmp_path, text), whole=True)
     assert len(data.splits["train"]) == 4
-    assert "2 rows without path or label left out" in data.notes[0]
+    assert "skipped 2 rows without path or label" in data.notes[0]
 
 
 @pytest.mark.parametrize(
     "name,text,words",
     [
         ("a.csv", "", "has no rows"),
-        ("a.csv", "path,label\nx/y.png,cat\n", "`x/y.png` does not exist"),
+        ("a.csv", "path,label\nx/y.png,cat\n", "`x/y.png` and the next images do not exist"),
         ("a.jsonl", '{"path": "a.png", "label": 1}\nnope', "line 2 of .* is not JSON"),
         ("a.jsonl", "[1]", "line 1 of .* is not a JSON object"),
     ],
@@ -384,9 +387,10 @@ def test_digits_are_scikit_learns():
     assert (len(train), len(test)) == (1438, 359) and np.abs(shares - 0.2).max() < 0.01
     assert train.read(0).mode == "RGB"
     assert data.notes == (
-        "builtin:digits: a fixed stratified fifth is the test set (1,438 train, 359 test)",
+        "builtin:digits: a fixed, stratified fifth of the images is the test split "
+        "(1,438 train, 359 test)",
     )
-    assert load_data("builtin:digits", seed=1).fingerprint == data.fingerprint
+    assert load_data("builtin:digits", split_seed=1).fingerprint == data.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -394,7 +398,7 @@ def test_digits_are_scikit_learns():
     [
         ("nowhere", "no such file or folder: `nowhere`"),
         ("nowhere.csv", "no such file: `nowhere.csv`"),
-        ("builtin:digit", "no data `builtin:digit`"),
+        ("builtin:digit", "unknown dataset `builtin:digit`"),
         ("x" * 5000, "cannot read .*: File name too long"),
     ],
 )
@@ -406,13 +410,20 @@ def test_notations_that_mean_nothing(notation, words):
 
 def test_a_picture_is_no_data(tmp_path):
     paint(tmp_path / "a.png")
-    with pytest.raises(VitcliError, match=r"a\.png` is no data"):
+    with pytest.raises(VitcliError, match=r"unsupported data format: `.*a\.png`"):
         load_data(str(tmp_path / "a.png"))
 
 
-def test_the_kinds_there_are():
+def test_the_registry_of_readers_is_complete():
     builtin = {"builtin:digits", "builtin:formula"}
-    assert set(SOURCES) == {"folder", "hf", "manifest", "parquet", "shards", "stored"} | builtin
+    assert set(READERS) == {"folder", "hf:", "table", "parquet", "shards", "decoded"} | builtin
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    documented = "".join(page.read_text(encoding="utf-8") for page in pages)
+    for reader in READERS.values():
+        assert callable(resolve(reader.load))
+        assert reader.accepts is None or callable(resolve(reader.accepts))
+        assert f"`{reader.example}`" in DATA_HELP
+        assert f"`{reader.example}" in documented, f"the table of DATA lacks `{reader.example}`"
 
 
 # Sets
@@ -429,9 +440,9 @@ def test_the_split_takes_from_every_class():
 
 
 def test_numbers_sort_as_numbers():
-    assert label_names([10, 9, 10])[0] == ("9", "10")
-    assert label_names(["10", "9"])[0] == ("9", "10")
-    assert label_names(["01", "1", "a"])[0] == ("01", "1", "a")
+    assert encode_labels([10, 9, 10])[0] == ("9", "10")
+    assert encode_labels(["10", "9"])[0] == ("9", "10")
+    assert encode_labels(["01", "1", "a"])[0] == ("01", "1", "a")
 
 
 class Counting(ArrayStore):
@@ -460,7 +471,7 @@ def test_small_sets_are_decoded_once(monkeypatch):
     assert (np.asarray(images.read(0)) == pixels[0]).all()
     assert store.count == after
     assert images.read(3, "L").mode == "L"
-    monkeypatch.setattr(sets, "KEEP_BYTES", 100)
+    monkeypatch.setattr(sets, "CACHE_BYTES", 100)
     store = Counting(pixels)
     large = ImageSet("train", ["a"], np.zeros(20, dtype=np.int64), store)
     for _ in range(2):
@@ -479,16 +490,16 @@ def test_subsets_keep_their_images():
 def test_empty_text_is_not_the_current_folder(tmp_path, monkeypatch):
     photos(tmp_path, ("cat", "dog"), 2)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(VitcliError, match="DATA is empty text") as caught:
+    with pytest.raises(VitcliError, match="DATA is an empty string") as caught:
         load_data("")
-    assert "`.` is the current folder" in caught.value.hint
+    assert "the current folder is `.`" in caught.value.hint
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_packed_strings_are_a_list_of_them(seed):
     rng = np.random.default_rng(seed)
     parts = [rng.bytes(int(rng.integers(0, 40))) for _ in range(int(rng.integers(0, 50)))]
-    packed = Packed(iter(parts))
+    packed = BytesList(iter(parts))
     assert [packed[i] for i in range(len(packed))] == parts
 
 
@@ -500,7 +511,7 @@ def test_a_table_takes_little_memory(tmp_path):
     (tmp_path / "x.csv").write_text(f"path,label,note\n{rows}")
     load_data(tmp_path / "x.csv")  # what is imported once
     tracemalloc.start()
-    data = load_data(tmp_path / "x.csv", test_fraction=0)
+    data = load_data(tmp_path / "x.csv", whole=True)
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(data.splits["train"]) == n

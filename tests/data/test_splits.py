@@ -11,9 +11,15 @@ from support.tiny import tiny_recipe
 from vitcli.commands import evaluate
 from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
-from vitcli.config.schema import Recipe
+from vitcli.config.schema import DataSection, Recipe
 from vitcli.data.source import load_data
-from vitcli.data.splits import divide, fold_of, parse_slice, spread_order, stratified_split
+from vitcli.data.splits import (
+    fold_of,
+    parse_slice,
+    split_images,
+    spread_order,
+    stratified_split,
+)
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train.session import train
@@ -88,7 +94,7 @@ def test_slices_are_written_as_the_papers_code_writes_them(text, name, n, bounds
 
 @pytest.mark.parametrize("text", ["train[", "train[:-5]", "[1:2]", "train[a:b]", ""])
 def test_slices_that_are_none(text):
-    with pytest.raises(VitcliError, match="is no split and no slice"):
+    with pytest.raises(VitcliError, match="is not a split or a slice of a split"):
         parse_slice(text)
 
 
@@ -142,7 +148,7 @@ def test_a_validation_share(photos):
         "test": 6,
     }
     assert np.bincount(data.splits["validation"].labels).tolist() == [2, 1]
-    assert "3 of 30 training images are the validation set" in data.notes[-1]
+    assert "3 of 30 training images are held out for validation" in data.notes[-1]
     both = load_data(f"{photos}/train", validation_fraction=0.1)
     assert {k: len(s) for k, s in both.splits.items()} == {"train": 21, "validation": 3, "test": 6}
     parts = [set(names(images)) for images in both.splits.values()]
@@ -167,9 +173,9 @@ def test_named_slices(photos):
     ("settings", "said"),
     [
         ({"train_split": "trian"}, "has no split `trian`"),
-        ({"train_split": "train[:60%]", "test_split": "train[50%:]"}, "images in common"),
-        ({"train_split": "train[:0%]"}, "holds no image"),
-        ({"folds": 31}, "30 training images for 31 folds"),
+        ({"train_split": "train[:60%]", "test_split": "train[50%:]"}, "share images"),
+        ({"train_split": "train[:0%]"}, "selects none of the 30 images"),
+        ({"folds": 31}, "30 training images, too few for 31 folds"),
     ],
 )
 def test_splits_that_cannot_be_made(photos, settings, said):
@@ -191,7 +197,7 @@ def test_what_has_validation_images_gets_no_more(photos, tmp_path):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"fold": 1}, "say how many there are"),
+        ({"fold": 1}, "`fold` needs `folds`, the number of folds"),
         ({"folds": 5, "fold": 5}, "0 to 4"),
         ({"folds": 5, "validation_fraction": 0.1}, "not both"),
         ({"folds": 1}, "greater than or equal to 2"),
@@ -222,10 +228,7 @@ def test_a_run_records_its_fold_and_evaluate_finds_it(photos, tmp_path):
 
 
 def test_nothing_is_divided_that_was_not_asked_for():
-    class Nothing:
-        shown, seed, test_fraction, validation_fraction = "x", 0, 0.0, None
-        folds, fold, train_split, test_split = None, 0, None, None
-
-    done = divide({"train": np.array([0, 1]), "test": np.array([0])}, Nothing())
+    labels = {"train": np.array([0, 1]), "test": np.array([0])}
+    done = split_images(labels, DataSection(), "x")
     assert done.parts == {"train": ("train", None), "test": ("test", None)}
     assert not done.notes and not done.record

@@ -17,9 +17,8 @@ from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import AugmentSection, DataSection, Recipe
 from vitcli.data.augment.transform import TrainTransform
-from vitcli.data.image_set import Request
 from vitcli.data.loader import TrainLoader
-from vitcli.data.source import open_data
+from vitcli.data.source import DataRequest, open_data
 from vitcli.data.streaming import Shard, StreamSample, StreamSet, open_stream
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
@@ -71,7 +70,8 @@ def shards(tmp_path):
 
 
 def stream(notation, buffer=16, **settings):
-    return open_stream(Request(notation, **settings), None, buffer)
+    section = DataSection(streaming=True, shuffle_buffer=buffer, **settings)
+    return open_stream(DataRequest(notation, section))
 
 
 def levels(samples):
@@ -168,7 +168,7 @@ def test_classes_must_be_known(tmp_path):
     with pytest.raises(VitcliError, match="does not contain its class names"):
         stream(str(tmp_path / "train-0.tar"))
     (tmp_path / "names").write_text("cat\ndog\n")
-    source = open_stream(Request(str(tmp_path / "train-0.tar")), str(tmp_path / "names"), 4)
+    source = stream(str(tmp_path / "train-0.tar"), 4, classes=str(tmp_path / "names"))
     with pytest.raises(VitcliError, match="label `2`, which is not one of the 2 classes"):
         [*source.splits["train"].epoch((0,), 0, 1)]
 
@@ -206,7 +206,7 @@ def test_from_any_server(loopback):
     names = loopback.root / "names"
     names.write_text("\n".join(NAMES))
     address = loopback.url + "/files/x-{000..001}.tar"
-    source = open_stream(Request(address), str(names), 4)
+    source = stream(address, 4, classes=str(names))
     images = source.splits["train"]
     assert sorted(levels(images.epoch((0,), 0, 1))) == list(range(10))
     loopback.faults["x-001.tar"] = [Fault(status=404)]
@@ -253,7 +253,7 @@ def test_a_run_on_a_stream(shards, tmp_path):
 
 def test_what_a_stream_cannot_do(shards):
     section = DataSection(name=shards, streaming=True)
-    with pytest.raises(VitcliError, match="a stream has but one"):
+    with pytest.raises(VitcliError, match="needs random access"):
         open_data(section)
     with pytest.raises(VitcliError, match="no folds"):
         open_data(DataSection(name=shards, streaming=True, folds=2), streams=True)
@@ -262,4 +262,4 @@ def test_what_a_stream_cannot_do(shards):
     with pytest.raises(VitcliError, match="set `streaming` too"):
         check(Recipe, {"command": "pretrain", "train": {"steps": 1}, "data": {"classes": "x"}}, "x")
     done = vitcli("check", shards, "--set", "data.streaming=true")
-    assert done.returncode == 2 and "a stream has but one" in done.stderr
+    assert done.returncode == 2 and "`data.streaming` has none" in done.stderr

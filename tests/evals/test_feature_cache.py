@@ -68,7 +68,7 @@ class Counted:
 
 
 def features(net, photos, indices=None, watch=None, **settings):
-    source = load_data(photos, test_fraction=0)
+    source = load_data(photos, whole=True)
     images = source.splits["train"]
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
     about, watch = {"model": "x"}, watch or Quiet()
@@ -87,7 +87,7 @@ def test_computed_once_and_only_what_is_missing(photos, net, monkeypatch):
     found = features(net, photos, watch=heard)
     assert counted.seen == 24
     assert "4 of 24" in heard.lines[0] and "cached features in" in heard.lines[-1]
-    plain = extract(net, load_data(photos, test_fraction=0).splits["train"], with_pixels=True)
+    plain = extract(net, load_data(photos, whole=True).splits["train"], with_pixels=True)
     counted.seen = 0
     again = features(net, photos, batch_size=7)
     assert counted.seen == 0
@@ -158,7 +158,7 @@ def test_other_data_of_the_same_names_and_sizes(photos, net, here):
         facts = path.stat()
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
         os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    one, two = (load_data(p, test_fraction=0).fingerprint for p in (photos, here / "others"))
+    one, two = (load_data(p, whole=True).fingerprint for p in (photos, here / "others"))
     assert one == two  # the fingerprint looks at no content
     assert (features(net, here / "others").outputs != before.outputs).any(axis=1).all()
 
@@ -187,7 +187,7 @@ def test_unreadable_images_are_tried_again(photos, net, monkeypatch):
         assert counted.seen == 23 and len(found.broken) == 1 and "03.bmp" in found.broken[0]
         assert found.indices.tolist() == [i for i in range(24) if i != 15]
     path.write_bytes(good)
-    source = load_data(photos, test_fraction=0)  # another size, so other data
+    source = load_data(photos, whole=True)  # another size, so other data
     assert features(net, photos).broken == () and len(source.splits["train"]) == 24
     with pytest.raises(VitcliError, match="none of 1 images can be read"):
         path.write_bytes(b"cut")

@@ -39,7 +39,7 @@ def validation(here):
 
 def answers_of(folder):
     """File name -> what the model says."""
-    images = load_data(folder, test_fraction=0).splits["train"]
+    images = load_data(folder, whole=True).splits["train"]
     found = extract(load_model("m.safetensors"), images, output="logits")
     names = [images.file_name(i) for i in found.indices.tolist()]
     return dict(zip(names, found.outputs, strict=True))
@@ -101,7 +101,7 @@ def test_what_is_no_file_of_labels(tmp_path):
 
 
 def test_images_that_it_does_not_know(validation, here):
-    images = load_data(validation, test_fraction=0).splits["train"]
+    images = load_data(validation, whole=True).splits["train"]
     every = np.arange(5)
     with pytest.raises(VitcliError, match="is image 20, but the ReaL file has only 8 images"):
         real_targets(images, every, [[1]] * 8, np.arange(1000))

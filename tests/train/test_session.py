@@ -216,7 +216,7 @@ def test_training_learns_the_digits(tmp_path):
     [
         ({"model": {"image_size": 9}}, "not a multiple of patch size 4"),
         ({"model": {"name": "Q/4"}}, "no model variant `Q/4`"),
-        ({"data": {"name": "builtin:digit"}}, "no data `builtin:digit`"),
+        ({"data": {"name": "builtin:digit"}}, "unknown dataset `builtin:digit`"),
         ({"train": {"precision": "fp16"}}, "needs a GPU"),
         ({"augment": {"preset": "light2"}, "train": {"batch_size": 33}}, "in pairs, and 33 are"),
         ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "needs pairs"),

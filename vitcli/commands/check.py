@@ -13,9 +13,9 @@ from PIL import Image
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Settings
 from vitcli.data.contact_sheet import Row, draw_sheet
-from vitcli.data.image_set import Integers, Source
+from vitcli.data.image_set import Integers
 from vitcli.data.scan import Survey, same_pictures, survey
-from vitcli.data.source import open_data
+from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.progress import Quiet, Watcher

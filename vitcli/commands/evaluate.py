@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
-from vitcli.data.image_set import ImageSet, Source
+from vitcli.data.image_set import ImageSet
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.evals.calibration import (
     calibrate,

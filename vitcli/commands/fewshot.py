@@ -12,8 +12,7 @@ from torch import nn
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import FewshotSection, Inference, Settings
-from vitcli.data.image_set import Source
-from vitcli.data.source import open_data
+from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError
 from vitcli.evals.feature_cache import CachedFeatures
 from vitcli.evals.features import MAX_PIXEL_SIDE, Extracted, rank_and_world_size

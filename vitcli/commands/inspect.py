@@ -17,9 +17,10 @@ from vitcli.data.formula.dataset import FormulaSet
 from vitcli.data.image_paths import find_images
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
-from vitcli.data.readers.builtin import photographs
-from vitcli.data.readers.folder import files_set
-from vitcli.data.source import is_set, load_data, open_data
+from vitcli.data.readers import is_dataset
+from vitcli.data.readers.builtin import sklearn_photographs
+from vitcli.data.readers.folder import image_list
+from vitcli.data.source import load_data, open_data
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError, printable
 from vitcli.files import check_folder
@@ -205,13 +206,13 @@ def _choose_images(
         return chosen
     given = list(paths) or [data or ""]
     name = " ".join(printable(path) for path in given[:3]) + (" …" if len(given) > 3 else "")
-    if len(given) == 1 and is_set(given[0]):
+    if len(given) == 1 and is_dataset(given[0]):
         source = open_data(inference.data, given[0], whole=True, labelled=False, watch=watch)
         for line in source.notes:
             watch.note(line)
         splits = [split for split in ("test", "validation", "train") if split in source.splits]
         return NamedImages(source.split(*splits), name)
-    return NamedImages(files_set(list(find_images(given))), name)
+    return NamedImages(image_list(list(find_images(given))), name)
 
 
 def _builtin_images(model: LoadedModel) -> NamedImages:
@@ -220,7 +221,7 @@ def _builtin_images(model: LoadedModel) -> NamedImages:
     if model.config.num_channels == 1 or side <= MAX_DIGIT_SIDE:
         digits = load_data("builtin:digits").split("test").subset(np.arange(NUM_BUILTIN))
         return NamedImages(digits, f"{NUM_BUILTIN} of builtin:digits")
-    found = photographs() if side >= MIN_PHOTOGRAPH_SIDE else None
+    found = sklearn_photographs() if side >= MIN_PHOTOGRAPH_SIDE else None
     if found is not None:
         return NamedImages(found, "halves of two photographs from scikit-learn")
     drawn = FormulaSet("test", 1, NUM_BUILTIN, (side, side))

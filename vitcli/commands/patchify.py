@@ -7,9 +7,10 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from vitcli.data.decoded_cache import store_set
+from vitcli.data.decoded_cache import write_decoded
+from vitcli.data.readers import DATA_SUFFIXES
 from vitcli.data.readers.folder import IMAGE_SUFFIXES
-from vitcli.data.source import SUFFIXES, load_data
+from vitcli.data.source import load_data
 from vitcli.decode import read_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
@@ -239,7 +240,7 @@ def _is_image(source: str) -> bool:
     if path.is_dir() or source.startswith("builtin:"):
         return False
     suffix = path.suffix.lower()
-    return suffix in IMAGE_SUFFIXES or (path.is_file() and suffix not in SUFFIXES)
+    return suffix in IMAGE_SUFFIXES or (path.is_file() and suffix not in DATA_SUFFIXES)
 
 
 def _patchify_image(
@@ -297,7 +298,7 @@ def _patchify_data(
     workers: int | None,
     watch: Watcher | None,
 ) -> PatchifyResult:
-    data = load_data(source, **columns, test_fraction=0.0, labelled=False, watch=watch)
+    data = load_data(source, **columns, whole=True, labelled=False, watch=watch)
     result = PatchifyResult(
         source=printable(source),
         kind="data",
@@ -317,7 +318,7 @@ def _patchify_data(
         )
         return replace(result, broken=broken)
     side = round(max(preprocess.image_size) / STORED_CROP)
-    stored = store_set(data, target, side=side, workers=workers, watch=watch)
+    stored = write_decoded(data, target, side=side, workers=workers, watch=watch)
     note = (
         f"the shorter side is at most {side} px, enough for crops of {preprocess.image_size[0]} px"
     )

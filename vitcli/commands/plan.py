@@ -20,7 +20,7 @@ from vitcli.cost.plan import CostEstimate, Prices, ProbeResult, RunTime, run_tim
 from vitcli.cost.planned_run import PlannedRun, count_run
 from vitcli.cost.probe import probe, unsaved_loop
 from vitcli.cost.recipe_header import RecipeHeader, noise_source
-from vitcli.data.image_set import Source
+from vitcli.data.source import Source
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher

@@ -17,7 +17,7 @@ from vitcli.cost.memory import (
 )
 from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.transform import resolve_augment
-from vitcli.data.image_set import Source
+from vitcli.data.source import Source
 from vitcli.train.build import held_out_images
 from vitcli.train.lora import ADAPTER, freeze_and_adapt
 from vitcli.train.objectives import build_objective

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitcli.config.recipe import header
-from vitcli.data.image_set import Integers, Source
+from vitcli.data.image_set import Integers
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.progress import Watcher
 

@@ -1,16 +1,13 @@
-"""A long list of short byte strings in two pieces of memory.
+"""`ImageSet`: the labelled images of one split, decoded on demand from a store.
 
-Pictures whose pixels lie decoded in memory or in a mapped file: a part of one is a slice.
-
-What every source of images becomes: sets of readable images with labels, one for each split.
+An `ImageStore` holds the images: files, arrays, tar members, parquet cells or decoded pixels.
 """
 
 import os
 import threading
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitcli.decode import Box, ImageError, ImageInput, LazyImage, Mode, open_image, read_image
-from vitcli.errors import VitcliError, printable
-from vitcli.progress import Quiet, Watcher
+from vitcli.errors import printable
 
 
-class Packed:
-    """What was given, by position, at its own length and 8 bytes each; a list takes 60 more."""
+class BytesList:
+    """A compact immutable list of byte strings: 8 bytes of overhead each, a list needs about 60."""
 
     def __init__(self, parts: Iterable[bytes]) -> None:
         joined = bytearray()
@@ -44,11 +40,11 @@ class Packed:
 
 
 class ArrayPicture:
-    """Decoded pixels, to take a part of: what `LazyImage` is for a file.
+    """Decoded pixels with the interface of `LazyImage`; a part is a slice of the array.
 
     Args:
-        array: (Y, X) or (Y, X, 3) uint8, upright; it is only read.
-        name: what errors call it.
+        array: (Y, X) or (Y, X, 3) uint8, upright; never written to.
+        name: for error messages.
 
     Attributes:
         size: (width, height).
@@ -61,15 +57,15 @@ class ArrayPicture:
         self.size = (array.shape[1], array.shape[0])
 
     def whole(self) -> Image.Image:
-        """The picture, as its own copy."""
+        """A copy of the picture."""
         return Image.fromarray(self.array)
 
     def part(self, box: Box, at_least: tuple[int, int] | None = None) -> Image.Image:
-        """What is in `box` = (left, top, right, bottom); there is one scale only."""
+        """A copy of `box` = (left, top, right, bottom), at full size whatever `at_least` says."""
         return Image.fromarray(self.pixels(box))
 
     def pixels(self, box: Box, at_least: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-        """(Y, X) or (Y, X, 3): what is in `box`, as its own copy."""
+        """(Y, X) or (Y, X, 3): a copy of `box`."""
         left, top, right, bottom = box
         return np.array(self.array[top:bottom, left:right])
 
@@ -80,57 +76,28 @@ AnyPicture = LazyImage | ArrayPicture
 Integers = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 
-# Sets whose decoded pictures fit in this many bytes are decoded once.
-KEEP_BYTES = 512 * 2**20
-PROBES = 8
+CACHE_BYTES = 512 * 2**20  # a set whose decoded pixels fit is decoded once and stays in memory
+PROBES = 8  # images that are opened to estimate the decoded size of a set
 
 
-@dataclass(frozen=True)
-class Request:
-    """What `load_data` was asked for; see there."""
-
-    notation: str
-    label_column: str | None = None
-    image_column: str | None = None
-    test_fraction: float = 0.2
-    seed: int = 0
-    labelled: bool = True
-    multi_label: bool | None = None
-    validation_fraction: float | None = None
-    folds: int | None = None
-    fold: int = 0
-    train_split: str | None = None
-    test_split: str | None = None
-    watch: Watcher = field(default_factory=Quiet, compare=False)
-
-    @property
-    def path(self) -> Path:
-        return Path(self.notation)
-
-    @property
-    def shown(self) -> str:
-        """The notation as it can be printed."""
-        return printable(self.notation)
-
-
-class Store(Protocol):
-    """Where the images of a set lie."""
+class ImageStore(Protocol):
+    """Access to stored images by row."""
 
     def __len__(self) -> int: ...
 
     def content(self, row: int) -> ImageInput:
-        """What `read_image` reads."""
+        """The input of `read_image`."""
 
     def describe(self, row: int) -> str:
-        """What errors call it."""
+        """The name of the image in errors and tables."""
 
 
 class FileStore:
-    """Images in files: paths as bytes, because names need not be UTF-8, relative to `root`."""
+    """Image files below `root`; paths are bytes, because names need not be UTF-8."""
 
     def __init__(self, root: Path, paths: Iterable[bytes]) -> None:
         self.root = root
-        self.paths = Packed(paths)
+        self.paths = BytesList(paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -146,7 +113,7 @@ class FileStore:
 
 
 class ArrayStore:
-    """Images in memory, as pictures of equal size: (n, Y, X) grey or (n, Y, X, C), uint8."""
+    """Images in memory: (n, Y, X) grey or (n, Y, X, C), uint8."""
 
     def __init__(self, name: str, images: Pixels) -> None:
         self.name = name
@@ -163,15 +130,15 @@ class ArrayStore:
 
 
 class ImageSet:
-    """One split: images that are read on demand, and their labels.
+    """The images and labels of one split; images are read on demand.
 
     Args:
         name: the split.
-        classes: the names of the classes; `labels` points into them.
-        labels: (n,) integers; of images with several labels the first, and -1 where there is none.
+        classes: class names.
+        labels: (n,) class indices; the first label of a multi-label image, -1 for no label.
         store: the images.
-        rows: (n,) which rows of `store` these are; all by default.
-        targets: (n, K) ones and zeros where an image has any number of labels, else None.
+        rows: (n,) the rows of `store`; default: all.
+        targets: (n, K) multi-hot targets of multi-label images, else None.
     """
 
     def __init__(
@@ -179,7 +146,7 @@ class ImageSet:
         name: str,
         classes: Sequence[str],
         labels: Integers,
-        store: Store,
+        store: ImageStore,
         rows: Integers | None = None,
         targets: Pixels | None = None,
     ) -> None:
@@ -189,8 +156,8 @@ class ImageSet:
         self.targets = targets
         self._store = store
         self._rows = np.arange(len(self.labels)) if rows is None else rows
-        self._kept: list[Pixels | None] | None = None
-        self._kept_mode: Mode | None = None
+        self._cache: list[Pixels | None] | None = None
+        self._cache_mode: Mode | None = None  # set by the first read, which decides on the cache
         self._lock = threading.Lock()
         assert len(self._rows) == len(self.labels)
         assert targets is None or targets.shape == (len(self.labels), len(self.classes))
@@ -199,43 +166,44 @@ class ImageSet:
         return len(self.labels)
 
     @property
-    def ready(self) -> bool:
-        """Whether the pixels lie decoded in a file, and nothing is gained by keeping copies."""
-        return bool(getattr(self._store, "ready", False))
+    def is_decoded(self) -> bool:
+        """True if the store holds decoded pixels, so that a cache in memory gains nothing."""
+        return bool(getattr(self._store, "is_decoded", False))
 
     @property
-    def decodes(self) -> bool:
-        """Whether every epoch decodes the images again; known after the first read."""
-        return not self.keeps and not self.ready and not isinstance(self._store, ArrayStore)
+    def decodes_each_epoch(self) -> bool:
+        """True if every epoch decodes the images again; known after the first read."""
+        in_memory = self.is_cached or isinstance(self._store, ArrayStore)
+        return not in_memory and not self.is_decoded
 
     @property
-    def keeps(self) -> bool:
-        """Whether decoded images stay in memory; known after the first read."""
-        return self._kept is not None
+    def is_cached(self) -> bool:
+        """True if decoded images stay in memory; known after the first read."""
+        return self._cache is not None
 
     def read(self, index: int, mode: Mode = "RGB") -> Image.Image:
-        """The picture, upright, in `mode`; its own copy. Safe to call from many threads.
+        """A copy of the image, upright, in `mode`. Thread-safe.
 
         Raises:
-            ImageError: it cannot be read.
+            ImageError: the image cannot be read.
         """
-        kept = self._keeping(mode)
-        if kept is None:
+        cache = self._cache_for(mode)
+        if cache is None:
             return self._decode(index, mode)
-        return Image.fromarray(self._kept_pixels(index, mode, kept))
+        return Image.fromarray(self._cached_pixels(index, mode, cache))
 
     @contextmanager
     def open(self, index: int, mode: Mode = "RGB") -> Iterator[AnyPicture]:
-        """The picture as something to decode at the scale that is needed, inside a `with`.
+        """The image as a picture that decodes only the part and the scale that are needed.
 
         Raises:
-            ImageError: it cannot be read; also when it is decoded.
+            ImageError: the image cannot be read, now or when the picture is decoded.
         """
-        kept = self._keeping(mode)
+        cache = self._cache_for(mode)
         row = int(self._rows[index])
-        if kept is not None:
-            yield ArrayPicture(self._kept_pixels(index, mode, kept), self.describe(index))
-        elif mode == "RGB" and self.ready:
+        if cache is not None:
+            yield ArrayPicture(self._cached_pixels(index, mode, cache), self.describe(index))
+        elif mode == "RGB" and self.is_decoded:
             pixels: Any = self._store
             yield ArrayPicture(pixels.pixels(row), self._store.describe(row))
         else:
@@ -244,32 +212,32 @@ class ImageSet:
                 yield picture
 
     def content(self, index: int) -> ImageInput:
-        """What is stored, before anything is decoded: a path, bytes or a picture."""
+        """The image as it is stored: a path, bytes or a picture."""
         return self._store.content(int(self._rows[index]))
 
     def describe(self, index: int) -> str:
-        """What errors and tables call the image: its path, or `row 17 of train.parquet`."""
+        """The name of the image in errors and tables: a path, or `row 17 of train.parquet`."""
         return self._store.describe(int(self._rows[index]))
 
     def file_name(self, index: int) -> str | None:
-        """The name of the file that the image is, or once was; None where nobody has noted it."""
+        """The name of the image's file, or of the file it was made from; None if unknown."""
         named = getattr(self._store, "file_name", None)
         return None if named is None else named(int(self._rows[index]))
 
     def subset(self, indices: Integers, name: str | None = None) -> "ImageSet":
-        """Some of the images, in the order given, under the same classes."""
+        """The images at `indices`, in this order, with the same classes."""
         labels, rows = self.labels[indices], self._rows[indices]
         targets = None if self.targets is None else self.targets[indices]
         return ImageSet(name or self.name, self.classes, labels, self._store, rows, targets)
 
     def relabelled(self, classes: Sequence[str]) -> "ImageSet":
-        """The same images with labels that point, by name, into other classes.
+        """The same images with labels that index into `classes`, matched by name.
 
         Raises:
-            KeyError: an image has a class that is not among them.
+            KeyError: the class of an image is not in `classes`.
         """
         target = {name: label for label, name in enumerate(classes)}
-        place = np.full(len(self.classes) + 1, -1)  # of -1, no label, as well: it is the last
+        place = np.full(len(self.classes) + 1, -1)  # the last entry maps -1, no label, to -1
         present = np.flatnonzero(self.class_counts())
         place[present] = [target[self.classes[label]] for label in present]
         targets = None
@@ -279,13 +247,13 @@ class ImageSet:
         return ImageSet(self.name, classes, place[self.labels], self._store, self._rows, targets)
 
     def class_counts(self) -> Integers:
-        """(K,) how many images have each class."""
+        """(K,) images per class."""
         if self.targets is not None:
             return self.targets.sum(axis=0, dtype=np.int64)
         return np.bincount(self.labels, minlength=len(self.classes)).astype(np.int64)
 
     def label_name(self, index: int) -> str:
-        """The class of an image, or its classes, as text."""
+        """The class of an image as text; several classes are joined by `; `."""
         if self.targets is None:
             return self.classes[int(self.labels[index])]
         names = [self.classes[label] for label in np.flatnonzero(self.targets[index])]
@@ -295,28 +263,28 @@ class ImageSet:
         row = int(self._rows[index])
         return read_image(self._store.content(row), mode, name=self._store.describe(row))
 
-    def _keeping(self, mode: Mode) -> list[Pixels | None] | None:
-        """The decoded pixels of every image, as far as they were read; None if none are kept."""
-        return self._kept if self._kept_mode == mode else self._start_keeping(mode)
+    def _cache_for(self, mode: Mode) -> list[Pixels | None] | None:
+        """The cache of decoded pixels, with None for images not read yet; None without a cache."""
+        return self._cache if self._cache_mode == mode else self._choose_cache(mode)
 
-    def _kept_pixels(self, index: int, mode: Mode, kept: list[Pixels | None]) -> Pixels:
-        pixels = kept[index]
+    def _cached_pixels(self, index: int, mode: Mode, cache: list[Pixels | None]) -> Pixels:
+        pixels = cache[index]
         if pixels is None:
             pixels = np.asarray(self._decode(index, mode))
-            kept[index] = pixels
+            cache[index] = pixels
         return pixels
 
-    def _start_keeping(self, mode: Mode) -> list[Pixels | None] | None:
-        """Decide, at the first read, whether decoded pixels stay in memory."""
+    def _choose_cache(self, mode: Mode) -> list[Pixels | None] | None:
+        """Decide at the first read if decoded pixels stay in memory; they have one mode."""
         with self._lock:
-            if self._kept_mode is None:
-                if not self.ready and self._estimate_bytes(mode) <= KEEP_BYTES:
-                    self._kept = [None] * len(self)
-                self._kept_mode = mode  # last: `read` looks at it without the lock
-            return self._kept if self._kept_mode == mode else None
+            if self._cache_mode is None:
+                if not self.is_decoded and self._estimate_bytes(mode) <= CACHE_BYTES:
+                    self._cache = [None] * len(self)
+                self._cache_mode = mode  # set last, because `_cache_for` reads it without the lock
+            return self._cache if self._cache_mode == mode else None
 
     def _estimate_bytes(self, mode: Mode) -> float:
-        """What all pictures decoded would take in bytes, from a few spread over the set."""
+        """The decoded size of all images in bytes, estimated from a few of them."""
         sizes = []
         for index in np.linspace(0, len(self) - 1, min(PROBES, len(self))).astype(int):
             row = int(self._rows[index])
@@ -326,43 +294,3 @@ class ImageSet:
             except ImageError:
                 continue
         return float(np.mean(sizes)) * len(self) if sizes else 0.0
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a DATA notation stands for.
-
-    Args:
-        notation: as the user wrote it.
-        splits: "train", "validation", "test", as far as there are.
-        classes: the names that the labels of every split point into.
-        fingerprint: changes with names, sizes, labels and the split, not with the place.
-        notes: a line each: what was split, left out or assumed.
-        splitting: what was split and how, plain values for a run's record.
-    """
-
-    notation: str
-    splits: Mapping[str, ImageSet]
-    classes: tuple[str, ...]
-    fingerprint: str
-    notes: tuple[str, ...] = ()
-    splitting: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def multi_label(self) -> bool:
-        """Whether an image has any number of labels."""
-        return any(images.targets is not None for images in self.splits.values())
-
-    def split(self, *names: str) -> ImageSet:
-        """The first of these splits that there is.
-
-        Raises:
-            VitcliError: there is none.
-        """
-        for name in names:
-            if name in self.splits:
-                return self.splits[name]
-        raise VitcliError(
-            f"`{self.notation}` has no {' or '.join(f'`{name}`' for name in names)} images",
-            f"there are only {', '.join(f'`{name}`' for name in self.splits)} images",
-        )

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.data.image_set import ImageSet, Integers, Pixels, Source
+from vitcli.data.image_set import ImageSet, Integers, Pixels
 from vitcli.data.prefetch import map_in_order
+from vitcli.data.source import Source
 from vitcli.decode import ImageError, ImageInput, read_image
 from vitcli.progress import Quiet, Watcher
 

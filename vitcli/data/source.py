@@ -1,114 +1,110 @@
-"""DATA as a user writes it -> images, labels and class names for each split."""
+"""From DATA to a `Source`: the images, labels and class names of each split.
 
+A reader (`vitcli/data/readers/`) maps a `DataRequest` to the images of the splits that the data
+has. `make_source` then aligns the class names, makes the splits that were asked for, and hashes.
+Nothing is decoded here.
+"""
+
+import hashlib
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from vitcli.config.schema import DataSection
-from vitcli.data.decoded_cache import is_stored, load_stored
-from vitcli.data.image_set import ImageSet, Request, Source
-from vitcli.data.readers.builtin import load_digits
-from vitcli.data.readers.folder import image_files, load_folder
-from vitcli.data.readers.hub import load_hub
-from vitcli.data.readers.parquet import load_parquet, parquet_files
-from vitcli.data.readers.table import load_manifest
-from vitcli.data.readers.tar import load_shards, shard_files
-from vitcli.errors import VitcliError, nearest, printable
+from vitcli.data.image_set import ImageSet
+from vitcli.data.readers import READERS, find_reader, resolve
+from vitcli.data.splits import split_images
+from vitcli.errors import VitcliError, printable
 from vitcli.progress import Quiet, Watcher
 
-__all__ = ["SOURCES", "ImageSet", "Source", "load_data"]
 
-UNDERSTOOD = (
-    "a folder with CLASS/*.jpg or train/CLASS/*.jpg, a .csv, .tsv or .jsonl file with paths and "
-    "labels, a .parquet file or a folder of them, WebDataset shards `x-{000..099}.tar`, a set that "
-    "`vitcli patchify DATA --out` stored, `hf:NAME` on the Hub, `builtin:digits`, `builtin:formula`"
-)
+@dataclass(frozen=True)
+class DataRequest:
+    """What a reader gets.
+
+    Attributes:
+        notation: DATA as the user wrote it.
+        settings: the `[data]` section; `notation` replaces its `name`.
+        whole: make no splits in addition to those of the data.
+        labelled: require two classes; False accepts images without labels.
+        watch: receives progress.
+    """
+
+    notation: str
+    settings: DataSection = field(default_factory=DataSection)
+    whole: bool = False
+    labelled: bool = True
+    watch: Watcher = field(default_factory=Quiet, compare=False)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.notation)
+
+    @property
+    def shown(self) -> str:
+        """The notation as text for output."""
+        return printable(self.notation)
 
 
-def load_formula(request: Request) -> Source:
-    """`builtin:formula`: images drawn from formulas, as many as wanted."""
-    from vitcli.data.formula.dataset import load_formula as load
+@dataclass(frozen=True)
+class Source:
+    """A dataset.
 
-    return load(request)
+    Attributes:
+        notation: DATA as the user wrote it.
+        splits: "train", "validation" and "test", as far as they exist.
+        classes: class names; the labels of every split index into them.
+        fingerprint: a hash of names, sizes, labels and splits; it does not depend on the path.
+        notes: messages for the user, one line each: what was split, skipped or assumed.
+        splitting: how the splits were made, as plain values for a run's record.
+    """
 
+    notation: str
+    splits: Mapping[str, ImageSet]
+    classes: tuple[str, ...]
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+    splitting: Mapping[str, Any] = field(default_factory=dict)
 
-SOURCES: dict[str, Callable[[Request], Source]] = {
-    "folder": load_folder,
-    "manifest": load_manifest,
-    "parquet": load_parquet,
-    "shards": load_shards,
-    "stored": load_stored,
-    "hf": load_hub,
-    "builtin:digits": load_digits,
-    "builtin:formula": load_formula,
-}
-SUFFIXES = {
-    ".csv": "manifest",
-    ".tsv": "manifest",
-    ".jsonl": "manifest",
-    ".parquet": "parquet",
-    ".tar": "shards",
-}
+    @property
+    def multi_label(self) -> bool:
+        """True if an image has any number of labels."""
+        return any(images.targets is not None for images in self.splits.values())
+
+    def split(self, *names: str) -> ImageSet:
+        """The first of these splits that exists.
+
+        Raises:
+            VitcliError: none of them exists.
+        """
+        for name in names:
+            if name in self.splits:
+                return self.splits[name]
+        raise VitcliError(
+            f"`{self.notation}` has no {' or '.join(f'`{name}`' for name in names)} images",
+            f"it has only {', '.join(f'`{name}`' for name in self.splits)} images",
+        )
 
 
 def load_data(
     notation: str | os.PathLike[str],
     *,
-    label_column: str | None = None,
-    image_column: str | None = None,
-    test_fraction: float = 0.2,
-    seed: int = 0,
+    whole: bool = False,
     labelled: bool = True,
-    multi_label: bool | None = None,
-    validation_fraction: float | None = None,
-    folds: int | None = None,
-    fold: int = 0,
-    train_split: str | None = None,
-    test_split: str | None = None,
     watch: Watcher | None = None,
+    **settings: Any,
 ) -> Source:
-    """The images that `notation` stands for; nothing is decoded yet.
-
-    Args:
-        notation: see INTERFACE, DATA.
-        label_column, image_column: for tables whose columns are not known by their names.
-        test_fraction: what is set aside of each class where the data has training images only;
-            0 sets nothing aside.
-        seed: of that split.
-        labelled: whether there must be two classes; False takes pictures without class folders.
-        multi_label: whether an image has any number of labels; None goes by the data.
-        validation_fraction: what is taken of each class of the training images for validation.
-        folds, fold: hold one of so many parts of the training images out: as test where there is
-            no test, else as validation.
-        train_split, test_split: a split of the data, or a slice of one such as `train[:98%]`.
-        watch: told of downloads.
+    """The dataset `notation`, for Python: `settings` are keys of `[data]`, see `DataSection`.
 
     Raises:
-        VitcliError: no such data, no images, one class only, a class that only the test images
-            have, a column that is not there, a split that cannot be made.
+        VitcliError: as `open_data`.
     """
-    name = os.fspath(notation)
-    request = Request(
-        name,
-        label_column,
-        image_column,
-        test_fraction,
-        seed,
-        labelled,
-        multi_label,
-        validation_fraction,
-        folds,
-        fold,
-        train_split,
-        test_split,
-        watch or Quiet(),
-    )
-    try:
-        return SOURCES[_kind(name)](request)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise VitcliError(f"cannot read `{request.shown}`: {reason}", "check the path") from None
+    section = DataSection(**settings)
+    return open_data(section, os.fspath(notation), whole=whole, labelled=labelled, watch=watch)
 
 
 def open_data(
@@ -120,99 +116,137 @@ def open_data(
     watch: Watcher | None = None,
     streams: bool = False,
 ) -> Source:
-    """The data of a `[data]` section; see `load_data`.
+    """The dataset of a `[data]` section.
 
     Args:
         section: the settings.
-        notation: DATA, where it is not the section's own.
-        whole: nothing is set aside of data that has training images only.
-        labelled, watch: as in `load_data`.
-        streams: whether the training images may be a stream.
+        notation: DATA, if it is not `section.name`.
+        whole: make no splits in addition to those of the data.
+        labelled: require two classes; False accepts images without labels.
+        watch: receives progress.
+        streams: True if the caller can read a stream of training images.
 
     Raises:
-        VitcliError: as `load_data`; a stream where there may be none.
+        VitcliError: the data does not exist, has no images, one class, a class without training
+            images, or no such column or split; or a stream where `streams` is False.
     """
-    if section.streaming and not streams:
-        raise VitcliError(
-            "this command looks at images in any order, and a stream has but one",
-            "leave out `data.streaming`, or give images that are here",
-        )
+    notation = section.name or "" if notation is None else notation
+    request = DataRequest(notation, section, whole, labelled, watch or Quiet())
     if section.streaming:
+        if not streams:
+            raise VitcliError(
+                "this command needs random access to the images, and `data.streaming` has none",
+                "remove `--streaming` or `data.streaming`",
+            )
         from vitcli.data.streaming import open_stream
 
-        request = Request(
-            section.name or "" if notation is None else notation,
-            section.label_column,
-            section.image_column,
-            multi_label=section.multi_label,
-            validation_fraction=section.validation_fraction,
-            folds=section.folds,
-            train_split=section.train_split,
-            test_split=section.test_split,
-            watch=watch or Quiet(),
-        )
-        return open_stream(request, section.classes, section.shuffle_buffer)
-    return load_data(
-        section.name or "" if notation is None else notation,
-        label_column=section.label_column,
-        image_column=section.image_column,
-        test_fraction=0.0 if whole else section.test_fraction,
-        seed=section.split_seed,
-        labelled=labelled,
-        multi_label=section.multi_label,
-        validation_fraction=None if whole else section.validation_fraction,
-        folds=None if whole else section.folds,
-        fold=section.fold,
-        train_split=section.train_split,
-        test_split=section.test_split,
-        watch=watch,
-    )
+        return open_stream(request)
+    try:
+        source: Source = resolve(READERS[find_reader(notation)].load)(request)
+        return source
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise VitcliError(f"cannot read `{request.shown}`: {reason}", "check the path") from None
 
 
-def is_set(notation: str) -> bool:
-    """Whether it is DATA of another kind than a folder or files of images.
+def make_source(
+    request: DataRequest,
+    splits: Mapping[str, ImageSet],
+    parts: Iterable[bytes],
+    notes: Sequence[str],
+) -> Source:
+    """Align the classes by name, make the splits that were asked for, and check them.
+
+    Args:
+        request: what the user asked for.
+        splits: split name -> images; empty splits are dropped.
+        parts: content of the fingerprint; labels and splits are added here.
+        notes: messages for the user.
 
     Raises:
-        VitcliError: it looks like such DATA, and there is none.
+        VitcliError: no images, only one class, a class without training images, or splits that
+            cannot be made.
     """
-    path = Path(notation)
-    if notation.startswith(("builtin:", "hf:")) or path.suffix.lower() in SUFFIXES:
-        return True
-    return path.is_dir() and _kind(notation) != "folder"
+    shown = request.shown
+    splits = {name: images for name, images in splits.items() if len(images)}
+    if not splits:
+        raise VitcliError(f"`{shown}` has no images", "give data with at least two classes")
+    multi_label = any(images.targets is not None for images in splits.values())
+    if request.settings.multi_label and not multi_label:
+        raise VitcliError(
+            f"`data.multi_label` is set, but each image of `{shown}` has exactly one class",
+            "write several labels as lists (parquet, JSON lines, shards) or as `a;b` (CSV)",
+        )
+    if multi_label:
+        splits = {name: _with_targets(images) for name, images in splits.items()}
+    base = splits.get("train") or next(iter(splits.values()))
+    aligned = _align_classes(shown, base, splits)
+    if request.labelled and not multi_label and len(np.unique(base.labels)) < 2:
+        only = base.classes[int(base.labels[0])]
+        raise VitcliError(f"`{shown}` has only one class: `{only}`", _one_class_hint(request, only))
+    if request.labelled and multi_label and not base.class_counts().any():
+        raise VitcliError(
+            f"no image of `{shown}` has a label",
+            "check its label column, or name another: `--set data.label_column=NAME`",
+        )
+    labels = {name: images.labels for name, images in aligned.items()}
+    assigned = split_images(labels, request.settings, shown, whole=request.whole)
+    made = {}
+    for name, (origin, indices) in assigned.parts.items():
+        made[name] = aligned[origin]
+        if indices is not None:
+            made[name] = aligned[origin].subset(indices, name)
+        elif name != origin:
+            made[name] = aligned[origin].subset(np.arange(len(aligned[origin])), name)
+    hashed = [*parts, *(name.encode() + s.labels.tobytes() for name, s in made.items())]
+    hashed += [s._rows.tobytes() for s in made.values()]
+    hashed += [s.targets.tobytes() for s in made.values() if s.targets is not None]
+    record = {"images": {name: len(images) for name, images in made.items()}, **assigned.record}
+    all_notes = (*notes, *assigned.notes)
+    return Source(shown, made, base.classes, fingerprint(hashed), all_notes, record)
 
 
-def _kind(notation: str) -> str:
-    """The key of SOURCES that reads `notation`."""
-    if notation.startswith("builtin:"):
-        known = [name for name in SOURCES if name.startswith("builtin:")]
-        if notation in known:
-            return notation
-        close = nearest(notation, known)
-        hint = f"did you mean `{close}`?" if close else f"there are {', '.join(known)}"
-        raise VitcliError(f"no data `{notation}`", hint)
-    if notation.startswith("hf:"):
-        return "hf"
-    if not notation:  # an empty path would be the current folder
-        raise VitcliError("DATA is empty text", f"data is {UNDERSTOOD}; `.` is the current folder")
-    path = Path(notation)
-    if path.is_dir():
-        if is_stored(path):
-            return "stored"
-        if parquet_files(path):
-            return "parquet"
-        if not shard_files(notation):
-            return "folder"
-        # An archive may lie beside class folders; logs and a preview may lie beside shards.
-        return "folder" if any("/" in file for file in image_files(path)[0]) else "shards"
-    shown = printable(notation)
-    suffix = path.suffix.lower()
-    if suffix in SUFFIXES:
-        if path.is_file() or (suffix == ".tar" and "{" in notation):
-            return SUFFIXES[suffix]
-        raise VitcliError(f"no such file: `{shown}`", f"data is {UNDERSTOOD}")
-    if re.search(r"\.(tar\.\w+|tgz)$", notation):
-        hint = "unpack it with `gunzip`: compressed shards cannot be read at any place"
-        raise VitcliError(f"`{shown}` is a compressed tar file", hint)
-    if path.exists():
-        raise VitcliError(f"`{shown}` is no data that is understood", f"data is {UNDERSTOOD}")
-    raise VitcliError(f"no such file or folder: `{shown}`", f"data is {UNDERSTOOD}")
+def fingerprint(parts: Iterable[bytes]) -> str:
+    """A short hash of the parts and of their lengths."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _one_class_hint(request: DataRequest, only: str) -> str:
+    """Many archives unpack into one folder that holds the class folders."""
+    inside = request.path / only
+    if inside.is_dir() and any(entry.is_dir() for entry in inside.iterdir()):
+        return f"if the subfolders of `{printable(inside)}` are the classes, give that folder"
+    return "a classifier needs at least two classes; put each class into its own folder"
+
+
+def _with_targets(images: ImageSet) -> ImageSet:
+    """The set with a multi-hot target per image; a single label becomes a one."""
+    if images.targets is None:
+        images.targets = np.zeros((len(images), len(images.classes)), dtype=np.uint8)
+        images.targets[np.arange(len(images)), images.labels] = 1
+    return images
+
+
+def _align_classes(
+    shown: str, base: ImageSet, splits: Mapping[str, ImageSet]
+) -> dict[str, ImageSet]:
+    """All splits with labels that index into the classes of `base`."""
+    aligned = {}
+    known = set(base.classes)
+    for name, images in splits.items():
+        present = [images.classes[label] for label in np.flatnonzero(images.class_counts())]
+        extra = [label for label in present if label not in known]
+        if extra:
+            more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+            raise VitcliError(
+                f"`{shown}`: class `{extra[0]}`{more} is in `{name}` but not in `{base.name}`",
+                f"add training images of this class, or remove it from `{name}`",
+            )
+        aligned[name] = (
+            images if images.classes == base.classes else images.relabelled(base.classes)
+        )
+    return aligned

@@ -1,23 +1,23 @@
-"""What the names of files and folders say about splits.
-
-Which images are learned from and which are set aside: shares, folds and slices, all seeded.
-"""
+"""Splits: which split a file name means, and seeded fractions, folds and slices of the images."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcli.errors import VitcliError, nearest
+from vitcli.config.schema import DataSection
+from vitcli.errors import VitcliError, unknown
 
 T = TypeVar("T")
+Integers = NDArray[np.int64]
 
 SPLITS = ("train", "validation", "test")
-SPLIT_NAMES = {
+# How the name of a file may begin.
+SPLIT_PREFIXES = {
     "train": "train",
     "training": "train",
     "val": "validation",
@@ -26,89 +26,68 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-# As a whole word also what the Hub's own loader takes for one.
-WORDS = {**SPLIT_NAMES, "dev": "validation"}
-WORD = re.compile(r"(?<![a-z])(" + "|".join(sorted(WORDS, key=len, reverse=True)) + r")(?![a-z])")
+# A whole word or a folder name; the Hugging Face Hub's loader also accepts `dev`.
+SPLIT_ALIASES = {**SPLIT_PREFIXES, "dev": "validation"}
+SPLIT_WORD = re.compile(
+    r"(?<![a-z])(" + "|".join(sorted(SPLIT_ALIASES, key=len, reverse=True)) + r")(?![a-z])"
+)
+SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
+# Third word of the seed of `spread_order`, so that its random stream is not the one of
+# `stratified_split`, which is seeded by (seed, class).
+SPREAD_STREAM = 2
 
 
 def split_of(file: Path) -> str | None:
-    """The split that the name of a file begins with; None where it begins otherwise."""
+    """The split that a file's name begins with, or None."""
     name = file.stem.lower()
-    starts = [start for start in sorted(SPLIT_NAMES, key=len) if name.startswith(start)]
-    return SPLIT_NAMES[starts[-1]] if starts else None
+    prefixes = [prefix for prefix in sorted(SPLIT_PREFIXES, key=len) if name.startswith(prefix)]
+    return SPLIT_PREFIXES[prefixes[-1]] if prefixes else None
 
 
 def splits_of(files: Sequence[Path], root: Path) -> list[str | None]:
-    """The split of each file of one set, by the first of these that tells any.
+    """The split of each file of a dataset, by the first of these rules that finds any.
 
-    The folder it lies in, below `root` (`train/000.tar`); how its name begins
-    (`train-000.tar`); and, where that makes some of them training images, a word in it
-    (`imagenet-train-000.tar` beside `imagenet-val-000.tar`).
+    1. The folder below `root`: `train/000.tar`.
+    2. The start of the file name: `train-000.tar`.
+    3. A word in the file name, if one of the files is for training: `imagenet-train-000.tar`.
     """
-    inside = [
-        WORDS.get(file.parent.name.lower()) if file.parent != root else None for file in files
+    by_folder = [
+        SPLIT_ALIASES.get(file.parent.name.lower()) if file.parent != root else None
+        for file in files
     ]
-    if any(inside):
-        return inside
-    begins = [split_of(file) for file in files]
-    if any(begins):
-        return begins
-    words = [WORD.search(file.stem.lower()) for file in files]
-    found = [WORDS[word[1]] if word else None for word in words]
-    return found if "train" in found else begins
+    if any(by_folder):
+        return by_folder
+    by_prefix = [split_of(file) for file in files]
+    if any(by_prefix):
+        return by_prefix
+    words = [SPLIT_WORD.search(file.stem.lower()) for file in files]
+    by_word = [SPLIT_ALIASES[word[1]] if word else None for word in words]
+    return by_word if "train" in by_word else by_prefix
 
 
-def files_ending(folder: Path, ending: str) -> list[Path]:
-    """The files that end so in `folder`, else in its `data/`, else in folders named as splits."""
-    inside = sorted(folder.glob(f"*{ending}")) or sorted(folder.glob(f"data/*{ending}"))
+def files_with_suffix(folder: Path, suffix: str) -> list[Path]:
+    """The files in `folder`, else in `folder/data`, else in folders named after splits."""
+    inside = sorted(folder.glob(f"*{suffix}")) or sorted(folder.glob(f"data/*{suffix}"))
     if inside:
         return inside
     below = folder.iterdir() if folder.is_dir() else ()
-    found = (sub.glob(f"*{ending}") for sub in below if sub.name.lower() in WORDS)
+    found = (sub.glob(f"*{suffix}") for sub in below if sub.name.lower() in SPLIT_ALIASES)
     return sorted(file for files in found for file in files)
 
 
 def in_split_order(parts: Mapping[str, T]) -> dict[str, T]:
-    """What there is of train, validation and test, in this order."""
+    """The entries for train, validation and test, in this order."""
     return {name: parts[name] for name in SPLITS if name in parts}
 
 
-Integers = NDArray[np.int64]
-
-# Behind (seed, class), the stream of `stratified_split`.
-SPREAD = 2
-SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
-
-
-class Wanted(Protocol):
-    """The part of `Request` that is about splits."""
-
-    @property
-    def shown(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def test_fraction(self) -> float: ...
-    @property
-    def validation_fraction(self) -> float | None: ...
-    @property
-    def folds(self) -> int | None: ...
-    @property
-    def fold(self) -> int: ...
-    @property
-    def train_split(self) -> str | None: ...
-    @property
-    def test_split(self) -> str | None: ...
-
-
 @dataclass
-class Division:
-    """Which images go where.
+class SplitIndices:
+    """Which images go into which split.
 
     Attributes:
-        parts: new split -> (the split it is taken from, (n,) indices there; None: all of it).
-        notes: a line for each thing that was decided.
-        record: the same as plain values.
+        parts: new split -> (original split, (n,) indices into it, or None for all of it).
+        notes: a message for each decision.
+        record: the decisions as plain values.
     """
 
     parts: dict[str, tuple[str, Integers | None]]
@@ -116,85 +95,97 @@ class Division:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def divide(labels: Mapping[str, Integers], wanted: Wanted) -> Division:
-    """The splits that `wanted` asks for, out of those that the data has.
+def split_images(
+    labels: Mapping[str, Integers], settings: DataSection, shown: str, *, whole: bool = False
+) -> SplitIndices:
+    """The splits that `settings` ask for, made from those that the data has.
 
-    In this order: named slices; folds of the training images; else a share of them as test where
-    there is no test, and a share as validation where one is asked for.
+    First the named slices are taken. Then the training images give a fold; or a fraction for
+    testing if there is no test split, and a fraction for validation if it is asked for. A class
+    keeps its share in every part.
 
     Args:
-        labels: split -> (n,) class of each image; any number stands for a class.
-        wanted: what the user asked for.
+        labels: split -> (n,) class of each image; any integer is a class.
+        settings: the `[data]` section.
+        shown: the name of the data in messages.
+        whole: take slices only.
 
     Raises:
-        VitcliError: a split that is not there, slices that overlap, a fold or validation images
-            that would be asked for twice.
+        VitcliError: an unknown split, overlapping slices, too few images for the folds, or
+            validation images that exist already.
     """
-    done = Division({name: (name, None) for name in labels})
-    if wanted.train_split is not None or wanted.test_split is not None:
-        _slice(done, labels, wanted)
-    if "train" not in done.parts:
-        _refuse_without_train(wanted)
-        return done
-    if wanted.folds is not None:
-        _fold(done, labels, wanted)
-        return done
-    if set(done.parts) == {"train"} and wanted.test_fraction > 0:
-        _set_aside_test(done, labels, wanted)
-    if wanted.validation_fraction is not None:
-        _set_aside_validation(done, labels, wanted)
-    return done
+    found = SplitIndices({name: (name, None) for name in labels})
+    if settings.train_split is not None or settings.test_split is not None:
+        _take_slices(found, labels, settings, shown)
+    if whole:
+        return found
+    if "train" not in found.parts:
+        if settings.folds is not None or settings.validation_fraction is not None:
+            raise VitcliError(
+                f"`{shown}` has no training images, which `data.folds` and "
+                "`data.validation_fraction` divide",
+                "name the training images: `--set data.train_split=NAME`",
+            )
+        return found
+    if settings.folds is not None:
+        _hold_out_fold(found, labels, settings, shown)
+        return found
+    if set(found.parts) == {"train"} and settings.test_fraction > 0:
+        _hold_out_test(found, labels, settings, shown)
+    if settings.validation_fraction is not None:
+        _hold_out_validation(found, labels, settings, shown)
+    return found
 
 
 def stratified_split(labels: Integers, fraction: float, seed: int) -> tuple[Integers, Integers]:
-    """(indices to keep, indices set aside): `fraction` of each class, at least one on each side.
+    """(indices that stay, indices held out): `fraction` of each class, at least one image.
 
-    A class of a single image stays on the first side.
+    Each class of two or more images has at least one on both sides. A single image stays.
     """
-    aside = []
+    held_out = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
         if len(members) < 2:
             continue
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         rng = np.random.default_rng((seed, int(label) % 2**32))
-        aside.append(rng.permutation(members)[:count])
-    chosen = np.sort(np.concatenate(aside)) if aside else np.array([], dtype=np.int64)
+        held_out.append(rng.permutation(members)[:count])
+    chosen = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
 def spread_order(labels: Integers, seed: int) -> Integers:
-    """(n,) an order in which every class is spread evenly over the whole.
+    """(n,) an order of the images in which every class is spread evenly.
 
-    So whatever is cut out of it has every class in its share, up to one image, and parts that do
-    not overlap have no image in common. Within a class the order is random.
+    So any slice of it holds each class in its share, up to one image, and slices that do not
+    overlap share no image. The order within a class is random.
     """
     place = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        rng = np.random.default_rng((seed, int(label) % 2**32, SPREAD))
+        rng = np.random.default_rng((seed, int(label) % 2**32, SPREAD_STREAM))
         place[rng.permutation(members)] = (np.arange(len(members)) + rng.random()) / len(members)
     return np.argsort(place, kind="stable")
 
 
 def fold_of(labels: Integers, folds: int, fold: int, seed: int) -> tuple[Integers, Integers]:
-    """(indices to learn from, indices held out) of fold number `fold` of `folds`."""
+    """(training indices, held-out indices) of fold number `fold` of `folds`."""
     order, n = spread_order(labels, seed), len(labels)
     first, last = fold * n // folds, (fold + 1) * n // folds
-    held = np.sort(order[first:last])
-    return np.setdiff1d(np.arange(n), held), held
+    held_out = np.sort(order[first:last])
+    return np.setdiff1d(np.arange(n), held_out), held_out
 
 
 @dataclass(frozen=True)
 class Slice:
-    """`train[:98%]`: a split of the data and where the slice begins and ends."""
+    """`train[:98%]`: a split and the start and end of a slice, as text."""
 
     name: str
     first: str | None
     last: str | None
 
     def bounds(self, n: int) -> tuple[int, int]:
-        """Positions in a split of n images, as Python's slices have them."""
+        """(start, stop) in a split of n images."""
         return _position(self.first or "0", n), _position(self.last or "100%", n)
 
 
@@ -202,12 +193,13 @@ def parse_slice(text: str) -> Slice:
     """`train`, `train[:98%]`, `test[100:]`.
 
     Raises:
-        VitcliError: not of that form.
+        VitcliError: the text has another form.
     """
     found = SLICE.fullmatch(text.strip())
     if found is None:
         raise VitcliError(
-            f"`{text}` is no split and no slice of one", "such as `train`, `train[:98%]`"
+            f"`{text}` is not a split or a slice of a split",
+            "write, for example, `train`, `train[:98%]` or `train[98%:]`",
         )
     return Slice(found["name"], found["first"], found["last"])
 
@@ -218,127 +210,127 @@ def _position(text: str, n: int) -> int:
     return min(n, int(text))
 
 
-def _slice(done: Division, labels: Mapping[str, Integers], wanted: Wanted) -> None:
-    """Only the slices that are named, as `train` and `test`."""
+def _take_slices(
+    found: SplitIndices, labels: Mapping[str, Integers], settings: DataSection, shown: str
+) -> None:
+    """Replace `train` and `test` by the named slices."""
+    seed = settings.split_seed
     chosen: dict[str, tuple[str, Integers | None]] = {}
     taken: dict[str, Integers] = {}
-    for role, text in (("train", wanted.train_split), ("test", wanted.test_split)):
+    for role, text in (("train", settings.train_split), ("test", settings.test_split)):
         if text is None:
             continue
-        cut = parse_slice(text)
-        if cut.name not in labels:
-            close = nearest(cut.name, list(labels))
-            hint = f"there are {', '.join(f'`{name}`' for name in labels)}"
-            raise VitcliError(
-                f"`{wanted.shown}` has no split `{cut.name}`",
-                f"did you mean `{close}`?" if close else hint,
-            )
-        n = len(labels[cut.name])
-        first, last = cut.bounds(n)
+        part = parse_slice(text)
+        if part.name not in labels:
+            hint = unknown("split", part.name, labels).hint
+            raise VitcliError(f"`{shown}` has no split `{part.name}`", hint)
+        n = len(labels[part.name])
+        first, last = part.bounds(n)
         if last <= first:
             raise VitcliError(
-                f"`data.{role}_split` = `{text}` holds no image of the {n:,} of `{cut.name}`",
-                "give it more",
+                f"`data.{role}_split` = `{text}` selects none of the {n:,} images of `{part.name}`",
+                "choose a larger slice",
             )
-        whole = (first, last) == (0, n)
-        mine = np.sort(spread_order(labels[cut.name], wanted.seed)[first:last])
-        if cut.name in taken and len(np.intersect1d(taken[cut.name], mine)):
+        indices = np.sort(spread_order(labels[part.name], seed)[first:last])
+        if part.name in taken and len(np.intersect1d(taken[part.name], indices)):
             raise VitcliError(
-                f"`{wanted.train_split}` and `{text}` have images in common",
-                "`train[:90%]` and `train[90%:]` have none",
+                f"`{settings.train_split}` and `{text}` share images",
+                "choose slices that do not overlap, such as `train[:90%]` and `train[90%:]`",
             )
-        taken[cut.name] = mine
-        chosen[role] = (cut.name, None if whole else mine)
-        done.record[f"{role}_split"] = text
+        taken[part.name] = indices
+        whole = (first, last) == (0, n)
+        chosen[role] = (part.name, None if whole else indices)
+        found.record[f"{role}_split"] = text
         if not whole:
-            done.notes.append(
-                f"{wanted.shown}: {role} is `{text}`, {len(mine):,} of {n:,} images, each class in "
-                f"its share, seed {wanted.seed}"
+            found.notes.append(
+                f"{shown}: the {role} split is `{text}`: {len(indices):,} of {n:,} images, "
+                f"stratified by class, seed {seed}"
             )
-    if "test" not in chosen:  # what the data has besides stays as it is
+    if "test" not in chosen:  # the other splits of the data stay
         used = {name for name, _ in chosen.values()}
-        chosen |= {k: v for k, v in done.parts.items() if k not in used and k != "train"}
-    elif "train" not in chosen and "train" in done.parts:
-        name, part = chosen["test"]
-        if name == "train":
+        chosen |= {k: v for k, v in found.parts.items() if k not in used and k != "train"}
+    elif "train" not in chosen and "train" in found.parts:
+        name, indices_or_all = chosen["test"]
+        if name == "train":  # train on the images that the test slice leaves
             rest = np.setdiff1d(np.arange(len(labels[name])), taken[name])
-            if part is not None and len(rest):
+            if indices_or_all is not None and len(rest):
                 chosen["train"] = ("train", rest)
         else:
-            chosen["train"] = done.parts["train"]
-    done.record["seed"] = wanted.seed
-    done.parts = in_split_order(chosen)
+            chosen["train"] = found.parts["train"]
+    found.record["seed"] = seed
+    found.parts = in_split_order(chosen)
 
 
-def _part(done: Division, labels: Mapping[str, Integers]) -> tuple[str, Integers, Integers]:
-    """The training images so far: (their split, their indices there, their labels)."""
-    name, indices = done.parts["train"]
+def _train_part(
+    found: SplitIndices, labels: Mapping[str, Integers]
+) -> tuple[str, Integers, Integers]:
+    """The current training images: (original split, indices into it, labels)."""
+    name, indices = found.parts["train"]
     indices = np.arange(len(labels[name])) if indices is None else indices
     return name, indices, labels[name][indices]
 
 
-def _fold(done: Division, labels: Mapping[str, Integers], wanted: Wanted) -> None:
-    """One of the folds of the training images is held out."""
-    assert wanted.folds is not None
-    if wanted.validation_fraction is not None or "validation" in done.parts:
+def _hold_out_fold(
+    found: SplitIndices, labels: Mapping[str, Integers], settings: DataSection, shown: str
+) -> None:
+    folds, fold, seed = settings.folds, settings.fold, settings.split_seed
+    assert folds is not None
+    if settings.validation_fraction is not None or "validation" in found.parts:
         raise VitcliError(
-            f"`{wanted.shown}`: `data.folds` hold images out, and there are validation images",
-            "leave out `data.validation_fraction`; name the images with `data.train_split`",
+            f"`data.folds` holds images out, but `{shown}` already has validation images",
+            "remove `data.validation_fraction`, or name the images with `data.train_split`",
         )
-    name, indices, mine = _part(done, labels)
-    if len(mine) < wanted.folds:
+    name, indices, own = _train_part(found, labels)
+    if len(own) < folds:
         raise VitcliError(
-            f"`{wanted.shown}` has {len(mine)} training images for {wanted.folds} folds",
-            "fewer `data.folds`",
+            f"`{shown}` has {len(own)} training images, too few for {folds} folds",
+            "choose a smaller `data.folds`",
         )
-    keep, held = fold_of(mine, wanted.folds, wanted.fold, wanted.seed)
-    role = "validation" if "test" in done.parts else "test"
-    done.parts["train"], done.parts[role] = (name, indices[keep]), (name, indices[held])
-    done.parts = in_split_order(done.parts)
-    done.record |= {"folds": wanted.folds, "fold": wanted.fold, "seed": wanted.seed}
-    done.notes.append(
-        f"{wanted.shown}: fold {wanted.fold} of {wanted.folds} (0 to {wanted.folds - 1}) is held "
-        f"out as {role}: {len(held):,} of {len(mine):,} training images, seed {wanted.seed}"
+    keep, held_out = fold_of(own, folds, fold, seed)
+    role = "validation" if "test" in found.parts else "test"
+    found.parts["train"], found.parts[role] = (name, indices[keep]), (name, indices[held_out])
+    found.parts = in_split_order(found.parts)
+    found.record |= {"folds": folds, "fold": fold, "seed": seed}
+    found.notes.append(
+        f"{shown}: fold {fold} of {folds} (0 to {folds - 1}) is the {role} split: "
+        f"{len(held_out):,} of {len(own):,} training images, seed {seed}"
     )
 
 
-def _set_aside_test(done: Division, labels: Mapping[str, Integers], wanted: Wanted) -> None:
-    name, indices, mine = _part(done, labels)
-    keep, aside = stratified_split(mine, wanted.test_fraction, wanted.seed)
-    done.parts["train"] = (name, indices[keep])
-    if len(aside):
-        done.parts["test"] = (name, indices[aside])
-    done.record |= {"test_fraction": wanted.test_fraction, "seed": wanted.seed}
-    done.notes.append(
-        f"{wanted.shown}: no test images given, so {len(aside):,} of {len(mine):,} are set aside "
-        f"({wanted.test_fraction:.0%} of each class, seed {wanted.seed})"
+def _hold_out_test(
+    found: SplitIndices, labels: Mapping[str, Integers], settings: DataSection, shown: str
+) -> None:
+    fraction, seed = settings.test_fraction, settings.split_seed
+    name, indices, own = _train_part(found, labels)
+    keep, held_out = stratified_split(own, fraction, seed)
+    found.parts["train"] = (name, indices[keep])
+    if len(held_out):
+        found.parts["test"] = (name, indices[held_out])
+    found.record |= {"test_fraction": fraction, "seed": seed}
+    found.notes.append(
+        f"{shown}: the data has no test split, so {len(held_out):,} of {len(own):,} images are "
+        f"held out for testing ({fraction:.0%} of each class, seed {seed})"
     )
 
 
-def _set_aside_validation(done: Division, labels: Mapping[str, Integers], wanted: Wanted) -> None:
-    if "validation" in done.parts:
+def _hold_out_validation(
+    found: SplitIndices, labels: Mapping[str, Integers], settings: DataSection, shown: str
+) -> None:
+    fraction, seed = settings.validation_fraction, settings.split_seed
+    if "validation" in found.parts:
         raise VitcliError(
-            f"`{wanted.shown}` has validation images, and `data.validation_fraction` asks for more",
-            "leave it out",
+            f"`{shown}` already has validation images, and `data.validation_fraction` is set",
+            "remove `data.validation_fraction`",
         )
-    assert wanted.validation_fraction is not None
-    name, indices, mine = _part(done, labels)
-    keep, aside = stratified_split(mine, wanted.validation_fraction, wanted.seed)
-    done.parts["train"] = (name, indices[keep])
-    done.record |= {"validation_fraction": wanted.validation_fraction, "seed": wanted.seed}
-    if len(aside):
-        done.parts["validation"] = (name, indices[aside])
-        done.parts = in_split_order(done.parts)
-    done.notes.append(
-        f"{wanted.shown}: {len(aside):,} of {len(mine):,} training images are the validation set "
-        f"({wanted.validation_fraction:.0%} of each class, seed {wanted.seed})"
+    assert fraction is not None
+    name, indices, own = _train_part(found, labels)
+    keep, held_out = stratified_split(own, fraction, seed)
+    found.parts["train"] = (name, indices[keep])
+    found.record |= {"validation_fraction": fraction, "seed": seed}
+    if len(held_out):
+        found.parts["validation"] = (name, indices[held_out])
+        found.parts = in_split_order(found.parts)
+    found.notes.append(
+        f"{shown}: {len(held_out):,} of {len(own):,} training images are held out for validation "
+        f"({fraction:.0%} of each class, seed {seed})"
     )
-
-
-def _refuse_without_train(wanted: Wanted) -> None:
-    if wanted.folds is not None or wanted.validation_fraction is not None:
-        raise VitcliError(
-            f"`{wanted.shown}` has no training images to take `data.folds` or "
-            "`data.validation_fraction` from",
-            "`--set data.train_split=NAME` names them",
-        )

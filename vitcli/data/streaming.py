@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from vitcli.data.image_set import ImageSet, Request, Source
-from vitcli.data.labels import class_names, fingerprint, has_label, label_text
+from vitcli.data.image_set import ImageSet
+from vitcli.data.labels import class_names, has_label, label_text
 from vitcli.data.readers.hub import Plan, hub_names, load_hub, plan_hub
 from vitcli.data.readers.parquet import (
     choose_columns,
@@ -29,7 +29,7 @@ from vitcli.data.readers.tar import (
     LABEL_ENDINGS,
     NAMES_FILES,
     Sample,
-    expand,
+    expand_braces,
     is_image,
     key_of,
     label_of,
@@ -37,6 +37,7 @@ from vitcli.data.readers.tar import (
     read_shards,
     shard_splits,
 )
+from vitcli.data.source import DataRequest, Source, fingerprint
 from vitcli.errors import VitcliError, printable
 from vitcli.hub.repository import Listing
 
@@ -217,18 +218,22 @@ class StreamSet:
         )
 
 
-def open_stream(request: Request, classes_file: str | None, buffer: int) -> Source:
+def open_stream(request: DataRequest) -> Source:
     """DATA as a stream: parquet or tar shards, local, on the Hub or `https://…/x-{000..099}.tar`.
 
     Args:
         request: the DATA request; a stream cannot be split, so its splits are those of the data.
-        classes_file: file with the class names, for data that does not contain them.
-        buffer: images in the shuffle buffer.
 
     Raises:
         VitcliError: the data is neither parquet nor tar shards, or its classes are unknown.
     """
-    if request.multi_label or request.folds or request.validation_fraction or request.train_split:
+    settings, buffer = request.settings, request.settings.shuffle_buffer
+    if (
+        settings.multi_label
+        or settings.folds
+        or settings.validation_fraction
+        or settings.train_split
+    ):
         raise VitcliError(
             "a stream has no folds, no slices and no multi-label images",
             "remove these settings, or `data.streaming`",
@@ -240,12 +245,12 @@ def open_stream(request: Request, classes_file: str | None, buffer: int) -> Sour
         listing, plan = plan_hub(request)
         shards = _hub_shards(listing, plan)
         if plan.files.keys() - {"train"}:
-            whole = replace(request, test_fraction=0.0, labelled=False)
+            whole = replace(request, whole=True, labelled=False)
             test_sets = load_hub(whole, without="train").splits
         names_file = hub_names(listing)
         record |= {"repository": listing.repository.name, "commit": listing.commit}
     elif TAR_URL.fullmatch(request.notation):
-        shards = [Shard(url, url) for url in expand(request.notation)]
+        shards = [Shard(url, url) for url in expand_braces(request.notation)]
     else:
         shards, test_sets, names_file = _local_files(request)
     if not shards:
@@ -253,7 +258,7 @@ def open_stream(request: Request, classes_file: str | None, buffer: int) -> Sour
             f"`{request.shown}` has no training images that can be streamed",
             "a stream needs parquet files or WebDataset shards",
         )
-    names_file = Path(classes_file) if classes_file else names_file
+    names_file = Path(settings.classes) if settings.classes else names_file
     columns, marked = _columns_and_classes(shards[0], request)
     classes = (read_names(names_file) if names_file else None) or marked
     if not classes:
@@ -276,7 +281,7 @@ def open_stream(request: Request, classes_file: str | None, buffer: int) -> Sour
     return Source(request.shown, splits, stream.classes, fingerprint(marks), (note,), record)
 
 
-def _local_files(request: Request) -> tuple[list[Shard], Mapping[str, ImageSet], Path | None]:
+def _local_files(request: DataRequest) -> tuple[list[Shard], Mapping[str, ImageSet], Path | None]:
     """Local shards, the splits besides train, and a file with class names next to the shards."""
     path = request.path
     is_parquet = path.suffix == ".parquet" or bool(parquet_files(path))
@@ -287,7 +292,7 @@ def _local_files(request: Request) -> tuple[list[Shard], Mapping[str, ImageSet],
     train = files.pop("train", [])
     shards = [Shard(printable(file), file) for file in train]
     read = read_parquet if is_parquet else read_shards
-    whole = replace(request, test_fraction=0.0, labelled=False)
+    whole = replace(request, whole=True, labelled=False)
     test_sets = read(whole, files, notes).splits if files else {}
     names = (train[0].parent / name for name in NAMES_FILES) if train else ()
     return shards, test_sets, next((name for name in names if name.is_file()), None)
@@ -304,10 +309,12 @@ def _hub_shards(listing: Listing, plan: Plan) -> list[Shard]:
     return [Shard(f"{listing.repository}/{name}", f"{root}/{name}") for name in files]
 
 
-def _columns_and_classes(shard: Shard, request: Request) -> tuple[Columns, Sequence[str] | None]:
+def _columns_and_classes(
+    shard: Shard, request: DataRequest
+) -> tuple[Columns, Sequence[str] | None]:
     """The columns of a stream, and the class names that the metadata of a parquet file has."""
     if shard.is_tar:
-        return (None, request.label_column), None
+        return (None, request.settings.label_column), None
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -319,5 +326,5 @@ def _columns_and_classes(shard: Shard, request: Request) -> tuple[Columns, Seque
             f"cannot read `{shard.name}`: {error}", "check the network connection"
         ) from error
     features = features_of(schema)
-    columns = choose_columns(shard.name, schema, features, request)
+    columns = choose_columns(shard.name, schema, features, request.settings)
     return columns, class_names(features.get(columns[1]))

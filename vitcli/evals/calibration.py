@@ -8,7 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vitcli.data.image_set import ImageSet, Source
+from vitcli.data.image_set import ImageSet
+from vitcli.data.source import Source
 from vitcli.data.splits import stratified_split
 from vitcli.errors import VitcliError
 from vitcli.evals.class_matching import ClassMatching

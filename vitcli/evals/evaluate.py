@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from vitcli.config.schema import Inference
-from vitcli.data.image_set import ImageSet, Source
-from vitcli.data.source import open_data
+from vitcli.data.image_set import ImageSet
+from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError
 from vitcli.evals.bootstrap import (
     Intervals,

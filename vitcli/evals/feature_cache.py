@@ -49,7 +49,7 @@ FORMAT = 1
 NUM_PROBES = 16  # images whose content distinguishes datasets with equal names and sizes
 # Sources between an image file and its features. Another version may compute other features.
 CODE = ["vit/*.py", "decode.py", "preprocess.py"]
-CODE += ["data/image_set.py", "data/decoded_cache.py"]
+CODE += ["data/image_set.py", "data/readers/decoded.py"]
 
 
 def code_hash() -> str:

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitcli.config.schema import DataSection
-from vitcli.data.image_set import ImageSet, Source
-from vitcli.data.source import open_data
+from vitcli.data.image_set import ImageSet
+from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError, printable
 from vitcli.evals.features import Extracted, extract
 from vitcli.hub.http import cache_folder

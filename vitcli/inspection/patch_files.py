@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitcli.data.image_set import Source
 from vitcli.data.loader import eval_batches
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError, printable
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet, Watcher

@@ -12,9 +12,8 @@ from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.policies import changes_pixels
 from vitcli.data.augment.transform import TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
-from vitcli.data.image_set import Source
 from vitcli.data.loader import TrainLoader
-from vitcli.data.source import open_data
+from vitcli.data.source import Source, open_data
 from vitcli.data.streaming import StreamSet
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError

@@ -9,7 +9,7 @@ import torch
 
 from vitcli.config.recipe import check, lay_over, load_recipe, nest
 from vitcli.config.schema import ModelSection, Recipe, Settings
-from vitcli.data.image_set import Source
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher

@@ -15,7 +15,7 @@ from torch import nn
 
 from vitcli import distributed
 from vitcli.config.schema import Recipe, parse_duration
-from vitcli.data.image_set import Source
+from vitcli.data.source import Source
 from vitcli.devices import matrix_peak
 from vitcli.errors import VitcliError
 from vitcli.files import exclusive

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vitcli.data.formula.scenes import draw
 from vitcli.data.formula.shapes import CLASSES, Draws, Integers, hash_keys
-from vitcli.data.image_set import ImageSet, Request, Source
-from vitcli.data.labels import fingerprint
+from vitcli.data.image_set import ImageSet
+from vitcli.data.source import DataRequest, Source, fingerprint
 from vitcli.decode import Mode
 
 NUM_TRAIN = 1_000_000
@@ -119,11 +119,12 @@ class FormulaSet:
         return images, torch.from_numpy(self.labels[indices]), factors
 
 
-def load_formula(request: Request) -> Source:
+def load_formula(request: DataRequest) -> Source:
     """`builtin:formula`: a million scenes of 64 shapes to train on, 2,048 others to test."""
-    train = FormulaSet("train", 2 * request.seed, NUM_TRAIN)
-    test = FormulaSet("test", 2 * request.seed + 1, NUM_TEST)
+    seed = request.settings.split_seed
+    train = FormulaSet("train", 2 * seed, NUM_TRAIN)
+    test = FormulaSet("test", 2 * seed + 1, NUM_TEST)
     splits = cast(Mapping[str, ImageSet], {"train": train, "test": test})
-    mark = fingerprint([b"formula-1", str(request.seed).encode()])
-    notes = (f"{request.notation}: drawn as needed, {len(CLASSES)} shapes, seed {request.seed}",)
+    mark = fingerprint([b"formula-1", str(seed).encode()])
+    notes = (f"{request.notation}: drawn as needed, {len(CLASSES)} shapes, seed {seed}",)
     return Source(request.notation, splits, CLASSES, mark, notes)

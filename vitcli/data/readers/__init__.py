@@ -1,0 +1,141 @@
+"""The registry of data readers: each kind of DATA, how it is recognised and what reads it.
+
+To add a reader, write a module in this folder and add one entry to READERS. An entry names its
+functions as text, because the command line prints this table and must not load the readers.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vitcli.errors import VitcliError, printable, unknown
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One kind of DATA.
+
+    Attributes:
+        example: how a user writes it.
+        help: what it is, for the help, the README and errors.
+        load: `module:function` below `vitcli.data`, which maps a `DataRequest` to a `Source`.
+        suffixes: endings of the files that it reads.
+        accepts: `module:function`, which tells whether a folder (`Path`) is of this kind; None if
+            a folder never is.
+    """
+
+    example: str
+    help: str
+    load: str
+    suffixes: tuple[str, ...] = ()
+    accepts: str | None = None
+
+
+# A key with a colon is a notation, or the start of one (`hf:`). Of several readers that accept a
+# folder the first one reads it; `folder` reads what no other reader accepts.
+READERS = {
+    "folder": Reader(
+        "photos/",
+        "a folder with one subfolder per class, or with `train/CLASS/` and `test/CLASS/`",
+        "readers.folder:load_folder",
+    ),
+    "table": Reader(
+        "labels.csv",
+        "a .csv, .tsv or .jsonl table with a column of paths and a column of labels",
+        "readers.table:load_table",
+        suffixes=(".csv", ".tsv", ".jsonl"),
+    ),
+    "decoded": Reader(
+        "photos-224/",
+        "a folder that `vitcli patchify DATA --out FOLDER` wrote",
+        "readers.decoded:load_decoded",
+        accepts="readers.decoded:is_decoded",
+    ),
+    "parquet": Reader(
+        "images.parquet",
+        "a parquet file, or a folder of them",
+        "readers.parquet:load_parquet",
+        suffixes=(".parquet",),
+        accepts="readers.parquet:parquet_files",
+    ),
+    "shards": Reader(
+        "shards-{000..099}.tar",
+        "WebDataset shards, or a folder of them",
+        "readers.tar:load_tar",
+        suffixes=(".tar",),
+        accepts="readers.tar:is_shard_folder",
+    ),
+    "hf:": Reader("hf:NAME", "a dataset on the Hugging Face Hub", "readers.hub:load_hub"),
+    "builtin:digits": Reader(
+        "builtin:digits", "scikit-learn's 1,797 handwritten digits", "readers.builtin:load_digits"
+    ),
+    "builtin:formula": Reader(
+        "builtin:formula", "images drawn from formulas", "formula.dataset:load_formula"
+    ),
+}
+DATA_SUFFIXES = frozenset(suffix for reader in READERS.values() for suffix in reader.suffixes)
+DATA_HELP = ", ".join(f"`{reader.example}`" for reader in READERS.values())
+_KINDS = "; ".join(f"`{reader.example}`: {reader.help}" for reader in READERS.values())
+
+
+def find_reader(notation: str) -> str:
+    """The key in READERS of the reader for `notation`.
+
+    Raises:
+        VitcliError: no reader takes it, or the path does not exist.
+    """
+    for key in READERS:
+        if ":" in key and (notation == key or (key.endswith(":") and notation.startswith(key))):
+            return key
+    if notation.startswith("builtin:"):
+        raise unknown("dataset", notation, (key for key in READERS if key.startswith("builtin:")))
+    if not notation:  # Path("") would be the current folder
+        raise VitcliError(
+            "DATA is an empty string", f"the current folder is `.`; DATA is one of: {_KINDS}"
+        )
+    path = Path(notation)
+    if path.is_dir():
+        accepting = (key for key, reader in READERS.items() if _accepts(reader, path))
+        return next(accepting, "folder")
+    shown, suffix = printable(notation), path.suffix.lower()
+    for key, reader in READERS.items():
+        if suffix not in reader.suffixes:
+            continue
+        if path.is_file() or (suffix == ".tar" and "{" in notation):
+            return key
+        raise VitcliError(f"no such file: `{shown}`", f"DATA is one of: {_KINDS}")
+    if re.search(r"\.(tar\.\w+|tgz)$", notation):
+        raise VitcliError(
+            f"`{shown}` is a compressed tar file",
+            "decompress it with `gunzip`: random access needs uncompressed shards",
+        )
+    fault = "unsupported data format" if path.exists() else "no such file or folder"
+    raise VitcliError(f"{fault}: `{shown}`", f"DATA is one of: {_KINDS}")
+
+
+def is_dataset(notation: str | os.PathLike[str]) -> bool:
+    """True if `notation` is DATA that is neither a plain folder nor a single image.
+
+    Raises:
+        VitcliError: it is written like such DATA, but it does not exist.
+    """
+    notation = os.fspath(notation)
+    path = Path(notation)
+    if notation.startswith(("builtin:", "hf:")) or path.suffix.lower() in DATA_SUFFIXES:
+        return True
+    return path.is_dir() and find_reader(notation) != "folder"
+
+
+def resolve(function: str) -> Callable[..., Any]:
+    """`readers.tar:load_tar` -> the function."""
+    module, _, name = function.partition(":")
+    found: Callable[..., Any] = getattr(import_module(f"vitcli.data.{module}"), name)
+    return found
+
+
+def _accepts(reader: Reader, folder: Path) -> bool:
+    return reader.accepts is not None and bool(resolve(reader.accepts)(folder))

@@ -1,10 +1,7 @@
-"""`builtin:digits`: the handwritten digits that scikit-learn carries.
+"""Images that scikit-learn carries: `builtin:digits`, and two photographs for demonstrations.
 
-Two photographs that scikit-learn carries, for commands that are given none.
-
-`china.jpg` and `flower.jpg`, CC BY 2.0: scikit-learn's `datasets/images/README.txt` names
-danielbuechele for both, and for the second links to vultilion. They are read where scikit-learn has
-them.
+`china.jpg` and `flower.jpg` are CC BY 2.0; scikit-learn's `datasets/images/README.txt` names their
+authors. They are read from the installed package.
 """
 
 from importlib.util import find_spec
@@ -13,45 +10,43 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitcli.data.image_set import ArrayStore, ImageSet, Request, Source
-from vitcli.data.labels import make_source
+from vitcli.data.image_set import ArrayStore, ImageSet
+from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import stratified_split
 from vitcli.decode import read_image
 
-TEST_FRACTION = 0.2
+DIGITS_TEST_FRACTION = 0.2
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
+HALVES = ("left", "right")
 
 
-def load_digits(request: Request) -> Source:
-    """1,797 digits of 8x8 grey pixels, 0..16 scaled to 0..255, in scikit-learn's order.
+def load_digits(request: DataRequest) -> Source:
+    """1,797 grey digits of 8x8 pixels, 0..16 scaled to 0..255, in scikit-learn's order.
 
-    A fixed stratified fifth is the test set, whatever the seed: scikit-learn's last 360 were
-    written by other people than most of the first.
+    A stratified fifth is the test split, for every seed. The last 360 images would be a harder
+    test, because other people wrote them.
     """
-    from sklearn.datasets import load_digits as read_digits
+    from sklearn.datasets import load_digits as sklearn_digits
 
     notation = request.notation
-    images, labels = read_digits(return_X_y=True)
+    images, labels = sklearn_digits(return_X_y=True)
     pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # (n, Y, X)
     classes = [str(digit) for digit in range(10)]
     store = ArrayStore(notation, pixels)
-    keep, aside = stratified_split(labels, TEST_FRACTION, 0)
+    train, test = stratified_split(labels, DIGITS_TEST_FRACTION, 0)
     splits = {
         name: ImageSet(name, classes, labels[rows], store, rows)
-        for name, rows in (("train", keep), ("test", aside))
+        for name, rows in (("train", train), ("test", test))
     }
     notes = [
-        f"{notation}: a fixed stratified fifth is the test set "
-        f"({len(keep):,} train, {len(aside):,} test)"
+        f"{notation}: a fixed, stratified fifth of the images is the test split "
+        f"({len(train):,} train, {len(test):,} test)"
     ]
     return make_source(request, splits, [pixels.tobytes()], notes)
 
 
-NAMES = ("china.jpg", "flower.jpg")
-HALVES = ("left", "right")
-
-
-class Halves:
-    """The left and the right half of each; neighbours in the order are of different pictures."""
+class HalvesStore:
+    """The left halves of the pictures, then the right halves: neighbours differ in content."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -70,14 +65,13 @@ class Halves:
         return f"{self.files[number].name}, {HALVES[half]} half"
 
 
-def photographs() -> ImageSet | None:
-    """Four halves of two photographs; None where this scikit-learn does not carry them."""
-    # Its place is asked for and not the package, whose import takes a second.
-    spec = find_spec("sklearn")
+def sklearn_photographs() -> ImageSet | None:
+    """Four halves of two photographs; None if this scikit-learn does not carry them."""
+    spec = find_spec("sklearn")  # its folder, without an import that takes a second
     roots = spec.submodule_search_locations if spec is not None else None
     folder = Path(next(iter(roots or ()), "")) / "datasets" / "images"
-    files = [folder / name for name in NAMES]
+    files = [folder / name for name in PHOTOGRAPHS]
     if not all(file.is_file() for file in files):
         return None
-    store = Halves(files)
+    store = HalvesStore(files)
     return ImageSet("images", ("",), np.zeros(len(store), dtype=np.int64), store)

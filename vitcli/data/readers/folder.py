@@ -1,4 +1,4 @@
-"""A folder of class folders, with or without `train/` and `test/` above them."""
+"""Image folders: one subfolder per class, with or without `train/` and `test/` above them."""
 
 import os
 from collections import Counter
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vitcli.data.image_set import FileStore, ImageSet, Request, Source
-from vitcli.data.labels import make_source
-from vitcli.data.splits import SPLITS, WORDS, in_split_order
+from vitcli.data.image_set import FileStore, ImageSet
+from vitcli.data.source import DataRequest, Source, make_source
+from vitcli.data.splits import SPLIT_ALIASES, SPLITS, in_split_order
 from vitcli.errors import VitcliError, printable
 from vitcli.progress import Bar, Watcher
 
@@ -21,18 +21,18 @@ IMAGE_SUFFIXES = frozenset({
     ".qoi", ".tga", ".tif", ".tiff", ".webp",
 })
 # fmt: on
-BAR_IMAGES = 1000  # a bar that moves with every file would take longer than reading its size
+BAR_IMAGES = 1000  # to move the bar for every file would take longer than to read the file's size
 NOT_CLASSES = frozenset({"__macosx", "__pycache__"})
-TRAIN = frozenset(name for name, split in WORDS.items() if split == "train")
+TRAIN_FOLDERS = frozenset(name for name, split in SPLIT_ALIASES.items() if split == "train")
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for a picture: by its ending, and not hidden."""
+    """True for a file name with an image suffix that does not start with a dot."""
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def image_files(folder: Path) -> tuple[list[str], Counter[str]]:
-    """Paths of all pictures below `folder`, as `walk_images` finds them; the endings left out."""
+    """(paths of all images below `folder` as from `walk_images`, suffix counts of other files)."""
     other: Counter[str] = Counter()
     return list(walk_images(folder, other)), other
 
@@ -40,30 +40,29 @@ def image_files(folder: Path) -> tuple[list[str], Counter[str]]:
 def walk_images(
     folder: Path, other: Counter[str] | None = None, *, strict: bool = True
 ) -> Iterator[str]:
-    """Paths of all pictures below `folder`, relative to it, in the order of their bytes.
+    """The paths of all images below `folder`, relative to it, sorted by their bytes.
 
-    No more is held than the names of one folder and of those above it. Hidden files are passed
-    over. Links are followed, a circle of them once; a link that leads nowhere is listed, so that
-    reading it is reported.
+    Hidden files are skipped. Links are followed, a cycle of them once. A dangling link is listed,
+    so that its reader reports it. Memory holds only the names of the open folders.
 
     Args:
-        other: counts the endings of files that are no pictures.
-        strict: raise where a folder may not be looked into; else it is listed itself.
+        other: counts the suffixes of files that are not images.
+        strict: raise if a folder may not be read; otherwise its path is listed.
 
     Raises:
         OSError: a folder cannot be read.
     """
     seen: set[tuple[int, int]] = set()
-    ahead = [iter([""])]  # of each open folder what is still to come
-    while ahead:
-        path = next(ahead[-1], None)
+    open_folders = [iter([""])]  # for each open folder, its remaining entries
+    while open_folders:
+        path = next(open_folders[-1], None)
         if path is None:
-            ahead.pop()
+            open_folders.pop()
         elif path and not path.endswith("/"):
             yield path
         else:
             try:
-                ahead.append(iter(_entries(folder, path, seen, other)))
+                open_folders.append(iter(_entries(folder, path, seen, other)))
             except PermissionError:
                 if strict:
                     raise
@@ -73,10 +72,9 @@ def walk_images(
 def _entries(
     folder: Path, inner: str, seen: set[tuple[int, int]], other: Counter[str] | None
 ) -> list[str]:
-    """What is to be looked at in `folder/inner`, sorted; folders end with a slash.
+    """The images and folders in `folder/inner`, sorted; a folder ends with a slash.
 
-    The slash takes part in the order, so that walking them one after another gives whole paths in
-    the order of their bytes.
+    The slash takes part in the sorting, so that a walk yields whole paths sorted by their bytes.
     """
     state = (folder / inner).stat()
     if (state.st_dev, state.st_ino) in seen:
@@ -92,17 +90,17 @@ def _entries(
             elif is_image_name(entry.name):
                 found.append(inner + entry.name)
             elif other is not None:
-                other[Path(entry.name).suffix.lower() or "no ending"] += 1
+                other[Path(entry.name).suffix.lower() or "no suffix"] += 1
     return sorted(found, key=os.fsencode)
 
 
-def load_folder(request: Request) -> Source:
+def load_folder(request: DataRequest) -> Source:
     """`photos/CLASS/*`, or `photos/train/CLASS/*` and `photos/test/CLASS/*`.
 
-    Every sub-folder is a class, sorted by name; pictures may lie deeper inside it.
+    Each subfolder is a class, sorted by name; images may be in subfolders of it.
 
     Raises:
-        VitcliError: no pictures, no class folders, one class only.
+        VitcliError: no images, no class folders, or only one class.
     """
     root = request.path
     notes: list[str] = []
@@ -114,21 +112,28 @@ def load_folder(request: Request) -> Source:
         if paths:
             store = FileStore(folder, paths)
             splits[split] = ImageSet(split, classes, np.array(labels, dtype=np.int64), store)
-            parts += [
-                _marks(split, folder, store, request.watch),
-                (name.encode() for name in classes),
-            ]
+            names = (name.encode() for name in classes)
+            parts += [_names_and_sizes(split, folder, store, request.watch), names]
     if not splits:
+        suffixes = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         raise VitcliError(
             f"`{request.shown}` has no images",
-            "expected are `CLASS/*.jpg`, or `train/CLASS/*.jpg` and `test/CLASS/*.jpg`; other "
-            "formats: " + ", ".join(sorted(s[1:] for s in IMAGE_SUFFIXES)),
+            "expected `CLASS/*.jpg`, or `train/CLASS/*.jpg` and `test/CLASS/*.jpg`; image formats: "
+            + suffixes,
         )
     return make_source(request, splits, chain.from_iterable(parts), notes)
 
 
-def _marks(split: str, folder: Path, store: FileStore, watch: Watcher) -> Iterator[bytes]:
-    """What tells the files of a split from others: names and sizes."""
+def image_list(files: Sequence[str]) -> ImageSet:
+    """Image files as a set; the class of each is the name of its folder."""
+    folders = [Path(file).parent.name for file in files]
+    classes = sorted(set(folders))
+    labels = np.array([classes.index(name) for name in folders], dtype=np.int64)
+    return ImageSet("images", classes, labels, FileStore(Path(), map(os.fsencode, files)))
+
+
+def _names_and_sizes(split: str, folder: Path, store: FileStore, watch: Watcher) -> Iterator[bytes]:
+    """The part of the fingerprint for the files of a split."""
     with watch.progress(f"{printable(folder)}, sizes", len(store)) as bar:
         for row in range(len(store)):
             path = store.paths[row]
@@ -138,28 +143,28 @@ def _marks(split: str, folder: Path, store: FileStore, watch: Watcher) -> Iterat
 
 
 def _split_folders(root: Path, notes: list[str]) -> dict[str, Path]:
-    """Split name -> its folder; the root itself is "train" where there are no splits."""
+    """Split -> folder; `root` itself is "train" if it has no split folders."""
     folders = _visible_folders(root)
     splits: dict[str, Path] = {}
     for folder in sorted(folders, key=lambda folder: folder.name.lower() not in SPLITS):
-        split = WORDS.get(folder.name.lower())
+        split = SPLIT_ALIASES.get(folder.name.lower())
         if split is not None:
             splits.setdefault(split, folder)
-    named = set(splits.values())
-    others = [folder for folder in folders if folder not in named]
+    split_folders = set(splits.values())
+    others = [folder for folder in folders if folder not in split_folders]
     if not splits or ("train" not in splits and others):
         return {"train": root}
-    # Beside `car` and `bus` a `train` of pictures is a class of vehicles.
+    # `train/` that holds images only, beside `car/` and `bus/`, is a class of vehicles.
     if others and not any(map(_visible_folders, splits.values())):
         return {"train": root}
     if others:
         names = ", ".join(f"`{printable(folder.name)}`" for folder in others)
-        notes.append(f"{printable(root)}: {names} beside `train` left out")
+        notes.append(f"{printable(root)}: skipped folders that are not splits: {names}")
     return in_split_order(splits)
 
 
 def _visible_folders(root: Path) -> list[Path]:
-    """Sub-folders that count, sorted by name."""
+    """The subfolders that can be classes or splits, sorted by name."""
     with os.scandir(root) as entries:
         names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
     return [root / name for name in sorted(names) if name.lower() not in NOT_CLASSES]
@@ -175,14 +180,15 @@ def _read_classes(
     other: Counter[str] = Counter()
     shown = printable(folder)
     for sub in _visible_folders(folder):
-        found, odd = image_files(sub)
-        other += odd
+        found, not_images = image_files(sub)
+        other += not_images
         bar.advance(len(found))
         if not found:
-            notes.append(f"{shown}: `{printable(sub.name)}` has no images and is no class")
+            notes.append(f"{shown}: skipped `{printable(sub.name)}`, a folder without images")
             continue
         labels += [len(classes)] * len(found)
-        classes.append(_class_name(sub.name))
+        # Bytes of the name that are not UTF-8 are escaped, because a recipe cannot store them.
+        classes.append(os.fsencode(sub.name).decode("utf-8", "backslashreplace"))
         paths += [os.fsencode(f"{sub.name}/{path}") for path in found]
     with os.scandir(folder) as entries:
         loose = sorted(e.name for e in entries if is_image_name(e.name) and not e.is_dir())
@@ -190,35 +196,22 @@ def _read_classes(
         classes.append("")
         labels += [len(classes) - 1] * len(loose)
         paths += [os.fsencode(name) for name in loose]
-    elif loose and not classes and (folder == root or folder.name.lower() in TRAIN):
+    elif loose and not classes and (folder == root or folder.name.lower() in TRAIN_FOLDERS):
         raise VitcliError(
             f"`{shown}` has {len(loose):,} images but no class folders",
-            "put the images of each class into a folder named after it, or give a CSV file with "
+            "put the images of each class into a folder with its name, or give a CSV file with "
             "the columns `path` and `label`",
         )
     elif loose:
-        notes.append(f"{shown}: {len(loose):,} images outside of class folders left out")
+        notes.append(f"{shown}: skipped {len(loose):,} images outside class folders")
     if other:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(other.items()))
-        notes.append(f"{shown}: files that are no images left out: {kinds}")
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(other.items()))
+        notes.append(f"{shown}: skipped files that are not images: {counts}")
     return classes, paths, labels
-
-
-def _class_name(name: str) -> str:
-    """A folder's name as text that can be stored: bytes that are not UTF-8 are escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _size(folder: Path, path: bytes) -> bytes:
     try:
         return (folder / os.fsdecode(path)).stat().st_size.to_bytes(8, "little")
-    except OSError:  # a link to nothing
+    except OSError:  # a dangling link
         return b"?"
-
-
-def files_set(files: Sequence[str]) -> ImageSet:
-    """The files as a set; the class of each is the name of the folder it lies in."""
-    folders = [Path(file).parent.name for file in files]
-    classes = sorted(set(folders))
-    labels = np.array([classes.index(name) for name in folders], dtype=np.int64)
-    return ImageSet("images", classes, labels, FileStore(Path(), map(os.fsencode, files)))

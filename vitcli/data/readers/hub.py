@@ -14,12 +14,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vitcli.data.image_set import Request, Source
-from vitcli.data.labels import fingerprint
 from vitcli.data.readers.folder import IMAGE_SUFFIXES, load_folder
 from vitcli.data.readers.parquet import read_parquet
 from vitcli.data.readers.tar import NAMES_FILES, read_names, read_shards
-from vitcli.data.splits import SPLITS, WORD, WORDS, parse_slice
+from vitcli.data.source import DataRequest, Source, fingerprint
+from vitcli.data.splits import SPLIT_ALIASES, SPLIT_WORD, SPLITS, parse_slice
 from vitcli.errors import VitcliError
 from vitcli.hub.http import Unreachable, cannot_write
 from vitcli.hub.repository import (
@@ -137,12 +136,12 @@ def _guessed(files: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, list[str]]] = {}
     for name in files:
         parts = name.lower().split("/")
-        words = [WORD.search(part) for part in reversed(parts)]
-        split = next((WORDS[word[1]] for word in words if word), "")
+        words = [SPLIT_WORD.search(part) for part in reversed(parts)]
+        split = next((SPLIT_ALIASES[word[1]] for word in words if word), "")
         folders = [
             folder
             for folder in name.split("/")[:-1]
-            if folder.lower() != "data" and not WORD.fullmatch(folder.lower())
+            if folder.lower() != "data" and not SPLIT_WORD.fullmatch(folder.lower())
         ]
         config = folders[0] if folders else "default"
         found.setdefault(config, {}).setdefault(split, []).append(name)
@@ -181,7 +180,7 @@ def _with_splits(
     """Only the splits that are read, under our names; what has no name is train."""
     found: dict[str, list[str]] = {}
     for name, files in splits.items():
-        known = WORDS.get(name.lower(), name)
+        known = SPLIT_ALIASES.get(name.lower(), name)
         found.setdefault(known or "train", []).extend(files)
     read = {name: sorted(found[name]) for name in (*SPLITS, *wanted) if name in found}
     if not read and len(found) == 1:
@@ -195,7 +194,7 @@ CONVERTED = "refs/convert/parquet"  # where the Hub keeps its own parquet of a d
 AT_ONCE = 8  # small files
 
 
-def plan_hub(request: Request) -> tuple[Listing, Plan]:
+def plan_hub(request: DataRequest) -> tuple[Listing, Plan]:
     """What is to be read of a data set on the Hub, and nothing of it yet.
 
     Raises:
@@ -216,7 +215,7 @@ def plan_hub(request: Request) -> tuple[Listing, Plan]:
         raise cannot_write(str(repository), repository.folder, error) from error
 
 
-def load_hub(request: Request, without: str | None = None) -> Source:
+def load_hub(request: DataRequest, without: str | None = None) -> Source:
     """A data set on the Hub; the notes name its commit.
 
     Args:
@@ -270,7 +269,9 @@ def parse_notation(notation: str) -> tuple[Repository, str | None]:
     return parse(f"hf:{name}{at}{revision}", "dataset"), config or None
 
 
-def _planned(repository: Repository, config: str | None, request: Request) -> tuple[Listing, Plan]:
+def _planned(
+    repository: Repository, config: str | None, request: DataRequest
+) -> tuple[Listing, Plan]:
     """The revision to read from, and what of it."""
     listing = list_files(repository)
     files = listing.files
@@ -312,9 +313,9 @@ def _has_script(files: Sequence[str], repository: Repository) -> bool:
     return f"{repository.name.rpartition('/')[2]}.py" in files
 
 
-def _wanted(request: Request) -> tuple[str, ...]:
+def _wanted(request: DataRequest) -> tuple[str, ...]:
     """Names of splits that are read besides train, validation and test."""
-    given = (request.train_split, request.test_split)
+    given = (request.settings.train_split, request.settings.test_split)
     return tuple(parse_slice(text).name for text in given if text is not None)
 
 
@@ -331,7 +332,7 @@ def _card(listing: Listing) -> list[Mapping[str, Any]]:
     return [one for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
 
 
-def _fetch(listing: Listing, plan: Plan, names: Sequence[str], request: Request) -> list[Path]:
+def _fetch(listing: Listing, plan: Plan, names: Sequence[str], request: DataRequest) -> list[Path]:
     """These files, in the cache."""
     repository, commit = listing.repository, listing.commit
     if plan.kind != "folder":
@@ -347,7 +348,7 @@ def _fetch(listing: Listing, plan: Plan, names: Sequence[str], request: Request)
     return paths
 
 
-def _read_folder(request: Request, listing: Listing, plan: Plan) -> Source:
+def _read_folder(request: DataRequest, listing: Listing, plan: Plan) -> Source:
     """Class folders in the cache; the fingerprint is of what is in them, not of where they lie."""
     names = plan.files["train"]
     root = listing.repository.folder / "snapshots" / listing.commit
@@ -359,7 +360,7 @@ def _read_folder(request: Request, listing: Listing, plan: Plan) -> Source:
     return replace(source, notation=request.shown, fingerprint=mark, notes=notes)
 
 
-def _notes(request: Request, listing: Listing, plan: Plan) -> list[str]:
+def _notes(request: DataRequest, listing: Listing, plan: Plan) -> list[str]:
     count = sum(map(len, plan.files.values()))
     what = f"configuration `{plan.config}`, " if plan.config else ""
     origin = " of the Hub's own parquet" if listing.repository.revision == CONVERTED else ""

@@ -1,4 +1,4 @@
-"""Parquet as `datasets` writes it: one file, or a folder of them."""
+"""Parquet files as Hugging Face `datasets` writes them: one file, or a folder of them."""
 
 import warnings
 from bisect import bisect_right
@@ -9,23 +9,25 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from vitcli.data.image_set import ImageSet, Request, Source
-from vitcli.data.labels import class_names, make_source, numbered, numbered_lists, several
+from vitcli.config.schema import DataSection
+from vitcli.data.image_set import ImageSet
+from vitcli.data.labels import arrow_label_lists, class_names, encode_arrow, encode_arrow_lists
 from vitcli.data.readers.table import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
-from vitcli.data.splits import files_ending, in_split_order, split_of, splits_of
+from vitcli.data.source import DataRequest, Source, make_source
+from vitcli.data.splits import files_with_suffix, in_split_order, split_of, splits_of
 from vitcli.decode import ImageInput
 from vitcli.errors import VitcliError, printable
 
-FOOTER_TAIL = 8
+FOOTER_TAIL = 8  # bytes: the length of the footer and the magic number
 
 
 class ParquetStore:
-    """Images in parquet files, as bytes or as paths beside them.
+    """Images in parquet files, as bytes or as paths relative to the file.
 
     Args:
-        files: the files, and how many rows each has.
-        column: a `pyarrow.ChunkedArray` of their images. Reading a cell takes 5-15 us, of the
-            `datasets.Dataset` it comes from 60; it may be done from many threads at once.
+        files: (file, number of rows) of each file.
+        column: a `pyarrow.ChunkedArray` of the images of all files. To read a cell takes 5 to 15
+            us, and 60 us through `datasets.Dataset`; many threads may read at once.
     """
 
     def __init__(self, files: Sequence[tuple[Path, int]], column: Any) -> None:
@@ -51,36 +53,32 @@ class ParquetStore:
 
     def file_name(self, row: int) -> str | None:
         cell = self.column[row]
-        fields = cell.keys() if hasattr(cell, "keys") else None  # of a struct; else a path
+        fields = cell.keys() if hasattr(cell, "keys") else None  # a struct has fields, a path none
         if fields is not None and "path" not in fields:
             return None
         name = (cell if fields is None else cell["path"]).as_py()
         return Path(name).name if isinstance(name, str) else None
 
     def _file(self, row: int) -> tuple[Path, int]:
-        """(the file that the row lies in, the number of its first row)."""
+        """(the file of a row, the number of its first row)."""
         number = bisect_right(self.starts, row) - 1
         return self.files[number], self.starts[number]
 
 
-def load_parquet(request: Request) -> Source:
-    """A parquet file, or a folder of them split by how their names begin.
+def load_parquet(request: DataRequest) -> Source:
+    """A parquet file, or a folder of them that is split by the names of files or folders.
 
     Raises:
-        VitcliError: it cannot be read, a column is not there.
+        VitcliError: a file cannot be read, or a column is missing.
     """
     notes: list[str] = []
     return read_parquet(request, parquet_splits(request.path, notes), notes)
 
 
 def read_parquet(
-    request: Request, by_split: Mapping[str, Sequence[Path]], notes: list[str]
+    request: DataRequest, by_split: Mapping[str, Sequence[Path]], notes: list[str]
 ) -> Source:
-    """The images of parquet files, split -> files.
-
-    Raises:
-        VitcliError: as `load_parquet`.
-    """
+    """The images of parquet files, given as split -> files; raises as `load_parquet`."""
     splits: dict[str, ImageSet] = {}
     parts: list[bytes] = []
     for split, files in by_split.items():
@@ -92,8 +90,8 @@ def read_parquet(
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The parquet files in `folder`; else in its `data/` or `train/`, `test/` …, as on the Hub."""
-    return files_ending(folder, ".parquet")
+    """The parquet files in `folder`, else in its `data/`, else in its `train/`, `test/`, …"""
+    return files_with_suffix(folder, ".parquet")
 
 
 def parquet_splits(path: Path, notes: list[str]) -> dict[str, list[Path]]:
@@ -107,66 +105,72 @@ def parquet_splits(path: Path, notes: list[str]) -> dict[str, list[Path]]:
             splits.setdefault(split, []).append(file)
     if not splits:
         return {"train": files}
-    left_out = len(files) - sum(map(len, splits.values()))
-    if left_out:
-        notes.append(f"{printable(path)}: {left_out} files named after no split left out")
+    skipped = len(files) - sum(map(len, splits.values()))
+    if skipped:
+        notes.append(f"{printable(path)}: skipped {skipped} files whose names give no split")
     return in_split_order(splits)
 
 
-def _read_split(split: str, files: Sequence[Path], request: Request, notes: list[str]) -> ImageSet:
+def _read_split(
+    split: str, files: Sequence[Path], request: DataRequest, notes: list[str]
+) -> ImageSet:
     shown = printable(files[0])
-    about = [_metadata(file) for file in files]
-    schema = about[0].schema.to_arrow_schema()
+    metadata = [_metadata(file) for file in files]
+    schema = metadata[0].schema.to_arrow_schema()
     features = features_of(schema)
-    images, labels = choose_columns(shown, schema, features, request)
-    for file, part in zip(files, about, strict=True):
+    image_column, label_column = choose_columns(shown, schema, features, request.settings)
+    for file, part in zip(files, metadata, strict=True):
         present = part.schema.to_arrow_schema().names
-        find_column(printable(file), "image", images, present, ())
-        find_column(printable(file), "label", labels, present, ())
-    table = _read_table(files, [images, labels], notes)
-    sizes = [(file, part.num_rows) for file, part in zip(files, about, strict=True)]
-    store = ParquetStore(sizes, table.column(images))
-    names = class_names(features.get(labels))
+        find_column(printable(file), "image", image_column, present, ())
+        find_column(printable(file), "label", label_column, present, ())
+    table = _read_table(files, [image_column, label_column], notes)
+    sizes = [(file, part.num_rows) for file, part in zip(files, metadata, strict=True)]
+    store = ParquetStore(sizes, table.column(image_column))
+    names = class_names(features.get(label_column))
     with _reading(files[0]):
-        column = table.column(labels)
-        parted = several(column, shown, labels, request.multi_label, notes)
-        if parted is not None:
-            classes, first, targets = numbered_lists(shown, parted, names)
-            return ImageSet(split, classes, first, store, targets=targets)
+        column = table.column(label_column)
+        setting = request.settings.multi_label
+        lists = arrow_label_lists(column, shown, label_column, setting, notes)
+        if lists is not None:
+            classes, labels, targets = encode_arrow_lists(shown, lists, names)
+            return ImageSet(split, classes, labels, store, targets=targets)
         values = column.dictionary_encode().unify_dictionaries().combine_chunks()
-    rows, numbers, classes = numbered(shown, values, names)
+    rows, labels, classes = encode_arrow(shown, values, names)
     if len(rows) < len(values):
-        notes.append(f"{shown}: {len(values) - len(rows):,} rows without a label left out")
-    return ImageSet(split, classes, numbers, store, rows)
+        notes.append(f"{shown}: skipped {len(values) - len(rows):,} rows without a label")
+    return ImageSet(split, classes, labels, store, rows)
 
 
 def _read_table(files: Sequence[Path], columns: list[str], notes: list[str]) -> Any:
-    """These columns of all files, one after another.
+    """These columns of all files, concatenated.
 
-    They are mapped into memory from the cache of `datasets`, which is written the first time and
-    whenever a file has changed. Where that fails they are read into memory, with a note.
+    The columns are memory-mapped from the cache of `datasets`, which is written at the first read
+    and after a change of a file. If that fails, they are read into memory, with a note.
     """
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets.data_files import DataFilesDict, DataFilesList
 
-    # Given as found, names with brackets or stars in them are not taken for patterns; and unlike
-    # the time of change alone, the footer tells files apart that were written in one instant.
-    marks = [(str(file.stat().st_mtime_ns), sha256(_footer(file)).hexdigest()) for file in files]
+    # Given as lists, names with brackets or stars are not taken for patterns. The footer is part of
+    # the cache key, because the modification times of two files can be equal.
+    origins = [(str(file.stat().st_mtime_ns), sha256(_footer(file)).hexdigest()) for file in files]
     paths = [str(file.absolute()) for file in files]
     try:
         with _quiet():
             found = datasets.Dataset.from_parquet(
-                DataFilesDict(train=DataFilesList(paths, marks)), split="train", columns=columns
+                DataFilesDict(train=DataFilesList(paths, origins)), split="train", columns=columns
             )
-        pa.default_memory_pool().release_unused()  # what the cache was written through
+        pa.default_memory_pool().release_unused()  # the buffers that the cache was written from
         return found.data
-    except Exception as error:  # no space, no permission, no locks, a type it does not know
+    except Exception as error:  # no space, permission or locks; an unknown type
         reason = str(error.__cause__ or error) or type(error).__name__
-        note = f"`datasets` cannot cache the images ({printable(reason.splitlines()[0])})"
-        if (told := f"{note}: they are held in memory") not in notes:
-            notes.append(told)
+        note = (
+            f"`datasets` cannot cache the images ({printable(reason.splitlines()[0])}), so they "
+            "stay in memory"
+        )
+        if note not in notes:
+            notes.append(note)
     tables = []
     for file in files:
         with _reading(file), file.open("rb") as opened:
@@ -177,7 +181,7 @@ def _read_table(files: Sequence[Path], columns: list[str], notes: list[str]) -> 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Faults of pyarrow become errors that name the file."""
+    """Turn errors of pyarrow into errors that name the file."""
     import pyarrow as pa
 
     try:
@@ -185,13 +189,13 @@ def _reading(file: Path) -> Iterator[None]:
     except (OSError, pa.ArrowException) as error:
         raise VitcliError(
             f"cannot read `{printable(file)}` as parquet: {str(error).splitlines()[0]}",
-            "write it anew with `datasets` or pandas",
+            "write the file again with `datasets` or pandas",
         ) from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """`datasets` without bars, logs and warnings: failures are told by the exception."""
+    """Silence the bars, logs and warnings of `datasets`; its exceptions report failures."""
     import datasets
 
     level, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
@@ -207,27 +211,27 @@ def _quiet() -> Iterator[None]:
 
 
 def features_of(schema: Any) -> dict[str, Any]:
-    """What `datasets` says about the columns, {} where it cannot tell."""
+    """The `datasets` feature of each column; {} if `datasets` does not understand the schema."""
     import datasets
 
     try:
         return dict(datasets.Features.from_arrow_schema(schema))
-    except Exception:  # types that it does not know, or metadata of another make
+    except Exception:  # unknown types, or metadata that another program wrote
         return {}
 
 
 def choose_columns(
-    shown: str, schema: Any, features: dict[str, Any], request: Request
+    shown: str, schema: Any, features: dict[str, Any], settings: DataSection
 ) -> tuple[str, str]:
-    """(image column, label column): as named, else as `datasets` marks them, else as usual."""
+    """(image column, label column): from the settings, the feature types, or usual names."""
     import datasets
     import pyarrow.types as types
 
-    image_column, label_column = request.image_column, request.label_column
-    pictures = [n for n, feature in features.items() if isinstance(feature, datasets.Image)]
+    image_column, label_column = settings.image_column, settings.label_column
+    images = [n for n, feature in features.items() if isinstance(feature, datasets.Image)]
     classes = [n for n, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if image_column is None and pictures:
-        image_column = pictures[0]
+    if image_column is None and images:
+        image_column = images[0]
     elif image_column is None:
         cells = [f.name for f in schema if types.is_struct(f.type) or types.is_binary(f.type)]
         image_column = cells[0] if len(cells) == 1 else None
@@ -240,7 +244,7 @@ def choose_columns(
 
 
 def _metadata(file: Path) -> Any:
-    """The `pyarrow.parquet.FileMetaData`, also of a file whose name is not UTF-8."""
+    """The `pyarrow.parquet.FileMetaData`; the file's name need not be UTF-8."""
     import pyarrow.parquet as pq
 
     with _reading(file), file.open("rb") as opened:
@@ -248,7 +252,7 @@ def _metadata(file: Path) -> Any:
 
 
 def _footer(file: Path) -> bytes:
-    """Size and footer of a parquet file: column sizes and statistics, a cheap stand-in for it."""
+    """Size and footer (column sizes and statistics): a cheap fingerprint of a parquet file."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         opened.seek(max(0, size - FOOTER_TAIL))

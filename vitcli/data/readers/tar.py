@@ -1,14 +1,14 @@
-"""WebDataset shards: tar files in which the members of a sample share their name up to a dot.
+"""WebDataset shards: tar files in which the members of a sample share a name up to the first dot.
 
-`0001.jpg` and `0001.cls` (or `0001.json`) are one sample. The headers are read once; after that a
-picture is one read at a known place, so shards are drawn from in any order and a run resumes
-exactly, as with loose files.
+`0001.jpg` and `0001.cls` (or `0001.json`) are one sample. The headers are read once. After that an
+image is one read at a known offset, so the order is free and a run resumes exactly.
 """
 
 import json
 import os
 import re
 import tarfile
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,47 +17,55 @@ from typing import Any
 
 import numpy as np
 
-from vitcli.data.image_set import ImageSet, Integers, Request, Source
+from vitcli.data.image_set import ImageSet, Integers
 from vitcli.data.labels import (
+    encode_labels,
+    encode_multi_label,
     has_label,
     is_multi_label,
-    label_names,
     label_text,
-    make_source,
-    several_labels,
 )
-from vitcli.data.readers.folder import IMAGE_SUFFIXES
+from vitcli.data.readers.folder import IMAGE_SUFFIXES, image_files
 from vitcli.data.readers.table import LABEL_COLUMNS
-from vitcli.data.splits import files_ending, in_split_order, splits_of
+from vitcli.data.source import DataRequest, Source, make_source
+from vitcli.data.splits import files_with_suffix, in_split_order, splits_of
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
 
-LABEL_ENDINGS = ("cls", "label", "txt", "json")  # the first that a sample has counts
-NAMES_FILES = ("classes.txt", "labels.txt")  # beside the shards: names of numbered classes
-LARGEST_LABEL = 1 << 20
+LABEL_ENDINGS = ("cls", "label", "txt", "json")  # in order of preference
+NAMES_FILES = ("classes.txt", "labels.txt")  # beside the shards: class names of numeric labels
+MAX_LABEL_BYTES = 1 << 20
 
 
 def shard_files(notation: str) -> list[Path]:
-    """The tar files that a notation means: one, `x-{000..099}.tar`, `{a,b}.tar`, or a folder's.
+    """The tar files of a notation: `x.tar`, `x-{000..099}.tar`, `{a,b}.tar`, or a folder.
 
     Raises:
         VitcliError: one of them does not exist.
     """
     path = Path(notation)
     if path.is_dir():
-        return files_ending(path, ".tar")
-    files = [Path(name) for name in expand(notation)]
+        return files_with_suffix(path, ".tar")
+    files = [Path(name) for name in expand_braces(notation)]
     if missing := [file for file in files if not file.is_file()]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise VitcliError(
             f"no such shard: `{printable(missing[0])}`{more} of {len(files)}",
-            "`x-{000..099}.tar` means a hundred files, `x-000.tar` to `x-099.tar`",
+            "`x-{000..099}.tar` means 100 files, `x-000.tar` to `x-099.tar`",
         )
     return files
 
 
-def expand(notation: str) -> Iterator[str]:
-    """`a-{8..10}.tar` -> `a-8.tar` …; `{08..10}` keeps the zeros; `{x,y}` means both."""
+def is_shard_folder(folder: Path) -> bool:
+    """True if the folder holds tar files and no images in subfolders.
+
+    An archive may be beside class folders, and logs or a preview image beside shards.
+    """
+    return bool(shard_files(str(folder))) and not any("/" in f for f in image_files(folder)[0])
+
+
+def expand_braces(notation: str) -> Iterator[str]:
+    """`a-{8..10}.tar` -> `a-8.tar`, …; `{08..10}` keeps the zeros; `{x,y}` means both."""
     found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", notation)
     if found is None:
         yield notation
@@ -67,31 +75,36 @@ def expand(notation: str) -> Iterator[str]:
         parts = listed.split(",")
     else:
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        low, high = sorted((int(first), int(last)))  # an order of the shards says nothing
+        low, high = sorted((int(first), int(last)))
         parts = [f"{n:0{width}}" for n in range(low, high + 1)]
     for part in parts:
-        yield from expand(notation[: found.start()] + part + notation[found.end() :])
+        yield from expand_braces(notation[: found.start()] + part + notation[found.end() :])
 
 
 @dataclass
-class Listing:
-    """The samples of some shards, a row each."""
+class ShardIndex:
+    """The samples of some shards.
 
-    file: list[int] = field(default_factory=list)
-    header: list[int] = field(default_factory=list)
-    offset: list[int] = field(default_factory=list)
-    size: list[int] = field(default_factory=list)
-    label: list[Any] = field(default_factory=list)
+    Attributes:
+        places: four integers per sample, flat: shard number, offset of the image's header, offset
+            of its content, size. An array takes a fifth of the memory of lists.
+        labels: for each sample its label.
+        unlabelled: samples that were skipped because they have no label.
+        notes: messages for the user.
+    """
+
+    places: "array[int]" = field(default_factory=partial(array, "q"))
+    labels: list[Any] = field(default_factory=list)
     unlabelled: int = 0
     notes: list[str] = field(default_factory=list)
 
 
 class ShardStore:
-    """Pictures inside tar files.
+    """Images inside tar files.
 
     Args:
         files: the shards.
-        places: (n, 4) file, offset of the header, offset of the content, its size.
+        places: (n, 4) the places of a `ShardIndex`.
     """
 
     def __init__(self, files: Sequence[Path], places: Integers) -> None:
@@ -106,7 +119,7 @@ class ShardStore:
         try:
             handle = os.open(self.files[number], os.O_RDONLY)
             try:
-                return _read(handle, offset, size)
+                return _read_at(handle, offset, size)
             finally:
                 os.close(handle)
         except OSError as error:
@@ -126,8 +139,8 @@ class ShardStore:
         return printable(f"{file}:{name}")
 
 
-def _read(handle: int, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset`, fewer where the file ends; a system call gives 2 GiB at most."""
+def _read_at(handle: int, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset`, or fewer at the end; one system call reads 2 GiB at most."""
     parts = []
     while size > 0 and (part := os.pread(handle, size, offset)):
         parts.append(part)
@@ -135,21 +148,21 @@ def _read(handle: int, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def load_shards(request: Request) -> Source:
-    """WebDataset shards; of a folder, split by how the names of its files begin.
+def load_tar(request: DataRequest) -> Source:
+    """WebDataset shards; a folder of them is split by the names of files or folders.
 
-    Labels are `.cls`, `.label` or `.txt` members (a number or a name), or a field of `.json`
-    (`data.label_column`, else one of the usual names); a list of them there gives a picture any
-    number of labels. `classes.txt` beside the shards names numbered classes.
+    A label is a `.cls`, `.label` or `.txt` member (a number or a name), or a field of a `.json`
+    member (`data.label_column`, else a usual name). A list there makes multi-label data.
+    `classes.txt` beside the shards names the classes of numeric labels.
 
     Raises:
-        VitcliError: a shard is missing or compressed, no sample has an image and a label.
+        VitcliError: a shard is missing or compressed, or no sample has an image and a label.
     """
     return read_shards(request, shard_splits(request.notation), [])
 
 
 def shard_splits(notation: str) -> dict[str, list[Path]]:
-    """Split -> shards, by how the names of the files begin."""
+    """Split -> shards."""
     by_split: dict[str, list[Path]] = {}
     files = shard_files(notation)
     root = Path(notation) if Path(notation).is_dir() else files[0].parent
@@ -159,39 +172,38 @@ def shard_splits(notation: str) -> dict[str, list[Path]]:
 
 
 def read_shards(
-    request: Request,
+    request: DataRequest,
     by_split: Mapping[str, Sequence[Path]],
     notes: list[str],
     names: list[str] | None = None,
 ) -> Source:
-    """The images of shards, split -> files; `names` of numbered classes, else those beside them.
+    """The images of shards, given as split -> files; raises as `load_tar`.
 
-    Raises:
-        VitcliError: as `load_shards`.
+    Args:
+        names: class names of numeric labels; None reads those beside the shards.
     """
+    shown, settings = request.shown, request.settings
     splits: dict[str, ImageSet] = {}
     parts: list[bytes] = []
     names = names or _class_names([file for files in by_split.values() for file in files])
-    for split in by_split:
-        found = list_samples(by_split[split], request.label_column, request.labelled)
-        notes += found.notes
-        if found.unlabelled:
-            notes.append(f"{request.shown}: {found.unlabelled:,} samples without a label left out")
-        cells, targets = found.label, None
-        if is_multi_label(request.shown, "label", cells, request.multi_label, notes):
-            number = partial(_numbered, names=names, shown=request.shown)
-            classes, labels, targets = several_labels(cells, number)
+    for split, files in by_split.items():
+        index = index_shards(files, settings.label_column, request.labelled)
+        notes += index.notes
+        if index.unlabelled:
+            notes.append(f"{shown}: skipped {index.unlabelled:,} samples without a label")
+        targets = None
+        if is_multi_label(shown, "label", index.labels, settings.multi_label, notes):
+            encode = partial(_encode_numeric, names=names, shown=shown)
+            classes, labels, targets = encode_multi_label(index.labels, encode)
         else:
-            classes, labels = _numbered(cells, names, request.shown)
-        columns = [found.file, found.header, found.offset, found.size]
-        places = np.array(columns, dtype=np.int64).T.reshape(-1, 4)
-        store = ShardStore(by_split[split], places)
-        splits[split] = ImageSet(split, classes, labels, store, targets=targets)
+            classes, labels = _encode_numeric(index.labels, names, shown)
+        places = np.array(index.places, dtype=np.int64).reshape(-1, 4)
+        splits[split] = ImageSet(split, classes, labels, ShardStore(files, places), targets=targets)
         parts += [places[:, 1:].tobytes(), *(name.encode() for name in classes)]
     if not any(len(images) for images in splits.values()):
         raise VitcliError(
-            f"`{request.shown}` has no sample with an image and a label",
-            "a sample is `KEY.jpg` and `KEY.cls` (or `KEY.json`); a field of the JSON is named "
+            f"`{shown}` has no sample with an image and a label",
+            "a sample is `KEY.jpg` and `KEY.cls` (or `KEY.json`); name the label field of the JSON "
             "with `--set data.label_column=NAME`",
         )
     return make_source(request, splits, parts, notes)
@@ -206,7 +218,7 @@ def _class_names(files: Sequence[Path]) -> list[str] | None:
 
 
 def read_names(path: Path) -> list[str]:
-    """Class names, one a line.
+    """Class names, one per line.
 
     Raises:
         VitcliError: the file cannot be read.
@@ -215,33 +227,35 @@ def read_names(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise VitcliError(
-            f"cannot read the class names in `{printable(path)}`: {error}", "one name a line"
+            f"cannot read the class names in `{printable(path)}`: {error}",
+            "write one class name per line, in UTF-8",
         ) from error
     return [line.strip() for line in lines if line.strip()]
 
 
-def _numbered(
+def _encode_numeric(
     labels: list[Any], names: list[str] | None, shown: str
 ) -> tuple[Sequence[str], Integers]:
+    """As `encode_labels`; with `names`, whole numbers are indices into them."""
     texts = [label_text(label) for label in labels]
     if names is None or not all(text.isdecimal() for text in texts):
-        return label_names(texts)
-    numbers = np.array([int(text) for text in texts], dtype=np.int64)
-    if len(numbers) and numbers.max() >= len(names):
+        return encode_labels(texts)
+    indices = np.array([int(text) for text in texts], dtype=np.int64)
+    if len(indices) and indices.max() >= len(names):
         raise VitcliError(
-            f"`{shown}` has label {numbers.max()}, but {len(names)} class names lie beside it",
-            "give a name for each class, one a line",
+            f"`{shown}` has label {indices.max()}, but there are only {len(names)} class names",
+            f"add the missing names to `{NAMES_FILES[0]}`, one per line",
         )
-    return names, numbers
+    return names, indices
 
 
-def list_samples(files: Sequence[Path], column: str | None, labelled: bool) -> Listing:
-    """Every sample that has an image and, where `labelled`, a label.
+def index_shards(files: Sequence[Path], column: str | None, labelled: bool) -> ShardIndex:
+    """Every sample that has an image and, if `labelled`, a label.
 
     Raises:
-        VitcliError: a shard is compressed or is no tar file.
+        VitcliError: a shard is compressed, or it is not a tar file.
     """
-    found = Listing()
+    found = ShardIndex()
     for number, file in enumerate(files):
         for sample in _samples(file, found.notes):
             image = next((m for m in sample.members.values() if is_image(m)), None)
@@ -251,32 +265,29 @@ def list_samples(files: Sequence[Path], column: str | None, labelled: bool) -> L
             if label is None and labelled:
                 found.unlabelled += 1
                 continue
-            found.file.append(number)
-            found.header.append(image.offset)
-            found.offset.append(image.offset_data)
-            found.size.append(image.size)
-            found.label.append("" if label is None else label)
+            found.places.extend((number, image.offset, image.offset_data, image.size))
+            found.labels.append("" if label is None else label)
     return found
 
 
 @dataclass
 class Sample:
-    """The members of one key: ending -> member; and the open file that they lie in."""
+    """The members of one key (ending -> member), and the open file that holds them."""
 
     key: str
     members: dict[str, tarfile.TarInfo]
     file: Any
 
     def text(self, ending: str) -> str:
-        """A small text member."""
+        """The content of a small text member."""
         member = self.members[ending]
         self.file.seek(member.offset_data)
-        content: bytes = self.file.read(min(member.size, LARGEST_LABEL))
+        content: bytes = self.file.read(min(member.size, MAX_LABEL_BYTES))
         return content.decode("utf-8", "backslashreplace").strip()
 
 
 def _samples(file: Path, notes: list[str]) -> Iterator[Sample]:
-    """The samples of one shard in order; one that is cut off ends early, with a note."""
+    """The samples of one shard in order; a truncated shard ends early, with a note."""
     shown = printable(file)
     try:
         with file.open("rb") as opened, file.open("rb") as beside:
@@ -284,10 +295,10 @@ def _samples(file: Path, notes: list[str]) -> Iterator[Sample]:
                 shard = tarfile.open(fileobj=opened, mode="r:")  # noqa: SIM115
             except tarfile.TarError:
                 if not file.stat().st_size:
-                    raise VitcliError(f"`{shown}` is empty", "fetch the file again") from None
+                    raise VitcliError(f"`{shown}` is empty", "download the file again") from None
                 raise VitcliError(
-                    f"`{shown}` is no plain tar file",
-                    "compressed shards cannot be read at any place: unpack them with `gunzip`",
+                    f"`{shown}` is not an uncompressed tar file",
+                    "decompress it with `gunzip`: random access needs uncompressed shards",
                 ) from None
             sample = Sample("", {}, beside)
             try:
@@ -299,16 +310,16 @@ def _samples(file: Path, notes: list[str]) -> Iterator[Sample]:
                         yield sample
                         sample = Sample(key, {}, beside)
                     sample.members[ending] = member
-                    shard.members = []  # type: ignore[attr-defined]  # it would keep them all
+                    shard.members = []  # type: ignore[attr-defined]  # the list would grow with every member
             except tarfile.TarError as error:
-                notes.append(f"{shown} is cut off or damaged ({error}): read up to there")
+                notes.append(f"{shown} is truncated or damaged ({error}); read up to that point")
             yield sample
     except OSError as error:
         raise VitcliError(f"cannot read `{shown}`: {error.strerror}", "check the path") from None
 
 
 def key_of(name: str) -> tuple[str, str]:
-    """`dir/0001.seg.png` -> (`dir/0001`, `seg.png`); no key for a hidden file."""
+    """`dir/0001.seg.png` -> (`dir/0001`, `seg.png`); the key of a hidden file is empty."""
     folder, slash, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
     return (f"{folder}{slash}{stem}" if stem else ""), ending.lower()
@@ -319,7 +330,7 @@ def is_image(member: tarfile.TarInfo) -> bool:
 
 
 def label_of(sample: Sample, column: str | None) -> Any:
-    """The label as text or number; None where there is none."""
+    """The label as text, number or list; None if the sample has none."""
     endings = LABEL_ENDINGS if column is None else (column, "json")
     for ending in endings:
         if ending not in sample.members:

@@ -1,0 +1,168 @@
+"""Datasets that `vitcli patchify DATA --out FOLDER` has decoded: nothing is decoded again.
+
+The folder holds, for each split, the pixels of all images (`train.pixels`: RGB rows, memory-mapped
+and so shared by all processes), an index (`train.index`), the multi-hot targets if there are any
+(`train.targets`), and `stored.json`, which is written last. `data/decoded_cache.py` writes it.
+"""
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vitcli.data.image_set import ImageSet, Pixels
+from vitcli.data.source import DataRequest, Source, make_source
+from vitcli.decode import ImageError
+from vitcli.errors import VitcliError, printable
+
+FORMAT = 1
+DESCRIPTION = "stored.json"  # of a finished dataset
+PLAN = "storing.json"  # of an unfinished dataset
+# One row per image; an image that could not be read has height 0.
+INDEX = np.dtype(
+    [
+        ("offset", "<i8"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("label", "<i4"),
+        ("crc32", "<u4"),
+    ]
+)
+REMAKE = "remove the folder and run `vitcli patchify DATA --out FOLDER` again"
+
+
+def is_decoded(folder: Path) -> bool:
+    """True for a finished or unfinished decoded dataset."""
+    return (folder / DESCRIPTION).is_file() or (folder / PLAN).is_file()
+
+
+def read_index(folder: Path, split: str) -> Any:
+    """(n,) rows of INDEX, without a truncated last row."""
+    content = (folder / f"{split}.index").read_bytes()
+    return np.frombuffer(content[: len(content) // INDEX.itemsize * INDEX.itemsize], dtype=INDEX)
+
+
+def pixel_ends(index: Any) -> Any:
+    """(n,) the offset behind the pixels of each row."""
+    return index["offset"] + 3 * index["height"].astype(np.int64) * index["width"]
+
+
+def targets_file(folder: Path, split: str) -> Path:
+    return folder / f"{split}.targets"
+
+
+class PixelStore:
+    """The memory-mapped images of one split; the first read of each verifies its checksum.
+
+    Args:
+        folder: the decoded dataset.
+        split: the split.
+        index: (n,) of INDEX, readable images only.
+    """
+
+    is_decoded = True
+
+    def __init__(self, folder: Path, split: str, index: Any) -> None:
+        self.name = f"{split} of {printable(folder)}"
+        self.path = folder / f"{split}.pixels"
+        self.index = index
+        self._verified = np.zeros(len(index), dtype=bool)
+        self._pixels: Any = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pixels": None}  # each process maps the file itself
+
+    def content(self, row: int) -> Image.Image:
+        return Image.fromarray(self.pixels(row))
+
+    def pixels(self, row: int) -> Pixels:
+        """(Y, X, 3): a read-only view of the file.
+
+        Raises:
+            ImageError: the checksum does not match.
+        """
+        if self._pixels is None:
+            # As a plain array, because a slice of a `memmap` costs more than the copy behind it.
+            self._pixels = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
+        offset, height, width, _, crc = self.index[row].item()
+        content = self._pixels[offset : offset + 3 * height * width]
+        if not self._verified[row]:
+            if zlib.crc32(content) != crc:
+                raise ImageError(self.describe(row), "its stored pixels have changed", REMAKE)
+            self._verified[row] = True
+        shaped: Pixels = content.reshape(height, width, 3)
+        return shaped
+
+    def describe(self, row: int) -> str:
+        return f"image {row} of {self.name}"
+
+
+def load_decoded(request: DataRequest) -> Source:
+    """A folder that `vitcli patchify DATA --out FOLDER` wrote.
+
+    Raises:
+        VitcliError: it is unfinished or damaged.
+    """
+    folder, shown = request.path, request.shown
+    if not (folder / DESCRIPTION).is_file():
+        raise VitcliError(
+            f"`{shown}` is an unfinished decoded dataset",
+            "repeat its `vitcli patchify DATA --out FOLDER`, which continues where it stopped",
+        )
+    try:
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        if described["format"] > FORMAT:
+            raise VitcliError(f"a newer vitcli has written `{shown}`", "update vitcli")
+        classes, splits = described["classes"], described["splits"]
+        multi_label = bool(described.get("multi_label"))  # the first version has no such key
+        digests, side = described["index"], int(described["side"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise VitcliError(f"`{shown}/{DESCRIPTION}` is damaged: {error}", REMAKE) from None
+    sets = {}
+    skipped = 0
+    for name in splits:
+        index = _checked_index(folder, name, str(digests.get(name)))
+        readable = index["height"] > 0
+        skipped += int((~readable).sum())
+        targets = None
+        if multi_label:
+            targets = _read_targets(folder, name, (len(index), len(classes)))[readable]
+        store = PixelStore(folder, name, index[readable])
+        labels = store.index["label"].astype(np.int64)
+        sets[name] = ImageSet(name, classes, labels, store, targets=targets)
+    notes = [f"{shown}: decoded from {described['source']}, shorter side at most {side} px"]
+    if skipped:
+        notes.append(f"{shown}: {skipped:,} unreadable images were skipped")
+    parts = [str(described["fingerprint"]).encode(), str(side).encode()]
+    return make_source(request, sets, parts, notes)
+
+
+def _read_targets(folder: Path, split: str, shape: tuple[int, int]) -> Pixels:
+    """(n, K) uint8: multi-hot targets."""
+    file = targets_file(folder, split)
+    try:
+        return np.fromfile(file, dtype=np.uint8).reshape(shape)
+    except (OSError, ValueError):
+        raise VitcliError(f"`{printable(file)}` is missing or damaged", REMAKE) from None
+
+
+def _checked_index(folder: Path, split: str, digest: str) -> Any:
+    """The index of a split, after a check of its hash and of the size of the pixel file."""
+    shown = printable(folder / f"{split}.index")
+    try:
+        index = read_index(folder, split)
+        size = (folder / f"{split}.pixels").stat().st_size
+    except OSError as error:
+        raise VitcliError(f"cannot read `{shown}`: {error.strerror}", REMAKE) from None
+    if hashlib.sha256(index.tobytes()).hexdigest() != digest:
+        raise VitcliError(f"`{shown}` is damaged", REMAKE)
+    if len(index) and int(pixel_ends(index).max()) != size:
+        raise VitcliError(f"`{printable(folder / split)}.pixels` is truncated or changed", REMAKE)
+    return index

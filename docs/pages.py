@@ -8,7 +8,7 @@ for the repository, and `site_links` rewrites them for the site.
 import inspect
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -73,17 +73,27 @@ def type_name(kind: Any) -> str:
     return str(kind.__name__)
 
 
+def registries() -> dict[str, Iterable[str]]:
+    """The settings whose values are the names in a registry."""
+    from vitcli.data.augment.policies import POLICIES, PRESETS
+    from vitcli.data.augment.transform import CROPS
+
+    return {"augment.crop": CROPS, "augment.preset": PRESETS, "augment.policy": POLICIES}
+
+
 def settings_page() -> str:
     """Every setting of the recipe schema: key, type, default, help."""
     from vitcli.config.schema import SECTIONS
 
+    names = {key: Literal[tuple(known)] for key, known in registries().items()}
     parts = ["# Settings\n", "Set a key with `--set section.key=value` or in a recipe.\n"]
     for name, section in SECTIONS.items():
         parts.append(f"## {name}\n\n{inspect.cleandoc(section.__doc__ or '')}\n")
         rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
         for key, field in section.model_fields.items():
             default = "" if field.default is None else f"`{field.default}`"
-            kind, text = cell(type_name(field.annotation)), cell(field.description or "")
+            annotation = names.get(f"{name}.{key}", field.annotation)
+            kind, text = cell(type_name(annotation)), cell(field.description or "")
             rows.append(f"| `{name}.{key}` | {kind} | {cell(default)} | {text} |")
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)

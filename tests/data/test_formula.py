@@ -12,7 +12,7 @@ from vitcli.data.formula.shapes import (
     CLASSES,
     TEXTURES,
     Affine,
-    Draws,
+    KeyedUniform,
     Texture,
     contour_table,
     curve_table,
@@ -144,12 +144,12 @@ def test_the_source_has_two_splits_without_a_scene_in_common():
 
 def test_numbers_are_uniform_and_random_access():
     keys = hash_keys(1, np.arange(20_000))
-    d = Draws(keys)
-    first, rest = d.one(), d.many(3)
+    d = KeyedUniform(keys)
+    first, rest = d.uniform(), d.uniforms(3)
     assert abs(first.mean() - 0.5) < 0.01 and abs(first.std() - 12**-0.5) < 0.01
     assert first.min() >= 0 and first.max() < 1
     assert abs(np.corrcoef(np.column_stack([first, rest]).T) - np.eye(4)).max() < 0.03
-    assert np.array_equal(Draws(keys[77:78]).many(4)[0], np.append(first[77], rest[77]))
+    assert np.array_equal(KeyedUniform(keys[77:78]).uniforms(4)[0], np.append(first[77], rest[77]))
     assert len(np.unique(hash_keys(0, np.arange(1000), 0))) == 1000
     assert hash_keys(1, 2) != hash_keys(2, 1)
 
@@ -179,12 +179,12 @@ def test_a_contour_is_its_fourier_series():
 
 def test_a_texture_is_a_sum_of_waves():
     kind = np.arange(len(TEXTURES))
-    texture = Texture.draw(Draws(hash_keys(9, kind)), kind)
+    texture = Texture.sample(KeyedUniform(hash_keys(9, kind)), kind)
     turn = np.float32([0.3] * len(kind))
-    view = Affine.turn(turn, turn + 1, turn + 0.5, np.stack([turn, -turn], axis=-1))
+    view = Affine.from_scale_and_angle(turn, turn + 1, turn + 0.5, np.stack([turn, -turn], axis=-1))
     x, y = np.linspace(-1, 1, 7, dtype=np.float32), np.linspace(-1, 1, 5, dtype=np.float32)
-    field = texture.field(view, x, y, np.zeros(len(kind), dtype=np.float32))
-    p, q = view.points(x, y)
+    field = texture.evaluate(view, x, y, np.zeros(len(kind), dtype=np.float32))
+    p, q = view.map_grid(x, y)
     kx, ky = (texture.vectors[..., i, None, None] for i in (0, 1))
     inside = kx * p[:, None] + ky * q[:, None] + texture.phases[..., None, None]
     waves = (texture.amplitudes[..., None, None] * np.cos(inside)).sum(axis=1)
@@ -194,12 +194,17 @@ def test_a_texture_is_a_sum_of_waves():
 
 
 def test_maps_compose_and_invert():
-    d = Draws(hash_keys(4, np.arange(6)))
-    maps = [Affine.turn(d.one(-3, 3), d.one(0.5, 2), d.one(0.5, 2), d.many(2)) for _ in (0, 1)]
+    d = KeyedUniform(hash_keys(4, np.arange(6)))
+    maps = [
+        Affine.from_scale_and_angle(
+            d.uniform(-3, 3), d.uniform(0.5, 2), d.uniform(0.5, 2), d.uniforms(2)
+        )
+        for _ in (0, 1)
+    ]
     x, y = np.float32([0.0, 0.5, -1.0]), np.float32([0.25])
-    back = maps[0].inverse().after(maps[0])
-    np.testing.assert_allclose(back.points(x, y)[0], np.broadcast_to(x, (6, 1, 3)), atol=1e-5)
-    both = maps[1].after(maps[0])
+    back = maps[0].inverse().compose(maps[0])
+    np.testing.assert_allclose(back.map_grid(x, y)[0], np.broadcast_to(x, (6, 1, 3)), atol=1e-5)
+    both = maps[1].compose(maps[0])
     for k in range(6):
         a, b = (np.vstack([np.c_[m.matrix[k], m.shift[k]], [0, 0, 1]]) for m in maps)
         c = np.vstack([np.c_[both.matrix[k], both.shift[k]], [0, 0, 1]])

@@ -142,7 +142,7 @@ def test_a_first_epoch_that_fills_the_memory_is_no_measure():
     images = a_set(ArrayStore("memory", np.zeros((12, 8, 8, 3), dtype=np.uint8)))
     loader = a_loader(images)
     images.read(0)
-    assert images.keeps
+    assert images.is_cached
     assert is_filling_cache(loader, 11)
     assert not is_filling_cache(loader, 12)
 
@@ -164,7 +164,7 @@ def test_a_run_says_so_once(slow, tmp_path, monkeypatch):
         return content(store, row)
 
     monkeypatch.setattr(ArrayStore, "content", slowly)
-    monkeypatch.setattr(sets, "KEEP_BYTES", 0)
+    monkeypatch.setattr(sets, "CACHE_BYTES", 0)
     monkeypatch.setattr(meters, "WINDOW_STEPS", 5)
     monkeypatch.setattr(meters, "WINDOW_SECONDS", 0.01)
     monkeypatch.setattr(meters, "MAX_WAIT_FRACTION", 0.2 if slow else 0.95)

@@ -120,7 +120,7 @@ class WaitTimer:
 
 def is_filling_cache(loader: TrainLoader, seen: int) -> bool:
     """True in the first epoch of a loader that keeps decoded images: later epochs are faster."""
-    return getattr(loader.images, "keeps", False) and seen < len(loader.images)
+    return getattr(loader.images, "is_cached", False) and seen < len(loader.images)
 
 
 def slow_data_warning(times: StepTimes, loader: TrainLoader, data: str) -> str:
@@ -136,7 +136,7 @@ def slow_data_warning(times: StepTimes, loader: TrainLoader, data: str) -> str:
         f"can train on {images / times.worked:.4g} images/s and waits {times.wait_fraction:.0%} of "
         "the time"
     )
-    if getattr(loader.images, "decodes", False):
+    if getattr(loader.images, "decodes_each_epoch", False):
         return f"{text}; run `vitcli patchify {data} --out DIR` once and use DIR as DATA"
     usual = default_workers(loader.world_size)
     return f"{text}; `--set data.workers={usual}`" if loader.workers < usual else text

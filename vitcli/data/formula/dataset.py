@@ -1,9 +1,9 @@
-"""`builtin:formula`: pictures drawn from formulas, as many as wanted, with nothing to download.
+"""`builtin:formula`: images rendered from formulas, in any number, without a download.
 
-A scene is a ground and some objects in front of it; the main one names the class. Learning from
-drawn pictures follows Kataoka et al. (2020), the closed contours Takashima et al. (2023). A picture
-is a pure function of (seed, index, size); a view of it also of the run's seed, the epoch and the
-view.
+A scene is a background with objects in front of it; the main object defines the class. Pretraining
+on rendered images follows Kataoka et al. (2020), the closed contours Takashima et al. (2023). An
+image is a pure function of (seed, index, size), and its training views also of the run's seed, the
+epoch and the view.
 """
 
 from collections.abc import Mapping
@@ -15,29 +15,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitcli.data.formula.scenes import draw
-from vitcli.data.formula.shapes import CLASSES, Draws, Integers, hash_keys
+from vitcli.data.formula.scenes import render_scenes
+from vitcli.data.formula.shapes import CLASSES, Integers, KeyedUniform, hash_keys
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import DataRequest, Source, fingerprint
 from vitcli.decode import Mode
 
 NUM_TRAIN = 1_000_000
 NUM_TEST = 2_048
-# So many pictures are drawn at once: their planes stay in the processor's cache.
-CHUNK = 32
+CHUNK = 32  # images rendered at once, few enough for the processor's cache
 
 
 class FormulaSet:
-    """One split, with the interface of `ImageSet`, and `batch` for training.
+    """One split with the interface of `ImageSet`, and `batch` for training.
 
     Args:
         name: the split.
-        seed: of the scenes; another seed is other pictures of the same 64 classes.
-        size: how many there are. No pixels are kept: a million cost their numbers and labels.
-        image_size: (Y, X) of the pictures that `read` gives.
+        seed: seed of the scenes; another seed gives other images of the same 64 classes.
+        size: number of images. No pixels are stored.
+        image_size: (Y, X) of the images that `read` returns.
     """
 
-    targets: None = None  # each picture has one class
+    targets: None = None  # each image has one class
 
     def __init__(
         self,
@@ -57,24 +56,24 @@ class FormulaSet:
         return len(self.labels)
 
     def read(self, index: int, mode: Mode = "RGB") -> Image.Image:
-        """The picture, seen straight on."""
-        images, _ = draw(self.seed, self._scenes[[index]], self.image_size, None)
+        """The image without augmentation."""
+        images, _ = render_scenes(self.seed, self._scenes[[index]], self.image_size, None)
         return Image.fromarray(images[0].transpose(1, 2, 0)).convert(mode)
 
     def describe(self, index: int) -> str:
-        """What errors and tables call the picture."""
+        """The name of an image in errors and tables."""
         return f"formula {self._scenes[index]} of seed {self.seed}"
 
     def label_name(self, index: int) -> str:
-        """The class of a picture."""
+        """The class of an image."""
         return self.classes[int(self.labels[index])]
 
     def class_counts(self) -> Integers:
-        """(64,) how many pictures there are of each class."""
+        """(64,) images per class."""
         return np.bincount(self.labels, minlength=len(self.classes)).astype(np.int64)
 
     def subset(self, indices: Integers, name: str | None = None) -> "FormulaSet":
-        """Some of the pictures, in the order given, under the same classes."""
+        """The images at `indices`, in this order, with the same classes."""
         part = copy(self)
         part.name = name or self.name
         part._scenes, part.labels = self._scenes[indices], self.labels[indices]
@@ -90,19 +89,20 @@ class FormulaSet:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(B,) epochs, (B,) indices -> (V*B, 3, Y, X) uint8 views, (B,) labels, and factors.
 
-        Each picture of the batch is the same in whatever company it is drawn.
+        An image has the same pixels in every batch.
 
         Args:
-            image_size: (Y, X), at least 8 each; not tied to that of `read`.
-            seed: of cameras and colours; the scenes have the set's own.
-            views: of each scene, view-major.
+            epochs, indices: (B,) the epoch and the index of each image.
+            image_size: (Y, X) in px, at least 8 each; independent of that of `read`.
+            seed: seed of viewpoints and colour changes; the set has its own seed for the scenes.
+            views: views per scene; the result is view-major.
 
         Returns:
-            Images, labels, and what the generator knows of each view: `background` and `texture`
-            (of the main object; V*B, indices into TEXTURES, a background after the last is a
-            plain scene's), `objects` (V*B, beside the main one), `coverage` (V*B, 8, 8: the share
-            of each cell that shows the main object) and `visible` (V*B, 8, 8: 0 for ground, else
-            1 + the class of what is in front).
+            Images, labels, and the factors of each view: `background` and `texture` of the main
+            object (V*B, indices into TEXTURES; one more for the background of a plain scene),
+            `objects` (V*B, number of objects besides the main one), `coverage` (V*B, 8, 8,
+            fraction of each cell that shows the main object) and `visible` (V*B, 8, 8, 0 for the
+            background, else 1 + the class of the front object).
         """
         scenes = self._scenes[indices]
         parts = []
@@ -110,7 +110,7 @@ class FormulaSet:
             for start in range(0, len(scenes), CHUNK):
                 part = slice(start, start + CHUNK)
                 keys = hash_keys(seed, 2, scenes[part], epochs[part], view)
-                parts.append(draw(self.seed, scenes[part], image_size, Draws(keys)))
+                parts.append(render_scenes(self.seed, scenes[part], image_size, KeyedUniform(keys)))
         images = torch.from_numpy(np.concatenate([images for images, _ in parts]))
         factors = {
             name: torch.from_numpy(np.concatenate([factors[name] for _, factors in parts]))
@@ -120,11 +120,11 @@ class FormulaSet:
 
 
 def load_formula(request: DataRequest) -> Source:
-    """`builtin:formula`: a million scenes of 64 shapes to train on, 2,048 others to test."""
+    """`builtin:formula`: a million training scenes of 64 shapes and 2,048 test scenes."""
     seed = request.settings.split_seed
     train = FormulaSet("train", 2 * seed, NUM_TRAIN)
     test = FormulaSet("test", 2 * seed + 1, NUM_TEST)
     splits = cast(Mapping[str, ImageSet], {"train": train, "test": test})
     mark = fingerprint([b"formula-1", str(seed).encode()])
-    notes = (f"{request.notation}: drawn as needed, {len(CLASSES)} shapes, seed {seed}",)
+    notes = (f"{request.notation}: rendered on demand, {len(CLASSES)} shapes, seed {seed}",)
     return Source(request.notation, splits, CLASSES, mark, notes)

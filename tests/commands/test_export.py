@@ -135,7 +135,7 @@ def test_what_is_stated_goes_along(model, here):
 
 def test_what_google_cannot_express(here):
     save_model("m.safetensors", trained(gelu="exact"))
-    with pytest.raises(VitcliError, match="`gelu` is exact") as error:
+    with pytest.raises(VitcliError, match=r"`model.gelu` = exact") as error:
         export.run("google", model="m.safetensors")
     assert "--set model.gelu=tanh" in error.value.hint
     assert [p.name for p in here.iterdir()] == ["m.safetensors"]  # not even a folder

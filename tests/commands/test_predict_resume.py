@@ -192,7 +192,7 @@ def test_memory_does_not_grow_with_the_list(images, monkeypatch):
             taken += 1
             yield "p/00.png"
 
-    monkeypatch.setattr("vitcli.data.image_paths.listed", endless)
+    monkeypatch.setattr("vitcli.data.image_paths.read_path_list", endless)
     rows = predict.run([], source="-", model="m.safetensors", batch_size=BATCH)
     rows = iter(rows)
     for number in range(1, 30):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vitcli.data import image_paths as listing
-from vitcli.data.image_paths import Listing, find_images, listed
+from vitcli.data.image_paths import ImagePaths, find_images, read_path_list
 from vitcli.data.readers.folder import image_files, walk_images
 from vitcli.decode import ImageError, read_image
 from vitcli.errors import VitcliError
@@ -75,8 +75,8 @@ def test_a_folder_that_may_not_be_read_is_one_that_is_reported(tree, monkeypatch
 
 
 def test_totals():
-    assert Listing(["a.jpg", "no/b.jpg"]).total == 2
-    assert Listing(["."]).total is None and Listing(["a.jpg"], "list").total is None
+    assert ImagePaths(["a.jpg", "no/b.jpg"]).total == 2
+    assert ImagePaths(["."]).total is None and ImagePaths(["a.jpg"], "list").total is None
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_totals():
     ],
 )
 def test_lists_of_paths(content, paths, monkeypatch):
-    assert list(listed(io.BytesIO(content))) == paths
-    monkeypatch.setattr(listing, "READ_AT_ONCE", 16)  # paths that lie across two reads
-    assert list(listed(io.BytesIO(content))) == paths
+    assert list(read_path_list(io.BytesIO(content))) == paths
+    monkeypatch.setattr(listing, "READ_BYTES", 16)  # paths that lie across two reads
+    assert list(read_path_list(io.BytesIO(content))) == paths
 
 
 def test_a_list_is_read_as_it_comes():
@@ -105,7 +105,7 @@ def test_a_list_is_read_as_it_comes():
             return b"x.jpg\n" * 100
 
     stream = Endless()
-    paths = listed(stream)
+    paths = read_path_list(stream)
     assert [next(paths) for _ in range(150)] == ["x.jpg"] * 150
     assert stream.taken == 2
 
@@ -119,10 +119,10 @@ def test_a_list_in_a_file_and_on_stdin(tree, monkeypatch):
     Path("list").write_text("missing.jpg\np/ab.jpg\np/a\n")
     expected = ["p/a.jpg", "missing.jpg", "p/ab.jpg", "p/a/b.png", "p/a/b/c.png", "p/a/z.png"]
     found = find_images(["p/a.jpg"], "list")
-    assert found.repeats and list(found) == list(found) == expected
+    assert found.repeatable and list(found) == list(found) == expected
     monkeypatch.setattr(sys, "stdin", Stdin(Path("list").read_bytes()))
     found = find_images(["p/a.jpg"], "-")
-    assert not found.repeats and list(found) == expected
+    assert not found.repeatable and list(found) == expected
 
 
 @pytest.mark.parametrize("source", ["list", "-"])
@@ -145,7 +145,7 @@ def test_no_list_there(here):
 
 
 def test_many_missing_ones_do_not_keep_the_rest_waiting(here, monkeypatch):
-    monkeypatch.setattr(listing, "MOST_MISSING", 3)
+    monkeypatch.setattr(listing, "MAX_MISSING", 3)
     names = [f"{i}.jpg" for i in range(5)]
     monkeypatch.setattr(sys, "stdin", Stdin("\n".join(names).encode()))
     assert list(find_images([], "-")) == names

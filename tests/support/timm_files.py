@@ -6,9 +6,7 @@ from vitcli.vit import VisionTransformer, ViTConfig
 from vitcli.weights.edit import build
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.overrides import Stated
-from vitcli.weights.timm.bit import read_bit
 from vitcli.weights.timm.read_timm import read_timm
-from vitcli.weights.timm.timm_names import is_bit
 
 
 def tiny(**options) -> LoadedModel:
@@ -28,5 +26,4 @@ def tiny(**options) -> LoadedModel:
 def read(tensors, **said):
     """What `load_model` does with a file of these tensors."""
     hub = said.pop("hub", None)
-    reader = read_bit if is_bit(tensors) else read_timm
-    return build(reader(tensors, "w", hub, Stated(**said)), "w")
+    return build(read_timm(tensors, "w", hub, Stated(**said)), "w")

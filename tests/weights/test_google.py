@@ -245,7 +245,7 @@ def test_positions_of_a_class_token_that_is_not_there(shared, tmp_path):
     np.savez(tmp_path / "w.npz", **arrays)
     model = load_model(tmp_path / "w.npz")
     same(load_model(path), model)
-    assert model.load_report.names("dropped") == ["Transformer/pos_embedding (first entry)"]
+    assert model.load_report.names("dropped") == ["Transformer/pos_embedding (first row)"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

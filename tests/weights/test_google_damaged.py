@@ -44,10 +44,10 @@ def test_a_part_that_is_missing_or_too_many_is_named(shared, tmp_path):
     np.savez(tmp_path / "w.npz", **{**arrays, "head/kernel": np.zeros(7, np.float32)})
     refused(tmp_path / "w.npz", "`head/kernel`")
     np.savez(tmp_path / "w.npz", **{**arrays, "head/kernel": np.zeros((48, 7), np.int8)})
-    refused(tmp_path / "w.npz", "`head/kernel` is of type int8")
+    refused(tmp_path / "w.npz", "`head/kernel` has the type int8")
     positions = "Transformer/posembed_input/pos_embedding"
     np.savez(tmp_path / "w.npz", **{**arrays, positions: arrays[positions].astype(np.int32)})
-    refused(tmp_path / "w.npz", f"`{positions}` is of type int32")
+    refused(tmp_path / "w.npz", f"`{positions}` has the type int32")
     np.savez(tmp_path / "w.npz", **arrays, pos_embedding=arrays[positions])
     refused(tmp_path / "w.npz", "not part of one: `pos_embedding`")
     twice = {"pos_embedding": arrays[positions], "Transformer/pos_embedding": arrays[positions]}
@@ -87,7 +87,7 @@ def test_what_is_no_archive_of_arrays(tmp_path):
     path.write_bytes(b"PK\x03\x04 cut")
     refused(path, "cannot be read as numpy arrays")
     archive(path, readme=b"text")
-    refused(path, "`readme.npy` is no array")
+    refused(path, "`readme.npy` is not an array")
     archive(path, cls=member((1,), b"abcd", dtype="|O"))
     refused(path, "Python objects")
     whole = io.BytesIO()

@@ -10,7 +10,8 @@ import torch
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.weights.edit import resize
-from vitcli.weights.google.write_google import contradictions, write_google
+from vitcli.weights.expressible import find_limits
+from vitcli.weights.google.write_google import write_google
 from vitcli.weights.imagenet import imagenet_names
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
@@ -241,11 +242,11 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("setting", IMPOSSIBLE)
 def test_what_the_official_code_does_not_have(tmp_path, setting):
     model = small(**IMPOSSIBLE[setting])
-    with pytest.raises(VitcliError, match=f"`{setting}` is ") as caught:
+    with pytest.raises(VitcliError, match=f"`model.{setting}` = ") as caught:
         write_google(model, tmp_path / "w.npz")
-    assert list(contradictions(model.config)) == [setting]
-    close = setting in ("gelu", "norm_eps")
-    assert ("--set model." if close else "--to onnx") in caught.value.hint
+    assert list(find_limits(model, "google")) == [f"model.{setting}"]
+    close = setting in ("gelu", "norm_eps", "stem_arithmetic")
+    assert ("--set model." in caught.value.hint) == close and "--to onnx" in caught.value.hint
     assert not list(tmp_path.iterdir())
 
 
@@ -254,11 +255,11 @@ def test_all_contradictions_at_once(tmp_path):
     with pytest.raises(VitcliError) as caught:
         write_google(model, tmp_path / "w.npz")
     for setting in ("gelu", "norm_eps", "num_registers", "position"):
-        assert f"`{setting}` is" in str(caught.value)
+        assert f"`model.{setting}` = " in str(caught.value)
     model = small(gelu="exact", norm_eps=1e-12)
     with pytest.raises(VitcliError) as caught:
         write_google(model, tmp_path / "w.npz")
-    assert "--set model.gelu=tanh --set model.norm_eps=1e-06" in caught.value.hint
+    assert "--set model.gelu=tanh --set model.norm_eps=1e-6" in caught.value.hint
 
 
 def test_the_hint_works(tmp_path, shared):
@@ -329,7 +330,7 @@ def test_a_damaged_comment(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.npz", "a") as packed:
         packed.comment = b'{"vitcli": {"labels": ["cat"], "dropout_rate": "x", "image_size": 3}}'
     again = load_model(tmp_path / "w.npz")
-    assert again.labels is None and "names in the file do not fit" in again.load_report.notes[0]
+    assert again.labels is None and "ignored the class names" in again.load_report.notes[0]
     for size in ("[0, 8]", "[-8, 8]", "[99999999, 99999999]", '"x"'):
         with zipfile.ZipFile(tmp_path / "w.npz", "a") as packed:
             packed.comment = b'{"vitcli": {"image_size": %s}}' % size.encode()
@@ -347,7 +348,7 @@ def test_a_damaged_comment(tmp_path):
 def test_a_file_that_is_there_stays(tmp_path):
     out = tmp_path / "w.npz"
     out.write_bytes(b"mine")
-    with pytest.raises(VitcliError, match="is there already"):
+    with pytest.raises(VitcliError, match="already exists"):
         write_google(small(), out)
     assert out.read_bytes() == b"mine"
     with pytest.raises(VitcliError, match=r"does not end in `\.npz`"):

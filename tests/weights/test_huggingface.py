@@ -237,9 +237,11 @@ def test_every_class_as_transformers_writes_it(tmp_path, cls, config, settings, 
 
 def test_the_classes_are_all_there():
     """What the module says it reads, of every type that it knows, has been compared."""
-    from vitcli.weights.huggingface.huggingface_names import FAMILIES, TEACHER
+    from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, TEACHER
 
-    wanted = {f.backbone for f in FAMILIES.values()} | {f.classifier for f in FAMILIES.values()}
+    wanted = {f.backbone for f in MODEL_TYPES.values()} | {
+        f.classifier for f in MODEL_TYPES.values()
+    }
     assert wanted - {None} | {TEACHER} <= {cls.partition(" ")[0] for cls, _, _ in CLASSES}
 
 
@@ -297,7 +299,7 @@ def test_other_models_are_refused(shared, tmp_path, kind):
         described = json.loads((folder / "config.json").read_text())
         del described["model_type"]
         (folder / "config.json").write_text(json.dumps(described))
-    with pytest.raises(VitcliError, match=r"not understood|no config\.json of theirs") as error:
+    with pytest.raises(VitcliError, match=r"unsupported|no config\.json of theirs") as error:
         load_model(folder)
     if kind:
         assert "`dinov2_with_registers`" in error.value.hint and f"`{kind}`" in error.value.message
@@ -371,7 +373,7 @@ def test_the_processor(shared, tmp_path):
     assert (p.resize_mode, p.resize_size, p.interpolation) == ("crop", 40, "bicubic")
     np.testing.assert_allclose((p.mean, p.std), ([0.05, 0.1, 0.15], [0.2, 0.25, 0.3]))
     path.write_text(json.dumps({**said, "resample": 9}))
-    with pytest.raises(VitcliError, match="filter that is not understood: 9"):
+    with pytest.raises(VitcliError, match="unsupported filter 9"):
         load_model(folder)
     path.write_text(json.dumps({"size": 32, "do_normalize": False}))
     p = load_model(folder).preprocess

@@ -60,7 +60,7 @@ def test_settings_reach_the_config(plain):
     assert torch.equal(
         model.network.head.weight, net.network.head.weight
     )  # the user says what the head reads
-    with pytest.raises(VitcliError, match="5, which does not divide width 128"):
+    with pytest.raises(VitcliError, match="5, which does not divide the width 128"):
         load_model(path, num_heads=5)
 
 
@@ -121,7 +121,7 @@ def test_common_prefixes_go(plain):
 def test_a_grid_that_is_not_square(tmp_path):
     net = create_model("Pico/8", image_size=(16, 40), depth=1)
     save_file(net.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(VitcliError, match="no square grid"):
+    with pytest.raises(VitcliError, match="not a square grid"):
         load_model(tmp_path / "w.safetensors", num_heads=4)
     model = load_model(tmp_path / "w.safetensors", num_heads=4, image_size=(16, 40))
     assert model.config.grid == (2, 5) and not model.load_report.names("resampled")
@@ -211,9 +211,9 @@ def test_the_norm_after_an_unnamed_pool_is_the_means():
 )
 def test_tensors_of_too_few_dimensions_are_named(name, shape, options):
     state = {**tiny(**options).state_dict(), name: torch.zeros(shape)}
-    with pytest.raises(VitcliError, match="of another shape") as error:
+    with pytest.raises(VitcliError, match="of the wrong shape") as error:
         read(state, num_heads=3)
-    assert f"{name} is {shape}, where" in error.value.message and error.value.hint
+    assert f"{name} has the shape {shape}" in error.value.message and error.value.hint
 
 
 @pytest.mark.parametrize(

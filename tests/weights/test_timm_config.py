@@ -7,7 +7,7 @@ from support.timm_files import read, tiny
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.weights.timm.timm_config import heads_of, read_hub
+from vitcli.weights.timm.timm_config import architecture_heads, read_hub_config
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from vitcli.weights.timm.timm_config import heads_of, read_hub
     ],
 )
 def test_architectures_say_their_heads(architecture, width, heads):
-    assert heads_of(read_hub({"architecture": architecture}, "w"), width) == heads
+    assert architecture_heads(read_hub_config({"architecture": architecture}, "w"), width) == heads
 
 
 def test_architectures_say_epsilon_and_gelu():

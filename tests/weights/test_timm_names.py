@@ -77,7 +77,7 @@ def test_bit():
     assert back.config == config
     images = torch.randn(2, 1, 64, 48)
     assert torch.equal(back(images), net(images))
-    assert "224x224 pixels: assumed" in read(renamed).load_report.notes[0]
+    assert "assumed images of 224x224 px" in read(renamed).load_report.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_student_and_teacher_with_their_heads():
     }
     back = read(state, num_heads=3)
     assert torch.equal(back.network.pos_embed, net.network.pos_embed)
-    assert "`teacher.backbone.` were taken" in back.load_report.notes[0]
+    assert "loaded the weights under `teacher.backbone.`" in back.load_report.notes[0]
     assert back.preprocess.mean == (0.485, 0.456, 0.406)  # DINO's files use ImageNet's
     two = {n.replace("teacher", "other"): t for n, t in state.items()}
     with pytest.raises(VitcliError, match="holds several models"):

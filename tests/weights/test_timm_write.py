@@ -173,28 +173,29 @@ def test_the_nearest_architecture(name, size, architecture, tmp_path):
 
 def test_every_width_of_an_mlp_survives_the_ratio():
     """timm computes int(width * ratio)."""
-    from vitcli.weights.timm.write_timm import _arguments
+    from vitcli.weights.timm.write_timm import vit_arguments
 
     for width in (48, 51, 72, 192, 768, 1408):
         for hidden in range(1, 5 * width, 7):
             config = replace(BASE, embed_dim=width, num_heads=1, mlp_dim=hidden)
-            assert int(width * _arguments(config)["mlp_ratio"]) == hidden
+            assert int(width * vit_arguments(config)["mlp_ratio"]) == hidden
             gated = replace(config, mlp="swiglu")
-            assert int(width * _arguments(gated)["mlp_ratio"]) == 2 * hidden
+            assert int(width * vit_arguments(gated)["mlp_ratio"]) == 2 * hidden
 
 
 def test_every_resize_survives_the_share(tmp_path):
     """timm resizes to floor(side / crop_pct)."""
-    from vitcli.weights.timm.write_timm import _crop_pct
+    from vitcli.weights.timm.write_timm import crop_pct
 
     for side in (32, 224, 336, 518):
         for resized in range(side, 2 * side):
-            share = _crop_pct(Preprocess((side, side), resize_size=resized))
+            share = crop_pct(Preprocess((side, side), resize_size=resized))
             assert math.floor(side / share) == resized and 0 < share <= 1
-    for wrong in ({"image_size": (32, 32), "resize_size": 30},
-                  {"image_size": (32, 48), "resize_size": 64}):  # fmt: skip
+    for size, resized in (((32, 32), 30), ((16, 40), 64)):
+        model = vit(image_size=size)
+        model.preprocess = replace(model.preprocess, resize_size=resized)
         with pytest.raises(VitcliError, match=r"preprocess\.resize_size"):
-            _crop_pct(Preprocess(**wrong))
+            write_timm(model, tmp_path / "out")
 
 
 def test_a_resized_and_cropped_picture_is_the_same_after_the_round_trip(tmp_path):
@@ -218,13 +219,16 @@ def test_a_resized_and_cropped_picture_is_the_same_after_the_round_trip(tmp_path
         ({"pool": "token_mean"}, "`model.pool` = token_mean"),
         ({"representation_size": 8}, "`model.representation_size` = 8"),
         ({"norm_eps": 1e-12}, "`model.norm_eps` = 1e-12"),
-        ({"norm_eps": 1e-5, "mlp": "swiglu"}, "`model.norm_eps` = 1e-05 with `swiglu`"),
-        ({"norm_before_blocks": True}, "`model.norm_before_blocks` with `model.patch_bias`"),
-        ({"pool": "map", "mlp": "swiglu"}, "`model.pool` = map with `model.mlp` = swiglu"),
-        ({"distillation_token": True}, "`model.pool` = token with a distillation token"),
+        (
+            {"norm_eps": 1e-5, "mlp": "swiglu"},
+            "`model.norm_eps` = 1e-05 .timm has it without SwiGLU",
+        ),
+        ({"norm_before_blocks": True}, "`model.patch_bias` = true .* norm before the blocks"),
+        ({"pool": "map", "mlp": "swiglu"}, "`model.pool` = map .*attention pool has no SwiGLU"),
+        ({"distillation_token": True}, "`model.pool` = token .* distillation token"),
         ({**TWO_HEADS, "distillation_head": False}, "`model.pool` = distilled"),
-        ({**TWO_HEADS, "num_registers": 1}, "`model.num_registers` = 1 with a distillation token"),
-        ({**TWO_HEADS, "mlp": "swiglu"}, "a distillation token and `swiglu` in one model"),
+        ({**TWO_HEADS, "num_registers": 1}, "`model.num_registers` = 1 .* distillation token"),
+        ({**TWO_HEADS, "mlp": "swiglu"}, "`model.mlp` = swiglu .*distillation token"),
         ({**STEM, "stem": (1, 1), "patch_size": 1}, r"`model.stem` = \[1, 1\]"),
         ({**STEM, "stem": (), "stem_width": 2.0}, "`model.stem_width` = 2"),
         ({**STEM, "stem": (), "stem_arithmetic": "google"}, "`model.stem_arithmetic` = google"),
@@ -260,8 +264,8 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
 
 def test_a_resnet_that_timm_has_not_is_named(tmp_path):
     for config, words in (
-        (ResNetConfig(layers=(1, 1), num_classes=2, arithmetic="timm"), r"\[1, 1\] units"),
-        (ResNetConfig(num_classes=2), "arithmetic of `google`"),
+        (ResNetConfig(layers=(1, 1), num_classes=2, arithmetic="timm"), r"`layers` = \[1, 1\]"),
+        (ResNetConfig(num_classes=2), "`arithmetic` = google"),
     ):
         with pytest.raises(VitcliError, match=words):
             write_timm(LoadedModel(ResNet(config)), tmp_path / "out")
@@ -271,12 +275,12 @@ def test_what_is_lost_is_noted(tmp_path):
     model = vit(position="sincos2d")
     model.head_trained, model.preprocess = False, None
     notes = " ".join(write_timm(model, tmp_path / "a"))
-    assert "sin-cos" in notes and "never trained" in notes and "timm will take ImageNet's" in notes
+    assert "sin-cos" in notes and "not trained" in notes and "timm assumes ImageNet's" in notes
     back = load_model(tmp_path / "a")
     assert back.config == replace(model.config, position="learned")
     assert torch.equal(back.network.pos_embed, model.network.pos_embed)
     model = vit(patch_bias=False)
-    assert "zeros are written" in write_timm(model, tmp_path / "b")[0]
+    assert "holds zeros" in write_timm(model, tmp_path / "b")[0]
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(load_model(tmp_path / "b")(images), model(images))
 
@@ -285,7 +289,7 @@ def test_a_folder_that_is_there_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     write_timm(vit(), tmp_path / "out")  # an empty one is as good as none
     before = (tmp_path / "out/config.json").read_bytes()
-    with pytest.raises(VitcliError, match="is there already"):
+    with pytest.raises(VitcliError, match="already exists"):
         write_timm(vit(depth=1), tmp_path / "out")
     assert (tmp_path / "out/config.json").read_bytes() == before
     with pytest.raises(VitcliError, match="cannot write"):

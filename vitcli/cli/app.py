@@ -524,7 +524,7 @@ def check(
 
     result = command.run(data, settings=settings_of(set_=set_), out=out, watch=console.Terminal())
     console.show(result, json, show.show_check)
-    console.exit_if_unreadable(f"{name}: {reason}" for name, reason in result.seen.unreadable)
+    console.exit_if_unreadable(f"{name}: {reason}" for name, reason in result.scan.unreadable)
 
 
 @app.command(cls=SettingsCommand)

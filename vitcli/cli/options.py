@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from vitcli import distributed
+from vitcli.data.readers import DATA_HELP
 from vitcli.errors import VitcliError
 
 DATA, MODEL, TRAINING, EVALUATION = "Data", "Model", "Training", "Evaluation"
@@ -179,8 +180,7 @@ def start_processes(context: typer.Context, number: int | None) -> int | None:
 Data = Annotated[
     str | None,
     typer.Argument(
-        help="Dataset: a folder of images, a .csv/.tsv/.jsonl table, parquet, .tar shards, "
-        "`hf:NAME`, or `builtin:digits`.",
+        help=f"Dataset: {DATA_HELP}.",
         metavar="DATA",
         show_default=False,
     ),

@@ -1,4 +1,4 @@
-"""`vitcli check`: what is wrong with a data set, before a run is spent on it."""
+"""`vitcli check`: find problems of a dataset before training on it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,123 +12,124 @@ from PIL import Image
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Settings
-from vitcli.data.contact_sheet import Row, draw_sheet
-from vitcli.data.image_set import Integers
-from vitcli.data.scan import Survey, same_pictures, survey
+from vitcli.data.contact_sheet import SheetRow, draw_sheet
+from vitcli.data.image_set import ImageSet, Integers
+from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.progress import Quiet, Watcher
 
-EXAMPLES = 5  # class names in one line
-TINY = 16  # pixels of the shorter side
+MAX_EXAMPLES = 5  # class names in one line
+TINY = 16  # px, of the shorter side
 ODD_ASPECT = 3.0
-IMBALANCED = 10.0  # images of the largest class for one of the smallest
-FEW = 5  # images of a class, below which neither few-shot nor a split makes sense
+IMBALANCED = 10.0  # ratio of the largest class to the smallest
+FEW = 5  # images per class that few-shot evaluation and a split need at least
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 40, 64
-# Shorter side of the images up to -> side of a patch: about 50 to 250 tokens, and small patches
-# for small images, without which training from little data fails.
+# (largest shorter side of the images, suggested patch size): 50 to 250 tokens, and small patches
+# for small images, because training on little data fails without them.
 PATCHES = ((20, 2), (48, 4), (128, 8))
 USUAL_SIZE, USUAL_PATCH = 224, 16
 
 
 @dataclass(frozen=True)
-class Check:
-    """The findings about one data set.
+class CheckResult:
+    """The problems of one dataset.
 
     Attributes:
-        data: as it was named.
+        data: DATA as the user wrote it.
         source: its splits and classes.
-        seen: a row for each readable image.
-        groups: (n,) of these, by what they show.
-        sheet: the picture of samples, or None.
+        scan: the facts about each readable image; a "row" below is a row of it.
+        groups: (n,) group numbers, equal for images that show the same.
+        sheet: file of the contact sheet, or None.
     """
 
     data: str
     source: Source
-    seen: Survey
+    scan: DatasetScan
     groups: Integers
     sheet: str | None
 
     @property
     def exit_code(self) -> int:
-        """3 when some images could not be read."""
-        return 3 if self.seen.unreadable else 0
+        """3 if some images cannot be read."""
+        return 3 if self.scan.unreadable else 0
 
     def name(self, row: int) -> str:
-        """What errors call the image of a row."""
-        split = self.seen.splits[int(self.seen.split[row])]
-        return self.source.splits[split].describe(int(self.seen.index[row]))
+        """The name of the image of a row."""
+        return self._split_of(row).describe(int(self.scan.index[row]))
 
     def label(self, row: int) -> str:
         """The class of the image of a row, or its classes."""
-        split = self.seen.splits[int(self.seen.split[row])]
-        return self.source.splits[split].label_name(int(self.seen.index[row]))
+        return self._split_of(row).label_name(int(self.scan.index[row]))
+
+    def _split_of(self, row: int) -> ImageSet:
+        return self.source.splits[self.scan.splits[int(self.scan.split[row])]]
 
     def _names(self, rows: Sequence[int] | Integers) -> list[str]:
         return [self.name(int(row)) for row in rows]
 
     @cached_property
-    def exact(self) -> list[Integers]:
-        """Rows of images whose stored bytes are the same, a group each."""
-        _, which = np.unique(self.seen.digest, return_inverse=True)
-        return _repeated(which)
+    def exact_duplicates(self) -> list[Integers]:
+        """Groups of rows with equal stored bytes."""
+        _, which = np.unique(self.scan.digest, return_inverse=True)
+        return _repeated_rows(which)
 
     @cached_property
-    def near(self) -> list[Integers]:
-        """Rows of images that show the same and are not all the same bytes."""
-        digests = self.seen.digest
-        return [g for g in _repeated(self.groups) if len(np.unique(digests[g])) > 1]
+    def near_duplicates(self) -> list[Integers]:
+        """Groups of rows that show the same, but not all with equal bytes."""
+        digests = self.scan.digest
+        return [g for g in _repeated_rows(self.groups) if len(np.unique(digests[g])) > 1]
 
     @cached_property
-    def alike(self) -> list[Integers]:
-        """Every group of images that show the same."""
-        return _repeated(self.groups)
+    def duplicates(self) -> list[Integers]:
+        """All groups of rows that show the same."""
+        return _repeated_rows(self.groups)
 
     @cached_property
     def leaks(self) -> dict[str, list[list[int]]]:
-        """`train -> test` -> pairs of rows that show the same, one pair for each leaked image."""
+        """`train -> test` -> pairs of rows that show the same, one pair per leaked image."""
         found: dict[str, list[list[int]]] = {}
-        for group in self.alike:
-            of = self.seen.split[group]
-            for later in np.unique(of)[1:]:
-                first = int(of.min())
-                key = f"{self.seen.splits[first]} -> {self.seen.splits[int(later)]}"
-                origin = int(group[of == first][0])
-                found.setdefault(key, []).extend([origin, int(r)] for r in group[of == later])
+        for group in self.duplicates:
+            split = self.scan.split[group]
+            first = int(split.min())
+            origin = int(group[split == first][0])
+            for later in np.unique(split)[1:]:
+                key = f"{self.scan.splits[first]} -> {self.scan.splits[int(later)]}"
+                found.setdefault(key, []).extend([origin, int(r)] for r in group[split == later])
         return found
 
     @cached_property
     def conflicts(self) -> list[Integers]:
-        """Groups of images that show the same and have different labels."""
-        return [g for g in self.alike if len({self.label(int(row)) for row in g}) > 1]
+        """Groups of rows that show the same and have different labels."""
+        return [g for g in self.duplicates if len({self.label(int(row)) for row in g}) > 1]
 
     @cached_property
     def tiny(self) -> Integers:
-        """Rows of images with a side below TINY pixels."""
-        return np.flatnonzero(self.seen.size.min(axis=1) < TINY)
+        """Rows with a side below TINY pixels."""
+        return np.flatnonzero(self.scan.size.min(axis=1) < TINY)
 
     @cached_property
-    def odd(self) -> Integers:
-        """Rows of images that are more than ODD_ASPECT times longer than wide."""
-        size = self.seen.size
+    def odd_aspect(self) -> Integers:
+        """Rows whose longer side is more than ODD_ASPECT times the shorter side."""
+        size = self.scan.size
         return np.flatnonzero(size.max(axis=1) > ODD_ASPECT * size.min(axis=1))
 
     @cached_property
     def counts(self) -> dict[str, NDArray[np.int64]]:
-        """Split -> (K,) images of each class, unreadable ones included."""
+        """Split -> (K,) images per class, including unreadable images."""
         return {name: images.class_counts() for name, images in self.source.splits.items()}
 
     @property
     def imbalance(self) -> float:
-        """Images of the largest class for one of the smallest, in the first split."""
+        """Size of the largest class divided by that of the smallest, in the first split."""
         counts = next(iter(self.counts.values()))
         present = counts[counts > 0]
         return float(present.max() / present.min()) if len(present) else 1.0
 
     @property
-    def variants(self) -> list[list[str]]:
-        """Class names that differ by case, space, `_` or `-` alone."""
+    def label_variants(self) -> list[list[str]]:
+        """Groups of class names that differ only in case, spaces, `_` or `-`."""
         by_form: dict[str, list[str]] = {}
         for name in self.source.classes:
             form = "".join(c for c in name.casefold() if c.isalnum()) or name.strip()
@@ -137,88 +138,90 @@ class Check:
 
     @property
     def suggestion(self) -> dict[str, int]:
-        """Image size, patch size and tokens that suit the images."""
-        if not len(self.seen):
+        """A suitable image size and patch size, and the number of tokens."""
+        if not len(self.scan):
             return {}
-        side = int(np.median(self.seen.size.min(axis=1)))
+        side = int(np.median(self.scan.size.min(axis=1)))
         patch = next((p for most, p in PATCHES if side <= most), USUAL_PATCH)
         size = min(USUAL_SIZE, max(patch, round(side / patch) * patch))
         return {"image_size": size, "patch_size": patch, "tokens": (size // patch) ** 2}
 
     def problems(self) -> list[str]:
-        """A line for each kind of finding, the gravest first."""
-        lines = [
-            f"{counted(len(pairs), 'image leaks', 'images leak')} from {key}: accuracy measured "
-            "there is not to be trusted"
-            for key, pairs in self.leaks.items()
-        ]
-        longer = f"more than {ODD_ASPECT:g} times longer than wide"
-        many = [
-            (len(self.seen.unreadable), "image cannot be read", "images cannot be read"),
+        """One line per kind of problem, the most serious first."""
+        lines = []
+        for key, pairs in self.leaks.items():
+            first, _, later = key.partition(" -> ")
+            found = counted(len(pairs), f"{later} image is", f"{later} images are")
+            lines.append(f"{found} also in {first} ({key}): accuracy on {later} is unreliable")
+        kinds = [
+            (len(self.scan.unreadable), "image cannot be read", "images cannot be read"),
             (
                 len(self.conflicts),
                 "group of equal images has different labels",
                 "groups of equal images have different labels",
             ),
             (
-                sum(len(g) - 1 for g in self.exact),
+                sum(len(group) - 1 for group in self.exact_duplicates),
                 "image is an exact copy of another",
                 "images are exact copies of others",
             ),
             (
-                sum(len(g) - 1 for g in self.near),
+                sum(len(group) - 1 for group in self.near_duplicates),
                 "image looks the same as another",
                 "images look the same as others",
             ),
             (
                 len(self.tiny),
-                f"image has a side below {TINY} pixels",
-                f"images have a side below {TINY} pixels",
+                f"image has a side below {TINY} px",
+                f"images have a side below {TINY} px",
             ),
-            (len(self.odd), f"image is {longer}", f"images are {longer}"),
+            (
+                len(self.odd_aspect),
+                f"image has an aspect ratio above {ODD_ASPECT:g}",
+                f"images have an aspect ratio above {ODD_ASPECT:g}",
+            ),
         ]
-        lines += [counted(count, one, more) for count, one, more in many if count]
+        lines += [counted(count, one, more) for count, one, more in kinds if count]
         lines += [
-            f"classes that may be one: {', '.join(f'`{n}`' for n in names)}"
-            for names in self.variants[:EXAMPLES]
+            f"class names that differ only in case or punctuation: {quoted(names)}"
+            for names in self.label_variants[:MAX_EXAMPLES]
         ]
         if self.imbalance >= IMBALANCED:
             lines.append(
-                f"the largest class has {self.imbalance:.0f} times the images of the smallest"
+                f"the largest class has {self.imbalance:.0f} times as many images as the smallest"
             )
         counts = next(iter(self.counts.values()))
         if few := [self.source.classes[k] for k in np.flatnonzero(counts < FEW)]:
-            shown = ", ".join(f"`{name}`" for name in few[:EXAMPLES])
-            what = counted(len(few), "class has", "classes have")
-            lines.append(f"{what} fewer than {FEW} images: {shown}")
+            found = counted(len(few), "class has", "classes have")
+            lines.append(f"{found} fewer than {FEW} images: {quoted(few[:MAX_EXAMPLES])}")
         return lines
 
     def to_json(self) -> dict[str, Any]:
         """The object of `check --json`."""
-        seen, size = self.seen, self.seen.size
+        scan, size = self.scan, self.scan.size
         return {
             "data": self.data,
-            "images": len(seen) + len(seen.unreadable),
+            "images": len(scan) + len(scan.unreadable),
             "splits": {name: len(images) for name, images in self.source.splits.items()},
             "classes": {
                 name: {split: int(counts[k]) for split, counts in self.counts.items()}
                 for k, name in enumerate(self.source.classes)
             },
             "problems": self.problems(),
-            "unreadable": [{"path": name, "reason": why} for name, why in seen.unreadable],
-            "exact_duplicates": [self._names(group) for group in self.exact],
-            "near_duplicates": [self._names(group) for group in self.near],
+            "unreadable": [{"path": name, "reason": why} for name, why in scan.unreadable],
+            "exact_duplicates": [self._names(group) for group in self.exact_duplicates],
+            "near_duplicates": [self._names(group) for group in self.near_duplicates],
             "leaks": {key: [self._names(p) for p in pairs] for key, pairs in self.leaks.items()},
             "label_conflicts": [
                 [{"path": self.name(int(r)), "label": self.label(int(r))} for r in group]
                 for group in self.conflicts
             ],
             "imbalance": self.imbalance,
-            "label_variants": self.variants,
+            "label_variants": self.label_variants,
             "tiny": [self.name(int(row)) for row in self.tiny],
-            "odd_aspect": [self.name(int(row)) for row in self.odd],
-            "height": _spread(size[:, 0]),
-            "width": _spread(size[:, 1]),
+            "odd_aspect": [self.name(int(row)) for row in self.odd_aspect],
+            "height": _min_median_max(size[:, 0]),
+            "width": _min_median_max(size[:, 1]),
             "suggested": self.suggestion,
             "sheet": self.sheet,
         }
@@ -229,14 +232,18 @@ def counted(count: int, one: str, more: str) -> str:
     return f"{count:,} {one if count == 1 else more}"
 
 
-def _repeated(which: Integers) -> list[Integers]:
-    """The rows of every number that occurs more than once, in the order of their first row."""
+def quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _repeated_rows(which: Integers) -> list[Integers]:
+    """The rows of each number that occurs more than once, in the order of their first row."""
     order = np.argsort(which, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(which[order])) + 1)
     return sorted((g for g in groups if len(g) > 1), key=lambda g: int(g[0]))
 
 
-def _spread(values: Integers) -> dict[str, int] | None:
+def _min_median_max(values: Integers) -> dict[str, int] | None:
     if not len(values):
         return None
     return {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
@@ -249,40 +256,41 @@ def run(
     out: Path | None = None,
     workers: int | None = None,
     watch: Watcher | None = None,
-) -> Check:
-    """Look at every image of DATA once.
+) -> CheckResult:
+    """Scan every image of a dataset once.
 
     Args:
-        data: DATA with all its splits.
-        settings: nested settings: `data.label_column` …
+        data: DATA, checked with all its splits.
+        settings: nested settings, such as `data.label_column`.
         out: a PNG file for samples of each class.
-        workers: threads that read; None takes one a core.
+        workers: threads that read; None uses one per core.
+        watch: receives progress.
 
     Raises:
-        VitcliError: bad input; the picture cannot be written.
+        VitcliError: the data cannot be read, or `out` cannot be written.
     """
     watch = watch or Quiet()
     section = load_inference(settings).data
     if out is not None and out.suffix.lower() != ".png":
-        raise VitcliError(f"`--out {out}` is no PNG file", hint="for example `--out samples.png`")
+        raise VitcliError(f"`--out {out}` is not a .png file", "write `--out samples.png`")
     source = open_data(section, data, whole=True, labelled=False, watch=watch)
     for line in source.notes:
         watch.note(line)
-    seen = survey(source, workers=workers, watch=watch)
-    watch.note("comparing what the images show")
-    groups = same_pictures(seen.look, seen.thumbs)
+    scan = scan_dataset(source, workers=workers, watch=watch)
+    watch.note("comparing images")
+    groups = group_duplicates(scan.hashes, scan.thumbnails)
     if out is not None:
         with replacing(out) as temporary:
-            samples(source, seen).save(temporary, format="PNG")
-    return Check(data, source, seen, groups, None if out is None else str(out))
+            samples(source, scan).save(temporary, format="PNG")
+    return CheckResult(data, source, scan, groups, None if out is None else str(out))
 
 
-def samples(source: Source, seen: Survey) -> Image.Image:
-    """Samples of each class of the first split, a row for each class, its name before it."""
+def samples(source: Source, scan: DatasetScan) -> Image.Image:
+    """A contact sheet of the first split with one row per class."""
     images = next(iter(source.splits.values()))
     rows = []
     for label, name in enumerate(source.classes[:SHEET_ROWS]):
-        members = seen.index[(seen.split == 0) & (seen.label == label)]
+        members = scan.index[(scan.split == 0) & (scan.label == label)]
         chosen = members[:: max(1, len(members) // SHEET_COLUMNS)][:SHEET_COLUMNS]
-        rows.append(Row(name, [int(index) for index in chosen]))
+        rows.append(SheetRow(name, [int(index) for index in chosen]))
     return draw_sheet(rows, images.read, columns=SHEET_COLUMNS, side=SHEET_SIDE)

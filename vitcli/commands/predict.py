@@ -13,7 +13,7 @@ from typing import Any
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
 from vitcli.data.augment.test_time import TTATransform
-from vitcli.data.image_paths import Listing, find_images
+from vitcli.data.image_paths import ImagePaths, find_images
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.evals.ood import ReferenceStore
@@ -200,7 +200,7 @@ def _check_options(top: int, batch_size: int, outputs: OutputFiles, resume: bool
 
 def _rows(
     predictor: ImagePredictor,
-    files: Listing,
+    files: ImagePaths,
     outputs: OutputFiles,
     decisive: Mapping[str, Any],
     resume: bool,
@@ -219,7 +219,7 @@ def _rows(
                 watch.note(f"`{log.path}` already has {counts.count:,} rows")
         done = counts.count - repeated
         bar = stack.enter_context(watch.progress("images", files.total, done))
-        if files.total is None and files.repeats:
+        if files.total is None and files.repeatable:
             # Count the files of a large folder in the background; predict the first meanwhile.
             Thread(target=_count_files, args=(files, bar), daemon=True).start()
         made = predictor.rows(todo, bar)
@@ -248,7 +248,7 @@ def _warn_if_too_few(rules: AbstainRules, watch: Watcher) -> None:
         )
 
 
-def _count_files(files: Listing, bar: Bar) -> None:
+def _count_files(files: ImagePaths, bar: Bar) -> None:
     with suppress(OSError, VitcliError):
         bar.extend(sum(1 for _ in files))
 

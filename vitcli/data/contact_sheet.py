@@ -1,4 +1,4 @@
-"""Many small pictures on one sheet, in rows with a name and with a caption under each."""
+"""Contact sheets: rows of small images, with a title per row and a caption under each image."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,18 +8,18 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from vitcli.decode import ImageError
 
 MARGIN = 160
-LINE = 13  # pixels of a line of text
-LETTER = 6.2  # of a letter's width, in the mean
+LINE_HEIGHT = 13  # px
+LETTER_WIDTH = 6.2  # px, mean
 
 
 @dataclass(frozen=True)
-class Row:
-    """Pictures beside each other.
+class SheetRow:
+    """One row of images.
 
     Attributes:
-        title: before them, lines apart by a line break.
-        images: which, for `read`.
-        captions: of each picture, lines apart by a line break; none or one for each.
+        title: text at the left; may have several lines.
+        images: image indices, for `read`.
+        captions: text under each image, which may have several lines; empty for no captions.
     """
 
     title: str
@@ -28,17 +28,17 @@ class Row:
 
 
 def draw_sheet(
-    rows: Sequence[Row], read: Callable[[int], Image.Image], *, columns: int, side: int
+    rows: Sequence[SheetRow], read: Callable[[int], Image.Image], *, columns: int, side: int
 ) -> Image.Image:
-    """The sheet; a picture that cannot be read leaves its place empty.
+    """Draw the sheet; an image that cannot be read leaves its cell empty.
 
     Args:
-        read: a number of `Row.images` -> the picture; an ImageError of it is passed over.
-        columns: pictures of a row.
-        side: of a picture's place, in pixels.
+        read: index in `SheetRow.images` -> image; its ImageErrors are ignored.
+        columns: images per row.
+        side: side of a cell in pixels.
     """
     lines = max((c.count("\n") + 1 for row in rows for c in row.captions), default=0)
-    step = side + lines * LINE + (4 if lines else 0)
+    step = side + lines * LINE_HEIGHT + (4 if lines else 0)
     sheet = Image.new("RGB", (MARGIN + columns * side, max(1, len(rows)) * step), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(10)
@@ -49,7 +49,7 @@ def draw_sheet(
             left = MARGIN + x * side
             try:
                 picture = read(index)
-            except ImageError:  # gone since it was looked at
+            except ImageError:  # removed since the scan
                 continue
             small = ImageOps.contain(picture, (side - 2, side - 2))
             sheet.paste(small, (left + 1, y * step + 1))
@@ -60,6 +60,6 @@ def draw_sheet(
 
 
 def _cut(text: str, width: float) -> str:
-    """As much of a line as fits in so many pixels."""
-    letters = int(width / LETTER)
+    """The line, shortened to `width` pixels."""
+    letters = int(width / LETTER_WIDTH)
     return text if len(text) <= letters else f"{text[: letters - 1]}…"

@@ -1,4 +1,4 @@
-"""Paths of images as a user gives them (files, folders, globs, lists of paths), as a stream."""
+"""The image paths that a user gives: files, folders, globs and lists of paths, as a stream."""
 
 import glob
 import io
@@ -10,129 +10,126 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+from vitcli.data.readers import DATA_SUFFIXES
 from vitcli.data.readers.folder import walk_images
 from vitcli.errors import VitcliError, printable
 
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")  # DATA of other commands
 STDIN = "-"
-READ_AT_ONCE = 1 << 16
-MOST_MISSING = 10_000  # paths that are looked at for one that exists, before the work
+READ_BYTES = 1 << 16
+MAX_MISSING = 10_000  # paths that are checked for one that exists, before the work starts
+PATHS_HINT = "give image files, folders, or quoted globs such as 'photos/**/*.jpg'"
 
 
-class Listing:
-    """Paths of images in the order given, found while one iterates; missing ones stay in.
+class ImagePaths:
+    """An iterable of image paths in the given order; paths that do not exist stay in it.
 
-    A folder gives its images in the order of their bytes, one folder's names in memory at a time; a
-    list gives a line at a time; the matches of a glob are listed and sorted first.
+    Paths are found during the iteration: a folder yields its images sorted by their bytes, a list
+    yields line by line. Only the matches of a glob are collected and sorted first.
 
     Args:
         paths: images, folders, globs.
-        source: a file that lists more of them, one a line or ended by NUL; `-` is stdin.
+        source: a file with more paths, separated by newlines or NUL; `-` is stdin.
 
     Attributes:
-        total: how many there are, where that is known without looking.
-        repeats: whether one can iterate again; stdin is read once.
+        total: the number of paths, if it is known without a search.
+        repeatable: True if a second iteration is possible; stdin can be read only once.
     """
 
     def __init__(self, paths: Sequence[str], source: str | os.PathLike[str] | None = None) -> None:
         self.paths = list(paths)
         self.source = None if source is None else os.fspath(source)
-        self.repeats = self.source != STDIN
-        plain = self.source is None and not any(map(_spreads, self.paths))
+        self.repeatable = self.source != STDIN
+        plain = self.source is None and not any(map(_expands, self.paths))
         self.total = len(self.paths) if plain else None
-        self._begun: list[str] = []
+        self._peeked: list[str] = []
         self._rest: Iterator[str] | None = None
 
     def __iter__(self) -> Iterator[str]:
         if self._rest is not None:
-            return chain(self._begun, self._rest)
-        return self._found()
+            return chain(self._peeked, self._rest)
+        return self._iterate()
 
-    def look(self) -> list[str]:
-        """The first paths, up to one that exists and may be an image; stdin still gives them."""
+    def peek(self) -> list[str]:
+        """The first paths, up to one that exists and can be an image; they are not consumed."""
         paths = iter(self)
-        begun: list[str] = []
+        peeked: list[str] = []
         for path in paths:
-            begun.append(path)
+            peeked.append(path)
             # os.path, because it answers False for impossible names where pathlib raises.
-            if len(begun) == MOST_MISSING or not (_is_table(path) or not os.path.exists(path)):  # noqa: PTH110
+            found = os.path.exists(path) and not _is_dataset_file(path)  # noqa: PTH110
+            if found or len(peeked) == MAX_MISSING:
                 break
-        if not self.repeats:
-            self._begun, self._rest = begun, paths
-        return begun
+        if not self.repeatable:
+            self._peeked, self._rest = peeked, paths
+        return peeked
 
-    def _found(self) -> Iterator[str]:
+    def _iterate(self) -> Iterator[str]:
         for path in self.paths:
-            yield from expand(path)
+            yield from expand_path(path)
         if self.source is not None:
             with _list_file(self.source) as stream:
-                for path in listed(stream):
-                    yield from expand(path)
+                for path in read_path_list(stream):
+                    yield from expand_path(path)
 
 
 def find_images(
     paths: Sequence[str | os.PathLike[str]], source: str | os.PathLike[str] | None = None
-) -> Listing:
-    """Images, folders and globs, and those that the file `source` lists; see `Listing`.
+) -> ImagePaths:
+    """The images of `paths`, and those that the file `source` lists; see `ImagePaths`.
 
     Raises:
-        VitcliError: nothing was given, nothing of it exists, or the folders hold no images.
+        VitcliError: there are no paths, none of them exists, or the folders hold no images.
     """
-    listing = Listing([os.fspath(path) for path in paths], source)
-    begun = listing.look()
-    if not begun:
-        raise _nothing(listing)
-    if any(os.path.exists(path) and not _is_table(path) for path in begun[-1:]):  # noqa: PTH110
-        return listing
-    if all(map(_is_table, begun)):
+    found = ImagePaths([os.fspath(path) for path in paths], source)
+    peeked = found.peek()
+    if not peeked:
+        raise _no_images(found)
+    last = peeked[-1]
+    if os.path.exists(last) and not _is_dataset_file(last):  # noqa: PTH110
+        return found
+    if all(map(_is_dataset_file, peeked)):
         raise VitcliError(
-            f"`{printable(begun[0])}` is a table, not an image",
-            f"`predict` takes images, folders and globs; for labelled data there is `vitcli "
-            f"evaluate {printable(begun[0])}`, and `--from FILE` takes a list of paths",
+            f"`{printable(peeked[0])}` is a dataset, not an image",
+            f"use `vitcli evaluate {printable(peeked[0])}` for labelled data, or `--from FILE` for "
+            "a list of paths",
         )
-    if len(begun) < MOST_MISSING and not any(map(os.path.exists, begun)):
-        shown = ", ".join(f"`{printable(path)}`" for path in begun[:3])
-        raise VitcliError(
-            f"no such image: {shown}",
-            hint="paths of images, folders, or quoted globs such as 'photos/**/*.jpg'",
-        )
-    return listing
+    if len(peeked) < MAX_MISSING and not any(map(os.path.exists, peeked)):
+        shown = ", ".join(f"`{printable(path)}`" for path in peeked[:3])
+        raise VitcliError(f"no such image: {shown}", PATHS_HINT)
+    return found
 
 
-def _nothing(listing: Listing) -> VitcliError:
-    """What to say where there is no path at all."""
-    for path in listing.paths:
+def _no_images(found: ImagePaths) -> VitcliError:
+    """The error if there is no path at all."""
+    for path in found.paths:
         if os.path.isdir(path):  # noqa: PTH112
-            hint = "hidden files and files that are no images don't count"
+            hint = "hidden files and files without an image suffix are skipped"
             if any(Path(path).glob("*.parquet")):
-                hint = f"it holds parquet: `vitcli evaluate {printable(path)}` may be meant"
+                hint = f"for its parquet files use `vitcli evaluate {printable(path)}`"
             return VitcliError(f"no images in `{printable(path)}`", hint)
-    if listing.source is not None:
-        where = "stdin" if listing.source == STDIN else f"`{printable(listing.source)}`"
-        return VitcliError(f"{where} lists no images", "one path a line, or ended by NUL")
-    return VitcliError(
-        "no images given",
-        hint="paths of images, folders, quoted globs such as 'photos/**/*.jpg', or `--from FILE`",
-    )
+    if found.source is not None:
+        shown = "stdin" if found.source == STDIN else f"`{printable(found.source)}`"
+        return VitcliError(f"{shown} lists no images", "write one path per line")
+    return VitcliError("no images given", f"{PATHS_HINT}, or `--from FILE`")
 
 
-def expand(path: str) -> Iterator[str]:
-    """A path as given -> the images that it stands for; what does not exist stays itself."""
+def expand_path(path: str) -> Iterator[str]:
+    """The images of a file, folder or glob; a path that does not exist yields itself."""
     if os.path.isdir(path):  # noqa: PTH112
         before = str(Path(path) / "x")[:-1]
         for name in walk_images(Path(path), strict=False):
             yield before + name
-    elif _spreads(path):
+    elif _expands(path):
         matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
         yield from [match for match in matches if Path(match).is_file()] or [path]
     else:
         yield path
 
 
-def listed(stream: BinaryIO) -> Iterator[str]:
-    """The paths in a list: one a line, or ended by NUL as `find -print0` does; none is empty."""
+def read_path_list(stream: BinaryIO) -> Iterator[str]:
+    """The non-empty paths of a list: one per line, or ended by NUL as from `find -print0`."""
     end, rest, first = b"", b"", True
-    while chunk := stream.read1(READ_AT_ONCE):  # type: ignore[attr-defined]  # of every reader
+    while chunk := stream.read1(READ_BYTES):  # type: ignore[attr-defined]  # buffered readers have it
         rest += chunk.removeprefix(b"\xef\xbb\xbf") if first else chunk
         first = False
         end = end or (b"\0" if b"\0" in rest else b"\n" if b"\n" in rest else b"")
@@ -157,16 +154,16 @@ def _list_file(source: str) -> Iterator[BinaryIO]:
     except OSError as error:
         raise VitcliError(
             f"cannot read the list `{printable(source)}`: {error.strerror}",
-            "`--from` takes a file with one path a line, or `-` for stdin",
+            "give a file with one path per line after `--from`, or `-` for stdin",
         ) from None
     with stream:
         yield stream
 
 
-def _spreads(path: str) -> bool:
-    """Whether it may stand for several images."""
+def _expands(path: str) -> bool:
+    """True if the path can mean several images."""
     return os.path.isdir(path) or (glob.has_magic(path) and not os.path.lexists(path))  # noqa: PTH112
 
 
-def _is_table(path: str) -> bool:
-    return Path(path).suffix.lower() in TABLES
+def _is_dataset_file(path: str) -> bool:
+    return Path(path).suffix.lower() in DATA_SUFFIXES

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitcli.data.contact_sheet import Row, draw_sheet
+from vitcli.data.contact_sheet import SheetRow, draw_sheet
 from vitcli.data.image_set import ImageSet
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
@@ -104,9 +104,9 @@ def draw_mistakes(
         true = display_names.get(one.true, one.true)
         return f"{true}\n-> {display_names.get(one.predicted, one.predicted)}"
 
-    def row(title: str, some: Sequence[Mistake]) -> Row:
+    def row(title: str, some: Sequence[Mistake]) -> SheetRow:
         captions = [f"{caption(one)}\n{100 * one.probability:.1f} %" for one in some]
-        return Row(title, [one.index for one in some], captions)
+        return SheetRow(title, [one.index for one in some], captions)
 
     rows = []
     for start in range(0, len(mistakes.worst), NUM_COLUMNS):

@@ -19,7 +19,7 @@ from vitcli.weights.loaded import LoadedModel, create_model
 from vitcli.weights.overrides import MODEL_KEYS, PICTURES, Stated, as_size, stated_preprocess
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
-from vitcli.weights.timm.read_timm import unsaid
+from vitcli.weights.timm.read_timm import missing_settings
 
 VARIANT_HINT = (
     "`B/16`, `R50+B/16`, `Axial-B/32` and `R50x1` are variants, with random weights; weights are a "
@@ -145,7 +145,7 @@ def require_preprocess(model: LoadedModel) -> Preprocess:
                 f"`{source}` reads {model.config.num_channels} channels, which are not pictures",
                 hint="from Python: `vitcli.load_model(…)` gives a model that takes tensors",
             )
-        raise unsaid(source, ["preprocess.mean", "preprocess.std"])
+        raise missing_settings(source, ["preprocess.mean", "preprocess.std"])
     preprocess: Preprocess = model.preprocess
     return preprocess
 

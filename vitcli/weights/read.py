@@ -20,7 +20,6 @@ from vitcli.weights.overrides import Stated, stated_preprocess
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
 from vitcli.weights.sharded_files import INDEX, load_shards
 from vitcli.weights.store import Checkpoint, load_own, load_weights, read_header
-from vitcli.weights.timm.bit import read_bit
 from vitcli.weights.timm.read_timm import read_timm
 from vitcli.weights.timm.timm_names import is_bit, is_timm
 
@@ -127,11 +126,7 @@ def _in_layout(tensors: dict[str, Tensor], path: Path, source: str, stated: Stat
             hint=UNDERSTOOD,
         )
     hub = beside if {"architecture", "pretrained_cfg"} & set(beside) else None
-    read = read_timm if is_timm(tensors) else read_bit
-    checkpoint = read(tensors, source, hub, stated)
-    if hub is not None and hub.get("activation") == "sigmoid":  # as `write_timm` says it
-        checkpoint.activation = "sigmoid"
-    return checkpoint
+    return read_timm(tensors, source, hub, stated)
 
 
 def _restated(checkpoint: Checkpoint, stated: Stated) -> Checkpoint:

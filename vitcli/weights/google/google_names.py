@@ -1,15 +1,16 @@
-"""What the tensors of the official JAX code are called and how they lie, beside ours.
+"""The names and shapes of the tensors of the official JAX code, beside ours.
 
-One table for both directions: a `Pair` is one tensor of ours and the arrays of theirs that it is
-made of. The names are those that flax gives now; `canonical` brings every older generation of files
-to them, and `released` gives those of the files that Google published.
+The tables serve both directions. They have the names that flax gives now; `canonical` converts the
+names of every older generation to these, and `released` gives those of the files that Google
+published.
 
 Sources: vit_jax/models_vit.py, models_resnet.py and checkpoint.py; big_vision/models/vit.py and
 bit_paper.py (`fix_old_checkpoints`, `maybe_convert_big_transfer_format`).
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,17 +19,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitcli.errors import VitcliError
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.resnet import ResNetConfig
+from vitcli.weights.google.npz import WEIGHTS
 
-# How theirs lies -> ours (D width, H heads, E head width, Y X sides of a kernel):
-#   same        as it is
+# Their shape -> our shape (D width, H heads, E head width, Y X kernel rows and columns):
+#   same        unchanged
 #   dense       (in, out)     -> (out, in)
 #   conv        (Y, X, C, D)  -> (D, C, Y, X)
 #   flat        (C,)          -> (C,)
 #   group_norm  (1, 1, 1, C), also read as (C,) -> (C,)
-#   heads       (D, H, E), as many as parts -> (parts * H * E, D)
-#   heads_bias  (H, E), likewise  -> (parts * H * E,)
+#   heads       (D, H, E) for each part         -> (parts * H * E, D)
+#   heads_bias  (H, E) for each part            -> (parts * H * E,)
 #   out         (H, E, D)     -> (D, H * E)
 Kind = Literal["same", "dense", "conv", "flat", "group_norm", "heads", "heads_bias", "out"]
 NDIM: dict[Kind, int] = {
@@ -39,118 +42,129 @@ NDIM: dict[Kind, int] = {
     "heads_bias": 2,
     "out": 3,
 }
+# A layer of theirs -> (our last part, their last part, kind) of each of its tensors.
+LAYERS: dict[str, tuple[tuple[str, str, Kind], ...]] = {
+    "conv": (("weight", "kernel", "conv"),),
+    "patches": (("weight", "kernel", "conv"), ("bias", "bias", "flat")),
+    "norm": (("weight", "scale", "flat"), ("bias", "bias", "flat")),
+    "group_norm": (("weight", "scale", "group_norm"), ("bias", "bias", "group_norm")),
+    "dense": (("weight", "kernel", "dense"), ("bias", "bias", "flat")),
+    "heads": (("weight", "kernel", "heads"), ("bias", "bias", "heads_bias")),
+    "out": (("weight", "kernel", "out"), ("bias", "bias", "flat")),
+}
+# Our layer -> (its kind, their layer or the layers that ours stacks).
+LayerTable = Mapping[str, tuple[str, ...]]
+ATTENTION = "MultiHeadDotProductAttention_0"
+BLOCK: LayerTable = {
+    "norm1": ("norm", "LayerNorm_0"),
+    "attn.qkv": ("heads", f"{ATTENTION}/query", f"{ATTENTION}/key", f"{ATTENTION}/value"),
+    "attn.proj": ("out", f"{ATTENTION}/out"),
+    "norm2": ("norm", "LayerNorm_1"),
+    "mlp.fc1": ("dense", "MlpBlock_0/Dense_0"),
+    "mlp.fc2": ("dense", "MlpBlock_0/Dense_1"),
+}
+ATTENTION_POOL: LayerTable = {
+    "q": ("heads", f"{ATTENTION}/query"),
+    "kv": ("heads", f"{ATTENTION}/key", f"{ATTENTION}/value"),
+    "proj": ("out", f"{ATTENTION}/out"),
+    "norm": ("norm", "LayerNorm_0"),
+    "mlp.fc1": ("dense", "MlpBlock_0/Dense_0"),
+    "mlp.fc2": ("dense", "MlpBlock_0/Dense_1"),
+}
+RESNET_UNIT: LayerTable = {
+    **{f"conv{n}": ("conv", f"conv{n}") for n in (1, 2, 3)},
+    **{f"norm{n}": ("group_norm", f"gn{n}") for n in (1, 2, 3)},
+}
+# The first unit of every stage changes the number of feature maps.
+HYBRID_PROJECTION: LayerTable = {
+    "downsample.conv": ("conv", "conv_proj"),
+    "downsample.norm": ("group_norm", "gn_proj"),
+}
+BIT_PROJECTION: LayerTable = {"downsample.conv": ("conv", "conv_proj")}
 
+# The first part of the name of an array of a ViT, hybrid or BiT ResNet.
+PARTS = re.compile(
+    r"(Transformer|embedding|cls|pos_embedding|head|pre_logits|MAPHead_0|conv_root|gn_root|"
+    r"root_block|norm-pre-head|block\d+)(/|$)"
+)
+
+
+# The prefixes of the image model's arrays, outermost first -> the reason to drop the others.
+PREFIXES = {
+    "params/": "not under `params/`",
+    WEIGHTS: f"not under `{WEIGHTS}`",
+    "img/": "not the image tower",
+}
+STACKED = "Transformer/encoderblock/"  # big_vision's scanned encoder stacks all blocks
 STEM_POSITIONS = "Transformer/posembed_input/pos_embedding"
 POSITIONS = "pos_embedding"
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One tensor of ours, the arrays of theirs that it is made of, and how these lie."""
+class TensorPair:
+    """One tensor of ours, the arrays of theirs that it is made of, and the kind of their shape."""
 
     ours: str
     theirs: tuple[str, ...]
     kind: Kind
 
 
-def vit_pairs(config: ViTConfig) -> Iterator[Pair]:
-    """Every tensor of a ViT or hybrid that the official code can express, but the positions."""
+def vit_pairs(config: ViTConfig) -> Iterator[TensorPair]:
+    """Yield every tensor of a ViT or hybrid that the official code has, without the positions."""
     if config.stem is not None:
-        yield from _stem_pairs(config.stem)
-    yield Pair("patch_embed.proj.weight", ("embedding/kernel",), "conv")
-    yield Pair("patch_embed.proj.bias", ("embedding/bias",), "flat")
+        base = "patch_embed.backbone"
+        root = {"stem.conv": ("conv", "conv_root"), "stem.norm": ("group_norm", "gn_root")}
+        yield from _pairs(f"{base}.", "", root)
+        for i, depth in enumerate(config.stem):
+            for j in range(depth):
+                table = {**RESNET_UNIT, **(HYBRID_PROJECTION if j == 0 else {})}
+                yield from _pairs(
+                    f"{base}.stages.{i}.blocks.{j}.", f"block{i + 1}/unit{j + 1}/", table
+                )
+    yield from _pairs("", "", {"patch_embed.proj": ("patches", "embedding")})
     if config.class_token:
-        yield Pair("cls_token", ("cls",), "same")
+        yield TensorPair("cls_token", ("cls",), "same")
     for i in range(config.depth):
-        ours, theirs = f"blocks.{i}", f"Transformer/encoderblock_{i}"
-        yield from _norm(f"{ours}.norm1", f"{theirs}/LayerNorm_0")
-        attention = f"{theirs}/MultiHeadDotProductAttention_0"
-        yield from _heads(f"{ours}.attn.qkv", attention, "query", "key", "value")
-        yield from _out(f"{ours}.attn.proj", attention)
-        yield from _norm(f"{ours}.norm2", f"{theirs}/LayerNorm_1")
-        yield from _mlp(f"{ours}.mlp", theirs)
-    yield from _norm("norm", "Transformer/encoder_norm")
+        yield from _pairs(f"blocks.{i}.", f"Transformer/encoderblock_{i}/", BLOCK)
+    yield from _pairs("", "", {"norm": ("norm", "Transformer/encoder_norm")})
     if config.pool == "map":
-        attention = "MAPHead_0/MultiHeadDotProductAttention_0"
-        yield Pair("attn_pool.latent", ("MAPHead_0/probe",), "same")
-        yield from _heads("attn_pool.q", attention, "query")
-        yield from _heads("attn_pool.kv", attention, "key", "value")
-        yield from _out("attn_pool.proj", attention)
-        yield from _norm("attn_pool.norm", "MAPHead_0/LayerNorm_0")
-        yield from _mlp("attn_pool.mlp", "MAPHead_0")
+        yield TensorPair("attn_pool.latent", ("MAPHead_0/probe",), "same")
+        yield from _pairs("attn_pool.", "MAPHead_0/", ATTENTION_POOL)
     if config.representation_size:
-        yield from _dense("pre_logits.fc", "pre_logits")
+        yield from _pairs("", "", {"pre_logits.fc": ("dense", "pre_logits")})
     if config.num_classes:
-        yield from _dense("head", "head")
+        yield from _pairs("", "", {"head": ("dense", "head")})
 
 
-def resnet_pairs(config: ResNetConfig) -> Iterator[Pair]:
-    """Every tensor of a BiT ResNet, in big_vision's names."""
-    yield Pair("stem.conv.weight", ("root_block/conv_root/kernel",), "conv")
+def resnet_pairs(config: ResNetConfig) -> Iterator[TensorPair]:
+    """Yield every tensor of a BiT ResNet, in big_vision's names."""
+    yield from _pairs("", "", {"stem.conv": ("conv", "root_block/conv_root")})
     for i, depth in enumerate(config.layers):
         for j in range(depth):
-            ours, theirs = f"stages.{i}.blocks.{j}", f"block{i + 1}/unit{j + 1:02d}"
-            for n in (1, 2, 3):
-                yield from _norm(f"{ours}.norm{n}", f"{theirs}/gn{n}", "group_norm")
-                yield Pair(f"{ours}.conv{n}.weight", (f"{theirs}/conv{n}/kernel",), "conv")
-            if j == 0:
-                projection = (f"{theirs}/conv_proj/kernel",)
-                yield Pair(f"{ours}.downsample.conv.weight", projection, "conv")
-    yield from _norm("norm", "norm-pre-head", "group_norm")
+            table = {**RESNET_UNIT, **(BIT_PROJECTION if j == 0 else {})}
+            yield from _pairs(f"stages.{i}.blocks.{j}.", f"block{i + 1}/unit{j + 1:02d}/", table)
+    yield from _pairs("", "", {"norm": ("group_norm", "norm-pre-head")})
     if config.num_classes:
-        yield from _dense("head", "head")
+        yield from _pairs("", "", {"head": ("dense", "head")})
 
 
-def _stem_pairs(layers: tuple[int, ...]) -> Iterator[Pair]:
-    base = "patch_embed.backbone"
-    yield Pair(f"{base}.stem.conv.weight", ("conv_root/kernel",), "conv")
-    yield from _norm(f"{base}.stem.norm", "gn_root", "group_norm")
-    for i, depth in enumerate(layers):
-        for j in range(depth):
-            ours, theirs = f"{base}.stages.{i}.blocks.{j}", f"block{i + 1}/unit{j + 1}"
-            for n in (1, 2, 3):
-                yield Pair(f"{ours}.conv{n}.weight", (f"{theirs}/conv{n}/kernel",), "conv")
-                yield from _norm(f"{ours}.norm{n}", f"{theirs}/gn{n}", "group_norm")
-            if j == 0:  # the first unit of every stage changes the number of feature maps
-                projection = (f"{theirs}/conv_proj/kernel",)
-                yield Pair(f"{ours}.downsample.conv.weight", projection, "conv")
-                yield from _norm(f"{ours}.downsample.norm", f"{theirs}/gn_proj", "group_norm")
-
-
-def _norm(ours: str, theirs: str, kind: Kind = "flat") -> Iterator[Pair]:
-    yield Pair(f"{ours}.weight", (f"{theirs}/scale",), kind)
-    yield Pair(f"{ours}.bias", (f"{theirs}/bias",), kind)
-
-
-def _dense(ours: str, theirs: str) -> Iterator[Pair]:
-    yield Pair(f"{ours}.weight", (f"{theirs}/kernel",), "dense")
-    yield Pair(f"{ours}.bias", (f"{theirs}/bias",), "flat")
-
-
-def _mlp(ours: str, theirs: str) -> Iterator[Pair]:
-    yield from _dense(f"{ours}.fc1", f"{theirs}/MlpBlock_0/Dense_0")
-    yield from _dense(f"{ours}.fc2", f"{theirs}/MlpBlock_0/Dense_1")
-
-
-def _heads(ours: str, theirs: str, *parts: str) -> Iterator[Pair]:
-    yield Pair(f"{ours}.weight", tuple(f"{theirs}/{part}/kernel" for part in parts), "heads")
-    yield Pair(f"{ours}.bias", tuple(f"{theirs}/{part}/bias" for part in parts), "heads_bias")
-
-
-def _out(ours: str, theirs: str) -> Iterator[Pair]:
-    yield Pair(f"{ours}.weight", (f"{theirs}/out/kernel",), "out")
-    yield Pair(f"{ours}.bias", (f"{theirs}/out/bias",), "flat")
+def _pairs(ours: str, theirs: str, table: LayerTable) -> Iterator[TensorPair]:
+    """Yield the tensors of the layers in `table`, with a prefix for our and for their names."""
+    for layer, (layer_kind, *parts) in table.items():
+        for our_end, their_end, kind in LAYERS[layer_kind]:
+            names = tuple(f"{theirs}{part}/{their_end}" for part in parts)
+            yield TensorPair(f"{ours}{layer}.{our_end}", names, kind)
 
 
 def to_ours(kind: Kind, arrays: list[Tensor]) -> Tensor:
-    """Theirs -> ours.
+    """Convert the arrays of theirs to one tensor of ours.
 
     Raises:
-        ValueError: another number of dimensions than `kind` has, or parts of different shapes.
+        ValueError: not the number of dimensions of `kind`, or parts of different shapes.
     """
     first = arrays[0]
     if first.ndim != NDIM.get(kind, first.ndim) or any(a.shape != first.shape for a in arrays):
-        raise ValueError(f"of shape {' and '.join(str(tuple(a.shape)) for a in arrays)}")
+        raise ValueError(f"has the shape {' and '.join(str(tuple(a.shape)) for a in arrays)}")
     if kind == "same":
         return first
     if kind == "dense":
@@ -164,8 +178,10 @@ def to_ours(kind: Kind, arrays: list[Tensor]) -> Tensor:
     return torch.cat([a.flatten() for a in arrays])
 
 
-def to_theirs(pair: Pair, tensor: Tensor, num_heads: int) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Ours -> names and float32 arrays of theirs, the inverse of `to_ours`."""
+def to_theirs(
+    pair: TensorPair, tensor: Tensor, num_heads: int
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield their names and float32 arrays for one tensor of ours: the inverse of `to_ours`."""
     tensor = tensor.detach().cpu().float()
     for name, part in zip(pair.theirs, tensor.chunk(len(pair.theirs)), strict=True):
         if pair.kind == "dense":
@@ -183,15 +199,46 @@ def to_theirs(pair: Pair, tensor: Tensor, num_heads: int) -> Iterator[tuple[str,
         yield name, np.ascontiguousarray(part.numpy())
 
 
-def canonical(names: Iterable[str]) -> dict[str, str]:
-    """Names of any generation -> the present ones.
+# Older generations of names.
 
-    Before flax's "linen" one counter ran through all parts of a block, in the order of their use;
-    now each kind has its own. Positions lay in the encoder once, the parts of the attention pool
-    outside it, and BiT's first files have TensorFlow's names.
+# Within a unit of BiT's first files, which have TensorFlow's names -> the present names.
+BIT_RELEASED_UNIT = {
+    "a/proj/standardized_conv2d/kernel": "conv_proj/kernel",
+    **{
+        f"{letter}/{then}": now.format(n)
+        for n, letter in enumerate("abc", 1)
+        for then, now in {
+            "standardized_conv2d/kernel": "conv{}/kernel",
+            "group_norm/gamma": "gn{}/scale",
+            "group_norm/beta": "gn{}/bias",
+        }.items()
+    },
+}
+BIT_RELEASED = {
+    "root_block/standardized_conv2d/kernel": "root_block/conv_root/kernel",
+    "group_norm/gamma": "norm-pre-head/scale",
+    "group_norm/beta": "norm-pre-head/bias",
+    "head/conv2d/kernel": "head/kernel",
+    "head/conv2d/bias": "head/bias",
+}
+# Within a block of the ViTs that Google published, which number all kinds of layers together.
+VIT_RELEASED = {
+    "LayerNorm_2": "LayerNorm_1",
+    "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
+    "MlpBlock_3": "MlpBlock_0",
+}
+UNIT = re.compile(r"(block\d+/unit\d+/)(.*)")
+
+
+def canonical(names: Iterable[str]) -> dict[str, str]:
+    """Return every name -> the name of the present generation.
+
+    Before flax's "linen", one counter ran through all layers of a block in their order of use; now
+    each kind has its own. Positions were part of the encoder once, and the layers of the attention
+    pool were at the top level. BiT's first files have TensorFlow's names.
     """
     names = list(names)
-    found = {name: _from_big_transfer(name) if "resnet/" in name else name for name in names}
+    found = {name: _from_bit_release(name) if "resnet/" in name else name for name in names}
     if "probe" in names:
         pool = re.compile(r"probe$|(MlpBlock|MultiHeadDotProductAttention|LayerNorm)_\d+/")
         found = {n: f"MAPHead_0/{now}" if pool.match(now) else now for n, now in found.items()}
@@ -208,49 +255,70 @@ def canonical(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _from_big_transfer(name: str) -> str:
+def _from_bit_release(name: str) -> str:
     """`resnet/block1/unit01/a/standardized_conv2d/kernel` -> `block1/unit01/conv1/kernel`."""
-    name = re.sub(r"standardized_conv2d(_\d+)?/", "standardized_conv2d/", name)
+    # TensorFlow numbers equal layers: standardized_conv2d_1, head/conv2d_2.
+    name = re.sub(r"(standardized_conv2d|head/conv2d)_\d+/", r"\1/", name)
     name = name[name.index("resnet/") + len("resnet/") :]
-    name = name.replace("group_norm/gamma", "group_norm/scale")
-    name = name.replace("group_norm/beta", "group_norm/bias")
-    if name.startswith("group_norm/"):
-        return name.replace("group_norm", "norm-pre-head")
-    if name.startswith("head/"):
-        return re.sub(r"head/conv2d(_\d+)?/", "head/", name)
-    name = name.replace("root_block/standardized_conv2d", "root_block/conv_root")
-    if m := re.match(r"(block\d+/unit\d+)/([abc])/(.*)", name):
-        number = "abc".index(m[2]) + 1
-        if m[3].startswith("proj/"):
-            return f"{m[1]}/conv_proj/kernel"
-        rest = m[3].replace("standardized_conv2d", f"conv{number}")
-        return f"{m[1]}/{rest.replace('group_norm', f'gn{number}')}"
-    return name
+    if m := UNIT.fullmatch(name):
+        return m[1] + BIT_RELEASED_UNIT.get(m[2], m[2])
+    return BIT_RELEASED.get(name, name)
 
 
-def first_release(name: str) -> str:
-    """big_vision's name of a BiT array -> that of the first release, which has TensorFlow's."""
-    if m := re.match(r"(block\d+/unit\d+)/conv_proj/", name):
-        return f"resnet/{m[1]}/a/proj/standardized_conv2d/kernel"
-    norms = {"scale": "group_norm/gamma", "bias": "group_norm/beta"}
-    if m := re.match(r"(block\d+/unit\d+)/(conv|gn)([123])/(\w+)", name):
-        rest = norms[m[4]] if m[2] == "gn" else "standardized_conv2d/kernel"
-        return f"resnet/{m[1]}/{'abc'[int(m[3]) - 1]}/{rest}"
-    part, _, last = name.rpartition("/")
-    if part == "norm-pre-head":
-        return f"resnet/{norms[last]}"
-    return {
-        "root_block/conv_root": "resnet/root_block/standardized_conv2d/kernel",
-        "head": f"resnet/head/conv2d/{last}",
-    }[part]
+def to_bit_release(name: str) -> str:
+    """Return big_vision's name of a BiT array -> the name in the first release."""
+    if m := UNIT.fullmatch(name):
+        then = {now: then for then, now in BIT_RELEASED_UNIT.items()}
+        return f"resnet/{m[1]}{then[m[2]]}"
+    return "resnet/" + {now: then for then, now in BIT_RELEASED.items()}[name]
 
 
 def released(name: str) -> str:
-    """The present name -> that of the files Google published, with one counter a block."""
-    for now, then in (
-        ("LayerNorm_1", "LayerNorm_2"),
-        ("MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1"),
-        ("MlpBlock_0", "MlpBlock_3"),
-    ):
+    """Return the present name of a ViT array -> the name in the files that Google published."""
+    for then, now in VIT_RELEASED.items():
         name = re.sub(rf"(encoderblock_\d+)/{now}/", rf"\1/{then}/", name)
     return name
+
+
+def present_names(
+    arrays: Mapping[str, NDArray[Any]], dropped: dict[str, str], source: str
+) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Return present name -> array and present name -> name in the file; fill `dropped`.
+
+    This removes prefixes and splits the stacked blocks of a scanned encoder.
+    """
+    found, names = dict(arrays), {name: name for name in arrays}
+    for prefix, reason in PREFIXES.items():
+        if any(name.startswith(prefix) for name in found):
+            dropped |= {names[n]: reason for n in found if not n.startswith(prefix)}
+            inside = {n: n.removeprefix(prefix) for n in found if n.startswith(prefix)}
+            found = {now: found[n] for n, now in inside.items()}
+            names = {now: names[n] for n, now in inside.items()}
+    for name in [n for n in found if n.startswith(STACKED)]:
+        layers, was = found.pop(name), names.pop(name)
+        for i, layer in enumerate(layers if layers.ndim else ()):
+            apart = f"Transformer/encoderblock_{i}/{name.removeprefix(STACKED)}"
+            found[apart], names[apart] = layer, was
+    now = canonical(found)
+    if twice := [n for n, times in Counter(now.values()).items() if times > 1]:
+        both = [name for name in found if now[name] == twice[0]]
+        raise not_official(source, [], [names[name] for name in both])
+    found = {now[name]: array for name, array in found.items()}
+    names = {now[name]: was for name, was in names.items()}
+    if "root_block/conv_root/kernel" in found and found.get("head/kernel", np.empty(0)).ndim == 4:
+        found["head/kernel"] = found["head/kernel"][0, 0]  # a 1x1 convolution in BiT's first files
+    return found, names
+
+
+def not_official(source: str, missing: Collection[str], foreign: Collection[str]) -> VitcliError:
+    """Return the error for another architecture, with the names that contradict."""
+    shown = [
+        f"{kind}: {', '.join(f'`{n}`' for n in list(names)[:6])}"
+        + (f" and {len(names) - 6} more" * (len(names) > 6))
+        for kind, names in {"missing": missing, "not part of one": foreign}.items()
+        if names
+    ]
+    return VitcliError(
+        f"`{source}` is not an official ViT, hybrid or BiT checkpoint; {'; '.join(shown)}",
+        hint="check that the file holds a whole model of one of these architectures",
+    )

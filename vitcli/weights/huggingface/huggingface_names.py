@@ -1,26 +1,25 @@
-"""transformers' Vision Transformers: the model types, and what they call our tensors.
+"""transformers' Vision Transformers: the model types, and their names for our tensors.
 
-Shared by reading and writing. A file has the classic names (`encoder.layer.0.intermediate.dense`),
-which transformers still writes by default, or those that version 5 holds in memory
-(`layers.0.mlp.fc1`); both are read, the classic ones are written.
+Files have the classic names (`encoder.layer.0.intermediate.dense`), which transformers writes by
+default, or the names that version 5 uses in memory (`layers.0.mlp.fc1`). We read both and write the
+classic names.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vitcli.vit.config import Gelu
+from vitcli.vit.config import Gelu, ViTConfig
 
 
 @dataclass(frozen=True)
-class Family:
+class HuggingFaceType:
     """One `model_type` of transformers.
 
     Attributes:
-        prefix: of the encoder's names where a head or decoder stands beside it.
-        backbone, classifier: the classes without and with a head; None where there is none.
-        patch_size, norm_eps: what its config.json leaves unsaid at times.
-        dino: names and blocks of DINOv2 (LayerScale, `norm1`) instead of ViT's.
-        processor: the image processor that transformers takes where none is named.
+        prefix: of the encoder's names in a file that also has a head or decoder.
+        backbone, classifier: the classes without and with a head; None if there is none.
+        processor: the image processor that transformers uses if the folder names none.
+        patch_size, norm_eps: the values if config.json does not say them.
+        dino: True for names and blocks of DINOv2 (LayerScale, `norm1`).
     """
 
     prefix: str
@@ -32,10 +31,12 @@ class Family:
     dino: bool = False
 
 
-FAMILIES = {
-    "vit": Family("vit.", "ViTModel", "ViTForImageClassification", "ViTImageProcessor"),
-    "deit": Family("deit.", "DeiTModel", "DeiTForImageClassification", "DeiTImageProcessor"),
-    "dinov2": Family(
+MODEL_TYPES = {
+    "vit": HuggingFaceType("vit.", "ViTModel", "ViTForImageClassification", "ViTImageProcessor"),
+    "deit": HuggingFaceType(
+        "deit.", "DeiTModel", "DeiTForImageClassification", "DeiTImageProcessor"
+    ),
+    "dinov2": HuggingFaceType(
         "dinov2.",
         "Dinov2Model",
         "Dinov2ForImageClassification",
@@ -44,7 +45,7 @@ FAMILIES = {
         norm_eps=1e-6,
         dino=True,
     ),
-    "dinov2_with_registers": Family(
+    "dinov2_with_registers": HuggingFaceType(
         "dinov2_with_registers.",
         "Dinov2WithRegistersModel",
         "Dinov2WithRegistersForImageClassification",
@@ -52,11 +53,12 @@ FAMILIES = {
         norm_eps=1e-6,
         dino=True,
     ),
-    "vit_mae": Family("vit.", "ViTMAEModel", None, "ViTImageProcessor"),
+    "vit_mae": HuggingFaceType("vit.", "ViTMAEModel", None, "ViTImageProcessor"),
 }
-# The class of DeiT with a head for each of its two tokens; the logits are their mean.
+# DeiT with a head for each of its two tokens; the logits are the mean of both.
 TEACHER = "DeiTForImageClassificationWithTeacher"
 
+# The first name of each value is the one that we write.
 GELUS: dict[str, Gelu] = {
     "gelu": "exact",
     "gelu_pytorch_tanh": "tanh",
@@ -66,31 +68,24 @@ GELUS: dict[str, Gelu] = {
     "gelu_accurate": "tanh",
     "gelu_python_tanh": "tanh",
 }
-GELU_WRITTEN: dict[Gelu, str] = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 
-# Theirs -> ours, without the prefix.
-STEM = {
+# Theirs -> ours, without the prefix, outside the blocks.
+ENCODER = {
     "embeddings.cls_token": "cls_token",
     "embeddings.distillation_token": "dist_token",
     "embeddings.register_tokens": "reg_token",
     "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
-    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
-    "layernorm.weight": "norm.weight",
-    "layernorm.bias": "norm.bias",
-    "pooler.dense.weight": "pre_logits.fc.weight",
-    "pooler.dense.bias": "pre_logits.fc.bias",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+    "pooler.dense": "pre_logits.fc",
 }
-# These never carry the prefix.
+# Heads never have the prefix.
 HEADS = {
-    "classifier.weight": "head.weight",
-    "classifier.bias": "head.bias",
-    "cls_classifier.weight": "head.weight",
-    "cls_classifier.bias": "head.bias",
-    "distillation_classifier.weight": "head_dist.weight",
-    "distillation_classifier.bias": "head_dist.bias",
+    "classifier": "head",
+    "cls_classifier": "head",
+    "distillation_classifier": "head_dist",
 }
-# Ours -> theirs within a block, the classic names.
+# Ours -> theirs within a block, in classic names.
 VIT_BLOCK = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -110,23 +105,35 @@ DINO_BLOCK = {
 SWIGLU_BLOCK = {**DINO_BLOCK, "mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
 QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
 
-# Theirs -> ours within a block, every style.
+# Theirs -> ours within a block, classic and new names.
 BLOCK = {theirs: ours for t in (VIT_BLOCK, DINO_BLOCK, SWIGLU_BLOCK) for ours, theirs in t.items()}
 BLOCK |= {"attention.o_proj": "attn.proj", "mlp.down_proj": "mlp.fc2"}
-# Several of theirs that are one of ours, stacked in this order.
-JOINED = {
+# Several tensors of theirs that we stack into one, in this order.
+STACKED = {
     "attn.qkv": (QKV, ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
     "mlp.fc1": (("mlp.gate_proj", "mlp.up_proj"),),
 }
 
 
-def block_names(*, dino: bool, swiglu: bool) -> Mapping[str, str]:
-    """Ours -> theirs within a block, of the tensors that are one in both."""
-    if not dino:
-        return VIT_BLOCK
-    return SWIGLU_BLOCK if swiglu else DINO_BLOCK
+def closest_type(config: ViTConfig) -> str:
+    """Return the `model_type` that comes closest to `config`."""
+    if config.distillation_token:
+        return "deit"
+    if config.num_registers:
+        return "dinov2_with_registers"
+    dino = config.layer_scale is not None or config.mlp == "swiglu" or config.pool == "token_mean"
+    return "dinov2" if dino else "vit"
 
 
 def swiglu_width(embed_dim: int, ratio: int) -> int:
-    """The hidden width of DINOv2's SwiGLU: two thirds of `ratio` widths, in steps of 8."""
+    """Return the hidden width of DINOv2's SwiGLU: 2/3 of `ratio` widths, in steps of 8."""
     return (int(embed_dim * ratio * 2 / 3) + 7) // 8 * 8
+
+
+def dino_mlp_ratio(config: ViTConfig) -> int | None:
+    """Return the whole `mlp_ratio` from which DINOv2 derives this hidden width, None if none."""
+    width, hidden = config.embed_dim, config.mlp_dim
+    if config.mlp == "gelu":
+        return None if hidden % width else hidden // width
+    near = round(hidden * 1.5 / width)
+    return next((r for r in (near, near - 1, near + 1) if swiglu_width(width, r) == hidden), None)

@@ -1,7 +1,7 @@
 """Reading Hugging Face's folders: `config.json`, weights, `preprocessor_config.json`.
 
-Of transformers' models: ViT, DeiT, DINOv2 (with and without registers) and the encoder of ViT-MAE;
-of each the backbone, the classifier, and the encoder of a masked-image model.
+We read ViT, DeiT, DINOv2 (with and without registers) and the encoder of ViT-MAE: backbones,
+classifiers, and the encoders of masked-image models.
 """
 
 import re
@@ -16,33 +16,33 @@ from vitcli.vit.config import Pool, ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.weights.huggingface.huggingface_names import (
     BLOCK,
-    FAMILIES,
+    ENCODER,
     GELUS,
     HEADS,
-    JOINED,
-    STEM,
-    Family,
+    MODEL_TYPES,
+    STACKED,
+    HuggingFaceType,
     swiglu_width,
 )
-from vitcli.weights.huggingface.processor import pixels, read_processor
+from vitcli.weights.huggingface.processor import read_processor, read_size
 from vitcli.weights.overrides import Stated
 from vitcli.weights.store import Checkpoint
 from vitcli.weights.validation import fitting
 
-LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.(.+?)(?:\.(weight|bias))?")
+LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.(.+)")
 OUR_BLOCK = re.compile(r"blocks\.(\d+)\.")
-PARTS = {  # theirs -> (ours, place in it)
-    name: (ours, place)
-    for ours, styles in JOINED.items()
+PARTS = {  # theirs -> (ours, index in the stack)
+    name: (ours, index)
+    for ours, styles in STACKED.items()
     for parts in styles
-    for place, name in enumerate(parts)
+    for index, name in enumerate(parts)
 }
-MEND = "mend it, or save the model anew with `save_pretrained`"
-UNDERSTOOD = "of Hugging Face's models " + ", ".join(f"`{t}`" for t in FAMILIES) + " are"
+REPAIR = "correct the file, or save the model again with `save_pretrained`"
+SUPPORTED = f"supported model types: {', '.join(f'`{t}`' for t in MODEL_TYPES)}"
 
 
 def is_huggingface(names: Mapping[str, Any] | list[str]) -> bool:
-    """Whether these tensor names are those of a Hugging Face ViT."""
+    """True if these tensor names are those of a Hugging Face ViT."""
     return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names)
 
 
@@ -53,36 +53,35 @@ def read_huggingface(
     processor: Mapping[str, Any] | None,
     stated: Stated,
 ) -> Checkpoint:
-    """Tensors of a Hugging Face Vision Transformer -> a checkpoint.
+    """Convert the tensors of a Hugging Face Vision Transformer to a checkpoint.
 
     Args:
         tensors: names -> tensors, as in the file.
-        source: how messages call the folder.
+        source: the name of the folder in messages.
         described: its `config.json`.
         processor: its `preprocessor_config.json`, or None.
-        stated: what the caller says; it goes before the files.
+        stated: the caller's settings, which override the files.
 
     Raises:
-        VitcliError: another kind of model, with what is understood.
+        VitcliError: an unsupported model type, or files that contradict each other.
     """
-    kind = str(described.get("model_type"))
-    if kind not in FAMILIES:
-        raise VitcliError(
-            f"`{source}` is a `{kind}` model, which is not understood", hint=UNDERSTOOD
-        )
-    family = FAMILIES[kind]
+    model_type = str(described.get("model_type"))
+    if model_type not in MODEL_TYPES:
+        raise VitcliError(f"`{source}` is an unsupported `{model_type}` model", hint=SUPPORTED)
+    family = MODEL_TYPES[model_type]
     renamed, dropped = _rename(tensors, family)
     if described.get("pooler_act", "tanh") != "tanh" or "head.weight" in renamed:
         for name in [n for n in renamed if n.startswith("pre_logits.")]:
             del renamed[name]
             dropped[name] = "a pooler that no head reads"
     notes: list[str] = []
-    with fitting("config.json", source, MEND):
-        values = _values(renamed, described, family, source, stated)
-        config = ViTConfig(**{**values, **_positions(renamed, values, kind, notes)})
+    with fitting("config.json", source, REPAIR):
+        values = _config_values(renamed, described, family, source, stated)
+        config = ViTConfig(**{**values, **_positions(renamed, values, model_type, notes)})
         labels = stated.labels or _labels(described, config.num_classes)
-    with fitting("preprocessor_config.json", source, MEND):
-        preprocess = read_processor(config, kind, processor, source, stated, notes)
+    with fitting("preprocessor_config.json", source, REPAIR):
+        preprocess = read_processor(config, model_type, processor, source, stated, notes)
+    multi_label = described.get("problem_type") == "multi_label_classification"
     return Checkpoint(
         config=config,
         tensors=renamed,
@@ -92,39 +91,39 @@ def read_huggingface(
         head_trained=config.num_classes > 0,
         dropped=dropped,
         notes=notes,
-        activation="sigmoid"
-        if described.get("problem_type") == "multi_label_classification"
-        else "softmax",
+        activation="sigmoid" if multi_label else "softmax",
     )
 
 
 def _rename(
-    tensors: Mapping[str, Tensor], family: Family
+    tensors: Mapping[str, Tensor], family: HuggingFaceType
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Theirs -> (ours -> tensor; dropped -> reason). What has no place with us keeps its name."""
+    """Return our name -> tensor, and dropped name -> reason. An unknown tensor keeps its name."""
     renamed: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
-    joined: dict[str, dict[int, str]] = {}
+    stacks: dict[str, dict[int, str]] = {}
     for full, tensor in tensors.items():
         name = full.removeprefix(family.prefix)
         layer = LAYER.fullmatch(name)
-        end = f".{layer[3]}" if layer and layer[3] else ""
-        if full in HEADS:
-            renamed[HEADS[full]] = tensor
+        inside = layer[2] if layer else ""
+        stem, end = _split(name)
+        inner, _ = _split(inside)
+        if _split(full)[0] in HEADS:
+            renamed[HEADS[stem] + end] = tensor
         elif name == "embeddings.register_tokens" and not tensor.numel():
             dropped[full] = "holds no registers"
-        elif name in STEM:
-            renamed[STEM[name]] = tensor
+        elif stem in ENCODER:
+            renamed[ENCODER[stem] + end] = tensor
         elif name == "embeddings.mask_token" or name.startswith("decoder."):
-            dropped[full] = "belongs to the masked-image training"
-        elif layer and layer[2] in PARTS:
-            ours, place = PARTS[layer[2]]
-            joined.setdefault(f"blocks.{layer[1]}.{ours}{end}", {})[place] = full
-        elif layer and layer[2] in BLOCK:
-            renamed[f"blocks.{layer[1]}.{BLOCK[layer[2]]}{end}"] = tensor
+            dropped[full] = "used only by masked-image training"
+        elif layer and inner in PARTS:
+            ours, index = PARTS[inner]
+            stacks.setdefault(f"blocks.{layer[1]}.{ours}{end}", {})[index] = full
+        elif layer and inner in BLOCK:
+            renamed[f"blocks.{layer[1]}.{BLOCK[inner]}{end}"] = tensor
         else:
-            renamed[full] = tensor  # no place for it: the comparison of names will say so
-    for ours, parts in joined.items():
+            renamed[full] = tensor  # the comparison with the model's names reports it
+    for ours, parts in stacks.items():
         if len(parts) == (3 if ".qkv." in ours else 2):
             renamed[ours] = torch.cat([tensors[parts[i]] for i in sorted(parts)])  # (3 D, D) …
         else:
@@ -132,33 +131,39 @@ def _rename(
     return renamed, dropped
 
 
-def _values(
+def _split(name: str) -> tuple[str, str]:
+    """`layernorm.weight` -> `layernorm`, `.weight`; a name with another end -> itself, ``."""
+    module, _, last = name.rpartition(".")
+    return (module, f".{last}") if last in ("weight", "bias") else (name, "")
+
+
+def _config_values(
     renamed: Mapping[str, Tensor],
     described: Mapping[str, Any],
-    family: Family,
+    family: HuggingFaceType,
     source: str,
     stated: Stated,
 ) -> dict[str, Any]:
-    """Fields of ViTConfig, but for the positions."""
+    """Return the fields of ViTConfig, without those about positions."""
     act = described.get("hidden_act", "gelu")
     if act not in GELUS and stated.gelu is None:
         raise VitcliError(
-            f"`{source}` has the activation `{act}`, which is not understood",
-            hint=f"understood are {', '.join(f'`{a}`' for a in GELUS)}",
+            f"`{source}` has the unsupported activation `{act}`",
+            hint=f"supported: {', '.join(f'`{a}`' for a in GELUS)}",
         )
-    patch = pixels(described.get("patch_size", family.patch_size), "patch_size")
-    size = pixels(described.get("image_size", 224), "image_size")
+    patch = read_size(described.get("patch_size", family.patch_size), "patch_size")
+    size = read_size(described.get("image_size", 224), "image_size")
     if patch[0] != patch[1]:
         raise VitcliError(
-            f"`{source}` has patches of {patch[0]}x{patch[1]} pixels; ours are square",
-            hint="give weights of another model",
+            f"`{source}` has patches of {patch[0]}x{patch[1]} pixels, which are not square",
+            hint="use a model with square patches",
         )
     head, pooler = renamed.get("head.weight"), renamed.get("pre_logits.fc.weight")
     depth = 1 + max((int(m[1]) for n in renamed if (m := OUR_BLOCK.match(n))), default=-1)
     channels = renamed["patch_embed.proj.weight"].shape[1]
-    for key, usual, found in (("num_hidden_layers", 12, depth), ("num_channels", 3, channels)):
-        if (said := _count(described, key, usual)) != found:
-            raise ValueError(f"`{key}` is {said}, the weights have {found}")
+    for key, default, found in (("num_hidden_layers", 12, depth), ("num_channels", 3, channels)):
+        if (value := _count(described, key, default)) != found:
+            raise ValueError(f"`{key}` is {value}, the weights have {found}")
     width = _count(described, "hidden_size", 768)
     mlp_dim = _count(described, "intermediate_size", 3072)
     swiglu = bool(family.dino and described.get("use_swiglu_ffn", False))
@@ -167,7 +172,6 @@ def _values(
         if not 0 < ratio <= 1000:
             raise ValueError(f"`mlp_ratio` is {ratio}")
         mlp_dim = swiglu_width(width, ratio) if swiglu else int(width * ratio)
-    registers = _count(described, "num_register_tokens", 4) if "reg_token" in renamed else 0
     pool: Pool = "token"
     if "head_dist.weight" in renamed:
         pool = "distilled"
@@ -185,69 +189,68 @@ def _values(
         "pool": pool,
         "distillation_token": "dist_token" in renamed,
         "distillation_head": pool == "distilled",
-        "num_registers": registers,
+        "num_registers": (
+            _count(described, "num_register_tokens", 4) if "reg_token" in renamed else 0
+        ),
         "representation_size": pooler.shape[0] if pooler is not None else None,
         "qkv_bias": bool(described.get("qkv_bias", True)),
         "layer_scale": float(described.get("layerscale_value", 1.0)) if family.dino else None,
         "mlp": "swiglu" if swiglu else "gelu",
         "gelu": stated.gelu or GELUS[act],
-        "norm_eps": stated.norm_eps or _share(described, "layer_norm_eps", family.norm_eps),
-        "dropout_rate": _share(described, "hidden_dropout_prob", 0.0),
+        "norm_eps": stated.norm_eps or _fraction(described, "layer_norm_eps", family.norm_eps),
+        "dropout_rate": _fraction(described, "hidden_dropout_prob", 0.0),
     }
 
 
-def _count(described: Mapping[str, Any], key: str, usual: int) -> int:
-    value = int(described.get(key, usual))
-    if not 0 <= value <= 10**6:  # beyond any model; torch takes sizes of 64 bits only
+def _count(described: Mapping[str, Any], key: str, default: int) -> int:
+    value = int(described.get(key, default))
+    if not 0 <= value <= 10**6:  # larger than any model; torch counts bytes with 64 bits
         raise ValueError(f"`{key}` is {value}")
     return value
 
 
-def _share(described: Mapping[str, Any], key: str, usual: float) -> float:
-    value = float(described.get(key, usual))
+def _fraction(described: Mapping[str, Any], key: str, default: float) -> float:
+    value = float(described.get(key, default))
     if not 0 <= value < 1:
         raise ValueError(f"`{key}` is {value}")
     return value
 
 
 def _positions(
-    renamed: dict[str, Tensor], values: Mapping[str, Any], kind: str, notes: list[str]
+    renamed: dict[str, Tensor], values: Mapping[str, Any], model_type: str, notes: list[str]
 ) -> dict[str, Any]:
-    """What the table says of itself -> fields of ViTConfig; `renamed` is brought into that form.
+    """Return the fields of ViTConfig about positions; change the tensors in `renamed` to match.
 
-    Theirs always has rows for the class token (and DeiT's distillation token), never for
-    registers. Rows of zeros add nothing: such a table does not cover these tokens. Beside
-    registers the class token's row moves into the token, which is the same sum.
+    Hugging Face's table has rows for the class token and DeiT's distillation token, never for
+    registers. Rows of zeros add nothing, so such a table does not cover these tokens. In a model
+    with registers the class token's row is added to the token, which gives the same sum.
     """
     table, token = renamed.get("pos_embed"), renamed.get("cls_token")
     covered = 1 + values["distillation_token"]
-    grid = (
-        values["image_size"][0] // values["patch_size"],
-        values["image_size"][1] // values["patch_size"],
-    )
-    width = values["embed_dim"]
+    (rows, cols), patch, width = values["image_size"], values["patch_size"], values["embed_dim"]
+    grid = rows // patch, cols // patch
     if table is None or token is None or table.shape != (1, covered + grid[0] * grid[1], width):
-        return {}  # the comparison of shapes will say it
-    rows, patches = table[:, :covered], table[:, covered:]
-    zero = not rows.any()
+        return {}  # the comparison of shapes reports it
+    prefix, patches = table[:, :covered], table[:, covered:]
+    zero = not prefix.any()
     fixed = width % 4 == 0 and width >= 8 and torch.equal(patches, sincos2d(grid, width))
     if values["num_registers"]:
         if not zero:
-            renamed["cls_token"] = token.float() + rows.float()
-            notes.append("the class token's position is added to the class token itself")
+            renamed["cls_token"] = token.float() + prefix.float()
+            notes.append("added the class token's position to the class token itself")
         renamed["pos_embed"] = patches
         position = "sincos2d" if fixed else "learned"
         return {"position": position, "position_covers_prefix": False}
     if zero and fixed:
         return {"position": "sincos2d"}
-    if zero and kind != "vit_mae":
+    if zero and model_type != "vit_mae":
         renamed["pos_embed"] = patches
         return {"position_covers_prefix": False}
     return {}
 
 
 def _labels(described: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
-    """The names in `id2label`; None where transformers has put in `LABEL_0`, `LABEL_1` …"""
+    """Return the names in `id2label`; None for transformers' default `LABEL_0`, `LABEL_1` …"""
     names = {int(i): str(name) for i, name in (described.get("id2label") or {}).items()}
     if sorted(names) != list(range(num_classes)) or not names:
         return None

@@ -1,8 +1,8 @@
-"""What timm's side says beside the tensors: the Hub `config.json` and the architecture's name.
+"""timm's Hub `config.json`, and what the name of an architecture decides.
 
-timm's architectures are functions; what they decide and no tensor shows (heads, epsilon, GELU) is
-in the table below, for those whose tensors are a plain ViT's. Source: timm 1.0.31,
-models/vision_transformer.py and deit.py.
+timm's architectures are functions. The tables below hold what they decide and no tensor shows
+(heads, epsilon, GELU), for the architectures whose tensors are those of a plain ViT. Source: timm
+1.0.31, models/vision_transformer.py and deit.py.
 """
 
 import re
@@ -17,21 +17,21 @@ from vitcli.vit.config import Gelu
 from vitcli.weights.overrides import PICTURES, Stated, are_pictures, per_channel
 from vitcli.weights.validation import fitting
 
-MEND = "mend it, or remove it and say with `--set model.…` and `--set preprocess.…` what it says"
+REPAIR = "correct the file, or replace it by `--set model.…` and `--set preprocess.…`"
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
 
 IMAGENET: Moments = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP: Moments = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF: Moments = (0.5,), (0.5,)
 
-# Tensors named like a plain ViT's, but another computation; what it is.
-REFUSED = {
+# Architectures whose tensors look like a plain ViT's, and how their computation differs.
+OTHER_COMPUTATION = {
     "quickgelu": "the activation x * sigmoid(1.702 x)",
     "_rpn_": "normalisation after the residual branches",
     "dinov3|eva|rope|_pe_": "rotary positions",
 }
-# Heads where they are not 64 wide.
-HEADS = {
+# Numbers of heads, for the architectures whose heads are not 64 wide.
+NUM_HEADS = {
     "vit_base_patch16_gap": 16,
     "vit_(huge|gigantic|so400m|giantopt)_": 16,
     "vit_giant_(?!.*(dinov2|tipsv2|radio))": 16,
@@ -39,24 +39,24 @@ HEADS = {
     "test_vit2?$": 2,
     "test_vit[34]$": 3,
 }
-TANH = "patch32_siglip|giantopt_|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip"
+TANH_GELU = "patch32_siglip|giantopt_|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip"
 MEANS: dict[str, Moments] = {"deit|dino|mae|jepa|resnet": IMAGENET, "_clip_": CLIP}
 CROP_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
 @dataclass(frozen=True)
-class Hub:
-    """A Hub `config.json`, in its present form or the older one without `pretrained_cfg`.
+class TimmHubConfig:
+    """A Hub `config.json`, in today's form or the older one without `pretrained_cfg`.
 
     Attributes:
-        architecture: timm's name for the function that builds the model; "" where none is given.
+        architecture: timm's name for the function that builds the model; "" if there is none.
         arguments: of that function (`model_args`).
-        pretrained: how the weights want their images (`pretrained_cfg`).
+        pretrained: the preprocessing of the weights (`pretrained_cfg`).
         described: the whole file.
-        pool: as timm calls it; "" where there is none, None where the file does not say.
-        num_heads: None where the file does not say.
-        image_size: (Y, X) in pixels; None where the file does not say.
-        layer_scale: the value that LayerScale started from; it only matters for new weights.
+        pool: in timm's terms; "" for no pooling, None if the file does not say it.
+        num_heads: None if the file does not say it.
+        image_size: (Y, X) in pixels; None if the file does not say it.
+        layer_scale: the initial value of LayerScale.
         dropout_rate, drop_path_rate: of the training.
     """
 
@@ -72,44 +72,44 @@ class Hub:
     drop_path_rate: float
 
 
-def read_hub(described: Mapping[str, Any] | None, source: str) -> Hub:
-    """The `config.json` beside weights in timm's layout.
+def read_hub_config(described: Mapping[str, Any] | None, source: str) -> TimmHubConfig:
+    """Read the `config.json` beside weights in timm's layout.
 
     Raises:
-        VitcliError: an architecture or argument that computes something else with such tensors,
-            or values that cannot be.
+        VitcliError: an architecture or argument with another computation, or impossible values.
     """
-    with fitting("config.json", source, MEND):
-        hub = _parsed(described or {})
-    for pattern, what in REFUSED.items():
+    with fitting("config.json", source, REPAIR):
+        hub = _parse(described or {})
+    for pattern, what in OTHER_COMPUTATION.items():
         if re.search(pattern, hub.architecture):
             raise VitcliError(
-                f"`{source}` is timm's `{hub.architecture}`, which has {what}: not understood",
-                hint="its tensors are named like a plain ViT's, but give other results in one",
+                f"`{source}` is timm's `{hub.architecture}`, which has {what}: not supported",
+                hint="use an architecture without this; the tensor names are those of a plain ViT, "
+                "but the computation is not",
             )
-    for key, harmless in {
+    for key, supported in {
         "final_norm": True,
         "pool_include_prefix": False,
         "scale_attn_norm": False,
         "scale_mlp_norm": False,
     }.items():
-        if hub.arguments.get(key, harmless) != harmless:
+        if hub.arguments.get(key, supported) != supported:
             raise VitcliError(
-                f"`{source}` was made with `{key}={hub.arguments[key]}`, which is not understood",
-                hint=f"what is: `{key}={harmless}`",
+                f"`{source}` has `{key}={hub.arguments[key]}`, which is not supported",
+                hint=f"supported: `{key}={supported}`",
             )
     return hub
 
 
-def _parsed(described: Mapping[str, Any]) -> Hub:
+def _parse(described: Mapping[str, Any]) -> TimmHubConfig:
     pretrained = described.get("pretrained_cfg")
-    if not isinstance(pretrained, Mapping):  # before 2023 all of it lay at the top
+    if not isinstance(pretrained, Mapping):  # before 2023 these keys were at the top level
         pretrained = described if {"input_size", "mean"} & set(described) else {}
     arguments = described.get("model_args")
     arguments = arguments if isinstance(arguments, Mapping) else {}
     pools = arguments.get("global_pool"), described.get("global_pool")
     heads = arguments.get("num_heads")
-    return Hub(
+    return TimmHubConfig(
         architecture=str(described.get("architecture") or "").partition(".")[0],
         arguments=arguments,
         pretrained=pretrained,
@@ -124,7 +124,7 @@ def _parsed(described: Mapping[str, Any]) -> Hub:
 
 
 def _size(img_size: Any, input_size: Any) -> tuple[int, int] | None:
-    """`img_size`, an int or [Y, X]; else the last two of `input_size`, [C, Y, X]."""
+    """Return (Y, X) of `img_size`, an int or [Y, X], else of `input_size`, [C, Y, X]."""
     if img_size:
         sides = img_size if isinstance(img_size, (list, tuple)) else [img_size] * 2
         key, count = "img_size", 2
@@ -138,124 +138,123 @@ def _size(img_size: Any, input_size: Any) -> tuple[int, int] | None:
 
 
 def _count(value: Any, key: str) -> int:
-    # Beyond 10^6 lies no model, and torch takes sizes of 64 bits only.
+    # No model is larger than 10^6, and torch counts bytes with 64 bits.
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**6:
         raise ValueError(f"`{key}` is {value!r:.60}")
     return value
 
 
 def _number(value: Any, key: str, *, most: float = 1.0) -> float:
-    """A number from 0 to `most`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
         raise ValueError(f"`{key}` is {value!r:.60}")
     return float(value)
 
 
-def heads_of(hub: Hub, embed_dim: int) -> int | None:
-    """Heads of a named architecture of timm's with this width; None where that is not known."""
-    if "embed_dim" in hub.arguments:  # then not of the architecture as it is in the table
+def architecture_heads(hub: TimmHubConfig, embed_dim: int) -> int | None:
+    """Return the number of heads of the named architecture at this width; None if unknown."""
+    if "embed_dim" in hub.arguments:  # a changed width: the table does not apply
         return None
-    for pattern, heads in HEADS.items():
+    for pattern, heads in NUM_HEADS.items():
         if re.match(pattern, hub.architecture):
             return heads
     plain = re.match(r"(vit|deit3?|flexivit)_", hub.architecture)
     return embed_dim // 64 if plain and embed_dim % 64 == 0 else None
 
 
-def eps_of(hub: Hub) -> float:
-    """Epsilon of the LayerNorms: 1e-6 in timm, 1e-5 in its CLIP models."""
+def architecture_eps(hub: TimmHubConfig) -> float:
+    """Return the epsilon of the LayerNorms: 1e-6 in timm, 1e-5 in its CLIP models."""
     return 1e-5 if "_clip_" in hub.architecture and not hub.arguments.get("norm_layer") else 1e-6
 
 
-def gelu_of(hub: Hub, source: str, *, gated: bool) -> Gelu:
-    """The activation of the MLPs; that of a SwiGLU (`gated`) is SiLU and nothing to choose.
+def architecture_gelu(hub: TimmHubConfig, source: str, *, gated: bool) -> Gelu:
+    """Return the activation of the MLPs; for a SwiGLU (`gated`), a placeholder.
 
     Raises:
-        VitcliError: another activation.
+        VitcliError: an unsupported activation.
     """
-    said = hub.arguments.get("act_layer")
+    act = hub.arguments.get("act_layer")
     known: dict[str, Gelu] = {"gelu": "exact", "gelu_tanh": "tanh"}
-    if said and gated and str(said).lower() in ("silu", "swish"):
+    if act and gated and str(act).lower() in ("silu", "swish"):
         return "exact"
-    if said and (gated or str(said).lower() not in known):
+    if act and (gated or str(act).lower() not in known):
         raise VitcliError(
-            f"`{source}` has the activation `{said}`, which is not understood",
-            hint="`silu` in a gated MLP; else `gelu` or `gelu_tanh`",
+            f"`{source}` has the unsupported activation `{act}`",
+            hint="supported: `silu` in a gated MLP, else `gelu` or `gelu_tanh`",
         )
-    if said:
-        return known[str(said).lower()]
-    return "tanh" if re.search(TANH, hub.architecture) else "exact"
+    if act:
+        return known[str(act).lower()]
+    return "tanh" if re.search(TANH_GELU, hub.architecture) else "exact"
 
 
-def hub_says(
-    hub: Hub, config: Config, source: str, notes: list[str]
+def hub_preprocess_and_labels(
+    hub: TimmHubConfig, config: Config, source: str, notes: list[str]
 ) -> tuple[Preprocess | None, tuple[str, ...] | None]:
-    """The evaluation transform and the class names; None where the file does not say them.
+    """Return the evaluation transform and the class names; None for what the file does not say.
 
     Raises:
-        VitcliError: values that cannot be.
+        VitcliError: impossible values.
     """
     base = None
-    with fitting("config.json", source, MEND):
+    with fitting("config.json", source, REPAIR):
         if are_pictures(config.num_channels, notes):
             base = _preprocess(hub, config.image_size, config.num_channels, notes)
         return base, _labels(hub, config.num_classes)
 
 
 def _preprocess(
-    hub: Hub, image_size: tuple[int, int], channels: int, notes: list[str]
+    hub: TimmHubConfig, image_size: tuple[int, int], channels: int, notes: list[str]
 ) -> Preprocess | None:
-    """timm's evaluation transform as `pretrained_cfg` describes it; None where it does not.
+    """Return timm's evaluation transform; None if there is no `pretrained_cfg`.
 
-    What a `pretrained_cfg` leaves out has timm's defaults (crop 0.875, bicubic, ImageNet's mean).
+    timm's defaults fill the gaps: crop 0.875, bicubic, ImageNet's mean and std.
     """
-    said = hub.pretrained
-    if not said:
+    values = hub.pretrained
+    if not values:
         return None
-    mode = CROP_MODES.get(str(said.get("crop_mode") or "center"), "crop")
-    crop = _number(said.get("crop_pct") or 0.875, "crop_pct")
+    mode = CROP_MODES.get(str(values.get("crop_mode") or "center"), "crop")
+    crop = _number(values.get("crop_pct") or 0.875, "crop_pct")
     if mode == "pad" and crop != 1.0:
-        notes.append(f"the whole picture is padded; timm would crop {crop} of it")
+        notes.append(f"the whole image is padded; timm would crop {crop} of it")
         crop = 1.0
     means, stds = IMAGENET if channels == 3 else HALF
     return Preprocess(
         image_size=image_size,
         resize_mode=mode,
         crop_fraction=crop,
-        interpolation=said.get("interpolation") or "bicubic",
-        mean=_per_channel(said.get("mean") or means, channels, "mean", notes),
-        std=_per_channel(said.get("std") or stds, channels, "std", notes),
+        interpolation=values.get("interpolation") or "bicubic",
+        mean=_per_channel(values.get("mean") or means, channels, "mean", notes),
+        std=_per_channel(values.get("std") or stds, channels, "std", notes),
         num_channels=channels,
     )
 
 
 def _per_channel(value: Any, channels: int, key: str, notes: list[str]) -> tuple[float, ...]:
-    """One value a channel; a grey model of timm's often keeps the three of its colour parent."""
+    """Return one value per channel; timm's grey models often keep the three of an RGB model."""
     if channels == 1 and isinstance(value, (list, tuple)) and len(value) == 3:
         if len(set(value)) > 1:
-            notes.append(f"{key} {list(value)} of three channels: their mean is taken for the one")
+            notes.append(f"{key} has three values for one channel: took their mean")
         value = [sum(value) / 3] if len(set(value)) > 1 else value[:1]
     return per_channel(value, channels, key)
 
 
-def _labels(hub: Hub, num_classes: int) -> tuple[str, ...] | None:
-    """Class names: the descriptions where they differ from each other, else the names."""
+def _labels(hub: TimmHubConfig, num_classes: int) -> tuple[str, ...] | None:
+    """Return the class names: the descriptions if they all differ, else the names."""
     names = hub.described.get("label_names") or hub.pretrained.get("label_names")
     names = names or hub.described.get("labels")
-    said = hub.described.get("label_descriptions") or hub.pretrained.get("label_descriptions")
-    if isinstance(names, Mapping):  # from the index, where some indices have no name
+    texts = hub.described.get("label_descriptions") or hub.pretrained.get("label_descriptions")
+    if isinstance(names, Mapping):  # index -> name, possibly with gaps
         names = [names.get(str(i)) for i in range(num_classes)]
     if not isinstance(names, (list, tuple)) or len(names) != num_classes or None in names:
         return None
-    if strange := [name for name in names if not isinstance(name, (str, int))]:
-        raise ValueError(f"a class is called {strange[0]!r:.60}")
-    described = said if isinstance(said, Mapping) else {}
-    texts = [str(described.get(name, name)) for name in names]
-    return tuple(texts if len(set(texts)) == len(texts) else map(str, names))
+    if wrong := [name for name in names if not isinstance(name, (str, int))]:
+        raise ValueError(f"a class has the name {wrong[0]!r:.60}")
+    texts = texts if isinstance(texts, Mapping) else {}
+    found = [str(texts.get(name, name)) for name in names]
+    return tuple(found if len(set(found)) == len(found) else map(str, names))
 
 
-def facebook_sign(shape: Mapping[str, Any], dropped: Mapping[str, str]) -> str | None:
-    """What shows that a file is of the DeiT, DINO or MAE families, which use ImageNet's mean."""
+def find_facebook_tensor(shape: Mapping[str, Any], dropped: Mapping[str, str]) -> str | None:
+    """Return a tensor that shows a file of DeiT, DINO or MAE, which use ImageNet's mean and std."""
     signs = re.compile(r"(.*\.)?(dist_token|mask_token|decoder[._]|head\.(mlp|last_layer)\b)")
     return next((name for name in [*shape, *dropped] if signs.match(name)), None)
 
@@ -263,25 +262,30 @@ def facebook_sign(shape: Mapping[str, Any], dropped: Mapping[str, str]) -> str |
 def assumed_preprocess(
     config: ViTConfig,
     variant: str | None,
-    hub: Hub,
+    hub: TimmHubConfig,
     sign: str | None,
     stated: Stated,
     notes: list[str],
 ) -> Preprocess | None:
-    """timm's evaluation transform where no file describes one; None where nothing is known."""
+    """Return timm's usual evaluation transform for a file that describes none; None if unknown.
+
+    Args:
+        variant: the published variant that the shapes match.
+        sign: the tensor that `find_facebook_tensor` found.
+    """
     channels = config.num_channels
     if channels not in PICTURES or not (variant or hub.architecture or sign):
         return None
-    pair = IMAGENET if sign else _means_of(hub.architecture)
+    known = (pair for pattern, pair in MEANS.items() if re.search(pattern, hub.architecture))
+    pair = IMAGENET if sign else next(known, HALF)
     mean, std = pair = pair if channels == 3 else HALF
     crop = 0.9 if config.image_size == (224, 224) else 1.0
     if not {"mean", "std"} <= set(stated.preprocess):
-        told = {IMAGENET: "ImageNet's mean and std", CLIP: "CLIP's mean and std"}.get(pair)
-        told = told or "mean and std 0.5"
+        name = {IMAGENET: "ImageNet's mean and std", CLIP: "CLIP's mean and std"}.get(pair)
         whose = hub.architecture or (f"models with `{sign}`" if sign else f"ViT-{variant}")
         notes.append(
-            f"{told}, resize bicubic, crop {crop}: assumed, as timm has them for {whose}; "
-            "`--set preprocess.mean=…` changes it"
+            f"assumed {name or 'mean and std 0.5'}, bicubic resize and crop {crop}, as timm does "
+            f"for {whose} (change with `--set preprocess.mean=…`)"
         )
     return Preprocess(
         image_size=config.image_size,
@@ -290,9 +294,3 @@ def assumed_preprocess(
         std=per_channel(std, channels, "std"),
         num_channels=channels,
     )
-
-
-def _means_of(architecture: str) -> Moments:
-    """Mean and std that timm has for a named architecture."""
-    found = (pair for pattern, pair in MEANS.items() if re.search(pattern, architecture))
-    return next(found, HALF)

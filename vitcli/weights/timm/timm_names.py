@@ -1,33 +1,64 @@
-"""The tensor names of timm's relatives, brought to timm's own.
+"""timm's names of tensors and architectures, and the tensor names of code derived from timm.
 
-DeiT, DINO, DINOv2, MAE and MoCo v3 came out of timm's code; their files differ by prefixes, by
-what is left of the training, and by a few names.
+Our tensors have timm's names already. DeiT, DINO, DINOv2, MAE and MoCo v3 started from timm's code;
+their files add prefixes, training-only tensors and a few names of their own.
 """
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitcli.errors import VitcliError
+from vitcli.vit.config import ViTConfig
+from vitcli.vit.resnet import ResNetConfig
 
+TensorShapes = Mapping[str, tuple[int, ...]]
+CHECK_FILE = "check that the file holds a whole Vision Transformer or BiT ResNet"
+
+# The names of a Vision Transformer in timm's layout, with all its options.
+KNOWN = re.compile(
+    r"(cls|dist|reg)_token|pos_embed|patch_embed\.backbone\..*|attn_pool\..*"
+    r"|(norm|norm_pre|fc_norm|head|head_dist|patch_embed\.proj|pre_logits\.fc)\.(weight|bias)"
+    r"|blocks\.\d{1,6}\.(norm[12]|attn\.(qkv|proj|[qk]_norm)|mlp\.fc[12])\.(weight|bias)"
+    r"|blocks\.\d{1,6}\.ls[12]\.gamma"
+)
+# Names that only models with other blocks have.
+OTHERS = re.compile(r"relative_position|rel_pos|rope|layers\.\d|stages\.|\bq_bias|network\.|window")
+# The tensors whose sizes become settings -> their number of dimensions.
+DIMENSIONS = {
+    "pos_embed": 3,
+    "cls_token": 3,
+    "dist_token": 3,
+    "reg_token": 3,
+    "head.weight": 2,
+    "pre_logits.fc.weight": 2,
+    "patch_embed.proj.weight": 4,
+    "patch_embed.backbone.stem.conv.weight": 4,
+    "stem.conv.weight": 4,
+    "blocks.0.mlp.fc1.weight": 2,
+    "blocks.0.mlp.fc2.weight": 2,
+    "blocks.0.attn.q_norm.weight": 1,
+}
+
+# The tensors that identify a ViT and a BiT ResNet.
 PATCHES = "patch_embed.proj.weight"
 BIT_ROOT, BIT_UNIT = "stem.conv.weight", "stages.0.blocks.0.conv1.weight"
-# Of several models in one file, the one that is evaluated: averaged weights; in MoCo v3 the query.
+# If a file holds several models, take the averaged weights; in MoCo v3, the query encoder.
 PREFERRED = ("teacher", "ema", "target_encoder", "base_encoder")
-LEFTOVERS = {
-    r"mask_token|decoder[_.].*|.*\.decoder[_.].*": "belongs to the masked-image training",
+# Tensors that only training needs -> the reason for the load report.
+TRAINING_ONLY = {
+    r"mask_token|decoder[_.].*|.*\.decoder[_.].*": "used only by masked-image training",
     r"head\.(mlp|last_layer|\d+)\b.*|fc\.\w+(\.\w+)?|(predictor|projector|(dino|ibot)_\w+)\..*": (
-        "belongs to the self-supervised training"
+        "used only by self-supervised training"
     ),
-    r"(optimizer|scheduler|criterion|loss|teacher|student)\..*|n_averaged": (
-        "belongs to the training"
-    ),
-    r"(.*\.)?total_(ops|params)": "a profiler's count",
+    r"(optimizer|scheduler|criterion|loss|teacher|student)\..*|n_averaged": "used only by training",
+    r"(.*\.)?total_(ops|params)": "written by a profiler",
 }
 RENAMED = {
-    # DINOv2 for FSDP: blocks.CHUNK.BLOCK, and BLOCK counts through all chunks.
+    # DINOv2 for FSDP writes blocks.CHUNK.BLOCK, and BLOCK counts through all chunks.
     r"blocks\.\d+\.(\d+)\.": r"blocks.\1.",
     r"(blocks\.\d+\.)gamma_([12])": r"\1ls\2.gamma",  # DeiT III
     r"(blocks\.\d+\.mlp\.)w12\.": r"\1fc1.",  # DINOv2's SwiGLU, packed as ours
@@ -37,35 +68,34 @@ RENAMED = {
 
 
 def is_timm(names: Iterable[str]) -> bool:
-    """Whether these tensor names are those of a ViT of timm's kind, a common prefix aside."""
+    """True if these tensor names are those of a ViT in timm's layout, with or without a prefix."""
     return bool(_prefixes(names, PATCHES))
 
 
 def is_bit(names: Iterable[str]) -> bool:
-    """Whether these tensor names are those of a ResNet of timm's kind, a common prefix aside."""
+    """True if these tensor names are those of a ResNet in timm's layout, with or without prefix."""
     names = list(names)
-    return not is_timm(names) and bool(
-        set(_prefixes(names, BIT_ROOT)) & set(_prefixes(names, BIT_UNIT))
-    )
+    both = set(_prefixes(names, BIT_ROOT)) & set(_prefixes(names, BIT_UNIT))
+    return not is_timm(names) and bool(both)
 
 
 def timm_names(
     tensors: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """Tensors of a relative -> with timm's names; what was dropped and why; notes.
+    """Return the tensors under timm's names, the dropped ones with the reason, and notes.
 
     Raises:
-        VitcliError: several models in one file, or two tensors that come to one name.
+        VitcliError: the file holds several models, or two tensors get the same name.
     """
     anchor = PATCHES if is_timm(tensors) else BIT_ROOT
-    prefix, notes = _chosen(_prefixes(tensors, anchor), source)
+    prefix, notes = _choose_prefix(_prefixes(tensors, anchor), source)
     dropped: dict[str, str] = {}
     found: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
         name = full.removeprefix(prefix)
         if not full.startswith(prefix):
-            dropped[full] = _leftover(full) or f"outside `{prefix}`"
-        elif reason := _leftover(name):
+            dropped[full] = _training_only(full) or f"outside `{prefix}`"
+        elif reason := _training_only(name):
             dropped[full] = reason
         else:
             for pattern, replacement in RENAMED.items():
@@ -73,42 +103,43 @@ def timm_names(
             if name in found:
                 raise VitcliError(
                     f"`{source}` has two tensors for `{name}`, one of them `{full}`",
-                    hint="is this the file of another architecture?",
+                    hint=CHECK_FILE,
                 )
             found[name] = tensor
     _pack_swiglu(found)
     if "register_tokens" in found:
-        notes.append("DINOv2's registers have no positions; the class token's is added to it")
+        notes.append("added the class token's position to the class token (DINOv2 with registers)")
         _fold_position(found)
     return found, dropped, notes
 
 
 def _prefixes(names: Iterable[str], anchor: str) -> list[str]:
-    """What stands before `anchor` where a name ends in it."""
     before = [n.removesuffix(anchor) for n in names if n.endswith(anchor)]
     return [prefix for prefix in before if not prefix or prefix.endswith(".")]
 
 
-def _chosen(prefixes: list[str], source: str) -> tuple[str, list[str]]:
+def _choose_prefix(prefixes: list[str], source: str) -> tuple[str, list[str]]:
     if len(prefixes) == 1:
         return prefixes[0], []
     for word in PREFERRED:
         wanted = [prefix for prefix in prefixes if word in prefix]
         if len(wanted) == 1:
             others = ", ".join(f"`{p}`" for p in prefixes if p != wanted[0])
-            return wanted[0], [f"the weights under `{wanted[0]}` were taken, not {others}"]
-    told = ", ".join(f"`{prefix}`" if prefix else "those without a prefix" for prefix in prefixes)
+            return wanted[0], [f"loaded the weights under `{wanted[0]}`, not those under {others}"]
+    shown = ", ".join(f"`{prefix}`" if prefix else "(no prefix)" for prefix in prefixes)
     raise VitcliError(
-        f"`{source}` holds several models: {told}", hint="save the one that is wanted by itself"
+        f"`{source}` holds several models, with the prefixes {shown}",
+        hint="save the model that you need in a file of its own",
     )
 
 
-def _leftover(name: str) -> str | None:
-    return next((why for pattern, why in LEFTOVERS.items() if re.fullmatch(pattern, name)), None)
+def _training_only(name: str) -> str | None:
+    matches = (why for pattern, why in TRAINING_ONLY.items() if re.fullmatch(pattern, name))
+    return next(matches, None)
 
 
 def _pack_swiglu(found: dict[str, Tensor]) -> None:
-    """Gate and value of timm's unpacked SwiGLU -> one `fc1`, gate first, in place."""
+    """Join gate and value of timm's unpacked SwiGLU into one `fc1`, gate first, in place."""
     for name in [n for n in found if ".mlp.fc1_g." in n]:
         value = name.replace("fc1_g", "fc1_x")
         if value in found and found[name].ndim > 0 and found[name].shape == found[value].shape:
@@ -117,12 +148,118 @@ def _pack_swiglu(found: dict[str, Tensor]) -> None:
 
 
 def _fold_position(found: dict[str, Tensor]) -> None:
-    """`register_tokens` of DINOv2: put in after the positions, which the class token has."""
+    """Give DINOv2's registers our name, in place.
+
+    DINOv2 inserts them after it adds the positions, so only the class token has a position.
+    """
     found["reg_token"] = found.pop("register_tokens")
     token, table = found.get("cls_token"), found.get("pos_embed")
     if token is None or table is None:
         return
-    if table.ndim == 3 and token.shape == (1, 1, table.shape[2]):  # else the comparison says it
+    if table.ndim == 3 and token.shape == (1, 1, table.shape[2]):  # else the shape check says it
         table = table.float()
         found["cls_token"] = token.float() + table[:, :1]  # (1, 1, D)
         found["pos_embed"] = table[:, 1:].contiguous()  # (1, N, D)
+
+
+def check_timm_names(shape: TensorShapes, source: str) -> None:
+    """Raise an error that names the tensors that no Vision Transformer of timm has."""
+    if "blocks.0.mlp.fc1.weight" not in shape:
+        return  # a ResNet, or a file for which the error about missing tensors is clearer
+    if foreign := [name for name in shape if not KNOWN.fullmatch(name)]:
+        more = f" and {len(foreign) - 6} more" * (len(foreign) > 6)
+        raise VitcliError(
+            f"`{source}` does not fit a plain Vision Transformer; not part of the model: "
+            f"{', '.join(foreign[:6])}{more}",
+            hint=CHECK_FILE,
+        )
+
+
+def check_timm_shapes(shape: TensorShapes, source: str) -> None:
+    """Raise an error that names the tensors that no setting can be read from."""
+    wrong = [
+        f"{name} has the shape {shape[name]} instead of {count} sizes above 0"
+        for name, count in DIMENSIONS.items()
+        if name in shape and (len(shape[name]) != count or 0 in shape[name])
+    ]
+    if wrong:
+        raise VitcliError(
+            f"`{source}` holds tensors of the wrong shape: {', '.join(wrong)}", hint=CHECK_FILE
+        )
+
+
+def not_plain(source: str, shape: TensorShapes, kind: str, missing: list[str]) -> VitcliError:
+    """Return the error for another architecture: which tensors are missing, and which are there."""
+    others = [f"`{name}`" for name in shape if OTHERS.search(name)]
+    shown = f"; it has {', '.join(others[:3])}" if others else ""
+    names = ", ".join(f"`{name}`" for name in missing)
+    return VitcliError(f"`{source}` is not a plain {kind}: no {names}{shown}", hint=CHECK_FILE)
+
+
+# Architectures for writing. `model_args` in JSON can change every size. The architecture has to
+# bring what JSON cannot express: a class (SwiGLU, DeiT's two heads, a ResNet) or an epsilon.
+
+# (width, depth, MLP, heads) -> the size in timm's names.
+SIZES = {
+    (192, 12, 768, 3): "tiny",
+    (384, 12, 1536, 6): "small",
+    (768, 12, 3072, 12): "base",
+    (1024, 24, 4096, 16): "large",
+    (1280, 32, 5120, 16): "huge",
+    (1408, 40, 6144, 16): "giant",
+    (1664, 48, 8192, 16): "gigantic",
+}
+# timm's plain ViTs. Another size is written as the base model with other arguments.
+PLAIN = {
+    "tiny": ("patch16_224", "patch16_384"),
+    "small": ("patch16_224", "patch16_384", "patch32_224", "patch32_384", "patch8_224"),
+    "base": ("patch16_224", "patch16_384", "patch32_224", "patch32_384", "patch8_224"),
+    "large": ("patch16_224", "patch16_384", "patch32_224", "patch32_384", "patch14_224"),
+    "huge": ("patch14_224",),
+    "giant": ("patch14_224",),
+    "gigantic": ("patch14_224",),
+}
+STEMS = {
+    (): "vit_tiny_r_s16_p8_224",
+    (2, 2, 2, 2): "vit_small_r26_s32_224",
+    (3, 4, 9): "vit_base_r50_s16_224",
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+}
+# JSON cannot set the epsilon, so 1e-5 needs an architecture that has it.
+EPS = {1e-6: "", 1e-5: "vit_base_patch16_clip_224"}
+POOLS = {"token": "token", "mean": "avg", "map": "map", "distilled": "token"}
+# Units per stage -> timm's BiT ResNets; the number after the `x` is the width.
+BIT_LAYERS: dict[tuple[int, ...], tuple[str, str]] = {
+    (3, 4, 6, 3): ("resnetv2_50x1_bit", "resnetv2_50x3_bit"),
+    (3, 4, 23, 3): ("resnetv2_101x1_bit", "resnetv2_101x3_bit"),
+    (3, 8, 36, 3): ("resnetv2_152x2_bit", "resnetv2_152x4_bit"),
+}
+
+
+def vit_architecture(config: ViTConfig) -> str:
+    """Return the timm architecture that builds this model, given the arguments of `write_timm`."""
+    size = SIZES.get((config.embed_dim, config.depth, config.mlp_dim, config.num_heads), "base")
+    if config.stem is not None:
+        return STEMS[config.stem]
+    if config.distillation_token:
+        return f"deit_{size if size in ('tiny', 'small') else 'base'}_distilled_patch16_224"
+    if config.mlp == "swiglu":
+        return "vit_giant_patch14_dinov2"
+    if EPS[config.norm_eps]:
+        return EPS[config.norm_eps]
+    name = f"patch{config.patch_size}_{config.image_size[0]}"
+    return f"vit_{size}_{name if name in PLAIN[size] else PLAIN[size][0]}"
+
+
+def bit_architecture(config: ResNetConfig) -> tuple[str, dict[str, Any]]:
+    """Return timm's name of a ResNet, and the arguments that change its widths.
+
+    Arguments cannot change the number of units, so `config.layers` must be in `BIT_LAYERS`.
+    """
+    names = BIT_LAYERS[config.layers]
+    factors = [int(name.partition("x")[2][0]) for name in names]
+    for name, factor in zip(names, factors, strict=True):
+        if config.width == factor:
+            return name, {}
+    root = int(64 * config.width) // factors[0]  # timm multiplies by the factor in the name
+    return names[0], {"stem_chs": root, "channels": [4 * root * 2**i for i in range(4)]}

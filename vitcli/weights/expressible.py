@@ -1,0 +1,319 @@
+"""What the layouts of timm, Hugging Face and Google can hold of a model.
+
+`EXPRESSIBLE` is the only list of these limits: the writers ask it, and the errors and notes of
+`vitcli export` come from it. If a layout has no entry for a property, it holds every value of the
+property, and reading the file back gives the same value.
+
+The temperature has no entry, because `vitcli export` divides the head by it before it writes.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
+from vitcli.vit import ViTConfig
+from vitcli.weights.huggingface.huggingface_names import closest_type, dino_mlp_ratio
+from vitcli.weights.huggingface.processor import resized_size
+from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.timm.timm_names import BIT_LAYERS, EPS, POOLS, STEMS
+
+Layout = Literal["timm", "huggingface", "google"]
+
+
+def _always(_: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A value that a layout cannot hold.
+
+    Attributes:
+        key: the property: `model.`, `resnet.` or `preprocess.` and a field of ViTConfig,
+            ResNetConfig or Preprocess; else an attribute of the model.
+        text: for an error, the reason; for a note, the whole sentence.
+        only: the values that the layout holds; with () the limit applies to every value.
+        when: restricts the limit to some owners of the property.
+        remedy: the option that gives a model which the layout can hold.
+        effect: the effect of `remedy`.
+    """
+
+    key: str
+    text: str
+    only: Collection[Any] = ()
+    when: Callable[[Any], bool] = _always
+    remedy: str = ""
+    effect: str = "changes the logits slightly"
+
+    def applies(self, model: LoadedModel) -> bool:
+        """Return True if `model` has the property, with a value that the layout cannot hold."""
+        owner, value = owner_and_value(model, self.key)
+        return owner is not None and value not in self.only and self.when(owner)
+
+
+class Refused(Limit):
+    """A limit that makes writing the model an error."""
+
+
+class Lost(Limit):
+    """A limit that the user gets a note about: the model is written without this value."""
+
+
+def _is_dino(c: ViTConfig) -> bool:
+    return closest_type(c).startswith("dinov2")
+
+
+def _is_plain(c: ViTConfig) -> bool:
+    return not _is_dino(c)
+
+
+def _has_stem(c: ViTConfig) -> bool:
+    return c.stem is not None
+
+
+def _distilled(c: ViTConfig) -> bool:
+    return c.distillation_token
+
+
+def _special(c: ViTConfig) -> bool:
+    return c.mlp == "swiglu" or c.distillation_token or c.stem is not None
+
+
+def _one_head_for_two_tokens(c: ViTConfig) -> bool:
+    return c.pool == "distilled" and c.num_classes > 0 and not c.distillation_head
+
+
+def _resize_that_timm_lacks(p: Preprocess) -> bool:
+    if p.resize_size is None or p.resize_mode == "pad":
+        return False
+    return p.image_size[0] != p.image_size[1] or p.resize_size < p.image_size[0]
+
+
+def _untrained_head(model: LoadedModel) -> bool:
+    return model.config.num_classes > 0 and not model.head_trained
+
+
+# fmt: off
+TIMM = (
+    Refused("model.pool", "timm has no such pooling", POOLS),
+    Refused("model.pool", "DeiT with a distillation token reads both tokens", ("distilled",),
+            _distilled),
+    Refused("model.pool", "timm has a head for each of the two tokens, not one for both", (),
+            _one_head_for_two_tokens),
+    Refused("model.pool", "timm's attention pool has no SwiGLU", ("token", "mean", "distilled"),
+            lambda c: c.mlp == "swiglu"),
+    Refused("model.pool_blocks", "timm's heads read the last block only", (1,)),
+    Refused("model.num_registers", "DeiT with a distillation token has no registers", (0,),
+            _distilled),
+    Refused("model.position", "timm adds one position table to the tokens",
+            ("learned", "sincos2d", "none")),
+    Refused("model.position", "DeiT with a distillation token has positions",
+            ("learned", "sincos2d"), _distilled),
+    Lost("model.position", "the fixed sin-cos positions become a table, which timm would train",
+         ("learned", "none")),
+    Refused("model.position_at", "timm adds positions before the first block only", ("stem",)),
+    Refused("model.position_covers_prefix", "DeiT adds positions to both of its tokens", (True,),
+            _distilled),
+    Refused("model.representation_size", "timm has no layer between pooling and head", (None,)),
+    Refused("model.mlp", "timm has SwiGLU without distillation token and ResNet stem only",
+            ("gelu",), lambda c: c.distillation_token or c.stem is not None),
+    Refused("model.norm_eps", "timm has 1e-6 and 1e-5", EPS, remedy="--set model.norm_eps=1e-6"),
+    Refused("model.norm_eps", "timm has it without SwiGLU, distillation token and stem only",
+            (1e-6,), _special, "--set model.norm_eps=1e-6"),
+    Refused("model.norm_after_pool", "DeiT with a distillation token has its norm before pooling",
+            (False,), _distilled),
+    Refused("model.patch_bias", "timm's models with a norm before the blocks have none", (False,),
+            lambda c: c.norm_before_blocks),
+    Lost("model.patch_bias", "timm's patch projection has a bias: the file holds zeros for it",
+         (True,), lambda c: not c.norm_before_blocks),
+    Refused("model.axial", "timm has no axial blocks", (False,)),
+    Refused("model.stem", f"timm has the stages {', '.join(str(list(s)) for s in STEMS)} only",
+            (None, *STEMS)),
+    Refused("model.stem", "timm has hybrids without a distillation token only", (None,),
+            _distilled),
+    Refused("model.stem_width", "timm's hybrids have width 1", (1.0,), _has_stem),
+    Refused("model.stem_arithmetic", "timm's ResNets have other epsilons", ("timm",), _has_stem,
+            "--set model.stem_arithmetic=timm"),
+    Refused("resnet.layers", "timm has the units of BiT's R50, R101 and R152 only", BIT_LAYERS),
+    Refused("resnet.arithmetic", "timm has another epsilon and max-pool border", ("timm",)),
+    Lost("preprocess", "mean and std are not known and not written: timm assumes ImageNet's", (),
+         lambda model: model.preprocess is None),
+    Lost("preprocess.crop_rounding",
+         "timm rounds an odd crop margin to even: some crops move by 1 px", ("even",)),
+    Lost("preprocess.antialias", "timm smooths images that it shrinks, this model does not",
+         (True,)),
+    Refused("preprocess.resize_size", "timm stores it as a fraction of a square crop", (),
+            _resize_that_timm_lacks, "--set preprocess.crop_fraction=…", "replaces the resize"),
+    Lost("preprocess.resize_size", "`preprocess.resize_size` = {} becomes a crop fraction",
+         (None,)),
+    Lost("head_activation", "the head needs a sigmoid, which timm leaves to the caller",
+         ("softmax",)),
+    Lost("head_trained", "the head is not trained, which timm's layout cannot store", (),
+         _untrained_head),
+)
+HUGGINGFACE = (
+    Refused("model.image_size", "DINOv2 in transformers takes the position grid as square", (),
+            lambda c: _is_dino(c) and c.image_size[0] != c.image_size[1]),
+    Refused("model.mlp_dim", "DINOv2 in transformers derives it from a whole `mlp_ratio`", (),
+            lambda c: _is_dino(c) and dino_mlp_ratio(c) is None),
+    Refused("model.pool", "DINOv2 with a head reads `token_mean`", ("token_mean",),
+            lambda c: _is_dino(c) and c.num_classes > 0),
+    Refused("model.pool", "DINOv2 without a head gives the class token", ("token",),
+            lambda c: _is_dino(c) and not c.num_classes),
+    Refused("model.pool", "ViT and DeiT read the class token", ("token", "distilled"), _is_plain),
+    Refused("model.pool", "DeiT has a head for each of the two tokens, not one for both", (),
+            lambda c: c.pool == "distilled" and not c.distillation_head),
+    Refused("model.pool_blocks", "its heads read the last block only", (1,)),
+    Refused("model.class_token", "its models have a class token", (True,)),
+    Refused("model.num_registers", "ViT and DeiT have no registers", (0,), _is_plain),
+    Refused("model.position", "it adds one position table to the tokens", ("learned", "sincos2d")),
+    Refused("model.position_at", "it adds positions before the first block only", ("stem",)),
+    Refused("model.position_covers_prefix", "DINOv2 adds registers after the positions", (False,),
+            lambda c: closest_type(c) == "dinov2_with_registers"),
+    Refused("model.representation_size", "DINOv2 has no layer between pooling and head", (None,),
+            _is_dino),
+    Refused("model.representation_size", "its classifiers have no layer before the head", (None,),
+            lambda c: c.num_classes > 0),
+    Refused("model.qk_norm", "its models do not normalise queries and keys", (False,)),
+    Refused("model.layer_scale", "ViT and DeiT have no LayerScale", (None,), _is_plain),
+    Refused("model.layer_scale", "DINOv2 has LayerScale", (),
+            lambda c: _is_dino(c) and c.layer_scale is None),
+    Refused("model.mlp", "ViT and DeiT have no SwiGLU", ("gelu",), _is_plain),
+    Refused("model.norm_before_blocks", "its models have no norm before the blocks", (False,)),
+    Refused("model.norm_after_pool", "its models have the norm before pooling", (False,)),
+    Refused("model.patch_bias", "its patch projection has a bias", (True,)),
+    Refused("model.axial", "it has no axial blocks", (False,)),
+    Refused("model.stem", "its models have no ResNet stem", (None,)),
+    Refused("resnet", "this layout is for Vision Transformers"),
+    Refused("preprocess.resize_mode", "no image processor of transformers pads",
+            ("crop", "squash"), _always, "--set preprocess.resize_mode=squash",
+            "distorts the images"),
+    Refused("preprocess.resize_mode", "no image processor of transformers cuts out an oblong",
+            ("squash",), lambda p: len(set(resized_size(p))) > 1,
+            "--set preprocess.resize_mode=squash", "distorts the images"),
+    Lost("labels", "no class names are known: transformers shows `LABEL_0`, `LABEL_1` …", (),
+         lambda model: model.config.num_classes > 0 and model.labels is None),
+    Lost("head_trained", "the head is not trained, which Hugging Face's layout cannot store", (),
+         _untrained_head),
+    Lost("model.num_classes", "transformers adds a random pooler to a backbone unless you load it "
+         "with `add_pooling_layer=False`", (),
+         lambda c: _is_plain(c) and not c.num_classes and not c.representation_size),
+    Lost("model.position_covers_prefix", "the fixed positions are read back with a row of zeros "
+         "for the class token", (True,),
+         lambda c: c.position == "sincos2d" and not c.num_registers),
+    Lost("model.drop_path_rate", "`drop_path_rate`, which only training uses, is not stored",
+         (0.0,)),
+    Lost("model.num_channels", "`pipeline` opens images in colour: give this model grey arrays "
+         "instead", (), lambda c: c.num_channels == 1),
+    Lost("preprocess", "no preprocessing is known, so none is written: `pipeline` needs it", (),
+         lambda model: model.preprocess is None),
+    Lost("preprocess.crop_rounding", "transformers rounds an odd crop margin down: some crops move "
+         "by 1 px (avoid it with `--set preprocess.crop_rounding=down`)", ("down",),
+         lambda p: p.resize_mode != "squash" or resized_size(p) != p.image_size),
+    Lost("preprocess.antialias", "transformers smooths images that it shrinks, this model does not",
+         (True,)),
+)
+HEADLESS = "the model has no head: big_vision loads it, `load_pretrained` of vit_jax does not"
+GOOGLE = (
+    Refused("model.pool", "the official code pools by class token, mean or attention",
+            ("token", "mean", "map")),
+    Refused("model.pool", "the official hybrids pool by class token or mean", ("token", "mean"),
+            _has_stem),
+    Refused("model.pool_blocks", "its heads read the last block only", (1,)),
+    Refused("model.class_token", "the official code has it with pool `token` only", (False,),
+            lambda c: c.pool in ("mean", "map")),
+    Refused("model.distillation_token", "the official code has none", (False,)),
+    Refused("model.num_registers", "the official code has no registers", (0,)),
+    Refused("model.position", "the official code has learned and sin-cos positions",
+            ("learned", "sincos2d")),
+    Refused("model.position", "the official hybrids have learned positions", ("learned",),
+            _has_stem),
+    Refused("model.position_at", "the official code adds positions before the first block only",
+            ("stem",)),
+    Refused("model.position_covers_prefix", "the official hybrids give the class token a position",
+            (True,), lambda c: _has_stem(c) and c.class_token),
+    Refused("model.qkv_bias", "its query, key and value projections have a bias", (True,)),
+    Refused("model.qk_norm", "the official code does not normalise queries and keys", (False,)),
+    Refused("model.layer_scale", "the official code has no LayerScale", (None,)),
+    Refused("model.mlp", "the official code has no SwiGLU", ("gelu",)),
+    Refused("model.gelu", "the official code approximates GELU with tanh", ("tanh",),
+            remedy="--set model.gelu=tanh"),
+    Refused("model.norm_eps", "the official code has 1e-6", (1e-6,),
+            remedy="--set model.norm_eps=1e-6"),
+    Refused("model.norm_before_blocks", "the official code has no norm there", (False,)),
+    Refused("model.norm_after_pool", "the official code has the norm before pooling", (False,)),
+    Refused("model.patch_bias", "its patch projection has a bias", (True,)),
+    Refused("model.axial", "the official checkpoints have no axial blocks", (False,)),
+    Refused("model.stem_arithmetic", "Google's hybrids have other epsilons", ("google",), _has_stem,
+            "--set model.stem_arithmetic=google"),
+    Lost("model.num_classes", HEADLESS, (), lambda c: not c.num_classes),
+    Lost("resnet.num_classes", HEADLESS, (), lambda c: not c.num_classes),
+    Lost("resnet.arithmetic",
+         "Google's code adds 1e-10 to the variance of a kernel, this model adds 1e-8",
+         ("google",)),
+)
+# fmt: on
+EXPRESSIBLE: dict[Layout, tuple[Refused | Lost, ...]] = {
+    "timm": TIMM,
+    "huggingface": HUGGINGFACE,
+    "google": GOOGLE,
+}
+
+
+def find_limits(model: LoadedModel, layout: Layout) -> dict[str, Refused | Lost]:
+    """Return property -> the first limit of `layout` that `model` exceeds."""
+    found: dict[str, Refused | Lost] = {}
+    for limit in EXPRESSIBLE[layout]:
+        if limit.key not in found and limit.applies(model):
+            found[limit.key] = limit
+    return found
+
+
+def check_expressible(model: LoadedModel, layout: Layout) -> list[str]:
+    """Return a note on each property of `model` that `layout` does not store.
+
+    Raises:
+        VitcliError: the layout cannot hold the model; the error names every property and reason.
+    """
+    found = find_limits(model, layout).values()
+    refused = [limit for limit in found if isinstance(limit, Refused)]
+    if not refused:
+        return [limit.text.format(owner_and_value(model, limit.key)[1]) for limit in found]
+    name = {"timm": "timm", "huggingface": "Hugging Face", "google": "Google's code"}[layout]
+    if layout == "huggingface" and isinstance(model.config, ViTConfig):
+        name = f"Hugging Face's `{closest_type(model.config)}`"
+    hint = "`--to onnx` takes every model"
+    if all(limit.remedy for limit in refused):
+        effects = " and ".join(dict.fromkeys(limit.effect for limit in refused))
+        hint = f"`{' '.join(limit.remedy for limit in refused)}` {effects}; {hint}"
+    shown = ", ".join(f"{_show(model, limit.key)} ({limit.text})" for limit in refused)
+    raise VitcliError(f"{name} cannot express {shown}", hint=hint)
+
+
+def owner_and_value(model: LoadedModel, key: str) -> tuple[Any, Any]:
+    """Return the object that has the property `key` (None if the model has none), and its value."""
+    part, _, field = key.partition(".")
+    owner: Any = model
+    if part in ("model", "resnet"):
+        owner = model.config if isinstance(model.config, ViTConfig) == (part == "model") else None
+    elif field:
+        owner = model.preprocess
+    return owner, getattr(owner, field or part, None)
+
+
+def _show(model: LoadedModel, key: str) -> str:
+    """Format a property for an error: `model.pool` = mean."""
+    if key == "resnet":
+        return "a ResNet"
+    value = owner_and_value(model, key)[1]
+    if isinstance(value, float):
+        value = f"{value:g}"
+    elif isinstance(value, tuple):
+        value = list(value)
+    elif value is None or isinstance(value, bool):
+        value = str(value).lower()
+    if key.startswith("resnet."):
+        return f"a ResNet with `{key.removeprefix('resnet.')}` = {value}"
+    return f"`{key}` = {value}"

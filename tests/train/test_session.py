@@ -213,7 +213,7 @@ def test_training_learns_the_digits(tmp_path):
             {"augment": {"preset": "light2"}, "train": {"batch_size": 33}},
             "even number of images per process, not 33",
         ),
-        ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "part the pairs"),
+        ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "needs pairs"),
         ({"augment": {"repeats": 3}}, "does not divide by `augment.repeats` = 3"),
         ({"augment": {"policy": "trivail"}}, "unknown augment.policy `trivail`"),
         ({"augment": {"mixup_alpha": 0.2}, "objective": {"name": "descriptors"}}, "no labels"),

@@ -210,7 +210,7 @@ def test_the_default_size_fits_the_patch():
 
 
 def test_what_cannot_be_done_is_said(folder):
-    with pytest.raises(ImageError, match="no such file"):
+    with pytest.raises(ImageError, match="the file does not exist"):
         run("missing.jpg")
     with pytest.raises(VitcliError, match="no such file or folder"):
         run("missing")

@@ -79,7 +79,7 @@ def test_what_cannot_be_read_gets_a_row(model, pictures):
 @pytest.mark.parametrize("name", ["labels.csv", "x.parquet", "y.JSONL"])
 def test_a_table_is_no_image(name, model, pictures):
     Path(name).write_text("path,label\np/a.jpg,ant\n")
-    with pytest.raises(VitcliError, match="is a table") as error:
+    with pytest.raises(VitcliError, match="is a dataset") as error:
         predict.run([name], model="m.safetensors")
     assert f"vitcli evaluate {name}" in error.value.hint
     # Among images it is one more file that cannot be read.

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
-from vitcli.evals import feature_table
+from vitcli.evals import feature_cache, feature_table
 from vitcli.evals.feature_cache import CachedFeatures
 from vitcli.evals.features import extract
 from vitcli.preprocess import Preprocess
@@ -238,3 +238,8 @@ def test_the_cache_stays_bounded(photos, net):
     left = feature_table.evict([kept], whole // 2)
     assert left <= whole // 2 and kept.is_dir()
     assert not tables[0].parent.exists() and tables[5].parent.exists()
+
+
+def test_every_source_of_the_code_hash_exists():
+    package = Path(feature_cache.__file__).parents[1]
+    assert all(any(package.glob(pattern)) for pattern in feature_cache.CODE)

@@ -143,7 +143,7 @@ def run(
     `out` ending in .safetensors takes the patches as uint8: `patches` (N, P*P*C) of a picture,
     `SPLIT.patches` (n, N, P*P*C) and `SPLIT.labels` (n,) of data; ending in .png it is where the
     drawing goes. Without an ending it is a folder that takes the images of data, decoded and
-    shrunk, as DATA for later commands (`data/stored.py`).
+    shrunk, as DATA for later commands (`data/decoded_cache.py`).
 
     Args:
         source: a picture, or DATA.

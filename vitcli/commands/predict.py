@@ -182,8 +182,7 @@ def run(
     }
     top = min(top, net.config.num_classes)
     predictor = ImagePredictor(net.to(pick_device()), transform, rules, top, batch_size, precision)
-    rows = _rows(predictor, files, outputs, decisive, resume, counts, watch)
-    return Predictions(rows, counts)
+    return Predictions(_rows(predictor, files, outputs, decisive, resume, counts, watch), counts)
 
 
 def _check_options(top: int, batch_size: int, outputs: OutputFiles, resume: bool) -> None:

@@ -51,8 +51,6 @@ def extract(
     output: str = "features",
     batch_size: int = 128,
     precision: str = "auto",
-    device: torch.device | None = None,
-    workers: int | None = None,
     with_pixels: bool = False,
     watch: Watcher | None = None,
     label: str = "features",
@@ -60,7 +58,7 @@ def extract(
     """Compute `features` or `logits` of every readable image of `images`, in order.
 
     Args:
-        model: put into eval mode on `device`.
+        model: put into eval mode on the device that `pick_device` chooses.
         output: `features` (the input of the head) or `logits`.
         precision: `auto` is fp32, see `autocast`.
         with_pixels: also return the normalised pixels, averaged down to 32 pixels per side.
@@ -74,8 +72,6 @@ def extract(
         output=output,
         batch_size=batch_size,
         precision=precision,
-        device=device,
-        workers=workers,
         with_pixels=with_pixels,
     )
     with (watch or Quiet()).progress(label, len(images)) as bar:
@@ -110,8 +106,6 @@ def extract_batches(
     output: str = "features",
     batch_size: int = 128,
     precision: str = "auto",
-    device: torch.device | None = None,
-    workers: int | None = None,
     with_pixels: bool = False,
 ) -> Iterator[Extracted]:
     """Batches of what `extract` returns, for the images of this process.
@@ -121,7 +115,7 @@ def extract_batches(
     if batch_size < 1:
         raise VitcliError(f"`--batch-size` is {batch_size}", "give a number of images, 1 or more")
     preprocess = require_preprocess(model)
-    device = device or pick_device()
+    device = pick_device()
     rank, world_size = rank_and_world_size()
     model = model.to(device).eval()
     forward: dict[str, Callable[[Tensor], Tensor]] = {
@@ -133,7 +127,6 @@ def extract_batches(
         images,
         preprocess,
         batch_size=batch_size,
-        workers=workers,
         rank=rank,
         world_size=world_size,
         pin_memory=device.type == "cuda",

@@ -49,7 +49,7 @@ class AbstainRules:
 
     @property
     def can_abstain(self) -> bool:
-        """Whether any image may get no label."""
+        """True if an image may get no label."""
         return self.threshold is not None or self.ood_threshold is not None
 
     @property

@@ -145,7 +145,7 @@ def open_resume_log(
 
 
 def is_finished(files: OutputFiles) -> bool:
-    """Whether every output file exists and no log is left."""
+    """True if every output file exists and no log is left."""
     return not _log_path(files.paths[0]).exists() and all(p.exists() for p in files.paths)
 
 

@@ -205,14 +205,14 @@ def evaluate_draws(
     results, fit = FewshotAccuracies(), METHODS[section.method].fit
     # The head that is stored is the best documented one: seed 0 and the most shots.
     largest = max(draws, key=lambda key: (key[1] == 0, len(draws[key])))
-    told: set[str] = set()  # warn once, not for every seed
+    warned: set[str] = set()  # warn once, not for every seed
     with watch.progress("classifiers", len(draws)) as bar:
         for (shots, seed), drawn in draws.items():
             fitted = fit(*_select(train, drawn), num_classes, section, seed)
             results.add(shots, fitted, test)
-            for line in set(fitted.notes) - told:
+            for line in set(fitted.notes) - warned:
                 watch.warn(f"`--shots {shots}`: {line}")
-            told |= set(fitted.notes)
+            warned |= set(fitted.notes)
             if (shots, seed) == largest and fitted.make_head is not None:
                 results.head = fitted.make_head()
             bar.advance()

@@ -1,18 +1,19 @@
-"""The training pipeline beside a plain Pillow one, in one run: images a second.
+"""Compare the training pipeline with a plain Pillow pipeline: images per second, in one run.
 
-Both read the same files in the same order with the same number of threads, cut a random part of
-5..100 % of the area, resize it to 224 pixels (bilinear), flip half of them, and fill batches. The
-plain one is what one writes first: open, convert to RGB, crop, resize, transpose, float tensor,
-stacked. Ours hands on bytes; a model's normalisation divides them on the device. They run in turn
-(A B A B ...); printed are medians, and median, least and largest of the ratio of each pair.
+Both read the same files in the same order with the same number of threads. They crop a random part
+of 5 to 100 % of the area, resize it to 224 px (bilinear), flip half of the images and fill batches.
+The plain pipeline is the usual first version: open, convert to RGB, crop, resize, transpose, float
+tensor, stack. Ours returns bytes, which the model normalises on the device. The two run in turn
+(A B A B ...). The output has the median speeds, and the median, smallest and largest ratio of the
+pairs.
 
-    python recipes/bench_data.py                  every case
-    python recipes/bench_data.py flowers --json   one, as a line of JSON
+    python recipes/bench_data.py                  run every case
+    python recipes/bench_data.py flowers --json   run one case, one line of JSON per row
 
-"kept" is ours as it runs from the second epoch on, where decoded pictures fit in memory, "stored"
-on what `vitcli patchify DATA --out DIR` made of the files, with shorter sides of 256 pixels at most
-(both beside the plain pipeline on the files). "photographs" are flowers and messy together.
-"12 MP" are 4000 x 3000 JPEGs made from a photograph of `messy`.
+"kept" is our pipeline from the second epoch on, when the decoded images fit in memory. "stored"
+reads what `vitcli patchify DATA --out DIR` made of the files, with shorter sides of at most 256 px.
+The plain pipeline reads the files in both cases. "photographs" is flowers and messy together.
+"12 MP" is 4000 x 3000 JPEGs made from a photograph of `messy`.
 """
 
 import io
@@ -53,7 +54,7 @@ PREPROCESS = Preprocess((SIDE, SIDE), interpolation="bilinear")
 
 
 class Files:
-    """Files in memory, so that no disk is measured."""
+    """Files in memory, so that the disk is not measured."""
 
     def __init__(self, files: Sequence[bytes]) -> None:
         self.files = files
@@ -62,16 +63,16 @@ class Files:
         return len(self.files)
 
     def content(self, row: int) -> bytes:
-        """The bytes of one."""
+        """The bytes of a file."""
         return self.files[row]
 
     def describe(self, row: int) -> str:
-        """What errors call it."""
+        """The name of a file in errors."""
         return f"file {row}"
 
 
 def plain(files: Sequence[bytes], steps: int, workers: int) -> Iterator[torch.Tensor]:
-    """(B, 3, Y, X) float32 batches, as one writes them without us."""
+    """(B, 3, Y, X) float32 batches of the plain pipeline."""
 
     def make(index: int) -> torch.Tensor:
         rng = np.random.default_rng(index)
@@ -97,14 +98,14 @@ def plain(files: Sequence[bytes], steps: int, workers: int) -> Iterator[torch.Te
 
 
 def ours(images: ImageSet, steps: int, workers: int) -> Iterator[torch.Tensor]:
-    """(B, 3, Y, X) uint8 batches of the training loader."""
+    """(B, 3, Y, X) uint8 batches of `TrainLoader`."""
     transform = TrainTransform(PREPROCESS, AugmentSection(min_area=MIN_AREA))
     loader = TrainLoader(images, transform, batch_size=BATCH, seed=0, workers=workers, strict=True)
     return (batch.images for batch in loader.batches(0, steps))
 
 
 def seconds(batches: Callable[[], Iterator[torch.Tensor]]) -> float:
-    """How long it takes to have them all."""
+    """The time in seconds to make all batches."""
     start = time.perf_counter()
     for _ in batches():
         pass
@@ -113,7 +114,7 @@ def seconds(batches: Callable[[], Iterator[torch.Tensor]]) -> float:
 
 @contextmanager
 def ready(files: Sequence[bytes], way: Way) -> Iterator[ImageSet]:
-    """The files as the loader is to read them."""
+    """The files as an image set for the loader."""
     sets.CACHE_BYTES = 1 << 40 if way == "kept" else 0
     images = ImageSet("train", ["a"], np.zeros(len(files), dtype=np.int64), Files(files))
     if way != "stored":
@@ -131,7 +132,7 @@ def ready(files: Sequence[bytes], way: Way) -> Iterator[ImageSet]:
 def compare(
     name: str, files: Sequence[bytes], images: ImageSet, way: Way, workers: int
 ) -> dict[str, Any]:
-    """Both pipelines over every image at least once, in turn."""
+    """Run both pipelines in turn over every image at least once."""
     steps = -(-len(files) // BATCH)
 
     def first() -> Iterator[torch.Tensor]:
@@ -157,13 +158,13 @@ def compare(
 
 
 def flowers() -> list[bytes]:
-    """The photographs of flower_photos, about 240 pixels a side."""
+    """The photographs of flower_photos, about 240 px per side."""
     table = pq.read_table(SHARED / "flower_photos/train.parquet")
     return [row["bytes"] for row in table["image"].to_pylist()]
 
 
 def messy() -> list[bytes]:
-    """The odd files that both can read: 500-pixel photographs and some large ones."""
+    """Files of unusual formats that both can read: 500-px photographs and some large ones."""
     files = []
     with tarfile.open(SHARED / "messy.tar.xz") as archive:
         for member in archive:
@@ -180,7 +181,7 @@ def messy() -> list[bytes]:
 
 
 def twelve_megapixels() -> list[bytes]:
-    """Large photographs, as a phone makes them."""
+    """Large photographs, like those of a phone."""
     largest = max(messy(), key=lambda content: np.prod(Image.open(io.BytesIO(content)).size))
     photo = read_image(largest)
     files = []
@@ -194,7 +195,7 @@ def twelve_megapixels() -> list[bytes]:
 
 
 def photographs() -> list[bytes]:
-    """Both, mixed."""
+    """Flowers and messy together."""
     return flowers() + messy()
 
 
@@ -210,7 +211,7 @@ CASES: dict[str, tuple[Callable[[], list[bytes]], Way]] = {
 
 
 def main() -> None:
-    """Measure the cases that the command line names, or all."""
+    """Measure the cases named on the command line, or all cases."""
     torch.set_num_threads(1)
     arguments = sys.argv[1:]
     as_json = "--json" in arguments

@@ -51,16 +51,14 @@ def load_model(
         MODEL: a run directory, a weights file or folder, `hf:NAME` on the Hub, the URL of a weights
             file, or a variant (random weights).
         image_size: pixels, an int or (Y, X). Another size than the file's resamples the positions.
-        num_heads: attention heads, for a file that does not state them.
-        pool: `token`, `mean`, `quadrants`, `map`, `token_mean`, `distilled` or an alias. Another
-            pooling than the file's drops the head.
+        pool: a pooling of `ViTConfig` or an alias. Another than the file's drops the head.
         position_resize: `bilinear` (corners aligned, the paper's code; default for Google files),
-            `bicubic` (antialiased, timm; default for the rest), `bicubic_plain` (not antialiased,
-            transformers for ViT, DeiT and DINOv2) or `bilinear_antialiased`.
+            `bicubic` (antialiased, timm; default for the rest), `bicubic_plain` (transformers) or
+            `bilinear_antialiased`; see `vit.position.resample`.
         labels: class names, or a text file with one name per line.
         preprocess: settings that replace those of the file, or a whole Preprocess.
-        norm_eps, gelu: for a file that does not state them.
-        stem_arithmetic: `google` or `timm`: which implementation the ResNet of a hybrid follows.
+        num_heads, norm_eps, gelu: for a file that does not state them.
+        stem_arithmetic: `google` or `timm`, for the ResNet of a hybrid.
         patch_size: pixels. Another size than the file's resamples the patch projection (FlexiViT's
             pseudo-inverse) and the positions.
         num_classes: add a new zero head with this many outputs; 0 removes the head.
@@ -68,7 +66,7 @@ def load_model(
         watch: receives the progress of a download.
 
     Raises:
-        VitcliError: the model cannot be found or read, or a setting is missing; the error names it.
+        VitcliError: the model cannot be found or read, or a setting is missing.
     """
     source = os.fspath(MODEL)
     if position_resize not in (None, *get_args(Resize)):

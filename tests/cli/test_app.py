@@ -110,7 +110,11 @@ def test_help_answers_at_once():
             "no classifier that",
             "--out",
         ),
-        (["fewshot", "-m", "Pico/4", "--representation", "cl"], "no representation `cl`", "`cls`"),
+        (
+            ["fewshot", "-m", "Pico/4", "--representation", "cl"],
+            "unknown representation `cl`",
+            "`cls`",
+        ),
         (["export"], "Missing option '--to'", "see `vitcli export --help`"),
         (
             ["export", "--to", "onx", "--model", "Pico/4"],

@@ -344,11 +344,11 @@ def test_models_without_a_table_of_places():
 
 def test_a_head_that_reads_several_blocks():
     from vitcli.weights.edit import replace_head
-    from vitcli.weights.feature_layers import represent
+    from vitcli.weights.feature_layers import set_representation
     from vitcli.weights.loaded import LoadedModel
 
     model = LoadedModel(create_network("Pico/4", image_size=16, depth=3))
-    represent(model, "concat:2")
+    set_representation(model, "concat:2")
     replace_head(model, ["x", "y", "z"])
     torch.nn.init.normal_(model.network.head.weight)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

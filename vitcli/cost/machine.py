@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vitcli.errors import unknown
-from vitcli.vit.blocks import attend_explicit, is_written_out
+from vitcli.vit.blocks import attend_explicit, uses_explicit_attention
 
 MATRIX_SIDE = 1024
 RUNS = 5  # the best one counts
@@ -103,7 +103,7 @@ def attention_seconds(device: torch.device, dtype: torch.dtype) -> dict[str, flo
     return {
         "explicit": explicit,
         "fused": fused,
-        "chosen": explicit if is_written_out(q) else fused,
+        "chosen": explicit if uses_explicit_attention(q) else fused,
     }
 
 

@@ -77,8 +77,10 @@ def registries() -> dict[str, Iterable[str]]:
     """The settings whose values are the names in a registry."""
     from vitcli.data.augment.policies import POLICIES, PRESETS
     from vitcli.data.augment.transform import CROPS
+    from vitcli.train.build import registered_names
 
-    return {"augment.crop": CROPS, "augment.preset": PRESETS, "augment.policy": POLICIES}
+    augmentation = {"augment.crop": CROPS, "augment.preset": PRESETS, "augment.policy": POLICIES}
+    return {**augmentation, **registered_names()}
 
 
 def settings_page() -> str:

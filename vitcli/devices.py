@@ -1,5 +1,6 @@
 """The device and the precision of a computation."""
 
+import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -118,3 +119,26 @@ def matrix_peak(device: torch.device, precision: str) -> float:
 
     work()
     return 2.0 * size**3 / min(_seconds(work) for _ in range(PEAK_RUNS))
+
+
+# The message of torch's allocator on a CPU. On a GPU torch raises an exception of its own.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True if `error` says that the memory of the device is exhausted."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in OUT_OF_MEMORY)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes allocated so far: on a GPU by torch, else by the process; 0 if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -13,9 +13,9 @@ from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.run import Run
 from vitcli.train import loop
-from vitcli.train.loop import Stopped
+from vitcli.train.resolve import with_dropout
 from vitcli.train.session import train
-from vitcli.train.starting import regularised
+from vitcli.train.signals import Stopped
 from vitcli.vit import ResNet, VisionTransformer
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
@@ -124,4 +124,4 @@ def test_what_a_resnet_has_not_is_said(tmp_path):
             go(tmp_path / section, recipe.model_copy(update={section: changed}))
     net = create_model("R26x1", layers=(1,), width=0.5, image_size=8)
     with pytest.raises(VitcliError, match=r"a ResNet has no dropout: model\.dropout_rate"):
-        regularised(net, {"dropout_rate": 0.1})
+        with_dropout(net, {"dropout_rate": 0.1})

@@ -11,8 +11,8 @@ from vitcli.config.schema import Recipe
 from vitcli.cost.malloc_replay import heap_peak
 from vitcli.cost.memory import Step, evaluation_memory, trace
 from vitcli.preprocess import Preprocess
-from vitcli.train.lora import choose_learning
-from vitcli.train.objectives.registry import build_objective
+from vitcli.train.lora import freeze_and_adapt
+from vitcli.train.objectives import build_objective
 from vitcli.vit import create_network, from_config, parse_variant
 from vitcli.weights.loaded import LoadedModel
 
@@ -23,7 +23,7 @@ def objective(recipe, device="meta", **settings):
     settings = {"image_size": (32, 32), "num_classes": 10, "depth": 3, **settings}
     with torch.device(device):
         network = from_config(parse_variant("Pico/4", **settings))
-        choose_learning(network, recipe.lora, recipe.train.freeze, 0)
+        freeze_and_adapt(network, recipe.lora, recipe.train.freeze, 0)
     preprocess = Preprocess(image_size=(32, 32), mean=(0.5,), std=(0.5,))
     model = LoadedModel(network, preprocess=preprocess)
     return build_objective(model, recipe.objective, 0)

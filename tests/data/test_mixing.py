@@ -16,7 +16,7 @@ from vitcli.data.augment.mixing import (
 )
 from vitcli.data.augment.transform import resolve_augment
 from vitcli.preprocess import Preprocess
-from vitcli.train.objectives.registry import build_objective
+from vitcli.train.objectives import build_objective
 from vitcli.weights.loaded import create_model
 
 SIZE = (24, 32)

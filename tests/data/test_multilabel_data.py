@@ -25,7 +25,8 @@ from vitcli.errors import VitcliError
 from vitcli.evals.scoring import multi_label_metrics, multi_label_per_class
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.train.objectives.registry import build_objective, settled
+from vitcli.train.build import unused_settings
+from vitcli.train.objectives import build_objective, resolve_objective
 from vitcli.train.session import train
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
@@ -204,31 +205,30 @@ def test_check_counts_each_label(tmp_path):
 
 
 def test_the_objective_is_chosen_by_the_data():
-    assert settled(ObjectiveSection(), False)[0].name == "softmax"
-    section, notes = settled(ObjectiveSection(), True)
+    assert resolve_objective(ObjectiveSection(), False)[0].name == "softmax"
+    section, notes = resolve_objective(ObjectiveSection(), True)
     assert section.name == "sigmoid" and "objective `sigmoid`" in notes[0]
-    assert settled(ObjectiveSection(name="descriptors"), True)[0].name == "descriptors"
+    assert resolve_objective(ObjectiveSection(name="descriptors"), True)[0].name == "descriptors"
     for name in ("softmax", "guided"):
-        with pytest.raises(VitcliError, match=f"`{name}` takes one class an image"):
-            settled(ObjectiveSection(name=name), True)
+        with pytest.raises(VitcliError, match=f"`{name}` takes one class per image"):
+            resolve_objective(ObjectiveSection(name=name), True)
     with pytest.raises(VitcliError, match="head_bias` is for `sigmoid`"):
-        settled(ObjectiveSection(head_bias=-10.0), False)
-    notes = settled(ObjectiveSection(name="sigmoid", label_smoothing=0.1), False)[1]
-    assert "not smoothed" in notes[0]
+        resolve_objective(ObjectiveSection(head_bias=-10.0), False)
+    recipe = tiny_recipe(objective={"name": "sigmoid", "label_smoothing": 0.1})
+    assert "`objective.label_smoothing`" in unused_settings(recipe, False)[0]
 
 
 def test_settings_of_another_objective_are_told_of_and_do_nothing():
-    given = ObjectiveSection(name="softmax", descriptor_weight=0.0, mask_rate=0.3)
-    section, notes = settled(given, False)
-    assert section == given
-    assert notes == [
-        "objective `softmax` has no use for `objective.descriptor_weight`, `objective.mask_rate`"
+    given = {"name": "softmax", "descriptor_weight": 0.0, "mask_rate": 0.3}
+    assert resolve_objective(ObjectiveSection(**given), False) == (ObjectiveSection(**given), [])
+    assert unused_settings(tiny_recipe(objective=given), False)[:1] == [
+        "objective `softmax` does not use `objective.descriptor_weight`, `objective.mask_rate`"
     ]
     hard = ObjectiveSection(
         name="distill", teacher="teacher.safetensors", distillation="hard", temperature=3.0
     )
-    assert "`objective.temperature`" in settled(hard, False)[1][0]
-    assert settled(hard.model_copy(update={"distillation": "soft"}), False)[1] == []
+    assert "`objective.temperature`" in resolve_objective(hard, False)[1][0]
+    assert resolve_objective(hard.model_copy(update={"distillation": "soft"}), False)[1] == []
 
 
 def test_the_loss_is_the_sum_over_classes():

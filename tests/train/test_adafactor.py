@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from support.stepping import compare, half
 
-from vitcli.train.optimizers.adafactor import Adafactor
+from vitcli.train.optimizers import Adafactor
 
 
 def by_hand(w, gradients, decay, rates):

@@ -11,10 +11,9 @@ from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import loop
-from vitcli.train.budget import Deadline
-from vitcli.train.budget_steps import Budget, stage_shares
-from vitcli.train.loop import Stopped
+from vitcli.train.budget import Budget, Deadline, stage_fractions
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 
 SETTINGS = {"train": {"steps": None, "budget": "8s", "smaller_sizes": [[4, 0.5]]}}
 
@@ -28,7 +27,7 @@ def go(out, recipe, resume=False):
 def test_stages_share_the_run():
     def shares(sizes, **settings):
         recipe = tiny_recipe(train={"smaller_sizes": sizes, **settings})
-        return stage_shares(recipe.train)
+        return stage_fractions(recipe.train)
 
     assert shares([]) == [(0, 1.0)]
     assert shares([[16, 0.4], [24, 0.7]]) == [
@@ -57,9 +56,9 @@ def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
     # Stopped, and resumed with the steps that were settled first: the same run of that length.
     fixed = Budget(7, Deadline(time.monotonic() + 1e6, 0.0, [(1.0, 1e-3)]))
     monkeypatch.setattr(Deadline, "is_due", lambda *_: False)
-    monkeypatch.setattr("vitcli.train.session.settle_budget", lambda *_: fixed)
-    asked = iter([None] * 5 + [15] + [None] * 100)
-    monkeypatch.setattr(loop.Loop, "agree", lambda _, value: next(asked) or value)
+    monkeypatch.setattr("vitcli.train.session.plan_budget", lambda *_: fixed)
+    asked = iter([None] * 4 + [15] + [None] * 100)
+    monkeypatch.setattr(loop, "max_over_processes", lambda _, value: next(asked) or value)
     with pytest.raises(Stopped):
         go(tmp_path / "parts", recipe)
     monkeypatch.undo()
@@ -72,12 +71,12 @@ def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
 
 def test_measuring_moves_no_weight(tmp_path, monkeypatch):
     """A budget of exactly the steps of a fixed run gives that run."""
-    from vitcli.train import budget_steps as budget
+    from vitcli.train import budget
 
-    measured = budget.settle_budget
+    measured = budget.plan_budget
     monkeypatch.setattr(Deadline, "is_due", lambda *_: False)
     monkeypatch.setattr(
-        "vitcli.train.session.settle_budget", lambda *a: replace(measured(*a), steps=6)
+        "vitcli.train.session.plan_budget", lambda *a: replace(measured(*a), steps=6)
     )
     go(tmp_path / "budget", tiny_recipe(**SETTINGS))
     go(tmp_path / "fixed", tiny_recipe(train={"steps": 6, "smaller_sizes": [[4, 0.5]]}))
@@ -90,7 +89,7 @@ def test_measuring_moves_no_weight(tmp_path, monkeypatch):
 def test_a_budget_too_small_for_one_step(tmp_path, monkeypatch):
     recipe = tiny_recipe(train={"steps": None, "budget": "1s"})
     monkeypatch.setattr("vitcli.train.session.parse_duration", lambda text: 5.0)
-    monkeypatch.setattr("vitcli.train.budget_steps.WRITING_SECONDS", 60.0)
+    monkeypatch.setattr("vitcli.train.budget.WRITING_SECONDS", 60.0)
     with pytest.raises(VitcliError, match="no step fits into the budget"):
         go(tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()  # free for another try
@@ -99,8 +98,8 @@ def test_a_budget_too_small_for_one_step(tmp_path, monkeypatch):
 def test_a_budget_that_is_over_is_not_exceeded_by_measuring(tmp_path, monkeypatch):
     from vitcli import distributed as launch
 
-    monkeypatch.setattr(launch, "began", time.monotonic() - 100.0)
-    monkeypatch.setattr(loop.Loop, "update", lambda *_: pytest.fail("a step was made"))
+    monkeypatch.setattr(launch, "started_at", time.monotonic() - 100.0)
+    monkeypatch.setattr(loop.Loop, "step", lambda *_: pytest.fail("a step was made"))
     recipe = tiny_recipe(train={"steps": None, "budget": "60s"})
     with pytest.raises(VitcliError, match=r"was over before one could be timed, 4\d\.\d s ago"):
         go(tmp_path / "run", recipe)
@@ -109,7 +108,7 @@ def test_a_budget_that_is_over_is_not_exceeded_by_measuring(tmp_path, monkeypatc
 
 def fixed(monkeypatch, steps):
     given = Budget(steps, Deadline(time.monotonic() + 1e6, 0.0, [(1.0, 1e-3)]))
-    monkeypatch.setattr("vitcli.train.session.settle_budget", lambda *_: given)
+    monkeypatch.setattr("vitcli.train.session.plan_budget", lambda *_: given)
     return given
 
 
@@ -125,24 +124,24 @@ def test_time_that_is_up_is_the_end_whatever_the_marks_say(tmp_path, monkeypatch
     fixed(monkeypatch, 40)
     monkeypatch.setattr(Deadline, "is_up", lambda _: len(list(seen)) == 3)
     seen = []
-    real = loop.Loop.update
+    real = loop.Loop.step
     monkeypatch.setattr(
-        loop.Loop, "update", lambda self, batch: [seen.append(0), real(self, batch)][1]
+        loop.Loop, "step", lambda self, batch: [seen.append(0), real(self, batch)][1]
     )
     assert go(tmp_path / "run", tiny_recipe(**SETTINGS)).steps == 3
 
 
 def test_slow_steps_are_timed_fewer_times(tmp_path, monkeypatch):
-    from vitcli.train import budget_steps as budget
+    from vitcli.train import budget
 
-    count, real = [], loop.Loop.update
-    monkeypatch.setattr(budget, "TIMING_SHARE", 0.0)
+    count, real = [], loop.Loop.step
+    monkeypatch.setattr(budget, "TIMING_FRACTION", 0.0)
     monkeypatch.setattr(loop.Loop, "fit", lambda _: None)
     monkeypatch.setattr(
-        loop.Loop, "update", lambda self, batch: [count.append(0), real(self, batch)][1]
+        loop.Loop, "step", lambda self, batch: [count.append(0), real(self, batch)][1]
     )
     go(tmp_path / "run", tiny_recipe(**SETTINGS))
-    assert len(count) == 2 * (budget.WARM_STEPS + 1)  # two stages
+    assert len(count) == 2 * (budget.WARMUP_STEPS + 1)  # two stages
 
 
 def test_a_run_that_goes_back_makes_the_steps_that_there_is_time_for(tmp_path, monkeypatch):

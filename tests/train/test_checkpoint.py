@@ -11,7 +11,7 @@ from vitcli.config.schema import OptimSection
 from vitcli.errors import VitcliError
 from vitcli.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from vitcli.train.ema import Ema
-from vitcli.train.optimizers.registry import OPTIMIZERS, build_optimizers
+from vitcli.train.optimizers import OPTIMIZERS, build_optimizers
 from vitcli.vit import create_network
 
 
@@ -48,7 +48,7 @@ def test_four_steps_are_two_and_a_resume_and_two(name, tmp_path):
     assert second.step == 2
     advance(second, 2)
     assert equal(whole.module.state_dict(), second.module.state_dict())
-    assert equal(whole.ema.state(), second.ema.state())
+    assert equal(whole.ema.state_dict(), second.ema.state_dict())
 
 
 def test_only_the_last_ones_are_kept(tmp_path):
@@ -68,7 +68,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch):
     def full(*arguments, **settings):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_part", full)
+    monkeypatch.setattr(checkpoint, "write_shard", full)
     advance(s, 1)
     with pytest.raises(VitcliError, match="No space left"):
         save_checkpoint(tmp_path, s, keep=1)
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
     s = state()
     path = save_checkpoint(tmp_path, s, keep=1)
     (path / "module.safetensors").write_bytes(b"short")
-    with pytest.raises(VitcliError, match="cannot be read") as caught:
+    with pytest.raises(VitcliError, match="cannot read checkpoint") as caught:
         load_checkpoint(path, s)
     assert "remove it" in caught.value.hint
 
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, state(), keep=1)
     other = TrainState(nn.Linear(2, 2), [])
-    with pytest.raises(VitcliError, match="cannot be read"):
+    with pytest.raises(VitcliError, match="cannot read checkpoint"):
         load_checkpoint(path, other)
 
 

@@ -15,8 +15,8 @@ from vitcli.data.image_set import ArrayStore, FileStore, ImageSet
 from vitcli.data.loader import TrainLoader
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.train import data_wait as pace
-from vitcli.train.data_wait import Pace, Spent, is_filling, warning
+from vitcli.train import meters
+from vitcli.train.meters import StepTimes, WaitTimer, is_filling_cache, slow_data_warning
 from vitcli.train.session import train
 
 
@@ -25,7 +25,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(pace.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(meters.time, "perf_counter", lambda: self.now)
 
     def work(self, watched, waits, works, idle=0.0):
         """A run whose batches take `waits` to come and `works` to be used."""
@@ -37,18 +37,18 @@ class Clock:
 
         for _, work in zip(watched.over(batches()), works, strict=True):
             self.now += work
-            watched.done()
+            watched.step_done()
             self.now += idle  # a checkpoint, an evaluation
 
 
 def test_waiting_and_working_are_told_apart(monkeypatch):
-    watched = Pace(torch.device("cpu"))
+    watched = WaitTimer(torch.device("cpu"))
     Clock(monkeypatch).work(watched, [9.0] * 5 + [0.25] * 8, [9.0] * 5 + [1.0] * 8, idle=50.0)
     spent = watched.read()
     assert (spent.waited, spent.worked, spent.steps) == pytest.approx((2.0, 8.0, 8))
-    assert spent.fraction == pytest.approx(0.2)
-    assert watched.read() == Spent()  # only what is new
-    assert watched.verdict() is None  # 8 steps are no window
+    assert spent.wait_fraction == pytest.approx(0.2)
+    assert watched.read() == StepTimes()  # only what is new
+    assert watched.slow_window() is None  # 8 steps are no window
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ def test_waiting_and_working_are_told_apart(monkeypatch):
     ],
 )
 def test_a_verdict_needs_a_window(steps, wait, work, slow, monkeypatch):
-    watched = Pace(torch.device("cpu"))
+    watched = WaitTimer(torch.device("cpu"))
     Clock(monkeypatch).work(watched, [wait] * steps, [work] * steps)
     watched.read()
-    assert (watched.verdict() is not None) is slow
+    assert (watched.slow_window() is not None) is slow
     if steps == 25 and work == 1.0:
-        assert watched.verdict() is None  # a new window has begun
+        assert watched.slow_window() is None  # a new window has begun
 
 
 class Events:
@@ -100,7 +100,7 @@ def test_a_gpu_waits_only_when_it_has_nothing_to_do(loading, waited, monkeypatch
     events = Events()
     monkeypatch.setattr(torch.cuda, "Event", events.make)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    watched = Pace(torch.device("cuda"))
+    watched = WaitTimer(torch.device("cuda"))
 
     def batches():
         for _ in range(15):
@@ -109,7 +109,7 @@ def test_a_gpu_waits_only_when_it_has_nothing_to_do(loading, waited, monkeypatch
 
     for _ in watched.over(batches()):
         events.gpu += 1.0
-        watched.done()
+        watched.step_done()
     spent = watched.read()
     assert (spent.steps, spent.waited, spent.worked) == pytest.approx((10, 10 * waited, 10))
 
@@ -125,15 +125,17 @@ def a_set(store, count=12):
 
 def test_the_warning_has_both_speeds_and_what_helps(tmp_path):
     files = a_loader(a_set(FileStore(tmp_path, [b"x"] * 12)))
-    text = warning(Spent(3.0, 1.0, 100), files, "photos")
-    assert "arrive at 100/s" in text
-    assert "could take 400/s" in text
+    text = slow_data_warning(StepTimes(3.0, 1.0, 100), files, "photos")
+    assert "slow: 100 images/s" in text
+    assert "can train on 400 images/s" in text
     assert "75%" in text
     assert "`vitcli patchify photos --out DIR`" in text
     array = ArrayStore("memory", np.zeros((12, 8, 8, 3), dtype=np.uint8))
-    assert "patchify" not in warning(Spent(3.0, 1.0, 100), a_loader(a_set(array)), "builtin:x")
+    assert "patchify" not in slow_data_warning(
+        StepTimes(3.0, 1.0, 100), a_loader(a_set(array)), "builtin:x"
+    )
     monkey = a_loader(a_set(array), workers=0)
-    assert "data.workers=" in warning(Spent(3.0, 1.0, 100), monkey, "builtin:x")
+    assert "data.workers=" in slow_data_warning(StepTimes(3.0, 1.0, 100), monkey, "builtin:x")
 
 
 def test_a_first_epoch_that_fills_the_memory_is_no_measure():
@@ -141,8 +143,8 @@ def test_a_first_epoch_that_fills_the_memory_is_no_measure():
     loader = a_loader(images)
     images.read(0)
     assert images.is_cached
-    assert is_filling(loader, 11)
-    assert not is_filling(loader, 12)
+    assert is_filling_cache(loader, 11)
+    assert not is_filling_cache(loader, 12)
 
 
 class Heard(Quiet):
@@ -163,9 +165,9 @@ def test_a_run_says_so_once(slow, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ArrayStore, "content", slowly)
     monkeypatch.setattr(sets, "CACHE_BYTES", 0)
-    monkeypatch.setattr(pace, "WINDOW_STEPS", 5)
-    monkeypatch.setattr(pace, "WINDOW_SECONDS", 0.01)
-    monkeypatch.setattr(pace, "TOLERATED", 0.2 if slow else 0.95)
+    monkeypatch.setattr(meters, "WINDOW_STEPS", 5)
+    monkeypatch.setattr(meters, "WINDOW_SECONDS", 0.01)
+    monkeypatch.setattr(meters, "MAX_WAIT_FRACTION", 0.2 if slow else 0.95)
     heard = Heard()
     recipe = tiny_recipe(data={"workers": 1}, train={"steps": 24, "eval_steps": 100})
     train(
@@ -175,13 +177,13 @@ def test_a_run_says_so_once(slow, tmp_path, monkeypatch):
         resume=False,
         watch=heard,
     )
-    told = [line for line in heard.warnings if "images arrive at" in line]
+    told = [line for line in heard.warnings if "data loading is slow" in line]
     assert len(told) == slow
     steps = [r for r in records(tmp_path / "run") if "train/loss" in r]
     assert len(steps) == 24
-    assert not any("data/wait_fraction" in record for record in steps[: pace.WARM_STEPS])
-    shares = [record["data/wait_fraction"] for record in steps[pace.WARM_STEPS :]]
+    assert not any("data/wait_fraction" in record for record in steps[: meters.WARMUP_STEPS])
+    shares = [record["data/wait_fraction"] for record in steps[meters.WARMUP_STEPS :]]
     assert all(0 <= share <= 1 for share in shares)
     if slow:
         assert np.median(shares) > 0.2
-        assert "images arrive at" in (tmp_path / "run/log.txt").read_text()
+        assert "data loading is slow" in (tmp_path / "run/log.txt").read_text()

@@ -15,6 +15,7 @@ from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.train.objectives.distillation import Distill
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
@@ -93,26 +94,26 @@ def test_the_loss_is_the_formula_of_deit(teacher, kind, two_heads):
 def test_the_teacher_is_neither_trained_nor_stored(teacher):
     name, _ = teacher
     task = objective(name)
-    assert not any("others" in key for key in task.state_dict())
-    before = {k: v.clone() for k, v in task.others[0].state_dict().items()}
+    assert not any("teachers" in key for key in task.state_dict())
+    before = {k: v.clone() for k, v in task.teachers[0].state_dict().items()}
     loss, _ = task(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]), {})
     loss.backward()
     torch.optim.SGD(task.parameters(), lr=1.0).step()
-    after = task.others[0].state_dict()
+    after = task.teachers[0].state_dict()
     assert all((after[key] == value).all() for key, value in before.items())
-    assert all(p.grad is None for p in task.others[0].network.parameters())
-    assert not task.others[0].network.training
+    assert all(p.grad is None for p in task.teachers[0].network.parameters())
+    assert not task.teachers[0].network.training
 
 
 def test_what_cannot_be_is_said(teacher):
     name, net = teacher
     with pytest.raises(VitcliError, match="does not know these classes: d"):
         objective(name, built(("a", "d"), 8, 0.5))
-    with pytest.raises(VitcliError, match="sees 3 channels, and the model 1"):
+    with pytest.raises(VitcliError, match="takes 3 channels, and the model 1"):
         objective(name, built(CLASSES, 8, 0.5, num_channels=1))
     net.head_activation = "sigmoid"
     save_model(Path(name), net)
-    with pytest.raises(VitcliError, match="a probability of its own"):
+    with pytest.raises(VitcliError, match="has sigmoid probabilities"):
         objective(name, distillation="soft")
     objective(name, distillation="hard")
     with pytest.raises(VitcliError, match="needs a teacher"):
@@ -149,8 +150,10 @@ def test_a_run_learns_from_a_run_and_resumes_exactly(tmp_path):
     result = go(tmp_path / "whole", recipe)
     assert result.figures["images"] == 359
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loop, "_asked", lambda run, _: 15 if run.state.step == 2 else None)
-        with pytest.raises(loop.Stopped):
+        patch.setattr(
+            loop.Loop, "_stop_request", lambda run, _: 15 if run.state.step == 2 else None
+        )
+        with pytest.raises(Stopped):
             go(tmp_path / "parts", recipe)
     go(tmp_path / "parts", recipe, resume=True)
     a, b = (tmp_path / n / "model.safetensors" for n in ("whole", "parts"))

@@ -11,7 +11,7 @@ from support.launching import ENVIRONMENT, PLAIN, go
 from support.tiny import tiny_recipe
 
 from vitcli.errors import VitcliError
-from vitcli.train.fsdp import Parts, check_sharding, part_file, write_part
+from vitcli.train.fsdp import ShardReader, check_sharding, shard_file, write_shard
 from vitcli.weights.load import load_model
 from vitcli.weights.store import write_tensors
 
@@ -25,11 +25,12 @@ import sys, torch
 import test_fsdp as t
 from vitcli import distributed as launch
 from support.launching import go
-from vitcli.train.loop import Loop, Stopped
+from vitcli.train.loop import Loop
+from vitcli.train.signals import Stopped
 
 name, stop, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
 if stop:
-    Loop._asked = lambda run, _: 15 if run.state.step == stop else None
+    Loop._stop_request = lambda run, _: 15 if run.state.step == stop else None
 try:
     go(name, t.SHARED, resume=resume)
 except Stopped:
@@ -90,24 +91,24 @@ def test_parts_are_put_together_for_any_number(tmp_path, monkeypatch):
             mine |= {"b": tensors["b"], "c": tensors["c"]}
             places |= {"b": [0, 0], "c": [0, 1]}
         write_tensors(
-            part_file(tmp_path, "module", rank, count), mine, {"parts": json.dumps(places)}
+            shard_file(tmp_path, "module", rank, count), mine, {"parts": json.dumps(places)}
         )
-    parts = Parts(tmp_path, "module")
+    parts = ShardReader(tmp_path, "module")
     assert set(parts.names()) == {"a", "b", "c"}
     for name, tensor in tensors.items():
         assert torch.equal(parts.read(name), tensor)
     for first, count in ((0, 4), (4, 3), (2, 2), (6, 1), (0, 7)):
-        monkeypatch.setattr("vitcli.train.fsdp.is_part", lambda t: True)
-        monkeypatch.setattr("vitcli.train.fsdp.rows_of", lambda t, rows=(first, count): rows)
+        monkeypatch.setattr("vitcli.train.fsdp.is_sharded", lambda t: True)
+        monkeypatch.setattr("vitcli.train.fsdp.local_rows", lambda t, rows=(first, count): rows)
         found = parts.read("a", tensors["a"])
         assert torch.equal(found, tensors["a"][first : first + count]), (first, count)
 
 
 def test_one_process_writes_one_file(tmp_path):
     tensors = {"a": torch.ones(2, 3)}
-    write_part(tmp_path, "module", tensors, 0, 1)
+    write_shard(tmp_path, "module", tensors, 0, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["module.safetensors"]
-    assert torch.equal(Parts(tmp_path, "module").read("a"), tensors["a"])
+    assert torch.equal(ShardReader(tmp_path, "module").read("a"), tensors["a"])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_one_process_writes_one_file(tmp_path):
     [
         ({}, 1, "and there is one"),
         ({"optim": {"name": "muon"}}, 2, "optimizer `muon` needs whole"),
-        ({"train": {"compile": True}}, 2, "does not go with"),
+        ({"train": {"compile": True}}, 2, "cannot be combined with"),
     ],
 )
 def test_what_cannot_be_shared_out(sections, processes, words):

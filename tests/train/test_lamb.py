@@ -3,7 +3,7 @@
 import numpy as np
 from support.stepping import compare
 
-from vitcli.train.optimizers.lamb import Lamb
+from vitcli.train.optimizers import Lamb
 
 
 def by_hand(w, gradients, decay, rates):

@@ -3,7 +3,7 @@
 import numpy as np
 from support.stepping import compare
 
-from vitcli.train.optimizers.lion import Lion
+from vitcli.train.optimizers import Lion
 
 
 def by_hand(w, gradients, decay, rates):

@@ -15,9 +15,11 @@ from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import build as setup
 from vitcli.train import loop as loops
-from vitcli.train.loop import Loop, Stopped
-from vitcli.train.objectives.registry import Softmax
+from vitcli.train.agreement import NONE, max_over_processes, min_over_processes
+from vitcli.train.loop import Loop
+from vitcli.train.objectives import Softmax
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 from vitcli.weights.load import load_model
 
 PLAIN = {
@@ -70,8 +72,8 @@ def test_the_same_weights_in_smaller_parts_when_memory_runs_out(tmp_path, monkey
         small_memory.__wrapped__(patch)
         go(tmp_path / "parts", watch=heard, **PLAIN)
     assert heard.warnings == [
-        "memory ran out with 32 images at a time: going on with 16",
-        "memory ran out with 16 images at a time: going on with 8",
+        "out of memory with a micro-batch of 32 images: continuing with 16",
+        "out of memory with a micro-batch of 16 images: continuing with 8",
     ]
     for key, value in load_model(tmp_path / "parts").state_dict().items():
         torch.testing.assert_close(expected[key], value, rtol=0, atol=1e-5)
@@ -83,7 +85,7 @@ def test_a_resumed_run_begins_with_the_size_that_fitted(tmp_path, small_memory):
     """With dropout the masks depend on it, and must be the same again."""
     go(tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_asked", lambda run, _: 15 if run.state.step == 3 else None)
+        patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None)
         with pytest.raises(Stopped):
             go(tmp_path / "parts")
     heard = Heard()
@@ -103,7 +105,7 @@ def test_nothing_fits(tmp_path, monkeypatch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
     monkeypatch.setattr(Softmax, "forward", forward)
-    with pytest.raises(VitcliError, match="memory runs out with 1 image at a time"):
+    with pytest.raises(VitcliError, match=r"out of memory with a micro-batch of 1 image$"):
         go(tmp_path / "run")
 
 
@@ -146,7 +148,7 @@ def test_it_goes_back_with_half_the_rate_where_asked(tmp_path, monkeypatch):
     heard = Heard()
     result = go(tmp_path / "run", watch=heard, **REWIND)
     assert result.steps == 10
-    assert "back to step 4, with 0.5 of the learning rate" in heard.warnings[0]
+    assert "going back to step 4, with 0.5 of the learning rate" in heard.warnings[0]
     found = records(tmp_path / "run")
     steps = [r["step"] for r in found if "train/loss" in r]
     assert steps == list(range(1, 11))
@@ -170,7 +172,9 @@ def test_a_resume_after_it_is_exact(tmp_path, monkeypatch):
     spoil(monkeypatch, 5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            Loop, "_asked", lambda run, _: 15 if run.state.step == 5 and run.state.rewinds else None
+            Loop,
+            "_stop_request",
+            lambda run, _: 15 if run.state.step == 5 and run.state.num_rewinds else None,
         )
         with pytest.raises(Stopped):
             go(tmp_path / "parts", **REWIND)
@@ -188,15 +192,15 @@ def test_too_often_is_the_end(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path, monkeypatch):
     """The loss of step 4 was good, its update was not: the last good state is that of step 2."""
-    real = Loop.update
+    real = Loop.step
 
     def update(self, batch):
         figures = real(self, batch)
-        if self.state.step == 3 and not self.state.rewinds:
+        if self.state.step == 3 and not self.state.num_rewinds:
             next(self.state.module.parameters()).data.fill_(math.nan)
         return figures
 
-    monkeypatch.setattr(Loop, "update", update)
+    monkeypatch.setattr(Loop, "step", update)
     go(tmp_path / "run", **REWIND)
     event = next(r for r in records(tmp_path / "run") if "event" in r)
     assert event["step"] == 2
@@ -224,7 +228,7 @@ def test_patches_that_are_left_out_resume_exactly(tmp_path):
     settings = {"train": {"patch_drop_rate": 0.25, "steps": 6}, "model": {"patch_size": 2}}
     go(tmp_path / "whole", **settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_asked", lambda run, _: 15 if run.state.step == 3 else None)
+        patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None)
         with pytest.raises(Stopped):
             go(tmp_path / "parts", **settings)
     go(tmp_path / "parts", resume=True, **settings)
@@ -234,8 +238,8 @@ def test_patches_that_are_left_out_resume_exactly(tmp_path):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"pool": "quadrants", "patch_size": 2}, "pool `quadrants` needs them all"),
-        ({"position": "relative"}, "positions inside the blocks need them all"),
+        ({"pool": "quadrants", "patch_size": 2}, "pool `quadrants` needs all of them"),
+        ({"position": "relative"}, "positions inside the blocks need all of them"),
     ],
 )
 def test_patches_that_cannot_be_left_out(tmp_path, model, words):
@@ -246,7 +250,7 @@ def test_patches_that_cannot_be_left_out(tmp_path, model, words):
 
 @pytest.mark.parametrize("name", ["masked_patch", "mae"])
 def test_an_objective_that_hides_patches_has_none_left_out(tmp_path, name):
-    with pytest.raises(VitcliError, match=f"`{name}` chooses itself"):
+    with pytest.raises(VitcliError, match=f"`{name}` masks patches and cannot"):
         go(tmp_path / "run", objective={"name": name}, train={"patch_drop_rate": 0.5})
 
 
@@ -269,7 +273,7 @@ def test_a_compiled_run_gives_the_same_and_resumes_exactly(tmp_path):
     for key, value in load_model(tmp_path / "whole").state_dict().items():
         torch.testing.assert_close(expected[key], value, rtol=0, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_asked", lambda run, _: 15 if run.state.step == 4 else None)
+        patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 4 else None)
         with pytest.raises(Stopped):
             go(tmp_path / "parts", **compiled)
     go(tmp_path / "parts", resume=True, **compiled)
@@ -278,15 +282,15 @@ def test_a_compiled_run_gives_the_same_and_resumes_exactly(tmp_path):
 
 def test_weights_that_are_not_finite_at_the_end(tmp_path, monkeypatch):
     """The last update goes wrong, after a good loss: that of no later step could tell."""
-    real = Loop.update
+    real = Loop.step
 
     def update(self, batch):
         figures = real(self, batch)
-        if self.state.step == self.total_steps - 1 and not self.state.rewinds:
+        if self.state.step == self.total_steps - 1 and not self.state.num_rewinds:
             next(self.state.module.parameters()).data.fill_(math.nan)
         return figures
 
-    monkeypatch.setattr(Loop, "update", update)
+    monkeypatch.setattr(Loop, "step", update)
     assert go(tmp_path / "back", **REWIND).steps == 10
     event = next(r for r in records(tmp_path / "back") if "event" in r)
     assert event["step"] == 8
@@ -300,21 +304,19 @@ def test_weights_that_are_not_finite_at_the_end(tmp_path, monkeypatch):
 def test_what_several_processes_agree_on():
     """The largest and the smallest of what all say, negative numbers and None among them."""
 
-    def said(mine, other):
+    def two(other):
         gather = lambda mine: torch.cat([mine, torch.tensor([other])])  # noqa: E731
-        there = SimpleNamespace(num_processes=2, device="cpu", gather=gather)
-        return Loop(None, None, (), None, None, None, None, there, None), mine
+        return SimpleNamespace(num_processes=2, device="cpu", gather=gather)
 
-    run, mine = said(5, 7)
-    assert run.agree(mine) == 7
-    assert said(None, 15)[0].agree(None) == 15
-    assert said(None, loops.NOTHING)[0].agree(None) is None
-    assert said(5, -3)[0].least(5) == 3 and said(5, -9)[0].least(5) == 5
+    assert max_over_processes(two(7), 5) == 7
+    assert max_over_processes(two(15), None) == 15
+    assert max_over_processes(two(NONE), None) is None
+    assert min_over_processes(two(-3), 5) == 3 and min_over_processes(two(-9), 5) == 5
 
 
 def test_a_resume_removes_what_a_kill_left_half_written(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_asked", lambda run, _: 15 if run.state.step == 3 else None)
+        patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None)
         with pytest.raises(Stopped):
             go(tmp_path / "run")
     left = tmp_path / "run/.model.safetensors.123.tmp"
@@ -328,7 +330,7 @@ def test_a_signal_during_an_evaluation_waits_for_nothing(tmp_path, monkeypatch, 
     """The state is saved as it was, also where averaged weights were in their place just then."""
     sections = {"train": {"eval_steps": 3, **settings.get("train", {})}}
     go(tmp_path / "whole", **sections)
-    real, asked = setup.measure, iter(range(9))
+    real, asked = setup.run_validation, iter(range(9))
 
     def measured(*arguments, **more):
         if next(asked) == 0:
@@ -336,7 +338,7 @@ def test_a_signal_during_an_evaluation_waits_for_nothing(tmp_path, monkeypatch, 
             raise AssertionError("it went on")
         return real(*arguments, **more)
 
-    monkeypatch.setattr(setup, "measure", measured)
+    monkeypatch.setattr(setup, "run_validation", measured)
     with pytest.raises(Stopped, match="SIGTERM after step 3, state saved"):
         go(tmp_path / "parts", **sections)
     go(tmp_path / "parts", resume=True, **sections)
@@ -348,7 +350,7 @@ def test_a_signal_after_the_last_step_or_before_the_first_says_how_to_go_on(tmp_
         raise KeyboardInterrupt(int(signal.SIGTERM))  # as the program's own handler does
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "measure", interrupted)
+        patch.setattr(setup, "run_validation", interrupted)
         with pytest.raises(Stopped, match="SIGTERM after step 8, state saved") as stopped:
             go(tmp_path / "late", train={"eval_steps": 100})
     assert (stopped.value.number, stopped.value.run) == (15, str(tmp_path / "late"))

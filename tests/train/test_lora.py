@@ -13,7 +13,7 @@ from vitcli.commands import export, finetune, pretrain
 from vitcli.config.recipe import check
 from vitcli.config.schema import LoraSection, Recipe
 from vitcli.errors import VitcliError
-from vitcli.train.lora import adapters, choose_learning, merged, passes
+from vitcli.train.lora import adapters, freeze_and_adapt, merged, training_passes
 from vitcli.vit import ResNet, ResNetConfig, create_network
 from vitcli.weights.load import load_model
 
@@ -54,7 +54,7 @@ def test_adapters_start_from_nothing_and_end_in_the_weights(targets, options):
     model = model_of(**options)
     before, keys = model(IMAGES), set(model.state_dict())
     section = LoraSection(rank=3, alpha=12.0, targets=targets)
-    choose_learning(model, section, "none", seed=0)
+    freeze_and_adapt(model, section, "none", seed=0)
     assert torch.equal(model(IMAGES), before)
     disturb(model)
     adapted = model(IMAGES)
@@ -70,11 +70,11 @@ def test_the_numbers_that_learn(targets, wide):
     """Of rank r: r (D + 3 D) for qkv, r (D + D) for proj, in each block; and the head."""
     model = model_of()
     d = model.config.embed_dim
-    notes = choose_learning(model, LoraSection(rank=2, targets=targets), "none", seed=0)
+    notes = freeze_and_adapt(model, LoraSection(rank=2, targets=targets), "none", seed=0)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     head = model.head.weight.numel() + model.head.bias.numel()
     assert count == 3 * 2 * wide * d + head
-    assert f"{count:,} numbers learn" in notes[0]
+    assert f"{count:,} parameters" in notes[0]
     assert {n.rpartition(".")[2] for n in learning(model) if not n.startswith("head.")} == {
         "lora_up",
         "lora_down",
@@ -84,18 +84,18 @@ def test_the_numbers_that_learn(targets, wide):
 def test_freezing():
     model = model_of()
     names = learning(model)
-    assert choose_learning(model, LoraSection(), "none", seed=0) == []
+    assert freeze_and_adapt(model, LoraSection(), "none", seed=0) == []
     assert learning(model) == names
-    choose_learning(model, LoraSection(), "blocks:2", seed=0)
+    freeze_and_adapt(model, LoraSection(), "blocks:2", seed=0)
     assert learning(model) == {n for n in names if n.startswith(("blocks.2.", "norm.", "head."))}
     model = model_of()
-    choose_learning(model, LoraSection(), "backbone", seed=0)
+    freeze_and_adapt(model, LoraSection(), "backbone", seed=0)
     assert learning(model) == {"head.weight", "head.bias"}
     resnet = resnet_of()
-    choose_learning(resnet, LoraSection(), "backbone", seed=0)
+    freeze_and_adapt(resnet, LoraSection(), "backbone", seed=0)
     assert learning(resnet) == {"head.weight", "head.bias"}
     model = model_of()
-    choose_learning(model, LoraSection(rank=2), "blocks:2", seed=0)
+    freeze_and_adapt(model, LoraSection(rank=2), "blocks:2", seed=0)
     assert set(adapters(model)) == {"blocks.2.attn.qkv", "blocks.2.attn.proj"}
 
 
@@ -104,7 +104,7 @@ def test_nothing_is_kept_of_what_is_frozen():
 
     def kept(freeze, rank=None, targets=("qkv", "proj")):
         model = model_of().train()
-        choose_learning(model, LoraSection(rank=rank, targets=targets), freeze, seed=0)
+        freeze_and_adapt(model, LoraSection(rank=rank, targets=targets), freeze, seed=0)
         seen: dict[int, int] = {}
         own = {p.data_ptr() for p in model.parameters()}
 
@@ -127,7 +127,7 @@ def test_nothing_is_kept_of_what_is_frozen():
 
 
 def test_the_cost_of_a_step():
-    assert passes(model_of()) == 3.0
+    assert training_passes(model_of()) == 3.0
     for freeze, rank, expected in [
         ("backbone", None, 1.0),
         ("blocks:2", None, 1 + 2 / 3),
@@ -135,24 +135,24 @@ def test_the_cost_of_a_step():
         ("blocks:2", 2, 1 + 1 / 3),
     ]:
         model = model_of()
-        choose_learning(model, LoraSection(rank=rank), freeze, seed=0)
-        assert passes(model) == pytest.approx(expected)
+        freeze_and_adapt(model, LoraSection(rank=rank), freeze, seed=0)
+        assert training_passes(model) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
     ("kind", "rank", "freeze", "words"),
     [
-        ("resnet", 2, "none", "a ResNet has no encoder blocks"),
-        ("resnet", None, "blocks:1", "a ResNet has no encoder blocks"),
-        ("vit", None, "blocks:9", "the model has 3 blocks"),
+        ("resnet", 2, "none", "and a ResNet has none"),
+        ("resnet", None, "blocks:1", "and a ResNet has none"),
+        ("vit", None, "blocks:9", "than the model has: 3"),
         ("vit", 2, "backbone", "leaves no block"),
-        ("vit", 1000, "none", "more than the width"),
+        ("vit", 1000, "none", "larger than the width"),
     ],
 )
 def test_what_cannot_be(kind, rank, freeze, words):
     model = resnet_of() if kind == "resnet" else model_of()
     with pytest.raises(VitcliError, match=words):
-        choose_learning(model, LoraSection(rank=rank), freeze, seed=0)
+        freeze_and_adapt(model, LoraSection(rank=rank), freeze, seed=0)
 
 
 @pytest.mark.parametrize(

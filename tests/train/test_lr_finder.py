@@ -10,9 +10,9 @@ from support.tiny import write_tiny
 from vitcli.cli import main as cli
 from vitcli.errors import VitcliError
 from vitcli.train import lr_finder as find_lr
-from vitcli.train.lr_finder import choose, is_over, running_means
+from vitcli.train.lr_finder import is_over, running_means, suggest_lr
 
-FACTORS = np.geomspace(find_lr.LOWEST, find_lr.HIGHEST, 100)
+FACTORS = np.geomspace(find_lr.MIN_FACTOR, find_lr.MAX_FACTOR, 100)
 
 
 def curve(steepest, turn):
@@ -24,7 +24,7 @@ def curve(steepest, turn):
 
 @pytest.mark.parametrize("steepest", [0.02, 0.3, 2.0])
 def test_it_takes_the_steepest_fall(steepest):
-    chosen, lowest = choose(FACTORS, curve(steepest, 8.0).tolist())
+    chosen, lowest = suggest_lr(FACTORS, curve(steepest, 8.0).tolist())
     assert chosen == pytest.approx(steepest, rel=0.15)
     assert lowest == pytest.approx(8.0, rel=0.3)
 
@@ -32,14 +32,14 @@ def test_it_takes_the_steepest_fall(steepest):
 def test_what_is_not_finite_is_left_out():
     losses = curve(0.3, 100.0)
     losses[80:] = math.nan
-    chosen, lowest = choose(FACTORS, losses.tolist())
+    chosen, lowest = suggest_lr(FACTORS, losses.tolist())
     assert chosen == pytest.approx(0.3, rel=0.15) and lowest == FACTORS[79]
 
 
 @pytest.mark.parametrize("losses", [np.full(100, math.nan), np.linspace(1, 2, 100)])
 def test_a_loss_that_never_falls_is_an_error(losses):
     with pytest.raises(VitcliError) as caught:
-        choose(FACTORS, losses.tolist())
+        suggest_lr(FACTORS, losses.tolist())
     assert caught.value.hint
 
 
@@ -58,7 +58,7 @@ def test_when_it_is_over():
 
 
 def test_from_the_command_line(here, capfd, monkeypatch):
-    monkeypatch.setattr(find_lr, "MOST", 60)
+    monkeypatch.setattr(find_lr, "MAX_STEPS", 60)
     recipe = write_tiny(
         here / "tiny.toml",
         optim={"name": "adamw", "lr": 1e-2, "momentum": 0.9},
@@ -84,7 +84,7 @@ def test_from_the_command_line(here, capfd, monkeypatch):
 
 
 def test_fine_tuning_has_it_too(here, capfd, monkeypatch):
-    monkeypatch.setattr(find_lr, "MOST", 40)
+    monkeypatch.setattr(find_lr, "MAX_STEPS", 40)
     words = ["finetune", "--model", "Pico/4", "--image-size", "8", "--batch-size", "32"]
     assert cli.run([*words, "--find-lr", "--json"]) == 0
     facts = json.loads(capfd.readouterr().out)

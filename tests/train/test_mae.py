@@ -85,11 +85,11 @@ def test_it_learns():
 
 
 def test_what_cannot_be_is_said():
-    with pytest.raises(VitcliError, match="axial blocks need them all"):
+    with pytest.raises(VitcliError, match="axial blocks need all of them"):
         objective(model(axial=True, class_token=False))
     with pytest.raises(VitcliError, match="positions inside the blocks"):
         objective(model(position="relative"))
-    with pytest.raises(VitcliError, match="no multiple of 4 and of 3 heads"):
+    with pytest.raises(VitcliError, match="not a multiple of 4 and of 3 heads"):
         Mae(model(), ObjectiveSection(name="mae", decoder_dim=32, decoder_heads=3))
-    with pytest.raises(VitcliError, match="which a ResNet has not"):
+    with pytest.raises(VitcliError, match="a ResNet has no patches"):
         objective(create_model("R50x1", image_size=32, num_classes=0))

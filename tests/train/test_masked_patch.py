@@ -15,10 +15,11 @@ from vitcli.train.objectives.masked_patch import (
     OTHER,
     MaskedPatch,
     color_classes,
-    commonest,
-    exactly,
+    most_frequent_fraction,
+    random_mask,
 )
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 
 
 def objective(**more):
@@ -58,17 +59,17 @@ def test_colours_are_the_classes_that_the_paper_says(channels, cell):
 
 def test_exactly_half_is_corrupted_of_each_image():
     torch.manual_seed(0)
-    chosen = exactly(64, 49, 0.5, torch.device("cpu"))
+    chosen = random_mask(64, 49, 0.5, torch.device("cpu"))
     assert (chosen.sum(dim=1) == 24).all()  # 24.5, to even
     assert (chosen.float().mean(dim=0) - 24 / 49).abs().max() < 0.25  # every place
-    assert exactly(3, 4, 0.01, torch.device("cpu")).sum(dim=1).tolist() == [1, 1, 1]
+    assert random_mask(3, 4, 0.01, torch.device("cpu")).sum(dim=1).tolist() == [1, 1, 1]
 
 
 def test_eighty_ten_ten():
     torch.manual_seed(0)
     task = objective()
     x = torch.randn(200, 100, 64)
-    chosen = exactly(200, 100, 0.5, x.device)
+    chosen = random_mask(200, 100, 0.5, x.device)
     y = task.corrupt(x, chosen).detach()
     masked = (y == task.mask.detach()).all(dim=-1)
     same = (y == x).all(dim=-1)
@@ -95,7 +96,7 @@ def test_the_loss_is_over_corrupted_patches_only(target, shape):
     assert torch.isfinite(loss) and figures["loss"] == loss
     # Predictions for patches that were left alone weigh nothing: an oracle for the rest has loss 0.
     torch.manual_seed(3)
-    chosen = exactly(4, 16, 0.5, images.device)
+    chosen = random_mask(4, 16, 0.5, images.device)
     torch.manual_seed(3)
     seen = []
     task.predict.register_forward_hook(lambda m, i, o: seen.append(i[0].shape))
@@ -118,7 +119,7 @@ def test_no_gradient_reaches_the_outputs_of_patches_left_alone():
     torch.manual_seed(3)
     task(images, torch.zeros(3), {})[0].backward()
     torch.manual_seed(3)
-    chosen = exactly(3, 16, 0.5, images.device)
+    chosen = random_mask(3, 16, 0.5, images.device)
     prefix = task.model.config.num_prefix_tokens
     reached = kept[0].grad.abs().sum(dim=-1) > 0  # (B, T)
     assert torch.equal(reached[:, prefix:], chosen) and not reached[:, :prefix].any()
@@ -132,7 +133,7 @@ def test_pixels_loss_equals_numpy():
     torch.manual_seed(5)
     loss, _ = task(images, torch.zeros(2), {})
     torch.manual_seed(5)
-    chosen = exactly(2, 16, 0.5, images.device).numpy()
+    chosen = random_mask(2, 16, 0.5, images.device).numpy()
     blocks = images.numpy().reshape(2, 3, 4, 4, 4, 4).transpose(0, 2, 4, 3, 5, 1)
     wanted = blocks.reshape(2, 16, 48)[chosen]
     expected = ((guesses[0].numpy() - wanted) ** 2).mean()
@@ -158,13 +159,13 @@ def test_it_learns_the_colours_of_smooth_images():
 
 
 def test_chance_is_the_share_of_the_commonest():
-    assert float(commonest(torch.tensor([[3, 3], [1, 2]]))) == 0.5
+    assert float(most_frequent_fraction(torch.tensor([[3, 3], [1, 2]]))) == 0.5
 
 
 @pytest.mark.parametrize(
     ("changes", "target", "words"),
     [
-        ({"pool": "map"}, "mean_color", "pool `map` has weights that it would not"),
+        ({"pool": "map"}, "mean_color", "pool `map` would not train pool `map`"),
         ({"representation_size": 32}, "mean_color", "representation_size"),
         ({"patch_size": 2}, "small_patch", "cuts a patch into 4x4"),
     ],
@@ -188,8 +189,10 @@ def test_a_resumed_run_is_exact_and_its_model_is_an_ordinary_one(tmp_path, name)
     recipe = tiny_recipe(objective={"name": name, "decoder_dim": 32}, train={"steps": 6})
     go(tmp_path / "whole", recipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loop, "_asked", lambda run, _: 15 if run.state.step == 3 else None)
-        with pytest.raises(loop.Stopped):
+        patch.setattr(
+            loop.Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None
+        )
+        with pytest.raises(Stopped):
             go(tmp_path / "parts", recipe)
     go(tmp_path / "parts", recipe, resume=True)
     a, b = (tmp_path / n / "model.safetensors" for n in ("whole", "parts"))

@@ -1,6 +1,7 @@
 """Optimizers and schedules against the official implementations."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,19 +14,13 @@ from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import OptimSection, ScheduleSection
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
-from vitcli.train.loop import Loop, Stopped
-from vitcli.train.optimizers.registry import (
-    OPTIMIZERS,
-    OWN,
-    OWN_OF_SCHEDULES,
-    build_optimizers,
-    is_hidden_matrix,
-    is_kernel,
-    set_rates,
-    unused,
-)
+from vitcli.train.build import check_names, unused_settings
+from vitcli.train.loop import Loop
+from vitcli.train.optimizers import OPTIMIZERS, build_optimizers
+from vitcli.train.param_groups import is_hidden_matrix, is_kernel, set_lr
 from vitcli.train.schedules import SCHEDULES, schedule_factor
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 from vitcli.vit import create_network
 from vitcli.weights.load import load_model
 
@@ -51,7 +46,7 @@ def run_reference(folder, section, schedule, clip, tmp_path, final, loss_toleran
     total = config.get("total_steps") or config["schedule"]["total_steps"]
     for step in range(config["steps"]):
         part = slice(step * config["batch"], (step + 1) * config["batch"])
-        set_rates(optimizers, schedule_factor(schedule, step, total))
+        set_lr(optimizers, schedule_factor(schedule, step, total))
         loss = F.cross_entropy(model(images[part]), labels[part])
         losses.append(loss.item())
         loss.backward()
@@ -173,7 +168,7 @@ def test_layers_have_their_rates():
 
 
 def test_rates_by_layer_need_layers():
-    with pytest.raises(VitcliError, match="goes by the blocks of a ViT"):
+    with pytest.raises(VitcliError, match="needs trainable ViT blocks"):
         resnet = create_network("R50x1", image_size=32, num_classes=3)
         build_optimizers(resnet, OptimSection(layer_decay=0.5))
 
@@ -186,8 +181,23 @@ def test_rates_follow_the_batch(scaling, factor):
 
 
 def test_bf16_momentum_is_for_sgd():
-    with pytest.raises(VitcliError, match="`momentum_dtype` is for `sgd`"):
-        tiny_recipe(optim={"name": "adamw", "momentum_dtype": "bf16"})
+    recipe = tiny_recipe(optim={"name": "adamw", "momentum_dtype": "bf16"})
+    with pytest.raises(VitcliError, match=r"`optim\.momentum_dtype` is for `sgd`"):
+        check_names(recipe)
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "words"),
+    [
+        ("optim", "adam", r"did you mean `adamw`\? Available: `adamw`, `sgd`"),
+        ("schedule", "cosin", r"did you mean `cosine`\? Available: `linear`"),
+        ("objective", "softmx", r"did you mean `softmax`\? Available: `auto`"),
+    ],
+)
+def test_unknown_names_give_the_nearest_one_and_the_list(table, name, words):
+    with pytest.raises(VitcliError, match=f"`{name}`") as caught:
+        check_names(tiny_recipe(**{table: {"name": name}}))
+    assert re.search(words, caught.value.hint)
 
 
 SETTINGS = [
@@ -210,7 +220,7 @@ def test_a_resumed_run_is_exact_with_each(tmp_path, settings):
 
     go("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_asked", lambda run, _: 15 if run.state.step == 3 else None)
+        patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None)
         with pytest.raises(Stopped):
             go("parts")
     go("parts", resume=True)
@@ -222,12 +232,21 @@ def test_a_resumed_run_is_exact_with_each(tmp_path, settings):
 
 
 def test_settings_of_another_optimizer_or_schedule_are_named():
-    assert unused(OptimSection(), ScheduleSection()) == []
+    def notes(**sections):
+        return unused_settings(tiny_recipe(**sections), multi_label=False)
+
     muon = {"matrix_lr": 0.1, "momentum": 0.95, "betas": (0.9, 0.95)}
-    assert unused(OptimSection(name="muon", **muon), ScheduleSection()) == []
-    section = ScheduleSection(name="constant", final_lr_fraction=0.1)
-    assert unused(OptimSection(name="lamb", **muon), section) == [
-        "optimizer `lamb` has no use for `optim.matrix_lr`, `optim.momentum`",
-        "schedule `constant` has no use for `schedule.final_lr_fraction`",
+    assert notes(optim={"name": "muon", **muon}) == []
+    schedule = {"name": "constant", "final_lr_fraction": 0.1}
+    assert notes(optim={"name": "lamb", **muon}, schedule=schedule) == [
+        "optimizer `lamb` does not use `optim.matrix_lr`, `optim.momentum`",
+        "schedule `constant` does not use `schedule.final_lr_fraction`",
     ]
-    assert OPTIMIZERS.keys() == OWN.keys() and OWN_OF_SCHEDULES.keys() - SCHEDULES == {"rsqrt"}
+
+
+@pytest.mark.parametrize(
+    ("registry", "section"), [(OPTIMIZERS, OptimSection), (SCHEDULES, ScheduleSection)]
+)
+def test_the_settings_of_each_entry_are_keys_of_its_table(registry, section):
+    for entry in registry.values():
+        assert entry.settings <= section.model_fields.keys()

@@ -43,7 +43,8 @@ JOB = """
 import sys
 import test_processes as t
 from vitcli import distributed as launch
-from vitcli.train.loop import Loop, Stopped
+from vitcli.train.loop import Loop
+from vitcli.train.signals import Stopped
 
 for name in sys.argv[1:]:
     t.go(name, t.RECIPES[name])
@@ -117,7 +118,7 @@ def test_another_number_of_processes_is_told(tmp_path):
     warn_of_other_processes(run, 2, Watch())
     assert not warned
     warn_of_other_processes(run, 1, Watch())
-    assert "begun with 2 processes, and goes on with 1" in warned[0]
+    assert "started with 2 processes and continues with 1" in warned[0]
 
 
 @pytest.fixture(scope="module")

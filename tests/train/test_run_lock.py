@@ -12,14 +12,14 @@ from support.tiny import vitcli, write_tiny
 
 from vitcli.errors import VitcliError
 from vitcli.run import Run
-from vitcli.train.run_lock import holding
+from vitcli.train.session import run_locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from vitcli.run import Run
-from vitcli.train.run_lock import holding
-with holding(Run(Path(sys.argv[1]))):
+from vitcli.train.session import run_locked
+with run_locked(Run(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -42,9 +42,9 @@ def holder(tmp_path):
 
 def test_a_second_process_is_refused_and_told_who_is_there(tmp_path, holder):
     words = f"process {holder.pid} on `.+` is training in"
-    with pytest.raises(VitcliError, match=words), holding(Run(tmp_path)):
+    with pytest.raises(VitcliError, match=words), run_locked(Run(tmp_path)):
         raise AssertionError("entered")
-    with holding(Run(tmp_path), main=False):  # not the first of its launch
+    with run_locked(Run(tmp_path), is_main=False):  # not the first of its launch
         pass
 
 
@@ -52,7 +52,7 @@ def test_what_a_killed_process_held_is_free(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     time.sleep(0.05)
-    with holding(Run(tmp_path)):
+    with run_locked(Run(tmp_path)):
         pass
     assert not any(tmp_path.iterdir())
 
@@ -62,7 +62,7 @@ def test_resume_beside_a_running_one(tmp_path):
     command = ("pretrain", "--recipe", "tiny.toml", "--out", "run")
     assert vitcli(*command, cwd=tmp_path).returncode == 0
     (tmp_path / "run/result.json").unlink()  # as if it were not finished
-    with holding(Run(tmp_path / "run")):
+    with run_locked(Run(tmp_path / "run")):
         done = vitcli(*command, "--resume", cwd=tmp_path)
     assert done.returncode == 2
     assert f"error: process {os.getpid()}" in done.stderr and "hint: wait for it" in done.stderr

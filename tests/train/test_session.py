@@ -3,18 +3,23 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import records, tiny_recipe
+from support.tiny import records, tiny_recipe, write_tiny
 
+import vitcli
 import vitcli.commands.pretrain as pretrain
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import loop
-from vitcli.train.loop import Stopped, step_seed
+from vitcli.train.checkpoint import TrainState
+from vitcli.train.loop import step_seed
+from vitcli.train.objectives.classification import Softmax
 from vitcli.train.session import train
+from vitcli.train.signals import Stopped
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header
 
@@ -51,7 +56,9 @@ class Interrupt:
     def __init__(self, monkeypatch, after, number):
         self.calls = itertools.count(1)
         monkeypatch.setattr(
-            loop.Loop, "agree", lambda _, value: number if next(self.calls) == after else value
+            loop,
+            "max_over_processes",
+            lambda _, value: number if next(self.calls) == after else value,
         )
 
 
@@ -153,7 +160,9 @@ def test_resume_with_another_recipe_names_the_keys(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "is_finite", lambda _: True)  # or the weights would be found first
+    monkeypatch.setattr(
+        TrainState, "has_finite_weights", lambda _: True
+    )  # or the weights would be found first
     recipe = tiny_recipe(
         optim={"name": "sgd", "lr": 1e30}, train={"checkpoint_steps": 1, "ema_decay": None}
     )
@@ -213,11 +222,14 @@ def test_training_learns_the_digits(tmp_path):
             {"augment": {"preset": "light2"}, "train": {"batch_size": 33}},
             "even number of images per process, not 33",
         ),
-        ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "part the pairs"),
+        ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "needs pairs"),
         ({"augment": {"repeats": 3}}, "does not divide by `augment.repeats` = 3"),
         ({"augment": {"policy": "trivail"}}, "unknown augment.policy `trivail`"),
         ({"augment": {"mixup_alpha": 0.2}, "objective": {"name": "descriptors"}}, "no labels"),
-        ({"augment": {"policy": "trivial"}, "data": {"name": "builtin:formula"}}, "draws its"),
+        (
+            {"augment": {"policy": "trivial"}, "data": {"name": "builtin:formula"}},
+            "generates whole batches",
+        ),
     ],
 )
 def test_bad_settings_leave_no_run(settings, words, tmp_path):
@@ -229,3 +241,24 @@ def test_bad_settings_leave_no_run(settings, words, tmp_path):
 def test_step_seeds_differ():
     seeds = {step_seed(s, t, p) for s in range(4) for t in range(500) for p in range(4)}
     assert len(seeds) == 8000 and all(0 <= s < 2**63 for s in seeds)
+
+
+def test_five_frames_from_the_command_to_the_gradients(tmp_path, monkeypatch):
+    """run -> train -> fit -> step -> gradients; frames of torch and of the objective do not count.
+
+    The frames are those of the package in the traceback of an error in the objective's forward.
+    """
+
+    class Reached(Exception):
+        pass
+
+    def forward(self, images, labels, factors):
+        raise Reached
+
+    monkeypatch.setattr(Softmax, "forward", forward)
+    recipe = write_tiny(tmp_path / "tiny.toml")
+    with pytest.raises(Reached) as caught:
+        pretrain.run(recipe=str(recipe), out=tmp_path / "run")
+    package = str(Path(vitcli.__file__).parent)
+    frames = [frame.name for frame in caught.traceback if str(frame.path).startswith(package)]
+    assert frames == ["run", "train", "fit", "step", "gradients"]

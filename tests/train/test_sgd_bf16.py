@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from support.stepping import compare, half
 
-from vitcli.train.optimizers.sgd_bf16 import HalfMomentum
+from vitcli.train.optimizers import SgdBf16
 
 
 def by_hand(w, gradients, decay, rates):
@@ -17,8 +17,6 @@ def by_hand(w, gradients, decay, rates):
 
 
 def test_only_the_buffer_is_rounded():
-    optimizer = compare(
-        lambda groups: HalfMomentum(groups, lr=1.0, momentum=0.9), by_hand, atol=3e-4
-    )
+    optimizer = compare(lambda groups: SgdBf16(groups, lr=1.0, momentum=0.9), by_hand, atol=3e-4)
     buffers = [s["momentum_buffer"] for s in optimizer.state.values()]
     assert {b.dtype for b in buffers} == {torch.bfloat16}

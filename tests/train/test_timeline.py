@@ -16,19 +16,19 @@ def test_a_run_of_fixed_length_is_counted_in_steps():
 
 def test_the_place_goes_on_without_a_jump_and_ends_with_the_last_step():
     line = Timeline.of(100)
-    line.settle(40, 60)
+    line.replan(40, 60)
     assert line.at(40) == 40 and line.at(60) == 100 and line.at(50) == 70
-    line.settle(50, 150)
+    line.replan(50, 150)
     assert line.at(50) == 70 and line.at(150) == 100 and line.at(100) == 85
     places = [line.at(step) for step in range(50, 151)]
     assert places == sorted(places)
-    line.settle(70, 70)  # at once
+    line.replan(70, 70)  # at once
     assert line.total == 70
 
 
 def test_it_is_restored():
     line, other = Timeline.of(100), Timeline()
-    line.settle(40, 60)
+    line.replan(40, 60)
     other.restore(line.values())
     assert other == line and other.at(55) == line.at(55)
 
@@ -65,9 +65,9 @@ def run(clock, seconds_at, planned, budget, stages=((1.0, 0.1),), reserve=1.0):
         slower = max(1.0, seconds_at(place) / cost_at(stages, place))
         step += 1
         if limit.is_up():
-            line.settle(step, step)
+            line.replan(step, step)
         elif limit.is_due(line, step):
-            line.settle(step, limit.total(line, step))
+            line.replan(step, limit.total(line, step))
     return clock.now - start + reserve * slower, step, line.at(step) / planned
 
 

@@ -348,7 +348,7 @@ def test_a_damaged_comment(tmp_path):
 def test_a_file_that_is_there_stays(tmp_path):
     out = tmp_path / "w.npz"
     out.write_bytes(b"mine")
-    with pytest.raises(VitcliError, match="already exists"):
+    with pytest.raises(VitcliError, match="exists already"):
         write_google(small(), out)
     assert out.read_bytes() == b"mine"
     with pytest.raises(VitcliError, match=r"does not end in `\.npz`"):

@@ -283,7 +283,7 @@ def test_the_folder_is_whole_or_not_there(tmp_path, monkeypatch):
     names = {"config.json", "model.safetensors", "preprocessor_config.json"}
     assert {p.name for p in out.iterdir()} == names
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(VitcliError, match="already exists"):
+    with pytest.raises(VitcliError, match="exists already"):
         write_huggingface(model, out)
     with pytest.raises(VitcliError, match="is not a folder"):
         write_huggingface(model, tmp_path / "missing/out")

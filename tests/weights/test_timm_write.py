@@ -289,7 +289,7 @@ def test_a_folder_that_is_there_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     write_timm(vit(), tmp_path / "out")  # an empty one is as good as none
     before = (tmp_path / "out/config.json").read_bytes()
-    with pytest.raises(VitcliError, match="already exists"):
+    with pytest.raises(VitcliError, match="exists already"):
         write_timm(vit(depth=1), tmp_path / "out")
     assert (tmp_path / "out/config.json").read_bytes() == before
     with pytest.raises(VitcliError, match="cannot write"):

@@ -6,8 +6,8 @@ from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_path, training_path
 from vitcli.train.lr_finder import FoundRate, find_rate
-from vitcli.train.session import Trained, train
-from vitcli.train.starting import finetune_recipe, pretrained_model
+from vitcli.train.resolve import finetune_recipe, pretrained_model
+from vitcli.train.session import TrainResult, train
 
 
 def run(
@@ -21,22 +21,23 @@ def run(
     track: str | None = None,
     verbose: bool = False,
     watch: Watcher | None = None,
-) -> Trained:
+) -> TrainResult:
     """Fine-tune a model on labelled images (section 3.2 of the paper).
 
     Args:
-        data: DATA; None takes the recipe's, `builtin:digits` in the default one.
+        data: DATA; None takes that of the recipe, `builtin:digits` by default.
         model: MODEL; None takes the newest finished `pretrain` run.
-        recipe: a recipe's name or file; None takes `finetune_digits` for the built-in digits and
-            `finetune` for anybody's own images.
-        settings: nested settings laid over the recipe.
-        out: the run directory; None makes `runs/RECIPE`, numbered when that is taken.
-        resume: go on with the run at `out`.
-        track: `tensorboard`, `wandb` or `trackio`, given every record.
-        verbose: tell what became of every tensor of the weights.
+        recipe: name or file of a recipe; None takes `finetune_digits` for the built-in digits,
+            and `finetune` for any other data.
+        settings: nested settings that override the recipe.
+        out: the run directory; None creates `runs/RECIPE`, with a number if that exists.
+        resume: resume the run in `out`.
+        track: `tensorboard`, `wandb` or `trackio`, which receives every record.
+        verbose: report how each tensor was loaded.
 
     Raises:
-        VitcliError: bad input; nothing is left half-written.
+        VitcliError: bad input.
+        Stopped: a signal came; the state is saved.
     """
     watch = watch or Quiet()
     name, resolved = finetune_recipe(data, model, recipe, settings, watch, out if resume else None)
@@ -59,10 +60,10 @@ def find_lr(
     out: Path | None = None,
     watch: Watcher | None = None,
 ) -> FoundRate:
-    """A range test of the learning rate for the run that `run` would make of the same arguments.
+    """Run a learning-rate range test for the run that `run` would make with these arguments.
 
     Args:
-        out: a new folder for its curve; None makes `runs/RECIPE-lr`.
+        out: a new folder for the curve; None creates `runs/RECIPE-lr`.
     """
     watch = watch or Quiet()
     name, resolved = finetune_recipe(data, model, recipe, settings, watch)

@@ -22,7 +22,7 @@ from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free
 from vitcli.train.build import open_source, start_accelerator
-from vitcli.train.starting import (
+from vitcli.train.resolve import (
     finetune_recipe,
     newest_pretrained,
     pretrain_recipe,

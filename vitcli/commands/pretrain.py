@@ -6,8 +6,8 @@ from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_path, training_path
 from vitcli.train.lr_finder import FoundRate, find_rate
-from vitcli.train.session import Trained, train
-from vitcli.train.starting import pretrain_recipe, random_model
+from vitcli.train.resolve import pretrain_recipe, random_model
+from vitcli.train.session import TrainResult, train
 
 
 def run(
@@ -19,20 +19,21 @@ def run(
     resume: bool = False,
     track: str | None = None,
     watch: Watcher | None = None,
-) -> Trained:
+) -> TrainResult:
     """Train a model from random weights.
 
     Args:
-        data: DATA; None takes the recipe's, and that of the default recipe needs no file.
-        recipe: a recipe's name or file; None takes `pretrain_formula` for images drawn from
-            formulas and `pretrain` for anybody's own.
-        settings: nested settings laid over the recipe.
-        out: the run directory; None makes `runs/RECIPE`, numbered when that is taken.
-        resume: go on with the run at `out`.
-        track: `tensorboard`, `wandb` or `trackio`, given every record.
+        data: DATA; None takes that of the recipe. The default recipe needs no files.
+        recipe: name or file of a recipe; None takes `pretrain_formula` for images generated from
+            formulas, and `pretrain` for any other data.
+        settings: nested settings that override the recipe.
+        out: the run directory; None creates `runs/RECIPE`, with a number if that exists.
+        resume: resume the run in `out`.
+        track: `tensorboard`, `wandb` or `trackio`, which receives every record.
 
     Raises:
-        VitcliError: bad input; nothing is left half-written.
+        VitcliError: bad input.
+        Stopped: a signal came; the state is saved.
     """
     watch = watch or Quiet()
     name, resolved = pretrain_recipe(data, recipe, settings, watch)
@@ -54,10 +55,10 @@ def find_lr(
     out: Path | None = None,
     watch: Watcher | None = None,
 ) -> FoundRate:
-    """A range test of the learning rate for the run that `run` would make of the same arguments.
+    """Run a learning-rate range test for the run that `run` would make with these arguments.
 
     Args:
-        out: a new folder for its curve; None makes `runs/RECIPE-lr`.
+        out: a new folder for the curve; None creates `runs/RECIPE-lr`.
     """
     watch = watch or Quiet()
     name, resolved = pretrain_recipe(data, recipe, settings, watch)

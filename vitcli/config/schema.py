@@ -270,9 +270,7 @@ class ObjectiveSection(Section):
 class OptimSection(Section):
     """The optimizer and its learning rates."""
 
-    name: Literal["adamw", "sgd", "muon", "lion", "lamb", "adafactor"] = setting(
-        "adamw", "Optimizer."
-    )
+    name: str = setting("adamw", "Optimizer.")
     lr: PositiveFloat = setting(1e-3, "Peak learning rate.")
     matrix_lr: PositiveFloat = setting(
         0.02, "Peak learning rate of Muon, which trains the matrices in the blocks."
@@ -295,12 +293,6 @@ class OptimSection(Section):
     eps: PositiveFloat = setting(1e-8, "Epsilon of adamw and lamb.")
     grad_clip: PositiveFloat | None = setting(None, "Maximum global norm of the gradients.")
 
-    @model_validator(mode="after")
-    def _check_momentum_dtype(self) -> Self:
-        if self.momentum_dtype == "bf16" and self.name != "sgd":
-            raise ValueError("`momentum_dtype` belongs to `sgd`; `adafactor` always uses bf16")
-        return self
-
     def rate_factor(self, batch_size: int) -> float:
         """The factor on the learning rates for a batch of `batch_size` images."""
         ratio = batch_size / (self.lr_batch_size or batch_size)
@@ -310,9 +302,7 @@ class OptimSection(Section):
 class ScheduleSection(Section):
     """The learning-rate schedule: warm-up from 0, then the named curve."""
 
-    name: Literal["linear", "cosine", "wsd", "constant", "rsqrt"] = setting(
-        "cosine", "Learning-rate schedule."
-    )
+    name: str = setting("cosine", "Learning-rate schedule.")
     warmup_steps: NonNegativeInt | None = setting(None, "Warm-up in steps.")
     warmup_fraction: float | None = setting(
         None, "Warm-up as a fraction of the run.", ge=0.0, lt=1.0

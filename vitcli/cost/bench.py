@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.cost.memory import DTYPES, Step, evaluation_memory, step_memory
+from vitcli.devices import is_out_of_memory
 from vitcli.progress import Watcher
-from vitcli.train.oom import out_of_memory
 from vitcli.vit.blocks import forced_attention
 
 Kind = Literal["auto", "fused", "explicit"]
@@ -208,7 +208,7 @@ def _tried(build: Callable[[], nn.Module], case: Case, batch: int, training: boo
                 (_training if training else _forward)(model, images, case)()
             return batch
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         for p in model.parameters():
             p.grad = None

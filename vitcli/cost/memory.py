@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from vitcli.config.schema import Recipe
 from vitcli.cost.malloc_replay import Event, heap_peak
 from vitcli.train.ema import Ema
-from vitcli.train.optimizers.registry import build_optimizers
+from vitcli.train.objectives import find_objective
+from vitcli.train.optimizers import build_optimizers
 from vitcli.vit.blocks import forced_attention
 
 Make = Callable[[], nn.Module]
 STEPS = 3
 SCALAR = torch.ops.aten._local_scalar_dense.default
-MASKING = ("masked_patch", "mae")  # objectives whose tensors have sizes that only content decides
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -130,7 +130,7 @@ def hollow(module: nn.Module) -> nn.Module:
             made[id(tensor)] = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
         return made[id(tensor)]
 
-    for part in [module, *getattr(module, "others", ())]:
+    for part in [module, *getattr(module, "frozen_modules", ())]:
         for inner in part.modules():
             for name, p in inner._parameters.items():
                 if p is not None:
@@ -143,7 +143,7 @@ def hollow(module: nn.Module) -> nn.Module:
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers, those of a frozen teacher too."""
-    parts = [module, *getattr(module, "others", ())]
+    parts = [module, *getattr(module, "frozen_modules", ())]
     return [t for part in parts for t in (*part.parameters(), *part.buffers())]
 
 
@@ -161,8 +161,8 @@ def step_memory(make_objective: Make, recipe: Recipe, step: Step) -> Memory:
     Args:
         make_objective: builds it anew, on any device: its weights are replaced.
     """
-    if recipe.objective.name not in MASKING or step.micro < 3:
-        fake = recipe.objective.name not in MASKING
+    fake = not find_objective(recipe.objective.name).shapes_depend_on_data
+    if fake or step.micro < 3:
         return trace(make_objective, recipe, step, fake=fake)
     parts = min(2, -(-step.batch // step.micro))
     one, two = (

@@ -9,7 +9,6 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import torch
-from torch import nn
 
 from vitcli.config.schema import Recipe, parse_duration
 from vitcli.cost.flops import Config, Stage, stages_of
@@ -21,9 +20,10 @@ from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.train.build import held_out_images
 from vitcli.train.loop import CHECKPOINT_SECONDS
-from vitcli.train.lora import ADAPTER, choose_learning
-from vitcli.train.objectives.registry import build_objective
-from vitcli.train.validate import EVAL_BATCH
+from vitcli.train.lora import ADAPTER, freeze_and_adapt
+from vitcli.train.objectives import build_objective
+from vitcli.train.objectives.base import Objective
+from vitcli.train.validate import EVAL_BATCH_SIZE
 from vitcli.vit import from_config
 from vitcli.vit.macs import macs, parts
 from vitcli.weights.loaded import LoadedModel
@@ -63,7 +63,7 @@ class Subject:
         """Images of one forward pass."""
         return min(self.recipe.train.micro_batch_size or self.per_process, self.per_process)
 
-    def objective(self) -> nn.Module:
+    def objective(self) -> Objective:
         """The objective around a model without weights, on the meta device; a teacher has its own.
 
         Raises:
@@ -72,7 +72,7 @@ class Subject:
         recipe = self.recipe
         with torch.device("meta"):
             empty = from_config(self.config)
-            choose_learning(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
+            freeze_and_adapt(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
         # What a head starts from is no matter here.
         section = recipe.objective.model_copy(update={"head_bias": None})
         return build_objective(
@@ -171,7 +171,7 @@ def _evaluation(subject: Subject) -> int:
         model = from_config(subject.config)
     y, x = subject.config.image_size
     size = (subject.config.num_channels, y, x)
-    return evaluation_memory(model, size, min(EVAL_BATCH, images)) - size_of(tensors_of(model))
+    return evaluation_memory(model, size, min(EVAL_BATCH_SIZE, images)) - size_of(tensors_of(model))
 
 
 @dataclass(frozen=True)

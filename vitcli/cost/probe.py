@@ -9,16 +9,14 @@ from typing import Any
 import torch
 
 from vitcli.cost.plan import Speed, Subject
-from vitcli.devices import matrix_peak
+from vitcli.devices import matrix_peak, peak_memory
 from vitcli.progress import Logged, Watcher
 from vitcli.run import Run
-from vitcli.train.budget_steps import seconds_per_step, stage_shares
-from vitcli.train.build import check_augment, check_patch_drop, held_out_images, make_loop
+from vitcli.train.agreement import max_over_processes
+from vitcli.train.budget import seconds_per_step, stage_fractions
+from vitcli.train.build import build_loop, held_out_images
 from vitcli.train.loop import Loop
-from vitcli.train.lora import choose_learning
-from vitcli.train.meter import peak_memory
-from vitcli.train.objectives.registry import build_objective
-from vitcli.train.validate import EVAL_BATCH
+from vitcli.train.validate import EVAL_BATCH_SIZE
 
 MOST_STEPS = 1000
 WARM_STEPS = 3  # threads fill their queue, torch its caches, and the optimizers make their states
@@ -34,36 +32,32 @@ def loop_of(subject: Subject, accelerator: Any, watch: Watcher) -> Loop:
     Raises:
         VitcliError: what `vitcli.train.session.train` would refuse.
     """
-    recipe, source = subject.recipe, subject.source
-    if not hasattr(source.splits["train"], "channels"):  # of a blank set nothing is to be augmented
-        check_augment(recipe, source.splits["train"], accelerator.num_processes)
-    for note in choose_learning(
-        subject.model.network, recipe.lora, recipe.train.freeze, recipe.train.seed
-    ):
-        watch.note(note)
-    check_patch_drop(recipe, subject.model)
-    objective = build_objective(
-        subject.model, recipe.objective, recipe.train.seed, source.multi_label
-    )
     nowhere = Path(os.devnull)
-    return make_loop(
-        recipe, subject.model, objective, source, Run(nowhere), accelerator, Logged(watch, nowhere)
+    return build_loop(
+        subject.recipe,
+        subject.source,
+        lambda _: subject.model,
+        Run(nowhere),
+        accelerator,
+        Logged(watch, nowhere),
     )
 
 
 def step_times(loop: Loop, seconds: float, warm: int = WARM_STEPS) -> tuple[float, ...]:
     """The mean seconds of a step in each stage; about so many seconds are spent on all of them."""
-    stages = stage_shares(loop.recipe.train)
+    stages = stage_fractions(loop.recipe.train)
     found = []
     for place, _ in stages:
         enough = time.monotonic() + seconds / len(stages)
         first = time.perf_counter()
         # One slow step is enough to know that there is no time for several warm ones.
-        seconds_per_step(loop, place, 0.0, most=1, warm=0)
+        seconds_per_step(loop, place, 0.0, max_steps=1, warmup=0)
         spent = time.perf_counter() - first
-        slow = loop.agree(int(spent > seconds / len(stages) / 2))  # all processes together
+        slow = max_over_processes(
+            loop.accelerator, int(spent > seconds / len(stages) / 2)
+        )  # all processes together
         found.append(
-            seconds_per_step(loop, place, enough, most=MOST_STEPS, warm=0 if slow else warm)
+            seconds_per_step(loop, place, enough, max_steps=MOST_STEPS, warmup=0 if slow else warm)
         )
     return tuple(found)
 
@@ -98,10 +92,12 @@ def _evaluation(subject: Subject, loop: Loop, step: float) -> float:
     if loop.validate is None or not images:
         return 0.0
     rough = step / subject.recipe.train.batch_size / 3
-    if loop.agree(int(rough * min(images, EVAL_BATCH) > WHOLE_EVALUATION)):
+    if max_over_processes(
+        loop.accelerator, int(rough * min(images, EVAL_BATCH_SIZE) > WHOLE_EVALUATION)
+    ):
         return rough * images
     loop.module.eval()
-    few = min(images, EVAL_BATCH * loop.accelerator.num_processes)
+    few = min(images, EVAL_BATCH_SIZE * loop.accelerator.num_processes)
     loop.validate(limit=few)  # once to warm up
     start = time.perf_counter()
     loop.validate(limit=few)

@@ -58,6 +58,7 @@ class BlankSet:
 
     targets = None
     name = "train"
+    is_blank = True  # `[augment]` is not checked against it
 
     def __init__(self, size: int, classes: tuple[str, ...], channels: int = 3) -> None:
         self.classes = classes

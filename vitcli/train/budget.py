@@ -1,27 +1,38 @@
-"""How far a run has come: steps, and for a budget steps that may still become more or fewer.
+"""`--budget 10m`: how many steps fit into a time, and how the run keeps to it.
 
-Keeping the time that a run was given.
+`plan_budget` times a few steps before the run. While the run trains, its `Deadline` compares the
+plan with the clock, and its `Timeline` moves the schedule so that it ends with the last step.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vitcli.config.schema import TrainSection
+from vitcli.errors import VitcliError
+from vitcli.train.agreement import max_over_processes
+from vitcli.train.param_groups import set_lr
+from vitcli.train.validate import EVAL_BATCH_SIZE
+
+if TYPE_CHECKING:
+    from vitcli.train.loop import Loop
 
 
 @dataclass
 class Timeline:
-    """A run's steps, and where on its schedule each of them lies.
+    """The steps of a run, and the position of each step on the schedule.
 
-    Schedules, image sizes and patch dropout are functions of the place on a timeline of `planned`
-    steps. When a run with a budget finds itself faster or slower than it was measured, `settle`
-    changes how many steps are still to come; the place goes on from where it is, without a jump,
-    and reaches the end with the last step.
+    Schedules, image sizes and patch dropout are functions of the position on a timeline of
+    `planned` steps. If a run with a budget is faster or slower than expected, `replan` changes the
+    number of steps that follow. The position continues without a jump and still reaches `planned`
+    in the last step.
 
     Attributes:
-        planned: the steps as first settled.
-        total: the steps as they stand.
-        since: the step at which `total` was last changed.
-        place: the place on the timeline at that step.
+        planned: the number of steps as first planned.
+        total: the number of steps now.
+        since: the step of the last change of `total`.
+        place: the position at that step.
     """
 
     planned: int = 0
@@ -31,102 +42,238 @@ class Timeline:
 
     @classmethod
     def of(cls, total: int) -> "Timeline":
-        """A run of so many steps."""
+        """The timeline of a run of `total` steps."""
         return cls(planned=total, total=total)
 
     def at(self, step: int) -> float:
-        """The place of update `step` (the first is 0), from 0 to `planned`."""
+        """The position of update `step` (the first is 0), from 0 to `planned`."""
+        # Without a change it is the integer itself: no rounding may move the schedule.
         if self.since == 0 and self.total == self.planned:
             return step
         share = (step - self.since) / max(1, self.total - self.since)
         return self.place + (self.planned - self.place) * share
 
-    def settle(self, step: int, total: int) -> None:
-        """From `step` on the run is to end with step `total`."""
+    def replan(self, step: int, total: int) -> None:
+        """From `step` on, the run ends with step `total`."""
         self.place, self.since, self.total = float(self.at(step)), step, max(step, total)
 
     def values(self) -> list[float]:
-        """What a checkpoint keeps."""
+        """The numbers that a checkpoint stores."""
         return [self.planned, self.total, self.since, self.place]
 
     def restore(self, values: Sequence[float]) -> None:
-        """Take over what `values` gave."""
+        """Take over the result of `values`."""
         planned, total, since, place = values
         self.planned, self.total, self.since = int(planned), int(total), int(since)
         self.place = place
 
 
-# Shares of the run after which its length is looked at again.
-MARKS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
-WORTH_IT = 0.003  # smaller changes of the length are noise
+# Fractions of the run at which its length is planned again; more of them towards the end, where
+# there is less time left to correct an error.
+REPLAN_AT = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99)
+MIN_CHANGE = 0.003  # smaller changes of the length are noise
 
 
 @dataclass
 class Deadline:
-    """The moment by which everything must be written, and what the steps until then cost.
+    """The moment by which a run must be finished and written.
 
     Attributes:
-        at: of `time.monotonic`.
-        reserve: seconds for the last evaluation and for writing, as measured at the start; on a
-            machine that has become slower since, as much more.
-        stages: (share of the timeline at which it ends, seconds a step as measured at the start).
+        at: the moment, in seconds of `time.monotonic`.
+        reserve: seconds for the last evaluation and for writing, as measured before the run.
+        stages: (fraction of the timeline at which the stage ends, seconds per step as measured).
     """
 
     at: float
     reserve: float
     stages: Sequence[tuple[float, float]]
     _next: int = 0
-    _seen: tuple[int, float] | None = None
+    _last_seen: tuple[int, float] | None = None
     _slowest: float = 0.0
-    _slower: float = 1.0
+    _slowdown: float = 1.0
     _before: float = field(default_factory=time.monotonic)
 
     def is_up(self) -> bool:
-        """Whether one more step, as long as the longest of late, would come too late."""
+        """True if another step, as long as the slowest of the last ones, would end too late."""
         now = time.monotonic()
         step, self._before = now - self._before, now
-        self._slowest = max(step, 0.9 * self._slowest)
+        self._slowest = max(step, 0.9 * self._slowest)  # forgets one slow step after a while
         return now + self._slowest + self._end() > self.at
 
     def is_due(self, timeline: Timeline, step: int) -> bool:
-        """Whether the length is to be looked at again after so many steps."""
+        """True if the length must be planned again after `step` steps."""
         share = timeline.at(step) / timeline.planned
-        if self._seen is None:
-            self._seen = step, time.monotonic()
-        if self._next == len(MARKS) or share < MARKS[self._next]:
+        if self._last_seen is None:
+            self._last_seen = step, time.monotonic()
+        if self._next == len(REPLAN_AT) or share < REPLAN_AT[self._next]:
             return False
-        while self._next < len(MARKS) and share >= MARKS[self._next]:
+        while self._next < len(REPLAN_AT) and share >= REPLAN_AT[self._next]:
             self._next += 1
         return True
 
     def total(self, timeline: Timeline, step: int) -> int:
-        """The steps of the whole run that fit, by how fast the last stretch of them was."""
+        """The number of steps of the whole run that fit, given the speed of the last steps."""
         now, share = time.monotonic(), timeline.at(step) / timeline.planned
-        assert self._seen is not None
-        since, then = self._seen
-        if step <= since or share >= 1.0:  # nothing seen, or the schedule is at its end
+        assert self._last_seen is not None
+        since, then = self._last_seen
+        if step <= since or share >= 1.0:  # nothing measured, or the schedule is at its end
             return timeline.total
         began = timeline.at(since) / timeline.planned
+        # Stages differ in speed, so it is the ratio to their measured speed that is extrapolated.
         expected = self._cost(began, share) / max(share - began, 1e-9)
-        self._slower = (now - then) / (step - since) / expected
-        self._seen = step, now
+        self._slowdown = (now - then) / (step - since) / expected
+        self._last_seen = step, now
         left = self.at - self._end() - now
-        rest = self._cost(share, 1.0) / max(1.0 - share, 1e-9) * self._slower  # a step, on average
-        total = step + max(0, int(left / rest))
-        return timeline.total if abs(total - timeline.total) < WORTH_IT * timeline.total else total
+        per_step = self._cost(share, 1.0) / max(1.0 - share, 1e-9) * self._slowdown
+        total = step + max(0, int(left / per_step))
+        change = abs(total - timeline.total)
+        return timeline.total if change < MIN_CHANGE * timeline.total else total
 
     def forget(self) -> None:
-        """What was seen of the speed: the run went back to an earlier step."""
-        self._seen = None
+        """Forget the measured speed, because the run went back to an earlier step."""
+        self._last_seen = None
 
     def _end(self) -> float:
-        """The seconds that the end of the run takes, as slow as the machine is now."""
-        return self.reserve * max(1.0, self._slower)
+        """Seconds that the end of the run takes, given how slow the machine is now."""
+        return self.reserve * max(1.0, self._slowdown)
 
     def _cost(self, start: float, end: float) -> float:
-        """The integral of the seconds a step over the shares from `start` to `end`."""
+        """The integral of the seconds per step from `start` to `end`, both fractions of the run."""
         cost, begin = 0.0, 0.0
         for until, seconds in self.stages:
             cost += max(0.0, min(end, until) - max(start, begin)) * seconds
             begin = until
         return cost
+
+
+WARMUP_STEPS, TIMED_STEPS = 1, 4
+SCALE = 1000  # stages are timed on a timeline of this length; only fractions of it matter
+# Batches per process of a timed evaluation, after one that starts threads and kernels. If that
+# first one takes longer than this many seconds, its start-up does not matter and it counts itself.
+EVAL_BATCHES, EVAL_SECONDS = 3, 2.0
+TIMING_FRACTION = 0.1  # of the budget; after it, each stage is timed by one step only
+# The last checkpoint, weights, curves and the exit of the program: seconds, and steps.
+WRITING_SECONDS, WRITING_STEPS = 1.0, 1.0
+EVAL_MARGIN = 1.15  # other work on the machine may make an evaluation slower than measured
+
+
+class NoStepFits(VitcliError):
+    """The budget is too small for the first step."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A time, turned into a number of steps and the deadline that keeps to it."""
+
+    steps: int
+    deadline: Deadline
+
+
+def plan_budget(loop: "Loop", seconds: float, test_images: int) -> Budget:
+    """The number of steps that fit into `seconds` from now, with the last evaluation.
+
+    Each stage of the run is timed on real batches. All rates are zero meanwhile, so that no weight
+    moves, and the optimizer states are cleared afterwards.
+
+    Raises:
+        NoStepFits: no step fits.
+    """
+    at = time.monotonic() + seconds
+    import matplotlib.figure  # noqa: F401  # imported now, so that the curves take no time at the end
+
+    late = time.monotonic() - at
+    if max_over_processes(loop.accelerator, int(late > 0.0)):  # all processes must raise together
+        raise NoStepFits(
+            "no step fits into the budget: it was over before one could be timed, "
+            f"{max(0.0, late):.1f} s ago",
+            "give a longer `--budget`: it includes loading the libraries and the data",
+        )
+    stages = stage_fractions(loop.recipe.train)
+    time_limit = time.monotonic() + TIMING_FRACTION * seconds
+    costs = [seconds_per_step(loop, place, time_limit) for place, _ in stages]
+    average = sum(share * cost for (_, share), cost in zip(stages, costs, strict=True))
+    reserve = WRITING_SECONDS + WRITING_STEPS * max(costs) + _evaluation_seconds(loop, test_images)
+    steps = int((at - time.monotonic() - reserve) / average)
+    if steps < 1:
+        raise NoStepFits(
+            f"no step fits into the budget: one step takes {average:.2f} s, and starting and the "
+            "last evaluation need the rest",
+            "give a longer `--budget`, a smaller model, or a larger patch size",
+        )
+    ends, begin = [], 0.0
+    for (_, share), cost in zip(stages, costs, strict=True):
+        begin += share
+        ends.append((begin, cost))
+    return Budget(steps, Deadline(at, reserve, ends))
+
+
+def stage_fractions(train: TrainSection) -> list[tuple[int, float]]:
+    """(a step of `SCALE` inside the stage, its fraction of the run) for each stage.
+
+    A stage is a part of the run in which the image size and the patch dropout do not change.
+    """
+    ends = [until for _, until in train.smaller_sizes]
+    if train.patch_drop_rate:
+        ends.append(train.patch_drop_until)
+    stages, begin = [], 0.0
+    for end in [*sorted(end for end in ends if 0.0 < end < 1.0), 1.0]:
+        if end > begin:
+            stages.append((int(begin * SCALE), end - begin))
+        begin = max(begin, end)
+    return stages
+
+
+def _evaluation_seconds(loop: "Loop", test_images: int) -> float:
+    """The seconds of an evaluation on all test images, extrapolated from a few."""
+    if loop.validate is None or not test_images:
+        return 0.0
+    at_once = EVAL_BATCH_SIZE * loop.accelerator.num_processes
+    loop.module.eval()
+    for few in (at_once, EVAL_BATCHES * at_once):
+        few = min(few, test_images)
+        start = time.perf_counter()
+        loop.validate(limit=few)
+        seconds = time.perf_counter() - start
+        if max_over_processes(loop.accelerator, int(seconds > EVAL_SECONDS)):
+            break
+    loop.module.train()
+    return seconds * test_images / few * EVAL_MARGIN
+
+
+def seconds_per_step(
+    loop: "Loop",
+    place: int,
+    time_limit: float,
+    max_steps: int = TIMED_STEPS,
+    warmup: int = WARMUP_STEPS,
+) -> float:
+    """The mean seconds of a few steps, made as the run makes them at step `place` of `SCALE`.
+
+    Args:
+        time_limit: the moment of `time.monotonic` after which no further step starts.
+        max_steps: the most steps that are timed.
+        warmup: untimed steps before them.
+    """
+    state = loop.state
+    timeline, step = state.timeline, state.step
+    state.timeline, state.step = Timeline.of(SCALE), place
+    set_lr(state.optimizers, 0.0)
+    loop.module.train()
+    begin, timed = time.perf_counter(), 0
+    for number, batch in enumerate(loop.loader.batches(0, warmup + max_steps)):
+        if number == warmup:
+            begin = time.perf_counter()
+        loop.step(batch)
+        timed = number + 1 - warmup
+        # All processes must stop together: each step averages the gradients of all.
+        if timed > 0 and max_over_processes(loop.accelerator, int(time.monotonic() > time_limit)):
+            break
+    if loop.accelerator.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - begin) / timed
+    state.timeline, state.step = timeline, step
+    for optimizer in state.optimizers:
+        optimizer.state.clear()
+    return seconds

@@ -1,18 +1,13 @@
-"""What a training run is put together from: data, objective, optimizers, loader, loop.
+"""From a recipe to everything that trains: data, model, objective, optimizers, loader, loop."""
 
-What comes before the first step, whatever the steps are for: device, data, model, objective.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from vitcli.config.schema import Recipe
+from vitcli.config.schema import Recipe, Section
 from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.policies import changes_pixels
 from vitcli.data.augment.transform import TrainTransform, resolve_augment
@@ -23,23 +18,120 @@ from vitcli.data.streaming import StreamSet
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.progress import Logged, Watcher
+from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
-from vitcli.train.fsdp import check_sharding, share_out
-from vitcli.train.loop import Loop, Validate
-from vitcli.train.lora import choose_learning
+from vitcli.train.fsdp import check_sharding, shard_module
+from vitcli.train.loop import Loop
+from vitcli.train.lora import freeze_and_adapt
+from vitcli.train.objectives import (
+    AUTO,
+    OBJECTIVES,
+    build_objective,
+    find_objective,
+    resolve_objective,
+)
 from vitcli.train.objectives.mae import check_droppable
-from vitcli.train.objectives.registry import build_objective, is_supervised, settled
-from vitcli.train.optimizers.registry import build_optimizers, unused
-from vitcli.train.validate import Outcome, measure
-from vitcli.vit import ResNet
+from vitcli.train.optimizers import OPTIMIZERS, build_optimizers, find_optimizer
+from vitcli.train.recorder import Recorder
+from vitcli.train.schedules import SCHEDULES, find_schedule
+from vitcli.train.validate import Outcome, run_validation
+from vitcli.vit import Network, ResNet
 from vitcli.weights.loaded import LoadedModel
+
+MakeModel = Callable[[Source], LoadedModel]
+
+
+def build_loop(
+    recipe: Recipe,
+    source: Source,
+    make_model: MakeModel,
+    run: Run,
+    accelerator: Any,
+    watch: Watcher,
+) -> Loop:
+    """Build everything that trains. The caller decides how many steps the loop makes.
+
+    Args:
+        make_model: builds the model for the classes of `source`.
+        run: its directory need not exist yet, so that wrong settings leave nothing behind.
+
+    Raises:
+        VitcliError: settings that do not fit the data, the model or each other.
+    """
+    from accelerate.utils import set_seed
+
+    # Cheap checks first: a wrong setting must not cost the time to load a model.
+    check_augment(recipe, source.splits["train"], accelerator.num_processes)
+    for note in unused_settings(recipe, source.multi_label):
+        watch.note(note)
+
+    # Model, trainable weights, objective. Every random draw starts from the seed of the recipe.
+    set_seed(recipe.train.seed)
+    model, train = make_model(source), recipe.train
+    for note in freeze_and_adapt(model.network, recipe.lora, train.freeze, train.seed):
+        watch.note(note)
+    check_patch_drop(recipe, model.network)
+    objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
+    model.network.checkpoint_activations = train.activation_checkpointing
+
+    # Sharding comes before the optimizers, which must see the sharded parameters.
+    if train.fully_shard:
+        shard_module(objective.to(accelerator.device))
+    optimizers: list[Any] = list(build_optimizers(objective, recipe.optim))
+    if train.compile:
+        # In place, so that parameter names stay. Static shapes: there are few image sizes.
+        objective.compile(dynamic=False)
+    if train.fully_shard:
+        # FSDP2 already moves and synchronises; Accelerate adds only its precision (no DDP wrapper).
+        module = accelerator.prepare_model(objective, evaluation_mode=True)
+        optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
+    else:
+        module, *optimizers = accelerator.prepare(objective, *optimizers)
+    # Checkpoints, averages and schedules use the unwrapped objects: the names of their tensors must
+    # not depend on the number of processes.
+    objective = accelerator.unwrap_model(module)
+    decay = train.ema_decay
+    state = TrainState(
+        objective,
+        [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers],
+        Ema(objective, decay) if decay else None,
+        accelerator.scaler,
+    )
+
+    preprocess = model.preprocess
+    assert preprocess is not None
+    # Validation uses the transform that is stored with the weights, training its own augmentation.
+    loader = make_loader(recipe, source, preprocess, objective.num_views, accelerator)
+    validate, outcomes = None, list[Outcome]()
+    if (split := held_out_split(source)) is not None and model.config.num_classes > 0:
+        images = source.splits[split]
+        validate = partial(
+            run_validation, model, images, accelerator, watch, loader.broken, outcomes=outcomes
+        )
+    return Loop(
+        module=module,
+        state=state,
+        optimizers=optimizers,
+        loader=loader,
+        model=model,
+        recipe=recipe,
+        run=run,
+        accelerator=accelerator,
+        watch=watch,
+        recorder=Recorder(recipe, run, accelerator, watch, loader),
+        validate=validate,
+        outcomes=outcomes,
+    )
 
 
 def open_source(recipe: Recipe, watch: Watcher) -> Source:
-    """The data of a recipe, with a note for each thing that was decided about it."""
+    """Open the data of a recipe, and note what was decided about it.
+
+    Raises:
+        VitcliError: there is no such data, or no training split.
+    """
     section = recipe.data
     source = open_data(section, watch=watch, streams=True)
     for note in source.notes:
@@ -47,168 +139,47 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
     if "train" not in source.splits:
         raise VitcliError(
             f"`{section.name}` has no training images, only {', '.join(source.splits)}",
-            "`vitcli evaluate` takes such a set",
+            "use `vitcli evaluate` for such data",
+        )
+    if section.streaming:
+        watch.warn(
+            f"a stream is shuffled within {section.shuffle_buffer:,} images only, and `--resume` "
+            "continues with another order of the images"
         )
     return source
 
 
-def make_loop(
-    recipe: Recipe,
-    model: LoadedModel,
-    objective: Any,
-    source: Source,
-    run: Run,
-    accelerator: Any,
-    watch: Logged,
-) -> Loop:
-    """Everything that trains, put together; its timeline is not settled yet."""
-    preprocess = model.preprocess
-    assert preprocess is not None
-    model.network.checkpoint_activations = recipe.train.activation_checkpointing
-    if recipe.train.fully_shard:
-        share_out(objective.to(accelerator.device))
-    optimizers = build_optimizers(objective, recipe.optim)
-    if recipe.train.compile:
-        # In place, so that names stay. Sizes are few: those of `smaller_sizes`, and a last part's.
-        objective.compile(dynamic=False)
-    if recipe.train.fully_shard:  # only its precision is Accelerate's then
-        module = accelerator.prepare_model(objective, evaluation_mode=True)
-        optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
-    else:
-        module, *optimizers = accelerator.prepare(objective, *optimizers)
-    inner = [getattr(o, "optimizer", o) for o in optimizers]
-    objective = accelerator.unwrap_model(module)
-    decay = recipe.train.ema_decay
-    state = TrainState(
-        objective, inner, Ema(objective, decay) if decay else None, accelerator.scaler
-    )
-    loader = make_loader(recipe, source, preprocess, objective.views, accelerator)
-    held_out = held_out_split(source)
-    validate: Validate | None = None
-    outcomes: list[Outcome] = []
-    if held_out is not None and model.config.num_classes > 0:
-        test = source.splits[held_out]
-        validate = partial(
-            measure, model, test, accelerator, watch, loader.broken, outcomes=outcomes
-        )
-    return Loop(
-        module=module,
-        state=state,
-        optimizers=optimizers,
-        loader=loader,
-        preprocess=preprocess,
-        recipe=recipe,
-        run=run,
-        accelerator=accelerator,
-        watch=watch,
-        validate=validate,
-        outcomes=outcomes,
-    )
-
-
 def make_loader(
-    recipe: Recipe, source: Source, preprocess: Preprocess, views: int, accelerator: Any
+    recipe: Recipe, source: Source, preprocess: Preprocess, num_views: int, accelerator: Any
 ) -> TrainLoader:
-    """What makes the batches of this process."""
+    """The loader that makes the batches of this process."""
     transform = TrainTransform(preprocess, recipe.augment)
     return TrainLoader(
         source.splits["train"],
         transform,
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
-        views=views,
+        views=num_views,
         workers=recipe.data.workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         strict=recipe.data.strict,
         repeats=recipe.augment.repeats,
         augment=transform.settings,
+        # A GPU copies from pinned memory while it computes.
         pin_memory=accelerator.device.type == "cuda",
     )
 
 
-def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
-    """Whether `[augment]` can be done with this data, objective and batch.
-
-    Raises:
-        VitcliError: the set draws whole batches, which augmentation cannot change; without labels
-            there is nothing to mix; or a micro-batch or a process would part a pair.
-    """
-    settings = resolve_augment(recipe.augment)
-    mixes = mixes_pairs(settings)
-    if hasattr(images, "batch") and (changes_pixels(settings) or settings.repeats > 1):
-        raise VitcliError(
-            f"`{recipe.data.name}` draws its images with their variations, and `[augment]` changes "
-            "none of them",
-            "leave out `augment.preset`, `policy`, colours, `erase_rate` and `repeats`",
-        )
-    if isinstance(images, StreamSet) and settings.repeats > 1:
-        raise VitcliError("a stream shows each image once at a time", "leave out `augment.repeats`")
-    if mixes and not is_supervised(recipe.objective.name):
-        raise VitcliError(
-            f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
-            "`--set augment.mix_rate=0.0` leaves images as they are",
-        )
-    micro = recipe.train.micro_batch_size
-    if mixes and micro is not None and micro % 2:
-        raise VitcliError(
-            f"`train.micro_batch_size` = {micro} would part the pairs that mixup or cutmix mixes",
-            f"`--set train.micro_batch_size={micro + 1}`",
-        )
-    check_batch(recipe.train.batch_size, processes, settings.repeats, mixes)
-
-
-def held_out_images(source: Source) -> int:
-    """How many images a pass over the held-out split looks at."""
-    name = held_out_split(source)
-    return len(source.splits[name]) if name else 0
-
-
 def held_out_split(source: Source) -> str | None:
-    """The split that figures come from: `validation`, else `test`, else none."""
+    """The split that is evaluated during training: `validation`, else `test`, else None."""
     return next((name for name in ("validation", "test") if name in source.splits), None)
 
 
-def check_patch_drop(recipe: Recipe, model: LoadedModel) -> None:
-    """Whether patches of this model can be left out, where the recipe asks for it.
-
-    Raises:
-        VitcliError: a ResNet, an objective that hides patches by itself, or blocks and poolings
-            that need every patch at its place.
-    """
-    if not recipe.train.patch_drop_rate:
-        return
-    if isinstance(model.network, ResNet):
-        raise VitcliError(
-            "a ResNet has no patches to leave out", "`--set train.patch_drop_rate=0.0`"
-        )
-    if recipe.objective.name in ("masked_patch", "mae"):
-        raise VitcliError(
-            f"objective `{recipe.objective.name}` chooses itself which patches are seen",
-            "`--set train.patch_drop_rate=0.0`, and `objective.mask_rate` for another share",
-        )
-    check_droppable(model.network.config, "`train.patch_drop_rate`")
-    if model.network.config.pool == "quadrants":
-        raise VitcliError(
-            "`train.patch_drop_rate` leaves patches out, and pool `quadrants` needs them all",
-            "`--set model.pool=mean`",
-        )
-
-
-MakeModel = Callable[[Source], LoadedModel]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a loop is made of.
-
-    Attributes:
-        model: `objective` holds its network.
-    """
-
-    source: Source
-    model: LoadedModel
-    objective: nn.Module
+def held_out_images(source: Source) -> int:
+    """The number of images in that split."""
+    name = held_out_split(source)
+    return len(source.splits[name]) if name else 0
 
 
 def start_accelerator(
@@ -218,25 +189,27 @@ def start_accelerator(
     track: str | None = None,
     folder: Path | None = None,
 ) -> tuple[Any, Precision]:
-    """Accelerate's `Accelerator` for this process, and the precision that all have settled on.
+    """The `accelerate.Accelerator` of this process, and the precision that all processes use.
 
     Args:
-        precision: of a run that goes on; None goes by the recipe and, for `auto`, a measurement.
+        precision: that of a run that is resumed; None takes the recipe's, and measures for `auto`.
         track: a tracker, which writes into `folder`.
 
     Raises:
-        VitcliError: the batch cannot be shared out among the processes, or the device has not what
-            the recipe asks for.
+        VitcliError: an unknown name, a batch that the processes cannot share, or a precision that
+            the device lacks.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import broadcast_object_list
 
+    check_names(recipe)
     device = pick_device()
     precision = precision or resolve_precision(recipe.train.precision, device)
-    join_processes(device)
-    precision = broadcast_object_list([precision])[0]  # each has measured for itself
-    # Accelerate keeps the precision of a process's first run for all later ones.
+    join_processes(device)  # before the first collective operation, which follows
+    # Each process has measured for itself, and the results may differ.
+    precision = broadcast_object_list([precision])[0]
+    # Accelerate keeps the precision of the first run in a process for all later ones.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
@@ -244,6 +217,7 @@ def start_accelerator(
         log_with=track,
         project_dir=str(folder) if folder else None,
     )
+    # Set in both directions: the setting is global, and another run may precede in this process.
     torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
     if recipe.train.batch_size % accelerator.num_processes:
         raise VitcliError(
@@ -255,30 +229,97 @@ def start_accelerator(
     return accelerator, precision
 
 
-def build_parts(recipe: Recipe, make_model: MakeModel, processes: int, watch: Watcher) -> Parts:
-    """The data, and the model and objective for it, with a note for each thing that was decided.
+def check_names(recipe: Recipe) -> None:
+    """Check objective, optimizer, schedule and augmentation of a recipe against their registries.
 
     Raises:
-        VitcliError: bad input.
+        VitcliError: a name is unknown; the hint gives the nearest one and the list.
     """
-    from accelerate.utils import set_seed
+    find_objective(recipe.objective.name)
+    find_optimizer(recipe.optim)
+    find_schedule(recipe.schedule)
+    resolve_augment(recipe.augment)
 
-    resolve_augment(recipe.augment)  # an unknown name is an error before the data are opened
-    source = open_source(recipe, watch)
-    if recipe.data.streaming:
-        watch.warn(
-            f"a stream is mixed only within {recipe.data.shuffle_buffer:,} images, and cannot be "
-            "entered in its middle: `--resume` keeps the weights but begins another order"
+
+def registered_names() -> dict[str, tuple[str, ...]]:
+    """The names that each registry offers, for help texts and the settings reference."""
+    return {
+        "objective.name": (AUTO, *OBJECTIVES),
+        "optim.name": tuple(OPTIMIZERS),
+        "schedule.name": tuple(SCHEDULES),
+    }
+
+
+def unused_settings(recipe: Recipe, multi_label: bool) -> list[str]:
+    """A note per objective, optimizer and schedule whose settings include some that it ignores.
+
+    Not an error: someone who changes the optimizer of a recipe leaves the settings of the old one.
+    """
+    objective, notes = resolve_objective(recipe.objective, multi_label)
+    objectives = {name: kind.settings for name, kind in OBJECTIVES.items()}
+    optimizers = {name: entry.settings for name, entry in OPTIMIZERS.items()}
+    schedules = {name: entry.settings for name, entry in SCHEDULES.items()}
+    return [
+        *notes,
+        *_unused("objective", "objective", objective, objectives),
+        *_unused("optimizer", "optim", recipe.optim, optimizers),
+        *_unused("schedule", "schedule", recipe.schedule, schedules),
+    ]
+
+
+def _unused(
+    kind: str, table: str, section: Any, settings: Mapping[str, Collection[str]]
+) -> Iterator[str]:
+    # A recipe is complete, so "given" cannot be seen. A value that differs from the default can.
+    defaults: Section = type(section)()
+    foreign = sorted(set().union(*settings.values()) - set(settings[section.name]))
+    changed = [key for key in foreign if getattr(section, key) != getattr(defaults, key)]
+    if changed:
+        keys = ", ".join(f"`{table}.{key}`" for key in changed)
+        yield f"{kind} `{section.name}` does not use {keys}"
+
+
+def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
+    """Check that `[augment]` fits the data, the objective and the batch."""
+    settings = resolve_augment(recipe.augment)
+    mixes = mixes_pairs(settings)
+    # Generated images come as whole batches with their variations, and plans use blank ones.
+    drawn = hasattr(images, "batch") and not getattr(images, "is_blank", False)
+    if drawn and (changes_pixels(settings) or settings.repeats > 1):
+        raise VitcliError(
+            f"`{recipe.data.name}` generates whole batches, which `[augment]` cannot change",
+            "remove `augment.preset`, `policy`, the colour settings, `erase_rate` and `repeats`",
         )
-    for note in settled(recipe.objective, source.multi_label)[1]:
-        watch.note(note)
-    for note in unused(recipe.optim, recipe.schedule):
-        watch.note(note)
-    check_augment(recipe, source.splits["train"], processes)
-    set_seed(recipe.train.seed)
-    model = make_model(source)
-    for note in choose_learning(model.network, recipe.lora, recipe.train.freeze, recipe.train.seed):
-        watch.note(note)
-    check_patch_drop(recipe, model)
-    objective = build_objective(model, recipe.objective, recipe.train.seed, source.multi_label)
-    return Parts(source, model, objective)
+    if isinstance(images, StreamSet) and settings.repeats > 1:
+        raise VitcliError("a stream cannot repeat images", "remove `augment.repeats`")
+    if mixes and not find_objective(recipe.objective.name).supervised:
+        raise VitcliError(
+            f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
+            "`--set augment.mix_rate=0.0`",
+        )
+    micro = recipe.train.micro_batch_size
+    if mixes and micro is not None and micro % 2:
+        raise VitcliError(
+            f"`train.micro_batch_size` = {micro} is odd, and mixup or cutmix needs pairs of images",
+            f"`--set train.micro_batch_size={micro + 1}`",
+        )
+    check_batch(recipe.train.batch_size, processes, settings.repeats, mixes)
+
+
+def check_patch_drop(recipe: Recipe, network: Network) -> None:
+    """Check that `train.patch_drop_rate`, if set, works with the model and the objective."""
+    if not recipe.train.patch_drop_rate:
+        return
+    if isinstance(network, ResNet):
+        raise VitcliError("a ResNet has no patches to drop", "`--set train.patch_drop_rate=0.0`")
+    if find_objective(recipe.objective.name).masks_patches:
+        raise VitcliError(
+            f"objective `{recipe.objective.name}` masks patches and cannot drop others",
+            "`--set train.patch_drop_rate=0.0`; `objective.mask_rate` sets the masked fraction",
+        )
+    check_droppable(network.config, "`train.patch_drop_rate`")
+    if network.config.pool == "quadrants":
+        raise VitcliError(
+            "`train.patch_drop_rate` drops patches, and pool `quadrants` needs all of them",
+            "`--set model.pool=mean`",
+        )

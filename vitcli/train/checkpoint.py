@@ -1,7 +1,7 @@
-"""Everything that an exact resume needs, and nothing that has to be unpickled.
+"""Checkpoints: everything that an exact resume needs, and nothing that must be unpickled.
 
-Order, augmentation and dropout are functions of (seed, position), so a checkpoint holds only
-tensors and the number of steps: no generator states, no loader states.
+Data order, augmentation and dropout are functions of (seed, step), so that a checkpoint holds only
+tensors and a few numbers: no generator states, no loader states.
 """
 
 import json
@@ -18,39 +18,58 @@ from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
+from vitcli.run import Run
 from vitcli.train.budget import Timeline
 from vitcli.train.ema import Ema
-from vitcli.train.fsdp import Parts, is_part, like_part, write_part
+from vitcli.train.fsdp import ShardReader, is_sharded, shard_like, write_shard
+
+MAX_REWINDS, REWIND_FACTOR = 3, 0.5
+
+
+class NonFiniteError(VitcliError):
+    """The loss or a weight is NaN or infinite."""
+
+
+def non_finite_error(message: str, checkpoints: Path) -> NonFiniteError:
+    """The error, with a hint that says where the last good state is."""
+    kept = f"the last checkpoint is in `{checkpoints}`; " if list_checkpoints(checkpoints) else ""
+    return NonFiniteError(
+        message,
+        f"{kept}use a lower `--lr`, a longer warm-up or `--set optim.grad_clip=1.0`, or "
+        "`--set train.on_nan=rewind` to go back and continue automatically",
+    )
 
 
 @dataclass(frozen=True)
-class Team:
-    """The processes of a run, as far as checkpoints go.
+class ShardWriter:
+    """How the processes of a run write a checkpoint together.
 
     Attributes:
-        rank: of this one.
-        parts: files that a checkpoint has of each kind: one a process where tensors are shared.
-        wait: for all others.
+        rank: of this process.
+        num_shards: files per kind of tensors: one per process if tensors are sharded, else 1.
+        barrier: waits for all other processes.
     """
 
     rank: int = 0
-    parts: int = 1
-    wait: Callable[[], None] = lambda: None
+    num_shards: int = 1
+    barrier: Callable[[], None] = lambda: None
 
 
-ALONE = Team()
+SINGLE_PROCESS = ShardWriter()
 
 
 @dataclass
 class TrainState:
-    """What changes while training.
+    """What changes during training.
 
     Attributes:
+        module: the objective, with the model inside.
+        scaler: the gradient scaler of fp16, else None.
         step: finished updates.
-        timeline: how long the run is.
-        micro_batch: images at a time, where memory ran out with what the recipe asked for.
-        rewinds: how often it went back to a good state.
-        lr_scale: what is left of the learning rate after that.
+        timeline: the length of the run.
+        micro_batch_size: the size that fits after memory ran out; None for that of the recipe.
+        num_rewinds: how often the run went back to an earlier checkpoint.
+        lr_scale: the factor on all rates after those rewinds.
     """
 
     module: nn.Module
@@ -59,129 +78,119 @@ class TrainState:
     scaler: Any = None
     step: int = 0
     timeline: Timeline = field(default_factory=Timeline)
-    micro_batch: int | None = None
-    rewinds: int = 0
+    micro_batch_size: int | None = None
+    num_rewinds: int = 0
     lr_scale: float = 1.0
 
     def values(self) -> dict[str, Any]:
-        """What is not a tensor."""
-        found: dict[str, Any] = {
+        """Everything except the tensors, under the names that `state.json` uses."""
+        values: dict[str, Any] = {
             "step": self.step,
             "timeline": self.timeline.values(),
-            "micro_batch": self.micro_batch,
-            "rewinds": self.rewinds,
+            "micro_batch": self.micro_batch_size,
+            "rewinds": self.num_rewinds,
             "lr_scale": self.lr_scale,
         }
         if self.scaler is not None:
-            found["scaler"] = self.scaler.state_dict()
-        return found
+            values["scaler"] = self.scaler.state_dict()
+        return values
 
     def restore(self, values: dict[str, Any]) -> None:
-        """Take over what `values` gave; older checkpoints have the step only."""
+        """Take over the result of `values`; early versions of vitcli wrote the step only."""
         if self.scaler is not None and "scaler" in values:
             self.scaler.load_state_dict(values["scaler"])
         if "timeline" in values:
             self.timeline.restore(values["timeline"])
-        self.micro_batch = values.get("micro_batch")
-        self.rewinds = int(values.get("rewinds", 0))
+        self.micro_batch_size = values.get("micro_batch")
+        self.num_rewinds = int(values.get("rewinds", 0))
         self.lr_scale = float(values.get("lr_scale", 1.0))
         self.step = int(values["step"])
 
-
-def is_finite(state: TrainState) -> bool:
-    """Whether every weight that this process keeps is a number."""
-    held: Any
-    for held in state.module.parameters():
-        mine = held.to_local() if is_part(held) else held
-        if not torch.isfinite(mine).all():
-            return False
-    return True
+    def has_finite_weights(self) -> bool:
+        """True if every weight that this process stores is finite."""
+        p: Any
+        for p in self.module.parameters():
+            if not torch.isfinite(p.to_local() if is_sharded(p) else p).all():
+                return False
+        return True
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """`checkpoints/step_000100`."""
-    return folder / f"step_{step:06d}"
-
-
-def save_checkpoint(folder: Path, state: TrainState, keep: int, team: Team = ALONE) -> Path:
-    """Write the checkpoint of `state.step`, then remove all but the newest `keep`.
-
-    A reader sees it whole or not at all, whenever a process is killed. With shared tensors every
-    process writes its part; else those of process 0 are all there is.
+def save_checkpoint(
+    folder: Path, state: TrainState, keep: int, writer: ShardWriter = SINGLE_PROCESS
+) -> Path:
+    """Write the checkpoint of `state.step` and remove all but the newest `keep`.
 
     Raises:
-        VitcliError: it cannot be written; the older ones are untouched.
+        VitcliError: it cannot be written; the older checkpoints are unchanged.
     """
-    path = checkpoint_path(folder, state.step)
-    if team.parts > 1:
-        _save_parts(path, state, team)
-    elif team.rank == 0:
-        _make(folder)
+    path = folder / f"step_{state.step:06d}"
+    # A temporary name, renamed at the end: a process that is killed while it writes leaves either
+    # no checkpoint or a complete one.
+    if writer.num_shards > 1:
+        _save_shards(path, state, writer)
+    elif writer.rank == 0:
+        _make_folder(folder)
         with replacing(path) as temporary:
             temporary.mkdir()
-            _write(temporary, state, ALONE)
+            _write_tensors(temporary, state, SINGLE_PROCESS)
             _write_values(temporary, state)
-    if team.rank == 0:
+    if writer.rank == 0:
+        # Only now that the new one is complete: there is always one to resume from.
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-        for ending in ("tmp", "parts"):  # of processes that were killed while writing
+        for ending in ("tmp", "parts"):  # of processes that were killed while they wrote
             for left in folder.glob(f".step_*.{ending}"):
                 shutil.rmtree(left, ignore_errors=True)
-    team.wait()
+    writer.barrier()
     return path
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VitcliError(
-            f"cannot make `{folder}`: {error.strerror}", "`--out` takes a place that can be written"
+            f"cannot create `{folder}`: {error.strerror}", "choose a writable path with `--out`"
         ) from None
 
 
-def _save_parts(path: Path, state: TrainState, team: Team) -> None:
-    """All processes write into one folder, which process 0 then moves to its place."""
+def _save_shards(path: Path, state: TrainState, writer: ShardWriter) -> None:
+    """All processes write into one folder, which process 0 then renames."""
     shared = path.parent / f".{path.name}.parts"
-    if team.rank == 0:
-        _make(path.parent)
+    if writer.rank == 0:
+        _make_folder(path.parent)
         shutil.rmtree(shared, ignore_errors=True)
         shared.mkdir()
-    team.wait()
-    _write(shared, state, team)
-    team.wait()
-    if team.rank == 0:
+    writer.barrier()  # the folder exists
+    _write_tensors(shared, state, writer)
+    writer.barrier()  # every shard is written
+    if writer.rank == 0:
         with replacing(path) as temporary:
             shared.rename(temporary)
             _write_values(temporary, state)
 
 
-def _write(folder: Path, state: TrainState, team: Team) -> None:
+def _write_tensors(folder: Path, state: TrainState, writer: ShardWriter) -> None:
     def write(name: str, tensors: dict[str, Tensor]) -> None:
-        write_part(folder, name, tensors, team.rank, team.parts)
+        write_shard(folder, name, tensors, writer.rank, writer.num_shards)
 
     write("module", state.module.state_dict())
     for number, optimizer in enumerate(state.optimizers):
         write(f"optimizer_{number}", _optimizer_tensors(optimizer))
     if state.ema is not None:
-        write("ema", state.ema.state())
+        write("ema", state.ema.state_dict())
 
 
 def _write_values(folder: Path, state: TrainState) -> None:
     (folder / "state.json").write_text(json.dumps(state.values()), encoding="utf-8")
 
 
-def amend_checkpoint(path: Path, state: TrainState) -> None:
-    """Change what is not a tensor in the checkpoint at `path`, of the same step."""
-    write_text(path / "state.json", json.dumps(state.values()))
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
+    """The complete checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if re.fullmatch(r"step_\d{6,}", p.name)]
-    return sorted(found, key=step_of)
+    paths = [p for p in folder.iterdir() if re.fullmatch(r"step_\d{6,}", p.name)]
+    return sorted(paths, key=step_of)  # by number: names of more than six digits sort differently
 
 
 def step_of(path: Path) -> int:
@@ -190,51 +199,83 @@ def step_of(path: Path) -> int:
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
-    """Put the checkpoint at `path` into `state`.
+    """Load the checkpoint at `path` into `state`.
 
     Raises:
-        VitcliError: it is damaged, or was written by a run of another shape.
+        VitcliError: it is damaged, or a run of another shape wrote it.
     """
     try:
         values = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        _read_into(state.module.state_dict(), Parts(path, "module"))
+        _read_into(state.module.state_dict(), ShardReader(path, "module"))
         for number, optimizer in enumerate(state.optimizers):
-            _load_optimizer(optimizer, Parts(path, f"optimizer_{number}"))
+            _load_optimizer(optimizer, ShardReader(path, f"optimizer_{number}"))
         if state.ema is not None:
-            _read_into(state.ema.state(), Parts(path, "ema"))
+            _read_into(state.ema.state_dict(), ShardReader(path, "ema"))
         state.restore(values)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise VitcliError(
-            f"checkpoint `{path}` cannot be read: {error}",
-            "remove it, and `--resume` takes the one before",
+            f"cannot read checkpoint `{path}`: {error}",
+            "remove it; `--resume` then uses the checkpoint before it",
         ) from error
 
 
+def rewind(
+    state: TrainState, run: Run, error: NonFiniteError, is_main: bool, same_length: bool
+) -> None:
+    """Load the last checkpoint of a run into `state`, and lower all rates from there on.
+
+    Args:
+        error: what went wrong at `state.step`.
+        is_main: this process writes the records.
+        same_length: the run makes no more steps than without the rewind; a deadline needs this.
+    """
+    # Halved three times, the rate is an eighth. If that fails, the cause is another one.
+    checkpoints = list_checkpoints(run.checkpoints)
+    if state.num_rewinds >= MAX_REWINDS or not checkpoints:
+        raise VitcliError(
+            f"{error.message}, after {state.num_rewinds} rewinds",
+            "use a lower `--lr`, a longer warm-up or `--set optim.grad_clip=1.0`",
+        ) from None
+    failed, left = state.step, state.timeline.total - state.step
+    rewinds, scale = state.num_rewinds + 1, state.lr_scale * REWIND_FACTOR
+    load_checkpoint(checkpoints[-1], state)
+    if same_length:
+        state.timeline.replan(state.step, state.step + left)
+    state.num_rewinds, state.lr_scale = rewinds, scale
+    if is_main:
+        run.drop_records_after(state.step)
+        run.log({"step": state.step, "event": "rewind", "from": failed, "lr_scale": scale})
+        # Otherwise a resume from this checkpoint would repeat the rates that failed.
+        write_text(checkpoints[-1] / "state.json", json.dumps(state.values()))
+
+
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`3.exp_avg` -> tensor. Rates are not kept: the schedule gives them from the step."""
+    """`3.exp_avg` -> tensor. Rates are not stored: the schedule computes them from the step."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()}
 
 
 @torch.no_grad()
-def _read_into(tensors: dict[str, Tensor], parts: Parts) -> None:
-    """Overwrite `tensors` by what `parts` hold under the same names, all of them."""
-    if missing := tensors.keys() ^ set(parts.names()):
-        raise KeyError(f"{', '.join(sorted(missing)[:3])} on one side only")
+def _read_into(tensors: dict[str, Tensor], reader: ShardReader) -> None:
+    """Overwrite `tensors`, whose names must be those of the file."""
+    if missing := tensors.keys() ^ set(reader.names()):
+        raise KeyError(f"{', '.join(sorted(missing)[:3])} exist on one side only")
+    # In place, so that optimizers, EMA and compiled code keep pointing to the same tensors.
     for name, tensor in tensors.items():
-        held: Any = tensor
-        (held.to_local() if is_part(tensor) else held).copy_(parts.read(name, tensor))
+        local: Any = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        local.copy_(reader.read(name, tensor))
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, parts: Parts) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, reader: ShardReader) -> None:
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name in parts.names():
+    for name in reader.names():
         index, _, key = name.partition(".")
         p = params[int(index)]
-        # As large as the weights: shared as they are. The rest, such as a step, is everybody's.
-        shared = is_part(p) and key != "step"
-        value = parts.read(name, p if shared else None)
-        state.setdefault(int(index), {})[key] = like_part(value, p) if shared else value
+        # Moments have the shape of the weight and are sharded like it; a step count is not.
+        sharded = is_sharded(p) and key != "step"
+        value = reader.read(name, p if sharded else None)
+        state.setdefault(int(index), {})[key] = shard_like(value, p) if sharded else value
+    # The settings of this run, not of the checkpoint: a resume may only continue with equal ones.
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,25 +1,28 @@
-"""An exponential moving average of the weights, which needs no guessing on short runs."""
+"""An exponential moving average (EMA) of the weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 
 class Ema:
-    """The average of what the parameters of a module that learn were.
+    """The moving average of the trainable parameters of a module.
 
-    The decay of update t (from 0) is min(decay, (1 + t) / (10 + t)), so that a run of a hundred
-    steps is not an average of its random start.
+    The decay of update t (from 0) is min(decay, (1 + t) / (10 + t)), as in TensorFlow. Without this
+    warm-up the average of a run of a hundred steps would still contain its random start.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        # Frozen weights are their own average.
-        learning = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-        self.tensors = {name: p.detach().clone() for name, p in learning}
+        # Frozen weights are their own average, so they take no memory here.
+        trainable = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+        self.tensors = {name: p.detach().clone() for name, p in trainable}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Take in the parameters after update `step`."""
+        """Add the parameters after update `step` to the average."""
         weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
         parameters = dict(module.named_parameters())
         torch._foreach_lerp_(
@@ -28,11 +31,27 @@ class Ema:
             weight,
         )
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name."""
         return self.tensors
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over averages that `state` gave."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(tensors[name])
+
+@contextmanager
+def averaged(module: nn.Module, ema: Ema | None) -> Iterator[None]:
+    """Put the averaged weights into `module` inside the block; without an average do nothing."""
+    if ema is None:
+        yield
+        return
+    parameters = dict(module.named_parameters())
+    trained = {name: parameters[name].detach().clone() for name in ema.tensors}
+    try:
+        _overwrite(parameters, ema.tensors)
+        yield
+    finally:  # also when a signal interrupts the evaluation: a checkpoint follows
+        _overwrite(parameters, trained)
+
+
+@torch.no_grad()
+def _overwrite(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)

@@ -1,11 +1,12 @@
-"""Tensors shared out among processes (FSDP2), and checkpoints in parts.
+"""Fully sharded data parallel (FSDP2): sharded tensors, and checkpoint files with one shard each.
 
-Each process keeps a part of the rows of every tensor, and has the whole of a block only while it
-computes. A checkpoint has one file a process; any number of processes reads it again, one too.
+Each process stores some rows of every tensor and gathers a whole block only while it computes with
+it. A checkpoint has one file per process. Any number of processes can read it, one included.
 """
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +16,40 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
+from vitcli.train.optimizers import OPTIMIZERS, find_optimizer
 from vitcli.weights.store import write_tensors
 
-ALLOWED = ("adamw", "sgd")  # what they compute for a part does not depend on the rest
-PARTS = "parts"  # the metadata entry: name -> (first row, rows of the whole)
+SHARDS = "parts"  # the metadata key: name -> (first row, rows of the whole tensor)
 
 
 def check_sharding(recipe: Recipe, processes: int) -> None:
-    """Whether this recipe's tensors can be shared out.
-
-    Raises:
-        VitcliError: an optimizer that needs whole matrices; averaged weights or adapters.
-    """
+    """Check that `train.fully_shard`, if set, works with the rest of the recipe."""
     if not recipe.train.fully_shard:
         return
     if processes == 1:
         raise VitcliError(
-            "`train.fully_shard` shares the model out among processes, and there is one",
-            "`--processes N`, or leave it out",
+            "`train.fully_shard` needs several processes, and there is one",
+            "add `--processes N`, or remove `train.fully_shard`",
         )
-    if recipe.optim.name not in ALLOWED or recipe.optim.momentum_dtype != "fp32":
+    # A bf16 momentum is written as a plain tensor, which FSDP cannot shard like the weights.
+    if not find_optimizer(recipe.optim).elementwise or recipe.optim.momentum_dtype != "fp32":
+        able = ", ".join(f"`{name}`" for name, entry in OPTIMIZERS.items() if entry.elementwise)
         raise VitcliError(
-            f"`train.fully_shard` parts matrices that optimizer `{recipe.optim.name}` needs whole",
-            f"`--set optim.name=` one of {', '.join(ALLOWED)}, with an fp32 momentum",
+            f"`train.fully_shard` splits the matrices that optimizer `{recipe.optim.name}` needs "
+            "whole",
+            f"`--set optim.name=` one of {able}, with `optim.momentum_dtype=fp32`",
         )
     train = recipe.train
     if train.compile or recipe.lora.rank is not None or train.on_nan == "rewind":
         raise VitcliError(
-            "`train.fully_shard` does not go with `train.compile`, `lora` or `--on-nan rewind`",
-            "leave one of them out",
+            "`train.fully_shard` cannot be combined with `train.compile`, `lora` or "
+            "`--on-nan rewind`",
+            "remove one of them",
         )
 
 
-def share_out(objective: nn.Module) -> None:
-    """Make every tensor of `objective` one of parts; blocks are gathered one at a time."""
+def shard_module(objective: nn.Module) -> None:
+    """Shard every tensor of `objective` over the processes; each block is gathered on its own."""
     from torch.distributed.fsdp import fully_shard
 
     model: Any = objective.model
@@ -57,78 +58,95 @@ def share_out(objective: nn.Module) -> None:
     fully_shard(objective)
 
 
-def is_part(tensor: Any) -> bool:
-    """Whether a tensor is one of those that processes share."""
+def is_sharded(tensor: Any) -> bool:
+    """True if the processes share `tensor`."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
 
 
-def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors, gathered from all processes; all must call it."""
-    return {name: t.full_tensor() if is_part(t) else t for name, t in tensors.items()}  # type: ignore[attr-defined]
+def gather_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors, gathered from all processes; every process must call this."""
+    return {name: t.full_tensor() if is_sharded(t) else t for name, t in tensors.items()}  # type: ignore[attr-defined]
 
 
-def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """(first row, number of rows) that this process keeps; all of one that is not shared."""
-    if not is_part(tensor):
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Inside the block the tensors outside of the encoder blocks are whole, if they are sharded."""
+    shared: Any = module if hasattr(module, "unshard") else None
+    if shared is not None:
+        shared.unshard()
+    try:
+        yield
+    finally:
+        if shared is not None:
+            shared.reshard()
+
+
+def local_rows(tensor: Tensor) -> tuple[int, int]:
+    """(first row, number of rows) of the local shard, or of the whole of an unsharded tensor."""
+    if not is_sharded(tensor):
         return 0, len(tensor) if tensor.ndim else 0
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    size = -(-tensor.shape[0] // count)  # as torch.chunk cuts
+    size = -(-tensor.shape[0] // count)  # FSDP2 cuts as torch.chunk does
     first = min(rank * size, tensor.shape[0])
     return first, min(size, tensor.shape[0] - first)
 
 
-def part_file(folder: Path, name: str, rank: int, count: int) -> Path:
-    """`module-0-of-2.safetensors`, or `module.safetensors` of one that is whole."""
-    return folder / (
-        f"{name}.safetensors" if count == 1 else f"{name}-{rank}-of-{count}.safetensors"
-    )
+def shard_file(folder: Path, name: str, rank: int, num_shards: int) -> Path:
+    """`module-0-of-2.safetensors`, or `module.safetensors` if there is one shard."""
+    ending = "" if num_shards == 1 else f"-{rank}-of-{num_shards}"
+    return folder / f"{name}{ending}.safetensors"
 
 
-def write_part(folder: Path, name: str, tensors: dict[str, Tensor], rank: int, count: int) -> None:
-    """Write what this process keeps of `tensors`; what is not shared is process 0's to write."""
-    mine, places = {}, {}
+def write_shard(
+    folder: Path, name: str, tensors: dict[str, Tensor], rank: int, num_shards: int
+) -> None:
+    """Write the local shards of `tensors`; process 0 writes the unsharded ones as well."""
+    local, places = {}, {}
     for key, tensor in tensors.items():
-        if not is_part(tensor) and rank:
+        if not is_sharded(tensor) and rank:
             continue
-        mine[key] = tensor.to_local() if is_part(tensor) else tensor  # type: ignore[attr-defined]
-        places[key] = [rows_of(tensor)[0], tensor.shape[0] if tensor.ndim else 0]
-    # safetensors writes several entries in a random order, and equal states are to be equal bytes.
-    said = {PARTS: json.dumps(places, sort_keys=True)} if count > 1 else None
-    write_tensors(part_file(folder, name, rank, count), mine, said)
+        local[key] = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        places[key] = [local_rows(tensor)[0], tensor.shape[0] if tensor.ndim else 0]
+    # One metadata entry only: safetensors writes several in a random order, and equal states must
+    # give equal bytes.
+    metadata = {SHARDS: json.dumps(places, sort_keys=True)} if num_shards > 1 else None
+    write_tensors(shard_file(folder, name, rank, num_shards), local, metadata)
 
 
-class Parts:
-    """The tensors of all part files of one name, by name and rows."""
+class ShardReader:
+    """Reads tensors, or rows of them, from all shard files of one name."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        found = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
+        paths = sorted(folder.glob(f"{name}-*-of-*.safetensors"))
         self.files: list[Any] = [
-            safe_open(path, "pt") for path in found or [folder / f"{name}.safetensors"]
+            safe_open(path, "pt") for path in paths or [folder / f"{name}.safetensors"]
         ]
-        self.places: dict[str, list[tuple[Any, int]]] = {}
+        self.places: dict[str, list[tuple[Any, int]]] = {}  # name -> (file, first row), …
         for file in self.files:
-            said = json.loads((file.metadata() or {}).get(PARTS, "{}"))
-            for key in file.keys():  # noqa: SIM118  # no mapping
-                self.places.setdefault(key, []).append((file, said.get(key, [0, 0])[0]))
+            places = json.loads((file.metadata() or {}).get(SHARDS, "{}"))
+            for key in file.keys():  # noqa: SIM118  # not a mapping
+                self.places.setdefault(key, []).append((file, places.get(key, [0, 0])[0]))
 
     def names(self) -> Iterator[str]:
-        """Of all tensors."""
+        """The names of all tensors."""
         return iter(self.places)
 
     def read(self, name: str, like: Tensor | None = None) -> Tensor:
-        """A whole tensor, or those rows of it that this process keeps of `like`.
+        """A whole tensor, or the rows that the local shard of `like` holds.
 
         Raises:
-            KeyError: there is none of that name, or rows are missing.
+            KeyError: no such tensor, or rows are missing.
         """
         pieces = []
-        first, count = rows_of(like) if like is not None and is_part(like) else (0, None)
+        # The number of processes may have changed since the checkpoint was written, so a local
+        # shard may need rows of several files.
+        first, count = local_rows(like) if like is not None and is_sharded(like) else (0, None)
         reached = first
         for file, start in sorted(self.places[name], key=lambda place: place[1]):
-            held = file.get_slice(name)
-            shape = held.get_shape()
+            stored = file.get_slice(name)
+            shape = stored.get_shape()
             if not shape:
                 return file.get_tensor(name)
             low = max(reached, start) - start
@@ -136,15 +154,15 @@ class Parts:
             if low < high and low >= 0:
                 if start + low != reached:
                     raise KeyError(f"rows {reached} to {start + low} of {name}")
-                pieces.append(held[low:high])
+                pieces.append(stored[low:high])
                 reached = start + high
         if not pieces:
             return self.places[name][0][0].get_slice(name)[0:0]
         return torch.cat(pieces)
 
 
-def like_part(tensor: Tensor, like: Tensor) -> Tensor:
-    """Rows that this process keeps, as a shared tensor placed as `like`."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Local rows -> a sharded tensor with the placement of `like`."""
     from torch.distributed.tensor import DTensor
 
     other: Any = like

@@ -1,4 +1,4 @@
-"""Fine-tuning a part of the weights: frozen layers, and low-rank adapters (Hu et al., 2021)."""
+"""Training a part of the weights: frozen layers, and low-rank adapters (LoRA; Hu et al., 2021)."""
 
 import json
 import math
@@ -12,26 +12,27 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import LoraSection
 from vitcli.errors import VitcliError
-from vitcli.train.optimizers.registry import layer_of
+from vitcli.train.param_groups import layer_of
 from vitcli.vit import Network, ResNet, VisionTransformer
 from vitcli.vit.macs import BACKWARD
 from vitcli.weights.store import save_tensors
 
 HEADS = ("head.", "head_dist.")
-ADAPTER = (".lora_down", ".lora_up")  # how the names of their tensors end
+ADAPTER = (".lora_down", ".lora_up")  # suffixes of the names of adapter tensors
 LAYERS = {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "mlp": ("mlp.fc1", "mlp.fc2")}
 
 
 class LoraLinear(nn.Module):
-    """A dense layer that stays as it is, and beside it one of low rank that learns.
+    """A frozen linear layer plus a trainable one of low rank.
 
-    `weight` and `bias` keep their names. `lora_up` starts at zero, so that nothing changes first.
+    `weight` and `bias` keep their names, so that checkpoints and exports find them.
     """
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias  # frozen by then
+        self.weight, self.bias = base.weight, base.bias  # frozen by the caller
         self.lora_down = nn.Parameter(torch.empty(rank, base.in_features))
+        # Zeros, so that the model starts exactly as it was pretrained (section 4.1).
         self.lora_up = nn.Parameter(torch.zeros(base.out_features, rank))
         nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))
         self.scale = scale
@@ -42,9 +43,10 @@ class LoraLinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + self.scale * low
 
     def merged(self) -> nn.Linear:
-        """One ordinary layer that computes the same."""
+        """One ordinary linear layer that computes the same."""
         outputs, inputs = self.weight.shape
         layer = nn.Linear(inputs, outputs, bias=self.bias is not None, device="meta")
+        # In fp64, so that merging rounds once only.
         added = self.scale * (self.lora_up.double() @ self.lora_down.double())
         layer.weight = nn.Parameter((self.weight.double() + added).to(self.weight.dtype).detach())
         if self.bias is not None:
@@ -52,47 +54,48 @@ class LoraLinear(nn.Module):
         return layer
 
 
-def choose_learning(model: Network, section: LoraSection, frozen: str, seed: int) -> list[str]:
-    """Freeze what is not to learn, and put in the adapters; what the user should know of it.
+def freeze_and_adapt(model: Network, section: LoraSection, frozen: str, seed: int) -> list[str]:
+    """Freeze parameters and insert adapters as the recipe says; returns notes for the user.
 
     Args:
-        section: the adapters, drawn from `seed`; with them nothing else learns but the heads.
+        section: the adapters, drawn from `seed`; only they and the heads are then trained.
         frozen: `none`, `backbone` (all but the heads), or `blocks:N` (embeddings and N blocks).
 
     Raises:
-        VitcliError: a model without blocks, or without so many; a rank that is none.
+        VitcliError: a model without enough blocks, or a rank larger than the model's width.
     """
     if frozen == "none" and section.rank is None:
         return []
     first = _freeze(model, frozen)
     if section.rank is not None:
         _adapt(_with_blocks(model), section, first, seed)
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for n, p in model.named_parameters() if not n.endswith(ADAPTER))
-    return [f"{learning:,} numbers learn, of a model of {whole:,}"]
+    return [f"training {trainable:,} parameters; the model has {whole:,}"]
 
 
 def _with_blocks(model: Network) -> VisionTransformer:
     if isinstance(model, ResNet):
         raise VitcliError(
-            "a ResNet has no encoder blocks, which adapters and `train.freeze=blocks:N` are about",
+            "adapters and `train.freeze=blocks:N` need encoder blocks, and a ResNet has none",
             "`--set train.freeze=backbone` trains its head alone",
         )
     return model
 
 
 def _freeze(model: Network, what: str) -> int:
-    """Keep what `what` names as it is; the number of the first block that is free."""
+    """Freeze the parameters that `what` names; returns the index of the first trainable block."""
     if what == "none":
         return 0
     if what == "backbone":
         for name, p in model.named_parameters():
             p.requires_grad_(name.startswith(HEADS))
         return 0 if isinstance(model, ResNet) else model.config.depth
+    # Block N freezes everything before it as well: no gradient goes back that far.
     count, depth = int(what.partition(":")[2]), _with_blocks(model).config.depth
     if count > depth:
         raise VitcliError(
-            f"`train.freeze={what}`, and the model has {depth} blocks",
+            f"`train.freeze={what}` freezes more blocks than the model has: {depth}",
             "`--set train.freeze=backbone` trains the head alone",
         )
     for name, p in model.named_parameters():
@@ -102,22 +105,23 @@ def _freeze(model: Network, what: str) -> int:
 
 
 def _adapt(model: VisionTransformer, section: LoraSection, first: int, seed: int) -> None:
-    """Put adapters into the blocks from `first` on, and let them and the heads learn alone."""
+    """Insert adapters into the blocks from `first` on, and train only them and the heads."""
     assert section.rank is not None
     if first >= model.config.depth:
         raise VitcliError(
-            "`train.freeze` leaves no block that an adapter could change",
-            "leave out `lora.rank`, or freeze fewer blocks",
+            "`train.freeze` leaves no block for an adapter",
+            "remove `lora.rank`, or freeze fewer blocks",
         )
     if section.rank > model.config.embed_dim:
         raise VitcliError(
-            f"`lora.rank` = {section.rank} is more than the width of the model, "
+            f"`lora.rank` = {section.rank} is larger than the width of the model, "
             f"{model.config.embed_dim}",
-            "8 is usual",
+            "use for example `--lora 8`",
         )
     endings = tuple(name for target in section.targets for name in LAYERS[target])
     for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(HEADS))
+        p.requires_grad_(name.startswith(HEADS))  # heads are new, an adapter would not do
+    # In a fork, so that adapters do not change the random numbers that follow.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for block in list(model.blocks)[first:]:
@@ -129,30 +133,31 @@ def _adapt(model: VisionTransformer, section: LoraSection, first: int, seed: int
 
 
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
-    """Name -> layer of all that are adapted."""
+    """The layers with an adapter, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
 
 
-def passes(model: nn.Module) -> float:
-    """Forward passes of work that a training step is: three, and less where weights are frozen.
+def training_passes(model: nn.Module) -> float:
+    """The cost of a training step in forward passes: three, and less if weights are frozen.
 
-    The gradient of a layer's input costs as much as its output, that of its weights once more.
-    Counted over the encoder: nothing goes back below the first block that learns.
+    The gradient of a layer's input costs as much as its output, and so does that of its weights.
+    The count is over the encoder. Below the first trainable block there is no backward pass.
     """
     blocks = list(getattr(model, "blocks", ()))
-    free = [i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())]
+    trainable = [i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters())]
     if not blocks:
         return BACKWARD if all(p.requires_grad for p in model.parameters()) else 1.0
-    if not free:
+    if not trainable:
         return 1.0
-    reached = (len(blocks) - free[0]) / len(blocks)
-    through = BACKWARD - 2.0 if adapters(model) else BACKWARD - 1.0
-    return 1.0 + through * reached
+    reached = (len(blocks) - trainable[0]) / len(blocks)
+    # Frozen weights inside adapted layers need the gradient of the input only.
+    backward = BACKWARD - 2.0 if adapters(model) else BACKWARD - 1.0
+    return 1.0 + backward * reached
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """For the length of a block, ordinary layers stand where adapted ones are."""
+    """Inside the block, ordinary layers replace the adapted ones."""
     found = adapters(model)
 
     def put(name: str, layer: nn.Module) -> None:
@@ -163,18 +168,15 @@ def merged(model: nn.Module) -> Iterator[None]:
         put(name, layer.merged())
     try:
         yield
-    finally:
+    finally:  # a run that is interrupted while it writes continues with its adapters
         for name, layer in found.items():
             put(name, layer)
 
 
 def save_adapters(path: Path, model: nn.Module, section: LoraSection, base: str) -> None:
-    """Keep what LoRA learned by itself too, with its settings and what it was added to.
-
-    Writes nothing where there are no adapters.
-    """
-    learned = {n: p for n, p in model.named_parameters() if n.endswith(ADAPTER)}
-    if learned and section.rank is not None:
+    """Write the adapters, their settings and the name of the base model, if there are adapters."""
+    tensors = {n: p for n, p in model.named_parameters() if n.endswith(ADAPTER)}
+    if tensors and section.rank is not None:
         alpha = section.scale * section.rank
-        said = {**section.model_dump(mode="json"), "alpha": alpha, "base": base}
-        save_tensors(path, learned, {"vitcli": json.dumps(said, sort_keys=True)})
+        facts = {**section.model_dump(mode="json"), "alpha": alpha, "base": base}
+        save_tensors(path, tensors, {"vitcli": json.dumps(facts, sort_keys=True)})

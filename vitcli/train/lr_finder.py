@@ -1,8 +1,7 @@
-"""A learning-rate range test: the rate rises from step to step until the loss does too."""
+"""Learning-rate range test (Smith, 2017): the rate rises in every step until the loss rises."""
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,34 +11,35 @@ from typing import Any
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
-from vitcli.progress import Logged, Watcher
+from vitcli.progress import Watcher
 from vitcli.run import Run
+from vitcli.train.agreement import mean_over_processes, min_over_processes
 from vitcli.train.budget import Timeline
-from vitcli.train.build import MakeModel, build_parts, make_loop, start_accelerator
+from vitcli.train.build import MakeModel, build_loop, open_source, start_accelerator
 from vitcli.train.loop import Loop
-from vitcli.train.optimizers.registry import set_rates
+from vitcli.train.param_groups import set_lr
 
-SECONDS = 40.0  # of steps; with the start it is less than a minute
-FEWEST, MOST = 40, 200  # steps
-WARM_STEPS, TIMED_STEPS = 1, 2
-LOWEST, HIGHEST = 1e-3, 10**1.5  # of the recipe's own rate
-WINDOW = 16  # of so many parts of the test the running mean looks at one
-WORSE = 0.25  # of what was gained: when the loss has risen by so much again, it is over
-NOISE = 0.03  # of the first loss: what says nothing
-FOREVER = 10**9  # a timeline so long that every step lies at its beginning
+TEST_SECONDS = 40.0  # with the start of the program it is less than a minute
+MIN_STEPS, MAX_STEPS = 40, 200
+WARMUP_STEPS, TIMED_STEPS = 1, 2
+MIN_FACTOR, MAX_FACTOR = 1e-3, 10**1.5  # on the rate of the recipe
+WINDOW = 16  # the running mean averages over 1/16 of the test
+MAX_RISE = 0.25  # the test ends when the loss has risen by this fraction of what it had fallen
+NOISE = 0.03  # fraction of the first loss that is noise
+FOREVER = 10**9  # a timeline so long that every step is at its start: no warm-up, full images
 
 
 @dataclass(frozen=True)
 class FoundRate:
-    """The outcome of a range test.
+    """The result of a range test.
 
     Attributes:
-        lr: what to try: where the smoothed loss falls fastest.
-        matrix_lr: Muon's rate beside it; None under another optimizer.
-        lowest: the rate with the smallest smoothed loss, beyond which it grew or the test ended.
-        rates, losses, smoothed: of each step.
-        given: the recipe's own rate.
-        folder: holds the curve as `lr.png` and all of this as `lr.json`.
+        lr: the suggested rate, where the smoothed loss falls fastest.
+        matrix_lr: the matching rate of Muon; None with another optimizer.
+        lowest: the rate with the smallest smoothed loss.
+        rates, losses, smoothed: the values of each step.
+        given: the rate of the recipe.
+        folder: contains the curve as `lr.png` and these values as `lr.json`.
     """
 
     lr: float
@@ -58,27 +58,24 @@ class FoundRate:
 
 
 def find_rate(recipe: Recipe, make_model: MakeModel, *, out: Path, watch: Watcher) -> FoundRate:
-    """Try rates from a thousandth to thirty times the recipe's, each for a step (Smith, 2017).
+    """Try rates from 1/1000 to 30 times that of the recipe, each for one step.
 
-    Steps, batches, pictures and precision are those of the recipe's beginning; the weights are
-    thrown away. All rates of a recipe rise together, Muon's with the others.
+    Batches, augmentation and precision are those at the start of the run; the weights are thrown
+    away. All rates of a recipe rise together, that of Muon too.
 
     Args:
         out: a new folder for the curve.
 
     Raises:
-        VitcliError: bad input, or a loss that never falls.
+        VitcliError: bad input, or a loss that does not fall at any rate.
     """
     began = time.monotonic()
     accelerator, _ = start_accelerator(recipe)
-    parts = build_parts(recipe, make_model, accelerator.num_processes, watch)
-    logged = Logged(watch, Path(os.devnull))
-    loop = make_loop(
-        recipe, parts.model, parts.objective, parts.source, Run(out), accelerator, logged
-    )
+    source = open_source(recipe, watch)
+    loop = build_loop(recipe, source, make_model, Run(out), accelerator, watch)
     loop.state.timeline = Timeline.of(FOREVER)
-    factors, losses, smoothed = _climb(loop, watch)
-    chosen, lowest = choose(factors, smoothed)
+    factors, losses, smoothed = _run_test(loop, watch)
+    chosen, lowest = suggest_lr(factors, smoothed)
     scale = recipe.optim.rate_factor(recipe.train.batch_size)
     found = FoundRate(
         lr=chosen * recipe.optim.lr,
@@ -92,39 +89,41 @@ def find_rate(recipe: Recipe, make_model: MakeModel, *, out: Path, watch: Watche
         folder=str(out),
     )
     if accelerator.is_main_process:
-        _keep(found, out)
+        _write(found, out)
     accelerator.wait_for_everyone()
     return found
 
 
-def _climb(loop: Loop, watch: Watcher) -> tuple[list[float], list[float], list[float]]:
-    """(factor on the rates, loss, running mean) of each step, until the loss has clearly risen."""
+def _run_test(loop: Loop, watch: Watcher) -> tuple[list[float], list[float], list[float]]:
+    """(factors on the rates, losses, running means) of all steps until the loss clearly rises."""
     loop.module.train()
     batch_size, state = loop.recipe.train.batch_size, loop.state
     scale = loop.recipe.optim.rate_factor(batch_size)
-    set_rates(state.optimizers, 0.0)
-    total, timer = MOST, time.perf_counter()
+    set_lr(state.optimizers, 0.0)  # the timed steps move no weight
+    total, timer = MAX_STEPS, time.perf_counter()
     factors: list[float] = []
     losses: list[float] = []
     with watch.progress("rates", total) as bar:
-        batches = loop.loader.batches(0, WARM_STEPS + TIMED_STEPS + MOST)
+        batches = loop.loader.batches(0, WARMUP_STEPS + TIMED_STEPS + MAX_STEPS)
         for number, batch in enumerate(batches):
-            if number == WARM_STEPS:
+            if number == WARMUP_STEPS:
                 timer = time.perf_counter()
-            if number < WARM_STEPS + TIMED_STEPS:
-                loop.update(batch)
+            if number < WARMUP_STEPS + TIMED_STEPS:
+                loop.step(batch)
                 continue
-            if number == WARM_STEPS + TIMED_STEPS:
-                fit = SECONDS * TIMED_STEPS / (time.perf_counter() - timer)
-                total = loop.least(min(MOST, max(FEWEST, int(fit))))
+            if number == WARMUP_STEPS + TIMED_STEPS:
+                fit = TEST_SECONDS * TIMED_STEPS / (time.perf_counter() - timer)
+                total = min_over_processes(
+                    loop.accelerator, min(MAX_STEPS, max(MIN_STEPS, int(fit)))
+                )
                 bar.extend(total)
-                for optimizer in state.optimizers:
+                for optimizer in state.optimizers:  # forget the timed steps
                     optimizer.state.clear()
-            factor = LOWEST * (HIGHEST / LOWEST) ** (len(factors) / (total - 1))
-            set_rates(state.optimizers, factor * scale)
-            seen = {name: float(value) for name, value in loop.update(batch).items()}
+            factor = MIN_FACTOR * (MAX_FACTOR / MIN_FACTOR) ** (len(factors) / (total - 1))
+            set_lr(state.optimizers, factor * scale)
+            seen = {name: float(value) for name, value in loop.step(batch).items()}
             state.step += 1
-            loss = loop.mean(seen)["loss"]
+            loss = mean_over_processes(loop.accelerator, seen)["loss"]
             factors.append(factor)
             losses.append(loss)
             bar.advance(1, loss=loss)
@@ -134,7 +133,7 @@ def _climb(loop: Loop, watch: Watcher) -> tuple[list[float], list[float], list[f
 
 
 def running_means(losses: Sequence[float], total: int) -> list[float]:
-    """Exponential means of the losses of a test of `total` steps, corrected for their beginning."""
+    """Exponential moving averages of the losses, with the bias correction of Adam."""
     means, mean, keep = [], 0.0, 1.0 - WINDOW / max(total, 2 * WINDOW)
     for number, loss in enumerate(losses, start=1):
         mean = keep * mean + (1.0 - keep) * loss
@@ -143,27 +142,27 @@ def running_means(losses: Sequence[float], total: int) -> list[float]:
 
 
 def is_over(losses: Sequence[float], total: int) -> bool:
-    """Whether the loss is no number any more, or has risen well above where it had fallen to."""
+    """True if the loss is not finite, or has risen well above its minimum."""
     if not math.isfinite(losses[-1]):
         return True
-    if len(losses) < FEWEST // 2:
+    if len(losses) < MIN_STEPS // 2:
         return False
     means = running_means(losses, total)
-    gained, lost = means[0] - min(means), means[-1] - min(means)
-    return lost > WORSE * gained + NOISE * abs(means[0])
+    fallen, risen = means[0] - min(means), means[-1] - min(means)
+    return risen > MAX_RISE * fallen + NOISE * abs(means[0])
 
 
-def choose(factors: Sequence[float], smoothed: Sequence[float]) -> tuple[float, float]:
-    """(where the smoothed loss falls fastest with the logarithm of the rate, where it is lowest).
-
-    Raises:
-        VitcliError: it never falls.
-    """
+def suggest_lr(factors: Sequence[float], smoothed: Sequence[float]) -> tuple[float, float]:
+    """(the factor where the smoothed loss falls fastest, the factor where it is lowest)."""
     finite = [i for i, mean in enumerate(smoothed) if math.isfinite(mean)]
     if not finite:
-        raise VitcliError("the loss is not finite even at the smallest rate", "a lower `--lr`")
+        raise VitcliError(
+            "the loss is not finite even at the smallest rate", "start from a lower `--lr`"
+        )
     lowest = min(finite, key=lambda i: smoothed[i])
+    # A slope over a tenth of the test: neighbouring means differ by noise only.
     width = max(1, len(factors) // 20)
+    # Steps are equally spaced on the logarithm of the rate, so a difference is a slope.
     falls = {
         i: smoothed[i - width] - smoothed[i + width]
         for i in range(width, lowest - width + 1)
@@ -171,13 +170,13 @@ def choose(factors: Sequence[float], smoothed: Sequence[float]) -> tuple[float, 
     }
     if not falls or max(falls.values()) <= 0:
         raise VitcliError(
-            "the loss does not fall at any rate that was tried",
-            "more images a step (`--batch-size`), or another `--lr` to start from",
+            "the loss does not fall at any of the rates",
+            "use a larger `--batch-size`, or start from another `--lr`",
         )
     return factors[max(falls, key=lambda i: falls[i])], factors[lowest]
 
 
-def _keep(found: FoundRate, out: Path) -> None:
+def _write(found: FoundRate, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -186,9 +185,9 @@ def _keep(found: FoundRate, out: Path) -> None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(found.rates, found.losses, color="0.75", linewidth=1.0, label="loss of a step")
+    axes.plot(found.rates, found.losses, color="0.75", linewidth=1.0, label="loss")
     axes.plot(found.rates, found.smoothed, linewidth=2.0, label="running mean")
-    scale = found.rates[0] / (LOWEST * found.given)
+    scale = found.rates[0] / (MIN_FACTOR * found.given)
     for rate, style, color, label in (
         (found.lr, "--", "C2", f"falls fastest: {found.lr:.2g}"),
         (found.given, ":", "C3", f"the recipe: {found.given:g}"),
@@ -196,6 +195,7 @@ def _keep(found: FoundRate, out: Path) -> None:
         axes.axvline(rate * scale, linestyle=style, color=color, label=label)
     axes.set_xscale("log")
     finite = [mean for mean in found.smoothed if math.isfinite(mean)]
+    # The last losses are huge and would flatten the curve, so the axis follows the running mean.
     room = 0.1 * (max(finite) - min(finite))
     axes.set_ylim(min(finite) - room, max(finite) + room)
     axes.set_xlabel("learning rate")

@@ -1,68 +1,95 @@
-"""How the learning rate moves over a run."""
+"""Learning-rate schedules: warm-up, then one of the curves in `SCHEDULES`.
+
+To add a schedule, write its curve here and enter it in `SCHEDULES`.
+"""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from vitcli.config.schema import ScheduleSection
+from vitcli.errors import unknown
 
 
 def warmup_steps(section: ScheduleSection, total_steps: int) -> int:
-    """Steps of warm-up in a run of `total_steps`."""
+    """The number of warm-up steps in a run of `total_steps`."""
     if section.warmup_steps is not None:
         return min(section.warmup_steps, total_steps)
     return round((section.warmup_fraction or 0.0) * total_steps)
 
 
-def linear(p: float, end: float, decay_fraction: float) -> float:
-    """From 1 to `end` along a line, p from 0 to 1."""
-    return end + (1.0 - end) * (1.0 - p)
+# Every curve takes (the `[schedule]` settings, steps since the warm-up, steps after the warm-up).
+def linear(section: ScheduleSection, step: float, steps: int) -> float:
+    """From 1 to `final_lr_fraction` in a straight line."""
+    return _line(section, _progress(step, steps))
 
 
-def cosine(p: float, end: float, decay_fraction: float) -> float:
-    """From 1 to `end` along half a cosine."""
-    return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * p))
+def cosine(section: ScheduleSection, step: float, steps: int) -> float:
+    """From 1 to `final_lr_fraction` along half a cosine."""
+    end = section.final_lr_fraction
+    return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * _progress(step, steps)))
 
 
-def wsd(p: float, end: float, decay_fraction: float) -> float:
-    """Warm-up, stable, decay: 1, then a line down to `end` over the last `decay_fraction`."""
-    return linear(max(0.0, (p - 1.0 + decay_fraction) / decay_fraction), end, decay_fraction)
+def wsd(section: ScheduleSection, step: float, steps: int) -> float:
+    """Warm-up, stable, decay: 1, then linear over the last `decay_fraction` of the steps."""
+    decay = section.decay_fraction
+    return _line(section, max(0.0, (_progress(step, steps) - 1.0 + decay) / decay))
 
 
-def constant(p: float, end: float, decay_fraction: float) -> float:
-    """1 throughout."""
+def constant(section: ScheduleSection, step: float, steps: int) -> float:
+    """1 in every step."""
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
-    "linear": linear,
-    "cosine": cosine,
-    "wsd": wsd,
-    "constant": constant,
-}
-
-
-def rsqrt(section: ScheduleSection, step: float, total_steps: int) -> float:
-    """big_vision's: one over the root of the time since the warm-up, then a line down to 0.
-
-    `timescale` steps after the warm-up it is 1 / sqrt(2); the line takes `cooldown_steps`.
-    """
-    since = max(0.0, step - warmup_steps(section, total_steps))
-    factor = (1.0 + since / section.timescale) ** -0.5
+def rsqrt(section: ScheduleSection, step: float, steps: int) -> float:
+    """1 / sqrt(1 + step / `timescale`), and a linear `cooldown_steps` to 0 (big_vision)."""
+    # `timescale` steps after the warm-up the factor is 1 / sqrt(2).
+    factor = (1.0 + max(0.0, step) / section.timescale) ** -0.5
     if section.cooldown_steps:
-        factor *= min(1.0, max(0.0, (total_steps - step) / section.cooldown_steps))
+        factor *= min(1.0, max(0.0, (steps - step) / section.cooldown_steps))
     return factor
 
 
-def schedule_factor(section: ScheduleSection, step: float, total_steps: int) -> float:
-    """The share of the base rate that update `step` (the first is 0) is made with.
+# Clamped: a run whose budget became shorter or longer may ask for a position outside of the curve.
+def _progress(step: float, steps: int) -> float:
+    return min(1.0, max(0.0, step / max(1, steps)))
 
-    As in the official code: `min(1, step / warmup)` times the curve over what follows the warm-up,
-    so the first of several warm-up updates has rate 0.
+
+def _line(section: ScheduleSection, progress: float) -> float:
+    end = section.final_lr_fraction
+    return end + (1.0 - end) * (1.0 - progress)
+
+
+@dataclass(frozen=True)
+class ScheduleEntry:
+    """A schedule in the registry: its curve, and the keys of `[schedule]` that only it reads."""
+
+    curve: Callable[[ScheduleSection, float, int], float]
+    settings: frozenset[str]
+
+
+SCHEDULES = {
+    "linear": ScheduleEntry(linear, frozenset({"final_lr_fraction"})),
+    "cosine": ScheduleEntry(cosine, frozenset({"final_lr_fraction"})),
+    "wsd": ScheduleEntry(wsd, frozenset({"final_lr_fraction", "decay_fraction"})),
+    "constant": ScheduleEntry(constant, frozenset()),
+    "rsqrt": ScheduleEntry(rsqrt, frozenset({"timescale", "cooldown_steps"})),
+}
+
+
+def find_schedule(section: ScheduleSection) -> ScheduleEntry:
+    """The registry entry of `schedule.name`."""
+    if section.name not in SCHEDULES:
+        raise unknown("schedule", section.name, SCHEDULES)
+    return SCHEDULES[section.name]
+
+
+def schedule_factor(section: ScheduleSection, step: float, total_steps: int) -> float:
+    """The fraction of the base rate in update `step`, where the first update is 0.
+
+    `step` is not always an integer: a run with a budget moves along its schedule in other strides.
     """
     warmup = warmup_steps(section, total_steps)
-    if section.name == "rsqrt":
-        factor = rsqrt(section, step, total_steps)
-    else:
-        p = min(1.0, max(0.0, (step - warmup) / max(1, total_steps - warmup)))
-        factor = SCHEDULES[section.name](p, section.final_lr_fraction, section.decay_fraction)
+    factor = find_schedule(section).curve(section, step - warmup, total_steps - warmup)
+    # min(1, step / warmup) as in the official code: the very first update has the rate 0.
     return factor * min(1.0, step / warmup) if warmup else factor

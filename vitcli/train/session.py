@@ -1,8 +1,11 @@
-"""One training run from its recipe to its result: what `pretrain` and `finetune` share."""
+"""A training run from start to result: what `pretrain` and `finetune` have in common."""
 
+import json
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,39 +13,45 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitcli import distributed as launch
+from vitcli import distributed
 from vitcli.config.schema import Recipe, parse_duration
 from vitcli.data.source import Source
 from vitcli.devices import matrix_peak
 from vitcli.errors import VitcliError
+from vitcli.files import exclusive
 from vitcli.progress import Logged, Quiet, Watcher
 from vitcli.run import OUTCOMES, Run, check_free, create_run, reopen_run
-from vitcli.train.budget import Timeline
-from vitcli.train.budget_steps import NoStepFits, settle_budget
-from vitcli.train.build import build_parts, held_out_images, make_loop, start_accelerator
+from vitcli.train.agreement import min_over_processes
+from vitcli.train.budget import NoStepFits, Timeline, plan_budget
+from vitcli.train.build import (
+    MakeModel,
+    build_loop,
+    held_out_images,
+    open_source,
+    start_accelerator,
+)
 from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
-from vitcli.train.curves import draw_curves
-from vitcli.train.fsdp import whole
-from vitcli.train.loop import Loop, Stopped, averaged
-from vitcli.train.lora import ADAPTER, merged, passes, save_adapters
-from vitcli.train.run_lock import holding
-from vitcli.train.tracking import check_tracker, tracking
-from vitcli.train.validate import Outcome
+from vitcli.train.ema import averaged
+from vitcli.train.fsdp import gather_tensors
+from vitcli.train.loop import Loop
+from vitcli.train.lora import ADAPTER, merged, save_adapters, training_passes
+from vitcli.train.recorder import check_tracker, draw_curves, tracking
+from vitcli.train.signals import Stopped
 from vitcli.vit.macs import macs
-from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import save_model, save_tensors
 
-EVALUATIONS = 5  # of a run that does not say how often
+NUM_EVALUATIONS = 5  # in a run without `train.eval_steps`
+LOCK, HOLDER = ".lock", ".holder.json"
 
 
 @dataclass
-class Trained:
-    """What a finished run has to say.
+class TrainResult:
+    """The result of a finished run, as `result.json` and `--json` have it.
 
     Attributes:
         run: its directory.
-        figures: of the test split, or of the last training steps where there is none.
-        broken: images that could not be read -> why.
+        figures: metrics of the held-out split; without one, those of the last training steps.
+        broken: images that could not be read, with the reason.
     """
 
     run: str
@@ -66,67 +75,204 @@ class Trained:
 
 def train(
     recipe: Recipe,
-    make_model: Callable[[Source], LoadedModel],
+    make_model: MakeModel,
     *,
     out: Path,
     resume: bool,
     watch: Watcher,
     track: str | None = None,
-) -> Trained:
-    """Run `recipe` in the directory `out`; `make_model` builds the model for the data.
+) -> TrainResult:
+    """Train as `recipe` says, in the run directory `out`.
 
     Args:
-        track: `tensorboard`, `wandb` or `trackio`, which is given every record.
+        make_model: builds the model for the data.
+        track: `tensorboard`, `wandb` or `trackio`, which receives every record.
 
     Raises:
-        VitcliError: bad input, a loss that is not finite, a disk that is full.
+        VitcliError: bad input, a loss that is not finite, or a full disk.
         Stopped: a signal came; the state is saved.
     """
-    began = launch.started_at or time.monotonic()
+    started = (
+        distributed.started_at or time.monotonic()
+    )  # a budget counts from the start of the program
     if track is not None:
         check_tracker(track)
     if recipe.data.name is None:
         raise VitcliError("the recipe names no data", "add DATA after the command")
     old = reopen_run(out, recipe) if resume else None
     if old is None:
-        check_free(out)  # before anything costly
-    if old is not None and old.finished:
+        check_free(out)  # before anything that takes time
+    elif old.finished:
         watch.note(f"`{out}` is already finished")
-        try:
-            return Trained(**{**old.result(), "already_finished": True})
-        except TypeError:
-            raise VitcliError(
-                f"`{old.result_file}` is not the result of a training run", "remove it"
-            ) from None
+        return read_result(old)
+
     accelerator, precision = start_accelerator(
         recipe,
-        # `auto` is measured; a resumed run computes as it began.
+        # `auto` measures, and a second measurement may choose otherwise: resume as it began.
         precision=old.provenance().get("precision") if old is not None else None,
         track=track,
         folder=out / "tracking" if track else None,
     )
     if old is not None:
         warn_of_other_processes(old, accelerator.num_processes, watch)
-    parts = build_parts(recipe, make_model, accelerator.num_processes, watch)
-    source, model, objective = parts.source, parts.model, parts.objective
-    images = source.splits["train"]
-    if old is None:
+    is_main = accelerator.is_main_process
+    # Until the directory exists, nothing is written to its log.txt.
+    log = Logged(watch if is_main else Quiet(), Path(os.devnull))
+    source = open_source(recipe, watch)
+    loop = build_loop(recipe, source, make_model, Run(out), accelerator, log)
+    loop.recorder.peak_flops = accelerator.num_processes * matrix_peak(loop.device, precision)
+    if not loop.state.module.hidden_rate:  # otherwise the encoder sees fewer patches
+        network = loop.model.network
+        loop.recorder.flops_per_image = 2.0 * training_passes(network) * macs(network.config)
+
+    if old is None:  # only now, so that bad settings leave no directory
         if resume:
             watch.note(f"nothing to resume at `{out}`: starting from step 0")
-        run = create_run(out, recipe) if accelerator.is_main_process else Run(out)
-    else:
-        run = old
-    accelerator.wait_for_everyone()
-    main = accelerator.is_main_process
-    logged = Logged(watch, run.path / "log.txt") if main else Logged(Quiet(), Path(os.devnull))
-    factor = recipe.optim.rate_factor(recipe.train.batch_size)
-    if factor != 1.0:
-        watch.note(
-            f"lr {recipe.optim.lr:g} is meant for {recipe.optim.lr_batch_size} images a step: "
-            f"{recipe.optim.lr * factor:g} for {recipe.train.batch_size}"
+        if is_main:
+            create_run(out, recipe)
+    if is_main:
+        log.path = out / "log.txt"
+    accelerator.wait_for_everyone()  # the directory exists now, for all processes
+    with (
+        run_locked(loop.run, is_main),
+        tracking(accelerator, track, recipe) as loop.recorder.track,
+        errors_logged(loop, log, is_new=old is None),
+    ):
+        if is_main:
+            loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
+        choose_steps(loop, started, source, precision)
+        first, start = loop.state.step, time.perf_counter()
+        loop.fit()
+        seconds = time.perf_counter() - start
+        return finish(loop, seconds, loop.total_steps - first)
+
+
+def read_result(run: Run) -> TrainResult:
+    """The result of a finished run."""
+    try:
+        return TrainResult(**{**run.result(), "already_finished": True})
+    except TypeError:
+        raise VitcliError(
+            f"`{run.result_file}` is not the result of a training run", "remove the file"
+        ) from None
+
+
+def warn_of_other_processes(run: Run, number: int, watch: Watcher) -> None:
+    """Warn that a resume with another number of processes is not exact."""
+    before = run.provenance().get("processes", number)
+    if before != number:
+        watch.warn(
+            f"`{run.path}` started with {before} process{'es' * (before > 1)} and continues with "
+            f"{number}: the images and their order are the same, but sums and dropout differ"
         )
-    facts = {
-        "lr_factor": factor,
+
+
+@contextmanager
+def run_locked(run: Run, is_main: bool = True) -> Iterator[None]:
+    """Keep all other commands from training in `run` inside the block.
+
+    Args:
+        is_main: only the first process of a command holds the lock.
+    """
+
+    def busy() -> VitcliError:
+        return VitcliError(
+            f"{_holder(run)} is training in `{run.path}`",
+            "wait for it, stop it, or choose another path with `--out`",
+        )
+
+    if not is_main:
+        yield
+        return
+    with exclusive(run.path / LOCK, busy):
+        here = {"host": socket.gethostname(), "process": os.getpid()}
+        (run.path / HOLDER).write_text(json.dumps(here), encoding="utf-8")
+        try:
+            yield
+        finally:
+            (run.path / HOLDER).unlink(missing_ok=True)
+
+
+def _holder(run: Run) -> str:
+    try:
+        holder = json.loads((run.path / HOLDER).read_text(encoding="utf-8"))
+        return f"process {holder['process']} on `{holder['host']}`"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+@contextmanager
+def errors_logged(loop: Loop, log: Logged, is_new: bool) -> Iterator[None]:
+    """Write to log.txt why the run ended, if it did not end as planned."""
+    run = loop.run
+    try:
+        yield
+    except NoStepFits:
+        if loop.accelerator.is_main_process and is_new:  # it holds nothing that a resume could use
+            run.remove()
+        raise
+    except VitcliError as error:
+        log.write(f"error: {error.message}")
+        raise
+    except Stopped as stopped:
+        log.write(str(stopped))
+        raise
+    except KeyboardInterrupt as interrupt:  # a signal before the first step or after the last
+        if loop.accelerator.num_processes > 1 or not interrupt.args:
+            raise
+        found = list_checkpoints(run.checkpoints)
+        step = step_of(found[-1]) if found else 0
+        outside = Stopped(interrupt.args[0], step, str(run.path))
+        log.write(str(outside))
+        raise outside from None
+
+
+def choose_steps(loop: Loop, started: float, source: Source, precision: str) -> None:
+    """Set the number of steps of the run, and load its last checkpoint if there is one.
+
+    A budget becomes a number of steps once, at the start of the run. Provenance stores it, because
+    a second measurement on resume would give another number and another schedule.
+    """
+    run, train, watch = loop.run, loop.recipe.train, loop.watch
+    known = run.provenance().get("steps")
+    # Only epochs need the number of training images, which a stream does not know.
+    num_images = 0 if train.epochs is None else len(source.splits["train"])
+    total = train.total_steps(num_images) or known
+    if total is None:
+        left = parse_duration(train.budget or "") - (time.monotonic() - started)
+        budget = plan_budget(loop, left, held_out_images(source))
+        # All processes make as many steps as the slowest of them has time for.
+        total = min_over_processes(loop.accelerator, budget.steps)
+        loop.deadline = budget.deadline
+        watch.note(f"budget {train.budget}: about {total} steps, measured on this machine")
+    if known is None and loop.accelerator.is_main_process:
+        run.write_provenance({**facts_of(loop, source, precision), "steps": total})
+    loop.state.timeline = Timeline.of(total)
+    # A budget reserves time for the last evaluation only; others must be asked for.
+    default = None if train.budget else max(1, total // NUM_EVALUATIONS)
+    loop.eval_steps = train.eval_steps or default
+    factor = loop.recipe.optim.rate_factor(train.batch_size)
+    if factor != 1.0:
+        optim = loop.recipe.optim
+        watch.note(
+            f"lr {optim.lr:g} is for {optim.lr_batch_size} images per step; for "
+            f"{train.batch_size} it becomes {optim.lr * factor:g}"
+        )
+    watch.note(f"run `{run.path}`: {total} steps of {train.batch_size} images, {precision}")
+    if found := list_checkpoints(run.checkpoints):
+        load_checkpoint(found[-1], loop.state)
+        watch.note(f"resuming from step {loop.state.step} of {loop.total_steps}")
+    elif run.metrics_file.is_file():
+        watch.note("there is no checkpoint yet: starting from step 0")
+    if loop.accelerator.is_main_process and run.metrics_file.is_file():
+        run.drop_records_after(loop.state.step)
+
+
+def facts_of(loop: Loop, source: Source, precision: str) -> dict[str, Any]:
+    """What provenance.json says about model, data and machine."""
+    recipe, model = loop.recipe, loop.model
+    return {
+        "lr_factor": recipe.optim.rate_factor(recipe.train.batch_size),
         "trained": sum(p.numel() for p in model.network.parameters() if p.requires_grad),
         "model": model.load_report.provenance() if model.load_report else None,
         "data": {
@@ -134,190 +280,83 @@ def train(
             "fingerprint": source.fingerprint,
             **source.splitting,
         },
-        "parameters": count_parameters(model.network),
+        "parameters": num_parameters(model.network),
         "precision": precision,
-        "device": str(accelerator.device),
-        "processes": accelerator.num_processes,
+        "device": str(loop.device),
+        "processes": loop.accelerator.num_processes,
         "threads": torch.get_num_threads(),
     }
-    with holding(run, main), tracking(accelerator, track, recipe) as record:
-        try:
-            if main:
-                run.remove_temporary_files()
-            loop = make_loop(recipe, model, objective, source, run, accelerator, logged)
-            loop.track = record
-            loop.peak_flops = matrix_peak(accelerator.device, precision)
-            loop.peak_flops *= accelerator.num_processes
-            # `mae` encodes a part of the patches and decodes besides: its count is another one.
-            if recipe.objective.name != "mae":
-                loop.flops_per_image = 2.0 * passes(model.network) * macs(model.config)
-            # Only epochs need the number of training images, which a stream does not know.
-            images_of_an_epoch = 0 if recipe.train.epochs is None else len(images)
-            settle_steps(loop, facts, began, images_of_an_epoch, held_out_images(source))
-            return finish(loop, model, *run_through(loop))
-        except NoStepFits:
-            if main and old is None:  # nothing is in it that a resume could go on with
-                run.remove()
-            raise
-        except VitcliError as error:
-            logged.write(f"error: {error.message}")
-            raise
-        except Stopped as stopped:
-            logged.write(str(stopped))
-            raise
-        except KeyboardInterrupt as interrupt:  # before the first step, or after the last
-            if accelerator.num_processes > 1 or not interrupt.args:
-                raise
-            outside = stopped_outside(run, interrupt.args[0])
-            logged.write(str(outside))
-            raise outside from None
 
 
-def stopped_outside(run: Run, number: int) -> Stopped:
-    """What to tell of a signal that came while no step was made: what is on the disk is saved."""
-    found = list_checkpoints(run.checkpoints)
-    return Stopped(number, step_of(found[-1]) if found else 0, str(run.path))
-
-
-def warn_of_other_processes(run: Run, number: int, watch: Watcher) -> None:
-    """Tell that a resume is not exact where `run` was begun with another number of processes."""
-    before = run.provenance().get("processes", number)
-    if before != number:
-        watch.warn(
-            f"`{run.path}` was begun with {before} process{'es' * (before > 1)}, and goes on with "
-            f"{number}: the same images in the same order, but sums and dropout differ"
-        )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Numbers that a model holds in its parameters; adapters become part of them at the end."""
+def num_parameters(model: nn.Module) -> int:
+    """The number of parameters without adapters, which are merged into others at the end."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.endswith(ADAPTER))
 
 
-def settle_steps(
-    loop: Loop, facts: dict[str, Any], began: float, train_images: int, test_images: int
-) -> None:
-    """Say how long the run is, going on from its last checkpoint if there is one.
-
-    A budget is turned into steps once, at the start of a run, and kept with its provenance
-    (`facts`); a resumed run makes the steps that were settled then.
-    """
-    run, train, watch = loop.run, loop.recipe.train, loop.watch
-    known = run.provenance().get("steps")
-    total = train.total_steps(train_images) or known
-    if total is None:
-        left = parse_duration(train.budget or "") - (time.monotonic() - began)
-        budget = settle_budget(loop, left, test_images)
-        total = loop.least(budget.steps)  # all make as many as the slowest of them
-        loop.deadline = budget.deadline
-        watch.note(f"budget {train.budget}: about {total} steps, measured on this machine")
-    if known is None and loop.accelerator.is_main_process:
-        run.write_provenance({**facts, "steps": total})
-    loop.state.timeline = Timeline.of(total)
-    # A budget has time for the evaluation at its end; others only where they are asked for.
-    often = None if train.budget else max(1, total // EVALUATIONS)
-    loop.eval_steps = train.eval_steps or often
-    watch.note(
-        f"run `{run.path}`: {total} steps of {train.batch_size} images, {facts['precision']}"
-    )
-    if found := list_checkpoints(run.checkpoints):
-        load_checkpoint(found[-1], loop.state)
-        watch.note(f"resuming from step {loop.state.step} of {loop.total_steps}")
-    elif run.metrics_file.is_file():
-        watch.note("no checkpoint was written before: starting from step 0")
-    if loop.accelerator.is_main_process and run.metrics_file.is_file():
-        run.drop_records_after(loop.state.step)
-
-
-def run_through(loop: Loop) -> tuple[float, float, dict[str, float]]:
-    """Train to the end and measure; seconds, images a second, and the figures."""
-    started, first = time.perf_counter(), loop.state.step
-    loop.fit()
-    seconds = time.perf_counter() - started
-    done = (loop.total_steps - first) * loop.recipe.train.batch_size
-    figures = {name.removeprefix("test_"): value for name, value in loop.evaluate().items()}
-    return seconds, done / seconds if done else 0.0, figures or last_figures(loop.run)
-
-
-def finish(
-    loop: Loop,
-    model: LoadedModel,
-    seconds: float,
-    images_per_second: float,
-    figures: dict[str, float],
-) -> Trained:
-    """Write weights, curves and, last of all, the result."""
-    recipe, run = loop.recipe, loop.run
-    broken = united(loop.loader.broken, loop.accelerator)
+def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
+    """Evaluate, write weights and curves, and then the result, which marks the run as finished."""
+    recipe, run, accelerator, model = loop.recipe, loop.run, loop.accelerator, loop.model
+    metrics = {name.removeprefix("test_"): value for name, value in loop.evaluate().items()}
+    broken = dict(sorted(gather(list(loop.loader.broken.items()), accelerator)))
     if broken:
         loop.watch.warn(
-            f"{len(broken)} images could not be read; in training others of their class stood in"
+            f"{len(broken)} images could not be read; other images of the same class replaced them"
         )
-    result = Trained(
+    images = steps_done * recipe.train.batch_size
+    result = TrainResult(
         run=str(run.path),
         command=recipe.command,
         data=str(recipe.data.name),
         model=str(recipe.model.name),
-        parameters=count_parameters(model.network),
+        parameters=num_parameters(model.network),
         steps=loop.total_steps,
         images=loop.total_steps * recipe.train.batch_size,
         seconds=round(seconds, 2),
-        images_per_second=round(images_per_second, 1),
-        figures=figures,
+        images_per_second=round(images / seconds, 1) if images else 0.0,
+        figures=metrics or last_training_metrics(run),
         labels=model.config.num_classes,
         broken=broken,
     )
+    # Weights come before result.json: a run that is killed here evaluates again after a resume.
     tensors: dict[str, torch.Tensor] | None = None
-    if recipe.train.fully_shard:
-        with averaged(loop.state):
-            tensors = whole(model.state_dict())
-    predicted = united_outcomes(loop.outcomes, loop.accelerator)
-    if loop.accelerator.is_main_process:
-        if predicted:
-            save_outcomes(run, predicted)
+    if recipe.train.fully_shard:  # every process must take part
+        with averaged(loop.state.module, loop.state.ema):
+            tensors = gather_tensors(model.state_dict())
+    outcomes = sorted(gather(loop.outcomes, accelerator))
+    if accelerator.is_main_process:
+        if outcomes:  # `vitcli compare` pairs two runs image by image
+            columns = torch.tensor(outcomes).unbind(dim=1)
+            names = ("index", "label", "predicted")
+            save_tensors(run.path / OUTCOMES, dict(zip(names, columns, strict=True)))
         run.update_provenance({"steps": loop.total_steps})
         model.eval()
         model.head_trained = model.config.num_classes > 0
-        with averaged(loop.state):
-            adapted = run.path / "lora.safetensors"
-            save_adapters(adapted, model.network, recipe.lora, str(recipe.model.name))
+        with averaged(loop.state.module, loop.state.ema):
+            adapters = run.path / "lora.safetensors"
+            save_adapters(adapters, model.network, recipe.lora, str(recipe.model.name))
+            # Merged, so that the weights load everywhere; the adapters are stored separately too.
             with merged(model.network):
-                hashed = recipe.fingerprint()
-                save_model(run.weights_file, model, recipe_hash=hashed, tensors=tensors)
+                fingerprint = recipe.fingerprint()
+                save_model(run.weights_file, model, recipe_hash=fingerprint, tensors=tensors)
         draw_curves(run)
         run.finish(result.to_json())
-    loop.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return result
 
 
-def united_outcomes(outcomes: list[Outcome], accelerator: Any) -> list[Outcome]:
-    """What all processes predicted, by image."""
+def gather(items: list[Any], accelerator: Any) -> list[Any]:
+    """The items of all processes, in one list."""
     if accelerator.num_processes == 1:
-        return sorted(outcomes)
+        return items
     from accelerate.utils import gather_object
 
-    return sorted(gather_object(outcomes))
+    found: list[Any] = gather_object(items)
+    return found
 
 
-def save_outcomes(run: Run, outcomes: list[Outcome]) -> None:
-    """Keep what was predicted of each held-out image: `vitcli compare` pairs runs by it."""
-    index, label, predicted = torch.tensor(outcomes).unbind(dim=1)
-    columns = {"index": index, "label": label, "predicted": predicted}
-    save_tensors(run.path / OUTCOMES, columns)
-
-
-def last_figures(run: Run) -> dict[str, float]:
-    """The last record's training figures."""
+def last_training_metrics(run: Run) -> dict[str, float]:
+    """The training metrics of the last record."""
     for record in reversed(run.records()):
         if "train/loss" in record:
             return {k: v for k, v in record.items() if k.startswith("train/")}
     return {}
-
-
-def united(broken: dict[str, str], accelerator: Any) -> dict[str, str]:
-    """What all processes found broken, the same on each."""
-    if accelerator.num_processes == 1:
-        return dict(broken)
-    from accelerate.utils import gather_object
-
-    return dict(sorted(gather_object(list(broken.items()))))

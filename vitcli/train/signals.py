@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and Slurm's SIGUSR1 while a run trains: noted, and acted on between steps."""
+"""SIGTERM, Ctrl-C and Slurm's SIGUSR1 during training: noted, and handled between two steps."""
 
 import signal
 import threading
@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
-# Slurm sends it some minutes before the end of a job that asked for it: `--signal=USR1@120`.
-WATCHED = tuple(
+# Slurm sends SIGUSR1 some time before the end of a job, if asked to: `--signal=USR1@120`.
+HANDLED = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
 )
 
 
 class Stopped(Exception):
-    """The run was asked to stop by `signal`, and has saved its state at `step`."""
+    """A signal stopped the run, which has saved its state at `step`."""
 
     def __init__(self, number: int, step: int, run: str) -> None:
         when = f"after step {step}, state saved" if step else "before the first step"
@@ -23,8 +23,11 @@ class Stopped(Exception):
         self.run = run
 
 
-class AtOnce(BaseException):
-    """A signal came where nothing need be finished first."""
+class SignalReceived(BaseException):
+    """A signal came while nothing had to be finished first.
+
+    Not an `Exception`: no handler of ordinary errors on the way may swallow it.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -32,40 +35,37 @@ class AtOnce(BaseException):
 
 
 class SignalFlag:
-    """Notes the signals while its block runs; a second Ctrl-C acts at once."""
+    """Notes signals inside its `with` block; a second Ctrl-C interrupts at once."""
 
     received: int | None = None
-    _at_once = False
+    _interrupts = False
 
     def __enter__(self) -> Self:
         self._old: dict[int, Any] = {}
+        # Python installs handlers in the main thread only. Elsewhere signals act as usual.
         if threading.current_thread() is threading.main_thread():
-            for number in WATCHED:
-                self._old[number] = signal.signal(number, self._note)
+            for number in HANDLED:
+                self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.received is not None and number == signal.SIGINT
         self.received = number
-        if self._at_once:
-            self._at_once = False
-            raise AtOnce(number)
+        if self._interrupts:
+            self._interrupts = False  # once: the handler of the exception must not be interrupted
+            raise SignalReceived(number)
         if again:
             raise KeyboardInterrupt(number)
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """For the length of a block a signal is not only noted.
-
-        Raises:
-            AtOnce: it came.
-        """
-        self._at_once = True
+    def interrupting(self) -> Iterator[None]:
+        """Inside this block a signal raises `SignalReceived` at once."""
+        self._interrupts = True
         try:
             yield
         finally:
-            self._at_once = False
+            self._interrupts = False

@@ -1,4 +1,4 @@
-"""Figures of a model over a held-out split while it trains; every readable image counts once."""
+"""Metrics of a model on a held-out split during training. Every readable image counts once."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
 from vitcli.data.batch import Batch, move_to_device
 from vitcli.data.image_set import ImageSet
@@ -16,13 +17,13 @@ from vitcli.evals.scoring import multi_label_metrics
 from vitcli.progress import Watcher
 from vitcli.weights.loaded import LoadedModel
 
-EVAL_BATCH = 256
+EVAL_BATCH_SIZE = 256
 
-Outcome = tuple[int, int, int]  # which image, its class, the class that was predicted
+Outcome = tuple[int, int, int]  # index of the image, its class, the predicted class
 
 
 @torch.inference_mode()
-def measure(
+def run_validation(
     model: LoadedModel,
     images: ImageSet,
     accelerator: Any,
@@ -31,59 +32,60 @@ def measure(
     limit: int | None = None,
     outcomes: list[Outcome] | None = None,
 ) -> dict[str, float]:
-    """Top-1 accuracy and cross-entropy; mean average precision where images have several labels.
+    """Top-1 accuracy and cross-entropy, or mean average precision for multi-label images.
 
-    Each process takes its own part, and the number of processes changes nothing. What cannot be
-    read is noted in `broken`.
+    Each process evaluates its own part. The number of processes does not change the result.
 
     Args:
-        limit: of the images, about so many, to see how fast it is.
-        outcomes: is filled with what this process predicted, instead of what it held.
+        broken: collects the images that cannot be read, with the reason.
+        limit: stop after about this many images; used to measure the speed.
+        outcomes: is replaced by the predictions of this process.
 
     Raises:
         VitcliError: no image can be read.
     """
     outputs = _outputs(model, images, accelerator, watch, broken)
     if limit is not None:
-        outputs = islice(outputs, max(1, limit // (EVAL_BATCH * accelerator.num_processes)))
+        num_batches = max(1, limit // (EVAL_BATCH_SIZE * accelerator.num_processes))
+        outputs = islice(outputs, num_batches)
     if images.targets is not None:
-        return _measure_several(model, outputs, accelerator)
+        return _validate_multi_label(model, outputs, accelerator)
+    # Sums in fp64, because in fp32 a count stops to grow at 2^24.
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    if outcomes is not None:
+    if outcomes is not None:  # in place: the loop holds the same list
         outcomes.clear()
     for logits, batch in outputs:
-        loss = _loss(model, logits, batch.labels)
+        loss = _sum_of_losses(model, logits, batch.labels)
         predicted = logits.argmax(dim=1)
         correct = (predicted == batch.labels).sum()
         if outcomes is not None:
-            rows = (batch.indices, batch.labels.cpu(), predicted.cpu())
-            outcomes += list(zip(*(row.tolist() for row in rows), strict=True))
+            columns = (batch.indices, batch.labels.cpu(), predicted.cpu())
+            outcomes += list(zip(*(column.tolist() for column in columns), strict=True))
         sums += torch.stack([loss.double(), correct.double(), sums.new_tensor(len(logits))])
     loss_sum, correct_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
     if not count:
-        raise _nothing()
+        raise _no_readable_image()
     return {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}
 
 
-def _loss(model: LoadedModel, logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K), (B,) -> the sum of the losses () that the head was trained under."""
+def _sum_of_losses(model: LoadedModel, logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, K), (B,) -> the sum () of the losses that the head was trained with."""
     if model.head_activation == "softmax":
-        return nn.functional.cross_entropy(logits, labels, reduction="sum")
-    targets = nn.functional.one_hot(labels, logits.shape[1]).float()
-    return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        return cross_entropy(logits, labels, reduction="sum")
+    targets = one_hot(labels, logits.shape[1]).float()
+    return binary_cross_entropy_with_logits(logits, targets, reduction="sum")
 
 
-def _measure_several(
+def _validate_multi_label(
     model: LoadedModel, outputs: Iterator[tuple[Tensor, Batch]], accelerator: Any
 ) -> dict[str, float]:
-    """Ranking needs all scores at once: n x K float32 are held, and those of all processes."""
+    # Average precision ranks all images of a class, so every process needs all N x K scores.
     scores, targets, loss = [], [], 0.0
     for logits, batch in outputs:
         scores.append(model.probabilities(logits).float().cpu().numpy())
         targets.append(batch.labels.cpu().numpy())
-        wanted = batch.labels.float()
         loss += float(
-            nn.functional.binary_cross_entropy_with_logits(logits, wanted, reduction="sum")
+            binary_cross_entropy_with_logits(logits, batch.labels.float(), reduction="sum")
         )
     parts = [(scores, targets, loss)]
     if accelerator.num_processes > 1:
@@ -91,7 +93,7 @@ def _measure_several(
 
         parts = gather_object(parts)
     if not any(scores for scores, _, _ in parts):
-        raise _nothing()
+        raise _no_readable_image()
     found = multi_label_metrics(
         np.concatenate([x for scores, _, _ in parts for x in scores]),
         np.concatenate([x for _, targets, _ in parts for x in targets]),
@@ -107,13 +109,13 @@ def _outputs(
     watch: Watcher,
     broken: dict[str, str],
 ) -> Iterator[tuple[Tensor, Batch]]:
-    """((B, K) logits, their batch) of this process's part."""
+    """((B, K) logits, their batch) of this process's part of the images."""
     preprocess = model.preprocess
     assert preprocess is not None
     batches = eval_batches(
         images,
         preprocess,
-        batch_size=EVAL_BATCH,
+        batch_size=EVAL_BATCH_SIZE,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
@@ -123,15 +125,15 @@ def _outputs(
             for line in batch.broken:
                 name, _, reason = line.rpartition(": ")
                 broken[name] = reason
-            if not len(batch):
+            if not len(batch):  # every image of it is broken
                 continue
             with accelerator.autocast():
                 logits = model(preprocess.normalize(batch.images)).float()  # (B, K)
             yield logits, batch
-            bar.advance(len(logits))
+            bar.advance(len(logits))  # after the `yield`: the caller is done with the batch
 
 
-def _nothing() -> VitcliError:
+def _no_readable_image() -> VitcliError:
     return VitcliError(
-        "no image of the test split could be read", "`vitcli patchify IMAGE` says why of each"
+        "no image of the test split can be read", "`vitcli patchify IMAGE` gives the reason"
     )

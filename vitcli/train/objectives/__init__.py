@@ -1,0 +1,84 @@
+"""Training objectives, and the registry of all.
+
+To add an objective, write its class in this package and enter it in `OBJECTIVES`.
+"""
+
+import torch
+
+from vitcli.config.schema import ObjectiveSection
+from vitcli.errors import VitcliError, unknown
+from vitcli.train.objectives.base import Objective
+from vitcli.train.objectives.classification import Sigmoid, Softmax
+from vitcli.train.objectives.descriptors import Descriptors, Guided
+from vitcli.train.objectives.distillation import Distill
+from vitcli.train.objectives.mae import Mae
+from vitcli.train.objectives.masked_patch import MaskedPatch
+from vitcli.weights.loaded import LoadedModel
+
+AUTO = "auto"  # `softmax`, or `sigmoid` if an image may have several labels
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "softmax": Softmax,
+    "sigmoid": Sigmoid,
+    "descriptors": Descriptors,
+    "guided": Guided,
+    "masked_patch": MaskedPatch,
+    "mae": Mae,
+    "distill": Distill,
+}
+
+
+def find_objective(name: str) -> type[Objective]:
+    """The class of the objective `name`; `auto` counts as `softmax`."""
+    if name == AUTO:
+        return Softmax  # like `sigmoid` it is supervised, which is all that callers ask of `auto`
+    if name not in OBJECTIVES:
+        raise unknown("objective", name, [AUTO, *OBJECTIVES])
+    return OBJECTIVES[name]
+
+
+def resolve_objective(
+    section: ObjectiveSection, multi_label: bool
+) -> tuple[ObjectiveSection, list[str]]:
+    """(the section with `auto` replaced by an objective for the data, notes for the user).
+
+    Args:
+        multi_label: an image may have any number of labels.
+
+    Raises:
+        VitcliError: the objective takes one class per image, and the images have several.
+    """
+    name, notes = section.name, []
+    if name == AUTO:
+        name = "sigmoid" if multi_label else "softmax"
+        if multi_label:
+            notes.append("images have several labels: objective `sigmoid`")
+    objective = find_objective(name)
+    if multi_label and objective.supervised and name != "sigmoid":
+        raise VitcliError(
+            f"objective `{name}` takes one class per image, and these images have several labels",
+            "`--set objective.name=sigmoid`",
+        )
+    if section.head_bias is not None and "head_bias" not in objective.settings:
+        raise VitcliError(
+            f"`objective.head_bias` is for `sigmoid`, and the objective is `{name}`",
+            "remove it, or `--set objective.name=sigmoid`",
+        )
+    return section.model_copy(update={"name": name}), [*notes, *objective.notes(section)]
+
+
+def build_objective(
+    model: LoadedModel, section: ObjectiveSection, seed: int, multi_label: bool = False
+) -> Objective:
+    """Build the objective of `section` around `model`; `seed` draws the weights of its own heads.
+
+    Raises:
+        VitcliError: it does not fit the data or the model.
+    """
+    section, _ = resolve_objective(section, multi_label)
+    # In a fork, so that the objective does not change the random numbers that the caller draws.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        kind: type = OBJECTIVES[section.name]  # every class takes (model, section)
+        objective: Objective = kind(model, section)
+        return objective

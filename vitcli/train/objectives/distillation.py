@@ -1,4 +1,4 @@
-"""Learning from a teacher: section 3 of DeiT (Touvron et al., 2021), equations 2 and 3."""
+"""Distillation from a teacher: section 3 of DeiT (Touvron et al., 2021), equations 2 and 3."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,24 +8,27 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
+from vitcli.train.objectives.base import Metrics, Objective, main_class
+from vitcli.vit.macs import macs
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.loaded import LoadedModel
 
-SHOWN = 5  # classes that an error names
+MAX_NAMES = 5  # classes that an error lists
 
 
-class Distill(nn.Module):
-    """Cross-entropy with the labels, and beside it what a frozen teacher says.
+class Distill(Objective):
+    """Cross-entropy with the labels, plus a loss that follows a frozen teacher.
 
-    A model with a distillation head (`model.distillation_head`) learns the teacher there and the
-    labels in its class head; any other learns both in its one head. The teacher sees the same
-    augmented pictures, at its own size and in its own normalisation. It is no part of the
-    checkpoint: a resumed run loads it again.
+    A model with a distillation head (`model.distillation_head`) learns from the teacher there and
+    from the labels in its class head. Any other model learns both in its one head. The teacher sees
+    the same augmented images, at its own size and in its own normalisation.
     """
 
-    views = 1
     supervised = True
-    places: Tensor
+    columns: Tensor
+    settings = frozenset(
+        {"label_smoothing", "teacher", "distillation", "distillation_weight", "temperature"}
+    )
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
@@ -36,63 +39,81 @@ class Distill(nn.Module):
         two = getattr(model.network, "head_dist", None) is not None
         if getattr(model.config, "distillation_token", False) and not two:
             raise VitcliError(
-                "the model has a distillation token, and no head that reads it",
+                "the model has a distillation token, but no head that reads it",
                 "`--set model.distillation_head=true --set model.pool=distilled`",
             )
         teacher = load_model(section.teacher)
         require_preprocess(teacher)
-        if model.config.num_channels != teacher.config.num_channels:
+        mine, theirs = model.config.num_channels, teacher.config.num_channels
+        if mine != theirs:
             raise VitcliError(
-                f"the teacher `{section.teacher}` sees {teacher.config.num_channels} channels, and "
-                f"the model {model.config.num_channels}",
-                f"`--set model.num_channels={teacher.config.num_channels}`, or another teacher",
+                f"the teacher `{section.teacher}` takes {theirs} channels, and the model {mine}",
+                f"`--set model.num_channels={theirs}`, or use another teacher",
             )
         if teacher.head_activation == "sigmoid" and section.distillation == "soft":
             raise VitcliError(
-                f"the teacher `{section.teacher}` gives each class a probability of its own, and "
-                "`soft` compares shares of one",
-                "`--set objective.distillation=hard`, or a teacher trained with `softmax`",
+                f"the teacher `{section.teacher}` has sigmoid probabilities, and `soft` "
+                "distillation needs probabilities that sum to 1",
+                "`--set objective.distillation=hard`, or use a teacher trained with `softmax`",
             )
         self.model, self.preprocess = model.network, model.preprocess
         model.head_activation = "softmax"
-        # In a tuple, so that it is neither trained nor stored nor averaged with this module.
+        # In a tuple, so that it is neither trained nor averaged, nor stored in checkpoints: a
+        # resumed run loads it again.
+        self.teachers = (teacher.eval(),)
         teacher.network.requires_grad_(False)
-        self.others = (teacher.eval(),)
         self.hard = section.distillation == "hard"
         self.weight, self.temperature = section.distillation_weight, section.temperature
         self.label_smoothing = section.label_smoothing
-        places = known_classes(teacher, model.labels or (), section.teacher)
-        self.register_buffer("places", torch.tensor(places), persistent=False)
+        columns = teacher_columns(teacher, model.labels or (), section.teacher)
+        self.register_buffer("columns", torch.tensor(columns), persistent=False)
+
+    @classmethod
+    def notes(cls, section: ObjectiveSection) -> list[str]:
+        """A temperature changes soft distillation only."""
+        default = ObjectiveSection().temperature
+        if section.distillation == "hard" and section.temperature != default:
+            return ["`hard` distillation does not use `objective.temperature`"]
+        return []
+
+    @property
+    def frozen_modules(self) -> tuple[nn.Module, ...]:
+        """The teacher."""
+        return tuple(teacher.network for teacher in self.teachers)
+
+    def teacher_macs(self) -> int:
+        """One forward pass of the teacher."""
+        return sum(macs(teacher.config) for teacher in self.teachers)
 
     def forward(
         self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, C, Y, X), (B,) or (B, K) shares -> the weighted sum of both losses (), figures."""
-        token, distilled = self.logits(images)  # (B, K) each
-        wanted = self.teach(images)  # (B, K)
-        loss = F.cross_entropy(token, labels, label_smoothing=self.label_smoothing)
-        if self.hard:
-            lesson = F.cross_entropy(distilled, wanted.argmax(dim=1))
-        else:
+    ) -> tuple[Tensor, Metrics]:
+        """(B, C, Y, X), (B,) or (B, K) shares -> the weighted sum of both losses (), metrics."""
+        logits, distilled = self.logits(images)  # (B, K) each
+        targets = self.teacher_logits(images)  # (B, K)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if self.hard:  # equation 3
+            distillation = F.cross_entropy(distilled, targets.argmax(dim=1))
+        else:  # equation 2; t^2 keeps the size of the gradients (Hinton et al., 2015)
             t = self.temperature
-            lesson = t**2 * F.kl_div(
+            distillation = t**2 * F.kl_div(
                 F.log_softmax(distilled / t, dim=1),
-                F.log_softmax(wanted / t, dim=1),
+                F.log_softmax(targets / t, dim=1),
                 reduction="batchmean",
                 log_target=True,
             )
-        main = labels if labels.ndim == 1 else labels.argmax(dim=1)
-        answer = (token + distilled).argmax(dim=1)
-        figures = {
+        # At test time DeiT adds the outputs of both heads.
+        predicted = (logits + distilled).argmax(dim=1)
+        metrics = {
             "loss": loss.detach(),
-            "lesson": lesson.detach(),
-            "accuracy": (answer == main).float().mean(),
-            "agreement": (answer == wanted.argmax(dim=1)).float().mean(),
+            "lesson": distillation.detach(),
+            "accuracy": (predicted == main_class(labels)).float().mean(),
+            "agreement": (predicted == targets.argmax(dim=1)).float().mean(),
         }
-        return (1.0 - self.weight) * loss + self.weight * lesson, figures
+        return (1.0 - self.weight) * loss + self.weight * distillation, metrics
 
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, Y, X) -> (B, K) for the labels and (B, K) for the teacher; one where one head."""
+        """(B, C, Y, X) -> (B, K) for the labels, (B, K) for the teacher; equal with one head."""
         second = getattr(self.model, "head_dist", None)
         if second is None:
             logits = self.model(images).float()
@@ -101,12 +122,12 @@ class Distill(nn.Module):
         return self.model.head(token).float(), second(distilled).float()
 
     @torch.no_grad()
-    def teach(self, images: Tensor) -> Tensor:
+    def teacher_logits(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) normalised for the student -> (B, K): the teacher's logits of its classes.
 
-        The student's normalisation is undone, and its size made the teacher's.
+        Normalisation and size are changed from those of the student to those of the teacher.
         """
-        teacher = self.others[0].to(images.device)
+        teacher = self.teachers[0].to(images.device)
         mine, theirs = self.preprocess, teacher.preprocess
         assert mine is not None and theirs is not None
         pixels = images.float() * _column(mine.std, images) + _column(mine.mean, images)
@@ -116,7 +137,7 @@ class Distill(nn.Module):
             )
         x = (pixels - _column(theirs.mean, images)) / _column(theirs.std, images)
         logits = teacher(x).float()  # (B, K of the teacher)
-        return logits[:, self.places]
+        return logits[:, self.columns]
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -124,22 +145,19 @@ def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, device=like.device)[:, None, None]
 
 
-def known_classes(teacher: LoadedModel, wanted: Sequence[str], name: str) -> list[int]:
-    """Which outputs of the teacher stand for the classes `wanted`, matched by name.
-
-    Raises:
-        VitcliError: the teacher has no class names, or does not know them all.
-    """
+def teacher_columns(teacher: LoadedModel, classes: Sequence[str], name: str) -> list[int]:
+    """The outputs of the teacher that stand for `classes`, matched by name."""
     if not teacher.labels:
         raise VitcliError(
-            f"the teacher `{name}` has no class names, so its answers mean nothing here",
-            "a fine-tuned run, or weights that carry their classes",
+            f"the teacher `{name}` has no class names, so its outputs cannot be matched",
+            "use a fine-tuned run, or weights that contain class names",
         )
-    place = {label: i for i, label in enumerate(teacher.labels)}
-    if unknown := [label for label in wanted if label not in place]:
-        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+    column = {label: i for i, label in enumerate(teacher.labels)}
+    if missing := [label for label in classes if label not in column]:
+        more = f" and {len(missing) - MAX_NAMES} more" if len(missing) > MAX_NAMES else ""
         raise VitcliError(
-            f"the teacher `{name}` does not know these classes: {', '.join(unknown[:SHOWN])}{more}",
-            "`vitcli finetune DATA --model` makes a teacher that knows them",
+            f"the teacher `{name}` does not know these classes: "
+            f"{', '.join(missing[:MAX_NAMES])}{more}",
+            "fine-tune the teacher on this data first: `vitcli finetune DATA --model TEACHER`",
         )
-    return [place[label] for label in wanted]
+    return [column[label] for label in classes]

@@ -1,4 +1,4 @@
-"""Masked autoencoders (He et al., 2022): see a quarter of the patches, draw the rest."""
+"""Masked autoencoders (He et al., 2022): encode a quarter of the patches, predict the rest."""
 
 from collections.abc import Mapping
 
@@ -8,29 +8,34 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
-from vitcli.train.objectives.masked_patch import exactly, tokens_of
-from vitcli.vit import ViTConfig
+from vitcli.train.objectives.base import Metrics, Objective, count_macs
+from vitcli.train.objectives.masked_patch import maskable, random_mask
+from vitcli.vit import ResNetConfig, ViTConfig
 from vitcli.vit.blocks import Block
 from vitcli.vit.patches import patchify
 from vitcli.vit.position import sincos2d
 from vitcli.weights.loaded import LoadedModel
 
 MASK_RATE = 0.75
-NORM_EPS = 1e-6  # beside the variance of a patch, as in the authors' definition
+NORM_EPS = 1e-6  # added to the variance of a patch, as in the code of the authors
 
 
-class Mae(nn.Module):
+class Mae(Objective):
     """The encoder sees visible patches only; a small decoder predicts the pixels of the others.
 
-    The decoder, its mask token and its predictor belong to the objective and are dropped with it.
+    The decoder belongs to the objective: checkpoints contain it, the final model does not.
     """
 
-    views = 1
     supervised = False
+    settings = frozenset(
+        {"mask_rate", "decoder_depth", "decoder_dim", "decoder_heads", "norm_pixels"}
+    )
+    masks_patches = True
+    shapes_depend_on_data = True
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
-        self.model = tokens_of(model.network, "mae")
+        self.model = maskable(model.network, "mae")
         config = self.model.config
         check_droppable(config, "objective `mae`")
         self.mask_rate = section.mask_rate or MASK_RATE
@@ -38,7 +43,7 @@ class Mae(nn.Module):
         d, width = config.embed_dim, section.decoder_dim
         if width % section.decoder_heads or width % 4:
             raise VitcliError(
-                f"`objective.decoder_dim` = {width} is no multiple of 4 and of "
+                f"`objective.decoder_dim` = {width} is not a multiple of 4 and of "
                 f"{section.decoder_heads} heads",
                 "`--set objective.decoder_dim=` a multiple of both",
             )
@@ -62,23 +67,24 @@ class Mae(nn.Module):
 
     def forward(
         self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, C, Y, X) -> the mean squared error () over hidden patches, and figures."""
+    ) -> tuple[Tensor, Metrics]:
+        """(B, C, Y, X) -> the mean squared error () over hidden patches, and metrics."""
         model, grid = self.model, self.model.grid_of(images)
         rows, cols = grid
-        hidden = exactly(len(images), rows * cols, self.mask_rate, images.device)  # (B, N)
-        guess = self.decode(self.encode(images, hidden), hidden, grid)  # (B, N, P*P*C)
-        wanted = patchify(images.float(), model.config.pixels_per_patch)
-        if self.norm_pixels:
-            var, mean = torch.var_mean(wanted, dim=-1, keepdim=True)
-            wanted = (wanted - mean) / (var + NORM_EPS).sqrt()
-        loss = F.mse_loss(guess[hidden].float(), wanted[hidden])
-        flat = wanted[hidden].var(dim=0, unbiased=False).mean()
-        explained = 1.0 - loss.detach() / flat.clamp(min=1e-12)
+        hidden = random_mask(len(images), rows * cols, self.mask_rate, images.device)  # (B, N)
+        predicted = self.decode(self.encode(images, hidden), hidden, grid)  # (B, N, P*P*C)
+        targets = patchify(images.float(), model.config.pixels_per_patch)
+        if self.norm_pixels:  # without the mean and contrast of each patch (table 1d of the paper)
+            var, mean = torch.var_mean(targets, dim=-1, keepdim=True)
+            targets = (targets - mean) / (var + NORM_EPS).sqrt()
+        loss = F.mse_loss(predicted[hidden].float(), targets[hidden])
+        # The error of always predicting the mean patch: `explained` is the gain over it.
+        baseline = targets[hidden].var(dim=0, unbiased=False).mean()
+        explained = 1.0 - loss.detach() / baseline.clamp(min=1e-12)
         return loss, {"loss": loss.detach(), "explained": explained}
 
     def encode(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """(B, C, Y, X), (B, N) -> (B, V + prefix, D): the tokens of what is visible."""
+        """(B, C, Y, X), (B, N) -> (B, V + prefix, D): the tokens of the visible patches."""
         model, grid = self.model, self.model.grid_of(images)
         x = model.add_prefix(model.embed_patches(images), grid)  # (B, T, D)
         prefix = model.config.num_prefix_tokens
@@ -100,16 +106,29 @@ class Mae(nn.Module):
         pixels: Tensor = self.exit(self.norm(x[:, prefix:]))
         return pixels
 
+    @property
+    def hidden_rate(self) -> float:
+        """The fraction of masked patches."""
+        return self.mask_rate
+
+    def extra_macs(self, config: ViTConfig | ResNetConfig) -> int:
+        """The decoder, and the linear layers before and after it."""
+        assert isinstance(config, ViTConfig)
+        grid, n = config.grid, config.grid[0] * config.grid[1]
+        visible = config.num_prefix_tokens + max(1, n - round(self.mask_rate * n))
+        tokens = (1, n + config.num_prefix_tokens, self.width)
+        return (
+            count_macs(self.entry, (1, visible, config.embed_dim))
+            + sum(count_macs(block, tokens, grid) for block in self.decoder)
+            + count_macs(self.exit, (1, n, self.width))
+        )
+
 
 def check_droppable(config: ViTConfig, what: str) -> None:
-    """Whether the encoder can go without some of the patches.
-
-    Raises:
-        VitcliError: rows, columns or offsets between patches are built into its blocks.
-    """
+    """Check that the encoder works without some of the patches."""
     if config.axial or config.position == "relative" or config.position_at != "stem":
         kind = "axial blocks" if config.axial else "positions inside the blocks"
         raise VitcliError(
-            f"{what} leaves patches out, and {kind} need them all",
-            "`--set model.position=learned --set model.position_at=stem`, without axial blocks",
+            f"{what} drops patches, and {kind} need all of them",
+            "`--set model.position=learned --set model.position_at=stem`, without `model.axial`",
         )

@@ -138,7 +138,7 @@ def write_npz(path: Path, arrays: Arrays, settings: Mapping[str, Any]) -> list[s
         VitcliError: the file exists, or is not writable.
     """
     if path.exists():
-        raise VitcliError(f"`{path}` already exists", hint="choose another name, or remove it")
+        raise VitcliError(f"`{path}` exists already", hint="choose another name, or remove it")
     comment, notes = _comment(settings)
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as packed:
         for name in sorted(arrays):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.errors import VitcliError
 from vitcli.files import replacing
+from vitcli.run import check_free
 from vitcli.vit import ViTConfig
 from vitcli.weights.expressible import check_expressible
 from vitcli.weights.huggingface.huggingface_names import (
@@ -44,8 +44,7 @@ def write_huggingface(model: LoadedModel, out: Path) -> list[str]:
     """
     notes = check_expressible(model, "huggingface")
     assert isinstance(model.config, ViTConfig)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise VitcliError(f"`{out}` already exists", hint="choose another `--out`, or remove it")
+    check_free(out)
     files = {"config.json": _config_json(model, model.config)}
     if model.preprocess is not None:
         files["preprocessor_config.json"] = write_processor(model.preprocess)

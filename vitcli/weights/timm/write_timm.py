@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.preprocess import Preprocess
+from vitcli.run import check_free
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.expressible import check_expressible
 from vitcli.weights.loaded import LoadedModel
@@ -31,8 +31,7 @@ def write_timm(model: LoadedModel, out: Path) -> list[str]:
     Raises:
         VitcliError: timm has no such model; or `out` is not empty or not writable.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise VitcliError(f"`{out}` already exists", hint="choose another `--out`, or remove it")
+    check_free(out)
     notes = check_expressible(model, "timm")
     described = _config_json(model)
     with replacing(out) as temporary:

@@ -1,4 +1,4 @@
-"""What a training command starts from: its recipe, and the model that the recipe names."""
+"""From a command line to the recipe, and to the model that the run starts from."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -13,8 +13,8 @@ from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
-from vitcli.run import RUNS, finished_runs
-from vitcli.train.objectives.registry import is_supervised
+from vitcli.run import RUNS, Run, finished_runs
+from vitcli.train.objectives import find_objective
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
 from vitcli.weights.edit import prepare_finetune
@@ -24,7 +24,8 @@ from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.overrides import stated_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
-FROM_FILE = (
+# The `[model]` keys that `finetune` takes; the others belong to the weights.
+LOADING = (
     "image_size",
     "patch_size",
     "pool",
@@ -33,26 +34,22 @@ FROM_FILE = (
     "gelu",
     "position_resize",
 )
-REGULARISERS = ("dropout_rate", "drop_path_rate")
+DROPOUT = ("dropout_rate", "drop_path_rate")
 
 
 def pretrain_recipe(
     data: str | None, recipe: str | None, settings: Settings | None, watch: Watcher
 ) -> tuple[str, Recipe]:
-    """The name and the resolved recipe of a `pretrain` command line.
-
-    Raises:
-        VitcliError: no such recipe, or settings that are wrong.
-    """
+    """The name of the recipe of a `pretrain` command, and the recipe with all settings."""
     name = "pretrain_formula" if data in (None, FORMULA) else "pretrain"
     name = name if recipe is None else recipe
     changes: Settings = {}
     if data is not None:
         lay_over(changes, nest("data.name", data))
-    lay_over(changes, settings or {})
-    resolved = for_resnet(load_recipe(name, changes, "pretrain"), changes, watch)
+    lay_over(changes, settings or {})  # `--set data.name=` wins over the argument
+    resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
     if data is None and recipe is None:
-        watch.note(f"no DATA given: recipe `{name}`, {resolved.data.name}")
+        watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")
     return name, resolved
 
 
@@ -64,13 +61,10 @@ def finetune_recipe(
     watch: Watcher,
     resumed: Path | None = None,
 ) -> tuple[str, Recipe]:
-    """The name and the resolved recipe of a `finetune` command line.
+    """The name of the recipe of a `finetune` command, and the recipe with all settings.
 
     Args:
-        resumed: the run that is gone on with; its model is the default then.
-
-    Raises:
-        VitcliError: no such recipe, settings that are wrong, or no model to start from.
+        resumed: the run to resume, whose model is the default.
     """
     name = "finetune_digits" if data in (None, DIGITS) else "finetune"
     name = name if recipe is None else recipe
@@ -81,41 +75,56 @@ def finetune_recipe(
         lay_over(changes, nest("model.name", model))
     lay_over(changes, settings or {})
     resolved = load_recipe(name, changes, "finetune")
+    # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
-        chosen = newest_pretrained(resumed)
-        watch.note(f"no `--model` given: {chosen}")
-        lay_over(changes, nest("model.name", chosen))
+        default = newest_pretrained(resumed)
+        watch.note(f"no `--model` given: {default}")
+        lay_over(changes, nest("model.name", default))
         resolved = load_recipe(name, changes, "finetune")
     if data is None and recipe is None:
-        watch.note(f"no DATA given: {resolved.data.name}")
+        watch.note(f"no DATA given: using {resolved.data.name}")
     return name, resolved
 
 
-def for_resnet(recipe: Recipe, changes: Settings, watch: Watcher) -> Recipe:
-    """`recipe` without its settings of a ViT, where `changes` put a ResNet into its place."""
-    said = changes.get("model", {})
-    if not is_resnet(name := str(said.get("name"))):
+def _without_vit_settings(recipe: Recipe, changes: Settings, watch: Watcher) -> Recipe:
+    """Remove the ViT settings of a recipe if `changes` replace its model by a ResNet."""
+    given = changes.get("model", {})
+    if not is_resnet(name := str(given.get("name"))):
         return recipe
-    given = recipe.model.model_dump(exclude_none=True)
-    if foreign := sorted(set(given) - {"name", "image_size", "num_channels", *said}):
-        watch.note(f"`{name}` is a ResNet, so the recipe's {', '.join(foreign)} do not apply")
-    model = check(ModelSection, {k: v for k, v in given.items() if k not in foreign}, name)
+    values = recipe.model.model_dump(exclude_none=True)
+    if foreign := sorted(set(values) - {"name", "image_size", "num_channels", *given}):
+        watch.note(f"`{name}` is a ResNet: the recipe's {', '.join(foreign)} do not apply")
+    model = check(ModelSection, {k: v for k, v in values.items() if k not in foreign}, name)
     return recipe.model_copy(update={"model": model})
 
 
+def newest_pretrained(resumed: Path | None = None) -> str:
+    """The newest finished run of `pretrain`, or the model that the run `resumed` started from."""
+    if resumed is not None and (resumed / "recipe.toml").is_file():
+        return str(Run(resumed).recipe().model.name)
+    for candidate in finished_runs():
+        with suppress(VitcliError):  # a damaged result.json
+            if candidate.result().get("command") == "pretrain":
+                return str(candidate.path)
+    raise VitcliError(
+        f"there is no finished `pretrain` run under `{RUNS}/`",
+        "run `vitcli pretrain` first (a few minutes, no download), or give weights with `--model`",
+    )
+
+
 def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> LoadedModel:
-    """The recipe's variant with fresh weights, a head where the objective has classes, a transform.
+    """The variant of a recipe with random weights, and a head if the objective is supervised.
 
     Args:
-        empty: without weights, on the meta device: for counting.
+        empty: on the meta device, without weights: enough to count parameters and operations.
 
     Raises:
         VitcliError: no such variant, or settings that contradict each other.
     """
     section = recipe.model
-    supervised = is_supervised(recipe.objective.name)
-    classes = len(source.classes) if supervised else 0
-    settings = {"num_classes": classes, **section.architecture()}
+    supervised = find_objective(recipe.objective.name).supervised
+    num_classes = len(source.classes) if supervised else 0
+    settings = {"num_classes": num_classes, **section.architecture()}
     try:
         if empty:
             with torch.device("meta"):
@@ -126,9 +135,10 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
         raise VitcliError(
             f"this model cannot be built: {error}",
             "`model.name` is for example `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1`; the patch "
-            "size divides `model.image_size`",
+            "size must divide `model.image_size`",
         ) from error
     size, channels = network.config.image_size, network.config.num_channels
+    # Mean and standard deviation 0.5 give inputs in -1 to 1, as in the paper's code.
     base = Preprocess(image_size=size, mean=(0.5,), std=(0.5,), num_channels=channels)
     given = recipe.preprocess.model_dump(exclude_none=True)
     return LoadedModel(
@@ -138,67 +148,44 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
     )
 
 
-def newest_pretrained(resumed: Path | None = None) -> str:
-    """The newest finished run of `pretrain`; for a resumed run, the model that it started from.
-
-    Raises:
-        VitcliError: there is none.
-    """
-    if resumed is not None and (resumed / "recipe.toml").is_file():
-        from vitcli.run import Run
-
-        return str(Run(resumed).recipe().model.name)
-    for candidate in finished_runs():
-        with suppress(VitcliError):  # a damaged result.json
-            if candidate.result().get("command") == "pretrain":
-                return str(candidate.path)
-    raise VitcliError(
-        f"there is no finished `pretrain` run under `{RUNS}/`",
-        "run `vitcli pretrain` first (a few minutes, no download), or name weights with `--model`",
-    )
-
-
 def pretrained_model(
     recipe: Recipe, source: Source, watch: Watcher, *, verbose: bool = False
 ) -> LoadedModel:
-    """The recipe's MODEL with a zero head for the classes of `source`.
+    """The MODEL of a recipe, with a new head for the classes of `source`.
 
     Raises:
         VitcliError: it cannot be loaded, or a setting does not fit it.
     """
     section = recipe.model
     given = section.model_dump(exclude_none=True, exclude={"name"})
-    if foreign := sorted(set(given) - {*FROM_FILE, *REGULARISERS}):
+    if foreign := sorted(set(given) - {*LOADING, *DROPOUT}):
         raise VitcliError(
-            f"these belong to the weights and cannot be changed: model.{', model.'.join(foreign)}",
-            f"`finetune` takes {', '.join('model.' + k for k in (*FROM_FILE, *REGULARISERS))}",
+            f"the weights determine these settings: model.{', model.'.join(foreign)}",
+            f"`finetune` takes only {', '.join('model.' + k for k in (*LOADING, *DROPOUT))}",
         )
-    loading = {key: given[key] for key in FROM_FILE if key in given}
     model = load_model(
         section.name or "",
         preprocess=recipe.preprocess.model_dump(exclude_none=True),
         seed=recipe.train.seed,
         watch=watch,
-        **loading,
+        **{key: given[key] for key in LOADING if key in given},
     )
     require_preprocess(model)
+    # A head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head only.
     model = prepare_finetune(model, source.classes)
     tell_load(model, watch, verbose=verbose)
-    changes: dict[str, Any] = {key: given[key] for key in REGULARISERS if key in given}
-    return regularised(model, changes) if changes else model
+    rates = {key: given[key] for key in DROPOUT if key in given}
+    return with_dropout(model, rates) if rates else model
 
 
-def regularised(model: LoadedModel, rates: dict[str, Any]) -> LoadedModel:
-    """The same weights in a model with other dropout rates.
-
-    Raises:
-        VitcliError: a ResNet, which has none.
-    """
+def with_dropout(model: LoadedModel, rates: dict[str, Any]) -> LoadedModel:
+    """The same weights in a network with other dropout rates."""
     old = model.network
     if isinstance(old, ResNet):
         raise VitcliError(
-            f"a ResNet has no dropout: model.{', model.'.join(rates)}", "leave it out"
+            f"a ResNet has no dropout: model.{', model.'.join(rates)}", "remove these settings"
         )
+    # Dropout layers are created by the constructor, so the network is built anew.
     network = VisionTransformer(replace(old.config, **rates), old.position_resize)
     network.load_state_dict(old.state_dict())
     return replace(model, network=network)

@@ -1,0 +1,33 @@
+"""Values that all processes agree on, so that they save, evaluate and stop at the same step."""
+
+from typing import Any
+
+import torch
+
+NONE = -(2**62)  # stands for None; smaller than any value that processes agree on
+
+
+def mean_over_processes(accelerator: Any, metrics: dict[str, float]) -> dict[str, float]:
+    """The mean of each metric over all processes."""
+    if accelerator.num_processes == 1:
+        return metrics
+    # In fp64: the sum over processes must not round away what a mean of fp32 values has.
+    mine = torch.tensor([*metrics.values()], device=accelerator.device).double()
+    means = accelerator.reduce(mine, reduction="mean").tolist()
+    return dict(zip(metrics, means, strict=True))
+
+
+def max_over_processes(accelerator: Any, value: int | None) -> int | None:
+    """The largest value of all processes; None counts as the smallest."""
+    if accelerator.num_processes == 1:
+        return value
+    mine = torch.tensor(NONE if value is None else value, device=accelerator.device)
+    largest = int(accelerator.gather(mine[None]).max())
+    return None if largest == NONE else largest
+
+
+def min_over_processes(accelerator: Any, value: int) -> int:
+    """The smallest value of all processes."""
+    largest = max_over_processes(accelerator, -value)
+    assert largest is not None
+    return -largest

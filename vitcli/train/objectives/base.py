@@ -1,0 +1,81 @@
+"""What every objective knows about itself; the loop and `vitcli plan` ask for it."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitcli.config.schema import ObjectiveSection
+from vitcli.vit import ResNetConfig, ViTConfig
+
+Metrics = dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """A loss around a model, with the heads that only training needs.
+
+    A call with images (B, C, Y, X), labels (B,) or (B, K) and the factors of generated images
+    returns the loss () and metrics to log.
+
+    Attributes:
+        model: the network that is trained.
+        supervised: True if it trains a head for the classes of the data.
+        num_views: augmented views of each image in a batch.
+        settings: the keys of `[objective]` that it reads.
+        masks_patches: True if it chooses patches to hide, so that no others can be dropped.
+        shapes_depend_on_data: True if tensors have sizes that only their content decides. `plan`
+            cannot trace their memory on tensors without content.
+    """
+
+    model: Any
+    supervised: ClassVar[bool]
+    num_views: ClassVar[int] = 1
+    settings: ClassVar[frozenset[str]] = frozenset()
+    masks_patches: ClassVar[bool] = False
+    shapes_depend_on_data: ClassVar[bool] = False
+
+    def forward(
+        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Metrics]:
+        """(B, C, Y, X), (B,) or (B, K) -> the mean loss (), and metrics."""
+        raise NotImplementedError
+
+    @classmethod
+    def notes(cls, section: ObjectiveSection) -> list[str]:
+        """What the user should know about these settings."""
+        return []
+
+    @property
+    def hidden_rate(self) -> float:
+        """The fraction of patches that the encoder does not see; 0 if it sees all of them."""
+        return 0.0
+
+    @property
+    def frozen_modules(self) -> tuple[nn.Module, ...]:
+        """Modules that are neither trained nor stored, such as a teacher."""
+        return ()
+
+    def extra_macs(self, config: ViTConfig | ResNetConfig) -> int:
+        """Forward multiply-adds per image of the parts that only the objective has."""
+        return 0
+
+    def teacher_macs(self) -> int:
+        """Forward multiply-adds per image of frozen teachers, which have no backward pass."""
+        return 0
+
+
+def main_class(labels: Tensor) -> Tensor:
+    """(B,) classes, or (B, K) shares of classes after mixing -> (B,) the class of each image."""
+    return labels if labels.ndim == 1 else labels.argmax(dim=1)
+
+
+def count_macs(module: nn.Module, shape: tuple[int, ...], *arguments: Any) -> int:
+    """Multiply-adds of a call of `module` with an input of `shape`, counted on the meta device."""
+    counter = FlopCounterMode(display=False)
+    empty = {name: torch.empty_like(p, device="meta") for name, p in module.named_parameters()}
+    with counter, torch.no_grad():
+        inputs = (torch.empty(shape, device="meta"), *arguments)
+        torch.func.functional_call(module, empty, inputs)
+    return int(counter.get_total_flops()) // 2

@@ -1,0 +1,64 @@
+"""Objectives that learn classes: softmax and sigmoid cross-entropy."""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitcli.config.schema import ObjectiveSection
+from vitcli.data.augment.mixing import soft_targets
+from vitcli.train.objectives.base import Metrics, Objective, main_class
+from vitcli.weights.loaded import LoadedModel
+
+
+class Softmax(Objective):
+    """Cross-entropy over classes, with label smoothing."""
+
+    supervised = True
+    settings = frozenset({"label_smoothing"})
+
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
+        super().__init__()
+        self.model = model.network
+        model.head_activation = "softmax"
+        self.label_smoothing = section.label_smoothing
+
+    def forward(
+        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Metrics]:
+        """(B, C, Y, X), (B,) or (B, K) shares -> the mean loss (), and metrics."""
+        logits = self.model(images).float()  # (B, K)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        accuracy = (logits.argmax(dim=1) == main_class(labels)).float().mean()
+        return loss, {"loss": loss.detach(), "accuracy": accuracy}
+
+
+class Sigmoid(Objective):
+    """Binary cross-entropy per class, summed over the classes as in big_vision.
+
+    For images with any number of labels, and for the paper's pre-training on ImageNet-21k.
+    """
+
+    supervised = True
+    settings = frozenset({"head_bias"})
+
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
+        super().__init__()
+        self.model = model.network
+        model.head_activation = "sigmoid"
+        head = model.network.head
+        # Most classes are absent from an image. A new head that starts with probabilities of 0.5
+        # would spend its first steps on learning just that. A pretrained head keeps its bias.
+        if section.head_bias is not None and isinstance(head, nn.Linear) and not head.weight.any():
+            nn.init.constant_(head.bias, section.head_bias)
+
+    def forward(
+        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Metrics]:
+        """(B, C, Y, X), (B,) or (B, K) shares -> the mean loss () over images, and metrics."""
+        logits = self.model(images).float()  # (B, K)
+        targets = soft_targets(labels, logits.shape[1])
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
+        # An image with several labels counts as correct if the top class is one of them.
+        correct = targets.gather(1, logits.argmax(dim=1, keepdim=True)) > 0.5
+        return loss, {"loss": loss.detach(), "accuracy": correct.float().mean()}

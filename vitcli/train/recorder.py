@@ -1,0 +1,197 @@
+"""What a run records: metrics.jsonl, the progress bar, and trackers such as TensorBoard."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from vitcli.config.recipe import flat_settings
+from vitcli.config.schema import Recipe
+from vitcli.data.loader import TrainLoader
+from vitcli.devices import peak_memory
+from vitcli.errors import VitcliError, unknown
+from vitcli.files import replacing
+from vitcli.progress import Bar, Watcher
+from vitcli.run import Run
+from vitcli.train.agreement import mean_over_processes
+from vitcli.train.checkpoint import non_finite_error
+from vitcli.train.meters import (
+    AverageMeter,
+    WaitTimer,
+    is_filling_cache,
+    slow_data_warning,
+)
+
+PROJECT = "vitcli"  # the name of the project in trackers
+# The packages of each tracker; one of them must be installed.
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+}
+# The panels of curves.png.
+PANELS = {
+    "loss": ("train/loss", "test/loss"),
+    "accuracy": ("train/accuracy", "test/accuracy"),
+    "mean average precision": ("test/map",),
+    "learning rate": ("lr",),
+}
+
+Track = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Recorder:
+    """Averages the metrics of steps, and writes them as records.
+
+    Attributes:
+        track: receives every record as well, if there is a tracker.
+        peak_flops: of this machine, all processes together; None if not measured.
+        flops_per_image: of a forward and backward pass; 0 if unknown, and then there is no `mfu`.
+    """
+
+    recipe: Recipe
+    run: Run
+    accelerator: Any
+    watch: Watcher
+    loader: TrainLoader
+    track: Track | None = None
+    peak_flops: float | None = None
+    flops_per_image: float = 0.0
+    _warned: bool = False
+
+    def start(self, step: int) -> None:
+        """Start to count at `step`."""
+        self.first_step = step
+        self.timer = WaitTimer(self.accelerator.device)
+        self.meter = AverageMeter()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Write a record to metrics.jsonl and to the tracker."""
+        if self.accelerator.is_main_process:
+            self.run.log(record)
+            if self.track is not None:
+                self.track(record)
+
+    def add(self, metrics: dict[str, Tensor], lr: float) -> None:
+        """Add the metrics and the rate of a step."""
+        self.meter.add(metrics)
+        self.lr = lr
+        self.timer.step_done()
+
+    def log_training(self, step: int, bar: Bar, is_full_image: bool) -> None:
+        """Log the mean metrics since the last record, and show them beside the progress bar.
+
+        Args:
+            is_full_image: `flops_per_image` holds for this step, so it has an `mfu`.
+        """
+        batch_size, meter = self.recipe.train.batch_size, self.meter
+        # Means over all processes, so that all of them see a loss that is not finite and stop.
+        metrics = mean_over_processes(self.accelerator, meter.means())
+        seconds = time.perf_counter() - meter.started
+        images_per_second = meter.steps * batch_size / seconds
+        # Before the record is written: a run that rewinds repeats these steps.
+        if not math.isfinite(metrics["loss"]):
+            first = step - meter.steps + 1
+            loss = f"the loss is not finite ({metrics['loss']}) in steps {first} to {step}"
+            raise non_finite_error(loss, self.run.checkpoints)
+        times = self.timer.read()
+        waits = {"data/wait_fraction": round(times.wait_fraction, 4)} if times.steps else {}
+        used: dict[str, float] = {"memory_mb": round(peak_memory(self.accelerator.device) / 2**20)}
+        if self.peak_flops and self.flops_per_image and is_full_image:
+            used["mfu"] = round(images_per_second * self.flops_per_image / self.peak_flops, 4)
+        self.log(
+            {
+                "step": step,
+                "images": step * batch_size,
+                "seconds": round(seconds, 4),
+                **{f"train/{name}": value for name, value in metrics.items()},
+                "lr": self.lr,
+                "images_per_second": round(images_per_second, 2),
+                **used,
+                **waits,
+            }
+        )
+        self._warn_about_data((step - self.first_step) * batch_size)
+        bar.advance(meter.steps, **metrics, images_per_second=images_per_second, **used)
+        self.meter = AverageMeter()
+
+    def _warn_about_data(self, seen: int) -> None:
+        """Warn once if the model waits for images that could come faster."""
+        times = self.timer.slow_window()
+        # The first epoch may fill a cache of decoded images, and says nothing about later ones.
+        if times is None or self._warned or is_filling_cache(self.loader, seen):
+            return
+        self._warned = True
+        self.watch.warn(slow_data_warning(times, self.loader, str(self.recipe.data.name)))
+
+
+def check_tracker(name: str) -> None:
+    """Check that the tracker exists and its package is installed."""
+    if name not in TRACKERS:
+        raise unknown("tracker", name, TRACKERS)
+    if not any(find_spec(package) for package in TRACKERS[name]):
+        raise VitcliError(
+            f"`--track {name}` needs a package that is not installed",
+            f"`pip install {TRACKERS[name][0]}`",
+        )
+
+
+@contextmanager
+def tracking(accelerator: Any, name: str | None, recipe: Recipe) -> Iterator[Track | None]:
+    """Give a function that sends a record to the tracker `name`; close the tracker at the end."""
+    if name is None:
+        yield None
+        return
+    accelerator.init_trackers(PROJECT, config=tracker_config(recipe))
+
+    def track(record: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        accelerator.log(numbers, step=int(record["step"]))
+
+    try:  # closed also after an error: trackers write their last records then
+        yield track
+    finally:
+        accelerator.end_training()
+
+
+def tracker_config(recipe: Recipe) -> dict[str, Any]:
+    """The settings by dotted name. Trackers take numbers and text only, and no None."""
+    found = {k: v for k, v in flat_settings(recipe).items() if v is not None}
+    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in found.items()}
+
+
+def draw_curves(run: Run) -> None:
+    """Plot the records of a run as curves.png; a panel without values is omitted."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = run.records()
+    panels = {
+        title: names
+        for title, names in PANELS.items()
+        if any(name in record for record in records for name in names)
+    }
+    if not panels:
+        return
+    # Not through pyplot, which would choose a backend for the whole process.
+    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (title, names) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for name in names:
+            points = [(r["step"], r[name]) for r in records if name in r]
+            if points:
+                marker = "o" if name.startswith("test/") else None
+                axes.plot(*zip(*points, strict=True), label=name, marker=marker, linewidth=1.5)
+        axes.set_xlabel("step")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    with replacing(run.path / "curves.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

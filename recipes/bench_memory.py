@@ -1,9 +1,9 @@
-"""Peak memory of a training run over more and more images: `python recipes/bench_memory.py`.
+"""Measure how memory grows with the number of images: `python recipes/bench_memory.py`.
 
-Makes folders, CSV files and parquet files of one small JPEG under many names, trains a few steps on
-each in a process of its own, and prints the peak of its resident memory, in all and without mapped
-files, and what each further image costs. What grows should be the index (paths, labels, order).
-Pages of a mapped parquet cache count while nothing else needs the room. Linux only.
+The script makes folders, CSV files and parquet files that contain one small JPEG many times. It
+trains a few steps on each in a process of its own. It prints the peak resident memory, with and
+without mapped files, and the bytes per further image. Only the index (paths, labels, order) should
+grow. Pages of a mapped parquet cache stay resident until a program needs the memory. Linux only.
 """
 
 import argparse
@@ -26,7 +26,7 @@ POLL = 0.02  # seconds
 
 
 def picture() -> bytes:
-    """A small JPEG that is not all one colour."""
+    """A small JPEG of a colour gradient."""
     image = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, "JPEG")
@@ -34,7 +34,7 @@ def picture() -> bytes:
 
 
 def make_folder(place: Path, count: int) -> Path:
-    """`count` links to one file; a file may have 65,000 names on ext4."""
+    """Make `count` links to one JPEG; ext4 allows 65,000 links per file."""
     content = picture()
     origin = place / "origin-0.jpg"
     for i in range(count):
@@ -49,7 +49,7 @@ def make_folder(place: Path, count: int) -> Path:
 
 
 def make_csv(place: Path, count: int) -> Path:
-    """A table of one file under one name."""
+    """Make a table with `count` rows of one file."""
     (place / "one.jpg").write_bytes(picture())
     with (place / "table.csv").open("w") as file:
         file.write("path,label\n")
@@ -58,7 +58,7 @@ def make_csv(place: Path, count: int) -> Path:
 
 
 def make_parquet(place: Path, count: int) -> Path:
-    """One file, written in parts."""
+    """Make one file with `count` rows, written in parts."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -78,28 +78,28 @@ KINDS = {"folder": make_folder, "csv": make_csv, "parquet": make_parquet}
 
 
 def train(data: Path, place: Path) -> tuple[int, int]:
-    """Peak bytes of `vitcli pretrain` on `data`: resident in all, and without mapped files."""
+    """Peak resident bytes of `vitcli pretrain` on `data`, with and without mapped files."""
     settings = ["model.name=Pico/8", "model.image_size=32", "model.depth=1", "data.workers=1"]
     settings += ["train.batch_size=32", "train.precision=fp32", "train.eval_steps=1000000"]
-    # The held-out share is evaluated at the end; one image of each class is enough of it.
+    # The held-out split is evaluated at the end; one image per class is enough.
     settings += [f"train.steps={STEPS}", "data.test_fraction=0.000001"]
     command = [sys.executable, "-m", "vitcli", "pretrain", str(data), "--out", str(place / "run")]
     command += [part for setting in settings for part in ("--set", setting)]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(place / "cache")}
-    with (place / "said").open("w+") as said:
-        child = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+    with (place / "log").open("w+") as log:
+        child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         own = 0
         while child.poll() is None:
             own = max(own, own_memory(child.pid))
             time.sleep(POLL)
         if child.returncode:
-            raise SystemExit((place / "said").read_text())
-    # The largest of all children that have ended: each is measured by a fresh parent.
+            raise SystemExit((place / "log").read_text())
+    # RUSAGE_CHILDREN is the maximum over all children, so each run needs a fresh parent.
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * KILO, own
 
 
 def own_memory(pid: int) -> int:
-    """Bytes that are resident and belong to no file; mapped files leave when others need room."""
+    """Resident bytes without mapped files, which the system drops when it needs memory."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -135,7 +135,7 @@ def main() -> None:
                 more = [
                     (now - then) / images for now, then in zip((resident, own), first, strict=True)
                 ]
-                line += f"  (a further image: {more[0]:.0f} and {more[1]:.0f} bytes)"
+                line += f"  (per further image: {more[0]:.0f} and {more[1]:.0f} bytes)"
             first = first or (resident, own)
             sys.stdout.write(line + "\n")
             sys.stdout.flush()

@@ -1,12 +1,13 @@
-"""What `vitcli plan` predicts beside what the run takes: `python recipes/bench_plan.py`.
+"""Compare the estimates of `vitcli plan` with real runs: `python recipes/bench_plan.py`.
 
-Ten recipes from tiny to S/16, differing in model, image size, batch, optimizer, precision and
-checkpointing, on some hundred small JPEGs. Of each, in turn and several times over: the plan, then
-a run of a few dozen steps in a process of its own. Printed are medians of the rounds: seconds a
-step, seconds of the whole command, peak resident memory, each as predicted / real. Linux only.
+Ten recipes from tiny to S/16 differ in model, image size, batch, optimizer, precision and
+checkpointing. They train on a few hundred small JPEGs. In each round, each recipe is planned and
+then run for a few dozen steps in a process of its own. The output gives medians over the rounds:
+seconds per step, seconds of the command, peak resident memory, as predicted / real. Linux only.
 
-    python recipes/bench_plan.py                 all, two rounds
+    python recipes/bench_plan.py                        all recipes, two rounds
     python recipes/bench_plan.py --only 2,7 --rounds 3
+    python recipes/bench_plan.py --steps 6 --rounds 1   quick; memory does not depend on the steps
 """
 
 import argparse
@@ -42,7 +43,7 @@ CASES = [
 
 
 def make_images(folder: Path) -> None:
-    """A folder of classes of small JPEGs of noise."""
+    """Write a folder of small noise JPEGs, one subfolder per class."""
     rng = np.random.default_rng(0)
     for i in range(IMAGES):
         place = folder / f"class_{i % CLASSES}"
@@ -52,7 +53,7 @@ def make_images(folder: Path) -> None:
 
 
 def settings(case: tuple[Any, ...]) -> list[str]:
-    """The case as `--set` flags over the recipe `pretrain`."""
+    """The case as `--set` flags for the recipe `pretrain`."""
     model, size, batch, optimizer, precision, checkpointing, steps = case
     keys = {
         "model.name": model,
@@ -70,10 +71,10 @@ def settings(case: tuple[Any, ...]) -> list[str]:
 
 
 def run(arguments: list[str], place: Path) -> tuple[str, float, int]:
-    """A command: what it printed, its seconds, and the peak bytes that it occupied."""
-    said, errors = place / "said", place / "errors"
+    """Run a command -> its output, its seconds, and its peak resident bytes."""
+    output, errors = place / "output", place / "errors"
     start = time.perf_counter()
-    with said.open("w") as out, errors.open("w") as err:
+    with output.open("w") as out, errors.open("w") as err:
         child = subprocess.Popen(
             [sys.executable, "-m", "vitcli", *arguments], stdout=out, stderr=err, cwd=place
         )
@@ -81,21 +82,19 @@ def run(arguments: list[str], place: Path) -> tuple[str, float, int]:
         child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(errors.read_text())
-    return said.read_text(), time.perf_counter() - start, usage.ru_maxrss * KILO
+    return output.read_text(), time.perf_counter() - start, usage.ru_maxrss * KILO
 
 
 def compare(case: tuple[Any, ...], data: Path, rounds: int) -> None:
-    """One line: predicted / real of a step, of the command, and of memory."""
+    """Print one line: predicted / real for a step, the command, and the memory."""
     found: dict[str, list[tuple[float, float]]] = {"step": [], "whole": [], "memory": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
             flags = settings(case)
-            said, _, _ = run(["pretrain", str(data), *flags, "--dry-run", "--json"], place)
-            plan = json.loads(said)
-            said, whole, peak = run(
-                ["pretrain", str(data), *flags, "--out", "run", "--json"], place
-            )
+            output, _, _ = run(["pretrain", str(data), *flags, "--dry-run", "--json"], place)
+            plan = json.loads(output)
+            _, whole, peak = run(["pretrain", str(data), *flags, "--out", "run", "--json"], place)
             lines = (place / "run/metrics.jsonl").read_text().splitlines()
             records = [json.loads(line) for line in lines]
             spent = sum(r["seconds"] for r in records if "train/loss" in r)
@@ -116,14 +115,16 @@ def compare(case: tuple[Any, ...], data: Path, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="numbers of recipes, from 0, with commas")
+    parser.add_argument("--steps", type=int, help="optimizer steps of every recipe")
     given = parser.parse_args()
     chosen = [int(n) for n in given.only.split(",") if n] or range(len(CASES))
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "images"
         make_images(data)
         for number in chosen:
-            compare(CASES[number], data, given.rounds)
+            case = CASES[number]
+            compare((*case[:-1], given.steps or case[-1]), data, given.rounds)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.progress import Quiet
-from vitcli.train import session
-from vitcli.train.signals import SignalFlag
+from vitcli.run import create_run
+from vitcli.train.build import build_loop, open_source, start_accelerator
 from vitcli.vit import VisionTransformer, ViTConfig, parse_variant
 
 CASES = [("S/16", 224, 16), ("Nano/4", 32, 128), ("Nano/8", 32, 128)]
@@ -160,18 +161,13 @@ def around(precision: str) -> None:
         "train": {"steps": 10**6, "precision": precision, "log_steps": 5},
     }
     recipe = check(Recipe, sections, "bench")
-    held: list[Any] = []
-    session.run_through = lambda loop: held.append(loop) or (0.0, 0.0, {})  # type: ignore[assignment]
-    session.finish = lambda *_: None  # type: ignore[assignment,return-value]
     with tempfile.TemporaryDirectory() as folder:
-        session.train(
-            recipe,
-            lambda source: random_model(recipe, source),
-            out=Path(folder, "run"),
-            resume=False,
-            watch=Quiet(),
-        )
-        loop = held[0]
+        accelerator, _ = start_accelerator(recipe)
+        run = create_run(Path(folder, "run"), recipe)
+        source = open_source(recipe, Quiet())
+        make_model = partial(random_model, recipe)
+        loop = build_loop(recipe, source, make_model, run, accelerator, Quiet())
+        loop.save = lambda: None  # type: ignore[method-assign]  # not a part of the loop's own time
         batch = next(iter(loop.loader.batches(0, 1))).to(loop.accelerator.device)
 
         def bare() -> float:
@@ -188,7 +184,7 @@ def around(precision: str) -> None:
         def whole() -> float:
             loop.timeline.total = loop.timeline.planned = loop.state.step + LOOP_STEPS
             start = time.perf_counter()
-            loop._train(SignalFlag())
+            loop.fit()
             return time.perf_counter() - start
 
         bare(), whole()

@@ -3,14 +3,12 @@
 import importlib.util
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from vitcli.cli import main as cli
 from vitcli.commands import bench
-from vitcli.cost.baselines import contender
-from vitcli.cost.bench import percentile
+from vitcli.cost.bench import build_baseline
 from vitcli.errors import VitcliError
 from vitcli.vit import parse_variant
 
@@ -53,9 +51,9 @@ def test_mistakes(here, capsys):
     for flags, words in [
         (["bench", "X/16"], "X/16"),
         ([*TINY, "--against", "tim"], "did you mean `timm`?"),
-        ([*TINY, "--memory", "much"], "is no size"),
-        ([*TINY, "--attention", "flash"], "no attention `flash`"),
-        ([*TINY, "--out", "bench.txt"], "no .png file"),
+        ([*TINY, "--memory", "much"], "is not a size"),
+        ([*TINY, "--attention", "flash"], "unknown attention `flash`"),
+        ([*TINY, "--out", "bench.txt"], "does not end in .png"),
         (["bench", "Pico/8", "--image-size", "20"], "20"),
         (["bench", "R50x1", "--image-size", "32", "--against", "timm"], "plain Vision"),
     ]:
@@ -66,24 +64,18 @@ def test_mistakes(here, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
 def test_a_library_that_is_absent():
     with pytest.raises(VitcliError, match="needs timm") as error:
-        contender("timm", parse_variant("Pico/8", num_classes=10), "auto")
+        build_baseline("timm", parse_variant("Pico/8", num_classes=10), "auto")
     assert "pip install timm" in error.value.hint
 
 
 def test_the_contender_has_our_shape():
     config = parse_variant("Pico/8", image_size=(16, 16), num_classes=10)
-    theirs = contender("transformers", config, "fused")
+    theirs = build_baseline("transformers", config, "fused")
     assert theirs(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
-
-
-def test_percentiles_are_numpys():
-    values = np.random.default_rng(0).exponential(size=37).tolist()
-    for percent in (50, 90, 99):
-        assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
 
 
 def test_sizes_of_memory():
     device = torch.device("cpu")
-    assert bench.memory_limit("4G", device) == bench.memory_limit("4GiB", device) == 4 * 2**30
-    assert bench.memory_limit("800m", device) == 800 * 2**20
-    assert bench.memory_limit(None, device) > 2**28
+    assert bench.parse_memory("4G", device) == bench.parse_memory("4GiB", device) == 4 * 2**30
+    assert bench.parse_memory("800m", device) == 800 * 2**20
+    assert bench.parse_memory(None, device) > 2**28

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import psutil
 import pytest
 import torch
 
@@ -34,27 +35,27 @@ HEALTHY = {
 }
 
 ILL = [
-    ("devices.gpu_without_torch", True, "does not see it"),
+    ("devices.gpu_without_torch", True, "does not see the NVIDIA GPU"),
     ("versions.torchvision_imports", False, "cannot be imported"),
-    ("versions.torch", "2.14.0", "outside of what is tested"),
-    ("versions.torch", "2.8.1", "outside of what is tested"),
-    ("threads.bf16", 215e9, "1.02 times as fast as one"),
-    ("threads.load", 4.0, "4.0 processes want the 2 cores"),
-    ("devices.cores", 1.0, "2 threads on 1 usable cores"),
+    ("versions.torch", "2.14.0", "is not tested"),
+    ("versions.torch", "2.8.1", "is not tested"),
+    ("threads.bf16", 215e9, "only 1.02 times as fast as one"),
+    ("threads.load", 4.0, "4.0 processes share 2 cores"),
+    ("devices.cores", 1.0, "2 threads share 1 usable cores"),
     ("threads.wait_policy", "active", "spin"),
-    ("devices.instructions", "DEFAULT", "no AVX2"),
-    ("devices.memory_free_bytes", doctor.GIB, "1.0 GiB of memory"),
-    ("disk.free_bytes", doctor.GIB, "1.0 GiB are free under `runs`"),
-    ("disk.write", None, "cannot be written to"),
+    ("devices.instructions", "DEFAULT", "does not use AVX2"),
+    ("devices.memory_free_bytes", doctor.GIB, "only 1.0 GiB of memory"),
+    ("disk.free_bytes", doctor.GIB, "1.0 GiB are free on the disk of `runs`"),
+    ("disk.write", None, "cannot write to `runs`"),
     ("disk.read", 10e6, "reads 10 MB/s"),
     ("attention.chosen", 1.6, "1.6 times as long"),
     ("images.libjpeg_turbo", False, "without libjpeg-turbo"),
-    ("images.avif", False, "no AVIF"),
+    ("images.avif", False, "cannot read AVIF"),
 ]
 
 
 def test_of_a_healthy_set_up_nothing_is_said():
-    assert not list(doctor.findings(HEALTHY))
+    assert not list(doctor.find_problems(HEALTHY))
 
 
 @pytest.mark.parametrize(("where", "value", "words"), ILL, ids=[f"{w}={v}" for w, v, _ in ILL])
@@ -62,7 +63,7 @@ def test_each_illness_is_named_alone_with_a_remedy(where, value, words):
     facts = copy.deepcopy(HEALTHY)
     topic, key = where.split(".")
     facts[topic][key] = value
-    (found,) = doctor.findings(facts)
+    (found,) = doctor.find_problems(facts)
     assert words in found.what and found.remedy
 
 
@@ -70,14 +71,14 @@ def test_on_a_gpu_the_threads_do_not_matter():
     facts = copy.deepcopy(HEALTHY)
     facts["devices"]["device"] = "cuda"
     facts["threads"]["bf16"] = 215e9
-    assert not list(doctor.findings(facts))
+    assert not list(doctor.find_problems(facts))
 
 
 def test_the_command_says_it_all(here, capfd, monkeypatch):
     monkeypatch.setattr(machine, "DISK_BYTES", 2**20)
-    monkeypatch.setattr(machine, "PRODUCT", 128)
-    monkeypatch.setattr(machine, "ATTENTION", (1, 2, 17, 8))
-    monkeypatch.setattr(machine, "PICTURE", (160, 120))
+    monkeypatch.setattr(machine, "MATRIX_SIDE", 128)
+    monkeypatch.setattr(machine, "ATTENTION_SHAPE", (1, 2, 17, 8))
+    monkeypatch.setattr(machine, "JPEG_SIZE", (160, 120))
     assert cli.run(["doctor", "--json"]) == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts["versions"]["torch"] == torch.__version__
@@ -100,16 +101,15 @@ def test_the_command_says_it_all(here, capfd, monkeypatch):
 
 def test_threads_are_as_before():
     before = torch.get_num_threads()
-    machine.product_rate(torch.float32, 1)
+    machine.matmul_flops(torch.float32, 1)
     assert torch.get_num_threads() == before
 
 
 def test_no_such_folder(capfd):
     assert cli.run(["doctor", "--out", "lost"]) == 2
-    assert "no folder `lost`" in capfd.readouterr().err
+    assert "the folder `lost` does not exist" in capfd.readouterr().err
 
 
 def test_memory_is_what_the_system_says():
-    psutil = pytest.importorskip("psutil")
-    total, free = machine.memory_bytes()
-    assert 0 < free <= total <= psutil.virtual_memory().total
+    total, available = machine.system_memory()
+    assert 0 < available <= total <= psutil.virtual_memory().total

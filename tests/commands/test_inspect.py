@@ -19,12 +19,12 @@ from vitcli.commands.inspect import run
 from vitcli.data.readers.builtin import sklearn_photographs
 from vitcli.errors import VitcliError
 from vitcli.inspection import drawing as draw
-from vitcli.inspection.inductive_bias import fresh
-from vitcli.inspection.report import Section, page
+from vitcli.inspection.inductive_bias import random_network
+from vitcli.inspection.report import ReportSection, render_page
 from vitcli.preprocess import Preprocess
 from vitcli.run import create_run
 from vitcli.vit import ResNetConfig
-from vitcli.weights.loaded import create_model
+from vitcli.weights.loaded import LoadedModel, create_model
 from vitcli.weights.store import save_model
 
 NAMES = ("ant", "bee", "cat", "dog", "<i>elk</i>")
@@ -44,18 +44,17 @@ def pictures(here):
 
 def stored(kind="plain", path="m.safetensors", **settings):
     """A small model of a kind in a file, with names and a head that is trained."""
-    model = small(kind, **settings)
-    model.labels, model.head_trained = NAMES, True
-    channels = model.config.num_channels
-    model.preprocess = Preprocess(model.config.image_size, num_channels=channels)
+    network = small(kind, **settings)
+    channels = network.config.num_channels
+    preprocess = Preprocess(network.config.image_size, num_channels=channels)
+    model = LoadedModel(network, labels=NAMES, preprocess=preprocess, head_trained=True)
     save_model(path, model)
     return model
 
 
 def stored_resnet(path="r.safetensors"):
-    model = fresh(ResNetConfig((64, 64), 3, (1, 1, 1), 0.5))
-    model.preprocess = Preprocess((64, 64))
-    save_model(path, model)
+    network = random_network(ResNetConfig((64, 64), 3, (1, 1, 1), 0.5))
+    save_model(path, LoadedModel(network, preprocess=Preprocess((64, 64))))
 
 
 def test_numbers_pictures_and_one_page(pictures):
@@ -122,8 +121,8 @@ def test_every_kind_of_model_can_be_looked_into(kind, pictures):
     assert (facts["positions"]["reason"] is not None) == without
     this, twin, resnet = result.bias_rows
     assert this.parameters == twin.parameters and resnet.local is None
-    assert this.moves.shifts == ((4, 8, 16) if kind in ("root", "hybrid") else (2, 4, 8))
-    assert 0 < this.local_first <= 1 and -30 < this.moves.r2[0] <= 1
+    assert this.equivariance.shifts == ((4, 8, 16) if kind in ("root", "hybrid") else (2, 4, 8))
+    assert 0 < this.local_first <= 1 and -30 < this.equivariance.r2[0] <= 1
 
 
 def test_without_an_image_there_are_built_in_ones(here):
@@ -168,11 +167,11 @@ def test_a_resnet_can_be_given(pictures):
     settings = {"model": {"image_size": 64}}
     result = run(["p"], model="mu/16", settings=settings, resnet="r.safetensors")
     assert [row.name for row in result.bias_rows] == ["this model", "r.safetensors"]
-    assert result.bias_rows[-1].moves.cell == 16
+    assert result.bias_rows[-1].equivariance.cell == 16
     stored(path="grey.safetensors", num_channels=1)
-    with pytest.raises(VitcliError, match="reads 3 channels, the model 1"):
+    with pytest.raises(VitcliError, match="reads 3 channels, the model reads 1"):
         run(["p"], model="grey.safetensors", resnet="r.safetensors")
-    with pytest.raises(VitcliError, match="is no ResNet"):
+    with pytest.raises(VitcliError, match="is not a ResNet"):
         run(["p"], model="mu/16", resnet="mu/16")
 
 
@@ -251,31 +250,33 @@ def test_a_terminal_with_colours_shows_pictures(pictures, monkeypatch):
 def test_the_mask_is_the_authors():
     rollout = np.zeros((4, 4))
     rollout[1, 2] = 0.5
-    shade = np.asarray(draw.mask(rollout, (64, 64), 16)).astype(float)
+    shade = np.asarray(draw.rollout_mask(rollout, (64, 64), 16)).astype(float)
     assert shade.min() == 0 and shade.max() == 255
     row, column = np.unravel_index(shade.argmax(), shade.shape)
     assert abs(row - 23.5) <= 3 and abs(column - 39.5) <= 3  # the middle of the patch
-    assert np.asarray(draw.mask(np.ones((2, 2)), (8, 8), 1)).min() == 255
+    assert np.asarray(draw.rollout_mask(np.ones((2, 2)), (8, 8), 1)).min() == 255
     image = Image.new("RGB", (64, 64), (200, 100, 50))
-    over = np.asarray(draw.overlay(image, rollout, 16)).astype(float)
+    over = np.asarray(draw.overlay_rollout(image, rollout, 16)).astype(float)
     assert np.abs(over - shade[..., None] / 255 * [200, 100, 50]).max() <= 1
 
 
 def test_tiles_stand_where_their_places_are():
     similarity = np.eye(6)
-    sheet = np.asarray(draw.similarity_tiles(similarity, (2, 3)))
-    scale = draw.scale_for(3, 42)
+    sheet = np.asarray(draw.draw_similarity(similarity, (2, 3)))
+    scale = draw.tile_scale(3, 42)
     for place in range(6):
         row, column = divmod(place, 3)
         top, left = row * (2 * scale + draw.GAP), column * (3 * scale + draw.GAP)
         tile = sheet[top : top + 2 * scale : scale, left : left + 3 * scale : scale].astype(int)
         bright = (tile == tile[row, column]).all(-1)
         assert bright.sum() == 1 and bright[row, column]
-    assert draw.spread_out(5, 9) == [0, 1, 2, 3, 4] and draw.spread_out(37, 3) == [0, 18, 36]
+    assert draw.evenly_spaced(5, 9) == [0, 1, 2, 3, 4] and draw.evenly_spaced(37, 3) == [0, 18, 36]
 
 
 def test_the_page_keeps_what_it_is_given_as_text():
-    text = page("a<b>", 'say "hi"\n', [Section("<script>", "&", [("x\x1b", b"1")], [["<"], [">"]])])
+    text = render_page(
+        "a<b>", 'say "hi"\n', [ReportSection("<script>", "&", [("x\x1b", b"1")], [["<"], [">"]])]
+    )
     assert "<script>" not in text and "a&lt;b&gt;" in text and "\x1b" not in text
     assert "<td>&gt;</td>" in text and "data:image/png;base64,MQ==" in text
 

@@ -8,10 +8,15 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from vitcli.commands.patchify import checked_size, run
+from vitcli.commands.patchify import resolve_image_size, run
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
-from vitcli.inspection.patch_grids import cut_costs, draw_grid, fitting_sizes, patch_statistics
+from vitcli.inspection.patch_grids import (
+    dividing_patch_sizes,
+    draw_grid,
+    patch_size_costs,
+    patch_statistics,
+)
 from vitcli.preprocess import Preprocess
 from vitcli.vit import parse_variant
 from vitcli.vit.macs import macs
@@ -124,7 +129,7 @@ def test_sizes_side_by_side():
     ],
 )
 def test_patch_sizes_that_divide_the_image(image_size, patch_size, sizes):
-    assert fitting_sizes(image_size, patch_size) == sizes
+    assert dividing_patch_sizes(image_size, patch_size) == sizes
 
 
 def test_statistics_of_patches_are_scipys():
@@ -140,7 +145,7 @@ def test_statistics_of_patches_are_scipys():
 
 
 def test_the_cost_of_a_cut_is_what_is_counted():
-    for row in cut_costs((64, 96), [8, 16, 32]):
+    for row in patch_size_costs((64, 96), [8, 16, 32]):
         config = parse_variant(f"B/{row['patch_size']}", image_size=(64, 96))
         assert row["forward_macs"] == macs(config) and row["token_pairs"] == config.num_tokens**2
         assert row["attention_macs"] == 2 * config.num_tokens**2 * 768 * 12
@@ -201,12 +206,12 @@ def test_a_size_that_the_patch_does_not_divide(size, near):
 
 
 def test_the_default_size_fits_the_patch():
-    assert checked_size(None, 16) == (224, 224)
-    assert checked_size(None, 15) == (225, 225)
-    assert checked_size(None, 500) == (500, 500)
+    assert resolve_image_size(None, 16) == (224, 224)
+    assert resolve_image_size(None, 15) == (225, 225)
+    assert resolve_image_size(None, 500) == (500, 500)
     assert run("one.png", patch_size=15).notes
     with pytest.raises(VitcliError, match="patch size 0"):
-        checked_size(None, 0)
+        resolve_image_size(None, 0)
 
 
 def test_what_cannot_be_done_is_said(folder):
@@ -223,14 +228,14 @@ def test_what_cannot_be_done_is_said(folder):
     assert "--image-size" in str(caught.value.hint)
     with pytest.raises(VitcliError, match=r"does not end in \.png"):
         run("one.png", compare="x.jpg")
-    with pytest.raises(VitcliError, match="needs a picture, not a set"):
+    with pytest.raises(VitcliError, match="needs an image, not a dataset"):
         run("photos", reconstruct="x.png")
     with pytest.raises(VitcliError, match="no such weights file"):
         run("gone.safetensors", reconstruct="x.png")
     run("photos", image_size=32, out="set.safetensors")
-    with pytest.raises(VitcliError, match="holds no patches of a picture"):
+    with pytest.raises(VitcliError, match="does not hold the patches of one image"):
         run("set.safetensors", reconstruct="x.png")
-    with pytest.raises(VitcliError, match="cut already") as caught:
+    with pytest.raises(VitcliError, match="already contains patches") as caught:
         run("set.safetensors")
     assert "--reconstruct" in str(caught.value.hint)
     assert not list(folder.glob(".*")) and not list(folder.glob("x.*"))

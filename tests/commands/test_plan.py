@@ -7,8 +7,8 @@ from support.tiny import write_tiny
 
 from vitcli.cli import main as cli
 from vitcli.commands import plan
+from vitcli.cost.alternatives import SECONDS_PER_DAY
 from vitcli.cost.machine import HARDWARE, find_hardware
-from vitcli.cost.plan import DAY, span_on
 from vitcli.errors import VitcliError
 from vitcli.vit import parse_variant
 from vitcli.vit.macs import training_flops
@@ -56,7 +56,7 @@ def test_core_days(name, images, days):
     config = parse_variant(name, image_size=(224, 224), num_classes=18_291)
     core = HARDWARE["tpuv3"]
     flops = training_flops(config, images)
-    least, most = (span_on(core, flops, mfu) / DAY for mfu in reversed(core.mfu))
+    least, most = (core.seconds(flops, mfu) / SECONDS_PER_DAY for mfu in reversed(core.mfu))
     assert least < days < most
 
 
@@ -143,8 +143,8 @@ def test_mistakes(here, capsys):
         (["photos"], "is not a run"),
         (["pretrain", "--no-probe"], "--images N"),
         ([recipe, "--device", "h10"], "did you mean `h100`?"),
-        ([recipe, "--kwh-price", "0.3"], "needs the power"),
-        ([recipe, "--budget", "soon"], "is no time"),
+        ([recipe, "--kwh-price", "0.3"], "needs the power of the machine"),
+        ([recipe, "--budget", "soon"], "is not a duration"),
     ]:
         assert cli.run(["plan", *map(str, arguments)]) == 2, arguments
         assert words in capsys.readouterr().err

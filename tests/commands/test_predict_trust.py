@@ -16,8 +16,7 @@ from vitcli.commands import predict
 from vitcli.errors import VitcliError
 from vitcli.evals.predictor import AbstainRules
 from vitcli.preprocess import Preprocess
-from vitcli.weights.hashing import model_hash
-from vitcli.weights.loaded import create_model
+from vitcli.weights.loaded import create_model, model_hash
 from vitcli.weights.store import load_weights, save_model
 
 NAMES = ("ant", "bee", "cat")

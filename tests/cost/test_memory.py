@@ -1,15 +1,12 @@
 """The traced memory of a step: against a real pass, and against arithmetic."""
 
-import sys
-
 import pytest
 import torch
 from support.tiny import tiny_recipe
 
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
-from vitcli.cost.malloc_replay import heap_peak
-from vitcli.cost.memory import Step, evaluation_memory, trace
+from vitcli.cost.memory import StepShape, evaluation_memory, step_memory, trace_step
 from vitcli.preprocess import Preprocess
 from vitcli.train.lora import freeze_and_adapt
 from vitcli.train.objectives import build_objective
@@ -30,8 +27,8 @@ def objective(recipe, device="meta", **settings):
 
 
 def traced(recipe, fake=True, **step):
-    step = Step(SIZE, **{"batch": 6, "micro": 6, "precision": "fp32", **step})
-    return trace(lambda: objective(recipe), recipe, step, fake=fake)
+    step = StepShape(SIZE, **{"batch": 6, "micro_batch": 6, "precision": "fp32", **step})
+    return trace_step(lambda: objective(recipe), recipe, step, fake=fake)
 
 
 # Bytes beside each parameter that learns, but for a step counter or two.
@@ -96,7 +93,7 @@ def test_activations_are_what_autograd_keeps(precision, checkpointing):
 
 def test_tensors_without_content_take_as_much_as_real_ones():
     recipe = tiny_recipe(train={"ema_decay": 0.9}, optim={"name": "muon", "grad_clip": 1.0})
-    fake, real = traced(recipe, micro=4), traced(recipe, micro=4, fake=False)
+    fake, real = traced(recipe, micro_batch=4), traced(recipe, micro_batch=4, fake=False)
     assert fake.optimizer == real.optimizer and fake.activations == real.activations
     assert fake.peak == pytest.approx(real.peak, rel=0.02)
 
@@ -104,7 +101,7 @@ def test_tensors_without_content_take_as_much_as_real_ones():
 def test_smaller_parts_and_fewer_patches_take_less():
     recipe = tiny_recipe(optim={"name": "adamw"})
     whole = traced(recipe)
-    assert traced(recipe, micro=2).activations < whole.activations / 2.5
+    assert traced(recipe, micro_batch=2).activations < whole.activations / 2.5
     assert traced(recipe, patch_drop_rate=0.5).activations < 0.65 * whole.activations
     assert traced(recipe, side=16).activations < 0.4 * whole.activations
 
@@ -125,12 +122,21 @@ def test_an_evaluation_needs_weights_and_little_else():
     assert weights < few < many < weights + 8 * 2**20
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
-def test_a_heap_is_as_long_as_what_lies_in_it():
-    mega = 2**20
-    blocks = [(n, 4 * mega) for n in range(1, 11)]
-    freed = [(-n, 0) for n in range(1, 11)]
-    peak = heap_peak([*blocks, *freed, *[(n + 10, size) for n, size in blocks]])
-    assert peak is not None and 40 * mega <= peak < 82 * mega
-    # Of two that do not live at once the second takes the place of the first.
-    assert heap_peak([(1, 40 * mega), (-1, 0), (2, 40 * mega)]) < 50 * mega
+@pytest.mark.parametrize("name", ["mae", "masked_patch"])
+def test_objectives_with_masks_are_extrapolated_to_the_whole_micro_batch(name):
+    """Their real step with 6 images needs what two smaller ones predict."""
+    recipe = tiny_recipe(objective={"name": name}, optim={"name": "adamw"})
+    shape = StepShape(SIZE, batch=6, micro_batch=6, precision="fp32")
+    found = step_memory(lambda: objective(recipe), recipe, shape)
+    real = traced(recipe, fake=False)
+    assert found.activations == pytest.approx(real.activations, rel=0.02)
+    assert found.peak == pytest.approx(real.peak, rel=0.1)
+
+
+def test_a_process_on_a_cpu_needs_more_than_its_tensors():
+    recipe = tiny_recipe(optim={"name": "adamw"})
+    plain, checkpointed = traced(recipe), traced(recipe, checkpointing=True)
+    assert plain.cpu_peak > 1.1 * plain.peak
+    # Checkpointing saves tensors, and leaves more holes between them.
+    assert checkpointed.peak < plain.peak
+    assert checkpointed.cpu_peak / checkpointed.peak > plain.cpu_peak / plain.peak

@@ -386,7 +386,7 @@ def test_fewshot_wants_one_class_an_image(trained):
     path, run, _, _ = trained
     done = vitcli("fewshot", path, "--model", run)
     assert done.returncode == 2
-    assert "error: `fewshot` draws so many images of each class" in done.stderr
+    assert "error: `fewshot` needs one label per image" in done.stderr
 
 
 def test_the_command_shows_the_figures(trained):

@@ -16,7 +16,7 @@ from vitcli.evals.feature_cache import CachedFeatures
 from vitcli.evals.features import extract
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.weights.feature_layers import represent
+from vitcli.weights.feature_layers import set_representation
 from vitcli.weights.loaded import create_model
 
 
@@ -131,7 +131,7 @@ def test_what_is_computed_anew(photos, net, monkeypatch):
     # A head makes no difference, and another representation does.
     net.network.head = torch.nn.Linear(net.config.feature_dim, 5)
     assert seen() == 0
-    represent(net, "mean")
+    set_representation(net, "mean")
     assert seen() == 24
     monkeypatch.setattr("vitcli.evals.feature_cache.code_hash", lambda: "another version")
     assert seen() == 24

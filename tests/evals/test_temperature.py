@@ -168,7 +168,7 @@ def test_too_few_images(here):
 def test_a_damaged_temperature(noisy, here):
     for value in (0.0, -1.0, "hot"):
         set_temperature("m.safetensors", value)
-        with pytest.raises(VitcliError, match=r"header of `m\.safetensors` is damaged"):
+        with pytest.raises(VitcliError, match=r"header of `m\.safetensors` is invalid"):
             load_model("m.safetensors")
 
 

@@ -12,19 +12,25 @@ from vitcli.inspection import inductive_bias as equivariance
 from vitcli.inspection.attention import (
     attention_layers,
     attention_weights,
-    batch_size,
     layer_names,
-    look,
-    pool_attention,
+    max_batch_size,
+    measure_attention,
+    pooling_attention,
 )
-from vitcli.inspection.attention_distance import neighbours, spread, uniform_distance, uniform_local
-from vitcli.inspection.filters import embedding_filters, principal_components
-from vitcli.inspection.inductive_bias import body_parameters, fresh
-from vitcli.inspection.position_similarity import (
+from vitcli.inspection.attention_distance import (
+    head_statistics,
+    neighbour_mask,
+    uniform_distance,
+    uniform_local_share,
+)
+from vitcli.inspection.embeddings import (
     cosine_similarity,
+    embedding_filters,
     position_table,
-    similarity_facts,
+    principal_components,
+    similarity_means,
 )
+from vitcli.inspection.inductive_bias import backbone_parameters, random_network
 from vitcli.vit import ResNet, ResNetConfig, create_network
 from vitcli.vit.blocks import AxialBlock, join_lines, split_lines
 from vitcli.weights.huggingface.write_huggingface import write_huggingface
@@ -86,7 +92,7 @@ def folder(tmp_path_factory):
 def test_rollout_and_distance_are_those_of_transformers_attentions(folder):
     path, images, theirs, logits, _ = folder
     model = load_model(path).network
-    found = look(model, images, keep=2)
+    found = measure_attention(model, images, num_maps=2)
     assert len(theirs) == len(layer_names(model)) == 4
     for i in range(3):
         attentions = [layer[i] for layer in theirs]
@@ -121,7 +127,7 @@ def test_filters_and_positions_are_those_of_sklearn(folder):
     positions = state["vit.embeddings.position_embeddings"][0, 1:].double().numpy()
     similarity = cosine_similarity(position_table(model)).numpy()
     assert np.abs(similarity - sklearn_cosine(positions)).max() < 1e-5
-    means = similarity_facts(torch.from_numpy(similarity), (5, 5))
+    means = similarity_means(torch.from_numpy(similarity), (5, 5))
     near = [similarity[5 * r + c, 5 * r + c + 1] for r in range(5) for c in range(4)]
     near += [similarity[5 * r + c, 5 * r + 5 + c] for r in range(4) for c in range(5)]
     assert means["neighbours"] == pytest.approx(np.mean(near), abs=1e-9)
@@ -139,7 +145,7 @@ def test_a_trained_vit_tiny_in_transformers(shared, tmp_path):
     with torch.no_grad():
         attentions = theirs(images, output_attentions=True).attentions
     attentions = [a[0].double().numpy() for a in attentions]
-    found = look(model.network, images)
+    found = measure_attention(model.network, images)
     expected = numpy_rollout(attentions)[0, 1:].reshape(14, 14)
     assert np.abs(found.rollout[0] - expected).max() < 1e-5
     for number in (0, 5, 11):
@@ -190,7 +196,7 @@ def test_the_attention_is_that_of_the_forward_pass(kind):
 def test_the_rollout_of_every_kind_is_a_share(kind):
     """What the source takes from the patches and from the other tokens sums to 1."""
     model = small(kind)
-    found = look(model, pictures(model), keep=1)
+    found = measure_attention(model, pictures(model), num_maps=1)
     prefix = model.config.num_prefix_tokens
     total = found.rollout.sum(axis=(1, 2))
     assert (found.rollout >= 0).all()
@@ -206,7 +212,7 @@ def test_the_rollout_of_every_kind_is_a_share(kind):
         expected = joint[0, prefix:]
     elif model.config.pool == "map":
         with torch.no_grad():
-            weights = pool_attention(model, model.tokens(pictures(model)))[0].mean(0).numpy()
+            weights = pooling_attention(model, model.tokens(pictures(model)))[0].mean(0).numpy()
         assert weights.sum() == pytest.approx(1, abs=1e-5)
         expected = weights @ joint[prefix:, prefix:]
     else:
@@ -217,36 +223,44 @@ def test_the_rollout_of_every_kind_is_a_share(kind):
 def test_attention_that_looks_nowhere_else_and_everywhere():
     grid = (3, 4)
     alone = torch.eye(13).expand(1, 2, -1, -1)
-    found = spread(alone, grid)
+    found = head_statistics(alone, grid)
     assert torch.equal(found.distance, torch.zeros(1, 2).double())
     assert torch.equal(found.local, torch.ones(1, 2).double())
     even = torch.full((1, 2, 13, 13), 1 / 13)
-    found = spread(even, grid)
+    found = head_statistics(even, grid)
     assert found.distance[0, 0].item() == pytest.approx(uniform_distance(grid))
-    assert found.local[0, 0].item() == pytest.approx(uniform_local(grid))
+    assert found.local[0, 0].item() == pytest.approx(uniform_local_share(grid))
     assert found.prefix[0, 0].item() == pytest.approx(1 / 13)
-    corner = neighbours(grid)[0].reshape(grid)  # itself, right, below, and both
+    corner = neighbour_mask(grid)[0].reshape(grid)  # itself, right, below, and both
     assert corner.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     nothing = torch.zeros(1, 1, 13, 13)
     nothing[..., 0] = 1
-    assert spread(nothing, grid).distance.item() == 0 and spread(nothing, grid).prefix.item() == 1
+    assert (
+        head_statistics(nothing, grid).distance.item() == 0
+        and head_statistics(nothing, grid).prefix.item() == 1
+    )
 
 
 def test_memory_decides_how_many_images_go_at_once():
     with torch.device("meta"):
-        assert batch_size(create_network("Ti/16")) == 32
-        assert batch_size(create_network("L/16", image_size=384)) == 3
+        assert max_batch_size(create_network("Ti/16")) == 32
+        assert max_batch_size(create_network("L/16", image_size=384)) == 3
 
 
 def test_a_shift_by_whole_cells_and_between_them():
     features = torch.arange(12.0).reshape(1, 1, 3, 4)
-    assert torch.equal(equivariance.moved(features, 1), features[:, :, 1:, 1:])
-    between = equivariance.moved(features, 0.5)
+    assert torch.equal(equivariance.shift_features(features, 1), features[:, :, 1:, 1:])
+    between = equivariance.shift_features(features, 0.5)
     expected = (features[..., :2, :3] + features[..., 1:, 1:]) / 2  # of a plane
     assert torch.allclose(between, expected)
-    assert equivariance.moved(features, 3).numel() == 0
-    assert equivariance.explained(features, features) == 1
-    assert equivariance.explained(equivariance.moved(features, 5), features[:, :, :0, :0]) is None
+    assert equivariance.shift_features(features, 3).numel() == 0
+    assert equivariance.variance_explained(features, features) == 1
+    assert (
+        equivariance.variance_explained(
+            equivariance.shift_features(features, 5), features[:, :, :0, :0]
+        )
+        is None
+    )
 
 
 def test_r2_is_sklearns():
@@ -254,7 +268,7 @@ def test_r2_is_sklearns():
     a, b = (torch.randn(2, 5, 3, 4, generator=generator) for _ in range(2))
     rows = [x.permute(0, 2, 3, 1).reshape(-1, 5).double().numpy() for x in (a, a + b)]
     expected = r2_score(*rows, multioutput="variance_weighted")
-    assert equivariance.explained(a, a + b) == pytest.approx(expected, abs=1e-12)
+    assert equivariance.variance_explained(a, a + b) == pytest.approx(expected, abs=1e-12)
 
 
 def shifted_pictures(margin, number=3, side=64):
@@ -269,7 +283,7 @@ def test_patches_without_positions_and_attention_move_exactly():
     with torch.no_grad():
         for block in model.blocks:
             block.attn.proj.weight.zero_()
-    found = equivariance.measure(model, shifted_pictures(32), (8, 16, 32), (64, 64))
+    found = equivariance.measure_equivariance(model, shifted_pictures(32), (8, 16, 32), (64, 64))
     assert found.r2[1] == pytest.approx(1, abs=1e-6) and found.r2[2] == pytest.approx(1, abs=1e-6)
     assert found.inner[1] == pytest.approx(1, abs=1e-6)
     assert found.r2[0] < 0.6  # half a patch: other patches
@@ -281,16 +295,16 @@ def test_positions_alone_do_not_move():
     model = create_network("mu/16", image_size=64)
     with torch.no_grad():
         model.patch_embed.proj.weight.zero_()
-    found = equivariance.measure(model, shifted_pictures(16), (16,), (64, 64))
+    found = equivariance.measure_equivariance(model, shifted_pictures(16), (16,), (64, 64))
     assert found.r2[0] == pytest.approx(found.unrelated[0], abs=1e-6) and found.r2[0] < 0.5
 
 
 def test_a_convolution_moves_with_the_picture():
     """Of one convolution the map moves exactly, but for the border and the norm over the image."""
-    model = fresh(ResNetConfig((64, 64), 3, (1,), 0.5))
+    model = random_network(ResNetConfig((64, 64), 3, (1,), 0.5))
     pictures = shifted_pictures(16)
     assert equivariance.cell_size(model.config) == 4
-    found = equivariance.measure(model, pictures, (4, 8, 16), (64, 64))
+    found = equivariance.measure_equivariance(model, pictures, (4, 8, 16), (64, 64))
     assert min(found.inner) > 0.9 and max(found.unrelated) < 0
     assert all(0.5 < whole < inner for whole, inner in zip(found.r2, found.inner, strict=True))
 
@@ -299,18 +313,18 @@ def test_a_convolution_moves_with_the_picture():
 def test_parameters_of_a_resnet_in_closed_form(name):
     with torch.device("meta"):
         model = create_network(name, num_classes=10)
-    assert equivariance.count_parameters(model.config) == body_parameters(model)
-    found = equivariance.same_budget(body_parameters(model), (224, 224))
+    assert equivariance.resnet_parameters(model.config) == backbone_parameters(model)
+    found = equivariance.resnet_of_size(backbone_parameters(model), (224, 224))
     assert found.layers == model.config.layers and found.width == model.config.width
     assert equivariance.resnet_name(found) == name
 
 
 def test_a_small_image_gets_a_resnet_with_fewer_stages():
-    config = equivariance.same_budget(10**6, (32, 32), 1)
+    config = equivariance.resnet_of_size(10**6, (32, 32), 1)
     assert len(config.layers) == 2 and config.num_channels == 1
     with torch.device("meta"):
         model = ResNet(config)
-    assert sum(p.numel() for p in model.parameters()) == equivariance.count_parameters(config)
+    assert sum(p.numel() for p in model.parameters()) == equivariance.resnet_parameters(config)
     assert equivariance.resnet_name(config).endswith("/2")
     assert equivariance.resnet_stride(config.layers) == 8
 
@@ -330,14 +344,14 @@ def test_models_without_a_table_of_places():
 
 def test_a_head_that_reads_several_blocks():
     from vitcli.weights.edit import replace_head
-    from vitcli.weights.feature_layers import represent
+    from vitcli.weights.feature_layers import set_representation
     from vitcli.weights.loaded import LoadedModel
 
     model = LoadedModel(create_network("Pico/4", image_size=16, depth=3))
-    represent(model, "concat:2")
+    set_representation(model, "concat:2")
     replace_head(model, ["x", "y", "z"])
     torch.nn.init.normal_(model.network.head.weight)
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(images).numpy()
-    np.testing.assert_allclose(look(model.network, images).logits, expected, atol=1e-5)
+    np.testing.assert_allclose(measure_attention(model.network, images).logits, expected, atol=1e-5)

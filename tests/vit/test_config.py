@@ -10,7 +10,7 @@ import pytest
 from vitcli.config.recipe import check
 from vitcli.config.schema import ModelSection
 from vitcli.vit import ViTConfig, parse_variant
-from vitcli.vit.config import LITERALS, normal_pool
+from vitcli.vit.config import LITERALS, canonical_pool
 
 
 def test_configurations_survive_a_round_trip_through_json():
@@ -22,7 +22,7 @@ def test_configurations_survive_a_round_trip_through_json():
     ("make", "words"),
     [
         (lambda: parse_variant("B/15"), "not a multiple of patch size 15"),
-        (lambda: parse_variant("B/16", pool="max"), "no pooling `max`"),
+        (lambda: parse_variant("B/16", pool="max"), "unknown pooling `max`"),
         (lambda: parse_variant("B/16", class_token=False), "needs the class token"),
         (lambda: parse_variant("B/16", num_heads=7), "not a multiple of 7 heads"),
         (lambda: parse_variant("B/16", image_size=(16, 16), pool="quadrants"), "2x2"),
@@ -35,7 +35,7 @@ def test_what_cannot_be_built_is_said_in_words(make, words):
 
 
 def test_spellings():
-    assert [normal_pool(n) for n in ("cls", "tok", "gap", "avg", "mean")] == [
+    assert [canonical_pool(n) for n in ("cls", "tok", "gap", "avg", "mean")] == [
         "token",
         "token",
         "mean",
@@ -47,12 +47,12 @@ def test_spellings():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"pool": "tokens"}, "no pool `tokens`; there are `token`, `mean`"),
-        ({"position": "rotary"}, "no position `rotary`; there are `learned`, `learned2d`"),
-        ({"position_at": "first"}, "no position_at `first`"),
-        ({"mlp": "relu"}, "no mlp `relu`; there are `gelu`, `swiglu`"),
-        ({"gelu": "quick"}, "no gelu `quick`"),
-        ({"stem_arithmetic": "torch"}, "no stem_arithmetic `torch`"),
+        ({"pool": "tokens"}, "unknown pool `tokens`; use one of `token`, `mean`"),
+        ({"position": "rotary"}, "unknown position `rotary`; use one of `learned`, `learned2d`"),
+        ({"position_at": "first"}, "unknown position_at `first`"),
+        ({"mlp": "relu"}, "unknown mlp `relu`; use one of `gelu`, `swiglu`"),
+        ({"gelu": "quick"}, "unknown gelu `quick`"),
+        ({"stem_arithmetic": "torch"}, "unknown stem_arithmetic `torch`"),
         ({"depth": 0}, "depth is 0"),
         ({"depth": 10**8}, "depth is 100000000, not a whole number from 1 to 1,000,000"),
         ({"num_heads": 2.0}, "num_heads is 2.0, not a whole number"),

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from vitcli.vit import ViTConfig
 from vitcli.vit.hybrid import (
-    Backbone,
     Bottleneck,
     HybridEmbed,
-    SameStdConv,
+    StdConv2dSame,
+    StemBackbone,
     init_stem,
     pad_same,
     standardize,
@@ -123,7 +123,7 @@ def test_same_padding_is_tensorflows_at_any_size(kernel, stride):
 
 
 def test_the_map_has_a_cell_for_every_stride_rounded_up():
-    backbone = drawn(Backbone(1, (1, 1, 1), 32))
+    backbone = drawn(StemBackbone(1, (1, 1, 1), 32))
     for y, x in ((32, 32), (33, 47), (1, 5), (64, 17)):
         with torch.no_grad():
             found = backbone(torch.randn(1, 1, y, x))
@@ -140,7 +140,7 @@ def test_the_arithmetics_differ_by_their_epsilons_only():
         a, b = google(images), timm(images)
         assert 0 < (a - b).abs().max() < 1e-3 * a.abs().max()
         for module in timm.modules():
-            if isinstance(module, SameStdConv):
+            if isinstance(module, StdConv2dSame):
                 module.weight.mul_(1e3)  # so large that no epsilon added to it counts
         same = timm(images)
     assert (b - same).abs().max() < 1e-3 * b.abs().max()
@@ -149,9 +149,9 @@ def test_the_arithmetics_differ_by_their_epsilons_only():
 
 
 def test_fresh_weights_are_lecun_normal_and_units_begin_as_their_shortcut():
-    backbone = Backbone(3, (2,), 64)
+    backbone = StemBackbone(3, (2,), 64)
     init_stem(backbone, torch.Generator().manual_seed(0))
-    convolutions = [m for m in backbone.modules() if isinstance(m, SameStdConv)]
+    convolutions = [m for m in backbone.modules() if isinstance(m, StdConv2dSame)]
     assert len(convolutions) == 1 + 2 * 3 + 1
     for conv in convolutions:
         fan_in = conv.weight[0].numel()
@@ -163,6 +163,6 @@ def test_fresh_weights_are_lecun_normal_and_units_begin_as_their_shortcut():
     assert torch.equal(second(x), x)  # x is not negative, so the ReLU leaves it
     x = torch.randn(1, 64, 4, 4)
     assert torch.equal(first(x), F.relu(first.downsample(x)))
-    again = Backbone(3, (2,), 64)
+    again = StemBackbone(3, (2,), 64)
     init_stem(again, torch.Generator().manual_seed(0))
     assert all(map(torch.equal, backbone.state_dict().values(), again.state_dict().values()))

@@ -9,12 +9,12 @@ import torch
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import (
     attended_length,
-    carry,
-    cross,
+    concatenate_axes,
     is_position,
     resample,
     resample_line,
     resample_offsets,
+    resample_table,
     sincos2d,
     table_shapes,
 )
@@ -88,7 +88,7 @@ def test_width_must_be_a_multiple_of_four():
 
 def test_a_patch_has_the_code_of_its_column_and_of_its_row():
     x, y = torch.randn(1, 5, 4), torch.randn(1, 3, 4)
-    table = cross(x, y)
+    table = concatenate_axes(x, y)
     assert table.shape == (1, 15, 8)
     for row in range(3):
         for col in range(5):
@@ -110,8 +110,8 @@ def test_a_line_is_interpolated_with_its_ends_aligned(new):
 
 def test_two_lines_give_what_their_cross_would():
     x, y = torch.randn(1, 6, 4), torch.randn(1, 4, 4)
-    expected = resample(cross(x, y), (4, 6), (9, 5), "bilinear")
-    got = cross(resample_line(x, 5), resample_line(y, 9))
+    expected = resample(concatenate_axes(x, y), (4, 6), (9, 5), "bilinear")
+    got = concatenate_axes(resample_line(x, 5), resample_line(y, 9))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
@@ -143,10 +143,10 @@ def test_several_tables_are_resampled_like_one():
 def test_the_entries_of_prefix_tokens_are_kept():
     config = ViTConfig(image_size=(48, 64), num_registers=2, position_at="every", depth=3)
     table = torch.randn(2, 3 + 12, 8)
-    got = carry("block_pos_embed", table, config, (5, 5))
+    got = resample_table("block_pos_embed", table, config, (5, 5))
     assert got.shape == (2, 28, 8) and torch.equal(got[:, :3], table[:, :3])
     torch.testing.assert_close(got[:, 3:], resample(table[:, 3:], (3, 4), (5, 5)))
-    assert carry("block_pos_embed", table, config, (3, 4)) is table
+    assert resample_table("block_pos_embed", table, config, (3, 4)) is table
 
 
 def test_names_of_position_tables():

@@ -141,7 +141,7 @@ def test_a_file_of_ours(tmp_path):
     assert all(map(torch.equal, read.state_dict().values(), model.state_dict().values()))
     images = torch.randn(1, 3, 32, 48)
     torch.testing.assert_close(read(images), model(images), rtol=1e-5, atol=1e-5)
-    assert set(read.load_report.fates.values()) == {("loaded", "")}
+    assert set(read.load_report.status.values()) == {("loaded", "")}
     for settings in ({"norm_eps": 1e-6}, {"num_heads": 4}, {"gelu": "tanh"}):
         with pytest.raises(VitcliError, match=f"a ResNet has no `model.{next(iter(settings))}`"):
             load_model(tmp_path / "m.safetensors", **settings)
@@ -162,7 +162,7 @@ def test_surgery():
     assert torch.equal(model.features(images), features)
     resize(model, (17, 40))
     change_pool(model, "gap")  # what it does already
-    with pytest.raises(VitcliError, match="takes the mean of its feature map, not `token`"):
+    with pytest.raises(VitcliError, match="a ResNet pools `mean`, not `token`"):
         change_pool(model, "token")
 
 
@@ -191,7 +191,7 @@ def test_configurations():
         ({"width": 0.3}, "not a multiple of its 32 groups"),
         ({"layers": (2, 0)}, "a unit in every stage"),
         ({"image_size": (0, 3)}, "image_size is 0"),
-        ({"width": 1e30}, "up to 100 times"),
+        ({"width": 1e30}, "is above 100"),
         ({"num_classes": -1}, "num_classes is -1"),
         ({"arithmetic": "jax"}, "no arithmetic `jax`"),
         ({"num_channels": 0}, "num_channels is 0"),

@@ -252,7 +252,7 @@ def test_configurations_of_both_kinds_survive_a_round_trip_through_json():
         ("R+B/32", {}, "without stages it ends in `/16`"),
         ("R51+B/16", {}, "26, 50, 101, 152, 200 layers"),
         ("R18x1", {}, "26, 50, 101, 152, 200 layers"),
-        ("R50x0", {}, "begins with 0 channels"),
+        ("R50x0", {}, "gives 0 channels"),
         ("R50x1", {"depth": 3}, "unknown settings of a ResNet: depth"),
         ("R50x1", {"layers": ()}, "a unit in every stage"),
         ("R50+B/16", {"image_size": (224, 200)}, "not a multiple of patch size 16"),
@@ -267,7 +267,7 @@ def test_what_no_model_has_as_a_name_is_said_in_words(name, settings, words):
 
 
 def test_a_kind_that_is_not_known():
-    with pytest.raises(ValueError, match="kind `mixer` is not known"):
+    with pytest.raises(ValueError, match="unknown kind of model: `mixer`"):
         config_from_dict({"kind": "mixer"})
     with pytest.raises(ValueError, match="unknown settings of a ResNet: embed_dim"):
         config_from_dict({"kind": "resnet", "embed_dim": 3})

@@ -101,7 +101,7 @@ def test_pooling_changes_drop_what_was_trained_on_another(model):
     assert model(torch.randn(1, 3, 16, 16)).shape == (1, 128)
     with pytest.raises(VitcliError, match="no attention pool"):
         change_pool(model, "map")
-    with pytest.raises(VitcliError, match="no pooling `median`"):
+    with pytest.raises(VitcliError, match="unknown pooling `median`"):
         change_pool(model, "median")
 
 
@@ -119,8 +119,8 @@ def test_the_report_names_every_tensor(model, tmp_path):
     loaded = load_model(tmp_path / "m.safetensors", image_size=32)
     prepare_finetune(loaded, ["x"])
     report = loaded.load_report
-    assert set(report.fates) == set(model.state_dict())
-    assert report.fates["pos_embed"] == ("resampled", "2x2 -> 4x4, bicubic")
+    assert set(report.status) == set(model.state_dict())
+    assert report.status["pos_embed"] == ("resampled", "2x2 -> 4x4, bicubic")
     line = report.line()
     assert "resampled: pos_embed (2x2 -> 4x4, bicubic)" in line
     assert "new: head.weight (zero, 1 classes)" in line
@@ -170,10 +170,10 @@ def test_the_report_says_how_positions_were_carried(name, reports):
     model = small(name)
     model.load_report = LoadReport("x", "vitcli")
     resize(model, (16, 36))
-    fates = model.load_report.fates
+    status = model.load_report.status
     for tensor, told in reports.items():
-        assert fates[tensor] == ("resampled", told)
-    assert not any("_y" in tensor or "column" in tensor for tensor in fates)
+        assert status[tensor] == ("resampled", told)
+    assert not any("_y" in tensor or "column" in tensor for tensor in status)
 
 
 @pytest.mark.parametrize("kind", ["learned", "learned2d"])

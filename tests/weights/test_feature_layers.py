@@ -6,7 +6,7 @@ import torch
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.weights.edit import replace_head
-from vitcli.weights.feature_layers import represent
+from vitcli.weights.feature_layers import set_representation
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
@@ -103,7 +103,7 @@ def test_it_is_what_the_plain_model_holds(kind, name, how, blocks, images, tmp_p
     with torch.no_grad():
         inside = outputs(net, images)
         expected = torch.cat([pooled(net, inside[i - 1], how) for i in blocks], dim=1)
-        represent(net, name)
+        set_representation(net, name)
         torch.testing.assert_close(net.features(images), expected, atol=1e-5, rtol=1e-4)
     assert net.config.feature_dim == expected.shape[1] and net.labels is None
     # A classifier on it is an ordinary weights file.
@@ -121,13 +121,13 @@ def test_what_the_head_reads(images):
     net = make("pre-logits")
     with torch.no_grad():
         expected = net.features(images)
-        represent(net, "pre-logits")
+        set_representation(net, "pre-logits")
         assert torch.equal(net.features(images), expected) and net.labels == ("a", "b", "c")
 
 
 def test_gradients_reach_every_block_that_is_read(images):
     net = make("plain")
-    represent(net, "concat:2")
+    set_representation(net, "concat:2")
     net.train().features(images).square().sum().backward()
     assert all(block.mlp.fc2.weight.grad.abs().sum() > 0 for block in net.network.blocks)
 
@@ -137,21 +137,21 @@ def test_gradients_reach_every_block_that_is_read(images):
     [
         ("plain", "layer:5", "has 4 blocks"),
         ("plain", "concat:9", "has 4 blocks"),
-        ("plain", "layer:0", "no representation `layer:0`"),
-        ("plain", "nonsense", "no representation `nonsense`"),
+        ("plain", "layer:0", "unknown representation `layer:0`"),
+        ("plain", "nonsense", "unknown representation `nonsense`"),
         ("mean", "cls", "class token"),
     ],
 )
 def test_errors(kind, name, words):
     with pytest.raises(VitcliError, match=words):
-        represent(make(kind), name)
+        set_representation(make(kind), name)
 
 
 def test_a_resnet_has_one():
     net = create_model("R26x1", image_size=32)
-    represent(net, "pre-logits")
+    set_representation(net, "pre-logits")
     with pytest.raises(VitcliError, match="a ResNet has no representation `cls`"):
-        represent(net, "cls")
+        set_representation(net, "cls")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_layouts_that_cannot_say_it_refuse(layout, out, here):
     from vitcli.commands import export
 
     net = make("plain")
-    represent(net, "concat:2")
+    set_representation(net, "concat:2")
     replace_head(net, ["x", "y"])
     save_model("w.safetensors", net)
     with pytest.raises(VitcliError, match="pool_blocks"):

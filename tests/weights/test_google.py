@@ -121,7 +121,7 @@ def test_fine_tuning_load(shared):
             model.network.head.bias.copy_(torch.from_numpy(expected["test_head_bias"]))
             difference = model(images).numpy() - expected["logits_with_test_head"]
         assert np.abs(difference).max() < 1e-5
-        fates, new = model.load_report.fates, model.config.grid
+        fates, new = model.load_report.status, model.config.grid
         told = f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}, bilinear"
         assert fates["pos_embed"] == ("resampled", told) and fates["head.weight"][0] == "new"
         if not kept:
@@ -134,7 +134,7 @@ def test_position_files(shared):
     model = load_model(path, image_size=(56, 40))
     assert model.state_dict()["pos_embed"].shape == (1, 1 + 7 * 5, 48)
     both = load_model(path, image_size=56, position_resize="bicubic")
-    assert "bicubic" in both.load_report.fates["pos_embed"][1]
+    assert "bicubic" in both.load_report.status["pos_embed"][1]
     images = torch.randn(2, 3, 56, 40)  # the same method, whether at loading or for the picture
     with torch.no_grad():
         assert torch.equal(load_model(path)(images), model(images))
@@ -217,7 +217,7 @@ def test_other_forms_of_the_same_file(shared, tmp_path, form):
     np.savez(tmp_path / "w.npz", **OTHER_FORMS[form](dict(np.load(path))))
     model = load_model(tmp_path / "w.npz")
     same(load_model(path), model)
-    dropped = {n: model.load_report.fates[n][1] for n in model.load_report.names("dropped")}
+    dropped = {n: model.load_report.status[n][1] for n in model.load_report.names("dropped")}
     if form == "two towers":
         reason = "not the image tower"
         assert dropped == {"params/txt/Embed_0/embedding": reason, "params/t": reason}
@@ -260,7 +260,7 @@ def test_half_precision(shared, tmp_path, dtype):
     np.savez(tmp_path / "float.npz", **{n: t.float().numpy() for n, t in half.items()})
     model = load_model(tmp_path / "w.npz")
     same(load_model(tmp_path / "float.npz"), model)
-    assert model.load_report.fates["cls_token"] == ("loaded", f"from torch.{dtype}")
+    assert model.load_report.status["cls_token"] == ("loaded", f"from torch.{dtype}")
 
 
 def test_group_norms_without_their_empty_axes(shared, tmp_path):

@@ -253,7 +253,7 @@ def test_shards(hub, shared):
         assert np.abs(logits - io["logits"]).max() < 5e-5
     index = there / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../../secret"}}))
-    with pytest.raises(VitcliError, match=r"is no index of weights files"):
+    with pytest.raises(VitcliError, match=r"is not a valid index of weights files"):
         load_model("hf:org/big")
 
 

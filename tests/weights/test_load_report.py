@@ -32,10 +32,10 @@ def file(here):
 
 
 def rows(model):
-    """Tensor name -> (fate, the rest of its line)."""
+    """Tensor name -> (status, the rest of its line)."""
     lines = [line.split() for line in model.load_report.table(model)]
     assert len({name for _, name, *_ in lines}) == len(lines)
-    return {name: (fate, " ".join(rest)) for fate, name, *rest in lines}
+    return {name: (status, " ".join(rest)) for status, name, *rest in lines}
 
 
 def test_every_tensor_once_with_its_shape(file):
@@ -56,7 +56,7 @@ def test_resampled_new_and_dropped(file):
     )
     assert found["head.weight"][0] == "new"
     assert found["head.weight"][1].startswith("2x128 ")
-    assert found["head.weight"][1].endswith("zero, 2 classes, in place of 7x5")
+    assert found["head.weight"][1].endswith("zero, 2 classes, replaces 7x5")
     assert found["pre_logits.fc.weight"][0] == "dropped"
     assert "5x128" in found["pre_logits.fc.weight"][1]
     assert set(model.state_dict()) <= set(found)
@@ -68,7 +68,7 @@ def test_a_head_that_another_pooling_leaves_behind(file):
     model = load_model(file)
     change_pool(model, "mean")
     found = rows(model)
-    assert {n for n, (fate, _) in found.items() if fate == "dropped"} == {
+    assert {n for n, (status, _) in found.items() if status == "dropped"} == {
         "head.weight",
         "head.bias",
         "pre_logits.fc.weight",
@@ -98,4 +98,4 @@ def test_one_line_or_all(file):
 def test_random_weights_are_all_new():
     model = load_model("Pico/8")
     assert model.load_report.line() == f"{len(model.state_dict())} tensors new (variant)"
-    assert {fate for fate, _ in rows(model).values()} == {"new"}
+    assert {status for status, _ in rows(model).values()} == {"new"}

@@ -50,4 +50,4 @@ def test_wrong_words():
             Stated(norm_eps=eps)
     with pytest.raises(VitcliError, match=r"no setting `preprocess\.meen`") as error:
         Stated(preprocess={"meen": 0.5})
-    assert error.value.hint == "`preprocess.mean` may be meant"
+    assert error.value.hint == "did you mean `preprocess.mean`?"

@@ -43,7 +43,7 @@ def test_a_larger_patch_sees_what_the_smaller_one_saw(tmp_path):
     after = drawn.reshape(2, 3, 2, 2, 7, 7).permute(0, 1, 2, 4, 3, 5).reshape(2, 3, 14, 14)
     with torch.no_grad():
         torch.testing.assert_close(model(after), net(before), atol=1e-4, rtol=0)
-    fates = model.load_report.fates
+    fates = model.load_report.status
     assert fates["patch_embed.proj.weight"] == ("resampled", "4x4 -> 7x7, pseudo-inverse")
     assert fates["pos_embed"][0] == "loaded" and "head.weight" not in model.load_report.names("new")
 

@@ -85,7 +85,7 @@ def test_prefixes_go_and_what_stands_outside_is_named(net, here, prefix):
     state = {prefix + name: tensor for name, tensor in net.state_dict().items()}
     back = load_model(save({"model": {**state, "fc.weight": torch.zeros(2, 2)}}), num_heads=4)
     assert torch.equal(back.network.pos_embed, net.network.pos_embed)
-    assert back.load_report.fates["fc.weight"][0] == "dropped"
+    assert back.load_report.status["fc.weight"][0] == "dropped"
 
 
 @FORMATS
@@ -114,7 +114,7 @@ def test_a_bare_pickle_is_refused_and_does_not_run(here, protocol):
     message = refused("w.pth").message
     named = "calls `posix.mkdir`, so" if protocol < 4 else "is a pickle of protocol 4 or later"
     if protocol:  # the oldest is plain text, which nothing tells from another
-        assert named in message and "nothing of it was run" in message
+        assert named in message and "no code was run" in message
     assert "truncated" not in message
     assert not Path("it_ran").exists()
 
@@ -133,7 +133,7 @@ def test_truncated(net, here, zipped):
     for keep in (0, 3, 4, 20, 5000, len(whole) // 2, len(whole) - 1):
         Path("w.pth").write_bytes(whole[:keep])
         message = refused("w.pth").message
-        assert "truncated" in message or "no file that `torch.save` wrote" in message, keep
+        assert "truncated" in message or "not written by `torch.save`" in message, keep
 
 
 @FORMATS
@@ -188,7 +188,7 @@ def test_tensors_that_are_no_weights_are_named(net, here):
 def test_other_precisions_become_float32_and_are_noted(net, here, dtype):
     back = load_model(save({k: v.to(dtype) for k, v in net.state_dict().items()}), num_heads=4)
     assert back.network.head.weight.dtype == torch.float32
-    assert back.load_report.fates["head.weight"] == ("loaded", f"from {dtype}")
+    assert back.load_report.status["head.weight"] == ("loaded", f"from {dtype}")
 
 
 @FORMATS
@@ -260,7 +260,7 @@ def test_several_in_a_folder(net, here):
 
 def test_another_file_of_that_name(here):
     Path("w.pth").write_text("hello")
-    assert "no file that `torch.save` wrote" in refused("w.pth").message
+    assert "not written by `torch.save`" in refused("w.pth").message
     Path("w.pth").unlink()
     Path("w.pth").mkdir()
     assert "holds no weights" in refused("w.pth").message

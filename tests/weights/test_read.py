@@ -15,10 +15,10 @@ from vitcli.weights.store import save_model
     ("given", "words"),
     [
         ("nothing", "no such model: `nothing`"),
-        ("", "the MODEL is empty text"),
+        ("", "the MODEL is empty"),
         ("Q/16", "no model variant `Q/16`"),
         ("empty", "holds no weights"),
-        ("x.onnx", "no weights file that is understood"),
+        ("x.onnx", "`x.onnx`: unsupported weights format"),
     ],
 )
 def test_what_is_not_understood(here, given, words):

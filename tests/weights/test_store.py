@@ -146,13 +146,13 @@ def test_half_precision_is_widened(model, tmp_path):
     save_model(path, model)
     back = load_model(path)
     assert back.network.head.weight.dtype == torch.float32
-    assert back.load_report.fates["head.weight"] == ("loaded", "from torch.float16")
+    assert back.load_report.status["head.weight"] == ("loaded", "from torch.float16")
 
 
 def test_a_damaged_description(model, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"x": torch.zeros(1)}, path, metadata={"vitcli": '{"format": 1, "config": {"q": 1}}'})
-    with pytest.raises(VitcliError, match=r"header of .* is damaged: unknown model settings: q"):
+    with pytest.raises(VitcliError, match=r"header of .* is invalid: unknown model settings: q"):
         load_model(path)
     save_file({"x": torch.zeros(1)}, path, metadata={"vitcli": '{"format": 99}'})
     with pytest.raises(VitcliError, match="newer vitcli"):
@@ -162,17 +162,17 @@ def test_a_damaged_description(model, tmp_path):
 @pytest.mark.parametrize(
     ("part", "key", "value", "words"),
     [
-        ("config", None, [1], "damaged"),
+        ("config", None, [1], "is invalid"),
         ("config", "depth", 10**9, "depth is 1000000000"),
-        ("config", "depth", 10**6, "is said to have 1000000 blocks, but holds"),
+        ("config", "depth", 10**6, "claims to have 1000000 blocks, but it holds"),
         ("config", "embed_dim", "128", "embed_dim is '128'"),
         ("config", "image_size", [10**30, 16], "image_size is 1000"),
-        ("config", "stem", float("nan"), "damaged"),
-        ("preprocess", None, True, "damaged"),
-        ("preprocess", "mean", ["x"], "damaged"),
-        ("preprocess", "std", [0.0], r"preprocess\.std` = \(0\.0"),
+        ("config", "stem", float("nan"), "is invalid"),
+        ("preprocess", None, True, "is invalid"),
+        ("preprocess", "mean", ["x"], "is invalid"),
+        ("preprocess", "std", [0.0], r"preprocess\.std` is \(0\.0"),
         ("labels", None, ["a"], "1 class names for 3 classes"),
-        ("labels", None, 5, "damaged"),
+        ("labels", None, 5, "is invalid"),
     ],
 )
 def test_a_description_that_somebody_changed(model, tmp_path, part, key, value, words):

@@ -67,7 +67,7 @@ def test_settings_reach_the_config(plain):
 def test_quadrants_have_no_head_in_timm(plain):
     model = load_model(plain[0], num_heads=4, pool="quadrants")
     assert model.config.num_classes == 0 and not model.head_trained
-    assert model.load_report.fates["head.weight"][0] == "dropped"
+    assert model.load_report.status["head.weight"][0] == "dropped"
     assert model.features(torch.zeros(1, 1, 28, 28)).shape == (1, 512)
 
 
@@ -278,8 +278,8 @@ def test_channels_that_are_not_pictures(channels, described, tmp_path):
     for preprocess in (None, {"mean": 0.5, "std": 0.5}, {"mean": [0.5] * channels, "std": 0.5}):
         model = load_model(tmp_path, num_heads=3, preprocess=preprocess)
         assert model.preprocess is None
-        assert f"{channels} channels: not pictures" in " ".join(model.load_report.notes)
+        assert f"{channels} channels are not grey or RGB" in " ".join(model.load_report.notes)
         images = torch.randn(1, channels, 32, 32)
         torch.testing.assert_close(model(images), net(images))
-        with pytest.raises(VitcliError, match=f"reads {channels} channels, which are not pictures"):
+        with pytest.raises(VitcliError, match=f"reads {channels} channels, not grey or RGB"):
             require_preprocess(model)

@@ -36,7 +36,7 @@ def test_dinov2(chunk):
     )
     back = read(dinov2(net, chunk), num_heads=3)
     assert back.config == net.config
-    assert back.load_report.fates["mask_token"][0] == "dropped"
+    assert back.load_report.status["mask_token"][0] == "dropped"
     assert torch.allclose(back.network.cls_token, net.network.cls_token)
     for name, tensor in net.state_dict().items():
         assert name == "cls_token" or torch.equal(back.state_dict()[name], tensor), name
@@ -89,7 +89,7 @@ def test_bit():
 def test_leftovers_are_dropped_by_name(left):
     net = tiny(num_classes=0)
     back = read({**net.state_dict(), left: torch.zeros(2)}, num_heads=3)
-    assert back.config == net.config and back.load_report.fates[left][0] == "dropped"
+    assert back.config == net.config and back.load_report.status[left][0] == "dropped"
 
 
 def test_student_and_teacher_with_their_heads():

@@ -1,48 +1,56 @@
-"""`vitcli bench`: throughput, latency, memory, largest batch; beside other libraries in one run."""
+"""`vitcli bench`: throughput, latency, memory and largest batch, next to other libraries."""
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
-from torch import nn
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
-from vitcli.cost.baselines import contender
-from vitcli.cost.bench import CLASSES, PERCENTILES, Case, Figures, measure, percentile, ratio
-from vitcli.cost.probe import free_memory
+from vitcli.cost.bench import (
+    DEFAULT_CLASSES,
+    PERCENTILES,
+    AttentionKind,
+    BenchCase,
+    BenchResult,
+    BuildModel,
+    build_baseline,
+    round_ratios,
+    run_bench,
+)
+from vitcli.cost.machine import system_memory
 from vitcli.devices import pick_device, resolve_precision
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, unknown
 from vitcli.files import replacing
 from vitcli.progress import Quiet, Watcher
-from vitcli.vit import ResNetConfig, ViTConfig, from_config, parse_variant
+from vitcli.vit import Config, Network, from_config, parse_variant
 from vitcli.vit.macs import macs
 from vitcli.weights.load import load_model, newest_run
 
 DEFAULT_MODEL = "S/16"
 OURS = "vitcli"
-KINDS = ("auto", "fused", "explicit")
-USABLE = 0.8  # of the free memory, where no limit is given
+USABLE_MEMORY = 0.8  # of the free memory, without `--memory`
 
 
 @dataclass(frozen=True)
-class Row:
-    """One contender in one setting."""
+class BenchRow:
+    """One library in one setting."""
 
     library: str
     model: str
     parameters: int
     macs: int
-    case: Case
-    figures: Figures
+    case: BenchCase
+    result: BenchResult
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: images a second, milliseconds, bytes."""
-        case, found = self.case, self.figures
+        """Plain values in images/s, milliseconds and bytes."""
+        case, result = self.case, self.result
         return {
             "library": self.library,
             "model": self.model,
@@ -52,31 +60,38 @@ class Row:
             "batch_size": case.batch,
             "precision": case.precision,
             "attention": case.attention,
-            "forward_images_per_second": statistics.median(found.forward),
-            "training_images_per_second": statistics.median(found.training),
-            "rounds": {"forward": len(found.forward), "training": len(found.training)},
-            "latency_ms": {f"p{p}": percentile(found.latency, p) for p in PERCENTILES},
-            "latency_samples": len(found.latency),
-            "forward_memory_bytes": found.forward_bytes,
-            "training_memory_bytes": found.training_bytes,
-            "largest_forward_batch": found.largest_forward,
-            "largest_training_batch": found.largest_training,
+            "forward_images_per_second": statistics.median(result.forward),
+            "training_images_per_second": statistics.median(result.training),
+            "rounds": {"forward": len(result.forward), "training": len(result.training)},
+            "latency_ms": {f"p{p}": float(np.percentile(result.latency, p)) for p in PERCENTILES},
+            "latency_samples": len(result.latency),
+            "forward_memory_bytes": result.forward_bytes,
+            "training_memory_bytes": result.training_bytes,
+            "largest_forward_batch": result.largest_forward,
+            "largest_training_batch": result.largest_training,
         }
+
+    @property
+    def label(self) -> str:
+        """The setting and the library in a few words."""
+        attention = "" if self.case.attention == "auto" else f" {self.case.attention}"
+        side = self.case.size[1]
+        return f"{self.library} {self.model} {side} px {self.case.precision}{attention}"
 
 
 @dataclass(frozen=True)
-class Bench:
-    """All rows, and how ours compare with the others in the same rounds."""
+class BenchReport:
+    """The result of `bench`; `ratios` compare our model with the others in the same rounds."""
 
     device: str
     threads: int
     memory_limit: int
-    rows: tuple[Row, ...]
+    rows: tuple[BenchRow, ...]
     ratios: tuple[dict[str, Any], ...]
     picture: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `ratios` are ours over theirs."""
+        """Plain values; `ratios` are ours divided by theirs."""
         return {
             "device": self.device,
             "threads": self.threads,
@@ -100,62 +115,62 @@ def run(
     settings: Settings | None = None,
     out: Path | None = None,
     watch: Watcher | None = None,
-) -> Bench:
-    """Measure models, each alone or in turn with those of other libraries.
+) -> BenchReport:
+    """Measure models, alone or in turn with the same models of other libraries.
 
     Args:
         models: MODELs with commas; None takes the newest run, else `S/16`.
-        image_sizes: pixels; None takes the model's.
+        image_sizes: in pixels; None takes that of the model.
         precisions: `fp32`, `bf16`, `fp16` or `auto`.
-        attentions: `auto`, `fused` (torch's kernel) or `explicit` (products around a softmax).
-        batch_size: images at a time.
+        attentions: `auto`, `fused` (torch's kernel) or `explicit` (matrix products and softmax).
+        batch_size: images per forward pass.
         against: `transformers`, `timm`.
-        seconds: for each figure of each contender.
-        memory: that batches are to fit in, such as `4G`; None takes what is free.
+        seconds: per measurement and library.
+        memory: limit for the largest batches, such as `4G`; None takes the free memory.
         settings: nested settings: `model.*`.
-        out: a .png file for a picture.
+        out: a .png file for a bar chart.
 
     Raises:
-        VitcliError: bad input, or a library that is not there.
+        VitcliError: bad input, or a library that is not installed.
     """
     watch = watch or Quiet()
     if out is not None and out.suffix.lower() != ".png":
-        raise VitcliError(f"`--out {out}` is no .png file", "for example `--out bench.png`")
+        raise VitcliError(f"`--out {out}` does not end in .png", "for example `--out bench.png`")
     for kind in attentions or []:
-        if kind not in KINDS:
-            raise VitcliError(f"no attention `{kind}`", f"there are {', '.join(KINDS)}")
+        if kind not in get_args(AttentionKind):
+            raise unknown("attention", kind, get_args(AttentionKind))
     device = pick_device()
-    limit = memory_limit(memory, device)
-    chosen = (models or newest_or_default(watch)).split(",")
-    rows: list[Row] = []
+    limit = parse_memory(memory, device)
+    rows: list[BenchRow] = []
     ratios: list[dict[str, Any]] = []
-    for name in (name.strip() for name in chosen):
-        config = config_of(name, load_inference(settings or {}), watch)
-        for size in image_sizes or [None]:  # type: ignore[list-item]
-            sized = config if size is None else resized(config, size, name)
-            for precision in precisions or ["auto"]:
-                for attention in attentions or ["auto"]:
-                    case = Case(
-                        size=(sized.num_channels, *sized.image_size),
-                        batch=batch_size,
-                        precision=resolve_precision(precision, device),
-                        attention=attention,  # type: ignore[arg-type]
-                        device=device,
-                        seconds=seconds,
-                    )
-                    found = _rows(name, sized, case, against or [], limit, watch)
-                    rows += found
-                    ratios += _ratios(found)
-    picture = None
+    sizes: list[int | None] = [*image_sizes] if image_sizes else [None]
+    for name in (models or _default_model(watch)).split(","):
+        name = name.strip()
+        config = _model_config(name, load_inference(settings or {}), watch)
+        for size, precision, attention in product(
+            sizes, precisions or ["auto"], attentions or ["auto"]
+        ):
+            sized = config if size is None else _resize(config, size, name)
+            case = BenchCase(
+                size=(sized.num_channels, *sized.image_size),
+                batch=batch_size,
+                precision=resolve_precision(precision, device),
+                attention=attention,  # type: ignore[arg-type]
+                device=device,
+                seconds=seconds,
+            )
+            measured = _measure(name, sized, case, against or [], limit, watch)
+            rows += measured
+            ratios += [_compare(measured[0], row) for row in measured[1:]]
     if out is not None:
-        draw(rows, out)
-        picture = str(out)
+        _draw_bars(rows, out)
     label = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    return Bench(label, torch.get_num_threads(), limit, tuple(rows), tuple(ratios), picture)
+    picture = None if out is None else str(out)
+    return BenchReport(label, torch.get_num_threads(), limit, tuple(rows), tuple(ratios), picture)
 
 
-def newest_or_default(watch: Watcher) -> str:
-    """The newest run, else a variant; it is told which."""
+def _default_model(watch: Watcher) -> str:
+    """The newest run, else a variant, with a note."""
     try:
         name = newest_run(classifier=False)
     except VitcliError:
@@ -164,50 +179,44 @@ def newest_or_default(watch: Watcher) -> str:
     return name
 
 
-def config_of(name: str, given: Inference, watch: Watcher) -> ViTConfig | ResNetConfig:
-    """The shape of a MODEL, with a head: weights do not matter for speed.
+def _model_config(name: str, inference: Inference, watch: Watcher) -> Config:
+    """The shape of a MODEL, with a head. Weights do not change the speed.
 
     Raises:
-        VitcliError: it cannot be loaded, or a setting contradicts it.
+        VitcliError: the model cannot be loaded, or a setting does not suit it.
     """
-    architecture = given.model.architecture()
+    architecture = inference.model.architecture()
     try:
-        config = parse_variant(name, **{"num_classes": CLASSES, **architecture})
+        config = parse_variant(name, **{"num_classes": DEFAULT_CLASSES, **architecture})
     except ValueError as error:
         if "no model variant" not in str(error):
-            raise VitcliError(f"this model cannot be built: {error}", "see `--set`") from error
+            raise VitcliError(f"cannot build the model: {error}", "check `--set`") from error
         config = load_model(name, watch=watch).config
         try:
             config = replace(config, **architecture)
         except (TypeError, ValueError) as wrong:
-            raise VitcliError(f"`{name}` cannot be so: {wrong}", "see `--set`") from wrong
-    return config if config.num_classes else replace(config, num_classes=CLASSES)
+            raise VitcliError(f"`{name}` does not allow this: {wrong}", "check `--set`") from wrong
+    return config if config.num_classes else replace(config, num_classes=DEFAULT_CLASSES)
 
 
-def resized(config: Any, size: int, name: str) -> Any:
-    """`config` for images of another size.
-
-    Raises:
-        VitcliError: the patch does not divide it.
-    """
+def _resize(config: Config, size: int, name: str) -> Config:
     try:
         return replace(config, image_size=(size, size))
     except ValueError as error:
         raise VitcliError(
-            f"`{name}` at {size} pixels: {error}", "an `--image-size` that the patch divides"
+            f"`{name}` at {size} px: {error}", "give an `--image-size` that the patch size divides"
         ) from None
 
 
-def memory_limit(text: str | None, device: torch.device) -> int:
-    """`4G`, `800M` -> bytes; None -> what is free.
+def parse_memory(text: str | None, device: torch.device) -> int:
+    """`4G`, `800M` -> bytes; None -> most of the free memory.
 
     Raises:
-        VitcliError: not of that form.
+        VitcliError: the text is not a size.
     """
     if text is None:
-        if device.type == "cuda":
-            return int(USABLE * torch.cuda.mem_get_info(device)[0])
-        return int(USABLE * (free_memory() or 4 * 2**30))
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else system_memory()[1]
+        return int(USABLE_MEMORY * free)
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     plain = text.strip().upper().removesuffix("B").removesuffix("I")
     try:
@@ -215,64 +224,52 @@ def memory_limit(text: str | None, device: torch.device) -> int:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise VitcliError(f"`--memory {text}` is no size", "for example `--memory 4G`")
+        raise VitcliError(f"`--memory {text}` is not a size", "for example `--memory 4G`")
     return int(number)
 
 
-def _rows(
-    name: str,
-    config: Any,
-    case: Case,
-    against: list[str],
-    limit: int,
-    watch: Watcher,
-) -> list[Row]:
-    make: dict[str, Callable[[], nn.Module]] = {OURS: lambda: ours(config)}
+def _measure(
+    name: str, config: Config, case: BenchCase, against: list[str], limit: int, watch: Watcher
+) -> list[BenchRow]:
+    """One row per library, ours first."""
+    builders: dict[str, BuildModel] = {OURS: partial(_build_ours, config)}
     for library in against:
-        make[library] = partial(contender, library, config, case.attention)
-    counts = {}
-    for library, build in make.items():  # also: complains before anything is measured
-        counts[library] = sum(p.numel() for p in build().parameters())
-    found = measure(make, case, limit, watch)
+        builders[library] = partial(build_baseline, library, config, case.attention)
+    # Building all models first also reports errors before the first measurement.
+    counts = {
+        library: sum(p.numel() for p in build().parameters()) for library, build in builders.items()
+    }
+    results = run_bench(builders, case, limit, watch)
     return [
-        Row(library, name, counts[library], macs(config), case, figures)
-        for library, figures in found.items()
+        BenchRow(library, name, counts[library], macs(config), case, result)
+        for library, result in results.items()
     ]
 
 
-def ours(config: Any) -> nn.Module:
-    """A model of ours with random weights."""
+def _build_ours(config: Config) -> Network:
     return from_config(config).init_weights(torch.Generator().manual_seed(0))
 
 
-def _ratios(rows: list[Row]) -> list[dict[str, Any]]:
-    first = rows[0]
-    return [
-        {
-            "model": row.model,
-            "against": row.library,
-            "image_size": list(row.case.size[1:]),
-            "precision": row.case.precision,
-            "attention": row.case.attention,
-            "forward": ratio(first.figures.forward, row.figures.forward),
-            "training": ratio(first.figures.training, row.figures.training),
-            "latency": ratio(row.figures.latency, first.figures.latency),
-        }
-        for row in rows[1:]
-    ]
+def _compare(ours: BenchRow, theirs: BenchRow) -> dict[str, Any]:
+    """Ratios above 1 mean that our model is faster."""
+    return {
+        "model": theirs.model,
+        "against": theirs.library,
+        "image_size": list(theirs.case.size[1:]),
+        "precision": theirs.case.precision,
+        "attention": theirs.case.attention,
+        "forward": round_ratios(ours.result.forward, theirs.result.forward),
+        "training": round_ratios(ours.result.training, theirs.result.training),
+        "latency": round_ratios(theirs.result.latency, ours.result.latency),
+    }
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Images a second and largest batches as bars; whole or not at all."""
+def _draw_bars(rows: list[BenchRow], path: Path) -> None:
+    """Draw images/s and largest batches as bars."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     facts = [row.to_json() for row in rows]
-    names = [
-        f"{f['library']} {f['model']} {f['image_size'][0]} px {f['precision']}"
-        + ("" if f["attention"] == "auto" else f" {f['attention']}")
-        for f in facts
-    ]
     figure = Figure(figsize=(11, 1.2 + 0.55 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (
@@ -284,7 +281,8 @@ def draw(rows: list[Row], path: Path) -> None:
         for place, (key, label) in enumerate(zip(keys, ("forward", "training"), strict=True)):
             heights = [i + 0.38 * place for i in range(len(facts))]
             axes.barh(heights, [f[key] for f in facts], height=0.36, label=label)
-        axes.set_yticks([i + 0.19 for i in range(len(facts))], names if number == 1 else [])
+        names = [row.label for row in rows] if number == 1 else []
+        axes.set_yticks([i + 0.19 for i in range(len(facts))], names)
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.set_title(title)

@@ -28,7 +28,7 @@ from vitcli.evals.fewshot.ridge import L2Choice
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, create_run, new_path, run_stem
 from vitcli.weights.edit import replace_head
-from vitcli.weights.feature_layers import represent
+from vitcli.weights.feature_layers import set_representation
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.load_report import tell_load
 from vitcli.weights.loaded import LoadedModel
@@ -167,7 +167,7 @@ def run(
     path = _run_directory(out, model, inference.fewshot)
     source = _open(data, inference, watch)
     net = load_model(model, watch=watch, **load_settings(inference.model, inference.preprocess))
-    represent(net, inference.fewshot.representation)
+    set_representation(net, inference.fewshot.representation)
     for line in source.notes:
         watch.note(line)
     tell_load(net, watch, verbose=verbose)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,12 +24,16 @@ from vitcli.data.source import load_data, open_data
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError, printable
 from vitcli.files import check_folder
-from vitcli.inspection import inductive_bias as bias
-from vitcli.inspection import report as chapters
-from vitcli.inspection.attention import Looked, batch_size, join, layer_names, look
-from vitcli.inspection.inductive_bias import cell_size, shifts_of
-from vitcli.inspection.report import Album
-from vitcli.inspection.rollout import source_name
+from vitcli.inspection import inductive_bias, report
+from vitcli.inspection.attention import (
+    AttentionStatistics,
+    layer_names,
+    max_batch_size,
+    measure_attention,
+)
+from vitcli.inspection.inductive_bias import BiasRow, cell_size, default_shifts
+from vitcli.inspection.report import Report, ReportImage
+from vitcli.inspection.rollout import rollout_source
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_path, run_stem
 from vitcli.vit import ResNet, VisionTransformer, ViTConfig
@@ -38,33 +42,33 @@ from vitcli.weights.load import load_model, load_settings, newest_run, require_p
 from vitcli.weights.load_report import tell_load
 from vitcli.weights.loaded import LoadedModel
 
-MOST_IMAGES = 128  # as in appendix D.7
-MOST_SHOWN = 8  # images with pictures of their own
+MAX_IMAGES = 128  # as in appendix D.7
+MAX_PICTURED = 8  # images with pictures of their own
 TOP = 5
-DRAWN = 32  # formula images, where no others are given
-DIGIT_SIDE = 16  # pixels a side of a model that is shown digits, at most
-PHOTOGRAPH_SIDE = 48  # of one that is shown photographs, at least
+NUM_BUILTIN = 32  # built-in digits or formula images, if the user gives none
+MAX_DIGIT_SIDE = 16  # px; models of at most this input size get digits
+MIN_PHOTOGRAPH_SIDE = 48  # px; models of at least this input size get photographs
 
 
-@dataclass(frozen=True)
+@dataclass
 class Inspection:
-    """What was found and written.
+    """The result of `inspect`.
 
     Attributes:
-        model: what was looked at.
+        model: the MODEL that was inspected.
         out: the folder with all files.
         facts: the object of `inspect --json`.
-        album: what the folder holds.
-        bias_rows: the table of inductive bias; empty where it was not asked for.
-        broken: images that could not be read.
+        report: the content of the folder.
+        bias_rows: the table of inductive bias; empty with `--no-bias`.
+        broken: one error for each image that cannot be read.
     """
 
     model: str
     out: Path
     facts: dict[str, Any]
-    album: Album
-    bias_rows: tuple[bias.BiasRow, ...]
-    broken: tuple[str, ...]
+    report: Report = field(default_factory=Report)
+    bias_rows: list[BiasRow] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The object of `inspect --json`."""
@@ -72,8 +76,8 @@ class Inspection:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Images to look at, and what they are called."""
+class NamedImages:
+    """The images to inspect, and their name for the user."""
 
     images: ImageSet
     name: str
@@ -86,31 +90,31 @@ def run(
     settings: Settings | None = None,
     labels: str | os.PathLike[str] | Sequence[str] | None = None,
     out: Path | None = None,
-    limit: int = MOST_IMAGES,
+    limit: int = MAX_IMAGES,
     with_bias: bool = True,
     resnet: str | None = None,
     verbose: bool = False,
     watch: Watcher | None = None,
 ) -> Inspection:
-    """Look into a model: filters, positions, attention distance, rollout, inductive bias.
+    """Inspect a model: filters, positions, attention distance, rollout, inductive bias.
 
     Args:
-        paths: images, folders, globs, or one DATA; with none, pictures that are built in.
+        paths: images, folders, globs, or one DATA; built-in images if empty.
         model: MODEL; None takes the newest run.
         settings: nested settings: `model.image_size`, `preprocess.mean`, `data.test_split` …
-        labels: class names of the model, or a file with one a line.
+        labels: class names of the model, or a file with one name per line.
         out: the folder to write; None makes `runs/MODEL-inspect`.
-        limit: at most so many images, spread evenly over those given.
-        with_bias: also measure equivariance and locality beside random weights and a ResNet.
-        resnet: MODEL of that ResNet; None takes random weights of the same budget.
-        verbose: tell what became of every tensor of the weights.
+        limit: maximum number of images, spread evenly over those given.
+        with_bias: also measure equivariance and locality, and compare with other networks.
+        resnet: MODEL of the ResNet to compare with; None takes random weights of the same size.
+        verbose: report how each tensor of the weights was loaded.
 
     Raises:
-        VitcliError: bad input, no image that can be read, or a ResNet without `with_bias`.
+        VitcliError: bad input, no readable image, or a ResNet with `with_bias=False`.
     """
     watch = watch or Quiet()
     if limit < 1:
-        raise VitcliError(f"`--limit` is {limit}", "the most images to look at, usually 128")
+        raise VitcliError(f"`--limit` is {limit}", "give a positive number, for example 128")
     if out is not None:
         check_folder(out)
     inference = load_inference(settings)
@@ -118,94 +122,67 @@ def run(
     if model is None:
         model = newest_run(classifier=False)
         watch.note(f"no `--model` given: {model}")
-    arguments = load_settings(inference.model, inference.preprocess)
-    net = load_model(model, labels=labels, watch=watch, **arguments)
-    other = _resnet(resnet, net, watch)
-    if isinstance(net.network, ResNet):
-        if not with_bias:
-            raise VitcliError(
-                f"`{model}` is a ResNet: it has no attention and no positions to look at",
-                hint="its inductive bias can be measured: leave out `--no-bias`",
-            )
-        watch.warn(f"`{model}` is a ResNet: filters and equivariance only, there is no attention")
-    preprocess = require_preprocess(net)
-    chosen = choose(paths, net, inference, watch)
-    tell_load(net, watch, verbose=verbose)
-    net = net.to(pick_device()).eval()
-    album, facts = Album(), _describe(model, net, chosen)
-    broken: list[str] = []
-    facts["filters"] = chapters.filters(album, net.network)
-    facts |= dict.fromkeys(("positions", "attention_distance", "rollout", "inductive_bias"))
-    if isinstance(net.network, VisionTransformer):
-        facts["positions"] = chapters.positions(album, net.network)
-        looked, shown, broken = look_at(net, net.network, chosen.images, limit, watch)
-        names, source = layer_names(net.network), source_name(net.network.config)
-        facts["images"], facts["source"] = len(looked), source
-        facts["attention_distance"] = chapters.distance(album, net.network, looked, names)
-        facts["rollout"] = chapters.rollout(album, net.network, looked, shown, source, names)
-    rows: list[bias.BiasRow] = []
-    if with_bias:
-        pictured, read, unread = _pictures(chosen, net)
-        broken += [line for line in unread if line not in broken]
-        with watch.progress("this network", 1) as bar:
-            shifts = shifts_of(cell_size(net.config))
-            rows.append(bias.row("this model", net.network, read, preprocess, shifts, bar))
-        config, parameters = net.config, rows[0].parameters
-        random_itself = net.load_report is not None and net.load_report.layout == "variant"
-        del net  # two of them need not fit into memory
-        rows += bias.others(
-            config,
-            parameters,
-            read,
-            preprocess,
-            random_itself=random_itself,
-            resnet=other,
-            watch=watch,
-        )
-        facts["inductive_bias"] = chapters.inductive_bias(album, rows, pictured.name)
+    loaded = load_model(
+        model, labels=labels, watch=watch, **load_settings(inference.model, inference.preprocess)
+    )
+    baseline = _load_resnet(resnet, loaded, watch)
+    if isinstance(loaded.network, ResNet):
+        _check_resnet(model, with_bias, watch)
+    chosen = _choose_images(paths, loaded, inference, watch)
+    tell_load(loaded, watch, verbose=verbose)
+    loaded = loaded.to(pick_device()).eval()
+    network = loaded.network
+
     folder = out or new_path(f"{run_stem(model)}-inspect")
-    facts |= {"unreadable": broken, "out": printable(folder), "files": album.files()}
-    lead = f"{facts['images']} images: {chosen.name}" if facts["images"] else chosen.name
-    album.write(folder, facts, f"Inside {printable(model)}", lead)
-    return Inspection(model, folder, facts, album, tuple(rows), tuple(broken))
+    result = Inspection(model, folder, _describe(model, loaded, chosen))
+    result.facts["filters"] = report.add_filters(result.report, network)
+    result.facts |= dict.fromkeys(("positions", "attention_distance", "rollout", "inductive_bias"))
+    if isinstance(network, VisionTransformer):
+        _add_attention(result, loaded, network, chosen.images, limit, watch)
+    if with_bias:
+        _add_bias(result, loaded, chosen, baseline, watch)
+    facts = result.facts
+    facts |= {"unreadable": result.broken, "out": printable(folder), "files": result.report.files()}
+    summary = f"{facts['images']} images: {chosen.name}" if facts["images"] else chosen.name
+    result.report.write(folder, facts, f"Inspection of {printable(model)}", summary)
+    return result
 
 
-def _pictures(chosen: Chosen, net: LoadedModel) -> tuple[Chosen, list[torch.Tensor], list[str]]:
-    """What equivariance is measured on: whose, the pictures with a margin, and the unreadable."""
-    if len(chosen.images) < bias.LEAST_PICTURES:
-        chosen = built_in(net)
-    margin = max(shifts_of(cell_size(net.config)))
-    read, unread = bias.read_pictures(chosen.images, require_preprocess(net), margin)
-    if len(read) < 2:
+def _check_resnet(model: str, with_bias: bool, watch: Watcher) -> None:
+    if not with_bias:
         raise VitcliError(
-            "equivariance needs two images that can be read", "give more, or `--no-bias`"
+            f"`{model}` is a ResNet: it has no attention and no positions to inspect",
+            "remove `--no-bias`: the inductive bias of a ResNet can be measured",
         )
-    device = next(net.network.parameters()).device
-    return chosen, [picture.to(device) for picture in read], unread
+    watch.warn(f"`{model}` is a ResNet and has no attention: only filters and equivariance")
 
 
-def _resnet(resnet: str | None, net: LoadedModel, watch: Watcher) -> tuple[str, LoadedModel] | None:
-    """The ResNet to compare with, loaded."""
+def _load_resnet(
+    resnet: str | None, model: LoadedModel, watch: Watcher
+) -> tuple[str, LoadedModel] | None:
+    """The ResNet of `--resnet` and its name."""
     if resnet is None:
         return None
     found = load_model(resnet, watch=watch)
     if not isinstance(found.network, ResNet):
-        raise VitcliError(f"`--resnet {resnet}` is no ResNet", "`R50x1`, or weights of one")
-    if found.config.num_channels != net.config.num_channels:
         raise VitcliError(
-            f"`--resnet {resnet}` reads {found.config.num_channels} channels, the model "
-            f"{net.config.num_channels}",
-            "compare networks that read the same pictures",
+            f"`--resnet {resnet}` is not a ResNet", "give `R50x1`, or weights of a ResNet"
+        )
+    if found.config.num_channels != model.config.num_channels:
+        raise VitcliError(
+            f"`--resnet {resnet}` reads {found.config.num_channels} channels, the model reads "
+            f"{model.config.num_channels}",
+            "choose a ResNet with the same number of channels",
         )
     return printable(resnet), found
 
 
-def _describe(model: str, net: LoadedModel, chosen: Chosen) -> dict[str, Any]:
-    config = net.config
+def _describe(model: str, loaded: LoadedModel, chosen: NamedImages) -> dict[str, Any]:
+    config = loaded.config
     facts: dict[str, Any] = {
         "model": printable(model),
         "kind": "resnet",
-        "parameters": sum(p.numel() for p in net.network.parameters()),
+        "parameters": sum(p.numel() for p in loaded.network.parameters()),
         "image_size": list(config.image_size),
         "cell_pixels": cell_size(config),
         "images": 0,
@@ -218,11 +195,13 @@ def _describe(model: str, net: LoadedModel, chosen: Chosen) -> dict[str, Any]:
     return facts
 
 
-def choose(paths: Sequence[str], net: LoadedModel, inference: Inference, watch: Watcher) -> Chosen:
-    """The images that are meant; without any, what suits the model, said in one line."""
+def _choose_images(
+    paths: Sequence[str], model: LoadedModel, inference: Inference, watch: Watcher
+) -> NamedImages:
+    """The images that the user names, else built-in images, with a note."""
     data = inference.data.name
     if not paths and data is None:
-        chosen = built_in(net)
+        chosen = _builtin_images(model)
         watch.note(f"no IMAGE given: {chosen.name}")
         return chosen
     given = list(paths) or [data or ""]
@@ -231,80 +210,106 @@ def choose(paths: Sequence[str], net: LoadedModel, inference: Inference, watch: 
         source = open_data(inference.data, given[0], whole=True, labelled=False, watch=watch)
         for line in source.notes:
             watch.note(line)
-        first = [split for split in ("test", "validation", "train") if split in source.splits]
-        return Chosen(source.split(*first), name)
-    return Chosen(image_list(list(find_images(given))), name)
+        splits = [split for split in ("test", "validation", "train") if split in source.splits]
+        return NamedImages(source.split(*splits), name)
+    return NamedImages(image_list(list(find_images(given))), name)
 
 
-def built_in(net: LoadedModel) -> Chosen:
-    """Pictures that suit the model: digits, drawn ones, or photographs that scikit-learn has."""
-    side = min(net.config.image_size)
-    if net.config.num_channels == 1 or side <= DIGIT_SIDE:
-        digits = load_data("builtin:digits").split("test")
-        return Chosen(digits.subset(np.arange(DRAWN)), f"{DRAWN} of builtin:digits")
-    found = sklearn_photographs() if side >= PHOTOGRAPH_SIDE else None
+def _builtin_images(model: LoadedModel) -> NamedImages:
+    """Images that suit the input size: digits, formula images, or photographs."""
+    side = min(model.config.image_size)
+    if model.config.num_channels == 1 or side <= MAX_DIGIT_SIDE:
+        digits = load_data("builtin:digits").split("test").subset(np.arange(NUM_BUILTIN))
+        return NamedImages(digits, f"{NUM_BUILTIN} of builtin:digits")
+    found = sklearn_photographs() if side >= MIN_PHOTOGRAPH_SIDE else None
     if found is not None:
-        return Chosen(found, "halves of two photographs that scikit-learn carries")
-    drawn = FormulaSet("test", 1, DRAWN, (side, side))
-    return Chosen(cast(ImageSet, drawn), f"{DRAWN} of builtin:formula")
+        return NamedImages(found, "halves of two photographs from scikit-learn")
+    drawn = FormulaSet("test", 1, NUM_BUILTIN, (side, side))
+    return NamedImages(cast(ImageSet, drawn), f"{NUM_BUILTIN} of builtin:formula")
 
 
-def look_at(
-    net: LoadedModel, network: VisionTransformer, images: ImageSet, limit: int, watch: Watcher
-) -> tuple[Looked, list[chapters.Shown], list[str]]:
-    """The numbers of up to `limit` images, the first few to show, and what cannot be read.
+def _add_attention(
+    result: Inspection,
+    model: LoadedModel,
+    network: VisionTransformer,
+    images: ImageSet,
+    limit: int,
+    watch: Watcher,
+) -> None:
+    """Positions, attention distance and rollout."""
+    facts, names, source = result.facts, layer_names(network), rollout_source(network.config)
+    facts["positions"] = report.add_positions(result.report, network)
+    statistics, pictured = _measure(result, model, network, images, limit, watch)
+    facts["images"], facts["source"] = len(statistics), source
+    facts["attention_distance"] = report.add_attention_distance(
+        result.report, network, statistics, names
+    )
+    facts["rollout"] = report.add_rollout(
+        result.report, network, statistics, pictured, source, names
+    )
 
-    Raises:
-        VitcliError: none can be read.
-    """
-    preprocess = require_preprocess(net)
+
+def _measure(
+    result: Inspection,
+    model: LoadedModel,
+    network: VisionTransformer,
+    images: ImageSet,
+    limit: int,
+    watch: Watcher,
+) -> tuple[AttentionStatistics, list[ReportImage]]:
+    """The attention of up to `limit` images, and the first few images for pictures."""
+    preprocess = require_preprocess(model)
     device = next(network.parameters()).device
-    parts: list[Looked] = []
+    batch_size = max_batch_size(network)
+    batches: list[AttentionStatistics] = []
     pixels: list[tuple[int, Image.Image]] = []
-    broken: list[str] = []
     total = min(limit, len(images))
     with watch.progress("images", total) as bar:
-        for batch in eval_batches(images, preprocess, batch_size=batch_size(network), limit=limit):
-            broken += batch.broken
+        for batch in eval_batches(images, preprocess, batch_size=batch_size, limit=limit):
+            result.broken += batch.broken
             if len(batch.labels):
-                keep = min(MOST_SHOWN - len(pixels), len(batch.images))
-                kept = zip(batch.indices[:keep].tolist(), batch.images[:keep], strict=True)
-                pixels += [(index, _picture(image)) for index, image in kept]
-                parts.append(look(network, preprocess.normalize(batch.images.to(device)), keep))
+                count = min(MAX_PICTURED - len(pixels), len(batch.images))
+                first = zip(batch.indices[:count].tolist(), batch.images[:count], strict=True)
+                pixels += [(index, _to_image(image)) for index, image in first]
+                normalized = preprocess.normalize(batch.images.to(device))
+                batches.append(measure_attention(network, normalized, count))
             bar.advance(len(batch.labels) + len(batch.broken))
-    if not parts:
-        raise VitcliError(f"none of {total} images can be read: {broken[0]}", "give others")
-    looked = join(parts)
-    if not np.isfinite(looked.rollout).all():
+    if not batches:
         raise VitcliError(
-            "the attention of this model is not a number", "its weights are damaged, or diverged"
+            f"none of {total} images can be read: {result.broken[0]}", "give other images"
         )
-    shown = []
+    statistics = AttentionStatistics.concatenate(batches)
+    if not np.isfinite(statistics.rollout).all():
+        raise VitcliError(
+            "the attention of this model is not a number (NaN)",
+            "check the weights: they are damaged, or the training diverged",
+        )
+    pictured = []
     for number, (index, image) in enumerate(pixels):
         name = printable(images.describe(index))
         stem = re.sub(r"[^\w-]+", "-", Path(name).stem)[:40].strip("-")
-        answers = _answers(net, images, index, looked.logits[number])
-        shown.append(chapters.Shown(name, f"{number + 1:02d}-{stem}", image, answers))
-    return looked, shown, broken
+        classes = _classify(model, images, index, statistics.logits[number])
+        pictured.append(ReportImage(name, f"{number + 1:02d}-{stem}", image, classes))
+    return statistics, pictured
 
 
-def _picture(pixels: torch.Tensor) -> Image.Image:
-    """(C, Y, X) uint8 -> a picture in RGB."""
+def _to_image(pixels: torch.Tensor) -> Image.Image:
+    """(C, Y, X) uint8 -> a PIL image in RGB."""
     array = pixels.permute(1, 2, 0).numpy()
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).convert("RGB")
 
 
-def _answers(net: LoadedModel, images: ImageSet, index: int, logits: Any) -> dict[str, Any]:
-    """The likeliest classes with their ranks, and the image's own where its name is known."""
-    if not net.head_trained:
+def _classify(model: LoadedModel, images: ImageSet, index: int, logits: Any) -> dict[str, Any]:
+    """The most probable classes, and the rank of the true class if the model knows it."""
+    if not model.head_trained:
         return {"label": None, "probability": None, "top": [], "truth": None}
-    shares = net.probabilities(torch.from_numpy(logits)[None])[0].numpy()  # (K,)
-    names = net.labels or tuple(str(i) for i in range(len(shares)))
-    order = np.argsort(-shares, kind="stable").tolist()
+    probabilities = model.probabilities(torch.from_numpy(logits)[None])[0].numpy()  # (K,)
+    names = model.labels or tuple(str(i) for i in range(len(probabilities)))
+    order = np.argsort(-probabilities, kind="stable").tolist()
 
     def entry(label: int) -> dict[str, Any]:
-        share = float(shares[label])
-        return {"label": names[label], "probability": share, "rank": order.index(label) + 1}
+        probability = float(probabilities[label])
+        return {"label": names[label], "probability": probability, "rank": order.index(label) + 1}
 
     top = [entry(label) for label in order[:TOP]]
     truth = None
@@ -313,3 +318,43 @@ def _answers(net: LoadedModel, images: ImageSet, index: int, logits: Any) -> dic
         truth = entry(found[0]) if found else None
     best = {key: top[0][key] for key in ("label", "probability")}
     return {**best, "top": top, "truth": truth}
+
+
+def _add_bias(
+    result: Inspection,
+    model: LoadedModel,
+    chosen: NamedImages,
+    resnet: tuple[str, LoadedModel] | None,
+    watch: Watcher,
+) -> None:
+    """The table of inductive bias: this model, then the networks to compare with."""
+    if len(chosen.images) < inductive_bias.MIN_IMAGES:
+        chosen = _builtin_images(model)
+    preprocess, config, network = require_preprocess(model), model.config, model.network
+    shifts = default_shifts(cell_size(config))
+    found, broken = inductive_bias.read_with_margin(chosen.images, preprocess, max(shifts))
+    result.broken += [line for line in broken if line not in result.broken]
+    if len(found) < 2:
+        raise VitcliError(
+            f"equivariance needs 2 readable images, and there are {len(found)}",
+            "give more images, or add `--no-bias`",
+        )
+    device = next(network.parameters()).device
+    images = [image.to(device) for image in found]
+    with watch.progress("this model", 1) as bar:
+        row = inductive_bias.measure_network("this model", network, images, preprocess, shifts, bar)
+    is_random = model.load_report is not None and model.load_report.layout == "variant"
+    network.to("meta")  # frees the weights: two networks may not fit into memory
+    result.bias_rows = [row]
+    result.bias_rows += inductive_bias.measure_baselines(
+        config,
+        row.parameters,
+        images,
+        preprocess,
+        is_random=is_random,
+        resnet=resnet,
+        watch=watch,
+    )
+    result.facts["inductive_bias"] = report.add_inductive_bias(
+        result.report, result.bias_rows, chosen.name
+    )

@@ -1,13 +1,13 @@
-"""`vitcli patchify`: cut a picture, or a whole set, into the patches that a ViT reads."""
+"""`vitcli patchify`: cut an image, or every image of a dataset, into the patches of a ViT."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from vitcli.data.decoded_cache import DecodedCache, write_decoded
+from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.readers import DATA_SUFFIXES
 from vitcli.data.readers.folder import IMAGE_SUFFIXES
 from vitcli.data.source import load_data
@@ -17,10 +17,10 @@ from vitcli.files import replacing
 from vitcli.inspection.patch_files import read_patches, save_patches, store_token_set
 from vitcli.inspection.patch_grids import (
     PatchStatistics,
-    compare_sizes,
-    cut_costs,
+    dividing_patch_sizes,
     draw_grid,
-    fitting_sizes,
+    draw_patch_sizes,
+    patch_size_costs,
     patch_statistics,
 )
 from vitcli.preprocess import Preprocess, ResizeMode
@@ -28,34 +28,31 @@ from vitcli.progress import Watcher
 from vitcli.vit.patches import patchify, unpatchify
 
 DEFAULT_IMAGE_SIZE = 224
-# What is stored for crops of 224 has a shorter side of 256, the usual room around a crop.
+DEFAULT_PATCH_SIZE = 16
+# Images stored for crops of 224 px have a shorter side of 256 px, the common resize before a crop.
 STORED_CROP = 0.875
 
 
 @dataclass(frozen=True)
 class PatchifyResult:
-    """What `patchify` found and wrote.
+    """The result of `patchify`.
 
-    Args:
-        source: the picture or the data.
+    Attributes:
         kind: "image" or "data".
-        image_size: (Y, X) pixels after preprocessing.
+        image_size: (Y, X) in pixels after preprocessing.
         patch_size: P.
         num_channels: C.
         splits: for data, split -> number of images.
-        classes: for data, their names.
-        picture_size: for an image, (Y, X) pixels of the file, upright.
-        image: for an image, what is cut, of `image_size`.
-        picture: for an image, the same enlarged, with the grid over it.
-        picture_path: where `picture` was written.
-        out: where the patches, or the images, were written.
+        classes: for data, the class names.
+        picture_size: for an image, (Y, X) in pixels of the file.
+        image: for an image, the model input of `image_size`.
+        picture: for an image, the same with the grid, enlarged; written to `picture_path`.
+        out: file or folder of the patches or the images.
         statistics: for an image, of its patches.
-        costs: what each patch size that fits would cost; see `cut_costs`.
-        comparison: where the picture with the grids of all these sizes was written.
-        reconstruction: where the picture was written that was put together of the patches.
-        stored_bytes: for data whose images were stored, of the folder.
-        broken: a line for each image of the data that could not be read.
-        notes: what the user should know.
+        comparison: file with the grids of all patch sizes of `costs`.
+        reconstruction: file with the image rebuilt from its patches.
+        stored_bytes: for data in a folder, its size.
+        broken: for data, one error for each image that cannot be read.
     """
 
     source: str
@@ -71,7 +68,6 @@ class PatchifyResult:
     picture_path: Path | None = None
     out: Path | None = None
     statistics: PatchStatistics | None = None
-    costs: tuple[dict[str, Any], ...] = ()
     comparison: Path | None = None
     reconstruction: Path | None = None
     stored_bytes: int | None = None
@@ -93,8 +89,14 @@ class PatchifyResult:
         """P*P*C, the values of one token."""
         return self.patch_size**2 * self.num_channels
 
+    @property
+    def costs(self) -> list[dict[str, Any]]:
+        """The cost of each patch size that divides the image."""
+        sizes = dividing_patch_sizes(self.image_size, self.patch_size)
+        return patch_size_costs(self.image_size, sizes, self.num_channels)
+
     def to_json(self) -> dict[str, Any]:
-        """Everything but the pictures, in plain values."""
+        """All values except the pictures."""
         values: dict[str, Any] = {
             "source": self.source,
             "kind": self.kind,
@@ -104,15 +106,15 @@ class PatchifyResult:
             "grid": list(self.grid),
             "tokens": self.num_patches,
             "token_values": self.patch_dim,
-            "out": _shown(self.out),
-            "cost": list(self.costs),
+            "out": _path_text(self.out),
+            "cost": self.costs,
         }
         if self.kind == "image":
             values["picture_size"] = list(self.picture_size or ())
-            values["picture"] = _shown(self.picture_path)
+            values["picture"] = _path_text(self.picture_path)
             values["statistics"] = self.statistics.to_json() if self.statistics else None
-            values["comparison"] = _shown(self.comparison)
-            values["reconstruction"] = _shown(self.reconstruction)
+            values["comparison"] = _path_text(self.comparison)
+            values["reconstruction"] = _path_text(self.reconstruction)
         else:
             values["images"] = dict(self.splits)
             values["classes"] = list(self.classes)
@@ -125,7 +127,7 @@ class PatchifyResult:
 def run(
     source: str,
     *,
-    patch_size: int = 16,
+    patch_size: int = DEFAULT_PATCH_SIZE,
     image_size: int | tuple[int, int] | None = None,
     out: str | None = None,
     compare: str | None = None,
@@ -139,114 +141,85 @@ def run(
 ) -> PatchifyResult:
     """Cut `source` into patches of `patch_size` x `patch_size` pixels.
 
-    A picture is drawn with its grid into `NAME-patches.png`, beside `out` or in the current folder.
-    `out` ending in .safetensors takes the patches as uint8: `patches` (N, P*P*C) of a picture,
-    `SPLIT.patches` (n, N, P*P*C) and `SPLIT.labels` (n,) of data; ending in .png it is where the
-    drawing goes. Without an ending it is a folder that takes the images of data, decoded and
-    shrunk, as DATA for later commands (`data/decoded_cache.py`).
+    For an image, the grid is drawn into `NAME-patches.png`, next to `out` or in the current folder.
 
     Args:
-        source: a picture, or DATA.
-        patch_size: P, in pixels.
-        compare: a .png for the grids of patches of 8, 16 and 32 pixels side by side.
-        reconstruct: a .png for the picture put together of its patches again.
-        image_size: side, or (Y, X), that pictures are brought to; by default 224, or the multiple
-            of `patch_size` next to it.
-        out: a file, or for data a folder, to write.
+        source: an image, DATA, or a .safetensors file of an earlier call.
+        image_size: side, or (Y, X), in pixels; None takes the multiple of `patch_size` nearest 224.
+        out: `x.safetensors` for the patches as uint8: `patches` (N, P*P*C) of an image,
+            `SPLIT.patches` (n, N, P*P*C) and `SPLIT.labels` (n,) of data. `x.png` for the grid of
+            an image. A folder for the decoded, smaller images of data; later commands take it as
+            DATA.
+        compare: a .png file for the grids of several patch sizes side by side.
+        reconstruct: a .png file for the image rebuilt from its patches.
         num_channels: 3, or 1 for grey.
-        resize_mode: how a picture is brought to `image_size`; see `Preprocess`.
+        resize_mode: see `Preprocess`.
         image_column, label_column: of tables; see `load_data`.
         workers: threads that read data.
-        watch: hears of progress.
 
     Raises:
-        VitcliError: the patches do not divide the image, or `source` cannot be read.
+        VitcliError: `patch_size` does not divide the image, or `source` cannot be read.
     """
     if Path(source).suffix.lower() == ".safetensors":
-        alone = patch_size == 16 and not (image_size or out or compare)
-        return _put_together(source, reconstruct, alone)
-    size = checked_size(image_size, patch_size)
+        if reconstruct is None or patch_size != DEFAULT_PATCH_SIZE or image_size or out or compare:
+            shown = printable(source)
+            raise VitcliError(
+                f"`{shown}` already contains patches",
+                f"`vitcli patchify {shown} --reconstruct x.png` rebuilds the image from them",
+            )
+        _check_picture("--reconstruct", reconstruct, True)
+        return _rebuild(source, Path(reconstruct))
+    size = resolve_image_size(image_size, patch_size)
     notes = []
     if image_size is None and size[0] != DEFAULT_IMAGE_SIZE:
-        notes.append(f"image size {size[0]}, the multiple of {patch_size} nearest to 224")
+        notes.append(f"image size {size[0]} px, the multiple of {patch_size} nearest to 224")
     target = Path(out) if out else None
     is_image = _is_image(source)
-    endings = (".safetensors", ".png") if is_image else (".safetensors", "")
-    if target is not None and target.suffix.lower() not in endings:
-        raise VitcliError(
-            f"`--out {printable(target)}` does not end in {' or '.join(filter(None, endings))}",
-            "patches are stored as .safetensors"
-            + ("" if is_image else ", images in a folder, named without an ending"),
-        )
+    _check_out(target, is_image)
+    _check_picture("--compare", compare, is_image)
+    _check_picture("--reconstruct", reconstruct, is_image)
     preprocess = Preprocess(size, resize_mode, num_channels=num_channels)
-    pictures = {"--compare": compare, "--reconstruct": reconstruct}
-    for option, place in pictures.items():
-        _check_picture(option, place, is_image)
     if is_image:
         return _patchify_image(
             source, patch_size, preprocess, target, compare, reconstruct, tuple(notes)
         )
-    data = load_data(
-        source,
-        image_column=image_column,
-        label_column=label_column,
-        whole=True,
-        labelled=False,
-        watch=watch,
-    )
-    broken: tuple[str, ...] = ()
-    stored: DecodedCache | None = None
-    if target is not None and not target.suffix:
-        side = round(max(size) / STORED_CROP)
-        stored = write_decoded(data, target, side=side, workers=workers, watch=watch)
-        broken = stored.broken
-        notes.append(f"shorter sides of at most {side} pixels: enough for crops of {size[0]}")
-    elif target is not None:
-        broken = store_token_set(
-            data, target, preprocess, patch_size, source=source, workers=workers, watch=watch
-        )
-    return PatchifyResult(
-        source=printable(source),
-        kind="data",
-        image_size=size,
-        patch_size=patch_size,
-        num_channels=num_channels,
-        splits={name: len(images) for name, images in data.splits.items()},
-        classes=data.classes,
-        out=target,
-        stored_bytes=stored.bytes if stored else None,
-        broken=broken,
-        costs=_costs(size, patch_size, num_channels),
-        notes=(*notes, *data.notes),
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    return _patchify_data(
+        source, patch_size, preprocess, target, tuple(notes), columns, workers, watch
     )
 
 
-def _shown(path: Path | None) -> str | None:
+def _path_text(path: Path | None) -> str | None:
     return None if path is None else printable(path)
 
 
-def _costs(size: tuple[int, int], patch_size: int, channels: int) -> tuple[dict[str, Any], ...]:
-    return tuple(cut_costs(size, fitting_sizes(size, patch_size), channels))
-
-
-def _check_picture(option: str, place: str | None, is_image: bool) -> None:
-    """Raises a VitcliError where the picture of `option` cannot be made or is named otherwise."""
-    if place is not None and not is_image:
-        raise VitcliError(f"`{option}` needs a picture, not a set", "name one image of it")
-    if place is not None and Path(place).suffix.lower() != ".png":
+def _check_out(target: Path | None, is_image: bool) -> None:
+    endings = (".safetensors", ".png") if is_image else (".safetensors", "")
+    if target is not None and target.suffix.lower() not in endings:
         raise VitcliError(
-            f"`{option} {printable(place)}` does not end in .png", "for example x.png"
+            f"`--out {printable(target)}` does not end in {' or '.join(filter(None, endings))}",
+            "give x.safetensors for patches, or "
+            + ("x.png for the grid" if is_image else "a folder name without an ending for images"),
         )
 
 
-def checked_size(image_size: int | tuple[int, int] | None, patch_size: int) -> tuple[int, int]:
-    """(Y, X) that `patch_size` divides.
+def _check_picture(option: str, path: str | None, is_image: bool) -> None:
+    if path is not None and not is_image:
+        raise VitcliError(f"`{option}` needs an image, not a dataset", "give one image of it")
+    if path is not None and Path(path).suffix.lower() != ".png":
+        raise VitcliError(f"`{option} {printable(path)}` does not end in .png", "for example x.png")
+
+
+def resolve_image_size(
+    image_size: int | tuple[int, int] | None, patch_size: int
+) -> tuple[int, int]:
+    """(Y, X) that `patch_size` divides; None takes the multiple nearest to 224.
 
     Raises:
-        VitcliError: it does not divide the size that was asked for; names the nearest sizes.
+        VitcliError: `patch_size` does not divide the given size; the hint has the nearest sizes.
     """
     if patch_size < 1:
-        raise VitcliError(f"patch size {patch_size} is not positive", "16 is usual")
+        raise VitcliError(f"patch size {patch_size} is not positive", "16 is a common patch size")
     if image_size is None:
         side = max(1, round(DEFAULT_IMAGE_SIZE / patch_size)) * patch_size
         return side, side
@@ -254,10 +227,10 @@ def checked_size(image_size: int | tuple[int, int] | None, patch_size: int) -> t
     for side in size:
         if side % patch_size or side < patch_size:
             below = side // patch_size * patch_size
-            near = [str(n) for n in (below, below + patch_size) if n > 0]
+            near = " and ".join(str(n) for n in (below, below + patch_size) if n > 0)
             raise VitcliError(
                 f"image size {side} is not a multiple of patch size {patch_size}",
-                f"the nearest that {'is' if len(near) == 1 else 'are'}: {' and '.join(near)}",
+                f"the nearest multiples: {near}",
             )
     return size
 
@@ -282,36 +255,75 @@ def _patchify_image(
     original = read_image(source, preprocess.mode)
     image = preprocess.fit(original)
     picture = draw_grid(image, patch_size)
-    stem = printable(Path(source).stem)
-    drawn = target is not None and target.suffix.lower() == ".png"
-    beside = target.parent if target is not None else Path()
-    picture_path = target if drawn and target else beside / f"{stem}-patches.png"
     patches = patchify(preprocess.pixels(original)[None], patch_size)[0]  # (N, P*P*C)
-    size, channels = preprocess.image_size, preprocess.num_channels
+    size = preprocess.image_size
+    if target is not None and target.suffix.lower() == ".png":
+        picture_path, target = target, None
+    else:
+        folder = target.parent if target is not None else Path()
+        picture_path = folder / f"{printable(Path(source).stem)}-patches.png"
     _save(picture, picture_path)
     if compare is not None:
-        _save(compare_sizes(image, fitting_sizes(size, patch_size)), Path(compare))
+        sizes = dividing_patch_sizes(size, patch_size)
+        _save(draw_patch_sizes(image, sizes), Path(compare))
     if reconstruct is not None:
-        _save(_whole(patches, patch_size, size), Path(reconstruct))
-    out = None if drawn else target
-    if out is not None:
-        save_patches(out, patches, preprocess, patch_size, source)
+        _save(_unpatchify_image(patches, patch_size, size), Path(reconstruct))
+    if target is not None:
+        save_patches(target, patches, preprocess, patch_size, source)
     return PatchifyResult(
         source=printable(source),
         kind="image",
-        image_size=preprocess.image_size,
+        image_size=size,
         patch_size=patch_size,
         num_channels=preprocess.num_channels,
         picture_size=(original.height, original.width),
         image=image,
         picture=picture,
         picture_path=picture_path,
-        out=out,
+        out=target,
         statistics=patch_statistics(patches.numpy()),
-        costs=_costs(size, patch_size, channels),
         comparison=None if compare is None else Path(compare),
         reconstruction=None if reconstruct is None else Path(reconstruct),
         notes=notes,
+    )
+
+
+def _patchify_data(
+    source: str,
+    patch_size: int,
+    preprocess: Preprocess,
+    target: Path | None,
+    notes: tuple[str, ...],
+    columns: dict[str, Any],
+    workers: int | None,
+    watch: Watcher | None,
+) -> PatchifyResult:
+    data = load_data(source, **columns, whole=True, labelled=False, watch=watch)
+    result = PatchifyResult(
+        source=printable(source),
+        kind="data",
+        image_size=preprocess.image_size,
+        patch_size=patch_size,
+        num_channels=preprocess.num_channels,
+        splits={name: len(images) for name, images in data.splits.items()},
+        classes=data.classes,
+        out=target,
+        notes=(*notes, *data.notes),
+    )
+    if target is None:
+        return result
+    if target.suffix:
+        broken = store_token_set(
+            data, target, preprocess, patch_size, source=source, workers=workers, watch=watch
+        )
+        return replace(result, broken=broken)
+    side = round(max(preprocess.image_size) / STORED_CROP)
+    stored = write_decoded(data, target, side=side, workers=workers, watch=watch)
+    note = (
+        f"the shorter side is at most {side} px, enough for crops of {preprocess.image_size[0]} px"
+    )
+    return replace(
+        result, broken=stored.broken, stored_bytes=stored.bytes, notes=(*notes, note, *data.notes)
     )
 
 
@@ -320,35 +332,26 @@ def _save(picture: Image.Image, path: Path) -> None:
         picture.save(temporary, format="PNG")
 
 
-def _whole(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Image.Image:
-    """(N, P*P*C) uint8 -> the picture that they are of."""
+def _unpatchify_image(patches: Tensor, patch_size: int, size: tuple[int, int]) -> Image.Image:
+    """(N, P*P*C) uint8 -> the image."""
     pixels = unpatchify(patches[None], patch_size, size)[0].permute(1, 2, 0).numpy()  # (Y, X, C)
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def _put_together(source: str, reconstruct: str | None, alone: bool) -> PatchifyResult:
-    """The picture of stored patches, written to `reconstruct`."""
-    shown = printable(source)
-    if reconstruct is None or not alone:
-        raise VitcliError(
-            f"`{shown}` holds patches that are cut already",
-            f"`vitcli patchify {shown} --reconstruct x.png` puts them together again",
-        )
-    _check_picture("--reconstruct", reconstruct, True)
+def _rebuild(source: str, target: Path) -> PatchifyResult:
+    """Rebuild the image from stored patches."""
     patches, patch_size, size = read_patches(source)
-    channels = patches.shape[1] // patch_size**2
-    picture = _whole(patches, patch_size, size)
-    _save(picture, Path(reconstruct))
+    picture = _unpatchify_image(patches, patch_size, size)
+    _save(picture, target)
     return PatchifyResult(
-        source=shown,
+        source=printable(source),
         kind="image",
         image_size=size,
         patch_size=patch_size,
-        num_channels=channels,
+        num_channels=patches.shape[1] // patch_size**2,
         picture_size=size,
         image=picture,
         picture=picture,
         statistics=patch_statistics(patches.numpy()),
-        costs=_costs(size, patch_size, channels),
-        reconstruction=Path(reconstruct),
+        reconstruction=target,
     )

@@ -1,27 +1,31 @@
-"""`vitcli plan`: what a run would cost, before it starts."""
+"""`vitcli plan`: the cost of a run before it starts."""
 
 import time
 import tomllib
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitcli import distributed as launch
+from vitcli import distributed
 from vitcli.config.recipe import lay_over, load_recipe, nest, recipe_path
 from vitcli.config.schema import Recipe, Settings, parse_duration
-from vitcli.cost.alternatives import cheaper, devices
-from vitcli.cost.machine import HERE, find_hardware
-from vitcli.cost.plan import Plan, Prices, Span, Speed, Subject, count, span_here
-from vitcli.cost.probe import base_memory, free_memory, loop_of, probe
-from vitcli.cost.recipe_header import Stated, blank_source
+from vitcli.cost.alternatives import change_rows, device_rows
+from vitcli.cost.machine import find_hardware, includes_this_machine, system_memory
+from vitcli.cost.memory import base_memory
+from vitcli.cost.plan import CostEstimate, Prices, ProbeResult, RunTime, run_time
+from vitcli.cost.planned_run import PlannedRun, count_run
+from vitcli.cost.probe import probe, unsaved_loop
+from vitcli.cost.recipe_header import RecipeHeader, noise_source
 from vitcli.data.source import Source
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free
-from vitcli.train.build import open_source, start_accelerator
+from vitcli.train.build import check_names, open_source, start_accelerator
 from vitcli.train.resolve import (
     finetune_recipe,
     newest_pretrained,
@@ -31,14 +35,62 @@ from vitcli.train.resolve import (
 )
 from vitcli.weights.loaded import LoadedModel
 
-__all__ = ["Plan", "Prices", "run"]
+__all__ = ["CostEstimate", "Prices", "run"]
 
 PROBE_SECONDS = 4.0
-LARGE = 300_000_000  # parameters: a step of more takes minutes on a CPU
+MAX_CPU_PARAMETERS = 300_000_000  # a step of a larger model takes minutes on a CPU
+MAX_MEMORY_SHARE = 0.8  # of the available memory; a larger step is not probed
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlanTarget:
+    """The command line to plan; see `run` for its fields."""
+
+    recipe: str | None
+    data: str | None
+    command: str | None
+    model: str | None
+    settings: Settings | None
+
+    def resolve(self, watch: Watcher) -> tuple[str, Recipe, RecipeHeader]:
+        """The name, the recipe that the training command would use, and its header."""
+        recipe, model, settings = self.recipe, self.model, self.settings
+        if recipe is not None and (Path(recipe) / "recipe.toml").is_file():
+            recipe = str(Path(recipe) / "recipe.toml")
+        elif recipe is not None and Path(recipe).is_dir():
+            raise VitcliError(
+                f"`{recipe}` is not a run: it has no recipe.toml",
+                "to plan for DATA, put the recipe first: `vitcli plan RECIPE DATA`",
+            )
+        text = recipe_path(recipe).read_text(encoding="utf-8") if recipe is not None else ""
+        stated = RecipeHeader.parse(text)
+        if (self.command or _command_of(text)) == "pretrain":
+            if model is not None:
+                settings = {}
+                lay_over(settings, self.settings or {})
+                lay_over(settings, nest("model.name", model))
+            return *pretrain_recipe(self.data, recipe, settings, watch), stated
+        if model is None and recipe is not None:
+            named = load_recipe(recipe, settings or {}).model.name
+            model = None if named else _default_model(stated, watch)
+        return *finetune_recipe(self.data, model, recipe, settings, watch), stated
+
+    def without_budget(self) -> Recipe | None:
+        """The recipe with its own number of steps, if the command line gives a budget."""
+        train = (self.settings or {}).get("train", {})
+        if "budget" not in train:
+            return None
+        rest = {key: value for key, value in train.items() if key != "budget"}
+        settings = {**(self.settings or {}), "train": rest}
+        with suppress(VitcliError):  # the recipe has no number of steps
+            recipe = replace(self, settings=settings).resolve(Quiet())[1]
+            return recipe if recipe.train.budget is None else None
+        return None
 
 
 def run(
-    target: str | None = None,
+    recipe: str | None = None,
     data: str | None = None,
     *,
     command: str | None = None,
@@ -53,211 +105,168 @@ def run(
     prices: Prices | None = None,
     compare: bool = True,
     watch: Watcher | None = None,
-) -> Plan:
-    """Say what a run would cost; nothing is written.
+) -> CostEstimate:
+    """Estimate the cost of a run. Nothing is written.
 
     Args:
-        target: a recipe's name or file, or a run directory; None takes what `command` would.
-        data: DATA; None takes the recipe's, and where there is none what its header says.
-        command: `pretrain` or `finetune`, for `--dry-run`; None goes by the recipe.
-        model: MODEL of a recipe of `finetune`.
-        settings: nested settings laid over the recipe.
-        out, resume: of the command line that is tried.
-        images, classes: of the training set, where there are no data.
-        probing: make a few steps on this machine.
-        device: names of the table, with commas, or `all`; None is this machine.
-        prices: what to say of energy and money.
-        compare: work out what changes would save.
+        recipe: name or file of a recipe, or a run directory; None takes the default of `command`.
+        data: DATA; None takes that of the recipe, else the header of the recipe.
+        command: `pretrain` or `finetune`, for `--dry-run`; None takes that of the recipe.
+        model: MODEL of a `finetune` recipe.
+        settings: nested settings that override the recipe.
+        out, resume: `--out` and `--resume` of the planned command.
+        images, classes: size of the training set if there are no data.
+        probing: make a few real steps on this machine.
+        device: devices of the table, with commas, or `all`; None is this machine.
+        prices: power and prices of the machine.
+        compare: estimate cheaper alternatives.
 
     Raises:
         VitcliError: bad input.
     """
-    from accelerate.utils import broadcast_object_list
-
-    began = launch.started_at or time.monotonic()
+    began = distributed.started_at or time.monotonic()
     watch, prices = watch or Quiet(), prices or Prices()
     if out is not None and not resume:
         check_free(out)
     hardware = find_hardware(device) if device else []
-    here = device is None or device.lower() == "all" or any(h in device.lower() for h in HERE)
-    probing = probing and here
-    name, recipe, stated = _resolve(target, data, command, model, settings, watch)
-    own = _without_budget(target, data, command, model, settings)
-    kind = pick_device()
-    accelerator, precision = start_accelerator(recipe)
-    blank = recipe.data.name is None
-    channels = recipe.model.num_channels or 3
-    source = (
-        blank_source(name, stated, images, classes, channels, watch)
-        if blank
-        else open_source(recipe, watch)
+    here = includes_this_machine(device)
+    request = PlanTarget(recipe, data, command, model, settings)
+    name, resolved, stated = request.resolve(watch)
+    check_names(resolved)
+    own = request.without_budget()
+    accelerator, precision = start_accelerator(resolved)
+    if resolved.data.name is None:
+        channels = resolved.model.num_channels or 3
+        source = noise_source(name, stated, images, classes, channels, watch)
+    else:
+        source = open_source(resolved, watch)
+    torch.manual_seed(resolved.train.seed)
+    base = base_memory() if pick_device().type == "cpu" else None
+    make_model = partial(_make_model, source=source, weights=probing and here)
+    planned = PlannedRun(
+        resolved,
+        source,
+        make_model(resolved, watch=watch),
+        images if images is not None else _count_images(resolved, source),
+        accelerator.num_processes,
+        precision,
     )
-    told = images if images is not None else _images(recipe, source)
-    torch.manual_seed(recipe.train.seed)
-    base = base_memory() if kind.type == "cpu" else None
-    made = _model(recipe, source, probing, watch)
-    ready = time.monotonic() - began
-    subject = Subject(recipe, source, made, told, accelerator.num_processes, precision)
-    counted = count(subject)
-    plan = Plan(subject, name, counted, base, None, None, None, None, [], [], "", prices, None)
-    notes = plan.notes
-    if blank and probing:
-        notes.append("probed on random images: reading and decoding of data are not included")
-    why = broadcast_object_list([_too_large(plan, kind) if probing else None])[0]
-    if why is not None:
-        notes.append(why)
-        probing = False
-    if recipe.train.budget is not None:
-        plan.budget = parse_duration(recipe.train.budget)
-    if probing:
-        plan.speed = _probe(plan, accelerator, ready, watch)
-        plan.span = span_here(recipe, counted, plan.speed)
-        if own is not None and own.train.budget is None:
-            steps = own.train.total_steps(told)
-            plan.own = span_here(own, counted, plan.speed, steps)
-        plan.seconds = plan.span.seconds
-    plan.device = _describe(kind) if here else hardware[0].name
-    plan.devices = devices(plan, hardware)
-    if not here and plan.devices:
-        plan.seconds = plan.devices[0]["seconds"]
-        if plan.devices[0]["steps"] is not None and plan.count.steps is None:
-            plan.span = Span(plan.devices[0]["steps"], plan.devices[0]["seconds"])
+    startup = time.monotonic() - began
+    estimate = CostEstimate(planned, name, count_run(planned), base, prices)
+    if resolved.train.budget is not None:
+        estimate.budget = parse_duration(resolved.train.budget)
+    if probing and here:
+        _add_probe(estimate, own, accelerator, startup, watch)
+    _add_devices(estimate, hardware, here)
     if compare:
-        plan.changes = cheaper(
-            plan,
-            own or recipe,
-            lambda other: _model(other, source, probing, Quiet()),
-            accelerator,
-            probing,
-            watch,
-        )
-    return plan
+        quiet_model = partial(make_model, watch=Quiet())
+        estimate.changes = change_rows(estimate, own or resolved, quiet_model, accelerator, watch)
+    return estimate
 
 
-def _resolve(
-    target: str | None,
-    data: str | None,
-    command: str | None,
-    model: str | None,
-    settings: Settings | None,
-    watch: Watcher,
-) -> tuple[str, Recipe, Stated]:
-    """The recipe as the training command would resolve it, and what its header says."""
-    if target is not None and (Path(target) / "recipe.toml").is_file():
-        target = str(Path(target) / "recipe.toml")
-    elif target is not None and Path(target).is_dir():
-        raise VitcliError(
-            f"`{target}` is not a run: it has no recipe.toml",
-            "`vitcli plan RECIPE DATA`: the recipe comes first",
-        )
-    command = command or _command(target)
-    text = recipe_path(target).read_text(encoding="utf-8") if target is not None else ""
-    stated = Stated.of(text)
-    if command == "pretrain":
-        if model is not None:
-            settings = _with(settings, "model.name", model)
-        return *pretrain_recipe(data, target, settings, watch), stated
-    if model is None and target is not None and not _names_model(target, settings):
-        try:
-            model = newest_pretrained()
-            watch.note(f"no `--model` given: {model}")
-        except VitcliError:
-            if stated.model is None:
-                raise
-            model = stated.model
-            watch.note(f"no `--model` given: {model}, for which the recipe states its cost")
-    return *finetune_recipe(data, model, target, settings, watch), stated
+def _command_of(recipe: str) -> str:
+    """The command of the text of a recipe; a text that is not TOML is refused when it is loaded."""
+    with suppress(tomllib.TOMLDecodeError):
+        if tomllib.loads(recipe).get("command") == "finetune":
+            return "finetune"
+    return "pretrain"
 
 
-def _command(target: str | None) -> str:
-    """Of which command a recipe is; a default one is of `pretrain`."""
-    if target is None:
-        return "pretrain"
+def _default_model(stated: RecipeHeader, watch: Watcher) -> str:
+    """The newest pretrained run, else the model in the header of the recipe."""
     try:
-        found = tomllib.loads(recipe_path(target).read_text(encoding="utf-8")).get("command")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        found = None  # said in words when the recipe is loaded
-    return "finetune" if found == "finetune" else "pretrain"
+        model = newest_pretrained()
+        watch.note(f"no `--model` given: {model}")
+    except VitcliError:
+        if stated.model is None:
+            raise
+        model = stated.model
+        watch.note(f"no `--model` given: {model}, from the header of the recipe")
+    return model
 
 
-def _with(settings: Settings | None, key: str, value: Any) -> Settings:
-    changed: Settings = {}
-    lay_over(changed, settings or {})
-    lay_over(changed, nest(key, value))
-    return changed
-
-
-def _names_model(target: str, settings: Settings | None) -> bool:
-    return load_recipe(target, settings or {}).model.name is not None
-
-
-def _without_budget(
-    target: str | None,
-    data: str | None,
-    command: str | None,
-    model: str | None,
-    settings: Settings | None,
-) -> Recipe | None:
-    """The recipe with its own duration, where the command line gives a budget instead."""
-    train = (settings or {}).get("train", {})
-    if "budget" not in train:
-        return None
-    rest = {k: v for k, v in (settings or {}).items() if k != "train"}
-    rest["train"] = {k: v for k, v in train.items() if k != "budget"}
-    with suppress(VitcliError):
-        return _resolve(target, data, command, model, rest, Quiet())[1]
-    return None
-
-
-def _images(recipe: Recipe, source: Source) -> int:
-    """Training images; a stream does not know how many it has."""
+def _count_images(recipe: Recipe, source: Source) -> int:
+    """The number of training images; a stream does not know it."""
     try:
         return len(source.splits["train"])
     except TypeError:
         if recipe.train.epochs is not None:
-            raise VitcliError("a stream does not say how many images it has", "`--steps`") from None
+            raise VitcliError(
+                "the number of images in a stream is unknown, so epochs cannot be planned",
+                "give `--steps N` instead of epochs",
+            ) from None
         return 1
 
 
-def _model(recipe: Recipe, source: Source, weights: bool, watch: Watcher) -> LoadedModel:
-    """The model of the run, without weights where no step will be made with it."""
+def _make_model(recipe: Recipe, source: Source, weights: bool, watch: Watcher) -> LoadedModel:
+    """The model of the run; without weights if no step will be made with it."""
     if recipe.command == "finetune":
         return pretrained_model(recipe, source, watch)
     empty = random_model(recipe, source, empty=True)
-    on_cpu = pick_device().type == "cpu"
-    if not weights or (on_cpu and sum(p.numel() for p in empty.network.parameters()) > LARGE):
+    parameters = sum(p.numel() for p in empty.network.parameters())
+    if not weights or (pick_device().type == "cpu" and parameters > MAX_CPU_PARAMETERS):
         return empty
     return random_model(recipe, source)
 
 
-def _too_large(plan: Plan, kind: torch.device) -> str | None:
-    """Why no step is made here, if none is."""
-    if any(p.is_meta for p in plan.subject.model.network.parameters()):
+def _add_probe(
+    estimate: CostEstimate, own: Recipe | None, accelerator: Any, startup: float, watch: Watcher
+) -> None:
+    """Measure steps on this machine, and the times that follow from them."""
+    from accelerate.utils import broadcast_object_list
+
+    planned, counts = estimate.planned, estimate.counts
+    if planned.recipe.data.name is None:
+        estimate.notes.append("probed on noise images: reading and decoding are not included")
+    # All processes take the decision of the first: a probe needs every one of them.
+    too_large = broadcast_object_list([_too_large(estimate)])[0]
+    if too_large is not None:
+        estimate.notes.append(too_large)
+        return
+    with watch.progress("probe", 1) as bar:
+        began = time.monotonic()
+        loop = unsaved_loop(planned, accelerator, watch)
+        startup += time.monotonic() - began
+        measured: ProbeResult = probe(planned, loop, PROBE_SECONDS, startup)
+        bar.advance()
+    estimate.probe = measured
+    estimate.time = run_time(planned.recipe, counts, measured)
+    estimate.seconds = estimate.time.seconds
+    if own is not None:
+        steps = own.train.total_steps(planned.images)
+        estimate.full_time = run_time(own, counts, measured, steps)
+
+
+def _too_large(estimate: CostEstimate) -> str | None:
+    """The reason against a probe on this machine, or None."""
+    if any(p.is_meta for p in estimate.planned.model.network.parameters()):
         return (
-            f"not probed here: a model of {plan.count.parameters:,} parameters; "
+            f"not probed: {estimate.counts.parameters:,} parameters are too many for this machine; "
             "`--device all` estimates other machines"
         )
-    free = free_memory()
-    if kind.type == "cpu" and free is not None and plan.memory - (plan.base or 0) > 0.8 * free:
+    needed, available = estimate.memory - (estimate.base or 0), system_memory()[1]
+    if pick_device().type == "cpu" and needed > MAX_MEMORY_SHARE * available:
         return (
-            f"not probed here: a step needs {plan.memory / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} are free"
+            f"not probed: the run needs {estimate.memory / GIB:.1f} GiB of memory, "
+            f"{available / GIB:.1f} GiB are available"
         )
     return None
 
 
-def _probe(plan: Plan, accelerator: Any, ready: float, watch: Watcher) -> Speed:
-    with watch.progress("probe", 1) as bar:
-        began = time.monotonic()
-        loop = loop_of(plan.subject, accelerator, watch)
-        start = ready + time.monotonic() - began
-        speed = probe(plan.subject, loop, PROBE_SECONDS, start)
-        bar.advance()
-    return speed
+def _add_devices(estimate: CostEstimate, hardware: list[Any], here: bool) -> None:
+    """The table of other devices. Without this machine, the first device gives the time."""
+    estimate.device = _describe_device() if here else hardware[0].name
+    estimate.devices = device_rows(estimate, hardware)
+    if not here and estimate.devices:
+        first = estimate.devices[0]
+        estimate.seconds = first["seconds"]
+        if first["steps"] is not None and estimate.counts.steps is None:
+            estimate.time = RunTime(first["steps"], first["seconds"])
 
 
-def _describe(kind: torch.device) -> str:
-    if kind.type == "cuda":
+def _describe_device() -> str:
+    device = pick_device()
+    if device.type == "cuda":
         return str(torch.cuda.get_device_name())
     threads = torch.get_num_threads()
-    return f"this machine ({kind.type}, {threads} thread{'s' * (threads > 1)})"
+    return f"this machine ({device.type}, {threads} thread{'s' * (threads > 1)})"

@@ -21,10 +21,9 @@ from vitcli.evals.predictor import AbstainRules, ImagePredictor
 from vitcli.evals.resume_log import PredictionCounts, ResumeLog, is_finished, open_resume_log
 from vitcli.evals.writers import COLUMNS, OutputFiles, PredictionRow
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
 from vitcli.weights.load_report import tell_load
-from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.loaded import LoadedModel, model_hash
 
 Labels = str | os.PathLike[str] | Sequence[str] | None
 

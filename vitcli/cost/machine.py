@@ -1,12 +1,8 @@
-"""What this machine is and how fast its parts are, in a few seconds.
-
-Devices by name: what their makers say they can do at most, and how much of it training gets.
-"""
+"""This machine, its parts and their measured speed; other devices, and their data sheets."""
 
 import io
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,22 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from vitcli.errors import VitcliError, nearest
-from vitcli.vit.blocks import attend_explicit, is_written_out
+from vitcli.errors import unknown
+from vitcli.vit.blocks import attend_explicit, uses_explicit_attention
 
-PRODUCT = 1024  # side of the matrices that are multiplied
-RUNS = 5  # of which the best counts
+MATRIX_SIDE = 1024
+RUNS = 5  # the best one counts
 DISK_BYTES = 64 * 2**20
-PICTURE = (1600, 1200)
-# Images, heads, tokens and head width of an S/16 at 224 pixels.
-ATTENTION = (8, 6, 197, 64)
+JPEG_SIZE = (1600, 1200)
+# Images, heads, tokens and head width of an S/16 at 224 px.
+ATTENTION_SHAPE = (8, 6, 197, 64)
 
 
 def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
+    """The name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -40,60 +37,57 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> float:
-    """Cores that this process may keep busy: its affinity, and a container's share of time."""
+    """Cores that this process may use: its affinity, and the CPU share of a container."""
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         return min(float(mine or 1), int(quota) / int(period))
-    except (OSError, ValueError):  # no container, or one without a limit
+    except (OSError, ValueError):  # not in a container, or without a limit
         return float(mine or 1)
 
 
-def memory_bytes() -> tuple[int | None, int | None]:
-    """(all memory, what is free for a new program); None where the system does not tell."""
+def system_memory() -> tuple[int, int]:
+    """(total bytes, bytes available to a new program), within the limit of a container."""
+    memory = psutil.virtual_memory()
+    total, available = int(memory.total), int(memory.available)
     try:
-        text = Path("/proc/meminfo").read_text(encoding="utf-8")
-        rows = dict(line.split(":", 1) for line in text.splitlines())
-        total, free = (int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
-    except (OSError, KeyError, ValueError):
-        return None, None
-    try:  # a container may have less than its machine
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-        return min(total, limit), min(free, limit - used)
+        return min(total, limit), min(available, limit - used)
     except (OSError, ValueError):
-        return total, free
+        return total, available
 
 
-def best_seconds(work: Callable[[], object], runs: int = RUNS) -> float:
-    """The shortest of a few runs, after one that does not count."""
+def best_seconds(work: Callable[[], object]) -> float:
+    """The seconds of the fastest of `RUNS` calls, after one warm-up call."""
     work()
     found = []
-    for _ in range(runs):
+    for _ in range(RUNS):
         start = time.perf_counter()
         work()
         found.append(time.perf_counter() - start)
     return min(found)
 
 
-def product_rate(dtype: torch.dtype, threads: int) -> float:
-    """Operations a second of large matrix products on the CPU, two a multiply-add."""
+def matmul_flops(dtype: torch.dtype, threads: int) -> float:
+    """FLOP/s of large matrix products on the CPU; a multiply-add is two FLOPs."""
     before = torch.get_num_threads()
-    x = torch.ones(PRODUCT, PRODUCT, dtype=dtype)
+    x = torch.ones(MATRIX_SIDE, MATRIX_SIDE, dtype=dtype)
     torch.set_num_threads(threads)
     try:
-        return 2.0 * PRODUCT**3 / best_seconds(lambda: x @ x)
+        return 2.0 * MATRIX_SIDE**3 / best_seconds(lambda: x @ x)
     finally:
         torch.set_num_threads(before)
 
 
 def attention_seconds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds of attention, forward and backward, written out and by torch's kernel.
+    """Seconds of forward and backward pass of attention: `explicit` and torch's `fused` kernel.
 
-    `chosen` is the one of both that the models take there.
+    `chosen` is the one of both that the models use on this device.
     """
     q, k, v = (
-        torch.randn(ATTENTION, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+        torch.randn(ATTENTION_SHAPE, device=device, dtype=dtype, requires_grad=True)
+        for _ in range(3)
     )
 
     def timed(attention: Callable[..., Tensor]) -> float:
@@ -109,29 +103,29 @@ def attention_seconds(device: torch.device, dtype: torch.dtype) -> dict[str, flo
     return {
         "explicit": explicit,
         "fused": fused,
-        "chosen": explicit if is_written_out(q) else fused,
+        "chosen": explicit if uses_explicit_attention(q) else fused,
     }
 
 
-def gpus() -> list[dict[str, Any]]:
+def gpu_facts() -> list[dict[str, Any]]:
     """Name, memory and capability of each GPU that torch sees."""
     found = []
     for number in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(number)
+        properties = torch.cuda.get_device_properties(number)
         found.append(
             {
-                "name": facts.name,
-                "memory_bytes": facts.total_memory,
-                "capability": f"{facts.major}.{facts.minor}",
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+                "capability": f"{properties.major}.{properties.minor}",
             }
         )
     return found
 
 
 def disk_rates(folder: Path) -> dict[str, float] | None:
-    """Bytes a second written to the disk under `folder` and read back; None if it refuses.
+    """Bytes/s written to the disk of `folder` and read back; None if it cannot be written.
 
-    What is read has been dropped from memory before, where the system lets us ask for that.
+    The system drops the file from its cache before the read, where it supports that.
     """
     block = os.urandom(2**20)
     try:
@@ -153,14 +147,14 @@ def disk_rates(folder: Path) -> dict[str, float] | None:
     return {"write": DISK_BYTES / written, "read": DISK_BYTES / read}
 
 
-def decode_rate() -> float:
-    """JPEGs of two megapixels that one core decodes a second."""
+def jpeg_rate() -> float:
+    """JPEGs of 2 megapixels that one core decodes per second."""
     import numpy as np
     from PIL import Image
 
-    noise = np.random.default_rng(0).integers(0, 256, (PICTURE[1] // 8, PICTURE[0] // 8, 3))
+    noise = np.random.default_rng(0).integers(0, 256, (JPEG_SIZE[1] // 8, JPEG_SIZE[0] // 8, 3))
     buffer = io.BytesIO()
-    Image.fromarray(noise.astype(np.uint8)).resize(PICTURE).save(buffer, "JPEG", quality=85)
+    Image.fromarray(noise.astype(np.uint8)).resize(JPEG_SIZE).save(buffer, "JPEG", quality=85)
 
     def work() -> None:
         buffer.seek(0)
@@ -170,7 +164,7 @@ def decode_rate() -> float:
 
 
 def pillow_features() -> dict[str, bool]:
-    """What the Pillow that is installed can read, and whether its JPEG is the fast one."""
+    """Formats that the installed Pillow reads, and True for the fast JPEG library."""
     from PIL import features
 
     names = {"libjpeg_turbo": features.check_feature}
@@ -178,30 +172,25 @@ def pillow_features() -> dict[str, bool]:
     return {name: bool(check(name)) for name, check in names.items()}
 
 
-def load_average() -> float | None:
-    """Processes that wanted to run, on average over the last minute."""
-    return os.getloadavg()[0] if sys.platform != "win32" else None
-
-
-TERA, GIGA = 1e12, 2**30
-# The share of its peak that a device spends on the model (MFU). For GPUs an assumption, wide enough
-# for well-fed training of ViTs in mixed precision: small models and slow data fall below it.
+TERA, GIB = 1e12, 2**30
+# MFU that an estimate assumes, from and to. It holds for ViTs in mixed precision whose data keeps
+# up with the GPU; small models stay below it.
 ASSUMED_MFU = (0.25, 0.5)
-# TPUv3: what the paper's own figures imply. Exaflops of its table 6 over the core-days of its table
-# 2 are 26.7 (L/16, JFT), 23.8 (L/16, ImageNet-21k) and 19.7 (H/14) TFLOP/s of 61.5 a core.
+# TPUv3: exaFLOPs of the paper's table 6 over the core-days of its table 2 are 26.7 (L/16, JFT),
+# 23.8 (L/16, ImageNet-21k) and 19.7 (H/14) TFLOP/s of 61.5 per core.
 PAPER_MFU = (0.32, 0.44)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device.
+    """The data sheet of a device.
 
     Attributes:
-        peak_flops: operations a second of dense bf16 (T4: fp16) products, without sparsity.
+        peak_flops: FLOP/s of dense bf16 products (T4: fp16), without sparsity.
         memory: bytes.
-        bandwidth: of its memory, bytes a second.
-        source: where these figures stand.
-        mfu: the least and the largest share of `peak_flops` that an estimate assumes.
+        bandwidth: of the memory, bytes/s.
+        source: of these figures.
+        mfu: the lowest and highest MFU that an estimate assumes.
     """
 
     name: str
@@ -211,31 +200,35 @@ class Hardware:
     source: str
     mfu: tuple[float, float] = ASSUMED_MFU
 
+    def seconds(self, flops: float, mfu: float) -> float:
+        """The time of `flops` operations at a fraction `mfu` of the peak."""
+        return flops / (self.peak_flops * mfu)
+
 
 HARDWARE = {
-    "t4": Hardware("T4", 65 * TERA, 16 * GIGA, 320e9, "NVIDIA T4 datasheet (fp16)"),
-    "l4": Hardware("L4", 121 * TERA, 24 * GIGA, 300e9, "NVIDIA L4 datasheet"),
+    "t4": Hardware("T4", 65 * TERA, 16 * GIB, 320e9, "NVIDIA T4 datasheet (fp16)"),
+    "l4": Hardware("L4", 121 * TERA, 24 * GIB, 300e9, "NVIDIA L4 datasheet"),
     "rtx4090": Hardware(
-        "RTX 4090", 165.2 * TERA, 24 * GIGA, 1008e9, "NVIDIA Ada whitepaper, fp32 accumulation"
+        "RTX 4090", 165.2 * TERA, 24 * GIB, 1008e9, "NVIDIA Ada whitepaper, fp32 accumulation"
     ),
-    "a100": Hardware("A100 80GB SXM", 312 * TERA, 80 * GIGA, 2039e9, "NVIDIA A100 datasheet"),
-    "h100": Hardware("H100 SXM", 989 * TERA, 80 * GIGA, 3350e9, "NVIDIA H100 datasheet"),
-    "h200": Hardware("H200 SXM", 989 * TERA, 141 * GIGA, 4800e9, "NVIDIA H200 datasheet"),
+    "a100": Hardware("A100 80GB SXM", 312 * TERA, 80 * GIB, 2039e9, "NVIDIA A100 datasheet"),
+    "h100": Hardware("H100 SXM", 989 * TERA, 80 * GIB, 3350e9, "NVIDIA H100 datasheet"),
+    "h200": Hardware("H200 SXM", 989 * TERA, 141 * GIB, 4800e9, "NVIDIA H200 datasheet"),
     "tpuv3": Hardware(
         "TPUv3 core",
         61.5 * TERA,
-        16 * GIGA,
+        16 * GIB,
         450e9,
-        "Google Cloud TPU v3 documentation: 123 TFLOP/s, 32 GiB and 900 GB/s a chip of two cores",
+        "Google Cloud TPU v3 documentation: 123 TFLOP/s, 32 GiB and 900 GB/s per chip of two cores",
         PAPER_MFU,
     ),
 }
 ALIASES = {"4090": "rtx4090", "rtx-4090": "rtx4090", "tpuv3-core": "tpuv3", "tpu-v3": "tpuv3"}
-HERE = ("this", "here", "cpu")  # the machine at hand: measured, not assumed
+THIS_MACHINE = ("this", "here", "cpu")  # measured, not estimated
 
 
 def find_hardware(names: str) -> list[Hardware]:
-    """`h100`, `a100,h100`, `all` -> devices; names of `HERE` are left out.
+    """`h100`, `a100,h100`, `all` -> devices; the names of `THIS_MACHINE` are skipped.
 
     Raises:
         VitcliError: an unknown name.
@@ -244,13 +237,15 @@ def find_hardware(names: str) -> list[Hardware]:
         return list(HARDWARE.values())
     found = []
     for name in names.lower().replace(" ", "").split(","):
-        if name in HERE:
+        if name in THIS_MACHINE:
             continue
         key = ALIASES.get(name, name)
         if key not in HARDWARE:
-            known = [*HARDWARE, "cpu", "all"]
-            close = nearest(key, known)
-            hint = f"did you mean `{close}`?" if close else f"there are {', '.join(known)}"
-            raise VitcliError(f"no device `{name}` in the table", hint)
+            raise unknown("device", name, [*HARDWARE, "cpu", "all"])
         found.append(HARDWARE[key])
     return found
+
+
+def includes_this_machine(names: str | None) -> bool:
+    """True if `--device` includes this machine; without the option it does."""
+    return names is None or names.lower() == "all" or any(n in names.lower() for n in THIS_MACHINE)

@@ -1,4 +1,4 @@
-"""The memory of a training step, traced operation by operation on tensors that hold nothing."""
+"""The memory of a training step, traced operation by operation on tensors without content."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -13,32 +14,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitcli.config.schema import Recipe
-from vitcli.cost.malloc_replay import Event, heap_peak
 from vitcli.train.ema import Ema
 from vitcli.train.objectives import find_objective
 from vitcli.train.optimizers import build_optimizers
 from vitcli.vit.blocks import forced_attention
 
-Make = Callable[[], nn.Module]
-STEPS = 3
-SCALAR = torch.ops.aten._local_scalar_dense.default
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# On a CPU a process grows by more than its tensors: glibc's malloc keeps the holes between freed
+# blocks, and kernels and threads have buffers of their own. Activation checkpointing leaves more
+# holes, because it frees and allocates blocks of many sizes in turn. The three constants are fitted
+# to measured runs (recipes/LOG.md).
+CPU_BUFFERS = 50 * 2**20
+MALLOC_OVERHEAD = {False: 1.12, True: 1.7}  # by activation checkpointing
+ITEM = torch.ops.aten._local_scalar_dense.default
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one process's training step.
+class StepMemory:
+    """Bytes of a training step in one process.
 
     Attributes:
-        weights: parameters and buffers, a frozen teacher's too.
-        gradients: of the weights that learn.
-        optimizer: what the chosen optimizer keeps between steps.
-        average: the moving average of the weights, where there is one.
-        activations: what the forward pass of a micro-batch leaves for the backward pass.
-        peak: the most that is alive at once within a step: not the sum of these, because gradients
-            come as activations go, and because of what lives for an operation or two only.
-        heap: what the heap of a process on a CPU grows to by it, see `heap.py`; None where that is
-            not known.
+        weights: parameters and buffers, with those of a frozen teacher.
+        gradients: of the trainable weights.
+        optimizer: state that the optimizer keeps between steps.
+        average: the moving average of the weights.
+        activations: kept by the forward pass of a micro-batch for its backward pass.
+        gradient_peak: the largest sum of all tensors that are alive at once in the forward and
+            backward passes. It is smaller than the sum of the above, because activations are freed
+            while gradients are made.
+        update_peak: the same for clipping, optimizer and average, which do not depend on the batch.
+        checkpointing: the step uses activation checkpointing.
     """
 
     weights: int
@@ -46,28 +51,46 @@ class Memory:
     optimizer: int
     average: int
     activations: int
-    peak: int
-    heap: int | None = None
+    gradient_peak: int
+    update_peak: int
+    checkpointing: bool = False
 
     @property
-    def lasting(self) -> int:
-        """What is there between two steps; gradients are dropped at the start of each."""
-        return self.weights + self.gradients + self.optimizer + self.average
+    def peak(self) -> int:
+        """Peak bytes of all tensors."""
+        return max(self.gradient_peak, self.update_peak)
+
+    @property
+    def between_steps(self) -> int:
+        """Bytes that stay between two steps; gradients are freed at the start of a step."""
+        return self.weights + self.optimizer + self.average
+
+    def growth_per_image(self, larger: "StepMemory", images: int) -> float:
+        """Bytes by which a step grows per image; `larger` is the same step with `images` more.
+
+        In a small batch the gradients may decide both peaks, and then they are equal. The
+        activations always grow.
+        """
+        peak = larger.gradient_peak - self.gradient_peak
+        return max(1.0, max(peak, larger.activations - self.activations) / images)
+
+    @property
+    def cpu_peak(self) -> int:
+        """Bytes by which a process on a CPU grows."""
+        return CPU_BUFFERS + int(MALLOC_OVERHEAD[self.checkpointing] * self.peak)
 
 
-class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that are alive, and their largest sum."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self.events: list[Event] = []
-        self._seen: dict[int, Any] = {}
-        self._count = 0
+        self._storages: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is SCALAR and isinstance(args[0], FakeTensor):
-            return 1.0  # some optimizers ask for the number of their step; a fake one has none
+        if func is ITEM and isinstance(args[0], FakeTensor):
+            return 1.0  # some optimizers read their step number, which a fake tensor does not have
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -78,38 +101,33 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count the storage of `tensor` until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
+        if key in self._storages:
             return
 
-        self._count += 1
-        number = self._count
-
-        def gone(_: Any) -> None:
-            self.events.append((-number, 0))
+        def freed(_: Any) -> None:
             self.live -= size
-            self._seen.pop(key, None)
+            self._storages.pop(key, None)
 
-        self._seen[key] = weakref.ref(storage, gone)
-        self.events.append((number, size))
+        self._storages[key] = weakref.ref(storage, freed)
         self.live += size
         self.peak = max(self.peak, self.live)
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step is made of, besides the model.
+class StepShape:
+    """The sizes that decide the memory of a step.
 
     Attributes:
-        size: (C, Y, X) of an image as the loader hands it over.
-        side: that images are shrunk to at this stage of the run, or None.
-        batch, micro: images of a step and of one forward pass, on this process.
-        classes: where labels are mixed or several, their number; 0 for one class an image.
-        on_gpu: whether attention is the fused one of a GPU.
+        size: (C, Y, X) of an image from the loader.
+        batch, micro_batch: images per step and per forward pass, in this process.
+        side: pixels to which the stage of the run shrinks images, or None.
+        classes: number of classes if labels are mixed or multi-label, else 0.
+        on_gpu: use the fused attention of a GPU.
     """
 
     size: tuple[int, int, int]
     batch: int
-    micro: int
+    micro_batch: int
     precision: str
     side: int | None = None
     classes: int = 0
@@ -117,98 +135,81 @@ class Step:
     checkpointing: bool = False
     on_gpu: bool = False
 
-
-def hollow(module: nn.Module) -> nn.Module:
-    """`module` with all its tensors replaced by zeros: inside of a `FakeTensorMode` by fake ones.
-
-    It cannot be used otherwise any more.
-    """
-    made: dict[int, Tensor] = {}
-
-    def empty(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
-            made[id(tensor)] = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-        return made[id(tensor)]
-
-    for part in [module, *getattr(module, "frozen_modules", ())]:
-        for inner in part.modules():
-            for name, p in inner._parameters.items():
-                if p is not None:
-                    inner._parameters[name] = nn.Parameter(empty(p), requires_grad=p.requires_grad)
-            for name, buffer in inner._buffers.items():
-                if buffer is not None:
-                    inner._buffers[name] = empty(buffer)
-    return module
+    @property
+    def num_micro_batches(self) -> int:
+        """At most two: the second already has the gradients of the first beside it."""
+        return min(2, -(-self.batch // self.micro_batch))
 
 
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, those of a frozen teacher too."""
-    parts = [module, *getattr(module, "frozen_modules", ())]
-    return [t for part in parts for t in (*part.parameters(), *part.buffers())]
+MakeObjective = Callable[[], nn.Module]
 
 
-def size_of(tensors: Any) -> int:
-    """Bytes of tensors, each storage once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+def step_memory(make_objective: MakeObjective, recipe: Recipe, shape: StepShape) -> StepMemory:
+    """The memory of a step of `recipe`, traced on tensors without content.
 
-
-def step_memory(make_objective: Make, recipe: Recipe, step: Step) -> Memory:
-    """The memory of a step of `recipe`, by running it on tensors without content.
-
-    What two objectives choose by masks has no size before it is computed. They are run in earnest,
-    on one and on two images, and a line is drawn through both.
+    Objectives with boolean masks have sizes that depend on the content. Their step runs for real
+    with one and with two images, and the result is extrapolated.
 
     Args:
-        make_objective: builds it anew, on any device: its weights are replaced.
+        make_objective: builds the objective on any device; the trace replaces its weights.
     """
     fake = not find_objective(recipe.objective.name).shapes_depend_on_data
-    if fake or step.micro < 3:
-        return trace(make_objective, recipe, step, fake=fake)
-    parts = min(2, -(-step.batch // step.micro))
+    if fake or shape.micro_batch < 3:
+        return trace_step(make_objective, recipe, shape, fake=fake)
+    parts = shape.num_micro_batches
     one, two = (
-        trace(make_objective, recipe, replace(step, micro=n, batch=n * parts), fake=False)
+        trace_step(
+            make_objective, recipe, replace(shape, micro_batch=n, batch=n * parts), fake=False
+        )
         for n in (1, 2)
     )
 
-    def line(a: int, b: int) -> int:
-        return a + (b - a) * (step.micro - 1)
+    def extrapolate(a: int, b: int) -> int:
+        return a + (b - a) * (shape.micro_batch - 1)
 
-    heap = None if one.heap is None or two.heap is None else line(one.heap, two.heap)
-    activations, peak = line(one.activations, two.activations), line(one.peak, two.peak)
-    return replace(two, activations=activations, peak=peak, heap=heap)
+    activations = extrapolate(one.activations, two.activations)
+    # With one or two images the peak may be that of the gradients, which does not grow with the
+    # batch. Between forward and backward pass, all activations of the micro-batch are alive.
+    between_passes = two.between_steps + activations + (two.gradients if parts > 1 else 0)
+    peak = max(extrapolate(one.gradient_peak, two.gradient_peak), between_passes)
+    return replace(two, activations=activations, gradient_peak=peak)
 
 
-def trace(make_objective: Make, recipe: Recipe, step: Step, *, fake: bool = True) -> Memory:
-    """`step_memory` for one size, on tensors with content where they are not `fake`.
+def trace_step(
+    make_objective: MakeObjective, recipe: Recipe, shape: StepShape, *, fake: bool = True
+) -> StepMemory:
+    """Trace two steps as the training loop makes them: micro-batches, clipping, optimizer, average.
 
-    Some steps are made, as the training loop makes them: micro-batches, clipping, optimizers,
-    average. The last one counts: optimizers make their states in the first, and a heap takes two or
-    three to get its holes. What kernels allocate inside of one operation is not seen.
-
+    The second step counts, because optimizers allocate their state in the first. Buffers inside of
+    kernels are not seen. `fake` traces tensors without content.
     """
     objective = make_objective()
     with (
         FakeTensorMode() if fake else nullcontext(),
-        forced_attention("fused" if step.on_gpu else None),
+        forced_attention("fused" if shape.on_gpu else None),
     ):
-        objective = hollow(objective).train()
+        objective = replace_tensors(objective).train()
         model: Any = objective.model
-        model.checkpoint_activations = step.checkpointing
-        model.patch_drop_rate = step.patch_drop_rate
+        model.checkpoint_activations = shape.checkpointing
+        model.patch_drop_rate = shape.patch_drop_rate
         optimizers = build_optimizers(objective, recipe.optim)
-        tracker = Tracker()
-        for tensor in tensors_of(objective):
+        tracker = StorageTracker()
+        for tensor in all_tensors(objective):
             tracker.add(tensor)
         weights = tracker.live
         with tracker:
             average = Ema(objective, 0.9) if recipe.train.ema_decay else None
-            activations = 0
-            for _ in range(2 if step.on_gpu else STEPS):
+            for _ in range(2):
                 tracker.peak = tracker.live
-                activations = _step(objective, optimizers, recipe, step, tracker)
+                activations = _accumulate_gradients(objective, optimizers, shape, tracker)
+                gradient_peak, tracker.peak = tracker.peak, tracker.live
+                if recipe.optim.grad_clip is not None:
+                    nn.utils.clip_grad_norm_(objective.parameters(), recipe.optim.grad_clip)
+                for optimizer in optimizers:
+                    optimizer.step()
                 if average is not None:
                     average.update(objective, 1)
-        learning = [p for p in objective.parameters() if p.requires_grad]
+        gradients = [p.grad for p in objective.parameters() if p.grad is not None]
         states = [
             value
             for optimizer in optimizers
@@ -216,51 +217,47 @@ def trace(make_objective: Make, recipe: Recipe, step: Step, *, fake: bool = True
             for value in state.values()
             if isinstance(value, Tensor)
         ]
-        return Memory(
+        return StepMemory(
             weights=weights,
-            gradients=size_of(p.grad for p in learning if p.grad is not None),
-            optimizer=size_of(states),
-            average=size_of(average.tensors.values()) if average else 0,
+            gradients=storage_bytes(gradients),
+            optimizer=storage_bytes(states),
+            average=storage_bytes(average.tensors.values()) if average else 0,
             activations=activations,
-            peak=tracker.peak,
-            heap=None if step.on_gpu else heap_peak(tracker.events),
+            gradient_peak=gradient_peak,
+            update_peak=tracker.peak,
+            checkpointing=shape.checkpointing,
         )
 
 
-def _step(
-    objective: nn.Module, optimizers: Any, recipe: Recipe, step: Step, tracker: Tracker
+def _accumulate_gradients(
+    objective: nn.Module, optimizers: Any, shape: StepShape, tracker: StorageTracker
 ) -> int:
-    """One optimizer step; what the forward pass of a micro-batch left for the backward pass."""
+    """Forward and backward passes; returns the bytes that a forward pass keeps for the backward."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    pixels = torch.empty(step.batch, *step.size, dtype=torch.uint8)
+    pixels = torch.empty(shape.batch, *shape.size, dtype=torch.uint8)
     kept = 0
-    # Two parts say what many would: gradients that are there already while the next is forward.
-    for _ in range(min(2, -(-step.batch // step.micro))):
+    for _ in range(shape.num_micro_batches):
         before = tracker.live
-        images, targets = _inputs(pixels[: step.micro], step)
-        with _autocast(step.precision):
-            loss, _figures = objective(images, targets, {})
+        images, targets = _inputs(pixels[: shape.micro_batch], shape)
+        with _autocast(shape.precision):
+            loss, _metrics = objective(images, targets, {})
         del images, targets
         kept = max(kept, tracker.live - before)
         loss.backward()
-        del loss, _figures
-    if recipe.optim.grad_clip is not None:
-        nn.utils.clip_grad_norm_(objective.parameters(), recipe.optim.grad_clip)
-    for optimizer in optimizers:
-        optimizer.step()
+        del loss, _metrics
     return kept
 
 
-def _inputs(pixels: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """(B, C, Y, X) bytes -> images as the model sees them, and labels."""
+def _inputs(pixels: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:
+    """(B, C, Y, X) uint8 -> the input of the model, and labels."""
     images = (pixels.float() / 255 - 0.5) / 0.5
-    if step.side is not None:
-        images = nn.functional.interpolate(images, size=(step.side, step.side), mode="bilinear")
-    b = len(pixels)
-    if step.classes:
-        return images, torch.empty(b, step.classes)
-    return images, torch.zeros(b, dtype=torch.long)
+    if shape.side is not None:
+        size = (shape.side, shape.side)
+        images = nn.functional.interpolate(images, size=size, mode="bilinear")
+    if shape.classes:
+        return images, torch.empty(len(pixels), shape.classes)
+    return images, torch.zeros(len(pixels), dtype=torch.long)
 
 
 @contextmanager
@@ -268,20 +265,75 @@ def _autocast(precision: str) -> Iterator[None]:
     if precision == "fp32":
         yield
         return
-    with torch.autocast("cpu", DTYPES[precision]):
+    with torch.autocast("cpu", AUTOCAST_DTYPES[precision]):
         yield
 
 
 def evaluation_memory(
     model: nn.Module, size: tuple[int, int, int], batch: int, precision: str = "fp32"
 ) -> int:
-    """The most bytes that are alive in a forward pass over `batch` images, with the weights."""
+    """The peak bytes of a forward pass over `batch` images, weights included."""
     with FakeTensorMode():
-        model = hollow(model).eval()
-        tracker = Tracker()
-        for tensor in tensors_of(model):
+        model = replace_tensors(model).eval()
+        tracker = StorageTracker()
+        for tensor in all_tensors(model):
             tracker.add(tensor)
         with tracker, torch.no_grad(), _autocast(precision):
             pixels = torch.empty(batch, *size, dtype=torch.uint8)
             model((pixels.float() / 255 - 0.5) / 0.5)
         return tracker.peak
+
+
+def replace_tensors(module: nn.Module) -> nn.Module:
+    """Replace all tensors of `module` by zeros; inside a `FakeTensorMode` by fake tensors.
+
+    Tied weights stay tied. The module computes nothing useful afterwards.
+    """
+    made: dict[int, Tensor] = {}
+
+    def zeros(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return made[id(tensor)]
+
+    for part in _modules(module):
+        for inner in part.modules():
+            for name, p in inner._parameters.items():
+                if p is not None:
+                    inner._parameters[name] = nn.Parameter(zeros(p), requires_grad=p.requires_grad)
+            for name, buffer in inner._buffers.items():
+                if buffer is not None:
+                    inner._buffers[name] = zeros(buffer)
+    return module
+
+
+def all_tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, with those of a frozen teacher."""
+    return [t for part in _modules(module) for t in (*part.parameters(), *part.buffers())]
+
+
+def _modules(module: nn.Module) -> list[nn.Module]:
+    return [module, *getattr(module, "frozen_modules", ())]
+
+
+def storage_bytes(tensors: Any) -> int:
+    """Bytes of tensors; a storage that several of them share counts once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def base_memory() -> int:
+    """Resident bytes of this process after it has loaded everything that a run loads.
+
+    The first optimizer imports torch's compiler, the first products load kernels, and the curves at
+    the end load matplotlib. So a small step and a small figure come first.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layer = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64))
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer(torch.ones(256, 64)).sum().backward()
+    optimizer.step()
+    canvas: Any = FigureCanvasAgg(Figure(figsize=(9.0, 3.2), layout="constrained"))
+    canvas.draw()
+    return int(psutil.Process().memory_info().rss)

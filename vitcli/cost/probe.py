@@ -1,14 +1,12 @@
-"""A few real steps of a run on this machine, and what they say of the whole of it."""
+"""A few real steps of a run on this machine: seconds per step, evaluation and writing."""
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vitcli.cost.plan import Speed, Subject
+from vitcli.cost.plan import ProbeResult
+from vitcli.cost.planned_run import PlannedRun
 from vitcli.devices import matrix_peak, peak_memory
 from vitcli.progress import Logged, Watcher
 from vitcli.run import Run
@@ -18,120 +16,82 @@ from vitcli.train.build import build_loop, held_out_images
 from vitcli.train.loop import Loop
 from vitcli.train.validate import EVAL_BATCH_SIZE
 
-MOST_STEPS = 1000
-WARM_STEPS = 3  # threads fill their queue, torch its caches, and the optimizers make their states
-WHOLE_EVALUATION = (
-    1.5  # seconds: a batch of the held-out split that is faster is evaluated in earnest
-)
-DISK_SPEED = 300e6  # bytes a second that writing a checkpoint is taken to reach
+MAX_STEPS = 1000
+WARMUP_STEPS = 3  # they fill queues and caches, and allocate the state of the optimizers
+MAX_EVAL_SECONDS = 1.5  # a slower evaluation batch is estimated, not measured
+DISK_SPEED = 300e6  # bytes/s, assumed for writing a checkpoint
 
 
-def loop_of(subject: Subject, accelerator: Any, watch: Watcher) -> Loop:
-    """The loop of a run that is never saved: `subject.model` has weights.
+def unsaved_loop(planned: PlannedRun, accelerator: Any, watch: Watcher) -> Loop:
+    """The training loop of `planned`, whose model has weights, without a run directory.
 
     Raises:
-        VitcliError: what `vitcli.train.session.train` would refuse.
+        VitcliError: as training itself would raise.
     """
     nowhere = Path(os.devnull)
     return build_loop(
-        subject.recipe,
-        subject.source,
-        lambda _: subject.model,
+        planned.recipe,
+        planned.source,
+        lambda _: planned.model,
         Run(nowhere),
         accelerator,
         Logged(watch, nowhere),
     )
 
 
-def step_times(loop: Loop, seconds: float, warm: int = WARM_STEPS) -> tuple[float, ...]:
-    """The mean seconds of a step in each stage; about so many seconds are spent on all of them."""
+def time_steps(loop: Loop, seconds: float, warmup: int = WARMUP_STEPS) -> tuple[float, ...]:
+    """The mean seconds per step in each stage; takes about `seconds` for all stages together."""
     stages = stage_fractions(loop.recipe.train)
+    limit = seconds / len(stages)
     found = []
     for place, _ in stages:
-        enough = time.monotonic() + seconds / len(stages)
-        first = time.perf_counter()
-        # One slow step is enough to know that there is no time for several warm ones.
+        start, end = time.perf_counter(), time.monotonic() + limit
         seconds_per_step(loop, place, 0.0, max_steps=1, warmup=0)
-        spent = time.perf_counter() - first
-        slow = max_over_processes(
-            loop.accelerator, int(spent > seconds / len(stages) / 2)
-        )  # all processes together
-        found.append(
-            seconds_per_step(loop, place, enough, max_steps=MOST_STEPS, warmup=0 if slow else warm)
-        )
+        # If one step takes half of the time, there is no time for warm-up steps. All processes
+        # must agree, because each step averages gradients over all of them.
+        slow = max_over_processes(loop.accelerator, int(time.perf_counter() - start > limit / 2))
+        steps = {"max_steps": MAX_STEPS, "warmup": 0 if slow else warmup}
+        found.append(seconds_per_step(loop, place, end, **steps))
     return tuple(found)
 
 
-def probe(subject: Subject, loop: Loop, seconds: float, start: float) -> Speed:
-    """Steps of each stage, a part of the evaluation, the machine's peak, and the memory.
+def probe(planned: PlannedRun, loop: Loop, seconds: float, startup: float) -> ProbeResult:
+    """Measure steps for about `seconds`, and a part of the evaluation.
 
     Args:
-        seconds: for the steps; one of each stage is made however long it takes.
-        start: that the program took to come so far, without what only a plan does.
+        startup: seconds that the program needed before the first step.
     """
     device = loop.accelerator.device
-    peak = matrix_peak(device, subject.precision)
-    times = step_times(loop, seconds)
-    return Speed(
-        start=start,
+    peak = matrix_peak(device, planned.precision)
+    times = time_steps(loop, seconds)
+    parameters = sum(p.numel() for p in planned.model.network.parameters())
+    return ProbeResult(
+        startup=startup,
         steps=times,
-        evaluation=_evaluation(subject, loop, times[-1]),
-        writing=0.5
-        + 3 * 4 * sum(p.numel() for p in subject.model.network.parameters()) / DISK_SPEED,
+        evaluation=_evaluation_seconds(planned, loop, times[-1]),
+        writing=0.5 + 3 * 4 * parameters / DISK_SPEED,
         peak_flops=peak * loop.accelerator.num_processes,
         memory=peak_memory(device) if device.type == "cuda" else None,
     )
 
 
-def _evaluation(subject: Subject, loop: Loop, step: float) -> float:
-    """Seconds of a pass over the held-out split.
+def _evaluation_seconds(planned: PlannedRun, loop: Loop, step: float) -> float:
+    """Seconds of a pass over the held-out split, measured on a part of it.
 
-    By a part of it where that is quick; else a forward pass is a third of a training step.
+    If that is slow, a forward pass is assumed to take a third of a training step.
     """
-    images = held_out_images(subject.source)
+    images = held_out_images(planned.source)
     if loop.validate is None or not images:
         return 0.0
-    rough = step / subject.recipe.train.batch_size / 3
-    if max_over_processes(
-        loop.accelerator, int(rough * min(images, EVAL_BATCH_SIZE) > WHOLE_EVALUATION)
-    ):
-        return rough * images
+    per_image = step / planned.recipe.train.batch_size / 3
+    batch = per_image * min(images, EVAL_BATCH_SIZE)
+    if max_over_processes(loop.accelerator, int(batch > MAX_EVAL_SECONDS)):
+        return per_image * images
     loop.module.eval()
     few = min(images, EVAL_BATCH_SIZE * loop.accelerator.num_processes)
-    loop.validate(limit=few)  # once to warm up
+    loop.validate(limit=few)  # warm-up
     start = time.perf_counter()
     loop.validate(limit=few)
-    passed = time.perf_counter() - start
+    measured = time.perf_counter() - start
     loop.module.train()
-    return passed * images / few
-
-
-def base_memory() -> int:
-    """Bytes that this process occupies now, once it has loaded all that a run loads; 0 unknown.
-
-    Optimizers bring a compiler with them that they do not use, kernels their pages, and the curves
-    at the end matplotlib: a small step is made, and a small picture.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    layer = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.LayerNorm(64))
-    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    layer(torch.ones(256, 64)).sum().backward()
-    optimizer.step()
-    figure = Figure(figsize=(9.0, 3.2), layout="constrained")
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    if not sys.platform.startswith("linux"):
-        return peak_memory(torch.device("cpu"))
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
-
-
-def free_memory() -> int | None:
-    """Bytes that are free on this machine; None where that is not known."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), None)
+    return measured * images / few

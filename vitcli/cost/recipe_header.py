@@ -1,4 +1,4 @@
-"""What a recipe's header states: the data it was made for, how many images, which model."""
+"""Planning without data: the header of a recipe says what data it was made for."""
 
 import re
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.progress import Watcher
 
-# Classes of data sets that headers name. JFT's "18k classes" are those of the paper's section 4.1.
-CLASSES = {
+DEFAULT_CLASSES = 1000
+# Number of classes of the datasets in headers. JFT's "18k classes": section 4.1 of the paper.
+DATASET_CLASSES = {
     "JFT-300M": 18_291,
     "ImageNet-21k": 21_843,
     "ImageNet-1k": 1000,
@@ -27,8 +28,8 @@ CLASSES = {
 
 
 @dataclass(frozen=True)
-class Stated:
-    """The header, understood; None for what it does not say."""
+class RecipeHeader:
+    """The comment header of a recipe; None for what it does not say."""
 
     data: str | None = None
     images: int | None = None
@@ -36,29 +37,28 @@ class Stated:
     model: str | None = None
 
     @classmethod
-    def of(cls, text: str) -> "Stated":
-        """Of a recipe's whole text: `ImageNet-1k, 1,281,167 training images`, `… for B/16`."""
-        said = header(text)
-        found = re.match(r"(.+?), ([\d,]+) training images", said.get("Data", ""))
+    def parse(cls, text: str) -> "RecipeHeader":
+        """Read `Data: ImageNet-1k, 1,281,167 training images` and `Cost: … for B/16`."""
+        lines = header(text)
+        found = re.match(r"(.+?), ([\d,]+) training images", lines.get("Data", ""))
         data = found[1] if found else None
-        model = re.search(r" for (\S+/\d+)$", said.get("Cost", ""))
+        model = re.search(r" for (\S+/\d+)$", lines.get("Cost", ""))
         return cls(
             data=data,
             images=int(found[2].replace(",", "")) if found else None,
-            classes=CLASSES.get(data or ""),
+            classes=DATASET_CLASSES.get(data or ""),
             model=model[1] if model else None,
         )
 
 
-class BlankSet:
-    """A training set that is not here: so many images, of which batches of noise are made.
+class NoiseSet:
+    """A training set of `size` noise images, in place of data that are not here.
 
-    It has the interface of `ImageSet` that a training loop needs.
+    It has the part of `ImageSet` that a training loop uses.
     """
 
     targets = None
     name = "train"
-    is_blank = True  # `[augment]` is not checked against it
 
     def __init__(self, size: int, classes: tuple[str, ...], channels: int = 3) -> None:
         self.classes = classes
@@ -70,8 +70,8 @@ class BlankSet:
         return self._size
 
     def describe(self, index: int) -> str:
-        """What errors call an image."""
-        return f"image {index} of a set that is not here"
+        """The name of an image in errors."""
+        return f"noise image {index}"
 
     def batch(
         self,
@@ -81,43 +81,35 @@ class BlankSet:
         seed: int,
         views: int = 1,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(B,) indices -> (V*B, 3, Y, X) uint8 noise, (B,) labels, and nothing known of them."""
+        """(B,) indices -> (V*B, C, Y, X) uint8 noise, (B,) labels, and no factors."""
         generator = torch.Generator().manual_seed(int(indices[0]))
         shape = (views * len(indices), self.channels, *image_size)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         return images, torch.zeros(len(indices), dtype=torch.long), {}
 
 
-def blank_source(
+def noise_source(
     recipe: str,
-    stated: Stated,
+    stated: RecipeHeader,
     images: int | None,
     classes: int | None,
     channels: int,
     watch: Watcher,
 ) -> Source:
-    """The data of a recipe that are not here, by what its header or the user says of them.
-
-    Args:
-        recipe: its name, for messages.
-        images: training images; None takes the header's.
-        classes: None takes those of the data that the header names, else 1,000.
+    """A source of noise, of the size that the user or the header gives.
 
     Raises:
-        VitcliError: nobody says how many images there are.
+        VitcliError: neither gives the number of training images.
     """
     count = images if images is not None else stated.images
     if count is None:
         raise VitcliError(
-            f"recipe `{recipe}` names no data, and its header no number of images",
-            "add DATA after it, or `--images N`",
+            f"recipe `{recipe}` has no data, and its header has no number of training images",
+            "add DATA after the recipe, or `--images N`",
         )
-    known = classes if classes is not None else stated.classes
-    if known is None:
-        known = 1000
-    told = [f"{count:,} training images", f"{known:,} classes"]
-    what = f" ({stated.data})" if stated.data and images is None else ""
-    watch.note(f"no DATA given: planned for {' of '.join(told)}{what}")
+    known = classes if classes is not None else stated.classes or DEFAULT_CLASSES
+    data = f" ({stated.data})" if stated.data and images is None else ""
+    watch.note(f"no DATA given: planned for {count:,} training images of {known:,} classes{data}")
     names = tuple(str(number) for number in range(known))
-    splits: Any = {"train": BlankSet(count, names, channels)}
+    splits: Any = {"train": NoiseSet(count, names, channels)}
     return Source(stated.data or "no data", splits, names, "")

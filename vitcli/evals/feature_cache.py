@@ -39,9 +39,8 @@ from vitcli.evals.features import (
 )
 from vitcli.hub.http import size_text
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.weights.hashing import model_hash
 from vitcli.weights.load import require_preprocess
-from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.loaded import LoadedModel, model_hash
 
 Ints = NDArray[np.int64]
 

@@ -33,8 +33,7 @@ from vitcli.evals.features import Extracted, extract
 from vitcli.hub.http import cache_folder
 from vitcli.progress import Watcher
 from vitcli.run import Run
-from vitcli.weights.hashing import model_hash
-from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.loaded import LoadedModel, model_hash
 from vitcli.weights.store import load_weights, save_tensors
 
 FORMAT = 1

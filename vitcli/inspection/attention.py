@@ -1,9 +1,8 @@
-"""The attention of every layer, computed again from the layer's input, one layer at a time.
+"""Attention weights of every layer, recomputed one layer at a time, and statistics of them.
 
-Shapes as in `vit/model.py`. torch's fused kernels do not give their weights away, and those of all
-layers together would not fit: 24 layers of ViT-L/16 at 384 pixels are half a gigabyte an image.
-
-What the attention of a model does on images: one pass, the numbers of every figure.
+Shape letters: see `vit/model.py`. The fused kernels of torch do not return attention weights. Those
+of all layers together would not fit into memory: the 24 layers of ViT-L/16 at 384 px take 0.5 GiB
+per image. So each layer is recomputed from its input and dropped before the next.
 """
 
 from collections import deque
@@ -16,24 +15,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitcli.inspection.attention_distance import Spread, spread
-from vitcli.inspection.rollout import roll, source_row
+from vitcli.inspection.attention_distance import HeadStatistics, head_statistics
+from vitcli.inspection.rollout import extend_rollout, source_attention
 from vitcli.vit.blocks import Attention, AxialBlock, Axis, Block, split_lines
 from vitcli.vit.model import VisionTransformer
 from vitcli.vit.position import Grid
 
-ATTENTION_BYTES = 64 * 2**20  # of one layer's weights; decides how many images go at once
-LARGEST_BATCH = 32
+ATTENTION_BYTES = 64 * 2**20  # limit for the weights of one layer; it decides the batch size
+MAX_BATCH_SIZE = 32
+
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer of attention, as the forward pass has it.
+class AttentionLayer:
+    """One attention layer of a forward pass.
 
     Attributes:
-        name: `1`, `2`, …; of axial blocks `1 rows`, `1 columns`, ….
-        attention: (B, H, T, T), rows sum to 1. Of axial attention, which looks along a row or a
-            column only, it is 0 for all other patches.
+        name: `1`, `2`, …; for axial blocks `1 rows`, `1 columns`, ….
+        attention: (B, H, T, T), rows sum to 1. Axial attention stays inside a row or a column; its
+            weights for all other patches are 0.
         output: (B, T, D), the tokens after the block.
     """
 
@@ -42,10 +43,10 @@ class Layer:
     output: Tensor
 
 
-def attention_layers(model: VisionTransformer, images: Tensor) -> Iterator[Layer]:
-    """(B, C, Y, X) -> the layers, first to last; take what you need of one before the next."""
+def attention_layers(model: VisionTransformer, images: Tensor) -> Iterator[AttentionLayer]:
+    """(B, C, Y, X) -> the layers from first to last."""
     grid = model.grid_of(images)
-    x = model.norm_pre(model.embed(images))
+    x = model.norm_pre(model.embed(images))  # (B, T, D)
     for i, block in enumerate(model.blocks):
         if i:
             x = model.add_positions(x, grid, i)
@@ -53,31 +54,31 @@ def attention_layers(model: VisionTransformer, images: Tensor) -> Iterator[Layer
             for part in (block.row, block.column):
                 attention = block_attention(part, x, grid)
                 x = part(x, grid)
-                yield Layer(f"{i + 1} {part.along}s", attention, x)
+                yield AttentionLayer(f"{i + 1} {part.along}s", attention, x)
         else:
             assert isinstance(block, Block)
             attention = block_attention(block, x, grid)
             x = block(x, grid)
-            yield Layer(f"{i + 1}", attention, x)
+            yield AttentionLayer(f"{i + 1}", attention, x)
 
 
 def layer_names(model: VisionTransformer) -> list[str]:
-    """The names of the layers that `attention_layers` gives."""
+    """The names of the layers that `attention_layers` yields."""
     parts = (" rows", " columns") if model.config.axial else ("",)
     return [f"{i + 1}{part}" for i in range(model.config.depth) for part in parts]
 
 
 def block_attention(block: Block, x: Tensor, grid: Grid) -> Tensor:
-    """(B, T, D), the input of the block -> (B, H, T, T): its attention."""
+    """(B, T, D), the input of the block -> (B, H, T, T)."""
     x = block.norm1(x)
     if block.along is None:
         return attention_weights(block.attn, x)
-    inside = attention_weights(block.attn, split_lines(x, grid, block.along))
-    return spread_lines(inside, grid, block.along)
+    lines = attention_weights(block.attn, split_lines(x, grid, block.along))
+    return expand_axial_attention(lines, grid, block.along)
 
 
 def attention_weights(attn: Attention, x: Tensor) -> Tensor:
-    """(B, T, D), normalised -> (B, H, T, T): softmax(q k^T / sqrt(E) + bias)."""
+    """(B, T, D), after the norm -> (B, H, T, T): softmax(q k^T / sqrt(E) + bias)."""
     q, k, _, bias = attn.heads(x)
     return softmax_scores(q, k, bias)
 
@@ -88,103 +89,102 @@ def softmax_scores(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
     return (scores if bias is None else scores + bias).float().softmax(dim=-1)
 
 
-def spread_lines(inside: Tensor, grid: Grid, along: Axis) -> Tensor:
-    """Attention inside each row (B*rows, H, cols, cols), or column -> (B, H, N, N) of all patches.
+def expand_axial_attention(lines: Tensor, grid: Grid, along: Axis) -> Tensor:
+    """Attention inside each row (B*rows, H, cols, cols) or column -> (B, H, N, N) of all patches.
 
-    The order of `split_lines`: a line attends to itself alone.
+    The lines are in the order of `split_lines`. Each line attends to itself only.
     """
     rows, cols = grid
-    lines = rows if along == "row" else cols
-    inside = inside.reshape(-1, lines, *inside.shape[1:])  # (B, lines, H, n, n)
-    whole = torch.diag_embed(inside.movedim(1, -1), dim1=2, dim2=4)  # (B, H, line, n, line', n')
-    if along == "column":  # a column's patches lie a row apart
+    count = rows if along == "row" else cols
+    lines = lines.reshape(-1, count, *lines.shape[1:])  # (B, lines, H, n, n)
+    whole = torch.diag_embed(lines.movedim(1, -1), dim1=2, dim2=4)  # (B, H, line, n, line', n')
+    if along == "column":  # the patches of a column are a whole row apart in the token order
         whole = whole.permute(0, 1, 3, 2, 5, 4)  # (B, H, n, line, n', line')
     n = rows * cols
     return whole.reshape(whole.shape[0], whole.shape[1], n, n)
 
 
-def pool_attention(model: VisionTransformer, tokens: Tensor) -> Tensor:
-    """(B, T, D), after the last norm -> (B, H, N): where the query of pool `map` looks."""
+def pooling_attention(model: VisionTransformer, tokens: Tensor) -> Tensor:
+    """(B, T, D), after the last norm -> (B, H, N): attention of the query of pool `map`."""
     assert model.attn_pool is not None
     q, k, _ = model.attn_pool.heads(tokens[:, model.config.num_prefix_tokens :])
     return softmax_scores(q, k)[:, :, 0]
 
 
-def batch_size(model: VisionTransformer) -> int:
-    """Images at once, so that one layer's attention stays within `ATTENTION_BYTES`."""
+def max_batch_size(model: VisionTransformer) -> int:
+    """The number of images whose attention in one layer fits into `ATTENTION_BYTES`."""
     config = model.config
-    one = 4 * config.num_heads * config.num_tokens**2
-    return max(1, min(LARGEST_BATCH, ATTENTION_BYTES // one))
-
-
-Numbers = NDArray[Any]
+    bytes_per_image = 4 * config.num_heads * config.num_tokens**2
+    return max(1, min(MAX_BATCH_SIZE, ATTENTION_BYTES // bytes_per_image))
 
 
 @dataclass(frozen=True)
-class Looked:
-    """Numbers of n images; L layers, H heads, a grid of rows and cols.
+class AttentionStatistics:
+    """Statistics of n images; L layers, H heads, a grid of rows and cols patches.
 
     Attributes:
-        distance: (n, L, H) mean attention distance in patches, weights scaled to sum to 1.
-        unscaled: (n, L, H) the same with the weights as they are.
-        local: (n, L, H) share of the attention among patches inside 3x3 patches.
-        prefix: (n, L, H) share of a patch's attention that goes to class token and registers.
-        rollout: (n, rows, cols) what the source takes from each patch through all layers.
-        maps: (m, L, H, rows, cols) what the source takes from each patch in each layer, of the
-            first m images.
-        logits: (n, K), or (n, 0) of a model without a head.
+        distance: (n, L, H) mean attention distance in patches, weights rescaled to sum to 1.
+        unscaled: (n, L, H) the same without rescaling.
+        local: (n, L, H) share of the attention between patches that stays inside 3x3 patches.
+        prefix: (n, L, H) share of a patch's attention on class token and registers.
+        rollout: (n, rows, cols) attention of the source to each patch through all layers.
+        maps: (m, L, H, rows, cols) attention of the source in each layer, for the first m images.
+        logits: (n, K), or (n, 0) for a model without a head.
     """
 
-    distance: Numbers
-    unscaled: Numbers
-    local: Numbers
-    prefix: Numbers
-    rollout: Numbers
-    maps: Numbers
-    logits: Numbers
+    distance: Array
+    unscaled: Array
+    local: Array
+    prefix: Array
+    rollout: Array
+    maps: Array
+    logits: Array
 
     def __len__(self) -> int:
         return len(self.distance)
 
+    @classmethod
+    def concatenate(cls, batches: Sequence["AttentionStatistics"]) -> "AttentionStatistics":
+        """The statistics of several batches as one object."""
+        names = [f.name for f in fields(cls)]
+        return cls(**{name: np.concatenate([getattr(b, name) for b in batches]) for name in names})
 
-def look(model: VisionTransformer, images: Tensor, keep: int = 0) -> Looked:
-    """(B, C, Y, X), normalised -> the numbers; `keep` images also get maps of every head."""
+
+def measure_attention(
+    model: VisionTransformer, images: Tensor, num_maps: int = 0
+) -> AttentionStatistics:
+    """(B, C, Y, X), normalised -> the statistics; the first `num_maps` images also get `maps`."""
     grid = model.grid_of(images)
-    spreads: list[Spread] = []
+    heads: list[HeadStatistics] = []
     maps: list[Tensor] = []
     joint: Tensor | None = None
-    last: deque[Tensor] = deque(maxlen=model.config.pool_blocks)  # what the head reads
+    last: deque[Tensor] = deque(maxlen=model.config.pool_blocks)  # the blocks that the head reads
     with torch.inference_mode():
         for layer in attention_layers(model, images):
-            spreads.append(spread(layer.attention, grid))
-            # A copy: a view would keep the attention of every layer alive.
-            maps.append(source_row(layer.attention[:keep], model.config).cpu().clone())
-            joint = roll(joint, layer.attention)
-            if not layer.name.endswith(" rows"):  # half of an axial block
+            heads.append(head_statistics(layer.attention, grid))
+            # Copied, because a view would keep the attention of every layer alive.
+            maps.append(source_attention(layer.attention[:num_maps], model.config).cpu().clone())
+            joint = extend_rollout(joint, layer.attention)
+            if not layer.name.endswith(" rows"):  # the first half of an axial block
                 last.append(layer.output)
         tokens = [model.norm(x) for x in last]
         pooled = None
         if model.attn_pool is not None:
-            pooled = pool_attention(model, tokens[-1]).mean(dim=1)  # (B, N)
+            pooled = pooling_attention(model, tokens[-1]).mean(dim=1)  # (B, N)
         assert joint is not None
-        rolled = source_row(joint, model.config, pooled)  # (B, N)
+        rollout = source_attention(joint, model.config, pooled)  # (B, N)
         if model.config.num_classes:
             logits = model.classify(model.pool_last(tokens, grid))
         else:
-            logits = rolled.new_zeros(len(rolled), 0)
-    shown = torch.stack(maps, dim=1)  # (m, L, H, N)
-    columns = {
-        f.name: torch.stack([getattr(s, f.name) for s in spreads], dim=1) for f in fields(Spread)
+            logits = rollout.new_zeros(len(rollout), 0)
+    stacked = torch.stack(maps, dim=1)  # (m, L, H, N)
+    per_head = {
+        f.name: torch.stack([getattr(h, f.name) for h in heads], dim=1)  # (B, L, H)
+        for f in fields(HeadStatistics)
     }
-    return Looked(
-        **{name: values.cpu().numpy() for name, values in columns.items()},
-        rollout=rolled.reshape(len(rolled), *grid).cpu().numpy(),
-        maps=shown.reshape(*shown.shape[:3], *grid).numpy(),
+    return AttentionStatistics(
+        **{name: values.cpu().numpy() for name, values in per_head.items()},
+        rollout=rollout.reshape(len(rollout), *grid).cpu().numpy(),
+        maps=stacked.reshape(*stacked.shape[:3], *grid).numpy(),
         logits=logits.cpu().numpy(),
     )
-
-
-def join(parts: Sequence[Looked]) -> Looked:
-    """Several batches as one."""
-    names = [f.name for f in fields(Looked)]
-    return Looked(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})

@@ -1,19 +1,16 @@
-"""Inductive bias, measured: does the feature map move when the picture does?
+"""Inductive bias, measured: translation equivariance of the feature map, locality of the attention.
 
-"In ViT, only MLP layers are local and translationally equivariant" (section 3.1); how much of it
-a model has is measured here. Two windows are cut out of one picture, the second s pixels further
-down and to the right, so that no border is invented. A network that is equivariant gives the second
-window the first one's feature map, moved by s / cell cells (read between cells by linear
-interpolation where that is no whole number). Over the cells that both have,
+"In ViT, only MLP layers are local and translationally equivariant" (section 3.1). The measurement
+cuts two windows out of one image. The second window is s pixels further down and to the right, so
+no border has to be invented. In an equivariant network the second feature map is the first one,
+shifted by s / cell cells (with linear interpolation between cells). Over the cells in both maps,
 
-    R2 = 1 - sum |second - moved first|^2 / sum |second - mean|^2,
+    R2 = 1 - sum |second - shifted first|^2 / sum |second - mean|^2,
 
-summed over pictures, places and channels, the mean being each channel's over pictures and places
-(scikit-learn's `r2_score`, variance-weighted). 1: the map moves exactly with the picture; 0: no
-better than the mean feature. The baseline compares each second window with the first window of
-another picture.
-
-The table of inductive bias: this model, the same with random weights, a BiT ResNet.
+summed over images, places and channels. The mean is per channel, over images and places
+(scikit-learn's `r2_score` with `variance_weighted`). 1 is exact equivariance; 0 is no better than
+the mean feature. A baseline compares each second window with the first window of another image.
+The table compares the model with random weights of the same shape and with a BiT ResNet.
 """
 
 import math
@@ -26,8 +23,8 @@ from torch import Tensor
 
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
-from vitcli.inspection.attention import join, look
-from vitcli.inspection.attention_distance import uniform_distance, uniform_local
+from vitcli.inspection.attention import AttentionStatistics, measure_attention
+from vitcli.inspection.attention_distance import uniform_distance, uniform_local_share
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.vit import Config, Network, ResNet, ResNetConfig, from_config
@@ -35,26 +32,29 @@ from vitcli.vit.variants import RESNETS
 from vitcli.weights.load import require_preprocess
 from vitcli.weights.loaded import LoadedModel
 
-WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-SMALLEST_UNITS = (1, 1, 1, 1)
-LEAST_CELLS = 4  # a side of a feature map in which something can be seen to move
+RESNET_WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+SMALLEST_LAYERS = (1, 1, 1, 1)
+MIN_CELLS = 4  # per side of a feature map; a shift cannot be seen in a smaller one
+MAX_IMAGES = 8
+MIN_IMAGES = 4  # with fewer images from the user, built-in images are used
+SEED = 0
 
 
 def cell_size(config: Config) -> int:
-    """Pixels from one place of the feature map to the next."""
+    """Pixels between two cells of the feature map."""
     if isinstance(config, ResNetConfig):
         return resnet_stride(config.layers)
     return config.pixels_per_patch
 
 
 def resnet_stride(layers: Sequence[int]) -> int:
-    """Pixels from one place of a BiT ResNet's feature map to the next."""
+    """Pixels between two cells of the feature map of a BiT ResNet."""
     stride: int = 4 * 2 ** (len(layers) - 1)
     return stride
 
 
 def feature_map(model: Network, images: Tensor) -> Tensor:
-    """(B, C, Y, X) -> (B, D, rows, cols): the patch tokens, or the ResNet's, before pooling."""
+    """(B, C, Y, X) -> (B, D, rows, cols): patch tokens, or ResNet features, before pooling."""
     if isinstance(model, ResNet):
         return model.feature_map(images)
     tokens = model.tokens(images)[:, model.config.num_prefix_tokens :]  # (B, N, D)
@@ -62,63 +62,63 @@ def feature_map(model: Network, images: Tensor) -> Tensor:
     return tokens.transpose(1, 2).reshape(b, d, *model.grid_of(images))
 
 
-def shifts_of(patch: int) -> tuple[int, ...]:
-    """Pixels by which the window moves: half a patch, one, and two."""
-    return tuple(sorted({patch // 2, patch, 2 * patch} - {0}))
+def default_shifts(cell: int) -> tuple[int, ...]:
+    """Shifts in pixels: half a cell, one cell, two cells."""
+    return tuple(sorted({cell // 2, cell, 2 * cell} - {0}))
 
 
-def windows(images: Tensor, size: tuple[int, int], shifts: Iterable[int]) -> Tensor:
+def shifted_windows(images: Tensor, size: tuple[int, int], shifts: Iterable[int]) -> Tensor:
     """(B, C, Y + s, X + s) -> (S + 1, B, C, Y, X): the first window, then one for each shift."""
     rows, cols = size
-    places = (0, *shifts)
-    return torch.stack([images[:, :, s : s + rows, s : s + cols] for s in places])
+    return torch.stack([images[:, :, s : s + rows, s : s + cols] for s in (0, *shifts)])
 
 
-def moved(features: Tensor, cells: float) -> Tensor:
-    """(B, D, rows, cols) -> (B, D, rows', cols'): what lies `cells` further down and right.
+def shift_features(features: Tensor, cells: float) -> Tensor:
+    """(B, D, rows, cols) -> (B, D, rows', cols'): the features `cells` further down and right.
 
-    Only the places that the map has; linear between cells; empty where there are none.
+    The result has only the places that the map covers, and may be empty. Values between cells are
+    interpolated linearly.
     """
     for dim in (2, 3):
         size = features.shape[dim]
         whole = math.floor(cells)
         part = cells - whole
         count = max(0, size - math.ceil(cells))
-        here = features.narrow(dim, min(whole, size), count)
+        shifted = features.narrow(dim, min(whole, size), count)
         if part:
-            here = (1 - part) * here + part * features.narrow(dim, min(whole + 1, size), count)
-        features = here
+            following = features.narrow(dim, min(whole + 1, size), count)
+            shifted = (1 - part) * shifted + part * following
+        features = shifted
     return features
 
 
 def inner_half(features: Tensor) -> Tensor:
-    """(B, D, rows, cols) -> (B, D, rows', cols'): without the outer quarters."""
+    """(B, D, rows, cols) -> (B, D, rows', cols') without the outer quarters."""
     rows, cols = (size // 4 for size in features.shape[2:])
     return features[:, :, rows : features.shape[2] - rows, cols : features.shape[3] - cols]
 
 
-def explained(second: Tensor, expected: Tensor) -> float | None:
-    """(B, D, rows, cols) twice -> R2 of the first by the second; None where it has no value."""
-    second, expected = second.double(), expected.double()
-    if not second.numel():
+def variance_explained(features: Tensor, expected: Tensor) -> float | None:
+    """(B, D, rows, cols) twice -> R2; None if the maps are empty or constant."""
+    features, expected = features.double(), expected.double()
+    if not features.numel():
         return None
-    rest = (second - expected).square().sum()
-    whole = (second - second.mean(dim=(0, 2, 3), keepdim=True)).square().sum()
-    return float(1 - rest / whole) if whole > 0 else None
+    error = (features - expected).square().sum()
+    variance = (features - features.mean(dim=(0, 2, 3), keepdim=True)).square().sum()
+    return float(1 - error / variance) if variance > 0 else None
 
 
 @dataclass(frozen=True)
 class Equivariance:
-    """How a feature map follows its picture.
+    """How exactly a feature map follows a shift of its image.
 
     Attributes:
-        cell: pixels between two places of the map.
+        cell: pixels between two cells of the map.
         shifts: pixels of each shift.
-        r2: for each shift; None where the map is too small to tell.
-        inner: the same over the inner half of the rows and columns, where the zeros that
-            convolutions see beyond the border come in least.
-        unrelated: the same with the first window of another picture.
-        images: pictures that were compared.
+        r2: for each shift; None if the map is too small.
+        inner: the same over the inner half of rows and columns, where zero padding matters least.
+        unrelated: the same with the first window of another image.
+        images: number of images.
     """
 
     cell: int
@@ -129,61 +129,60 @@ class Equivariance:
     images: int
 
 
-def measure(
-    model: Network,
-    pictures: Sequence[Tensor],
-    shifts: tuple[int, ...],
-    size: tuple[int, int],
+def measure_equivariance(
+    model: Network, images: Sequence[Tensor], shifts: tuple[int, ...], size: tuple[int, int]
 ) -> Equivariance:
-    """The feature maps of shifted windows against those of the first, shifted.
+    """Compare the feature maps of shifted windows with the shifted map of the first window.
 
     Args:
-        pictures: two or more of (1, C, Y + s, X + s), normalised, s the largest shift.
+        images: two or more of (1, C, Y + s, X + s), normalised; s is the largest shift.
         shifts: in pixels.
         size: (Y, X) of a window.
     """
-    assert len(pictures) > 1
+    assert len(images) > 1
     cell = cell_size(model.config)
     maps = []
     with torch.inference_mode():
-        for picture in pictures:
-            # One at a time: the first stages of a ResNet are larger than its weights.
-            found = [feature_map(model, one).cpu() for one in windows(picture, size, shifts)]
-            maps.append(torch.cat(found))  # (S + 1, D, rows, cols)
-    whole = torch.stack(maps, dim=1)  # (S + 1, B, D, rows, cols)
-    first, others = whole[0], whole[0].roll(1, dims=0)  # the map of the picture before
-    r2, middle, unrelated = [], [], []
+        for image in images:
+            # One window at a time: the first stages of a ResNet need more memory than its weights.
+            windows = shifted_windows(image, size, shifts)
+            maps.append(torch.cat([feature_map(model, window).cpu() for window in windows]))
+    stacked = torch.stack(maps, dim=1)  # (S + 1, B, D, rows, cols)
+    first, other = stacked[0], stacked[0].roll(1, dims=0)  # `other` is the map of another image
+    r2, inner, unrelated = [], [], []
     for number, shift in enumerate(shifts):
-        expected = moved(first, shift / cell)
+        expected = shift_features(first, shift / cell)
         rows, cols = expected.shape[2:]
-        second = whole[number + 1][:, :, :rows, :cols]
-        r2.append(explained(second, expected))
-        middle.append(explained(inner_half(second), inner_half(expected)))
-        unrelated.append(explained(second, moved(others, shift / cell)))
-    return Equivariance(cell, shifts, tuple(r2), tuple(middle), tuple(unrelated), len(pictures))
+        second = stacked[number + 1][:, :, :rows, :cols]
+        r2.append(variance_explained(second, expected))
+        inner.append(variance_explained(inner_half(second), inner_half(expected)))
+        unrelated.append(variance_explained(second, shift_features(other, shift / cell)))
+    return Equivariance(cell, shifts, tuple(r2), tuple(inner), tuple(unrelated), len(images))
 
 
-def same_budget(
+def resnet_of_size(
     parameters: int, image_size: tuple[int, int], num_channels: int = 3
 ) -> ResNetConfig:
-    """The BiT ResNet whose number of parameters is nearest, on a log scale.
+    """The BiT ResNet whose number of parameters is nearest to `parameters` on a log scale.
 
-    Without the last stages where its map would have fewer than `LEAST_CELLS` places a side.
+    Small images get fewer stages, so that the feature map has `MIN_CELLS` cells per side.
     """
     stages = 4
-    while stages > 1 and min(image_size) // resnet_stride((1,) * stages) < LEAST_CELLS:
+    while stages > 1 and min(image_size) // resnet_stride((1,) * stages) < MIN_CELLS:
         stages -= 1
-    kinds = {units[:stages] for units in (SMALLEST_UNITS, *RESNETS.values())}
     configs = [
-        ResNetConfig(image_size, num_channels, units, width)
-        for units in sorted(kinds)
-        for width in WIDTHS
+        ResNetConfig(image_size, num_channels, layers, width)
+        for layers in sorted({k[:stages] for k in (SMALLEST_LAYERS, *RESNETS.values())})
+        for width in RESNET_WIDTHS
     ]
-    return min(configs, key=lambda c: abs(math.log(count_parameters(c) / max(parameters, 1))))
+    return min(configs, key=lambda c: abs(math.log(resnet_parameters(c) / max(parameters, 1))))
 
 
-def count_parameters(config: ResNetConfig) -> int:
-    """Parameters of a BiT ResNet without a head, in closed form."""
+def resnet_parameters(config: ResNetConfig) -> int:
+    """Number of parameters of a BiT ResNet without a head, in closed form.
+
+    Building the three dozen candidates of `resnet_of_size` would take seconds.
+    """
     width = round(64 * config.width)
     total, inputs = 49 * config.num_channels * width, width
     for stage, units in enumerate(config.layers):
@@ -191,26 +190,21 @@ def count_parameters(config: ResNetConfig) -> int:
         for unit in range(units):
             convolutions = inputs * inner + 9 * inner**2 + inner * outputs
             norms = 2 * (inputs + 2 * inner)
-            changes = inputs != outputs or (unit == 0 and stage > 0)
-            total += convolutions + norms + (inputs * outputs if changes else 0)
+            projects = inputs != outputs or (unit == 0 and stage > 0)
+            total += convolutions + norms + (inputs * outputs if projects else 0)
             inputs = outputs
     return total + 2 * inputs
 
 
 def resnet_name(config: ResNetConfig) -> str:
-    """`R50x1`, or with stages left out `R50x0.5/2`."""
-    depth = 3 * sum(config.layers) + 2
-    full = {units: layers for layers, units in RESNETS.items()}
-    known = next(
-        (n for units, n in full.items() if units[: len(config.layers)] == config.layers), 0
+    """`R50x1`, or `R50x0.5/2` with two stages."""
+    stages = len(config.layers)
+    depth = next(
+        (depth for depth, layers in RESNETS.items() if layers[:stages] == config.layers),
+        3 * sum(config.layers) + 2,
     )
-    name = f"R{known or depth}x{config.width:g}"
-    return name if len(config.layers) == 4 else f"{name}/{len(config.layers)}"
-
-
-MOST_PICTURES = 8
-LEAST_PICTURES = 4  # given by the user; with fewer the built-in ones are taken
-SEED = 0
+    name = f"R{depth}x{config.width:g}"
+    return name if stages == 4 else f"{name}/{stages}"
 
 
 @dataclass(frozen=True)
@@ -218,18 +212,18 @@ class BiasRow:
     """One network of the table.
 
     Attributes:
-        name: what it is.
-        parameters: without the head.
-        moves: how its feature map follows the picture.
+        name: of the network.
+        parameters: number of parameters without the head.
+        equivariance: of its feature map.
         local_first, local: share of the attention inside 3x3 patches, mean over the heads of the
-            first layer and of all; None of a ResNet, whose convolutions see nothing else.
-        local_uniform: that of attention which is the same everywhere.
-        distance, distance_uniform: mean attention distance in pixels, likewise.
+            first layer and of all layers; None for a ResNet.
+        local_uniform: the same for uniform attention.
+        distance, distance_uniform: mean attention distance in pixels, measured and uniform.
     """
 
     name: str
     parameters: int
-    moves: Equivariance
+    equivariance: Equivariance
     local_first: float | None = None
     local: float | None = None
     local_uniform: float | None = None
@@ -238,14 +232,15 @@ class BiasRow:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; R2 by the shift in pixels."""
-        shifts = [str(shift) for shift in self.moves.shifts]
+        found = self.equivariance
+        shifts = [str(shift) for shift in found.shifts]
         return {
             "name": self.name,
             "parameters": self.parameters,
-            "cell_pixels": self.moves.cell,
-            "r2": dict(zip(shifts, self.moves.r2, strict=True)),
-            "r2_inner": dict(zip(shifts, self.moves.inner, strict=True)),
-            "r2_unrelated": dict(zip(shifts, self.moves.unrelated, strict=True)),
+            "cell_pixels": found.cell,
+            "r2": dict(zip(shifts, found.r2, strict=True)),
+            "r2_inner": dict(zip(shifts, found.inner, strict=True)),
+            "r2_unrelated": dict(zip(shifts, found.unrelated, strict=True)),
             "local_first_layer": self.local_first,
             "local": self.local,
             "local_uniform": self.local_uniform,
@@ -254,95 +249,97 @@ class BiasRow:
         }
 
 
-def read_pictures(
+def read_with_margin(
     images: ImageSet, preprocess: Preprocess, margin: int
 ) -> tuple[list[Tensor], list[str]]:
-    """Up to `MOST_PICTURES` of (1, C, Y + margin, X + margin) uint8; what was unreadable."""
+    """Up to `MAX_IMAGES` of (1, C, Y + margin, X + margin) uint8, and one error per broken file."""
     rows, cols = preprocess.image_size
     larger = preprocess.resized_to((rows + margin, cols + margin))
-    pictures: list[Tensor] = []
+    found: list[Tensor] = []
     broken: list[str] = []
-    for batch in eval_batches(images, larger, batch_size=1, limit=MOST_PICTURES):
+    for batch in eval_batches(images, larger, batch_size=1, limit=MAX_IMAGES):
         broken += batch.broken
-        pictures += [image[None] for image in batch.images]
-    return pictures, broken
+        found += [image[None] for image in batch.images]
+    return found, broken
 
 
-def row(
+def measure_network(
     name: str,
     model: Network,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     preprocess: Preprocess,
     shifts: tuple[int, ...],
     bar: Bar,
 ) -> BiasRow:
-    """One network measured on `pictures`, in windows of the size that `preprocess` has."""
+    """One row: `images` are those of `read_with_margin`, windows have the size of `preprocess`."""
     rows, cols = preprocess.image_size
-    parameters = body_parameters(model)
-    pictures = [preprocess.normalize(picture) for picture in pictures]
-    moves = measure(model, pictures, shifts, (rows, cols))
+    images = [preprocess.normalize(image) for image in images]
+    equivariance = measure_equivariance(model, images, shifts, (rows, cols))
     bar.advance()
+    parameters = backbone_parameters(model)
     if isinstance(model, ResNet):
-        return BiasRow(name, parameters, moves)
+        return BiasRow(name, parameters, equivariance)
     grid, patch = model.config.grid, model.config.pixels_per_patch
-    looked = join([look(model, picture[:, :, :rows, :cols]) for picture in pictures])
+    statistics = AttentionStatistics.concatenate(
+        [measure_attention(model, image[:, :, :rows, :cols]) for image in images]
+    )
     return BiasRow(
         name,
         parameters,
-        moves,
-        local_first=float(looked.local[:, 0].mean()),
-        local=float(looked.local.mean()),
-        local_uniform=uniform_local(grid),
-        distance=patch * float(looked.distance.mean()),
+        equivariance,
+        local_first=float(statistics.local[:, 0].mean()),
+        local=float(statistics.local.mean()),
+        local_uniform=uniform_local_share(grid),
+        distance=patch * float(statistics.distance.mean()),
         distance_uniform=patch * uniform_distance(grid),
     )
 
 
-def others(
+def measure_baselines(
     config: Config,
     parameters: int,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     preprocess: Preprocess,
     *,
-    random_itself: bool,
+    is_random: bool,
     resnet: tuple[str, LoadedModel] | None = None,
     watch: Watcher | None = None,
 ) -> list[BiasRow]:
-    """The rows to compare with, one network in memory at a time.
+    """The rows of the other networks, with one network in memory at a time.
 
     Args:
         config: of the model that is compared.
         parameters: of that model, without its head.
-        pictures: as `read_pictures` gives them, on the device that computes.
-        preprocess: of that model.
-        random_itself: the model has random weights already, and needs no such twin.
-        resnet: name and network to take in place of a random one of the same budget.
+        images: those of `read_with_margin`, on the device that computes.
+        is_random: the model has random weights, so a random copy would add nothing.
+        resnet: name and network; None takes random weights of the same size.
     """
-    shifts = shifts_of(cell_size(config))
-    device = pictures[0].device
+    shifts = default_shifts(cell_size(config))
+    device = images[0].device
     found: list[BiasRow] = []
-    with (watch or Quiet()).progress("other networks", 2) as bar:
-        if not random_itself:
-            twin = fresh(config).to(device)
-            found.append(row("random twin", twin, pictures, preprocess, shifts, bar))
+    with (watch or Quiet()).progress("baselines", 2) as bar:
+        if not is_random:
+            twin = random_network(config).to(device)
+            found.append(measure_network("random twin", twin, images, preprocess, shifts, bar))
             del twin
         if resnet is not None:
             name, loaded = resnet
+            network = loaded.network.to(device)
             own = require_preprocess(loaded).resized_to(preprocess.image_size)
-            found.append(row(name, loaded.network.to(device), pictures, own, shifts, bar))
+            found.append(measure_network(name, network, images, own, shifts, bar))
         elif not isinstance(config, ResNetConfig):
-            plain = same_budget(parameters, config.image_size, config.num_channels)
-            name = f"{resnet_name(plain)}, random"
-            found.append(row(name, fresh(plain).to(device), pictures, preprocess, shifts, bar))
+            plain = resnet_of_size(parameters, config.image_size, config.num_channels)
+            name, network = f"{resnet_name(plain)}, random", random_network(plain).to(device)
+            found.append(measure_network(name, network, images, preprocess, shifts, bar))
     return found
 
 
-def fresh(config: Config) -> Network:
+def random_network(config: Config) -> Network:
     """A model of `config` with random weights, in eval mode."""
     return from_config(config).init_weights(torch.Generator().manual_seed(SEED)).eval()
 
 
-def body_parameters(model: Network) -> int:
-    """All parameters but those of the heads."""
+def backbone_parameters(model: Network) -> int:
+    """Number of parameters without the heads."""
     named = model.named_parameters()
     return sum(p.numel() for name, p in named if not name.startswith(("head.", "head_dist.")))

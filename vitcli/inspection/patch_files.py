@@ -1,4 +1,4 @@
-"""Patches as files: those of one picture, or the token set of data, as uint8 safetensors."""
+"""Patches as safetensors files: the patches of one image, or of every image of a dataset."""
 
 import json
 import os
@@ -16,22 +16,21 @@ from vitcli.vit.patches import grid_size, patchify
 from vitcli.weights.store import load_weights, read_metadata, save_tensors
 
 BATCH_SIZE = 64
-# The token set is put together in memory before it is written.
-LARGEST_TOKEN_SET = 4 * 2**30
+MAX_TOKEN_SET_BYTES = 4 * 2**30  # the whole set is in memory before it is written
 
 
 def save_patches(
     path: Path, patches: Tensor, preprocess: Preprocess, patch_size: int, source: str
 ) -> None:
-    """Write the patches (N, P*P*C) of one picture as `patches`; raises as `replacing` does."""
+    """Write the patches (N, P*P*C) of one image as the tensor `patches`."""
     save_tensors(path, {"patches": patches}, _metadata(source, patch_size, preprocess))
 
 
 def read_patches(path: str | os.PathLike[str]) -> tuple[Tensor, int, tuple[int, int]]:
-    """What `save_patches` wrote -> (N, P*P*C) uint8, P, and (Y, X) of the picture.
+    """Read a file of `save_patches` -> (N, P*P*C) uint8, P, and (Y, X) of the image.
 
     Raises:
-        VitcliError: no such file, or other tensors.
+        VitcliError: the file does not exist, or does not hold the patches of one image.
     """
     shown = printable(path)
     metadata = read_metadata(path)
@@ -42,12 +41,12 @@ def read_patches(path: str | os.PathLike[str]) -> tuple[Tensor, int, tuple[int, 
         grid = grid_size((rows, columns), patch_size)
         shape = (grid[0] * grid[1], patch_size**2 * channels)
         if patches is None or patches.dtype != torch.uint8 or tuple(patches.shape) != shape:
-            raise ValueError("no `patches` of one picture")
+            raise ValueError("it has no tensor `patches` of one image")
         if channels not in (1, 3):
-            raise ValueError(f"{channels} channels")
+            raise ValueError(f"it has {channels} channels instead of 1 or 3")
     except (KeyError, ValueError) as error:
         raise VitcliError(
-            f"`{shown}` holds no patches of a picture: {error}",
+            f"`{shown}` does not hold the patches of one image: {error}",
             "`vitcli patchify cat.jpg --out cat.safetensors` writes such a file",
         ) from error
     return patches, patch_size, (rows, columns)
@@ -63,20 +62,21 @@ def store_token_set(
     workers: int | None = None,
     watch: Watcher | None = None,
 ) -> tuple[str, ...]:
-    """Write the patches of all images that can be read; a line for each that cannot.
+    """Write the patches of all readable images; return one error per unreadable image.
 
-    `SPLIT.patches` (n, N, P*P*C) and `SPLIT.labels` (n,).
+    The tensors are `SPLIT.patches` (n, N, P*P*C) and `SPLIT.labels` (n,).
 
     Raises:
-        VitcliError: they take more than `LARGEST_TOKEN_SET`, or cannot be written.
+        VitcliError: they need more than `MAX_TOKEN_SET_BYTES`, or cannot be written.
     """
     total = sum(map(len, data.splits.values()))
     rows, columns = preprocess.image_size
     size = total * rows * columns * preprocess.num_channels
-    if size > LARGEST_TOKEN_SET:
+    if size > MAX_TOKEN_SET_BYTES:
         raise VitcliError(
-            f"the patches of {total:,} images of {rows}x{columns} take {size / 2**30:.1f} GiB",
-            f"the limit is {LARGEST_TOKEN_SET // 2**30} GiB: give a smaller `--image-size`",
+            f"the patches of {total:,} images of {rows}x{columns} px need {size / 2**30:.1f} GiB, "
+            f"the limit is {MAX_TOKEN_SET_BYTES // 2**30} GiB",
+            "choose a smaller `--image-size`",
         )
     tensors: dict[str, Tensor] = {}
     broken: list[str] = []

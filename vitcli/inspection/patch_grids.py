@@ -1,4 +1,4 @@
-"""A picture cut into patches: its grid drawn, its patches measured, and what the cut costs."""
+"""Pictures of the patch grid, statistics of the patches, and the cost of each patch size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,68 +8,71 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from vitcli.inspection.drawing import beside
+from vitcli.inspection.drawing import hstack_images
 from vitcli.vit import VARIANTS
 
-PICTURE_SIDE = 448
-USUAL_SIZES = (8, 16, 32)
+PICTURE_SIDE = 448  # px
+COMMON_PATCH_SIZES = (8, 16, 32)
 LEVELS = 256
-COST_MODEL = "B"  # whose arithmetic the cost of a cut is told for
+COST_VARIANT = "B"  # the model size whose cost is reported
 
 
 def draw_grid(image: Image.Image, patch_size: int) -> Image.Image:
-    """The picture, enlarged where it is small, with lines between its patches."""
+    """The image with lines between its patches; small images are enlarged."""
     scale = max(1, round(PICTURE_SIDE / max(image.size)))
     width, height = image.width * scale, image.height * scale
-    drawn = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(drawn)
+    picture = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(picture)
     step = patch_size * scale
-    # White in black, so that the line is seen on any picture.
-    widths = ((3, "black"), (1, "white")) if step >= 12 else ((1, "white"),)
-    for thickness, colour in widths:
+    # White inside black is visible on every image.
+    strokes = ((3, "black"), (1, "white")) if step >= 12 else ((1, "white"),)
+    for thickness, colour in strokes:
         for x in range(step, width, step):
             draw.line([(x, 0), (x, height)], fill=colour, width=thickness)
         for y in range(step, height, step):
             draw.line([(0, y), (width, y)], fill=colour, width=thickness)
-    return drawn
+    return picture
 
 
-def compare_sizes(image: Image.Image, sizes: Sequence[int]) -> Image.Image:
-    """The picture once for each patch size, side by side, with the number of tokens below."""
-    drawn = [draw_grid(image, size) for size in sizes]
-    row = beside(drawn, gap=8)
-    whole = Image.new("RGB", (row.width, row.height + 18), (255, 255, 255))
-    whole.paste(row, (0, 0))
-    draw, x = ImageDraw.Draw(whole), 0
-    for size, picture in zip(sizes, drawn, strict=True):
+def draw_patch_sizes(image: Image.Image, sizes: Sequence[int]) -> Image.Image:
+    """The grids of several patch sizes side by side, each with its number of tokens."""
+    grids = [draw_grid(image, size) for size in sizes]
+    row = hstack_images(grids, gap=8)
+    sheet = Image.new("RGB", (row.width, row.height + 18), (255, 255, 255))
+    sheet.paste(row, (0, 0))
+    draw, x = ImageDraw.Draw(sheet), 0
+    for size, picture in zip(sizes, grids, strict=True):
         rows, cols = image.height // size, image.width // size
         text = f"patches of {size}x{size}: {rows} x {cols} = {rows * cols} tokens"
         draw.text((x, row.height + 3), text, fill=(0, 0, 0))
         x += picture.width + 8
-    return whole
+    return sheet
 
 
-def fitting_sizes(image_size: tuple[int, int], patch_size: int) -> list[int]:
-    """8, 16, 32 and `patch_size`, as far as they divide the image; else half and twice as well."""
+def dividing_patch_sizes(image_size: tuple[int, int], patch_size: int) -> list[int]:
+    """`patch_size` and those of 8, 16 and 32 that divide the image.
 
-    def fits(size: int) -> bool:
+    If only one is left, half and twice `patch_size` are added where they divide the image.
+    """
+
+    def divides(size: int) -> bool:
         return size > 0 and all(side % size == 0 for side in image_size)
 
-    found = {size for size in (*USUAL_SIZES, patch_size) if fits(size)}
+    found = {size for size in (*COMMON_PATCH_SIZES, patch_size) if divides(size)}
     if len(found) == 1:
         halves = (patch_size // 2, 2 * patch_size) if patch_size % 2 == 0 else (2 * patch_size,)
-        found |= {size for size in halves if fits(size)}
+        found |= {size for size in halves if divides(size)}
     return sorted(found)
 
 
 @dataclass(frozen=True)
 class PatchStatistics:
-    """Of each of N patches, over all its values in all channels.
+    """Statistics of N patches, each over all pixels and channels.
 
     Attributes:
         mean, std: (N,) of the values 0 to 255.
-        entropy: (N,) in bits, of the histogram of the values: 0 for a patch of one value, 8 at
-            most. What is flat tells a model little.
+        entropy: (N,) in bits, of the histogram of the values. A patch of one value has 0 bits, the
+            maximum is 8. A flat patch carries little information.
     """
 
     mean: NDArray[np.float64]
@@ -77,39 +80,40 @@ class PatchStatistics:
     entropy: NDArray[np.float64]
 
     def to_json(self) -> dict[str, Any]:
-        """Least, median and largest of each, and all values in the order of the patches."""
-        found: dict[str, Any] = {}
-        for name, values in (("mean", self.mean), ("std", self.std), ("entropy", self.entropy)):
-            found[name] = {
+        """Minimum, median and maximum of each statistic, and all values in patch order."""
+        return {
+            name: {
                 "min": float(values.min()),
                 "median": float(np.median(values)),
                 "max": float(values.max()),
                 "patches": values.tolist(),
             }
-        return found
+            for name, values in vars(self).items()
+        }
 
 
 def patch_statistics(patches: NDArray[np.uint8]) -> PatchStatistics:
     """(N, P*P*C) uint8 -> mean, standard deviation and entropy of each patch."""
     n, values = patches.shape
-    places = patches.astype(np.int64) + LEVELS * np.arange(n)[:, None]
-    counts = np.bincount(places.ravel(), minlength=n * LEVELS).reshape(n, LEVELS)
+    # One histogram for all patches: patch i counts in the bins from i * LEVELS on.
+    bins = patches.astype(np.int64) + LEVELS * np.arange(n)[:, None]
+    counts = np.bincount(bins.ravel(), minlength=n * LEVELS).reshape(n, LEVELS)
     share = counts / values
-    surprise = np.log2(share, out=np.zeros_like(share), where=share > 0)
-    entropy = -(share * surprise).sum(axis=1)
-    # A patch of one value comes out as -0.
+    logs = np.log2(share, out=np.zeros_like(share), where=share > 0)
+    entropy = -(share * logs).sum(axis=1)
+    # `abs` turns the -0.0 of a patch of one value into 0.0.
     return PatchStatistics(patches.mean(axis=1), patches.std(axis=1), np.abs(entropy))
 
 
-def cut_costs(
+def patch_size_costs(
     image_size: tuple[int, int], sizes: Sequence[int], num_channels: int = 3
 ) -> list[dict[str, Any]]:
-    """What each patch size costs a ViT-B without a head: a dict of plain numbers a size.
+    """The cost of each patch size in a ViT-B without a head, as plain numbers.
 
-    `tokens` are the patches, `token_pairs` what attention compares (T^2 with the class token),
-    `attention_macs` the multiply-adds that grow with these, and `forward_macs` all.
+    `tokens` are the patches, `token_pairs` the pairs in attention (T^2 with the class token),
+    `attention_macs` the multiply-adds per image of these pairs, and `forward_macs` of all.
     """
-    size_b = VARIANTS[COST_MODEL]
+    size_b = VARIANTS[COST_VARIANT]
     d, depth = size_b.embed_dim, size_b.depth
     rows = []
     for size in sizes:

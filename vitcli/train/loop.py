@@ -90,6 +90,12 @@ class Loop:
         """The number of steps of the whole run; a budget may change it."""
         return self.timeline.total
 
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        device: torch.device = self.accelerator.device
+        return device
+
     def fit(self) -> None:
         """Train from `state.step` to `total_steps` and write the last checkpoint.
 
@@ -184,14 +190,6 @@ class Loop:
         targets = soft_targets(part.labels, self.model.config.num_classes)
         return part.mix.images(images), part.mix.targets(targets)
 
-    # ---- before and after a step ----
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        device: torch.device = self.accelerator.device
-        return device
-
     def _start(self) -> Bar:
         """Start to count, at the beginning of a run, after a resume or after a rewind."""
         self._saved_at = time.monotonic()
@@ -283,8 +281,6 @@ class Loop:
         if self.accelerator.is_main_process:
             self.run.log({"step": self.state.step, "event": "settle", "steps": total})
         return True
-
-    # ---- memory ----
 
     def _micro_batch_size(self, batch: Batch) -> int:
         num_images = len(batch.labels)

@@ -11,40 +11,40 @@ from torch import Tensor, nn
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import Grid, resample_offsets
 
-# Up to this many tokens the (T, T) matrix of a CPU batch is small beside the activations.
-LONGEST_EXPLICIT = 1024
+# Up to this many tokens the (T, T) scores of a CPU batch are small compared with the activations.
+MAX_EXPLICIT_TOKENS = 1024
 
 Axis = Literal["row", "column"]
-# For measurements: which one is taken, whatever device and length; None leaves the choice.
+# Measurements force one implementation for every device and length; None means no force.
 _forced: Literal["fused", "explicit"] | None = None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, H, T, E) three times -> (B, H, T, E): softmax(q k^T / sqrt(E) + bias) v.
+    """3 x (B, H, T, E) -> (B, H, T, E): softmax(q k^T / sqrt(E) + bias) v (appendix A, eq. 6 to 7).
 
-    The one place where the implementation is chosen. On a CPU the backward of the fused kernel
-    is slow in bf16 (1.1 to 1.8 times the time of a whole training step at 16 to 197 tokens, see
-    recipes/LOG.md), so there it is written out; in fp32 both are as fast, and the fused one needs
-    less memory. Elsewhere, and for long sequences, it is torch's. Both agree within rounding.
+    Uses torch's fused kernel or the explicit products; both agree within rounding.
     """
-    if is_written_out(q):
+    # The backward pass of the fused kernel is slow on a CPU in bf16: a training step takes 1.1 to
+    # 1.8 times as long at 16 to 197 tokens (recipes/LOG.md). In fp32 both are equally fast, and the
+    # fused kernel needs less memory.
+    if uses_explicit_attention(q):
         return attend_explicit(q, k, v, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-def is_written_out(q: Tensor) -> bool:
-    """Whether `attend` takes queries (..., T, E) of this type and place step by step."""
+def uses_explicit_attention(q: Tensor) -> bool:
+    """True if `attend` computes queries (..., T, E) of this dtype and device explicitly."""
     if _forced is not None:
         return _forced == "explicit"
     half = q.dtype in (torch.bfloat16, torch.float16)
-    return half and q.device.type == "cpu" and q.shape[-2] <= LONGEST_EXPLICIT
+    return half and q.device.type == "cpu" and q.shape[-2] <= MAX_EXPLICIT_TOKENS
 
 
 @contextmanager
 def forced_attention(kind: Literal["fused", "explicit"] | None) -> Iterator[None]:
-    """For the length of a block, all attention is torch's fused one, or the one written out.
+    """Force one implementation of attention inside a `with` block, for measurements.
 
-    None changes nothing. For measurements: the choice of `attend` is the faster one.
+    None changes nothing.
     """
     global _forced
     before, _forced = _forced, kind or _forced
@@ -58,22 +58,23 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
     """`attend` as two batched matrix products around a softmax; bias (B, H, T, T)."""
     b, h, t, e = q.shape
     s = k.shape[2]
-    q = (q * e**-0.5).reshape(b * h, t, e)
+    # Scaling q touches T x E numbers; scaling the scores would touch T x T.
+    q = (q * e**-0.5).reshape(b * h, t, e)  # (B*H, T, E)
     scores = torch.bmm(q, k.reshape(b * h, s, e).transpose(1, 2))  # (B*H, T, T)
     if bias is not None:
         scores = scores + bias.reshape(b * h, t, s)
-    # In the scores' own type: autocast would carry the largest tensor of the block to fp32.
+    # Keep the dtype: autocast would copy the scores, the largest tensor of the block, to fp32.
     with torch.autocast(q.device.type, enabled=False):
         weights = scores.softmax(dim=-1)
     return torch.bmm(weights, v.reshape(b * h, s, e)).reshape(b, h, t, e)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection to queries, keys and values.
+    """Multi-head self-attention (appendix A) with one fused projection to q, k and v.
 
     Args:
-        num_patches: how many patches attend to each other in an image of the configured size;
-            relative positions have a code for each of their 2 N - 1 offsets.
+        num_patches: number of patches that attend to each other at the configured image size.
+            Relative positions have an embedding for each of the 2 N - 1 offsets.
     """
 
     def __init__(self, config: ViTConfig, num_patches: int) -> None:
@@ -84,6 +85,7 @@ class Attention(nn.Module):
         head_dim = d // config.num_heads
         self.qkv = nn.Linear(d, 3 * d, bias=config.qkv_bias)
         eps = config.norm_eps
+        # Normalised queries and keys keep the attention logits bounded (ViT-22B, Dehghani 2023).
         self.q_norm = nn.LayerNorm(head_dim, eps=eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(head_dim, eps=eps) if config.qk_norm else nn.Identity()
         relative = config.position == "relative"
@@ -97,9 +99,10 @@ class Attention(nn.Module):
         b, t, d = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, E)
-        if is_written_out(qkv):
-            qkv = qkv.contiguous()  # one copy for all three; the fused kernel needs none
+        if uses_explicit_attention(qkv):
+            qkv = qkv.contiguous()  # one copy for q, k and v; the fused kernel takes strides
         q, k, v = qkv.unbind(0)
+        # Under autocast LayerNorm returns fp32; the kernels want one dtype for q, k and v.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         bias = None
         if self.rel_pos is not None:
@@ -116,12 +119,11 @@ class Attention(nn.Module):
 
 
 def relative_bias(q: Tensor, table: Tensor, num_prefix_tokens: int) -> Tensor:
-    """(B, H, T, E), (2 N - 1, E) -> (B, H, T, T): what is added to the scores before the softmax.
+    """(B, H, T, E), (2 N - 1, E) -> (B, H, T, T): bias of the scores before the softmax.
 
     Appendix D.4: "extra attention, where we use the original query (the content of query), but use
-    relative positional embeddings as keys". Each offset p_q - p_k in the row-major sequence has an
-    embedding, the smallest, 1 - N, the first one. Class token and registers have no place in the
-    picture: their rows and columns are 0.
+    relative positional embeddings as keys". The table has one embedding for each offset p_q - p_k
+    in the row-major sequence, from 1 - N to N - 1. Prefix tokens have no position: their bias is 0.
     """
     q = q[:, :, num_prefix_tokens:]  # (B, H, N, E)
     n = q.shape[2]
@@ -133,7 +135,7 @@ def relative_bias(q: Tensor, table: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Two dense layers with a GELU between, and dropout after each (appendix B.1)."""
+    """Two dense layers with a GELU between them, and dropout after each (section 3.1, B.1)."""
 
     def __init__(self, width: int, hidden: int, gelu: str, dropout_rate: float = 0.0) -> None:
         super().__init__()
@@ -150,7 +152,7 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """silu(x1) * x2 between two dense layers (Shazeer, 2020), x1 and x2 from one projection."""
+    """silu(x1) * x2 between two dense layers (Shazeer, 2020); one projection gives x1 and x2."""
 
     def __init__(self, width: int, hidden: int, dropout_rate: float = 0.0) -> None:
         super().__init__()
@@ -167,7 +169,7 @@ class SwiGlu(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel on a residual branch (Touvron et al., 2021)."""
+    """A learned factor per channel on a residual branch (CaiT, Touvron et al., 2021)."""
 
     def __init__(self, width: int, start: float) -> None:
         super().__init__()
@@ -186,24 +188,25 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D); what is kept is scaled so that the mean stays."""
+        """(B, T, D) -> (B, T, D); kept branches are scaled up, so that the mean does not change."""
         if not self.training or self.rate == 0.0:
             return x
-        keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
+        keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate  # (B, 1, 1)
         return x * keep.to(x.dtype) / (1.0 - self.rate)
 
 
 class Block(nn.Module):
-    """x + MSA(LN(x)), then x + MLP(LN(x)).
+    """x + MSA(LN(x)), then x + MLP(LN(x)): equations 2 and 3.
 
     Args:
-        along: attention inside each `row` or each `column` of patches; None for all tokens.
+        along: attend within each `row` or each `column` of patches; None attends to all tokens.
     """
 
     def __init__(self, config: ViTConfig, drop_path_rate: float, along: Axis | None = None) -> None:
         super().__init__()
         d, scale, (rows, cols) = config.embed_dim, config.layer_scale, config.grid
         self.along = along
+        # Patches that attend to each other: a row has one patch for each column.
         num_patches = {"row": cols, "column": rows, None: rows * cols}[along]
         self.norm1 = nn.LayerNorm(d, eps=config.norm_eps)
         self.attn = Attention(config, num_patches)
@@ -219,7 +222,7 @@ class Block(nn.Module):
         branch = self.norm1(x)
         if self.along is None:
             branch = self.attn(branch)
-        else:
+        else:  # each row or column is a sequence of its own in the batch
             branch = self.attn(split_lines(branch, grid, self.along))
             branch = join_lines(branch, grid, self.along)
         x = x + self.drop_path1(self.ls1(branch))
@@ -228,20 +231,20 @@ class Block(nn.Module):
 
 
 def build_mlp(config: ViTConfig) -> nn.Module:
-    """The MLP of a block."""
+    """The MLP of a block, as configured."""
     if config.mlp == "swiglu":
         return SwiGlu(config.embed_dim, config.mlp_dim, config.dropout_rate)
     return Mlp(config.embed_dim, config.mlp_dim, config.gelu, config.dropout_rate)
 
 
 def split_lines(x: Tensor, grid: Grid, along: Axis) -> Tensor:
-    """(B, N, D) -> (B*rows, cols, D), or (B*cols, rows, D) along columns."""
+    """(B, N, D) -> (B*rows, cols, D) for rows, (B*cols, rows, D) for columns."""
     x = x.reshape(-1, *grid, x.shape[-1])  # (B, rows, cols, D)
     return (x if along == "row" else x.transpose(1, 2)).flatten(0, 1)
 
 
 def join_lines(x: Tensor, grid: Grid, along: Axis) -> Tensor:
-    """The inverse of `split_lines`."""
+    """(B*rows, cols, D) or (B*cols, rows, D) -> (B, N, D): the inverse of `split_lines`."""
     (rows, cols), d = grid, x.shape[-1]
     if along == "column":
         x = x.reshape(-1, cols, rows, d).transpose(1, 2)  # (B, rows, cols, D)
@@ -249,7 +252,7 @@ def join_lines(x: Tensor, grid: Grid, along: Axis) -> Tensor:
 
 
 class AxialBlock(nn.Module):
-    """A block along the rows, then one along the columns (appendix D.6), each with its MLP."""
+    """A block along the rows, then a block along the columns; each has its MLP (appendix D.6)."""
 
     def __init__(self, config: ViTConfig, drop_path_rate: float) -> None:
         super().__init__()
@@ -262,12 +265,13 @@ class AxialBlock(nn.Module):
 
 
 def build_blocks(config: ViTConfig) -> nn.ModuleList:
-    """The blocks of the encoder, first to last."""
+    """The blocks of the encoder, from first to last."""
     kind = AxialBlock if config.axial else Block
     return nn.ModuleList(kind(config, rate) for rate in drop_path_rates(config))
 
 
 def drop_path_rates(config: ViTConfig) -> list[float]:
-    """One rate a block, growing linearly from 0 to the configured one."""
+    """One rate per block; it grows linearly from 0 to the configured rate."""
+    # Early features feed all later blocks, so they are dropped least (Huang et al., 2016, sec. 3).
     last = max(config.depth - 1, 1)
     return [config.drop_path_rate * i / last for i in range(config.depth)]

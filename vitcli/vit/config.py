@@ -1,4 +1,4 @@
-"""What a model is made of."""
+"""ViTConfig: the settings of a Vision Transformer, checked."""
 
 import math
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ LITERALS = {
     "stem_arithmetic": StemArithmetic,
 }
 
-# Beyond any size, count or side in pixels; torch counts the bytes of a tensor with 64 bits.
+# Above any sensible size, and small enough that torch's 64-bit byte counts do not overflow.
 LARGEST = 10**6
-# Whole numbers, and the smallest that can be built.
+# Integer settings -> the smallest valid value.
 COUNTS = {
     "patch_size": 1,
     "num_channels": 1,
@@ -50,54 +50,68 @@ FLAGS = (
     "axial",
 )
 
-# Other people's words for the same thing: Hugging Face and DeiT, timm, big_vision.
+# Names of the poolings in Hugging Face, DeiT, timm and big_vision.
 POOL_ALIASES = {"cls": "token", "tok": "token", "avg": "mean", "gap": "mean", "grid": "quadrants"}
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Everything that decides the computation of a Vision Transformer, and nothing else.
+    """All settings that change the outputs of a Vision Transformer.
 
-    Sizes are in pixels, widths in numbers. The defaults are ViT-B/16 of the paper in timm's
-    arithmetic: exact GELU, LayerNorm epsilon 1e-6.
+    The defaults are the ViT-B/16 of the paper with timm's exact GELU and LayerNorm epsilon 1e-6.
 
     Attributes:
-        num_classes: outputs of the head; 0 is a backbone without one.
-        pool: what the head reads. `token`: the class token. `mean`: the mean of the patch tokens.
+        image_size: (Y, X) in pixels.
+        patch_size: side of a patch in pixels; in a hybrid, in cells of the feature map.
+        num_channels: channels of an image.
+        embed_dim: width of a token.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        mlp_dim: hidden width of the MLP.
+        num_classes: outputs of the head; 0 for a backbone without a head.
+        pool: the input of the head. `token`: the class token. `mean`: the mean of the patches.
             `quadrants`: the means of the four quarters of the image, concatenated (4 D wide).
-            `map`: one learned query attends to the patch tokens (big_vision).
-            `token_mean`: class token and mean of the patch tokens, concatenated (DINOv2, 2 D wide).
+            `map`: one learned query attends to the patches (big_vision).
+            `token_mean`: class token and mean of the patches, concatenated (DINOv2, 2 D wide).
             `distilled`: class token and distillation token, concatenated (DeiT, 2 D wide).
-        pool_blocks: the outputs of so many of the last blocks are pooled, each through the final
-            LayerNorm, and concatenated, the last one at the end (linear evaluation of DINO).
-        distillation_token: a second learned token, after the class token (DeiT).
-        distillation_head: with pool `distilled`, a head for each of the two tokens; the logits are
-            their mean. Without it one head reads both.
-        position: `learned`: one table over the row-major sequence, "1-D". `learned2d`: two tables
-            of half the width, one for columns and one for rows. `relative`: a bias of the attention
-            by offset in the sequence. `sincos2d`: fixed. `none`. (Appendix D.4.)
-        position_at: where learned positions are added: after the stem; at the input of every block,
-            each with a table of its own; or at every block the same table (table 8).
-        stem: blocks of each ResNet stage before the patches (hybrids), `()` for the root alone,
-            None for no ResNet. `patch_size` then counts cells of its feature map.
-        stem_width: width of the ResNet as a factor of 64 channels.
-        stem_arithmetic: whose weight standardisation and GroupNorm epsilon the stem follows.
-        axial: every block is one along the rows and one along the columns (appendix D.6).
-        position_covers_prefix: positions are also added to class token and registers (the paper);
-            big_vision and `no_embed_class` of timm leave these without.
-        patch_bias: the patch projection has a bias.
-        norm_before_blocks: a LayerNorm between the positions and the first block (CLIP, timm's
-            `norm_pre`).
-        mlp: `gelu`, or `swiglu`: silu(x1) * x2 with both halves from one projection that is
-            2 * mlp_dim wide (DINOv2).
+        pool_blocks: pool the outputs of this many last blocks, each after the final LayerNorm, and
+            concatenate them, the last block at the end (linear evaluation of DINO).
+        class_token: prepend a learned class token.
+        distillation_token: add a second learned token after the class token (DeiT).
+        distillation_head: with pool `distilled`, each of the two tokens has a head, and the logits
+            are their mean. Without it one head reads both tokens.
+        num_registers: learned tokens that nothing reads (Darcet et al., 2024).
+        position: `learned`: one table over the row-major sequence ("1-D"). `learned2d`: a table for
+            columns and a table for rows, each of half the width. `relative`: an attention bias by
+            offset in the sequence. `sincos2d`: fixed. `none`. (Appendix D.4.)
+        position_at: `stem`: add positions once, to the embedded patches. `every`: add them at the
+            input of every block, from a table per block. `shared`: the same with one table. (Table
+            8.)
+        position_covers_prefix: add positions to the prefix tokens too, as the paper does.
+            big_vision and timm's `no_embed_class` do not.
         representation_size: width of the tanh layer before the head ("pre-logits", used in
-            pre-training); None for none.
-        layer_scale: starting value of LayerScale, or None for none.
-        norm_after_pool: the final LayerNorm acts on the pooled vector (timm's `fc_norm`).
+            pre-training); None for no such layer.
+        qkv_bias: the projection to queries, keys and values has a bias.
+        qk_norm: apply a LayerNorm to queries and keys.
+        layer_scale: initial value of LayerScale; None for no LayerScale.
+        mlp: `gelu`, or `swiglu`: silu(x1) * x2, where one projection of width 2 * mlp_dim gives
+            both halves (DINOv2).
+        gelu: `exact`, or `tanh` for the approximation in the official code.
+        norm_eps: epsilon of all LayerNorms.
+        norm_before_blocks: a LayerNorm between the positions and the first block (CLIP; timm's
+            `norm_pre`).
+        norm_after_pool: apply the final LayerNorm to the pooled vector (timm's `fc_norm`).
+        patch_bias: the patch projection has a bias.
+        axial: each block attends along the rows, then along the columns (appendix D.6).
+        stem: units in each stage of a ResNet in front of the patches (hybrids); `()` for its root
+            alone, None for no ResNet.
+        stem_width: factor on the width of the ResNet, which starts with 64 channels.
+        stem_arithmetic: weight standardisation and GroupNorm epsilon of `google` or of `timm`.
+        dropout_rate: dropout after the positions, the attention projection and both MLP layers.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
 
     Raises:
-        ValueError: a combination that cannot be built, said in words.
+        ValueError: the network cannot be built with these settings.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -143,11 +157,11 @@ class ViTConfig:
         self._check_positions()
 
     def _check_values(self) -> None:
-        """Each setting by itself: it may come from a file that anybody wrote."""
+        """Check each setting by itself, because it may come from a damaged file."""
         for key, kind in LITERALS.items():
             if (value := getattr(self, key)) not in get_args(kind):
                 known = ", ".join(f"`{choice}`" for choice in get_args(kind))
-                raise ValueError(f"no {key} `{value}`; there are {known}")
+                raise ValueError(f"unknown {key} `{value}`; use one of {known}")
         for key, least in COUNTS.items():
             check_count(key, getattr(self, key), least)
         for side in self.image_size:
@@ -174,7 +188,7 @@ class ViTConfig:
         stem_channels(self.stem_width)  # complains of a width that cannot be built
 
     def _check_tokens(self, rows: int, cols: int) -> None:
-        """What the pooling and the blocks read must be there."""
+        """Check that the tokens exist that the pooling and the blocks read."""
         pool = self.pool
         if pool in ("token", "token_mean", "distilled") and not self.class_token:
             raise ValueError(f"pool `{pool}` needs the class token (`class_token = true`)")
@@ -197,7 +211,7 @@ class ViTConfig:
             )
 
     def _check_pool_blocks(self) -> None:
-        """What reads several blocks was trained on none of them: a pooling without weights."""
+        """Check that the pooling has no weights: they would be trained for the last block only."""
         if self.pool_blocks > self.depth:
             raise ValueError(
                 f"pool_blocks is {self.pool_blocks}, but there are {self.depth} blocks"
@@ -221,12 +235,10 @@ class ViTConfig:
 
     @property
     def pixels_per_patch(self) -> int:
-        """Side in pixels of what one token sees: the patch times the stride of the stem.
-
-        The root of a ResNet halves the image twice, every stage after the first once more.
-        """
+        """Side of a patch in image pixels: the patch size times the stride of the stem."""
         if self.stem is None:
             return self.patch_size
+        # The root halves the image twice, and each stage after the first halves it once more.
         stride: int = 4 * 2 ** max(len(self.stem) - 1, 0)
         return self.patch_size * stride
 
@@ -237,42 +249,42 @@ class ViTConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class token, distillation token and registers, which stand before the patches."""
+        """Number of tokens before the patches: class token, distillation token and registers."""
         return int(self.class_token) + int(self.distillation_token) + self.num_registers
 
     @property
     def num_covered_tokens(self) -> int:
-        """Prefix tokens that the position table has an entry for; they are its first ones."""
+        """Number of prefix tokens with an entry in the position table, at its start."""
         covered = self.position_covers_prefix and self.position in ("learned", "sincos2d")
         return self.num_prefix_tokens if covered else 0
 
     @property
     def num_tokens(self) -> int:
-        """T: prefix tokens and patches."""
+        """T: number of prefix tokens and patches."""
         return self.num_prefix_tokens + self.grid[0] * self.grid[1]
 
     @property
     def pooled_dim(self) -> int:
-        """Width of what the pooling of one block's output gives."""
+        """Width of the pooled output of one block."""
         return self.embed_dim * {"quadrants": 4, "token_mean": 2, "distilled": 2}.get(self.pool, 1)
 
     @property
     def feature_dim(self) -> int:
-        """F: width of `features`, of what the head reads (two distilled heads: half each)."""
+        """F: width of the features. With two distilled heads each head reads one half."""
         return self.representation_size or self.pooled_dim * self.pool_blocks
 
     @property
     def head_dim(self) -> int:
-        """Width of the input of `head`, and of `head_dist` where there is one."""
+        """Input width of `head`, and of `head_dist` if it exists."""
         return self.feature_dim // 2 if self.distillation_head else self.feature_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file's header."""
+        """JSON values for the header of a weights file."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; an unknown key is a ValueError that names it."""
+        """Build from `to_dict`'s values; raises a ValueError that names unknown keys."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown model settings: {', '.join(unknown)}")
@@ -286,20 +298,16 @@ class ViTConfig:
 
 
 def check_count(key: str, value: Any, least: int) -> None:
-    """Raises a ValueError where the setting `key` is no whole number from `least` to `LARGEST`."""
+    """Raise a ValueError unless the setting `key` is an integer from `least` to `LARGEST`."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or not least <= value <= LARGEST:
         raise ValueError(f"{key} is {value!r}, not a whole number from {least} to {LARGEST:,}")
 
 
-def normal_pool(name: str) -> Pool:
-    """The pooling that `name` means, in any of the spellings in use.
-
-    Raises:
-        ValueError: no such pooling.
-    """
+def canonical_pool(name: str) -> Pool:
+    """Our name of a pooling, for any of the spellings in use; raises a ValueError if unknown."""
     name = POOL_ALIASES.get(name, name)
     if name not in get_args(Pool):
         known = ", ".join(f"`{pool}`" for pool in get_args(Pool))
-        raise ValueError(f"no pooling `{name}`; there are {known}")
+        raise ValueError(f"unknown pooling `{name}`; use one of {known}")
     return cast(Pool, name)

@@ -1,7 +1,13 @@
-"""The Vision Transformer, from pixels to logits.
+"""The Vision Transformer, from pixels to logits (section 3.1 of the paper).
 
-Shape letters, used in every file: B images, C channels, Y X pixel rows and columns, P patch side,
-N patches, T tokens, D width, H heads, E head width, K classes.
+Shape letters, used in every file:
+
+    B  images in a batch            N  patches of an image      H  attention heads
+    C  channels of an image         T  tokens: prefix + N       E  width of a head, D / H
+    Y  pixel rows                   D  width of a token         F  width of the features
+    X  pixel columns                P  side of a patch, pixels  K  classes
+
+The prefix tokens are the class token, the distillation token and the registers, in this order.
 """
 
 from collections.abc import Sequence
@@ -18,25 +24,25 @@ from vitcli.vit.pool import AttentionPool, PreLogits, pool_tokens
 from vitcli.vit.position import (
     Grid,
     Resize,
-    carry,
-    cross,
+    concatenate_axes,
     fixed_table,
     is_position,
+    resample_table,
     table_shapes,
 )
 
 
 class VisionTransformer(nn.Module):
-    """ViT of Dosovitskiy et al. (2020); tensor names are timm's.
+    """The ViT of Dosovitskiy et al. (2020); the tensor names are timm's.
 
     Attributes:
-        config: what it is made of.
-        position_resize: how positions are carried to the grid of images of another size.
-        checkpoint_activations: in training keep only the input of each block (of a hybrid's ResNet,
-            each unit) for the backward pass, which computes the rest again: one more pass for a
-            fraction of the memory, and the same gradients.
-        patch_drop_rate: share of the patches that training leaves out of an image, drawn anew each
-            time (PatchDropout, Liu et al., 2022): less work, and a regulariser.
+        config: the settings that it was built from.
+        position_resize: method that resamples the positions for images of another size.
+        checkpoint_activations: in training, store only the input of each block (of each unit in a
+            hybrid's ResNet) and recompute the rest in the backward pass. This takes one more
+            forward pass and a fraction of the memory, and gives the same gradients.
+        patch_drop_rate: fraction of the patches that training drops from each image at random
+            (PatchDropout, Liu et al., 2022).
     """
 
     def __init__(self, config: ViTConfig, position_resize: Resize = "bicubic") -> None:
@@ -53,7 +59,7 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, registers, d)) if registers else None
         for name, shape in table_shapes(config).items():
             if config.position == "sincos2d":  # a buffer: stored with the weights, never trained
-                # On the meta device a file will fill it, and no memory is taken before that.
+                # On the meta device the values come from a file later, so nothing is computed.
                 empty = torch.zeros(shape)
                 self.register_buffer(name, empty if empty.is_meta else fixed_table(config))
             else:
@@ -73,29 +79,29 @@ class VisionTransformer(nn.Module):
         self.head_dist = nn.Linear(width, classes) if two else None
 
     def init_weights(self, generator: torch.Generator | None = None) -> "VisionTransformer":
-        """Draw fresh weights as the official code does, from `generator`; returns self.
+        """Draw new weights from `generator`, as the official code does; returns self.
 
-        Dense and patch kernels Xavier-uniform, each of query, key and value by itself; MLP biases
-        N(0, 1e-6); class token and heads 0; positions and further tokens N(0, 0.02). A zero head
-        makes the first loss that of a uniform guess; the distillation token is not zero, because it
-        would stay the class token's twin.
+        Dense and patch kernels are Xavier-uniform, MLP biases N(0, 1e-6), positions and additional
+        tokens N(0, 0.02), class token and heads zero. Source: vit_jax/models_vit.py.
         """
         if isinstance(self.patch_embed, HybridEmbed):
             init_stem(self.patch_embed.backbone, generator)
         for name, p in self.named_parameters():
             if name.startswith("patch_embed.backbone."):
-                continue
+                continue  # `init_stem` has drawn it
             if name.endswith(("qkv.weight", "mlp.fc1.weight")):
-                # Several matrices in one: query, key and value; both halves of a SwiGLU.
+                # Xavier's bound depends on the shape, so each fused matrix is drawn by itself:
+                # query, key and value, or both halves of a SwiGLU.
                 parts = 3 if name.endswith("qkv.weight") else p.shape[0] // self.config.mlp_dim
                 for part in p.data.chunk(parts):
                     nn.init.xavier_uniform_(part, generator=generator)
             elif name.startswith("patch_embed") and p.ndim == 4:
                 nn.init.xavier_uniform_(p.data.flatten(1), generator=generator)
+            # The distillation token is not zero: it would stay equal to the class token for ever.
             elif is_position(name) or name in ("dist_token", "reg_token", "attn_pool.latent"):
                 nn.init.normal_(p, std=0.02, generator=generator)
             elif name.startswith(("head.", "head_dist.")) or name == "cls_token":
-                nn.init.zeros_(p)
+                nn.init.zeros_(p)  # a zero head makes the first loss that of a uniform guess, ln K
             elif p.ndim == 2:
                 nn.init.xavier_uniform_(p, generator=generator)
             elif ".mlp." in name and name.endswith("bias"):
@@ -109,56 +115,62 @@ class VisionTransformer(nn.Module):
         return grid_size((images.shape[2], images.shape[3]), self.config.pixels_per_patch)
 
     def positions(self, grid: Grid, block: int = 0) -> Tensor | None:
-        """(1, n, D): what is added to the last n tokens before block `block`; None for nothing.
+        """(1, n, D) positions to add to the last n tokens before block `block`, or None.
 
-        n is N, or T where the table has entries for prefix tokens too. Another grid than the
-        configured one gets the table resampled, a fixed one too, so that a place in the picture
-        keeps its code; differentiably, for training at several sizes.
+        n is N, or T if the table has entries for the prefix tokens. For another grid than the
+        configured one the table is resampled (section 3.2). Gradients pass through it, so that
+        training may use several image sizes.
         """
         config = self.config
         if not table_shapes(config) or (block and config.position_at == "stem"):
             return None
-        own = block > 0 and config.position_at == "every"
+        own = block > 0 and config.position_at == "every"  # table 8: one table for each block
 
         def table(name: str) -> Tensor:
             stored: Tensor = getattr(self, f"block_{name}" if own else name)
             stored = stored[block - 1 : block] if own else stored
-            return carry(name, stored, config, grid, self.position_resize)
+            return resample_table(name, stored, config, grid, self.position_resize)
 
         if config.position == "learned2d":
-            return cross(table("pos_embed_x"), table("pos_embed_y"))
+            return concatenate_axes(table("pos_embed_x"), table("pos_embed_y"))
         return table("pos_embed")
 
     def add_positions(self, x: Tensor, grid: Grid, block: int = 0) -> Tensor:
-        """(B, T, D) -> (B, T, D): with the positions that belong before block `block`."""
+        """(B, T, D) -> (B, T, D): with the positions for the input of block `block` added."""
         positions = self.positions(grid, block)
         if positions is None:
             return x
-        uncovered = x.shape[1] - positions.shape[1]  # prefix tokens without an entry
+        # Prefix tokens without an entry in the table get zero.
+        uncovered = x.shape[1] - positions.shape[1]
         return x + nn.functional.pad(positions, (0, 0, uncovered, 0))
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """(B, C, Y, X) -> (B, N, D): the patches, or those of a feature map, projected."""
+        """(B, C, Y, X) -> (B, N, D): projected patches of the image, or of the feature map."""
         hybrid = isinstance(self.patch_embed, HybridEmbed)
-        x: Tensor = self.patch_embed(images, self._again()) if hybrid else self.patch_embed(images)
+        x: Tensor = (
+            self.patch_embed(images, self._recompute()) if hybrid else self.patch_embed(images)
+        )
         return x
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, C, Y, X) -> (B, T, D): equation 1, patches with class token and positions."""
+        """(B, C, Y, X) -> (B, T, D): class token, patches and positions (equation 1)."""
         return self.add_prefix(self.embed_patches(images), self.grid_of(images))
 
     def drop_patches(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, V, D): without a random `patch_drop_rate` of each image's patches."""
+        """(B, T, D) -> (B, V, D): each image loses a random `patch_drop_rate` of its patches."""
+        # Positions are already added, so the order of the kept patches does not matter.
         prefix = self.config.num_prefix_tokens
         b, n, d = x.shape[0], x.shape[1] - prefix, x.shape[2]
         kept = max(1, n - round(self.patch_drop_rate * n))
         order = torch.rand(b, n, device=x.device).argsort(dim=1)[:, :kept]  # (B, kept)
-        patches = x[:, prefix:].gather(1, order[..., None].expand(-1, -1, d))
+        patches = x[:, prefix:].gather(1, order[..., None].expand(-1, -1, d))  # (B, kept, D)
         return torch.cat([x[:, :prefix], patches], dim=1)
 
     def add_prefix(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, N, D) embedded patches -> (B, T, D): class token, registers and positions."""
+        """(B, N, D) -> (B, T, D): patches with prefix tokens and positions (equation 1)."""
         tokens = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        # The paper adds positions to the class token too. big_vision and timm's `no_embed_class`
+        # add them before they prepend the tokens.
         covered = self.config.num_covered_tokens > 0
         if not covered:
             x = self.add_positions(x, grid)
@@ -169,7 +181,7 @@ class VisionTransformer(nn.Module):
         x = self.pos_drop(x)
         return x
 
-    def _again(self) -> bool:
+    def _recompute(self) -> bool:
         return self.checkpoint_activations and self.training and torch.is_grad_enabled()
 
     def encode(self, x: Tensor, grid: Grid) -> Tensor:
@@ -177,13 +189,13 @@ class VisionTransformer(nn.Module):
         return self.encode_last(x, grid, 1)[0]
 
     def encode_last(self, x: Tensor, grid: Grid, count: int) -> list[Tensor]:
-        """(B, T, D) -> `count` times (B, T, D): the last blocks' outputs through the final norm."""
+        """(B, T, D) -> `count` x (B, T, D): outputs of the last blocks, after the final norm."""
         x = self.norm_pre(x)
-        again, found = self._again(), []
+        recompute, found = self._recompute(), []
         for i, block in enumerate(self.blocks):
             if i:
                 x = self.add_positions(x, grid, i)
-            x = checkpoint(block, x, grid, use_reentrant=False) if again else block(x, grid)
+            x = checkpoint(block, x, grid, use_reentrant=False) if recompute else block(x, grid)
             if i >= len(self.blocks) - count:
                 found.append(self.norm(x))
         return found
@@ -193,17 +205,14 @@ class VisionTransformer(nn.Module):
         return self.tokens_last(images, 1)[0]
 
     def tokens_last(self, images: Tensor, count: int) -> list[Tensor]:
-        """(B, C, Y, X) -> `count` times (B, T, D): the tokens after each of the last blocks."""
+        """(B, C, Y, X) -> `count` x (B, T, D): the tokens after each of the last blocks."""
         x = self.embed(images)
         if self.training and self.patch_drop_rate:
             x = self.drop_patches(x)
         return self.encode_last(x, self.grid_of(images), count)
 
     def pool(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, T, D) -> (B, F): pooled as configured, normalised there if so, with pre-logits.
-
-        Of one block's output; with `pool_blocks` = n, F is an n-th of `feature_dim`.
-        """
+        """(B, T, D) -> (B, F / pool_blocks): pooled output of one block, with pre-logits."""
         if self.attn_pool is not None:
             x = self.attn_pool(x[:, self.config.num_prefix_tokens :])  # (B, D)
         else:
@@ -212,33 +221,31 @@ class VisionTransformer(nn.Module):
         return x
 
     def pool_last(self, tokens: Sequence[Tensor], grid: Grid) -> Tensor:
-        """`pool_blocks` times (B, T, D) -> (B, F): each pooled, one after the other."""
+        """`pool_blocks` x (B, T, D) -> (B, F): each is pooled; the results are concatenated."""
         pooled = [self.pool(x, grid) for x in tokens]
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)  # (B, F)
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, C, Y, X) -> (B, F): the representation that the head reads, F = feature_dim."""
+        """(B, C, Y, X) -> (B, F): the representation that the head reads."""
         tokens = self.tokens_last(images, self.config.pool_blocks)
         return self.pool_last(tokens, self.grid_of(images))
 
     def classify(self, features: Tensor) -> Tensor:
-        """(B, F) -> (B, K): logits; the features where there is no head.
-
-        Of two distilled heads each reads its own token, and the logits are their mean (DeiT).
-        """
+        """(B, F) -> (B, K): logits, or the features if there is no head."""
         if self.head_dist is None:
             logits: Tensor = self.head(features)
             return logits
-        token, distilled = features.chunk(2, dim=-1)
+        # DeiT (Touvron et al., 2021, section 3): each head reads its token; the mean classifies.
+        token, distilled = features.chunk(2, dim=-1)  # (B, D) each
         return (self.head(token) + self.head_dist(distilled)) / 2
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, Y, X) -> (B, K): logits; the features where there is no head."""
+        """(B, C, Y, X) -> (B, K): logits, or the features if there is no head."""
         return self.classify(self.features(images))
 
 
 def embedding(config: ViTConfig) -> nn.Module:
-    """What turns (B, C, Y, X) into (B, N, D): patches, or patches of a ResNet's feature map."""
+    """The module (B, C, Y, X) -> (B, N, D): a patch projection, with a ResNet stem in hybrids."""
     if config.stem is not None:
         return HybridEmbed(config)
     return PatchEmbed(config.num_channels, config.patch_size, config.embed_dim, config.patch_bias)

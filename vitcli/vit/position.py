@@ -1,4 +1,4 @@
-"""Position embeddings: made, and carried to another grid (section 3.2, "Fine-tuning"; D.4)."""
+"""Position embeddings, and their resampling to another grid (section 3.2, appendix D.4)."""
 
 import re
 from typing import Literal
@@ -14,13 +14,15 @@ Resize = Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"]
 
 
 def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tensor:
-    """(1, N, D): fixed sine and cosine codes of column and row, as big_vision has them.
+    """(1, N, D): fixed sine and cosine embeddings of column and row.
 
-    A quarter of the width each: sin(x w), cos(x w), sin(y w), cos(y w), with
+    Source: posemb_sincos_2d in big_vision/models/vit.py.
+
+    Each quarter of the width holds one of sin(x w), cos(x w), sin(y w), cos(y w), with
     w_i = temperature^(-i / (D/4 - 1)).
 
     Raises:
-        ValueError: D is not a multiple of 4, or below 8.
+        ValueError: D is not a multiple of 4, or it is below 8.
     """
     if embed_dim % 4 or embed_dim < 8:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4: {embed_dim}")
@@ -28,21 +30,21 @@ def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tenso
     quarter = embed_dim // 4
     omega = torch.arange(quarter, dtype=torch.float64) / (quarter - 1)
     omega = temperature**-omega  # (D/4,)
-    place = torch.arange(rows * cols, dtype=torch.float64)[:, None]
+    place = torch.arange(rows * cols, dtype=torch.float64)[:, None]  # (N, 1)
     y = place.div(cols, rounding_mode="floor") * omega  # (N, D/4)
     x = place.remainder(cols) * omega  # (N, D/4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None].float()  # (1, N, D)
 
 
 def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = "bicubic") -> Tensor:
-    """(n, N, D) on the `old` grid -> (n, M, D) on the `new` one; prefix tokens not included.
+    """(n, N, D) on the `old` grid -> (n, M, D) on the `new` grid; without prefix tokens.
 
-    `bilinear` aligns the corners of both grids, as the paper's code does (scipy.ndimage.zoom of
-    order 1); `bicubic` is antialiased with half-pixel centres, as timm does it; `bicubic_plain` is
-    not, as transformers does it for ViT, DeiT and DINOv2. The two differ for larger grids as well:
-    torch's kernel is that of a = -0.5 with antialiasing and of a = -0.75 without.
-    `bilinear_antialiased` is what timm does where it is asked for bilinear. Equal grids give the
-    same tensor back.
+    Equal grids return the same tensor. The methods are:
+
+    * `bilinear`: the corners of both grids are aligned (scipy.ndimage.zoom in the paper's code).
+    * `bicubic`: antialiased, half-pixel centres (timm).
+    * `bicubic_plain`: not antialiased (transformers, for ViT, DeiT and DINOv2).
+    * `bilinear_antialiased`: timm, if it is asked for bilinear.
     """
     if old == new:
         return positions
@@ -51,6 +53,7 @@ def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = "bicubic"
     if method == "bilinear":
         grid = F.interpolate(grid, size=new, mode="bilinear", align_corners=True)
     else:
+        # Antialiasing changes larger grids too: torch's cubic kernel then has a = -0.5, not -0.75.
         mode, smooth = method.partition("_")[0], method != "bicubic_plain"
         grid = F.interpolate(grid, size=new, mode=mode, align_corners=False, antialias=smooth)
     grid = grid.permute(0, 2, 3, 1).reshape(n, new[0] * new[1], d)  # (n, M, D)
@@ -58,9 +61,9 @@ def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = "bicubic"
 
 
 def table_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
-    """The tables that are added to tokens: name -> shape; none where positions are not added.
+    """Name -> shape of the tables that are added to the tokens; empty if there are none.
 
-    With `position_at = every` each block after the first has an entry of the `block_` tables.
+    With `position_at = every` each block after the first has an entry in the `block_` tables.
     """
     (rows, cols), d = config.grid, config.embed_dim
     if config.position in ("none", "relative"):
@@ -77,16 +80,16 @@ def table_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def fixed_table(config: ViTConfig) -> Tensor:
-    """(1, [prefix +] N, D): the sin-cos codes of `config`, zero for prefix tokens."""
+    """(1, covered prefix + N, D): the sin-cos embeddings of `config`; zero for prefix tokens."""
     table = sincos2d(config.grid, config.embed_dim)  # (1, N, D)
     prefix = table.new_zeros(1, config.num_covered_tokens, config.embed_dim)
     return torch.cat([prefix, table], dim=1)
 
 
-def cross(x: Tensor, y: Tensor) -> Tensor:
-    """(1, cols, D/2), (1, rows, D/2) -> (1, N, D): a patch has its column's code, then its row's.
+def concatenate_axes(x: Tensor, y: Tensor) -> Tensor:
+    """(1, cols, D/2), (1, rows, D/2) -> (1, N, D): learned 2-D positions.
 
-    The 2-D positions of appendix D.4: "we concatenate the X and Y embedding".
+    Appendix D.4: "we concatenate the X and Y embedding to get the final positional embedding".
     """
     cols, rows = x.shape[1], y.shape[1]
     x = x[:, None].expand(-1, rows, -1, -1)  # (1, rows, cols, D/2)
@@ -95,9 +98,9 @@ def cross(x: Tensor, y: Tensor) -> Tensor:
 
 
 def resample_line(table: Tensor, new: int) -> Tensor:
-    """(n, old, D) -> (n, new, D): linear between neighbours, the ends aligned.
+    """(n, old, D) -> (n, new, D): linear interpolation with aligned ends.
 
-    What `bilinear` does along one side, so two crossed tables give what their cross would.
+    This is `bilinear` along one side: resampling both axes equals resampling the whole table.
     """
     if table.shape[1] == new:
         return table
@@ -107,9 +110,9 @@ def resample_line(table: Tensor, new: int) -> Tensor:
 
 
 def resample_offsets(table: Tensor, num_patches: int) -> Tensor:
-    """(2 old - 1, E) -> (2 new - 1, E): codes of the offsets -(new-1) .. new-1 in a sequence.
+    """(2 old - 1, E) -> (2 new - 1, E): embeddings of the offsets -(new-1) .. new-1.
 
-    The largest offset stays the largest one, and offset 0, the middle entry, stays itself.
+    The largest offset keeps its embedding, and so does offset 0, the middle entry.
     """
     if table.shape[0] == 2 * num_patches - 1:
         return table
@@ -119,19 +122,19 @@ def resample_offsets(table: Tensor, num_patches: int) -> Tensor:
     return resample_line(table[None], 2 * num_patches - 1)[0]
 
 
-def carry(
+def resample_table(
     name: str, table: Tensor, config: ViTConfig, grid: Grid, method: Resize = "bicubic"
 ) -> Tensor:
-    """The position table `name` of a model of `config`, carried to another grid.
+    """Resample the position table `name` of a network to another grid.
 
     Args:
-        name: as in the state dict: `pos_embed`, `block_pos_embed`, with `_x` or `_y`, or
-            `blocks.0.attn.rel_pos`; see `is_position`.
-        table: entries of prefix tokens come first and are kept.
-        method: for whole tables; lines are resampled linearly.
+        name: key of the state dict: `pos_embed`, `block_pos_embed`, with `_x` or `_y`, or
+            `blocks.0.attn.rel_pos` (see `is_position`).
+        table: the entries of prefix tokens come first and do not change (section 3.2).
+        method: method for whole tables; single axes are resampled linearly.
 
     Returns:
-        a new table, or `table` itself where it fits as it is.
+        A new table, or `table` itself if it already has the right size.
     """
     if name.endswith("rel_pos"):
         return resample_offsets(table, attended_length(name, grid))
@@ -144,12 +147,12 @@ def carry(
 
 
 def is_position(name: str) -> bool:
-    """Whether the tensor `name` of a model is a table of positions."""
+    """True if the tensor `name` of a network is a position table."""
     return re.fullmatch(r"(block_)?pos_embed(_[xy])?|(.*\.)?rel_pos", name) is not None
 
 
 def attended_length(name: str, grid: Grid) -> int:
-    """Patches that attend to each other in the attention `name`: a row, a column, or all."""
+    """Number of patches that attend to each other in the layer `name`: a row, a column, or all."""
     if ".row." in name:
         return grid[1]
     return grid[0] if ".column." in name else grid[0] * grid[1]

@@ -1,7 +1,8 @@
-"""The BiT ResNet: what the paper compares the Vision Transformer with (section 4.1).
+"""The BiT ResNet, the baseline of the paper (section 4.1).
 
-Pre-activation units, weight-standardised convolutions, GroupNorm (Kolesnikov et al. 2020). Source:
-big_vision/models/bit_paper.py; its bit.py is another network, the post-activation one.
+It has pre-activation units, weight-standardised convolutions and GroupNorm (Kolesnikov et al.,
+2020).
+Source: big_vision/models/bit_paper.py. The file bit.py there is another, post-activation network.
 """
 
 from collections.abc import Mapping
@@ -17,26 +18,25 @@ from vitcli.vit.config import check_count
 from vitcli.vit.hybrid import GROUPS, StemArithmetic, init_stem, standardize, stem_channels
 
 NORM_EPS = 1e-5
-# Added to the variance of a kernel before it is divided by its root.
+# Weight standardisation adds this number to the variance of a kernel.
 WEIGHT_EPS = {"google": 1e-10, "timm": 1e-8}
 
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """Everything that decides the computation of a BiT ResNet; sizes in pixels.
+    """All settings that change the outputs of a BiT ResNet.
 
     Attributes:
-        image_size: (Y, X) that it is meant for. Any other can be computed too.
-        layers: units of each stage.
-        width: factor of the widths, whose smallest is then 64 times it.
-        num_classes: outputs of the head; 0 is a backbone without one.
-        arithmetic: `google` is big_vision's. `timm` has another epsilon in the weight
-            standardisation (1e-8, not 1e-10) and pads the max-pool with zeros, as the first
-            release of BiT did, not with minus infinity. It matters: the pool reads values of
-            both signs.
+        image_size: (Y, X) in pixels. The network accepts other sizes too.
+        num_channels: channels of an image.
+        layers: number of units in each stage.
+        width: factor on all widths; the smallest one is 64 times this factor.
+        num_classes: outputs of the head; 0 for a backbone without a head.
+        arithmetic: `google` follows big_vision. `timm` uses epsilon 1e-8 instead of 1e-10 in the
+            weight standardisation. It pads the max-pool with zeros, as the first BiT release did.
 
     Raises:
-        ValueError: a combination that cannot be built, said in words.
+        ValueError: the network cannot be built with these settings.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -60,21 +60,21 @@ class ResNetConfig:
 
     @property
     def depth(self) -> int:
-        """Weight layers, as in the name: root, three a unit, head."""
+        """Number of weight layers, as in the name: the root, three per unit, the head."""
         return 3 * sum(self.layers) + 2
 
     @property
     def feature_dim(self) -> int:
-        """Width of what the head reads."""
+        """F: width of the features that the head reads."""
         return stem_channels(self.width) * 4 * 2 ** (len(self.layers) - 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file's header."""
+        """JSON values for the header of a weights file."""
         return {"kind": "resnet", **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; an unknown key is a ValueError that names it."""
+        """Build from `to_dict`'s values; raises a ValueError that names unknown keys."""
         values = {key: value for key, value in values.items() if key != "kind"}
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
@@ -88,7 +88,7 @@ class ResNetConfig:
 
 
 class StdConv(nn.Conv2d):
-    """A convolution without bias, weight-standardised at use, padded alike on all sides."""
+    """A weight-standardised convolution without bias, padded equally on all sides."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, stride: int, arithmetic: StemArithmetic
@@ -102,8 +102,8 @@ class StdConv(nn.Conv2d):
         return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
 
-class Shortcut(nn.Module):
-    """The projection of a unit that changes the number of feature maps or their size."""
+class DownsampleConv(nn.Module):
+    """The shortcut of a unit that changes the number or the size of the feature maps."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, arithmetic: StemArithmetic) -> None:
         super().__init__()
@@ -111,21 +111,21 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, Y, X) -> (B, F', Y', X')."""
-        x = self.conv(x)
+        x = self.conv(x)  # (B, F', Y', X')
         return x
 
 
-class Unit(nn.Module):
-    """Norm and ReLU before each convolution: 1x1, 3x3 with the stride, 1x1 to four times as many.
+class PreActBottleneck(nn.Module):
+    """Convolutions 1x1, 3x3 (with the stride) and 1x1 (to 4 W), each after a GroupNorm and a ReLU.
 
-    The shortcut begins after the first activation where it is projected, and before it otherwise.
+    Source: ResidualUnit in big_vision/models/bit_paper.py.
     """
 
     def __init__(self, inputs: int, width: int, stride: int, arithmetic: StemArithmetic) -> None:
         super().__init__()
         outputs = 4 * width
         changes = inputs != outputs or stride != 1
-        self.downsample = Shortcut(inputs, outputs, stride, arithmetic) if changes else None
+        self.downsample = DownsampleConv(inputs, outputs, stride, arithmetic) if changes else None
         self.norm1 = nn.GroupNorm(GROUPS, inputs, eps=NORM_EPS)
         self.conv1 = StdConv(inputs, width, 1, 1, arithmetic)
         self.norm2 = nn.GroupNorm(GROUPS, width, eps=NORM_EPS)
@@ -137,6 +137,7 @@ class Unit(nn.Module):
         """(B, F, Y, X) -> (B, 4 W, Y', X')."""
         shortcut = x
         x = F.relu(self.norm1(x))
+        # As in the source: only a projected shortcut branches off after the activation.
         if self.downsample is not None:
             shortcut = self.downsample(x)
         x = self.conv1(x)
@@ -145,8 +146,8 @@ class Unit(nn.Module):
         return x + shortcut
 
 
-class Root(nn.Module):
-    """The 7x7 convolution with stride 2."""
+class BiTRoot(nn.Module):
+    """The 7x7 convolution and the max-pool in front of the stages."""
 
     def __init__(self, num_channels: int, width: int, arithmetic: StemArithmetic) -> None:
         super().__init__()
@@ -157,30 +158,33 @@ class Root(nn.Module):
         """(B, C, Y, X) -> (B, F, Y', X'): convolution and 3x3 max-pool, each with stride 2."""
         x = self.conv(images)
         if self.zero_padding:
+            # This differs from below: the pool sees values of both signs, so a zero can win.
             return F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)
-        return F.max_pool2d(x, 3, stride=2, padding=1)  # padded with minus infinity
+        return F.max_pool2d(x, 3, stride=2, padding=1)  # pads with minus infinity
 
 
-class Stage(nn.Module):
-    """Units at one resolution; the first has the stride."""
+class BiTStage(nn.Module):
+    """Units at one resolution; the first one has the stride."""
 
     def __init__(
         self, inputs: int, width: int, depth: int, stride: int, arithmetic: StemArithmetic
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            Unit(inputs if i == 0 else 4 * width, width, stride if i == 0 else 1, arithmetic)
+            PreActBottleneck(
+                inputs if i == 0 else 4 * width, width, stride if i == 0 else 1, arithmetic
+            )
             for i in range(depth)
         )
 
 
 class ResNet(nn.Module):
-    """BiT ResNet with the face of `VisionTransformer`; tensor names are timm's.
+    """BiT ResNet with the interface of `VisionTransformer`; the tensor names are timm's.
 
     Attributes:
-        config: what it is made of.
-        checkpoint_activations: compute each unit again in the backward pass instead of keeping
-            what it computed: less memory, more time, the same numbers.
+        config: the settings that it was built from.
+        checkpoint_activations: recompute each unit in the backward pass instead of storing its
+            activations. This takes less memory and more time, and gives the same numbers.
     """
 
     def __init__(self, config: ResNetConfig) -> None:
@@ -188,36 +192,35 @@ class ResNet(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         channels = stem_channels(config.width)
-        self.stem = Root(config.num_channels, channels, config.arithmetic)
+        self.stem = BiTRoot(config.num_channels, channels, config.arithmetic)
         self.stages = nn.ModuleList()
         inputs = channels
         for i, depth in enumerate(config.layers):
             width = channels * 2**i
-            stride = 1 if i == 0 else 2
-            self.stages.append(Stage(inputs, width, depth, stride, config.arithmetic))
+            stride = 1 if i == 0 else 2  # the root has already halved the image twice
+            self.stages.append(BiTStage(inputs, width, depth, stride, config.arithmetic))
             inputs = 4 * width
         self.norm = nn.GroupNorm(GROUPS, inputs, eps=NORM_EPS)
         classes = config.num_classes
         self.head = nn.Linear(config.feature_dim, classes) if classes else nn.Identity()
 
     def init_weights(self, generator: torch.Generator | None = None) -> "ResNet":
-        """Draw fresh weights as big_vision does, from `generator`; returns self.
-
-        LeCun-normal convolutions, GroupNorms 1 and 0, a zero head.
-        """
+        """Draw new weights from `generator`, as big_vision does; returns self."""
         init_stem(self, generator)
+        # A zero head makes the first loss that of a uniform guess, ln K.
         if isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
         return self
 
     def feature_map(self, images: Tensor) -> Tensor:
-        """(B, C, Y, X) -> (B, F, Y / 32, X / 32), rounded up: after the last norm and ReLU."""
-        again = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        """(B, C, Y, X) -> (B, F, ceil(Y / 32), ceil(X / 32)): after the last norm and ReLU."""
+        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         x: Tensor = self.stem(images)
         for stage in self.stages:
             for unit in stage.blocks:  # type: ignore[union-attr]  # a ModuleList
-                x = checkpoint(unit, x, use_reentrant=False) if again else unit(x)
+                x = checkpoint(unit, x, use_reentrant=False) if recompute else unit(x)
+        # The units are pre-activated, so the last sum still needs its norm and ReLU.
         return F.relu(self.norm(x))
 
     def features(self, images: Tensor) -> Tensor:
@@ -225,10 +228,10 @@ class ResNet(nn.Module):
         return self.feature_map(images).mean(dim=(2, 3))
 
     def classify(self, features: Tensor) -> Tensor:
-        """(B, F) -> (B, K): logits; the features where there is no head."""
+        """(B, F) -> (B, K): logits, or the features if there is no head."""
         logits: Tensor = self.head(features)
         return logits
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, Y, X) -> (B, K): logits; the features where there is no head."""
+        """(B, C, Y, X) -> (B, K): logits, or the features if there is no head."""
         return self.classify(self.features(images))

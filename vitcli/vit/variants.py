@@ -1,4 +1,4 @@
-"""The names of models: `B/16`, `R50+B/16`, `Axial-B/32`, `R50x1`."""
+"""The table of model sizes, and the names built from it: `B/16`, `R50+B/16`, `R50x1`."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vitcli.vit.config import ViTConfig, normal_pool
+from vitcli.vit.config import ViTConfig, canonical_pool
 from vitcli.vit.model import VisionTransformer
 from vitcli.vit.resnet import ResNet, ResNetConfig
 
@@ -17,7 +17,7 @@ Config = ViTConfig | ResNetConfig
 
 @dataclass(frozen=True)
 class Variant:
-    """The four numbers behind a name."""
+    """The four numbers of a size."""
 
     embed_dim: int
     depth: int
@@ -25,8 +25,9 @@ class Variant:
     num_heads: int
 
 
+# To add a size, add a row: the error messages, `plan` and the readers of weights use this table.
 VARIANTS = {
-    # For images of about 32 pixels and an hour of two CPU cores; ours.
+    # Our own sizes, for images of about 32 px and an hour on two CPU cores.
     "Pico": Variant(128, 6, 512, 4),
     "Nano": Variant(192, 6, 768, 3),
     # DeiT and AugReg (Ti, S), table 1 of the paper (B, L, H), big_vision's models/vit.py (all).
@@ -43,7 +44,7 @@ VARIANTS = {
     "e": Variant(1792, 56, 15360, 16),
 }
 
-# Units of each stage of a ResNet by the layers in its name; 26 and 200 as in big_vision.
+# Number of layers in the name of a ResNet -> units in each stage; 26 and 200 are big_vision's.
 RESNETS = {
     26: (2, 2, 2, 2),
     50: (3, 4, 6, 3),
@@ -59,36 +60,37 @@ FORMS = (
 
 
 def is_variant(name: str) -> bool:
-    """Whether `name` is spelled like one of `parse_variant`, known or not."""
+    """True if `name` has the form of a variant. The variant need not exist."""
     form = r"(Axial-)?([A-Za-z0-9]*\+)?(ViT-)?[A-Za-z0-9]+/\d+"
     return is_resnet(name) or re.fullmatch(form, name) is not None
 
 
 def is_resnet(name: str) -> bool:
-    """Whether `name` is spelled like a BiT ResNet (`R50x1`), known or not."""
+    """True if `name` has the form of a BiT ResNet, such as `R50x1`. It need not exist."""
     return re.fullmatch(r"R\d+x\d+", name) is not None
 
 
 def parse_variant(name: str, **settings: Any) -> Config:
-    """`B/16` -> its configuration, with `settings` laid over it.
+    """Configuration of a variant such as `B/16`, with `settings` replacing fields of it.
 
-    `R50+B/16` puts a ResNet before the patches, which are single cells of its feature map
-    (section 3.1). The number after the slash is the distance of two cells in pixels: 32 is the
-    whole ResNet; for 16 its last stage is left out and the units of that stage stand in the third
-    (section 4.1). `R+Ti/16` is the exception, in the official code and here: the root of the
-    ResNet alone (7x7 convolution and max-pool, stride 4) and patches of 8x8 cells, so that a patch
-    is 32 pixels wide in spite of the name.
+    * `B/16`: a size and the side of a patch in pixels.
+    * `R50+B/16`: a hybrid (section 3.1). A patch is one cell of the ResNet's feature map. The
+      number after the slash is the stride of the ResNet in pixels: 32 is the whole ResNet. At 16
+      the units of the fourth stage move to the third (section 4.1).
+    * `R+Ti/16`: the root of a ResNet (stride 4) and patches of 8x8 cells. As in the official code,
+      a patch covers 32 px, in spite of the name.
+    * `Axial-B/32`: axial blocks and mean pooling, because rows and columns have no class token
+      (appendix D.6).
+    * `R50x1`: a BiT ResNet; the last number is a factor on all widths.
 
-    `Axial-B/32` has axial blocks, and as there is no sequence to put a class token into, the mean
-    of its patches (appendix D.6). `R50x1` is a BiT ResNet; the last number is a factor of its
-    widths. The paper's longer names do as well: `ViT-B/16`, `R50+ViT-B/16`, `Axial-ViT-B/32`.
+    The paper's longer names work too: `ViT-B/16`, `R50+ViT-B/16`, `Axial-ViT-B/32`.
 
     Args:
-        name: of the model.
-        settings: fields of ViTConfig, for a BiT ResNet of ResNetConfig.
+        name: the name of the variant.
+        settings: fields of `ViTConfig`, or of `ResNetConfig` for a BiT ResNet.
 
     Raises:
-        ValueError: there is no such variant, or the settings contradict each other.
+        ValueError: the variant does not exist, or the settings contradict each other.
     """
     if found := re.fullmatch(r"R(\d+)x(\d+)", name):
         layers, width = int(found[1]), float(found[2])
@@ -105,7 +107,7 @@ def parse_variant(name: str, **settings: Any) -> Config:
     if stem is not None:
         values["stem"], values["patch_size"] = _stem(name, stem, int(patch))
     values.update(settings)
-    values["pool"] = normal_pool(values.get("pool", "token"))
+    values["pool"] = canonical_pool(values.get("pool", "token"))
     return ViTConfig.from_dict(values)
 
 
@@ -117,7 +119,7 @@ def _units(name: str, layers: int) -> tuple[int, ...]:
 
 
 def _stem(name: str, layers: str, stride: int) -> tuple[tuple[int, ...], int]:
-    """Units of the stages and cells of a patch for `R50` and 16."""
+    """Units in each stage, and the side of a patch in cells, e.g. for `50` and 16."""
     if stride not in (16, 32):
         raise ValueError(f"no model variant `{name}`: a hybrid ends in `/16` or `/32`")
     if not layers:
@@ -129,23 +131,19 @@ def _stem(name: str, layers: str, stride: int) -> tuple[tuple[int, ...], int]:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_dict` of either configuration, told apart by `kind`.
+    """Build either configuration from its `to_dict` values; `kind` tells which one.
 
     Raises:
-        ValueError: a kind that is not known, an unknown key, or a combination that cannot be built.
+        ValueError: the kind or a key is unknown, or the network cannot be built.
     """
     kind = values.get("kind")
     if kind not in (None, "resnet"):
-        raise ValueError(f"a model of kind `{kind}` is not known")
+        raise ValueError(f"unknown kind of model: `{kind}`")
     return ResNetConfig.from_dict(values) if kind == "resnet" else ViTConfig.from_dict(values)
 
 
 def from_config(config: Config) -> Network:
-    """The model of a configuration; its weights are yet to be drawn or loaded.
-
-    Raises:
-        ValueError: a combination that cannot be built.
-    """
+    """Build the network of a configuration. Its weights are not initialised yet."""
     return ResNet(config) if isinstance(config, ResNetConfig) else VisionTransformer(config)
 
 
@@ -157,18 +155,7 @@ def create_network(
     seed: int = 0,
     **settings: Any,
 ) -> Network:
-    """A model with random weights: `create_network("B/16", num_classes=1000)`.
-
-    Args:
-        name: a variant such as `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1` (see `parse_variant`).
-        num_classes: outputs of the head; 0 for none.
-        image_size: pixels, one number or (Y, X).
-        seed: of the random weights.
-        settings: further fields of `ViTConfig`, for `R50x1` of `ResNetConfig`.
-
-    Raises:
-        ValueError: no such variant, or settings that contradict each other.
-    """
+    """A network with random weights in evaluation mode; see `vitcli.create_model`."""
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     config = parse_variant(name, num_classes=num_classes, image_size=size, **settings)
     return from_config(config).init_weights(torch.Generator().manual_seed(seed)).eval()

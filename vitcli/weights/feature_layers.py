@@ -1,4 +1,4 @@
-"""Which of a model's inner values are its features: the class token, a mean, an earlier block."""
+"""Select the representation that few-shot reads: a pooling, or the output of earlier blocks."""
 
 import re
 from dataclasses import replace
@@ -14,36 +14,33 @@ from vitcli.weights.loaded import LoadedModel
 DEFAULT = "pre-logits"
 POOLS = ("cls", "mean", "quadrants", "token_mean")
 FORMS = (
-    "`pre-logits` (what the head reads), `cls`, `mean`, `quadrants`, `token_mean`, `layer:N` (the "
-    "output of block N), `concat:N` (those of the last N blocks)"
+    "`pre-logits` (the input of the head), `cls`, `mean`, `quadrants`, `token_mean`, `layer:N` "
+    "(output of block N), `concat:N` (outputs of the last N blocks)"
 )
 
 
-def represent(model: LoadedModel, name: str) -> None:
-    """Let `features` be the representation `name`, in place; the head goes, unless it is the same.
+def set_representation(model: LoadedModel, name: str) -> None:
+    """Make `features` the representation `name`, in place; all but `pre-logits` drop the head.
 
-    A classifier on any of these is an ordinary model. Of `layer:N` it has the first N blocks, and
-    costs so much less; `concat:N` is `pool_blocks = N`. Both are pooled as the model pools (with
-    attention or two tokens: the class token if there is one, else the mean), through the final
-    LayerNorm and without pre-logits, which belong to the last block.
+    The result is an ordinary model: `layer:N` keeps the first N blocks, and `concat:N` sets
+    `pool_blocks = N`. Both use the model's pooling (class token or mean instead of `map` and
+    `distilled`) after the final LayerNorm. They have no pre-logits, which belong to the last block.
 
     Args:
-        name: `pre-logits` (what the head reads), `cls`, `mean`, `quadrants`, `token_mean`,
+        name: `pre-logits` (the input of the head), `cls`, `mean`, `quadrants`, `token_mean`,
             `layer:N` or `concat:N`.
 
     Raises:
-        VitcliError: no such representation, or this model does not have it.
+        VitcliError: the representation does not exist, or this model does not have it.
     """
     if name == DEFAULT:
         return
     found = re.fullmatch(r"(layer|concat):([1-9]\d{0,3})", name)
     if found is None and name not in POOLS:
-        raise VitcliError(f"no representation `{name}`", hint=f"there are {FORMS}")
+        raise VitcliError(f"unknown representation `{name}`", hint=f"use one of {FORMS}")
     network = model.network
     if isinstance(network, ResNet):
-        raise VitcliError(
-            f"a ResNet has no representation `{name}`", hint="`pre-logits` is what its head reads"
-        )
+        raise VitcliError(f"a ResNet has no representation `{name}`", hint="use `pre-logits`")
     if found is None:
         _drop_pre_logits(model, network)
         change_pool(model, name)
@@ -52,7 +49,7 @@ def represent(model: LoadedModel, name: str) -> None:
     if count > depth:
         raise VitcliError(
             f"representation `{name}`: the model has {depth} blocks",
-            hint=f"`{found[1]}:1` to `{found[1]}:{depth}`",
+            hint=f"use `{found[1]}:1` to `{found[1]}:{depth}`",
         )
     _drop_pre_logits(model, network)
     if network.config.pool in ("map", "distilled"):
@@ -64,24 +61,24 @@ def represent(model: LoadedModel, name: str) -> None:
 
 
 def _drop_pre_logits(model: LoadedModel, network: VisionTransformer) -> None:
-    """Without the head and the hidden layer before it, which belong to another representation."""
+    """Drop the head and the hidden layer before it."""
     network.config = replace(
         network.config, num_classes=0, representation_size=None, distillation_head=False
     )
-    fates = model.load_report.fates if model.load_report else {}
+    status = model.load_report.status if model.load_report else {}
     going = ("head.", "head_dist.", "pre_logits.")
     for name in [n for n in model.state_dict() if n.startswith(going)]:
-        fates[name] = ("dropped", "belongs to another representation")
+        status[name] = ("dropped", "belongs to another representation")
     network.head, network.head_dist, network.pre_logits = nn.Identity(), None, nn.Identity()
     model.labels, model.head_trained = None, False
 
 
 def _cut(network: VisionTransformer, depth: int, report: LoadReport | None) -> None:
     """Keep the first `depth` blocks."""
-    fates = report.fates if report else {}
+    status = report.status if report else {}
     gone = [f"blocks.{i}." for i in range(depth, network.config.depth)]
     for name in [n for n in network.state_dict() if n.startswith(tuple(gone))]:
-        fates[name] = ("dropped", f"behind block {depth}")
+        status[name] = ("dropped", f"after block {depth}")
     network.blocks = network.blocks[:depth]
     network.config = replace(network.config, depth=depth, pool_blocks=1)
     for name, table in list(network.state_dict(keep_vars=True).items()):

@@ -15,7 +15,7 @@ from vitcli.files import write_text
 from vitcli.hub.http import Unreachable, cannot_write
 from vitcli.hub.repository import COMMIT, Repository, ask, fetch_big, fetch_small, parse, quiet
 from vitcli.progress import Quiet, Watcher
-from vitcli.weights.sharded_files import INDEX, shards
+from vitcli.weights.store import INDEX, shard_names
 
 WHOLE = "model.safetensors"
 PICKLE = "pytorch_model.bin"
@@ -90,7 +90,7 @@ def _download(repository: Repository, commit: str, files: Sequence[str], watch: 
     if weights != INDEX:
         return fetch_big(repository, commit, weights, watch)
     index = fetch_small(repository, commit, weights)
-    for shard in shards(index):
+    for shard in shard_names(index):
         fetch_big(repository, commit, shard, watch)
     return index
 
@@ -109,7 +109,9 @@ def _cached(repository: Repository, reason: str) -> Path:
     if snapshot.is_dir():
         with suppress(VitcliError):
             path = snapshot / choose([p.name for p in snapshot.iterdir()], repository)
-            needed = [snapshot / name for name in shards(path)] if path.name == INDEX else [path]
+            needed = (
+                [snapshot / name for name in shard_names(path)] if path.name == INDEX else [path]
+            )
             if all(file.is_file() for file in needed):
                 return path
     raise VitcliError(

@@ -1,10 +1,9 @@
-"""Class names of ImageNet, for checkpoints that have its number of outputs and no names.
+"""Class names of ImageNet, for checkpoints with its number of outputs and no names.
 
-The table beside this file holds the synsets and their words, taken from timm 1.0.31 (Apache-2.0),
-whose words are WordNet 3.0's (Princeton University; its licence stands at the head of the table).
-A name is all words of a synset, most usual first, as Hugging Face's ImageNet models have it:
-`tench, Tinca tinca`. Labels must differ, so where two classes of a set have the same words, as
-the two cranes have, each has its synset's number after them: `crane, n02012849`.
+The table `imagenet.txt.xz` holds the synsets and their words, from timm 1.0.31 (Apache-2.0). The
+words are WordNet 3.0's (Princeton University; the table starts with its licence). A name is all
+words of a synset, as in Hugging Face's ImageNet models: `tench, Tinca tinca`. If two classes have
+the same words, as the two cranes have, the synset follows: `crane, n02012849`.
 """
 
 import lzma
@@ -14,22 +13,22 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
-# Number of outputs -> what has so many, and the marks of its lines in the table.
+# Number of outputs -> name of the set, and the marks of its lines in the table.
 SETS = {
     1000: ("ImageNet-1k", "*+"),
     21841: ("ImageNet-21k", "* "),
     21843: ("ImageNet-21k", "* -"),
 }
 SYNSET = re.compile(r"n\d{8}")
-MOST = 0.9  # of the names, to take a model's order for ImageNet's
+MIN_MATCH = 0.9  # fraction of names that must agree before ImageNet's order is assumed
 
 
 @cache
 def imagenet_names(num_classes: int) -> tuple[str, ...] | None:
-    """The names of ImageNet's classes by their number, in the order of the outputs, all different.
+    """The distinct class names of the ImageNet set with this many classes, sorted by synset.
 
-    1000 is ImageNet-1k, 21843 what Google's models were pre-trained on, 21841 the release of
-    autumn 2011 (timm); all three are sorted by synset. Another number: None.
+    1000 is ImageNet-1k, 21843 the set of Google's pre-trained models, and 21841 the release of
+    autumn 2011 (timm). Any other number gives None.
     """
     if num_classes not in SETS:
         return None
@@ -40,17 +39,17 @@ def imagenet_names(num_classes: int) -> tuple[str, ...] | None:
 
 @cache
 def imagenet_synsets(num_classes: int) -> tuple[str, ...] | None:
-    """The synsets (`n01440764`) of the same classes, in the same order."""
+    """The synsets (`n01440764`) of the classes of `imagenet_names`, in the same order."""
     if num_classes not in SETS:
         return None
     return tuple(synset for synset, _ in _rows(SETS[num_classes][1]))
 
 
 def synset_outputs(num_classes: int, labels: Sequence[str] | None) -> dict[str, int]:
-    """Synset -> the output of a model that stands for it; of ImageNet-1k's, and of its own.
+    """Synset -> output of a model, for ImageNet-1k's synsets and the model's own.
 
-    A model with ImageNet's number of outputs and most of its names where they belong has its order
-    (publishers differ in a few words); any other is searched by name.
+    A model with ImageNet's number of outputs and 90 % of its names in place has ImageNet's order,
+    because publishers differ in a few words. In other models the outputs are found by name.
     """
     own = imagenet_synsets(num_classes)
     if labels is None:
@@ -60,7 +59,7 @@ def synset_outputs(num_classes: int, labels: Sequence[str] | None) -> dict[str, 
     names = imagenet_names(num_classes)
     if own is not None and names is not None:
         pairs = zip(names, labels, strict=True)
-        if sum(bool(_words(a) & _words(b)) for a, b in pairs) >= MOST * num_classes:
+        if sum(bool(_words(a) & _words(b)) for a, b in pairs) >= MIN_MATCH * num_classes:
             return {synset: i for i, synset in enumerate(own)}
     known: dict[str, int | None] = {}
     for i, name in enumerate(labels):
@@ -75,13 +74,13 @@ def synset_outputs(num_classes: int, labels: Sequence[str] | None) -> dict[str, 
 
 
 def _words(name: str) -> set[str]:
-    """The synonyms of a name, in one spelling."""
+    """The synonyms in a name, in lower case."""
     parts = (" ".join(part.casefold().replace("_", " ").split()) for part in name.split(","))
     return {part for part in parts if part}
 
 
 def _rows(marks: str) -> list[tuple[str, str]]:
-    """Synset and words of the lines that have one of `marks`."""
+    """(synset, words) of the lines that have one of `marks`."""
     packed = files("vitcli.weights").joinpath("imagenet.txt.xz").read_bytes()
     lines = lzma.decompress(packed).decode().splitlines()
     cut = (line[1:].split(" ", 1) for line in lines if line[0] in marks)

@@ -1,5 +1,7 @@
 """A network together with everything that travels with its weights."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ from vitcli.vit import Config, Network, create_network
 from vitcli.weights.load_report import LoadReport
 
 HeadActivation = Literal["softmax", "sigmoid"]
+HEAD_PREFIXES = ("head.", "head_dist.")
 
 
 @dataclass(eq=False)
@@ -101,3 +104,35 @@ def create_model(
     return LoadedModel(
         create_network(name, num_classes=num_classes, image_size=image_size, seed=seed, **settings)
     )
+
+
+def model_hash(model: LoadedModel, *, head: bool = True) -> str:
+    """SHA-256 of everything that the outputs depend on: weights, configuration, preprocessing.
+
+    Args:
+        head: include the head. Without it, models that differ only in the head have the same hash,
+            which is the hash of their features.
+    """
+    digest = hashlib.sha256()
+    config = model.config.to_dict()
+    facts = {
+        "config": config if head else {k: v for k, v in config.items() if k != "num_classes"},
+        "preprocess": model.preprocess.to_dict() if model.preprocess is not None else None,
+        "position_resize": getattr(model.network, "position_resize", None),
+        "labels": model.labels if head else None,
+    }
+    digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if head or not name.startswith(HEAD_PREFIXES):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+    if head and model.config.num_classes:
+        # Probabilities of fixed logits depend on activation and temperature.
+        probe = torch.linspace(-2, 2, model.config.num_classes)[None]  # (1, K)
+        digest.update(_bytes(model.probabilities(probe)))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().data

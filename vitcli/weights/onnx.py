@@ -1,8 +1,7 @@
-"""ONNX: graph and weights in one file, for onnxruntime and whatever else reads it.
+"""Export to ONNX: graph and weights in one file, for onnxruntime and other runtimes.
 
-The graph is the model and nothing else: it takes images that are normalised already and gives
-logits, without a softmax. What a caller has to know beside it (class names, resize, crop, mean and
-std) stands in the file's metadata, as JSON under the one key `vitcli`.
+The graph takes normalised images and returns logits, without a softmax. The metadata entry `vitcli`
+holds the rest as JSON: class names, resize, crop, mean and std.
 """
 
 import json
@@ -28,26 +27,22 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 FORMAT = 1
-OPSET = 18  # what torch's exporter writes without a conversion; onnxruntime reads it since 1.14
+OPSET = 18  # torch's exporter writes it without a conversion; onnxruntime >= 1.14 reads it
 INPUT, BATCH = "images", "batch"
-# An ONNX file is one protobuf message, which holds 2 GiB at most; the graph itself is small.
+# An ONNX file is one protobuf message of at most 2 GiB; the graph itself is small.
 LARGEST_BYTES = 2**31 - 2**24
 INSTALL_HINT = "`pip install 'vitcli[onnx]'`"
 
 
 def write_onnx(model: LoadedModel, out: Path) -> list[str]:
-    """Write `model` to the file `out`: the whole is there at the end, or nothing.
+    """Write `model` to the file `out` atomically; returns notes for the user.
 
-    Input `images` (batch, C, Y, X), float32, normalised; output `logits` (batch, K), or `features`
-    (batch, F) of a model without a head; the batch axis is free. Weights lie inside the file;
-    those of more than 2 GiB in `out` with `.data` appended, beside it.
-
-    Returns:
-        What the file does not carry, one line each.
+    The input is `images` (batch, C, Y, X), float32 and normalised. The output is `logits`
+    (batch, K), or `features` (batch, F) if there is no head. The batch size is free. Weights above
+    2 GiB go to a second file, `out` with `.data` appended.
 
     Raises:
-        VitcliError: onnx or onnxscript is not installed, something is at `out` already, or it
-            cannot be written.
+        VitcliError: onnx or onnxscript is not installed, `out` exists or it cannot be written.
     """
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
@@ -55,14 +50,14 @@ def write_onnx(model: LoadedModel, out: Path) -> list[str]:
     data = data_file(out)
     for path in (out, data):
         if os.path.lexists(path):
-            raise VitcliError(f"`{path}` exists already", hint="choose another place")
+            raise VitcliError(f"`{path}` exists already", hint="choose another `--out`")
     program = _program(model)
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size <= LARGEST_BYTES:
         with replacing(out) as temporary:
             _save(program, temporary)
     else:
-        # The graph names the weights' file, so both are written under their own names elsewhere.
+        # The graph stores the name of the weights file, so both get their final names at once.
         with replacing(out) as graph, replacing(data) as weights:
             folder = out.with_name(f".{out.name[:80]}.{os.getpid()}.parts")
             try:
@@ -72,21 +67,21 @@ def write_onnx(model: LoadedModel, out: Path) -> list[str]:
                 (folder / out.name).replace(graph)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-    notes = ["the graph takes normalised images; resize, crop, mean and std stand in its metadata"]
+    notes = ["the graph takes normalised images; its metadata has resize, crop, mean and std"]
     if model.preprocess is None:
-        notes[0] = "the graph takes normalised images; mean and std of these weights are not known"
+        notes[0] = "the graph takes normalised images; mean and std of these weights are unknown"
     if size > LARGEST_BYTES:
-        notes.append(f"the weights are larger than 2 GiB and lie in `{data.name}` beside the graph")
+        notes.append(f"the weights are above 2 GiB and stored in `{data.name}` next to the graph")
     return notes
 
 
 def data_file(out: Path) -> Path:
-    """Where the weights of the ONNX file `out` lie when they are too large for it."""
+    """Path of the weights of the ONNX file `out` if they are too large for it."""
     return out.with_name(out.name + ".data")
 
 
 def run_onnx(path: Path, images: Tensor) -> Tensor | None:
-    """(B, C, Y, X) -> (B, K): what onnxruntime computes, on the CPU; None where it is missing."""
+    """(B, C, Y, X) -> (B, K): outputs of onnxruntime on the CPU; None if it is not installed."""
     if find_spec("onnxruntime") is None:
         return None
     import onnxruntime
@@ -101,24 +96,15 @@ def run_onnx(path: Path, images: Tensor) -> Tensor | None:
     return torch.from_numpy(found)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_onnx` noted in the file beside the graph; empty for anybody else's file."""
-    import onnx
-
-    found = onnx.load(os.fspath(path), load_external_data=False)
-    texts = {entry.key: entry.value for entry in found.metadata_props}
-    return dict(json.loads(texts.get("vitcli", "{}")))
-
-
 def _program(model: LoadedModel) -> "ONNXProgram":
     from vitcli import __version__
 
     config = model.config
-    # A batch of 2: torch takes a 1 for a size that never changes.
+    # Batch size 2: torch's exporter treats size 1 as constant.
     images = torch.zeros(2, config.num_channels, *config.image_size)
     output = "logits" if config.num_classes else "features"
-    # Of torch's attention kernels this one leaves its result in the order in which the exporter
-    # decomposes it; with a mask (relative positions) the others do not, and the export fails.
+    # The exporter decomposes attention in the memory layout of this kernel. With a mask (relative
+    # positions) the other kernels use another layout, and the export fails.
     with _silence(), sdpa_kernel(SDPBackend.MATH):
         program = torch.onnx.export(
             model.network.eval(),
@@ -132,7 +118,7 @@ def _program(model: LoadedModel) -> "ONNXProgram":
         )
     assert program is not None
     about = program.model
-    # The exporter notes with every node the line of code it came from, with this machine's paths.
+    # The exporter adds source lines with local paths to every node; remove them.
     for node in about.graph.all_nodes():
         node.metadata_props.clear()
         for value in node.outputs:
@@ -164,7 +150,7 @@ def _described(model: LoadedModel, output: str) -> dict[str, Any]:
 
 
 def _save(program: "ONNXProgram", path: Path, external: Path | None = None) -> None:
-    """Not by the program's own `save`, which takes a second file from 1.5 GiB on."""
+    """Save without `ONNXProgram.save`, which writes a second file from 1.5 GiB on."""
     import onnx_ir
 
     with _silence():
@@ -173,7 +159,7 @@ def _save(program: "ONNXProgram", path: Path, external: Path | None = None) -> N
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Without what torch and onnx tell of themselves while they export."""
+    """Silence the warnings and log messages of torch and onnx during the export."""
     before = logging.root.manager.disable
     with warnings.catch_warnings(action="ignore"):
         logging.disable(logging.WARNING)

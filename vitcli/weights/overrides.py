@@ -1,4 +1,4 @@
-"""What the caller says about a weights file that does not say it itself, or says it otherwise."""
+"""Settings of the caller that replace or complete the facts of a weights file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ PREPROCESS_KEYS = (
     "mean",
     "std",
 )
-PICTURES = (1, 3)  # channels of what can be read as pictures: grey and RGB
+PICTURES = (1, 3)  # numbers of channels that an image file can give: grey and RGB
 MODEL_KEYS = (
     "image_size",
     "patch_size",
@@ -35,7 +35,7 @@ MODEL_KEYS = (
 
 @dataclass(frozen=True)
 class Stated:
-    """Settings from `--set model.…`, `--set preprocess.…`, `--labels`; None: nothing was said."""
+    """Settings from `--set model.…`, `--set preprocess.…` and `--labels`; None if not set."""
 
     image_size: tuple[int, int] | None = None
     num_heads: int | None = None
@@ -48,70 +48,64 @@ class Stated:
 
     def __post_init__(self) -> None:
         if self.gelu is not None and self.gelu not in get_args(Gelu):
-            raise VitcliError(f"`model.gelu` is `{self.gelu}`", hint="`exact` or `tanh`")
+            raise VitcliError(f"`model.gelu` is `{self.gelu}`", hint="use `exact` or `tanh`")
         if self.stem_arithmetic not in (None, *get_args(StemArithmetic)):
             raise VitcliError(
-                f"`model.stem_arithmetic` is `{self.stem_arithmetic}`", hint="`google` or `timm`"
+                f"`model.stem_arithmetic` is `{self.stem_arithmetic}`",
+                hint="`google` or `timm`",
             )
         if self.num_heads is not None:
             if not _is_count(self.num_heads):
                 raise VitcliError(
-                    f"`model.num_heads` is {self.num_heads}", hint="a number from 1 on"
+                    f"`model.num_heads` is {self.num_heads}", hint="use an integer from 1 on"
                 )
-            object.__setattr__(self, "num_heads", int(self.num_heads))  # numpy's is no JSON
+            object.__setattr__(self, "num_heads", int(self.num_heads))  # JSON has no numpy
         if self.norm_eps is not None and not 0 < self.norm_eps < 1:
             raise VitcliError(
-                f"`model.norm_eps` is {self.norm_eps}", hint="a small number above 0, such as 1e-6"
+                f"`model.norm_eps` is {self.norm_eps}",
+                hint="use a number in (0, 1), e.g. 1e-6",
             )
         for key in self.preprocess:
             if key not in PREPROCESS_KEYS:
                 near = nearest(key, PREPROCESS_KEYS)
-                meant = f"`preprocess.{near}` may be meant" if near else None
+                meant = f"did you mean `preprocess.{near}`?" if near else None
                 known = ", ".join(f"`preprocess.{k}`" for k in PREPROCESS_KEYS)
                 raise VitcliError(f"no setting `preprocess.{key}`", hint=meant or known)
 
 
 def as_size(value: Any, key: str = "model.image_size") -> tuple[int, int] | None:
-    """An int or a pair (Y, X) -> (Y, X); None stays None.
-
-    Raises:
-        VitcliError: neither of these.
-    """
+    """(Y, X) from an int or a pair; None stays None. Other values raise a VitcliError."""
     if value is None:
         return None
     sides = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
     if len(sides) != 2 or not all(_is_count(side) for side in sides):
-        raise VitcliError(f"`{key}` is `{value}`", hint="a number of pixels, or [rows, columns]")
+        raise VitcliError(f"`{key}` is `{value}`", hint="use a number of pixels or [Y, X]")
     return int(sides[0]), int(sides[1])
 
 
 def _is_count(value: Any) -> bool:
-    """Whether `value` is a whole number from 1 on."""
+    """True if `value` is an integer from 1 on."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def are_pictures(channels: int, notes: list[str]) -> bool:
-    """Whether a model of so many channels reads pictures; a note where it does not."""
+    """True if images can have this number of channels; otherwise add a note."""
     if channels not in PICTURES:
-        notes.append(f"{channels} channels: not pictures, so there is no preprocessing")
+        notes.append(f"{channels} channels are not grey or RGB: the model has no preprocessing")
     return channels in PICTURES
 
 
 def per_channel(value: Any, channels: int, key: str) -> tuple[float, ...]:
-    """A number or a list of them -> one per channel.
-
-    Raises:
-        VitcliError: another count than 1 or the number of channels.
-    """
+    """One number per channel, from a number or a list; other values raise a VitcliError."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     try:
         numbers = tuple(float(v) for v in values)
     except (TypeError, ValueError) as error:
-        raise VitcliError(f"`{key}` is `{value}`", hint="a number, or a list of them") from error
+        raise VitcliError(f"`{key}` is `{value}`", hint="use a number or a list") from error
     if len(numbers) not in (1, channels):
         raise VitcliError(
             f"`{key}` has {len(numbers)} values, the model {channels} channels",
-            hint="one number for all, or a list with one for each channel",
+            hint="use one number, or a list with one number per channel",
         )
     return numbers * channels if len(numbers) == 1 else numbers
 
@@ -119,12 +113,10 @@ def per_channel(value: Any, channels: int, key: str) -> tuple[float, ...]:
 def stated_preprocess(
     base: Preprocess | None, stated: Mapping[str, Any], image_size: tuple[int, int], channels: int
 ) -> Preprocess | None:
-    """`base` with what was stated laid over it.
+    """`base` with the stated settings replaced.
 
-    None while mean or std are not known, and for channels that no picture has.
-
-    Raises:
-        VitcliError: a value that is none.
+    Returns None if mean or std is unknown, or if the channels are not grey or RGB. Raises a
+    VitcliError for an invalid value.
     """
     values = dict(stated)
     for key in ("mean", "std"):
@@ -140,5 +132,6 @@ def stated_preprocess(
         return Preprocess(**values) if base is None else replace(base, **values)
     except (TypeError, ValueError) as error:
         raise VitcliError(
-            f"these preprocessing settings do not fit: {error}", hint="change `--set preprocess.…`"
+            f"these preprocessing settings do not fit: {error}",
+            hint="change `--set preprocess.…`",
         ) from error

@@ -1,4 +1,4 @@
-"""From a file or folder in any layout to a `Checkpoint`: finding out which layout it is."""
+"""Find the weights of a MODEL, detect their layout and read them into a `Checkpoint`."""
 
 import json
 from dataclasses import replace
@@ -18,8 +18,14 @@ from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_hug
 from vitcli.weights.imagenet import SETS, imagenet_names
 from vitcli.weights.overrides import Stated, stated_preprocess
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
-from vitcli.weights.sharded_files import INDEX, load_shards
-from vitcli.weights.store import Checkpoint, load_own, load_weights, read_header
+from vitcli.weights.store import (
+    INDEX,
+    Checkpoint,
+    load_own,
+    load_sharded_weights,
+    load_weights,
+    read_header,
+)
 from vitcli.weights.timm.read_timm import read_timm
 from vitcli.weights.timm.timm_names import is_bit, is_timm
 
@@ -33,34 +39,36 @@ UNDERSTOOD = (
 def read_checkpoint(
     source: str, stated: Stated | None = None, watch: Watcher | None = None
 ) -> Checkpoint:
-    """What lies at `source`, in our terms; a trained head of ImageNet's size has its class names.
+    """Read the checkpoint at `source`. A trained head of ImageNet's size gets its class names.
 
     Args:
-        source: a path, `hf:NAME`, or the address of a weights file.
-        stated: what the file need not say.
-        watch: told of a download.
+        source: a path, `hf:NAME`, or the URL of a weights file.
+        stated: settings of the caller.
+        watch: receives the progress of a download.
 
     Raises:
-        VitcliError: nothing there, or nothing that is understood.
+        VitcliError: the weights do not exist, or their format is not supported.
     """
     stated = stated or Stated()
     checkpoint = _read(source, stated, watch)
     config = checkpoint.config
     if stated.stem_arithmetic is not None:
         if not isinstance(config, ViTConfig) or config.stem is None:
-            raise VitcliError("`model.stem_arithmetic` is for a hybrid", hint="leave it out")
+            raise VitcliError("`model.stem_arithmetic` is only for hybrids", hint="remove it")
         checkpoint.config = replace(config, stem_arithmetic=stated.stem_arithmetic)
     outputs = checkpoint.config.num_classes
     if checkpoint.labels is None and checkpoint.head_trained and outputs in SETS:
         checkpoint.labels = imagenet_names(outputs)
-        checkpoint.notes.append(f"{outputs} outputs and no names: {SETS[outputs][0]}'s assumed")
+        checkpoint.notes.append(
+            f"{outputs} outputs without names: class names of {SETS[outputs][0]} assumed"
+        )
     return checkpoint
 
 
 def _read(source: str, stated: Stated, watch: Watcher | None) -> Checkpoint:
     path = Path(source)
     if not source:  # an empty path would be the current folder
-        raise VitcliError("the MODEL is empty text", hint=UNDERSTOOD)
+        raise VitcliError("the MODEL is empty", hint=UNDERSTOOD)
     notes: list[str] = []
     if source.startswith("hf:"):
         path, notes = fetch_repository(source, watch)
@@ -76,14 +84,14 @@ def _read(source: str, stated: Stated, watch: Watcher | None) -> Checkpoint:
 
 
 def _read_file(path: Path, source: str, stated: Stated) -> Checkpoint:
-    """The checkpoint in one file (or its shards), which was asked for as `source`."""
+    """The checkpoint in one file or in its shards; `source` is the MODEL that the user named."""
     if path.suffix == ".npz":
         return read_google(read_npz(path), source, stated)
     if path.name.endswith(INDEX):
-        tensors = load_shards(path)
+        tensors = load_sharded_weights(path)
     elif path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
-        raise VitcliError(f"`{source}` is no weights file that is understood", hint=UNDERSTOOD)
-    elif is_pickle(path) and path.suffix != ".safetensors":  # such a name would be a lie
+        raise VitcliError(f"`{source}`: unsupported weights format", hint=UNDERSTOOD)
+    elif is_pickle(path) and path.suffix != ".safetensors":
         tensors, notes = load_pickle(path)
         checkpoint = _read_tensors(tensors, path, source, stated)
         checkpoint.notes[:0] = notes
@@ -98,7 +106,7 @@ def _read_file(path: Path, source: str, stated: Stated) -> Checkpoint:
 def _read_tensors(
     tensors: dict[str, Tensor], path: Path, source: str, stated: Stated
 ) -> Checkpoint:
-    """The checkpoint of `tensors`, which lay at `path`, with the shapes of those not taken."""
+    """The checkpoint of `tensors` from `path`, with the shapes of the dropped tensors."""
     checkpoint = _in_layout(tensors, path, source, stated)
     left = [name for name in checkpoint.dropped if name in tensors]
     checkpoint.dropped_shapes = {name: tuple(tensors[name].shape) for name in left}
@@ -106,13 +114,13 @@ def _read_tensors(
 
 
 def _in_layout(tensors: dict[str, Tensor], path: Path, source: str, stated: Stated) -> Checkpoint:
-    """The checkpoint of `tensors`, whose names tell the layout."""
+    """The checkpoint of `tensors`; their names tell the layout."""
     beside = _json(path.parent / "config.json") or {}
     if is_huggingface(tensors):
         if "model_type" not in beside:
             raise VitcliError(
-                f"`{source}` has Hugging Face's layout, but no config.json of theirs beside it",
-                hint="give the folder that `save_pretrained` wrote",
+                f"`{source}` has Hugging Face's layout, but there is no config.json next to it",
+                hint="use the folder that `save_pretrained` wrote",
             )
         processor = _json(path.parent / "preprocessor_config.json")
         return read_huggingface(tensors, source, beside, processor, stated)
@@ -121,7 +129,7 @@ def _in_layout(tensors: dict[str, Tensor], path: Path, source: str, stated: Stat
     if not is_timm(tensors) and not is_bit(tensors):
         shown = ", ".join(list(tensors)[:4])
         raise VitcliError(
-            f"`{source}` does not hold a Vision Transformer in a layout that is understood; its "
+            f"`{source}` does not hold a Vision Transformer in a supported layout; its "
             f"tensors are {shown}{' …' if len(tensors) > 4 else ''}",
             hint=UNDERSTOOD,
         )
@@ -130,19 +138,21 @@ def _in_layout(tensors: dict[str, Tensor], path: Path, source: str, stated: Stat
 
 
 def _restated(checkpoint: Checkpoint, stated: Stated) -> Checkpoint:
-    """A file of ours says everything itself; what the caller states still goes before it."""
+    """Apply the caller's settings to a file of vitcli, which states all facts itself."""
     values: dict[str, Any] = {"num_heads": stated.num_heads, "norm_eps": stated.norm_eps}
     values["gelu"] = stated.gelu
     said = {key: value for key, value in values.items() if value is not None}
     if said and isinstance(checkpoint.config, ResNetConfig):
         raise VitcliError(
-            f"a ResNet has no {', '.join(f'`model.{key}`' for key in said)}", hint="leave it out"
+            f"a ResNet has no {', '.join(f'`model.{key}`' for key in said)}",
+            hint="remove it",
         )
     try:
         checkpoint.config = replace(checkpoint.config, **said)
     except ValueError as error:
         raise VitcliError(
-            f"the settings do not fit this model: {error}", hint="leave them out: the file says all"
+            f"the settings do not fit this model: {error}",
+            hint="remove these settings",
         ) from error
     config = checkpoint.config
     checkpoint.preprocess = stated_preprocess(
@@ -152,7 +162,7 @@ def _restated(checkpoint: Checkpoint, stated: Stated) -> Checkpoint:
 
 
 def own_file(source: str) -> Path | None:
-    """The weights file of ours that a MODEL is, on this machine; None for any other."""
+    """The local weights file of a MODEL that vitcli wrote; None for any other MODEL."""
     path = Path(source)
     if source.startswith(("hf:", "https:", "http:", "gs:")) or not path.exists():
         return None
@@ -175,12 +185,12 @@ def _weights_in(folder: Path) -> Path:
     if files:
         raise VitcliError(
             f"`{folder}` holds {len(files)} weights files: {', '.join(p.name for p in files[:4])}",
-            hint="give one of the files itself",
+            hint="name one of these files",
         )
     if (folder / "recipe.toml").is_file():
         raise VitcliError(
             f"the run `{folder}` has no model.safetensors: it did not finish",
-            hint=f"go on with it: the same command with `--out {folder} --resume`",
+            hint=f"resume it: the same command with `--out {folder} --resume`",
         )
     pickles = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICKLE_SUFFIXES)
     known = [p for p in pickles if p.stem in ("pytorch_model", "model")]
@@ -190,7 +200,7 @@ def _weights_in(folder: Path) -> Path:
         raise VitcliError(
             f"`{folder}` holds {len(pickles)} weights files: "
             f"{', '.join(p.name for p in pickles[:4])}",
-            hint="give one of the files itself",
+            hint="name one of these files",
         )
     raise VitcliError(f"`{folder}` holds no weights", hint=UNDERSTOOD)
 
@@ -202,6 +212,6 @@ def _json(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise VitcliError(
-            f"`{path}` cannot be read as JSON: {error}", hint="mend it or remove it"
+            f"`{path}` cannot be read as JSON: {error}", hint="fix it or remove it"
         ) from error
     return value if isinstance(value, dict) else None

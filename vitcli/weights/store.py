@@ -1,7 +1,7 @@
-"""Our own weights file: timm's tensor names in safetensors, with a header that says the rest.
+"""The weights file of vitcli: timm's tensor names in safetensors, with a JSON header.
 
-The header has one metadata entry, `vitcli`, which holds JSON. It is one entry because safetensors
-writes several of them in a random order, and the same weights must be the same bytes.
+The header is one metadata entry, `vitcli`. safetensors writes several entries in a random order,
+and equal weights must give equal bytes.
 """
 
 import json
@@ -24,22 +24,26 @@ from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
 FORMAT = 1
+OWN_HINT = "use the model.safetensors of a run"
+DAMAGED_HINT = "copy or download the file again"
+# `save_pretrained` writes several files above its `max_shard_size`, and this index of them.
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass
 class Checkpoint:
-    """A weights file in our terms, whatever its layout was.
+    """The content of a weights file in any layout, converted to timm's names.
 
     Attributes:
-        config: of the model as stored.
+        config: configuration of the stored model.
         tensors: timm's names -> tensors.
         layout: `vitcli`, `timm`, `huggingface` or `google`.
-        head_trained: False for a backbone, and for a head that was never trained.
-        dropped: tensors of the file that have no place in the model -> the reason.
-        dropped_shapes: of these, as far as they were read.
-        activation: what makes probabilities of the head's logits.
-        temperature: what the logits are divided by before that.
-        notes: what was assumed because the file does not say it, one line each.
+        head_trained: False for a backbone and for a head that was never trained.
+        dropped: tensors of the file that the model does not use -> the reason.
+        dropped_shapes: shapes of the dropped tensors.
+        activation: turns logits into probabilities.
+        temperature: divides the logits before the activation.
+        notes: assumptions about facts that the file does not state, one line each.
     """
 
     config: Config
@@ -64,13 +68,10 @@ def save_model(
     extra: Mapping[str, str] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write `model` to `path`: the old file or the whole new one is there, never a part.
-
-    The header carries configuration, class names, preprocessing, temperature and whether the head
-    is trained (`model.head_trained`). Equal weights give equal bytes.
+    """Write `model` to `path` atomically. Equal models give equal bytes.
 
     Args:
-        tensors: instead of the model's own, where those are shared out among processes.
+        tensors: write these instead of the model's own, which FSDP shards over the processes.
 
     Raises:
         VitcliError: the file cannot be written (disk full, no permission).
@@ -95,7 +96,7 @@ def save_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file whole or not at all; raises as `replacing` does."""
+    """Write a safetensors file atomically; raises as `replacing` does."""
     with replacing(path) as temporary:
         write_tensors(temporary, tensors, metadata)
 
@@ -105,30 +106,26 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file in place, from tensors anywhere.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a safetensors file in place, from tensors on any device; may raise an OSError."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(plain, path, metadata=dict(metadata) if metadata else None)
-    except SafetensorError as error:  # a full disk, in safetensors' own words
+    except SafetensorError as error:  # safetensors reports a full disk in this way
         raise OSError(str(error)) from error
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What the header of a file of ours says; None for anybody else's safetensors file.
+    """The header that vitcli wrote, or None for a safetensors file of another program.
 
     Raises:
-        VitcliError: no such file, a pickle, truncated, or a header that cannot be understood.
+        VitcliError: the file does not exist, is truncated, is a pickle, or has an invalid header.
     """
-    refuse_foreign(path)
+    check_safetensors(path)
     with _opened(path) as file:
         metadata = file.metadata() or {}
     if "vitcli" not in metadata:
         return None
-    with _understood(path):
+    with readable_values("header", path, DAMAGED_HINT):
         header = json.loads(metadata["vitcli"])
         if header["format"] > FORMAT:
             raise VitcliError(
@@ -140,48 +137,73 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts in the header of any safetensors file; raises as `load_weights` does."""
-    refuse_foreign(path)
+    """The metadata of any safetensors file; raises as `load_weights` does."""
+    check_safetensors(path)
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
 
 @contextmanager
-def _understood(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What a header of ours says may be anything, once somebody has changed it."""
+def readable_values(file: str, source: str | os.PathLike[str], hint: str) -> Iterator[None]:
+    """Turn the exceptions that invalid values of a file cause into a VitcliError."""
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise VitcliError(
-            f"the header of `{path}` is damaged: {error}", hint="copy or download the file again"
-        ) from error
+        raise VitcliError(f"the {file} of `{source}` is invalid: {error}", hint=hint) from error
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in memory that is read when it is first used.
+    """All tensors of a safetensors file, memory-mapped.
 
     Raises:
-        VitcliError: no such file, a pickle, truncated, or a header that lies.
+        VitcliError: the file does not exist, is truncated, is a pickle, or has an invalid header.
     """
-    refuse_foreign(path)
+    check_safetensors(path)
     with _opened(path):
         pass
     return load_file(os.fspath(path))
+
+
+def shard_names(index: Path) -> list[str]:
+    """Names of the files in the same folder that an index of sharded weights lists.
+
+    Raises:
+        VitcliError: the index is invalid.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("it lists no files in its folder")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise VitcliError(
+            f"`{index}` is not a valid index of weights files: {error}", hint=DAMAGED_HINT
+        ) from error
+    return sorted(names)
+
+
+def load_sharded_weights(index: Path) -> dict[str, Tensor]:
+    """All tensors of the files that `index` lists; raises as `load_weights` does."""
+    tensors: dict[str, Tensor] = {}
+    for name in shard_names(index):
+        tensors |= load_weights(index.parent / name)
+    return tensors
 
 
 def load_own(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a file that `save_model` wrote.
 
     Raises:
-        VitcliError: as `read_header`, or the file is not ours.
+        VitcliError: as `read_header`, or another program wrote the file.
     """
     header = read_header(path)
     if header is None:
-        raise VitcliError(f"`{path}` was not written by vitcli", hint="give a run's weights")
-    with _understood(path):
+        raise VitcliError(
+            f"`{path}` was not written by vitcli", hint="use the model.safetensors of a run"
+        )
+    with readable_values("header", path, DAMAGED_HINT):
         config = config_from_dict(header["config"])
-        said = header.get("preprocess")
-        preprocess = Preprocess.from_dict(said) if said is not None else None
+        values = header.get("preprocess")
+        preprocess = Preprocess.from_dict(values) if values is not None else None
         labels = tuple(header["labels"]) if header.get("labels") is not None else None
         if labels is not None and len(labels) != config.num_classes:
             raise ValueError(f"{len(labels)} class names for {config.num_classes} classes")
@@ -196,7 +218,7 @@ def load_own(path: str | os.PathLike[str]) -> Checkpoint:
         preprocess=preprocess,
         head_trained=bool(header.get("head_trained")),
         recipe_hash=header.get("recipe_hash"),
-        # Files from before this was stored were all trained under softmax.
+        # Old files do not store the activation; all of them were trained with softmax.
         activation="sigmoid" if header.get("activation") == "sigmoid" else "softmax",
         temperature=temperature,
     )
@@ -205,44 +227,45 @@ def load_own(path: str | os.PathLike[str]) -> Checkpoint:
 def set_temperature(
     path: str | os.PathLike[str], temperature: float, fitted_on: Mapping[str, Any] | None = None
 ) -> None:
-    """Note a temperature in the header of a weights file of ours; its tensors stay as they are.
+    """Store a temperature in the header of a weights file of vitcli; the tensors do not change.
 
     Args:
-        fitted_on: which images it was fitted on, for whoever reports a calibration error.
+        fitted_on: the images that it was fitted on; `evaluate` warns if they are evaluated again.
 
     Raises:
-        VitcliError: as `read_header`, or the file is not ours or cannot be written.
+        VitcliError: as `read_header`, or another program wrote the file, or it cannot be written.
     """
     header = read_header(path)
     if header is None:
-        raise VitcliError(f"`{path}` was not written by vitcli", hint="give a run's weights")
+        raise VitcliError(
+            f"`{path}` was not written by vitcli", hint="use the model.safetensors of a run"
+        )
     header |= {"temperature": temperature, "fitted_on": fitted_on and dict(fitted_on)}
     metadata = {"vitcli": json.dumps(header, sort_keys=True)}
     save_tensors(path, load_weights(path), metadata)
 
 
-def refuse_foreign(path: str | os.PathLike[str]) -> None:
-    """Raises a VitcliError for what is not a safetensors file, going by name and first bytes."""
+def check_safetensors(path: str | os.PathLike[str]) -> None:
+    """Raise a VitcliError if the first bytes show another file format."""
     file = Path(path)
     try:
         with file.open("rb") as stream:
             start = stream.read(9)
     except FileNotFoundError as error:
         raise VitcliError(
-            f"no such weights file: `{file}`", hint="`--model` takes a run, a file or a variant"
+            f"no such weights file: `{file}`",
+            hint="`--model` takes a run directory, a weights file or a variant",
         ) from error
     except OSError as error:
         raise VitcliError(
-            f"cannot read `{file}`: {error.strerror}", hint="see to its permissions"
+            f"cannot read `{file}`: {error.strerror}", hint="check the file permissions"
         ) from error
     if is_pickle(file):
-        raise VitcliError(
-            f"`{file}` is a pickle, where a safetensors file is wanted", hint=CONVERT_HINT
-        )
+        raise VitcliError(f"`{file}` is a pickle, not a safetensors file", hint=CONVERT_HINT)
     if start.startswith(b"\x89HDF"):
         raise VitcliError(
-            f"`{file}` is an HDF5 file, which is not read",
-            hint="`transformers` converts TensorFlow weights: `from_pretrained(DIR, from_tf=True)`",
+            f"`{file}` is an HDF5 file, which is not supported",
+            hint="convert it with `transformers`: `from_pretrained(DIR, from_tf=True)`",
         )
     if start.startswith(b"version https://git-lfs"[:9]):
         raise VitcliError(
@@ -258,5 +281,5 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         raise VitcliError(
             f"`{path}` is truncated or is not a safetensors file: {error}",
-            hint="copy or download it again",
+            hint=DAMAGED_HINT,
         ) from error

@@ -9,33 +9,33 @@ from rich.text import Text
 from vitcli.cli import console as report
 from vitcli.cli.console import print_facts, print_table, show_next
 
-UNITS = ((1e21, "zetta"), (1e18, "exa"), (1e15, "peta"), (1e12, "tera"), (1e9, "giga"))
-BYTES = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+SI_UNITS = ((1e21, "zetta"), (1e18, "exa"), (1e15, "peta"), (1e12, "tera"), (1e9, "giga"))
+BYTE_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 DAY = 86_400
 
 
-def operations(count: float | None) -> str:
+def format_flops(count: float | None) -> str:
     """2.24e20 -> 224 exaFLOPs."""
     if count is None:
         return "-"
-    scale, unit = next((u for u in UNITS if count >= u[0]), (1e6, "mega"))
-    return f"{significant(count / scale)} {unit}FLOPs"
+    scale, unit = next((u for u in SI_UNITS if count >= u[0]), (1e6, "mega"))
+    return f"{format_number(count / scale)} {unit}FLOPs"
 
 
-def size(count: float | None) -> str:
-    """Bytes in a unit that suits them."""
+def format_bytes(count: float | None) -> str:
+    """3758096384 -> 3.5 GiB."""
     if count is None:
         return "-"
-    scale, unit = next((u for u in BYTES if count >= u[0]), (1, "bytes"))
-    return f"{significant(count / scale)} {unit}"
+    scale, unit = next((u for u in BYTE_UNITS if count >= u[0]), (1, "bytes"))
+    return f"{format_number(count / scale)} {unit}"
 
 
-def significant(value: float) -> str:
-    """Three figures, and all that stand before the point."""
+def format_number(value: float) -> str:
+    """Three significant digits, and all digits before the decimal point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """4000 -> 1 h 7 min."""
     if seconds is None:
         return "-"
@@ -47,15 +47,16 @@ def duration(seconds: float | None) -> str:
         minutes = round(seconds / 60)
         return f"{minutes // 60} h {minutes % 60} min"
     days = seconds / DAY
-    return f"{significant(days)} days" if days < 1000 else f"{days / 365.25:,.3g} years"
+    return f"{format_number(days)} days" if days < 1000 else f"{days / 365.25:,.3g} years"
 
 
 def show_plan(plan: Any) -> None:
-    """What a run costs, part by part."""
+    """The cost of a run, by topic."""
     facts = plan.to_json()
-    print_facts(_title(facts), _run_rows(facts))
-    print_facts("an image", _image_rows(facts))
-    print_facts("memory of one process", _memory_rows(facts))
+    data = f" on {facts['data']}" if facts["data"] else ""
+    print_facts(f"{facts['command']}: {facts['recipe']}{data}", _run_rows(facts))
+    print_facts("per image", _image_rows(facts))
+    print_facts("memory per process", _memory_rows(facts))
     if facts["measured"] or facts["seconds"] is not None:
         print_facts(f"time: {facts['device']}", _time_rows(facts))
     if facts["budget"]:
@@ -72,26 +73,23 @@ def show_plan(plan: Any) -> None:
     show_next(command)
 
 
-def _title(facts: dict[str, Any]) -> str:
-    data = f" on {facts['data']}" if facts["data"] else ""
-    return f"{facts['command']}: {facts['recipe']}{data}"
-
-
 def _run_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     parameters = f"{facts['model']}, {facts['parameters']:,} parameters"
     if facts["trained_parameters"] != facts["parameters"]:
-        parameters += f", {facts['trained_parameters']:,} learn"
+        parameters += f"; {facts['trained_parameters']:,} trained, with heads of the objective"
     rows: list[tuple[str, Any]] = [
         ("model", parameters),
-        ("objective", f"{facts['objective']}, {facts['optimizer']}, {facts['precision']}"),
+        ("objective", facts["objective"]),
+        ("optimizer", f"{facts['optimizer']}, {facts['precision']}"),
     ]
     if facts["steps"] is not None:
         epochs = f", {facts['epochs']:,.3g} epochs" if facts["train_images"] > 1 else ""
-        count = f"{facts['steps']:,} of {facts['batch_size']:,} images: {facts['images']:,}{epochs}"
-        rows.append(("steps", count))
+        images = f"{facts['steps']:,} x {facts['batch_size']:,} images = {facts['images']:,} images"
+        rows.append(("steps", f"{images}{epochs}"))
         if facts["tokens"]:
             rows.append(("tokens", f"{facts['tokens']:,.0f}"))
-        rows.append(("operations", f"{operations(facts['training_flops'])}, forward and backward"))
+        flops = format_flops(facts["training_flops"])
+        rows.append(("training FLOPs", f"{flops}, forward and backward"))
     return rows
 
 
@@ -100,85 +98,80 @@ def _image_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     tokens = f", {facts['tokens_per_image']:,.4g} tokens" if facts["tokens_per_image"] else ""
     macs = facts["macs_per_image"]
     rows: list[tuple[str, Any]] = [
-        ("size", f"{y}x{x}{tokens}"),
-        ("multiply-adds", f"{macs:,} ({operations(facts['flops_per_image'])})"),
+        ("size", f"{y}x{x} px{tokens}"),
+        ("multiply-adds", f"{macs:,} ({format_flops(facts['flops_per_image'])})"),
     ]
-    rows += [(f"  {k}", f"{v:,}  {v / macs:.1%}") for k, v in facts["parts"].items()]
-    rows.append(("in training", f"{operations(facts['training_flops_per_image'])}, on average"))
+    rows += [(f"  {name}", f"{v:,}  {v / macs:.1%}") for name, v in facts["parts"].items()]
+    rows.append(("training", f"{format_flops(facts['training_flops_per_image'])} on average"))
     return rows
 
 
 def _memory_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     memory = facts["memory"]
-    other, own = memory["otherwise"], memory["activation_checkpointing"]
+    other, has_checkpointing = memory["otherwise"], memory["activation_checkpointing"]
+    names = {"average": "moving average", "optimizer": "optimizer state"}
     rows: list[tuple[str, Any]] = [
-        (name, size(memory[name]))
+        (names.get(name, name), format_bytes(memory[name]))
         for name in ("weights", "gradients", "optimizer", "average")
         if memory[name]
     ]
-    at_once = f"{facts['micro_batch_size']:,} images at a time"
-    checkpointed = {True: "with activation checkpointing", False: "without it"}
+    alternative = f"  {'without' if has_checkpointing else 'with'} activation checkpointing"
+    micro_batch = f"{facts['micro_batch_size']:,} images per forward pass"
     rows += [
-        ("activations", f"{size(memory['activations'])}, {at_once}"),
-        ("  " + checkpointed[not own], size(other["activations"])),
+        ("activations", f"{format_bytes(memory['activations'])}, {micro_batch}"),
+        (alternative, format_bytes(other["activations"])),
     ]
     if memory["process"]:
-        rows.append(("the process itself", size(memory["process"])))
+        rows.append(("Python and libraries", format_bytes(memory["process"])))
     rows += [
-        ("in all, at most", size(facts["memory_bytes"])),
-        ("  " + checkpointed[not own], size(other["memory_bytes"])),
+        ("peak", format_bytes(facts["memory_bytes"])),
+        (alternative, format_bytes(other["memory_bytes"])),
     ]
     if memory["measured"]:
-        rows.append(("of the steps just made", size(memory["measured"])))
+        rows.append(("measured peak", format_bytes(memory["measured"])))
     return rows
 
 
 def _time_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    kind = "" if facts["measured"] else " (an estimate)"
-    rows: list[tuple[str, Any]] = [("in all", duration(facts["seconds"]) + kind)]
+    kind = "" if facts["measured"] else " (estimate)"
+    rows: list[tuple[str, Any]] = [("total", format_duration(facts["seconds"]) + kind)]
     if facts["time"]:
-        parts = ", ".join(f"{k} {duration(v)}" for k, v in facts["time"].items() if v)
-        rows.append(("of which", parts))
+        rows += [(f"  {name}", format_duration(v)) for name, v in facts["time"].items() if v]
     if facts["images_per_second"]:
-        rows.append(("images/s", significant(facts["images_per_second"])))
+        rows.append(("images/s", format_number(facts["images_per_second"])))
     stages = facts["stages"]
     if facts["measured"] and len(stages) > 1:
         rows += [
             (
                 f"  {stage['share']:.0%} of the steps",
-                f"{duration(stage['seconds_per_step'])} a step, "
-                f"{stage['tokens_per_image']:,} tokens an image",
+                f"{format_duration(stage['seconds_per_step'])} per step, "
+                f"{stage['tokens_per_image']:,} tokens per image",
             )
             for stage in stages
         ]
     if facts["mfu"]:
-        rows.append(
-            ("MFU", f"{facts['mfu']:.1%} of {significant(facts['peak_flops'] / 1e9)} GFLOP/s")
-        )
+        peak = format_number(facts["peak_flops"] / 1e9)
+        rows.append(("MFU", f"{facts['mfu']:.1%} of {peak} GFLOP/s"))
     if facts["ends_at"]:
         end = datetime.fromisoformat(facts["ends_at"])
-        rows.append(("begun now, it ends", f"{end:%A %d %B %Y, %H:%M}"))
-    rows += _price_rows(facts)
+        rows.append(("would finish at", f"{end:%A %d %B %Y, %H:%M}"))
+    names = (("kwh", "energy", " kWh"), ("electricity", "electricity", ""), ("rent", "rent", ""))
+    rows += [(name, f"{facts[key]:,.3g}{unit}") for key, name, unit in names if key in facts]
     return rows
 
 
-def _price_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    names = (("kwh", "energy", " kWh"), ("electricity", "electricity", ""), ("rent", "rent", ""))
-    return [(name, f"{facts[key]:,.3g}{unit}") for key, name, unit in names if key in facts]
-
-
 def _budget_rows(budget: dict[str, Any]) -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = [("given", duration(budget["seconds"]))]
+    rows: list[tuple[str, Any]] = [("budget", format_duration(budget["seconds"]))]
     if budget["steps"] is not None:
-        rows.append(("steps that fit", f"{budget['steps']:,}"))
+        rows.append(("steps in the budget", f"{budget['steps']:,}"))
     if budget["whole_steps"] is not None:
-        whole = f"{budget['whole_steps']:,} steps, {duration(budget['whole_seconds'])}"
-        rows.append(("the recipe's own", f"{whole}: {budget['share']:.1%} of it fit"))
+        whole = f"{budget['whole_steps']:,} steps, {format_duration(budget['whole_seconds'])}"
+        rows.append(("steps of the recipe", f"{whole}; {budget['share']:.1%} fit into the budget"))
     return rows
 
 
 def _show_devices(devices: Sequence[dict[str, Any]]) -> None:
-    asked = [key for key in ("kwh", "electricity", "rent") if key in devices[0]]
+    priced = [key for key in ("kwh", "electricity", "rent") if key in devices[0]]
     rows = []
     for row in devices:
         low, high = row["seconds_range"]
@@ -186,22 +179,22 @@ def _show_devices(devices: Sequence[dict[str, Any]]) -> None:
         rows.append(
             [
                 row["device"],
-                "-" if low is None else f"{duration(low)} .. {duration(high)}",
+                "-" if low is None else f"{format_duration(low)} to {format_duration(high)}",
                 "-" if days is None else f"{days:,.3g}",
-                significant(row["images_per_second"]),
+                format_number(row["images_per_second"]),
                 f"{row['largest_micro_batch']:,}",
-                *(f"{row[key]:,.3g}" for key in asked),
+                *(f"{row[key]:,.3g}" for key in priced),
             ]
         )
-    columns = ["device", "time, one of each", "days", "img/s", "most at once", *asked]
+    columns = ["device", "time on one", "days", "images/s", "max batch", *priced]
     print_table("other machines: estimates, not measurements", columns, rows)
-    lines = [
-        f"{row['device']}: {row['peak_flops'] / 1e12:.4g} TFLOP/s at most, of which "
-        f"{row['assumed_mfu'][0]:.0%} to {row['assumed_mfu'][1]:.0%} are assumed; {row['source']}"
-        for row in devices
-    ]
-    for line in lines:
-        report.out.print(Text(f"  {line}", style="dim"), soft_wrap=True)
+    for row in devices:
+        low, high = row["assumed_mfu"]
+        line = (
+            f"  {row['device']}: peak {row['peak_flops'] / 1e12:.4g} TFLOP/s, assumed MFU "
+            f"{low:.0%} to {high:.0%}; {row['source']}"
+        )
+        report.out.print(Text(line, style="dim"), soft_wrap=True)
 
 
 def _show_changes(changes: Sequence[dict[str, Any]]) -> None:
@@ -210,53 +203,62 @@ def _show_changes(changes: Sequence[dict[str, Any]]) -> None:
         ratio = "-" if row["time_ratio"] is None else f"{row['time_ratio']:.2f}"
         fits = {None: "", True: "fits", False: "too long"}[row["fits"]]
         name = f"{row['change']} ({row['settings']})" if row["settings"] else row["change"]
-        operations_ratio = f"{row['training_flops_ratio']:.2f}"
-        rows.append([name, operations_ratio, ratio, duration(row["seconds"]), fits])
-    columns = ["change", "operations", "steps' time", "in all", "budget"]
-    print_table("what would be cheaper (time, not accuracy)", columns, rows)
+        flops = f"{row['training_flops_ratio']:.2f}"
+        rows.append([name, flops, ratio, format_duration(row["seconds"]), fits])
+    columns = ["change", "FLOPs ratio", "step time ratio", "total time", "budget"]
+    print_table("cheaper alternatives (the effect on accuracy is not estimated)", columns, rows)
 
 
 def show_bench(result: Any) -> None:
-    """A row for each contender in each setting, and how ours compare."""
+    """One line for each library and setting, then the ratios."""
     facts = result.to_json()
     number = facts["threads"]
     threads = f", {number} thread{'s' * (number > 1)}" if facts["device"] == "cpu" else ""
-    rows = []
-    for row in facts["rows"]:
-        side = "x".join(str(n) for n in dict.fromkeys(row["image_size"]))
-        latency = row["latency_ms"]
-        attention = "" if row["attention"] == "auto" else f" {row['attention']}"
-        rows.append(
-            [
-                f"{row['model']} {side} px {row['precision']}{attention}, {row['library']}",
-                significant(row["forward_images_per_second"]),
-                significant(row["training_images_per_second"]),
-                " / ".join(significant(value) for value in latency.values()),
-            ]
-        )
     batch = facts["rows"][0]["batch_size"]
-    title = f"{facts['device']}{threads}; medians, {batch} images at a time, latency of one in ms"
-    print_table(title, ["", "forward img/s", "train img/s", "p50 / p90 / p99"], rows)
-    rows = [
+    names = [_bench_name(row) for row in facts["rows"]]
+    print_table(
+        f"{facts['device']}{threads}; medians, batch size {batch}",
+        ["", "forward images/s", "training images/s", "latency ms, p50 / p90 / p99"],
         [
-            f"{row['model']} {row['image_size'][0]} px {row['precision']}, {row['library']}",
-            size(row["forward_memory_bytes"]),
-            size(row["training_memory_bytes"]),
-            f"{row['largest_forward_batch']:,}",
-            f"{row['largest_training_batch']:,}",
-        ]
-        for row in facts["rows"]
-    ]
-    limit = size(facts["memory_limit_bytes"])
-    columns = ["", "forward", "training", "most forward", "most training"]
-    print_table(f"memory, and the largest batch within {limit}", columns, rows)
+            [
+                name,
+                format_number(row["forward_images_per_second"]),
+                format_number(row["training_images_per_second"]),
+                " / ".join(format_number(value) for value in row["latency_ms"].values()),
+            ]
+            for name, row in zip(names, facts["rows"], strict=True)
+        ],
+    )
+    print_table(
+        f"peak memory, and the largest batch within {format_bytes(facts['memory_limit_bytes'])}",
+        ["", "forward", "training", "forward batch", "training batch"],
+        [
+            [
+                name,
+                format_bytes(row["forward_memory_bytes"]),
+                format_bytes(row["training_memory_bytes"]),
+                f"{row['largest_forward_batch']:,}",
+                f"{row['largest_training_batch']:,}",
+            ]
+            for name, row in zip(names, facts["rows"], strict=True)
+        ],
+    )
     for row in facts["ratios"]:
-        words = [
-            f"{name} {row[name]['median']:.2f} ({row[name]['least']:.2f} to "
-            f"{row[name]['largest']:.2f})"
+        title = f"{row['model']} {row['image_size'][0]} px {row['precision']}"
+        rows = [
+            (
+                name,
+                f"{row[name]['median']:.2f} times as fast "
+                f"({row[name]['least']:.2f} to {row[name]['largest']:.2f})",
+            )
             for name in ("forward", "training", "latency")
         ]
-        title = f"{row['model']} {row['image_size'][0]} px {row['precision']}"
-        print_facts(f"{title}: as fast as {row['against']}", [("times", ", ".join(words))])
+        print_facts(f"{title}: vitcli compared with {row['against']}", rows)
     if facts["picture"]:
         show_next(f"picture: {facts['picture']}")
+
+
+def _bench_name(row: dict[str, Any]) -> str:
+    side = "x".join(str(n) for n in dict.fromkeys(row["image_size"]))
+    attention = "" if row["attention"] == "auto" else f" {row['attention']}"
+    return f"{row['model']} {side} px {row['precision']}{attention}, {row['library']}"

@@ -1,4 +1,4 @@
-"""What `vitcli doctor` found, as tables."""
+"""The result of `doctor` as tables."""
 
 from typing import Any
 
@@ -12,68 +12,59 @@ GIB = 2**30
 
 
 def show_doctor(result: Any) -> None:
-    """Facts by topic, then what slows this set-up, each with its remedy."""
+    """Facts by topic, then each problem with its remedy."""
     facts = result.facts
-    have = {name: v for name, v in facts["versions"].items() if not isinstance(v, bool)}
-    lack = ", ".join(name for name, value in have.items() if value is None)
-    rows = [(name, value) for name, value in have.items() if value is not None]
-    print_facts("versions", [*rows, ("not installed", lack)] if lack else rows)
-    print_facts("machine", _machine(facts))
-    d, images, disk = facts["devices"], facts["images"], facts["disk"]
-    formats = ", ".join(name.upper() for name in ("webp", "avif") if images[name])
-    a = facts["attention"]
-    print_facts(
-        "speed",
-        [
-            *_products(facts["threads"]),
-            (
-                "attention",
-                f"{1e3 * a['explicit']:.1f} ms written out, {1e3 * a['fused']:.1f} ms fused, "
-                f"{1e3 * a['chosen']:.1f} ms as chosen ({a['precision']})",
-            ),
-            ("JPEGs of 2 megapixels", f"{images['jpegs_per_second']:.0f} a second and core"),
-            ("formats besides", formats or "none"),
-            ("disk", _disk(disk)),
-            ("training takes", f"{d['device']}, {d['precision']}"),
-        ],
-    )
-    report.print_title("what slows it" if result.findings else "nothing that slows it was found")
+    versions = {name: v for name, v in facts["versions"].items() if not isinstance(v, bool)}
+    missing = ", ".join(name for name, value in versions.items() if value is None)
+    rows = [(name, value) for name, value in versions.items() if value is not None]
+    print_facts("versions", [*rows, ("not installed", missing)] if missing else rows)
+    print_facts("machine", _machine_rows(facts))
+    print_facts("speed", _speed_rows(facts))
+    report.print_title("problems" if result.findings else "no problems found")
     for finding in result.findings:
         report.out.print(Text(f"  {printable(finding.what)}"), soft_wrap=True)
         report.out.print(Text(f"    {printable(finding.remedy)}", style="dim"), soft_wrap=True)
 
 
-def _machine(facts: dict[str, Any]) -> list[tuple[str, Any]]:
-    d, threads = facts["devices"], facts["threads"]
+def _machine_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    devices, threads = facts["devices"], facts["threads"]
+    total, available = devices["memory_bytes"] / GIB, devices["memory_free_bytes"] / GIB
     rows: list[tuple[str, Any]] = [
-        ("processor", f"{d['cpu']}, {d['instructions']}"),
-        ("cores, threads", f"{d['cores']:g}, {threads['threads']}"),
+        ("processor", f"{devices['cpu']}, {devices['instructions']}"),
+        ("cores, threads", f"{devices['cores']:g}, {threads['threads']}"),
+        ("memory", f"{total:.1f} GiB, {available:.1f} GiB available"),
+        ("load", f"{threads['load']:.1f} processes"),
     ]
-    if d["memory_bytes"] is not None:
-        free = d["memory_free_bytes"] / GIB
-        rows.append(("memory", f"{d['memory_bytes'] / GIB:.1f} GiB, {free:.1f} free"))
-    if threads["load"] is not None:
-        rows.append(("load", f"{threads['load']:.1f}"))
-    for gpu in d["gpus"]:
+    for gpu in devices["gpus"]:
         size = f"{gpu['memory_bytes'] / GIB:.0f} GiB"
-        rows.append(("GPU", f"{gpu['name']}, {size}, capability {gpu['capability']}"))
+        rows.append(("GPU", f"{gpu['name']}, {size}, compute capability {gpu['capability']}"))
+    rows.append(("device for training", f"{devices['device']}, {devices['precision']}"))
     return rows
 
 
-def _products(threads: dict[str, Any]) -> list[tuple[str, Any]]:
-    number = threads["threads"]
-    return [
+def _speed_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    threads, attention, images = facts["threads"], facts["attention"], facts["images"]
+    rows: list[tuple[str, Any]] = [
         (
-            f"{kind} products",
+            f"{kind} matrix products",
             f"{threads[f'{kind}_one_thread'] / 1e9:.0f} GFLOP/s on one thread, "
-            f"{threads[kind] / 1e9:.0f} on {number}",
+            f"{threads[kind] / 1e9:.0f} GFLOP/s on {threads['threads']}",
         )
         for kind in ("fp32", "bf16")
     ]
+    times = (f"{1e3 * attention[key]:.1f} ms {key}" for key in ("explicit", "fused", "chosen"))
+    formats = ", ".join(name.upper() for name in ("webp", "avif") if images[name])
+    return [
+        *rows,
+        ("attention", f"{', '.join(times)} ({attention['precision']})"),
+        ("JPEG decoding", f"{images['jpegs_per_second']:.0f} images/s per core (2 megapixels)"),
+        ("optional image formats", formats or "none"),
+        ("disk", _disk_text(facts["disk"])),
+    ]
 
 
-def _disk(disk: dict[str, Any]) -> str:
+def _disk_text(disk: dict[str, Any]) -> str:
     free = f"{disk['free_bytes'] / GIB:.0f} GiB free"
     if disk["write"] is None:
-        return f"{free}, not to be written to"
-    return f"{free}, writes {disk['write'] / 1e6:.0f} and reads {disk['read'] / 1e6:.0f} MB/s"
+        return f"{free}, not writable"
+    return f"{free}, writes {disk['write'] / 1e6:.0f} MB/s, reads {disk['read'] / 1e6:.0f} MB/s"

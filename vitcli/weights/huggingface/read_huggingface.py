@@ -26,8 +26,7 @@ from vitcli.weights.huggingface.huggingface_names import (
 )
 from vitcli.weights.huggingface.processor import read_processor, read_size
 from vitcli.weights.overrides import Stated
-from vitcli.weights.store import Checkpoint
-from vitcli.weights.validation import fitting
+from vitcli.weights.store import Checkpoint, readable_values
 
 LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.(.+)")
 OUR_BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -75,11 +74,11 @@ def read_huggingface(
             del renamed[name]
             dropped[name] = "a pooler that no head reads"
     notes: list[str] = []
-    with fitting("config.json", source, REPAIR):
+    with readable_values("config.json", source, REPAIR):
         values = _config_values(renamed, described, family, source, stated)
         config = ViTConfig(**{**values, **_positions(renamed, values, model_type, notes)})
         labels = stated.labels or _labels(described, config.num_classes)
-    with fitting("preprocessor_config.json", source, REPAIR):
+    with readable_values("preprocessor_config.json", source, REPAIR):
         preprocess = read_processor(config, model_type, processor, source, stated, notes)
     multi_label = described.get("problem_type") == "multi_label_classification"
     return Checkpoint(

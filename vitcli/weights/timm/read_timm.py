@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit.config import Gelu, Pool, ViTConfig, normal_pool
+from vitcli.vit.config import Gelu, Pool, ViTConfig, canonical_pool
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
 from vitcli.weights.overrides import PICTURES, Stated, stated_preprocess
@@ -224,7 +224,7 @@ def _pool(
         named = stated.pool  # no file of timm has a head for the other poolings
     if named:
         try:
-            pool = normal_pool(named)
+            pool = canonical_pool(named)
             if pool == "token" and "cls_token" not in shape:
                 raise ValueError("pool `token` needs a class token, and there is none (try `mean`)")
             if pool == "map":

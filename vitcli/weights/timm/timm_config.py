@@ -15,7 +15,7 @@ from vitcli.preprocess import Preprocess, ResizeMode
 from vitcli.vit import Config, ViTConfig
 from vitcli.vit.config import Gelu
 from vitcli.weights.overrides import PICTURES, Stated, are_pictures, per_channel
-from vitcli.weights.validation import fitting
+from vitcli.weights.store import readable_values
 
 REPAIR = "correct the file, or replace it by `--set model.…` and `--set preprocess.…`"
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
@@ -78,7 +78,7 @@ def read_hub_config(described: Mapping[str, Any] | None, source: str) -> TimmHub
     Raises:
         VitcliError: an architecture or argument with another computation, or impossible values.
     """
-    with fitting("config.json", source, REPAIR):
+    with readable_values("config.json", source, REPAIR):
         hub = _parse(described or {})
     for pattern, what in OTHER_COMPUTATION.items():
         if re.search(pattern, hub.architecture):
@@ -195,7 +195,7 @@ def hub_preprocess_and_labels(
         VitcliError: impossible values.
     """
     base = None
-    with fitting("config.json", source, REPAIR):
+    with readable_values("config.json", source, REPAIR):
         if are_pictures(config.num_channels, notes):
             base = _preprocess(hub, config.image_size, config.num_channels, notes)
         return base, _labels(hub, config.num_classes)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vitcli.vit import from_config, parse_variant
-from vitcli.weights.meta_init import unfilled
+from vitcli.weights.from_checkpoint import empty_network
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_the_same_tensors_without_memory_or_chance(variant, settings):
     config = parse_variant(variant, num_classes=3, image_size=(64, 64), **settings)
     real = from_config(config).state_dict()
     before = torch.random.get_rng_state()
-    model = unfilled(config)
+    model = empty_network(config)
     assert torch.equal(torch.random.get_rng_state(), before)
     found = model.state_dict()
     assert {n: (t.shape, t.dtype) for n, t in found.items()} == {
@@ -31,7 +31,7 @@ def test_the_same_tensors_without_memory_or_chance(variant, settings):
 
 
 def test_what_is_initialised_afterwards_is_initialised():
-    unfilled(parse_variant("Pico/8", image_size=(32, 32)))
+    empty_network(parse_variant("Pico/8", image_size=(32, 32)))
     layer = torch.nn.Linear(8, 8)
     assert layer.weight.abs().sum() > 0
     assert torch.nn.init.ones_(torch.zeros(2)).sum() == 2

@@ -381,5 +381,5 @@ def test_a_signal_is_128_and_its_number_and_one_word(trained):
 def test_two_lengths_of_a_run_are_a_mistake(given, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     status, _, err = call(capfd, "pretrain", *given)
-    assert status == 2 and "a run has one length" in err
+    assert status == 2 and "the length of the run is set by" in err
     assert not (tmp_path / "runs").exists()

@@ -151,6 +151,7 @@ def tracking(accelerator: Any, name: str | None, recipe: Recipe) -> Iterator[Tra
     accelerator.init_trackers(PROJECT, config=tracker_config(recipe))
 
     def track(record: dict[str, Any]) -> None:
+        # The step is the axis of every plot, not a value of its own.
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         accelerator.log(numbers, step=int(record["step"]))
 

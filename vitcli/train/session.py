@@ -120,6 +120,7 @@ def train(
     log = Logged(watch if is_main else Quiet(), Path(os.devnull))
     source = open_source(recipe, watch)
     loop = build_loop(recipe, source, make_model, Run(out), accelerator, log)
+    # What `mfu` in the records refers to: the measured peak of this machine.
     loop.recorder.peak_flops = accelerator.num_processes * matrix_peak(loop.device, precision)
     if not loop.state.module.hidden_rate:  # otherwise the encoder sees fewer patches
         network = loop.model.network
@@ -184,6 +185,7 @@ def run_locked(run: Run, is_main: bool = True) -> Iterator[None]:
     if not is_main:
         yield
         return
+    # The lock says that somebody trains here. The second file says who, for the error message.
     with exclusive(run.path / LOCK, busy):
         here = {"host": socket.gethostname(), "process": os.getpid()}
         (run.path / HOLDER).write_text(json.dumps(here), encoding="utf-8")

@@ -73,6 +73,7 @@ def main_class(labels: Tensor) -> Tensor:
 
 def count_macs(module: nn.Module, shape: tuple[int, ...], *arguments: Any) -> int:
     """Multiply-adds of a call of `module` with an input of `shape`, counted on the meta device."""
+    # On the meta device nothing is computed, so that a large decoder costs no time and no memory.
     counter = FlopCounterMode(display=False)
     empty = {name: torch.empty_like(p, device="meta") for name, p in module.named_parameters()}
     with counter, torch.no_grad():

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitcli.preprocess import Preprocess
 from vitcli.vit import Config, Network, create_network
@@ -62,6 +63,18 @@ class LoadedModel:
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors of the network, under timm's names."""
         return self.network.state_dict()
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load tensors with the names of `state_dict()`; all of them must be there."""
+        self.network.load_state_dict(tensors)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the network, for an optimizer."""
+        return self.network.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of the network, under timm's names."""
+        return self.network.named_parameters()
 
     def to(self, device: torch.device | str) -> "LoadedModel":
         """Move the network to `device` in place; returns self."""

@@ -97,7 +97,7 @@ def test_help_answers_at_once():
             "is for `vitcli finetune`",
             "vitcli finetune --recipe",
         ),
-        (["pretrain", "--image-size", "30"], "not a multiple of patch size 8", "divides"),
+        (["pretrain", "--image-size", "30"], "not a multiple of patch size 8", "must divide"),
         (["finetune"], "no finished `pretrain` run", "run `vitcli pretrain` first"),
         (["fewshot", "--shots", "a"], "not a list of numbers", "--shots 1,5,10"),
         (["fewshot", "--shots", "0"], "`fewshot.shots` = 0", ""),
@@ -300,11 +300,11 @@ def test_training_goes_on_past_a_broken_image_and_says_so(split, trained, capfd)
     [
         (("pretrain", ""), "DATA is an empty string"),
         (("pretrain", "--recipe", ""), "no recipe ``"),
-        (("finetune", "photos", "--model", ""), "the MODEL is empty text"),
+        (("finetune", "photos", "--model", ""), "the MODEL is empty"),
         (("finetune", "--recipe", ""), "no recipe ``"),
         (("fewshot", "", "--model", "runs/tiny"), "DATA is an empty string"),
         (("evaluate", "", "--model", "runs/tiny"), "DATA is an empty string"),
-        (("predict", "photos", "--model", ""), "the MODEL is empty text"),
+        (("predict", "photos", "--model", ""), "the MODEL is empty"),
         (("patchify", ""), "DATA is an empty string"),
         (("patchify", "a" * 300), "File name too long"),
     ],
@@ -326,7 +326,7 @@ def test_a_damaged_result_does_not_stand_in_the_way(trained, capfd):
     for text, words in (("{", "is damaged"), ('{"a": 1}', "not the result of a training run")):
         result.write_text(text)
         status, _, err = call(capfd, *again)
-        assert status == 2 and words in err and "remove it" in err
+        assert status == 2 and words in err and "remove the file" in err
 
 
 def test_streams_that_are_closed_full_or_of_few_letters(trained):
@@ -350,7 +350,7 @@ def test_streams_that_are_closed_full_or_of_few_letters(trained):
     if Path("/dev/full").exists():
         full = shell(f"{command} --json > /dev/full")
         assert full.returncode == 2 and "No space left on device" in full.stderr
-        assert "hint: free some space" in full.stderr
+        assert "hint: free some disk space" in full.stderr
 
 
 def test_a_signal_is_128_and_its_number_and_one_word(trained):

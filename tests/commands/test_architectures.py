@@ -51,7 +51,8 @@ def test_from_training_to_predictions(kind, here):
     go(here / "run", recipe_of(kind))
     assert ("kind" in read_header("run/model.safetensors")["config"]) == (kind == "resnet")
     model = load_model("run")
-    assert isinstance(model, ResNet if kind == "resnet" else VisionTransformer)
+    kinds = ResNet if kind == "resnet" else VisionTransformer
+    assert isinstance(model.network, kinds)
     assert model.head_trained and model.labels == tuple("0123456789")
     assert all(p.any() for p in model.network.head.parameters())  # it began at zero
 
@@ -78,7 +79,8 @@ def test_a_resnet_stopped_and_resumed_is_never_stopped(again, tmp_path, monkeypa
     go(tmp_path / "whole", recipe)
     calls = itertools.count(1)
     # Two questions a step: this is a signal within step 3.
-    monkeypatch.setattr(loop.Loop, "agree", lambda _, value: 15 if next(calls) == 5 else value)
+    asked = lambda _, value: 15 if next(calls) == 5 else value  # noqa: E731
+    monkeypatch.setattr(loop, "max_over_processes", asked)
     with pytest.raises(Stopped):
         go(tmp_path / "parts", recipe)
     monkeypatch.undo()
@@ -104,7 +106,7 @@ def test_a_resnet_in_the_place_of_a_recipes_vit(here):
     for resume in (False, True):
         pretrain.run("photos", settings=settings, out=here / "run", resume=resume, watch=Watch())
     assert load_model("run").config.layers == (1, 1)
-    assert "`R26x1` is a ResNet, so the recipe's class_token, pool, position do not apply" in heard
+    assert "`R26x1` is a ResNet: the recipe's class_token, pool, position do not apply" in heard
     written = Run(here / "run").recipe().model.model_dump(exclude_none=True)
     assert written == {**model, "layers": (1, 1)}
     with pytest.raises(VitcliError, match="unknown settings of a ResNet: pool"):
@@ -117,7 +119,7 @@ def test_what_a_resnet_has_not_is_said(tmp_path):
     for section, values, words in (
         ("model", {"depth": 3}, "unknown settings of a ResNet: depth"),
         ("model", {"pool": "mean"}, "unknown settings of a ResNet: pool"),
-        ("objective", {"name": "guided"}, "reads quadrants of patches"),
+        ("objective", {"name": "guided"}, "pools quadrants of patches"),
     ):
         changed = getattr(recipe, section).model_copy(update=values)
         with pytest.raises(VitcliError, match=words):

@@ -81,7 +81,7 @@ def test_every_format_says_what_it_wrote(model, capfd):
     assert cli(["export", "--model", "m.safetensors", "--to", "timm"]) == 0
     streams = capfd.readouterr()
     assert "runs/m-timm" in streams.out and "3, with names" in " ".join(streams.out.split())
-    assert "writing to runs/m-timm (no `--out` given)" in streams.err
+    assert "no `--out` given: writing to runs/m-timm" in streams.err
     assert "vitcli predict image.jpg --model runs/m-timm" in streams.out
 
 

@@ -56,10 +56,10 @@ def journey(folder, environment, *shorter):
         said[command[0]] = done.stderr
         found[command[0]] = json.loads(done.stdout)
     assert "no DATA given" in said["pretrain"] and "builtin:formula" in said["pretrain"]
-    assert "no `--model` given: runs/pretrain_formula" in said["fewshot"]
+    assert "no `--model` given: using runs/pretrain_formula" in said["fewshot"]
     assert "builtin:digits" in said["fewshot"]
-    assert "no `--model` given: runs/pretrain_formula" in said["finetune"]
-    assert "no `--model` given: runs/finetune_digits" in said["predict"]
+    assert "no `--model` given: using runs/pretrain_formula" in said["finetune"]
+    assert "no `--model` given: using runs/finetune_digits" in said["predict"]
     assert found["predict"]["label"] in set("0123456789")
     return found
 

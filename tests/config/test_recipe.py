@@ -30,7 +30,7 @@ def test_all_mistakes_are_reported_together_with_the_nearest_names():
                 "modle": {},
                 "model": {"patchsize": 4, "name": 3},
                 "train": {"steps": 1, "bach_size": 2, "seed": -1},
-                "optim": {"name": "adam"},
+                "optim": {"lr_scaling": "cubic"},
             },
             "recipe `x`",
         )
@@ -40,7 +40,7 @@ def test_all_mistakes_are_reported_together_with_the_nearest_names():
     assert "no setting `train.bach_size` (did you mean `train.batch_size`?)" in message
     assert "`model.name` = 3" in message
     assert "`train.seed` = -1" in message
-    assert "`optim.name` = 'adam'" in message and "'adamw'" in message
+    assert "`optim.lr_scaling` = 'cubic'" in message and "'linear'" in message
     assert "\n" not in message
 
 

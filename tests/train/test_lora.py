@@ -160,8 +160,8 @@ def test_what_cannot_be(kind, rank, freeze, words):
     [
         ({"lora": {"rank": 2}}, "needs pretrained weights"),
         ({"train": {"freeze": "backbone"}}, "needs pretrained weights"),
-        ({"lora": {"alpha": 2.0}}, "which is not given"),
-        ({"lora": {"targets": []}}, "are some of"),
+        ({"lora": {"alpha": 2.0}}, "`alpha` needs `rank`"),
+        ({"lora": {"targets": []}}, "must name at least one of"),
         ({"train": {"freeze": "blocks:0"}}, "freeze"),
     ],
 )

@@ -165,7 +165,7 @@ def test_chance_is_the_share_of_the_commonest():
 @pytest.mark.parametrize(
     ("changes", "target", "words"),
     [
-        ({"pool": "map"}, "mean_color", "pool `map` would not train pool `map`"),
+        ({"pool": "map"}, "mean_color", "would not train pool `map`"),
         ({"representation_size": 32}, "mean_color", "representation_size"),
         ({"patch_size": 2}, "small_patch", "cuts a patch into 4x4"),
     ],

@@ -43,18 +43,20 @@ JOB = """
 import sys
 import test_processes as t
 from vitcli import distributed as launch
-from vitcli.train.loop import Loop
+from vitcli.train import loop
 from vitcli.train.signals import Stopped
 
 for name in sys.argv[1:]:
     t.go(name, t.RECIPES[name])
-real, asked = Loop.agree, iter(range(1000))
-Loop.agree = lambda loop, value: real(loop, 15 if next(asked) == 2 and launch.rank() else value)
+real, asked = loop.max_over_processes, iter(range(1000))
+def stopping(accelerator, value):
+    return real(accelerator, 15 if next(asked) == 2 and launch.rank() else value)
+loop.max_over_processes = stopping
 try:
     t.go("parts", t.RECIPES["whole"])
 except Stopped as stopped:
     assert "SIGTERM after step 2" in str(stopped), stopped
-Loop.agree = real
+loop.max_over_processes = real
 t.go("parts", t.RECIPES["whole"], resume=True)
 launch.exit_process(launch.agree_on_status(0))
 """
@@ -350,7 +352,7 @@ def test_threads_are_shared_and_the_environment_of_a_launcher_is_set(monkeypatch
             seen.append((command, environments))
             super().__init__([sys.executable, "-c", ""], environments)
 
-    monkeypatch.setattr(launch, "Team", Team)
+    monkeypatch.setattr(launch, "LaunchedProcesses", Team)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert cli.run(["pretrain", "--processes", "3"]) == 0
@@ -396,7 +398,7 @@ def test_a_number_of_processes_that_cannot_be(monkeypatch, capsys):
     assert "`--processes`" in capsys.readouterr().err.replace("'", "`")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.run(["pretrain", "--processes", "3"]) == 2
-    assert "`--processes 3` in a launch of 2 processes" in capsys.readouterr().err
+    assert "`--processes 3` does not match the launch of 2 processes" in capsys.readouterr().err
 
 
 def test_who_holds_back(monkeypatch):

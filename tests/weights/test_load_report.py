@@ -84,7 +84,7 @@ def test_what_is_not_float32_and_what_a_classifier_does_not_use(here):
     model = load_model("timm.safetensors")
     found = rows(model)
     assert found["norm.weight"] == ("loaded", "192 from torch.bfloat16")
-    assert found["mask_token"] == ("dropped", "1x1x192 belongs to the masked-image training")
+    assert found["mask_token"] == ("dropped", "1x1x192 used only by masked-image training")
 
 
 def test_one_line_or_all(file):

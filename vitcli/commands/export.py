@@ -124,10 +124,10 @@ def run(
     model = inference.model.name if model is None else model
     if model is None:
         model = _newest()
-        watch.note(f"using the model {model} (no `--model` given)")
+        watch.note(f"no `--model` given: using {model}")
     if out is None:
         out = _default_place(model, to)
-        watch.note(f"writing to {out} (no `--out` given)")
+        watch.note(f"no `--out` given: writing to {out}")
     said = load_settings(inference.model, inference.preprocess)
     net = load_model(model, labels=labels, watch=watch, **said)
     tell_load(net, watch, verbose=verbose)

@@ -121,7 +121,7 @@ def run(
     model = model or inference.model.name
     if model is None:
         model = newest_run(classifier=False)
-        watch.note(f"no `--model` given: {model}")
+        watch.note(f"no `--model` given: using {model}")
     loaded = load_model(
         model, labels=labels, watch=watch, **load_settings(inference.model, inference.preprocess)
     )
@@ -202,7 +202,7 @@ def _choose_images(
     data = inference.data.name
     if not paths and data is None:
         chosen = _builtin_images(model)
-        watch.note(f"no IMAGE given: {chosen.name}")
+        watch.note(f"no IMAGE given: using {chosen.name}")
         return chosen
     given = list(paths) or [data or ""]
     name = " ".join(printable(path) for path in given[:3]) + (" …" if len(given) > 3 else "")

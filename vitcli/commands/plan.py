@@ -176,12 +176,12 @@ def _default_model(stated: RecipeHeader, watch: Watcher) -> str:
     """The newest pretrained run, else the model in the header of the recipe."""
     try:
         model = newest_pretrained()
-        watch.note(f"no `--model` given: {model}")
+        watch.note(f"no `--model` given: using {model}")
     except VitcliError:
         if stated.model is None:
             raise
         model = stated.model
-        watch.note(f"no `--model` given: {model}, from the header of the recipe")
+        watch.note(f"no `--model` given: using {model}, from the header of the recipe")
     return model
 
 

@@ -78,7 +78,7 @@ def finetune_recipe(
     # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
         default = newest_pretrained(resumed)
-        watch.note(f"no `--model` given: {default}")
+        watch.note(f"no `--model` given: using {default}")
         lay_over(changes, nest("model.name", default))
         resolved = load_recipe(name, changes, "finetune")
     if data is None and recipe is None:

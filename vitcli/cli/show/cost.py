@@ -217,8 +217,8 @@ def show_bench(result: Any) -> None:
     batch = facts["rows"][0]["batch_size"]
     names = [_bench_name(row) for row in facts["rows"]]
     print_table(
-        f"{facts['device']}{threads}; medians, batch size {batch}",
-        ["", "forward images/s", "training images/s", "latency ms, p50 / p90 / p99"],
+        f"{facts['device']}{threads}; medians, batch size {batch}, latency in ms",
+        ["", "forward img/s", "train img/s", "p50 / p90 / p99"],
         [
             [
                 name,

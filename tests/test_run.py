@@ -131,7 +131,7 @@ def test_a_damaged_result_is_named(text, tmp_path):
     run.result_file.write_text(text)
     with pytest.raises(VitcliError, match=r"result\.json` is damaged") as caught:
         run.result()
-    assert "remove it" in caught.value.hint
+    assert "remove the file" in caught.value.hint
 
 
 def test_a_name_that_is_not_utf8(tmp_path):

@@ -327,6 +327,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise VitcliError(
             f"`{path}` is damaged: {error}",
-            f"remove the file; a run without result.json counts as unfinished",
+            "remove the file; a run without result.json counts as unfinished",
         ) from None
     return values

@@ -53,9 +53,7 @@ def build_loop(
 ) -> Loop:
     """Build everything that trains. The caller decides how many steps the loop makes.
 
-    Args:
-        make_model: builds the model for the classes of `source`.
-        run: its directory need not exist yet, so that wrong settings leave nothing behind.
+    The directory of `run` need not exist yet, so that wrong settings leave nothing behind.
 
     Raises:
         VitcliError: settings that do not fit the data, the model or each other.

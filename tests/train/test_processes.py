@@ -195,7 +195,7 @@ def test_fewshot_and_finetune(trained):
         assert done.returncode == 0, done.stderr
         said.append({**json.loads(done.stdout), "run": None})
     assert said[0] == said[1] == said[2]
-    assert "features of 359 of 359 are here already" in done.stderr
+    assert "359 of 359 features are cached" in done.stderr
     assert weights(folder / "shots-both") == weights(folder / "shots-again")
     arguments = ("finetune", "builtin:digits", "--model", "run", "--steps", 4, "--json")
     for name, more in (("tuned", ()), ("again", ("--resume",))):

@@ -46,6 +46,11 @@ class LoadedModel:
         """The configuration of the network."""
         return self.network.config
 
+    @property
+    def training(self) -> bool:
+        """True if the network is in training mode."""
+        return self.network.training
+
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, K): logits; the features if there is no head."""
         logits: Tensor = self.network(images)

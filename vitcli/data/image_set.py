@@ -139,6 +139,7 @@ class ImageSet:
         store: the images.
         rows: (n,) the rows of `store`; default: all.
         targets: (n, K) multi-hot targets of multi-label images, else None.
+        groups: (n,) numbers; images with the same number stay in one split; -1: in no group.
     """
 
     def __init__(
@@ -149,11 +150,13 @@ class ImageSet:
         store: ImageStore,
         rows: Integers | None = None,
         targets: Pixels | None = None,
+        groups: Integers | None = None,
     ) -> None:
         self.name = name
         self.classes = tuple(classes)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.targets = targets
+        self.groups = groups
         self._store = store
         self._rows = np.arange(len(self.labels)) if rows is None else rows
         self._cache: list[Pixels | None] | None = None
@@ -228,7 +231,8 @@ class ImageSet:
         """The images at `indices`, in this order, with the same classes."""
         labels, rows = self.labels[indices], self._rows[indices]
         targets = None if self.targets is None else self.targets[indices]
-        return ImageSet(name or self.name, self.classes, labels, self._store, rows, targets)
+        groups = None if self.groups is None else self.groups[indices]
+        return ImageSet(name or self.name, self.classes, labels, self._store, rows, targets, groups)
 
     def relabelled(self, classes: Sequence[str]) -> "ImageSet":
         """The same images with labels that index into `classes`, matched by name.
@@ -244,7 +248,8 @@ class ImageSet:
         if self.targets is not None:
             targets = np.zeros((len(self), len(classes)), dtype=np.uint8)
             targets[:, place[present]] = self.targets[:, present]
-        return ImageSet(self.name, classes, place[self.labels], self._store, self._rows, targets)
+        labels = place[self.labels]
+        return ImageSet(self.name, classes, labels, self._store, self._rows, targets, self.groups)
 
     def class_counts(self) -> Integers:
         """(K,) images per class."""

@@ -1,7 +1,7 @@
 """Splits: which split a file name means, and seeded fractions, folds and slices of the images."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +63,23 @@ def splits_of(files: Sequence[Path], root: Path) -> list[str | None]:
     words = [SPLIT_WORD.search(file.stem.lower()) for file in files]
     by_word = [SPLIT_ALIASES[word[1]] if word else None for word in words]
     return by_word if "train" in by_word else by_prefix
+
+
+def expand_braces(notation: str) -> Iterator[str]:
+    """`a-{8..10}.tar` -> `a-8.tar`, …; `{08..10}` keeps the zeros; `{x,y}` means both."""
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", notation)
+    if found is None:
+        yield notation
+        return
+    first, last, listed = found.groups()
+    if listed is not None:
+        parts = listed.split(",")
+    else:
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        low, high = sorted((int(first), int(last)))
+        parts = [f"{n:0{width}}" for n in range(low, high + 1)]
+    for part in parts:
+        yield from expand_braces(notation[: found.start()] + part + notation[found.end() :])
 
 
 def files_with_suffix(folder: Path, suffix: str) -> list[Path]:

@@ -11,8 +11,16 @@ from typing import Any
 
 from vitcli.config.schema import DataSection
 from vitcli.data.image_set import ImageSet
-from vitcli.data.labels import arrow_label_lists, class_names, encode_arrow, encode_arrow_lists
-from vitcli.data.readers.table import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
+from vitcli.data.labels import (
+    arrow_label_lists,
+    class_names,
+    encode_arrow,
+    encode_arrow_lists,
+    has_label,
+    refuse_numbers,
+    tidy_notes,
+)
+from vitcli.data.readers.columns import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import files_with_suffix, in_split_order, split_of, splits_of
 from vitcli.decode import ImageInput
@@ -129,12 +137,15 @@ def _read_split(
     names = class_names(features.get(label_column))
     with _reading(files[0]):
         column = table.column(label_column)
-        setting = request.settings.multi_label
-        lists = arrow_label_lists(column, shown, label_column, setting, notes)
+        lists = arrow_label_lists(column, shown, label_column, request.settings, notes)
         if lists is not None:
             classes, labels, targets = encode_arrow_lists(shown, lists, names)
             return ImageSet(split, classes, labels, store, targets=targets)
         values = column.dictionary_encode().unify_dictionaries().combine_chunks()
+    distinct = values.dictionary.to_pylist()
+    if names is None:
+        refuse_numbers(shown, label_column, filter(has_label, distinct))
+        notes += tidy_notes(shown, distinct)
     rows, labels, classes = encode_arrow(shown, values, names)
     if len(rows) < len(values):
         notes.append(f"{shown}: skipped {len(values) - len(rows):,} rows without a label")

@@ -17,7 +17,7 @@ from vitcli.data.image_set import ArrayStore, BytesList, ImageSet
 from vitcli.data.labels import encode_labels
 from vitcli.data.readers import DATA_HELP, READERS, resolve
 from vitcli.data.source import load_data
-from vitcli.data.splits import stratified_split
+from vitcli.data.stratify import stratified_split
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 
@@ -32,7 +32,7 @@ def paint(path, level=0, size=(6, 4)):
 def photos(root, classes=("cat", "dog"), count=5, inside=""):
     for number, name in enumerate(classes):
         for i in range(count):
-            paint(root / inside / name / f"{i}.png", 10 * i + number)
+            paint(root / inside / name / f"{i}.png", 10 * i + number, (6 + len(inside), 4))
     return root
 
 

@@ -18,6 +18,9 @@ from PIL import Image
 from vitcli.decode import Box, ImageError, ImageInput, LazyImage, Mode, open_image, read_image
 from vitcli.errors import printable
 
+Integers = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
+
 
 class BytesList:
     """A compact immutable list of byte strings: 8 bytes of overhead each, a list needs about 60."""
@@ -72,10 +75,6 @@ class ArrayPicture:
 
 AnyPicture = LazyImage | ArrayPicture
 
-
-Integers = NDArray[np.int64]
-Pixels = NDArray[np.uint8]
-
 CACHE_BYTES = 512 * 2**20  # a set whose decoded pixels fit is decoded once and stays in memory
 PROBES = 8  # images that are opened to estimate the decoded size of a set
 
@@ -110,6 +109,18 @@ class FileStore:
 
     def file_name(self, row: int) -> str:
         return Path(os.fsdecode(self.paths[row])).name
+
+    def content_keys(self, rows: Integers) -> Integers:
+        """The sizes of the files; -1 for a file that does not exist."""
+        return np.fromiter((file_size(self.content(row)) for row in rows), np.int64, len(rows))
+
+
+def file_size(path: Path) -> int:
+    """Bytes; -1 if the file does not exist."""
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return -1
 
 
 class ArrayStore:
@@ -226,6 +237,12 @@ class ImageSet:
         """The name of the image's file, or of the file it was made from; None if unknown."""
         named = getattr(self._store, "file_name", None)
         return None if named is None else named(int(self._rows[index]))
+
+    def content_keys(self) -> Integers | None:
+        """(n,) numbers of which those of equal images are equal; None if the store has none."""
+        keys = getattr(self._store, "content_keys", None)
+        found: Integers | None = None if keys is None else keys(self._rows)
+        return found
 
     def subset(self, indices: Integers, name: str | None = None) -> "ImageSet":
         """The images at `indices`, in this order, with the same classes."""

@@ -9,7 +9,7 @@ from typing import Any
 from vitcli.config.schema import DataSection
 from vitcli.data.labels import has_label, label_text
 from vitcli.data.readers.table_text import TextTable, is_image_text, quoted
-from vitcli.data.splits import SPLIT_ALIASES
+from vitcli.data.splits import GROUP_COLUMN, SPLIT_ALIASES
 from vitcli.errors import VitcliError, printable, unknown
 
 LABEL_COLUMNS = (
@@ -50,7 +50,7 @@ SPLIT_CELLS = {
 }
 YES = frozenset({"true", "1", "1.0", "yes", "y", "t"})
 NO = frozenset({"false", "0", "0.0", "no", "n", "f", ""})
-GROUP_COLUMN = "group"  # is used; the next names are mentioned in a note only
+# Columns that are mentioned in a note; a column called `group` is used.
 GROUP_HINTS = (
     "group_id", "patient", "patient_id", "subject", "subject_id", "lesion_id", "video", "video_id",
     "person_id", "site",
@@ -119,7 +119,7 @@ def find_column(
     )
 
 
-def choose_columns(
+def choose_table_columns(
     shown: str,
     table: TextTable,
     head: Sequence[Mapping[Any, Any]],
@@ -144,12 +144,10 @@ def choose_columns(
         VitcliError: a column is missing or ambiguous.
     """
     image = _image_column(shown, table, head, settings, exists)
-    splits = _split_columns(shown, table.header, settings)
-    group = settings.group_column
-    if group is not None:
-        find_column(shown, "group", group, table.header, ())
-    elif found := known_columns(table.header, (GROUP_COLUMN,)):
-        group = found[0] if found[0] not in (image, settings.label_column) else None
+    splits = split_columns(shown, table.header, settings)
+    group = group_column(shown, table.header, settings)
+    if group in (image, settings.label_column) and settings.group_column is None:
+        group = None
     hints = known_columns(table.header, GROUP_HINTS)
     used = {image, *splits, group, *hints, *known_columns(table.header, INDEX_COLUMNS)}
     rest = [name for name in table.header if name not in used]
@@ -181,13 +179,21 @@ def _image_column(
     return find_column(shown, "image", (there or known)[0], table.header, ())
 
 
-def _split_columns(shown: str, header: Sequence[str], settings: DataSection) -> tuple[str, ...]:
+def split_columns(shown: str, header: Sequence[str], settings: DataSection) -> tuple[str, ...]:
+    """The columns that can name a split: the one that is given, or those with a known name."""
     given = settings.split_column
     if given is None:
         return tuple(known_columns(header, (*SPLIT_COLUMNS, *SPLIT_FLAGS)))
     if given == IGNORE and given not in header:
         return ()
     return (find_column(shown, "split", given, header, ()),)
+
+
+def group_column(shown: str, header: Sequence[str], settings: DataSection) -> str | None:
+    """The column whose values must not be divided: the one that is given, or `group`."""
+    if settings.group_column is not None:
+        return find_column(shown, "group", settings.group_column, header, ())
+    return next(iter(known_columns(header, (GROUP_COLUMN,))), None)
 
 
 def _label_columns(

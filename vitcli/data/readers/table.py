@@ -28,7 +28,7 @@ from vitcli.data.labels import (
 )
 from vitcli.data.readers.columns import (
     GROUP_HINTS,
-    choose_columns,
+    choose_table_columns,
     known_columns,
     splits_of_rows,
 )
@@ -136,7 +136,7 @@ def _read_rows(path: Path, split: str, request: DataRequest, notes: list[str]) -
     head = list(islice(table.rows, HEAD_ROWS))
     if not head:
         raise VitcliError(f"`{shown}` has no rows", "write a header and one row per image")
-    columns = choose_columns(
+    columns = choose_table_columns(
         shown, table, head, settings, to_path.exists, notes, labelled=request.labelled
     )
     rows = TableRows(path, table.header, columns, to_path, split)

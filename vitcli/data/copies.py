@@ -73,7 +73,7 @@ def content_digest(place: tuple[ImageSet, int], *, whole: bool = True) -> bytes 
     try:
         content = images.content(index)
         if isinstance(content, str | os.PathLike):
-            return _file_digest(Path(content), whole)
+            return _file_digest(content, whole)
         stored = content if isinstance(content, bytes) else _pixels(content)
     except Exception:  # the image is reported where it is decoded
         return None
@@ -90,12 +90,16 @@ def _middle(content: bytes) -> bytes:
     return content[start : start + PART_BYTES]
 
 
-def _file_digest(path: Path, whole: bool) -> bytes:
-    with path.open("rb", buffering=0) as file:
-        if whole:
+def _file_digest(path: str | os.PathLike[str], whole: bool) -> bytes:
+    if whole:
+        with Path(path).open("rb", buffering=0) as file:
             return hashlib.file_digest(file, "sha256").digest()[:16]
-        file.seek(max(0, (os.fstat(file.fileno()).st_size - PART_BYTES) // 2))
-        return hashlib.sha256(file.read(PART_BYTES)).digest()[:16]
+    handle = os.open(path, os.O_RDONLY)  # a third of the time of `open`
+    try:
+        middle = max(0, (os.fstat(handle).st_size - PART_BYTES) // 2)
+        return hashlib.sha256(os.pread(handle, PART_BYTES, middle)).digest()[:16]
+    finally:
+        os.close(handle)
 
 
 def _read_all(places: list[Any], read: Any, watch: Watcher) -> list[bytes | None]:

@@ -160,7 +160,7 @@ def pretrained_model(
     if not find_objective(name).supervised:
         raise VitcliError(
             f"objective `{name}` trains no head for the classes, and `finetune` needs one",
-            f"train with it first: `vitcli pretrain {recipe.data.name} --set objective.name={name}`",
+            f"`vitcli pretrain {recipe.data.name} --set objective.name={name}` trains without one",
         )
     section = recipe.model
     given = section.model_dump(exclude_none=True, exclude={"name"})

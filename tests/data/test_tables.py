@@ -367,6 +367,11 @@ def test_a_test_table_without_labels(tmp_path):
     data = load_data(f"{tmp_path}/{{train,test}}.csv")
     assert sorted({**levels(data.splits["train"]), **levels(data.splits["test"])}) == [0, 1, 2, 3]
     assert any("test.csv: the table has no labels" in note for note in data.notes)
+    data = load_data(f"{tmp_path}/{{train,test}}.csv", labelled=False, whole=True)
+    assert levels(data.splits["train"]) == EXPECTED
+    assert whole(f"{tmp_path}/test.csv", labelled=False) == {0: ""}
+    with pytest.raises(VitcliError, match="has no labels"):
+        load_data(f"{tmp_path}/test.csv")
 
 
 def test_class_folders_go_before_a_table_beside_them(tmp_path):

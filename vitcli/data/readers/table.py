@@ -93,8 +93,7 @@ def load_table(request: DataRequest) -> Source:
         tables = [_read_rows(files[0], "train", request, notes)]
         _mention_test_table(files[0], request, notes)
     else:
-        found = [_read_one_of(file, request, notes) for file in files]
-        tables = [table for table in found if table is not None]
+        tables = _read_several(files, request, notes)
     return _assemble(request, tables, notes)
 
 
@@ -109,19 +108,21 @@ def _mention_test_table(path: Path, request: DataRequest, notes: list[str]) -> N
         )
 
 
-def _read_one_of(path: Path, request: DataRequest, notes: list[str]) -> "TableRows | None":
-    """One of several tables; None for a test table without labels, which a note mentions."""
-    split = split_of(path) or "train"
-    rows = _read_rows(path, split, replace(request, labelled=False), notes)
-    if rows.columns.labels or not request.labelled:
-        return rows
-    if split == "train":
-        return _read_rows(path, split, request, notes)  # raises the error about its columns
-    notes.append(
-        f"{printable(path)}: the table has no labels (its columns are {quoted(rows.header)}), so "
-        f"it is not the {split} split; `vitcli predict` labels its images"
-    )
-    return None
+def _read_several(files: Sequence[Path], request: DataRequest, notes: list[str]) -> list[TableRows]:
+    """The tables of several splits; notes mention those without labels, which are not used."""
+    either = replace(request, labelled=False)
+    tables = [_read_rows(file, split_of(file) or "train", either, notes) for file in files]
+    labelled = [table for table in tables if table.columns.labels]
+    if not labelled:
+        # The first reading again, which raises the error about missing labels if they are needed.
+        return tables if not request.labelled else [_read_rows(files[0], "train", request, notes)]
+    for table in tables:
+        if not table.columns.labels:
+            notes.append(
+                f"{table.shown}: the table has no labels (it has {quoted(table.header)}), so it is "
+                f"not the {table.default} split; `vitcli predict` labels its images"
+            )
+    return labelled
 
 
 def _read_rows(path: Path, split: str, request: DataRequest, notes: list[str]) -> TableRows:
@@ -162,7 +163,8 @@ def _assemble(request: DataRequest, tables: Sequence[TableRows], notes: list[str
     strict = request.labelled and not request.whole
     codes = [_split_codes(table, settings, notes, strict) for table in tables]
     cells, split = _labels_of(request, tables, notes)
-    usable = (split is not None or has_label(label) for label in cells)
+    unlabelled = not tables[0].columns.labels  # accepted only where labels are not needed
+    usable = (split is not None or unlabelled or has_label(label) for label in cells)
     is_kept = np.fromiter(usable, dtype=bool, count=len(cells))
     skipped = sum(table.without_path for table in tables) + int((~is_kept).sum())
     if skipped:

@@ -257,7 +257,7 @@ def test_an_image_on_the_web(monkeypatch):
     Image.fromarray(COLOUR).save(png, "PNG")
 
     class Server(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             self.send_response(200 if "photo" in self.path else 404)
             self.end_headers()
             if "photo" in self.path:
@@ -272,7 +272,9 @@ def test_an_image_on_the_web(monkeypatch):
     try:
         expected = transform.pixels(Image.fromarray(COLOUR))
         assert torch.equal(transform.pixels(f"{base}/photo.png?size=1"), expected)
-        with pytest.raises(ImageError, match=r"no\.png`: cannot fetch it: (HTTP Error 404|Not Found)"):
+        with pytest.raises(
+            ImageError, match=r"no\.png`: cannot fetch it: (HTTP Error 404|Not Found)"
+        ):
             transform(f"{base}/no.png")
         monkeypatch.setattr(module, "FETCH_BYTES", 8)
         with pytest.raises(ImageError, match="it has more than"):

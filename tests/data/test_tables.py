@@ -77,6 +77,7 @@ DIALECTS = {
     "list with wide blanks": ROWS.replace(",", "   "),
     "list with tabs": ROWS.replace(",", "\t"),
     "list with a header": "path label\n" + ROWS.replace(",", " "),
+    "list with several columns": "path label size\n" + ROWS.replace(",", " ").replace("\n", " 7\n"),
 }
 
 
@@ -182,6 +183,18 @@ def test_of_several_path_columns_the_one_that_exists(tmp_path):
     with pytest.raises(VitcliError, match="2 columns of images: `image`, `path`"):
         load_data(write(tmp_path, both))
     assert whole(write(tmp_path, both), image_column="path") == {2: "a", 3: "b"}
+
+
+def test_images_that_do_not_exist_are_counted(tmp_path):
+    path = write(tmp_path, "path,label\n" + ROWS + "cat/7.png,cat\n")
+    notes = load_data(path, whole=True).notes
+    assert any("1 of 5 images do not exist, such as" in note for note in notes)
+
+
+def test_a_column_that_holds_no_classes(tmp_path):
+    path = labelled(tmp_path, [str(20 + i) for i in range(12)])
+    notes = load_data(path, whole=True).notes
+    assert any("`label` has 12 different labels for 12 images" in note for note in notes)
 
 
 # Labels
@@ -372,6 +385,14 @@ def test_a_test_table_without_labels(tmp_path):
     assert whole(f"{tmp_path}/test.csv", labelled=False) == {0: ""}
     with pytest.raises(VitcliError, match="has no labels"):
         load_data(f"{tmp_path}/test.csv")
+
+
+def test_the_images_of_a_table_without_labels_are_not_looked_for(tmp_path):
+    images = {f"train_images/{name}.png": None for name in "abcd"}
+    write(tmp_path, "id_code,diagnosis\na,0\nb,1\nc,0\nd,1\n", "train.csv", images)
+    write(tmp_path, "id_code\nx\n", "test.csv", ["test_images/x.png"])
+    settings = {"image_root": "train_images", "image_suffix": ".png"}
+    assert whole(str(tmp_path), **settings) == {0: "0", 1: "1", 2: "0", 3: "1"}
 
 
 def test_class_folders_go_before_a_table_beside_them(tmp_path):

@@ -96,8 +96,10 @@ def refuse_numbers(shown: str, column: str, values: Iterable[Any]) -> None:
         VitcliError: all labels are numbers, and not all of them are whole.
     """
     names = {label_text(value) for value in values}
+    several = ""
     if names and all(map(DECIMAL_COMMA.fullmatch, names)):
         numbers = [float(name.replace(",", ".")) for name in names]
+        several = "; for several labels per cell: `--set data.label_separator=,`"
     elif all(map(NUMBER.fullmatch, names)):
         numbers = [float(name) for name in names]
     else:
@@ -109,7 +111,7 @@ def refuse_numbers(shown: str, column: str, values: Iterable[Any]) -> None:
         f"`{shown}`: the labels in `{column}` are {len(names):,} different numbers such as "
         f"`{fraction}`, which is regression, and this is a classifier",
         "write classes into the column, such as `low` and `high`, or name another column: "
-        "`--set data.label_column=NAME`",
+        f"`--set data.label_column=NAME`{several}",
     )
 
 

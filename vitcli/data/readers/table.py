@@ -41,6 +41,7 @@ from vitcli.data.splits import SPLIT_WORD, SPLITS, expand_braces, split_of
 from vitcli.errors import VitcliError, printable
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
+FEW_ROWS = 10  # a table with fewer rows may have a class per row
 IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "data", "jpeg", "jpg", "png"})
 HEAD_ROWS = 50  # rows that decide on columns; if none of their images exist, the table is refused
 
@@ -111,7 +112,9 @@ def _mention_test_table(path: Path, request: DataRequest, notes: list[str]) -> N
 def _read_several(files: Sequence[Path], request: DataRequest, notes: list[str]) -> list[TableRows]:
     """The tables of several splits; notes mention those without labels, which are not used."""
     either = replace(request, labelled=False)
-    tables = [_read_rows(file, split_of(file) or "train", either, notes) for file in files]
+    tables = [
+        _read_rows(file, split_of(file) or "train", either, notes, single=False) for file in files
+    ]
     labelled = [table for table in tables if table.columns.labels]
     if not labelled:
         # The first reading again, which raises the error about missing labels if they are needed.
@@ -125,8 +128,10 @@ def _read_several(files: Sequence[Path], request: DataRequest, notes: list[str])
     return labelled
 
 
-def _read_rows(path: Path, split: str, request: DataRequest, notes: list[str]) -> TableRows:
-    """All rows of a table.
+def _read_rows(
+    path: Path, split: str, request: DataRequest, notes: list[str], *, single: bool = True
+) -> TableRows:
+    """All rows of a table; `single` is False if there are others.
 
     Raises:
         VitcliError: as `load_table`.
@@ -144,7 +149,8 @@ def _read_rows(path: Path, split: str, request: DataRequest, notes: list[str]) -
     for row in chain(head, table.rows):
         rows.add(row)
     cells = [row.get(columns.image) for row in head if has_label(row.get(columns.image))]
-    if cells and not any(map(to_path.exists, cells)):
+    used = columns.labels or single  # several tables: one without labels is not used
+    if used and cells and not any(map(to_path.exists, cells)):
         found = to_path.where(cells[0])
         raise VitcliError(
             f"`{shown}`: `{printable(to_path(cells[0]))}` and the next images do not exist in "
@@ -196,6 +202,7 @@ def _assemble(request: DataRequest, tables: Sequence[TableRows], notes: list[str
     if len(members) > which.max() + 1:
         members = _merge_repeated(request, which, labels, targets, split_codes, paths, notes)
     store = FileStore(root, paths)
+    _mention_doubts(shown, tables[0], store, 0 if split else len(classes), notes)
     splits = {}
     for code, name in enumerate(SPLITS):
         rows = members[split_codes[members] == code]
@@ -319,6 +326,23 @@ def _merge_repeated(
         raise VitcliError(f"`{shown}`: {fault}", way)
     notes.append(f"{shown}: {fault}; {way}")
     return np.arange(n)
+
+
+def _mention_doubts(
+    shown: str, table: TableRows, store: FileStore, classes: int, notes: list[str]
+) -> None:
+    """Say how many images do not exist, and that a column may not hold classes."""
+    missing = np.flatnonzero(store.content_keys(np.arange(len(store))) < 0)
+    if len(missing):
+        notes.append(
+            f"{shown}: {len(missing):,} of {len(store):,} images do not exist, such as "
+            f"`{store.describe(int(missing[0]))}`"
+        )
+    if 2 * classes > len(store) and len(store) >= FEW_ROWS:
+        notes.append(
+            f"{shown}: `{', '.join(table.columns.labels)}` has {classes:,} different labels for "
+            f"{len(store):,} images; check that it holds classes"
+        )
 
 
 def _mention_groups(

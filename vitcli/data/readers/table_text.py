@@ -139,7 +139,9 @@ def _records(path: Path, notes: list[str]) -> Iterator[list[str]]:
             next(content)
         separator = forced[1] if forced else find_separator(sample)
         if separator is None:
-            yield from (_listed(line.strip()) for line in content if line.strip())
+            # A header of several words, such as `path label split`, gives the number of columns.
+            width = 2 if LISTED_IMAGE.fullmatch(sample[0]) else len(sample[0].split())
+            yield from (_listed(line.strip(), width) for line in content if line.strip())
         else:
             # If every separator of the first line has a space behind it (`path, label`), so do
             # those of the other lines.
@@ -192,16 +194,17 @@ def _count_cells(line: str, separator: str) -> int:
         return 0
 
 
-def _listed(line: str) -> list[str]:
+def _listed(line: str, width: int) -> list[str]:
     """`a b.jpg red fox` -> [`a b.jpg`, `red fox`]; zeros and ones behind a path are columns."""
     found = LISTED_IMAGE.fullmatch(line)
     if found is None:
-        return line.rsplit(maxsplit=1)
+        return line.rsplit(maxsplit=max(1, width - 1))
     if found["label"] is None:
         return [line]
-    flags = found["label"].split()
-    if len(flags) > 1 and all(map(ZERO_ONE.fullmatch, flags)):
-        return [found["path"], *flags]
+    parts = found["label"].split()
+    flags = len(parts) > 1 and all(map(ZERO_ONE.fullmatch, parts))
+    if flags or (width > 2 and len(parts) == width - 1):
+        return [found["path"], *parts]
     return [found["path"], found["label"]]
 
 

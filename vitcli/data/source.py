@@ -16,7 +16,7 @@ import numpy as np
 
 from vitcli.config.schema import DataSection
 from vitcli.data.image_set import ImageSet
-from vitcli.data.readers import READERS, find_reader, resolve
+from vitcli.data.readers import READERS, expand_home, find_reader, resolve
 from vitcli.data.splits import split_images
 from vitcli.errors import VitcliError, printable
 from vitcli.progress import Quiet, Watcher
@@ -61,6 +61,7 @@ class Source:
         fingerprint: a hash of names, sizes, labels and splits; it does not depend on the path.
         notes: messages for the user, one line each: what was split, skipped or assumed.
         splitting: how the splits were made, as plain values for a run's record.
+        layout: where the images of each class were found, such as `train/CLASS/*`; or empty.
     """
 
     notation: str
@@ -69,6 +70,7 @@ class Source:
     fingerprint: str
     notes: tuple[str, ...] = ()
     splitting: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = ""
 
     @property
     def multi_label(self) -> bool:
@@ -130,7 +132,7 @@ def open_data(
         VitcliError: the data does not exist, has no images, one class, a class without training
             images, or no such column or split; or a stream where `streams` is False.
     """
-    notation = section.name or "" if notation is None else notation
+    notation = expand_home(section.name or "" if notation is None else notation)
     request = DataRequest(notation, section, whole, labelled, watch or Quiet())
     if section.streaming:
         if not streams:

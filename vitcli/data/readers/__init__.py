@@ -114,7 +114,28 @@ def find_reader(notation: str) -> str:
             "decompress it with `gunzip`: random access needs uncompressed shards",
         )
     fault = "unsupported data format" if path.exists() else "no such file or folder"
+    if path.is_symlink() and not path.exists():
+        target = printable(path.readlink())
+        fault = f"it is a link to `{target}`, which does not lead to a file or a folder"
     raise VitcliError(f"{fault}: `{shown}`", f"DATA is one of: {_KINDS}")
+
+
+def expand_home(notation: str) -> str:
+    """`~/photos` -> `/home/me/photos`; the shell has no part in recipes and quoted arguments.
+
+    Raises:
+        VitcliError: there is no such user.
+    """
+    if not notation.startswith("~") or os.path.lexists(notation):
+        return notation
+    try:
+        return str(Path(notation).expanduser())
+    except RuntimeError:
+        shown = printable(notation)
+        raise VitcliError(
+            f"`{shown}`: there is no user with this name",
+            f"write `./{shown}` if the name of the folder starts with `~`",
+        ) from None
 
 
 def is_dataset(notation: str | os.PathLike[str]) -> bool:
@@ -123,7 +144,7 @@ def is_dataset(notation: str | os.PathLike[str]) -> bool:
     Raises:
         VitcliError: it is written like such DATA, but it does not exist.
     """
-    notation = os.fspath(notation)
+    notation = expand_home(os.fspath(notation))
     path = Path(notation)
     if notation.startswith(("builtin:", "hf:")) or path.suffix.lower() in DATA_SUFFIXES:
         return True

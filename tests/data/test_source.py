@@ -417,7 +417,8 @@ def test_a_picture_is_no_data(tmp_path):
 
 def test_the_registry_of_readers_is_complete():
     builtin = {"builtin:digits", "builtin:formula"}
-    assert set(READERS) == {"folder", "hf:", "table", "parquet", "shards", "decoded"} | builtin
+    files = {"table", "parquet", "shards", "zip", "arrays"}
+    assert set(READERS) == {"folder", "decoded", "saved", "hf:"} | files | builtin
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     documented = "".join(page.read_text(encoding="utf-8") for page in pages)
     for reader in READERS.values():

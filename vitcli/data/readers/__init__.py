@@ -69,6 +69,24 @@ READERS = {
         suffixes=(".tar",),
         accepts="readers.tar:is_shard_folder",
     ),
+    "saved": Reader(
+        "saved/",
+        "a folder that `save_to_disk` of Hugging Face `datasets` wrote",
+        "readers.saved:load_saved",
+        accepts="readers.saved:is_saved",
+    ),
+    "zip": Reader(
+        "photos.zip",
+        "a zip archive of class folders",
+        "readers.zip:load_zip",
+        suffixes=(".zip",),
+    ),
+    "arrays": Reader(
+        "medmnist.npz",
+        "a NumPy archive with `train_images`, `train_labels`, …, or `x_train`, `y_train`, …",
+        "readers.arrays:load_arrays",
+        suffixes=(".npz",),
+    ),
     "hf:": Reader("hf:NAME", "a dataset on the Hugging Face Hub", "readers.hub:load_hub"),
     "builtin:digits": Reader(
         "builtin:digits", "scikit-learn's 1,797 handwritten digits", "readers.builtin:load_digits"

@@ -70,6 +70,7 @@ class WalkReport:
         empty: folders without entries that are used.
         loops: links to a folder that holds them, and links to themselves.
         tables: files that may be tables of labels.
+        outside: members of an archive whose path leads outside of it.
     """
 
     other: Counter[str] = field(default_factory=Counter)
@@ -78,6 +79,7 @@ class WalkReport:
     empty: list[str] = field(default_factory=list)
     loops: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
 
     def add_system(self, name: str) -> None:
         self.system["._*" if name.startswith("._") else name] += 1
@@ -105,6 +107,8 @@ class WalkReport:
             found.append(f"{shown}: skipped folders without images: {named(names)}")
         if self.outputs:
             found.append(f"{shown}: skipped folders that are not data: {named(self.outputs)}")
+        if self.outside:
+            found.append(f"{shown}: skipped paths that lead outside of it: {named(self.outside)}")
         if self.loops:
             found.append(f"{shown}: skipped links to a folder above them: {named(self.loops)}")
         if self.other:

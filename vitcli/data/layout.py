@@ -91,7 +91,8 @@ def read_layout(root: Folder, shown: str, level: str = "auto") -> Layout:
             images.loose += [body.path + file for file in body.files]
             for name, paths in _classes(body, level):
                 images.classes.setdefault(name, []).extend(paths)
-            rules.append(f"{body.path}{'CLASS' if level == 'top' else '…/CLASS'}/*")
+            inside = "*" if not body.folders else "CLASS/*" if level == "top" else "…/CLASS/*"
+            rules.append(body.path + inside)
         images.classes = {name: images.classes[name] for name in sorted_classes(images.classes)}
         splits[split] = images
     if said:

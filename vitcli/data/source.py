@@ -182,6 +182,8 @@ def make_source(
     if multi_label:
         splits = {name: _with_targets(images) for name, images in splits.items()}
     base = splits.get("train") or next(iter(splits.values()))
+    if not request.labelled:
+        base = _with_all_classes(base, splits)
     aligned = _align_classes(shown, base, splits)
     if request.labelled and not multi_label and len(np.unique(base.labels)) < 2:
         only = base.classes[int(base.labels[0])]
@@ -231,6 +233,12 @@ def _with_targets(images: ImageSet) -> ImageSet:
         images.targets = np.zeros((len(images), len(images.classes)), dtype=np.uint8)
         images.targets[np.arange(len(images)), images.labels] = 1
     return images
+
+
+def _with_all_classes(base: ImageSet, splits: Mapping[str, ImageSet]) -> ImageSet:
+    """`base` with the classes of all splits; those that it lacks come last."""
+    others = (name for images in splits.values() for name in images.classes)
+    return base.relabelled(tuple(dict.fromkeys([*base.classes, *others])))
 
 
 def _align_classes(

@@ -32,7 +32,8 @@ def load_arrays(request: DataRequest) -> Source:
     Raises:
         VitcliError: the file is damaged, holds objects, or an array has another shape or range.
     """
-    shown, notes = request.shown, []
+    shown = request.shown
+    notes: list[str] = []
     images, labels, names = _read(request.path, shown)
     scaled = _as_pixels({k: _channels_last(shown, k, v) for k, v in images.items()}, shown, notes)
     for split, pixels in scaled.items():

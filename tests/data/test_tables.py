@@ -219,7 +219,7 @@ def labelled(folder, cells, column="label", name="labels.csv"):
         (["cat ", "cat", " cat\t", "dog"], ("cat", "dog"), "merged 2 spellings .*`cat`"),
         (["Cat", "cat", "dog"], ("Cat", "cat", "dog"), "only in case .*: `Cat`, `cat`"),
         (["caf\u00e9", "cafe\u0301", "tea"], ("caf\u00e9", "tea"), "merged 1 spelling .*accents"),
-        (["01", "1", "02"], ("01", "02", "1"), None),
+        (["01", "1", "02"], ("01", "1", "02"), None),
         (["10", "9", "9"], ("9", "10"), None),
         (["2.0", "1.0", "10.0", "1"], ("1", "2", "10"), None),
         (["1.0", "a"], ("1.0", "a"), None),

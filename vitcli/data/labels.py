@@ -65,6 +65,14 @@ def label_text(value: Any) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
+def sorted_classes(names: Iterable[str]) -> list[str]:
+    """Class names sorted as text; if all are whole numbers, as numbers: `2` before `10`."""
+    ordered = sorted(names)
+    if all(name.isascii() and name.isdecimal() for name in ordered):
+        ordered.sort(key=lambda name: (len(name.lstrip("0")), name.lstrip("0")))
+    return ordered
+
+
 def encode_labels(values: Sequence[Any]) -> tuple[tuple[str, ...], Integers]:
     """n labels -> (sorted class names, (n,) class indices); whole numbers sort as numbers.
 
@@ -73,9 +81,7 @@ def encode_labels(values: Sequence[Any]) -> tuple[tuple[str, ...], Integers]:
     names = [label_text(value) for value in values]
     whole = _whole_numbers(set(names))
     names = [whole.get(name, name) for name in names]
-    unique = sorted(set(names))
-    if all(name.isdecimal() and str(int(name)) == name for name in unique):
-        unique.sort(key=int)
+    unique = sorted_classes(set(names))
     index = {name: label for label, name in enumerate(unique)}
     return tuple(unique), np.array([index[name] for name in names], dtype=np.int64)
 

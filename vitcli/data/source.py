@@ -17,7 +17,7 @@ import numpy as np
 from vitcli.config.schema import DataSection
 from vitcli.data.copies import image_units, join_groups, leak_notes
 from vitcli.data.image_set import ImageSet, Integers
-from vitcli.data.readers import READERS, find_reader, resolve
+from vitcli.data.readers import READERS, expand_home, find_reader, resolve
 from vitcli.data.splits import GROUP_COLUMN, divides, split_images
 from vitcli.errors import VitcliError, printable
 from vitcli.progress import Quiet, Watcher
@@ -62,6 +62,7 @@ class Source:
         fingerprint: a hash of names, sizes, labels and splits; it does not depend on the path.
         notes: messages for the user, one line each: what was split, skipped or assumed.
         splitting: how the splits were made, as plain values for a run's record.
+        layout: where the images of each class were found, such as `train/CLASS/*`; or empty.
     """
 
     notation: str
@@ -70,6 +71,7 @@ class Source:
     fingerprint: str
     notes: tuple[str, ...] = ()
     splitting: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = ""
 
     @property
     def multi_label(self) -> bool:
@@ -131,7 +133,7 @@ def open_data(
         VitcliError: the data does not exist, has no images, one class, a class without training
             images, or no such column or split; or a stream where `streams` is False.
     """
-    notation = section.name or "" if notation is None else notation
+    notation = expand_home(section.name or "" if notation is None else notation)
     request = DataRequest(notation, section, whole, labelled, watch or Quiet())
     if section.streaming:
         if not streams:
@@ -181,6 +183,8 @@ def make_source(
     if multi_label:
         splits = {name: _with_targets(images) for name, images in splits.items()}
     base = splits.get("train") or next(iter(splits.values()))
+    if not request.labelled:
+        base = _with_all_classes(base, splits)
     aligned = _align_classes(shown, base, splits)
     if request.labelled and not multi_label and len(np.unique(base.labels)) < 2:
         only = base.classes[int(base.labels[0])]
@@ -232,7 +236,8 @@ def _groups(
         are = "image is an exact copy" if copies == 1 else "images are exact copies"
         notes.append(f"{shown}: {copies:,} {are} of other images; copies stay in the same split")
     if grouped:
-        sizes = [len(np.unique(images.groups)) for images in splits.values()]
+        groups = [images.groups for images in splits.values() if images.groups is not None]
+        sizes = [len(np.unique(numbers)) for numbers in groups]
         column = settings.group_column or GROUP_COLUMN
         notes.append(
             f"{shown}: images with the same `{column}` stay in the same split ({sum(sizes):,} "
@@ -264,6 +269,12 @@ def _with_targets(images: ImageSet) -> ImageSet:
         images.targets = np.zeros((len(images), len(images.classes)), dtype=np.uint8)
         images.targets[np.arange(len(images)), images.labels] = 1
     return images
+
+
+def _with_all_classes(base: ImageSet, splits: Mapping[str, ImageSet]) -> ImageSet:
+    """`base` with the classes of all splits; those that it lacks come last."""
+    others = (name for images in splits.values() for name in images.classes)
+    return base.relabelled(tuple(dict.fromkeys([*base.classes, *others])))
 
 
 def _align_classes(

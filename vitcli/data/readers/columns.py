@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from vitcli.config.schema import DataSection
@@ -194,6 +195,13 @@ def group_column(shown: str, header: Sequence[str], settings: DataSection) -> st
     if settings.group_column is not None:
         return find_column(shown, "group", settings.group_column, header, ())
     return next(iter(known_columns(header, (GROUP_COLUMN,))), None)
+
+
+def group_number(cell: Any) -> int:
+    """A number of the group, the same in every table; -1 for an empty cell."""
+    if not has_label(cell):
+        return -1
+    return int.from_bytes(sha256(label_text(cell).encode()).digest()[:7], "little")
 
 
 def _label_columns(

@@ -20,7 +20,6 @@ from vitcli.data.labels import (
     encode_arrow,
     encode_arrow_lists,
     has_label,
-    label_text,
     missing_texts,
     refuse_numbers,
     tidy_notes,
@@ -30,6 +29,7 @@ from vitcli.data.readers.columns import (
     LABEL_COLUMNS,
     find_column,
     group_column,
+    group_number,
     split_columns,
     splits_of_rows,
 )
@@ -178,27 +178,61 @@ def _read_split(
     wanted = [image_column, label_column, *dividing, *([] if group is None else [group])]
     table = _read_table(files, list(dict.fromkeys(wanted)), notes)
     sizes = [(file, part.num_rows) for file, part in zip(files, metadata, strict=True)]
-    store = ParquetStore(sizes, table.column(image_column), settings)
-    images = _labelled(
-        split,
-        store,
-        table.column(label_column),
-        label_column,
-        class_names(features.get(label_column)),
-        settings,
-        notes,
-    )
-    if group is not None:
-        images.groups = _group_numbers(table.column(group))[images._rows]
-    if not dividing:
+    columns = (image_column, label_column)
+    images = images_of_table(split, table, sizes, columns, features, request, notes)
+    if not divide:
         return {split: images}
-    cells = list(zip(*(table.column(name).to_pylist() for name in dividing), strict=True))
-    counts = Counter(cells)
+    return divide_by_column(shown, images, table, label_column, request, notes)
+
+
+def divide_by_column(
+    shown: str,
+    images: ImageSet,
+    table: Any,
+    label_column: str,
+    request: DataRequest,
+    notes: list[str],
+) -> dict[str, ImageSet]:
+    """The splits that a column of the table names; without such a column all images."""
+    settings = request.settings
+    columns = split_columns(shown, table.column_names, settings)
+    columns = tuple(name for name in columns if name != label_column)
+    if not columns:
+        return {images.name: images}
+    cells = list(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
     strict = request.labelled and not request.whole
-    names = splits_of_rows(shown, dividing, counts, settings, split, notes, strict=strict)
+    names = splits_of_rows(
+        shown, columns, Counter(cells), settings, images.name, notes, strict=strict
+    )
     own = np.array([str(names[cells[row]]) for row in images._rows])
     found = {name: np.flatnonzero(own == name) for name in SPLITS}
     return {name: images.subset(rows, name) for name, rows in found.items() if len(rows)}
+
+
+def images_of_table(
+    split: str,
+    table: Any,
+    files: Sequence[tuple[Path, int]],
+    columns: tuple[str, str],
+    features: Mapping[str, Any],
+    request: DataRequest,
+    notes: list[str],
+) -> ImageSet:
+    """The images of a `pyarrow.Table` that have a label, with their groups.
+
+    Args:
+        files: (file, number of rows) of each file of the table.
+        columns: (image column, label column).
+        features: column -> its `datasets` feature.
+    """
+    shown, settings = printable(files[0][0]), request.settings
+    store = ParquetStore(files, table.column(columns[0]), settings)
+    names = class_names(features.get(columns[1]))
+    images = _labelled(split, store, table.column(columns[1]), columns[1], names, settings, notes)
+    group = group_column(shown, table.column_names, settings)
+    if group is not None and group not in columns:
+        images.groups = _group_numbers(table.column(group))[images._rows]
+    return images
 
 
 def _labelled(
@@ -232,13 +266,9 @@ def _labelled(
 def _group_numbers(column: Any) -> Integers:
     """(n,) a number of each cell, the same in every file; -1 for an empty cell."""
     values = column.dictionary_encode().unify_dictionaries().combine_chunks()
-    texts = [label_text(v) if has_label(v) else None for v in values.dictionary.to_pylist()]
-    digests = [
-        -1 if text is None else int.from_bytes(sha256(text.encode()).digest()[:7], "little")
-        for text in texts
-    ]
+    numbers = [*map(group_number, values.dictionary.to_pylist()), -1]
     codes = values.indices.fill_null(-1).to_numpy().astype(np.int64)
-    found: Integers = np.array([*digests, -1], dtype=np.int64)[codes]  # -1 is the last entry
+    found: Integers = np.array(numbers, dtype=np.int64)[codes]  # -1 is the last entry
     return found
 
 

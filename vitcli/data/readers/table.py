@@ -29,6 +29,7 @@ from vitcli.data.labels import (
 from vitcli.data.readers.columns import (
     GROUP_HINTS,
     choose_table_columns,
+    group_number,
     known_columns,
     splits_of_rows,
 )
@@ -278,9 +279,8 @@ def _group_codes(tables: Sequence[TableRows], kept: Integers) -> Integers | None
     if any(table.columns.group is None for table in tables):
         return None
     cells = [cell for table in tables for cell in table.groups]
-    texts = [label_text(cells[i]) if has_label(cells[i]) else "" for i in kept]
-    codes = {text: code for code, text in enumerate(sorted(set(texts) - {""}))}
-    return np.array([codes.get(text, -1) for text in texts], dtype=np.int64)
+    numbers = {cell: group_number(cell) for cell in set(cells)}
+    return np.array([numbers[cells[i]] for i in kept], dtype=np.int64)
 
 
 def _merge_repeated(

@@ -121,10 +121,12 @@ class LeaveOneOut:
         squares = np.square(self.without - self.without.mean())
         if not squares.any():
             return 0.0
-        # Few images carry most of the variance, namely those of a rare class. The degrees of
-        # freedom are their effective number (Satterthwaite, 1946).
-        freedom = max(float(squares.sum() ** 2 / np.square(squares).sum()), 2.0)
-        return float(t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt((n - 1) / n * squares.sum()))
+        # Few images carry most of the variance, namely those of a rare class. So the variance is
+        # itself uncertain, and decides the degrees of freedom (Satterthwaite, 1946).
+        total = float(squares.sum())
+        spread = float(np.square(squares).sum()) - total**2 / n
+        freedom = max(2 * total**2 / spread, 2.0) if spread > 0 else n - 1.0
+        return float(t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt((n - 1) / n * total))
 
     def difference_interval(self) -> Interval:
         """Interval of a difference in -1..1."""

@@ -21,7 +21,7 @@ from vitcli.weights.edit import fold_temperature
 from vitcli.weights.google.write_google import write_google
 from vitcli.weights.huggingface.write_huggingface import write_huggingface
 from vitcli.weights.load import load_model, load_settings, newest_run
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.onnx import data_file, run_onnx, write_onnx
 from vitcli.weights.timm.write_timm import write_timm
@@ -130,7 +130,7 @@ def run(
         watch.note(f"no `--out` given: writing to {out}")
     said = load_settings(inference.model, inference.preprocess)
     net = load_model(model, labels=labels, watch=watch, **said)
-    tell_load(net, watch, verbose=verbose)
+    note_load_report(net, watch, verbose=verbose)
     temperature = net.temperature
     fold_temperature(net)
     with _folders_for(out):

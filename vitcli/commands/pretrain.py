@@ -4,8 +4,7 @@ from pathlib import Path
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import check_free, new_path, training_path
-from vitcli.train.lr_finder import FoundRate, find_rate
+from vitcli.run import training_path
 from vitcli.train.resolve import pretrain_recipe, random_model
 from vitcli.train.session import TrainResult, train
 
@@ -45,23 +44,3 @@ def run(
         watch=watch,
         track=track,
     )
-
-
-def find_lr(
-    data: str | None = None,
-    *,
-    recipe: str | None = None,
-    settings: Settings | None = None,
-    out: Path | None = None,
-    watch: Watcher | None = None,
-) -> FoundRate:
-    """Run a learning-rate range test for the run that `run` would make with these arguments.
-
-    Args:
-        out: a new folder for the curve; None creates `runs/RECIPE-lr`.
-    """
-    watch = watch or Quiet()
-    name, resolved = pretrain_recipe(data, recipe, settings, watch)
-    out = out or new_path(f"{Path(name).stem}-lr")
-    check_free(out)
-    return find_rate(resolved, lambda s: random_model(resolved, s), out=out, watch=watch)

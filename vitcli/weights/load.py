@@ -17,7 +17,7 @@ from vitcli.weights.edit import change_patch_size, change_pool, replace_head
 from vitcli.weights.from_checkpoint import build_model
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel, create_model
-from vitcli.weights.overrides import MODEL_KEYS, PICTURES, Stated, as_size, stated_preprocess
+from vitcli.weights.overrides import MODEL_KEYS, PICTURES, Overrides, as_size, override_preprocess
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
 from vitcli.weights.timm.read_timm import missing_settings
@@ -77,7 +77,7 @@ def load_model(
     if num_classes is not None and num_classes < 0:
         raise VitcliError(f"`num_classes` is {num_classes}", hint="use an integer from 0 on")
     size, settings = _preprocess_settings(image_size, preprocess)
-    stated = Stated(
+    overrides = Overrides(
         image_size=size,
         num_heads=num_heads,
         norm_eps=norm_eps,
@@ -88,16 +88,16 @@ def load_model(
         preprocess=settings,
     )
     if is_variant(source) and not Path(source).exists():
-        model = _variant(source, stated, seed, patch_size)
+        model = _variant(source, overrides, seed, patch_size)
     else:
-        checkpoint = read_checkpoint(source, stated, watch)
+        checkpoint = read_checkpoint(source, overrides, watch)
         default: Resize = "bilinear" if checkpoint.layout == "google" else "bicubic"
         method: Resize = position_resize or default  # type: ignore[assignment]  # checked above
         # A new patch size changes the grid too, so the positions are resampled once, with it.
-        at = stated.image_size if patch_size is None else None
+        at = overrides.image_size if patch_size is None else None
         model = build_model(checkpoint, source, image_size=at, position_resize=method)
         if patch_size is not None:
-            change_patch_size(model, patch_size, stated.image_size)
+            change_patch_size(model, patch_size, overrides.image_size)
     if pool is not None:
         change_pool(model, pool)
     if isinstance(preprocess, Preprocess):
@@ -105,8 +105,8 @@ def load_model(
     if num_classes is not None and num_classes != model.config.num_classes:
         replace_head(model, [str(i) for i in range(num_classes)])
         model.labels = None
-    if stated.labels is not None:
-        _set_labels(model, stated.labels)
+    if overrides.labels is not None:
+        _set_labels(model, overrides.labels)
     return model
 
 
@@ -181,16 +181,16 @@ def _set_labels(model: LoadedModel, labels: tuple[str, ...]) -> None:
     model.labels = labels
 
 
-def _variant(name: str, stated: Stated, seed: int, patch_size: int | None) -> LoadedModel:
+def _variant(name: str, overrides: Overrides, seed: int, patch_size: int | None) -> LoadedModel:
     settings: dict[str, Any] = {
         "patch_size": patch_size,
-        "image_size": stated.image_size or (224, 224),
-        "num_heads": stated.num_heads,
-        "norm_eps": stated.norm_eps,
-        "gelu": stated.gelu,
-        "stem_arithmetic": stated.stem_arithmetic,
-        "pool": stated.pool,
-        "num_classes": len(stated.labels) if stated.labels else None,
+        "image_size": overrides.image_size or (224, 224),
+        "num_heads": overrides.num_heads,
+        "norm_eps": overrides.norm_eps,
+        "gelu": overrides.gelu,
+        "stem_arithmetic": overrides.stem_arithmetic,
+        "pool": overrides.pool,
+        "num_classes": len(overrides.labels) if overrides.labels else None,
     }
     try:
         model = create_model(
@@ -205,7 +205,7 @@ def _variant(name: str, stated: Stated, seed: int, patch_size: int | None) -> Lo
         raise VitcliError(str(error), hint=hint) from error
     size = model.config.image_size
     base = Preprocess(image_size=size, mean=(0.5,) * 3, std=(0.5,) * 3)
-    model.preprocess = stated_preprocess(base, stated.preprocess, size, 3)
+    model.preprocess = override_preprocess(base, overrides.preprocess, size, 3)
     model.load_report = LoadReport(name, "variant", notes=[f"`{name}`: random weights"])
     model.load_report.status = dict.fromkeys(model.state_dict(), ("new", "random"))
     return model

@@ -68,7 +68,7 @@ class LoadReport:
         ]
 
 
-def tell_load(model: "LoadedModel", watch: Watcher, *, verbose: bool = False) -> None:
+def note_load_report(model: "LoadedModel", watch: Watcher, *, verbose: bool = False) -> None:
     """Write notes and a summary of the load report; `verbose` adds a line for each tensor."""
     report = model.load_report
     if report is None:

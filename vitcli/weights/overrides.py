@@ -34,7 +34,7 @@ MODEL_KEYS = (
 
 
 @dataclass(frozen=True)
-class Stated:
+class Overrides:
     """Settings from `--set model.…`, `--set preprocess.…` and `--labels`; None if not set."""
 
     image_size: tuple[int, int] | None = None
@@ -110,15 +110,18 @@ def per_channel(value: Any, channels: int, key: str) -> tuple[float, ...]:
     return numbers * channels if len(numbers) == 1 else numbers
 
 
-def stated_preprocess(
-    base: Preprocess | None, stated: Mapping[str, Any], image_size: tuple[int, int], channels: int
+def override_preprocess(
+    base: Preprocess | None,
+    overrides: Mapping[str, Any],
+    image_size: tuple[int, int],
+    channels: int,
 ) -> Preprocess | None:
-    """`base` with the stated settings replaced.
+    """`base` with the overrides settings replaced.
 
     Returns None if mean or std is unknown, or if the channels are not grey or RGB. Raises a
     VitcliError for an invalid value.
     """
-    values = dict(stated)
+    values = dict(overrides)
     for key in ("mean", "std"):
         if key in values:
             values[key] = per_channel(values[key], channels, f"preprocess.{key}")

@@ -16,15 +16,15 @@ from vitcli.weights.google.read_google import read_google
 from vitcli.weights.hub_models import fetch_repository
 from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
-from vitcli.weights.overrides import Stated, stated_preprocess
+from vitcli.weights.overrides import Overrides, override_preprocess
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
 from vitcli.weights.store import (
     INDEX,
     Checkpoint,
-    load_own,
     load_sharded_weights,
     load_weights,
     read_header,
+    read_vitcli,
 )
 from vitcli.weights.timm.read_timm import read_timm
 from vitcli.weights.timm.timm_names import is_bit, is_timm
@@ -37,25 +37,25 @@ UNDERSTOOD = (
 
 
 def read_checkpoint(
-    source: str, stated: Stated | None = None, watch: Watcher | None = None
+    source: str, overrides: Overrides | None = None, watch: Watcher | None = None
 ) -> Checkpoint:
     """Read the checkpoint at `source`. A trained head of ImageNet's size gets its class names.
 
     Args:
         source: a path, `hf:NAME`, or the URL of a weights file.
-        stated: settings of the caller.
+        overrides: settings of the caller.
         watch: receives the progress of a download.
 
     Raises:
         VitcliError: the weights do not exist, or their format is not supported.
     """
-    stated = stated or Stated()
-    checkpoint = _read(source, stated, watch)
+    overrides = overrides or Overrides()
+    checkpoint = _read(source, overrides, watch)
     config = checkpoint.config
-    if stated.stem_arithmetic is not None:
+    if overrides.stem_arithmetic is not None:
         if not isinstance(config, ViTConfig) or config.stem is None:
             raise VitcliError("`model.stem_arithmetic` is only for hybrids", hint="remove it")
-        checkpoint.config = replace(config, stem_arithmetic=stated.stem_arithmetic)
+        checkpoint.config = replace(config, stem_arithmetic=overrides.stem_arithmetic)
     outputs = checkpoint.config.num_classes
     if checkpoint.labels is None and checkpoint.head_trained and outputs in SETS:
         checkpoint.labels = imagenet_names(outputs)
@@ -65,7 +65,7 @@ def read_checkpoint(
     return checkpoint
 
 
-def _read(source: str, stated: Stated, watch: Watcher | None) -> Checkpoint:
+def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoint:
     path = Path(source)
     if not source:  # an empty path would be the current folder
         raise VitcliError("the MODEL is empty", hint=UNDERSTOOD)
@@ -78,42 +78,44 @@ def _read(source: str, stated: Stated, watch: Watcher | None) -> Checkpoint:
         path = _weights_in(path)
     elif not path.exists():
         raise VitcliError(f"no such model: `{source}`", hint=UNDERSTOOD)
-    checkpoint = _read_file(path, source, stated)
+    checkpoint = _read_file(path, source, overrides)
     checkpoint.notes[:0] = notes
     return checkpoint
 
 
-def _read_file(path: Path, source: str, stated: Stated) -> Checkpoint:
+def _read_file(path: Path, source: str, overrides: Overrides) -> Checkpoint:
     """The checkpoint in one file or in its shards; `source` is the MODEL that the user named."""
     if path.suffix == ".npz":
-        return read_google(read_npz(path), source, stated)
+        return read_google(read_npz(path), source, overrides)
     if path.name.endswith(INDEX):
         tensors = load_sharded_weights(path)
     elif path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
         raise VitcliError(f"`{source}`: unsupported weights format", hint=UNDERSTOOD)
     elif is_pickle(path) and path.suffix != ".safetensors":
         tensors, notes = load_pickle(path)
-        checkpoint = _read_tensors(tensors, path, source, stated)
+        checkpoint = _read_tensors(tensors, path, source, overrides)
         checkpoint.notes[:0] = notes
         return checkpoint
     elif read_header(path) is not None:
-        return _restated(load_own(path), stated)
+        return _restated(read_vitcli(path), overrides)
     else:
         tensors = load_weights(path)
-    return _read_tensors(tensors, path, source, stated)
+    return _read_tensors(tensors, path, source, overrides)
 
 
 def _read_tensors(
-    tensors: dict[str, Tensor], path: Path, source: str, stated: Stated
+    tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
 ) -> Checkpoint:
     """The checkpoint of `tensors` from `path`, with the shapes of the dropped tensors."""
-    checkpoint = _in_layout(tensors, path, source, stated)
+    checkpoint = _in_layout(tensors, path, source, overrides)
     left = [name for name in checkpoint.dropped if name in tensors]
     checkpoint.dropped_shapes = {name: tuple(tensors[name].shape) for name in left}
     return checkpoint
 
 
-def _in_layout(tensors: dict[str, Tensor], path: Path, source: str, stated: Stated) -> Checkpoint:
+def _in_layout(
+    tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
+) -> Checkpoint:
     """The checkpoint of `tensors`; their names tell the layout."""
     beside = _json(path.parent / "config.json") or {}
     if is_huggingface(tensors):
@@ -123,9 +125,9 @@ def _in_layout(tensors: dict[str, Tensor], path: Path, source: str, stated: Stat
                 hint="use the folder that `save_pretrained` wrote",
             )
         processor = _json(path.parent / "preprocessor_config.json")
-        return read_huggingface(tensors, source, beside, processor, stated)
+        return read_huggingface(tensors, source, beside, processor, overrides)
     if "model_type" in beside and not is_timm(tensors) and not is_bit(tensors):
-        read_huggingface(tensors, source, beside, None, stated)
+        read_huggingface(tensors, source, beside, None, overrides)
     if not is_timm(tensors) and not is_bit(tensors):
         shown = ", ".join(list(tensors)[:4])
         raise VitcliError(
@@ -134,13 +136,13 @@ def _in_layout(tensors: dict[str, Tensor], path: Path, source: str, stated: Stat
             hint=UNDERSTOOD,
         )
     hub = beside if {"architecture", "pretrained_cfg"} & set(beside) else None
-    return read_timm(tensors, source, hub, stated)
+    return read_timm(tensors, source, hub, overrides)
 
 
-def _restated(checkpoint: Checkpoint, stated: Stated) -> Checkpoint:
+def _restated(checkpoint: Checkpoint, overrides: Overrides) -> Checkpoint:
     """Apply the caller's settings to a file of vitcli, which states all facts itself."""
-    values: dict[str, Any] = {"num_heads": stated.num_heads, "norm_eps": stated.norm_eps}
-    values["gelu"] = stated.gelu
+    values: dict[str, Any] = {"num_heads": overrides.num_heads, "norm_eps": overrides.norm_eps}
+    values["gelu"] = overrides.gelu
     said = {key: value for key, value in values.items() if value is not None}
     if said and isinstance(checkpoint.config, ResNetConfig):
         raise VitcliError(
@@ -155,13 +157,13 @@ def _restated(checkpoint: Checkpoint, stated: Stated) -> Checkpoint:
             hint="remove these settings",
         ) from error
     config = checkpoint.config
-    checkpoint.preprocess = stated_preprocess(
-        checkpoint.preprocess, stated.preprocess, config.image_size, config.num_channels
+    checkpoint.preprocess = override_preprocess(
+        checkpoint.preprocess, overrides.preprocess, config.image_size, config.num_channels
     )
     return checkpoint
 
 
-def own_file(source: str) -> Path | None:
+def vitcli_weights_file(source: str) -> Path | None:
     """The local weights file of a MODEL that vitcli wrote; None for any other MODEL."""
     path = Path(source)
     if source.startswith(("hf:", "https:", "http:", "gs:")) or not path.exists():

@@ -189,7 +189,7 @@ def load_sharded_weights(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_own(path: str | os.PathLike[str]) -> Checkpoint:
+def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a file that `save_model` wrote.
 
     Raises:

@@ -36,7 +36,7 @@ from vitcli.weights.google.google_names import (
 )
 from vitcli.weights.google.npz import Arrays, NpzContents
 from vitcli.weights.imagenet import imagenet_names
-from vitcli.weights.overrides import PICTURES, Stated, stated_preprocess
+from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
 from vitcli.weights.store import Checkpoint
 
 QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
@@ -63,7 +63,7 @@ class GoogleConfig:
     notes: tuple[str, ...] = ()
 
 
-def read_google(archive: NpzContents, source: str, stated: Stated) -> Checkpoint:
+def read_google(archive: NpzContents, source: str, overrides: Overrides) -> Checkpoint:
     """Convert an official checkpoint, or one that `write_google` wrote.
 
     Raises:
@@ -74,7 +74,7 @@ def read_google(archive: NpzContents, source: str, stated: Stated) -> Checkpoint
     found, names = present_names(archive.arrays, dropped, source)
     first = any("resnet/root_block/" in name for name in names.values())
     try:
-        known = _find_config(found, source, stated, comment, first_release=first)
+        known = _find_config(found, source, overrides, comment, first_release=first)
     except ValueError as error:
         raise VitcliError(
             f"the arrays of `{source}` contradict each other: {error}",
@@ -89,8 +89,8 @@ def read_google(archive: NpzContents, source: str, stated: Stated) -> Checkpoint
         config=config,
         tensors=tensors,
         layout="google",
-        labels=stated.labels or labels,
-        preprocess=_preprocess(config, stated, comment, notes),
+        labels=overrides.labels or labels,
+        preprocess=_preprocess(config, overrides, comment, notes),
         head_trained=_head_trained(tensors, comment),
         activation="sigmoid" if comment.get("activation") == "sigmoid" else "softmax",
         dropped=dropped,
@@ -99,7 +99,12 @@ def read_google(archive: NpzContents, source: str, stated: Stated) -> Checkpoint
 
 
 def _find_config(
-    found: Arrays, source: str, stated: Stated, comment: Mapping[str, Any], *, first_release: bool
+    found: Arrays,
+    source: str,
+    overrides: Overrides,
+    comment: Mapping[str, Any],
+    *,
+    first_release: bool,
 ) -> GoogleConfig:
     """Find the configuration of arrays in the present names.
 
@@ -107,9 +112,9 @@ def _find_config(
     (big_transfer, issue 74). big_vision reads these files too, but pads with minus infinity.
     """
     if "root_block/conv_root/kernel" not in found:
-        return _vit(found, source, stated, comment)
+        return _vit(found, source, overrides, comment)
     ((*_, channels, features),) = _shapes(found, source, {"root_block/conv_root/kernel": 4})
-    size = _comment_size(comment) or stated.image_size
+    size = _comment_size(comment) or overrides.image_size
     config = ResNetConfig(
         image_size=size or (224, 224),
         num_channels=channels,
@@ -133,7 +138,9 @@ def _shapes(found: Arrays, source: str, wanted: dict[str, int]) -> list[tuple[in
     return [found[name].shape for name in wanted]
 
 
-def _vit(found: Arrays, source: str, stated: Stated, comment: Mapping[str, Any]) -> GoogleConfig:
+def _vit(
+    found: Arrays, source: str, overrides: Overrides, comment: Mapping[str, Any]
+) -> GoogleConfig:
     kernel, query, hidden = _shapes(found, source, {"embedding/kernel": 4, QUERY: 3, HIDDEN: 2})
     patch, patch_x, channels, width = kernel
     if patch != patch_x:
@@ -152,21 +159,21 @@ def _vit(found: Arrays, source: str, stated: Stated, comment: Mapping[str, Any])
         "embed_dim": width,
         # The number of blocks, not the highest: then the error names a block that is missing.
         "depth": len({n.split("/")[1] for n in found if n.startswith("Transformer/encoderblock_")}),
-        "num_heads": stated.num_heads or query[1],
+        "num_heads": overrides.num_heads or query[1],
         "mlp_dim": hidden[1],
         "num_classes": _outputs(found, "head/kernel") or 0,
         "pool": "map" if attention_pool else "token" if class_token else "mean",
         "class_token": class_token,
         "representation_size": _outputs(found, "pre_logits/kernel"),
-        "gelu": stated.gelu or "tanh",
-        "norm_eps": stated.norm_eps or 1e-6,
+        "gelu": overrides.gelu or "tanh",
+        "norm_eps": overrides.norm_eps or 1e-6,
         "stem": stem,
         "stem_width": stem_width,
         **{k: v for k in RATES if isinstance(v := comment.get(k), (int, float))},
     }
     # Pixels per patch. ViTConfig knows it too, but needs the image size first.
     cell = patch * (4 * 2 ** max(len(stem) - 1, 0) if stem is not None else 1)
-    sizes = [size for size in (_comment_size(comment), stated.image_size) if size is not None]
+    sizes = [size for size in (_comment_size(comment), overrides.image_size) if size is not None]
     name = next((n for n in (STEM_POSITIONS, POSITIONS) if n in found), None)
     if name is None:
         notes = (
@@ -297,7 +304,7 @@ def _labels(
 
 def _preprocess(
     config: ViTConfig | ResNetConfig,
-    stated: Stated,
+    overrides: Overrides,
     comment: Mapping[str, Any],
     notes: list[str],
 ) -> Preprocess | None:
@@ -309,12 +316,12 @@ def _preprocess(
     elif channels in PICTURES:
         half = (0.5,) * channels
         base = Preprocess(size, "squash", None, 1.0, "bilinear", half, half, channels)
-        if not {"mean", "std"} <= set(stated.preprocess):
+        if not {"mean", "std"} <= set(overrides.preprocess):
             notes.append(
                 "assumed mean and std 0.5 and bilinear resize to the image size, as in the "
                 "official evaluation, which does not smooth (`--set preprocess.antialias=false`)"
             )
-    preprocess = stated_preprocess(base, stated.preprocess, size, channels)
+    preprocess = override_preprocess(base, overrides.preprocess, size, channels)
     differs = preprocess is not None and preprocess.image_size != size
     return preprocess.resized_to(size) if preprocess and differs else preprocess
 

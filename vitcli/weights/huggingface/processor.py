@@ -19,7 +19,13 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Interpolation, Preprocess
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
-from vitcli.weights.overrides import Stated, are_pictures, as_size, per_channel, stated_preprocess
+from vitcli.weights.overrides import (
+    Overrides,
+    are_pictures,
+    as_size,
+    override_preprocess,
+    per_channel,
+)
 
 INTERPOLATIONS: dict[int, Interpolation] = {  # by Pillow's numbers
     0: "nearest",
@@ -54,7 +60,7 @@ def read_processor(
     model_type: str,
     processor: Mapping[str, Any] | None,
     source: str,
-    stated: Stated,
+    overrides: Overrides,
     notes: list[str],
 ) -> Preprocess | None:
     """Convert the content of `preprocessor_config.json` to the evaluation transform.
@@ -64,7 +70,7 @@ def read_processor(
         model_type: of the model's config.json.
         processor: the content of the file; None if there is none.
         source: the name of the folder in messages.
-        stated: the caller's settings, which override the file.
+        overrides: the caller's settings, which override the file.
         notes: gets a line for each assumption.
 
     Returns:
@@ -76,7 +82,7 @@ def read_processor(
     if not are_pictures(config.num_channels, notes):
         return None
     if processor is None:
-        values = _published(config, model_type, stated, notes)
+        values = _published(config, model_type, overrides, notes)
     else:
         kind = _processor_class(model_type, processor, notes)
         values = {**DEFAULTS[kind], **processor}
@@ -99,7 +105,7 @@ def read_processor(
     )
     if base.image_size != config.image_size:
         base = _match_model(base, config, model_type, notes)
-    return stated_preprocess(base, stated.preprocess, base.image_size, config.num_channels)
+    return override_preprocess(base, overrides.preprocess, base.image_size, config.num_channels)
 
 
 def write_processor(p: Preprocess) -> dict[str, Any]:
@@ -161,7 +167,7 @@ def _processor_class(model_type: str, processor: Mapping[str, Any], notes: list[
 
 
 def _published(
-    config: ViTConfig, model_type: str, stated: Stated, notes: list[str]
+    config: ViTConfig, model_type: str, overrides: Overrides, notes: list[str]
 ) -> dict[str, Any]:
     """Return the processor of the published weights, for this model's image size."""
     values = dict(PUBLISHED[model_type])
@@ -175,7 +181,7 @@ def _published(
         values |= {"size": {"height": rows, "width": cols}, "do_center_crop": False}
     if config.num_channels != 3:
         values = {key: value for key, value in values.items() if key not in IMAGENET}
-    if not {"mean", "std"} <= set(stated.preprocess):
+    if not {"mean", "std"} <= set(overrides.preprocess):
         mean = "ImageNet's mean and std" if "image_mean" in values else "mean and std 0.5"
         how = "centre crop" if cropped else "resize to the image size"
         notes.append(

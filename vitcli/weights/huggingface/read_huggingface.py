@@ -25,7 +25,7 @@ from vitcli.weights.huggingface.huggingface_names import (
     swiglu_width,
 )
 from vitcli.weights.huggingface.processor import read_processor, read_size
-from vitcli.weights.overrides import Stated
+from vitcli.weights.overrides import Overrides
 from vitcli.weights.store import Checkpoint, readable_values
 
 LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.(.+)")
@@ -50,7 +50,7 @@ def read_huggingface(
     source: str,
     described: Mapping[str, Any],
     processor: Mapping[str, Any] | None,
-    stated: Stated,
+    overrides: Overrides,
 ) -> Checkpoint:
     """Convert the tensors of a Hugging Face Vision Transformer to a checkpoint.
 
@@ -59,7 +59,7 @@ def read_huggingface(
         source: the name of the folder in messages.
         described: its `config.json`.
         processor: its `preprocessor_config.json`, or None.
-        stated: the caller's settings, which override the files.
+        overrides: the caller's settings, which override the files.
 
     Raises:
         VitcliError: an unsupported model type, or files that contradict each other.
@@ -75,11 +75,11 @@ def read_huggingface(
             dropped[name] = "a pooler that no head reads"
     notes: list[str] = []
     with readable_values("config.json", source, REPAIR):
-        values = _config_values(renamed, described, family, source, stated)
+        values = _config_values(renamed, described, family, source, overrides)
         config = ViTConfig(**{**values, **_positions(renamed, values, model_type, notes)})
-        labels = stated.labels or _labels(described, config.num_classes)
+        labels = overrides.labels or _labels(described, config.num_classes)
     with readable_values("preprocessor_config.json", source, REPAIR):
-        preprocess = read_processor(config, model_type, processor, source, stated, notes)
+        preprocess = read_processor(config, model_type, processor, source, overrides, notes)
     multi_label = described.get("problem_type") == "multi_label_classification"
     return Checkpoint(
         config=config,
@@ -141,11 +141,11 @@ def _config_values(
     described: Mapping[str, Any],
     family: HuggingFaceType,
     source: str,
-    stated: Stated,
+    overrides: Overrides,
 ) -> dict[str, Any]:
     """Return the fields of ViTConfig, without those about positions."""
     act = described.get("hidden_act", "gelu")
-    if act not in GELUS and stated.gelu is None:
+    if act not in GELUS and overrides.gelu is None:
         raise VitcliError(
             f"`{source}` has the unsupported activation `{act}`",
             hint=f"supported: {', '.join(f'`{a}`' for a in GELUS)}",
@@ -182,7 +182,7 @@ def _config_values(
         "num_channels": channels,
         "embed_dim": width,
         "depth": depth,
-        "num_heads": stated.num_heads or _count(described, "num_attention_heads", 12),
+        "num_heads": overrides.num_heads or _count(described, "num_attention_heads", 12),
         "mlp_dim": mlp_dim,
         "num_classes": head.shape[0] if head is not None else 0,
         "pool": pool,
@@ -195,8 +195,8 @@ def _config_values(
         "qkv_bias": bool(described.get("qkv_bias", True)),
         "layer_scale": float(described.get("layerscale_value", 1.0)) if family.dino else None,
         "mlp": "swiglu" if swiglu else "gelu",
-        "gelu": stated.gelu or GELUS[act],
-        "norm_eps": stated.norm_eps or _fraction(described, "layer_norm_eps", family.norm_eps),
+        "gelu": overrides.gelu or GELUS[act],
+        "norm_eps": overrides.norm_eps or _fraction(described, "layer_norm_eps", family.norm_eps),
         "dropout_rate": _fraction(described, "hidden_dropout_prob", 0.0),
     }
 

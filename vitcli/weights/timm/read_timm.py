@@ -17,7 +17,7 @@ from vitcli.preprocess import Preprocess
 from vitcli.vit.config import Gelu, Pool, ViTConfig, canonical_pool
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
-from vitcli.weights.overrides import PICTURES, Stated, stated_preprocess
+from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
 from vitcli.weights.store import Checkpoint
 from vitcli.weights.timm.timm_config import (
     TimmHubConfig,
@@ -41,7 +41,7 @@ from vitcli.weights.timm.timm_names import (
 
 
 def read_timm(
-    tensors: Mapping[str, Tensor], source: str, hub: Mapping[str, Any] | None, stated: Stated
+    tensors: Mapping[str, Tensor], source: str, hub: Mapping[str, Any] | None, overrides: Overrides
 ) -> Checkpoint:
     """Convert tensors in timm's layout to a checkpoint.
 
@@ -49,7 +49,7 @@ def read_timm(
         tensors: names -> tensors, as in the file.
         source: the name of the file in messages.
         hub: the Hub `config.json` beside it, if there is one.
-        stated: the caller's settings, which override everything else.
+        overrides: the caller's settings, which override everything else.
 
     Raises:
         VitcliError: another kind of model, with the tensors that contradict; or an unknown number
@@ -72,14 +72,14 @@ def read_timm(
     check_timm_shapes(shape, source)
     config: ViTConfig | ResNetConfig
     if bit:
-        config = _bit_config(shape, source, beside, stated, notes)
+        config = _bit_config(shape, source, beside, overrides, notes)
     else:
-        config = _vit_config(shape, source, beside, stated, notes)
+        config = _vit_config(shape, source, beside, overrides, notes)
     base, labels = hub_preprocess_and_labels(beside, config, source, notes)
     if base is None and isinstance(config, ViTConfig):
         variant = matching_variant(config.embed_dim, config.depth, config.mlp_dim)
         sign = find_facebook_tensor(shape, dropped)
-        base = assumed_preprocess(config, variant, beside, sign, stated, notes)
+        base = assumed_preprocess(config, variant, beside, sign, overrides, notes)
     elif base is None and config.num_channels in PICTURES:
         base = Preprocess(
             config.image_size, interpolation="bilinear", num_channels=config.num_channels
@@ -90,8 +90,8 @@ def read_timm(
         config=config,
         tensors=found,
         layout="timm",
-        labels=stated.labels or labels,
-        preprocess=stated_preprocess(base, stated.preprocess, size, channels),
+        labels=overrides.labels or labels,
+        preprocess=override_preprocess(base, overrides.preprocess, size, channels),
         head_trained=config.num_classes > 0,
         dropped=dropped,
         notes=notes,
@@ -112,12 +112,12 @@ def _stages(shape: TensorShapes, prefix: str) -> tuple[int, ...]:
 
 
 def _bit_config(
-    shape: TensorShapes, source: str, hub: TimmHubConfig, stated: Stated, notes: list[str]
+    shape: TensorShapes, source: str, hub: TimmHubConfig, overrides: Overrides, notes: list[str]
 ) -> ResNetConfig:
     root, unit = shape["stem.conv.weight"], "stages.0.blocks.0.norm1.weight"
     if root[2:] != (7, 7) or unit not in shape or "stem.norm.weight" in shape:
         raise not_plain(source, shape, "pre-activation ResNet (BiT)", [unit])
-    size = stated.image_size or hub.image_size
+    size = overrides.image_size or hub.image_size
     if size is None:
         size = (224, 224)
         notes.append("assumed images of 224x224 px (change with `--set model.image_size=…`)")
@@ -135,7 +135,7 @@ def _bit_config(
 
 
 def _vit_config(
-    shape: TensorShapes, source: str, hub: TimmHubConfig, stated: Stated, notes: list[str]
+    shape: TensorShapes, source: str, hub: TimmHubConfig, overrides: Overrides, notes: list[str]
 ) -> ViTConfig:
     wanted = ["patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"]
     if missing := [name for name in wanted if name not in shape]:
@@ -158,12 +158,12 @@ def _vit_config(
     registers = shape["reg_token"][1] if "reg_token" in shape else 0
     prefix = registers + ("cls_token" in shape) + ("dist_token" in shape)
     gated = hidden == 2 * mlp_dim
-    if "norm_pre.weight" in shape and not (stated.norm_eps or hub.architecture):
+    if "norm_pre.weight" in shape and not (overrides.norm_eps or hub.architecture):
         notes.append("assumed epsilon 1e-6; for CLIP's models `--set model.norm_eps=1e-5`")
-    pool = _pool(shape, width, hub, source, stated, notes)
+    pool = _pool(shape, width, hub, source, overrides, notes)
     pixels = patch if stem is None else patch * 4 * 2 ** max(len(stem) - 1, 0)
-    size, covers = _image_size(shape, pixels, prefix, hub, source, stated)
-    gelu: Gelu = stated.gelu or architecture_gelu(hub, source, gated=gated)  # type: ignore[assignment]
+    size, covers = _image_size(shape, pixels, prefix, hub, source, overrides)
+    gelu: Gelu = overrides.gelu or architecture_gelu(hub, source, gated=gated)  # type: ignore[assignment]
     try:
         return ViTConfig(
             image_size=size,
@@ -171,7 +171,7 @@ def _vit_config(
             num_channels=channels,
             embed_dim=width,
             depth=depth,
-            num_heads=_num_heads(shape, (width, depth, mlp_dim), hub, source, stated, notes),
+            num_heads=_num_heads(shape, (width, depth, mlp_dim), hub, source, overrides, notes),
             mlp_dim=mlp_dim,
             num_classes=shape.get("head.weight", (0,))[0],
             pool=pool,
@@ -187,7 +187,7 @@ def _vit_config(
             layer_scale=hub.layer_scale if "blocks.0.ls1.gamma" in shape else None,
             mlp="swiglu" if gated else "gelu",
             gelu=gelu,
-            norm_eps=stated.norm_eps or architecture_eps(hub),
+            norm_eps=overrides.norm_eps or architecture_eps(hub),
             norm_before_blocks="norm_pre.weight" in shape,
             norm_after_pool="fc_norm.weight" in shape and "norm.weight" not in shape,
             patch_bias="patch_embed.proj.bias" in shape,
@@ -208,7 +208,7 @@ def _pool(
     width: int,
     hub: TimmHubConfig,
     source: str,
-    stated: Stated,
+    overrides: Overrides,
     notes: list[str],
 ) -> Pool:
     """Return the pooling that the head was trained on; without any sign, the caller's setting."""
@@ -220,8 +220,8 @@ def _pool(
     if head == 2 * width:
         return "distilled" if "dist_token" in shape else "token_mean"
     named = hub.pool
-    if not named and stated.pool in ("token", "mean", "cls", "tok", "avg", "gap", "map"):
-        named = stated.pool  # no file of timm has a head for the other poolings
+    if not named and overrides.pool in ("token", "mean", "cls", "tok", "avg", "gap", "map"):
+        named = overrides.pool  # no file of timm has a head for the other poolings
     if named:
         try:
             pool = canonical_pool(named)
@@ -251,11 +251,11 @@ def _num_heads(
     sizes: tuple[int, int, int],
     hub: TimmHubConfig,
     source: str,
-    stated: Stated,
+    overrides: Overrides,
     notes: list[str],
 ) -> int:
     """Ask the caller, the config, the width of QK-norm, the architecture, then the variant."""
-    heads = stated.num_heads or hub.num_heads
+    heads = overrides.num_heads or hub.num_heads
     if not heads and "blocks.0.attn.q_norm.weight" in shape:
         heads = sizes[0] // shape["blocks.0.attn.q_norm.weight"][0]
     if not heads and (heads := architecture_heads(hub, sizes[0])):
@@ -270,7 +270,7 @@ def _num_heads(
         missing = ["model.num_heads"]
         root = shape.get("patch_embed.backbone.stem.conv.weight", shape["patch_embed.proj.weight"])
         if not hub.pretrained and root[1] in PICTURES:
-            missing += [f"preprocess.{k}" for k in ("mean", "std") if k not in stated.preprocess]
+            missing += [f"preprocess.{k}" for k in ("mean", "std") if k not in overrides.preprocess]
         raise missing_settings(source, missing)
     if sizes[0] % heads:
         raise VitcliError(
@@ -301,11 +301,16 @@ def matching_variant(embed_dim: int, depth: int, mlp_dim: int) -> str | None:
 
 
 def _image_size(
-    shape: TensorShapes, pixels: int, prefix: int, hub: TimmHubConfig, source: str, stated: Stated
+    shape: TensorShapes,
+    pixels: int,
+    prefix: int,
+    hub: TimmHubConfig,
+    source: str,
+    overrides: Overrides,
 ) -> tuple[tuple[int, int], bool]:
     """Return the (Y, X) of the stored positions, and True if they cover the prefix tokens."""
     if "pos_embed" not in shape:
-        size = stated.image_size or hub.image_size
+        size = overrides.image_size or hub.image_size
         if size is None:
             raise missing_settings(source, ["model.image_size"])
         if size[0] % pixels or size[1] % pixels:
@@ -318,7 +323,7 @@ def _image_size(
     count = shape["pos_embed"][1]
     uncovered = bool(hub.arguments.get("no_embed_class"))
     counts = [(count, False)] if uncovered else [(count - prefix, True), (count, False)]
-    for size in (hub.image_size, stated.image_size):
+    for size in (hub.image_size, overrides.image_size):
         for n, covers in counts:
             if size and (size[0] // pixels) * (size[1] // pixels) == n:
                 return (size[0] // pixels * pixels, size[1] // pixels * pixels), covers

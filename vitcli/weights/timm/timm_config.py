@@ -14,7 +14,7 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess, ResizeMode
 from vitcli.vit import Config, ViTConfig
 from vitcli.vit.config import Gelu
-from vitcli.weights.overrides import PICTURES, Stated, are_pictures, per_channel
+from vitcli.weights.overrides import PICTURES, Overrides, are_pictures, per_channel
 from vitcli.weights.store import readable_values
 
 REPAIR = "correct the file, or replace it by `--set model.…` and `--set preprocess.…`"
@@ -264,7 +264,7 @@ def assumed_preprocess(
     variant: str | None,
     hub: TimmHubConfig,
     sign: str | None,
-    stated: Stated,
+    overrides: Overrides,
     notes: list[str],
 ) -> Preprocess | None:
     """Return timm's usual evaluation transform for a file that describes none; None if unknown.
@@ -280,7 +280,7 @@ def assumed_preprocess(
     pair = IMAGENET if sign else next(known, HALF)
     mean, std = pair = pair if channels == 3 else HALF
     crop = 0.9 if config.image_size == (224, 224) else 1.0
-    if not {"mean", "std"} <= set(stated.preprocess):
+    if not {"mean", "std"} <= set(overrides.preprocess):
         name = {IMAGENET: "ImageNet's mean and std", CLIP: "CLIP's mean and std"}.get(pair)
         whose = hub.architecture or (f"models with `{sign}`" if sign else f"ViT-{variant}")
         notes.append(

@@ -18,7 +18,7 @@ from vitcli.weights.store import save_model
         ("", "the MODEL is empty"),
         ("Q/16", "no model variant `Q/16`"),
         ("empty", "holds no weights"),
-        ("x.onnx", "`x.onnx`: unsupported weights format"),
+        ("x.onnx", "`x.onnx` has an unsupported weights format"),
     ],
 )
 def test_what_is_not_understood(here, given, words):

@@ -23,8 +23,8 @@ from vitcli.weights.store import read_header
 from vitcli.weights.timm.read_timm import missing_settings
 
 VARIANT_HINT = (
-    "variants with random weights are for example `B/16`, `R50+B/16`, `Axial-B/32` and `R50x1`; "
-    "for trained weights give an existing path or `hf:NAME`"
+    "use a variant such as `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1` for random weights, or an "
+    "existing path or `hf:NAME` for trained weights"
 )
 
 
@@ -50,16 +50,16 @@ def load_model(
     Args:
         MODEL: a run directory, a weights file or folder, `hf:NAME` on the Hub, the URL of a weights
             file, or a variant (random weights).
-        image_size: pixels, an int or (Y, X). Another size than the file's resamples the positions.
-        pool: a pooling of `ViTConfig` or an alias. Another than the file's drops the head.
+        image_size: pixels, an int or (Y, X). A size that is not the file's resamples the positions.
+        pool: a pooling of `ViTConfig` or an alias. One that is not the file's drops the head.
         position_resize: `bilinear` (corners aligned, the paper's code; default for Google files),
             `bicubic` (antialiased, timm; default for the rest), `bicubic_plain` (transformers) or
             `bilinear_antialiased`; see `vit.position.resample`.
         labels: class names, or a text file with one name per line.
         preprocess: settings that replace those of the file, or a whole Preprocess.
-        num_heads, norm_eps, gelu: for a file that does not state them.
+        num_heads, norm_eps, gelu: settings that the tensors of a file do not show.
         stem_arithmetic: `google` or `timm`, for the ResNet of a hybrid.
-        patch_size: pixels. Another size than the file's resamples the patch projection (FlexiViT's
+        patch_size: pixels. A size that is not the file's resamples the patch projection (FlexiViT's
             pseudo-inverse) and the positions.
         num_classes: add a new zero head with this many outputs; 0 removes the head.
         seed: random seed of a variant's weights.
@@ -113,7 +113,7 @@ def load_model(
 def _preprocess_settings(
     image_size: Any, preprocess: Mapping[str, Any] | Preprocess | None
 ) -> tuple[tuple[int, int] | None, dict[str, Any]]:
-    """The image size, which either section may set, and the other preprocessing settings."""
+    """Return the image size, which either section may set, and the other preprocessing settings."""
     if isinstance(preprocess, Preprocess):  # mean and std, so that no reader asks for them
         return as_size(image_size), {"mean": preprocess.mean, "std": preprocess.std}
     settings = dict(preprocess or {})
@@ -128,7 +128,7 @@ def _preprocess_settings(
 
 
 def require_preprocess(model: LoadedModel) -> Preprocess:
-    """The evaluation transform of the model.
+    """Return the evaluation transform of the model.
 
     Raises:
         VitcliError: mean and std are not known, or the model does not read grey or RGB images.
@@ -147,7 +147,7 @@ def require_preprocess(model: LoadedModel) -> Preprocess:
 
 
 def read_labels(labels: Sequence[str] | str | os.PathLike[str] | None) -> tuple[str, ...] | None:
-    """Class names from a sequence, or from a text file with one name per line.
+    """Read class names from a sequence, or from a text file with one name per line.
 
     Raises:
         VitcliError: the file cannot be read, or two names are equal.
@@ -167,7 +167,7 @@ def read_labels(labels: Sequence[str] | str | os.PathLike[str] | None) -> tuple[
     if twice := sorted({name for name in names if names.count(name) > 1})[:3]:
         raise VitcliError(
             f"two classes have the same name: {', '.join(twice)}",
-            hint="give each class a name of its own",
+            hint="give each class a different name",
         )
     return names
 
@@ -212,7 +212,7 @@ def _variant(name: str, overrides: Overrides, seed: int, patch_size: int | None)
 
 
 def load_settings(model: ModelSection, preprocess: PreprocessSection) -> dict[str, Any]:
-    """Arguments of `load_model` from `--set model.…` and `--set preprocess.…`.
+    """Return the arguments of `load_model` from `--set model.…` and `--set preprocess.…`.
 
     Raises:
         VitcliError: a setting is fixed by the weights.
@@ -229,10 +229,11 @@ def load_settings(model: ModelSection, preprocess: PreprocessSection) -> dict[st
 
 
 def newest_run(*, classifier: bool, runs: Path = RUNS) -> str:
-    """The newest finished run of a kind.
+    """Return the path of the newest finished run of a kind.
 
     Args:
-        classifier: a run with a trained head, including `fewshot` runs. Otherwise a training run.
+        classifier: True for a run with a trained head, including `fewshot` runs; False for a
+            training run.
         runs: the folder of runs.
 
     Raises:

@@ -30,8 +30,8 @@ from vitcli.weights.timm.read_timm import read_timm
 from vitcli.weights.timm.timm_names import is_bit, is_timm
 
 UNDERSTOOD = (
-    "a MODEL is a run directory, a .safetensors file of ours or in timm's layout, a .pth with a "
-    "plain state dict, a Hugging Face ViT folder, an official Google .npz, or a variant such "
+    "a MODEL is a run directory, a .safetensors file of vitcli or timm, a .pth file with a plain "
+    "state dict, a Hugging Face ViT folder, an official Google .npz, or a variant such "
     "as `B/16`"
 )
 
@@ -39,7 +39,7 @@ UNDERSTOOD = (
 def read_checkpoint(
     source: str, overrides: Overrides | None = None, watch: Watcher | None = None
 ) -> Checkpoint:
-    """Read the checkpoint at `source`. A trained head of ImageNet's size gets its class names.
+    """Read the checkpoint at `source`. A trained head of ImageNet's size gets ImageNet's names.
 
     Args:
         source: a path, `hf:NAME`, or the URL of a weights file.
@@ -54,13 +54,15 @@ def read_checkpoint(
     config = checkpoint.config
     if overrides.stem_arithmetic is not None:
         if not isinstance(config, ViTConfig) or config.stem is None:
-            raise VitcliError("`model.stem_arithmetic` is only for hybrids", hint="remove it")
+            raise VitcliError(
+                "`model.stem_arithmetic` is set, but the model is not a hybrid", hint="remove it"
+            )
         checkpoint.config = replace(config, stem_arithmetic=overrides.stem_arithmetic)
     outputs = checkpoint.config.num_classes
     if checkpoint.labels is None and checkpoint.head_trained and outputs in SETS:
         checkpoint.labels = imagenet_names(outputs)
         checkpoint.notes.append(
-            f"{outputs} outputs without names: class names of {SETS[outputs][0]} assumed"
+            f"{outputs} outputs have no names: assumed the classes of {SETS[outputs][0]}"
         )
     return checkpoint
 
@@ -84,20 +86,20 @@ def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoin
 
 
 def _read_file(path: Path, source: str, overrides: Overrides) -> Checkpoint:
-    """The checkpoint in one file or in its shards; `source` is the MODEL that the user named."""
+    """Read one file or its shards; `source` is the MODEL that the user named."""
     if path.suffix == ".npz":
         return read_google(read_npz(path), source, overrides)
     if path.name.endswith(INDEX):
         tensors = load_sharded_weights(path)
     elif path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
-        raise VitcliError(f"`{source}`: unsupported weights format", hint=UNDERSTOOD)
+        raise VitcliError(f"`{source}` has an unsupported weights format", hint=UNDERSTOOD)
     elif is_pickle(path) and path.suffix != ".safetensors":
         tensors, notes = load_pickle(path)
         checkpoint = _read_tensors(tensors, path, source, overrides)
         checkpoint.notes[:0] = notes
         return checkpoint
     elif read_header(path) is not None:
-        return _restated(read_vitcli(path), overrides)
+        return _with_overrides(read_vitcli(path), overrides)
     else:
         tensors = load_weights(path)
     return _read_tensors(tensors, path, source, overrides)
@@ -106,7 +108,7 @@ def _read_file(path: Path, source: str, overrides: Overrides) -> Checkpoint:
 def _read_tensors(
     tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
 ) -> Checkpoint:
-    """The checkpoint of `tensors` from `path`, with the shapes of the dropped tensors."""
+    """Convert `tensors` from `path` to a checkpoint with the shapes of the dropped tensors."""
     checkpoint = _in_layout(tensors, path, source, overrides)
     left = [name for name in checkpoint.dropped if name in tensors]
     checkpoint.dropped_shapes = {name: tuple(tensors[name].shape) for name in left}
@@ -116,18 +118,18 @@ def _read_tensors(
 def _in_layout(
     tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
 ) -> Checkpoint:
-    """The checkpoint of `tensors`; their names tell the layout."""
-    beside = _json(path.parent / "config.json") or {}
+    """Detect the layout by the names of `tensors`, and convert them to a checkpoint."""
+    described = _json(path.parent / "config.json") or {}
     if is_huggingface(tensors):
-        if "model_type" not in beside:
+        if "model_type" not in described:
             raise VitcliError(
                 f"`{source}` has Hugging Face's layout, but there is no config.json next to it",
                 hint="use the folder that `save_pretrained` wrote",
             )
         processor = _json(path.parent / "preprocessor_config.json")
-        return read_huggingface(tensors, source, beside, processor, overrides)
-    if "model_type" in beside and not is_timm(tensors) and not is_bit(tensors):
-        read_huggingface(tensors, source, beside, None, overrides)
+        return read_huggingface(tensors, source, described, processor, overrides)
+    if "model_type" in described and not is_timm(tensors) and not is_bit(tensors):
+        read_huggingface(tensors, source, described, None, overrides)
     if not is_timm(tensors) and not is_bit(tensors):
         shown = ", ".join(list(tensors)[:4])
         raise VitcliError(
@@ -135,22 +137,22 @@ def _in_layout(
             f"tensors are {shown}{' …' if len(tensors) > 4 else ''}",
             hint=UNDERSTOOD,
         )
-    hub = beside if {"architecture", "pretrained_cfg"} & set(beside) else None
+    hub = described if {"architecture", "pretrained_cfg"} & set(described) else None
     return read_timm(tensors, source, hub, overrides)
 
 
-def _restated(checkpoint: Checkpoint, overrides: Overrides) -> Checkpoint:
+def _with_overrides(checkpoint: Checkpoint, overrides: Overrides) -> Checkpoint:
     """Apply the caller's settings to a file of vitcli, which states all facts itself."""
     values: dict[str, Any] = {"num_heads": overrides.num_heads, "norm_eps": overrides.norm_eps}
     values["gelu"] = overrides.gelu
-    said = {key: value for key, value in values.items() if value is not None}
-    if said and isinstance(checkpoint.config, ResNetConfig):
+    given = {key: value for key, value in values.items() if value is not None}
+    if given and isinstance(checkpoint.config, ResNetConfig):
         raise VitcliError(
-            f"a ResNet has no {', '.join(f'`model.{key}`' for key in said)}",
+            f"a ResNet has no {', '.join(f'`model.{key}`' for key in given)}",
             hint="remove it",
         )
     try:
-        checkpoint.config = replace(checkpoint.config, **said)
+        checkpoint.config = replace(checkpoint.config, **given)
     except ValueError as error:
         raise VitcliError(
             f"the settings do not fit this model: {error}",
@@ -164,7 +166,7 @@ def _restated(checkpoint: Checkpoint, overrides: Overrides) -> Checkpoint:
 
 
 def vitcli_weights_file(source: str) -> Path | None:
-    """The local weights file of a MODEL that vitcli wrote; None for any other MODEL."""
+    """Return the local weights file of a MODEL that vitcli wrote; None for any other MODEL."""
     path = Path(source)
     if source.startswith(("hf:", "https:", "http:", "gs:")) or not path.exists():
         return None
@@ -175,7 +177,7 @@ def vitcli_weights_file(source: str) -> Path | None:
 
 
 def _weights_in(folder: Path) -> Path:
-    """The weights file of a run directory or model folder."""
+    """Return the weights file of a run directory or model folder."""
     whole = folder / "model.safetensors"
     if whole.is_file():
         return whole
@@ -192,7 +194,7 @@ def _weights_in(folder: Path) -> Path:
     if (folder / "recipe.toml").is_file():
         raise VitcliError(
             f"the run `{folder}` has no model.safetensors: it did not finish",
-            hint=f"resume it: the same command with `--out {folder} --resume`",
+            hint=f"resume it: repeat the command with `--out {folder} --resume`",
         )
     pickles = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICKLE_SUFFIXES)
     known = [p for p in pickles if p.stem in ("pytorch_model", "model")]

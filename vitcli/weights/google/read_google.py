@@ -1,4 +1,4 @@
-"""Reading the `.npz` files of google-research/vision_transformer and big_vision.
+"""Read the `.npz` files of google-research/vision_transformer and big_vision.
 
 We read ViTs, hybrids and BiT ResNets, in every generation of names (`google_names`). The arithmetic
 is flax's: tanh GELU, LayerNorm epsilon 1e-6. Its "gap" averages all tokens, but a file with this
@@ -43,7 +43,7 @@ QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
 HIDDEN = "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"
 # Only training uses these rates, so no array depends on them.
 RATES = ("dropout_rate", "drop_path_rate")
-# The table of fixed positions grows with the image size, so a damaged comment must not decide it.
+# The table of fixed positions grows with the image size. So a damaged comment may not set any size.
 LARGEST_SIDE = 8192
 
 
@@ -67,8 +67,8 @@ def read_google(archive: NpzContents, source: str, overrides: Overrides) -> Chec
     """Convert an official checkpoint, or one that `write_google` wrote.
 
     Raises:
-        VitcliError: another model; tensors that are missing, unknown, or of the wrong type or
-            shape; or an unknown image size.
+        VitcliError: the file holds another model; tensors are missing, unknown, or of the wrong
+            type or shape; or the image size is unknown.
     """
     comment, dropped = archive.comment, dict.fromkeys(archive.skipped, "optimizer")
     found, names = present_names(archive.arrays, dropped, source)
@@ -83,7 +83,7 @@ def read_google(archive: NpzContents, source: str, overrides: Overrides) -> Chec
     config = known.config
     tensors = _convert(found, names, known, source)
     if known.cut and known.positions:
-        dropped[f"{names[known.positions]} (first row)"] = "for a class token that does not exist"
+        dropped[f"{names[known.positions]} (first row)"] = "for a missing class token"
     labels, notes = _labels(comment, config.num_classes)
     return Checkpoint(
         config=config,
@@ -157,7 +157,7 @@ def _vit(
         "patch_size": patch,
         "num_channels": channels,
         "embed_dim": width,
-        # The number of blocks, not the highest: then the error names a block that is missing.
+        # Count the blocks instead of using the highest index: the error then names a missing block.
         "depth": len({n.split("/")[1] for n in found if n.startswith("Transformer/encoderblock_")}),
         "num_heads": overrides.num_heads or query[1],
         "mlp_dim": hidden[1],
@@ -171,24 +171,21 @@ def _vit(
         "stem_width": stem_width,
         **{k: v for k in RATES if isinstance(v := comment.get(k), (int, float))},
     }
-    # Pixels per patch. ViTConfig knows it too, but needs the image size first.
+    # Pixels per patch. ViTConfig has this property too, but needs the image size first.
     cell = patch * (4 * 2 ** max(len(stem) - 1, 0) if stem is not None else 1)
     sizes = [size for size in (_comment_size(comment), overrides.image_size) if size is not None]
     name = next((n for n in (STEM_POSITIONS, POSITIONS) if n in found), None)
     if name is None:
-        notes = (
-            ()
-            if sizes
-            else ("assumed images of 224x224 px: fixed positions do not say their grid",)
-        )
+        note = "assumed images of 224x224 px (change with `--set model.image_size=…`)"
         covers = bool(comment.get("position_covers_prefix", False))
         values |= {"position": "sincos2d", "position_covers_prefix": covers}
-        return GoogleConfig(ViTConfig(image_size=(sizes or [(224, 224)])[0], **values), notes=notes)
+        config = ViTConfig(image_size=(sizes or [(224, 224)])[0], **values)
+        return GoogleConfig(config, notes=() if sizes else (note,))
     if found[name].ndim != 3 or found[name].shape[2] != width:
         raise ValueError(f"`{name}` has the shape {found[name].shape}, but the width is {width}")
     size, covered = _grid(found[name].shape[1], cell, sizes, class_token, name, source)
     covers = name == STEM_POSITIONS or (covered and class_token)
-    if not class_token:  # then the setting changes nothing, and we keep what the comment says
+    if not class_token:  # the setting has no effect then; keep the comment's value
         covers = bool(comment.get("position_covers_prefix", covers))
     config = ViTConfig(image_size=size, position_covers_prefix=covers, **values)
     return GoogleConfig(config, name, cut=covered and not class_token)
@@ -199,8 +196,8 @@ def _grid(
 ) -> tuple[tuple[int, int], bool]:
     """Return the image size, and True if the first of `count` rows is for a class token.
 
-    vit_jax gives the class token a position. big_vision does not today, but did in its older files.
-    Only the count shows it: a square number plus one.
+    vit_jax gives the class token a position, and so did older versions of big_vision. Only the
+    number of rows shows it: a square number plus one.
     """
     always = name == STEM_POSITIONS and class_token
     for rows, cols in [(y // cell, x // cell) for y, x in sizes]:
@@ -213,8 +210,8 @@ def _grid(
         if side * side == count - covered and side:
             return (side * cell, side * cell), covered
     raise VitcliError(
-        f"`{source}` has {count} positions, which is not a square grid, and does not say which",
-        hint=f"`--set model.image_size=[Y,X]` in pixels; a position covers {cell}x{cell} pixels",
+        f"`{source}` has {count} positions, which do not form a square grid",
+        hint=f"set `--set model.image_size=[Y,X]` in px; a patch is {cell}x{cell} px",
     )
 
 
@@ -243,7 +240,7 @@ def _tensor(array: NDArray[Any], name: str) -> Tensor:
     if array.dtype == np.dtype("V2"):
         return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise ValueError(f"`{name}` has the type {array.dtype}, which is not a type of weights")
+        raise ValueError(f"`{name}` has the type {array.dtype}, which is not floating-point")
     native = array.dtype.newbyteorder("=")
     return torch.from_numpy(np.ascontiguousarray(array, dtype=native))
 
@@ -251,7 +248,7 @@ def _tensor(array: NDArray[Any], name: str) -> Tensor:
 def _convert(
     found: dict[str, NDArray[Any]], names: dict[str, str], known: GoogleConfig, source: str
 ) -> dict[str, Tensor]:
-    """Return the tensors of the configuration in our names; an error if the file has others."""
+    """Convert the arrays to tensors in our names; raise an error if some are missing or unknown."""
     config = known.config
     pairs = list(resnet_pairs(config) if isinstance(config, ResNetConfig) else vit_pairs(config))
     if known.positions:
@@ -291,7 +288,7 @@ def _head_trained(tensors: dict[str, Tensor], comment: Mapping[str, Any]) -> boo
 def _labels(
     comment: Mapping[str, Any], num_classes: int
 ) -> tuple[tuple[str, ...] | None, list[str]]:
-    """Return the class names in our comment, and notes."""
+    """Return the class names in the comment, and notes."""
     match comment.get("labels"):
         case "imagenet":
             return imagenet_names(num_classes), []
@@ -299,7 +296,7 @@ def _labels(
             return tuple(names), []
         case None:
             return None, []
-    return None, ["ignored the class names in the file: they do not fit its head"]
+    return None, ["ignored the class names in the file, because they do not fit its head"]
 
 
 def _preprocess(
@@ -308,7 +305,7 @@ def _preprocess(
     comment: Mapping[str, Any],
     notes: list[str],
 ) -> Preprocess | None:
-    """Return the transform of the file or the caller, else that of the official evaluation."""
+    """Return the transform of the file or the caller, else the one of the official evaluation."""
     size, channels = config.image_size, config.num_channels
     base = None
     if "preprocess" in comment:  # null means that vitcli wrote the file and did not know it

@@ -1,4 +1,4 @@
-"""Reading Hugging Face's folders: `config.json`, weights, `preprocessor_config.json`.
+"""Read Hugging Face's folders: `config.json`, weights, `preprocessor_config.json`.
 
 We read ViT, DeiT, DINOv2 (with and without registers) and the encoder of ViT-MAE: backbones,
 classifiers, and the encoders of masked-image models.
@@ -37,11 +37,11 @@ PARTS = {  # theirs -> (ours, index in the stack)
     for index, name in enumerate(parts)
 }
 REPAIR = "correct the file, or save the model again with `save_pretrained`"
-SUPPORTED = f"supported model types: {', '.join(f'`{t}`' for t in MODEL_TYPES)}"
+SUPPORTED = f"use one of the model types {', '.join(f'`{t}`' for t in MODEL_TYPES)}"
 
 
 def is_huggingface(names: Mapping[str, Any] | list[str]) -> bool:
-    """True if these tensor names are those of a Hugging Face ViT."""
+    """Return True for the tensor names of a Hugging Face ViT."""
     return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names)
 
 
@@ -62,7 +62,7 @@ def read_huggingface(
         overrides: the caller's settings, which override the files.
 
     Raises:
-        VitcliError: an unsupported model type, or files that contradict each other.
+        VitcliError: the model type is not supported, or the files contradict each other.
     """
     model_type = str(described.get("model_type"))
     if model_type not in MODEL_TYPES:
@@ -72,7 +72,7 @@ def read_huggingface(
     if described.get("pooler_act", "tanh") != "tanh" or "head.weight" in renamed:
         for name in [n for n in renamed if n.startswith("pre_logits.")]:
             del renamed[name]
-            dropped[name] = "a pooler that no head reads"
+            dropped[name] = "belongs to a pooler that no head reads"
     notes: list[str] = []
     with readable_values("config.json", source, REPAIR):
         values = _config_values(renamed, described, family, source, overrides)
@@ -97,7 +97,7 @@ def read_huggingface(
 def _rename(
     tensors: Mapping[str, Tensor], family: HuggingFaceType
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return our name -> tensor, and dropped name -> reason. An unknown tensor keeps its name."""
+    """Rename to our names; return the tensors, and dropped names with the reasons."""
     renamed: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
     stacks: dict[str, dict[int, str]] = {}
@@ -249,7 +249,7 @@ def _positions(
 
 
 def _labels(described: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
-    """Return the names in `id2label`; None for transformers' default `LABEL_0`, `LABEL_1` …"""
+    """Return the names in `id2label`; None for the default names `LABEL_0`, `LABEL_1` …"""
     names = {int(i): str(name) for i, name in (described.get("id2label") or {}).items()}
     if sorted(names) != list(range(num_classes)) or not names:
         return None

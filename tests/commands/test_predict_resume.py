@@ -147,7 +147,7 @@ def test_resume_with_other_settings_or_images(images):
     for path in Path("p").iterdir():
         if path.name != "00.png":
             path.unlink()
-    with pytest.raises(VitcliError, match="now has no more images there"):
+    with pytest.raises(VitcliError, match="now has no more images at this place"):
         list(started(resume=True))
     Path("t.csv.part").write_text("something else\n")
     with pytest.raises(VitcliError, match="is not a resume log"):

@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from vitcli.config.choices import Resize
 from vitcli.errors import VitcliError
 from vitcli.vit import ResNet, VisionTransformer, ViTConfig
 from vitcli.vit.config import canonical_pool
 from vitcli.vit.patches import PatchEmbed, resample_kernel
-from vitcli.vit.position import Grid, Resize, attended_length, is_position, resample_table
+from vitcli.vit.position import Grid, attended_length, is_position, resample_table
 from vitcli.weights.load_report import LoadReport, TensorStatus
 from vitcli.weights.loaded import LoadedModel
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vitcli.config.choices import Resize
 from vitcli.errors import VitcliError
 from vitcli.vit import Config, Network, ResNetConfig, VisionTransformer, ViTConfig, from_config
-from vitcli.vit.position import Resize
 from vitcli.weights.edit import resize
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from vitcli.config.choices import Resize, StemArithmetic
 from vitcli.config.schema import ModelSection, PreprocessSection
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
-from vitcli.vit.hybrid import StemArithmetic
-from vitcli.vit.position import Resize
 from vitcli.vit.variants import is_variant
 from vitcli.weights.edit import change_patch_size, change_pool, replace_head
 from vitcli.weights.from_checkpoint import build_model

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, get_args
 
+from vitcli.config.choices import Gelu, StemArithmetic
 from vitcli.errors import VitcliError, unknown
 from vitcli.preprocess import Preprocess
-from vitcli.vit.config import Gelu
-from vitcli.vit.hybrid import StemArithmetic
 
 PREPROCESS_KEYS = (
     "resize_mode",

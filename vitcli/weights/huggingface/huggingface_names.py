@@ -7,7 +7,8 @@ classic names.
 
 from dataclasses import dataclass
 
-from vitcli.vit.config import Gelu, ViTConfig
+from vitcli.config.choices import Gelu
+from vitcli.vit.config import ViTConfig
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from math import floor
 from typing import Any
 
+from vitcli.config.choices import Interpolation
 from vitcli.errors import VitcliError
-from vitcli.preprocess import Interpolation, Preprocess
+from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
 from vitcli.weights.overrides import (

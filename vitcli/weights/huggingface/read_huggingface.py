@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitcli.config.choices import Pool
 from vitcli.errors import VitcliError
-from vitcli.vit.config import Pool, ViTConfig
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.weights.huggingface.huggingface_names import (
     BLOCK,

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from vitcli.config.choices import Gelu, Pool
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit.config import Gelu, Pool, ViTConfig, canonical_pool
+from vitcli.vit.config import ViTConfig, canonical_pool
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
 from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vitcli.config.choices import Gelu, ResizeMode
 from vitcli.errors import VitcliError
-from vitcli.preprocess import Preprocess, ResizeMode
+from vitcli.preprocess import Preprocess
 from vitcli.vit import Config, ViTConfig
-from vitcli.vit.config import Gelu
 from vitcli.weights.overrides import PICTURES, Overrides, are_pictures, per_channel
 from vitcli.weights.store import readable_values
 

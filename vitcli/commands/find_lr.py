@@ -6,7 +6,7 @@ from typing import Literal
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import check_free, new_path
+from vitcli.run import check_free, new_output
 from vitcli.train.build import MakeModel
 from vitcli.train.lr_finder import FoundRate, find_rate
 from vitcli.train.resolve import finetune_recipe, pretrain_recipe, pretrained_model, random_model
@@ -37,6 +37,7 @@ def run(
     else:
         name, resolved = finetune_recipe(data, model, recipe, settings, watch)
         make_model = partial(pretrained_model, resolved, watch=watch)
-    out = out or new_path(f"{Path(name).stem}-lr")
-    check_free(out)
-    return find_rate(resolved, make_model, out=out, watch=watch)
+    if out is not None:
+        check_free(out)
+    with new_output(out, f"{Path(name).stem}-lr") as folder:
+        return find_rate(resolved, make_model, out=folder, watch=watch)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import training_path
 from vitcli.train.resolve import finetune_recipe, pretrained_model
 from vitcli.train.session import TrainResult, train
 
@@ -43,7 +42,8 @@ def run(
     return train(
         resolved,
         lambda source: pretrained_model(resolved, source, watch, verbose=verbose),
-        out=training_path(out, Path(name).stem, resume),
+        out=out,
+        stem=Path(name).stem,
         resume=resume,
         watch=watch,
         track=track,

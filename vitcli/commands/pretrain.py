@@ -4,7 +4,6 @@ from pathlib import Path
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import training_path
 from vitcli.train.resolve import pretrain_recipe, random_model
 from vitcli.train.session import TrainResult, train
 
@@ -39,7 +38,8 @@ def run(
     return train(
         resolved,
         lambda source: random_model(resolved, source),
-        out=training_path(out, Path(name).stem, resume),
+        out=out,
+        stem=Path(name).stem,
         resume=resume,
         watch=watch,
         track=track,

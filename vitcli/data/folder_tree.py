@@ -9,10 +9,10 @@ from vitcli.errors import printable
 # Words that say nothing about a class. A folder with one of them in its name can be a wrapper.
 CONTAINERS = frozenset({
     "archive", "archives", "categories", "category", "class", "classes", "classification", "crop",
-    "cropped", "data", "dataset", "datasets", "dir", "folder", "folders", "image",
-    "images", "imageset", "img", "imgs", "jpeg", "jpegs", "jpg", "jpgs", "original", "originals", "photo", "photos", "pic",
-    "pics", "picture", "pictures", "png", "pngs", "raw", "resized", "rgb", "sample", "samples",
-    "set", "sets", "split"
+    "cropped", "data", "dataset", "datasets", "dir", "folder", "folders", "image", "images",
+    "imageset", "img", "imgs", "jpeg", "jpegs", "jpg", "jpgs", "original", "originals", "photo",
+    "photos", "pic", "pics", "picture", "pictures", "png", "pngs", "raw", "resized", "rgb",
+    "sample", "samples", "set", "sets", "split",
 })  # fmt: skip
 CLASS_WORDS = frozenset({"categories", "category", "class", "classes", "classification"})
 SPLIT_FORM = re.compile(

@@ -22,9 +22,8 @@ MASK_WORDS = frozenset({
     "groundtruths", "gt", "label", "labels", "mask", "masks", "segmentation", "segmentations",
     "truth"
 })  # fmt: skip
-MASK_STEM = re.compile(
-    r"(.+?)[ _-](?:mask|masks|seg|segmentation|gt|groundtruth)(?:[ _-]?\d+)?", re.I
-)
+MASK_ENDS = ("mask", "masks", "seg", "segmentation", "gt", "groundtruth")
+MASK_STEM = re.compile(rf"(.+?)[ _-](?:{'|'.join(MASK_ENDS)})(?:[ _-]?\d+)?", re.I)
 
 
 @dataclass
@@ -299,8 +298,10 @@ def _collect_masks(folder: Folder, folders: list[str], files: list[str]) -> None
     for child in masks:
         del folder.entries[child.name]
         folders.append(child.path)
-    matches = {name: found for name in folder.files if (found := MASK_STEM.fullmatch(_stem(name)))}
-    stems = {_stem(name) for name in folder.files} if matches else set()
+    files_inside = folder.files
+    ends = [name for name in files_inside if _ends_like_mask(name)]
+    matches = {name: found for name in ends if (found := MASK_STEM.fullmatch(_stem(name)))}
+    stems = {_stem(name) for name in files_inside} if matches else set()
     for name, found in matches.items():
         if found[1] in stems:
             del folder.entries[name]
@@ -326,6 +327,11 @@ def _is_mask_folder(folder: Folder, parent: Folder) -> bool:
         names = [name for name in beside if set(words_of(name)) - CONTAINERS == rest]
     images = [path for name in names for path in beside[name].paths()]
     return _share_stems(folder, [*parent.files, *images])
+
+
+def _ends_like_mask(name: str) -> bool:
+    """A quick test before MASK_STEM, because a dataset can have millions of files."""
+    return _stem(name).lower().rstrip("0123456789 _-").endswith(MASK_ENDS)
 
 
 def _stem(path: str) -> str:

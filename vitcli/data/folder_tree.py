@@ -87,7 +87,10 @@ def words_of(name: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", separated.lower())
 
 
-def folder_split(name: str) -> tuple[str, tuple[str, ...]] | None:
+Meaning = tuple[str, tuple[str, ...]]  # the split that a name means, and the other words
+
+
+def folder_split(name: str) -> Meaning | None:
     """(the split that a folder name means, its other words) for `train_set`, `seg_train`, …
 
     A folder with other words is a split only beside its counterpart: `seg_train` and `seg_test`.

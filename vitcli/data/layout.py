@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from vitcli.data.folder_tree import (
     CONTAINERS,
     Folder,
+    Meaning,
     folder_split,
     is_container,
     is_numbered_parts,
@@ -159,7 +160,7 @@ def _split_bodies(base: Folder, shown: str, notes: list[str]) -> dict[str, list[
         if found is not None:
             stems.setdefault(found[1], set()).add(found[0])
     bodies: dict[str, list[Folder]] = {}
-    others = []
+    others, said = [], []
     # A plain name goes before an alias: `validation` before `dev`.
     for folder in sorted(base.folders, key=lambda folder: folder.name.lower() not in SPLITS):
         found = meanings[folder.name]
@@ -171,32 +172,39 @@ def _split_bodies(base: Folder, shown: str, notes: list[str]) -> dict[str, list[
         if not same or _without_digits(same[0].name) == _without_digits(folder.name):
             same.append(folder)
         else:
-            notes.append(
-                f"{shown}: skipped `{printable(folder.name)}`, because `{printable(same[0].name)}` "
-                f"is the {found[0]} split"
-            )
-    if "train" not in bodies and len(base.folders) > 1:
-        rest = [one for one in base.folders if meanings[one.name] is None]
-        if len(rest) == 1 and _is_wrapper(base, rest[0]) and len(rest[0].folders) > 1:
-            train, others = rest[0], []
-            bodies = {"train": [train]}
-            for folder in base.folders:
-                if (found := meanings[folder.name]) is not None:
-                    bodies.setdefault(found[0], []).append(folder)
-            tests = named([one.name for one in base.folders if one is not train])
-            notes.append(
-                f"{shown}: `{printable(train.name)}` is the train split, because {tests} beside it "
-                "is for testing or validation"
-            )
-    if not bodies or ("train" not in bodies and others):
-        return {}
+            skipped, kept = printable(folder.name), printable(same[0].name)
+            said.append(f"{shown}: skipped `{skipped}`, because `{kept}` is the {found[0]} split")
+    if "train" not in bodies and others:
+        return _beside_test_set(base, meanings, shown, notes)
     # `train/` that holds images only, beside `car/` and `bus/`, is a class of vehicles.
     if others and not any(one.folders for folders in bodies.values() for one in folders):
         return {}
     if others:
-        skipped = named(sorted(folder.name for folder in others))
-        notes.append(f"{shown}: skipped folders that are not splits: {skipped}")
+        names = named(sorted(folder.name for folder in others))
+        said.append(f"{shown}: skipped folders that are not splits: {names}")
+    notes += said
     return in_split_order(bodies)
+
+
+def _beside_test_set(
+    base: Folder, meanings: Mapping[str, Meaning | None], shown: str, notes: list[str]
+) -> dict[str, list[Folder]]:
+    """`photos/CLASS` beside `photos_test/`: all other folders are for testing or validation."""
+    rest = [folder for folder in base.folders if meanings[folder.name] is None]
+    if not (len(rest) == 1 < len(base.folders) and _is_wrapper(base, rest[0])):
+        return {}
+    if len(rest[0].folders) < 2:
+        return {}
+    bodies = {"train": rest}
+    for folder in base.folders:
+        if (found := meanings[folder.name]) is not None:
+            bodies.setdefault(found[0], []).append(folder)
+    beside = named([folder.name for folder in base.folders if folder is not rest[0]])
+    notes.append(
+        f"{shown}: `{printable(rest[0].name)}` is the train split, because {beside} beside it is "
+        "for testing or validation"
+    )
+    return bodies
 
 
 def _one_with_splits(

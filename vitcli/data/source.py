@@ -263,8 +263,11 @@ def fingerprint(parts: Iterable[bytes]) -> str:
 def _one_class_hint(request: DataRequest, only: str) -> str:
     """Many archives unpack into one folder that holds the class folders."""
     inside = request.path / only
-    if inside.is_dir() and any(entry.is_dir() for entry in inside.iterdir()):
-        return f"if the subfolders of `{printable(inside)}` are the classes, give that folder"
+    while inside.is_dir():
+        folders = [entry for entry in inside.iterdir() if entry.is_dir()]
+        if len(folders) > 1:
+            return f"if the subfolders of `{printable(inside)}` are the classes, give that folder"
+        inside = folders[0] if folders else inside / "-"
     return "a classifier needs at least two classes; put each class into its own folder"
 
 

@@ -89,6 +89,7 @@ class SuiteResult:
             "group": task.group,
             "data": task.data,
             "accuracy": found and found.accuracy,
+            "split": found and found.split,
             "images": found and found.images,
             "run": found and found.run,
             "chosen": dict(found.chosen) if found else {},

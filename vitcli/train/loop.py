@@ -7,7 +7,7 @@ resumes from step n computes exactly what it would have computed without the int
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,8 +57,8 @@ class Loop:
         model: the trained network, with the labels and preprocessing that go with it.
         optimizers: the prepared ones, which skip a step if its fp16 gradients overflow.
         accelerator: the `accelerate.Accelerator`.
-        validate: returns metrics of a held-out split; runs every `eval_steps` and at the end.
-        outcomes: the predictions of the last validation.
+        evaluations: split -> what returns its metrics; the first runs every `eval_steps`.
+        outcomes: the predictions of the last evaluation.
         deadline: of a run with a budget, else None.
     """
 
@@ -72,7 +72,7 @@ class Loop:
     accelerator: Any
     watch: Watcher
     recorder: Recorder
-    validate: Callable[..., dict[str, float]] | None = None
+    evaluations: Mapping[str, Callable[..., dict[str, float]]] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     eval_steps: int | None = None
     deadline: Deadline | None = None
@@ -325,15 +325,11 @@ class Loop:
                 self.accelerator, size or len(batch.labels)
             )
 
-    # ---- evaluation, records, checkpoints ----
-
-    def evaluate(self, signals: SignalFlag | None = None) -> dict[str, float]:
-        """Log and return metrics of the held-out split, with averaged weights if there are any.
+    def evaluate(self, split: str, signals: SignalFlag | None = None) -> dict[str, float]:
+        """Log and return metrics of a held-out split, with averaged weights if there are any.
 
         If `signals` is given, a signal raises `SignalReceived`.
         """
-        if self.validate is None:
-            return {}
         self.module.eval()
         # Several processes must stop together, so they finish the evaluation first.
         single = self.accelerator.num_processes == 1
@@ -341,21 +337,24 @@ class Loop:
         # `interrupting` is innermost: whenever a signal comes, the trained weights are put back.
         ema, module = self.state.ema, self.state.module
         with averaged(module, ema), unsharded(module), interrupting:
-            metrics = self.validate()
+            metrics = self.evaluations[split]()
         self.module.train()
-        self.recorder.log({"step": self.state.step, **{f"test/{k}": v for k, v in metrics.items()}})
-        return {f"test_{name}": value for name, value in metrics.items()}
+        record = {f"{split}/{k}": v for k, v in metrics.items()}
+        self.recorder.log({"step": self.state.step} | record)
+        return metrics
 
     def _evaluate_between_steps(self, signals: SignalFlag) -> dict[str, float]:
         # An evaluation may take longer than the time that a scheduler grants after SIGTERM.
+        split = next(iter(self.evaluations), None)
         try:
-            return self.evaluate(signals)
+            metrics = self.evaluate(split, signals) if split else {}
+            return {f"{split}_{name}": value for name, value in metrics.items()}
         except SignalReceived as received:
             self.save()
             raise Stopped(received.number, self.state.step, str(self.run.path)) from None
 
     def save(self) -> None:
-        """Write a checkpoint of the current step; raises `NonFiniteError` for weights of NaN."""
+        """Write a checkpoint; raises `NonFiniteError` for weights of NaN."""
         # A resume from such weights would fail again, and the good checkpoints would be gone.
         if max_over_processes(self.accelerator, int(not self.state.has_finite_weights())):
             text = f"the weights are not finite after step {self.state.step}"

@@ -25,6 +25,7 @@ from vitcli.weights.store import (
     load_sharded_weights,
     load_weights,
     read_header,
+    read_split_record,
 )
 from vitcli.weights.timm.read_timm import read_timm
 from vitcli.weights.timm.timm_names import is_bit, is_timm
@@ -80,6 +81,8 @@ def _read(source: str, stated: Stated, watch: Watcher | None) -> Checkpoint:
         raise VitcliError(f"no such model: `{source}`", hint=UNDERSTOOD)
     checkpoint = _read_file(path, source, stated)
     checkpoint.notes[:0] = notes
+    if checkpoint.split_record is None:
+        checkpoint.split_record = read_split_record(path)
     return checkpoint
 
 

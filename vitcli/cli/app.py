@@ -27,7 +27,7 @@ from vitcli.cli.options import (
     Verbose,
     option,
     option_groups,
-    setting,
+    schema_option,
     settings_of,
 )
 from vitcli.errors import VitcliError
@@ -76,7 +76,7 @@ def pretrain(data: Data = None, *, training: TrainOptions) -> None:
 def finetune(
     data: Data = None,
     model: ModelName = None,
-    lora: Annotated[int | None, setting(MODEL, "lora.rank", "--lora")] = None,
+    lora: Annotated[int | None, schema_option(MODEL, "lora.rank", "--lora")] = None,
     verbose: Verbose = False,
     *,
     training: TrainOptions,
@@ -95,21 +95,27 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
     """Run `pretrain` or `finetune`, or only estimate its cost, or only find a learning rate."""
     from vitcli.cli.show import training as show
 
-    shared = {"recipe": training.recipe, "settings": settings, "out": training.out}
+    name = command.__name__.rpartition(".")[2]
+    shared: dict[str, Any] = {"recipe": training.recipe, "settings": settings, "out": training.out}
     verbose = {"verbose": given.pop("verbose")} if "verbose" in given else {}
     if training.find_lr:
+        if training.dry_run:
+            raise VitcliError(
+                "`--find-lr` and `--dry-run` are two different commands", "remove one of them"
+            )
         if training.resume:
             raise VitcliError(
                 "`--find-lr` does not train, so there is no run to resume", "remove `--resume`"
             )
-        rate = command.find_lr(**given, **shared, watch=console.Terminal())
+        from vitcli.commands import find_lr
+
+        rate = find_lr.run(**given, **shared, command=name, watch=console.Terminal())
         console.show(rate, training.json, show.show_found_rate)
         return
     if training.dry_run:
         from vitcli.cli.show import cost as show_cost
         from vitcli.commands import plan as planning
 
-        name = command.__name__.rpartition(".")[2]
         result = planning.run(
             **{"data": None, "model": None, **given, **shared},
             command=name,
@@ -213,10 +219,15 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         "--class-map": options.class_map,
         "--real": options.real,
         "--calibrate": options.calibrate or None,
+        "--verbose": options.verbose or None,
+        "--seed": options.seed if options.seed != EvaluateOptions.seed else None,
+        "--batch-size": (
+            options.batch_size if options.batch_size != EvaluateOptions.batch_size else None
+        ),
     }
     if names := ", ".join(name for name, value in given.items() if value is not None):
         raise VitcliError(
-            f"{names} cannot be combined with `--suite`, which defines the data of each task",
+            f"{names} cannot be combined with `--suite`: its file and recipes decide this per task",
             f"remove {names}, or edit a copy of the suite's file",
         )
     models = options.model or []
@@ -242,7 +253,9 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
 def predict(
     images: Annotated[
         list[str] | None,
-        typer.Argument(help="Images, folders, quoted globs.", metavar="IMAGE..."),
+        typer.Argument(
+            help="Images, folders, quoted globs, https:// addresses.", metavar="IMAGE..."
+        ),
     ] = None,
     *,
     options: PredictOptions,
@@ -299,7 +312,7 @@ def export(
 
     Example: `vitcli export --model runs/finetune --to onnx --out flowers.onnx`
     """
-    from vitcli.cli.show import training as show
+    from vitcli.cli.show import export as show
     from vitcli.commands import export as command
 
     result = command.run(
@@ -519,7 +532,7 @@ def check(
 
     Example: `vitcli check photos/ --out samples.png`
     """
-    from vitcli.cli.show import training as show
+    from vitcli.cli.show import check as show
     from vitcli.commands import check as command
 
     result = command.run(data, settings=settings_of(set_=set_), out=out, watch=console.Terminal())
@@ -536,8 +549,7 @@ def compare(
 ) -> None:
     """Compare runs: settings that differ, results, and a paired test.
 
-    The test is McNemar's; the interval is a bootstrap over images. Both need the same held-out
-    images in each run.
+    The test is McNemar's exact test. It and the interval need the same held-out images in each run.
 
     Example: `vitcli compare runs/finetune runs/finetune-2`
     """
@@ -562,7 +574,10 @@ def recipes(
     from vitcli.commands import recipes as command
 
     if name is not None:
-        typer.echo(command.text(name), nl=False)
+        if json:
+            console.print_json(command.settings(name))
+        else:
+            typer.echo(command.text(name), nl=False)
         return
     console.show(command.run(), json, show.show_recipes)
 

@@ -35,7 +35,7 @@ from vitcli.files import check_folder, make_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_output, run_stem
 from vitcli.weights.load import load_model, load_settings, newest_run
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
 
 DEFAULT_DATA = "builtin:digits"
@@ -111,7 +111,7 @@ def run(
             weights file of our format, else in a copy in `out`.
         batch_size: images per forward pass.
         precision: `auto` is fp32, so that the metrics are the same on every machine.
-        seed: seed of the resampling and of the half that is held out.
+        seed: seed of the half that is held out, and of the simulated calibration error.
         verbose: report how each tensor was loaded.
 
     Raises:
@@ -152,7 +152,7 @@ def run(
         results = []
         while tasks:
             results.append(_evaluate(tasks.pop(0), request))  # pop: frees the weights afterwards
-    return results[0] if len(results) == 1 else compare_models(data, results, seed)
+    return results[0] if len(results) == 1 else compare_models(data, results)
 
 
 def _output_folders(models: Sequence[str], root: Path) -> list[Path]:
@@ -182,7 +182,7 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
     source, images = choose_images(request.data, model, net, request.inference, watch)
     for line in source.notes:
         watch.note(line)
-    tell_load(net, watch, verbose=request.verbose)
+    note_load_report(net, watch, verbose=request.verbose)
     matching = match_outputs(net, source.classes, request.data, watch, request.class_map)
     if images.targets is not None:
         _check_multi_label(matching, source, request)

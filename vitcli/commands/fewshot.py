@@ -26,12 +26,13 @@ from vitcli.evals.fewshot.classifiers import (
 )
 from vitcli.evals.fewshot.ridge import L2Choice
 from vitcli.evals.held_out import open_known
+from vitcli.evals.intervals import wilson_interval
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, create_run, new_output, run_stem
 from vitcli.weights.edit import replace_head
 from vitcli.weights.feature_layers import set_representation
 from vitcli.weights.load import load_model, load_settings, newest_run
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import save_model
 
@@ -76,17 +77,16 @@ class FewshotResult:
     broken: tuple[str, ...] = ()
     split: str = "test"
 
-    @property
-    def exit_code(self) -> int:
-        """3 if some images could not be read."""
-        return 3 if self.broken else 0
-
     def to_json(self) -> dict[str, Any]:
-        """The object of `fewshot --json`; `std` is the sample standard deviation."""
+        """The object of `fewshot --json`.
+
+        `std` is the sample standard deviation over the draws of the shots; `interval` is that of
+        the mean over test images.
+        """
         shots_json: dict[str, Any] = {}
         for shots, seeds in self.accuracies.items():
             l2 = self.l2_values[shots] if isinstance(self.l2, str) else self.l2
-            accuracy = _mean_and_std(seeds)
+            accuracy = self._accuracy_json(seeds)
             shots_json[str(shots)] = {"accuracy": accuracy, "split": self.split, "l2": l2}
             if shots in self.choices:
                 shots_json[str(shots)]["path"] = self._path_json(shots)
@@ -94,7 +94,7 @@ class FewshotResult:
         if self.raw_pixels is not None:
             raw_json = {
                 str(shots): {
-                    "accuracy": _mean_and_std(seeds),
+                    "accuracy": self._accuracy_json(seeds),
                     "split": self.split,
                     "l2": self.l2,
                 }
@@ -123,13 +123,14 @@ class FewshotResult:
             "l2": list(choices[0].candidates),
             "left_out_accuracy": [None if a is None else a.tolist() for a in left_out],
             "left_out_images": [c.images for c in choices],
-            "accuracy": [_mean_and_std(seeds) for seeds in self.paths.get(shots, [])],
+            "accuracy": [self._accuracy_json(seeds) for seeds in self.paths.get(shots, [])],
         }
 
-
-def _mean_and_std(seeds: Sequence[float]) -> dict[str, Any]:
-    std = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
-    return {"mean": float(np.mean(seeds)), "std": std, "seeds": list(seeds)}
+    def _accuracy_json(self, seeds: Sequence[float]) -> dict[str, Any]:
+        mean = float(np.mean(seeds))
+        std = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
+        interval = list(wilson_interval(mean, self.test_images))
+        return {"mean": mean, "std": std, "seeds": list(seeds), "interval": interval}
 
 
 def run(
@@ -179,7 +180,7 @@ def run(
     set_representation(net, inference.fewshot.representation)
     for line in source.notes:
         watch.note(line)
-    tell_load(net, watch, verbose=verbose)
+    note_load_report(net, watch, verbose=verbose)
     about = {"model": model, "representation": inference.fewshot.representation, "of": data}
     features = CachedFeatures(net, source.fingerprint, about, batch_size, precision, cache, watch)
     result, head = _measure(features, source, inference.fewshot, watch)

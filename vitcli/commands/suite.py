@@ -19,6 +19,7 @@ from vitcli import distributed as launch
 from vitcli.config.recipe import lay_over, nest
 from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError
+from vitcli.evals.intervals import wilson_interval
 from vitcli.evals.suite_file import (
     Suite,
     TaskResult,
@@ -56,11 +57,6 @@ class SuiteResult:
     failed: dict[str, str]
     path: str
 
-    @property
-    def exit_code(self) -> int:
-        """3 if some tasks failed."""
-        return 3 if self.failed else 0
-
     def to_json(self) -> dict[str, Any]:
         """The object of `evaluate --suite --json`; all accuracies are in 0..1."""
         accuracies = {name: result.accuracy for name, result in self.results.items()}
@@ -85,11 +81,13 @@ class SuiteResult:
 
     def _task_json(self, task: TaskSection) -> dict[str, Any]:
         found = self.results.get(task.name)
+        interval = found and found.images and wilson_interval(found.accuracy, found.images)
         return {
             "group": task.group,
             "data": task.data,
             "accuracy": found and found.accuracy,
             "split": found and found.split,
+            "interval": list(interval) if interval else None,
             "images": found and found.images,
             "run": found and found.run,
             "chosen": dict(found.chosen) if found else {},

@@ -28,7 +28,8 @@ def choose_images(
     """
     section = inference.data
     # `whole` keeps data without a test split in one piece; `open_data` would hold a part out.
-    whole = open_data(section, data, whole=True, watch=watch, streams=True)
+    # A single class of the model's can be evaluated, too.
+    whole = open_data(section, data, whole=True, min_classes=1, watch=watch, streams=True)
     if section.streaming:
         return whole, whole.split("test", "validation")
     known = known_images(whole, net.split_record, watch)

@@ -19,9 +19,9 @@ from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, p
 from vitcli.vit.variants import is_resnet
 from vitcli.weights.edit import prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.overrides import stated_preprocess
+from vitcli.weights.overrides import override_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
 # The `[model]` keys that `finetune` takes; the others belong to the weights.
@@ -44,9 +44,9 @@ def pretrain_recipe(
     name = "pretrain_formula" if data in (None, FORMULA) else "pretrain"
     name = name if recipe is None else recipe
     changes: Settings = {}
-    if data is not None:
+    lay_over(changes, settings or {})
+    if data is not None:  # an argument wins over `--set`, as flags do
         lay_over(changes, nest("data.name", data))
-    lay_over(changes, settings or {})  # `--set data.name=` wins over the argument
     resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")
@@ -69,11 +69,11 @@ def finetune_recipe(
     name = "finetune_digits" if data in (None, DIGITS) else "finetune"
     name = name if recipe is None else recipe
     changes: Settings = {}
-    if data is not None:
+    lay_over(changes, settings or {})
+    if data is not None:  # an argument wins over `--set`, as flags do
         lay_over(changes, nest("data.name", data))
     if model is not None:
         lay_over(changes, nest("model.name", model))
-    lay_over(changes, settings or {})
     resolved = load_recipe(name, changes, "finetune")
     # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
@@ -144,7 +144,7 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
     return LoadedModel(
         network,
         labels=source.classes if supervised else None,
-        preprocess=stated_preprocess(base, given, size, channels),
+        preprocess=override_preprocess(base, given, size, channels),
     )
 
 
@@ -156,6 +156,12 @@ def pretrained_model(
     Raises:
         VitcliError: it cannot be loaded, or a setting does not fit it.
     """
+    name = recipe.objective.name
+    if not find_objective(name).supervised:
+        raise VitcliError(
+            f"objective `{name}` trains no head for the classes, and `finetune` needs one",
+            f"`vitcli pretrain {recipe.data.name} --set objective.name={name}` trains without one",
+        )
     section = recipe.model
     given = section.model_dump(exclude_none=True, exclude={"name"})
     if foreign := sorted(set(given) - {*LOADING, *DROPOUT}):
@@ -173,7 +179,7 @@ def pretrained_model(
     require_preprocess(model)
     # A head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head only.
     model = prepare_finetune(model, source.classes)
-    tell_load(model, watch, verbose=verbose)
+    note_load_report(model, watch, verbose=verbose)
     rates = {key: given[key] for key in DROPOUT if key in given}
     return with_dropout(model, rates) if rates else model
 

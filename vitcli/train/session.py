@@ -68,6 +68,7 @@ class TrainResult:
 
     Attributes:
         run: its directory.
+        seconds: time of the training steps, summed over all parts of an interrupted run.
         figures: metrics of the test split, else of the validation split; `split` names it. Without
             both, those of the last training steps.
         validation: metrics of the validation split, if there is a test split as well.
@@ -178,10 +179,8 @@ def train(
             if images is not None and old is None:
                 write_text(loop.run.path / ROWS_FILE, rows_text(images.rows))
         choose_steps(loop, started, source, precision, images)
-        first, start = loop.state.step, time.perf_counter()
         loop.fit()
-        seconds = time.perf_counter() - start
-        return finish(loop, seconds, loop.total_steps - first)
+        return finish(loop)
 
 
 def read_result(run: Run) -> TrainResult:
@@ -339,7 +338,7 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not name.endswith(ADAPTER))
 
 
-def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
+def finish(loop: Loop) -> TrainResult:
     """Evaluate, write weights and curves, and then the result, which marks the run as finished."""
     recipe, run, accelerator, model = loop.recipe, loop.run, loop.accelerator, loop.model
     # The test images come last: their predictions are the `outcomes` that stay.
@@ -349,7 +348,9 @@ def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
         loop.watch.warn(
             f"{len(broken)} images could not be read; other images of the same class replaced them"
         )
-    images = steps_done * recipe.train.batch_size
+    images = loop.total_steps * recipe.train.batch_size
+    # From the records, so that a run that was interrupted counts all of its parts.
+    seconds = sum(record["seconds"] for record in run.records() if "train/loss" in record)
     result = TrainResult(
         run=str(run.path),
         command=recipe.command,
@@ -357,9 +358,9 @@ def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
         model=str(recipe.model.name),
         parameters=num_parameters(model.network),
         steps=loop.total_steps,
-        images=loop.total_steps * recipe.train.batch_size,
+        images=images,
         seconds=round(seconds, 2),
-        images_per_second=round(images / seconds, 1) if images else 0.0,
+        images_per_second=round(images / seconds, 1) if seconds else 0.0,
         figures=metrics[-1] if metrics else last_training_metrics(run),
         validation=metrics[0] if len(metrics) > 1 else None,
         labels=model.config.num_classes,

@@ -1,21 +1,26 @@
-"""Print the results of pretrain, finetune, compare, export, recipes and check."""
+"""Print the results of pretrain, finetune and recipes."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
 
 from vitcli.cli import console as report
-from vitcli.cli.console import print_facts, print_table, show_next
-from vitcli.errors import printable
-
-MOST_CLASSES = 20  # rows of a table of classes
-MOST_EXAMPLES = 3  # examples of each kind of finding
-MOST_NAMES = 5  # file names of one group of duplicates
+from vitcli.cli.console import percent, print_facts, show_next
 
 
-def percent(share: float) -> str:
-    """0.9077 -> 90.77 %."""
-    return f"{100 * share:.2f} %"
+def with_interval(share: float, interval: Sequence[float] | None) -> str:
+    """72.40 % (68.40 to 76.20): the 95 % interval is in parentheses."""
+    if interval is None:
+        return percent(share)
+    return f"{percent(share)} ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
+
+
+def accuracy_interval(figures: Mapping[str, float]) -> tuple[float, float]:
+    """The 95 % interval of the accuracy in the result of a run."""
+    from vitcli.evals.intervals import wilson_interval
+
+    return wilson_interval(figures["accuracy"], int(figures["images"]))
 
 
 def show_trained(result: Any) -> None:
@@ -30,8 +35,8 @@ def show_trained(result: Any) -> None:
     for found in filter(None, (result.validation, figures)):
         split = found.get("split", "test")  # runs of earlier versions do not name it
         if "accuracy" in found and "images" in found:
-            counted = f"{percent(found['accuracy'])} of {found['images']:,.0f} images"
-            rows.append((f"{split} accuracy", counted))
+            shown = with_interval(found["accuracy"], accuracy_interval(found))
+            rows.append((f"{split} accuracy", f"{shown} of {found['images']:,.0f} images"))
         if "map" in found:
             counted = f"{percent(found['map'])} of {found['images']:,.0f} images"
             rows.append((f"{split} mean average precision", counted))
@@ -64,32 +69,6 @@ def show_found_rate(result: Any) -> None:
     show_next(f"the same command with --lr {result.lr:.2g}{muon}, without --find-lr")
 
 
-def worst(classes: list[list[Any]]) -> list[list[Any]]:
-    """The rows of the classes with the lowest F1."""
-    return sorted(classes, key=lambda row: row[3])[:MOST_CLASSES]
-
-
-def show_export(result: Any) -> None:
-    """Print the files of an export, its facts, and the difference after reading it back."""
-    facts, names = result.facts, "with names" if result.facts["class_names"] else "without names"
-    rows: list[tuple[str, Any]] = [(name, f"{size:,} bytes") for name, size in result.files.items()]
-    rows.append(("classes", f"{facts['classes']:,}, {names}" if facts["classes"] else "no head"))
-    rows.append(("image size", "x".join(map(str, facts["image_size"]))))
-    for key in ("mean", "std"):
-        known = facts[key] is not None
-        rows.append((key, ", ".join(f"{v:g}" for v in facts[key]) if known else "unknown"))
-    if facts["gelu"] is not None:
-        rows.append(("epsilon, GELU", f"{facts['norm_eps']:g}, {facts['gelu']}"))
-    if result.difference is not None:
-        largest = f"{result.difference:.2g} ({result.compared} up to {result.scale:.3g})"
-        rows.append((f"largest {result.compared} difference", largest))
-    print_facts(f"{result.model} as {result.format}: {result.path}", rows)
-    for note in result.notes:
-        report.Terminal().note(note)
-    if result.format != "onnx" and result.head_trained:
-        show_next(f"vitcli predict image.jpg --model {result.path}")
-
-
 def show_recipes(result: Any) -> None:
     """Print two lines per recipe: its data, model and cost, and its description."""
     for row in result.rows:
@@ -97,43 +76,3 @@ def show_recipes(result: Any) -> None:
         takes += f", {row.cost}" if row.cost else ""
         report.out.print(Text.assemble((row.name, "bold"), "  ", takes), soft_wrap=True)
         report.out.print(Text(f"    {row.description}", style="dim"), soft_wrap=True)
-
-
-def show_check(result: Any) -> None:
-    """Print splits, sizes and classes of a dataset, and the problems found."""
-    facts = result.to_json()
-    rows: list[tuple[str, Any]] = [
-        ("images", ", ".join(f"{n:,} {name}" for name, n in facts["splits"].items())),
-        ("classes", len(facts["classes"])),
-    ]
-    for name in ("height", "width"):
-        if found := facts[name]:
-            rows.append((name, f"{found['min']} to {found['max']}, median {found['median']}"))
-    if hint := facts["suggested"]:
-        said = (
-            f"--set model.image_size={hint['image_size']} --set model.patch_size="
-            f"{hint['patch_size']} ({hint['tokens']} tokens)"
-        )
-        rows.append(("suggested", said))
-    if facts["sheet"]:
-        rows.append(("samples", facts["sheet"]))
-    print_facts(result.data, rows)
-    splits = list(facts["splits"])
-    classes = sorted(facts["classes"].items(), key=lambda item: item[1][splits[0]])
-    if len(classes) > MOST_CLASSES:
-        classes = [*classes[: MOST_CLASSES // 2], *classes[-MOST_CLASSES // 2 :]]
-    print_table("", ["class", *splits], [[k, *(v[s] for s in splits)] for k, v in classes])
-    report.print_title("problems" if facts["problems"] else "no problems found")
-    for line in facts["problems"]:
-        report.out.print(Text(f"  {printable(line)}"), soft_wrap=True)
-    for title, pairs in facts["leaks"].items():
-        for names in pairs[:MOST_EXAMPLES]:
-            shown = " = ".join(printable(name) for name in names)
-            report.out.print(Text(f"    {title}: {shown}", style="dim"), soft_wrap=True)
-    for kind in ("exact_duplicates", "near_duplicates"):
-        for names in facts[kind][:MOST_EXAMPLES]:
-            shown = " = ".join(printable(name) for name in names[:MOST_NAMES])
-            shown += f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
-            report.out.print(
-                Text(f"    {kind.replace('_', ' ')}: {shown}", style="dim"), soft_wrap=True
-            )

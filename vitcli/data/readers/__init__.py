@@ -26,6 +26,7 @@ class Reader:
         suffixes: endings of the files that it reads.
         accepts: `module:function`, which tells whether a folder (`Path`) is of this kind; None if
             a folder never is.
+        several: True if a notation such as `{train,test}.csv` means several files.
     """
 
     example: str
@@ -33,6 +34,7 @@ class Reader:
     load: str
     suffixes: tuple[str, ...] = ()
     accepts: str | None = None
+    several: bool = False
 
 
 # A key with a colon is a notation, or the start of one (`hf:`). Of several readers that accept a
@@ -45,9 +47,12 @@ READERS = {
     ),
     "table": Reader(
         "labels.csv",
-        "a .csv, .tsv or .jsonl table with a column of paths and a column of labels",
+        "a .csv, .tsv, .txt or .jsonl table with a column of paths and a column of labels; several "
+        "as `{train,test}.csv`, or a folder of them",
         "readers.table:load_table",
-        suffixes=(".csv", ".tsv", ".jsonl"),
+        suffixes=(".csv", ".tsv", ".txt", ".jsonl"),
+        accepts="readers.table:table_files",
+        several=True,
     ),
     "decoded": Reader(
         "photos-224/",
@@ -68,6 +73,25 @@ READERS = {
         "readers.tar:load_tar",
         suffixes=(".tar",),
         accepts="readers.tar:is_shard_folder",
+        several=True,
+    ),
+    "saved": Reader(
+        "saved/",
+        "a folder that `save_to_disk` of Hugging Face `datasets` wrote",
+        "readers.saved:load_saved",
+        accepts="readers.saved:is_saved",
+    ),
+    "zip": Reader(
+        "photos.zip",
+        "a zip archive of class folders",
+        "readers.zip:load_zip",
+        suffixes=(".zip",),
+    ),
+    "arrays": Reader(
+        "medmnist.npz",
+        "a NumPy archive with `train_images`, `train_labels`, …, or `x_train`, `y_train`, …",
+        "readers.arrays:load_arrays",
+        suffixes=(".npz",),
     ),
     "hf:": Reader("hf:NAME", "a dataset on the Hugging Face Hub", "readers.hub:load_hub"),
     "builtin:digits": Reader(
@@ -105,7 +129,7 @@ def find_reader(notation: str) -> str:
     for key, reader in READERS.items():
         if suffix not in reader.suffixes:
             continue
-        if path.is_file() or (suffix == ".tar" and "{" in notation):
+        if path.is_file() or (reader.several and re.search(r"[{,]", notation)):
             return key
         raise VitcliError(f"no such file: `{shown}`", f"DATA is one of: {_KINDS}")
     if re.search(r"\.(tar\.\w+|tgz)$", notation):
@@ -114,7 +138,28 @@ def find_reader(notation: str) -> str:
             "decompress it with `gunzip`: random access needs uncompressed shards",
         )
     fault = "unsupported data format" if path.exists() else "no such file or folder"
+    if path.is_symlink() and not path.exists():
+        target = printable(path.readlink())
+        fault = f"it is a link to `{target}`, which does not lead to a file or a folder"
     raise VitcliError(f"{fault}: `{shown}`", f"DATA is one of: {_KINDS}")
+
+
+def expand_home(notation: str) -> str:
+    """`~/photos` -> `/home/me/photos`; the shell has no part in recipes and quoted arguments.
+
+    Raises:
+        VitcliError: there is no such user.
+    """
+    if not notation.startswith("~") or os.path.lexists(notation):
+        return notation
+    try:
+        return str(Path(notation).expanduser())
+    except RuntimeError:
+        shown = printable(notation)
+        raise VitcliError(
+            f"`{shown}`: there is no user with this name",
+            f"write `./{shown}` if the name of the folder starts with `~`",
+        ) from None
 
 
 def is_dataset(notation: str | os.PathLike[str]) -> bool:
@@ -123,7 +168,7 @@ def is_dataset(notation: str | os.PathLike[str]) -> bool:
     Raises:
         VitcliError: it is written like such DATA, but it does not exist.
     """
-    notation = os.fspath(notation)
+    notation = expand_home(os.fspath(notation))
     path = Path(notation)
     if notation.startswith(("builtin:", "hf:")) or path.suffix.lower() in DATA_SUFFIXES:
         return True

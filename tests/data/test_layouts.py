@@ -489,10 +489,10 @@ def test_a_table_of_captions_leaves_the_class_folders(tmp_path):
 
 def test_another_table_is_named_where_the_folder_has_no_classes(tmp_path):
     build(tmp_path, ["images/1.png", "images/2.png"])
-    write(tmp_path / "train.csv", "id,label", "1,a")
+    write(tmp_path / "photos.csv", "id,label", "1,a")
     with pytest.raises(VitcliError, match=r"images/?` has 2 images but no class folders") as caught:
         load_data(str(tmp_path))
-    assert f"`{tmp_path}/train.csv` holds the labels" in str(caught.value.hint)
+    assert f"`{tmp_path}/photos.csv` holds the labels" in str(caught.value.hint)
 
 
 def test_numbered_parts_beside_a_table(tmp_path):

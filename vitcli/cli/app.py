@@ -9,6 +9,7 @@ from vitcli import __version__
 from vitcli.cli import console
 from vitcli.cli.options import (
     EVALUATION,
+    MACHINE,
     MODEL,
     OUTPUT,
     BenchOptions,
@@ -166,7 +167,7 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
 def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
     """Evaluate a model on a labelled dataset: accuracy, calibration, confusion matrix.
 
-    Figures have 95 % confidence intervals. Several models are compared with the first one on the
+    Metrics have 95 % confidence intervals. Several models are compared with the first one on the
     same images. `--suite` fine-tunes or few-shot evaluates the model on every task of a suite; run
     it again with the same `--out` to continue.
 
@@ -249,8 +250,8 @@ def predict(
 ) -> None:
     """Predict classes and probabilities of images.
 
-    A table (`--csv`, `--jsonl`, `--parquet`) gets its name when it is complete. Until then its rows
-    are in a file that ends in `.part`, and `--resume` continues from there.
+    The output file (`--csv`, `--jsonl`, `--parquet`) appears when all rows are written. Until then
+    the rows are in `FILE.part`, and `--resume` continues from there.
 
     Example: `vitcli predict holiday/ cat.jpg --model runs/finetune --top 3 --csv classes.csv`
 
@@ -294,8 +295,8 @@ def export(
 ) -> None:
     """Export a model to another format, read it back, and compare the logits.
 
-    Google's format has the tanh form of GELU only: add `--set model.gelu=tanh` if that is close
-    enough.
+    Google's format supports only tanh GELU. `--set model.gelu=tanh` exports with that
+    approximation.
 
     Example: `vitcli export --model runs/finetune --to onnx --out flowers.onnx`
     """
@@ -329,10 +330,11 @@ def plan(
     *,
     options: PlanOptions,
 ) -> None:
-    """Estimate the cost of a run before it starts: operations, memory, time, money.
+    """Estimate the cost of a run before it starts: FLOPs, memory, time, money.
 
-    Parameters and operations are exact. The time is measured with a few real steps of the recipe.
-    Other machines are estimated from their peak performance. Nothing is written.
+    Parameters and FLOPs are exact, counted as in Table 6 of the paper. The time is measured with a
+    few real steps of the recipe. Other machines are estimated from their peak performance. Nothing
+    is written.
 
     Example: `vitcli plan pretrain_cifar10_small cifar10/ --budget 30m --watts 65 --kwh-price 0.3`
 
@@ -362,7 +364,7 @@ def bench(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A MODEL, or several separated by commas. Default: the newest run, or `S/16`.",
+            help="A MODEL; comma-separated for several. Default: the newest run, or `S/16`.",
             metavar="MODEL",
             show_default=False,
         ),
@@ -372,8 +374,8 @@ def bench(
 ) -> None:
     """Benchmark a model: throughput, latency, memory, and the largest batch that fits.
 
-    The models take turns, so a busy machine slows all of them alike. Peak memory is traced from the
-    tensors; on a CPU it includes the allocator's overhead.
+    Measurements alternate between the models, so that load affects all equally. Peak memory is the
+    sum of live tensors; on a CPU it includes the allocator's overhead.
 
     Example: `vitcli bench S/16 --image-size 224,384 --against transformers --out bench.png`
     """
@@ -422,7 +424,8 @@ def inspect(
     """Draw the paper's figures for a model, with their numbers.
 
     The figures: embedding filters, position similarity, mean attention distance per head, attention
-    rollout per image, and translation equivariance and locality beside random weights and a ResNet.
+    rollout per image, and translation equivariance and locality, compared with random weights and
+    with a ResNet.
     The folder holds `index.html`, PNG files, `inspect.json` and `figures.npz`.
 
     Example: `vitcli inspect cat.jpg --model runs/finetune --out look/`
@@ -461,8 +464,7 @@ def patchify(
         option(
             OUTPUT,
             "--out",
-            help="x.safetensors for the patches, x.png for a picture, a folder for a decoded "
-            "dataset.",
+            help="`.safetensors`: patches; `.png`: patch grid; folder: decoded dataset.",
         ),
     ] = None,
     compare: Annotated[
@@ -477,11 +479,12 @@ def patchify(
 ) -> None:
     """Cut images into patches: view them, measure them, or store them.
 
-    `--out DIR` decodes and resizes the images of DATA once. DIR is DATA for every command, and
-    training on it decodes nothing. Run an interrupted command again to continue.
+    `--out DIR` decodes and resizes the images of DATA once. Use DIR as DATA in any command; its
+    images need no decoding. Run an interrupted command again to continue.
 
-    For one image it prints mean, spread and entropy of the patches and the cost of each patch size.
-    `vitcli patchify cat.safetensors --reconstruct cat.png` rebuilds an image from stored patches.
+    For one image it prints mean, standard deviation and entropy of the patches and the cost of each
+    patch size. `vitcli patchify cat.safetensors --reconstruct cat.png` rebuilds an image from
+    stored patches.
 
     Example: `vitcli patchify cat.jpg --patch-size 32 --out cat.safetensors`
 
@@ -536,8 +539,8 @@ def compare(
 ) -> None:
     """Compare runs: settings that differ, results, and a paired test.
 
-    The test is McNemar's; the interval is a bootstrap over images. Both need the same held-out
-    images in each run.
+    The test is McNemar's; the interval is a bootstrap over images. Both need runs evaluated on the
+    same images.
 
     Example: `vitcli compare runs/finetune runs/finetune-2`
     """
@@ -550,7 +553,7 @@ def compare(
 @app.command(cls=SettingsCommand)
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Print this recipe.", show_default=False)
+        str | None, typer.Argument(help="Recipe to print.", metavar="NAME", show_default=False)
     ] = None,
     json: Json = False,
 ) -> None:
@@ -569,9 +572,10 @@ def recipes(
 
 @app.command(cls=SettingsCommand)
 def doctor(
-    out: Annotated[
-        Path | None, option(OUTPUT, "--out", help="Folder whose disk speed is measured.")
+    folder: Annotated[
+        Path | None, option(MACHINE, "--folder", help="Measure the disk of this folder.")
     ] = None,
+    out: Annotated[Path | None, option(OUTPUT, "--out", help="Old name.", hidden=True)] = None,
     json: Json = False,
 ) -> None:
     """Check this machine and this installation for problems.
@@ -584,4 +588,4 @@ def doctor(
     from vitcli.cli.show import doctor as show
     from vitcli.commands import doctor as command
 
-    console.show(command.run(out, console.Terminal()), json, show.show_doctor)
+    console.show(command.run(folder or out, console.Terminal()), json, show.show_doctor)

@@ -20,7 +20,10 @@ from vitcli.data.readers import DATA_HELP
 from vitcli.errors import VitcliError
 
 DATA, MODEL, TRAINING, EVALUATION = "Data", "Model", "Training", "Evaluation"
-MACHINE, OUTPUT = "Machine", "Output"
+SETTINGS, MACHINE, OUTPUT = "Settings", "Machine", "Output"
+# The panels of a help page, in this order.
+PANELS = (DATA, MODEL, TRAINING, EVALUATION, SETTINGS, MACHINE, OUTPUT)
+MODEL_FORMS = "A run, a weights file or folder, `hf:ORG/NAME`"
 SCHEMA = "schema:"  # marks a help text that `SettingsCommand` reads from the schema
 
 
@@ -51,8 +54,11 @@ class SettingsCommand(TyperCommand):
 
 
 def fill_help(command: Any) -> None:
-    """Replace the marked help texts of a click command by those of the schema."""
+    """Replace the marked help texts of a click command by those of the schema, sort the panels."""
     from vitcli.config.schema import help_of
+
+    ranks = {panel: rank for rank, panel in enumerate(PANELS)}
+    command.params.sort(key=lambda p: ranks.get(getattr(p, "rich_help_panel", None), -1))
 
     for parameter in command.params:
         text = getattr(parameter, "help", None)
@@ -188,7 +194,7 @@ Data = Annotated[
 Set = Annotated[
     list[str] | None,
     option(
-        OUTPUT,
+        SETTINGS,
         "--set",
         help="Override a setting: `section.key=value`. Repeatable.",
         metavar="KEY=VALUE",
@@ -219,7 +225,7 @@ InferenceBatch = Annotated[
     int, option(MACHINE, "--batch-size", min=1, help="Images per forward pass.", show_default=True)
 ]
 InferencePrecision = Annotated[
-    str, option(MACHINE, "--precision", help="auto, fp32, bf16 or fp16.", show_default=True)
+    str, option(MACHINE, "--precision", help="auto (fp32), fp32, bf16 or fp16.", show_default=True)
 ]
 ModelName = Annotated[
     str | None,
@@ -227,8 +233,18 @@ ModelName = Annotated[
         MODEL,
         "--model",
         "-m",
-        help="A run, a weights file or folder, `hf:ORG/NAME`, the URL of a weights file, or a "
-        "variant such as `B/16`. Default: the newest run that fits.",
+        help=f"{MODEL_FORMS}, the URL of a weights file, or a variant such as `B/16`. Default: the "
+        "newest run that fits.",
+    ),
+]
+TrainedModel = Annotated[
+    str | None,
+    option(
+        MODEL,
+        "--model",
+        "-m",
+        help=f"{MODEL_FORMS}, or the URL of a weights file. Default: the newest run with a "
+        "trained head.",
     ),
 ]
 
@@ -308,7 +324,7 @@ class PlanOptions:
             MACHINE,
             "--device",
             help="Estimate for other machines: t4, l4, rtx4090, a100, h100, h200, tpuv3 (one "
-            "core), several separated by commas, or `all`.",
+            "core), comma-separated for several, or `all`.",
         ),
     ] = None
     precision: Annotated[str | None, setting(MACHINE, "train.precision", "--precision")] = None
@@ -332,14 +348,16 @@ class BenchOptions:
 
     image_size: Annotated[
         str | None,
-        option(MODEL, "--image-size", help="Image side in px; several as `224,384`."),
+        option(
+            MODEL, "--image-size", help="Image side in px; comma-separated for several: `224,384`."
+        ),
     ] = None
     attention: Annotated[
         str | None,
         option(
             MODEL,
             "--attention",
-            help="auto, fused (PyTorch's kernel) or explicit; several as `fused,explicit`.",
+            help="auto, fused (PyTorch's kernel) or explicit; comma-separated for several.",
         ),
     ] = None
     against: Annotated[
@@ -348,7 +366,9 @@ class BenchOptions:
     ] = None
     precision: Annotated[
         str | None,
-        option(MACHINE, "--precision", help="auto, fp32, bf16 or fp16; several as `fp32,bf16`."),
+        option(
+            MACHINE, "--precision", help="auto, fp32, bf16 or fp16; comma-separated for several."
+        ),
     ] = None
     batch_size: Annotated[
         int, option(MACHINE, "--batch-size", min=1, help="Images per batch.", show_default=True)
@@ -368,7 +388,9 @@ class BenchOptions:
             help="Memory limit for the largest-batch search, e.g. `4G`. Default: free memory.",
         ),
     ] = None
-    out: Annotated[Path | None, option(OUTPUT, "--out", help="Plot as a .png file.")] = None
+    out: Annotated[
+        Path | None, option(OUTPUT, "--out", help="Write the plot to this .png file.")
+    ] = None
     set_: Set = None
     json: Json = False
 
@@ -425,8 +447,8 @@ class EvaluateOptions:
             MODEL,
             "--model",
             "-m",
-            help="A run, a weights file or folder, `hf:ORG/NAME`, or the URL of a weights file. "
-            "Repeat it to compare models in one table. Default: the newest run that fits.",
+            help=f"{MODEL_FORMS}, or the URL of a weights file. Repeat it to compare models in one "
+            "table. Default: the newest run with a trained head.",
         ),
     ] = None
     image_size: ImageSize = None
@@ -436,8 +458,8 @@ class EvaluateOptions:
         option(
             MODEL,
             "--class-map",
-            help="JSON or CSV file that maps classes of the model to classes of the data; images "
-            "of other classes are excluded.",
+            help="JSON or CSV file: class of the data -> class(es) of the model. Images of classes "
+            "that are not listed are excluded.",
         ),
     ] = None
     suite: Annotated[
@@ -445,7 +467,7 @@ class EvaluateOptions:
         option(
             EVALUATION,
             "--suite",
-            help="Run every task of a suite instead of DATA, by name (`vtab1k`) or file.",
+            help="Suite to run instead of DATA: a name (`vtab1k`) or a file.",
         ),
     ] = None
     real: Annotated[
@@ -462,7 +484,8 @@ class EvaluateOptions:
             EVALUATION,
             "--calibrate",
             help="Fit a temperature on the validation images (or on half of the images if there "
-            "are none), report on the others, and store it with the weights.",
+            "are none), and evaluate the remaining images. The temperature is stored with the "
+            "weights.",
         ),
     ] = False
     seed: Annotated[
@@ -495,11 +518,10 @@ class PredictOptions:
         option(
             DATA,
             "--from",
-            help="File with more paths, one per line or separated by NUL (`find -print0`); `-` is "
-            "stdin.",
+            help="File with a list of image paths (one per line or NUL-separated); `-` is stdin.",
         ),
     ] = None
-    model: ModelName = None
+    model: TrainedModel = None
     labels: Labels = None
     top: Annotated[
         int, option(EVALUATION, "--top", help="Number of classes per image.", show_default=True)
@@ -513,8 +535,8 @@ class PredictOptions:
         option(
             EVALUATION,
             "--ood",
-            help="Add the out-of-distribution (OOD) score, 0 to 1: the fraction of held-out "
-            "training images whose features are closer to the training data.",
+            help="Add the out-of-distribution (OOD) score, 0 to 1: the fraction of held-out (test "
+            "or validation) images that are closer to the training images than this image.",
         ),
     ] = False
     ood_threshold: Annotated[
@@ -556,7 +578,10 @@ class PredictOptions:
         Path | None, option(OUTPUT, "--parquet", help="Save the results to this parquet file.")
     ] = None
     resume: Annotated[
-        bool, option(OUTPUT, "--resume", help="Resume the table of an interrupted command.")
+        bool,
+        option(
+            OUTPUT, "--resume", help="Continue an interrupted `--csv`, `--jsonl` or `--parquet`."
+        ),
     ] = False
     set_: Set = None
     verbose: Verbose = False

@@ -301,9 +301,7 @@ def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
     metrics = {name.removeprefix("test_"): value for name, value in loop.evaluate().items()}
     broken = dict(sorted(gather(list(loop.loader.broken.items()), accelerator)))
     if broken:
-        loop.watch.warn(
-            f"{len(broken)} images could not be read; other images of the same class replaced them"
-        )
+        loop.watch.warn(f"unreadable images, which were not used: {len(broken)}")
     images = steps_done * recipe.train.batch_size
     result = TrainResult(
         run=str(run.path),

@@ -198,7 +198,7 @@ def _read_classes(
         paths += [os.fsencode(name) for name in loose]
     elif loose and not classes and (folder == root or folder.name.lower() in TRAIN_FOLDERS):
         raise VitcliError(
-            f"`{shown}` has {len(loose):,} images but no class folders",
+            f"`{shown}` has {len(loose):,} image{'s' * (len(loose) != 1)} but no class folders",
             "put the images of each class into a folder with its name, or give a CSV file with "
             "the columns `path` and `label`",
         )

@@ -31,7 +31,7 @@ class Brier(Objective):
         super().__init__()
         self.model = model.network
 
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         probabilities = self.model(images).float().softmax(dim=1)  # (B, K)
         loss = (probabilities - F.one_hot(labels, probabilities.shape[1])).square().sum(1).mean()
         return loss, {"loss": loss.detach()}

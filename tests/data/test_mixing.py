@@ -131,12 +131,6 @@ def test_parts_of_a_batch_mix_as_the_whole():
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_views_are_mixed_each_with_the_partners_same_view():
-    mix = sample_mix(5, 0, 4, SIZE, resolved(mixup_alpha=0.8, cutmix_alpha=1.0))
-    both = mix.images(IMAGES)  # two views of four pictures
-    assert torch.equal(both, torch.cat([mix.images(IMAGES[:4]), mix.images(IMAGES[4:])]))
-
-
 def test_several_labels_stay_several():
     many = torch.tensor([[1, 0, 1], [0, 1, 0]])
     assert torch.equal(soft_targets(many, 3), many.float())

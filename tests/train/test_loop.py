@@ -56,10 +56,10 @@ def small_memory(monkeypatch):
     """Training passes over more than 8 images fail as torch's allocator does."""
     real = Softmax.forward
 
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         if self.training and len(images) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return real(self, images, labels, factors)
+        return real(self, images, labels)
 
     monkeypatch.setattr(Softmax, "forward", forward)
 
@@ -101,7 +101,7 @@ def test_mixed_pairs_stay_together(tmp_path, small_memory):
 
 
 def test_nothing_fits(tmp_path, monkeypatch):
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
     monkeypatch.setattr(Softmax, "forward", forward)
@@ -110,7 +110,7 @@ def test_nothing_fits(tmp_path, monkeypatch):
 
 
 def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(Softmax, "forward", forward)

@@ -252,7 +252,7 @@ def test_five_frames_from_the_command_to_the_gradients(tmp_path, monkeypatch):
     class Reached(Exception):
         pass
 
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         raise Reached
 
     monkeypatch.setattr(Softmax, "forward", forward)

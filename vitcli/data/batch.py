@@ -1,7 +1,7 @@
 """`Batch`: images with what is known about them, and their way to the device."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,11 @@ class Batch:
     """Images with what is known about them.
 
     Attributes:
-        images: (V*B, C, Y, X) uint8, view-major; memory may be channels-last.
+        images: (B, C, Y, X) uint8; memory may be channels-last.
         labels: (B,) int64 class numbers, or (B, K) uint8 multi-hot targets.
         indices: (B,) int64, positions in the image set.
         epochs: (B,) int64, the epoch of each image; 0 in evaluation.
-        broken: one line per unreadable image.
-        factors: what a generator knows about its images, each (V*B, ...), view-major.
+        broken: (name, reason) of each unreadable image.
         mix: how to mix the images in pairs, or None.
     """
 
@@ -31,37 +30,34 @@ class Batch:
     labels: Tensor
     indices: Tensor
     epochs: Tensor
-    broken: tuple[str, ...] = ()
-    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    broken: tuple[tuple[str, str], ...] = ()
     mix: Mix | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """`name: reason` of each unreadable image."""
+        return tuple(f"{name}: {reason}" for name, reason in self.broken)
+
     def part(self, start: int, stop: int) -> "Batch":
-        """The images `start` to `stop` with all their views, as a micro-batch."""
+        """The images `start` to `stop`, as a micro-batch."""
         if (start, stop) == (0, len(self)):
             return self
-        views = len(self.images) // len(self)
-
-        def cut(x: Tensor) -> Tensor:
-            by_view = x.reshape(views, len(self), *x.shape[1:])  # (V, B, ...)
-            return by_view[:, start:stop].flatten(0, 1)
-
         return replace(
             self,
-            images=cut(self.images),
+            images=self.images[start:stop],
             labels=self.labels[start:stop],
             indices=self.indices[start:stop],
             epochs=self.epochs[start:stop],
-            factors={name: cut(factor) for name, factor in self.factors.items()},
             mix=self.mix and self.mix.part(start, stop),
         )
 
     def tensors(self) -> list[Tensor]:
-        """The tensors that a step reads: images, labels, factors and mixing."""
+        """The tensors that a step reads: images, labels and mixing."""
         mixing = [self.mix.lam, self.mix.box] if self.mix else []
-        return [self.images, self.labels, *self.factors.values(), *mixing]
+        return [self.images, self.labels, *mixing]
 
     def to(self, device: torch.device) -> "Batch":
         """Copy what a step reads to `device`; return `self` if it is already there."""
@@ -71,7 +67,6 @@ class Batch:
             self,
             images=self.images.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
-            factors={name: x.to(device, non_blocking=True) for name, x in self.factors.items()},
             mix=self.mix and self.mix.to(device),
         )
 
@@ -120,7 +115,7 @@ def make_batch(
     labels: Any,
     indices: Integers,
     epochs: Integers,
-    broken: Iterable[str] = (),
+    broken: Iterable[tuple[str, str]] = (),
 ) -> Batch:
     """A `Batch` from arrays."""
     labels = np.asarray(labels)

@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +129,33 @@ class ArrayStore:
         return f"image {row} of {self.name}"
 
 
+class BatchSource(Protocol):
+    """A training set that makes whole batches itself, such as `FormulaSet`."""
+
+    kind: Literal["batches"]
+    labels: Integers
+
+    def __len__(self) -> int: ...
+
+    def describe(self, index: int) -> str:
+        """The name of the image in errors."""
+
+    def batch(
+        self, epochs: Integers, indices: Integers, image_size: tuple[int, int], seed: int
+    ) -> tuple[Any, Any]:
+        """(B,) epochs, (B,) indices -> (B, C, Y, X) uint8 images, (B,) labels."""
+
+
+class Stream(Protocol):
+    """A training set that is read from its start to its end, of unknown length: `StreamSet`."""
+
+    kind: Literal["stream"]
+    shards: tuple[Any, ...]
+
+    def epoch(self, seed: Sequence[int], rank: int, world_size: int) -> Iterator[Any]:
+        """The samples of this process, in an order that `seed` determines."""
+
+
 class ImageSet:
     """The images and labels of one split; images are read on demand.
 
@@ -140,6 +167,8 @@ class ImageSet:
         rows: (n,) the rows of `store`; default: all.
         targets: (n, K) multi-hot targets of multi-label images, else None.
     """
+
+    kind: Literal["images"] = "images"
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tarfile import TarError
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -143,6 +143,7 @@ class StreamSet:
         buffer: images in the shuffle buffer.
     """
 
+    kind: Literal["stream"] = "stream"
     targets: None = None
 
     def __init__(

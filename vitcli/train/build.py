@@ -12,9 +12,9 @@ from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.policies import changes_pixels
 from vitcli.data.augment.transform import TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
+from vitcli.data.image_set import BatchSource, ImageSet, Stream
 from vitcli.data.loader import TrainLoader
 from vitcli.data.source import Source, open_data
-from vitcli.data.streaming import StreamSet
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
@@ -101,7 +101,7 @@ def build_loop(
     preprocess = model.preprocess
     assert preprocess is not None
     # Validation uses the transform that is stored with the weights, training its own augmentation.
-    loader = make_loader(recipe, source, preprocess, objective.num_views, accelerator)
+    loader = make_loader(recipe, source, preprocess, accelerator)
     validate, outcomes = None, list[Outcome]()
     if (split := held_out_split(source)) is not None and model.config.num_classes > 0:
         images = source.splits[split]
@@ -148,7 +148,7 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
 
 
 def make_loader(
-    recipe: Recipe, source: Source, preprocess: Preprocess, num_views: int, accelerator: Any
+    recipe: Recipe, source: Source, preprocess: Preprocess, accelerator: Any
 ) -> TrainLoader:
     """The loader that makes the batches of this process."""
     transform = TrainTransform(preprocess, recipe.augment)
@@ -157,12 +157,11 @@ def make_loader(
         transform,
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
-        views=num_views,
         workers=recipe.data.workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         strict=recipe.data.strict,
-        repeats=recipe.augment.repeats,
+        repeats=recipe.augment.repeats if source.splits["train"].kind == "images" else 1,
         augment=transform.settings,
         # A GPU copies from pinned memory while it computes.
         pin_memory=accelerator.device.type == "cuda",
@@ -277,18 +276,19 @@ def _unused(
         yield f"{kind} `{section.name}` does not use {keys}"
 
 
-def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
+def check_augment(recipe: Recipe, images: ImageSet | BatchSource | Stream, processes: int) -> None:
     """Check that `[augment]` fits the data, the objective and the batch."""
     settings = resolve_augment(recipe.augment)
     mixes = mixes_pairs(settings)
-    # Generated images come as whole batches with their variations, and plans use blank ones.
-    drawn = hasattr(images, "batch") and not getattr(images, "is_blank", False)
-    if drawn and (changes_pixels(settings) or settings.repeats > 1):
+    # Generated images come as whole batches with their variations.
+    # A plan without data trains on noise; its augmentation is not measured.
+    generated = images.kind == "batches" and recipe.data.name is not None
+    if generated and (changes_pixels(settings) or settings.repeats > 1):
         raise VitcliError(
             f"`{recipe.data.name}` generates whole batches, which `[augment]` cannot change",
             "remove `augment.preset`, `policy`, the colour settings, `erase_rate` and `repeats`",
         )
-    if isinstance(images, StreamSet) and settings.repeats > 1:
+    if images.kind == "stream" and settings.repeats > 1:
         raise VitcliError("a stream cannot repeat images", "remove `augment.repeats`")
     if mixes and not find_objective(recipe.objective.name).supervised:
         raise VitcliError(

@@ -169,7 +169,7 @@ class Loop:
                     with nullcontext() if is_last else accelerator.no_sync(self.module):
                         images, targets = self.inputs(part)
                         images = downsample(images, image_size)
-                        loss, values = self.module(images, targets, part.factors)
+                        loss, values = self.module(images, targets)
                         accelerator.backward(loss * weight)
                     for name, value in values.items():
                         metrics[name] = metrics.get(name, 0.0) + value.detach() * weight

@@ -122,9 +122,7 @@ def _outputs(
     )
     with watch.progress("test", len(images)) as bar:
         for batch in move_to_device(batches, accelerator.device):
-            for line in batch.broken:
-                name, _, reason = line.rpartition(": ")
-                broken[name] = reason
+            broken.update(batch.broken)
             if not len(batch):  # every image of it is broken
                 continue
             with accelerator.autocast():

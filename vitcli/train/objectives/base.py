@@ -1,6 +1,5 @@
 """What every objective knows about itself; the loop and `vitcli plan` ask for it."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,13 +15,11 @@ Metrics = dict[str, Tensor]
 class Objective(nn.Module):
     """A loss around a model, with the heads that only training needs.
 
-    A call with images (B, C, Y, X), labels (B,) or (B, K) and the factors of generated images
-    returns the loss () and metrics to log.
+    A call with images (B, C, Y, X) and labels (B,) or (B, K) returns the loss () and the metrics.
 
     Attributes:
         model: the network that is trained.
         supervised: True if it trains a head for the classes of the data.
-        num_views: augmented views of each image in a batch.
         settings: the keys of `[objective]` that it reads.
         masks_patches: True if it chooses patches to hide, so that no others can be dropped.
         shapes_depend_on_data: True if tensors have sizes that only their content decides. `plan`
@@ -31,14 +28,11 @@ class Objective(nn.Module):
 
     model: Any
     supervised: ClassVar[bool]
-    num_views: ClassVar[int] = 1
     settings: ClassVar[frozenset[str]] = frozenset()
     masks_patches: ClassVar[bool] = False
     shapes_depend_on_data: ClassVar[bool] = False
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) -> the mean loss (), and metrics."""
         raise NotImplementedError
 

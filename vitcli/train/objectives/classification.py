@@ -1,7 +1,5 @@
 """Objectives that learn classes: softmax and sigmoid cross-entropy."""
 
-from collections.abc import Mapping
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,9 +21,7 @@ class Softmax(Objective):
         model.head_activation = "softmax"
         self.label_smoothing = section.label_smoothing
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) shares -> the mean loss (), and metrics."""
         logits = self.model(images).float()  # (B, K)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -52,9 +48,7 @@ class Sigmoid(Objective):
         if section.head_bias is not None and isinstance(head, nn.Linear) and not head.weight.any():
             nn.init.constant_(head.bias, section.head_bias)
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) shares -> the mean loss () over images, and metrics."""
         logits = self.model(images).float()  # (B, K)
         targets = soft_targets(labels, logits.shape[1])

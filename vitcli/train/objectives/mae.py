@@ -1,7 +1,5 @@
 """Masked autoencoders (He et al., 2022): encode a quarter of the patches, predict the rest."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,9 +63,7 @@ class Mae(Objective):
         self.exit = nn.Linear(width, side**2 * config.num_channels)
         self.width = width
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X) -> the mean squared error () over hidden patches, and metrics."""
         model, grid = self.model, self.model.grid_of(images)
         rows, cols = grid

@@ -8,7 +8,7 @@ from support.tiny import write_tiny
 from vitcli.cli import main as cli
 from vitcli.commands import plan
 from vitcli.cost.alternatives import SECONDS_PER_DAY
-from vitcli.cost.machine import HARDWARE, find_hardware
+from vitcli.cost.hardware import HARDWARE, find_hardware
 from vitcli.errors import VitcliError
 from vitcli.vit import parse_variant
 from vitcli.vit.macs import training_flops

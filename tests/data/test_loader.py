@@ -156,7 +156,7 @@ def test_the_last_of_a_class_is_replaced_by_its_first():
         for batch in train.batches(0, 3)
         for i, index in enumerate(images_at(0, 24, N, 1)[1].reshape(3, 8)[0])
     }
-    assert train._read_or_replace(21, "RGB", lambda picture: None, []) == 0
+    assert train._read_or_replace(train.images, 21, "RGB", lambda picture: None, []) == 0
 
 
 def test_strict_raises_in_the_consumer():
@@ -286,8 +286,20 @@ def test_evaluation_leaves_out_and_lists_what_cannot_be_read():
     assert torch.cat([b.indices for b in batches]).tolist() == [
         i for i in range(N) if i not in {0, 1, 2, 3, 9}
     ]
-    told = [line for batch in batches for line in batch.broken]
+    told = [line for batch in batches for line in batch.errors]
     assert told == [f"image {i} of memory: it is broken" for i in (0, 1, 2, 3, 9)]
+
+
+def test_a_name_and_its_reason_stay_apart():
+    """A reason may contain a colon, so the two are never parsed from one text."""
+
+    class Odd(Breakable):
+        def content(self, row):
+            raise ImageError("a: b.png", "the file is damaged: it ends early")
+
+    images = ImageSet("test", ["x"], np.zeros(2, dtype=int), Odd(np.zeros((2, 9, 9, 3)), ()))
+    (batch,) = eval_batches(images, PREPROCESS, batch_size=4, workers=0)
+    assert dict(batch.broken) == {"a: b.png": "the file is damaged: it ends early"}
 
 
 def test_a_limit_is_spread_over_the_set():

@@ -9,7 +9,7 @@ from support.tiny import records, tiny_recipe
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
-from vitcli.train import recorder
+from vitcli.train import trackers
 from vitcli.train.session import train
 
 
@@ -22,7 +22,7 @@ def go(out, **more):
 def test_a_tracker_must_exist_and_be_installed(tmp_path, monkeypatch):
     with pytest.raises(VitcliError, match="unknown tracker `pencil`"):
         go(tmp_path / "run", track="pencil")
-    monkeypatch.setattr(recorder, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(VitcliError, match="needs a package that is not installed") as caught:
         go(tmp_path / "run", track="wandb")
     assert caught.value.hint == "`pip install wandb`"
@@ -30,7 +30,7 @@ def test_a_tracker_must_exist_and_be_installed(tmp_path, monkeypatch):
 
 
 def test_settings_are_flat():
-    found = recorder.tracker_config(tiny_recipe(model={"patch_size": 2}))
+    found = trackers.tracker_config(tiny_recipe(model={"patch_size": 2}))
     assert found["optim.name"] == "muon" and found["optim.betas"] == "[0.9, 0.999]"
     assert None not in found.values() and "description" not in found
 
@@ -59,7 +59,7 @@ def test_it_is_given_every_record(tmp_path, monkeypatch):
     package.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "tensorboardX", package)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
-    monkeypatch.setattr(recorder, "find_spec", lambda name: package)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: package)
     monkeypatch.setattr("accelerate.tracking.is_tensorboard_available", lambda: True)
     monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard"], raising=False)
     from accelerate.utils import LoggerType

@@ -26,12 +26,14 @@ from vitcli.cli.options import (
     SettingsCommand,
     TrainOptions,
     Verbose,
+    listed,
     option,
     option_groups,
     setting,
     settings_of,
 )
 from vitcli.errors import VitcliError
+from vitcli.weights.formats import FORMATS
 
 app = typer.Typer(
     name="vitcli",
@@ -281,7 +283,7 @@ def predict(
 
 @app.command(cls=SettingsCommand)
 def export(
-    to: Annotated[str, option(OUTPUT, "--to", help="Format: timm, huggingface, google or onnx.")],
+    to: Annotated[str, option(OUTPUT, "--to", help=f"Format: {listed(FORMATS)}.")],
     model: ModelName = None,
     labels: Labels = None,
     image_size: ImageSize = None,

@@ -6,7 +6,7 @@ a key of the recipe schema and shows the help of that key, so nothing is describ
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -16,14 +16,18 @@ import typer
 from typer.core import TyperCommand
 
 from vitcli import distributed
+from vitcli.cost.hardware import HARDWARE
 from vitcli.data.readers import DATA_HELP
 from vitcli.errors import VitcliError
+from vitcli.evals.fewshot.methods import METHODS
+from vitcli.train.trackers import TRACKERS
 
 DATA, MODEL, TRAINING, EVALUATION = "Data", "Model", "Training", "Evaluation"
 SETTINGS, MACHINE, OUTPUT = "Settings", "Machine", "Output"
 # The panels of a help page, in this order.
 PANELS = (DATA, MODEL, TRAINING, EVALUATION, SETTINGS, MACHINE, OUTPUT)
 MODEL_FORMS = "A run, a weights file or folder, `hf:ORG/NAME`"
+NAMES = "; names: "
 SCHEMA = "schema:"  # marks a help text that `SettingsCommand` reads from the schema
 
 
@@ -34,12 +38,28 @@ def option(panel: str, *flags: str, help: str, **more: Any) -> Any:
 
 
 def setting(
-    panel: str, key: str, *flags: str, parse: Callable[[Any], Any] | None = None, **more: Any
+    panel: str,
+    key: str,
+    *flags: str,
+    parse: Callable[[Any], Any] | None = None,
+    names: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A flag that sets the key `key` of the recipe schema; `parse` converts what is typed."""
-    info = option(panel, *flags, help=SCHEMA + key, **more)
+    """A flag that sets the key `key` of the recipe schema.
+
+    Args:
+        parse: converts what is typed.
+        names: the registry of the values, whose entries have a `help`.
+    """
+    known = ", ".join(f"{name} ({entry.help})" for name, entry in (names or {}).items())
+    info = option(panel, *flags, help=f"{SCHEMA}{key}{NAMES}{known}")
     info.setting, info.parse = key, parse
     return info
+
+
+def listed(names: Iterable[str], last: str = "or") -> str:
+    """`a, b or c`: the names of a registry in a help text."""
+    *others, final = names
+    return f"{', '.join(others)} {last} {final}"
 
 
 class SettingsCommand(TyperCommand):
@@ -58,12 +78,14 @@ def fill_help(command: Any) -> None:
     from vitcli.config.schema import help_of
 
     ranks = {panel: rank for rank, panel in enumerate(PANELS)}
-    command.params.sort(key=lambda p: ranks.get(getattr(p, "rich_help_panel", None), -1))
+    command.params.sort(key=lambda p: ranks.get(str(getattr(p, "rich_help_panel", "")), -1))
 
     for parameter in command.params:
         text = getattr(parameter, "help", None)
         if text and text.startswith(SCHEMA):
-            parameter.help = help_of(text.removeprefix(SCHEMA))
+            key, _, names = text.removeprefix(SCHEMA).partition(NAMES)
+            sentence = help_of(key)
+            parameter.help = f"{sentence.removesuffix('.')}: {names}." if names else sentence
 
 
 def option_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -287,7 +309,7 @@ class TrainOptions:
     set_: Set = None
     track: Annotated[
         str | None,
-        option(OUTPUT, "--track", help="Send metrics to tensorboard, wandb or trackio."),
+        option(OUTPUT, "--track", help=f"Send metrics to {listed(TRACKERS)}."),
     ] = None
     json: Json = False
 
@@ -323,8 +345,8 @@ class PlanOptions:
         option(
             MACHINE,
             "--device",
-            help="Estimate for other machines: t4, l4, rtx4090, a100, h100, h200, tpuv3 (one "
-            "core), comma-separated for several, or `all`.",
+            help=f"Estimate for other machines: {', '.join(HARDWARE)}, several with commas, or "
+            "`all`.",
         ),
     ] = None
     precision: Annotated[str | None, setting(MACHINE, "train.precision", "--precision")] = None
@@ -421,7 +443,9 @@ class FewshotOptions:
     shots: Annotated[
         str | None, setting(EVALUATION, "fewshot.shots", "--shots", parse=shot_counts)
     ] = None
-    method: Annotated[str | None, setting(EVALUATION, "fewshot.method", "--method")] = None
+    method: Annotated[
+        str | None, setting(EVALUATION, "fewshot.method", "--method", names=METHODS)
+    ] = None
     l2: Annotated[str | None, setting(EVALUATION, "fewshot.l2", "--l2", parse=penalty)] = None
     seeds: Annotated[int | None, setting(EVALUATION, "fewshot.seeds", "--seeds")] = None
     batch_size: InferenceBatch = 128

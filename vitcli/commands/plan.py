@@ -14,7 +14,8 @@ from vitcli import distributed
 from vitcli.config.recipe import lay_over, load_recipe, nest, recipe_path
 from vitcli.config.schema import Recipe, Settings, parse_duration
 from vitcli.cost.alternatives import change_rows, device_rows
-from vitcli.cost.machine import find_hardware, includes_this_machine, system_memory
+from vitcli.cost.hardware import find_hardware, includes_this_machine
+from vitcli.cost.machine import system_memory
 from vitcli.cost.memory import base_memory
 from vitcli.cost.plan import CostEstimate, Prices, ProbeResult, RunTime, run_time
 from vitcli.cost.planned_run import PlannedRun, count_run

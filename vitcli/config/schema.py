@@ -457,10 +457,7 @@ class TrainSection(Section):
 class FewshotSection(Section):
     """A classifier on frozen features. The defaults are big_vision's few-shot protocol."""
 
-    method: Literal["ridge", "knn", "logistic", "mean"] = setting(
-        "ridge",
-        "Classifier: ridge (the paper's), knn, logistic (linear probe) or mean (nearest mean).",
-    )
+    method: str = setting("ridge", "Classifier on the features.")
     shots: tuple[PositiveInt | Literal["all"], ...] = setting(
         (5,),
         "Training images per class, or `all`; comma-separated for several: `1,5,10`.",

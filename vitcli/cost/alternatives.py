@@ -8,7 +8,7 @@ from typing import Any
 from vitcli.config.recipe import check, lay_over, nest
 from vitcli.config.schema import Recipe, Settings
 from vitcli.cost.flops import run_stages
-from vitcli.cost.machine import Hardware
+from vitcli.cost.hardware import Hardware
 from vitcli.cost.plan import CostEstimate, RunTime, run_time
 from vitcli.cost.planned_run import PlannedRun, RunCounts
 from vitcli.cost.probe import time_steps, unsaved_loop

@@ -16,7 +16,7 @@ import numpy as np
 
 from vitcli.config.schema import DataSection
 from vitcli.data.image_set import ImageSet
-from vitcli.data.readers import READERS, find_reader, resolve
+from vitcli.data.readers import READERS, find_reader, import_function
 from vitcli.data.splits import split_images
 from vitcli.errors import VitcliError, printable
 from vitcli.progress import Quiet, Watcher
@@ -142,7 +142,7 @@ def open_data(
 
         return open_stream(request)
     try:
-        source: Source = resolve(READERS[find_reader(notation)].load)(request)
+        source: Source = import_function(READERS[find_reader(notation)].load)(request)
         return source
     except OSError as error:
         reason = error.strerror or str(error)

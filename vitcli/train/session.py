@@ -45,8 +45,9 @@ from vitcli.train.ema import averaged
 from vitcli.train.fsdp import gather_tensors
 from vitcli.train.loop import Loop
 from vitcli.train.lora import ADAPTER, merged, save_adapters, training_passes
-from vitcli.train.recorder import check_tracker, draw_curves, tracking
+from vitcli.train.recorder import draw_curves
 from vitcli.train.signals import Stopped
+from vitcli.train.trackers import check_tracker, tracking
 from vitcli.vit.macs import macs
 from vitcli.weights.store import save_model, save_tensors
 

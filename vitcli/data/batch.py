@@ -128,7 +128,7 @@ def make_batch(
     )
 
 
-def check_batch(batch_size: int, world_size: int, repeats: int, mixes: bool) -> None:
+def check_batch(batch_size: int, world_size: int, repeats: int = 1, mixes: bool = False) -> None:
     """Check that a batch divides by the processes, by `repeats`, and into pairs for mixing.
 
     Raises:
@@ -138,7 +138,7 @@ def check_batch(batch_size: int, world_size: int, repeats: int, mixes: bool) -> 
     if batch_size % world_size:
         raise VitcliError(
             f"a batch of {batch_size} images does not divide among {world_size} processes",
-            f"use `--batch-size {max(1, local) * world_size}`",
+            f"use `--batch-size {max(1, local) * world_size}`, which counts all processes together",
         )
     if mixes and local % 2:
         raise VitcliError(

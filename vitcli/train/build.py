@@ -29,7 +29,7 @@ from vitcli.train.objectives import (
     AUTO,
     OBJECTIVES,
     build_objective,
-    find_objective,
+    objective_class,
     resolve_objective,
 )
 from vitcli.train.objectives.mae import check_droppable
@@ -216,12 +216,7 @@ def start_accelerator(
     )
     # Set in both directions: the setting is global, and another run may precede in this process.
     torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
-    if recipe.train.batch_size % accelerator.num_processes:
-        raise VitcliError(
-            f"batch size {recipe.train.batch_size} is not a multiple of the "
-            f"{accelerator.num_processes} processes",
-            "`--batch-size` counts the images of all processes together",
-        )
+    check_batch(recipe.train.batch_size, accelerator.num_processes)
     check_sharding(recipe, accelerator.num_processes)
     return accelerator, precision
 
@@ -232,7 +227,7 @@ def check_names(recipe: Recipe) -> None:
     Raises:
         VitcliError: a name is unknown; the hint gives the nearest one and the list.
     """
-    find_objective(recipe.objective.name)
+    objective_class(recipe.objective.name)
     find_optimizer(recipe.optim)
     find_schedule(recipe.schedule)
     resolve_augment(recipe.augment)
@@ -290,7 +285,7 @@ def check_augment(recipe: Recipe, images: ImageSet | BatchSource | Stream, proce
         )
     if images.kind == "stream" and settings.repeats > 1:
         raise VitcliError("a stream cannot repeat images", "remove `augment.repeats`")
-    if mixes and not find_objective(recipe.objective.name).supervised:
+    if mixes and not objective_class(recipe.objective.name).supervised:
         raise VitcliError(
             f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
             "`--set augment.mix_rate=0.0`",
@@ -310,7 +305,7 @@ def check_patch_drop(recipe: Recipe, network: Network) -> None:
         return
     if isinstance(network, ResNet):
         raise VitcliError("a ResNet has no patches to drop", "`--set train.patch_drop_rate=0.0`")
-    if find_objective(recipe.objective.name).masks_patches:
+    if objective_class(recipe.objective.name).masks_patches:
         raise VitcliError(
             f"objective `{recipe.objective.name}` masks patches and cannot drop others",
             "`--set train.patch_drop_rate=0.0`; `objective.mask_rate` sets the masked fraction",

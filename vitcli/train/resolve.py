@@ -14,7 +14,7 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, Run, finished_runs
-from vitcli.train.objectives import find_objective
+from vitcli.train.objectives import objective_class
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
 from vitcli.weights.edit import prepare_finetune
@@ -122,7 +122,7 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
         VitcliError: no such variant, or settings that contradict each other.
     """
     section = recipe.model
-    supervised = find_objective(recipe.objective.name).supervised
+    supervised = objective_class(recipe.objective.name).supervised
     num_classes = len(source.classes) if supervised else 0
     settings = {"num_classes": num_classes, **section.architecture()}
     try:

@@ -69,7 +69,10 @@ def run_validation(
 
 
 def _sum_of_losses(model: LoadedModel, logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K), (B,) -> the sum () of the losses that the head was trained with."""
+    """(B, K), (B,) -> the sum () of the cross-entropies that belong to the head's activation.
+
+    Every objective is validated by it, so that runs with different objectives can be compared.
+    """
     if model.head_activation == "softmax":
         return cross_entropy(logits, labels, reduction="sum")
     targets = one_hot(labels, logits.shape[1]).float()

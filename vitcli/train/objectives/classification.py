@@ -18,7 +18,6 @@ class Softmax(Objective):
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         self.model = model.network
-        model.head_activation = "softmax"
         self.label_smoothing = section.label_smoothing
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
@@ -36,12 +35,13 @@ class Sigmoid(Objective):
     """
 
     supervised = True
+    multi_label = True
+    head_activation = "sigmoid"
     settings = frozenset({"head_bias"})
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         self.model = model.network
-        model.head_activation = "sigmoid"
         head = model.network.head
         # Most classes are absent from an image. A new head that starts with probabilities of 0.5
         # would spend its first steps on learning just that. A pretrained head keeps its bias.

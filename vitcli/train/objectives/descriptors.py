@@ -83,13 +83,13 @@ class Guided(Objective):
     alone would take many epochs to teach (recipes/LOG.md).
     """
 
+    encoder_prefix = "descriptors.model."
     supervised = True
     settings = frozenset({"label_smoothing", "descriptor_weight"})
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         self.descriptors = Descriptors(model, section)
-        model.head_activation = "softmax"
         self.label_smoothing = section.label_smoothing
         self.weight = section.descriptor_weight
 

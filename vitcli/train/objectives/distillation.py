@@ -57,7 +57,6 @@ class Distill(Objective):
                 "`--set objective.distillation=hard`, or use a teacher trained with `softmax`",
             )
         self.model, self.preprocess = model.network, model.preprocess
-        model.head_activation = "softmax"
         # In a tuple, so that it is neither trained nor averaged, nor stored in checkpoints: a
         # resumed run loads it again.
         self.teachers = (teacher.eval(),)

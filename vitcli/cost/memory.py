@@ -241,7 +241,7 @@ def _accumulate_gradients(
         before = tracker.live
         images, targets = _inputs(pixels[: shape.micro_batch], shape)
         with _autocast(shape.precision):
-            loss, _metrics = objective(images, targets, {})
+            loss, _metrics = objective(images, targets)
         del images, targets
         kept = max(kept, tracker.live - before)
         loss.backward()

@@ -45,7 +45,8 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) -> the mean loss (), and metrics.
 
-        The metrics hold `loss`. Labels are (B, K) shares under mixup and cutmix.
+        The metrics hold `loss`. If the optimised sum has more terms, they hold it as `objective`.
+        Labels are (B, K) shares under mixup and cutmix.
         """
         raise NotImplementedError
 

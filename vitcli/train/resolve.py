@@ -157,7 +157,7 @@ def pretrained_model(
         VitcliError: it cannot be loaded, or a setting does not fit it.
     """
     name = recipe.objective.name
-    if not find_objective(name).supervised:
+    if not objective_class(name).supervised:
         raise VitcliError(
             f"objective `{name}` trains no head for the classes, and `finetune` needs one",
             f"`vitcli pretrain {recipe.data.name} --set objective.name={name}` trains without one",

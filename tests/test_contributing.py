@@ -153,6 +153,15 @@ def test_a_data_reader(copy):
     assert copy.changed == named("a data reader")
 
 
+def test_a_machine(copy):
+    row = '    "abacus": Hardware("Abacus", 1e9, GIB, 1e9, "a drawing"),\n'
+    copy.insert("vitcli/cost/hardware.py", '    "t4": Hardware(', row)
+    words = ("--device", "abacus", "--no-probe", "--json")
+    assert '"Abacus"' in copy.run("plan", "tiny.toml", *words)
+    assert "abacus, t4" in copy.run("plan", "--help")  # the help asks the registry
+    assert copy.changed == named("a machine for `plan --device`")
+
+
 def test_a_flag_of_predict(copy):
     copy.insert(
         "vitcli/cli/options.py",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitcli.data.augment.mixing import Mix
@@ -101,6 +102,19 @@ def move_to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[B
         for tensor in moved.tensors():
             tensor.record_stream(compute)
         yield moved
+
+
+def downsample(images: Tensor, size: int | None) -> Tensor:
+    """(B, C, Y, X) -> (B, C, S, S): images averaged down to `size` pixels; None changes nothing.
+
+    Most of what a small model learns from an image it learns at a quarter of the cost first
+    (Touvron et al., 2019; Tan and Le, 2021).
+    """
+    if size is None:
+        return images
+    return F.interpolate(
+        images, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
 
 
 def targets_of(images: Any, indices: Integers) -> Integers | Pixels:

@@ -195,6 +195,11 @@ class ImageSet:
         return len(self.labels)
 
     @property
+    def rows(self) -> Integers:
+        """(n,) the row of each image in its store."""
+        return self._rows
+
+    @property
     def is_decoded(self) -> bool:
         """True if the store holds decoded pixels, so that a cache in memory gains nothing."""
         return bool(getattr(self._store, "is_decoded", False))

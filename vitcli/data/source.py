@@ -191,19 +191,19 @@ def make_source(
         )
     labels = {name: images.labels for name, images in aligned.items()}
     assigned = split_images(labels, request.settings, shown, whole=request.whole)
-    made = {}
+    cut = {}  # the final splits
     for name, (origin, indices) in assigned.parts.items():
-        made[name] = aligned[origin]
+        cut[name] = aligned[origin]
         if indices is not None:
-            made[name] = aligned[origin].subset(indices, name)
+            cut[name] = aligned[origin].subset(indices, name)
         elif name != origin:
-            made[name] = aligned[origin].subset(np.arange(len(aligned[origin])), name)
-    hashed = [*parts, *(name.encode() + s.labels.tobytes() for name, s in made.items())]
-    hashed += [s._rows.tobytes() for s in made.values()]
-    hashed += [s.targets.tobytes() for s in made.values() if s.targets is not None]
-    record = {"images": {name: len(images) for name, images in made.items()}, **assigned.record}
+            cut[name] = aligned[origin].subset(np.arange(len(aligned[origin])), name)
+    hashed = [*parts, *(name.encode() + s.labels.tobytes() for name, s in cut.items())]
+    hashed += [s.rows.tobytes() for s in cut.values()]
+    hashed += [s.targets.tobytes() for s in cut.values() if s.targets is not None]
+    record = {"images": {name: len(images) for name, images in cut.items()}, **assigned.record}
     all_notes = (*notes, *assigned.notes)
-    return Source(shown, made, base.classes, fingerprint(hashed), all_notes, record)
+    return Source(shown, cut, base.classes, fingerprint(hashed), all_notes, record)
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:

@@ -15,7 +15,13 @@ from vitcli.data.batch import check_batch
 from vitcli.data.image_set import BatchSource, ImageSet, Stream
 from vitcli.data.loader import TrainLoader
 from vitcli.data.source import Source, open_data
-from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
+from vitcli.devices import (
+    Precision,
+    join_processes,
+    matrix_peak,
+    pick_device,
+    resolve_precision,
+)
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
@@ -24,10 +30,11 @@ from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
 from vitcli.train.loop import Loop
-from vitcli.train.lora import freeze_and_adapt
+from vitcli.train.lora import freeze_and_adapt, training_passes
 from vitcli.train.objectives import (
     AUTO,
     OBJECTIVES,
+    Objective,
     build_objective,
     objective_class,
     resolve_objective,
@@ -43,6 +50,7 @@ from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
 from vitcli.train.validate import Outcome, run_validation
 from vitcli.vit import Network, ResNet
+from vitcli.vit.macs import macs
 from vitcli.weights.loaded import LoadedModel
 
 MakeModel = Callable[[Source], LoadedModel]
@@ -88,13 +96,13 @@ def build_loop(
         objective.compile(dynamic=False)
     if train.fully_shard:
         # FSDP2 already moves and synchronises; Accelerate adds only its precision (no DDP wrapper).
-        module = accelerator.prepare_model(objective, evaluation_mode=True)
+        wrapped = accelerator.prepare_model(objective, evaluation_mode=True)
         optimizer = accelerator.prepare(JointOptimizer(optimizers))
     else:
-        module, optimizer = accelerator.prepare(objective, JointOptimizer(optimizers))
+        wrapped, optimizer = accelerator.prepare(objective, JointOptimizer(optimizers))
     # Checkpoints, averages and schedules use the unwrapped objects: the names of their tensors must
     # not depend on the number of processes.
-    objective = accelerator.unwrap_model(module)
+    objective = accelerator.unwrap_model(wrapped)
     decay = train.ema_decay
     state = TrainState(
         objective,
@@ -114,19 +122,36 @@ def build_loop(
             run_validation, model, images, accelerator, watch, loader.broken, outcomes=outcomes
         )
     return Loop(
-        module=module,
+        wrapped=wrapped,
+        wrapped_optimizer=optimizer,
         state=state,
-        optimizer=optimizer,
+        loaded=model,
         loader=loader,
-        model=model,
         recipe=recipe,
         run=run,
         accelerator=accelerator,
         watch=watch,
-        recorder=Recorder(recipe, run, accelerator, watch, loader),
+        recorder=_make_recorder(recipe, run, accelerator, watch, loader, objective),
         validate=validate,
         outcomes=outcomes,
     )
+
+
+def _make_recorder(
+    recipe: Recipe,
+    run: Run,
+    accelerator: Any,
+    watch: Watcher,
+    loader: TrainLoader,
+    objective: Objective,
+) -> Recorder:
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    network, flops = objective.model, 0.0
+    if not objective.hidden_rate:  # otherwise the encoder sees fewer patches
+        flops = 2.0 * training_passes(network) * macs(network.config)
+    # The `mfu` of the records refers to the measured peak of this machine.
+    peak = accelerator.num_processes * matrix_peak(accelerator.device, precision)
+    return Recorder(recipe, run, accelerator, watch, loader, peak_flops=peak, flops_per_image=flops)
 
 
 def open_source(recipe: Recipe, watch: Watcher) -> Source:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -37,9 +37,10 @@ class Recorder:
     """Averages the metrics of steps, and writes them as records.
 
     Attributes:
-        track: receives every record as well, if there is a tracker.
+        track: receives every record as well, if a tracker is open (`tracking`).
         peak_flops: of this machine, all processes together; None if not measured.
         flops_per_image: of a forward and backward pass; 0 if unknown, and then there is no `mfu`.
+        first_step, lr: where counting started, and the rate of the last step.
     """
 
     recipe: Recipe
@@ -50,7 +51,14 @@ class Recorder:
     track: Track | None = None
     peak_flops: float | None = None
     flops_per_image: float = 0.0
+    first_step: int = 0
+    lr: float = 0.0
+    meter: AverageMeter = field(default_factory=AverageMeter)
+    timer: WaitTimer = field(init=False)
     _warned: bool = False
+
+    def __post_init__(self) -> None:
+        self.start(0)
 
     def start(self, step: int) -> None:
         """Start to count at `step`."""

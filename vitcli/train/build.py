@@ -34,11 +34,11 @@ from vitcli.train.lora import freeze_and_adapt, training_passes
 from vitcli.train.objectives import (
     AUTO,
     OBJECTIVES,
-    Objective,
     build_objective,
     objective_class,
     resolve_objective,
 )
+from vitcli.train.objectives.base import Objective
 from vitcli.train.objectives.mae import check_droppable
 from vitcli.train.optimizers import (
     OPTIMIZERS,

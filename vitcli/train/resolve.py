@@ -21,19 +21,9 @@ from vitcli.weights.edit import prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.load_report import tell_load
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.overrides import stated_preprocess
+from vitcli.weights.overrides import MODEL_KEYS, stated_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
-# The `[model]` keys that `finetune` takes; the others belong to the weights.
-LOADING = (
-    "image_size",
-    "patch_size",
-    "pool",
-    "num_heads",
-    "norm_eps",
-    "gelu",
-    "position_resize",
-)
 DROPOUT = ("dropout_rate", "drop_path_rate")
 
 
@@ -164,17 +154,17 @@ def pretrained_model(
         )
     section = recipe.model
     given = section.model_dump(exclude_none=True, exclude={"name"})
-    if foreign := sorted(set(given) - {*LOADING, *DROPOUT}):
+    if foreign := sorted(set(given) - {*MODEL_KEYS, *DROPOUT}):
         raise VitcliError(
-            f"the weights determine these settings: model.{', model.'.join(foreign)}",
-            f"`finetune` takes only {', '.join('model.' + k for k in (*LOADING, *DROPOUT))}",
+            f"the weights determine {', '.join(f'`model.{k}`' for k in foreign)}",
+            f"you can set {', '.join(f'`model.{k}`' for k in (*MODEL_KEYS, *DROPOUT))}",
         )
     model = load_model(
         section.name or "",
         preprocess=recipe.preprocess.model_dump(exclude_none=True),
         seed=recipe.train.seed,
         watch=watch,
-        **{key: given[key] for key in LOADING if key in given},
+        **{key: given[key] for key in MODEL_KEYS if key in given},
     )
     require_preprocess(model)
     # A head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head only.

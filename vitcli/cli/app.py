@@ -174,8 +174,8 @@ def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
     """Evaluate a model on a labelled dataset: accuracy, calibration, confusion matrix.
 
     Metrics have 95 % confidence intervals. Several models are compared with the first one on the
-    same images. `--suite` fine-tunes or few-shot evaluates the model on every task of a suite; run
-    it again with the same `--out` to continue.
+    same images. `--suite` fine-tunes or few-shot evaluates on every task of a suite; run it again
+    with the same `--out` to continue.
 
     Example: `vitcli evaluate photos/ --model runs/finetune --out report/`
 
@@ -254,7 +254,7 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
 def predict(
     images: Annotated[
         list[str] | None,
-        typer.Argument(help="Images, folders, quoted globs.", metavar="IMAGE..."),
+        typer.Argument(help="Images, folders, quoted globs.", metavar="IMAGE"),
     ] = None,
     *,
     options: PredictOptions,
@@ -272,7 +272,7 @@ def predict(
     """
     if not images and options.from_ is None:
         raise VitcliError(
-            "Missing argument `IMAGE...` or option `--from FILE`", "see `vitcli predict --help`"
+            "Missing argument `IMAGE` or option `--from FILE`", "see `vitcli predict --help`"
         )
     from vitcli.cli.show import prediction as show
     from vitcli.commands import predict as command
@@ -386,7 +386,7 @@ def bench(
     """Benchmark a model: throughput, latency, memory, and the largest batch that fits.
 
     Measurements alternate between the models, so that load affects all equally. Peak memory is the
-    sum of live tensors; on a CPU it includes the allocator's overhead.
+    sum of live tensors, on a CPU with the overhead of the allocator.
 
     Example: `vitcli bench S/16 --image-size 224,384 --against transformers --out bench.png`
     """
@@ -402,7 +402,7 @@ def inspect(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Images, folders, quoted globs, or DATA.", metavar="IMAGE...", show_default=False
+            help="Images, folders, quoted globs, or DATA.", metavar="IMAGE", show_default=False
         ),
     ] = None,
     model: ModelName = None,
@@ -480,11 +480,15 @@ def patchify(
     ] = None,
     compare: Annotated[
         str | None,
-        option(OUTPUT, "--compare", help="A .png file with the grids of patch sizes 8, 16, 32."),
+        option(
+            OUTPUT, "--compare", help="Draw the grids of patch sizes 8, 16, 32 into this .png file."
+        ),
     ] = None,
     reconstruct: Annotated[
         str | None,
-        option(OUTPUT, "--reconstruct", help="Rebuild the image from its patches as a .png file."),
+        option(
+            OUTPUT, "--reconstruct", help="Rebuild the image from its patches into this .png file."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -521,7 +525,7 @@ def patchify(
 def check(
     data: Annotated[str, typer.Argument(help="Dataset to check.", metavar="DATA")],
     out: Annotated[
-        Path | None, option(OUTPUT, "--out", help="A .png file with samples of each class.")
+        Path | None, option(OUTPUT, "--out", help="Draw samples of each class into this .png file.")
     ] = None,
     set_: Set = None,
     json: Json = False,
@@ -543,9 +547,7 @@ def check(
 
 @app.command(cls=SettingsCommand)
 def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Two or more finished runs.", metavar="RUN RUN...")
-    ],
+    runs: Annotated[list[Path], typer.Argument(help="Two or more finished runs.", metavar="RUN")],
     json: Json = False,
 ) -> None:
     """Compare runs: settings that differ, results, and a paired test.

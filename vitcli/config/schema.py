@@ -175,7 +175,10 @@ class DataSection(Section):
     train_split: str | None = setting(None, "Training split or slice, e.g. `train[:98%]`.")
     test_split: str | None = setting(None, "Test split or slice.")
     test_fraction: float = setting(
-        0.2, "Test fraction where the data has no test split.", gt=0.0, lt=1.0
+        0.2,
+        "Fraction of the images held out for testing if the data has no test split.",
+        gt=0.0,
+        lt=1.0,
     )
     validation_fraction: float | None = setting(
         None, "Fraction of the training images held out for validation.", gt=0.0, lt=1.0
@@ -187,10 +190,10 @@ class DataSection(Section):
         None, "Threads that decode images. Default: by the number of CPU cores."
     )
     strict: bool = setting(
-        False, "Stop at an unreadable image. Default: use another image of the class."
+        False, "Stop at an unreadable image. Default: use another image of its class."
     )
     streaming: bool = setting(
-        False, "Read training images shard by shard without storing them; resume is approximate."
+        False, "Read training images shard by shard without storing them; a resume is approximate."
     )
     shuffle_buffer: PositiveInt = setting(2048, "Images in the shuffle buffer of a stream.")
     classes: str | None = setting(None, "File with the class names of a stream, one per line.")
@@ -242,7 +245,7 @@ class AugmentSection(Section):
     )
     cutmix_rate: float | None = setting(
         None,
-        "Fraction of the mixed pairs that cutmix gets when both alphas are set.",
+        "Fraction of the mixed pairs that cutmix mixes if both alphas are set.",
         ge=0.0,
         le=1.0,
     )
@@ -261,7 +264,8 @@ class ObjectiveSection(Section):
     label_smoothing: float = setting(0.0, "Label smoothing.", ge=0.0, lt=1.0)
     descriptor_weight: NonNegativeFloat = setting(1.0, "Weight of the descriptor loss in `guided`.")
     target: Literal["mean_color", "small_patch", "pixels"] = setting(
-        "mean_color", "Target of `masked_patch`: mean colour, 4x4 mean colours, or pixels."
+        "mean_color",
+        "Target of `masked_patch`: `mean_color`, `small_patch` (4x4 mean colours) or `pixels`.",
     )
     mask_rate: float | None = setting(
         None,
@@ -330,7 +334,9 @@ class ScheduleSection(Section):
         0.0, "Learning rate at the end, as a fraction of the peak.", ge=0.0, le=1.0
     )
     timescale: PositiveInt = setting(10_000, "Timescale of `rsqrt` in steps.")
-    cooldown_steps: NonNegativeInt = setting(0, "Linear cool-down to 0 at the end of `rsqrt`.")
+    cooldown_steps: NonNegativeInt = setting(
+        0, "Steps of the linear cool-down to 0 at the end of `rsqrt`."
+    )
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
@@ -346,7 +352,7 @@ class LoraSection(Section):
         None, "Rank of LoRA adapters; trains only the adapters and the head (finetune)."
     )
     alpha: PositiveFloat | None = setting(
-        None, "Scale of the adapters: alpha / rank. Default: 2 * rank."
+        None, "The adapters are scaled by alpha / rank. Default: 2 * rank."
     )
     targets: tuple[Literal["qkv", "proj", "mlp"], ...] = setting(
         ("qkv", "proj"), "Layers of each block that get an adapter: qkv, proj, mlp."
@@ -393,7 +399,7 @@ class TrainSection(Section):
         False, "Recompute activations in the backward pass: less memory, more time."
     )
     patch_drop_rate: float = setting(
-        0.0, "Fraction of patches that is dropped per training image.", ge=0.0, lt=1.0
+        0.0, "Fraction of the patches that are dropped per training image.", ge=0.0, lt=1.0
     )
     patch_drop_until: float = setting(
         1.0, "Fraction of the run during which patches are dropped.", gt=0.0, le=1.0

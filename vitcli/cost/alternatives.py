@@ -146,8 +146,8 @@ def smaller_variant(recipe: Recipe) -> str | None:
         return variant.depth * d * (4 * d + 2 * variant.mlp_dim)
 
     order = sorted(set(VARIANTS) - TOO_SMALL, key=weights)
-    place = order.index(size)
-    return f"{stem}{plus}{order[place - 1]}/{patch}" if place else None
+    position = order.index(size)
+    return f"{stem}{plus}{order[position - 1]}/{patch}" if position else None
 
 
 def change_rows(

@@ -271,14 +271,15 @@ class ImageSet:
             KeyError: the class of an image is not in `classes`.
         """
         target = {name: label for label, name in enumerate(classes)}
-        place = np.full(len(self.classes) + 1, -1)  # the last entry maps -1, no label, to -1
+        new_label = np.full(len(self.classes) + 1, -1)  # the last entry maps -1, no label, to -1
         present = np.flatnonzero(self.class_counts())
-        place[present] = [target[self.classes[label]] for label in present]
+        new_label[present] = [target[self.classes[label]] for label in present]
         targets = None
         if self.targets is not None:
             targets = np.zeros((len(self), len(classes)), dtype=np.uint8)
-            targets[:, place[present]] = self.targets[:, present]
-        return ImageSet(self.name, classes, place[self.labels], self._store, self._rows, targets)
+            targets[:, new_label[present]] = self.targets[:, present]
+        labels = new_label[self.labels]
+        return ImageSet(self.name, classes, labels, self._store, self._rows, targets)
 
     def class_counts(self) -> Integers:
         """(K,) images per class."""

@@ -177,11 +177,11 @@ class StreamSet:
                 if len(buffer) < self.buffer:
                     buffer.append(sample)
                     continue
-                place = int(rng.integers(self.buffer))
-                sample, buffer[place] = buffer[place], sample
+                slot = int(rng.integers(self.buffer))
+                sample, buffer[slot] = buffer[slot], sample
                 yield sample
-        for place in rng.permutation(len(buffer)):
-            yield buffer[place]
+        for slot in rng.permutation(len(buffer)):
+            yield buffer[slot]
 
     def read(self, shard: Shard) -> Iterator[StreamSample]:
         """The labelled images of one shard, in order."""

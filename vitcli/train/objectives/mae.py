@@ -93,10 +93,10 @@ class Mae(Objective):
         prefix = self.model.config.num_prefix_tokens
         x = self.entry(x)
         b, n = hidden.shape
-        places = self.mask.to(x.dtype).expand(b, n, self.width).clone()  # (B, N, W)
-        places[~hidden] = x[:, prefix:].reshape(-1, self.width)
-        places = places + sincos2d(grid, self.width).to(places)
-        x = torch.cat([x[:, :prefix], places], dim=1)
+        tokens = self.mask.to(x.dtype).expand(b, n, self.width).clone()  # (B, N, W)
+        tokens[~hidden] = x[:, prefix:].reshape(-1, self.width)
+        tokens = tokens + sincos2d(grid, self.width).to(tokens)
+        x = torch.cat([x[:, :prefix], tokens], dim=1)
         for block in self.decoder:
             x = block(x, grid)
         pixels: Tensor = self.exit(self.norm(x[:, prefix:]))

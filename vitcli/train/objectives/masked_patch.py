@@ -153,8 +153,8 @@ def color_classes(pixels: Tensor, side: int, cell: int) -> Tensor:
     """
     means = F.avg_pool2d(pixels, cell)  # (B, C, Y/cell, X/cell)
     bins = (means * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-    place = NUM_BINS ** torch.arange(bins.shape[1] - 1, -1, -1, device=bins.device)
-    classes = (bins * place[:, None, None]).sum(dim=1, keepdim=True)  # (B, 1, Y/cell, X/cell)
+    powers = NUM_BINS ** torch.arange(bins.shape[1] - 1, -1, -1, device=bins.device)
+    classes = (bins * powers[:, None, None]).sum(dim=1, keepdim=True)  # (B, 1, Y/cell, X/cell)
     return patchify(classes, side // cell)
 
 

@@ -104,6 +104,10 @@ def show_check(result: Any) -> None:
         ("images", ", ".join(f"{n:,} {name}" for name, n in facts["splits"].items())),
         ("classes", len(facts["classes"])),
     ]
+    if facts["layout"]:
+        rows.append(("layout", facts["layout"]))
+    if training := facts["training"].get("splits"):
+        rows.append(("training uses", ", ".join(f"{n:,} {name}" for name, n in training.items())))
     for name in ("height", "width"):
         if found := facts[name]:
             rows.append((name, f"{found['min']} to {found['max']}, median {found['median']}"))

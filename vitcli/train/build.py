@@ -48,7 +48,7 @@ from vitcli.train.optimizers import (
 )
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
-from vitcli.train.validate import Outcome, run_validation
+from vitcli.train.validate import run_validation
 from vitcli.vit import Network, ResNet
 from vitcli.vit.macs import macs
 from vitcli.weights.loaded import LoadedModel
@@ -115,12 +115,10 @@ def build_loop(
     assert preprocess is not None
     # Validation uses the transform that is stored with the weights, training its own augmentation.
     loader = make_loader(recipe, source, preprocess, accelerator)
-    validate, outcomes = None, list[Outcome]()
+    validate = None
     if (split := held_out_split(source)) is not None and model.config.num_classes > 0:
         images = source.splits[split]
-        validate = partial(
-            run_validation, model, images, accelerator, watch, loader.broken, outcomes=outcomes
-        )
+        validate = partial(run_validation, model, images, accelerator, watch, loader.broken)
     return Loop(
         wrapped=wrapped,
         wrapped_optimizer=optimizer,
@@ -133,7 +131,6 @@ def build_loop(
         watch=watch,
         recorder=_make_recorder(recipe, run, accelerator, watch, loader, objective),
         validate=validate,
-        outcomes=outcomes,
     )
 
 

@@ -44,7 +44,7 @@ from vitcli.train.param_groups import set_lr
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import schedule_factor
 from vitcli.train.signals import SignalFlag, SignalReceived, Stopped
-from vitcli.train.validate import Outcome
+from vitcli.train.validate import Outcome, Validation
 from vitcli.weights.loaded import LoadedModel
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, if `train.checkpoint_steps` is not set
@@ -75,7 +75,7 @@ class Loop:
     accelerator: Any
     watch: Watcher
     recorder: Recorder
-    validate: Callable[..., dict[str, float]] | None = None
+    validate: Callable[..., Validation] | None = None
     outcomes: list[Outcome] = field(default_factory=list)
     eval_steps: int | None = None
     deadline: Deadline | None = None
@@ -355,8 +355,9 @@ class Loop:
         # `interrupting` is innermost: whenever a signal comes, the trained weights are put back.
         ema, objective = self.state.ema, self.state.objective
         with averaged(objective, ema), unsharded(objective), interrupting:
-            metrics = self.validate()
+            found = self.validate()
         self.wrapped.train()
+        self.outcomes, metrics = found.outcomes, found.metrics
         self.recorder.log({"step": self.state.step, **{f"test/{k}": v for k, v in metrics.items()}})
         return {f"test_{name}": value for name, value in metrics.items()}
 

@@ -339,8 +339,6 @@ class Loop:
                 self.accelerator, size or len(batch.labels)
             )
 
-    # ---- evaluation, records, checkpoints ----
-
     def evaluate(self, signals: SignalFlag | None = None) -> dict[str, float]:
         """Log and return metrics of the held-out split, with averaged weights if there are any.
 
@@ -350,8 +348,8 @@ class Loop:
             return {}
         self.wrapped.eval()
         # Several processes must stop together, so they finish the evaluation first.
-        single = self.accelerator.num_processes == 1
-        interrupting = signals.interrupting() if signals is not None and single else nullcontext()
+        alone = self.accelerator.num_processes == 1
+        interrupting = signals.interrupting() if signals is not None and alone else nullcontext()
         # `interrupting` is innermost: whenever a signal comes, the trained weights are put back.
         ema, objective = self.state.ema, self.state.objective
         with averaged(objective, ema), unsharded(objective), interrupting:

@@ -552,8 +552,7 @@ def compare(
 ) -> None:
     """Compare runs: settings that differ, results, and a paired test.
 
-    The test is McNemar's; the interval is a bootstrap over images. Both need runs evaluated on the
-    same images.
+    The test is McNemar's exact test. It and the interval need runs evaluated on the same images.
 
     Example: `vitcli compare runs/finetune runs/finetune-2`
     """

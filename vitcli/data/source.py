@@ -30,7 +30,8 @@ class DataRequest:
         notation: DATA as the user wrote it.
         settings: the `[data]` section; `notation` replaces its `name`.
         whole: make no splits in addition to those of the data.
-        labelled: require two classes; False accepts images without labels.
+        labelled: require labels; False accepts images without labels.
+        min_classes: the number of classes that the labels must have.
         watch: receives progress.
     """
 
@@ -38,6 +39,7 @@ class DataRequest:
     settings: DataSection = field(default_factory=DataSection)
     whole: bool = False
     labelled: bool = True
+    min_classes: int = 2
     watch: Watcher = field(default_factory=Quiet, compare=False)
 
     @property
@@ -115,6 +117,7 @@ def open_data(
     *,
     whole: bool = False,
     labelled: bool = True,
+    min_classes: int = 2,
     watch: Watcher | None = None,
     streams: bool = False,
 ) -> Source:
@@ -124,7 +127,8 @@ def open_data(
         section: the settings.
         notation: DATA, if it is not `section.name`.
         whole: make no splits in addition to those of the data.
-        labelled: require two classes; False accepts images without labels.
+        labelled: require labels; False accepts images without labels.
+        min_classes: the number of classes that the labels must have.
         watch: receives progress.
         streams: True if the caller can read a stream of training images.
 
@@ -133,7 +137,7 @@ def open_data(
             images, or no such column or split; or a stream where `streams` is False.
     """
     notation = expand_home(section.name or "" if notation is None else notation)
-    request = DataRequest(notation, section, whole, labelled, watch or Quiet())
+    request = DataRequest(notation, section, whole, labelled, min_classes, watch or Quiet())
     if section.streaming:
         if not streams:
             raise VitcliError(
@@ -185,7 +189,8 @@ def make_source(
     if not request.labelled:
         base = _with_all_classes(base, splits)
     aligned = _align_classes(shown, base, splits)
-    if request.labelled and not multi_label and len(np.unique(base.labels)) < 2:
+    num_classes = len(np.unique(base.labels))
+    if request.labelled and not multi_label and num_classes < request.min_classes:
         only = base.classes[int(base.labels[0])]
         raise VitcliError(f"`{shown}` has only one class: `{only}`", _one_class_hint(request, only))
     if request.labelled and multi_label and not base.class_counts().any():

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import (
@@ -21,6 +21,19 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     model_validator,
+)
+
+from vitcli.config.choices import (
+    CropRounding,
+    Gelu,
+    Interpolation,
+    MlpKind,
+    Pool,
+    Position,
+    PositionAt,
+    Resize,
+    ResizeMode,
+    StemArithmetic,
 )
 
 Settings = dict[str, Any]
@@ -82,17 +95,13 @@ class ModelSection(Section):
     depth: PositiveInt | None = setting(None, "Number of encoder blocks.")
     num_heads: PositiveInt | None = setting(None, "Attention heads per block.")
     mlp_dim: PositiveInt | None = setting(None, "Hidden width of the MLP.")
-    pool: str | None = setting(
-        None, "Pooling: token, mean, quadrants, map, token_mean or distilled."
-    )
+    pool: str | None = setting(None, f"Pooling: {', '.join(get_args(Pool))}.")
     class_token: bool | None = setting(None, "Prepend a class token.")
     distillation_token: bool | None = setting(None, "Prepend a distillation token (DeiT).")
     distillation_head: bool | None = setting(None, "Add a head on the distillation token (DeiT).")
     num_registers: NonNegativeInt | None = setting(None, "Number of register tokens.")
-    position: Literal["learned", "learned2d", "relative", "sincos2d", "none"] | None = setting(
-        None, "Kind of position embedding."
-    )
-    position_at: Literal["stem", "every", "shared"] | None = setting(
+    position: Position | None = setting(None, "Kind of position embedding.")
+    position_at: PositionAt | None = setting(
         None,
         "Where positions are added: `stem` (before the encoder), `every` (a table per block) or "
         "`shared` (one table for all blocks).",
@@ -101,15 +110,15 @@ class ModelSection(Section):
         None, "Give the prefix tokens position embeddings too."
     )
     pool_blocks: PositiveInt | None = setting(None, "Number of last blocks that pooling reads.")
-    position_resize: (
-        Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"] | None
-    ) = setting(None, "Interpolation of position embeddings for another image size.")
+    position_resize: Resize | None = setting(
+        None, "Interpolation of position embeddings for another image size."
+    )
     representation_size: PositiveInt | None = setting(None, "Width of the pre-logits layer.")
     qkv_bias: bool | None = setting(None, "Add a bias to query, key and value.")
     qk_norm: bool | None = setting(None, "Normalise queries and keys.")
     layer_scale: float | None = setting(None, "Initial value of LayerScale.")
-    mlp: Literal["gelu", "swiglu"] | None = setting(None, "Kind of MLP.")
-    gelu: Literal["exact", "tanh"] | None = setting(None, "Form of GELU.")
+    mlp: MlpKind | None = setting(None, "Kind of MLP.")
+    gelu: Gelu | None = setting(None, "Form of GELU.")
     norm_eps: PositiveFloat | None = setting(None, "Epsilon of the layer norms.")
     norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
     norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
@@ -119,7 +128,7 @@ class ModelSection(Section):
         None, "Units per stage of the hybrid's ResNet stem."
     )
     stem_width: PositiveFloat | None = setting(None, "Width factor of the hybrid's ResNet stem.")
-    stem_arithmetic: Literal["google", "timm"] | None = setting(
+    stem_arithmetic: StemArithmetic | None = setting(
         None, "Padding and normalisation of the stem: Google's or timm's."
     )
     layers: tuple[PositiveInt, ...] | None = setting(None, "Units per stage of a ResNet.")
@@ -141,19 +150,15 @@ class PreprocessSection(Section):
     """The evaluation transform. A key that is not given keeps the value in the weights file."""
 
     image_size: Size | None = setting(None, "Image side in px that the model receives.")
-    resize_mode: Literal["crop", "squash", "pad"] | None = setting(
+    resize_mode: ResizeMode | None = setting(
         None, "Resize and centre crop, squash to the size, or pad to a square."
     )
     resize_size: PositiveInt | None = setting(None, "Shorter side in px before the centre crop.")
     crop_fraction: float | None = setting(
         None, "Central fraction of the resized image that is kept.", gt=0.0, le=1.0
     )
-    crop_rounding: Literal["even", "down"] | None = setting(
-        None, "Rounding of the size before the crop."
-    )
-    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] | None = setting(
-        None, "Interpolation of the resize."
-    )
+    crop_rounding: CropRounding | None = setting(None, "Rounding of the size before the crop.")
+    interpolation: Interpolation | None = setting(None, "Interpolation of the resize.")
     antialias: bool | None = setting(None, "Antialias when the image is shrunk.")
     mean: float | tuple[float, ...] | None = setting(
         None, "Mean per channel that is subtracted, pixels in 0 to 1."

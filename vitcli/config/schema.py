@@ -174,8 +174,26 @@ class DataSection(Section):
     name: str | None = setting(None, "DATA: a folder, a table, parquet, shards, `hf:NAME` …")
     image_column: str | None = setting(None, "Column that holds the images or their paths.")
     label_column: str | None = setting(None, "Column that holds the labels.")
+    image_root: str | None = setting(
+        None, "Folder that the paths of a table start from. Default: the folder of the table."
+    )
+    image_suffix: str | None = setting(
+        None, "Suffix that completes the image names of a table, e.g. `.jpg`."
+    )
     multi_label: bool | None = setting(
         None, "Treat each image as having any number of labels. Default: detect it."
+    )
+    label_separator: str | None = setting(
+        None, "Text between the labels of a cell, e.g. `|`. Default: detect it.", min_length=1
+    )
+    split_column: str | None = setting(
+        None, "Column that names the split of each row; `none` ignores such columns."
+    )
+    test_fold: NonNegativeInt | str | None = setting(
+        None, "Fold of the split column that is held out as the test split."
+    )
+    group_column: str | None = setting(
+        None, "Column such as `patient`; images with the same value stay in one split."
     )
     class_level: Literal["auto", "top", "leaf", "path"] = setting(
         "auto",
@@ -218,6 +236,8 @@ class DataSection(Section):
             raise ValueError(f"`fold` must be 0 to {self.folds - 1} with {self.folds} folds")
         if self.folds is not None and self.validation_fraction is not None:
             raise ValueError("give `folds` or `validation_fraction`, not both")
+        if self.label_separator is not None and self.multi_label is False:
+            raise ValueError("`label_separator` divides cells; remove `multi_label = false`")
         return self
 
 

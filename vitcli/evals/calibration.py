@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source
-from vitcli.data.splits import stratified_split
+from vitcli.data.stratify import stratified_split
 from vitcli.errors import VitcliError
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted

@@ -46,6 +46,8 @@ def test_it_is_given_every_record(tmp_path, monkeypatch):
         def close(self):
             closed.append(self.folder)
 
+    import accelerate.tracking  # noqa: F401  # before the stand-in, which it would not accept
+
     package = types.ModuleType("tensorboardX")
     package.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "tensorboardX", package)

@@ -201,6 +201,8 @@ def make_source(
         )
     labels = {name: images.labels for name, images in aligned.items()}
     groups, group_notes = _groups(request, aligned)
+    for name, units in (groups or {}).items():
+        aligned[name].groups = units  # so that a later split, such as for calibration, keeps them
     assigned = split_images(labels, request.settings, shown, whole=request.whole, groups=groups)
     made = {}
     for name, (origin, indices) in assigned.parts.items():
@@ -232,7 +234,12 @@ def _groups(
     if not request.labelled or not (divided or len(splits) > 1):
         return None, []
     units = image_units(splits, request.watch, within=divided)
-    notes = [] if units is None else leak_notes(shown, units, splits)
+    notes = leak_notes(shown, units, splits) if units else []
+    if units == {}:
+        notes.append(
+            f"{shown}: too many images have equal sizes to look for copies of train images in the "
+            "other splits at the start; `vitcli check` does"
+        )
     if not divided:
         return None, notes
     if units is None:

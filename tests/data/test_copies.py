@@ -148,6 +148,16 @@ def test_a_class_of_one_image_stays_in_train(tmp_path):
     assert any("1 of 2 classes have no test images" in note for note in data.notes)
 
 
+def test_classes_of_one_image_each_are_divided_with_a_note(tmp_path):
+    """Nothing else could be held out: drawings in one colour, for a quick trial."""
+    for i in range(10):
+        picture(tmp_path / "a" / f"{i}.png", 7)
+        picture(tmp_path / "b" / f"{i}.png", 8)
+    data = load_data(str(tmp_path))
+    assert {k: len(s) for k, s in data.splits.items()} == {"train": 16, "test": 4}
+    assert any("accuracy on test means nothing" in note for note in data.notes)
+
+
 def test_equal_sizes_are_not_enough(tmp_path):
     for i in range(40):
         path = tmp_path / "ab"[i % 2] / f"{i}.ppm"

@@ -246,6 +246,12 @@ def _groups(
         units = {name: np.arange(len(images)) for name, images in splits.items()}
     elif copies := sum(len(found) - len(np.unique(found)) for found in units.values()):
         are = "image is an exact copy" if copies == 1 else "images are exact copies"
+        if not grouped and all(_one_unit_per_class(splits[k], units[k]) for k in splits):
+            notes.append(
+                f"{shown}: all images of each class are copies of one image, so copies are in "
+                "train and test, and accuracy on test means nothing"
+            )
+            return None, notes
         notes.append(f"{shown}: {copies:,} {are} of other images; copies stay in the same split")
     if grouped:
         groups = [images.groups for images in splits.values() if images.groups is not None]
@@ -256,6 +262,12 @@ def _groups(
             "groups)"
         )
     return {name: join_groups(units[name], splits[name].groups) for name in splits}, notes
+
+
+def _one_unit_per_class(images: ImageSet, units: Integers) -> bool:
+    """True if nothing could be held out without a division of copies."""
+    pairs = np.unique(np.stack([images.labels, units], axis=1), axis=0)
+    return len(pairs) == len(np.unique(images.labels))
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:

@@ -229,8 +229,10 @@ def open_stream(request: DataRequest) -> Source:
         VitcliError: the data is neither parquet nor tar shards, or its classes are unknown.
     """
     settings, buffer = request.settings, request.settings.shuffle_buffer
-    refused = ("multi_label", "label_separator", "folds", "validation_fraction", "train_split")
-    refused += ("split_column", "test_fold", "group_column")
+    refused = (
+        "multi_label", "label_separator", "folds", "validation_fraction", "train_split",
+        "split_column", "test_fold", "group_column",
+    )  # fmt: skip
     if given := [name for name in refused if getattr(settings, name) not in (None, False)]:
         raise VitcliError(
             "a stream has no folds, no slices and no multi-label images",

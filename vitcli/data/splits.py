@@ -11,26 +11,13 @@ from numpy.typing import NDArray
 
 from vitcli.config.schema import DataSection
 from vitcli.errors import VitcliError, unknown
+from vitcli.hub.datasets import SPLIT_ALIASES, SPLIT_WORD, SPLITS
 
 T = TypeVar("T")
 Integers = NDArray[np.int64]
 
-SPLITS = ("train", "validation", "test")
-# How the name of a file may begin.
-SPLIT_PREFIXES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
-# A whole word or a folder name; the Hugging Face Hub's loader also accepts `dev`.
-SPLIT_ALIASES = {**SPLIT_PREFIXES, "dev": "validation"}
-SPLIT_WORD = re.compile(
-    r"(?<![a-z])(" + "|".join(sorted(SPLIT_ALIASES, key=len, reverse=True)) + r")(?![a-z])"
-)
+# How the name of a file may begin: `dev` is too short, as in `device-001.tar`.
+SPLIT_PREFIXES = {word: split for word, split in SPLIT_ALIASES.items() if word != "dev"}
 SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
 # Third word of the seed of `spread_order`, so that its random stream is not the one of
 # `stratified_split`, which is seeded by (seed, class).

@@ -8,18 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from vitcli.errors import VitcliError
+from vitcli.hub.http import fetch_url
+from vitcli.hub.models import INDEX, fetch_model
 from vitcli.progress import Watcher
 from vitcli.vit import ResNetConfig, ViTConfig
-from vitcli.weights.downloads import fetch_address
 from vitcli.weights.google.npz import read_npz
 from vitcli.weights.google.read_google import read_google
-from vitcli.weights.hub_models import fetch_repository
 from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
 from vitcli.weights.overrides import Stated, stated_preprocess
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
 from vitcli.weights.store import (
-    INDEX,
     Checkpoint,
     load_own,
     load_sharded_weights,
@@ -71,9 +70,9 @@ def _read(source: str, stated: Stated, watch: Watcher | None) -> Checkpoint:
         raise VitcliError("the MODEL is empty", hint=UNDERSTOOD)
     notes: list[str] = []
     if source.startswith("hf:"):
-        path, notes = fetch_repository(source, watch)
+        path, notes = fetch_model(source, watch)
     elif source.startswith(("https:", "http:", "gs:")):
-        path, notes = fetch_address(source, watch)
+        path, notes = fetch_url(source, watch)
     elif path.is_dir():
         path = _weights_in(path)
     elif not path.exists():

@@ -10,17 +10,12 @@ import numpy as np
 
 from vitcli.data.image_set import FileStore, ImageSet
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import SPLIT_ALIASES, SPLITS, in_split_order
+from vitcli.data.splits import in_split_order
+from vitcli.decode import IMAGE_SUFFIXES
 from vitcli.errors import VitcliError, printable
+from vitcli.hub.datasets import SPLIT_ALIASES, SPLITS
 from vitcli.progress import Bar, Watcher
 
-# fmt: off
-IMAGE_SUFFIXES = frozenset({
-    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2",
-    ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
-    ".qoi", ".tga", ".tif", ".tiff", ".webp",
-})
-# fmt: on
 BAR_IMAGES = 1000  # to move the bar for every file would take longer than to read the file's size
 NOT_CLASSES = frozenset({"__macosx", "__pycache__"})
 TRAIN_FOLDERS = frozenset(name for name, split in SPLIT_ALIASES.items() if split == "train")

@@ -25,8 +25,8 @@ from vitcli.data.labels import (
     label_text,
 )
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import SPLIT_ALIASES, SPLITS
 from vitcli.errors import VitcliError, printable, unknown
+from vitcli.hub.datasets import SPLIT_ALIASES, SPLITS
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "y", "class_name", "fine_label")
 IMAGE_COLUMNS = (

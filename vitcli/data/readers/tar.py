@@ -25,11 +25,11 @@ from vitcli.data.labels import (
     is_multi_label,
     label_text,
 )
-from vitcli.data.readers.folder import IMAGE_SUFFIXES, image_files
+from vitcli.data.readers.folder import image_files
 from vitcli.data.readers.table import LABEL_COLUMNS
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import files_with_suffix, in_split_order, splits_of
-from vitcli.decode import ImageError
+from vitcli.decode import IMAGE_SUFFIXES, ImageError
 from vitcli.errors import VitcliError, printable
 
 LABEL_ENDINGS = ("cls", "label", "txt", "json")  # in order of preference

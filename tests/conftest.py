@@ -63,11 +63,11 @@ def loopback(tmp_path, monkeypatch):
     from huggingface_hub.utils import _http
     from support.hub_server import HubServer
 
-    from vitcli.hub import client
+    from vitcli.hub import failures
 
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(client, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(failures, "PAUSES", (0.0, 0.0, 0.0))
     for module in (_http, file_download):  # which wait up to 8 s before they try again
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _: None))
     with HubServer(tmp_path / "hub") as server:

@@ -15,7 +15,7 @@ from support.loopback import NAMES, Told, write_model
 
 from vitcli.cli.main import run
 from vitcli.errors import VitcliError
-from vitcli.hub import client
+from vitcli.hub import client, failures
 from vitcli.hub.http import cache_folder, fetch_url, web_address
 from vitcli.run import run_stem
 from vitcli.weights.load import load_model
@@ -26,7 +26,7 @@ def web(tmp_path, monkeypatch):
     """A web server with some bytes and a model of ours."""
     monkeypatch.setenv("VITCLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(client, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(failures, "PAUSES", (0.0, 0.0, 0.0))
     folder = tmp_path / "web/files"
     write_model(folder / "ours.safetensors")
     (folder / "w.npz").write_bytes(np.random.default_rng(0).bytes(600_000))

@@ -41,6 +41,7 @@ from vitcli.data.source import DataRequest, Source, fingerprint
 from vitcli.errors import VitcliError, printable
 from vitcli.hub.client import install_checks
 from vitcli.hub.datasets import DatasetFiles
+from vitcli.hub.http import open_url
 from vitcli.hub.repository import RepoFiles
 
 PARQUET_ROWS = 64  # rows of a parquet file that are in memory at a time
@@ -64,14 +65,14 @@ class Shard:
         """The open binary file."""
         if isinstance(self.location, Path):
             return self.location.open("rb")
-        import fsspec
-        from huggingface_hub import constants
+        if not self.location.startswith("hf://"):
+            return open_url(self.location)
+        from huggingface_hub import HfFileSystem, constants
 
         install_checks()
-        hub = {"endpoint": constants.ENDPOINT} if self.location.startswith("hf://") else {}
-        system, path = fsspec.core.url_to_fs(self.location, **hub)
+        system = HfFileSystem(endpoint=constants.ENDPOINT)
         # A tar file is read from front to back without seeking, parquet starts at its end.
-        return system.open(path, "rb", **({"block_size": 0} if self.is_tar else {}))
+        return system.open(self.location, "rb", **({"block_size": 0} if self.is_tar else {}))
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from vitcli.errors import VitcliError, printable
-from vitcli.progress import Bar, Watcher
+from vitcli.hub.failures import ConnectionFailed
+from vitcli.progress import Watcher
 
 T = TypeVar("T")
 
 MEGA = 1_000_000
-BUSY = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses after which another try makes sense
-PAUSES = (0.0, 1.0, 3.0)  # seconds before the second, third and fourth try
+MAX_PAUSE = 600.0  # seconds that a busy server may ask for
 MIN_BYTES_PER_SECOND = 1000  # a slower server counts as broken
 MAX_ANSWER_BYTES = 100 * MEGA  # of an answer that is not a file, such as the list of a repository
 COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # SHA-1 or SHA-256
@@ -38,18 +38,6 @@ DISK_HINT = (
 )
 TRUST_HINT = "check HF_ENDPOINT and the network: the server is broken, or it is not the Hub"
 _INSTALLING = threading.Lock()
-
-
-class ConnectionFailed(VitcliError):
-    """A server cannot be reached or does not answer properly; a cached copy may replace it.
-
-    Attributes:
-        temporary: True if another try may succeed.
-    """
-
-    def __init__(self, message: str, hint: str | None = None, *, temporary: bool = False) -> None:
-        super().__init__(message, hint)
-        self.temporary = temporary
 
 
 def client() -> Any:
@@ -96,18 +84,6 @@ def patience_seconds() -> float:
     return 6 * timeout_seconds()
 
 
-def retrying(attempt: Callable[[], T]) -> T:
-    """The result of `attempt`, which is repeated after temporary failures of the connection."""
-    for pause in PAUSES:
-        try:
-            return attempt()
-        except ConnectionFailed as error:
-            if not error.temporary:
-                raise
-        time.sleep(pause)
-    return attempt()
-
-
 def _send(send: Callable[..., Any], request: Any, *, stream: bool = False, **options: Any) -> Any:
     """`httpx2.Client.send` with limits: its own timeouts start anew with every byte."""
     limits = dict.fromkeys(("connect", "read", "write", "pool"), timeout_seconds())
@@ -128,24 +104,18 @@ def _send(send: Callable[..., Any], request: Any, *, stream: bool = False, **opt
     # so that it does not keep the process alive.
     threading.Thread(target=copy_context().run, args=(run,), daemon=True).start()
     if not wait([future], patience_seconds()).done:
+        future.add_done_callback(lambda late: late.exception() or late.result().close())
         raise ConnectionFailed(
             f"`{request.url.host}` does not send its answer within {patience_seconds():.0f} s",
             "try again later, or set HF_HUB_DOWNLOAD_TIMEOUT to more seconds",
         )
     response = future.result()
     if not stream:
-        with closing_on_error(response):
+        try:
             response.read()
+        finally:
+            response.close()
     return response
-
-
-@contextmanager
-def closing_on_error(response: Any) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        response.close()
-        raise
 
 
 def _check_response(response: Any) -> None:
@@ -155,21 +125,22 @@ def _check_response(response: Any) -> None:
         VitcliError: a header is not what a Hub sends.
     """
     request, headers = response.request, response.headers
-    host = request.url.host
-    # `huggingface_hub` names files in the cache after the ETag in the answer to a HEAD request.
-    etags = ("X-Linked-Etag", "ETag") if request.method == "HEAD" else ()
-    for name, pattern in (("X-Repo-Commit", COMMIT), *((name, ETAG) for name in etags)):
-        value = headers.get(name)
-        if value is not None and not pattern.fullmatch(value.removeprefix("W/").strip('"')):
-            raise VitcliError(
-                f"`{host}` sends an invalid {name}: `{printable(value[:100])}`", TRUST_HINT
-            )
+    host, commit = request.url.host, headers.get("X-Repo-Commit")
+    if commit is not None and not COMMIT.fullmatch(commit):
+        raise VitcliError(
+            f"`{host}` sends an invalid X-Repo-Commit: `{printable(commit[:100])}`", TRUST_HINT
+        )
+    for name in ("X-Linked-Etag", "ETag") if request.method == "HEAD" else ():
+        # `huggingface_hub` strips an ETag in this way, and names a file in the cache after it. It
+        # refuses a file without an ETag.
+        if not ETAG.fullmatch(headers.get(name, "").lstrip("W/").strip('"')):
+            headers.pop(name, None)
     if "Location" in headers and not _is_web_address(headers["Location"]):
         shown = printable(headers["Location"][:100])
         raise VitcliError(f"`{host}` redirects to `{shown}`, which is not HTTP", TRUST_HINT)
-    # A server may ask for a pause, but not for a pause of days.
+    # The Hub counts requests in windows of five minutes. A pause of days makes no sense.
     seconds = re.findall(r"\d+", f"{headers.get('Retry-After')} {headers.get('ratelimit')}")
-    if any(float(text) > patience_seconds() for text in seconds):
+    if response.status_code >= 400 and any(float(text) > MAX_PAUSE for text in seconds):
         for name in ("Retry-After", "ratelimit"):
             headers.pop(name, None)
     is_download = response.status_code == 200 and request.extensions.get("is_download")
@@ -235,36 +206,33 @@ class DownloadBar:
         VitcliError: the disk has no room for the file, or the server sends more than its size.
     """
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        watch: Watcher,
-        *,
-        total: int | None = None,
-        initial: int = 0,
-        **_: Any,
-    ) -> None:
+    def __init__(self, name: str, folder: Path, watch: Watcher, total: int | None) -> None:
+        self.name, self.total, self.received, self.shown = name, total, 0, 0
+        size, megabytes = "", None
         if total is not None:
-            check_space(name, folder, total - initial)
-        size = f" ({size_text(total)})" if total is not None else ""
+            size, megabytes = f" ({size_text(total)})", -(-total // MEGA)
+            free = shutil.disk_usage(folder).free
+            if total > free:
+                raise VitcliError(
+                    f"`{name}` needs {size_text(total)} in `{folder}`, where {size_text(free)} "
+                    "are free",
+                    DISK_HINT,
+                )
         watch.note(f"downloading {name}{size} …")
-        self.name, self.total, self.n, self._shown = name, total, initial, initial // MEGA
-        megabytes = -(-total // MEGA) if total is not None else None
-        self._bar: Bar = watch.progress(f"{name}, MB", megabytes, self._shown)
-        self._bar.__enter__()
+        self.bar = watch.progress(f"{name}, MB", megabytes)
+        self.bar.__enter__()
 
     def update(self, n: float | None = 1) -> None:
-        """Advance by `n` bytes; a download that starts again goes back."""
-        self.n += int(n or 0)
-        if self.total is not None and self.n > self.total:
+        """Advance by `n` bytes; a negative number says that the download starts again."""
+        self.received += int(n or 0)
+        if self.total is not None and self.received > self.total:
             raise VitcliError(
                 f"the server sends more than the {self.total:,} bytes of `{self.name}`", TRUST_HINT
             )
-        now = -(-self.n // MEGA) if self.n == self.total else self.n // MEGA
-        if now > self._shown:
-            self._bar.advance(now - self._shown)
-            self._shown = now
+        whole = self.received == self.total
+        megabytes = -(-self.received // MEGA) if whole else self.received // MEGA
+        self.bar.advance(max(0, megabytes - self.shown))
+        self.shown = max(self.shown, megabytes)
 
     def update_transfer(self, n: float | None = 1) -> None:
         """Ignore the bytes on the network, which Xet counts besides those on the disk."""
@@ -274,48 +242,39 @@ class DownloadBar:
 
     set_transfer_postfix_str = set_postfix_str
 
-    def close(self) -> None:
-        self._bar.__exit__(None, None, None)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-
-def connection_failure(error: Exception, host: str) -> ConnectionFailed:
-    """The error for an exception of `httpx2`, or for an answer with a status in `BUSY`."""
-    import httpx2
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    proxy = "check the network (HTTPS_PROXY is honoured), or give a file on this machine"
-    if isinstance(error, OfflineModeIsEnabled):
-        return ConnectionFailed("HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE to download")
-    if isinstance(error, HfHubHTTPError):
-        status = f"`{host}` answers with status {error.response.status_code}"
-        return ConnectionFailed(status, "try again later", temporary=True)
-    reason = re.sub(r"^\[Errno -?\d+\] ", "", " ".join(str(error).split())) or type(error).__name__
-    if "CERTIFICATE_VERIFY_FAILED" in reason:
-        return ConnectionFailed(
-            f"the certificate of `{host}` is not trusted ({reason})",
-            "set SSL_CERT_FILE to the certificates of your company's proxy",
-        )
-    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
-        return ConnectionFailed(f"`{host}` cannot be reached ({reason})", proxy)
-    if isinstance(error, httpx2.TimeoutException):
-        return ConnectionFailed(f"`{host}` does not answer in time", proxy)
-    return ConnectionFailed(f"the connection to `{host}` broke ({reason})", proxy, temporary=True)
+    def close(self) -> None:
+        self.bar.__exit__(None, None, None)
 
 
-def check_space(name: str, folder: Path, needed: int) -> None:
-    """Raise a `VitcliError` if the disk of `folder` has less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise VitcliError(
-            f"`{name}` needs {size_text(needed)} in `{folder}`, where {size_text(free)} are free",
-            DISK_HINT,
-        )
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Hide the progress bars and log lines of `huggingface_hub`; vitcli shows its own."""
+    import warnings
+
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+        logging,
+    )
+
+    shown, verbosity = not are_progress_bars_disabled(), logging.get_verbosity()
+    disable_progress_bars()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Not enough free disk space")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            enable_progress_bars()
 
 
 def size_text(size: int) -> str:

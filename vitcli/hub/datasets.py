@@ -87,7 +87,7 @@ def find_dataset(notation: str, wanted: Sequence[str] = ()) -> tuple[RepoFiles, 
     """
     repository, config = parse_dataset(notation)
     repo_files = list_files(repository)
-    paths = list(repo_files.files)
+    paths = list(repo_files.sizes)
     chosen = choose_files(paths, _card_configs(repo_files), config, wanted, str(repository))
     has_script = f"{repository.repo_id.rpartition('/')[2]}.py" in paths
     if chosen is None or chosen.kind == "folder" or has_script:
@@ -115,9 +115,9 @@ def _find_converted(
         repo_files = list_files(replace(repository, revision=CONVERTED))
     except VitcliError:
         return None
-    if any("partial-" in path for path in repo_files.files):
+    if any("partial-" in path for path in repo_files.sizes):
         return None
-    chosen = choose_files(list(repo_files.files), [], config, wanted, str(repository))
+    chosen = choose_files(list(repo_files.sizes), [], config, wanted, str(repository))
     return (repo_files, chosen) if chosen is not None and chosen.kind == "parquet" else None
 
 
@@ -125,7 +125,7 @@ def _card_configs(repo_files: RepoFiles) -> list[Mapping[str, Any]]:
     """The configurations in the card; [] if it has none or is not valid YAML."""
     from huggingface_hub.repocard import metadata_load
 
-    if CARD not in repo_files.files:
+    if CARD not in repo_files.sizes:
         return []
     card = fetch_file(repo_files, CARD, max_bytes=SMALL_FILE)
     try:

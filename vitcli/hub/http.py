@@ -8,23 +8,16 @@ import hashlib
 import json
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from vitcli.errors import VitcliError
 from vitcli.files import replacing, write_text
-from vitcli.hub.client import (
-    BUSY,
-    ConnectionFailed,
-    DownloadBar,
-    cannot_write,
-    client,
-    connection_failure,
-    retrying,
-    timeout_seconds,
-)
+from vitcli.hub.client import DownloadBar, cannot_write, client, timeout_seconds
+from vitcli.hub.failures import BUSY, ConnectionFailed, connection_failure, retrying
 from vitcli.progress import Quiet, Watcher
 
 SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
@@ -73,6 +66,43 @@ def fetch_url(source: str, watch: Watcher | None = None) -> tuple[Path, list[str
     if version := facts.get("etag") or facts.get("modified"):
         notes.append(f"`{_shown(url)}`: version {version}")
     return target, notes
+
+
+class UrlReader:
+    """The body of an answer as a file that is read from front to back."""
+
+    def __init__(self, response: Any) -> None:
+        self.chunks = response.iter_raw()
+        self.ready = bytearray()
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, or fewer at the end."""
+        while len(self.ready) < size and (chunk := next(self.chunks, None)) is not None:
+            self.ready += chunk
+        found = bytes(self.ready[:size])
+        del self.ready[:size]
+        return found
+
+
+@contextmanager
+def open_url(url: str) -> Iterator[UrlReader]:
+    """A file at a URL, without a copy on the disk.
+
+    Raises:
+        VitcliError: no such file, or no connection.
+    """
+    import httpx2
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    address = web_address(url)
+    headers = {"Accept-Encoding": "identity"}
+    try:
+        stream = client().stream("GET", address, headers=headers, timeout=timeout_seconds())
+        with stream as response:
+            _refuse(response, address)
+            yield UrlReader(response)
+    except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
+        raise connection_failure(error, urlsplit(address).hostname or "") from error
 
 
 def web_address(source: str) -> str:
@@ -172,7 +202,7 @@ def _download(url: str, target: Path, cached: dict[str, Any], watch: Watcher) ->
 def _receive(response: Any, path: Path, name: str, facts: dict[str, Any], watch: Watcher) -> str:
     """Write the body to `path` and return its SHA-256; raises if its size or MD5 is wrong."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-    with DownloadBar(name, path.parent, watch, total=facts["size"]) as bar, path.open("wb") as file:
+    with DownloadBar(name, path.parent, watch, facts["size"]) as bar, path.open("wb") as file:
         for chunk in response.iter_raw():
             bar.update(len(chunk))
             file.write(chunk)

@@ -5,14 +5,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from vitcli.errors import VitcliError
-from vitcli.hub.client import cannot_write
+from vitcli.hub.client import cannot_write, quiet_hub
 from vitcli.hub.repository import (
     SMALL_FILE,
     Repository,
     fetch_file,
     list_files,
     parse_repository,
-    quiet_hub,
 )
 from vitcli.progress import Watcher
 
@@ -36,9 +35,9 @@ def fetch_model(source: str, watch: Watcher | None = None) -> tuple[Path, list[s
     try:
         with quiet_hub():
             files = list_files(repository)
-            weights = choose_weights(files.files, repository)
+            weights = choose_weights(files.sizes, repository)
             for name in CONFIG_FILES:
-                if name in files.files:
+                if name in files.sizes:
                     fetch_file(files, name, max_bytes=SMALL_FILE)
             if weights == INDEX:
                 path = fetch_file(files, INDEX, max_bytes=SMALL_FILE)

@@ -3,35 +3,21 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from vitcli.errors import VitcliError, printable
 from vitcli.files import write_text
-from vitcli.hub.client import (
-    BUSY,
-    COMMIT,
-    MEGA,
-    TRUST_HINT,
-    ConnectionFailed,
-    DownloadBar,
-    connection_failure,
-    install_checks,
-    retrying,
-    size_text,
-)
+from vitcli.hub.client import COMMIT, MEGA, TRUST_HINT, DownloadBar, install_checks, size_text
+from vitcli.hub.failures import ConnectionFailed, hub_errors, retrying
 from vitcli.progress import Quiet, Watcher
-
-if TYPE_CHECKING:
-    from huggingface_hub import RepoFile
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SMALL_FILE = 16 * MEGA  # the largest size of a config file, a card or a list of names
 RepoType = Literal["model", "dataset"]
-LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
 
 
 @dataclass(frozen=True)
@@ -52,7 +38,7 @@ class Repository:
         from huggingface_hub.file_download import repo_folder_name
 
         name = repo_folder_name(repo_id=self.repo_id, repo_type=self.repo_type)
-        return Path(constants.HF_HUB_CACHE) / name
+        return Path(constants.HF_HUB_CACHE).expanduser().resolve() / name
 
     @property
     def url(self) -> str:
@@ -93,13 +79,13 @@ class RepoFiles:
     """The files of a repository at one commit.
 
     Attributes:
-        files: path in the repository -> size and checksum; None for a cached file without them.
+        sizes: path in the repository -> bytes; None if only the cache is known.
         offline: why the cache was used instead of the Hub; None if the Hub has answered.
     """
 
     repository: Repository
     commit: str
-    files: Mapping[str, "RepoFile | None"]
+    sizes: Mapping[str, int | None]
     offline: str | None = None
 
     @property
@@ -123,6 +109,7 @@ def list_files(repository: Repository) -> RepoFiles:
         ConnectionFailed: the Hub cannot be reached, and the cache does not hold the revision.
         VitcliError: no such repository or revision, no permission, or an invalid answer.
     """
+    from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     install_checks()
@@ -140,39 +127,21 @@ def list_files(repository: Repository) -> RepoFiles:
         except ConnectionFailed:
             raise _not_cached(repository, error) from error
     try:
-        return RepoFiles(repository, commit, _tree(repository, commit, offline), offline)
-    except CachedRepoTreeNotFoundError:  # another program has put some files into the cache
-        if repository.repo_type == "dataset":  # a part must not pass for the whole
+        entries = get_cached_repo_tree(
+            repository.repo_id, repo_type=repository.repo_type, revision=commit
+        )
+        sizes = dict(_checked_file(entry.path, entry.size, repository) for entry in entries)
+    except CachedRepoTreeNotFoundError:  # another program has put files into the cache
+        cached = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        sizes = dict.fromkeys(path.as_posix() for path in cached)
+        # A part of a dataset must not pass for the whole.
+        if repository.repo_type == "dataset" or not sizes:
             raise VitcliError(
-                f"the cache holds only some files of `{repository}`, and {offline}",
-                "run the command once with a connection to the Hub",
+                f"`{folder}` has no list of the files of `{repository}`, and "
+                f"{offline or 'it cannot be written'}",
+                "run the command once with a connection to the Hub, or set HF_HOME",
             ) from None
-    cached = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    files = dict.fromkeys(path.as_posix() for path in cached)
-    return RepoFiles(repository, commit, files, offline)
-
-
-def _tree(repository: Repository, commit: str, offline: str | None) -> dict[str, "RepoFile"]:
-    """The files of a commit from the list in the cache, or from the Hub if the cache is read-only.
-
-    Raises:
-        CachedRepoTreeNotFoundError: the cache holds no list, and the Hub cannot be reached.
-    """
-    from huggingface_hub import HfApi, RepoFile, get_cached_repo_tree
-    from huggingface_hub.errors import CachedRepoTreeNotFoundError
-
-    repo_id, repo_type = repository.repo_id, repository.repo_type
-    try:
-        entries: Iterable[Any] = get_cached_repo_tree(repo_id, repo_type=repo_type, revision=commit)
-    except CachedRepoTreeNotFoundError:
-        if offline:
-            raise
-        with hub_errors(repository):
-            tree = HfApi().list_repo_tree(
-                repo_id, repo_type=repo_type, revision=commit, recursive=True
-            )
-            entries = [entry for entry in tree if isinstance(entry, RepoFile)]
-    return {_checked_path(entry.path, repository): entry for entry in entries}
+    return RepoFiles(repository, commit, sizes, offline)
 
 
 def _download_tree(repository: Repository, commit: str, *, local: bool = False) -> Path:
@@ -238,14 +207,14 @@ def _not_cached(repository: Repository, failure: ConnectionFailed) -> Connection
     )
 
 
-def _checked_path(path: object, repository: Repository) -> str:
-    """A path in a repository as the Hub sends it; raises if it leaves the repository's folder."""
-    parts = path.split("/") if isinstance(path, str) else [""]
+def _checked_file(path: Any, size: Any, repository: Repository) -> tuple[str, int | None]:
+    """A path and a size as the Hub sends them; raises if the path leaves the repository."""
+    parts = path.split("/") if isinstance(path, str) and isinstance(size, int) else [""]
     if any(part in ("", ".", "..") or re.search(r"[\\\0]|^[A-Za-z]:", part) for part in parts):
         raise VitcliError(
-            f"`{repository}` lists an invalid file name: `{printable(str(path)[:100])}`", TRUST_HINT
+            f"`{repository}` lists an invalid file: `{printable(str(path)[:100])}`", TRUST_HINT
         )
-    return str(path)
+    return path, size
 
 
 def fetch_file(
@@ -269,11 +238,10 @@ def fetch_file(
         VitcliError: the file cannot be downloaded or written, or its checksum is wrong.
     """
     repository, watch = files.repository, watch or Quiet()
-    cached, entry = files.snapshot / path, files.files.get(path)
-    if entry is not None and entry.size > max_bytes:
+    cached, size = files.snapshot / path, files.sizes.get(path)
+    if size is not None and size > max_bytes:
         raise VitcliError(
-            f"`{path}` of `{repository}` is too large: {size_text(entry.size)}",
-            f"see {repository.url}",
+            f"`{path}` of `{repository}` is too large: {size_text(size)}", f"see {repository.url}"
         )
     if cached.is_file():
         if not check_cached or _checksum_matches(files, path):
@@ -303,12 +271,11 @@ def fetch_file(
 def _download(files: RepoFiles, path: str, watch: Watcher) -> None:
     from huggingface_hub import constants, hf_hub_download
 
-    repository, entry = files.repository, files.files.get(path)
+    repository, size = files.repository, files.sizes.get(path)
 
     class Bar(DownloadBar):
-        def __init__(self, total: int | None = None, initial: int = 0, **_: object) -> None:
-            size = total if entry is None else entry.size
-            super().__init__(path, repository.folder, watch, total=size, initial=initial)
+        def __init__(self, total: int | None = None, **_: object) -> None:
+            super().__init__(path, repository.folder, watch, total if size is None else size)
 
     with hub_errors(repository, path):
         found = hf_hub_download(
@@ -348,113 +315,3 @@ def _remove(cached: Path) -> None:
     """Delete a file of a snapshot and its content."""
     for path in (cached.resolve(), cached.parent / cached.readlink(), cached):
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Hide the progress bars and log lines of `huggingface_hub`; vitcli shows its own."""
-    import warnings
-
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-        logging,
-    )
-
-    shown, verbosity = not are_progress_bars_disabled(), logging.get_verbosity()
-    disable_progress_bars()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Not enough free disk space")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            enable_progress_bars()
-
-
-@contextmanager
-def hub_errors(repository: Repository, path: str | None = None) -> Iterator[None]:
-    """Turn the exceptions of `huggingface_hub` into a `VitcliError`.
-
-    Raises:
-        ConnectionFailed: the Hub cannot be reached, or it is out of order.
-        VitcliError: the Hub refuses, or its answer is invalid.
-        OSError: the disk is full or read-only.
-    """
-    try:
-        yield
-    except VitcliError:
-        raise
-    except Exception as error:
-        translated = _translated(error, repository, path)
-        if translated is None:
-            raise
-        raise translated from error
-
-
-def _translated(
-    error: BaseException, repository: Repository, path: str | None
-) -> VitcliError | None:
-    """The error for users; None for an error of the disk and for a bug."""
-    from huggingface_hub import constants, errors
-
-    what = f"`{path}` of `{repository}`" if path else f"`{repository}`"
-    host = constants.ENDPOINT
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        if isinstance(error.__cause__, Exception):
-            found = _translated(error.__cause__, repository, path)
-            if isinstance(found, ConnectionFailed):  # `huggingface_hub` has tried several times
-                found.temporary = False
-            return found
-        return ConnectionFailed(f"{what} is not in the cache", "download it with a connection")
-    if isinstance(error, errors.GatedRepoError):
-        return VitcliError(
-            f"`{repository}` is gated: its owner has not given you access",
-            f"accept its terms at {repository.url}, then {LOGIN_HINT}",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return _not_found(repository)
-    if isinstance(error, errors.RevisionNotFoundError):
-        return VitcliError(
-            f"`hf:{repository.repo_id}` has no revision `{repository.revision}`",
-            f"its branches, tags and commits are at {repository.url}/commits",
-        )
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if status in BUSY:
-            return connection_failure(error, host)
-        if status in (401, 403):
-            return VitcliError(f"you may not read {what} (status {status})", LOGIN_HINT)
-        if status == 404 and path is None:  # a mirror that does not send the Hub's error codes
-            return _not_found(repository)
-        return VitcliError(f"{what}: the Hub answers with status {status}", f"see {repository.url}")
-    if isinstance(error, errors.HTTPError | errors.OfflineModeIsEnabled):
-        return connection_failure(error, host)
-    if isinstance(error, errors.FileMetadataError):
-        return _invalid_answer(repository, error)
-    if isinstance(error, OSError):  # `huggingface_hub` raises one without a number for the size
-        return None if error.errno else ConnectionFailed(f"{what} is incomplete", "try again")
-    # Only `huggingface_hub` runs here, and these come from an answer of the wrong type.
-    if isinstance(error, ValueError | TypeError | LookupError | AttributeError | RecursionError):
-        return _invalid_answer(repository, error)
-    return None
-
-
-def _not_found(repository: Repository) -> VitcliError:
-    return VitcliError(
-        f"the Hub has no {repository.repo_type} `{repository.repo_id}` that you may read",
-        f"check the name; if the repository is private, {LOGIN_HINT}",
-    )
-
-
-def _invalid_answer(repository: Repository, error: BaseException) -> VitcliError:
-    from huggingface_hub import constants
-
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return VitcliError(
-        f"`{constants.ENDPOINT}` does not answer like the Hub for `{repository}`: {reason}",
-        "check HF_ENDPOINT, and whether the network shows a login page",
-    )

@@ -14,9 +14,9 @@ from vitcli.data.readers.parquet import read_parquet
 from vitcli.data.readers.tar import NAMES_FILES, read_names, read_shards
 from vitcli.data.source import DataRequest, Source, fingerprint
 from vitcli.data.splits import parse_slice
-from vitcli.hub.client import cannot_write
+from vitcli.hub.client import cannot_write, quiet_hub
 from vitcli.hub.datasets import CONVERTED, DatasetFiles, find_dataset
-from vitcli.hub.repository import RepoFiles, fetch_file, quiet_hub
+from vitcli.hub.repository import RepoFiles, fetch_file
 
 DOWNLOAD_THREADS = 8  # for images in class folders
 
@@ -69,7 +69,7 @@ def load_hub(request: DataRequest, without: str | None = None) -> Source:
 
 def class_names_file(repo_files: RepoFiles) -> Path | None:
     """The file with the names of numbered classes, downloaded; None if there is none."""
-    name = next((name for name in NAMES_FILES if name in repo_files.files), None)
+    name = next((name for name in NAMES_FILES if name in repo_files.sizes), None)
     return None if name is None else fetch_file(repo_files, name)
 
 

@@ -251,7 +251,9 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
 def predict(
     images: Annotated[
         list[str] | None,
-        typer.Argument(help="Images, folders, quoted globs.", metavar="IMAGE..."),
+        typer.Argument(
+            help="Images, folders, quoted globs, https:// addresses.", metavar="IMAGE..."
+        ),
     ] = None,
     *,
     options: PredictOptions,
@@ -545,8 +547,7 @@ def compare(
 ) -> None:
     """Compare runs: settings that differ, results, and a paired test.
 
-    The test is McNemar's; the interval is a bootstrap over images. Both need the same held-out
-    images in each run.
+    The test is McNemar's exact test. It and the interval need the same held-out images in each run.
 
     Example: `vitcli compare runs/finetune runs/finetune-2`
     """

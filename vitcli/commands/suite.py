@@ -19,6 +19,7 @@ from vitcli import distributed as launch
 from vitcli.config.recipe import lay_over, nest
 from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError
+from vitcli.evals.intervals import wilson_interval
 from vitcli.evals.suite_file import (
     Suite,
     TaskResult,
@@ -29,7 +30,7 @@ from vitcli.evals.suite_file import (
     task_data,
     task_result,
 )
-from vitcli.files import exclusive, make_folder, write_text
+from vitcli.files import exclusive, make_folder, read_json, write_text
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import Run, new_output, run_stem
 from vitcli.weights.load import newest_run
@@ -85,10 +86,12 @@ class SuiteResult:
 
     def _task_json(self, task: TaskSection) -> dict[str, Any]:
         found = self.results.get(task.name)
+        interval = found and found.images and wilson_interval(found.accuracy, found.images)
         return {
             "group": task.group,
             "data": task.data,
             "accuracy": found and found.accuracy,
+            "interval": list(interval) if interval else None,
             "images": found and found.images,
             "run": found and found.run,
             "chosen": dict(found.chosen) if found else {},
@@ -186,7 +189,7 @@ def _start_or_continue(path: Path, suite: Suite, model: str, settings: Settings)
     record = path / RECORD
     if any(entry.name != LOCK for entry in path.iterdir()):
         try:
-            known = json.loads(record.read_text(encoding="utf-8"))
+            known = read_json(record)
         except (OSError, ValueError):
             raise VitcliError(f"`{path}` exists already", "choose another `--out`") from None
         if known != wanted:

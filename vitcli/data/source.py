@@ -16,7 +16,7 @@ import numpy as np
 
 from vitcli.config.schema import DataSection
 from vitcli.data.image_set import ImageSet
-from vitcli.data.readers import READERS, find_reader, resolve
+from vitcli.data.readers import READERS, expand_home, find_reader, resolve
 from vitcli.data.splits import split_images
 from vitcli.errors import VitcliError, printable
 from vitcli.progress import Quiet, Watcher
@@ -61,6 +61,7 @@ class Source:
         fingerprint: a hash of names, sizes, labels and splits; it does not depend on the path.
         notes: messages for the user, one line each: what was split, skipped or assumed.
         splitting: how the splits were made, as plain values for a run's record.
+        layout: where the images of each class were found, such as `train/CLASS/*`; or empty.
     """
 
     notation: str
@@ -69,6 +70,7 @@ class Source:
     fingerprint: str
     notes: tuple[str, ...] = ()
     splitting: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = ""
 
     @property
     def multi_label(self) -> bool:
@@ -130,7 +132,7 @@ def open_data(
         VitcliError: the data does not exist, has no images, one class, a class without training
             images, or no such column or split; or a stream where `streams` is False.
     """
-    notation = section.name or "" if notation is None else notation
+    notation = expand_home(section.name or "" if notation is None else notation)
     request = DataRequest(notation, section, whole, labelled, watch or Quiet())
     if section.streaming:
         if not streams:
@@ -180,6 +182,8 @@ def make_source(
     if multi_label:
         splits = {name: _with_targets(images) for name, images in splits.items()}
     base = splits.get("train") or next(iter(splits.values()))
+    if not request.labelled:
+        base = _with_all_classes(base, splits)
     aligned = _align_classes(shown, base, splits)
     if request.labelled and not multi_label and len(np.unique(base.labels)) < 2:
         only = base.classes[int(base.labels[0])]
@@ -229,6 +233,12 @@ def _with_targets(images: ImageSet) -> ImageSet:
         images.targets = np.zeros((len(images), len(images.classes)), dtype=np.uint8)
         images.targets[np.arange(len(images)), images.labels] = 1
     return images
+
+
+def _with_all_classes(base: ImageSet, splits: Mapping[str, ImageSet]) -> ImageSet:
+    """`base` with the classes of all splits; those that it lacks come last."""
+    others = (name for images in splits.values() for name in images.classes)
+    return base.relabelled(tuple(dict.fromkeys([*base.classes, *others])))
 
 
 def _align_classes(

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from vitcli.errors import VitcliError
-from vitcli.files import replacing, write_text
+from vitcli.files import read_json, replacing, write_text
 from vitcli.hub.client import DownloadBar, cannot_write, client, timeout_seconds
 from vitcli.hub.failures import BUSY, ConnectionFailed, connection_failure, retrying
 from vitcli.progress import Quiet, Watcher
@@ -161,8 +161,8 @@ def _record(target: Path) -> Path:
 
 def _cached_facts(target: Path, watch: Watcher) -> dict[str, Any]:
     """The facts about a copy; {} if there is none, or its content is not the recorded one."""
-    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        facts = dict(json.loads(_record(target).read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        facts = dict(read_json(_record(target)))
         kind = "sha256" if "sha256" in facts else "md5"
         with target.open("rb") as file:
             if facts[kind] in (None, hashlib.file_digest(file, kind).hexdigest()):

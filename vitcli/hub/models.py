@@ -1,10 +1,10 @@
 """`hf:ORG/NAME[@REVISION]`: choose the weights file of a model repository and download it."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
 from vitcli.errors import VitcliError
+from vitcli.files import read_json
 from vitcli.hub.client import cannot_write, quiet_hub
 from vitcli.hub.repository import (
     SMALL_FILE,
@@ -87,10 +87,10 @@ def shard_names(index: Path) -> list[str]:
         VitcliError: the index is invalid.
     """
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(index)["weight_map"].values())
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it lists no files in its folder")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise VitcliError(
             f"`{index}` is not a valid index of weights files: {error}",
             "copy or download the file again",

@@ -1,6 +1,5 @@
 """Find the weights of a MODEL, detect their layout and read them into a `Checkpoint`."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from vitcli.errors import VitcliError
+from vitcli.files import read_json
 from vitcli.hub.http import fetch_url
 from vitcli.hub.models import INDEX, fetch_model
 from vitcli.progress import Watcher
@@ -206,7 +206,7 @@ def _weights_in(folder: Path) -> Path:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitcli.errors import VitcliError
-from vitcli.files import replacing
+from vitcli.files import parse_json, replacing
 from vitcli.hub.models import shard_names
 from vitcli.preprocess import Preprocess
 from vitcli.vit import Config, config_from_dict
@@ -125,7 +125,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if "vitcli" not in metadata:
         return None
     with readable_values("header", path, DAMAGED_HINT):
-        header = json.loads(metadata["vitcli"])
+        header = parse_json(metadata["vitcli"])
         if header["format"] > FORMAT:
             raise VitcliError(
                 f"`{path}` was written by a newer vitcli (format {header['format']}, not {FORMAT})",

@@ -6,7 +6,6 @@ and so shared by all processes), an index (`train.index`), the multi-hot targets
 """
 
 import hashlib
-import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from vitcli.data.image_set import ImageSet, Pixels
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
+from vitcli.files import read_json
 
 FORMAT = 1
 DESCRIPTION = "stored.json"  # of a finished dataset
@@ -117,7 +117,7 @@ def load_decoded(request: DataRequest) -> Source:
             "repeat its `vitcli patchify DATA --out FOLDER`, which continues where it stopped",
         )
     try:
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        described = read_json(folder / DESCRIPTION)
         if described["format"] > FORMAT:
             raise VitcliError(f"a newer vitcli has written `{shown}`", "update vitcli")
         classes, splits = described["classes"], described["splits"]

@@ -6,7 +6,6 @@ written (`01`, `NA`), file names need not be UTF-8, and an error gives the line.
 
 import codecs
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from vitcli.data.labels import (
 )
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.errors import VitcliError, printable, unknown
+from vitcli.files import parse_json
 from vitcli.hub.datasets import SPLIT_ALIASES, SPLITS
 
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "y", "class_name", "fine_label")
@@ -203,10 +203,10 @@ def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 fault = "is not a JSON object"
-            except json.JSONDecodeError as error:
-                row, fault = None, f"is not JSON: {error.msg}"
+            except ValueError as error:
+                row, fault = None, f"is not JSON: {error}"
             if not isinstance(row, dict):
                 raise VitcliError(
                     f"line {number} of `{printable(path)}` {fault}",

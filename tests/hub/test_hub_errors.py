@@ -109,6 +109,6 @@ def test_a_cache_that_cannot_be_written(hub, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file/hub"))
     with pytest.raises(
-        VitcliError, match=r"no list of the files of `hf:org/ours`, and it cannot be wr"
+        VitcliError, match=r"the cache `.*` has no list of the files of `hf:org/ours`"
     ):
         fetch_model("hf:org/ours")

@@ -31,7 +31,7 @@ MEGA = 1_000_000
 MAX_PAUSE = 600.0  # seconds that a busy server may ask for
 MIN_BYTES_PER_SECOND = 1000  # a slower server counts as broken
 MAX_ANSWER_BYTES = 100 * MEGA  # of an answer that is not a file, such as the list of a repository
-COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # SHA-1 or SHA-256
+COMMIT = re.compile(r"[0-9a-f]{40}")
 ETAG = re.compile(r"\w[\w.+=:-]{0,199}")
 DISK_HINT = (
     "free some space, or move the cache: HF_HOME for the Hub, VITCLI_CACHE for other downloads"

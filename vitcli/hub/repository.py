@@ -137,9 +137,9 @@ def list_files(repository: Repository) -> RepoFiles:
         # A part of a dataset must not pass for the whole.
         if repository.repo_type == "dataset" or not sizes:
             raise VitcliError(
-                f"`{folder}` has no list of the files of `{repository}`, and "
-                f"{offline or 'it cannot be written'}",
-                "run the command once with a connection to the Hub, or set HF_HOME",
+                f"the cache `{folder}` has no list of the files of `{repository}`"
+                f"{f', and {offline}' if offline else ''}",
+                "run the command once with a connection to the Hub and a writable HF_HOME",
             ) from None
     return RepoFiles(repository, commit, sizes, offline)
 
@@ -273,7 +273,7 @@ def _download(files: RepoFiles, path: str, watch: Watcher) -> None:
 
     repository, size = files.repository, files.sizes.get(path)
 
-    class Bar(DownloadBar):
+    class FileBar(DownloadBar):
         def __init__(self, total: int | None = None, **_: object) -> None:
             super().__init__(path, repository.folder, watch, total if size is None else size)
 
@@ -283,7 +283,7 @@ def _download(files: RepoFiles, path: str, watch: Watcher) -> None:
             path,
             repo_type=repository.repo_type,
             revision=files.commit,
-            tqdm_class=Bar,
+            tqdm_class=FileBar,
         )
     if Path(found) != files.snapshot / path:
         raise VitcliError(

@@ -27,6 +27,7 @@ CONVERT_HINT = (
 # Largest ratio of all tensors' bytes to the file's bytes. A file stores shared weights once (12
 # blocks in ALBERT). A larger ratio means one number expanded over a large shape.
 MAX_EXPANSION = 16
+MAX_WRAPPINGS = 8
 # Keys under which programs store the state dict, best first: averaged weights are the ones to
 # evaluate (timm, DINO, I-JEPA), and a student is the worst choice.
 WRAPPINGS = (
@@ -165,6 +166,11 @@ def _state_dict(value: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
             break
         value, others = value[inner[0]], inner[1:]
         trail.append(inner[0])
+        if len(trail) > MAX_WRAPPINGS:  # a dictionary that contains itself has no end
+            raise VitcliError(
+                f"`{source}` nests its state dict in more than {MAX_WRAPPINGS} dictionaries",
+                hint="save `model.state_dict()`",
+            )
         if others:
             beside = ", ".join(f"`{name}`" for name in others)
             notes.append(f"the weights under `{'.'.join(trail)}` were taken, not {beside}")

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vitcli.data.readers.folder import IMAGE_SUFFIXES, is_image_name
+from vitcli.data.readers.folder import is_image_name
+from vitcli.decode import IMAGE_SUFFIXES
 from vitcli.errors import VitcliError, printable
 from vitcli.files import parse_json
 

@@ -7,7 +7,8 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from vitcli.config.schema import DataSection
-from vitcli.data.readers.folder import IMAGE_SUFFIXES, is_image_name
+from vitcli.data.readers.folder import is_image_name
+from vitcli.decode import IMAGE_SUFFIXES
 from vitcli.data.readers.table_text import is_image_text
 from vitcli.errors import VitcliError, printable
 

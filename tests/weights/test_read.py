@@ -44,7 +44,7 @@ def test_hints_name_what_was_probably_meant(here, given, hint):
         folder = here / f"trained/checkpoint-{step}"
         folder.mkdir(parents=True)
         save_model(folder / "model.safetensors", create_model("Pico/8"))
-    with pytest.raises(VitcliError, match="no such model|holds no weights") as error:
+    with pytest.raises(VitcliError, match=r"no such model|holds no weights") as error:
         load_model(given)
     assert hint in error.value.hint
 

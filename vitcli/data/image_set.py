@@ -5,6 +5,7 @@ An `ImageStore` holds the images: files, arrays, tar members, parquet cells or d
 
 import os
 import threading
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -138,6 +139,11 @@ class ArrayStore:
 
     def content(self, row: int) -> Image.Image:
         return Image.fromarray(self.images[row])
+
+    def content_keys(self, rows: Integers) -> Integers:
+        """Checksums."""
+        sums = (zlib.crc32(self.images[row].tobytes()) for row in rows)
+        return np.fromiter(sums, np.int64, len(rows))
 
     def describe(self, row: int) -> str:
         return f"image {row} of {self.name}"

@@ -123,6 +123,25 @@ def test_table_3(name):
         assert config.representation_size == config.embed_dim
 
 
+@pytest.mark.parametrize("name", THEIRS)
+def test_images_are_those_of_the_official_code(name):
+    """TensorFlow's crop and no smoothing, except where a recipe follows another code."""
+    recipe, text = load_recipe(name), FILES[name].read_text()
+    if name.startswith("paper_"):
+        assert re.search(r"the paper's text", header(text)["Follows"])
+        assert "official code" in text
+    if name.startswith("deit3"):
+        assert recipe.augment.crop == "inception" and recipe.optim.grad_clip == 1.0
+        return
+    assert recipe.augment.crop == ("resize" if name == "paper_finetune_vtab" else "inception_tf")
+    assert (recipe.preprocess.interpolation, recipe.preprocess.antialias) == ("bilinear", False)
+    squashes = recipe.preprocess.resize_mode == "squash"
+    assert squashes == (recipe.command == "finetune")
+    assert squashes or recipe.preprocess.crop_fraction == 224 / 256
+    if name.startswith("paper_finetune"):
+        assert not recipe.train.ema_warmup  # for Table 2
+
+
 @pytest.mark.parametrize("name", TABLE_4)
 def test_table_4(name):
     steps, grid = TABLE_4[name]

@@ -18,8 +18,8 @@ from vitcli.evals.scoring import ImageScores, expected_calibration_error, score_
 def scores_of(correct, confidence):
     n = len(correct)
     zeros = np.zeros(n, np.int64)
-    num_higher = np.where(correct, 0, 9)
-    return ImageScores(20, zeros, confidence, correct, num_higher, np.zeros(n))
+    top5 = np.asarray(correct, dtype=float)
+    return ImageScores(20, zeros, confidence, correct, top5, np.zeros(n))
 
 
 def test_every_resample_has_as_many_images():

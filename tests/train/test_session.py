@@ -262,3 +262,29 @@ def test_five_frames_from_the_command_to_the_gradients(tmp_path, monkeypatch):
     package = str(Path(vitcli.__file__).parent)
     frames = [frame.name for frame in caught.traceback if str(frame.path).startswith(package)]
     assert frames == ["run", "train", "fit", "step", "gradients"]
+
+
+def test_a_pretrain_run_stores_how_it_resamples_positions(tmp_path):
+    recipe = tiny_recipe(model={"position_resize": "bilinear"}, train={"steps": 1})
+    go(tmp_path / "run", recipe)
+    assert load_model(tmp_path / "run").network.position_resize == "bilinear"
+    resnet = recipe.model_copy(
+        update={"model": type(recipe.model)(name="R26x1", position_resize="bilinear")}
+    )
+    with pytest.raises(VitcliError, match="no positions"):
+        go(tmp_path / "other", resnet)
+
+
+def test_smaller_sizes_are_checked_before_the_run(tmp_path):
+    with pytest.raises(VitcliError, match=r"smaller_sizes` has 6 px.*patch size 4"):
+        go(tmp_path / "run", tiny_recipe(train={"smaller_sizes": [[6, 0.5]]}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_contradict_each_other_stop_before_the_run(tmp_path):
+    with pytest.raises(VitcliError, match=r"`preprocess.image_size` is \(16, 16\)"):
+        go(tmp_path / "run", tiny_recipe(preprocess={"image_size": 16}))
+    formula = {"data": {"name": "builtin:formula"}, "model": {"num_channels": 1}}
+    with pytest.raises(VitcliError, match="draws RGB images"):
+        go(tmp_path / "run", tiny_recipe(**formula))
+    assert not (tmp_path / "run").exists()

@@ -255,7 +255,7 @@ def test_configurations_of_both_kinds_survive_a_round_trip_through_json():
         ("R50x0", {}, "gives 0 channels"),
         ("R50x1", {"depth": 3}, "unknown settings of a ResNet: depth"),
         ("R50x1", {"layers": ()}, "a unit in every stage"),
-        ("R50+B/16", {"image_size": (224, 200)}, "not a multiple of patch size 16"),
+        ("R+Ti/16", {"image_size": (224, 200)}, "not a multiple of patch size 8"),
         ("R50+B/16", {"stem_width": 0.4}, "not a multiple of its 32 groups"),
         ("Axial-B/16", {"class_token": True}, "rows and columns"),
         ("Axial-R50+B/16", {}, "no model variant"),

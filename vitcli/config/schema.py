@@ -25,6 +25,7 @@ from pydantic import (
 Settings = dict[str, Any]
 DURATIONS = ("steps", "epochs", "images", "budget")
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
+LION_BETAS = (0.9, 0.99)  # of its authors (Chen et al., 2023, algorithm 2)
 
 
 def setting(default: Any, help: str, **bounds: Any) -> Any:
@@ -137,6 +138,9 @@ class PreprocessSection(Section):
         None, "Interpolation of the resize."
     )
     antialias: bool | None = setting(None, "Antialias when the image is shrunk.")
+    border: NonNegativeInt | None = setting(
+        None, "Pixels that are cut off each side of an image first, e.g. 2 for ObjectNet."
+    )
     mean: float | tuple[float, ...] | None = setting(
         None, "Mean per channel that is subtracted, pixels in 0 to 1."
     )
@@ -201,9 +205,15 @@ class AugmentSection(Section):
     # `resolve_augment` checks them.
     crop: str = setting("inception", "Kind of random crop.")
     min_area: float = setting(
-        0.05, "Smallest area of an inception crop, as a fraction of the image.", gt=0.0, le=1.0
+        0.05,
+        "Smallest area of an inception crop, as a fraction of the image.",
+        gt=0.0,
+        le=1.0,
     )
     crop_padding: NonNegativeInt = setting(4, "Padding of a pad crop in px.")
+    resize_size: PositiveInt | None = setting(
+        None, "Side in px from which a resize crop cuts. Default: 7/6 of the image size."
+    )
     flip_rate: float = setting(0.5, "Probability of a horizontal flip.", ge=0.0, le=1.0)
     preset: str | None = setting(
         None, "Named strength of AugReg or DeiT III that sets the keys below."
@@ -289,9 +299,19 @@ class OptimSection(Section):
     )
     momentum: float = setting(0.9, "Momentum of sgd, muon and adafactor.", ge=0.0, lt=1.0)
     momentum_dtype: Literal["fp32", "bf16"] = setting("fp32", "Storage type of sgd's momentum.")
-    betas: tuple[float, float] = setting((0.9, 0.999), "Betas of adamw, lamb and lion.")
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), "Betas of adamw, lamb and lion. Default of lion: 0.9 and 0.99."
+    )
     eps: PositiveFloat = setting(1e-8, "Epsilon of adamw and lamb.")
     grad_clip: PositiveFloat | None = setting(None, "Maximum global norm of the gradients.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_betas(cls, given: Any) -> Any:
+        # Filled here and not in the optimizer, so that the recipe of a run states what it used.
+        if isinstance(given, dict) and given.get("name") == "lion":
+            return {"betas": LION_BETAS, **given}
+        return given
 
     def rate_factor(self, batch_size: int) -> float:
         """The factor on the learning rates for a batch of `batch_size` images."""
@@ -388,6 +408,9 @@ class TrainSection(Section):
     )
     ema_decay: float | None = setting(
         None, "Decay of the exponential moving average of the weights.", gt=0.0, lt=1.0
+    )
+    ema_warmup: bool = setting(
+        True, "Start the average with the decay (1 + step) / (10 + step) while that is smaller."
     )
     checkpoint_steps: PositiveInt | None = setting(
         None, "Steps between checkpoints. Default: about one minute."

@@ -1,6 +1,7 @@
 """From a recipe to everything that trains: data, model, objective, optimizers, loader, loop."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 
 from vitcli.config.schema import Recipe, Section
 from vitcli.data.augment.mixing import mixes_pairs
-from vitcli.data.augment.policies import changes_pixels
-from vitcli.data.augment.transform import TrainTransform, resolve_augment
+from vitcli.data.augment.policies import POLICIES, PRESETS, changes_pixels
+from vitcli.data.augment.transform import CROPS, TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
 from vitcli.data.loader import TrainLoader
 from vitcli.data.source import Source, open_data
@@ -37,7 +38,7 @@ from vitcli.train.optimizers import OPTIMIZERS, build_optimizers, find_optimizer
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
 from vitcli.train.validate import Outcome, run_validation
-from vitcli.vit import Network, ResNet
+from vitcli.vit import Config, Network, ResNet
 from vitcli.weights.loaded import LoadedModel
 
 MakeModel = Callable[[Source], LoadedModel]
@@ -71,6 +72,8 @@ def build_loop(
     for note in freeze_and_adapt(model.network, recipe.lora, train.freeze, train.seed):
         watch.note(note)
     check_patch_drop(recipe, model.network)
+    check_smaller_sizes(recipe, model.config)
+    check_channels(source, model.config)
     objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
     model.network.checkpoint_activations = train.activation_checkpointing
 
@@ -94,7 +97,7 @@ def build_loop(
     state = TrainState(
         objective,
         [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers],
-        Ema(objective, decay) if decay else None,
+        Ema(objective, decay, warmup=train.ema_warmup) if decay else None,
         accelerator.scaler,
     )
 
@@ -140,6 +143,8 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
             "use `vitcli evaluate` for such data",
         )
     if section.streaming:
+        if recipe.train.epochs is not None:
+            len(source.splits["train"])  # raises now, and not after the model is loaded
         watch.warn(
             f"a stream is shuffled within {section.shuffle_buffer:,} images only, and `--resume` "
             "continues with another order of the images"
@@ -242,6 +247,9 @@ def check_names(recipe: Recipe) -> None:
 def registered_names() -> dict[str, tuple[str, ...]]:
     """The names that each registry offers, for help texts and the settings reference."""
     return {
+        "augment.crop": tuple(CROPS),
+        "augment.preset": tuple(PRESETS),
+        "augment.policy": tuple(POLICIES),
         "objective.name": (AUTO, *OBJECTIVES),
         "optim.name": tuple(OPTIMIZERS),
         "schedule.name": tuple(SCHEDULES),
@@ -302,6 +310,30 @@ def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
             f"`--set train.micro_batch_size={micro + 1}`",
         )
     check_batch(recipe.train.batch_size, processes, settings.repeats, mixes)
+
+
+def check_smaller_sizes(recipe: Recipe, config: Config) -> None:
+    """Check that the model accepts each image size of `train.smaller_sizes`."""
+    for side, _ in recipe.train.smaller_sizes:
+        try:
+            replace(config, image_size=(side, side))
+        except ValueError as error:
+            raise VitcliError(
+                f"`train.smaller_sizes` has {side} px, which the model does not accept: {error}",
+                "use multiples of the patch size",
+            ) from error
+
+
+def check_channels(source: Source, config: Config) -> None:
+    """Check that images that are drawn as tensors have the channels of the model."""
+    images = source.splits["train"]
+    drawn = hasattr(images, "batch") and not getattr(images, "is_blank", False)
+    if drawn and config.num_channels != 3:
+        channels = config.num_channels
+        raise VitcliError(
+            f"`{source.notation}` draws RGB images, and the model takes {channels} channel",
+            "`--set model.num_channels=3`",
+        )
 
 
 def check_patch_drop(recipe: Recipe, network: Network) -> None:

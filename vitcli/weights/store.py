@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,7 @@ from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.preprocess import Preprocess
 from vitcli.vit import Config, config_from_dict
+from vitcli.vit.position import DEFAULT_RESIZE, Resize
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
@@ -43,6 +44,7 @@ class Checkpoint:
         dropped_shapes: shapes of the dropped tensors.
         activation: turns logits into probabilities.
         temperature: divides the logits before the activation.
+        position_resize: method that resamples the positions; None for the layout's default.
         notes: assumptions about facts that the file does not state, one line each.
     """
 
@@ -58,6 +60,7 @@ class Checkpoint:
     dropped_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     activation: Literal["softmax", "sigmoid"] = "softmax"
     temperature: float = 1.0
+    position_resize: Resize | None = None
 
 
 def save_model(
@@ -76,6 +79,7 @@ def save_model(
     Raises:
         VitcliError: the file cannot be written (disk full, no permission).
     """
+    resize = getattr(model.network, "position_resize", None)  # a ResNet has no positions
     described = {
         "format": FORMAT,
         "config": model.config.to_dict(),
@@ -83,6 +87,8 @@ def save_model(
         "preprocess": model.preprocess.to_dict() if model.preprocess is not None else None,
         "head_trained": bool(model.head_trained and model.config.num_classes),
         "activation": model.head_activation,
+        # The default is not written, so that the files of runs that do not set it stay the same.
+        **({"position_resize": resize} if resize not in (None, DEFAULT_RESIZE) else {}),
         **({"temperature": model.temperature} if model.temperature != 1.0 else {}),
         "recipe_hash": recipe_hash,
         **({"extra": dict(extra)} if extra else {}),
@@ -207,6 +213,8 @@ def load_own(path: str | os.PathLike[str]) -> Checkpoint:
         labels = tuple(header["labels"]) if header.get("labels") is not None else None
         if labels is not None and len(labels) != config.num_classes:
             raise ValueError(f"{len(labels)} class names for {config.num_classes} classes")
+        if (resize := header.get("position_resize")) not in (None, *get_args(Resize)):
+            raise ValueError(f"unknown position_resize `{resize}`")
         temperature = float(header.get("temperature", 1.0))
         if not 0 < temperature < float("inf"):
             raise ValueError(f"the temperature is {temperature}")
@@ -221,6 +229,7 @@ def load_own(path: str | os.PathLike[str]) -> Checkpoint:
         # Old files do not store the activation; all of them were trained with softmax.
         activation="sigmoid" if header.get("activation") == "sigmoid" else "softmax",
         temperature=temperature,
+        position_resize=resize,
     )
 
 

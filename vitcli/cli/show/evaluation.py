@@ -8,6 +8,7 @@ from vitcli.cli.console import print_facts, print_table, show_next
 from vitcli.cli.show.training import MOST_CLASSES, percent, worst
 from vitcli.run import run_stem
 
+MIN_TOP5_CLASSES = 6  # with fewer classes top-5 is 100 % of any images
 MAX_PAIRS = 5  # pairs of confused classes
 FILES = ("confusion", "confusion_picture", "reliability", "mistakes")
 
@@ -41,7 +42,8 @@ def _single_label_rows(result: Any) -> Rows:
     if m.top1_restricted != m.top1:
         restricted = with_interval(m.top1_restricted, of["top1_restricted"])
         rows.append(("top-1 among the data's classes", restricted))
-    rows.append(("top-5", with_interval(m.top5, of["top5"])))
+    if result.details.num_outputs >= MIN_TOP5_CLASSES:
+        rows.append(("top-5", with_interval(m.top5, of["top5"])))
     if real is not None:
         by_real = f"{with_interval(real.top1, of['top1_real'])}, {real.images:,} images"
         rows.append(("top-1 by ReaL labels", by_real))
@@ -111,10 +113,11 @@ def _show_comparison(result: Any) -> None:
     single = all(one.details is not None for one in models)
     restricted = single and any(m.metrics.top1_restricted != m.metrics.top1 for m in models)
     real = single and any(m.details.real is not None for m in models)
+    top5 = single and any(m.details.num_outputs >= MIN_TOP5_CLASSES for m in models)
     columns = ["model", "images"]
     if single:
         columns += ["top-1"] + ["among the data's"] * restricted + ["ReaL"] * real
-        columns += ["top-5", "loss", "calibration error"]
+        columns += ["top-5"] * top5 + ["loss", "calibration error"]
     else:
         columns += ["mean average precision", "loss"]
     rows = []
@@ -125,7 +128,7 @@ def _show_comparison(result: Any) -> None:
             row.append(with_interval(m.top1, one.intervals.of["top1"]))
             row += [percent(m.top1_restricted)] * restricted
             row += [percent_or_dash(one.details.real and one.details.real.top1, " %")] * real
-            row += [percent(m.top5), f"{m.loss:.4f}", f"{m.ece:.4f}"]
+            row += [percent(m.top5)] * top5 + [f"{m.loss:.4f}", f"{m.ece:.4f}"]
         else:
             row += [with_interval(m.map, one.intervals.of["map"]), f"{m.loss:.4f}"]
         rows.append(row)

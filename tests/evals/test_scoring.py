@@ -65,7 +65,9 @@ def test_equal_logits_count_as_a_sort_that_favours_no_label_counts():
     hits, orders = np.zeros(60), 4000
     for _ in range(orders):
         best5 = np.lexsort((rng.random(logits.shape), -logits), axis=1)[:, :5]
-        hits += [bool(set(row) & set(right)) for row, right in zip(best5.tolist(), sets, strict=True)]
+        hits += [
+            bool(set(row) & set(right)) for row, right in zip(best5.tolist(), sets, strict=True)
+        ]
     assert np.abs(found - hits / orders).max() < 0.035
     assert (found[hits == orders] > 0.99).all() and (found[hits == 0] < 0.01).all()
 

@@ -39,6 +39,7 @@ VALUES: dict[str, list[Any]] = {
     "data.folds": [3],
     "data.fold": [1],
     "data.classes": ["classes.txt"],
+    "augment.resize_size": [24],
     "augment.magnitude": [5.0],
     "augment.mixup_alpha": [0.3],
     "augment.cutmix_alpha": [1.0],
@@ -47,6 +48,8 @@ VALUES: dict[str, list[Any]] = {
     "objective.teacher": ["weights.safetensors"],
     "optim.lr": [1e-3],
     "optim.betas": [[0.8, 0.9]],
+    "schedule.stair_steps": [[1]],
+    "schedule.stair_factors": [[0.5]],
     "train.steps": [2],
     "train.epochs": [0.5],
     "train.images": [16],
@@ -59,6 +62,7 @@ FINETUNE = {"command": "finetune"}
 LORA = {**FINETUNE, "lora.rank": 2}
 TABLE = {"data.name": "table.csv", "data.label_column": "kind"}
 STREAM = {"data.name": "shards", "data.streaming": True, "data.classes": "classes.txt"}
+STAIR = {"schedule.stair_steps": [1], "schedule.stair_factors": [0.5]}
 FORMULA = {"data.name": "builtin:formula", "model.pool": "quadrants"}
 RESNET = {"model.name": "R26x1", "model.layers": [1, 1], "model.width": 0.5}
 STEM = {"model.stem": [1], "model.patch_size": 1}
@@ -97,6 +101,10 @@ NEEDS: dict[str, dict[str, Any]] = {
     "objective.name=descriptors": FORMULA,
     "objective.name=guided": FORMULA,
     "optim.momentum_dtype=bf16": {"optim.name": "sgd"},
+    "schedule.name=stair": STAIR,
+    "schedule.stair_steps": STAIR,
+    "schedule.stair_factors": STAIR,
+    "augment.resize_size": {"model.image_size": 16},
     "train.freeze=backbone": FINETUNE,
     "train.freeze=blocks:1": FINETUNE,
     "lora.rank": FINETUNE,

@@ -140,9 +140,7 @@ def test_every_optimizer_decays_apart_from_the_gradient(name, dtype):
         pytest.skip("it has no setting of the momentum's type")
     layer = torch.nn.Linear(8, 8, bias=False)
     model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer])})
-    section = OptimSection(
-        name=name, lr=0.1, matrix_lr=0.1, weight_decay=0.5, momentum_dtype=dtype
-    )
+    section = OptimSection(name=name, lr=0.1, matrix_lr=0.1, weight_decay=0.5, momentum_dtype=dtype)
     optimizers = build_optimizers(model, section)
     expected = layer.weight.detach().clone()
     for _ in range(3):
@@ -150,7 +148,9 @@ def test_every_optimizer_decays_apart_from_the_gradient(name, dtype):
         for optimizer in optimizers:
             optimizer.step()
         expected *= 1 - 0.1 * 0.5
-    if name == "lamb":  # it scales the whole step, decay included, by |w| / |decay * w| (algorithm 2)
+    if (
+        name == "lamb"
+    ):  # it scales the whole step, decay included, by |w| / |decay * w| (algorithm 2)
         return
     torch.testing.assert_close(layer.weight.detach(), expected)
     assert all(g["weight_decay"] == 0.5 for o in optimizers for g in o.param_groups)

@@ -333,13 +333,31 @@ class ScheduleSection(Section):
     final_lr_fraction: float = setting(
         0.0, "Learning rate at the end, as a fraction of the peak.", ge=0.0, le=1.0
     )
+    power: PositiveFloat = setting(1.0, "Power of `polynomial`; 1 gives a line, 2 a parabola.")
+    stair_steps: tuple[PositiveInt, ...] = setting(
+        (), "Steps from which `stair` has another factor, counted from the start of the run."
+    )
+    stair_factors: tuple[NonNegativeFloat, ...] = setting(
+        (), "Factors on the peak rate from those steps on, e.g. `[0.1, 0.01]`."
+    )
     timescale: PositiveInt = setting(10_000, "Timescale of `rsqrt` in steps.")
+    shift: NonNegativeInt = setting(0, "Steps that `rsqrt` starts ahead of its curve.")
     cooldown_steps: NonNegativeInt = setting(0, "Linear cool-down to 0 at the end of `rsqrt`.")
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
         if self.warmup_steps is not None and self.warmup_fraction is not None:
             raise ValueError("give `warmup_steps` or `warmup_fraction`, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _check_stair(self) -> Self:
+        if len(self.stair_steps) != len(self.stair_factors):
+            raise ValueError("`stair_steps` and `stair_factors` need as many values")
+        if list(self.stair_steps) != sorted(set(self.stair_steps)):
+            raise ValueError("`stair_steps` must increase")
+        if self.name == "stair" and not self.stair_steps:
+            raise ValueError("`stair` needs `stair_steps` and `stair_factors`")
         return self
 
 

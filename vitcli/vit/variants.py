@@ -44,8 +44,8 @@ VARIANTS = {
     "e": Variant(1792, 56, 15360, 16),
 }
 
-# Sizes that exist with one patch size only. The paper's ViT-b/32 is "ViT-B with all hidden dimensions
-# halved" (Figure 4): the number of heads stays, which the paper does not say. `b/16` is a misspelling.
+# Sizes with one patch size only. The paper's ViT-b/32 is "ViT-B with all hidden dimensions halved"
+# (Figure 4); that the number of heads stays is our reading. So `b/16` is a misspelling of `B/16`.
 ONE_PATCH = {"b/32": Variant(384, 12, 1536, 12)}
 
 # Number of layers in the name of a ResNet -> units in each stage; 26 and 200 are big_vision's.

@@ -22,6 +22,8 @@ from vitcli.errors import VitcliError
 from vitcli.evals.suite_file import group_means, load_suite, published_results, suite_files
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
+from vitcli.vit import parse_variant
+from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
@@ -129,6 +131,85 @@ def test_no_view_of_a_task_of_the_paper_s_suite_destroys_its_labels():
         assert (augment.crop == "none") == (task.name in keeps | distance), task.name
         if task.name in distance:  # mirrored, but never larger or smaller
             assert len(views[1]) == 2
+
+
+def model_of(suite, task):
+    """(recipe of a task that trains, the configuration of its model)."""
+    settings = {}
+    for layer in (suite.settings, task.settings):
+        lay_over(settings, layer)
+    recipe = load_recipe(suite.recipe, settings, "pretrain")
+    return recipe, parse_variant(recipe.model.name, **recipe.model.architecture())
+
+
+def test_the_suites_of_the_paper_s_ablations_are_as_its_text_says():
+    positions, classes, shapes = (
+        load_suite(name)[0] for name in ("positions", "class_token", "shapes")
+    )
+    table = {}
+    for task in positions.tasks:
+        _, config = model_of(positions, task)
+        assert (config.embed_dim, config.depth, config.patch_size) == (768, 12, 16)
+        table[config.position, config.position_at] = task.published["the paper"]
+    assert table == {  # Table 8
+        ("none", "stem"): 61.382,
+        ("learned", "stem"): 64.206,
+        ("learned", "every"): 63.964,
+        ("learned", "shared"): 64.292,
+        ("learned2d", "stem"): 64.001,
+        ("learned2d", "every"): 64.046,
+        ("learned2d", "shared"): 64.022,
+        ("relative", "stem"): 64.032,
+    }
+    rates = [
+        (model_of(classes, t)[1].pool, model_of(classes, t)[0].optim.lr) for t in classes.tasks
+    ]
+    assert rates[:2] == [("token", 8e-4), ("mean", 3e-4)]  # Figure 9
+    base, *others = (model_of(shapes, task)[1] for task in shapes.tasks)
+    sizes = (base.depth, base.embed_dim, base.mlp_dim, base.patch_size)
+    assert sizes == (8, 1024, 2048, 32)  # Figure 8
+    keys = ("depth", "embed_dim", "mlp_dim", "patch_size")
+    for task, config in zip(shapes.tasks[1:], others, strict=True):
+        changed = [key for key in keys if getattr(config, key) != getattr(base, key)]
+        assert len(changed) == (3 if task.group == "all" else 1), task.name
+        assert config.embed_dim == 64 * config.num_heads == config.representation_size
+    assert max(config.depth for config in others) == 64
+
+
+def test_a_suite_that_pretrains(here, inside, capfd):
+    """Each task trains its model, which is then few-shot evaluated; a second start does nothing."""
+    recipe = check(Recipe, {**TINY, "train": {**TINY["train"], "steps": 2}}, "tiny")
+    (here / "tiny.toml").write_text(recipe.to_toml())
+    write(
+        here / "two.toml",
+        """
+name = "Two"
+method = "pretrain"
+recipe = "tiny.toml"
+data = "builtin:digits"
+shots = 2
+[[tasks]]
+name = "one"
+published = { "theirs" = 50.0 }
+[[tasks]]
+name = "two"
+settings = { model = { position = "none" } }
+""",
+    )
+    words = ["evaluate", "--suite", "two.toml", "--out", "out"]
+    assert cli.run([*words, "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert facts["method"] == "pretrain" and facts["tasks"]["two"]["data"] == "builtin:digits"
+    for name, position in (("one", "learned"), ("two", "none")):
+        shots = json.loads((here / f"out/{name}-fewshot/result.json").read_text())
+        assert facts["tasks"][name]["accuracy"] == shots["shots"]["2"]["accuracy"]["mean"]
+        assert load_model(here / "out" / name).config.position == position
+    before = (here / "out/one-fewshot/model.safetensors").stat().st_mtime_ns
+    assert cli.run(words) == 0
+    assert "few-shot after pretraining" in capfd.readouterr().out
+    assert (here / "out/one-fewshot/model.safetensors").stat().st_mtime_ns == before
+    assert cli.run([*words, "--model", "B/16"]) == 2
+    assert "trains its own models" in capfd.readouterr().err
 
 
 def test_a_few_shot_suite_from_the_command_line(here, weights, inside, capfd):

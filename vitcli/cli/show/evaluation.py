@@ -10,6 +10,11 @@ from vitcli.run import run_stem
 
 MIN_TOP5_CLASSES = 6  # with fewer classes top-5 is 100 % of any images
 MAX_PAIRS = 5  # pairs of confused classes
+METHODS = {
+    "finetune": "fine-tuning",
+    "fewshot": "few-shot",
+    "pretrain": "few-shot after pretraining",
+}
 FILES = ("confusion", "confusion_picture", "reliability", "mistakes")
 
 Rows = list[tuple[str, Any]]
@@ -186,10 +191,10 @@ def show_suite(result: Any) -> None:
         row = [f"mean of {group}", "", "", percent_or_dash(mean)]
         means = [_mean(one["tasks"], names) for one in published.values()]
         rows.append(row + [percent_or_dash(mean) for mean in means])
-    row = [f"mean of {len(facts['tasks'])} tasks", "", "", percent_or_dash(facts["mean"])]
-    rows.append(row + [percent_or_dash(one["mean"]) for one in published.values()])
-    method = "fine-tuning" if facts["method"] == "finetune" else "few-shot"
-    print_table(f"{facts['suite']}, {method}: test accuracy in %", columns, rows)
+    if facts["method"] != "pretrain":  # a mean over different models means nothing
+        row = [f"mean of {len(facts['tasks'])} tasks", "", "", percent_or_dash(facts["mean"])]
+        rows.append(row + [percent_or_dash(one["mean"]) for one in published.values()])
+    print_table(f"{facts['suite']}, {METHODS[facts['method']]}: test accuracy in %", columns, rows)
     show_next(f"each task is a run in {facts['run']}")
 
 

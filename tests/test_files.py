@@ -23,13 +23,20 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_a_folder_is_replaced_whole(tmp_path):
+def test_a_folder_replaces_an_empty_folder_only(tmp_path):
     path = tmp_path / "d"
-    for content in ("one", "two"):
+    path.mkdir()
+
+    def write(content):
         with replacing(path) as temporary:
             temporary.mkdir()
             (temporary / content).write_text(content)
-    assert [p.name for p in path.iterdir()] == ["two"]
+
+    write("one")
+    with pytest.raises(VitcliError, match="exists already"):
+        write("two")
+    assert [p.name for p in path.iterdir()] == ["one"]
+    assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path):
@@ -78,6 +85,21 @@ def test_a_second_holder_of_a_lock_gets_the_given_error(tmp_path):
     with exclusive(lock, lambda: VitcliError("busy")):
         assert lock.exists()
     assert not lock.exists()
+
+
+def test_a_lock_file_that_its_last_holder_removes_is_not_held(tmp_path, monkeypatch):
+    lock, acquire = tmp_path / ".lock", FileLock.acquire
+
+    def acquire_late(self, timeout):
+        acquire(self, timeout=timeout)
+        monkeypatch.undo()
+        lock.unlink()  # as the last holder does, after this process has opened the file
+
+    monkeypatch.setattr(FileLock, "acquire", acquire_late)
+    with exclusive(lock, lambda: VitcliError("busy")):
+        assert lock.exists()
+        with pytest.raises(VitcliError, match="busy"), exclusive(lock, lambda: VitcliError("busy")):
+            pass
 
 
 def test_a_folder_that_cannot_be_created(tmp_path):

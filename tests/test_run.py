@@ -8,7 +8,15 @@ import pytest
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
-from vitcli.run import Run, create_run, finished_runs, new_path, reopen_run, training_path
+from vitcli.run import (
+    Run,
+    check_resumable,
+    create_numbered_run,
+    create_run,
+    finished_runs,
+    new_output,
+    reopen_run,
+)
 
 
 def recipe(**train):
@@ -91,17 +99,16 @@ def test_a_line_that_becomes_shorter_leaves_no_rest(tmp_path):
 
 
 def test_a_resume_needs_to_be_told_which(tmp_path):
-    assert training_path(tmp_path / "x", "a", resume=True) == tmp_path / "x"
-    assert training_path(None, "a", resume=False, runs=tmp_path) == tmp_path / "a"
+    check_resumable(tmp_path / "x")
     with pytest.raises(VitcliError, match="`--out` is missing") as caught:
-        training_path(None, "a", resume=True, runs=tmp_path / "none")
+        check_resumable(None, tmp_path / "none")
     assert caught.value.hint == "add `--out RUN`"
     for number, name in enumerate(("a", "b", "c")):
         run = create_run(tmp_path / name, recipe())
         os.utime(run.recipe_file, (number, number))
     Run(tmp_path / "c").finish({})
     with pytest.raises(VitcliError) as caught:
-        training_path(None, "a", resume=True, runs=tmp_path)
+        check_resumable(None, tmp_path)
     assert f"`--out {tmp_path / 'b'}`" in caught.value.hint
 
 
@@ -114,8 +121,14 @@ def test_the_newest_finished_run_comes_first(tmp_path):
             os.utime(run.result_file, (number, number))
     assert [r.path.name for r in finished_runs(tmp_path)] == ["b", "a"]
     assert finished_runs(tmp_path / "none") == []
-    assert new_path("a", tmp_path) == tmp_path / "a-2"
-    assert new_path("z", tmp_path) == tmp_path / "z"
+    with new_output(None, "a", runs=tmp_path) as path:
+        assert path == tmp_path / "a-2" and path.is_dir()
+    with new_output(None, "z", runs=tmp_path) as path:
+        assert path == tmp_path / "z"
+    with new_output(tmp_path / "given", "z", runs=tmp_path) as path:
+        assert path == tmp_path / "given" and not path.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+    assert create_numbered_run("b", recipe(), tmp_path).path == tmp_path / "b-2"
 
 
 def test_provenance_says_what_a_reader_asks(tmp_path):

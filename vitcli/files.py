@@ -1,10 +1,13 @@
 """Atomic writes and locks: a reader finds the old content or the new one, never a part."""
 
+import errno
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vitcli.errors import VitcliError
 
@@ -14,21 +17,22 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
 
     The block creates a file or a folder there. If it fails, the temporary path is removed and
-    `path` stays as it was. The content is flushed to the disk before the rename.
+    `path` stays as it was. The content is flushed to the disk before the rename. A file replaces
+    an older file. A folder replaces only an empty folder, so that of two commands that create the
+    same folder, one gets it and the other gets an error.
 
     Raises:
-        VitcliError: the path cannot be written (no permission, disk full).
+        VitcliError: the path cannot be written (no permission, disk full, a folder with content).
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name[:80]}.{os.getpid()}.tmp")
+    # Process numbers repeat on the machines and in the containers that share a disk.
+    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
         for file in [temporary, *temporary.rglob("*")]:
             if file.is_file():  # safetensors ignores the user's umask
                 file.chmod(0o666 & ~_umask())
             _sync(file)
-        if temporary.is_dir() and target.is_dir():
-            shutil.rmtree(target)
         temporary.replace(target)
         _sync(target.parent)
     except OSError as error:
@@ -36,6 +40,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise VitcliError(
                 f"cannot write `{target}`: `{target.parent}` is not a folder",
                 "create the folder first",
+            ) from error
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise VitcliError(
+                f"`{target}` exists already", "choose another path with `--out`"
             ) from error
         raise VitcliError(
             f"cannot write `{target}`: {os.strerror(error.errno) if error.errno else error}",
@@ -64,10 +72,49 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        # `mkdir` found the folder, and then another command removed it (see `release_unused`).
+        gone = folder.is_dir() or not os.path.lexists(folder)
+        if isinstance(error, FileExistsError) and gone:
+            make_folder(folder)
+            return
         raise VitcliError(
             f"cannot create the folder `{folder}`: {error.strerror}",
             "choose another path with `--out`",
         ) from error
+
+
+def take_first(paths: Iterable[Path], *, as_file: bool = False) -> Path:
+    """Create the first of `paths` that does not exist, as an empty folder or file; return it.
+
+    The system creates a name in one operation, so that no two commands take the same path.
+
+    Raises:
+        VitcliError: none is free, or it cannot be created.
+    """
+    for path in paths:
+        while True:
+            make_folder(path.parent)
+            try:
+                path.touch(exist_ok=False) if as_file else path.mkdir()
+                return path
+            except FileExistsError:
+                break
+            except FileNotFoundError:  # another command has just removed the empty parent
+                continue
+            except OSError as error:
+                raise VitcliError(
+                    f"cannot create `{path}`: {error.strerror}", "choose another path with `--out`"
+                ) from error
+    raise VitcliError(f"`{path}` exists already", "choose another path with `--out`")
+
+
+def release_unused(path: Path) -> None:
+    """Remove a path of `take_first` that is still empty."""
+    with suppress(OSError):
+        if path.is_dir():
+            path.rmdir()  # fails if there is something in it
+        elif path.stat().st_size == 0:
+            path.unlink()
 
 
 def check_folder(out: Path) -> None:
@@ -101,21 +148,37 @@ def exclusive(lock_file: Path, busy: Callable[[], VitcliError]) -> Iterator[None
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(lock_file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise busy() from None
-    except OSError as error:
-        raise VitcliError(
-            f"cannot lock `{lock_file.parent}`: {error.strerror}", "choose another path"
-        ) from None
+    while True:
+        lock = FileLock(lock_file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise busy() from None
+        except OSError as error:
+            raise VitcliError(
+                f"cannot lock `{lock_file.parent}`: {error.strerror}", "choose another path"
+            ) from None
+        if _has_its_name(lock, lock_file):
+            break
+        lock.release()
     try:
         yield
     finally:
         with suppress(OSError):
             lock_file.unlink(missing_ok=True)
         lock.release()
+
+
+def _has_its_name(lock: Any, lock_file: Path) -> bool:
+    """False if the last holder removed the locked file after this process had opened it.
+
+    Another process may create and lock a new file of this name, and both would hold the lock.
+    """
+    handle = lock._context.lock_file_fd  # filelock has no public name for it
+    try:
+        return handle is None or os.path.samestat(os.fstat(handle), lock_file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _umask() -> int:

@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from vitcli import distributed
 from vitcli.config.recipe import check, differing_keys, read_toml
 from vitcli.config.schema import DataSection, Recipe
 from vitcli.errors import VitcliError
-from vitcli.files import make_folder, replacing, write_text
+from vitcli.files import make_folder, release_unused, replacing, take_first, write_text
 
 RUNS = Path("runs")
 OUTCOMES = "outcomes.safetensors"  # per-image results of the last evaluation
@@ -173,6 +176,8 @@ def check_free(path: Path) -> None:
 def create_run(path: Path, recipe: Recipe | str) -> Run:
     """Create a run directory that holds the recipe (an object, or TOML text).
 
+    Of several processes that create the same path at once, exactly one succeeds.
+
     Raises:
         VitcliError: the path is in use, or it cannot be written.
     """
@@ -182,6 +187,17 @@ def create_run(path: Path, recipe: Recipe | str) -> Run:
     with replacing(path) as temporary:
         temporary.mkdir()
         (temporary / "recipe.toml").write_text(text, encoding="utf-8")
+    return Run(path)
+
+
+def create_numbered_run(stem: str, recipe: Recipe, runs: Path = RUNS) -> Run:
+    """Create a run directory with the first free name of `numbered_paths`.
+
+    Raises:
+        VitcliError: it cannot be written.
+    """
+    path = take_first(numbered_paths(stem, runs))
+    write_text(path / "recipe.toml", recipe.to_toml())
     return Run(path)
 
 
@@ -206,16 +222,14 @@ def reopen_run(path: Path, recipe: Recipe) -> Run | None:
     return run
 
 
-def training_path(out: Path | None, stem: str, resume: bool, runs: Path = RUNS) -> Path:
-    """The directory for a training run: `out`, or a new one that is named after `stem`.
+def check_resumable(out: Path | None, runs: Path = RUNS) -> None:
+    """Check that `--resume` comes with `--out`.
 
     Raises:
-        VitcliError: `resume` is set without `out`.
+        VitcliError: `out` is None; the hint names the newest unfinished run.
     """
     if out is not None:
-        return out
-    if not resume:
-        return new_path(stem, runs)
+        return
     started = [Run(p) for p in runs.iterdir()] if runs.is_dir() else []
     started = [run for run in started if run.recipe_file.is_file() and not run.finished]
     newest = max(started, key=lambda run: run.recipe_file.stat().st_mtime_ns, default=None)
@@ -225,12 +239,50 @@ def training_path(out: Path | None, stem: str, resume: bool, runs: Path = RUNS) 
     raise VitcliError("`--resume` needs the run directory, and `--out` is missing", hint)
 
 
-def new_path(stem: str, runs: Path = RUNS, *, suffix: str = "") -> Path:
-    """The first free path of `runs/STEM`, `runs/STEM-2`, …; `suffix` is a file's extension."""
-    path, number = runs / f"{stem}{suffix}", 1
-    while path.exists():
-        number += 1
-        path = runs / f"{stem}-{number}{suffix}"
+def numbered_paths(stem: str, runs: Path = RUNS, *, suffix: str = "") -> Iterator[Path]:
+    """`runs/STEM`, `runs/STEM-2`, `runs/STEM-3`, …; `suffix` is a file's extension."""
+    yield runs / f"{stem}{suffix}"
+    for number in count(2):
+        yield runs / f"{stem}-{number}{suffix}"
+
+
+@contextmanager
+def new_output(
+    out: Path | None, stem: str, *, suffix: str = "", runs: Path = RUNS
+) -> Iterator[Path]:
+    """Yield the path for the output of a command: `out`, or the first free `numbered_paths`.
+
+    A numbered path is taken at once, as an empty folder (or file, with a `suffix`), so that
+    commands that start together get different paths. It is removed if it is empty at the end.
+    The processes of one command share one path.
+
+    Raises:
+        VitcliError: the path cannot be created.
+    """
+    if out is not None:
+        yield out
+        return
+    paths = numbered_paths(stem, runs, suffix=suffix)
+    path = of_first_process(lambda: take_first(paths, as_file=bool(suffix)))
+    try:
+        yield path
+    finally:
+        if distributed.rank() == 0:
+            release_unused(path)
+            with suppress(OSError):  # unless another command writes there
+                runs.rmdir()
+
+
+def of_first_process(make: Callable[[], Path]) -> Path:
+    """The path that `make` returns in the first process of this command; others do not call it."""
+    if distributed.world_size() == 1:
+        return make()
+    from accelerate.utils import broadcast_object_list
+
+    from vitcli.devices import join_processes, pick_device
+
+    join_processes(pick_device())
+    path: Path = broadcast_object_list([make() if distributed.rank() == 0 else None])[0]
     return path
 
 

@@ -32,7 +32,7 @@ from vitcli.evals.plots import evaluation_files, write_evaluation_files
 from vitcli.evals.real_labels import read_real_labels, real_targets
 from vitcli.files import check_folder, make_folder
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import new_path, run_stem
+from vitcli.run import new_output, run_stem
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.load_report import tell_load
 from vitcli.weights.loaded import LoadedModel
@@ -143,20 +143,21 @@ def run(
         if inference.model.name is None:
             watch.note(f"no `--model` given: using {name}")
         models = [name]
-    folders = _output_folders(models, out)
-    # Load and check every model before the first is evaluated: a mistake shows at once.
-    tasks = [_load(name, request, folder) for name, folder in zip(models, folders, strict=True)]
-    results = []
-    while tasks:
-        results.append(_evaluate(tasks.pop(0), request))  # pop: frees the weights afterwards
+    stem = f"{run_stem(models[0])}-evaluate" if len(models) == 1 else "evaluate"
+    with new_output(out, stem) as root:
+        folders = _output_folders(models, root)
+        # Load and check every model before the first is evaluated: a mistake shows at once.
+        tasks = [_load(name, request, folder) for name, folder in zip(models, folders, strict=True)]
+        results = []
+        while tasks:
+            results.append(_evaluate(tasks.pop(0), request))  # pop: frees the weights afterwards
     return results[0] if len(results) == 1 else compare_models(data, results, seed)
 
 
-def _output_folders(models: Sequence[str], out: Path | None) -> list[Path]:
-    """The folder of each model: `out` itself, or different folders in it if there are several."""
+def _output_folders(models: Sequence[str], root: Path) -> list[Path]:
+    """The folder of each model: `root` itself, or different folders in it if there are several."""
     if len(models) == 1:
-        return [out or new_path(f"{run_stem(models[0])}-evaluate")]
-    root = out or new_path("evaluate")
+        return [root]
     folders: list[Path] = []
     for stem in map(run_stem, models):
         number, folder = 1, root / stem

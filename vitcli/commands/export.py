@@ -14,8 +14,9 @@ from torch import Tensor
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError, unknown
+from vitcli.files import release_unused, take_first
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import check_free, new_path, run_stem
+from vitcli.run import check_free, new_output, run_stem
 from vitcli.vit import ViTConfig
 from vitcli.weights.edit import fold_temperature
 from vitcli.weights.google.write_google import write_google
@@ -125,21 +126,28 @@ def run(
     if model is None:
         model = _newest()
         watch.note(f"no `--model` given: using {model}")
-    if out is None:
-        out = _default_place(model, to)
-        watch.note(f"no `--out` given: writing to {out}")
     said = load_settings(inference.model, inference.preprocess)
-    net = load_model(model, labels=labels, watch=watch, **said)
-    tell_load(net, watch, verbose=verbose)
+    suffix, stem = FORMATS[to].suffix, run_stem(model)
+    stem = stem if suffix is not None else f"{stem}-{to}"
+    with new_output(out, stem, suffix=suffix or "") as path:
+        if out is None:
+            watch.note(f"no `--out` given: writing to {path}")
+        net = load_model(model, labels=labels, watch=watch, **said)
+        tell_load(net, watch, verbose=verbose)
+        with _place_taken(path, is_new=out is not None, is_file=suffix is not None):
+            return _export(net, model, to, path)
+
+
+def _export(net: LoadedModel, model: str, to: str, out: Path) -> Exported:
+    """Write the model, read it back, and compare."""
     temperature = net.temperature
     fold_temperature(net)
-    with _folders_for(out):
-        notes = FORMATS[to].write(net, out)
-        try:
-            again, difference, scale = _compare(net, to, out)
-        except BaseException:
-            _remove(out)
-            raise
+    notes = FORMATS[to].write(net, out)
+    try:
+        again, difference, scale = _compare(net, to, out)
+    except BaseException:
+        _remove(out)
+        raise
     if temperature != 1.0:
         notes = [*notes, f"the temperature {temperature:.4g} is folded into the head"]
     if difference is None:
@@ -165,13 +173,6 @@ def _newest() -> str:
     return newest_run(classifier=False)
 
 
-def _default_place(model: str, to: str) -> Path:
-    """`runs/MODEL-timm` or `runs/MODEL.onnx`, numbered if that name is taken."""
-    suffix = FORMATS[to].suffix
-    stem = run_stem(model)
-    return new_path(f"{stem}-{to}") if suffix is None else new_path(stem, suffix=suffix)
-
-
 def _check_place(out: Path, to: str) -> None:
     """Check that `out` is free and has the suffix of the format."""
     suffix = FORMATS[to].suffix
@@ -189,8 +190,11 @@ def _check_place(out: Path, to: str) -> None:
 
 
 @contextmanager
-def _folders_for(out: Path) -> Iterator[None]:
-    """Make the parent folders of `out`; remove the new ones if the export fails."""
+def _place_taken(out: Path, *, is_new: bool, is_file: bool) -> Iterator[None]:
+    """Make the parent folders of `out`, and take the name of a new file; undo it on failure.
+
+    A folder needs no more: it is renamed to its name, which fails if another export has taken it.
+    """
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -198,9 +202,13 @@ def _folders_for(out: Path) -> Iterator[None]:
         raise VitcliError(
             f"cannot make `{out.parent}`: {error.strerror}", "choose another path with `--out`"
         ) from error
+    if is_new and is_file:
+        take_first([out], as_file=True)
     try:
         yield
     except BaseException:
+        if is_new and is_file:
+            release_unused(out)
         with suppress(OSError):  # another process may have written there
             for folder in missing:
                 folder.rmdir()

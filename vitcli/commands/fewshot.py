@@ -26,7 +26,7 @@ from vitcli.evals.fewshot.classifiers import (
 )
 from vitcli.evals.fewshot.ridge import L2Choice
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import check_free, create_run, new_path, run_stem
+from vitcli.run import check_free, create_run, new_output, run_stem
 from vitcli.weights.edit import replace_head
 from vitcli.weights.feature_layers import set_representation
 from vitcli.weights.load import load_model, load_settings, newest_run
@@ -164,7 +164,7 @@ def run(
     if model is None:
         model = newest_run(classifier=False)
         watch.note(f"no `--model` given: using {model}")
-    path = _run_directory(out, model, inference.fewshot)
+    _check_out(out, inference.fewshot)
     source = _open(data, inference, watch)
     net = load_model(model, watch=watch, **load_settings(inference.model, inference.preprocess))
     set_representation(net, inference.fewshot.representation)
@@ -174,14 +174,18 @@ def run(
     about = {"model": model, "representation": inference.fewshot.representation, "of": data}
     features = CachedFeatures(net, source.fingerprint, about, batch_size, precision, cache, watch)
     result, head = _measure(features, source, inference.fewshot, watch)
-    result = replace(result, model=model, data=data, run=None if path is None else str(path))
-    if path is not None and head is not None and rank_and_world_size()[0] == 0:
-        _store(net, source, head, inference, path, result)
+    result = replace(result, model=model, data=data)
+    if head is None:
+        return result
+    with new_output(out, f"{run_stem(model)}-fewshot") as path:
+        result = replace(result, run=str(path))
+        if rank_and_world_size()[0] == 0:
+            _store(net, source, head, inference, path, result)
     return result
 
 
-def _run_directory(out: Path | None, model: str, section: FewshotSection) -> Path | None:
-    """The directory of the classifier; None for a method that has no head."""
+def _check_out(out: Path | None, section: FewshotSection) -> None:
+    """Check before the work that the classifier can be stored in `out`."""
     if not METHODS[section.method].has_head:
         if out is not None:
             storable = ", ".join(name for name, method in METHODS.items() if method.has_head)
@@ -189,10 +193,8 @@ def _run_directory(out: Path | None, model: str, section: FewshotSection) -> Pat
                 f"`--method {section.method}` has no classifier that `--out` could store",
                 f"remove `--out`, or use one of the methods {storable}",
             )
-        return None
-    path = out or new_path(f"{run_stem(model)}-fewshot")
-    check_free(path)
-    return path
+    elif out is not None:
+        check_free(out)
 
 
 def _open(data: str, inference: Inference, watch: Watcher) -> Source:

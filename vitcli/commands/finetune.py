@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import check_free, new_path, training_path
+from vitcli.run import check_free, new_output
 from vitcli.train.lr_finder import FoundRate, find_rate
 from vitcli.train.resolve import finetune_recipe, pretrained_model
 from vitcli.train.session import TrainResult, train
@@ -44,7 +44,8 @@ def run(
     return train(
         resolved,
         lambda source: pretrained_model(resolved, source, watch, verbose=verbose),
-        out=training_path(out, Path(name).stem, resume),
+        out=out,
+        stem=Path(name).stem,
         resume=resume,
         watch=watch,
         track=track,
@@ -67,6 +68,9 @@ def find_lr(
     """
     watch = watch or Quiet()
     name, resolved = finetune_recipe(data, model, recipe, settings, watch)
-    out = out or new_path(f"{Path(name).stem}-lr")
-    check_free(out)
-    return find_rate(resolved, lambda s: pretrained_model(resolved, s, watch), out=out, watch=watch)
+    if out is not None:
+        check_free(out)
+    with new_output(out, f"{Path(name).stem}-lr") as folder:
+        return find_rate(
+            resolved, lambda s: pretrained_model(resolved, s, watch), out=folder, watch=watch
+        )

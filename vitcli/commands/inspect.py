@@ -35,7 +35,7 @@ from vitcli.inspection.inductive_bias import BiasRow, cell_size, default_shifts
 from vitcli.inspection.report import Report, ReportImage
 from vitcli.inspection.rollout import rollout_source
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import new_path, run_stem
+from vitcli.run import new_output, run_stem
 from vitcli.vit import ResNet, VisionTransformer, ViTConfig
 from vitcli.weights.edit import match_classes
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
@@ -133,19 +133,25 @@ def run(
     loaded = loaded.to(pick_device()).eval()
     network = loaded.network
 
-    folder = out or new_path(f"{run_stem(model)}-inspect")
-    result = Inspection(model, folder, _describe(model, loaded, chosen))
-    result.facts["filters"] = report.add_filters(result.report, network)
-    result.facts |= dict.fromkeys(("positions", "attention_distance", "rollout", "inductive_bias"))
-    if isinstance(network, VisionTransformer):
-        _add_attention(result, loaded, network, chosen.images, limit, watch)
-    if with_bias:
-        _add_bias(result, loaded, chosen, baseline, watch)
-    facts = result.facts
-    facts |= {"unreadable": result.broken, "out": printable(folder), "files": result.report.files()}
-    summary = f"{facts['images']} images: {chosen.name}" if facts["images"] else chosen.name
-    result.report.write(folder, facts, f"Inspection of {printable(model)}", summary)
-    return result
+    with new_output(out, f"{run_stem(model)}-inspect") as folder:
+        result = Inspection(model, folder, _describe(model, loaded, chosen))
+        result.facts["filters"] = report.add_filters(result.report, network)
+        result.facts |= dict.fromkeys(
+            ("positions", "attention_distance", "rollout", "inductive_bias")
+        )
+        if isinstance(network, VisionTransformer):
+            _add_attention(result, loaded, network, chosen.images, limit, watch)
+        if with_bias:
+            _add_bias(result, loaded, chosen, baseline, watch)
+        facts = result.facts
+        facts |= {
+            "unreadable": result.broken,
+            "out": printable(folder),
+            "files": result.report.files(),
+        }
+        summary = f"{facts['images']} images: {chosen.name}" if facts["images"] else chosen.name
+        result.report.write(folder, facts, f"Inspection of {printable(model)}", summary)
+        return result
 
 
 def _check_resnet(model: str, with_bias: bool, watch: Watcher) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import check_free, new_path, training_path
+from vitcli.run import check_free, new_output
 from vitcli.train.lr_finder import FoundRate, find_rate
 from vitcli.train.resolve import pretrain_recipe, random_model
 from vitcli.train.session import TrainResult, train
@@ -40,7 +40,8 @@ def run(
     return train(
         resolved,
         lambda source: random_model(resolved, source),
-        out=training_path(out, Path(name).stem, resume),
+        out=out,
+        stem=Path(name).stem,
         resume=resume,
         watch=watch,
         track=track,
@@ -62,6 +63,7 @@ def find_lr(
     """
     watch = watch or Quiet()
     name, resolved = pretrain_recipe(data, recipe, settings, watch)
-    out = out or new_path(f"{Path(name).stem}-lr")
-    check_free(out)
-    return find_rate(resolved, lambda s: random_model(resolved, s), out=out, watch=watch)
+    if out is not None:
+        check_free(out)
+    with new_output(out, f"{Path(name).stem}-lr") as folder:
+        return find_rate(resolved, lambda s: random_model(resolved, s), out=folder, watch=watch)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,13 +29,14 @@ from vitcli.evals.suite_file import (
     task_data,
     task_result,
 )
-from vitcli.files import make_folder, write_text
+from vitcli.files import exclusive, make_folder, write_text
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import Run, new_path, run_stem
+from vitcli.run import Run, new_output, run_stem
 from vitcli.weights.load import newest_run
 
 RECORD = "suite.json"  # the suite, model and settings that the folder was started with
 RESULT = "result.json"
+LOCK = ".lock"
 INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses
 
 
@@ -136,11 +138,31 @@ def run(
         model = newest_run(classifier=False)
         watch.note(f"no `--model` given: using {model}")
     stem = file.stem if spec.method == "pretrain" else f"{run_stem(model)}-{file.stem}"
-    path = out or new_path(stem)
-    changes = settings or {}
+    options = [*_option("--processes", processes), *_option("--precision", precision)]
+    with new_output(out, stem) as path:
+        make_folder(path)
+        with exclusive(path / LOCK, partial(_busy, path)):
+            return _run_tasks(spec, file, model, settings or {}, options, path, watch)
+
+
+def _busy(path: Path) -> VitcliError:
+    return VitcliError(
+        f"another process runs a suite in `{path}`", "wait for it, or choose another `--out`"
+    )
+
+
+def _run_tasks(
+    spec: Suite,
+    file: Path,
+    model: str,
+    changes: Settings,
+    options: Sequence[str],
+    path: Path,
+    watch: Watcher,
+) -> SuiteResult:
+    """Run every task that has no result yet, and write the results."""
     _start_or_continue(path, spec, model, changes)
     watch.note(f"suite `{spec.name}`: {len(spec.tasks)} tasks in `{path}`")
-    options = [*_option("--processes", processes), *_option("--precision", precision)]
     results: dict[str, TaskResult] = {}
     failed: dict[str, str] = {}
     with watch.progress("tasks", len(spec.tasks)) as bar:
@@ -163,11 +185,11 @@ def run(
 
 
 def _start_or_continue(path: Path, suite: Suite, model: str, settings: Settings) -> None:
-    """Make the folder, or check that it was started with the same suite, model and settings."""
+    """Write the record, or check that it has the same suite, model and settings."""
     wanted = {"suite": suite.model_dump(mode="json"), "model": model, "settings": settings}
     wanted = json.loads(json.dumps(wanted, default=str))
     record = path / RECORD
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if any(entry.name != LOCK for entry in path.iterdir()):
         try:
             known = json.loads(record.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -179,7 +201,6 @@ def _start_or_continue(path: Path, suite: Suite, model: str, settings: Settings)
                 "choose another folder with `--out`",
             )
         return
-    make_folder(path)
     write_text(record, json.dumps(wanted, indent=2) + "\n")
 
 

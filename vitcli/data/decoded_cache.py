@@ -87,16 +87,26 @@ def write_decoded(
         "fingerprint": source.fingerprint,
         "multi_label": source.multi_label,
     }
-    finished = _read_plan(out / DESCRIPTION)
-    if {key: finished.get(key) for key in plan} == plan:
-        watch.note(f"{printable(out)}: already complete, nothing to do")
-        counts, broken = _summary(source, out)[:2]
-    else:
-        _start(out, plan)
+    if not _is_complete(out, plan):
+        _check_folder(out)
+        make_folder(out)
         with exclusive(out / LOCK, partial(_busy, out)):
-            counts, broken = _write_missing(source, out, side, workers, watch, plan)
-    size = sum(file.stat().st_size for file in out.iterdir())
-    return DecodedCache(counts, size, tuple(broken))
+            if not _is_complete(out, plan):  # by another process, before the lock
+                _start(out, plan)
+                counts, broken = _write_missing(source, out, side, workers, watch, plan)
+                return DecodedCache(counts, _num_bytes(out), tuple(broken))
+    watch.note(f"{printable(out)}: already complete, nothing to do")
+    counts, broken = _summary(source, out)[:2]
+    return DecodedCache(counts, _num_bytes(out), tuple(broken))
+
+
+def _num_bytes(out: Path) -> int:
+    return sum(file.stat().st_size for file in out.iterdir() if file.name != LOCK)
+
+
+def _is_complete(out: Path, plan: dict[str, Any]) -> bool:
+    finished = _read_plan(out / DESCRIPTION)
+    return {key: finished.get(key) for key in plan} == plan
 
 
 def _busy(out: Path) -> VitcliError:
@@ -156,8 +166,19 @@ def _read_plan(file: Path) -> dict[str, Any]:
     return plan if isinstance(plan, dict) else {}
 
 
+def _check_folder(out: Path) -> None:
+    """Check that `out` is new, empty or holds a dataset of `write_decoded`."""
+    ours = (out / DESCRIPTION).is_file() or (out / PLAN).is_file()
+    if ours or not out.exists():
+        return
+    if not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir()):
+        raise VitcliError(
+            f"`{printable(out)}` exists already and is not empty", "choose another folder"
+        )
+
+
 def _start(out: Path, plan: dict[str, Any]) -> None:
-    """Create the folder, or check that the same dataset was started there."""
+    """Write the plan, or check that the same dataset was started there."""
     shown = printable(out)
     if (out / DESCRIPTION).is_file():
         raise VitcliError(f"`{shown}` holds another decoded dataset", OTHER_FOLDER)
@@ -167,9 +188,6 @@ def _start(out: Path, plan: dict[str, Any]) -> None:
                 f"`{shown}` holds an unfinished dataset with other data or settings", OTHER_FOLDER
             )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise VitcliError(f"`{shown}` exists already and is not empty", "choose another folder")
-    make_folder(out)
     write_text(out / PLAN, json.dumps(plan))
 
 

@@ -160,6 +160,9 @@ class CachedFeatures:
         first, stamps = rank_and_world_size()[0] == 0, file_stamps(images, indices)
         broken: list[str] = []
         with tables[0].locked(self.watch) if first else nullcontext():
+            if first:  # the other ranks wait for the list of rank 0, which follows
+                for table in tables:
+                    table.create()
             # All ranks take the list of rank 0: a row that a fast rank has written meanwhile
             # would shift the parts of the others.
             missing = _from_rank_0(
@@ -176,6 +179,21 @@ class CachedFeatures:
                     broken += self._compute(tables[1:], images, *args, output="pixels")
             # Also a barrier: when all lists are here, every rank has written its rows.
             broken = [line for part in gather_from_ranks(broken) for line in part]
+            self._added = self._added or bool(todo.any())
+            found = self._read(tables, images, indices, stamps, missing, broken)
+            gather_from_ranks(None)  # rank 0 keeps the lock until all ranks have read
+            return found
+
+    def _read(
+        self,
+        tables: list[FeatureTable],
+        images: ImageSet,
+        indices: Ints,
+        stamps: NDArray[np.uint32],
+        missing: list[NDArray[np.bool_]],
+        broken: list[str],
+    ) -> Extracted:
+        """Read all rows; `missing` are those that were computed just now."""
         # Read the checksums of new rows back: a full disk may have cut a sparse file short.
         present = np.ones(len(indices), dtype=np.bool_)
         for table, absent in zip(tables, missing, strict=True):
@@ -187,7 +205,6 @@ class CachedFeatures:
             raise VitcliError(
                 f"cannot read back {lost} rows that were written to `{tables[0].folder}`", HINT
             )
-        self._added = self._added or bool(todo.any())
         rows = indices[present]
         pixels = tables[1].read(rows) if len(tables) > 1 else None
         return Extracted(tables[0].read(rows), images.labels[rows], rows, pixels, unique)

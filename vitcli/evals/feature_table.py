@@ -34,18 +34,21 @@ class FeatureTable:
     """
 
     def __init__(self, folder: Path, rows: int, dim: int, about: Mapping[str, Any]) -> None:
-        self.folder, self.rows, self.dim = folder, rows, dim
+        self.folder, self.rows, self.dim, self.about = folder, rows, dim, about
+
+    def create(self) -> None:
+        """Create the files that do not exist yet, and note the time of use."""
         with self._write_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, width in (("rows.f32", dim * 4), ("rows.sums", ROW_CHECK.itemsize)):
-                # Append mode creates the file but never truncates one that another process fills.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name, width in (("rows.f32", self.dim * 4), ("rows.sums", ROW_CHECK.itemsize)):
+                # Append mode creates the file but never truncates one that has rows.
                 with self._path(name).open("ab") as file:
-                    if file.tell() != rows * width:
-                        file.truncate(rows * width)
-        if not (folder / "about.json").is_file():
-            write_text(folder / "about.json", json.dumps(about, indent=2) + "\n")
+                    if file.tell() != self.rows * width:
+                        file.truncate(self.rows * width)
+        if not (self.folder / "about.json").is_file():
+            write_text(self.folder / "about.json", json.dumps(self.about, indent=2) + "\n")
         with suppress(OSError):
-            os.utime(folder / "about.json")  # its time is that of the last use, for `evict`
+            os.utime(self.folder / "about.json")  # its time is that of the last use, for `evict`
 
     def find_valid(
         self, indices: Ints, stamps: NDArray[np.uint32]
@@ -86,10 +89,15 @@ class FeatureTable:
 
     @contextmanager
     def locked(self, watch: Watcher) -> Iterator[None]:
-        """Let one process at a time compute missing rows; the next one finds them done."""
+        """Let one process at a time compute missing rows; the next one finds them done.
+
+        No process evicts the table inside the block.
+        """
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self.folder / ".lock")
+        with self._write_errors():
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(_lock_file(self.folder))
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -125,6 +133,11 @@ def _consecutive(indices: Ints) -> Iterator[tuple[int, int]]:
     yield from pairwise(breaks)
 
 
+def _lock_file(folder: Path) -> Path:
+    """The lock of a table: beside its folder, because `evict` removes the folder."""
+    return folder.with_name(f"{folder.name}.lock")
+
+
 def feature_cache_folder() -> Path:
     """The folder of all feature tables."""
     return cache_folder() / "features"
@@ -157,7 +170,7 @@ def evict(used: Iterable[Path], max_bytes: int = MAX_CACHE_BYTES) -> int:
             break
         if folder in protected:
             continue
-        with suppress(OSError, Timeout), FileLock(folder / ".lock").acquire(timeout=0):
+        with suppress(OSError, Timeout), FileLock(_lock_file(folder)).acquire(timeout=0):
             shutil.rmtree(folder)
             total -= size
     return total
@@ -172,8 +185,8 @@ def _last_used(path: Path) -> float:
 
 def _disk_bytes(folder: Path) -> int:
     total = 0
-    for path in folder.iterdir():
-        with suppress(OSError):
+    with suppress(OSError):  # another process evicts it
+        for path in folder.iterdir():
             facts = path.stat()
             # Blocks, not the length: the tables are sparse files.
             total += getattr(facts, "st_blocks", -(-facts.st_size // 512)) * 512

@@ -134,6 +134,7 @@ def save_checkpoint(
             temporary.mkdir()
             _write_tensors(temporary, state, SINGLE_PROCESS)
             _write_values(temporary, state)
+            _set_aside(path)
     if writer.rank == 0:
         # Only now that the new one is complete: there is always one to resume from.
         for old in list_checkpoints(folder)[:-keep]:
@@ -168,6 +169,15 @@ def _save_shards(path: Path, state: TrainState, writer: ShardWriter) -> None:
         with replacing(path) as temporary:
             shared.rename(temporary)
             _write_values(temporary, state)
+            _set_aside(path)
+
+
+def _set_aside(path: Path) -> None:
+    """Rename an older checkpoint of the same step; the caller removes what ends in `.tmp`."""
+    if path.is_dir():
+        aside = path.with_name(f".{path.name}.old.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 def _write_tensors(folder: Path, state: TrainState, writer: ShardWriter) -> None:

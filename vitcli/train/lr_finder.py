@@ -10,7 +10,7 @@ from typing import Any
 
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
-from vitcli.files import replacing, write_text
+from vitcli.files import make_folder, replacing
 from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.train.agreement import mean_over_processes, min_over_processes
@@ -180,8 +180,6 @@ def _write(found: FoundRate, out: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "lr.json", json.dumps(found.to_json(), indent=2) + "\n")
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -202,5 +200,9 @@ def _write(found: FoundRate, out: Path) -> None:
     axes.set_ylabel("training loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    with replacing(out / "lr.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    make_folder(out.parent)
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        text = json.dumps(found.to_json(), indent=2) + "\n"
+        (temporary / "lr.json").write_text(text, encoding="utf-8")
+        figure.savefig(temporary / "lr.png", format="png", dpi=110)

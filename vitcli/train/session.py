@@ -20,7 +20,17 @@ from vitcli.devices import matrix_peak
 from vitcli.errors import VitcliError
 from vitcli.files import exclusive
 from vitcli.progress import Logged, Quiet, Watcher
-from vitcli.run import OUTCOMES, Run, check_free, create_run, reopen_run
+from vitcli.run import (
+    OUTCOMES,
+    RUNS,
+    Run,
+    check_free,
+    check_resumable,
+    create_numbered_run,
+    create_run,
+    of_first_process,
+    reopen_run,
+)
 from vitcli.train.agreement import min_over_processes
 from vitcli.train.budget import NoStepFits, Timeline, plan_budget
 from vitcli.train.build import (
@@ -77,7 +87,8 @@ def train(
     recipe: Recipe,
     make_model: MakeModel,
     *,
-    out: Path,
+    out: Path | None,
+    stem: str = "run",
     resume: bool,
     watch: Watcher,
     track: str | None = None,
@@ -86,6 +97,7 @@ def train(
 
     Args:
         make_model: builds the model for the data.
+        out: None takes `runs/STEM`, or the next number that is free when training starts.
         track: `tensorboard`, `wandb` or `trackio`, which receives every record.
 
     Raises:
@@ -99,19 +111,24 @@ def train(
         check_tracker(track)
     if recipe.data.name is None:
         raise VitcliError("the recipe names no data", "add DATA after the command")
-    old = reopen_run(out, recipe) if resume else None
-    if old is None:
-        check_free(out)  # before anything that takes time
-    elif old.finished:
-        watch.note(f"`{out}` is already finished")
+    old = None
+    if resume:
+        check_resumable(out)
+    if out is not None:
+        old = reopen_run(out, recipe) if resume else None
+        if old is None:
+            check_free(out)  # before anything that takes time
+    if old is not None and old.finished:
+        watch.note(f"`{old.path}` is already finished")
         return read_result(old)
 
+    planned = Run(out or RUNS / stem)
     accelerator, precision = start_accelerator(
         recipe,
         # `auto` measures, and a second measurement may choose otherwise: resume as it began.
         precision=old.provenance().get("precision") if old is not None else None,
         track=track,
-        folder=out / "tracking" if track else None,
+        folder=planned.path / "tracking" if track else None,
     )
     if old is not None:
         warn_of_other_processes(old, accelerator.num_processes, watch)
@@ -119,20 +136,22 @@ def train(
     # Until the directory exists, nothing is written to its log.txt.
     log = Logged(watch if is_main else Quiet(), Path(os.devnull))
     source = open_source(recipe, watch)
-    loop = build_loop(recipe, source, make_model, Run(out), accelerator, log)
+    loop = build_loop(recipe, source, make_model, planned, accelerator, log)
     # What `mfu` in the records refers to: the measured peak of this machine.
     loop.recorder.peak_flops = accelerator.num_processes * matrix_peak(loop.device, precision)
     if not loop.state.module.hidden_rate:  # otherwise the encoder sees fewer patches
         network = loop.model.network
         loop.recorder.flops_per_image = 2.0 * training_passes(network) * macs(network.config)
 
-    if old is None:  # only now, so that bad settings leave no directory
+    if old is None:  # only now, so that bad settings and bad data leave no directory
         if resume:
             watch.note(f"nothing to resume at `{out}`: starting from step 0")
-        if is_main:
-            create_run(out, recipe)
+        path = of_first_process(lambda: _create(out, stem, recipe).path)
+        loop.run = loop.recorder.run = Run(path)
     if is_main:
-        log.path = out / "log.txt"
+        log.path = loop.run.path / "log.txt"
+    if track:
+        accelerator.project_configuration.set_directories(str(loop.run.path / "tracking"))
     accelerator.wait_for_everyone()  # the directory exists now, for all processes
     with (
         run_locked(loop.run, is_main),
@@ -146,6 +165,10 @@ def train(
         loop.fit()
         seconds = time.perf_counter() - start
         return finish(loop, seconds, loop.total_steps - first)
+
+
+def _create(out: Path | None, stem: str, recipe: Recipe) -> Run:
+    return create_numbered_run(stem, recipe) if out is None else create_run(out, recipe)
 
 
 def read_result(run: Run) -> TrainResult:

@@ -49,7 +49,8 @@ def write_onnx(model: LoadedModel, out: Path) -> list[str]:
             raise VitcliError(f"`{package}` is not installed", hint=INSTALL_HINT)
     data = data_file(out)
     for path in (out, data):
-        if os.path.lexists(path):
+        # An empty file is a name that the caller took.
+        if os.path.lexists(path) and not (path.is_file() and path.stat().st_size == 0):
             raise VitcliError(f"`{path}` exists already", hint="choose another `--out`")
     program = _program(model)
     size = sum(tensor.nbytes for tensor in model.state_dict().values())

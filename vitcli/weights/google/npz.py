@@ -137,7 +137,7 @@ def write_npz(path: Path, arrays: Arrays, settings: Mapping[str, Any]) -> list[s
     Raises:
         VitcliError: the file exists, or is not writable.
     """
-    if path.exists():
+    if path.exists() and path.stat().st_size:  # an empty file is a name that the caller took
         raise VitcliError(f"`{path}` exists already", hint="choose another name, or remove it")
     comment, notes = _comment(settings)
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as packed:

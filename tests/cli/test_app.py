@@ -99,6 +99,12 @@ def test_help_answers_at_once():
         ),
         (["pretrain", "--image-size", "30"], "not a multiple of patch size 8", "must divide"),
         (["finetune"], "no finished `pretrain` run", "run `vitcli pretrain` first"),
+        (
+            ["finetune", "builtin:digits", "-m", "Pico/4", "--set", "objective.name=mae"],
+            "`mae` trains no head for the classes",
+            "vitcli pretrain builtin:digits --set objective.name=mae",
+        ),
+        (["pretrain", "--find-lr", "--dry-run"], "two different commands", "remove one"),
         (["fewshot", "--shots", "a"], "not a list of numbers", "--shots 1,5,10"),
         (["fewshot", "--shots", "0"], "`fewshot.shots` = 0", ""),
         (["fewshot", "--l2", "some"], "`--l2 some` is not a number", "`auto`"),
@@ -150,6 +156,14 @@ def test_resume_names_the_keys_that_differ_and_leaves_a_finished_run(trained, ca
     assert status == 2 and "these differ: optim.lr" in err
     status, _, err = call(capfd, *common)
     assert status == 0 and "already finished" in err
+
+
+def test_a_recipe_as_json_and_an_argument_that_wins_over_set(here, capfd):
+    assert run(["recipes", "finetune_digits", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["data"]["name"] == "builtin:digits"
+    plan = ["--dry-run", "--json", "--set", "model.name=S/16", "--set", "model.image_size=32"]
+    assert run(["finetune", "builtin:digits", "--model", "Ti/8", *plan]) == 0
+    assert json.loads(capfd.readouterr().out)["model"] == "Ti/8"
 
 
 def test_json_is_the_only_thing_on_stdout(trained, capfd):

@@ -63,6 +63,8 @@ def test_exactly_half_is_corrupted_of_each_image():
     assert (chosen.sum(dim=1) == 24).all()  # 24.5, to even
     assert (chosen.float().mean(dim=0) - 24 / 49).abs().max() < 0.25  # every place
     assert random_mask(3, 4, 0.01, torch.device("cpu")).sum(dim=1).tolist() == [1, 1, 1]
+    # A masked autoencoder needs a patch to see.
+    assert random_mask(3, 4, 0.99, torch.device("cpu")).sum(dim=1).tolist() == [3, 3, 3]
 
 
 def test_eighty_ten_ten():

@@ -1,6 +1,7 @@
 """Optimizers and schedules against the official implementations."""
 
 import json
+import math
 import re
 import tomllib
 
@@ -19,7 +20,7 @@ from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train.build import check_names, unused_settings
 from vitcli.train.loop import Loop
-from vitcli.train.optimizers import OPTIMIZERS, Sgd, build_optimizers
+from vitcli.train.optimizers import OPTIMIZERS, JointOptimizer, Sgd, build_optimizers
 from vitcli.train.param_groups import is_hidden_matrix, is_kernel, set_lr
 from vitcli.train.schedules import SCHEDULES, schedule_factor
 from vitcli.train.session import train
@@ -299,3 +300,42 @@ def test_settings_of_another_optimizer_or_schedule_are_named():
 def test_the_settings_of_each_entry_are_keys_of_its_table(registry, section):
     for entry in registry.values():
         assert entry.settings <= section.model_fields.keys()
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("overflow", [None, "head.weight", "blocks.0.mlp.fc1.weight"])
+def test_two_optimizers_share_one_decision_of_the_fp16_scaler(clip, overflow):
+    """Scaled gradients give the step of unscaled ones; an overflow skips both optimizers."""
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    section = OptimSection(name="muon", lr=0.01, matrix_lr=0.02, weight_decay=0.1)
+    Accelerator(cpu=True)  # the state that an AcceleratedOptimizer asks for
+
+    def step(scale):
+        network = small("plain").train()
+        before = {name: p.detach().clone() for name, p in network.named_parameters()}
+        optimizers = build_optimizers(network, section)
+        assert len(optimizers) == 2
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scale else None
+        joint = AcceleratedOptimizer(JointOptimizer(optimizers), scaler=scaler)
+        generator = torch.Generator().manual_seed(0)
+        for p in network.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        if scaler is not None:
+            scaler.scale(torch.ones(()))  # creates its tensors
+            for name, p in network.named_parameters():
+                p.grad *= 1024.0
+                if name == overflow:
+                    p.grad.view(-1)[0] = math.inf
+            if clip is not None:  # as `Accelerator.clip_grad_norm_` does
+                scaler.unscale_(joint.optimizer)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+        joint.step()
+        return before, dict(network.named_parameters())
+
+    before, scaled = step(scale=True)
+    expected = before if overflow else step(scale=False)[1]
+    for name, value in scaled.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)

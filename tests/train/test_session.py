@@ -134,6 +134,9 @@ def test_stopped_and_resumed_is_never_stopped(name, tmp_path, monkeypatch):
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
     steps = [r["step"] for r in records(tmp_path / "parts") if "train/loss" in r]
     assert steps == list(range(1, 9))
+    result = json.loads((tmp_path / "parts/result.json").read_text())
+    times = [r["seconds"] for r in records(tmp_path / "parts") if "train/loss" in r]
+    assert result["seconds"] == pytest.approx(sum(times), abs=0.01)  # of both parts
 
 
 def test_resume_before_a_checkpoint_starts_again_and_a_finished_run_is_left_alone(tmp_path):

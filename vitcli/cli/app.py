@@ -98,6 +98,10 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
     shared = {"recipe": training.recipe, "settings": settings, "out": training.out}
     verbose = {"verbose": given.pop("verbose")} if "verbose" in given else {}
     if training.find_lr:
+        if training.dry_run:
+            raise VitcliError(
+                "`--find-lr` and `--dry-run` are two different commands", "remove one of them"
+            )
         if training.resume:
             raise VitcliError(
                 "`--find-lr` does not train, so there is no run to resume", "remove `--resume`"
@@ -213,10 +217,15 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         "--class-map": options.class_map,
         "--real": options.real,
         "--calibrate": options.calibrate or None,
+        "--verbose": options.verbose or None,
+        "--seed": options.seed if options.seed != EvaluateOptions.seed else None,
+        "--batch-size": (
+            options.batch_size if options.batch_size != EvaluateOptions.batch_size else None
+        ),
     }
     if names := ", ".join(name for name, value in given.items() if value is not None):
         raise VitcliError(
-            f"{names} cannot be combined with `--suite`, which defines the data of each task",
+            f"{names} cannot be combined with `--suite`: its file and recipes decide this per task",
             f"remove {names}, or edit a copy of the suite's file",
         )
     models = options.model or []
@@ -562,7 +571,10 @@ def recipes(
     from vitcli.commands import recipes as command
 
     if name is not None:
-        typer.echo(command.text(name), nl=False)
+        if json:
+            console.print_json(command.settings(name))
+        else:
+            typer.echo(command.text(name), nl=False)
         return
     console.show(command.run(), json, show.show_recipes)
 

@@ -68,3 +68,12 @@ def text(name: str) -> str:
         VitcliError: the recipe does not exist.
     """
     return recipe_path(name).read_text(encoding="utf-8")
+
+
+def settings(name: str) -> dict[str, Any]:
+    """The settings of a recipe file as nested dicts.
+
+    Raises:
+        VitcliError: the recipe does not exist.
+    """
+    return read_toml(recipe_path(name))

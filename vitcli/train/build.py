@@ -34,7 +34,12 @@ from vitcli.train.objectives import (
     resolve_objective,
 )
 from vitcli.train.objectives.mae import check_droppable
-from vitcli.train.optimizers import OPTIMIZERS, build_optimizers, find_optimizer
+from vitcli.train.optimizers import (
+    OPTIMIZERS,
+    JointOptimizer,
+    build_optimizers,
+    find_optimizer,
+)
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
 from vitcli.train.validate import Outcome, run_validation
@@ -80,23 +85,23 @@ def build_loop(
     # Sharding comes before the optimizers, which must see the sharded parameters.
     if train.fully_shard:
         shard_module(objective.to(accelerator.device))
-    optimizers: list[Any] = list(build_optimizers(objective, recipe.optim))
+    optimizers = build_optimizers(objective, recipe.optim)
     if train.compile:
         # In place, so that parameter names stay. Static shapes: there are few image sizes.
         objective.compile(dynamic=False)
     if train.fully_shard:
         # FSDP2 already moves and synchronises; Accelerate adds only its precision (no DDP wrapper).
         module = accelerator.prepare_model(objective, evaluation_mode=True)
-        optimizers = [accelerator.prepare(optimizer) for optimizer in optimizers]
+        optimizer = accelerator.prepare(JointOptimizer(optimizers))
     else:
-        module, *optimizers = accelerator.prepare(objective, *optimizers)
+        module, optimizer = accelerator.prepare(objective, JointOptimizer(optimizers))
     # Checkpoints, averages and schedules use the unwrapped objects: the names of their tensors must
     # not depend on the number of processes.
     objective = accelerator.unwrap_model(module)
     decay = train.ema_decay
     state = TrainState(
         objective,
-        [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers],
+        optimizers,
         Ema(objective, decay, warmup=train.ema_warmup) if decay else None,
         accelerator.scaler,
     )
@@ -114,7 +119,7 @@ def build_loop(
     return Loop(
         module=module,
         state=state,
-        optimizers=optimizers,
+        optimizer=optimizer,
         loader=loader,
         model=model,
         recipe=recipe,

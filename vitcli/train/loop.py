@@ -7,7 +7,7 @@ resumes from step n computes exactly what it would have computed without the int
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +55,7 @@ class Loop:
         module: the prepared objective; a call returns (loss, metrics).
         state: what a checkpoint holds, with the unwrapped module and optimizers.
         model: the trained network, with the labels and preprocessing that go with it.
-        optimizers: the prepared ones, which skip a step if its fp16 gradients overflow.
+        optimizer: steps all optimizers, or none of them if fp16 gradients overflow.
         accelerator: the `accelerate.Accelerator`.
         validate: returns metrics of a held-out split; runs every `eval_steps` and at the end.
         outcomes: the predictions of the last validation.
@@ -64,7 +64,7 @@ class Loop:
 
     module: nn.Module
     state: TrainState
-    optimizers: Sequence[Any]
+    optimizer: Any
     loader: TrainLoader
     model: LoadedModel
     recipe: Recipe
@@ -134,15 +134,15 @@ class Loop:
         metrics = self.gradients(batch)
         if self.recipe.optim.grad_clip is not None:
             self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.optim.grad_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.optimizer.step()
         return metrics
 
     def gradients(self, batch: Batch, alone: bool = False) -> dict[str, Tensor]:
         """Compute the gradients of a step, in micro-batches if asked; returns its metrics.
 
-        If memory runs out, the micro-batch is halved and the step starts over. Apart from dropout
-        masks and the order of sums, the result does not change. With `alone`, gradients are not
+        If memory runs out, the micro-batch is halved and the step starts over. The result changes
+        only by dropout masks, by the order of sums, and by what an objective computes over the
+        micro-batch (`descriptors` standardises its targets). With `alone`, gradients are not
         averaged over the processes.
         """
         accelerator, num_images = self.accelerator, len(batch.labels)
@@ -156,8 +156,7 @@ class Loop:
             torch.manual_seed(
                 step_seed(self.recipe.train.seed, self.state.step, accelerator.process_index)
             )
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             try:
                 for start in range(0, num_images, size):
                     part = batch.part(start, min(start + size, num_images)).to(self.device)
@@ -227,6 +226,7 @@ class Loop:
     ) -> bool:
         """Count the step; log, save, evaluate or stop if it is time. True after the last step."""
         state, train = self.state, self.recipe.train
+        is_full_image = self._stage() == (None, 0.0)  # of the step that was made
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.module, state.step)
@@ -240,7 +240,7 @@ class Loop:
         evaluates = bool(self.eval_steps) and state.step % (self.eval_steps or 1) == 0
         # A record belongs to every checkpoint and evaluation, so that a resume loses none.
         if state.step % train.log_steps == 0 or saves or evaluates:
-            self.recorder.log_training(state.step, bar, self._stage() == (None, 0.0))
+            self.recorder.log_training(state.step, bar, is_full_image)
         if stop != TIME_IS_UP and self._replan():
             bar.extend(self.total_steps)
             is_last = state.step >= self.total_steps
@@ -293,8 +293,7 @@ class Loop:
         The size is part of the state, because dropout masks depend on it: a resumed run starts
         with it.
         """
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         smallest = 2 if batch.mix is not None else 1  # mixup needs both images of a pair

@@ -123,7 +123,8 @@ def _run_test(loop: Loop, watch: Watcher) -> tuple[list[float], list[float], lis
             set_lr(state.optimizers, factor * scale)
             seen = {name: float(value) for name, value in loop.step(batch).items()}
             state.step += 1
-            loss = mean_over_processes(loop.accelerator, seen)["loss"]
+            means = mean_over_processes(loop.accelerator, seen)
+            loss = means.get("objective", means["loss"])  # what the optimizer minimises
             factors.append(factor)
             losses.append(loss)
             bar.advance(1, loss=loss)

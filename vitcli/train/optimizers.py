@@ -3,7 +3,7 @@
 To add an optimizer, write its builder here and enter it in `OPTIMIZERS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -286,6 +286,44 @@ def find_optimizer(section: OptimSection) -> OptimizerEntry:
             "remove `optim.momentum_dtype`; `adafactor` always stores its momentum in bf16",
         )
     return entry
+
+
+class JointOptimizer(torch.optim.Optimizer):
+    """Several optimizers that step as one.
+
+    The gradient scaler of fp16 unscales the gradients and looks for overflow once per optimizer and
+    step, and then forgets that it has done so. With two optimizers, the gradients of the second
+    would be divided by the scale twice, and an overflow would skip only one of them.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        # Not `super().__init__`: the parameters belong to the optimizers.
+        self.optimizers = tuple(optimizers)
+        self.defaults: dict[str, Any] = {}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The parameter groups of all optimizers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all parameters."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the optimizers, in their order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
 
 
 def build_optimizers(module: nn.Module, section: OptimSection) -> list[torch.optim.Optimizer]:

@@ -96,10 +96,12 @@ class Recorder:
         seconds = time.perf_counter() - meter.started
         images_per_second = meter.steps * batch_size / seconds
         # Before the record is written: a run that rewinds repeats these steps.
-        if not math.isfinite(metrics["loss"]):
-            first = step - meter.steps + 1
-            loss = f"the loss is not finite ({metrics['loss']}) in steps {first} to {step}"
-            raise non_finite_error(loss, self.run.checkpoints)
+        # Every metric counts: an objective of two terms may report one of them as its loss.
+        for name in sorted(metrics, key=lambda name: name != "loss"):
+            if not math.isfinite(metrics[name]):
+                steps = f"steps {step - meter.steps + 1} to {step}"
+                text = f"the {name} is not finite ({metrics[name]}) in {steps}"
+                raise non_finite_error(text, self.run.checkpoints)
         times = self.timer.read()
         waits = {"data/wait_fraction": round(times.wait_fraction, 4)} if times.steps else {}
         used: dict[str, float] = {"memory_mb": round(peak_memory(self.accelerator.device) / 2**20)}

@@ -44,9 +44,9 @@ def pretrain_recipe(
     name = "pretrain_formula" if data in (None, FORMULA) else "pretrain"
     name = name if recipe is None else recipe
     changes: Settings = {}
-    if data is not None:
+    lay_over(changes, settings or {})
+    if data is not None:  # an argument wins over `--set`, as flags do
         lay_over(changes, nest("data.name", data))
-    lay_over(changes, settings or {})  # `--set data.name=` wins over the argument
     resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")
@@ -69,11 +69,11 @@ def finetune_recipe(
     name = "finetune_digits" if data in (None, DIGITS) else "finetune"
     name = name if recipe is None else recipe
     changes: Settings = {}
-    if data is not None:
+    lay_over(changes, settings or {})
+    if data is not None:  # an argument wins over `--set`, as flags do
         lay_over(changes, nest("data.name", data))
     if model is not None:
         lay_over(changes, nest("model.name", model))
-    lay_over(changes, settings or {})
     resolved = load_recipe(name, changes, "finetune")
     # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
@@ -164,6 +164,12 @@ def pretrained_model(
     Raises:
         VitcliError: it cannot be loaded, or a setting does not fit it.
     """
+    name = recipe.objective.name
+    if not find_objective(name).supervised:
+        raise VitcliError(
+            f"objective `{name}` trains no head for the classes, and `finetune` needs one",
+            f"`vitcli pretrain {recipe.data.name} --set objective.name={name}` trains without one",
+        )
     section = recipe.model
     given = section.model_dump(exclude_none=True, exclude={"name"})
     if foreign := sorted(set(given) - {*LOADING, *DROPOUT}):

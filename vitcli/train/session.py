@@ -60,6 +60,7 @@ class TrainResult:
 
     Attributes:
         run: its directory.
+        seconds: time of the training steps, summed over all parts of an interrupted run.
         figures: metrics of the held-out split; without one, those of the last training steps.
         broken: images that could not be read, with the reason.
     """
@@ -161,10 +162,8 @@ def train(
         if is_main:
             loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
         choose_steps(loop, started, source, precision)
-        first, start = loop.state.step, time.perf_counter()
         loop.fit()
-        seconds = time.perf_counter() - start
-        return finish(loop, seconds, loop.total_steps - first)
+        return finish(loop)
 
 
 def _create(out: Path | None, stem: str, recipe: Recipe) -> Run:
@@ -318,7 +317,7 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if not name.endswith(ADAPTER))
 
 
-def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
+def finish(loop: Loop) -> TrainResult:
     """Evaluate, write weights and curves, and then the result, which marks the run as finished."""
     recipe, run, accelerator, model = loop.recipe, loop.run, loop.accelerator, loop.model
     metrics = {name.removeprefix("test_"): value for name, value in loop.evaluate().items()}
@@ -327,7 +326,9 @@ def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
         loop.watch.warn(
             f"{len(broken)} images could not be read; other images of the same class replaced them"
         )
-    images = steps_done * recipe.train.batch_size
+    images = loop.total_steps * recipe.train.batch_size
+    # From the records, so that a run that was interrupted counts all of its parts.
+    seconds = sum(record["seconds"] for record in run.records() if "train/loss" in record)
     result = TrainResult(
         run=str(run.path),
         command=recipe.command,
@@ -335,9 +336,9 @@ def finish(loop: Loop, seconds: float, steps_done: int) -> TrainResult:
         model=str(recipe.model.name),
         parameters=num_parameters(model.network),
         steps=loop.total_steps,
-        images=loop.total_steps * recipe.train.batch_size,
+        images=images,
         seconds=round(seconds, 2),
-        images_per_second=round(images / seconds, 1) if images else 0.0,
+        images_per_second=round(images / seconds, 1) if seconds else 0.0,
         figures=metrics or last_training_metrics(run),
         labels=model.config.num_classes,
         broken=broken,

@@ -39,7 +39,10 @@ class Objective(nn.Module):
     def forward(
         self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Metrics]:
-        """(B, C, Y, X), (B,) or (B, K) -> the mean loss (), and metrics."""
+        """(B, C, Y, X), (B,) or (B, K) -> the mean loss (), and metrics.
+
+        The metrics hold `loss`. If the optimised sum has more terms, they hold it as `objective`.
+        """
         raise NotImplementedError
 
     @classmethod

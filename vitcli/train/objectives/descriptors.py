@@ -111,8 +111,14 @@ class Guided(Objective):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         error = self.descriptors.error(features, images)
         accuracy = (logits.argmax(dim=1) == main_class(labels)).float().mean()
-        metrics = {"loss": loss.detach(), "accuracy": accuracy, "explained": 1.0 - error.detach()}
-        return loss + self.weight * error, metrics
+        total = loss + self.weight * error
+        metrics = {
+            "loss": loss.detach(),
+            "objective": total.detach(),
+            "accuracy": accuracy,
+            "explained": 1.0 - error.detach(),
+        }
+        return total, metrics
 
     def extra_macs(self, config: ViTConfig | ResNetConfig) -> int:
         """Those of the descriptors."""
@@ -162,7 +168,8 @@ def describe(images: Tensor) -> Tensor:
 def quadrant_targets(images: Tensor) -> Tensor:
     """(B, C, Y, X) in 0..1 -> (B, 4, 144): the descriptors of each quadrant's 2x2 parts.
 
-    Each value is standardised over the batch and the quadrants: mean 0, standard deviation 1.
+    Each value is standardised over the batch and the quadrants: mean 0, standard deviation 1. The
+    batch is the micro-batch of a process, so its size changes the targets, as in BatchNorm.
     """
     cells = F.adaptive_avg_pool2d(describe(images), 4)  # (B, 36, 4, 4)
     parts = cells.reshape(*cells.shape[:2], 2, 2, 2, 2)  # (B, 36, 2, 2, 2, 2)

@@ -104,13 +104,15 @@ class Distill(Objective):
             )
         # At test time DeiT adds the outputs of both heads.
         predicted = (logits + distilled).argmax(dim=1)
+        total = (1.0 - self.weight) * loss + self.weight * distillation
         metrics = {
             "loss": loss.detach(),
+            "objective": total.detach(),
             "lesson": distillation.detach(),
             "accuracy": (predicted == main_class(labels)).float().mean(),
             "agreement": (predicted == targets.argmax(dim=1)).float().mean(),
         }
-        return (1.0 - self.weight) * loss + self.weight * distillation, metrics
+        return total, metrics
 
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, Y, X) -> (B, K) for the labels, (B, K) for the teacher; equal with one head."""

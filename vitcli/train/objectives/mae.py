@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.base import Metrics, Objective, count_macs
-from vitcli.train.objectives.masked_patch import maskable, random_mask
+from vitcli.train.objectives.masked_patch import maskable, num_masked, random_mask
 from vitcli.vit import ResNetConfig, ViTConfig
 from vitcli.vit.blocks import Block
 from vitcli.vit.patches import patchify
@@ -115,7 +115,7 @@ class Mae(Objective):
         """The decoder, and the linear layers before and after it."""
         assert isinstance(config, ViTConfig)
         grid, n = config.grid, config.grid[0] * config.grid[1]
-        visible = config.num_prefix_tokens + max(1, n - round(self.mask_rate * n))
+        visible = config.num_prefix_tokens + n - num_masked(n, self.mask_rate)
         tokens = (1, n + config.num_prefix_tokens, self.width)
         return (
             count_macs(self.entry, (1, visible, config.embed_dim))

@@ -141,12 +141,12 @@ def pixel_scale(model: LoadedModel) -> Tensor:
 
 
 def num_masked(n: int, rate: float) -> int:
-    """The number of masked patches out of `n`, at least one."""
-    return min(n, max(1, round(rate * n)))
+    """The number of masked patches out of `n`: at least one, and at most all but one."""
+    return max(1, min(n - 1, round(rate * n)))
 
 
 def random_mask(b: int, n: int, rate: float, device: torch.device) -> Tensor:
-    """(B, N) random booleans; in each row a fraction `rate` is true, at least one."""
+    """(B, N) random booleans; in each row a fraction `rate` is true."""
     # The rank of a random number is a random permutation: every row gets the exact count.
     order = torch.rand(b, n, device=device).argsort(dim=1)
     return order.argsort(dim=1) < num_masked(n, rate)

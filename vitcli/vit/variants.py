@@ -101,7 +101,7 @@ def parse_variant(name: str, **settings: Any) -> Config:
         return ResNetConfig.from_dict({"layers": _units(name, layers), "width": width, **settings})
     found = re.fullmatch(r"(?:(Axial)-|R(\d*)\+)?(?:ViT-)?([A-Za-z0-9]+)/(\d+)", name)
     axial, stem, size, patch = found.groups() if found else (None, None, "", "")
-    variant = ONE_PATCH.get(f"{size}/{patch}") or VARIANTS.get(size)
+    variant = ONE_PATCH.get(name.removeprefix("ViT-")) or VARIANTS.get(size)
     if variant is None:
         close = next((v for v in VARIANTS if v.lower() == size.lower()), None)
         meant = f"; `{name.replace(f'{size}/', f'{close}/')}` is one" if close else ""

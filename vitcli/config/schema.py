@@ -305,13 +305,12 @@ class OptimSection(Section):
     eps: PositiveFloat = setting(1e-8, "Epsilon of adamw and lamb.")
     grad_clip: PositiveFloat | None = setting(None, "Maximum global norm of the gradients.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_betas(cls, given: Any) -> Any:
+    @model_validator(mode="after")
+    def _fill_betas(self) -> Self:
         # Filled here and not in the optimizer, so that the recipe of a run states what it used.
-        if isinstance(given, dict) and given.get("name") == "lion":
-            return {"betas": LION_BETAS, **given}
-        return given
+        if self.name == "lion" and "betas" not in self.model_fields_set:
+            self.__dict__["betas"] = LION_BETAS  # the section is frozen for everyone else
+        return self
 
     def rate_factor(self, batch_size: int) -> float:
         """The factor on the learning rates for a batch of `batch_size` images."""

@@ -48,7 +48,7 @@ BASE = {
     "data": {"name": "folder"},
     "train": {"steps": 2, "batch_size": 8, "precision": "fp32", "eval_steps": 1},
 }
-PARTS = 6
+PARTS = 12
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,10 @@
 """The evaluation transform against the official pipelines' outputs, and by its properties."""
 
+import io
 import json
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from math import floor
 
 import numpy as np
@@ -9,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vitcli import preprocess as module
 from vitcli.config.schema import AugmentSection
 from vitcli.data.augment.transform import CROPS, TrainTransform
+from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 
@@ -223,3 +228,90 @@ def test_no_training_crop_shows_the_border(crop):
     for seed in range(40):
         red, _, blue = transform(framed, np.random.default_rng(seed))
         assert red.max() == 0 and blue.min() == 255
+
+
+GREY = (np.arange(64 * 48).reshape(64, 48) * 7 % 256).astype(np.uint8)
+COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=2)  # (Y, X, C)
+
+
+@pytest.mark.parametrize(
+    ("source", "same"),
+    [
+        (GREY, GREY),
+        (GREY[:, :, None], GREY),
+        (GREY.astype(np.int64), GREY),
+        (GREY.astype(np.uint16) * 257, GREY),
+        (GREY > 127, np.where(GREY > 127, 255, 0).astype(np.uint8)),
+        (torch.from_numpy(GREY), GREY),
+        (torch.from_numpy(GREY)[None].float() / 255, GREY),
+        (COLOUR, COLOUR),
+        (COLOUR / 255.0, COLOUR),
+        (COLOUR.astype(np.uint16) * 257, COLOUR),
+        (np.concatenate([COLOUR, np.full((64, 48, 1), 255, np.uint8)], axis=2), COLOUR),
+        (torch.from_numpy(COLOUR.transpose(2, 0, 1)), COLOUR),
+    ],
+)
+def test_arrays_and_tensors_are_read_like_the_image_of_their_pixels(source, same):
+    transform = Preprocess(image_size=(24, 24))
+    expected = transform.pixels(Image.fromarray(same))
+    assert torch.equal(transform.pixels(source), expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (np.zeros((2, 3, 8, 8), np.uint8), r"its shape is \(2, 3, 8, 8\)"),
+        (np.zeros((3, 8, 8), np.uint8), r"its shape is \(3, 8, 8\)"),
+        (np.zeros((0, 8), np.uint8), r"its shape is \(0, 8\)"),
+        (np.full((8, 8), 300), "its values are 300 to 300, not 0 to 255"),
+        (np.full((8, 8), -1.5), "its values are -1.5 to -1.5, not 0 to 1"),
+        (np.full((8, 8), np.nan), "its values are nan to nan"),
+        (np.full((8, 8), 1j), "its values are complex128"),
+        (torch.full((3, 8, 8), 7.0), "its values are 7 to 7, not 0 to 1"),
+    ],
+)
+def test_arrays_that_are_no_image_are_refused(source, words):
+    with pytest.raises(ImageError, match=words):
+        Preprocess(image_size=(24, 24))(source)
+
+
+def test_an_image_without_a_finite_pixel_is_refused():
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(file, "TIFF")
+    with pytest.raises(ImageError, match="no pixel is a finite number"):
+        Preprocess(image_size=(24, 24))(file.getvalue())
+
+
+def test_an_image_on_the_web(monkeypatch):
+    png = io.BytesIO()
+    Image.fromarray(COLOUR).save(png, "PNG")
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if "photo" in self.path else 404)
+            self.end_headers()
+            if "photo" in self.path:
+                self.wfile.write(png.getvalue())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base, transform = f"http://127.0.0.1:{server.server_port}", Preprocess(image_size=(24, 24))
+    try:
+        expected = transform.pixels(Image.fromarray(COLOUR))
+        assert torch.equal(transform.pixels(f"{base}/photo.png?size=1"), expected)
+        with pytest.raises(
+            ImageError, match=r"no\.png`: cannot fetch it: (HTTP Error 404|Not Found)"
+        ):
+            transform(f"{base}/no.png")
+        monkeypatch.setattr(module, "FETCH_BYTES", 8)
+        with pytest.raises(ImageError, match="it has more than"):
+            transform(f"{base}/photo.png")
+    finally:
+        server.shutdown()
+        server.server_close()
+    for url in (f"{base}/photo.png", "http://[::1/x.png", "http://127.0.0.1:99999/x.png"):
+        with pytest.raises(ImageError, match="cannot fetch it"):
+            transform(url)

@@ -356,8 +356,10 @@ def _scale_samples(image: Image.Image) -> Image.Image:
     samples = np.asarray(image)
     transparent = image.info.get("transparency")
     values = np.nan_to_num(samples.astype(np.float32), nan=0.0, posinf=np.inf, neginf=0.0)
-    finite = values[np.isfinite(values)]
-    top = float(finite.max()) if finite.size else 0.0
+    finite = values[np.isfinite(samples)]
+    if not finite.size:
+        raise ValueError("no pixel is a finite number")
+    top = float(finite.max())
     if image.mode == "F":
         white = 1.0 if top <= 2.0 else 255.0 if top <= 255.0 else max(65535.0, top)
     else:

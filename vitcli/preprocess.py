@@ -28,17 +28,25 @@ twice the resized side changed six photographs of 2 to 108 megapixels by 0.1 to 
 average (19 at most) and the probabilities of a ViT-Ti/16 by at most 0.01.
 """
 
+import http.client
+import time
+import urllib.request
 from dataclasses import asdict, dataclass, fields, replace
 from math import floor, isfinite
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from vitcli.decode import Box, ImageError, ImageInput, Mode, read_image
-from vitcli.errors import VitcliError, unknown
+from vitcli.errors import VitcliError, printable, unknown
+
+AnyImage = ImageInput | NDArray[Any] | Tensor
+FETCH_BYTES = 512 << 20  # the largest image file that is downloaded
+FETCH_SECONDS, SILENT_SECONDS = 120.0, 20.0  # for the whole download; without a byte
 
 ResizeMode = Literal["crop", "squash", "pad"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
@@ -136,17 +144,19 @@ class Preprocess:
         """Pillow's mode of the images that this transform reads."""
         return "L" if self.num_channels == 1 else "RGB"
 
-    def __call__(self, source: ImageInput) -> Tensor:
-        """A path, file, bytes or Pillow image -> (C, Y, X) float32, normalised.
+    def __call__(self, source: AnyImage) -> Tensor:
+        """A path, URL, file, bytes, Pillow image, array or tensor -> (C, Y, X), normalised.
+
+        Arrays and tensors are as in `as_image_input`. The result is float32.
 
         Raises:
             ImageError: the image cannot be read.
         """
         return self.normalize(self.pixels(source)[None])[0]  # (C, Y, X)
 
-    def pixels(self, source: ImageInput) -> Tensor:
-        """A path, file, bytes or Pillow image -> (C, Y, X) uint8, before normalisation."""
-        fitted = self.fit(read_image(source, self.mode))
+    def pixels(self, source: AnyImage) -> Tensor:
+        """An image, as for a call -> (C, Y, X) uint8, before normalisation."""
+        fitted = self.fit(read_image(as_image_input(source), self.mode))
         return torch.from_numpy(np.ascontiguousarray(as_array(fitted)))
 
     def fit(self, image: Image.Image) -> Image.Image:
@@ -260,6 +270,78 @@ class Preprocess:
     def _mean_colour(self) -> tuple[int, ...] | int:
         colour = tuple(round(255 * value) for value in self.mean)
         return colour if self.num_channels == 3 else colour[0]
+
+
+def as_image_input(source: AnyImage) -> ImageInput:
+    """Turn an array, a tensor or a URL into what the decoder reads; others pass unchanged.
+
+    Args:
+        source: also an array (Y, X), (Y, X, C) or a tensor (Y, X), (C, Y, X), with 1, 3 or 4
+            channels: integers in 0..255, uint16, booleans, or floats in 0..1. Also a URL.
+
+    Raises:
+        ImageError: the array has no such shape or values, or the URL cannot be fetched.
+    """
+    if isinstance(source, str) and is_url(source):
+        return fetch_image(source)
+    if isinstance(source, Tensor):
+        array = source.detach().cpu().numpy()
+        return _image_of(array.transpose(1, 2, 0) if array.ndim == 3 else array, "a tensor")
+    return _image_of(source, "an array") if isinstance(source, np.ndarray) else source
+
+
+def _image_of(array: NDArray[Any], name: str) -> Image.Image:
+    """(Y, X) or (Y, X, C) numbers -> an image."""
+    shape = tuple(array.shape)
+    if array.ndim == 3 and shape[2] == 1:
+        array = array[:, :, 0]
+    if 0 in shape or not (array.ndim == 2 or (array.ndim == 3 and shape[2] in (3, 4))):
+        order = "(Y, X) or (C, Y, X)" if name == "a tensor" else "(Y, X) or (Y, X, C)"
+        raise ImageError(name, f"its shape is {shape}", f"use {order} with 1, 3 or 4 channels")
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    # The decoder knows the white level of 16-bit images; it reads them in greyscale only.
+    if array.dtype == np.uint8 or (array.dtype == np.uint16 and array.ndim == 2):
+        return Image.fromarray(np.ascontiguousarray(array))
+    floats = np.issubdtype(array.dtype, np.floating)
+    if not floats and not np.issubdtype(array.dtype, np.integer):
+        raise ImageError(name, f"its values are {array.dtype}", "use uint8, or floats in 0..1")
+    white = 1.0 if floats else 65535 if array.dtype == np.uint16 else 255
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= white):  # NaN fails too
+        reason = f"its values are {low:g} to {high:g}, not 0 to {white:g}"
+        raise ImageError(name, reason, "use uint8, or floats in 0..1, before normalisation")
+    return Image.fromarray(np.rint(array * (255.0 / white)).astype(np.uint8))
+
+
+def is_url(path: str) -> bool:
+    """True for an address on the web."""
+    return path.startswith(("http://", "https://"))
+
+
+def fetch_image(url: str) -> bytes:
+    """Download an image file.
+
+    Raises:
+        ImageError: no such file, no answer, too many bytes, or too slow.
+    """
+    name = printable(url)
+    end, parts, size = time.monotonic() + FETCH_SECONDS, list[bytes](), 0
+    try:
+        # Some hosts of images refuse a request without a name of the program.
+        request = urllib.request.Request(url, headers={"User-Agent": "vitcli"})
+        with urllib.request.urlopen(request, timeout=SILENT_SECONDS) as answer:
+            while part := answer.read1(1 << 16):
+                parts.append(part)
+                size += len(part)
+                if size > FETCH_BYTES:
+                    raise ImageError(name, f"it has more than {FETCH_BYTES >> 20} MiB")
+                if time.monotonic() > end:
+                    raise ImageError(name, f"it did not arrive within {FETCH_SECONDS:.0f} s")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())
+        raise ImageError(name, f"cannot fetch it: {reason or type(error).__name__}") from None
+    return b"".join(parts)
 
 
 def as_array(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -131,6 +131,29 @@ def test_numbers_that_are_none(model, pictures):
     assert not Path("t.csv").exists()
 
 
+def test_images_in_memory(model, pictures):
+    path = "p/b.png"
+    with Image.open(path) as opened:
+        array = np.array(opened)
+        tensor = torch.from_numpy(array).permute(2, 0, 1)
+        expected = predict.predict(path, model)[0]
+        with Path(path).open("rb") as file:
+            rows = predict.predict(
+                [opened, Path(path).read_bytes(), file, array, tensor / 255, "p", "no.png"], model
+            )
+    paths = [path, None, path, None, None, "p/a.jpg", "p/b.png", "p/deep/c.png", "no.png"]
+    assert [row["path"] for row in rows] == paths
+    for row in [*rows[:5], rows[6]]:
+        assert row["label"] == expected["label"] and row["error"] is None
+        assert row["probability"] == pytest.approx(expected["probability"], abs=1e-6)
+    assert "does not exist" in rows[-1]["error"]
+    single = [row["label"] for row in predict.predict(array, model)]
+    batch = [row["label"] for row in predict.predict(np.stack([array, array]), model)]
+    assert single * 2 == batch == [expected["label"]] * 2
+    broken = predict.predict([np.full((8, 8), np.nan)], model)[0]
+    assert broken["label"] is None and "its values are nan" in broken["error"]
+
+
 def test_tables(model, pictures):
     odd = os.fsdecode(b'p/\xff, "q"\n.png')
     Path(odd).write_bytes((pictures / "b.png").read_bytes())

@@ -251,7 +251,9 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
 def predict(
     images: Annotated[
         list[str] | None,
-        typer.Argument(help="Images, folders, quoted globs.", metavar="IMAGE..."),
+        typer.Argument(
+            help="Images, folders, quoted globs, https:// addresses.", metavar="IMAGE..."
+        ),
     ] = None,
     *,
     options: PredictOptions,

@@ -8,7 +8,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
@@ -20,6 +24,7 @@ from vitcli.evals.ood import ReferenceStore
 from vitcli.evals.predictor import AbstainRules, ImagePredictor
 from vitcli.evals.resume_log import PredictionCounts, ResumeLog, is_finished, open_resume_log
 from vitcli.evals.writers import COLUMNS, OutputFiles, PredictionRow
+from vitcli.preprocess import AnyImage
 from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
 from vitcli.weights.load_report import tell_load
@@ -54,7 +59,7 @@ class Predictions:
 
 
 def predict(
-    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    images: AnyImage | Iterable[AnyImage],
     model: str | os.PathLike[str] | LoadedModel | None = None,
     *,
     top: int = 5,
@@ -71,7 +76,9 @@ def predict(
     """Class names and probabilities of images: the rows of `vitcli predict --json`.
 
     Args:
-        images: paths of images, folders or globs.
+        images: one image or several: paths, folders, globs, URLs, Pillow images, bytes, file
+            objects, arrays (Y, X) or (Y, X, C), tensors (Y, X) or (C, Y, X), or a batch of them
+            with one dimension more. Integers are 0..255, floats are 0..1.
         model: MODEL, or a loaded model; None uses the newest run with a trained head.
         top: number of classes in `top`.
         batch_size, precision, threshold, ood, ood_threshold, reference, tta, labels, settings: as
@@ -79,14 +86,14 @@ def predict(
 
     Returns:
         A dict for each image: `path`, `label`, `probability`, `top`, `error`; with a threshold
-        also `abstained`; with `ood` also `ood` and `ood_distance`.
+        also `abstained`; with `ood` also `ood` and `ood_distance`. `path` is None for an image in
+        memory without a file name.
 
     Raises:
         VitcliError: no such model, no trained head, or no such image.
     """
-    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     rows = run(
-        paths,
+        _as_list(images),
         model=model,
         settings=settings,
         labels=labels,
@@ -102,8 +109,18 @@ def predict(
     return list(rows)
 
 
+def _as_list(images: AnyImage | Iterable[AnyImage]) -> list[AnyImage]:
+    """One image, several, or a batch in one array -> a list of images."""
+    if isinstance(images, np.ndarray | Tensor):
+        return list(images) if images.ndim == 4 else [images]
+    single = isinstance(images, str | bytes | bytearray | os.PathLike) or hasattr(images, "read")
+    if single or isinstance(images, Image.Image):
+        return [cast(AnyImage, images)]
+    return list(cast(Iterable[AnyImage], images))
+
+
 def run(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: Sequence[AnyImage],
     *,
     source: str | os.PathLike[str] | None = None,
     model: str | os.PathLike[str] | LoadedModel | None = None,
@@ -127,7 +144,7 @@ def run(
     """Predict the classes of images.
 
     Args:
-        paths: images, folders (with everything in them), globs.
+        paths: images, folders (with everything in them), globs, URLs, images in memory.
         source: a file with further paths, one per line or separated by NUL; `-` is stdin.
         model: MODEL, or a loaded model; None uses the newest run with a trained head.
         settings: nested settings: `model.num_heads`, `preprocess.mean` …

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vitcli.data.readers import DATA_SUFFIXES
 from vitcli.data.readers.folder import walk_images
 from vitcli.errors import VitcliError, printable
+from vitcli.preprocess import AnyImage, is_url
 
 STDIN = "-"
 READ_BYTES = 1 << 16
@@ -21,13 +22,13 @@ PATHS_HINT = "give image files, folders, or quoted globs such as 'photos/**/*.jp
 
 
 class ImagePaths:
-    """An iterable of image paths in the given order; paths that do not exist stay in it.
+    """An iterable of images in the given order; paths that do not exist stay in it.
 
     Paths are found during the iteration: a folder yields its images sorted by their bytes, a list
     yields line by line. Only the matches of a glob are collected and sorted first.
 
     Args:
-        paths: images, folders, globs.
+        paths: images, folders, globs, URLs; also images in memory, which pass unchanged.
         source: a file with more paths, separated by newlines or NUL; `-` is stdin.
 
     Attributes:
@@ -35,37 +36,37 @@ class ImagePaths:
         repeatable: True if a second iteration is possible; stdin can be read only once.
     """
 
-    def __init__(self, paths: Sequence[str], source: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[AnyImage], source: str | os.PathLike[str] | None = None
+    ) -> None:
         self.paths = list(paths)
         self.source = None if source is None else os.fspath(source)
         self.repeatable = self.source != STDIN
         plain = self.source is None and not any(map(_expands, self.paths))
         self.total = len(self.paths) if plain else None
-        self._peeked: list[str] = []
-        self._rest: Iterator[str] | None = None
+        self._peeked: list[AnyImage] = []
+        self._rest: Iterator[AnyImage] | None = None
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Any]:  # only strings, unless images in memory were given
         if self._rest is not None:
             return chain(self._peeked, self._rest)
         return self._iterate()
 
-    def peek(self) -> list[str]:
-        """The first paths, up to one that exists and can be an image; they are not consumed."""
+    def peek(self) -> list[AnyImage]:
+        """The first images, up to one that may be readable; they are not consumed."""
         paths = iter(self)
-        peeked: list[str] = []
+        peeked: list[AnyImage] = []
         for path in paths:
             peeked.append(path)
-            # os.path, because it answers False for impossible names where pathlib raises.
-            found = os.path.exists(path) and not _is_dataset_file(path)  # noqa: PTH110
-            if found or len(peeked) == MAX_MISSING:
+            if _may_be_image(path) or len(peeked) == MAX_MISSING:
                 break
         if not self.repeatable:
             self._peeked, self._rest = peeked, paths
         return peeked
 
-    def _iterate(self) -> Iterator[str]:
+    def _iterate(self) -> Iterator[AnyImage]:
         for path in self.paths:
-            yield from expand_path(path)
+            yield from expand_path(path) if isinstance(path, str) else (path,)
         if self.source is not None:
             with _list_file(self.source) as stream:
                 for path in read_path_list(stream):
@@ -73,20 +74,21 @@ class ImagePaths:
 
 
 def find_images(
-    paths: Sequence[str | os.PathLike[str]], source: str | os.PathLike[str] | None = None
+    paths: Sequence[AnyImage], source: str | os.PathLike[str] | None = None
 ) -> ImagePaths:
     """The images of `paths`, and those that the file `source` lists; see `ImagePaths`.
 
     Raises:
         VitcliError: there are no paths, none of them exists, or the folders hold no images.
     """
-    found = ImagePaths([os.fspath(path) for path in paths], source)
-    peeked = found.peek()
-    if not peeked:
+    plain = [os.fspath(p) if isinstance(p, os.PathLike) else p for p in paths]
+    found = ImagePaths(plain, source)
+    images = found.peek()
+    if not images:
         raise _no_images(found)
-    last = peeked[-1]
-    if os.path.exists(last) and not _is_dataset_file(last):  # noqa: PTH110
+    if _may_be_image(images[-1]):
         return found
+    peeked = [str(path) for path in images]  # images in memory would have been found
     if all(map(_is_dataset_file, peeked)):
         raise VitcliError(
             f"`{printable(peeked[0])}` is a dataset, not an image",
@@ -102,7 +104,7 @@ def find_images(
 def _no_images(found: ImagePaths) -> VitcliError:
     """The error if there is no path at all."""
     for path in found.paths:
-        if os.path.isdir(path):  # noqa: PTH112
+        if isinstance(path, str) and os.path.isdir(path):  # noqa: PTH112
             hint = "hidden files and files without an image suffix are skipped"
             if any(Path(path).glob("*.parquet")):
                 hint = f"for its parquet files use `vitcli evaluate {printable(path)}`"
@@ -160,8 +162,18 @@ def _list_file(source: str) -> Iterator[BinaryIO]:
         yield stream
 
 
-def _expands(path: str) -> bool:
+def _may_be_image(path: AnyImage) -> bool:
+    """True for an image in memory, a URL, and a file that exists and is no dataset."""
+    if not isinstance(path, str) or is_url(path):
+        return True
+    # os.path, because it answers False for impossible names where pathlib raises.
+    return os.path.exists(path) and not _is_dataset_file(path)  # noqa: PTH110
+
+
+def _expands(path: AnyImage) -> bool:
     """True if the path can mean several images."""
+    if not isinstance(path, str) or is_url(path):
+        return False
     return os.path.isdir(path) or (glob.has_magic(path) and not os.path.lexists(path))  # noqa: PTH112
 
 

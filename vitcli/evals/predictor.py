@@ -17,6 +17,7 @@ from vitcli.errors import VitcliError
 from vitcli.evals.features import autocast, check_finite
 from vitcli.evals.ood import OODReference
 from vitcli.evals.writers import PredictionRow
+from vitcli.preprocess import AnyImage
 from vitcli.progress import Bar, QuietBar
 from vitcli.weights.loaded import LoadedModel
 
@@ -97,7 +98,7 @@ class ImagePredictor:
     precision: str = "auto"
 
     def rows(
-        self, files: Iterable[str], bar: Bar | None = None
+        self, files: Iterable[AnyImage], bar: Bar | None = None
     ) -> Generator[PredictionRow, None, None]:
         """One row per file, in order; an unreadable image has its reason in `error`.
 
@@ -151,10 +152,12 @@ class ImagePredictor:
         scores = reference.scores(distances).tolist()
         return list(zip(top_classes, scores, distances.tolist(), strict=True))
 
-    def _decoded_batches(self, files: Iterable[str]) -> Iterator[list[tuple[str, Tensor | str]]]:
+    def _decoded_batches(
+        self, files: Iterable[AnyImage]
+    ) -> Iterator[list[tuple[str | None, Tensor | str]]]:
         """Batches of (path, (crops, C, Y, X) uint8 or the reason why it cannot be read)."""
 
-        def read(file: str) -> Tensor | str:
+        def read(file: AnyImage) -> Tensor | str:
             try:
                 return self.transform.pixels(file)
             except ImageError as error:
@@ -162,7 +165,7 @@ class ImagePredictor:
 
         # Threads decode the next batch while the model runs: PIL releases the GIL. Two batches
         # are the limit, so that memory does not grow with the number of files.
-        waiting: deque[tuple[str, Future[Tensor | str]]] = deque()
+        waiting: deque[tuple[str | None, Future[Tensor | str]]] = deque()
         rest = iter(files)
         with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS)) as pool:
             try:
@@ -170,7 +173,7 @@ class ImagePredictor:
                     while len(waiting) < 2 * self.batch_size:
                         if (file := next(rest, None)) is None:
                             break
-                        waiting.append((file, pool.submit(read, file)))
+                        waiting.append((_path_of(file), pool.submit(read, file)))
                     if not waiting:
                         return
                     count = min(self.batch_size, len(waiting))
@@ -178,3 +181,11 @@ class ImagePredictor:
                     yield [(name, future.result()) for name, future in ready]
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _path_of(image: AnyImage) -> str | None:
+    """The path or URL of an image; None for one in memory that has none."""
+    if isinstance(image, str):
+        return image
+    name = getattr(image, "filename", None) or getattr(image, "name", None)
+    return name if isinstance(name, str) else None

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitcli.decode import ImageInput, read_image
+from vitcli.decode import read_image
 from vitcli.errors import VitcliError, unknown
-from vitcli.preprocess import Preprocess, as_array
+from vitcli.preprocess import AnyImage, Preprocess, as_array, as_image_input
 
 VIEWS = {"flip": (1, True), "crops:5": (5, False), "crops:10": (5, True)}  # crops, mirrored
 
@@ -56,15 +56,15 @@ class TTATransform:
         """Views per image."""
         return self.crops * (2 if self.mirrored else 1)
 
-    def pixels(self, source: ImageInput) -> Tensor:
-        """A path, file, bytes or Pillow image -> (crops, C, Y, X) uint8.
+    def pixels(self, source: AnyImage) -> Tensor:
+        """An image, as `Preprocess` takes it -> (crops, C, Y, X) uint8.
 
         Raises:
             ImageError: the image cannot be read.
         """
         if self.crops == 1:
             return self.preprocess.pixels(source)[None]  # (1, C, Y, X)
-        image = read_image(source, self.preprocess.mode)
+        image = read_image(as_image_input(source), self.preprocess.mode)
         resized, (rows, columns) = self.preprocess.resize(image), self.preprocess.image_size
         right, bottom = resized.width - columns, resized.height - rows
         corners = [(0, 0), (right, 0), (0, bottom), (right, bottom)]

@@ -13,8 +13,10 @@ import vitcli
 import vitcli.commands.pretrain as pretrain
 from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
+from vitcli.evals.features import extract
 from vitcli.progress import Quiet
 from vitcli.train import loop
+from vitcli.train.build import open_source
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.loop import step_seed
 from vitcli.train.objectives.classification import Softmax
@@ -291,3 +293,40 @@ def test_settings_that_contradict_each_other_stop_before_the_run(tmp_path):
     with pytest.raises(VitcliError, match="draws RGB images"):
         go(tmp_path / "run", tiny_recipe(**formula))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("objective", ["softmax", "masked_patch"])
+def test_the_few_shot_accuracy_during_training(objective, tmp_path):
+    """The last one equals that of `vitcli.fewshot` on the stored weights, and the best is named."""
+    recipe = tiny_recipe(
+        objective={"name": objective},
+        train={"steps": 6, "eval_steps": 2, "fewshot_shots": 3, "ema_decay": None},
+    )
+    figures = go(tmp_path / "run", recipe).figures
+    logged = {
+        record["step"]: value
+        for record in records(tmp_path / "run")
+        for name, value in record.items()
+        if name.endswith("/fewshot_accuracy")
+    }
+    assert set(logged) == {2, 4, 6}
+    best = max(logged.values())
+    assert figures["best_fewshot_accuracy"] == best == logged[figures["best_fewshot_step"]]
+    assert ("accuracy" in figures) == (objective == "softmax")
+    model = load_model(tmp_path / "run")
+    source = open_source(recipe, Quiet())
+    train, test = (extract(model, source.splits[name]) for name in ("train", "test"))
+    expected = vitcli.fewshot(
+        train.outputs, train.labels, test.outputs, test.labels, shots=3, seed=0
+    )
+    assert figures["fewshot_accuracy"] == logged[6] == pytest.approx(expected, abs=1e-3)
+
+
+def test_few_shot_accuracy_where_it_cannot_be(tmp_path):
+    for more, words in (
+        ({"data": {"name": "builtin:formula"}}, "single-label"),
+        ({"train": {"budget": "5s", "steps": None}}, "budget"),
+    ):
+        settings = {**more, "train": {"fewshot_shots": 2, **more.get("train", {})}}
+        with pytest.raises(VitcliError, match=words):
+            go(tmp_path / "run", tiny_recipe(**settings))

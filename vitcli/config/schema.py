@@ -436,6 +436,11 @@ class TrainSection(Section):
     eval_steps: PositiveInt | None = setting(
         None, "Steps between evaluations. Default: a fifth of the run."
     )
+    fewshot_shots: PositiveInt | None = setting(
+        None,
+        "Measure the few-shot accuracy too in each evaluation, with this many training images per "
+        "class; the result has the best one (Figure 4).",
+    )
     log_steps: PositiveInt = setting(20, "Steps between records in metrics.jsonl.")
     compile: bool = setting(False, "Compile the forward and backward pass with torch.compile.")
     tf32: bool = setting(False, "Let a GPU use TF32 for fp32 matrix products.")

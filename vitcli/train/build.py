@@ -42,7 +42,7 @@ from vitcli.train.optimizers import (
 )
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
-from vitcli.train.validate import Outcome, run_validation
+from vitcli.train.validate import Outcome, Validate, run_validation, with_fewshot
 from vitcli.vit import Config, Network, ResNet
 from vitcli.weights.loaded import LoadedModel
 
@@ -110,12 +110,15 @@ def build_loop(
     assert preprocess is not None
     # Validation uses the transform that is stored with the weights, training its own augmentation.
     loader = make_loader(recipe, source, preprocess, objective.num_views, accelerator)
-    validate, outcomes = None, list[Outcome]()
+    validate: Validate | None = None
+    outcomes: list[Outcome] = []
     if (split := held_out_split(source)) is not None and model.config.num_classes > 0:
         images = source.splits[split]
         validate = partial(
             run_validation, model, images, accelerator, watch, loader.broken, outcomes=outcomes
         )
+    if train.fewshot_shots is not None:
+        validate = with_fewshot(validate, model, source, split, train)
     return Loop(
         module=module,
         state=state,

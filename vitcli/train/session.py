@@ -47,6 +47,7 @@ from vitcli.train.loop import Loop
 from vitcli.train.lora import ADAPTER, merged, save_adapters, training_passes
 from vitcli.train.recorder import check_tracker, draw_curves, tracking
 from vitcli.train.signals import Stopped
+from vitcli.train.validate import best_fewshot
 from vitcli.vit.macs import macs
 from vitcli.weights.store import save_model, save_tensors
 
@@ -321,6 +322,7 @@ def finish(loop: Loop) -> TrainResult:
     """Evaluate, write weights and curves, and then the result, which marks the run as finished."""
     recipe, run, accelerator, model = loop.recipe, loop.run, loop.accelerator, loop.model
     metrics = {name.removeprefix("test_"): value for name, value in loop.evaluate().items()}
+    metrics |= best_fewshot(run)
     broken = dict(sorted(gather(list(loop.loader.broken.items()), accelerator)))
     if broken:
         loop.watch.warn(

@@ -34,6 +34,12 @@ VALUES: dict[str, list[Any]] = {
     "data.name": ["table.csv", "folder"],
     "data.image_column": ["file"],
     "data.label_column": ["kind"],
+    "data.image_root": ["folder"],
+    "data.image_suffix": [".png"],
+    "data.label_separator": ["|"],
+    "data.split_column": ["split"],
+    "data.test_fold": [1],
+    "data.group_column": ["patient"],
     "data.train_split": ["train[:75%]"],
     "data.test_split": ["test[:50%]"],
     "data.folds": [3],
@@ -61,6 +67,8 @@ VALUES: dict[str, list[Any]] = {
 FINETUNE = {"command": "finetune"}
 LORA = {**FINETUNE, "lora.rank": 2}
 TABLE = {"data.name": "table.csv", "data.label_column": "kind"}
+NAMES = {"data.name": "names.csv", "data.image_root": "folder", "data.image_suffix": ".png"}
+GROUPS = {"data.name": "groups.csv"}
 STREAM = {"data.name": "shards", "data.streaming": True, "data.classes": "classes.txt"}
 STAIR = {"schedule.stair_steps": [1], "schedule.stair_factors": [0.5]}
 FORMULA = {"data.name": "builtin:formula", "model.pool": "quadrants"}
@@ -90,6 +98,12 @@ NEEDS: dict[str, dict[str, Any]] = {
     "data.name=table.csv": TABLE,
     "data.image_column": TABLE,
     "data.label_column": TABLE,
+    "data.image_root": NAMES,
+    "data.image_suffix": NAMES,
+    "data.label_separator": {"data.name": "labels.csv"},
+    "data.split_column": TABLE,
+    "data.test_fold": {**GROUPS, "data.split_column": "fold"},
+    "data.group_column": {**GROUPS, "data.split_column": "none"},
     "data.fold": {"data.folds": 3},
     "data.streaming=True": STREAM,
     "data.classes": STREAM,

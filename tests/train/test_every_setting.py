@@ -71,6 +71,13 @@ def files(tmp_path_factory):
                 many = "cat|dog" if i % 3 == 0 else row["kind"]
                 value = row["kind"] if column == "kind" else many
                 writer.writerow({"file": row["file"], column: value, "split": row["split"]})
+    with open(folder / "names.csv", "w") as names, open(folder / "groups.csv", "w") as groups:
+        names.write("file,label,split\n")
+        groups.write("file,label,patient,fold\n")
+        for i, (split, name, path) in enumerate(tars):
+            stem = path.relative_to(folder / "folder").with_suffix("")
+            names.write(f"{stem},{name},{split}\n")
+            groups.write(f"{path},{name},{i % 6},{i % 4}\n")
     (folder / "shards").mkdir()
     for split in ("train", "test"):
         with tarfile.open(folder / f"shards/{split}-0.tar", "w") as shard:

@@ -8,6 +8,8 @@ seconds per step, seconds of the command, peak resident memory, as predicted / r
     python recipes/bench_plan.py                        all recipes, two rounds
     python recipes/bench_plan.py --only 2,7 --rounds 3
     python recipes/bench_plan.py --steps 6 --rounds 1   quick; memory does not depend on the steps
+    python recipes/bench_plan.py --evaluated --rounds 1 ten other recipes whose run evaluates 315
+                                                        images, memory only
 """
 
 import argparse
@@ -41,11 +43,26 @@ CASES = [
     ("S/16", 224, 8, "adamw", "fp32", False, 24),
 ]
 
+# Ten other recipes with an ordinary test set, as flags. Three steps each: only the memory counts.
+COMMON = "train.steps=3 train.batch_size=16 data.test_fraction=0.45"
+EVALUATED = [
+    ("finetune", "model.name=Ti/16 lora.rank=8 optim.name=adamw"),
+    ("pretrain", "model.name=Ti/16 model.image_size=96 objective.name=mae"),
+    ("pretrain", "model.name=Ti/16 model.image_size=128 objective.name=masked_patch"),
+    ("pretrain", "model.name=Ti/16 model.image_size=160 model.position=relative"),
+    ("pretrain", "model.name=Ti/16 model.image_size=224 train.ema_decay=0.99"),
+    ("finetune", "model.name=S/32 train.freeze=blocks:6"),
+    ("pretrain", "model.name=R+Ti/16 model.image_size=224"),
+    ("pretrain", "model.name=Pico/4 model.image_size=48 model.registers=4"),
+    ("pretrain", "model.name=Ti/16 model.image_size=192 train.precision=bf16"),
+    ("finetune", "model.name=R26x1 model.image_size=96"),
+]
 
-def make_images(folder: Path) -> None:
+
+def make_images(folder: Path, number: int) -> None:
     """Write a folder of small noise JPEGs, one subfolder per class."""
     rng = np.random.default_rng(0)
-    for i in range(IMAGES):
+    for i in range(number):
         place = folder / f"class_{i % CLASSES}"
         place.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
@@ -112,17 +129,38 @@ def compare(case: tuple[Any, ...], data: Path, rounds: int) -> None:
     sys.stdout.flush()
 
 
+def compare_memory(number: int, data: Path, rounds: int) -> None:
+    """Print one line: predicted / real peak memory of a recipe of `EVALUATED`."""
+    command, words = EVALUATED[number]
+    flags = [part for word in [*words.split(), *COMMON.split()] for part in ("--set", word)]
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            planned = ["plan", command, str(data), *flags, "--no-probe", "--json"]
+            plan = json.loads(run(planned, place)[0])
+            _, _, peak = run([command, str(data), *flags, "--out", "run", "--json"], place)
+        guess, real = plan["memory_bytes"] / MEGA, peak / MEGA
+        sys.stdout.write(f"{number} {command} {words}: {guess:.0f} / {real:.0f} MiB")
+        sys.stdout.write(f" = {guess / real:.2f}\n")
+        sys.stdout.flush()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="", help="numbers of recipes, from 0, with commas")
     parser.add_argument("--steps", type=int, help="optimizer steps of every recipe")
+    parser.add_argument("--evaluated", action="store_true", help="the recipes that evaluate")
     given = parser.parse_args()
-    chosen = [int(n) for n in given.only.split(",") if n] or range(len(CASES))
+    cases = EVALUATED if given.evaluated else CASES
+    chosen = [int(n) for n in given.only.split(",") if n] or range(len(cases))
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "images"
-        make_images(data)
+        make_images(data, 700 if given.evaluated else IMAGES)
         for number in chosen:
+            if given.evaluated:
+                compare_memory(number, data, given.rounds)
+                continue
             case = CASES[number]
             compare((*case[:-1], given.steps or case[-1]), data, given.rounds)
 

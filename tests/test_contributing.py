@@ -36,7 +36,7 @@ class Brier(Objective):
         loss = (probabilities - F.one_hot(labels, probabilities.shape[1])).square().sum(1).mean()
         return loss, {"loss": loss.detach()}
 '''
-READER = '''"""A .npz file with `images` (n, Y, X, C) and `labels` (n,)."""
+READER = '''"""A .pairs file with `images` (n, Y, X, C) and `labels` (n,)."""
 
 import numpy as np
 
@@ -44,7 +44,7 @@ from vitcli.data.image_set import ArrayStore, ImageSet
 from vitcli.data.source import make_source
 
 
-def load_arrays(request):
+def load_pairs(request):
     arrays = np.load(request.path)
     classes = [str(c) for c in np.unique(arrays["labels"])]
     labels = np.searchsorted(np.unique(arrays["labels"]), arrays["labels"])
@@ -141,15 +141,16 @@ def test_a_model_size(copy):
 
 
 def test_a_data_reader(copy):
-    copy.write("vitcli/data/readers/arrays.py", READER)
+    copy.write("vitcli/data/readers/pairs.py", READER)
     copy.insert(
         "vitcli/data/readers/__init__.py",
         '    "hf:": Reader(',
-        '    "arrays": Reader("x.npz", "arrays", "readers.arrays:load_arrays", (".npz",)),\n',
+        '    "pairs": Reader("x.pairs", "pairs", "readers.pairs:load_pairs", (".pairs",)),\n',
     )
     pixels = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
-    np.savez(copy.folder / "x.npz", images=pixels, labels=np.arange(20) % 2)
-    assert "20" in copy.run("check", "x.npz", "--json")
+    with (copy.folder / "x.pairs").open("wb") as file:
+        np.savez(file, images=pixels, labels=np.arange(20) % 2)
+    assert "20" in copy.run("check", "x.pairs", "--json")
     assert copy.changed == named("a data reader")
 
 

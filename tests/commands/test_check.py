@@ -136,3 +136,51 @@ def test_real_sets(shared):
     assert [len(group) for group in flowers["exact_duplicates"]] == [2]
     assert flowers["leaks"] == {}
     assert flowers["suggested"]["patch_size"] == 16
+
+
+def small(folder, *paths):
+    for number, path in enumerate(paths):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (20, 20), 40 * number).save(folder / path)
+    return str(folder)
+
+
+def test_what_training_makes_of_the_data(tmp_path):
+    """The layout, the splits that a run would make, what is skipped and what a run would refuse."""
+    paths = [f"archive/{name}/{i}.png" for name in ("cat", "dog") for i in range(5)]
+    data = small(tmp_path / "photos", *paths, "archive/@eaDir/1.png")
+    found = check.run(data).to_json()
+    assert found["layout"] == "archive/CLASS/*"
+    assert found["splits"] == {"train": 10} and found["classes"]["cat"] == {"train": 5}
+    assert found["training"]["splits"] == {"train": 8, "test": 2}
+    assert found["training"]["classes"] == 2
+    assert any("2 of 10 images are held out for testing" in n for n in found["training"]["notes"])
+    assert any("`@eaDir`" in note for note in found["notes"])
+    settings = {"data": {"test_fraction": 0.4}}
+    assert check.run(data, settings=settings).to_json()["training"]["splits"] == {
+        "train": 6,
+        "test": 4,
+    }
+
+
+def test_what_training_refuses_is_a_problem(tmp_path):
+    data = small(tmp_path / "other", "train/a/1.png", "train/b/1.png", "test/c/1.png")
+    found = check.run(data).to_json()
+    assert found["classes"] == {
+        "a": {"train": 1, "test": 0}, "b": {"train": 1, "test": 0}, "c": {"train": 0, "test": 1},
+    }  # fmt: skip
+    assert "training stops: " in found["problems"][0]
+    assert "class `c` is in `test` but not in `train`" in found["training"]["error"]
+    assert found["training"]["hint"]
+    for paths in (("a/1.png", "a/2.png"), ("1.png", "2.png")):
+        data = small(tmp_path / f"x{len(paths[0])}", *paths)
+        assert check.run(data).problems()[0].startswith("training stops: ")
+
+
+def test_a_folder_of_broken_images(tmp_path, capfd):
+    for name in ("a/1.jpg", "b/1.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"no image")
+    assert vitcli(["check", str(tmp_path)]) == 3
+    out, _ = capfd.readouterr()
+    assert "no image can be read" in out

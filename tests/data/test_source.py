@@ -79,7 +79,7 @@ def test_train_and_test_folders_are_taken_as_they_are(tmp_path):
 
 def test_a_folder_of_train_only_is_split(tmp_path):
     photos(tmp_path, count=5, inside="train")
-    (tmp_path / "extra").mkdir()
+    paint(tmp_path / "extra/0.png")
     data = load_data(str(tmp_path))
     assert {name: len(s) for name, s in data.splits.items()} == {"train": 8, "test": 2}
     assert "skipped folders that are not splits: `extra`" in data.notes[0]
@@ -115,11 +115,11 @@ def test_pictures_right_in_train_are_no_training_set(tmp_path):
         load_data(str(tmp_path))
 
 
-def test_a_folder_around_the_class_folders_is_named(tmp_path):
-    photos(tmp_path, inside="photos")
-    with pytest.raises(VitcliError, match="only one class: `photos`") as caught:
+def test_a_single_class_with_subfolders_is_named(tmp_path):
+    photos(tmp_path, inside="animals")
+    with pytest.raises(VitcliError, match="only one class: `animals`") as caught:
         load_data(str(tmp_path))
-    assert f"`{tmp_path}/photos`" in str(caught.value.hint)
+    assert f"`{tmp_path}/animals`" in str(caught.value.hint)
 
 
 def test_what_lies_around_is_left_out(tmp_path):
@@ -136,7 +136,8 @@ def test_what_lies_around_is_left_out(tmp_path):
     assert np.bincount(data.splits["train"].labels).tolist() == [7, 5]  # nested and x
     notes = "\n".join(data.notes)
     assert "skipped `empty`, a folder without images" in notes
-    assert "1 .db, 1 .txt" in notes
+    assert "system folders and hidden files: `._*`, `.git`, `.hidden.png`, `Thumbs.db`" in notes
+    assert "not images: 1 .txt" in notes
     assert "skipped 1 images outside class folders" in notes
 
 
@@ -416,7 +417,8 @@ def test_a_picture_is_no_data(tmp_path):
 
 def test_the_registry_of_readers_is_complete():
     builtin = {"builtin:digits", "builtin:formula"}
-    assert set(READERS) == {"folder", "hf:", "table", "parquet", "shards", "decoded"} | builtin
+    files = {"table", "parquet", "shards", "zip", "arrays"}
+    assert set(READERS) == {"folder", "decoded", "saved", "hf:"} | files | builtin
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     documented = "".join(page.read_text(encoding="utf-8") for page in pages)
     for reader in READERS.values():

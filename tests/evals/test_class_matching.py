@@ -75,6 +75,24 @@ def test_numbers_are_outputs():
         )
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_numbers_of_a_model_without_names(width):
+    """Folders 0..11 in text order: output 2 is `2`, not `10`."""
+    classes = sorted(f"{i:0{width}}" for i in range(12))
+    notes = Notes()
+    found = match_outputs(model(None, 12), classes, "photos", notes)
+    assert [one[0] for one in found.outputs] == [int(name) for name in classes]
+    assert "output numbers 0–11" in notes.lines[0]
+
+
+def test_words_of_a_model_without_names():
+    notes = Notes()
+    found = match_outputs(model(None, 3), ["ant", "bee", "10"], "photos", notes)
+    assert found.outputs == ((0,), (1,), (2,))
+    assert "in the data's order: 0 is `ant`, 1 is `bee`, 2 is `10`" in notes.lines[0]
+    assert "--labels FILE" in notes.lines[0]
+
+
 def test_some_numbers_of_imagenet(imagenet):
     found = match_outputs(imagenet, ["10", "999", "2"], "v2", Quiet())
     assert found.outputs == ((10,), (999,), (2,))

@@ -15,14 +15,14 @@ def outcomes():
     return first, second
 
 
-def test_the_interval_is_that_of_resampled_images(outcomes):
+def test_the_interval_is_near_that_of_resampled_images(outcomes):
     first, second = outcomes
     found = compare_paired(first, second)
     rng = np.random.default_rng(1)
     d = second.astype(int) - first.astype(int)
     means = d[rng.integers(0, 400, (4000, 400))].mean(axis=1)
     assert found.difference == pytest.approx(d.mean())
-    assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.004)
+    assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.006)
     assert found.low < found.difference < found.high
 
 
@@ -38,7 +38,9 @@ def test_the_test_is_mcnemars(outcomes):
 def test_equal_ones_do_not_differ():
     same = np.array([True, False, True])
     found = compare_paired(same, same)
-    assert (found.difference, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
+    assert (found.difference, found.p_value) == (0.0, 1.0)
+    # Three images show nothing: the models may differ by far more than 0.
+    assert found.low < -0.3 and found.high > 0.3
 
 
 def test_what_cannot_be_paired():

@@ -547,8 +547,7 @@ def compare(
 ) -> None:
     """Compare runs: settings that differ, results, and a paired test.
 
-    The test is McNemar's; the interval is a bootstrap over images. Both need the same held-out
-    images in each run.
+    The test is McNemar's exact test. It and the interval need the same held-out images in each run.
 
     Example: `vitcli compare runs/finetune runs/finetune-2`
     """

@@ -471,7 +471,7 @@ class EvaluateOptions:
             EVALUATION,
             "--seed",
             min=0,
-            help="Random seed for the bootstrap and for held-out images.",
+            help="Random seed for held-out images and for the simulated calibration error.",
             show_default=True,
         ),
     ] = 0

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitcli.config.recipe import load_inference
-from vitcli.config.schema import Settings
+from vitcli.config.schema import DataSection, Settings
 from vitcli.data.contact_sheet import SheetRow, draw_sheet
 from vitcli.data.image_set import ImageSet, Integers
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
@@ -39,6 +39,7 @@ class CheckResult:
     Attributes:
         data: DATA as the user wrote it.
         source: its splits and classes.
+        training: what a training run makes of the data, or the error that it stops with.
         scan: the facts about each readable image; a "row" below is a row of it.
         groups: (n,) group numbers, equal for images that show the same.
         sheet: file of the contact sheet, or None.
@@ -46,6 +47,7 @@ class CheckResult:
 
     data: str
     source: Source
+    training: Source | VitcliError
     scan: DatasetScan
     groups: Integers
     sheet: str | None
@@ -149,6 +151,10 @@ class CheckResult:
     def problems(self) -> list[str]:
         """One line per kind of problem, the most serious first."""
         lines = []
+        if isinstance(self.training, VitcliError):
+            lines.append(f"training stops: {self.training.message}")
+        if not len(self.scan):
+            lines.append("no image can be read")
         for key, pairs in self.leaks.items():
             first, _, later = key.partition(" -> ")
             found = counted(len(pairs), f"{later} image is", f"{later} images are")
@@ -196,6 +202,15 @@ class CheckResult:
             lines.append(f"{found} fewer than {FEW} images: {quoted(few[:MAX_EXAMPLES])}")
         return lines
 
+    def _training_json(self) -> dict[str, Any]:
+        if isinstance(self.training, VitcliError):
+            return {"error": self.training.message, "hint": self.training.hint}
+        return {
+            "splits": {name: len(images) for name, images in self.training.splits.items()},
+            "classes": len(self.training.classes),
+            "notes": list(self.training.notes),
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The object of `check --json`."""
         scan, size = self.scan, self.scan.size
@@ -207,6 +222,9 @@ class CheckResult:
                 name: {split: int(counts[k]) for split, counts in self.counts.items()}
                 for k, name in enumerate(self.source.classes)
             },
+            "layout": self.source.layout,
+            "notes": list(self.source.notes),
+            "training": self._training_json(),
             "problems": self.problems(),
             "unreadable": [{"path": name, "reason": why} for name, why in scan.unreadable],
             "exact_duplicates": [self._names(group) for group in self.exact_duplicates],
@@ -274,7 +292,9 @@ def run(
     if out is not None and out.suffix.lower() != ".png":
         raise VitcliError(f"`--out {out}` is not a .png file", "write `--out samples.png`")
     source = open_data(section, data, whole=True, labelled=False, watch=watch)
-    for line in source.notes:
+    training = _open_for_training(section, data)
+    made = () if isinstance(training, VitcliError) else training.notes
+    for line in dict.fromkeys([*source.notes, *made]):
         watch.note(line)
     scan = scan_dataset(source, workers=workers, watch=watch)
     watch.note("comparing images")
@@ -282,7 +302,15 @@ def run(
     if out is not None:
         with replacing(out) as temporary:
             samples(source, scan).save(temporary, format="PNG")
-    return CheckResult(data, source, scan, groups, None if out is None else str(out))
+    return CheckResult(data, source, training, scan, groups, None if out is None else str(out))
+
+
+def _open_for_training(section: DataSection, data: str) -> Source | VitcliError:
+    """The splits and classes that a training run with these settings gets, or its error."""
+    try:
+        return open_data(section, data)
+    except VitcliError as error:
+        return error
 
 
 def samples(source: Source, scan: DatasetScan) -> Image.Image:

@@ -110,7 +110,7 @@ def run(
             weights file of our format, else in a copy in `out`.
         batch_size: images per forward pass.
         precision: `auto` is fp32, so that the metrics are the same on every machine.
-        seed: seed of the resampling and of the half that is held out.
+        seed: seed of the half that is held out, and of the simulated calibration error.
         verbose: report how each tensor was loaded.
 
     Raises:
@@ -151,7 +151,7 @@ def run(
         results = []
         while tasks:
             results.append(_evaluate(tasks.pop(0), request))  # pop: frees the weights afterwards
-    return results[0] if len(results) == 1 else compare_models(data, results, seed)
+    return results[0] if len(results) == 1 else compare_models(data, results)
 
 
 def _output_folders(models: Sequence[str], root: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from vitcli.evals.fewshot.classifiers import (
     evaluate_draws,
 )
 from vitcli.evals.fewshot.ridge import L2Choice
+from vitcli.evals.intervals import wilson_interval
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, create_run, new_output, run_stem
 from vitcli.weights.edit import replace_head
@@ -79,17 +80,21 @@ class FewshotResult:
         return 3 if self.broken else 0
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `fewshot --json`; `std` is the sample standard deviation."""
+        """The object of `fewshot --json`.
+
+        `std` is the sample standard deviation over the draws of the shots; `interval` is that of
+        the mean over test images.
+        """
         shots_json: dict[str, Any] = {}
         for shots, seeds in self.accuracies.items():
             l2 = self.l2_values[shots] if isinstance(self.l2, str) else self.l2
-            shots_json[str(shots)] = {"accuracy": _mean_and_std(seeds), "l2": l2}
+            shots_json[str(shots)] = {"accuracy": self._accuracy_json(seeds), "l2": l2}
             if shots in self.choices:
                 shots_json[str(shots)]["path"] = self._path_json(shots)
         raw_json = None
         if self.raw_pixels is not None:
             raw_json = {
-                str(shots): {"accuracy": _mean_and_std(seeds), "l2": self.l2}
+                str(shots): {"accuracy": self._accuracy_json(seeds), "l2": self.l2}
                 for shots, seeds in self.raw_pixels.items()
             }
         return {
@@ -114,13 +119,14 @@ class FewshotResult:
             "l2": list(choices[0].candidates),
             "left_out_accuracy": [None if a is None else a.tolist() for a in left_out],
             "left_out_images": [c.images for c in choices],
-            "accuracy": [_mean_and_std(seeds) for seeds in self.paths.get(shots, [])],
+            "accuracy": [self._accuracy_json(seeds) for seeds in self.paths.get(shots, [])],
         }
 
-
-def _mean_and_std(seeds: Sequence[float]) -> dict[str, Any]:
-    std = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
-    return {"mean": float(np.mean(seeds)), "std": std, "seeds": list(seeds)}
+    def _accuracy_json(self, seeds: Sequence[float]) -> dict[str, Any]:
+        mean = float(np.mean(seeds))
+        std = float(np.std(seeds, ddof=1)) if len(seeds) > 1 else 0.0
+        interval = list(wilson_interval(mean, self.test_images))
+        return {"mean": mean, "std": std, "seeds": list(seeds), "interval": interval}
 
 
 def run(

@@ -19,6 +19,7 @@ from vitcli import distributed as launch
 from vitcli.config.recipe import lay_over, nest
 from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError
+from vitcli.evals.intervals import wilson_interval
 from vitcli.evals.suite_file import (
     Suite,
     TaskResult,
@@ -85,10 +86,12 @@ class SuiteResult:
 
     def _task_json(self, task: TaskSection) -> dict[str, Any]:
         found = self.results.get(task.name)
+        interval = found and found.images and wilson_interval(found.accuracy, found.images)
         return {
             "group": task.group,
             "data": task.data or self.suite.data,
             "accuracy": found and found.accuracy,
+            "interval": list(interval) if interval else None,
             "images": found and found.images,
             "run": found and found.run,
             "chosen": dict(found.chosen) if found else {},

@@ -158,6 +158,11 @@ class DataSection(Section):
     multi_label: bool | None = setting(
         None, "Treat each image as having any number of labels. Default: detect it."
     )
+    class_level: Literal["auto", "top", "leaf", "path"] = setting(
+        "auto",
+        "Folders that are classes where folders are nested: `top` folders, innermost folders "
+        "(`leaf`), or innermost folders named by their `path`.",
+    )
     train_split: str | None = setting(None, "Training split or slice, e.g. `train[:98%]`.")
     test_split: str | None = setting(None, "Test split or slice.")
     test_fraction: float = setting(

@@ -4,7 +4,7 @@ The first half takes Python values, the second half arrow columns. A multi-label
 multi-hot row of targets; its class index is that of its first label, or -1 if it has none.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -44,12 +44,18 @@ def label_text(value: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def sorted_classes(names: Iterable[str]) -> list[str]:
+    """Class names sorted as text; if all are whole numbers, as numbers: `2` before `10`."""
+    ordered = sorted(names)
+    if all(name.isascii() and name.isdecimal() for name in ordered):
+        ordered.sort(key=lambda name: (len(name.lstrip("0")), name.lstrip("0")))
+    return ordered
+
+
 def encode_labels(values: Sequence[Any]) -> tuple[tuple[str, ...], Integers]:
     """n labels -> (sorted class names, (n,) class indices); whole numbers sort as numbers."""
     names = [label_text(value) for value in values]
-    unique = sorted(set(names))
-    if all(name.isdecimal() and str(int(name)) == name for name in unique):
-        unique.sort(key=int)
+    unique = sorted_classes(set(names))
     index = {name: label for label, name in enumerate(unique)}
     return tuple(unique), np.array([index[name] for name in names], dtype=np.int64)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from vitcli.config.schema import DataSection
 from vitcli.data.image_set import ImageSet
-from vitcli.data.readers import READERS, find_reader, resolve
+from vitcli.data.readers import READERS, expand_home, find_reader, resolve
 from vitcli.data.splits import split_images
 from vitcli.errors import VitcliError, printable
 from vitcli.progress import Quiet, Watcher
@@ -30,7 +30,8 @@ class DataRequest:
         notation: DATA as the user wrote it.
         settings: the `[data]` section; `notation` replaces its `name`.
         whole: make no splits in addition to those of the data.
-        labelled: require two classes; False accepts images without labels.
+        labelled: require labels; False accepts images without labels.
+        min_classes: the number of classes that the labels must have.
         watch: receives progress.
     """
 
@@ -38,6 +39,7 @@ class DataRequest:
     settings: DataSection = field(default_factory=DataSection)
     whole: bool = False
     labelled: bool = True
+    min_classes: int = 2
     watch: Watcher = field(default_factory=Quiet, compare=False)
 
     @property
@@ -61,6 +63,7 @@ class Source:
         fingerprint: a hash of names, sizes, labels and splits; it does not depend on the path.
         notes: messages for the user, one line each: what was split, skipped or assumed.
         splitting: how the splits were made, as plain values for a run's record.
+        layout: where the images of each class were found, such as `train/CLASS/*`; or empty.
     """
 
     notation: str
@@ -69,6 +72,7 @@ class Source:
     fingerprint: str
     notes: tuple[str, ...] = ()
     splitting: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = ""
 
     @property
     def multi_label(self) -> bool:
@@ -113,6 +117,7 @@ def open_data(
     *,
     whole: bool = False,
     labelled: bool = True,
+    min_classes: int = 2,
     watch: Watcher | None = None,
     streams: bool = False,
 ) -> Source:
@@ -122,7 +127,8 @@ def open_data(
         section: the settings.
         notation: DATA, if it is not `section.name`.
         whole: make no splits in addition to those of the data.
-        labelled: require two classes; False accepts images without labels.
+        labelled: require labels; False accepts images without labels.
+        min_classes: the number of classes that the labels must have.
         watch: receives progress.
         streams: True if the caller can read a stream of training images.
 
@@ -130,8 +136,8 @@ def open_data(
         VitcliError: the data does not exist, has no images, one class, a class without training
             images, or no such column or split; or a stream where `streams` is False.
     """
-    notation = section.name or "" if notation is None else notation
-    request = DataRequest(notation, section, whole, labelled, watch or Quiet())
+    notation = expand_home(section.name or "" if notation is None else notation)
+    request = DataRequest(notation, section, whole, labelled, min_classes, watch or Quiet())
     if section.streaming:
         if not streams:
             raise VitcliError(
@@ -180,8 +186,11 @@ def make_source(
     if multi_label:
         splits = {name: _with_targets(images) for name, images in splits.items()}
     base = splits.get("train") or next(iter(splits.values()))
+    if not request.labelled:
+        base = _with_all_classes(base, splits)
     aligned = _align_classes(shown, base, splits)
-    if request.labelled and not multi_label and len(np.unique(base.labels)) < 2:
+    num_classes = len(np.unique(base.labels))
+    if request.labelled and not multi_label and num_classes < request.min_classes:
         only = base.classes[int(base.labels[0])]
         raise VitcliError(f"`{shown}` has only one class: `{only}`", _one_class_hint(request, only))
     if request.labelled and multi_label and not base.class_counts().any():
@@ -229,6 +238,12 @@ def _with_targets(images: ImageSet) -> ImageSet:
         images.targets = np.zeros((len(images), len(images.classes)), dtype=np.uint8)
         images.targets[np.arange(len(images)), images.labels] = 1
     return images
+
+
+def _with_all_classes(base: ImageSet, splits: Mapping[str, ImageSet]) -> ImageSet:
+    """`base` with the classes of all splits; those that it lacks come last."""
+    others = (name for images in splits.values() for name in images.classes)
+    return base.relabelled(tuple(dict.fromkeys([*base.classes, *others])))
 
 
 def _align_classes(

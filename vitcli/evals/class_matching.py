@@ -89,10 +89,15 @@ def match_outputs(
     if net.labels is not None:
         indices = match_classes(classes, net.labels)
     elif num_outputs == len(classes):
-        watch.note(
-            f"the model has no class names; its {num_outputs} outputs are taken in the data's order"
-        )
-        indices = range(num_outputs)
+        # Numbers go first: text order has `10` before `2`.
+        indices = _match_numbers(net, classes, data, watch)
+        if indices is None:
+            first = ", ".join(f"{i} is `{name}`" for i, name in enumerate(classes[:3]))
+            watch.note(
+                f"the model has no class names; its {num_outputs} outputs are taken in the data's "
+                f"order: {first} …; another order: `--labels FILE`"
+            )
+            indices = range(num_outputs)
     display_names = None
     if indices is None:
         indices = _match_synsets(net, classes, watch) or _match_numbers(net, classes, data, watch)

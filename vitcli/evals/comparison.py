@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vitcli.evals.bootstrap import percentile_interval
 from vitcli.evals.evaluate import Evaluation
+from vitcli.evals.intervals import paired_interval
 from vitcli.evals.scoring import MultiLabelMetrics
-
-NUM_RESAMPLES = 10_000  # cheap here: one resample is three numbers
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class PairedAccuracy:
     Attributes:
         images: number of images that both models were measured on.
         difference: accuracy of the second model minus that of the first.
-        low, high: 95 % bootstrap interval of the difference.
+        low, high: 95 % interval of the difference, see `paired_interval`.
         only_first, only_second: images that only one of the models gets right.
         p_value: of McNemar's exact test of equal accuracy.
     """
@@ -48,12 +46,11 @@ class PairedMap:
 Pair = PairedAccuracy | PairedMap | str
 
 
-def compare_paired(first: ArrayLike, second: ArrayLike, seed: int = 0) -> PairedAccuracy:
-    """Compare two classifiers on the same images: bootstrap interval and McNemar's exact test.
+def compare_paired(first: ArrayLike, second: ArrayLike) -> PairedAccuracy:
+    """Compare two classifiers on the same images: interval and McNemar's exact test.
 
     Args:
         first, second: (n,) booleans, whether image i is classified correctly.
-        seed: seed of the resampling.
     """
     from scipy.stats import binomtest
 
@@ -62,11 +59,7 @@ def compare_paired(first: ArrayLike, second: ArrayLike, seed: int = 0) -> Paired
         raise ValueError(f"results of {a.shape} and {b.shape} images cannot be paired")
     n = len(a)
     only_first, only_second = int((a & ~b).sum()), int((~a & b).sum())
-    # The difference depends only on how many images are in each of three groups. Resampling
-    # images is then one draw from a multinomial, whatever n is.
-    shares = [only_second / n, only_first / n, (n - only_second - only_first) / n]
-    draws = np.random.default_rng(seed).multinomial(n, shares, size=NUM_RESAMPLES)
-    low, high = percentile_interval((draws[:, 0] - draws[:, 1]) / n)
+    low, high = paired_interval(n, only_first, only_second)
     # McNemar (1947): if both are equally good, each image on which they disagree is a fair coin.
     # The exact binomial test also holds for few such images, unlike the chi-squared form.
     disagree = only_first + only_second
@@ -116,24 +109,26 @@ def pair_json(pair: Pair) -> dict[str, Any]:
     return {"reason": pair} if isinstance(pair, str) else asdict(pair)
 
 
-def compare_models(data: str, models: Sequence[Evaluation], seed: int) -> ModelComparison:
-    """Compare every model with the first one, image by image; `seed` of the resampling."""
+def compare_models(data: str, models: Sequence[Evaluation]) -> ModelComparison:
+    """Compare every model with the first one, image by image."""
     first, *others = models
-    return ModelComparison(data, tuple(models), tuple(_compare(first, one, seed) for one in others))
+    return ModelComparison(data, tuple(models), tuple(_compare(first, one) for one in others))
 
 
-def _compare(first: Evaluation, second: Evaluation, seed: int) -> Pair:
+def _compare(first: Evaluation, second: Evaluation) -> Pair:
     if first.identity != second.identity:
         return "measured on other images"
     if first.details is not None and second.details is not None:
         # A file may be unreadable to one model only (another preprocessing): pair what both read.
         _, a, b = np.intersect1d(first.indices, second.indices, return_indices=True)
-        return compare_paired(first.details.correct[a], second.details.correct[b], seed)
+        return compare_paired(first.details.correct[a], second.details.correct[b])
     one, two = first.metrics, second.metrics
     if not (isinstance(one, MultiLabelMetrics) and isinstance(two, MultiLabelMetrics)):
         return "measured in other ways"
     if not np.array_equal(first.indices, second.indices):
         return "measured on other images"
-    # Both models drew the same resamples, so the differences are paired.
-    low, high = percentile_interval(second.resampled_map - first.resampled_map)
+    assert first.leave_out is not None and second.leave_out is not None
+    if reason := second.intervals.reasons.get("map"):
+        return reason
+    low, high = (second.leave_out - first.leave_out).difference_interval()
     return PairedMap(len(first.indices), two.map - one.map, low, high)

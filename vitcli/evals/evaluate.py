@@ -13,15 +13,19 @@ from vitcli.config.schema import Inference
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError
-from vitcli.evals.bootstrap import (
-    Intervals,
-    percentile_interval,
-    resampled_map,
-    single_label_intervals,
-)
 from vitcli.evals.calibration import Calibration
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
+from vitcli.evals.intervals import (
+    CalibrationError,
+    Intervals,
+    LeaveOneOut,
+    add_recall_intervals,
+    calibration_error,
+    leave_out_average_precision,
+    multi_label_intervals,
+    single_label_intervals,
+)
 from vitcli.evals.mistakes import Mistakes, find_mistakes
 from vitcli.evals.scoring import (
     NO_TARGET,
@@ -78,6 +82,7 @@ class SingleLabelDetails:
     reliability: ReliabilityBins
     mistakes: Mistakes
     display_names: dict[str, str]
+    calibration_error: CalibrationError
     real: RealAccuracy | None = None
     uncalibrated: ReliabilityBins | None = None
 
@@ -92,7 +97,7 @@ class Evaluation:
         indices: (n,) images of the split that were measured.
         identity: identifies the split; evaluations with the same identity can be paired.
         details: None for multi-label images.
-        resampled_map: (R,) mean average precision of each resample; empty for single-label images.
+        leave_out: mean average precision without each image; None for single-label images.
         files: files that are written: `confusion`, `confusion_picture`, `reliability`, `mistakes`.
     """
 
@@ -108,7 +113,7 @@ class Evaluation:
     indices: NDArray[np.int64]
     identity: str
     details: SingleLabelDetails | None = None
-    resampled_map: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    leave_out: LeaveOneOut | None = None
     calibration: Calibration | None = None
     files: dict[str, str] = field(default_factory=dict)
 
@@ -134,6 +139,10 @@ class Evaluation:
             "temperature": self.temperature,
             "intervals": self.intervals.to_json(),
         }
+        if details is not None:
+            found |= details.calibration_error.to_json()
+        if self.leave_out is not None:
+            found["map_debiased"] = self.leave_out.corrected
         if details is not None and details.real is not None:
             found["real"] = asdict(details.real)
         if self.calibration is not None:
@@ -171,7 +180,7 @@ class Evaluator:
         identity: see `Evaluation`.
         real: (n, M) right outputs by ReaL, -1 where there is none.
         fitted: the temperature of `net`, if it was fitted for this evaluation.
-        seed: seed of the resampling.
+        seed: seed of the simulated calibration error.
     """
 
     net: LoadedModel
@@ -224,14 +233,17 @@ class Evaluator:
         calibration, uncalibrated = None, None
         if self.fitted is not None:
             before = score_logits(logits, targets, self.fitted.before)
-            error = expected_calibration_error(before.confidence, before.correct)
-            calibration = self._calibration(self.fitted, float(before.loss.mean()), error)
+            ece_before = expected_calibration_error(before.confidence, before.correct)
+            calibration = self._calibration(self.fitted, float(before.loss.mean()), ece_before)
             uncalibrated = reliability_bins(before.confidence, before.correct)
         names = self._predicted_names(scores, predicted)
+        error = calibration_error(scores.confidence, scores.correct, self.seed)
         return {
             "metrics": single_label_metrics(scores, restricted),
-            "per_class": single_label_per_class(labels, predicted, matching.classes),
-            "intervals": single_label_intervals(scores, means, seed=self.seed, watch=self.watch),
+            "per_class": add_recall_intervals(
+                single_label_per_class(labels, predicted, matching.classes)
+            ),
+            "intervals": single_label_intervals(scores, means, error),
             "calibration": calibration,
             "details": SingleLabelDetails(
                 num_outputs=scores.num_outputs,
@@ -239,6 +251,7 @@ class Evaluator:
                 confusion=confusion_matrix(labels, predicted, num_columns)[:num_classes],
                 reliability=reliability_bins(scores.confidence, scores.correct),
                 mistakes=find_mistakes(scores, self.images, self.extracted, matching, names),
+                calibration_error=error,
                 display_names=dict(
                     zip(matching.classes, matching.display_names or (), strict=False)
                 ),
@@ -256,9 +269,8 @@ class Evaluator:
         probabilities = self._probabilities(self.net.temperature)
         targets = self.extracted.labels
         metrics = multi_label_metrics(probabilities, targets)
-        # Keep the resamples: `comparison` pairs those of two models.
-        draws = resampled_map(probabilities, targets, seed=self.seed, watch=self.watch)
-        interval = {"map": percentile_interval(draws)}
+        # `comparison` subtracts those of two models.
+        leave_out = leave_out_average_precision(probabilities, targets)
         calibration = None
         if self.fitted is not None:
             loss = multi_label_loss(self._probabilities(self.fitted.before), targets)
@@ -267,8 +279,8 @@ class Evaluator:
         return {
             "metrics": metrics,
             "per_class": multi_label_per_class(probabilities, targets, metrics, names),
-            "intervals": Intervals(len(draws), self.seed, interval),
-            "resampled_map": draws,
+            "intervals": multi_label_intervals(probabilities, targets, leave_out, names),
+            "leave_out": leave_out,
             "calibration": calibration,
         }
 
@@ -325,7 +337,8 @@ def choose_images(
     """
     section = inference.data
     # `whole` keeps data without a test split in one piece; `open_data` would hold a part out.
-    whole = open_data(section, data, whole=True, watch=watch, streams=True)
+    # A single class of the model's can be evaluated, too.
+    whole = open_data(section, data, whole=True, min_classes=1, watch=watch, streams=True)
     if section.streaming:
         return whole, whole.split("test", "validation")
     # Images that a run was trained on would give too high an accuracy. The fingerprint covers the

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-PerClass = dict[str, dict[str, float | int | None]]
+PerClass = dict[str, dict[str, Any]]
 
 BLOCK_VALUES = 2**22  # logits that are converted to float64 at a time
 NO_TARGET = -1  # fills up rows of a target table that have fewer right outputs than others

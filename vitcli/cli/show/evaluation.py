@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from vitcli.cli.console import print_facts, print_table, show_next
-from vitcli.cli.show.training import MOST_CLASSES, percent, worst
+from vitcli.cli.show.training import MOST_CLASSES, percent, with_interval, worst
 from vitcli.run import run_stem
 
 MIN_TOP5_CLASSES = 6  # with fewer classes top-5 is 100 % of any images
@@ -36,11 +36,6 @@ def show_evaluation(result: Any) -> None:
         print_facts("written", files)
 
 
-def with_interval(share: float, interval: Sequence[float]) -> str:
-    """72.40 % (68.40 to 76.20)."""
-    return f"{percent(share)} ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
-
-
 def _single_label_rows(result: Any) -> Rows:
     m, of, real = result.metrics, result.intervals.of, result.details.real
     rows: Rows = [("top-1", with_interval(m.top1, of["top1"]))]
@@ -52,18 +47,23 @@ def _single_label_rows(result: Any) -> Rows:
     if real is not None:
         by_real = f"{with_interval(real.top1, of['top1_real'])}, {real.images:,} images"
         rows.append(("top-1 by ReaL labels", by_real))
-    low, high = of["ece"]
     rows.append(("loss", f"{m.loss:.4f}"))
-    return [*rows, ("calibration error", f"{m.ece:.4f} ({low:.4f} to {high:.4f})")]
+    error, (low, high) = result.details.calibration_error, of["ece"]
+    shown = f"{m.ece:.4f}; a calibrated model shows {error.if_calibrated:.4f} on these images"
+    corrected = f"{error.debiased:.4f} ({low:.4f} to {high:.4f})"
+    return [*rows, ("calibration error", shown), ("without the bias of few images", corrected)]
 
 
 def _multi_label_rows(result: Any) -> Rows:
-    m = result.metrics
-    return [
-        ("mean average precision", with_interval(m.map, result.intervals.of["map"])),
-        ("micro F1 at 0.5", percent(m.micro_f1)),
-        ("loss", f"{m.loss:.4f}"),
-    ]
+    m, of, reasons = result.metrics, result.intervals.of, result.intervals.reasons
+    rows: Rows = [("mean average precision", percent(m.map))]
+    if "map" in reasons:
+        rows.append(("95 % interval", f"none: {reasons['map']}"))
+    else:
+        corrected = with_interval(result.leave_out.corrected, of["map"])
+        rows.append(("without the bias of few images", corrected))
+    rows.append(("micro F1 at 0.5", with_interval(m.micro_f1, of["micro_f1"])))
+    return [*rows, ("loss", f"{m.loss:.4f}")]
 
 
 def _temperature_rows(result: Any) -> Rows:
@@ -85,13 +85,17 @@ def _show_single_label_classes(result: Any) -> None:
     def display(name: str) -> str:
         return f"{name} ({names[name]})" if name in names else name
 
+    def recall(one: Mapping[str, Any]) -> str:
+        low, high = one["recall_interval"]
+        return f"{one['recall']:.3f} ({low:.3f} to {high:.3f})"
+
     rows = [
-        [display(k), f"{c['precision']:.3f}", f"{c['recall']:.3f}", f"{c['f1']:.3f}", c["images"]]
+        [display(k), f"{c['precision']:.3f}", recall(c), f"{c['f1']:.3f}", c["images"]]
         for k, c in result.per_class.items()
     ]
     many = len(rows) > MOST_CLASSES
     title = f"the {MOST_CLASSES} classes of lowest F1" if many else ""
-    columns = ["class", "precision", "recall", "F1", "images"]
+    columns = ["class", "precision", "recall (95 % interval)", "F1", "images"]
     print_table(title, columns, worst(rows) if many else rows)
     if pairs := result.details.mistakes.confused[:MAX_PAIRS]:
         cells = [[display(p.true), display(p.predicted), f"{p.images} of {p.of}"] for p in pairs]
@@ -135,7 +139,7 @@ def _show_comparison(result: Any) -> None:
             row += [percent_or_dash(one.details.real and one.details.real.top1, " %")] * real
             row += [percent(m.top5)] * top5 + [f"{m.loss:.4f}", f"{m.ece:.4f}"]
         else:
-            row += [with_interval(m.map, one.intervals.of["map"]), f"{m.loss:.4f}"]
+            row += [percent(m.map), f"{m.loss:.4f}"]
         rows.append(row)
     print_table(result.data, columns, rows)
     first, *others = models
@@ -180,19 +184,20 @@ def show_suite(result: Any) -> None:
     """Show a row for each task and the means of the groups, with published results beside."""
     facts = result.to_json()
     published = facts["published"]
-    columns = ["task", "group", "images", run_stem(facts["model"]), *published]
+    columns = ["task", "group", "images", run_stem(facts["model"]), "95 % interval", *published]
     rows = []
     for name, task in facts["tasks"].items():
         images = "" if task["images"] is None else f"{task['images']:,}"
-        row = [name, task["group"], images, percent_or_dash(task["accuracy"])]
+        interval = " to ".join(f"{100 * x:.2f}" for x in task["interval"] or ())
+        row = [name, task["group"], images, percent_or_dash(task["accuracy"]), interval]
         rows.append(row + [percent_or_dash(one["tasks"].get(name)) for one in published.values()])
     for group, mean in facts["groups"].items():
         names = [name for name, task in facts["tasks"].items() if task["group"] == group]
-        row = [f"mean of {group}", "", "", percent_or_dash(mean)]
+        row = [f"mean of {group}", "", "", percent_or_dash(mean), ""]
         means = [_mean(one["tasks"], names) for one in published.values()]
         rows.append(row + [percent_or_dash(mean) for mean in means])
     if facts["method"] != "pretrain":  # a mean over different models means nothing
-        row = [f"mean of {len(facts['tasks'])} tasks", "", "", percent_or_dash(facts["mean"])]
+        row = [f"mean of {len(facts['tasks'])} tasks", "", "", percent_or_dash(facts["mean"]), ""]
         rows.append(row + [percent_or_dash(one["mean"]) for one in published.values()])
     print_table(f"{facts['suite']}, {METHODS[facts['method']]}: test accuracy in %", columns, rows)
     show_next(f"each task is a run in {facts['run']}")

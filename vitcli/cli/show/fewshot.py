@@ -11,7 +11,7 @@ def show_fewshot(result: Any) -> None:
     from vitcli.evals.fewshot.classifiers import METHODS  # loads torch
 
     facts = result.to_json()
-    columns = ["shots", "this model"]
+    columns = ["shots", "this model", "95 % interval over test images"]
     if facts["raw_pixels"]:
         size = facts["raw_pixels_size"]
         columns.append(f"raw pixels ({size[0]}x{size[1]})")
@@ -19,7 +19,9 @@ def show_fewshot(result: Any) -> None:
         columns.append("l2 of each seed")
     rows = []
     for shots, found in facts["shots"].items():
+        low, high = found["accuracy"]["interval"]
         row = [_shots_text(shots), _accuracy_text(found["accuracy"])]
+        row.append(f"{100 * low:.1f} to {100 * high:.1f} %")
         if facts["raw_pixels"]:
             row.append(_accuracy_text(facts["raw_pixels"][shots]["accuracy"]))
         if chosen:

@@ -1,5 +1,6 @@
 """Print the results of pretrain, finetune, compare, export, recipes and check."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -18,6 +19,20 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def with_interval(share: float, interval: Sequence[float] | None) -> str:
+    """72.40 % (68.40 to 76.20): the 95 % interval is in parentheses."""
+    if interval is None:
+        return percent(share)
+    return f"{percent(share)} ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
+
+
+def accuracy_interval(figures: Mapping[str, float]) -> tuple[float, float]:
+    """The 95 % interval of the accuracy in the result of a run."""
+    from vitcli.evals.intervals import wilson_interval
+
+    return wilson_interval(figures["accuracy"], int(figures["images"]))
+
+
 def show_trained(result: Any) -> None:
     """Print the result of `pretrain` or `finetune`."""
     figures = result.figures
@@ -28,7 +43,8 @@ def show_trained(result: Any) -> None:
         ("time", f"{result.seconds:.0f} s, {result.images_per_second:.0f} images/s"),
     ]
     if "accuracy" in figures and "images" in figures:
-        counted = f"{percent(figures['accuracy'])} of {figures['images']:,.0f} images"
+        shown = with_interval(figures["accuracy"], accuracy_interval(figures))
+        counted = f"{shown} of {figures['images']:,.0f} images"
         rows.append(("test accuracy", counted))
     if "map" in figures:
         counted = f"{percent(figures['map'])} of {figures['images']:,.0f} images"
@@ -108,6 +124,10 @@ def show_check(result: Any) -> None:
         ("images", ", ".join(f"{n:,} {name}" for name, n in facts["splits"].items())),
         ("classes", len(facts["classes"])),
     ]
+    if facts["layout"]:
+        rows.append(("layout", facts["layout"]))
+    if training := facts["training"].get("splits"):
+        rows.append(("training uses", ", ".join(f"{n:,} {name}" for name, n in training.items())))
     for name in ("height", "width"):
         if found := facts[name]:
             rows.append((name, f"{found['min']} to {found['max']}, median {found['median']}"))

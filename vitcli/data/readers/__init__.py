@@ -69,6 +69,24 @@ READERS = {
         suffixes=(".tar",),
         accepts="readers.tar:is_shard_folder",
     ),
+    "saved": Reader(
+        "saved/",
+        "a folder that `save_to_disk` of Hugging Face `datasets` wrote",
+        "readers.saved:load_saved",
+        accepts="readers.saved:is_saved",
+    ),
+    "zip": Reader(
+        "photos.zip",
+        "a zip archive of class folders",
+        "readers.zip:load_zip",
+        suffixes=(".zip",),
+    ),
+    "arrays": Reader(
+        "medmnist.npz",
+        "a NumPy archive with `train_images`, `train_labels`, …, or `x_train`, `y_train`, …",
+        "readers.arrays:load_arrays",
+        suffixes=(".npz",),
+    ),
     "hf:": Reader("hf:NAME", "a dataset on the Hugging Face Hub", "readers.hub:load_hub"),
     "builtin:digits": Reader(
         "builtin:digits", "scikit-learn's 1,797 handwritten digits", "readers.builtin:load_digits"
@@ -114,7 +132,28 @@ def find_reader(notation: str) -> str:
             "decompress it with `gunzip`: random access needs uncompressed shards",
         )
     fault = "unsupported data format" if path.exists() else "no such file or folder"
+    if path.is_symlink() and not path.exists():
+        target = printable(path.readlink())
+        fault = f"it is a link to `{target}`, which does not lead to a file or a folder"
     raise VitcliError(f"{fault}: `{shown}`", f"DATA is one of: {_KINDS}")
+
+
+def expand_home(notation: str) -> str:
+    """`~/photos` -> `/home/me/photos`; the shell has no part in recipes and quoted arguments.
+
+    Raises:
+        VitcliError: there is no such user.
+    """
+    if not notation.startswith("~") or os.path.lexists(notation):
+        return notation
+    try:
+        return str(Path(notation).expanduser())
+    except RuntimeError:
+        shown = printable(notation)
+        raise VitcliError(
+            f"`{shown}`: there is no user with this name",
+            f"write `./{shown}` if the name of the folder starts with `~`",
+        ) from None
 
 
 def is_dataset(notation: str | os.PathLike[str]) -> bool:
@@ -123,7 +162,7 @@ def is_dataset(notation: str | os.PathLike[str]) -> bool:
     Raises:
         VitcliError: it is written like such DATA, but it does not exist.
     """
-    notation = os.fspath(notation)
+    notation = expand_home(os.fspath(notation))
     path = Path(notation)
     if notation.startswith(("builtin:", "hf:")) or path.suffix.lower() in DATA_SUFFIXES:
         return True

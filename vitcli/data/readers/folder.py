@@ -1,18 +1,21 @@
-"""Image folders: one subfolder per class, with or without `train/` and `test/` above them."""
+"""Image folders: class folders, with or without folders for splits, or with a table of labels."""
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from vitcli.data.image_set import FileStore, ImageSet
+from vitcli.data.folder_tree import is_numbered_parts, named, tree_of
+from vitcli.data.image_set import FileStore, ImageSet, ImageStore
+from vitcli.data.labels import sorted_classes
+from vitcli.data.layout import Layout, read_layout
+from vitcli.data.readers.folder_tables import TABLE_SUFFIXES, TABLES, read_folder_tables
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import SPLIT_ALIASES, SPLITS, in_split_order
 from vitcli.errors import VitcliError, printable
-from vitcli.progress import Bar, Watcher
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
@@ -20,10 +23,28 @@ IMAGE_SUFFIXES = frozenset({
     ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
     ".qoi", ".tga", ".tif", ".tiff", ".webp",
 })
+# Folders and files that operating systems, network storage and Python write beside images.
+# Names that start with a dot are skipped too.
+SYSTEM_NAMES = frozenset({
+    "$recycle.bin", "#recycle", "#snapshot", "@eadir", "@recently-snapshot", "@recycle", "@tmp",
+    "__macosx", "__pycache__", "desktop.ini", "ehthumbs.db", "found.000", "icon\r", "lost+found",
+    "network trash folder", "recycler", "system volume information", "temporary items", "thumbs.db",
+})
 # fmt: on
+# A folder with one of these files is an output of a command, or a virtual environment of Python.
+OUTPUT_FILES = frozenset(
+    {
+        "recipe.toml",
+        "stored.json",
+        "storing.json",
+        "inspect.json",
+        "confusion.csv",
+        "lr.json",
+        "pyvenv.cfg",
+    }
+)  # fmt: skip
+RUNS = "runs"
 BAR_IMAGES = 1000  # to move the bar for every file would take longer than to read the file's size
-NOT_CLASSES = frozenset({"__macosx", "__pycache__"})
-TRAIN_FOLDERS = frozenset(name for name, split in SPLIT_ALIASES.items() if split == "train")
 
 
 def is_image_name(name: str) -> bool:
@@ -31,89 +52,234 @@ def is_image_name(name: str) -> bool:
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
+def is_system_name(name: str) -> bool:
+    """True for a file or folder that is not part of a dataset, such as `.git` and `Thumbs.db`."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+@dataclass
+class WalkReport:
+    """What a walk left out.
+
+    Attributes:
+        other: suffix -> files that are not images.
+        system: name -> system folders and hidden files.
+        outputs: folders that commands wrote.
+        empty: folders without entries that are used.
+        loops: links to a folder that holds them, and links to themselves.
+        tables: files that may be tables of labels.
+        outside: members of an archive whose path leads outside of it.
+    """
+
+    other: Counter[str] = field(default_factory=Counter)
+    system: Counter[str] = field(default_factory=Counter)
+    outputs: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    loops: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+
+    def add_system(self, name: str) -> None:
+        self.system["._*" if name.startswith("._") else name] += 1
+
+    def add_other(self, path: str) -> None:
+        suffix = Path(path).suffix.lower()
+        if suffix in TABLE_SUFFIXES:
+            self.tables.append(path)
+        if path.rpartition("/")[2].lower() not in TABLES:
+            self.other[suffix or "no suffix"] += 1
+
+    def notes(self, shown: str) -> list[str]:
+        """A line for each kind."""
+        found = []
+        if self.system:
+            counts = [f"{name} ({n:,})" if n > 1 else name for name, n in self.system.items()]
+            found.append(
+                f"{shown}: skipped system folders and hidden files: {named(sorted(counts))}"
+            )
+        if len(self.empty) == 1:
+            name = printable(self.empty[0].rstrip("/"))
+            found.append(f"{shown}: skipped `{name}`, a folder without images")
+        elif self.empty:
+            names = [path.rstrip("/") for path in self.empty]
+            found.append(f"{shown}: skipped folders without images: {named(names)}")
+        if self.outputs:
+            found.append(f"{shown}: skipped folders that are not data: {named(self.outputs)}")
+        if self.outside:
+            found.append(f"{shown}: skipped paths that lead outside of it: {named(self.outside)}")
+        if self.loops:
+            found.append(f"{shown}: skipped links to a folder above them: {named(self.loops)}")
+        if self.other:
+            counts = [f"{count} {suffix}" for suffix, count in sorted(self.other.items())]
+            found.append(f"{shown}: skipped files that are not images: {', '.join(counts)}")
+        return found
+
+
 def image_files(folder: Path) -> tuple[list[str], Counter[str]]:
     """(paths of all images below `folder` as from `walk_images`, suffix counts of other files)."""
-    other: Counter[str] = Counter()
-    return list(walk_images(folder, other)), other
+    report = WalkReport()
+    return list(walk_images(folder, report)), report.other
 
 
 def walk_images(
-    folder: Path, other: Counter[str] | None = None, *, strict: bool = True
+    folder: Path, report: WalkReport | None = None, *, strict: bool = True
 ) -> Iterator[str]:
     """The paths of all images below `folder`, relative to it, sorted by their bytes.
 
-    Hidden files are skipped. Links are followed, a cycle of them once. A dangling link is listed,
-    so that its reader reports it. Memory holds only the names of the open folders.
+    System folders, hidden files and outputs of commands are skipped. Links are followed, except to
+    a folder above them. A dangling link is listed, so that its reader reports it. Memory holds only
+    the names of the open folders.
 
     Args:
-        other: counts the suffixes of files that are not images.
+        report: receives what is left out.
         strict: raise if a folder may not be read; otherwise its path is listed.
 
     Raises:
         OSError: a folder cannot be read.
     """
-    seen: set[tuple[int, int]] = set()
+    report = report or WalkReport()
+    above: list[tuple[int, int]] = []  # device and inode of each open folder
     open_folders = [iter([""])]  # for each open folder, its remaining entries
     while open_folders:
         path = next(open_folders[-1], None)
         if path is None:
             open_folders.pop()
+            del above[-1:]
         elif path and not path.endswith("/"):
             yield path
         else:
             try:
-                open_folders.append(iter(_entries(folder, path, seen, other)))
+                state = (folder / path).stat()
+                if (state.st_dev, state.st_ino) in above:
+                    report.loops.append(path)
+                    continue
+                open_folders.append(iter(_entries(folder, path, report)))
+                above.append((state.st_dev, state.st_ino))
             except PermissionError:
                 if strict:
                     raise
                 yield path
 
 
-def _entries(
-    folder: Path, inner: str, seen: set[tuple[int, int]], other: Counter[str] | None
-) -> list[str]:
+def _entries(folder: Path, inner: str, report: WalkReport) -> list[str]:
     """The images and folders in `folder/inner`, sorted; a folder ends with a slash.
 
     The slash takes part in the sorting, so that a walk yields whole paths sorted by their bytes.
     """
-    state = (folder / inner).stat()
-    if (state.st_dev, state.st_ino) in seen:
-        return []
-    seen.add((state.st_dev, state.st_ino))
     found: list[str] = []
-    with os.scandir(folder / inner) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower() in NOT_CLASSES:
-                continue
-            if entry.is_dir():
-                found.append(f"{inner}{entry.name}/")
-            elif is_image_name(entry.name):
-                found.append(inner + entry.name)
-            elif other is not None:
-                other[Path(entry.name).suffix.lower() or "no suffix"] += 1
+    with os.scandir(folder / inner) as scan:
+        entries = list(scan)
+    if inner and _is_output(folder / inner, {entry.name for entry in entries}):
+        report.outputs.append(inner)
+        return []
+    for entry in entries:
+        if is_system_name(entry.name):
+            report.add_system(entry.name)
+        elif _is_folder(entry):
+            found.append(f"{inner}{entry.name}/")
+        elif is_image_name(entry.name):
+            found.append(inner + entry.name)
+        else:
+            report.add_other(inner + entry.name)
+    if inner and not found:
+        report.empty.append(inner)
     return sorted(found, key=os.fsencode)
 
 
-def load_folder(request: DataRequest) -> Source:
-    """`photos/CLASS/*`, or `photos/train/CLASS/*` and `photos/test/CLASS/*`.
+def _is_output(folder: Path, names: set[str]) -> bool:
+    if folder.name != RUNS:
+        return bool(names & OUTPUT_FILES)
+    return any((folder / name / file).is_file() for name in names for file in OUTPUT_FILES)
 
-    Each subfolder is a class, sorted by name; images may be in subfolders of it.
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def load_folder(request: DataRequest) -> Source:
+    """`photos/CLASS/*`, or `photos/train/CLASS/*` and `photos/test/CLASS/*`; see `layout`.
+
+    Classes are sorted by name, or by number if all names are numbers. `metadata.csv` or
+    `labels.csv`, in the folder or in its splits, gives the labels of images without class folders.
 
     Raises:
         VitcliError: no images, no class folders, or only one class.
     """
     root = request.path
-    notes: list[str] = []
+    report = WalkReport()
+    with request.watch.progress(f"{request.shown}, images found") as bar:
+        paths = _counted(walk_images(root, report), bar.advance)
+        tree = tree_of(root.resolve().name, paths)
+    layout = read_layout(tree, request.shown, request.settings.class_level)
+    notes = [*report.notes(request.shown), *layout.notes]
+    from_table = read_folder_tables(request, tree, report.tables, layout, notes)
+    if from_table is not None:
+        return replace(from_table, notes=(*report.notes(request.shown), *from_table.notes))
+
+    def store_of(base: str, paths: Sequence[str]) -> FileStore:
+        return FileStore(root / base, (os.fsencode(path) for path in paths))
+
+    def sizes(split: str, base: str, paths: Sequence[str]) -> Iterator[bytes]:
+        folder = root / base
+        with request.watch.progress(f"{printable(folder)}, sizes", len(paths)) as bar:
+            for path in _counted(paths, bar.advance):
+                yield f"{split}/".encode() + os.fsencode(path) + _size(folder / path)
+
+    return source_of_layout(request, layout, notes, store_of, sizes, report.tables)
+
+
+def source_of_layout(
+    request: DataRequest,
+    layout: Layout,
+    notes: Sequence[str],
+    store_of: Callable[[str, Sequence[str]], ImageStore],
+    parts_of: Callable[[str, str, Sequence[str]], Iterable[bytes]],
+    tables: Sequence[str] = (),
+) -> Source:
+    """The images of a layout.
+
+    Args:
+        notes: messages for the user.
+        store_of: (base folder, paths below it) -> the images.
+        parts_of: (split, base folder, paths below it) -> content of the fingerprint.
+        tables: files that may hold labels, for the error about images without class folders.
+
+    Raises:
+        VitcliError: no images, no class folders, or only one class.
+    """
+    notes = list(notes)
     splits: dict[str, ImageSet] = {}
     parts: list[Iterable[bytes]] = []
-    for split, folder in _split_folders(root, notes).items():
-        with request.watch.progress(f"{printable(folder)}, images found") as bar:
-            classes, paths, labels = _read_classes(folder, root, notes, request.labelled, bar)
-        if paths:
-            store = FileStore(folder, paths)
-            splits[split] = ImageSet(split, classes, np.array(labels, dtype=np.int64), store)
-            names = (name.encode() for name in classes)
-            parts += [_names_and_sizes(split, folder, store, request.watch), names]
+    usable = any(images.classes for images in layout.splits.values())
+    for split, images in layout.splits.items():
+        shown = printable(request.path / images.base)
+        classes = dict(images.classes)
+        if images.loose and not request.labelled:
+            classes[""] = images.loose
+        elif images.loose and (not usable or (split == "train" and not classes)):
+            raise VitcliError(
+                f"`{shown}` has {len(images.loose):,} images but no class folders",
+                _no_classes_hint(request, tables),
+            )
+        elif tables and is_numbered_parts(list(classes)):
+            raise VitcliError(
+                f"the folders of `{shown}` are numbered parts, such as `{next(iter(classes))}`, "
+                "not classes",
+                _no_classes_hint(request, tables),
+            )
+        elif images.loose:
+            notes.append(f"{shown}: skipped {len(images.loose):,} images outside class folders")
+        paths = [path.removeprefix(images.base) for found in classes.values() for path in found]
+        if not paths:
+            continue
+        # Bytes of the name that are not UTF-8 are escaped, because a recipe cannot store them.
+        names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes]
+        labels = np.repeat(np.arange(len(names)), [len(found) for found in classes.values()])
+        splits[split] = ImageSet(split, names, labels, store_of(images.base, paths))
+        parts += [parts_of(split, images.base, paths), [name.encode() for name in names]]
     if not splits:
         suffixes = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         raise VitcliError(
@@ -121,97 +287,38 @@ def load_folder(request: DataRequest) -> Source:
             "expected `CLASS/*.jpg`, or `train/CLASS/*.jpg` and `test/CLASS/*.jpg`; image formats: "
             + suffixes,
         )
-    return make_source(request, splits, chain.from_iterable(parts), notes)
+    source = make_source(request, splits, chain.from_iterable(parts), notes)
+    return replace(source, layout=layout.rule)
+
+
+def _no_classes_hint(request: DataRequest, tables: Sequence[str]) -> str:
+    if tables:
+        table = printable(request.path / tables[0])
+        return f"if `{table}` holds the labels, give that file instead of the folder"
+    return (
+        "put the images of each class into a folder with its name, or give a CSV file with "
+        "the columns `path` and `label`"
+    )
 
 
 def image_list(files: Sequence[str]) -> ImageSet:
     """Image files as a set; the class of each is the name of its folder."""
     folders = [Path(file).parent.name for file in files]
-    classes = sorted(set(folders))
+    classes = sorted_classes(set(folders))
     labels = np.array([classes.index(name) for name in folders], dtype=np.int64)
     return ImageSet("images", classes, labels, FileStore(Path(), map(os.fsencode, files)))
 
 
-def _names_and_sizes(split: str, folder: Path, store: FileStore, watch: Watcher) -> Iterator[bytes]:
-    """The part of the fingerprint for the files of a split."""
-    with watch.progress(f"{printable(folder)}, sizes", len(store)) as bar:
-        for row in range(len(store)):
-            path = store.paths[row]
-            yield f"{split}/".encode() + path + _size(folder, path)
-            if (row + 1) % BAR_IMAGES == 0:
-                bar.advance(BAR_IMAGES)
+def _counted(paths: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
+    """The same paths; moves a bar."""
+    for number, path in enumerate(paths, 1):
+        yield path
+        if number % BAR_IMAGES == 0:
+            advance(BAR_IMAGES)
 
 
-def _split_folders(root: Path, notes: list[str]) -> dict[str, Path]:
-    """Split -> folder; `root` itself is "train" if it has no split folders."""
-    folders = _visible_folders(root)
-    splits: dict[str, Path] = {}
-    for folder in sorted(folders, key=lambda folder: folder.name.lower() not in SPLITS):
-        split = SPLIT_ALIASES.get(folder.name.lower())
-        if split is not None:
-            splits.setdefault(split, folder)
-    split_folders = set(splits.values())
-    others = [folder for folder in folders if folder not in split_folders]
-    if not splits or ("train" not in splits and others):
-        return {"train": root}
-    # `train/` that holds images only, beside `car/` and `bus/`, is a class of vehicles.
-    if others and not any(map(_visible_folders, splits.values())):
-        return {"train": root}
-    if others:
-        names = ", ".join(f"`{printable(folder.name)}`" for folder in others)
-        notes.append(f"{printable(root)}: skipped folders that are not splits: {names}")
-    return in_split_order(splits)
-
-
-def _visible_folders(root: Path) -> list[Path]:
-    """The subfolders that can be classes or splits, sorted by name."""
-    with os.scandir(root) as entries:
-        names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-    return [root / name for name in sorted(names) if name.lower() not in NOT_CLASSES]
-
-
-def _read_classes(
-    folder: Path, root: Path, notes: list[str], labelled: bool, bar: Bar
-) -> tuple[list[str], list[bytes], list[int]]:
-    """(class names, paths relative to `folder`, labels)."""
-    classes: list[str] = []
-    paths: list[bytes] = []
-    labels: list[int] = []
-    other: Counter[str] = Counter()
-    shown = printable(folder)
-    for sub in _visible_folders(folder):
-        found, not_images = image_files(sub)
-        other += not_images
-        bar.advance(len(found))
-        if not found:
-            notes.append(f"{shown}: skipped `{printable(sub.name)}`, a folder without images")
-            continue
-        labels += [len(classes)] * len(found)
-        # Bytes of the name that are not UTF-8 are escaped, because a recipe cannot store them.
-        classes.append(os.fsencode(sub.name).decode("utf-8", "backslashreplace"))
-        paths += [os.fsencode(f"{sub.name}/{path}") for path in found]
-    with os.scandir(folder) as entries:
-        loose = sorted(e.name for e in entries if is_image_name(e.name) and not e.is_dir())
-    if loose and not labelled:
-        classes.append("")
-        labels += [len(classes) - 1] * len(loose)
-        paths += [os.fsencode(name) for name in loose]
-    elif loose and not classes and (folder == root or folder.name.lower() in TRAIN_FOLDERS):
-        raise VitcliError(
-            f"`{shown}` has {len(loose):,} images but no class folders",
-            "put the images of each class into a folder with its name, or give a CSV file with "
-            "the columns `path` and `label`",
-        )
-    elif loose:
-        notes.append(f"{shown}: skipped {len(loose):,} images outside class folders")
-    if other:
-        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(other.items()))
-        notes.append(f"{shown}: skipped files that are not images: {counts}")
-    return classes, paths, labels
-
-
-def _size(folder: Path, path: bytes) -> bytes:
+def _size(file: Path) -> bytes:
     try:
-        return (folder / os.fsdecode(path)).stat().st_size.to_bytes(8, "little")
+        return file.stat().st_size.to_bytes(8, "little")
     except OSError:  # a dangling link
         return b"?"

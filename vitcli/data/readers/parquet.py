@@ -125,9 +125,28 @@ def _read_split(
         find_column(printable(file), "label", label_column, present, ())
     table = _read_table(files, [image_column, label_column], notes)
     sizes = [(file, part.num_rows) for file, part in zip(files, metadata, strict=True)]
-    store = ParquetStore(sizes, table.column(image_column))
+    return images_of_table(split, table, sizes, features, request, notes)
+
+
+def images_of_table(
+    split: str,
+    table: Any,
+    files: Sequence[tuple[Path, int]],
+    features: Mapping[str, Any],
+    request: DataRequest,
+    notes: list[str],
+) -> ImageSet:
+    """The images of a `pyarrow.Table` with two columns: images and labels.
+
+    Args:
+        files: (file, number of rows) of each file of the table.
+        features: column -> its `datasets` feature.
+    """
+    shown = printable(files[0][0])
+    image_column, label_column = table.column_names
+    store = ParquetStore(files, table.column(image_column))
     names = class_names(features.get(label_column))
-    with _reading(files[0]):
+    with _reading(files[0][0]):
         column = table.column(label_column)
         setting = request.settings.multi_label
         lists = arrow_label_lists(column, shown, label_column, setting, notes)

@@ -1,0 +1,116 @@
+"""The tree of the images in a folder or an archive, and what the names of folders say."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from vitcli.data.splits import SPLIT_ALIASES
+from vitcli.errors import printable
+
+# Words that say nothing about a class. A folder with one of them in its name can be a wrapper.
+CONTAINERS = frozenset({
+    "archive", "archives", "categories", "category", "class", "classes", "classification", "crop",
+    "cropped", "data", "dataset", "datasets", "dir", "folder", "folders", "image", "images",
+    "imageset", "img", "imgs", "jpeg", "jpegs", "jpg", "jpgs", "original", "originals", "photo",
+    "photos", "pic", "pics", "picture", "pictures", "png", "pngs", "raw", "resized", "rgb",
+    "sample", "samples", "set", "sets", "split",
+})  # fmt: skip
+CLASS_WORDS = frozenset({"categories", "category", "class", "classes", "classification"})
+SPLIT_FORM = re.compile(
+    rf"({'|'.join(sorted(SPLIT_ALIASES, key=len, reverse=True))})"
+    r"(?:set|data|images?|imgs?|folder|split)?"
+)
+MAX_NAMED = 5  # names in one note
+
+
+class Folder:
+    """A folder that holds images, at any depth.
+
+    Args:
+        name: its name; the name of the dataset for the root.
+        path: its path below the root with a slash at the end; empty for the root.
+
+    Attributes:
+        entries: name -> folder, or None for an image, in the order of the walk.
+    """
+
+    def __init__(self, name: str, path: str = "") -> None:
+        self.name, self.path = name, path
+        self.entries: dict[str, Folder | None] = {}
+
+    @property
+    def files(self) -> list[str]:
+        return [name for name, entry in self.entries.items() if entry is None]
+
+    @property
+    def folders(self) -> list["Folder"]:
+        return [entry for entry in self.entries.values() if entry is not None]
+
+    def walk(self) -> Iterator["Folder"]:
+        """This folder and all folders below it."""
+        yield self
+        for folder in self.folders:
+            yield from folder.walk()
+
+    def paths(self) -> Iterator[str]:
+        """The paths below the root of all images, in the order of the walk."""
+        for name, entry in self.entries.items():
+            if entry is None:
+                yield self.path + name
+            else:
+                yield from entry.paths()
+
+
+def tree_of(name: str, paths: Iterable[str]) -> Folder:
+    """The tree of image paths such as `train/cat/1.png`."""
+    root = Folder(name)
+    known = {"": root}
+    for path in paths:
+        parent, slash, file = path.rpartition("/")
+        folder = known.get(parent + slash) or _make_folder(known, parent + slash)
+        folder.entries[file] = None
+    return root
+
+
+def _make_folder(known: dict[str, Folder], path: str) -> Folder:
+    if path not in known:
+        parent, slash, name = path[:-1].rpartition("/")
+        known[path] = Folder(name, path)
+        _make_folder(known, parent + slash).entries[name] = known[path]
+    return known[path]
+
+
+def words_of(name: str) -> list[str]:
+    """`TrainSet-2` -> ["train", "set"]: the words of a folder name, without digits."""
+    separated = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
+    return re.findall(r"[^\W\d_]+", separated.lower())
+
+
+def folder_split(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """(the split that a folder name means, its other words) for `train_set`, `seg_train`, …
+
+    A folder with other words is a split only beside its counterpart: `seg_train` and `seg_test`.
+    """
+    hits = [(word, found[1]) for word in words_of(name) if (found := SPLIT_FORM.fullmatch(word))]
+    if len(hits) != 1:
+        return None
+    rest = tuple(w for w in words_of(name) if w != hits[0][0] and w not in CONTAINERS)
+    return SPLIT_ALIASES[hits[0][1]], rest
+
+
+def is_container(name: str) -> bool:
+    """True for `images`, `raw-img`: a name that says nothing about a class."""
+    words = set(words_of(name))
+    return bool(words) and words <= CONTAINERS
+
+
+def is_numbered_parts(names: Sequence[str]) -> bool:
+    """True for `images_001`, `images_002`, …; `class_1`, `class_2` are classes."""
+    words = {tuple(words_of(name)) for name in names}
+    first = set(next(iter(words), ()))
+    return len(words) == 1 and len(names) > 1 and bool(first & CONTAINERS - CLASS_WORDS)
+
+
+def named(names: Sequence[str]) -> str:
+    """The first names, and the number of the others."""
+    shown = ", ".join(f"`{printable(name)}`" for name in names[:MAX_NAMED])
+    return shown + (f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else "")

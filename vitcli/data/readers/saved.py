@@ -1,0 +1,85 @@
+"""Folders that `save_to_disk` of Hugging Face `datasets` wrote: arrow files and their list."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vitcli.data.image_set import ImageSet
+from vitcli.data.readers.parquet import choose_columns, features_of, images_of_table
+from vitcli.data.source import DataRequest, Source, make_source
+from vitcli.data.splits import SPLIT_ALIASES, in_split_order
+from vitcli.errors import VitcliError, printable
+
+SPLITS_FILE = "dataset_dict.json"  # of a `DatasetDict`
+STATE_FILE = "state.json"  # of a `Dataset`
+REWRITE = "write the dataset again with `save_to_disk`"
+
+
+def is_saved(folder: Path) -> bool:
+    """True for a `Dataset` or a `DatasetDict` on the disk."""
+    state = (folder / STATE_FILE).is_file() and any(folder.glob("*.arrow"))
+    return state or (folder / SPLITS_FILE).is_file()
+
+
+def load_saved(request: DataRequest) -> Source:
+    """A `Dataset`, or a `DatasetDict` with splits, that `save_to_disk` wrote.
+
+    Raises:
+        VitcliError: a file is missing or damaged, or a column is missing.
+    """
+    root, notes = request.path, []
+    folders = {"train": root}
+    if (root / SPLITS_FILE).is_file():
+        names = [str(name) for name in _read(root / SPLITS_FILE, "splits")]
+        found = {SPLIT_ALIASES.get(name.lower()): root / Path(name).name for name in names}
+        left = [name for name in names if name.lower() not in SPLIT_ALIASES]
+        if left == names and len(names) == 1:
+            found, left = {"train": root / Path(names[0]).name}, []
+        folders = in_split_order({split: path for split, path in found.items() if split})
+        if left:
+            skipped = ", ".join(f"`{printable(name)}`" for name in left)
+            notes.append(f"{request.shown}: skipped splits with other names: {skipped}")
+    splits: dict[str, ImageSet] = {}
+    parts: list[bytes] = []
+    for split, folder in folders.items():
+        files = [folder / Path(entry["filename"]).name for entry in _read(folder / STATE_FILE)]
+        tables = [_read_arrow(file) for file in files]
+        splits[split] = _images(split, files, tables, request, notes)
+        parts += [str(_read(folder / STATE_FILE, "_fingerprint")).encode()]
+        parts += [table.num_rows.to_bytes(8, "little") for table in tables]
+    return make_source(request, splits, parts, notes)
+
+
+def _images(
+    split: str, files: list[Path], tables: list[Any], request: DataRequest, notes: list[str]
+) -> ImageSet:
+    import pyarrow as pa
+
+    if not files:
+        raise VitcliError(f"`{request.shown}` has no arrow files for `{split}`", REWRITE)
+    table = pa.concat_tables(tables)
+    features = features_of(table.schema)
+    shown = printable(files[0])
+    columns = choose_columns(shown, table.schema, features, request.settings)
+    rows = [(file, one.num_rows) for file, one in zip(files, tables, strict=True)]
+    return images_of_table(split, table.select(columns), rows, features, request, notes)
+
+
+def _read(file: Path, key: str = "_data_files") -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VitcliError(f"cannot read `{printable(file)}`: {error}", REWRITE) from None
+
+
+def _read_arrow(file: Path) -> Any:
+    """The table of an arrow stream, memory-mapped."""
+    import pyarrow as pa
+
+    try:
+        # Not closed: the columns point into the mapped file.
+        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    except (OSError, pa.ArrowException) as error:
+        raise VitcliError(
+            f"cannot read `{printable(file)}`: {str(error).splitlines()[0]}", REWRITE
+        ) from None

@@ -222,6 +222,34 @@ LAYOUTS = {
         FLAT,
         ("skipped `cell_images/`, which repeats the class folders beside it",),
     ),
+    "one of several folders holds the splits": (
+        [*under("data/train", "data/test"), "docs/1.png"],
+        splits_of(train="data/train", test="data/test"),
+        ("the data are in `data/`; skipped `docs`",),
+    ),
+    "a logo beside a wrapper": (
+        [*under("Garbage classification/Garbage classification"), "logo.png"],
+        {"train": classes_of("Garbage classification/Garbage classification")},
+        ("skipped 1 images beside `Garbage classification/`",),
+    ),
+    "a dataset and a testset": (
+        [*under("simpsons_dataset"), "kaggle_simpson_testset/kaggle_simpson_testset/1.png"],
+        {"train": classes_of("simpsons_dataset")},
+        (
+            "`simpsons_dataset` is the train split, because `kaggle_simpson_testset` beside it",
+            "skipped 1 images outside class folders",
+        ),
+    ),
+    "folds": (
+        ["fold1/cat/1.png", "fold1/dog/1.png", "fold2/cat/1.png", "fold2/dog/1.png"],
+        {
+            "train": {
+                "cat": {"fold1/cat/1.png", "fold2/cat/1.png"},
+                "dog": {"fold1/dog/1.png", "fold2/dog/1.png"},
+            }
+        },
+        ("`fold1`, `fold2` are parts; the classes are the folders in them: `cat`, `dog`",),
+    ),
     "Tiny ImageNet": (
         ["train/n01/images/1.png", "train/n02/images/1.png", "val/images/1.png", "val/val.txt"],
         {"train": {n: {f"train/{n}/images/1.png"} for n in ("n01", "n02")}},
@@ -372,6 +400,13 @@ def test_numbered_classes_are_in_the_order_of_the_numbers(tmp_path):
     assert [name.split("/")[-2] for name in names] == list(data.classes)
 
 
+def test_the_hint_of_a_deep_class_names_the_folder_with_several(tmp_path):
+    build(tmp_path, ["v1/slides/breast/benign/p1/1.png", "v1/slides/breast/malignant/p2/1.png"])
+    with pytest.raises(VitcliError, match="only one class: `v1`") as caught:
+        load_data(str(tmp_path))
+    assert f"`{tmp_path}/v1/slides/breast`" in str(caught.value.hint)
+
+
 def test_splits_in_only_some_classes(tmp_path):
     root = build(tmp_path, ["cat/train/1.png", "cat/test/2.png", "dog/1.png"])
     with pytest.raises(VitcliError, match="class `cat` has folders for splits, `dog` has none"):
@@ -454,10 +489,10 @@ def test_a_table_of_captions_leaves_the_class_folders(tmp_path):
 
 def test_another_table_is_named_where_the_folder_has_no_classes(tmp_path):
     build(tmp_path, ["images/1.png", "images/2.png"])
-    write(tmp_path / "train.csv", "id,label", "1,a")
+    write(tmp_path / "photos.csv", "id,label", "1,a")
     with pytest.raises(VitcliError, match=r"images/?` has 2 images but no class folders") as caught:
         load_data(str(tmp_path))
-    assert f"`{tmp_path}/train.csv` holds the labels" in str(caught.value.hint)
+    assert f"`{tmp_path}/photos.csv` holds the labels" in str(caught.value.hint)
 
 
 def test_numbered_parts_beside_a_table(tmp_path):

@@ -9,9 +9,9 @@ import random
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from vitcli.config.choices import Pool
 from vitcli.config.schema import Recipe, Section
 from vitcli.train.build import registered_names
-from vitcli.vit.config import Pool
 
 # Values that the type does not give. Names of data and models are keys of the folder of a test.
 VALUES: dict[str, list[Any]] = {

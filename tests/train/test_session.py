@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import records, tiny_recipe, write_tiny
+from support.tiny import records, tiny_recipe, train_recipe, weights, write_tiny
 
 import vitcli
 import vitcli.commands.pretrain as pretrain
-from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
 from vitcli.progress import Quiet
@@ -20,7 +19,6 @@ from vitcli.train.build import open_source
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.loop import step_seed
 from vitcli.train.objectives.classification import Softmax
-from vitcli.train.session import train
 from vitcli.train.signals import Stopped
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header
@@ -38,20 +36,6 @@ COMPLETE = {
 }
 
 
-def go(out, recipe, resume=False, watch=None):
-    return train(
-        recipe,
-        lambda source: random_model(recipe, source),
-        out=out,
-        resume=resume,
-        watch=watch or Quiet(),
-    )
-
-
-def weights(run):
-    return (run / "model.safetensors").read_bytes()
-
-
 class Interrupt:
     """Behaves as if a signal had come when so many steps are finished."""
 
@@ -66,7 +50,7 @@ class Interrupt:
 
 def test_a_run_leaves_what_the_contract_says(tmp_path):
     recipe = tiny_recipe()
-    result = go(tmp_path / "run", recipe)
+    result = train_recipe(tmp_path / "run", recipe)
     assert {p.name for p in (tmp_path / "run").iterdir()} == COMPLETE
     assert [r["step"] for r in records(tmp_path / "run") if "train/loss" in r] == list(range(1, 9))
     assert result.figures["images"] == 359  # every test image once
@@ -78,7 +62,7 @@ def test_a_run_leaves_what_the_contract_says(tmp_path):
 
 
 def test_the_resolved_recipe_repeats_the_run(tmp_path):
-    go(tmp_path / "one", tiny_recipe())
+    train_recipe(tmp_path / "one", tiny_recipe())
     again = pretrain.run(recipe=str(tmp_path / "one/recipe.toml"), out=tmp_path / "two")
     assert again.figures == json.loads((tmp_path / "one/result.json").read_text())["figures"]
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
@@ -125,14 +109,14 @@ CONFIGURATIONS = {
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_stopped_and_resumed_is_never_stopped(name, tmp_path, monkeypatch):
     recipe = tiny_recipe(**CONFIGURATIONS[name])
-    go(tmp_path / "whole", recipe)
+    train_recipe(tmp_path / "whole", recipe)
     Interrupt(monkeypatch, after=9, number=15)  # two questions a step: this is within step 5
     with pytest.raises(Stopped) as stopped:
-        go(tmp_path / "parts", recipe)
+        train_recipe(tmp_path / "parts", recipe)
     assert stopped.value.number == 15
     monkeypatch.undo()
     assert not (tmp_path / "parts/result.json").exists()
-    go(tmp_path / "parts", recipe, resume=True)
+    train_recipe(tmp_path / "parts", recipe, resume=True)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
     steps = [r["step"] for r in records(tmp_path / "parts") if "train/loss" in r]
     assert steps == list(range(1, 9))
@@ -149,19 +133,21 @@ def test_resume_before_a_checkpoint_starts_again_and_a_finished_run_is_left_alon
             heard.append(message)
 
     recipe = tiny_recipe()
-    go(tmp_path / "run", recipe, resume=True, watch=Watch())
+    train_recipe(tmp_path / "run", recipe, resume=True, watch=Watch())
     assert any("starting from step 0" in line for line in heard)
     before = weights(tmp_path / "run")
-    result = go(tmp_path / "run", recipe, resume=True, watch=Watch())
+    result = train_recipe(tmp_path / "run", recipe, resume=True, watch=Watch())
     assert result.already_finished and result.steps == 8
     assert any("already finished" in line for line in heard)
     assert weights(tmp_path / "run") == before
 
 
 def test_resume_with_another_recipe_names_the_keys(tmp_path):
-    go(tmp_path / "run", tiny_recipe())
+    train_recipe(tmp_path / "run", tiny_recipe())
     with pytest.raises(VitcliError, match=r"these differ: optim\.lr, train\.seed"):
-        go(tmp_path / "run", tiny_recipe(optim={"lr": 2e-3}, train={"seed": 1}), resume=True)
+        train_recipe(
+            tmp_path / "run", tiny_recipe(optim={"lr": 2e-3}, train={"seed": 1}), resume=True
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
@@ -177,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monk
     with pytest.raises(
         VitcliError, match=r"the loss is not finite .* in steps \d+ to \d+"
     ) as caught:
-        go(tmp_path / "run", recipe)
+        train_recipe(tmp_path / "run", recipe)
     assert "--lr" in caught.value.hint
     kept = sorted((tmp_path / "run/checkpoints").iterdir())
     assert kept and not (tmp_path / "run/model.safetensors").exists()
@@ -192,7 +178,7 @@ def test_accumulation_does_not_change_the_result(tmp_path):
         "optim": {"name": "sgd", "lr": 0.1},
     }
     for name, micro in (("whole", None), ("parts", 8)):
-        go(tmp_path / name, tiny_recipe(**settings, train={"micro_batch_size": micro}))
+        train_recipe(tmp_path / name, tiny_recipe(**settings, train={"micro_batch_size": micro}))
     a, b = (load_model(tmp_path / n).state_dict() for n in ("whole", "parts"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
@@ -202,7 +188,7 @@ def test_accumulation_does_not_change_the_result(tmp_path):
 def test_recomputed_activations_do_not_change_the_result(precision, tmp_path):
     for again in (False, True):
         train = {"activation_checkpointing": again, "precision": precision, "steps": 4}
-        go(tmp_path / str(again), tiny_recipe(train=train))
+        train_recipe(tmp_path / str(again), tiny_recipe(train=train))
     a, b = (load_model(tmp_path / str(again)).state_dict() for again in (False, True))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -212,7 +198,7 @@ def test_training_learns_the_digits(tmp_path):
         train={"steps": 300, "log_steps": 50, "ema_decay": None},
         model={"dropout_rate": 0.0, "drop_path_rate": 0.0},
     )
-    result = go(tmp_path / "run", recipe)
+    result = train_recipe(tmp_path / "run", recipe)
     assert result.figures["accuracy"] > 0.6  # chance is 0.1
 
 
@@ -239,7 +225,7 @@ def test_training_learns_the_digits(tmp_path):
 )
 def test_bad_settings_leave_no_run(settings, words, tmp_path):
     with pytest.raises(VitcliError, match=words):
-        go(tmp_path / "run", tiny_recipe(**settings))
+        train_recipe(tmp_path / "run", tiny_recipe(**settings))
     assert not (tmp_path / "run").exists()
 
 
@@ -271,27 +257,27 @@ def test_five_frames_from_the_command_to_the_gradients(tmp_path, monkeypatch):
 
 def test_a_pretrain_run_stores_how_it_resamples_positions(tmp_path):
     recipe = tiny_recipe(model={"position_resize": "bilinear"}, train={"steps": 1})
-    go(tmp_path / "run", recipe)
+    train_recipe(tmp_path / "run", recipe)
     assert load_model(tmp_path / "run").network.position_resize == "bilinear"
     resnet = recipe.model_copy(
         update={"model": type(recipe.model)(name="R26x1", position_resize="bilinear")}
     )
     with pytest.raises(VitcliError, match="no positions"):
-        go(tmp_path / "other", resnet)
+        train_recipe(tmp_path / "other", resnet)
 
 
 def test_smaller_sizes_are_checked_before_the_run(tmp_path):
     with pytest.raises(VitcliError, match=r"smaller_sizes` has 6 px.*patch size 4"):
-        go(tmp_path / "run", tiny_recipe(train={"smaller_sizes": [[6, 0.5]]}))
+        train_recipe(tmp_path / "run", tiny_recipe(train={"smaller_sizes": [[6, 0.5]]}))
     assert not (tmp_path / "run").exists()
 
 
 def test_settings_that_contradict_each_other_stop_before_the_run(tmp_path):
     with pytest.raises(VitcliError, match=r"`preprocess.image_size` is \(16, 16\)"):
-        go(tmp_path / "run", tiny_recipe(preprocess={"image_size": 16}))
+        train_recipe(tmp_path / "run", tiny_recipe(preprocess={"image_size": 16}))
     formula = {"data": {"name": "builtin:formula"}, "model": {"num_channels": 1}}
     with pytest.raises(VitcliError, match="draws RGB images"):
-        go(tmp_path / "run", tiny_recipe(**formula))
+        train_recipe(tmp_path / "run", tiny_recipe(**formula))
     assert not (tmp_path / "run").exists()
 
 
@@ -302,7 +288,7 @@ def test_the_few_shot_accuracy_during_training(objective, tmp_path):
         objective={"name": objective},
         train={"steps": 6, "eval_steps": 2, "fewshot_shots": 3, "ema_decay": None},
     )
-    figures = go(tmp_path / "run", recipe).figures
+    figures = train_recipe(tmp_path / "run", recipe).figures
     logged = {
         record["step"]: value
         for record in records(tmp_path / "run")
@@ -329,4 +315,4 @@ def test_few_shot_accuracy_where_it_cannot_be(tmp_path):
     ):
         settings = {**more, "train": {"fewshot_shots": 2, **more.get("train", {})}}
         with pytest.raises(VitcliError, match=words):
-            go(tmp_path / "run", tiny_recipe(**settings))
+            train_recipe(tmp_path / "run", tiny_recipe(**settings))

@@ -14,7 +14,9 @@ CONTAINERS = frozenset({
     "photos", "pic", "pics", "picture", "pictures", "png", "pngs", "raw", "resized", "rgb",
     "sample", "samples", "set", "sets", "split",
 })  # fmt: skip
-CLASS_WORDS = frozenset({"categories", "category", "class", "classes", "classification"})
+PART_WORDS = {"batch", "chunk", "fold", "part", "shard"} | CONTAINERS - {
+    "categories", "category", "class", "classes", "classification"
+}  # fmt: skip
 SPLIT_FORM = re.compile(
     rf"({'|'.join(sorted(SPLIT_ALIASES, key=len, reverse=True))})"
     r"(?:set|data|images?|imgs?|folder|split)?"
@@ -85,7 +87,10 @@ def words_of(name: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", separated.lower())
 
 
-def folder_split(name: str) -> tuple[str, tuple[str, ...]] | None:
+Meaning = tuple[str, tuple[str, ...]]  # the split that a name means, and the other words
+
+
+def folder_split(name: str) -> Meaning | None:
     """(the split that a folder name means, its other words) for `train_set`, `seg_train`, …
 
     A folder with other words is a split only beside its counterpart: `seg_train` and `seg_test`.
@@ -107,7 +112,7 @@ def is_numbered_parts(names: Sequence[str]) -> bool:
     """True for `images_001`, `images_002`, …; `class_1`, `class_2` are classes."""
     words = {tuple(words_of(name)) for name in names}
     first = set(next(iter(words), ()))
-    return len(words) == 1 and len(names) > 1 and bool(first & CONTAINERS - CLASS_WORDS)
+    return len(words) == 1 and len(names) > 1 and bool(first & PART_WORDS)
 
 
 def named(names: Sequence[str]) -> str:

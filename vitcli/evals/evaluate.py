@@ -118,11 +118,6 @@ class Evaluation:
     files: dict[str, str] = field(default_factory=dict)
 
     @property
-    def exit_code(self) -> int:
-        """3 if some images could not be read."""
-        return 3 if self.broken else 0
-
-    @property
     def confusion_columns(self) -> list[str]:
         """Names of the columns of `details.confusion`."""
         assert self.details is not None

@@ -137,7 +137,8 @@ def test_every_optimizer_decays_apart_from_the_gradient(name, dtype):
     if dtype == "bf16" and "momentum_dtype" not in OPTIMIZERS[name].settings:
         pytest.skip("it has no setting of the momentum's type")
     layer = torch.nn.Linear(8, 8, bias=False)
-    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer])})
+    head = torch.nn.Linear(8, 2)  # without gradients; Muon leaves it to AdamW
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer]), "head": head})
     section = OptimSection(name=name, lr=0.1, matrix_lr=0.1, weight_decay=0.5, momentum_dtype=dtype)
     optimizers = build_optimizers(model, section)
     expected = layer.weight.detach().clone()

@@ -504,6 +504,14 @@ def test_numbered_parts_beside_a_table(tmp_path):
     assert load_data(str(tmp_path / "y"), whole=True).classes == ("class_1", "class_2")
 
 
+def test_the_hint_says_what_was_skipped(tmp_path):
+    root = build(tmp_path, [".git/1.png", "scans/1.dcm", "scans/2.dcm"])
+    with pytest.raises(VitcliError, match="has no images") as caught:
+        load_data(str(root))
+    for words in ("hidden files: `.git`", "not images: 2 .dcm", "expected `CLASS/*.jpg`"):
+        assert words in str(caught.value.hint)
+
+
 # Links, homes and empty folders
 
 
@@ -516,6 +524,9 @@ def test_links_that_lead_back(tmp_path):
     assert data.classes == ("cat", "dog", "kitty")
     assert np.bincount(data.splits["train"].labels).tolist() == [2, 1, 2]
     assert any("links to a folder above them: `cat/all/`" in note for note in data.notes)
+    assert len(list(walk_images(root))) == 5
+    build(tmp_path, ["other/1.png"])
+    (root / "dog/up").symlink_to(tmp_path)
     assert len(list(walk_images(root))) == 5
 
 

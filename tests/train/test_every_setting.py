@@ -30,7 +30,7 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.run import Run
-from vitcli.train import session
+from vitcli.train import build, session
 from vitcli.train.build import build_loop, open_source, start_accelerator
 from vitcli.train.resolve import pretrained_model, random_model
 from vitcli.vit import create_network
@@ -102,7 +102,7 @@ class Trainer:
         monkeypatch.chdir(files)
         # They depend on no setting, and take longer than two steps.
         monkeypatch.setattr(session, "draw_curves", lambda run: None)
-        monkeypatch.setattr(session, "matrix_peak", lambda device, precision: 1e9)
+        monkeypatch.setattr(build, "matrix_peak", lambda device, precision: 1e9)
         monkeypatch.setattr(dataset, "NUM_TEST", 16)
         self.numbers = itertools.count()
 

@@ -11,10 +11,12 @@ from support.tiny import records, tiny_recipe, train_recipe, weights, write_tiny
 
 import vitcli
 import vitcli.commands.pretrain as pretrain
+from vitcli.config.recipe import check
+from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
 from vitcli.progress import Quiet
-from vitcli.train import loop
+from vitcli.train import loop, resolve
 from vitcli.train.build import open_source
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.loop import step_seed
@@ -243,7 +245,7 @@ def test_five_frames_from_the_command_to_the_gradients(tmp_path, monkeypatch):
     class Reached(Exception):
         pass
 
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         raise Reached
 
     monkeypatch.setattr(Softmax, "forward", forward)
@@ -316,3 +318,18 @@ def test_few_shot_accuracy_where_it_cannot_be(tmp_path):
         settings = {**more, "train": {"fewshot_shots": 2, **more.get("train", {})}}
         with pytest.raises(VitcliError, match=words):
             train_recipe(tmp_path / "run", tiny_recipe(**settings))
+
+
+def test_finetune_takes_every_model_setting_that_other_commands_take(monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def record(name, **given):
+        assert given["stem_arithmetic"] == "timm"
+        raise Reached
+
+    monkeypatch.setattr(resolve, "load_model", record)
+    model = {"name": "weights.npz", "stem_arithmetic": "timm"}
+    sections = {"command": "finetune", "model": model, "train": {"steps": 1}}
+    with pytest.raises(Reached):
+        resolve.pretrained_model(check(Recipe, sections, "it"), None, Quiet())

@@ -87,7 +87,7 @@ def build_loop(
         watch.note(note)
     check_patch_drop(recipe, model.network)
     check_smaller_sizes(recipe, model.config)
-    check_channels(source, model.config)
+    check_channels(recipe, source, model.config)
     objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
     model.network.checkpoint_activations = train.activation_checkpointing
 
@@ -350,10 +350,10 @@ def check_smaller_sizes(recipe: Recipe, config: Config) -> None:
             ) from error
 
 
-def check_channels(source: Source, config: Config) -> None:
+def check_channels(recipe: Recipe, source: Source, config: Config) -> None:
     """Check that images that are drawn as tensors have the channels of the model."""
-    images = source.splits["train"]
-    drawn = hasattr(images, "batch") and not getattr(images, "is_blank", False)
+    # A plan without data has noise of the right shape.
+    drawn = source.splits["train"].kind == "batches" and recipe.data.name is not None
     if drawn and config.num_channels != 3:
         channels = config.num_channels
         raise VitcliError(

@@ -87,7 +87,7 @@ def build_loop(
         watch.note(note)
     check_patch_drop(recipe, model.network)
     check_smaller_sizes(recipe, model.config)
-    check_channels(recipe, source, model.config)
+    check_channels(recipe, source.splits["train"], model.config)
     objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
     model.network.checkpoint_activations = train.activation_checkpointing
 
@@ -350,14 +350,14 @@ def check_smaller_sizes(recipe: Recipe, config: Config) -> None:
             ) from error
 
 
-def check_channels(recipe: Recipe, source: Source, config: Config) -> None:
+def check_channels(recipe: Recipe, images: ImageSet | BatchSource | Stream, config: Config) -> None:
     """Check that images that are drawn as tensors have the channels of the model."""
     # A plan without data has noise of the right shape.
-    drawn = source.splits["train"].kind == "batches" and recipe.data.name is not None
+    drawn = images.kind == "batches" and recipe.data.name is not None
     if drawn and config.num_channels != 3:
         channels = config.num_channels
         raise VitcliError(
-            f"`{source.notation}` draws RGB images, and the model takes {channels} channel",
+            f"`{recipe.data.name}` draws RGB images, and the model takes {channels} channel",
             "`--set model.num_channels=3`",
         )
 

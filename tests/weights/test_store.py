@@ -239,3 +239,11 @@ def test_an_unknown_method_in_the_header(model, tmp_path):
     save_model(tmp_path / "m.safetensors", model)
     with pytest.raises(VitcliError, match="unknown position_resize `cubic`"):
         load_model(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("value", [1, -1, 10**30])
+def test_a_whole_number_is_a_layer_scale(tmp_path, value):
+    net = create_model("Pico/8", image_size=16, depth=1, layer_scale=value)
+    save_model(tmp_path / "m.safetensors", net)
+    back = load_model(tmp_path / "m.safetensors")
+    assert torch.equal(back.network.blocks[0].ls1.gamma, torch.full((128,), float(value)))

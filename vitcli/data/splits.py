@@ -11,25 +11,14 @@ import numpy as np
 from vitcli.config.schema import DataSection
 from vitcli.data.stratify import Integers, fold_of, spread_slice, stratified_split
 from vitcli.errors import VitcliError, unknown
+from vitcli.hub.datasets import SPLIT_ALIASES as SPLIT_ALIASES
+from vitcli.hub.datasets import SPLIT_WORD as SPLIT_WORD
+from vitcli.hub.datasets import SPLITS as SPLITS
 
 T = TypeVar("T")
 
-SPLITS = ("train", "validation", "test")
-# How the name of a file may begin.
-SPLIT_PREFIXES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
-# A whole word or a folder name; the Hugging Face Hub's loader also accepts `dev`.
-SPLIT_ALIASES = {**SPLIT_PREFIXES, "dev": "validation"}
-SPLIT_WORD = re.compile(
-    r"(?<![a-z])(" + "|".join(sorted(SPLIT_ALIASES, key=len, reverse=True)) + r")(?![a-z])"
-)
+# How the name of a file may begin: `dev` is too short, as in `device-001.tar`.
+SPLIT_PREFIXES = {word: split for word, split in SPLIT_ALIASES.items() if word != "dev"}
 GROUP_COLUMN = "group"  # a column of this name is used without a setting
 SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
 

@@ -17,7 +17,7 @@ from vitcli import distributed
 from vitcli.config.schema import Recipe, parse_duration
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
-from vitcli.files import exclusive
+from vitcli.files import exclusive, read_json
 from vitcli.progress import Logged, Quiet, Watcher
 from vitcli.run import (
     OUTCOMES,
@@ -214,7 +214,7 @@ def run_locked(run: Run, is_main: bool = True) -> Iterator[None]:
 
 def _holder(run: Run) -> str:
     try:
-        holder = json.loads((run.path / HOLDER).read_text(encoding="utf-8"))
+        holder = read_json(run.path / HOLDER)
         return f"process {holder['process']} on `{holder['host']}`"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

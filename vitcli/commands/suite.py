@@ -86,6 +86,7 @@ class SuiteResult:
             "group": task.group,
             "data": task.data or self.suite.data,
             "accuracy": found and found.accuracy,
+            "split": found and found.split,
             "interval": list(interval) if interval else None,
             "images": found and found.images,
             "run": found and found.run,

@@ -101,7 +101,7 @@ class PlannedRun:
 
     def evaluation_memory(self) -> int:
         """Bytes that a pass over the held-out split needs beside the weights."""
-        images, config = held_out_images(self.source), self.config
+        images, config = sum(held_out_images(self.source)), self.config
         if not images or not config.num_classes:
             return 0
         with torch.device("meta"):

@@ -291,17 +291,18 @@ def _hold_out_test(
     found.parts["train"] = (name, indices[keep])
     if len(held_out):
         found.parts["test"] = (name, indices[held_out])
-    elif len(own) > 1 and groups is not None and len(np.unique(groups)) == 1:
-        raise VitcliError(
-            f"`{shown}`: all {len(own):,} images are copies or in one group, so none can be held "
-            "out for testing",
-            "check the images and `data.group_column`",
-        )
     found.record |= {"test_fraction": fraction, "seed": seed}
     found.notes.append(
         f"{shown}: the data has no test split, so {len(held_out):,} of {len(own):,} images are "
         f"held out for testing ({fraction:.0%} of each class, seed {seed})"
     )
+    classes, counts = np.unique(own, return_counts=True)
+    undivided = np.setdiff1d(classes[counts > 1], own[held_out])
+    if groups is not None and len(undivided):
+        found.notes.append(
+            f"{shown}: {len(undivided):,} of {len(classes):,} classes have no test images, because "
+            "their images are copies of one image or belong to too few groups"
+        )
 
 
 def _hold_out_validation(

@@ -233,15 +233,14 @@ def open_stream(request: DataRequest) -> Source:
         VitcliError: the data is neither parquet nor tar shards, or its classes are unknown.
     """
     settings, buffer = request.settings, request.settings.shuffle_buffer
-    if (
-        settings.multi_label
-        or settings.folds
-        or settings.validation_fraction
-        or settings.train_split
-    ):
+    refused = (
+        "multi_label", "label_separator", "folds", "validation_fraction", "train_split",
+        "split_column", "test_fold", "group_column",
+    )  # fmt: skip
+    if given := [name for name in refused if getattr(settings, name) not in (None, False)]:
         raise VitcliError(
             "a stream has no folds, no slices and no multi-label images",
-            "remove these settings, or `data.streaming`",
+            f"remove `data.{given[0]}`, or `data.streaming`",
         )
     test_sets: Mapping[str, ImageSet] = {}
     record: dict[str, Any] = {"streaming": True, "resume": "approximate"}

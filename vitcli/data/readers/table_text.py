@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from vitcli.data.readers.folder import is_image_name
 from vitcli.decode import IMAGE_SUFFIXES
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, printable, quoted
 from vitcli.files import parse_json
 
 SEPARATORS = "\t,;|"
@@ -84,11 +84,6 @@ def is_image_text(cell: str) -> bool:
     cell = cell.strip()
     path = urlsplit(cell).path if "://" in cell else cell
     return is_image_name(path.replace("\\", "/").rpartition("/")[2])
-
-
-def quoted(names: Sequence[str]) -> str:
-    """`a`, `b`"""
-    return ", ".join(f"`{printable(str(name))}`" for name in names)
 
 
 def _no_rows(shown: str) -> VitcliError:

@@ -1,7 +1,5 @@
 """The figures of `vitcli inspect` against plain numpy, on transformers' attentions and our own."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -280,25 +278,23 @@ def test_r2_is_sklearns():
 
 
 class Constructed(torch.nn.Module):
-    """A ResNet of one stage whose feature map is a given function of the images."""
+    """A network with patches of 4 px whose feature map is a given function of the images."""
 
     def __init__(self, function):
         super().__init__()
-        self.config, self.function = ResNetConfig((64, 64), 3, (1,), 0.5), function
+        self.config, self.function = create_network("mu/4", image_size=64).config, function
 
     def tokens(self, images):
-        features = self.function(images)
-        return features.flatten(2).transpose(1, 2)
+        patches = self.function(images).flatten(2).transpose(1, 2)
+        return torch.cat([patches[:, : self.config.num_prefix_tokens], patches], dim=1)
 
     def grid_of(self, images):
         return images.shape[2] // 4, images.shape[3] // 4
 
 
 def constructed_r2(function):
-    model = Constructed(function)
-    model.config = replace(create_network("mu/4", image_size=64).config, pool="mean")
-    assert model.config.num_prefix_tokens == 0
-    return equivariance.measure_equivariance(model, shifted_pictures(8), (4, 8), (64, 64))
+    pictures = shifted_pictures(8)
+    return equivariance.measure_equivariance(Constructed(function), pictures, (4, 8), (64, 64))
 
 
 def convolution(images):

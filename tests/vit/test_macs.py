@@ -30,8 +30,8 @@ def test_table_6(name, epochs, exaflops):
     assert found == pytest.approx(exaflops, rel=0.0201 if name == "B/32" else 0.003)
 
 
-# ResNets and hybrids of the same table. R50+L/16 has 859 at 7 epochs and 1668 at 14: the first is 3 %
-# more than half of the second, and only the second is that of a count.
+# ResNets and hybrids of the same table. R50+L/16 has 859 at 7 epochs and 1668 at 14: the first is
+# 3 % more than half of the second, and only the second is that of a count.
 TABLE_6_CONVOLUTIONS = [
     ("R50x1", 7, 50),
     ("R50x2", 7, 199),

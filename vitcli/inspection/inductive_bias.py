@@ -177,8 +177,9 @@ def measure_equivariance(
         inner.append(variance_explained(inner_half(second), inner_half(expected)))
         unmoved.append(variance_explained(second, first[:, :, :rows, :cols]))
         unrelated.append(variance_explained(second, shift_features(other, shift / cell)))
-    found = (tuple(values) for values in (r2, inner, unmoved, unrelated))
-    return Equivariance(cell, shifts, *found, len(images))
+    return Equivariance(
+        cell, shifts, tuple(r2), tuple(inner), tuple(unmoved), tuple(unrelated), len(images)
+    )
 
 
 def resnet_of_size(

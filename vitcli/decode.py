@@ -1,4 +1,4 @@
-"""Image files of any kind -> upright RGB or greyscale pixels, as the author saw them.
+"""Decode image files of any kind to upright RGB or greyscale pixels.
 
 * EXIF orientation is applied, and the first of several frames is used.
 * Transparent pixels are blended with white; 16-bit and floating-point samples are scaled to bytes.
@@ -34,7 +34,7 @@ MAX_PIXELS = 256_000_000
 REFUSED_FORMATS = frozenset({"EPS"})  # Pillow would run Ghostscript on an untrusted file
 JPEG_SCALES = (8, 4, 2)  # libjpeg decodes 8x8 blocks at 1/8, 1/4 or 1/2 of the size at little cost
 ORIENTATION_TAG = 0x0112  # EXIF
-PHOTOMETRIC_TAG = 262  # TIFF: whether the sample 0 is black or white
+PHOTOMETRIC_TAG = 262  # TIFF: 0 if the sample 0 is white
 METADATA_WITH_ORIENTATION = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 TRANSPOSE_OF_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,7 +50,7 @@ _PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 class ImageError(VitcliError):
-    """An image cannot be read: `name` is the printable name, `reason` is why, without the name."""
+    """An image that cannot be read: its printable `name`, and the `reason` without the name."""
 
     def __init__(self, name: str, reason: str, hint: str | None = None) -> None:
         super().__init__(f"cannot read `{name}`: {reason}", hint)
@@ -61,13 +61,13 @@ class ImageError(VitcliError):
 def read_image(
     source: ImageInput, mode: Mode = "RGB", max_pixels: int = MAX_PIXELS, name: str | None = None
 ) -> Image.Image:
-    """Decode an image: upright, in `mode`, without metadata. `source` is not changed.
+    """Decode an image to an upright image in `mode` without metadata; `source` does not change.
 
     Args:
         source: a path, the bytes of a file, a binary file object or a Pillow image.
         mode: "RGB" or "L" (greyscale).
-        max_pixels: an image that declares more pixels is refused before memory is allocated.
-        name: the name in errors; default: the path.
+        max_pixels: limit on the pixels that an image declares, checked before memory is allocated.
+        name: the name in errors; None takes the path.
 
     Raises:
         ImageError: the image cannot be read.
@@ -129,11 +129,11 @@ class LazyImage:
         self.size = self._upright_size(stored)
 
     def whole(self) -> Image.Image:
-        """The whole image at full size; a second call may return the same object."""
+        """Return the whole image at full size; a second call may return the same object."""
         return self.part((0, 0, *self.size))
 
     def part(self, box: Box, at_least: tuple[int, int] | None = None) -> Image.Image:
-        """The part in `box`, given in pixels of the whole upright image.
+        """Return the part in `box`, given in pixels of the whole upright image.
 
         A JPEG may be decoded at a smaller scale, as long as this part still has the (width,
         height) `at_least`. Without `at_least` every pixel is decoded.
@@ -186,9 +186,9 @@ class LazyImage:
 
 
 def _scaled_box(box: Box, scale: int, size: tuple[int, int]) -> Box:
-    """`box` on the image reduced by `scale` to (width, height) `size`, up to half a pixel off.
+    """Convert `box` to the image reduced by `scale` to (width, height) `size`, within half a pixel.
 
-    Its own size is only rounded, so it never falls below the size that the scale was chosen for.
+    The size of the box is rounded, so it never falls below the size that the scale was chosen for.
     """
     width, height = round((box[2] - box[0]) / scale), round((box[3] - box[1]) / scale)
     left = min(round(box[0] / scale), size[0] - width)
@@ -197,7 +197,7 @@ def _scaled_box(box: Box, scale: int, size: tuple[int, int]) -> Box:
 
 
 def _stored_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
-    """`box` of the upright image of (width, height) `size`, in pixels of the file."""
+    """Convert `box` of the upright image of (width, height) `size` to pixels of the file."""
     left, top, right, bottom = box
     if orientation in SWAPPED_AXES:
         left, top, right, bottom = top, left, bottom, right
@@ -238,7 +238,7 @@ def _open(file: BinaryIO, mode: Mode, max_pixels: int, name: str) -> LazyImage:
 
 
 def _identify(file: BinaryIO, name: str) -> ImageFile.ImageFile:
-    """`Image.open` without its size check, which warns and cannot be configured per call."""
+    """Do what `Image.open` does, without its size check, which no argument can turn off."""
     head = file.read(512)
     if not head:
         raise ImageError(name, "the file is empty")
@@ -263,7 +263,7 @@ def _identify(file: BinaryIO, name: str) -> ImageFile.ImageFile:
 
 
 def _why_unknown(head: bytes, complaint: str) -> tuple[str, str | None]:
-    """(reason, hint) for a file that no Pillow plugin reads, from its first bytes."""
+    """Return (reason, hint) for a file that no Pillow plugin reads, from its first bytes."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer, not the image", "run `git lfs pull` to download the images"
@@ -286,7 +286,7 @@ def _why_unknown(head: bytes, complaint: str) -> tuple[str, str | None]:
 
 @contextmanager
 def _failures_of(name: str) -> Iterator[None]:
-    """Turn every exception into `ImageError`; on damaged files Pillow raises nearly every type."""
+    """Turn every exception into `ImageError`; damaged files make Pillow raise nearly any type."""
     try:
         yield
     except ImageError:
@@ -311,7 +311,7 @@ def _check_size(image: Image.Image, max_pixels: int, name: str) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF (or XMP) orientation, 1 to 8; 1 if there is none or it is invalid."""
+    """Return the EXIF (or XMP) orientation, 1 to 8; 1 if there is none or it is invalid."""
     if not METADATA_WITH_ORIENTATION & image.info.keys():
         return 1  # a TIFF has none of these; Pillow rotates it when it loads the pixels
     try:
@@ -322,12 +322,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _has_wide_samples(image: Image.Image) -> bool:
-    """Samples of 16 or 32 bits, or floating point."""
+    """Return True for samples of 16 or 32 bits or in floating point."""
     return image.mode in {"I", "F"} or image.mode.startswith("I;16")
 
 
 def _convert(image: Image.Image, mode: Mode) -> Image.Image:
-    """Any Pillow mode -> `mode`; the same object if nothing changes."""
+    """Convert any Pillow mode to `mode`; return the same object if nothing changes."""
     if _has_wide_samples(image):
         return _scale_samples(image).convert(mode)
     alpha = None
@@ -348,7 +348,7 @@ def _convert(image: Image.Image, mode: Mode) -> Image.Image:
 
 
 def _scale_samples(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 or 32 bits or floating point -> mode L; a transparent level becomes white.
+    """Convert grey samples of 16 or 32 bits or floats to mode L; a transparent level becomes white.
 
     White is 65535 for integers, or the largest int32 if a sample exceeds that. For floats white is
     1, 255 or 65535, by the largest sample.
@@ -374,9 +374,9 @@ def _scale_samples(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """Apply the embedded colour profile; without a profile, or with a bad one, keep the values."""
+    """Apply the embedded colour profile; keep the values if there is none or it is damaged."""
     profile = image.info.get("icc_profile")
-    if image.mode in {"RGBA", "LA"}:  # the colours as stored; the caller blends them
+    if image.mode in {"RGBA", "LA"}:  # keep the stored colours; the caller blends them
         bands = image.split()[:-1]
         image = Image.merge("RGB", bands) if len(bands) == 3 else bands[0]
     try:
@@ -389,7 +389,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=32)
 def _srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The transform to sRGB; None if the values are sRGB or have no known meaning."""
+    """Return the transform to sRGB; None if the values are sRGB or have no known meaning."""
     srgb: Any = ImageCms.createProfile("sRGB")
     if mode == "LAB":
         lab: Any = ImageCms.createProfile("LAB")

@@ -1,7 +1,7 @@
-"""Several processes of one command: starting them, their rank, their common exit status, Slurm.
+"""Several processes of one command: start, rank, common exit status, and Slurm.
 
 `--processes N` starts this program N times with the environment variables that torchrun sets and
-Accelerate reads. `accelerate launch` is not used for it: with `--cpu` it starts one process for any
+Accelerate reads. It does not use `accelerate launch`: with `--cpu` that starts one process for any
 N, and otherwise its own exit status and traceback replace ours.
 
 Process 0 writes files and prints. A user error occurs in every process, so process 0 prints it; see
@@ -33,27 +33,27 @@ FORWARDED = tuple(
 )
 # The value of `time.monotonic` when the command started; a budget counts from here.
 started_at: float | None = None
-STARTED_AT = "VITCLI_BEGAN"  # passes it to the processes of the command
+STARTED_AT = "VITCLI_BEGAN"  # passes `started_at` to the processes of the command
 LONGEST_START = 60.0  # a longer start means that the clocks cannot be compared
 
-# Set by torchrun and accelerate, then by the MPI versions that Accelerate supports.
+# torchrun and accelerate set the first variable, MPI versions that Accelerate supports the rest.
 RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 LOCAL_WORLD_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 def world_size() -> int:
-    """The number of processes that a launcher started for this command, or 1."""
+    """Return the number of processes that a launcher started for this command, or 1."""
     return _given(WORLD_SIZE_VARIABLES, 1)
 
 
 def local_world_size() -> int:
-    """The number of these processes on this machine."""
+    """Return the number of these processes on this machine."""
     return _given(LOCAL_WORLD_SIZE_VARIABLES, 1)
 
 
 def rank() -> int:
-    """The rank of this process, from 0."""
+    """Return the rank of this process, from 0."""
     return _given(RANK_VARIABLES, 0) if world_size() > 1 else 0
 
 
@@ -65,7 +65,7 @@ def _given(names: Sequence[str], default: int) -> int:
 
 
 def launch_warning() -> str | None:
-    """A warning if `accelerate launch` was asked for several processes and started one."""
+    """Return a warning if `accelerate launch` was asked for several processes and started one."""
     asked = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
     if not asked or any(name in os.environ for name in WORLD_SIZE_VARIABLES):
         return None
@@ -110,7 +110,7 @@ def _free_port() -> int:
 class LaunchedProcesses:
     """The processes of one command, which end together.
 
-    Each has its own session, so that Ctrl-C in a terminal reaches it once, forwarded from here.
+    Each has its own session, so that it gets Ctrl-C once: from this class, not from the terminal.
     """
 
     def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]) -> None:
@@ -121,7 +121,7 @@ class LaunchedProcesses:
         ]
 
     def wait(self, tell: Callable[[VitcliError], None]) -> int:
-        """Wait for all; the exit status of the first that fails (128 + number after a signal)."""
+        """Wait for all; return the status of the first that fails (128 + number for a signal)."""
         old = {number: signal.signal(number, self._forward) for number in FORWARDED}
         try:
             failed = None
@@ -169,7 +169,7 @@ class LaunchedProcesses:
 
 
 def record_start() -> None:
-    """Record when the command started; on Linux that includes the start of Python."""
+    """Record the time at which the command started; on Linux, the time before Python started."""
     global started_at
     now = time.monotonic()
     given = os.environ.pop(STARTED_AT, None)
@@ -178,17 +178,18 @@ def record_start() -> None:
 
 
 def _age() -> float:
-    """Seconds since this process started; 0 where the system does not say."""
+    """Return the age of this process in seconds; 0 if the system does not show it."""
     try:
-        told = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        born = int(told[19]) / os.sysconf("SC_CLK_TCK")  # field 22: since the machine started
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        # Field 22 is the start of the process, in clock ticks since the machine started.
+        born = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         return time.clock_gettime(time.CLOCK_BOOTTIME) - born
     except (OSError, ValueError, AttributeError, IndexError):
         return 0.0
 
 
 def exit_with_launcher() -> None:
-    """Stop as after SIGTERM when the process that launched this one has gone."""
+    """Make this process stop as after SIGTERM when its launcher has ended."""
     if os.environ.pop(LIFELINE, None) is None:
         return
 
@@ -202,16 +203,16 @@ def exit_with_launcher() -> None:
 def wait_before_error(mistake: bool) -> None:
     """Wait before printing an error that another process may print.
 
-    Process 0 prints user errors (`mistake`) at once; its exit makes the launcher end the others
-    while they wait here. An unexpected exception may be the consequence of another process that
-    has failed; then that one has printed its error, and the launcher ends this one.
+    Process 0 prints user errors (`mistake`) at once. Its exit makes the launcher end the others
+    while they wait here. An unexpected exception may be the consequence of an error in another
+    process. That process prints its error, and the launcher ends this one.
     """
     if world_size() > 1 and not (mistake and rank() == 0):
         time.sleep(HOLD_SECONDS)
 
 
 def agree_on_status(status: int) -> int:
-    """The exit status of this process at a common end; process 0 returns it for all."""
+    """Wait for all processes; return `status` in process 0, and 0 in the others."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.barrier()  # no process may exit while another waits for its answer
@@ -225,16 +226,16 @@ def exit_process(status: int) -> NoReturn:
     hang or abort after a successful run. All files are closed at this point.
     """
     if world_size() == 1:
-        atexit._run_exitfuncs()  # temporary folders of libraries, unsent records of trackers
+        atexit._run_exitfuncs()  # libraries remove temporary folders; trackers send records
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:
-        sys.exit(status)  # the interpreter reports it
+        sys.exit(status)  # the interpreter reports the error
     os._exit(status)
 
 
-# Set for tasks that srun starts. SLURM_NTASKS is also set in the shell of the job.
+# srun sets these for the tasks that it starts. SLURM_NTASKS is also set in the shell of the job.
 SLURM_TASKS, SLURM_RANK, SLURM_LOCAL_RANK = "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"
 NODES, JOB = "SLURM_STEP_NODELIST", "SLURM_JOB_ID"
 PORTS = 15_000, 20_000  # first port, number of ports
@@ -263,7 +264,7 @@ def join_slurm_job() -> None:
 
 
 def _first_host() -> str:
-    """The host of the first task."""
+    """Return the host of the first task."""
     nodes = os.environ.get(NODES, "")
     if nodes and shutil.which("scontrol"):
         command = ["scontrol", "show", "hostnames", nodes]
@@ -274,7 +275,7 @@ def _first_host() -> str:
 
 
 def requeue_slurm_job(number: int) -> str | None:
-    """Requeue the Slurm job if Slurm's warning signal stopped it; returns a message or None.
+    """Requeue the Slurm job if Slurm's warning signal stopped it; return a message or None.
 
     `#SBATCH --signal=USR1@120` sends SIGUSR1 120 s before the time limit.
     """

@@ -22,23 +22,26 @@ class VitcliError(Exception):
         self.hint = hint
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> VitcliError:
-    """The error for a value that is not in a list; the hint gives the nearest entry and the list.
+def unknown(kind: str, name: str, known: Iterable[str], prefix: str = "") -> VitcliError:
+    """Return the error for a value that is not in a list; the hint names the nearest and the list.
 
     `raise unknown("optimizer", "adam", OPTIMIZERS)` prints
 
         error: unknown optimizer `adam`
         hint: did you mean `adamw`? Available: `adamw`, `sgd`
+
+    Args:
+        prefix: text before every name that is shown, such as the section of a setting.
     """
     names = list(known)
     close = nearest(name, names)
-    available = f"{', '.join(f'`{entry}`' for entry in names)}"
-    hint = f"did you mean `{close}`? Available: {available}" if close else f"available: {available}"
-    return VitcliError(f"unknown {kind} `{printable(name)}`", hint)
+    available = ", ".join(f"`{prefix}{entry}`" for entry in names)
+    meant = f"did you mean `{prefix}{close}`? Available" if close else "available"
+    return VitcliError(f"unknown {kind} `{prefix}{printable(name)}`", f"{meant}: {available}")
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The entry of `words` that is most similar to `word`, or None if none is close."""
+    """Return the entry of `words` that is most similar to `word`, or None if none is close."""
     from difflib import get_close_matches
 
     found = get_close_matches(word, list(words), n=1, cutoff=0.6)
@@ -46,7 +49,7 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 
 
 def printable(text: str | bytes | os.PathLike[str]) -> str:
-    r"""Text for one line of output: bytes that are not UTF-8 as `\xe9`, control codes as `\n`."""
+    r"""Escape text for one line: bytes that are not UTF-8 as `\xe9`, control codes as `\n`."""
     text = os.fspath(text)
     if isinstance(text, bytes):
         text = text.decode("utf-8", "surrogateescape")

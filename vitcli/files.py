@@ -1,4 +1,4 @@
-"""Atomic writes and locks: a reader finds the old content or the new one, never a part."""
+"""Atomic writes and locks. A reader finds the old content or the new one, never a part of it."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from vitcli.errors import VitcliError
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
+    """Yield a temporary path in the folder of `path`; rename it to `path` when the block succeeds.
 
     The block creates a file or a folder there. If it fails, the temporary path is removed and
     `path` stays as it was. The content is flushed to the disk before the rename. A file replaces
@@ -118,7 +118,7 @@ def release_unused(path: Path) -> None:
 
 
 def check_folder(out: Path) -> None:
-    """Check before the work that `out` is a folder or can become one.
+    """Check that `out` is a folder or can become one, before a command starts its work.
 
     Raises:
         VitcliError: `out` or one of its parents is a file.
@@ -134,14 +134,14 @@ def check_folder(out: Path) -> None:
 
 @contextmanager
 def exclusive(lock_file: Path, busy: Callable[[], VitcliError]) -> Iterator[None]:
-    """Hold a lock during the block, so that one process at a time writes beside `lock_file`.
+    """Hold a lock during the block, so that one process at a time writes in its folder.
 
     The operating system releases the lock when its process ends, even after a kill, so no stale
     lock blocks a later command.
 
     Args:
         lock_file: created for the block and removed afterwards; its folder exists.
-        busy: makes the error to raise if another process holds the lock.
+        busy: returns the error to raise if another process holds the lock.
 
     Raises:
         VitcliError: another process holds the lock, or the file cannot be written.

@@ -33,7 +33,7 @@ import time
 import urllib.request
 from dataclasses import asdict, dataclass, fields, replace
 from math import floor, isfinite
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args, get_origin
 
 import numpy as np
 import torch
@@ -41,16 +41,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vitcli.config.choices import CropRounding, Interpolation, ResizeMode
 from vitcli.decode import ImageError, ImageInput, Mode, read_image
 from vitcli.errors import VitcliError, printable, unknown
 
 AnyImage = ImageInput | NDArray[Any] | Tensor
 FETCH_BYTES = 512 << 20  # the largest image file that is downloaded
 FETCH_SECONDS, SILENT_SECONDS = 120.0, 20.0  # for the whole download; without a byte
-
-ResizeMode = Literal["crop", "squash", "pad"]
-Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
-CropRounding = Literal["even", "down"]
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -101,13 +98,10 @@ class Preprocess:
             raise VitcliError(
                 f"`num_channels` is {self.num_channels}", "a model reads 1 channel or 3 channels"
             )
-        for name, choices in (
-            ("resize_mode", get_args(ResizeMode)),
-            ("crop_rounding", get_args(CropRounding)),
-            ("interpolation", get_args(Interpolation)),
-        ):
-            if getattr(self, name) not in choices:
-                raise unknown(f"preprocess.{name}", str(getattr(self, name)), choices)
+        for field in fields(self):
+            value, choices = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise unknown(f"preprocess.{field.name}", str(value), choices)
         if not self.antialias and self.interpolation == "lanczos":
             raise VitcliError(
                 "`preprocess.antialias=false` is not possible with `lanczos`",

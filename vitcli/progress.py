@@ -7,7 +7,6 @@ terminal.
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 
@@ -16,12 +15,7 @@ class Bar(Protocol):
 
     def __enter__(self) -> "Bar": ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
     def advance(self, n: int = 1, **figures: float) -> None:
         """Advance by `n` units; `figures` are the latest metrics to show next to the bar."""
@@ -49,12 +43,7 @@ class QuietBar:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         return None
 
     def advance(self, n: int = 1, **figures: float) -> None:

@@ -1,4 +1,4 @@
-"""The run directory: created once, written atomically, read by every other command."""
+"""The run directory. A command creates it once and writes it atomically; others read it."""
 
 import json
 import os
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder that holds `step_000100`, …"""
+        """The folder that contains `step_000100`, …"""
         return self.path / "checkpoints"
 
     @property
@@ -67,11 +67,11 @@ class Run:
         return self.result_file.is_file()
 
     def recipe(self) -> Recipe:
-        """The recipe that the run started with."""
+        """Return the recipe that the run started with."""
         return check(Recipe, read_toml(self.recipe_file), f"`{self.recipe_file}`")
 
     def data_section(self) -> DataSection | None:
-        """The `[data]` settings of the recipe, or None if they cannot be read."""
+        """Return the `[data]` settings of the recipe, or None if they cannot be read."""
         try:
             text = self.recipe_file.read_text(encoding="utf-8")
             return DataSection(**tomllib.loads(text)["data"])
@@ -79,11 +79,11 @@ class Run:
             return None
 
     def provenance(self) -> dict[str, Any]:
-        """The recorded facts about machine and data; empty if there are none."""
+        """Return the recorded facts about machine and data; empty if there are none."""
         return _read_json(self.path / "provenance.json")
 
     def result(self) -> dict[str, Any]:
-        """The final results; empty if the run has not finished."""
+        """Return the final results; empty if the run has not finished."""
         return _read_json(self.result_file)
 
     def write_provenance(self, facts: Mapping[str, Any]) -> None:
@@ -97,7 +97,7 @@ class Run:
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl, or merge it into the last one if the step is the same.
 
-        So each step has one line, which holds its training and its evaluation metrics.
+        Each step then has one line with its training and its evaluation metrics.
 
         Raises:
             VitcliError: the file cannot be written.
@@ -121,7 +121,7 @@ class Run:
             ) from error
 
     def records(self) -> list[dict[str, Any]]:
-        """All records of metrics.jsonl; an incomplete last line is skipped."""
+        """Return all records of metrics.jsonl; an incomplete last line is skipped."""
         if not self.metrics_file.is_file():
             return []
         lines = self.metrics_file.read_bytes().splitlines()
@@ -129,8 +129,8 @@ class Run:
 
     def drop_records_after(self, step: int) -> None:
         """Remove the records of the steps that a resume from `step` repeats."""
-        kept = [json.dumps(r) + "\n" for r in self.records() if r.get("step", 0) <= step]
-        write_text(self.metrics_file, "".join(kept))
+        lines = [json.dumps(r) + "\n" for r in self.records() if r.get("step", 0) <= step]
+        write_text(self.metrics_file, "".join(lines))
 
     def remove_temporary_files(self) -> None:
         """Remove the temporary files of a process that was killed while it wrote."""
@@ -174,7 +174,7 @@ def check_free(path: Path) -> None:
 
 
 def create_run(path: Path, recipe: Recipe | str) -> Run:
-    """Create a run directory that holds the recipe (an object, or TOML text).
+    """Create a run directory that contains the recipe (an object, or TOML text).
 
     Of several processes that create the same path at once, exactly one succeeds.
 
@@ -202,10 +202,10 @@ def create_numbered_run(stem: str, recipe: Recipe, runs: Path = RUNS) -> Run:
 
 
 def reopen_run(path: Path, recipe: Recipe) -> Run | None:
-    """The run at `path`, which must have the same recipe; None if the path is free.
+    """Return the run at `path`, which must have the same recipe; None if the path is free.
 
     Raises:
-        VitcliError: the recipes differ (the error names the keys), or the path is not a run.
+        VitcliError: the recipes differ, or the path is not a run.
     """
     run = Run(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -240,7 +240,7 @@ def check_resumable(out: Path | None, runs: Path = RUNS) -> None:
 
 
 def numbered_paths(stem: str, runs: Path = RUNS, *, suffix: str = "") -> Iterator[Path]:
-    """`runs/STEM`, `runs/STEM-2`, `runs/STEM-3`, …; `suffix` is a file's extension."""
+    """Yield `runs/STEM`, `runs/STEM-2`, `runs/STEM-3`, …; `suffix` is a file's extension."""
     yield runs / f"{stem}{suffix}"
     for number in count(2):
         yield runs / f"{stem}-{number}{suffix}"
@@ -274,7 +274,7 @@ def new_output(
 
 
 def of_first_process(make: Callable[[], Path]) -> Path:
-    """The path that `make` returns in the first process of this command; others do not call it."""
+    """Call `make` in the first process of this command, and return its path in all of them."""
     if distributed.world_size() == 1:
         return make()
     from accelerate.utils import broadcast_object_list
@@ -287,9 +287,9 @@ def of_first_process(make: Callable[[], Path]) -> Path:
 
 
 def run_stem(model: str) -> str:
-    """The start of a run's name, from MODEL: a run, a weights file, a variant, `hf:` or a URL.
+    """Derive the start of a run's name from a MODEL.
 
-    It is the name of the run, the file or the repository, without its folder or address.
+    It is the name of the run, weights file, variant or repository, without its folder or address.
     """
     path = Path(model)
     if model.startswith("hf:"):
@@ -298,7 +298,7 @@ def run_stem(model: str) -> str:
         name = Path(model.partition("?")[0]).stem
     elif path.is_dir():
         name = path.resolve().name
-    elif path.is_file():  # `model` and `timm` are generic, so take the folder's name
+    elif path.is_file():  # `model` and `timm` are no names, so use the folder's
         name = path.resolve().parent.name if path.stem in ("model", "timm") else path.stem
     else:
         name = model
@@ -306,7 +306,7 @@ def run_stem(model: str) -> str:
 
 
 def finished_runs(runs: Path = RUNS) -> list[Run]:
-    """The finished runs under `runs` that have weights, newest first."""
+    """Return the finished runs under `runs` that have weights, newest first."""
     if not runs.is_dir():
         return []
     found = [Run(p) for p in runs.iterdir() if not p.name.startswith(".")]
@@ -315,7 +315,7 @@ def finished_runs(runs: Path = RUNS) -> list[Run]:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Version, commit, argv, time, machine and library versions, for provenance.json."""
+    """Return version, commit, argv, time, machine and library versions, for provenance.json."""
     return {
         "vitcli": package_version(),
         "commit": _commit(),
@@ -330,7 +330,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def package_version() -> str:
-    """The version of vitcli."""
+    """Return the version of vitcli."""
     from vitcli import __version__
 
     return __version__
@@ -344,7 +344,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The git commit of this source tree, with `+` if it has changes; None outside git."""
+    """Return the git commit of this source tree, with `+` if it has changes; None outside git."""
     folder = Path(__file__).parents[1]
     if not (folder / ".git").exists():
         return None
@@ -362,7 +362,7 @@ def _commit() -> str | None:
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
-    """The record on one line of metrics.jsonl; None if the line is incomplete."""
+    """Return the record on one line of metrics.jsonl; None if the line is incomplete."""
     try:
         return json.loads(line)
     except ValueError:

@@ -88,7 +88,7 @@ def test_help_answers_at_once():
         (["predict"], "Missing argument", "see `vitcli predict --help`"),
         (
             ["pretrain", "--recipe", "pretrain_formla"],
-            "no recipe",
+            "unknown recipe",
             "did you mean `pretrain_formula`?",
         ),
         (["pretrain", "--set", "train.bach_size=3"], "`train.batch_size`", "vitcli recipes"),
@@ -313,9 +313,9 @@ def test_training_goes_on_past_a_broken_image_and_says_so(split, trained, capfd)
     ("arguments", "words"),
     [
         (("pretrain", ""), "DATA is an empty string"),
-        (("pretrain", "--recipe", ""), "no recipe ``"),
+        (("pretrain", "--recipe", ""), "unknown recipe ``"),
         (("finetune", "photos", "--model", ""), "the MODEL is empty"),
-        (("finetune", "--recipe", ""), "no recipe ``"),
+        (("finetune", "--recipe", ""), "unknown recipe ``"),
         (("fewshot", "", "--model", "runs/tiny"), "DATA is an empty string"),
         (("evaluate", "", "--model", "runs/tiny"), "DATA is an empty string"),
         (("predict", "photos", "--model", ""), "the MODEL is empty"),

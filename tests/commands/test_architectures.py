@@ -4,17 +4,15 @@ import itertools
 
 import pytest
 from PIL import Image
-from support.tiny import tiny_recipe
+from support.tiny import tiny_recipe, train_recipe
 
 from vitcli import predict
 from vitcli.commands import evaluate, fewshot, finetune, pretrain
-from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.run import Run
 from vitcli.train import loop
 from vitcli.train.resolve import with_dropout
-from vitcli.train.session import train
 from vitcli.train.signals import Stopped
 from vitcli.vit import ResNet, VisionTransformer
 from vitcli.weights.load import load_model
@@ -36,19 +34,9 @@ def recipe_of(kind, **changes):
     return recipe.model_copy(update={"model": model})
 
 
-def go(out, recipe, resume=False):
-    return train(
-        recipe,
-        lambda source: random_model(recipe, source),
-        out=out,
-        resume=resume,
-        watch=Quiet(),
-    )
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_from_training_to_predictions(kind, here):
-    go(here / "run", recipe_of(kind))
+    train_recipe(here / "run", recipe_of(kind))
     assert ("kind" in read_header("run/model.safetensors")["config"]) == (kind == "resnet")
     model = load_model("run")
     kinds = ResNet if kind == "resnet" else VisionTransformer
@@ -76,15 +64,15 @@ def test_from_training_to_predictions(kind, here):
 @pytest.mark.parametrize("again", [False, True])
 def test_a_resnet_stopped_and_resumed_is_never_stopped(again, tmp_path, monkeypatch):
     recipe = recipe_of("resnet", activation_checkpointing=again)
-    go(tmp_path / "whole", recipe)
+    train_recipe(tmp_path / "whole", recipe)
     calls = itertools.count(1)
     # Two questions a step: this is a signal within step 3.
     asked = lambda _, value: 15 if next(calls) == 5 else value  # noqa: E731
     monkeypatch.setattr(loop, "max_over_processes", asked)
     with pytest.raises(Stopped):
-        go(tmp_path / "parts", recipe)
+        train_recipe(tmp_path / "parts", recipe)
     monkeypatch.undo()
-    go(tmp_path / "parts", recipe, resume=True)
+    train_recipe(tmp_path / "parts", recipe, resume=True)
     whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
     assert whole.read_bytes() == parts.read_bytes()
 
@@ -123,7 +111,7 @@ def test_what_a_resnet_has_not_is_said(tmp_path):
     ):
         changed = getattr(recipe, section).model_copy(update=values)
         with pytest.raises(VitcliError, match=words):
-            go(tmp_path / section, recipe.model_copy(update={section: changed}))
+            train_recipe(tmp_path / section, recipe.model_copy(update={section: changed}))
     net = create_model("R26x1", layers=(1,), width=0.5, image_size=8)
     with pytest.raises(VitcliError, match=r"a ResNet has no dropout: model\.dropout_rate"):
         with_dropout(net, {"dropout_rate": 0.1})

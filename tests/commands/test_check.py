@@ -184,3 +184,29 @@ def test_a_folder_of_broken_images(tmp_path, capfd):
     assert vitcli(["check", str(tmp_path)]) == 3
     out, _ = capfd.readouterr()
     assert "no image can be read" in out
+
+
+def test_what_training_makes_of_a_table(tmp_path):
+    """Spellings, missing labels, folds, copies and groups are reported before a training run."""
+    pictures = list(photographs(12))
+    rows = ["path,label,fold,patient"]
+    for i, picture in enumerate([*pictures, pictures[0]]):
+        picture.save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{['cat', 'cat ', 'dog', 'NaN'][i % 4]},{i % 3},p{i // 2}")
+    (tmp_path / "x.csv").write_text("\n".join(rows))
+    path = str(tmp_path / "x.csv")
+    found = check.run(path).to_json()
+    notes = "\n".join(found["notes"])
+    assert "skipped 3 rows without path or label (3 `NaN`)" in notes
+    assert "merged 1 spelling" in notes and "holds 3 folds, `0` to `2`" in notes
+    assert "column `fold` holds 3 folds" in found["training"]["error"]
+    assert any("training stops" in line for line in found["problems"])
+    made = check.run(path, settings={"data": {"test_fold": 0}}).to_json()["training"]
+    assert made["splits"] == {"train": 6, "test": 4}
+    assert any("fold `0` of column `fold`" in note for note in made["notes"])
+    settings = {"split_column": "none", "group_column": "patient"}
+    made = check.run(path, settings={"data": settings}).to_json()["training"]
+    notes = "\n".join(made["notes"])
+    assert sum(made["splits"].values()) == 10 and made["classes"] == 2
+    assert "1 image is an exact copy of other images" in notes
+    assert "images with the same `patient` stay in the same split" in notes

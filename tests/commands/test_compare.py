@@ -4,15 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from support.tiny import tiny_recipe
+from support.tiny import train_tiny
 
 from vitcli.cli import main as exits
 from vitcli.commands import compare
-from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.evals.comparison import PairedAccuracy
-from vitcli.progress import Quiet
-from vitcli.train.session import train
 from vitcli.weights.load import load_model
 
 
@@ -21,9 +18,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
 
     def go(name, **sections):
-        recipe = tiny_recipe(**sections)
-        make = lambda source: random_model(recipe, source)  # noqa: E731
-        train(recipe, make, out=folder / name, resume=False, watch=Quiet())
+        train_tiny(folder / name, **sections)
         return folder / name
 
     return {

@@ -270,7 +270,8 @@ def test_tiles_stand_where_their_places_are():
         tile = sheet[top : top + 2 * scale : scale, left : left + 3 * scale : scale].astype(int)
         bright = (tile == tile[row, column]).all(-1)
         assert bright.sum() == 1 and bright[row, column]
-    assert draw.evenly_spaced(5, 9) == [0, 1, 2, 3, 4] and draw.evenly_spaced(37, 3) == [0, 18, 36]
+    assert draw.tile_positions(5, 9) == [0, 1, 2, 3, 4]
+    assert draw.tile_positions(37, 3) == [0, 18, 36]
 
 
 def test_the_page_keeps_what_it_is_given_as_text():

@@ -139,7 +139,7 @@ def test_mistakes(here, capsys):
     recipe = write_tiny(here / "tiny.toml")
     (here / "photos").mkdir()
     for arguments, words in [
-        (["nonsense"], "no recipe `nonsense`"),
+        (["nonsense"], "unknown recipe `nonsense`"),
         (["photos"], "is not a run"),
         (["pretrain", "--no-probe"], "--images N"),
         ([recipe, "--device", "h10"], "did you mean `h100`?"),

@@ -68,7 +68,7 @@ def test_what_cannot_be_read_gets_a_row(model, pictures):
     (pictures / "gone.png").symlink_to("nowhere")
     result = predict.run(["p", "missing.jpg"], model="m.safetensors")
     rows = {row["path"]: row for row in result}
-    assert result.exit_code == 3 and result.failed == 3 and len(rows) == 6
+    assert result.failed == 3 and len(rows) == 6
     for name in ("p/bad.png", "p/gone.png", "missing.jpg"):
         row = rows[name]
         assert row["label"] is None and row["probability"] is None and row["top"] == []

@@ -70,7 +70,7 @@ def test_any_row_may_have_been_the_last(images):
         result = started(resume=True)
         assert list(result) == whole[rows:], rows
         assert contents() == expected, rows
-        assert result.counts.count == COUNT and result.failed == 1 and result.exit_code == 3
+        assert result.counts.count == COUNT and result.failed == 1
         assert sorted(p.name for p in Path().iterdir()) == left
 
 
@@ -141,13 +141,13 @@ def test_resume_with_other_settings_or_images(images):
         list(started(resume=True, model=net))
     Image.new("RGB", (20, 20)).save("p/000.png")
     with pytest.raises(
-        VitcliError, match=r"row 2 is of `p/01.png`, but the command now has image `p/000.png`"
+        VitcliError, match=r"row 2 of .* belongs to `p/01.png`, .* now has image `p/000.png`"
     ):
         list(started(resume=True))
     for path in Path("p").iterdir():
         if path.name != "00.png":
             path.unlink()
-    with pytest.raises(VitcliError, match="now has no more images there"):
+    with pytest.raises(VitcliError, match="now has no more images at this place"):
         list(started(resume=True))
     Path("t.csv.part").write_text("something else\n")
     with pytest.raises(VitcliError, match="is not a resume log"):
@@ -160,7 +160,7 @@ def test_nothing_to_resume(images, capfd):
     assert len(list(started(resume=True))) == COUNT  # from the first image
     before = contents()
     result = started(resume=True)
-    assert list(result) == [] and result.exit_code == 0 and contents() == before
+    assert list(result) == [] and result.failed == 0 and contents() == before
     line = ["predict", "p", "-m", "m.safetensors", "--csv", "t.csv", "--resume"]
     assert command_line(line) == 0
     assert "already finished" in capfd.readouterr().err

@@ -198,7 +198,7 @@ def test_what_a_suite_settles_is_refused_beside_it(here, capfd):
 
 def test_a_task_is_a_process_whose_error_is_its_reason():
     command.run_command(["--version"], "task", Quiet())
-    with pytest.raises(VitcliError, match="no recipe `lost`"):
+    with pytest.raises(VitcliError, match="unknown recipe `lost`"):
         command.run_command(["recipes", "lost"], "task", Quiet())
 
 

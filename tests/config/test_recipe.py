@@ -140,7 +140,7 @@ def test_smaller_sizes_by_share_of_the_run():
 def test_unknown_recipe_names_the_nearest():
     with pytest.raises(VitcliError) as caught:
         load_recipe("pretrain_formul")
-    assert caught.value.hint == "did you mean `pretrain_formula`?"
+    assert caught.value.hint.startswith("did you mean `pretrain_formula`? Available: `")
 
 
 def test_broken_toml_names_the_line(tmp_path):

@@ -217,6 +217,54 @@ LAYOUTS = {
         {"train": classes_of("train"), "test": {"cat": {"test/cat/1.png"}}},
         (),
     ),
+    "a copy of the class folders": (
+        [*CATS_AND_DOGS, *under("cell_images")],
+        FLAT,
+        ("skipped `cell_images/`, which repeats the class folders beside it",),
+    ),
+    "one of several folders holds the splits": (
+        [*under("data/train", "data/test"), "docs/1.png"],
+        splits_of(train="data/train", test="data/test"),
+        ("the data are in `data/`; skipped `docs`",),
+    ),
+    "a logo beside a wrapper": (
+        [*under("Garbage classification/Garbage classification"), "logo.png"],
+        {"train": classes_of("Garbage classification/Garbage classification")},
+        ("skipped 1 images beside `Garbage classification/`",),
+    ),
+    "a dataset and a testset": (
+        [*under("simpsons_dataset"), "kaggle_simpson_testset/kaggle_simpson_testset/1.png"],
+        {"train": classes_of("simpsons_dataset")},
+        (
+            "`simpsons_dataset` is the train split, because `kaggle_simpson_testset` beside it",
+            "skipped 1 images outside class folders",
+        ),
+    ),
+    "folds": (
+        ["fold1/cat/1.png", "fold1/dog/1.png", "fold2/cat/1.png", "fold2/dog/1.png"],
+        {
+            "train": {
+                "cat": {"fold1/cat/1.png", "fold2/cat/1.png"},
+                "dog": {"fold1/dog/1.png", "fold2/dog/1.png"},
+            }
+        },
+        ("`fold1`, `fold2` are parts; the classes are the folders in them: `cat`, `dog`",),
+    ),
+    "Tiny ImageNet": (
+        ["train/n01/images/1.png", "train/n02/images/1.png", "val/images/1.png", "val/val.txt"],
+        {"train": {n: {f"train/{n}/images/1.png"} for n in ("n01", "n02")}},
+        ("skipped 1 images outside class folders",),
+    ),
+    "ILSVRC": (
+        under("ILSVRC/Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/val"),
+        splits_of(train="ILSVRC/Data/CLS-LOC/train", validation="ILSVRC/Data/CLS-LOC/val"),
+        ("the data are in `ILSVRC/Data/CLS-LOC/`",),
+    ),
+    "Caltech": (
+        [*under("101_ObjectCategories"), "Annotations/cat/1.mat"],
+        {"train": classes_of("101_ObjectCategories")},
+        ("the data are in `101_ObjectCategories/`",),
+    ),
     # Masks
     "CLASS/images, CLASS/masks": (
         ["COVID/images/1.png", "COVID/masks/1.png", "Normal/images/1.png", "Normal/masks/1.png"],
@@ -352,6 +400,13 @@ def test_numbered_classes_are_in_the_order_of_the_numbers(tmp_path):
     assert [name.split("/")[-2] for name in names] == list(data.classes)
 
 
+def test_the_hint_of_a_deep_class_names_the_folder_with_several(tmp_path):
+    build(tmp_path, ["v1/slides/breast/benign/p1/1.png", "v1/slides/breast/malignant/p2/1.png"])
+    with pytest.raises(VitcliError, match="only one class: `v1`") as caught:
+        load_data(str(tmp_path))
+    assert f"`{tmp_path}/v1/slides/breast`" in str(caught.value.hint)
+
+
 def test_splits_in_only_some_classes(tmp_path):
     root = build(tmp_path, ["cat/train/1.png", "cat/test/2.png", "dog/1.png"])
     with pytest.raises(VitcliError, match="class `cat` has folders for splits, `dog` has none"):
@@ -379,7 +434,7 @@ def test_a_table_in_the_folder_gives_the_labels(tmp_path, name, folder):
     assert content(data, tmp_path) == {
         "train": {"cat": {f"{folder}0.png"}, "dog": {f"{folder}1.png"}}
     }
-    assert f"labels are read from `{name}`, which lists 2 of the 3 images" in data.notes[0]
+    assert f"`{name}` gives the labels of 2 of the 3 images" in data.notes[0]
     assert data.notation == str(tmp_path)
 
 
@@ -392,7 +447,36 @@ def test_a_table_in_each_split(tmp_path):
         "train": {"cat": {"train/0.png", "train/2.png"}, "dog": {"train/1.png"}},
         "test": {"dog": {f"test/{i}.png" for i in range(3)}},
     }
-    assert "labels are read from `test/metadata.csv`, `train/metadata.csv`" in data.notes[0]
+    assert "`test/metadata.csv`, `train/metadata.csv` gives the labels" in data.notes[0]
+
+
+def test_one_table_for_folders_of_splits(tmp_path):
+    """The folders are the splits, so no test image is among the training images."""
+    build(tmp_path, [f"{split}/{i}.png" for split in ("train", "test") for i in range(4)])
+    rows = [f"{s}/{i}.png,{'cat' if i % 2 else 'dog'}" for s in ("train", "test") for i in range(4)]
+    write(tmp_path / "metadata.csv", "file_name,label", *rows)
+    for options in ({}, {"labelled": False, "whole": True}):
+        found = content(load_data(str(tmp_path), **options), tmp_path)
+        assert found == {
+            s: {"dog": {f"{s}/0.png", f"{s}/2.png"}, "cat": {f"{s}/1.png", f"{s}/3.png"}}
+            for s in ("train", "test")
+        }
+
+
+def test_a_table_beside_splits_with_classes(tmp_path):
+    build(tmp_path, under("train", "test"))
+    write(tmp_path / "labels.csv", "path,label", "train/cat/1.png,a", "test/dog/1.png,b")
+    data = load_data(str(tmp_path))
+    assert content(data, tmp_path) == splits_of(train="train", test="test")
+    assert "`labels.csv` is not used, because the folders give splits and classes" in data.notes[0]
+
+
+def test_a_table_in_a_class_folder(tmp_path):
+    build(tmp_path, CATS_AND_DOGS)
+    write(tmp_path / "cat/labels.csv", "path,label", "1.png,a", "2.png,b")
+    data = load_data(str(tmp_path), whole=True)
+    assert content(data, tmp_path) == FLAT
+    assert any("skipped tables in class folders: `cat/labels.csv`" in note for note in data.notes)
 
 
 def test_a_table_of_captions_leaves_the_class_folders(tmp_path):
@@ -405,10 +489,19 @@ def test_a_table_of_captions_leaves_the_class_folders(tmp_path):
 
 def test_another_table_is_named_where_the_folder_has_no_classes(tmp_path):
     build(tmp_path, ["images/1.png", "images/2.png"])
-    write(tmp_path / "train.csv", "id,label", "1,a")
+    write(tmp_path / "photos.csv", "id,label", "1,a")
     with pytest.raises(VitcliError, match=r"images/?` has 2 images but no class folders") as caught:
         load_data(str(tmp_path))
-    assert f"`{tmp_path}/train.csv` holds the labels" in str(caught.value.hint)
+    assert f"`{tmp_path}/photos.csv` holds the labels" in str(caught.value.hint)
+
+
+def test_numbered_parts_beside_a_table(tmp_path):
+    build(tmp_path / "x", ["images_001/1.png", "images_002/2.png", "Data_Entry.csv"])
+    with pytest.raises(VitcliError, match=r"are numbered parts, such as `images_001`") as caught:
+        load_data(str(tmp_path / "x"))
+    assert "Data_Entry.csv` holds the labels" in str(caught.value.hint)
+    build(tmp_path / "y", ["class_1/1.png", "class_2/2.png", "Data_Entry.csv"])
+    assert load_data(str(tmp_path / "y"), whole=True).classes == ("class_1", "class_2")
 
 
 # Links, homes and empty folders

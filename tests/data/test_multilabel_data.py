@@ -54,7 +54,10 @@ def write_csv(folder, cells, column="labels", repeat=1):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [f"path,{column}"]
     for i, cell in enumerate(cells * repeat):
-        paint([part.strip() for part in cell.split(";")]).save(folder / f"{i}.png")
+        image = paint([part.strip() for part in cell.split(";")])
+        if repeat > 1:  # copies would stay in one split
+            image.putpixel((7, 7), (i, 0, 0))
+        image.save(folder / f"{i}.png")
         rows.append(f"{i}.png,{cell}")
     (folder / "x.csv").write_text("\n".join(rows) + "\n")
     return str(folder / "x.csv")

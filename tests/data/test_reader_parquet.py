@@ -215,8 +215,8 @@ def test_images_are_mapped_from_the_cache_which_is_written_once(shared):
 def test_without_a_cache_images_are_held_in_memory(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file/cache")
-    for split in ("train", "test"):
-        write_parquet(tmp_path / f"{split}.parquet", [1, 2], [0, 1], ["x", "y"])
+    for split, shown in (("train", [1, 2]), ("test", [3, 4])):
+        write_parquet(tmp_path / f"{split}.parquet", shown, [0, 1], ["x", "y"])
     data = load_data(str(tmp_path))
     assert levels(data.splits["train"]) == [1, 2]
     (note,) = data.notes  # once, not for each split

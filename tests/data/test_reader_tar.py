@@ -12,8 +12,8 @@ from PIL import Image
 from support.pictures import photographs
 
 from vitcli.data.loader import TrainLoader
-from vitcli.data.readers.tar import expand_braces
 from vitcli.data.source import load_data
+from vitcli.data.splits import expand_braces
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 

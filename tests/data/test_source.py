@@ -17,7 +17,7 @@ from vitcli.data.image_set import ArrayStore, BytesList, ImageSet
 from vitcli.data.labels import encode_labels
 from vitcli.data.readers import DATA_HELP, READERS, resolve
 from vitcli.data.source import load_data
-from vitcli.data.splits import stratified_split
+from vitcli.data.stratify import stratified_split
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 
@@ -32,7 +32,7 @@ def paint(path, level=0, size=(6, 4)):
 def photos(root, classes=("cat", "dog"), count=5, inside=""):
     for number, name in enumerate(classes):
         for i in range(count):
-            paint(root / inside / name / f"{i}.png", 10 * i + number)
+            paint(root / inside / name / f"{i}.png", 10 * i + number, (6 + len(inside), 4))
     return root
 
 
@@ -300,8 +300,6 @@ def test_a_table_as_excel_writes_it(tmp_path):
 def test_a_space_behind_each_comma(tmp_path):
     data = load_data(manifest(tmp_path, "path, label\n" + "\n".join(map(", ".join, ROWS))))
     assert data.classes == ("cat", "dog")
-    path = manifest(tmp_path, "path,label\ncat/0.png, cat\ndog/0.png,cat\n")
-    assert load_data(path).classes == (" cat", "cat")  # only in some cells: `check` tells of it
 
 
 @pytest.mark.parametrize("column", ["split", "Split"])
@@ -507,9 +505,9 @@ def test_packed_strings_are_a_list_of_them(seed):
 
 def test_a_table_takes_little_memory(tmp_path):
     """Its rows as dictionaries would take 500 bytes each."""
-    paint(tmp_path / "a.png")
+    paint(tmp_path / "0.png")
     n = 20_000
-    rows = "".join(f"a.png,class_{i % 10},a note of no use number {i}\n" for i in range(n))
+    rows = "".join(f"{i}.png,class_{i % 10},a note of no use number {i}\n" for i in range(n))
     (tmp_path / "x.csv").write_text(f"path,label,note\n{rows}")
     load_data(tmp_path / "x.csv")  # what is imported once
     tracemalloc.start()

@@ -13,13 +13,8 @@ from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import DataSection, Recipe
 from vitcli.data.source import load_data
-from vitcli.data.splits import (
-    fold_of,
-    parse_slice,
-    split_images,
-    spread_order,
-    stratified_split,
-)
+from vitcli.data.splits import parse_slice, split_images
+from vitcli.data.stratify import fold_of, spread_order, stratified_split
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train.session import train
@@ -113,7 +108,8 @@ def photos(tmp_path):
             folder = tmp_path / "photos" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", (8, 8), (10 * i, 0, 0)).save(folder / f"{i}.png")
+                colour = (10 * i, 90 * (name == "dog"), 90 * (split == "test"))
+                Image.new("RGB", (8, 8), colour).save(folder / f"{i}.png")
     return str(tmp_path / "photos")
 
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.hub_server import Fault
-from support.tiny import tiny_recipe, vitcli
+from support.tiny import tiny_recipe, train_recipe, vitcli
 
 from vitcli.commands import evaluate
-from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import AugmentSection, DataSection, Recipe
 from vitcli.data.augment.transform import TrainTransform
@@ -23,7 +22,6 @@ from vitcli.data.streaming import Shard, StreamSample, StreamSet, open_stream
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
-from vitcli.train.session import train
 
 NAMES = ("cat", "dog", "owl")
 
@@ -228,13 +226,7 @@ def test_a_run_on_a_stream(shards, tmp_path):
     heard = Heard()
 
     def go(resume):
-        return train(
-            recipe,
-            lambda source: random_model(recipe, source),
-            out=tmp_path / "run",
-            resume=resume,
-            watch=heard,
-        )
+        return train_recipe(tmp_path / "run", recipe, resume, heard)
 
     result = go(False)
     assert result.figures["images"] == 3

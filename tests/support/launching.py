@@ -1,14 +1,9 @@
-"""Runs in several processes: their environment, and one run from a recipe."""
+"""The environment and settings of runs in several processes."""
 
 import os
 from pathlib import Path
 
-from support.tiny import tiny_recipe
-
 from vitcli import distributed as launch
-from vitcli.commands.pretrain import random_model
-from vitcli.progress import Quiet
-from vitcli.train.session import train
 
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -24,14 +19,3 @@ PLAIN = {  # no dropout: its masks are drawn for each process
     "model": {"dropout_rate": 0.0, "drop_path_rate": 0.0},
     "optim": {"name": "sgd", "lr": 0.1},
 }
-
-
-def go(out, sections, resume=False):
-    recipe = tiny_recipe(**sections)
-    return train(
-        recipe,
-        lambda source: random_model(recipe, source),
-        out=Path(out),
-        resume=resume,
-        watch=Quiet(),
-    )

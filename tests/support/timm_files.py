@@ -5,7 +5,7 @@ import torch
 from vitcli.vit import VisionTransformer, ViTConfig
 from vitcli.weights.from_checkpoint import build_model
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.overrides import Stated
+from vitcli.weights.overrides import Overrides
 from vitcli.weights.timm.read_timm import read_timm
 
 
@@ -26,4 +26,4 @@ def tiny(**options) -> LoadedModel:
 def read(tensors, **said):
     """What `load_model` does with a file of these tensors."""
     hub = said.pop("hub", None)
-    return build_model(read_timm(tensors, "w", hub, Stated(**said)), "w")
+    return build_model(read_timm(tensors, "w", hub, Overrides(**said)), "w")

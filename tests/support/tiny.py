@@ -7,6 +7,9 @@ from pathlib import Path
 
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
+from vitcli.progress import Quiet
+from vitcli.train.resolve import random_model
+from vitcli.train.session import train
 
 TINY = {
     "command": "pretrain",
@@ -41,6 +44,22 @@ def write_tiny(path: Path, **sections) -> Path:
     return path
 
 
+def train_recipe(out, recipe, resume=False, watch=None, track=None):
+    """Train the model of a recipe from random weights."""
+    return train(
+        recipe,
+        lambda source: random_model(recipe, source),
+        out=Path(out),
+        resume=resume,
+        watch=watch or Quiet(),
+        track=track,
+    )
+
+
+def train_tiny(out, *, resume=False, watch=None, track=None, **sections):
+    return train_recipe(out, tiny_recipe(**sections), resume, watch, track)
+
+
 def vitcli(*arguments, cwd=None, env=None, timeout=300) -> subprocess.CompletedProcess:
     """The real command in a process of its own."""
     return subprocess.run(
@@ -56,3 +75,7 @@ def vitcli(*arguments, cwd=None, env=None, timeout=300) -> subprocess.CompletedP
 
 def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "model.safetensors").read_bytes()

@@ -5,23 +5,14 @@ import time
 from dataclasses import replace
 
 import pytest
-from support.tiny import records, tiny_recipe
+from support.tiny import records, tiny_recipe, train_recipe
 
-from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
-from vitcli.progress import Quiet
 from vitcli.train import loop
 from vitcli.train.budget import Budget, Deadline, stage_fractions
-from vitcli.train.session import train
 from vitcli.train.signals import Stopped
 
 SETTINGS = {"train": {"steps": None, "budget": "8s", "smaller_sizes": [[4, 0.5]]}}
-
-
-def go(out, recipe, resume=False):
-    return train(
-        recipe, lambda source: random_model(recipe, source), out=out, resume=resume, watch=Quiet()
-    )
 
 
 def test_stages_share_the_run():
@@ -41,10 +32,12 @@ def test_stages_share_the_run():
 
 
 def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
-    go(tmp_path / "warm", tiny_recipe(train={"steps": 1}))  # what is imported late is now there
+    train_recipe(
+        tmp_path / "warm", tiny_recipe(train={"steps": 1})
+    )  # what is imported late is now there
     recipe = tiny_recipe(**SETTINGS)
     start = time.monotonic()
-    whole = go(tmp_path / "whole", recipe)
+    whole = train_recipe(tmp_path / "whole", recipe)
     seconds = time.monotonic() - start
     # A busy machine may be slower after the measurement than in it; far off would be a mistake.
     assert 1.0 < seconds < 60.0
@@ -60,10 +53,12 @@ def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
     asked = iter([None] * 4 + [15] + [None] * 100)
     monkeypatch.setattr(loop, "max_over_processes", lambda _, value: next(asked) or value)
     with pytest.raises(Stopped):
-        go(tmp_path / "parts", recipe)
+        train_recipe(tmp_path / "parts", recipe)
     monkeypatch.undo()
-    parts = go(tmp_path / "parts", recipe, resume=True)
-    exact = go(tmp_path / "exact", tiny_recipe(train={"steps": 7, "smaller_sizes": [[4, 0.5]]}))
+    parts = train_recipe(tmp_path / "parts", recipe, resume=True)
+    exact = train_recipe(
+        tmp_path / "exact", tiny_recipe(train={"steps": 7, "smaller_sizes": [[4, 0.5]]})
+    )
     assert parts.steps == exact.steps == 7
     a, b = (tmp_path / n / "model.safetensors" for n in ("parts", "exact"))
     assert a.read_bytes()[-1000:] == b.read_bytes()[-1000:]
@@ -78,8 +73,8 @@ def test_measuring_moves_no_weight(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "vitcli.train.session.plan_budget", lambda *a: replace(measured(*a), steps=6)
     )
-    go(tmp_path / "budget", tiny_recipe(**SETTINGS))
-    go(tmp_path / "fixed", tiny_recipe(train={"steps": 6, "smaller_sizes": [[4, 0.5]]}))
+    train_recipe(tmp_path / "budget", tiny_recipe(**SETTINGS))
+    train_recipe(tmp_path / "fixed", tiny_recipe(train={"steps": 6, "smaller_sizes": [[4, 0.5]]}))
     from safetensors.torch import load_file
 
     a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("budget", "fixed"))
@@ -91,7 +86,7 @@ def test_a_budget_too_small_for_one_step(tmp_path, monkeypatch):
     monkeypatch.setattr("vitcli.train.session.parse_duration", lambda text: 5.0)
     monkeypatch.setattr("vitcli.train.budget.WRITING_SECONDS", 60.0)
     with pytest.raises(VitcliError, match="no step fits into the budget"):
-        go(tmp_path / "run", recipe)
+        train_recipe(tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()  # free for another try
 
 
@@ -102,7 +97,7 @@ def test_a_budget_that_is_over_is_not_exceeded_by_measuring(tmp_path, monkeypatc
     monkeypatch.setattr(loop.Loop, "step", lambda *_: pytest.fail("a step was made"))
     recipe = tiny_recipe(train={"steps": None, "budget": "60s"})
     with pytest.raises(VitcliError, match=r"was over before one could be timed, 4\d\.\d s ago"):
-        go(tmp_path / "run", recipe)
+        train_recipe(tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()
 
 
@@ -116,7 +111,7 @@ def test_a_run_that_became_longer_is_evaluated_at_its_end_only(tmp_path, monkeyp
     fixed(monkeypatch, 4)
     monkeypatch.setattr(Deadline, "is_due", lambda self, line, step: step == 2)
     monkeypatch.setattr(Deadline, "total", lambda *_: 8)
-    assert go(tmp_path / "run", tiny_recipe(**SETTINGS)).steps == 8
+    assert train_recipe(tmp_path / "run", tiny_recipe(**SETTINGS)).steps == 8
     assert [r["step"] for r in records(tmp_path / "run") if "test/loss" in r] == [8]
 
 
@@ -128,7 +123,7 @@ def test_time_that_is_up_is_the_end_whatever_the_marks_say(tmp_path, monkeypatch
     monkeypatch.setattr(
         loop.Loop, "step", lambda self, batch: [seen.append(0), real(self, batch)][1]
     )
-    assert go(tmp_path / "run", tiny_recipe(**SETTINGS)).steps == 3
+    assert train_recipe(tmp_path / "run", tiny_recipe(**SETTINGS)).steps == 3
 
 
 def test_slow_steps_are_timed_fewer_times(tmp_path, monkeypatch):
@@ -140,7 +135,7 @@ def test_slow_steps_are_timed_fewer_times(tmp_path, monkeypatch):
     monkeypatch.setattr(
         loop.Loop, "step", lambda self, batch: [count.append(0), real(self, batch)][1]
     )
-    go(tmp_path / "run", tiny_recipe(**SETTINGS))
+    train_recipe(tmp_path / "run", tiny_recipe(**SETTINGS))
     assert len(count) == 2 * (budget.WARMUP_STEPS + 1)  # two stages
 
 
@@ -159,7 +154,7 @@ def test_a_run_that_goes_back_makes_the_steps_that_there_is_time_for(tmp_path, m
 
     monkeypatch.setattr(loop.Loop, "gradients", gradients)
     train_settings = {**SETTINGS["train"], "on_nan": "rewind"}
-    result = go(tmp_path / "run", tiny_recipe(train=train_settings))
+    result = train_recipe(tmp_path / "run", tiny_recipe(train=train_settings))
     # Back from step 8 of 12 to the start: four more; and no rate below zero on the way.
     rates = [r["lr"] for r in records(tmp_path / "run") if "lr" in r]
     assert result.steps == len(rates) == 4 and min(rates) >= 0

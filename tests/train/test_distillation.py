@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, softmax
-from support.tiny import tiny_recipe
+from support.tiny import tiny_recipe, train_recipe
 
-from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.progress import Quiet
 from vitcli.train.objectives.distillation import Distill
-from vitcli.train.session import train
 from vitcli.train.signals import Stopped
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
@@ -120,11 +117,6 @@ def test_what_cannot_be_is_said(teacher):
         Distill(built(CLASSES, 8, 0.5), ObjectiveSection(name="distill"))
 
 
-def go(out, recipe, resume=False):
-    make = lambda source: random_model(recipe, source)  # noqa: E731
-    return train(recipe, make, out=out, resume=resume, watch=Quiet())
-
-
 def test_a_token_without_a_head_is_said(teacher):
     student = built(CLASSES, 8, 0.5, distillation_token=True, class_token=True, pool="token")
     with pytest.raises(VitcliError, match="no head that reads it") as caught:
@@ -135,26 +127,26 @@ def test_a_token_without_a_head_is_said(teacher):
 def test_a_teacher_that_cannot_be_leaves_no_run(tmp_path):
     recipe = tiny_recipe(objective={"name": "distill", "teacher": str(tmp_path / "gone")})
     with pytest.raises(VitcliError, match="no such model"):
-        go(tmp_path / "run", recipe)
+        train_recipe(tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_learns_from_a_run_and_resumes_exactly(tmp_path):
     from vitcli.train import loop
 
-    go(tmp_path / "teacher", tiny_recipe(train={"steps": 2}))
+    train_recipe(tmp_path / "teacher", tiny_recipe(train={"steps": 2}))
     lesson = {"name": "distill", "teacher": str(tmp_path / "teacher"), "distillation": "soft"}
     recipe = tiny_recipe(
         objective=lesson, train={"steps": 4, "activation_checkpointing": True}, model={"depth": 1}
     )
-    result = go(tmp_path / "whole", recipe)
+    result = train_recipe(tmp_path / "whole", recipe)
     assert result.figures["images"] == 359
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             loop.Loop, "_stop_request", lambda run, _: 15 if run.state.step == 2 else None
         )
         with pytest.raises(Stopped):
-            go(tmp_path / "parts", recipe)
-    go(tmp_path / "parts", recipe, resume=True)
+            train_recipe(tmp_path / "parts", recipe)
+    train_recipe(tmp_path / "parts", recipe, resume=True)
     a, b = (tmp_path / n / "model.safetensors" for n in ("whole", "parts"))
     assert a.read_bytes() == b.read_bytes()

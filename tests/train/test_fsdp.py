@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.launching import ENVIRONMENT, PLAIN, go
-from support.tiny import tiny_recipe
+from support.launching import ENVIRONMENT, PLAIN
+from support.tiny import tiny_recipe, train_tiny
 
 from vitcli.errors import VitcliError
 from vitcli.train.fsdp import ShardReader, check_sharding, shard_file, write_shard
@@ -24,7 +24,7 @@ JOB = """
 import sys, torch
 import test_fsdp as t
 from vitcli import distributed as launch
-from support.launching import go
+from support.tiny import train_tiny
 from vitcli.train.loop import Loop
 from vitcli.train.signals import Stopped
 
@@ -32,7 +32,7 @@ name, stop, resume = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resume"
 if stop:
     Loop._stop_request = lambda run, _: 15 if run.state.step == stop else None
 try:
-    go(name, t.SHARED, resume=resume)
+    train_tiny(name, **t.SHARED, resume=resume)
 except Stopped:
     assert stop
 launch.exit_process(launch.agree_on_status(0))
@@ -65,7 +65,7 @@ def test_shared_out_it_computes_what_one_process_does_and_resumes(tmp_path, monk
     """On two; from a checkpoint of two on two again, bit for bit, and on three."""
     monkeypatch.chdir(tmp_path)
     job(tmp_path, 2, "two")
-    go("one", {**SHARED, "train": {**SHARED["train"], "fully_shard": False}})
+    train_tiny("one", **{**SHARED, "train": {**SHARED["train"], "fully_shard": False}})
     close("one", "two", 1e-5)
     job(tmp_path, 2, "again", stop=4)
     checkpoint = Path("again/checkpoints/step_000004")

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.tiny import records, tiny_recipe
+from support.launching import PLAIN
+from support.tiny import records, train_tiny, weights
 
-from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import build as setup
@@ -18,14 +18,8 @@ from vitcli.train import loop as loops
 from vitcli.train.agreement import NONE, max_over_processes, min_over_processes
 from vitcli.train.loop import Loop
 from vitcli.train.objectives import Softmax
-from vitcli.train.session import train
 from vitcli.train.signals import Stopped
 from vitcli.weights.load import load_model
-
-PLAIN = {
-    "model": {"dropout_rate": 0.0, "drop_path_rate": 0.0},
-    "optim": {"name": "sgd", "lr": 0.1},
-}
 
 
 class Heard(Quiet):
@@ -34,21 +28,6 @@ class Heard(Quiet):
 
     def warn(self, message):
         self.warnings.append(message)
-
-
-def go(out, *, resume=False, watch=None, **sections):
-    recipe = tiny_recipe(**sections)
-    return train(
-        recipe,
-        lambda source: random_model(recipe, source),
-        out=out,
-        resume=resume,
-        watch=watch or Quiet(),
-    )
-
-
-def weights(run):
-    return (run / "model.safetensors").read_bytes()
 
 
 @pytest.fixture
@@ -65,12 +44,12 @@ def small_memory(monkeypatch):
 
 
 def test_the_same_weights_in_smaller_parts_when_memory_runs_out(tmp_path, monkeypatch):
-    go(tmp_path / "whole", **PLAIN)
+    train_tiny(tmp_path / "whole", **PLAIN)
     expected = load_model(tmp_path / "whole").state_dict()
     heard = Heard()
     with monkeypatch.context() as patch:
         small_memory.__wrapped__(patch)
-        go(tmp_path / "parts", watch=heard, **PLAIN)
+        train_tiny(tmp_path / "parts", watch=heard, **PLAIN)
     assert heard.warnings == [
         "out of memory with a micro-batch of 32 images: continuing with 16",
         "out of memory with a micro-batch of 16 images: continuing with 8",
@@ -83,19 +62,21 @@ def test_the_same_weights_in_smaller_parts_when_memory_runs_out(tmp_path, monkey
 
 def test_a_resumed_run_begins_with_the_size_that_fitted(tmp_path, small_memory):
     """With dropout the masks depend on it, and must be the same again."""
-    go(tmp_path / "whole")
+    train_tiny(tmp_path / "whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None)
         with pytest.raises(Stopped):
-            go(tmp_path / "parts")
+            train_tiny(tmp_path / "parts")
     heard = Heard()
-    go(tmp_path / "parts", resume=True, watch=heard)
+    train_tiny(tmp_path / "parts", resume=True, watch=heard)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
     assert not heard.warnings
 
 
 def test_mixed_pairs_stay_together(tmp_path, small_memory):
-    go(tmp_path / "run", augment={"mixup_alpha": 1.0, "mix_rate": 1.0}, train={"batch_size": 18})
+    train_tiny(
+        tmp_path / "run", augment={"mixup_alpha": 1.0, "mix_rate": 1.0}, train={"batch_size": 18}
+    )
     state = json.loads((tmp_path / "run/checkpoints/step_000008/state.json").read_text())
     assert state["micro_batch"] == 8  # of 18 first 8, not 9
 
@@ -106,7 +87,7 @@ def test_nothing_fits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Softmax, "forward", forward)
     with pytest.raises(VitcliError, match=r"out of memory with a micro-batch of 1 image$"):
-        go(tmp_path / "run")
+        train_tiny(tmp_path / "run")
 
 
 def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
@@ -115,7 +96,7 @@ def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Softmax, "forward", forward)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        go(tmp_path / "run")
+        train_tiny(tmp_path / "run")
 
 
 def spoil(monkeypatch, step, times=1):
@@ -140,13 +121,13 @@ REWIND = {"train": {"steps": 10, "on_nan": "rewind", "checkpoint_steps": 2, "kee
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     spoil(monkeypatch, 5)
     with pytest.raises(VitcliError, match=r"the loss is not finite \(nan\) in steps 6 to 6"):
-        go(tmp_path / "run", train={"steps": 10})
+        train_tiny(tmp_path / "run", train={"steps": 10})
 
 
 def test_it_goes_back_with_half_the_rate_where_asked(tmp_path, monkeypatch):
     spoil(monkeypatch, 5)
     heard = Heard()
-    result = go(tmp_path / "run", watch=heard, **REWIND)
+    result = train_tiny(tmp_path / "run", watch=heard, **REWIND)
     assert result.steps == 10
     assert "going back to step 4, with 0.5 of the learning rate" in heard.warnings[0]
     found = records(tmp_path / "run")
@@ -155,7 +136,7 @@ def test_it_goes_back_with_half_the_rate_where_asked(tmp_path, monkeypatch):
     told = [(r["step"], r["event"], r["from"], r["lr_scale"]) for r in found if "event" in r]
     assert told == [(4, "rewind", 6, 0.5)]
     monkeypatch.undo()
-    go(tmp_path / "plain", train={"steps": 10})
+    train_tiny(tmp_path / "plain", train={"steps": 10})
     pairs = zip(
         [r for r in found if "lr" in r],
         [r for r in records(tmp_path / "plain") if "lr" in r],
@@ -167,7 +148,7 @@ def test_it_goes_back_with_half_the_rate_where_asked(tmp_path, monkeypatch):
 
 def test_a_resume_after_it_is_exact(tmp_path, monkeypatch):
     spoil(monkeypatch, 5)
-    go(tmp_path / "whole", **REWIND)
+    train_tiny(tmp_path / "whole", **REWIND)
     monkeypatch.undo()
     spoil(monkeypatch, 5)
     with pytest.MonkeyPatch.context() as patch:
@@ -177,16 +158,16 @@ def test_a_resume_after_it_is_exact(tmp_path, monkeypatch):
             lambda run, _: 15 if run.state.step == 5 and run.state.num_rewinds else None,
         )
         with pytest.raises(Stopped):
-            go(tmp_path / "parts", **REWIND)
+            train_tiny(tmp_path / "parts", **REWIND)
     monkeypatch.undo()
-    go(tmp_path / "parts", resume=True, **REWIND)
+    train_tiny(tmp_path / "parts", resume=True, **REWIND)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
 
 
 def test_too_often_is_the_end(tmp_path, monkeypatch):
     spoil(monkeypatch, 5, times=9)
     with pytest.raises(VitcliError, match="after 3 rewinds"):
-        go(tmp_path / "run", **REWIND)
+        train_tiny(tmp_path / "run", **REWIND)
     assert not (tmp_path / "run/result.json").exists()
 
 
@@ -201,7 +182,7 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path, monkeypatc
         return figures
 
     monkeypatch.setattr(Loop, "step", update)
-    go(tmp_path / "run", **REWIND)
+    train_tiny(tmp_path / "run", **REWIND)
     event = next(r for r in records(tmp_path / "run") if "event" in r)
     assert event["step"] == 2
 
@@ -217,7 +198,7 @@ def test_patches_are_left_out_in_training_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "__call__", call)
     settings = {"patch_drop_rate": 0.5, "patch_drop_until": 0.5, "steps": 4}
-    go(tmp_path / "run", train=settings, model={"patch_size": 2})
+    train_tiny(tmp_path / "run", train=settings, model={"patch_size": 2})
     whole = 16 + 1  # 8x8 pixels, patches of 2, a class token
     trained = [n for training, n in lengths if training]
     assert trained == [8 + 1] * 4 + [whole] * 4
@@ -226,12 +207,12 @@ def test_patches_are_left_out_in_training_only(tmp_path, monkeypatch):
 
 def test_patches_that_are_left_out_resume_exactly(tmp_path):
     settings = {"train": {"patch_drop_rate": 0.25, "steps": 6}, "model": {"patch_size": 2}}
-    go(tmp_path / "whole", **settings)
+    train_tiny(tmp_path / "whole", **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None)
         with pytest.raises(Stopped):
-            go(tmp_path / "parts", **settings)
-    go(tmp_path / "parts", resume=True, **settings)
+            train_tiny(tmp_path / "parts", **settings)
+    train_tiny(tmp_path / "parts", resume=True, **settings)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
 
 
@@ -244,18 +225,18 @@ def test_patches_that_are_left_out_resume_exactly(tmp_path):
 )
 def test_patches_that_cannot_be_left_out(tmp_path, model, words):
     with pytest.raises(VitcliError, match=words):
-        go(tmp_path / "run", model=model, train={"patch_drop_rate": 0.5})
+        train_tiny(tmp_path / "run", model=model, train={"patch_drop_rate": 0.5})
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["masked_patch", "mae"])
 def test_an_objective_that_hides_patches_has_none_left_out(tmp_path, name):
     with pytest.raises(VitcliError, match=f"`{name}` masks patches and cannot"):
-        go(tmp_path / "run", objective={"name": name}, train={"patch_drop_rate": 0.5})
+        train_tiny(tmp_path / "run", objective={"name": name}, train={"patch_drop_rate": 0.5})
 
 
 def test_records_say_what_the_machine_gave(tmp_path):
-    go(tmp_path / "run")
+    train_tiny(tmp_path / "run")
     record = next(r for r in records(tmp_path / "run") if "train/loss" in r)
     assert 0 < record["mfu"] < 1 and record["memory_mb"] > 50
 
@@ -267,16 +248,16 @@ def test_a_compiled_run_gives_the_same_and_resumes_exactly(tmp_path):
     """Sums in another order: close to the plain run, equal to itself."""
     train_section = {"steps": 6, "smaller_sizes": [[4, 0.5]]}
     compiled = {**PLAIN, "train": {**train_section, "compile": True}}
-    go(tmp_path / "whole", **compiled)
-    go(tmp_path / "plain", **PLAIN, train=train_section)
+    train_tiny(tmp_path / "whole", **compiled)
+    train_tiny(tmp_path / "plain", **PLAIN, train=train_section)
     expected = load_model(tmp_path / "plain").state_dict()
     for key, value in load_model(tmp_path / "whole").state_dict().items():
         torch.testing.assert_close(expected[key], value, rtol=0, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 4 else None)
         with pytest.raises(Stopped):
-            go(tmp_path / "parts", **compiled)
-    go(tmp_path / "parts", resume=True, **compiled)
+            train_tiny(tmp_path / "parts", **compiled)
+    train_tiny(tmp_path / "parts", resume=True, **compiled)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
 
 
@@ -291,11 +272,11 @@ def test_weights_that_are_not_finite_at_the_end(tmp_path, monkeypatch):
         return figures
 
     monkeypatch.setattr(Loop, "step", update)
-    assert go(tmp_path / "back", **REWIND).steps == 10
+    assert train_tiny(tmp_path / "back", **REWIND).steps == 10
     event = next(r for r in records(tmp_path / "back") if "event" in r)
     assert event["step"] == 8
     with pytest.raises(VitcliError, match="weights are not finite after step 8") as caught:
-        go(tmp_path / "stop")
+        train_tiny(tmp_path / "stop")
     assert "--lr" in caught.value.hint
     assert not (tmp_path / "stop/result.json").exists()
     assert not list((tmp_path / "stop").glob("checkpoints/*"))
@@ -318,10 +299,10 @@ def test_a_resume_removes_what_a_kill_left_half_written(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None)
         with pytest.raises(Stopped):
-            go(tmp_path / "run")
+            train_tiny(tmp_path / "run")
     left = tmp_path / "run/.model.safetensors.123.tmp"
     left.write_text("half")
-    go(tmp_path / "run", resume=True)
+    train_tiny(tmp_path / "run", resume=True)
     assert not left.exists()
 
 
@@ -329,7 +310,7 @@ def test_a_resume_removes_what_a_kill_left_half_written(tmp_path):
 def test_a_signal_during_an_evaluation_waits_for_nothing(tmp_path, monkeypatch, settings):
     """The state is saved as it was, also where averaged weights were in their place just then."""
     sections = {"train": {"eval_steps": 3, **settings.get("train", {})}}
-    go(tmp_path / "whole", **sections)
+    train_tiny(tmp_path / "whole", **sections)
     real, asked = setup.run_validation, iter(range(9))
 
     def measured(*arguments, **more):
@@ -340,8 +321,8 @@ def test_a_signal_during_an_evaluation_waits_for_nothing(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(setup, "run_validation", measured)
     with pytest.raises(Stopped, match="SIGTERM after step 3, state saved"):
-        go(tmp_path / "parts", **sections)
-    go(tmp_path / "parts", resume=True, **sections)
+        train_tiny(tmp_path / "parts", **sections)
+    train_tiny(tmp_path / "parts", resume=True, **sections)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
 
 
@@ -352,17 +333,17 @@ def test_a_signal_after_the_last_step_or_before_the_first_says_how_to_go_on(tmp_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "run_validation", interrupted)
         with pytest.raises(Stopped, match="SIGTERM after step 8, state saved") as stopped:
-            go(tmp_path / "late", train={"eval_steps": 100})
+            train_tiny(tmp_path / "late", train={"eval_steps": 100})
     assert (stopped.value.number, stopped.value.run) == (15, str(tmp_path / "late"))
-    go(tmp_path / "late", resume=True, train={"eval_steps": 100})
+    train_tiny(tmp_path / "late", resume=True, train={"eval_steps": 100})
     assert (tmp_path / "late/result.json").is_file()
     monkeypatch.setattr(Loop, "fit", interrupted)
     with pytest.raises(Stopped, match="SIGTERM before the first step"):
-        go(tmp_path / "early")
+        train_tiny(tmp_path / "early")
 
 
 def test_each_step_has_one_line_with_its_evaluation(tmp_path):
-    go(tmp_path / "run", train={"steps": 7, "eval_steps": 2, "log_steps": 3})
+    train_tiny(tmp_path / "run", train={"steps": 7, "eval_steps": 2, "log_steps": 3})
     found = records(tmp_path / "run")
     assert [r["step"] for r in found] == [2, 3, 4, 6, 7]
     assert [r["step"] for r in found if "test/accuracy" in r] == [2, 4, 6, 7]

@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 import torch
 from support.pictures import model, smooth
-from support.tiny import records, tiny_recipe
+from support.tiny import records, tiny_recipe, train_recipe
 
-from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
-from vitcli.progress import Quiet
 from vitcli.train.objectives.masked_patch import (
     MASKED,
     OTHER,
@@ -18,7 +16,6 @@ from vitcli.train.objectives.masked_patch import (
     most_frequent_fraction,
     random_mask,
 )
-from vitcli.train.session import train
 from vitcli.train.signals import Stopped
 
 
@@ -177,26 +174,20 @@ def test_what_cannot_be_is_said(changes, target, words):
         MaskedPatch(model(**changes), ObjectiveSection(name="masked_patch", target=target))
 
 
-def go(out, recipe, resume=False):
-    return train(
-        recipe, lambda source: random_model(recipe, source), out=out, resume=resume, watch=Quiet()
-    )
-
-
 @pytest.mark.parametrize("name", ["masked_patch", "mae"])
 def test_a_resumed_run_is_exact_and_its_model_is_an_ordinary_one(tmp_path, name):
     from vitcli.train import loop
     from vitcli.weights.load import load_model
 
     recipe = tiny_recipe(objective={"name": name, "decoder_dim": 32}, train={"steps": 6})
-    go(tmp_path / "whole", recipe)
+    train_recipe(tmp_path / "whole", recipe)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             loop.Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None
         )
         with pytest.raises(Stopped):
-            go(tmp_path / "parts", recipe)
-    go(tmp_path / "parts", recipe, resume=True)
+            train_recipe(tmp_path / "parts", recipe)
+    train_recipe(tmp_path / "parts", recipe, resume=True)
     a, b = (tmp_path / n / "model.safetensors" for n in ("whole", "parts"))
     assert a.read_bytes() == b.read_bytes()
     figures = [r for r in records(tmp_path / "whole") if "train/loss" in r]

@@ -9,18 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.kinds import KINDS, small
-from support.tiny import records, tiny_recipe
+from support.tiny import records, tiny_recipe, train_recipe
 
-from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import OptimSection, ScheduleSection
 from vitcli.errors import VitcliError
-from vitcli.progress import Quiet
 from vitcli.train.build import check_names, unused_settings
 from vitcli.train.loop import Loop
 from vitcli.train.optimizers import OPTIMIZERS, JointOptimizer, build_optimizers
 from vitcli.train.param_groups import is_hidden_matrix, is_kernel, set_lr
 from vitcli.train.schedules import SCHEDULES, schedule_factor
-from vitcli.train.session import train
 from vitcli.train.signals import Stopped
 from vitcli.vit import create_network
 from vitcli.weights.load import load_model
@@ -216,8 +213,7 @@ def test_a_resumed_run_is_exact_with_each(tmp_path, settings):
     recipe = tiny_recipe(optim=settings, model={"embed_dim": 64}, train={"steps": 6})
 
     def go(name, resume=False):
-        make = lambda source: random_model(recipe, source)  # noqa: E731
-        train(recipe, make, out=tmp_path / name, resume=resume, watch=Quiet())
+        train_recipe(tmp_path / name, recipe, resume)
 
     go("whole")
     with pytest.MonkeyPatch.context() as patch:

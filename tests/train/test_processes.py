@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.launching import ENVIRONMENT, PLAIN, go
-from support.tiny import records, vitcli, write_tiny
+from support.launching import ENVIRONMENT, PLAIN
+from support.tiny import records, train_tiny, vitcli, write_tiny
 
 from vitcli import distributed as launch
 from vitcli.cli import main as cli
@@ -42,22 +42,23 @@ RECIPES = {
 JOB = """
 import sys
 import test_processes as t
+from support.tiny import train_tiny
 from vitcli import distributed as launch
 from vitcli.train import loop
 from vitcli.train.signals import Stopped
 
 for name in sys.argv[1:]:
-    t.go(name, t.RECIPES[name])
+    train_tiny(name, **t.RECIPES[name])
 real, asked = loop.max_over_processes, iter(range(1000))
 def stopping(accelerator, value):
     return real(accelerator, 15 if next(asked) == 2 and launch.rank() else value)
 loop.max_over_processes = stopping
 try:
-    t.go("parts", t.RECIPES["whole"])
+    train_tiny("parts", **t.RECIPES["whole"])
 except Stopped as stopped:
     assert "SIGTERM after step 2" in str(stopped), stopped
 loop.max_over_processes = real
-t.go("parts", t.RECIPES["whole"], resume=True)
+train_tiny("parts", **t.RECIPES["whole"], resume=True)
 launch.exit_process(launch.agree_on_status(0))
 """
 
@@ -82,9 +83,9 @@ def run_job(number, folder, *names):
 
 def test_two_processes_compute_what_one_does_and_resume_exactly(here):
     run_job(2, here, *RECIPES)
-    go("one", RECIPES["two"])
+    train_tiny("one", **RECIPES["two"])
     expected = load_model("one").state_dict()
-    go("one, mixed", RECIPES["two, mixed and repeated"])
+    train_tiny("one, mixed", **RECIPES["two, mixed and repeated"])
     mixed = load_model("one, mixed").state_dict()
     for key, value in load_model("two, mixed and repeated").state_dict().items():
         torch.testing.assert_close(mixed[key], value, rtol=0, atol=1e-5)

@@ -7,18 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import records, tiny_recipe, write_tiny
+from support.tiny import records, tiny_recipe, train_recipe, weights, write_tiny
 
 import vitcli
 import vitcli.commands.pretrain as pretrain
-from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import loop
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.loop import step_seed
 from vitcli.train.objectives.classification import Softmax
-from vitcli.train.session import train
 from vitcli.train.signals import Stopped
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header
@@ -36,20 +34,6 @@ COMPLETE = {
 }
 
 
-def go(out, recipe, resume=False, watch=None):
-    return train(
-        recipe,
-        lambda source: random_model(recipe, source),
-        out=out,
-        resume=resume,
-        watch=watch or Quiet(),
-    )
-
-
-def weights(run):
-    return (run / "model.safetensors").read_bytes()
-
-
 class Interrupt:
     """Behaves as if a signal had come when so many steps are finished."""
 
@@ -64,7 +48,7 @@ class Interrupt:
 
 def test_a_run_leaves_what_the_contract_says(tmp_path):
     recipe = tiny_recipe()
-    result = go(tmp_path / "run", recipe)
+    result = train_recipe(tmp_path / "run", recipe)
     assert {p.name for p in (tmp_path / "run").iterdir()} == COMPLETE
     assert [r["step"] for r in records(tmp_path / "run") if "train/loss" in r] == list(range(1, 9))
     assert result.figures["images"] == 359  # every test image once
@@ -76,7 +60,7 @@ def test_a_run_leaves_what_the_contract_says(tmp_path):
 
 
 def test_the_resolved_recipe_repeats_the_run(tmp_path):
-    go(tmp_path / "one", tiny_recipe())
+    train_recipe(tmp_path / "one", tiny_recipe())
     again = pretrain.run(recipe=str(tmp_path / "one/recipe.toml"), out=tmp_path / "two")
     assert again.figures == json.loads((tmp_path / "one/result.json").read_text())["figures"]
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
@@ -123,14 +107,14 @@ CONFIGURATIONS = {
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_stopped_and_resumed_is_never_stopped(name, tmp_path, monkeypatch):
     recipe = tiny_recipe(**CONFIGURATIONS[name])
-    go(tmp_path / "whole", recipe)
+    train_recipe(tmp_path / "whole", recipe)
     Interrupt(monkeypatch, after=9, number=15)  # two questions a step: this is within step 5
     with pytest.raises(Stopped) as stopped:
-        go(tmp_path / "parts", recipe)
+        train_recipe(tmp_path / "parts", recipe)
     assert stopped.value.number == 15
     monkeypatch.undo()
     assert not (tmp_path / "parts/result.json").exists()
-    go(tmp_path / "parts", recipe, resume=True)
+    train_recipe(tmp_path / "parts", recipe, resume=True)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
     steps = [r["step"] for r in records(tmp_path / "parts") if "train/loss" in r]
     assert steps == list(range(1, 9))
@@ -147,19 +131,21 @@ def test_resume_before_a_checkpoint_starts_again_and_a_finished_run_is_left_alon
             heard.append(message)
 
     recipe = tiny_recipe()
-    go(tmp_path / "run", recipe, resume=True, watch=Watch())
+    train_recipe(tmp_path / "run", recipe, resume=True, watch=Watch())
     assert any("starting from step 0" in line for line in heard)
     before = weights(tmp_path / "run")
-    result = go(tmp_path / "run", recipe, resume=True, watch=Watch())
+    result = train_recipe(tmp_path / "run", recipe, resume=True, watch=Watch())
     assert result.already_finished and result.steps == 8
     assert any("already finished" in line for line in heard)
     assert weights(tmp_path / "run") == before
 
 
 def test_resume_with_another_recipe_names_the_keys(tmp_path):
-    go(tmp_path / "run", tiny_recipe())
+    train_recipe(tmp_path / "run", tiny_recipe())
     with pytest.raises(VitcliError, match=r"these differ: optim\.lr, train\.seed"):
-        go(tmp_path / "run", tiny_recipe(optim={"lr": 2e-3}, train={"seed": 1}), resume=True)
+        train_recipe(
+            tmp_path / "run", tiny_recipe(optim={"lr": 2e-3}, train={"seed": 1}), resume=True
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch):
@@ -175,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monk
     with pytest.raises(
         VitcliError, match=r"the loss is not finite .* in steps \d+ to \d+"
     ) as caught:
-        go(tmp_path / "run", recipe)
+        train_recipe(tmp_path / "run", recipe)
     assert "--lr" in caught.value.hint
     kept = sorted((tmp_path / "run/checkpoints").iterdir())
     assert kept and not (tmp_path / "run/model.safetensors").exists()
@@ -190,7 +176,7 @@ def test_accumulation_does_not_change_the_result(tmp_path):
         "optim": {"name": "sgd", "lr": 0.1},
     }
     for name, micro in (("whole", None), ("parts", 8)):
-        go(tmp_path / name, tiny_recipe(**settings, train={"micro_batch_size": micro}))
+        train_recipe(tmp_path / name, tiny_recipe(**settings, train={"micro_batch_size": micro}))
     a, b = (load_model(tmp_path / n).state_dict() for n in ("whole", "parts"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
@@ -200,7 +186,7 @@ def test_accumulation_does_not_change_the_result(tmp_path):
 def test_recomputed_activations_do_not_change_the_result(precision, tmp_path):
     for again in (False, True):
         train = {"activation_checkpointing": again, "precision": precision, "steps": 4}
-        go(tmp_path / str(again), tiny_recipe(train=train))
+        train_recipe(tmp_path / str(again), tiny_recipe(train=train))
     a, b = (load_model(tmp_path / str(again)).state_dict() for again in (False, True))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -210,7 +196,7 @@ def test_training_learns_the_digits(tmp_path):
         train={"steps": 300, "log_steps": 50, "ema_decay": None},
         model={"dropout_rate": 0.0, "drop_path_rate": 0.0},
     )
-    result = go(tmp_path / "run", recipe)
+    result = train_recipe(tmp_path / "run", recipe)
     assert result.figures["accuracy"] > 0.6  # chance is 0.1
 
 
@@ -237,7 +223,7 @@ def test_training_learns_the_digits(tmp_path):
 )
 def test_bad_settings_leave_no_run(settings, words, tmp_path):
     with pytest.raises(VitcliError, match=words):
-        go(tmp_path / "run", tiny_recipe(**settings))
+        train_recipe(tmp_path / "run", tiny_recipe(**settings))
     assert not (tmp_path / "run").exists()
 
 

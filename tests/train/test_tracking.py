@@ -4,27 +4,18 @@ import sys
 import types
 
 import pytest
-from support.tiny import records, tiny_recipe
+from support.tiny import records, tiny_recipe, train_tiny
 
-from vitcli.commands.pretrain import random_model
 from vitcli.errors import VitcliError
-from vitcli.progress import Quiet
 from vitcli.train import recorder
-from vitcli.train.session import train
-
-
-def go(out, **more):
-    recipe = tiny_recipe()
-    make = lambda source: random_model(recipe, source)  # noqa: E731
-    return train(recipe, make, out=out, watch=Quiet(), **{"resume": False, **more})
 
 
 def test_a_tracker_must_exist_and_be_installed(tmp_path, monkeypatch):
     with pytest.raises(VitcliError, match="unknown tracker `pencil`"):
-        go(tmp_path / "run", track="pencil")
+        train_tiny(tmp_path / "run", track="pencil")
     monkeypatch.setattr(recorder, "find_spec", lambda name: None)
     with pytest.raises(VitcliError, match="needs a package that is not installed") as caught:
-        go(tmp_path / "run", track="wandb")
+        train_tiny(tmp_path / "run", track="wandb")
     assert caught.value.hint == "`pip install wandb`"
     assert not (tmp_path / "run").exists()
 
@@ -65,7 +56,7 @@ def test_it_is_given_every_record(tmp_path, monkeypatch):
     from accelerate.utils import LoggerType
 
     monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD])
-    go(tmp_path / "run", track="tensorboard")
+    train_tiny(tmp_path / "run", track="tensorboard")
     wanted = {
         (r["step"], name, value)
         for r in records(tmp_path / "run")

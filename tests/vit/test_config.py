@@ -3,14 +3,14 @@
 import json
 import tomllib
 from dataclasses import fields
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import pytest
 
 from vitcli.config.recipe import check
 from vitcli.config.schema import ModelSection
 from vitcli.vit import ViTConfig, parse_variant
-from vitcli.vit.config import LITERALS, canonical_pool
+from vitcli.vit.config import canonical_pool
 
 
 def test_configurations_survive_a_round_trip_through_json():
@@ -129,9 +129,11 @@ def test_a_recipe_can_say_every_setting_of_a_model():
     """Each field has a key of the section, which takes the same words."""
     section = ModelSection.model_fields
     assert {f.name for f in fields(ViTConfig)} - set(section) == {"num_classes"}
-    for key, kind in LITERALS.items():
-        words = {word for part in get_args(section[key].annotation) for word in get_args(part)}
-        assert words == set(get_args(kind)) or key == "pool"  # which has other spellings too
+    choices = {f.name: get_args(f.type) for f in fields(ViTConfig) if get_origin(f.type) is Literal}
+    assert len(choices) == 6
+    for key, words in choices.items():
+        given = {word for part in get_args(section[key].annotation) for word in get_args(part)}
+        assert given == set(words) or key == "pool"  # which has other spellings too
     text = '[model]\nname = "R50+B/16"\nstem = [2, 2]\nstem_width = 0.5\nposition = "learned2d"'
     given = check(ModelSection, tomllib.loads(text)["model"], "here").architecture()
     assert given == {"stem": (2, 2), "stem_width": 0.5, "position": "learned2d"}

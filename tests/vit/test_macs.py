@@ -7,7 +7,7 @@ import torch
 
 from vitcli.vit import create_network, from_config, parse_variant
 from vitcli.vit.hybrid import StdConv2dSame
-from vitcli.vit.macs import macs, parts, training_flops
+from vitcli.vit.macs import macs, macs_by_part, training_flops
 
 JFT = 303e6  # images
 # Table 6 of the paper: exaFLOPs of pre-training.
@@ -133,19 +133,19 @@ def test_a_formula(options, prefix):
     config = create_network("Ti/16", **{"image_size": 32, "num_classes": 10, **options}).config
     n = config.grid[0] * config.grid[1]
     t, d, m = n + prefix, config.embed_dim, config.mlp_dim
-    assert parts(config) == {
+    assert macs_by_part(config) == {
         "embedding": n * 16 * 16 * 3 * d,
         "attention": config.depth * (4 * t * d * d + 2 * t * t * d),
         "mlp": config.depth * 2 * t * d * m,
         "head": 10 * (20 if config.representation_size else d)
         + (20 * d if config.representation_size else 0),
     }
-    assert macs(config) == sum(parts(config).values())
+    assert macs(config) == sum(macs_by_part(config).values())
 
 
 @pytest.mark.parametrize("name", ["R50x1", "R50+Ti/16", "Axial-Ti/16"])
 def test_other_families_are_counted_whole(name):
     config = create_network(name, image_size=64, num_classes=10).config
-    found = parts(config)
+    found = macs_by_part(config)
     assert macs(config) > 1e8 and found["head"] > 0
     assert ("stages" in found) == (name == "R50x1")

@@ -13,7 +13,7 @@ from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, create_network
 from vitcli.weights.edit import change_pool, prepare_finetune, resize
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.store import load_own, read_header, save_model
+from vitcli.weights.store import read_header, read_vitcli, save_model
 
 
 def drawn(seed=0, **settings):
@@ -132,7 +132,7 @@ def test_a_file_of_ours(tmp_path):
     save_model(tmp_path / "m.safetensors", model)
     header = read_header(tmp_path / "m.safetensors")
     assert header["config"]["kind"] == "resnet"
-    assert load_own(tmp_path / "m.safetensors").config == model.config
+    assert read_vitcli(tmp_path / "m.safetensors").config == model.config
     read = load_model(
         tmp_path / "m.safetensors", image_size=64, preprocess={"mean": 0.5, "std": 0.5}
     )

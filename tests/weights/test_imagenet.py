@@ -64,7 +64,7 @@ def test_a_thousand_outputs_without_names(shared):
     path = shared / "data/weights/vit_tiny_patch16_224_in1k/timm.safetensors"
     model = load_model(path, num_heads=3, gelu="exact", preprocess={"mean": 0.5, "std": 0.5})
     assert model.labels == imagenet_names(1000)
-    note = "1000 outputs without names: class names of ImageNet-1k assumed"
+    note = "1000 outputs have no names: assumed the classes of ImageNet-1k"
     assert note in model.load_report.notes
     own = [f"c{i}" for i in range(1000)]
     named = load_model(

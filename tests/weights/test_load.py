@@ -76,7 +76,7 @@ def test_preprocess_given_whole_or_in_part(here):
     assert load_model(run.path, preprocess=whole).preprocess == whole
     part = load_model(run.path, preprocess={"mean": 0.5, "std": [0.1, 0.2, 0.3]})
     assert part.preprocess.std == (0.1, 0.2, 0.3)
-    with pytest.raises(VitcliError, match=r"no setting `preprocess\.maen`") as error:
+    with pytest.raises(VitcliError, match=r"unknown setting `preprocess\.maen`") as error:
         load_model(run.path, preprocess={"maen": 0.5})
     assert "preprocess.mean" in error.value.hint
     with pytest.raises(VitcliError, match="2 values, the model 3 channels"):

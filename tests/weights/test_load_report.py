@@ -7,7 +7,7 @@ from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.weights.edit import change_pool, prepare_finetune
 from vitcli.weights.load import load_model
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
@@ -89,8 +89,8 @@ def test_what_is_not_float32_and_what_a_classifier_does_not_use(here):
 
 def test_one_line_or_all(file):
     model, short, long = load_model(file), Told(), Told()
-    tell_load(model, short)
-    tell_load(model, long, verbose=True)
+    note_load_report(model, short)
+    note_load_report(model, long, verbose=True)
     assert short.notes == [*model.load_report.notes, model.load_report.line()]
     assert long.notes == [*short.notes, *model.load_report.table(model)]
 

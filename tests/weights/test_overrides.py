@@ -2,7 +2,7 @@ import pytest
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.weights.overrides import Stated, as_size, per_channel, stated_preprocess
+from vitcli.weights.overrides import Overrides, as_size, override_preprocess, per_channel
 
 
 def test_sizes():
@@ -26,28 +26,28 @@ def test_a_value_per_channel():
 
 def test_what_is_stated_lies_over_the_base():
     base = Preprocess(image_size=(8, 8), mean=(0.1,), std=(0.2,), interpolation="bilinear")
-    found = stated_preprocess(base, {"std": 0.3, "crop_fraction": 0.5}, (8, 8), 3)
+    found = override_preprocess(base, {"std": 0.3, "crop_fraction": 0.5}, (8, 8), 3)
     assert (found.mean, found.std) == ((0.1,) * 3, (0.3,) * 3)
     assert (found.interpolation, found.crop_fraction) == ("bilinear", 0.5)
-    assert stated_preprocess(base, {}, (8, 8), 3) == base
+    assert override_preprocess(base, {}, (8, 8), 3) == base
 
 
 def test_mean_and_std_are_needed():
-    assert stated_preprocess(None, {"mean": 0.5}, (8, 8), 1) is None
-    found = stated_preprocess(None, {"mean": 0.5, "std": 0.5}, (8, 8), 1)
+    assert override_preprocess(None, {"mean": 0.5}, (8, 8), 1) is None
+    found = override_preprocess(None, {"mean": 0.5, "std": 0.5}, (8, 8), 1)
     assert (found.image_size, found.num_channels) == ((8, 8), 1)
     with pytest.raises(VitcliError, match="interpolation"):
-        stated_preprocess(found, {"interpolation": "cubic"}, (8, 8), 1)
+        override_preprocess(found, {"interpolation": "cubic"}, (8, 8), 1)
 
 
 def test_wrong_words():
     with pytest.raises(VitcliError, match=r"`model\.gelu` is `fast`"):
-        Stated(gelu="fast")
+        Overrides(gelu="fast")
     with pytest.raises(VitcliError, match=r"`model\.num_heads` is 0"):
-        Stated(num_heads=0)
+        Overrides(num_heads=0)
     for eps in (0.0, -1.0, 1.0, float("nan")):
         with pytest.raises(VitcliError, match=r"`model\.norm_eps` is "):
-            Stated(norm_eps=eps)
-    with pytest.raises(VitcliError, match=r"no setting `preprocess\.meen`") as error:
-        Stated(preprocess={"meen": 0.5})
-    assert error.value.hint == "did you mean `preprocess.mean`?"
+            Overrides(norm_eps=eps)
+    with pytest.raises(VitcliError, match=r"unknown setting `preprocess\.meen`") as error:
+        Overrides(preprocess={"meen": 0.5})
+    assert error.value.hint.startswith("did you mean `preprocess.mean`? Available: `preprocess.")

@@ -77,7 +77,9 @@ def test_of_two_models_the_averaged_one_is_taken_and_named(net, here, taken, lef
     zeros = {name: torch.zeros_like(tensor) for name, tensor in net.state_dict().items()}
     back = load_model(save({left: zeros, taken: net.state_dict()}), num_heads=4)
     assert torch.equal(back.network.patch_embed.proj.weight, net.network.patch_embed.proj.weight)
-    assert f"`{taken}` were taken, not `{left}`" in back.load_report.notes[0]
+    assert (
+        f"loaded the weights under `{taken}`, not those under `{left}`" in back.load_report.notes[0]
+    )
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.backbone.", "encoder."])
@@ -211,7 +213,7 @@ def test_tensors_that_share_memory_become_copies(here, zipped):
 def test_one_number_spread_over_a_large_shape_is_refused(net, here, name, shape, zipped):
     path = save({**net.state_dict(), name: torch.zeros(1).expand(shape)}, zipped=zipped)
     error = refused(path)
-    assert f"the largest is {name} {shape}, of 4 bytes in the file" in error.message
+    assert f"the largest, `{name}`, has the shape {shape} and takes 4 bytes" in error.message
 
 
 def test_it_is_refused_before_memory_is_taken(net, here):

@@ -6,7 +6,7 @@ from vitcli.errors import VitcliError
 from vitcli.run import create_run
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
-from vitcli.weights.overrides import Stated
+from vitcli.weights.overrides import Overrides
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import save_model
 
@@ -18,7 +18,7 @@ from vitcli.weights.store import save_model
         ("", "the MODEL is empty"),
         ("Q/16", "no model variant `Q/16`"),
         ("empty", "holds no weights"),
-        ("x.onnx", "`x.onnx`: unsupported weights format"),
+        ("x.onnx", "`x.onnx` has an unsupported weights format"),
     ],
 )
 def test_what_is_not_understood(here, given, words):
@@ -51,7 +51,7 @@ def test_one_weights_file_of_any_name(here):
 
 def test_layouts_by_their_names(shared):
     found = {
-        read_checkpoint(str(shared / path), Stated(num_heads=3, image_size=(32, 32))).layout
+        read_checkpoint(str(shared / path), Overrides(num_heads=3, image_size=(32, 32))).layout
         for path in (
             "reference/timm_vit/token",
             "reference/hf_vit/vit_cls",

@@ -252,7 +252,7 @@ def test_a_hybrid_of_googles_can_be_given_timms_arithmetic(tmp_path):
     write_timm(said, tmp_path / "out")
     assert torch.equal(load_model(tmp_path / "out")(images), said(images))
     save_model(tmp_path / "plain.safetensors", vit())
-    with pytest.raises(VitcliError, match="is only for hybrids"):
+    with pytest.raises(VitcliError, match="the model is not a hybrid"):
         load_model(tmp_path / "plain.safetensors", stem_arithmetic="timm")
 
 

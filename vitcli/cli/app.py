@@ -27,7 +27,7 @@ from vitcli.cli.options import (
     Verbose,
     option,
     option_groups,
-    setting,
+    schema_option,
     settings_of,
 )
 from vitcli.errors import VitcliError
@@ -76,7 +76,7 @@ def pretrain(data: Data = None, *, training: TrainOptions) -> None:
 def finetune(
     data: Data = None,
     model: ModelName = None,
-    lora: Annotated[int | None, setting(MODEL, "lora.rank", "--lora")] = None,
+    lora: Annotated[int | None, schema_option(MODEL, "lora.rank", "--lora")] = None,
     verbose: Verbose = False,
     *,
     training: TrainOptions,
@@ -95,7 +95,8 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
     """Run `pretrain` or `finetune`, or only estimate its cost, or only find a learning rate."""
     from vitcli.cli.show import training as show
 
-    shared = {"recipe": training.recipe, "settings": settings, "out": training.out}
+    name = command.__name__.rpartition(".")[2]
+    shared: dict[str, Any] = {"recipe": training.recipe, "settings": settings, "out": training.out}
     verbose = {"verbose": given.pop("verbose")} if "verbose" in given else {}
     if training.find_lr:
         if training.dry_run:
@@ -106,14 +107,15 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
             raise VitcliError(
                 "`--find-lr` does not train, so there is no run to resume", "remove `--resume`"
             )
-        rate = command.find_lr(**given, **shared, watch=console.Terminal())
+        from vitcli.commands import find_lr
+
+        rate = find_lr.run(**given, **shared, command=name, watch=console.Terminal())
         console.show(rate, training.json, show.show_found_rate)
         return
     if training.dry_run:
         from vitcli.cli.show import cost as show_cost
         from vitcli.commands import plan as planning
 
-        name = command.__name__.rpartition(".")[2]
         result = planning.run(
             **{"data": None, "model": None, **given, **shared},
             command=name,
@@ -310,7 +312,7 @@ def export(
 
     Example: `vitcli export --model runs/finetune --to onnx --out flowers.onnx`
     """
-    from vitcli.cli.show import training as show
+    from vitcli.cli.show import export as show
     from vitcli.commands import export as command
 
     result = command.run(
@@ -530,7 +532,7 @@ def check(
 
     Example: `vitcli check photos/ --out samples.png`
     """
-    from vitcli.cli.show import training as show
+    from vitcli.cli.show import check as show
     from vitcli.commands import check as command
 
     result = command.run(data, settings=settings_of(set_=set_), out=out, watch=console.Terminal())

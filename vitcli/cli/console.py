@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import typer
@@ -31,6 +30,7 @@ from vitcli.progress import Bar
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MOST_CLASSES = 20  # rows of a table of classes
 PLAIN_SECONDS = 20.0  # between two progress lines when stderr is not a terminal
 SHOWN = {
     "loss": "loss {:.3f}",
@@ -80,6 +80,11 @@ def figures_text(figures: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
+def percent(fraction: float) -> str:
+    """Format 0.9077 as `90.77 %`."""
+    return f"{100 * fraction:.2f} %"
+
+
 class Terminal:
     """A watcher that prints to stderr: live bars on a terminal, plain lines elsewhere."""
 
@@ -115,12 +120,7 @@ class LiveBar:
         self.bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bars.stop()
 
     def advance(self, n: int = 1, **figures: float) -> None:
@@ -142,12 +142,7 @@ class PlainBar:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         return None
 
     def extend(self, total: int) -> None:

@@ -1,8 +1,8 @@
 """The option groups of the commands.
 
-A group is a frozen dataclass whose fields are Typer options. `option_groups` writes the fields of
-every keyword-only parameter out as flags of the command. A flag made by `setting` is shorthand for
-a key of the recipe schema and shows the help of that key, so nothing is described twice.
+A group is a frozen dataclass whose fields are Typer options. `option_groups` turns the fields of
+every keyword-only parameter into flags of the command. `schema_option` makes a flag that sets a key
+of the recipe schema and shows the help of that key, so nothing is described twice.
 """
 
 import inspect
@@ -30,7 +30,7 @@ def option(panel: str, *flags: str, help: str, **more: Any) -> Any:
     return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
 
 
-def setting(
+def schema_option(
     panel: str, key: str, *flags: str, parse: Callable[[Any], Any] | None = None, **more: Any
 ) -> Any:
     """A flag that sets the key `key` of the recipe schema; `parse` converts what is typed."""
@@ -195,7 +195,7 @@ Set = Annotated[
     ),
 ]
 Json = Annotated[bool, option(OUTPUT, "--json", help="Print the result as JSON to stdout.")]
-ImageSize = Annotated[int | None, setting(MODEL, "model.image_size", "--image-size")]
+ImageSize = Annotated[int | None, schema_option(MODEL, "model.image_size", "--image-size")]
 Labels = Annotated[
     Path | None, option(MODEL, "--labels", help="File with class names, one per line.")
 ]
@@ -240,13 +240,15 @@ class TrainOptions:
     recipe: Annotated[
         str | None, option(TRAINING, "--recipe", help="Name or file of a recipe.")
     ] = None
-    epochs: Annotated[float | None, setting(TRAINING, "train.epochs", "--epochs")] = None
-    steps: Annotated[int | None, setting(TRAINING, "train.steps", "--steps")] = None
-    budget: Annotated[str | None, setting(TRAINING, "train.budget", "--budget")] = None
-    batch_size: Annotated[int | None, setting(TRAINING, "train.batch_size", "--batch-size")] = None
-    lr: Annotated[float | None, setting(TRAINING, "optim.lr", "--lr")] = None
-    seed: Annotated[int | None, setting(TRAINING, "train.seed", "--seed")] = None
-    on_nan: Annotated[str | None, setting(TRAINING, "train.on_nan", "--on-nan")] = None
+    epochs: Annotated[float | None, schema_option(TRAINING, "train.epochs", "--epochs")] = None
+    steps: Annotated[int | None, schema_option(TRAINING, "train.steps", "--steps")] = None
+    budget: Annotated[str | None, schema_option(TRAINING, "train.budget", "--budget")] = None
+    batch_size: Annotated[
+        int | None, schema_option(TRAINING, "train.batch_size", "--batch-size")
+    ] = None
+    lr: Annotated[float | None, schema_option(TRAINING, "optim.lr", "--lr")] = None
+    seed: Annotated[int | None, schema_option(TRAINING, "train.seed", "--seed")] = None
+    on_nan: Annotated[str | None, schema_option(TRAINING, "train.on_nan", "--on-nan")] = None
     find_lr: Annotated[
         bool,
         option(
@@ -263,9 +265,11 @@ class TrainOptions:
         option(TRAINING, "--resume", help="Resume the run in `--out` from its last checkpoint."),
     ] = False
     image_size: ImageSize = None
-    streaming: Annotated[bool, setting(DATA, "data.streaming", "--streaming")] = False
-    strict: Annotated[bool, setting(DATA, "data.strict", "--strict")] = False
-    precision: Annotated[str | None, setting(MACHINE, "train.precision", "--precision")] = None
+    streaming: Annotated[bool, schema_option(DATA, "data.streaming", "--streaming")] = False
+    strict: Annotated[bool, schema_option(DATA, "data.strict", "--strict")] = False
+    precision: Annotated[str | None, schema_option(MACHINE, "train.precision", "--precision")] = (
+        None
+    )
     processes: Processes = None
     out: Out = None
     set_: Set = None
@@ -281,10 +285,12 @@ class PlanOptions:
     """The options of `plan`: the run's settings, the machine and its prices."""
 
     model: ModelName = None
-    epochs: Annotated[float | None, setting(TRAINING, "train.epochs", "--epochs")] = None
-    steps: Annotated[int | None, setting(TRAINING, "train.steps", "--steps")] = None
-    budget: Annotated[str | None, setting(TRAINING, "train.budget", "--budget")] = None
-    batch_size: Annotated[int | None, setting(TRAINING, "train.batch_size", "--batch-size")] = None
+    epochs: Annotated[float | None, schema_option(TRAINING, "train.epochs", "--epochs")] = None
+    steps: Annotated[int | None, schema_option(TRAINING, "train.steps", "--steps")] = None
+    budget: Annotated[str | None, schema_option(TRAINING, "train.budget", "--budget")] = None
+    batch_size: Annotated[
+        int | None, schema_option(TRAINING, "train.batch_size", "--batch-size")
+    ] = None
     image_size: ImageSize = None
     images: Annotated[
         int | None,
@@ -311,7 +317,9 @@ class PlanOptions:
             "core), several separated by commas, or `all`.",
         ),
     ] = None
-    precision: Annotated[str | None, setting(MACHINE, "train.precision", "--precision")] = None
+    precision: Annotated[str | None, schema_option(MACHINE, "train.precision", "--precision")] = (
+        None
+    )
     processes: Processes = None
     watts: Annotated[
         float | None, option(MACHINE, "--watts", min=0.0, help="Power draw of the machine in W.")
@@ -394,14 +402,14 @@ class FewshotOptions:
     model: ModelName = None
     image_size: ImageSize = None
     representation: Annotated[
-        str | None, setting(MODEL, "fewshot.representation", "--representation")
+        str | None, schema_option(MODEL, "fewshot.representation", "--representation")
     ] = None
     shots: Annotated[
-        str | None, setting(EVALUATION, "fewshot.shots", "--shots", parse=shot_counts)
+        str | None, schema_option(EVALUATION, "fewshot.shots", "--shots", parse=shot_counts)
     ] = None
-    method: Annotated[str | None, setting(EVALUATION, "fewshot.method", "--method")] = None
-    l2: Annotated[str | None, setting(EVALUATION, "fewshot.l2", "--l2", parse=penalty)] = None
-    seeds: Annotated[int | None, setting(EVALUATION, "fewshot.seeds", "--seeds")] = None
+    method: Annotated[str | None, schema_option(EVALUATION, "fewshot.method", "--method")] = None
+    l2: Annotated[str | None, schema_option(EVALUATION, "fewshot.l2", "--l2", parse=penalty)] = None
+    seeds: Annotated[int | None, schema_option(EVALUATION, "fewshot.seeds", "--seeds")] = None
     batch_size: InferenceBatch = 128
     precision: InferencePrecision = "auto"
     processes: Processes = None

@@ -52,11 +52,6 @@ class CheckResult:
     groups: Integers
     sheet: str | None
 
-    @property
-    def exit_code(self) -> int:
-        """3 if some images cannot be read."""
-        return 3 if self.scan.unreadable else 0
-
     def name(self, row: int) -> str:
         """The name of the image of a row."""
         return self._split_of(row).describe(int(self.scan.index[row]))

@@ -34,7 +34,7 @@ from vitcli.files import check_folder, make_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_output, run_stem
 from vitcli.weights.load import load_model, load_settings, newest_run
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
 
 DEFAULT_DATA = "builtin:digits"
@@ -181,7 +181,7 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
     source, images = choose_images(request.data, model, request.inference, watch)
     for line in source.notes:
         watch.note(line)
-    tell_load(net, watch, verbose=request.verbose)
+    note_load_report(net, watch, verbose=request.verbose)
     matching = match_outputs(net, source.classes, request.data, watch, request.class_map)
     if images.targets is not None:
         _check_multi_label(matching, source, request)

@@ -22,7 +22,7 @@ from vitcli.weights.edit import fold_temperature
 from vitcli.weights.google.write_google import write_google
 from vitcli.weights.huggingface.write_huggingface import write_huggingface
 from vitcli.weights.load import load_model, load_settings, newest_run
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.onnx import data_file, run_onnx, write_onnx
 from vitcli.weights.timm.write_timm import write_timm
@@ -133,7 +133,7 @@ def run(
         if out is None:
             watch.note(f"no `--out` given: writing to {path}")
         net = load_model(model, labels=labels, watch=watch, **said)
-        tell_load(net, watch, verbose=verbose)
+        note_load_report(net, watch, verbose=verbose)
         with _place_taken(path, is_new=out is not None, is_file=suffix is not None):
             return _export(net, model, to, path)
 

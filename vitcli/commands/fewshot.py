@@ -31,7 +31,7 @@ from vitcli.run import check_free, create_run, new_output, run_stem
 from vitcli.weights.edit import replace_head
 from vitcli.weights.feature_layers import set_representation
 from vitcli.weights.load import load_model, load_settings, newest_run
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import save_model
 
@@ -73,11 +73,6 @@ class FewshotResult:
     choices: dict[Shots, list[L2Choice]] = field(default_factory=dict)
     paths: dict[Shots, list[list[float]]] = field(default_factory=dict)
     broken: tuple[str, ...] = ()
-
-    @property
-    def exit_code(self) -> int:
-        """3 if some images could not be read."""
-        return 3 if self.broken else 0
 
     def to_json(self) -> dict[str, Any]:
         """The object of `fewshot --json`.
@@ -176,7 +171,7 @@ def run(
     set_representation(net, inference.fewshot.representation)
     for line in source.notes:
         watch.note(line)
-    tell_load(net, watch, verbose=verbose)
+    note_load_report(net, watch, verbose=verbose)
     about = {"model": model, "representation": inference.fewshot.representation, "of": data}
     features = CachedFeatures(net, source.fingerprint, about, batch_size, precision, cache, watch)
     result, head = _measure(features, source, inference.fewshot, watch)

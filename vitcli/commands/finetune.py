@@ -4,8 +4,6 @@ from pathlib import Path
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import check_free, new_output
-from vitcli.train.lr_finder import FoundRate, find_rate
 from vitcli.train.resolve import finetune_recipe, pretrained_model
 from vitcli.train.session import TrainResult, train
 
@@ -50,27 +48,3 @@ def run(
         watch=watch,
         track=track,
     )
-
-
-def find_lr(
-    data: str | None = None,
-    *,
-    model: str | None = None,
-    recipe: str | None = None,
-    settings: Settings | None = None,
-    out: Path | None = None,
-    watch: Watcher | None = None,
-) -> FoundRate:
-    """Run a learning-rate range test for the run that `run` would make with these arguments.
-
-    Args:
-        out: a new folder for the curve; None creates `runs/RECIPE-lr`.
-    """
-    watch = watch or Quiet()
-    name, resolved = finetune_recipe(data, model, recipe, settings, watch)
-    if out is not None:
-        check_free(out)
-    with new_output(out, f"{Path(name).stem}-lr") as folder:
-        return find_rate(
-            resolved, lambda s: pretrained_model(resolved, s, watch), out=folder, watch=watch
-        )

@@ -39,7 +39,7 @@ from vitcli.run import new_output, run_stem
 from vitcli.vit import ResNet, VisionTransformer, ViTConfig
 from vitcli.weights.edit import match_classes
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
 
 MAX_IMAGES = 128  # as in appendix D.7
@@ -129,7 +129,7 @@ def run(
     if isinstance(loaded.network, ResNet):
         _check_resnet(model, with_bias, watch)
     chosen = _choose_images(paths, loaded, inference, watch)
-    tell_load(loaded, watch, verbose=verbose)
+    note_load_report(loaded, watch, verbose=verbose)
     loaded = loaded.to(pick_device()).eval()
     network = loaded.network
 

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from vitcli.config.choices import ResizeMode
 from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.readers import DATA_SUFFIXES
 from vitcli.data.readers.folder import IMAGE_SUFFIXES
@@ -23,7 +24,7 @@ from vitcli.inspection.patch_grids import (
     patch_size_costs,
     patch_statistics,
 )
-from vitcli.preprocess import Preprocess, ResizeMode
+from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.vit.patches import patchify, unpatchify
 

@@ -27,7 +27,7 @@ from vitcli.evals.writers import COLUMNS, OutputFiles, PredictionRow
 from vitcli.preprocess import AnyImage
 from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel, model_hash
 
 Labels = str | os.PathLike[str] | Sequence[str] | None
@@ -51,11 +51,6 @@ class Predictions:
     def failed(self) -> int:
         """Number of images so far that could not be read."""
         return self.counts.failed
-
-    @property
-    def exit_code(self) -> int:
-        """3 if some images could not be read."""
-        return 3 if self.failed else 0
 
 
 def predict(
@@ -301,7 +296,7 @@ def _load_classifier(
         name = os.fspath(model if model is not None else inference.model.name or "")
         arguments = load_settings(inference.model, inference.preprocess)
         net = load_model(name, labels=labels, watch=watch, **arguments)
-        tell_load(net, watch, verbose=verbose)
+        note_load_report(net, watch, verbose=verbose)
     if not net.head_trained:
         raise VitcliError(
             f"`{name}` has no trained head, so it cannot predict classes",

@@ -57,11 +57,6 @@ class SuiteResult:
     failed: dict[str, str]
     path: str
 
-    @property
-    def exit_code(self) -> int:
-        """3 if some tasks failed."""
-        return 3 if self.failed else 0
-
     def to_json(self) -> dict[str, Any]:
         """The object of `evaluate --suite --json`; all accuracies are in 0..1."""
         accuracies = {name: result.accuracy for name, result in self.results.items()}

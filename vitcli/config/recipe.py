@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from vitcli.config.schema import DURATIONS, Inference, Recipe, Section, Settings
-from vitcli.errors import VitcliError, nearest
+from vitcli.errors import VitcliError, nearest, unknown
 
 RECIPE_FOLDERS = (".", "paper", "reference")
 
@@ -44,12 +44,9 @@ def recipe_path(name: str) -> Path:
             return path
         raise VitcliError(f"no recipe file `{name}`", "`vitcli recipes` lists the recipes")
     files = recipe_files()
-    if name in files:
-        return files[name]
-    names = sorted(files)
-    close = nearest(name, names)
-    hint = f"did you mean `{close}`?" if close else f"the recipes are {', '.join(names)}"
-    raise VitcliError(f"there is no recipe `{name}`", hint)
+    if name not in files:
+        raise unknown("recipe", name, sorted(files))
+    return files[name]
 
 
 def read_toml(path: Path) -> Settings:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import (
@@ -20,6 +20,19 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     model_validator,
+)
+
+from vitcli.config.choices import (
+    CropRounding,
+    Gelu,
+    Interpolation,
+    MlpKind,
+    Pool,
+    Position,
+    PositionAt,
+    Resize,
+    ResizeMode,
+    StemArithmetic,
 )
 
 Settings = dict[str, Any]
@@ -66,32 +79,28 @@ class ModelSection(Section):
     depth: PositiveInt | None = setting(None, "Number of encoder blocks.")
     num_heads: PositiveInt | None = setting(None, "Attention heads per block.")
     mlp_dim: PositiveInt | None = setting(None, "Hidden width of the MLP.")
-    pool: str | None = setting(
-        None, "Pooling: token, mean, quadrants, map, token_mean or distilled."
-    )
+    pool: str | None = setting(None, f"Pooling: {', '.join(get_args(Pool))}.")
     class_token: bool | None = setting(None, "Prepend a class token.")
     distillation_token: bool | None = setting(None, "Prepend a distillation token (DeiT).")
     distillation_head: bool | None = setting(None, "Add a head on the distillation token (DeiT).")
     num_registers: NonNegativeInt | None = setting(None, "Number of register tokens.")
-    position: Literal["learned", "learned2d", "relative", "sincos2d", "none"] | None = setting(
-        None, "Kind of position embedding."
-    )
-    position_at: Literal["stem", "every", "shared"] | None = setting(
+    position: Position | None = setting(None, "Kind of position embedding.")
+    position_at: PositionAt | None = setting(
         None, "Where positions are added: before the encoder, per block, or one table in each."
     )
     position_covers_prefix: bool | None = setting(
         None, "Give the prefix tokens position embeddings too."
     )
     pool_blocks: PositiveInt | None = setting(None, "Number of last blocks that pooling reads.")
-    position_resize: (
-        Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"] | None
-    ) = setting(None, "Interpolation of position embeddings for another image size.")
+    position_resize: Resize | None = setting(
+        None, "Interpolation of position embeddings for another image size."
+    )
     representation_size: PositiveInt | None = setting(None, "Width of the pre-logits layer.")
     qkv_bias: bool | None = setting(None, "Add a bias to query, key and value.")
     qk_norm: bool | None = setting(None, "Normalise queries and keys.")
     layer_scale: float | None = setting(None, "Initial value of LayerScale.")
-    mlp: Literal["gelu", "swiglu"] | None = setting(None, "Kind of MLP.")
-    gelu: Literal["exact", "tanh"] | None = setting(None, "Form of GELU.")
+    mlp: MlpKind | None = setting(None, "Kind of MLP.")
+    gelu: Gelu | None = setting(None, "Form of GELU.")
     norm_eps: PositiveFloat | None = setting(None, "Epsilon of the layer norms.")
     norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
     norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
@@ -101,7 +110,7 @@ class ModelSection(Section):
         None, "Units per stage of the hybrid's ResNet stem."
     )
     stem_width: PositiveFloat | None = setting(None, "Width factor of the hybrid's ResNet stem.")
-    stem_arithmetic: Literal["google", "timm"] | None = setting(
+    stem_arithmetic: StemArithmetic | None = setting(
         None, "Whose padding and normalisation the stem reproduces."
     )
     layers: tuple[PositiveInt, ...] | None = setting(None, "Units per stage of a ResNet.")
@@ -123,19 +132,15 @@ class PreprocessSection(Section):
     """The evaluation transform. A key that is not given keeps the value in the weights file."""
 
     image_size: Size | None = setting(None, "Image side in px that the model receives.")
-    resize_mode: Literal["crop", "squash", "pad"] | None = setting(
+    resize_mode: ResizeMode | None = setting(
         None, "Resize and centre crop, squash to the size, or pad to a square."
     )
     resize_size: PositiveInt | None = setting(None, "Shorter side in px before the centre crop.")
     crop_fraction: float | None = setting(
         None, "Central fraction of the resized image that is kept.", gt=0.0, le=1.0
     )
-    crop_rounding: Literal["even", "down"] | None = setting(
-        None, "Rounding of the size before the crop."
-    )
-    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] | None = setting(
-        None, "Interpolation of the resize."
-    )
+    crop_rounding: CropRounding | None = setting(None, "Rounding of the size before the crop.")
+    interpolation: Interpolation | None = setting(None, "Interpolation of the resize.")
     antialias: bool | None = setting(None, "Antialias when the image is shrunk.")
     mean: float | tuple[float, ...] | None = setting(
         None, "Mean per channel that is subtracted, pixels in 0 to 1."
@@ -151,8 +156,26 @@ class DataSection(Section):
     name: str | None = setting(None, "DATA: a folder, a table, parquet, shards, `hf:NAME` …")
     image_column: str | None = setting(None, "Column that holds the images or their paths.")
     label_column: str | None = setting(None, "Column that holds the labels.")
+    image_root: str | None = setting(
+        None, "Folder that the paths of a table start from. Default: the folder of the table."
+    )
+    image_suffix: str | None = setting(
+        None, "Suffix that completes the image names of a table, e.g. `.jpg`."
+    )
     multi_label: bool | None = setting(
         None, "Treat each image as having any number of labels. Default: detect it."
+    )
+    label_separator: str | None = setting(
+        None, "Text between the labels of a cell, e.g. `|`. Default: detect it.", min_length=1
+    )
+    split_column: str | None = setting(
+        None, "Column that names the split of each row; `none` ignores such columns."
+    )
+    test_fold: NonNegativeInt | str | None = setting(
+        None, "Fold of the split column that is held out as the test split."
+    )
+    group_column: str | None = setting(
+        None, "Column such as `patient`; images with the same value stay in one split."
     )
     class_level: Literal["auto", "top", "leaf", "path"] = setting(
         "auto",
@@ -192,6 +215,8 @@ class DataSection(Section):
             raise ValueError(f"`fold` must be 0 to {self.folds - 1} with {self.folds} folds")
         if self.folds is not None and self.validation_fraction is not None:
             raise ValueError("give `folds` or `validation_fraction`, not both")
+        if self.label_separator is not None and self.multi_label is False:
+            raise ValueError("`label_separator` divides cells; remove `multi_label = false`")
         return self
 
 

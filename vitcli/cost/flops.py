@@ -7,7 +7,7 @@ from vitcli.train.budget import SCALE, stage_fractions
 from vitcli.train.lora import training_passes
 from vitcli.train.objectives.base import Objective
 from vitcli.vit import Config, ResNetConfig
-from vitcli.vit.macs import macs, parts
+from vitcli.vit.macs import macs, macs_by_part
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def run_stages(recipe: Recipe, config: Config, objective: Objective) -> list[Run
         # An objective that hides patches replaces patch dropout; both together are refused.
         rate = objective.hidden_rate or recipe.train.patch_drop_at(step, SCALE)
         resized = config if side is None else replace(config, image_size=(side, side))
-        forward = sum(parts(resized, rate).values()) if rate else macs(resized)
+        forward = sum(macs_by_part(resized, rate).values()) if rate else macs(resized)
         forward += objective.extra_macs(resized)
         training = training_passes(objective.model) * forward + objective.teacher_macs()
         tokens = count_tokens(resized, rate)

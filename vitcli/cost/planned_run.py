@@ -25,7 +25,7 @@ from vitcli.train.objectives import build_objective
 from vitcli.train.objectives.base import Objective
 from vitcli.train.validate import EVAL_BATCH_SIZE
 from vitcli.vit import Config, from_config
-from vitcli.vit.macs import macs, parts
+from vitcli.vit.macs import macs, macs_by_part
 from vitcli.weights.loaded import LoadedModel
 
 
@@ -165,7 +165,7 @@ def count_run(planned: PlannedRun) -> RunCounts:
     return RunCounts(
         parameters=sum(p.numel() for name, p in named if not name.endswith(ADAPTER)),
         trained=sum(p.numel() for p in objective.parameters() if p.requires_grad),
-        parts=parts(config),
+        parts=macs_by_part(config),
         macs=macs(config),
         stages=tuple(stages),
         steps=train.total_steps(planned.images),

@@ -6,14 +6,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from vitcli.data.splits import SPLIT_ALIASES
 from vitcli.errors import printable
 
-# Words that say nothing about a class. A folder is a wrapper if its name has one of them.
+# Words that say nothing about a class. A folder with one of them in its name can be a wrapper.
 CONTAINERS = frozenset({
-    "archive", "archives", "class", "classes", "classification", "crop", "cropped", "data",
-    "dataset", "datasets", "dir", "folder", "folders", "image", "images", "imageset", "img",
-    "imgs", "jpeg", "jpegs", "jpg", "jpgs", "original", "originals", "photo", "photos", "pic",
-    "pics", "picture", "pictures", "png", "pngs", "raw", "resized", "rgb", "sample", "samples",
-    "set", "sets", "split"
+    "archive", "archives", "categories", "category", "class", "classes", "classification", "crop",
+    "cropped", "data", "dataset", "datasets", "dir", "folder", "folders", "image", "images",
+    "imageset", "img", "imgs", "jpeg", "jpegs", "jpg", "jpgs", "original", "originals", "photo",
+    "photos", "pic", "pics", "picture", "pictures", "png", "pngs", "raw", "resized", "rgb",
+    "sample", "samples", "set", "sets", "split",
 })  # fmt: skip
+PART_WORDS = {"batch", "chunk", "fold", "part", "shard"} | CONTAINERS - {
+    "categories", "category", "class", "classes", "classification"
+}  # fmt: skip
 SPLIT_FORM = re.compile(
     rf"({'|'.join(sorted(SPLIT_ALIASES, key=len, reverse=True))})"
     r"(?:set|data|images?|imgs?|folder|split)?"
@@ -84,7 +87,10 @@ def words_of(name: str) -> list[str]:
     return re.findall(r"[^\W\d_]+", separated.lower())
 
 
-def folder_split(name: str) -> tuple[str, tuple[str, ...]] | None:
+Meaning = tuple[str, tuple[str, ...]]  # the split that a name means, and the other words
+
+
+def folder_split(name: str) -> Meaning | None:
     """(the split that a folder name means, its other words) for `train_set`, `seg_train`, …
 
     A folder with other words is a split only beside its counterpart: `seg_train` and `seg_test`.
@@ -100,6 +106,13 @@ def is_container(name: str) -> bool:
     """True for `images`, `raw-img`: a name that says nothing about a class."""
     words = set(words_of(name))
     return bool(words) and words <= CONTAINERS
+
+
+def is_numbered_parts(names: Sequence[str]) -> bool:
+    """True for `images_001`, `images_002`, …; `class_1`, `class_2` are classes."""
+    words = {tuple(words_of(name)) for name in names}
+    first = set(next(iter(words), ()))
+    return len(words) == 1 and len(names) > 1 and bool(first & PART_WORDS)
 
 
 def named(names: Sequence[str]) -> str:

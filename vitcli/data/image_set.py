@@ -18,6 +18,9 @@ from PIL import Image
 from vitcli.decode import Box, ImageError, ImageInput, LazyImage, Mode, open_image, read_image
 from vitcli.errors import printable
 
+Integers = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
+
 
 class BytesList:
     """A compact immutable list of byte strings: 8 bytes of overhead each, a list needs about 60."""
@@ -72,10 +75,6 @@ class ArrayPicture:
 
 AnyPicture = LazyImage | ArrayPicture
 
-
-Integers = NDArray[np.int64]
-Pixels = NDArray[np.uint8]
-
 CACHE_BYTES = 512 * 2**20  # a set whose decoded pixels fit is decoded once and stays in memory
 PROBES = 8  # images that are opened to estimate the decoded size of a set
 
@@ -111,6 +110,21 @@ class FileStore:
     def file_name(self, row: int) -> str:
         return Path(os.fsdecode(self.paths[row])).name
 
+    def content_keys(self, rows: Integers) -> Integers:
+        """The sizes of the files; -1 for a file that does not exist."""
+        start = os.fsencode(self.root) + b"/"  # `pathlib` would take most of the time
+        paths = (self.paths[row] for row in rows)
+        full = (path if path.startswith(b"/") else start + path for path in paths)
+        return np.fromiter(map(file_size, full), np.int64, len(rows))
+
+
+def file_size(path: Path | bytes) -> int:
+    """Bytes; -1 if the file does not exist."""
+    try:
+        return os.stat(path).st_size  # noqa: PTH116
+    except (OSError, ValueError):
+        return -1
+
 
 class ArrayStore:
     """Images in memory: (n, Y, X) grey or (n, Y, X, C), uint8."""
@@ -139,6 +153,7 @@ class ImageSet:
         store: the images.
         rows: (n,) the rows of `store`; default: all.
         targets: (n, K) multi-hot targets of multi-label images, else None.
+        groups: (n,) numbers; images with the same number stay in one split; -1: in no group.
     """
 
     def __init__(
@@ -149,11 +164,13 @@ class ImageSet:
         store: ImageStore,
         rows: Integers | None = None,
         targets: Pixels | None = None,
+        groups: Integers | None = None,
     ) -> None:
         self.name = name
         self.classes = tuple(classes)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.targets = targets
+        self.groups = groups
         self._store = store
         self._rows = np.arange(len(self.labels)) if rows is None else rows
         self._cache: list[Pixels | None] | None = None
@@ -224,11 +241,18 @@ class ImageSet:
         named = getattr(self._store, "file_name", None)
         return None if named is None else named(int(self._rows[index]))
 
+    def content_keys(self) -> Integers | None:
+        """(n,) numbers of which those of equal images are equal; None if the store has none."""
+        keys = getattr(self._store, "content_keys", None)
+        found: Integers | None = None if keys is None else keys(self._rows)
+        return found
+
     def subset(self, indices: Integers, name: str | None = None) -> "ImageSet":
         """The images at `indices`, in this order, with the same classes."""
         labels, rows = self.labels[indices], self._rows[indices]
         targets = None if self.targets is None else self.targets[indices]
-        return ImageSet(name or self.name, self.classes, labels, self._store, rows, targets)
+        groups = None if self.groups is None else self.groups[indices]
+        return ImageSet(name or self.name, self.classes, labels, self._store, rows, targets, groups)
 
     def relabelled(self, classes: Sequence[str]) -> "ImageSet":
         """The same images with labels that index into `classes`, matched by name.
@@ -244,7 +268,8 @@ class ImageSet:
         if self.targets is not None:
             targets = np.zeros((len(self), len(classes)), dtype=np.uint8)
             targets[:, place[present]] = self.targets[:, present]
-        return ImageSet(self.name, classes, place[self.labels], self._store, self._rows, targets)
+        labels = place[self.labels]
+        return ImageSet(self.name, classes, labels, self._store, self._rows, targets, self.groups)
 
     def class_counts(self) -> Integers:
         """(K,) images per class."""

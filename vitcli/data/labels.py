@@ -4,34 +4,49 @@ The first half takes Python values, the second half arrow columns. A multi-label
 multi-hot row of targets; its class index is that of its first label, or -1 if it has none.
 """
 
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vitcli.config.schema import DataSection
 from vitcli.data.image_set import Integers
 from vitcli.errors import VitcliError
 
-SEPARATOR = ";"
-MULTI_LABEL_COLUMN = "labels"  # cells such as `cat;dog` in a column of this name are two labels
+# Missing cells as pandas and NumPy (`nan`), Python (`None`), SQL and Excel write them. `NA` and
+# `none` stay labels, because people write them.
+MISSING = frozenset({"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "#N/A"})
+SEPARATORS = ("|", ";", ",", " ")  # between several labels of one cell, in order of preference
+PLURAL_COLUMN = re.compile(
+    r"(?:^|[\W_])(?:labels|tags|classes|categories|attributes|ids)$", re.IGNORECASE
+)
+BRACKETED = re.compile(r"\[.*\]|\{.*['\",].*\}|\(.*['\",].*\)", re.DOTALL)
+QUOTED = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""")
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+MAX_SHOWN = 3  # examples in a note
 
 MultiHot = NDArray[np.uint8]
+Splitter = Callable[[Any], list[Any]]
 
 
 def has_label(cell: Any) -> bool:
-    """False for a cell that is None, blank or NaN (pandas writes NaN into empty cells)."""
+    """False for a cell that is None, blank, NaN or a text of MISSING."""
     if isinstance(cell, str | bytes):
-        return bool(cell.strip())
+        text = cell.decode("latin-1").strip() if isinstance(cell, bytes) else cell.strip()
+        return bool(text) and text not in MISSING
     return cell is not None and cell == cell  # NaN is not equal to itself
 
 
-def label_text(value: Any) -> str:
-    r"""A label as a class name in valid UTF-8: other bytes become `\xe9`.
-
-    A whole number is written as one, even if a table with empty cells has stored it as 1.0.
-    """
+def raw_text(value: Any) -> str:
+    r"""A label as valid UTF-8: other bytes become `\xe9`, and the whole number 1.0 becomes `1`."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     if isinstance(value, float) and value.is_integer():
@@ -44,6 +59,12 @@ def label_text(value: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def label_text(value: Any) -> str:
+    """A label as a class name, without blanks around it, its letters composed (Unicode NFC)."""
+    text = raw_text(value).strip()
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
 def sorted_classes(names: Iterable[str]) -> list[str]:
     """Class names sorted as text; if all are whole numbers, as numbers: `2` before `10`."""
     ordered = sorted(names)
@@ -53,14 +74,89 @@ def sorted_classes(names: Iterable[str]) -> list[str]:
 
 
 def encode_labels(values: Sequence[Any]) -> tuple[tuple[str, ...], Integers]:
-    """n labels -> (sorted class names, (n,) class indices); whole numbers sort as numbers."""
+    """n labels -> (sorted class names, (n,) class indices); whole numbers sort as numbers.
+
+    If all are whole numbers and some are written as `1.0`, the classes are `1`, `2` …
+    """
     names = [label_text(value) for value in values]
+    whole = _whole_numbers(set(names))
+    names = [whole.get(name, name) for name in names]
     unique = sorted_classes(set(names))
     index = {name: label for label, name in enumerate(unique)}
     return tuple(unique), np.array([index[name] for name in names], dtype=np.int64)
 
 
-def split_labels(cell: Any) -> list[Any]:
+def _whole_numbers(names: set[str]) -> dict[str, str]:
+    """`1.0` -> `1` for each name, if all are whole numbers without leading zeros, else {}."""
+    if not any("." in name for name in names):
+        return {}
+    whole = {name: name.partition(".")[0] for name in names}
+    plain = all(re.fullmatch(r"-?(0|[1-9]\d*)(\.0*)?", name) for name in names)
+    return whole if plain else {}
+
+
+def refuse_numbers(shown: str, column: str, values: Iterable[Any]) -> None:
+    """Raise if single labels are measurements (0.1, 0.25 …), as scikit-learn's `type_of_target`.
+
+    Raises:
+        VitcliError: all labels are numbers, and not all of them are whole.
+    """
+    names = {label_text(value) for value in values}
+    several = ""
+    if names and all(map(DECIMAL_COMMA.fullmatch, names)):
+        numbers = [float(name.replace(",", ".")) for name in names]
+        several = "; for several labels per cell: `--set data.label_separator=,`"
+    elif all(map(NUMBER.fullmatch, names)):
+        numbers = [float(name) for name in names]
+    else:
+        return
+    if all(number.is_integer() for number in numbers):
+        return
+    fraction = min(name for name, number in zip(names, numbers, strict=True) if number % 1)
+    raise VitcliError(
+        f"`{shown}`: the labels in `{column}` are {len(names):,} different numbers such as "
+        f"`{fraction}`, which is regression, and this is a classifier",
+        "write classes into the column, such as `low` and `high`, or name another column: "
+        f"`--set data.label_column=NAME`{several}",
+    )
+
+
+def tidy_notes(shown: str, values: Iterable[Any]) -> list[str]:
+    """Notes about labels that are equal up to blanks (one class) or up to case (several)."""
+    written: dict[str, set[str]] = {}
+    for raw in {raw_text(value) for value in values if has_label(value)}:
+        written.setdefault(label_text(raw), set()).add(raw)
+    merged = {name: forms for name, forms in written.items() if len(forms) > 1}
+    by_form: dict[str, list[str]] = {}
+    for name in sorted(written):
+        by_form.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
+    notes = []
+    if merged:
+        extra = sum(len(forms) - 1 for forms in merged.values())
+        names = ", ".join(f"`{name}`" for name in sorted(merged)[:MAX_SHOWN])
+        notes.append(
+            f"{shown}: merged {extra} spelling{'s' if extra > 1 else ''} of labels that differ "
+            f"only in blanks or in the encoding of accents ({names})"
+        )
+    if similar := [names for names in by_form.values() if len(names) > 1]:
+        groups = "; ".join(", ".join(f"`{n}`" for n in names) for names in similar[:MAX_SHOWN])
+        notes.append(
+            f"{shown}: labels that differ only in case are different classes: {groups}; correct "
+            "the table if they are one"
+        )
+    return notes
+
+
+def missing_texts(cells: Iterable[Any]) -> str:
+    """` (2 `NaN`, 1 `None`)` for cells with a text of MISSING, else nothing."""
+    counts = Counter(
+        cell.strip() for cell in cells if isinstance(cell, str) and cell.strip() in MISSING
+    )
+    found = ", ".join(f"{count:,} `{text}`" for text, count in sorted(counts.items()))
+    return f" ({found})" if found else ""
+
+
+def split_labels(cell: Any, separator: str = ";") -> list[Any]:
     """`cat; dog` -> ["cat", "dog"]; a list stays a list; an empty cell gives no label."""
     if not has_label(cell):
         return []
@@ -68,21 +164,50 @@ def split_labels(cell: Any) -> list[Any]:
         return [label for label in cell if has_label(label)]
     if not isinstance(cell, str):
         return [cell]
-    return [part for text in cell.split(SEPARATOR) if (part := text.strip())]
+    return [part for text in cell.split(separator) if has_label(part := text.strip())]
 
 
-def is_multi_label(
-    shown: str, column: str, cells: Sequence[Any], setting: bool | None, notes: list[str]
-) -> bool:
-    """Decide if the cells of a label column hold several labels each; add a note about it.
+def split_bracketed(cell: Any) -> list[Any]:
+    """The labels of `['a', 'b']`, `["a", "b"]`, `['a' 'b']` (NumPy), `[1, 2]`, `{'a'}`, `[]`."""
+    if not isinstance(cell, str) or not has_label(cell):
+        return split_labels(cell)
+    inside = cell.strip()[1:-1]
+    if found := list(QUOTED.finditer(inside)):
+        parts = [one[1] if one[1] is not None else one[2] for one in found]
+        return [re.sub(r"\\(.)", r"\1", part) for part in parts if has_label(part)]
+    parts = inside.split(",") if "," in inside else inside.split()
+    return [text for part in parts if has_label(text := part.strip())]
 
-    Lists always do. Text with `;` does in a column named `labels`. In other columns `;` may be part
-    of a class name, so it splits labels only if `data.multi_label` (`setting`) is true.
+
+def label_splitter(
+    shown: str,
+    column: str,
+    cells: Iterable[Any],
+    settings: DataSection,
+    notes: list[str],
+) -> Splitter | None:
+    """The function from a cell to its labels if cells hold several; None if each holds one.
+
+    Lists always do. A text cell does in these cases, and a note says so:
+
+    1. `data.label_separator` is given.
+    2. All cells are bracketed lists: `['a', 'b']`.
+    3. The cells contain `|` or `;`, and the column is called `labels`, `tags` … or at least half of
+       the parts occur in other cells too.
+    4. The cells contain `,` (or blanks, only in a column called `labels`, `tags` …), and at least
+       half of the parts are also whole cells, or few parts make many cells.
+
+    `data.multi_label` overrules 2 to 4.
 
     Raises:
         VitcliError: the cells are lists, but `data.multi_label` is false.
     """
-    lists = sum(isinstance(cell, list) for cell in cells)
+    setting, counts, lists = settings.multi_label, Counter[str](), 0
+    for cell in cells:
+        if isinstance(cell, list):
+            lists += 1
+        elif isinstance(cell, str) and has_label(cell):
+            counts[cell] += 1
     if lists:
         if setting is False:
             raise VitcliError(
@@ -91,37 +216,75 @@ def is_multi_label(
                 "remove `data.multi_label=false`",
             )
         notes.append(f"{shown}: multi-label data, because `{column}` holds lists")
-        return True
-    if setting is not None:
-        return setting
-    separated = sum(isinstance(cell, str) and SEPARATOR in cell for cell in cells)
-    if not separated:
-        return False
-    cells_hold = f"{shown}: {separated:,} cells of `{column}` contain `{SEPARATOR}`"
-    if column.lower() == MULTI_LABEL_COLUMN:
+        return split_labels
+    if setting is False:
+        return None
+    if settings.label_separator is not None:
+        return partial(split_labels, separator=settings.label_separator)
+    if counts and all(BRACKETED.fullmatch(cell.strip()) for cell in counts):
+        notes.append(f"{shown}: multi-label data, because `{column}` holds lists as text")
+        return split_bracketed
+    return _find_separator(shown, column, counts, setting, notes)
+
+
+def _find_separator(
+    shown: str, column: str, counts: Counter[str], setting: bool | None, notes: list[str]
+) -> Splitter | None:
+    """Rules 3 and 4 of `label_splitter`."""
+    plural = setting or PLURAL_COLUMN.search(column) is not None
+    containing = {
+        s: sum(count for cell, count in counts.items() if s in cell.strip()) for s in SEPARATORS
+    }
+    for separator in SEPARATORS:
+        if containing[separator] and _separates(counts, separator, plural):
+            notes.append(
+                f"{shown}: {containing[separator]:,} cells of `{column}` contain `{separator}`: "
+                "multi-label data, and an empty cell is an image without labels (for one class "
+                "per cell: `--set data.multi_label=false`)"
+            )
+            return partial(split_labels, separator=separator)
+    present = next((s for s in SEPARATORS if containing[s] and (s != " " or plural)), None)
+    if setting:
+        return partial(split_labels, separator=(present or "").strip() or SEPARATORS[0])
+    if present:
+        way = "multi_label=true" if present != " " else "label_separator=' '"
         notes.append(
-            f"{cells_hold}: multi-label data, and an empty cell is an image without labels "
-            "(for one class per cell: `--set data.multi_label=false`)"
+            f"{shown}: {containing[present]:,} cells of `{column}` contain `{present}`: each cell "
+            f"is one class name (for several labels per cell: `--set data.{way}`)"
         )
+    return None
+
+
+def _separates(counts: Counter[str], separator: str, plural: bool) -> bool:
+    """Rules 3 and 4 of `label_splitter` for one separator."""
+    if separator in "|;" and plural:
         return True
-    notes.append(
-        f"{cells_hold}: each cell is one class name "
-        "(for several labels per cell: `--set data.multi_label=true`)"
-    )
-    return False
+    if separator == " " and not plural:
+        return False
+    cells = {tuple(split_labels(cell, separator)) for cell in counts}
+    occurs = Counter(part for parts in cells for part in set(parts))
+    several = [parts for parts in cells if len(parts) > 1]
+    divided = {part for parts in several for part in parts}
+    alone = {parts[0] for parts in cells if len(parts) == 1}
+    if separator in ", ":
+        few = plural and 2 * len(divided) <= len(several)
+        return bool(divided) and (few or 2 * len(divided & alone) >= len(divided))
+    return bool(divided) and 2 * sum(occurs[part] > 1 for part in divided) >= len(divided)
 
 
 def encode_multi_label(
     cells: Sequence[Any],
     encode: Callable[[list[Any]], tuple[Sequence[str], Integers]] = encode_labels,
+    split: Splitter = split_labels,
 ) -> tuple[Sequence[str], Integers, MultiHot]:
     """n cells -> (class names, (n,) index of the first label, (n, K) multi-hot targets).
 
     Args:
-        cells: each a list, `a;b`, one label, or empty.
+        cells: each a list, text, one label, or empty.
         encode: all labels -> (class names, the class index of each label).
+        split: a cell -> its labels.
     """
-    lists = [split_labels(cell) for cell in cells]
+    lists = [split(cell) for cell in cells]
     classes, indices = encode([label for labels in lists for label in labels])
     lengths = np.array([len(labels) for labels in lists], dtype=np.int64)
     rows = np.repeat(np.arange(len(lists)), lengths)
@@ -154,28 +317,33 @@ def class_names(feature: Any) -> Sequence[str] | None:
 
 
 def arrow_label_lists(
-    column: Any, shown: str, name: str, setting: bool | None, notes: list[str]
+    column: Any, shown: str, name: str, settings: DataSection, notes: list[str]
 ) -> Any:
     """A multi-label column as a `pyarrow.ListArray`; None if each image has one label.
 
     Args:
         column: a `pyarrow.ChunkedArray` of lists, or of text such as `a;b`.
         shown, name: file and column, for messages.
-        setting: `data.multi_label`, see `is_multi_label`.
+        settings: see `label_splitter`.
     """
-    import pyarrow.compute as pc
+    import pyarrow as pa
     import pyarrow.types as types
 
     kind = column.type
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        is_multi_label(shown, name, [[]], setting, notes)
+        label_splitter(shown, name, [[]], settings, notes)
         return column.combine_chunks()
     if not (types.is_string(kind) or types.is_large_string(kind)):
         return None
-    separated = column.filter(pc.fill_null(pc.match_substring(column, SEPARATOR), False))
-    if not is_multi_label(shown, name, separated.to_pylist(), setting, notes):
+    values = column.dictionary_encode().unify_dictionaries().combine_chunks()
+    cells = values.dictionary.to_pylist()
+    counts = np.bincount(values.indices.drop_null().to_numpy(), minlength=len(cells))
+    every = chain.from_iterable(map(repeat, cells, counts.tolist()))
+    split = label_splitter(shown, name, every, settings, notes)
+    if split is None:
         return None
-    return pc.split_pattern(column, SEPARATOR).combine_chunks()
+    lists = pa.array([split(cell) for cell in cells], pa.list_(pa.string()))
+    return lists.take(values.indices)
 
 
 def encode_arrow_lists(

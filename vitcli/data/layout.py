@@ -6,24 +6,23 @@ each split and class. It notes each decision that a user may want to change.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 
-from vitcli.data.folder_tree import CONTAINERS, Folder, folder_split, is_container, named, words_of
+from vitcli.data.folder_tree import (
+    CONTAINERS,
+    Folder,
+    Meaning,
+    folder_split,
+    is_container,
+    is_numbered_parts,
+    named,
+    words_of,
+)
 from vitcli.data.labels import sorted_classes
+from vitcli.data.masks import drop_masks
 from vitcli.data.splits import SPLITS, in_split_order
 from vitcli.errors import VitcliError, printable
-
-IMAGE_WORDS = frozenset({
-    "image", "images", "img", "imgs", "photo", "photos", "pic", "pics", "picture", "pictures"
-})  # fmt: skip
-MASK_WORDS = frozenset({
-    "annotation", "annotations", "bbox", "bboxes", "contour", "contours", "ground", "groundtruth",
-    "groundtruths", "gt", "label", "labels", "mask", "masks", "segmentation", "segmentations",
-    "truth"
-})  # fmt: skip
-MASK_STEM = re.compile(r"(.+?)[ _-](?:mask|masks|seg|segmentation|gt|groundtruth)(?:[ _-]?\d+)?")
 
 
 @dataclass
@@ -68,9 +67,11 @@ def read_layout(root: Folder, shown: str, level: str = "auto") -> Layout:
         VitcliError: only some classes have folders for splits.
     """
     notes: list[str] = []
-    _drop_masks(root, shown, notes)
+    drop_masks(root, shown, notes)
     base = _unwrap(root, notes, shown)
     bodies = _split_bodies(base, shown, notes)
+    if not bodies:
+        base, bodies = _one_with_splits(base, shown, notes)
     inner = None if bodies else _splits_in_classes(base, shown)
     if inner is not None:
         names = in_split_order({split: None for one in inner.values() for split in one})
@@ -81,11 +82,15 @@ def read_layout(root: Folder, shown: str, level: str = "auto") -> Layout:
         rule = f"{base.path}CLASS/SPLIT/*"
         return Layout(splits, rule, [*notes, f"{shown}: splits are folders in each class: {rule}"])
     bodies = bodies or {"train": [base]}
+    for body in next(iter(bodies.values())):
+        _drop_repeated(_unwrap(body, None, shown), shown, notes)
     level, said = _class_level(next(iter(bodies.values())), level)
     splits, rules = {}, []
     for split, folders in bodies.items():
         known = set(splits["train"].classes) if "train" in splits else None
         opened = [_unwrap(one, None, shown, known) for one in folders]
+        for body in opened:
+            _drop_repeated(body, shown, notes)
         images = SplitImages(opened[0].path if len(opened) == 1 else base.path)
         for body in opened:
             images.loose += [body.path + file for file in body.files]
@@ -112,10 +117,17 @@ def _unwrap(
         known: classes of the training images, which are not wrappers; None where all names count.
     """
     first = folder
-    while not folder.files and len(folder.folders) == 1:
+    while len(folder.folders) == 1:
         (child,) = folder.folders
+        beside = folder.files
         if not _is_wrapper(folder, child) or child.name in (known or ()):
             break
+        if beside and (notes is None or not child.folders):
+            break
+        if beside and notes is not None:
+            notes.append(
+                f"{shown}: skipped {len(beside):,} images beside `{printable(child.path)}`"
+            )
         folder = child
     if notes is not None and folder is not first:
         notes.append(f"{shown}: the data are in `{printable(folder.path)}`")
@@ -148,7 +160,7 @@ def _split_bodies(base: Folder, shown: str, notes: list[str]) -> dict[str, list[
         if found is not None:
             stems.setdefault(found[1], set()).add(found[0])
     bodies: dict[str, list[Folder]] = {}
-    others = []
+    others, said = [], []
     # A plain name goes before an alias: `validation` before `dev`.
     for folder in sorted(base.folders, key=lambda folder: folder.name.lower() not in SPLITS):
         found = meanings[folder.name]
@@ -160,19 +172,56 @@ def _split_bodies(base: Folder, shown: str, notes: list[str]) -> dict[str, list[
         if not same or _without_digits(same[0].name) == _without_digits(folder.name):
             same.append(folder)
         else:
-            notes.append(
-                f"{shown}: skipped `{printable(folder.name)}`, because `{printable(same[0].name)}` "
-                f"is the {found[0]} split"
-            )
-    if not bodies or ("train" not in bodies and others):
-        return {}
+            skipped, kept = printable(folder.name), printable(same[0].name)
+            said.append(f"{shown}: skipped `{skipped}`, because `{kept}` is the {found[0]} split")
+    if "train" not in bodies and others:
+        return _beside_test_set(base, meanings, shown, notes)
     # `train/` that holds images only, beside `car/` and `bus/`, is a class of vehicles.
     if others and not any(one.folders for folders in bodies.values() for one in folders):
         return {}
     if others:
-        skipped = named(sorted(folder.name for folder in others))
-        notes.append(f"{shown}: skipped folders that are not splits: {skipped}")
+        names = named(sorted(folder.name for folder in others))
+        said.append(f"{shown}: skipped folders that are not splits: {names}")
+    notes += said
     return in_split_order(bodies)
+
+
+def _beside_test_set(
+    base: Folder, meanings: Mapping[str, Meaning | None], shown: str, notes: list[str]
+) -> dict[str, list[Folder]]:
+    """`photos/CLASS` beside `photos_test/`: all other folders are for testing or validation."""
+    rest = [folder for folder in base.folders if meanings[folder.name] is None]
+    if not (len(rest) == 1 < len(base.folders) and _is_wrapper(base, rest[0])):
+        return {}
+    if len(rest[0].folders) < 2:
+        return {}
+    bodies = {"train": rest}
+    for folder in base.folders:
+        if (found := meanings[folder.name]) is not None:
+            bodies.setdefault(found[0], []).append(folder)
+    beside = named([folder.name for folder in base.folders if folder is not rest[0]])
+    notes.append(
+        f"{shown}: `{printable(rest[0].name)}` is the train split, because {beside} beside it is "
+        "for testing or validation"
+    )
+    return bodies
+
+
+def _one_with_splits(
+    base: Folder, shown: str, notes: list[str]
+) -> tuple[Folder, dict[str, list[Folder]]]:
+    """The only folder with splits of class folders: `data/train/CLASS` beside `docs/`."""
+    found = []
+    for folder in base.folders:
+        bodies = _split_bodies(folder, shown, [])
+        if len(bodies) > 1 and any(one.folders for one in bodies.get("train", [])):
+            found.append((folder, bodies))
+    if len(found) != 1 or len(base.folders) == 1:
+        return base, {}
+    folder, bodies = found[0]
+    others = named(sorted(one.name for one in base.folders if one is not folder))
+    notes.append(f"{shown}: the data are in `{printable(folder.path)}`; skipped {others}")
+    return folder, bodies
 
 
 def _without_digits(name: str) -> str:
@@ -216,6 +265,17 @@ def _classes(body: Folder, level: str) -> Iterator[tuple[str, list[str]]]:
                 yield name, [leaf.path + file for file in leaf.files]
 
 
+def _drop_repeated(body: Folder, shown: str, notes: list[str]) -> None:
+    """Remove a folder that repeats the class folders beside it."""
+    names = {folder.name for folder in body.folders}
+    for folder in body.folders:
+        inside = {one.name for one in folder.folders}
+        if len(inside) > 1 and not folder.files and inside <= names - {folder.name}:
+            del body.entries[folder.name]
+            skipped = printable(folder.path)
+            notes.append(f"{shown}: skipped `{skipped}`, which repeats the class folders beside it")
+
+
 def _without_containers(path: str) -> str:
     """`cat/images` -> `cat`."""
     first, *parts = path.split("/")
@@ -235,7 +295,7 @@ def _class_level(bodies: Sequence[Folder], level: str) -> tuple[str, str | None]
         if leaf.files
     }
     deep = [path for path in leaves if "/" in path]
-    if not deep:
+    if not deep or (level == "auto" and len(tops) == 1):
         return ("top" if level == "auto" else level), None
     names = Counter(path.rpartition("/")[2] for path in leaves)
     repeated = [name for name, count in names.items() if count > 1]
@@ -246,6 +306,9 @@ def _class_level(bodies: Sequence[Folder], level: str) -> tuple[str, str | None]
         )
     if level != "auto":
         return level, None
+    if is_numbered_parts(sorted(tops)) and repeated and len(deep) == len(leaves):
+        parts = named(sorted(tops))
+        return "leaf", f"{parts} are parts; the classes are the folders in them: {named(repeated)}"
     # A taxonomy: two words or more under each of several top folders, and none of them twice.
     # Years, patients and sessions have digits, or they are the same under each class.
     words = Counter(path.partition("/")[0] for path in deep if re.search(r"/[^/\d]+$", path))
@@ -259,65 +322,3 @@ def _class_level(bodies: Sequence[Folder], level: str) -> tuple[str, str | None]
         f"the classes are the {len(tops)} top folders, which have subfolders such as "
         f"`{printable(deep[0])}`; for the innermost folders: `--set data.class_level=leaf`"
     )
-
-
-# Masks
-
-
-def _drop_masks(root: Folder, shown: str, notes: list[str]) -> None:
-    """Remove folders and files of masks that belong to images beside them."""
-    folders: list[str] = []
-    files: list[str] = []
-    _collect_masks(root, folders, files)
-    if folders:
-        notes.append(f"{shown}: skipped masks: {named(folders)}")
-    if files:
-        notes.append(
-            f"{shown}: skipped {len(files):,} mask files beside their images, such as "
-            f"`{printable(files[0])}`"
-        )
-
-
-def _collect_masks(folder: Folder, folders: list[str], files: list[str]) -> None:
-    masks = [child for child in folder.folders if _is_mask_folder(child, folder)]
-    for child in masks:
-        del folder.entries[child.name]
-        folders.append(child.path)
-    stems = {PurePosixPath(name).stem for name in folder.files}
-    for name in folder.files:
-        found = MASK_STEM.fullmatch(PurePosixPath(name).stem)
-        if found is not None and found[1] in stems:
-            del folder.entries[name]
-            files.append(folder.path + name)
-    for child in folder.folders:
-        _collect_masks(child, folders, files)
-
-
-def _is_mask_folder(folder: Folder, parent: Folder) -> bool:
-    """True for `masks` beside `images`, `train_masks` beside `train`, `masks` beside its images."""
-    words = set(words_of(folder.name))
-    if not words & MASK_WORDS:
-        return False
-    rest = words - MASK_WORDS - CONTAINERS
-    siblings = {one.name: one for one in parent.folders if one is not folder}
-    beside = {name: one for name, one in siblings.items() if not set(words_of(name)) & MASK_WORDS}
-    if not rest:
-        names = [name for name in beside if is_container(name)]
-        splits = [found for name in beside if (found := folder_split(name)) and not found[1]]
-        if splits or any(IMAGE_WORDS & set(words_of(name)) for name in names):
-            return True
-    else:
-        names = [name for name in beside if set(words_of(name)) - CONTAINERS == rest]
-    images = [path for name in names for path in beside[name].paths()]
-    return _share_stems(folder, [*parent.files, *images])
-
-
-def _share_stems(masks: Folder, images: Iterable[str]) -> bool:
-    """True if at least half of the masks have the name of an image."""
-    stems = {PurePosixPath(path).stem for path in images}
-    names = [PurePosixPath(path).stem for path in masks.paths()]
-    paired = 0
-    for name in names:
-        found = MASK_STEM.fullmatch(name)
-        paired += name in stems or (found is not None and found[1] in stems)
-    return 2 * paired >= len(names)

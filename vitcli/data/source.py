@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from vitcli.config.schema import DataSection
-from vitcli.data.image_set import ImageSet
+from vitcli.data.copies import image_units, join_groups, leak_notes
+from vitcli.data.image_set import ImageSet, Integers
 from vitcli.data.readers import READERS, expand_home, find_reader, resolve
-from vitcli.data.splits import split_images
+from vitcli.data.splits import GROUP_COLUMN, divides, split_images
 from vitcli.errors import VitcliError, printable
 from vitcli.progress import Quiet, Watcher
 
@@ -30,7 +31,8 @@ class DataRequest:
         notation: DATA as the user wrote it.
         settings: the `[data]` section; `notation` replaces its `name`.
         whole: make no splits in addition to those of the data.
-        labelled: require two classes; False accepts images without labels.
+        labelled: require labels; False accepts images without labels.
+        min_classes: the number of classes that the labels must have.
         watch: receives progress.
     """
 
@@ -38,6 +40,7 @@ class DataRequest:
     settings: DataSection = field(default_factory=DataSection)
     whole: bool = False
     labelled: bool = True
+    min_classes: int = 2
     watch: Watcher = field(default_factory=Quiet, compare=False)
 
     @property
@@ -115,6 +118,7 @@ def open_data(
     *,
     whole: bool = False,
     labelled: bool = True,
+    min_classes: int = 2,
     watch: Watcher | None = None,
     streams: bool = False,
 ) -> Source:
@@ -124,7 +128,8 @@ def open_data(
         section: the settings.
         notation: DATA, if it is not `section.name`.
         whole: make no splits in addition to those of the data.
-        labelled: require two classes; False accepts images without labels.
+        labelled: require labels; False accepts images without labels.
+        min_classes: the number of classes that the labels must have.
         watch: receives progress.
         streams: True if the caller can read a stream of training images.
 
@@ -133,7 +138,7 @@ def open_data(
             images, or no such column or split; or a stream where `streams` is False.
     """
     notation = expand_home(section.name or "" if notation is None else notation)
-    request = DataRequest(notation, section, whole, labelled, watch or Quiet())
+    request = DataRequest(notation, section, whole, labelled, min_classes, watch or Quiet())
     if section.streaming:
         if not streams:
             raise VitcliError(
@@ -185,7 +190,8 @@ def make_source(
     if not request.labelled:
         base = _with_all_classes(base, splits)
     aligned = _align_classes(shown, base, splits)
-    if request.labelled and not multi_label and len(np.unique(base.labels)) < 2:
+    num_classes = len(np.unique(base.labels))
+    if request.labelled and not multi_label and num_classes < request.min_classes:
         only = base.classes[int(base.labels[0])]
         raise VitcliError(f"`{shown}` has only one class: `{only}`", _one_class_hint(request, only))
     if request.labelled and multi_label and not base.class_counts().any():
@@ -194,7 +200,8 @@ def make_source(
             "check its label column, or name another: `--set data.label_column=NAME`",
         )
     labels = {name: images.labels for name, images in aligned.items()}
-    assigned = split_images(labels, request.settings, shown, whole=request.whole)
+    groups, group_notes = _groups(request, aligned)
+    assigned = split_images(labels, request.settings, shown, whole=request.whole, groups=groups)
     made = {}
     for name, (origin, indices) in assigned.parts.items():
         made[name] = aligned[origin]
@@ -206,8 +213,42 @@ def make_source(
     hashed += [s._rows.tobytes() for s in made.values()]
     hashed += [s.targets.tobytes() for s in made.values() if s.targets is not None]
     record = {"images": {name: len(images) for name, images in made.items()}, **assigned.record}
-    all_notes = (*notes, *assigned.notes)
+    all_notes = (*notes, *group_notes, *assigned.notes)
     return Source(shown, made, base.classes, fingerprint(hashed), all_notes, record)
+
+
+def _groups(
+    request: DataRequest, splits: Mapping[str, ImageSet]
+) -> tuple[dict[str, Integers] | None, list[str]]:
+    """(split -> (n,) equal numbers for images that stay in one split, notes about them)."""
+    settings, shown = request.settings, request.shown
+    grouped = all(images.groups is not None for images in splits.values())
+    if settings.group_column is not None and not grouped:
+        raise VitcliError(
+            f"`data.group_column` is set, but `{shown}` has no columns",
+            "give a table or a parquet file with this column, or remove `data.group_column`",
+        )
+    divided = divides(splits, settings, whole=request.whole)
+    if not request.labelled or not (divided or len(splits) > 1):
+        return None, []
+    units = image_units(splits, request.watch, within=divided)
+    notes = [] if units is None else leak_notes(shown, units, splits)
+    if not divided:
+        return None, notes
+    if units is None:
+        units = {name: np.arange(len(images)) for name, images in splits.items()}
+    elif copies := sum(len(found) - len(np.unique(found)) for found in units.values()):
+        are = "image is an exact copy" if copies == 1 else "images are exact copies"
+        notes.append(f"{shown}: {copies:,} {are} of other images; copies stay in the same split")
+    if grouped:
+        groups = [images.groups for images in splits.values() if images.groups is not None]
+        sizes = [len(np.unique(numbers)) for numbers in groups]
+        column = settings.group_column or GROUP_COLUMN
+        notes.append(
+            f"{shown}: images with the same `{column}` stay in the same split ({sum(sizes):,} "
+            "groups)"
+        )
+    return {name: join_groups(units[name], splits[name].groups) for name in splits}, notes
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:
@@ -222,8 +263,11 @@ def fingerprint(parts: Iterable[bytes]) -> str:
 def _one_class_hint(request: DataRequest, only: str) -> str:
     """Many archives unpack into one folder that holds the class folders."""
     inside = request.path / only
-    if inside.is_dir() and any(entry.is_dir() for entry in inside.iterdir()):
-        return f"if the subfolders of `{printable(inside)}` are the classes, give that folder"
+    while inside.is_dir():
+        folders = [entry for entry in inside.iterdir() if entry.is_dir()]
+        if len(folders) > 1:
+            return f"if the subfolders of `{printable(inside)}` are the classes, give that folder"
+        inside = folders[0] if folders else inside / "-"
     return "a classifier needs at least two classes; put each class into its own folder"
 
 

@@ -1,19 +1,18 @@
 """Splits: which split a file name means, and seeded fractions, folds and slices of the images."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vitcli.config.schema import DataSection
+from vitcli.data.stratify import Integers, fold_of, spread_slice, stratified_split
 from vitcli.errors import VitcliError, unknown
 
 T = TypeVar("T")
-Integers = NDArray[np.int64]
 
 SPLITS = ("train", "validation", "test")
 # How the name of a file may begin.
@@ -31,10 +30,8 @@ SPLIT_ALIASES = {**SPLIT_PREFIXES, "dev": "validation"}
 SPLIT_WORD = re.compile(
     r"(?<![a-z])(" + "|".join(sorted(SPLIT_ALIASES, key=len, reverse=True)) + r")(?![a-z])"
 )
+GROUP_COLUMN = "group"  # a column of this name is used without a setting
 SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
-# Third word of the seed of `spread_order`, so that its random stream is not the one of
-# `stratified_split`, which is seeded by (seed, class).
-SPREAD_STREAM = 2
 
 
 def split_of(file: Path) -> str | None:
@@ -65,6 +62,23 @@ def splits_of(files: Sequence[Path], root: Path) -> list[str | None]:
     return by_word if "train" in by_word else by_prefix
 
 
+def expand_braces(notation: str) -> Iterator[str]:
+    """`a-{8..10}.tar` -> `a-8.tar`, …; `{08..10}` keeps the zeros; `{x,y}` means both."""
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", notation)
+    if found is None:
+        yield notation
+        return
+    first, last, listed = found.groups()
+    if listed is not None:
+        parts = listed.split(",")
+    else:
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        low, high = sorted((int(first), int(last)))
+        parts = [f"{n:0{width}}" for n in range(low, high + 1)]
+    for part in parts:
+        yield from expand_braces(notation[: found.start()] + part + notation[found.end() :])
+
+
 def files_with_suffix(folder: Path, suffix: str) -> list[Path]:
     """The files in `folder`, else in `folder/data`, else in folders named after splits."""
     inside = sorted(folder.glob(f"*{suffix}")) or sorted(folder.glob(f"data/*{suffix}"))
@@ -88,15 +102,30 @@ class SplitIndices:
         parts: new split -> (original split, (n,) indices into it, or None for all of it).
         notes: a message for each decision.
         record: the decisions as plain values.
+        groups: original split -> (n,) numbers, equal for images that stay together.
     """
 
     parts: dict[str, tuple[str, Integers | None]]
     notes: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, Integers] = field(default_factory=dict)
+
+
+def divides(splits: Iterable[str], settings: DataSection, *, whole: bool = False) -> bool:
+    """True if `split_images` divides the images of a split."""
+    if settings.train_split is not None or settings.test_split is not None:
+        return True
+    asked = settings.folds is not None or settings.validation_fraction is not None
+    return not whole and (asked or set(splits) == {"train"})
 
 
 def split_images(
-    labels: Mapping[str, Integers], settings: DataSection, shown: str, *, whole: bool = False
+    labels: Mapping[str, Integers],
+    settings: DataSection,
+    shown: str,
+    *,
+    whole: bool = False,
+    groups: Mapping[str, Integers] | None = None,
 ) -> SplitIndices:
     """The splits that `settings` ask for, made from those that the data has.
 
@@ -109,12 +138,14 @@ def split_images(
         settings: the `[data]` section.
         shown: the name of the data in messages.
         whole: take slices only.
+        groups: split -> (n,) numbers; images with the same number stay together. Default: all
+            numbers are different.
 
     Raises:
         VitcliError: an unknown split, overlapping slices, too few images for the folds, or
             validation images that exist already.
     """
-    found = SplitIndices({name: (name, None) for name in labels})
+    found = SplitIndices({name: (name, None) for name in labels}, groups=groups or {})
     if settings.train_split is not None or settings.test_split is not None:
         _take_slices(found, labels, settings, shown)
     if whole:
@@ -135,45 +166,6 @@ def split_images(
     if settings.validation_fraction is not None:
         _hold_out_validation(found, labels, settings, shown)
     return found
-
-
-def stratified_split(labels: Integers, fraction: float, seed: int) -> tuple[Integers, Integers]:
-    """(indices that stay, indices held out): `fraction` of each class, at least one image.
-
-    Each class of two or more images has at least one on both sides. A single image stays.
-    """
-    held_out = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        if len(members) < 2:
-            continue
-        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
-        rng = np.random.default_rng((seed, int(label) % 2**32))
-        held_out.append(rng.permutation(members)[:count])
-    chosen = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
-
-
-def spread_order(labels: Integers, seed: int) -> Integers:
-    """(n,) an order of the images in which every class is spread evenly.
-
-    So any slice of it holds each class in its share, up to one image, and slices that do not
-    overlap share no image. The order within a class is random.
-    """
-    place = np.empty(len(labels))
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        rng = np.random.default_rng((seed, int(label) % 2**32, SPREAD_STREAM))
-        place[rng.permutation(members)] = (np.arange(len(members)) + rng.random()) / len(members)
-    return np.argsort(place, kind="stable")
-
-
-def fold_of(labels: Integers, folds: int, fold: int, seed: int) -> tuple[Integers, Integers]:
-    """(training indices, held-out indices) of fold number `fold` of `folds`."""
-    order, n = spread_order(labels, seed), len(labels)
-    first, last = fold * n // folds, (fold + 1) * n // folds
-    held_out = np.sort(order[first:last])
-    return np.setdiff1d(np.arange(n), held_out), held_out
 
 
 @dataclass(frozen=True)
@@ -231,7 +223,8 @@ def _take_slices(
                 f"`data.{role}_split` = `{text}` selects none of the {n:,} images of `{part.name}`",
                 "choose a larger slice",
             )
-        indices = np.sort(spread_order(labels[part.name], seed)[first:last])
+        own = found.groups.get(part.name)
+        indices = spread_slice(labels[part.name], seed, first, last, own)
         if part.name in taken and len(np.intersect1d(taken[part.name], indices)):
             raise VitcliError(
                 f"`{settings.train_split}` and `{text}` share images",
@@ -263,11 +256,12 @@ def _take_slices(
 
 def _train_part(
     found: SplitIndices, labels: Mapping[str, Integers]
-) -> tuple[str, Integers, Integers]:
-    """The current training images: (original split, indices into it, labels)."""
+) -> tuple[str, Integers, Integers, Integers | None]:
+    """The current training images: (original split, indices into it, labels, groups)."""
     name, indices = found.parts["train"]
     indices = np.arange(len(labels[name])) if indices is None else indices
-    return name, indices, labels[name][indices]
+    groups = found.groups[name][indices] if name in found.groups else None
+    return name, indices, labels[name][indices], groups
 
 
 def _hold_out_fold(
@@ -280,13 +274,15 @@ def _hold_out_fold(
             f"`data.folds` holds images out, but `{shown}` already has validation images",
             "remove `data.validation_fraction`, or name the images with `data.train_split`",
         )
-    name, indices, own = _train_part(found, labels)
-    if len(own) < folds:
+    name, indices, own, groups = _train_part(found, labels)
+    count = len(own) if groups is None else len(np.unique(groups))
+    if count < folds:
+        what = "training images" if count == len(own) else "groups of training images"
         raise VitcliError(
-            f"`{shown}` has {len(own)} training images, too few for {folds} folds",
+            f"`{shown}` has {count} {what}, too few for {folds} folds",
             "choose a smaller `data.folds`",
         )
-    keep, held_out = fold_of(own, folds, fold, seed)
+    keep, held_out = fold_of(own, folds, fold, seed, groups)
     role = "validation" if "test" in found.parts else "test"
     found.parts["train"], found.parts[role] = (name, indices[keep]), (name, indices[held_out])
     found.parts = in_split_order(found.parts)
@@ -301,11 +297,17 @@ def _hold_out_test(
     found: SplitIndices, labels: Mapping[str, Integers], settings: DataSection, shown: str
 ) -> None:
     fraction, seed = settings.test_fraction, settings.split_seed
-    name, indices, own = _train_part(found, labels)
-    keep, held_out = stratified_split(own, fraction, seed)
+    name, indices, own, groups = _train_part(found, labels)
+    keep, held_out = stratified_split(own, fraction, seed, groups)
     found.parts["train"] = (name, indices[keep])
     if len(held_out):
         found.parts["test"] = (name, indices[held_out])
+    elif len(own) > 1 and groups is not None and len(np.unique(groups)) == 1:
+        raise VitcliError(
+            f"`{shown}`: all {len(own):,} images are copies or in one group, so none can be held "
+            "out for testing",
+            "check the images and `data.group_column`",
+        )
     found.record |= {"test_fraction": fraction, "seed": seed}
     found.notes.append(
         f"{shown}: the data has no test split, so {len(held_out):,} of {len(own):,} images are "
@@ -323,8 +325,8 @@ def _hold_out_validation(
             "remove `data.validation_fraction`",
         )
     assert fraction is not None
-    name, indices, own = _train_part(found, labels)
-    keep, held_out = stratified_split(own, fraction, seed)
+    name, indices, own, groups = _train_part(found, labels)
+    keep, held_out = stratified_split(own, fraction, seed, groups)
     found.parts["train"] = (name, indices[keep])
     found.record |= {"validation_fraction": fraction, "seed": seed}
     if len(held_out):

@@ -29,7 +29,6 @@ from vitcli.data.readers.tar import (
     LABEL_ENDINGS,
     NAMES_FILES,
     Sample,
-    expand_braces,
     is_image,
     key_of,
     label_of,
@@ -38,6 +37,7 @@ from vitcli.data.readers.tar import (
     shard_splits,
 )
 from vitcli.data.source import DataRequest, Source, fingerprint
+from vitcli.data.splits import expand_braces
 from vitcli.errors import VitcliError, printable
 from vitcli.hub.repository import Listing
 

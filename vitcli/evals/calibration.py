@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source
-from vitcli.data.splits import stratified_split
+from vitcli.data.stratify import stratified_split
 from vitcli.errors import VitcliError
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
@@ -18,7 +18,7 @@ from vitcli.evals.scoring import NO_TARGET, log_softmax, pad_targets, row_blocks
 from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.read import own_file
+from vitcli.weights.read import vitcli_weights_file
 from vitcli.weights.store import read_header, save_model, set_temperature
 
 Floats = NDArray[np.floating[Any]]
@@ -219,7 +219,7 @@ def check_same_kind(net: LoadedModel, images: ImageSet, model: str) -> None:
 
 def warn_if_calibrated_on(model: str, source: Source, images: ImageSet, watch: Watcher) -> None:
     """Warn if the temperature of the model was fitted on some of the reported images."""
-    file = own_file(model)
+    file = vitcli_weights_file(model)
     record = (read_header(file) or {}).get("fitted_on") if file is not None else None
     if not isinstance(record, dict):
         return
@@ -250,7 +250,7 @@ def temperature_file(model: str, unchanged: bool, folder: Path) -> Path:
     This is the model's own file if it has our format and was loaded `unchanged`, that is without
     settings that override its header. Otherwise it is a copy in `folder`.
     """
-    own = own_file(model) if unchanged else None
+    own = vitcli_weights_file(model) if unchanged else None
     if own is not None:
         return own
     # With overriding settings, the file and the model are not the same: a temperature in the file
@@ -267,6 +267,6 @@ def temperature_file(model: str, unchanged: bool, folder: Path) -> Path:
 
 def store_temperature(net: LoadedModel, model: str, file: Path, record: Mapping[str, Any]) -> None:
     """Write the temperature of `net`, which was loaded as `model`, into the weights file `file`."""
-    if own_file(model) != file:
+    if vitcli_weights_file(model) != file:
         save_model(file, net)
     set_temperature(file, net.temperature, record)

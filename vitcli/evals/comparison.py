@@ -86,11 +86,6 @@ class ModelComparison:
         """Images that could not be read for one of the models."""
         return tuple(dict.fromkeys(line for one in self.models for line in one.broken))
 
-    @property
-    def exit_code(self) -> int:
-        """3 if some images could not be read."""
-        return 3 if self.broken else 0
-
     def to_json(self) -> dict[str, Any]:
         """The object of `evaluate --json` with several models."""
         first, *others = self.models

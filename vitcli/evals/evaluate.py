@@ -116,11 +116,6 @@ class Evaluation:
     files: dict[str, str] = field(default_factory=dict)
 
     @property
-    def exit_code(self) -> int:
-        """3 if some images could not be read."""
-        return 3 if self.broken else 0
-
-    @property
     def confusion_columns(self) -> list[str]:
         """Names of the columns of `details.confusion`."""
         assert self.details is not None
@@ -334,7 +329,8 @@ def choose_images(
     """
     section = inference.data
     # `whole` keeps data without a test split in one piece; `open_data` would hold a part out.
-    whole = open_data(section, data, whole=True, watch=watch, streams=True)
+    # A single class of the model's can be evaluated, too.
+    whole = open_data(section, data, whole=True, min_classes=1, watch=watch, streams=True)
     if section.streaming:
         return whole, whole.split("test", "validation")
     # Images that a run was trained on would give too high an accuracy. The fingerprint covers the

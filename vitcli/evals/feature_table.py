@@ -20,8 +20,8 @@ from vitcli.progress import Watcher
 
 Ints = NDArray[np.int64]
 
-MAX_CACHE_BYTES = 20 * 10**9  # a larger cache loses the tables that were not used for longest
-MAX_DISK_FRACTION = 0.9  # of the free disk space that new rows may take
+MAX_CACHE_BYTES = 20 * 10**9  # a larger cache loses its least recently used tables
+MAX_DISK_FRACTION = 0.9  # largest fraction of the free disk space that new rows may take
 ROW_CHECK = np.dtype([("checksum", "<u4"), ("stamp", "<u4")])
 HINT = "disable the cache with `--no-cache`, or move it with the variable VITCLI_CACHE"
 
@@ -48,12 +48,12 @@ class FeatureTable:
         if not (self.folder / "about.json").is_file():
             write_text(self.folder / "about.json", json.dumps(self.about, indent=2) + "\n")
         with suppress(OSError):
-            os.utime(self.folder / "about.json")  # its time is that of the last use, for `evict`
+            os.utime(self.folder / "about.json")  # `evict` reads the time of the last use from it
 
     def find_valid(
         self, indices: Ints, stamps: NDArray[np.uint32]
     ) -> tuple[NDArray[np.bool_], int]:
-        """(n,) which rows are present, whole and of these stamps; the number of damaged rows."""
+        """Return (n,) True for intact rows with these stamps, and the number of damaged rows."""
         checks = np.fromfile(self._path("rows.sums"), dtype=ROW_CHECK)[indices]
         valid = (checks["stamp"] == stamps) & (stamps > 0)
         table, damaged = np.asarray(self._table()), 0  # rows of a plain array are faster to slice
@@ -80,8 +80,8 @@ class FeatureTable:
                         file.write(records[first:last].tobytes())
 
     def read(self, indices: Ints) -> NDArray[np.float32]:
-        """(n, dim): mapped from the disk if the indices are consecutive, else copied."""
-        # Features of ImageNet-21k take tens of GB: a map reads only what is used.
+        """Return (n, dim): mapped from the disk if the indices are consecutive, else copied."""
+        # Features of ImageNet-21k take tens of GB. A map reads only the rows that are used.
         table = self._table()
         if len(indices) and (np.diff(indices) == 1).all():
             return table[indices[0] : indices[-1] + 1]
@@ -89,7 +89,7 @@ class FeatureTable:
 
     @contextmanager
     def locked(self, watch: Watcher) -> Iterator[None]:
-        """Let one process at a time compute missing rows; the next one finds them done.
+        """Let one process at a time compute missing rows; the next process finds them there.
 
         No process evicts the table inside the block.
         """
@@ -128,18 +128,18 @@ class FeatureTable:
 
 
 def _consecutive(indices: Ints) -> Iterator[tuple[int, int]]:
-    """Ascending indices -> (first, last + 1) positions of each run of consecutive ones."""
+    """Yield the (first, last + 1) positions of each run of consecutive numbers in `indices`."""
     breaks = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), len(indices)]
     yield from pairwise(breaks)
 
 
 def _lock_file(folder: Path) -> Path:
-    """The lock of a table: beside its folder, because `evict` removes the folder."""
+    """Return the lock of a table. It is next to its folder, because `evict` removes the folder."""
     return folder.with_name(f"{folder.name}.lock")
 
 
 def feature_cache_folder() -> Path:
-    """The folder of all feature tables."""
+    """Return the folder of all feature tables."""
     return cache_folder() / "features"
 
 

@@ -1,12 +1,12 @@
-"""The resume log of a long prediction: finished rows, so that `--resume` continues after them.
+"""The resume log of a long prediction, which contains its finished rows for `--resume`.
 
-The log is a file of JSON lines beside the first output file. Its first line holds the settings,
-each further line a row. A row is in the log before the caller gets it. When the last row is done,
-the output files are written from the log and the log is removed.
+The log is a file of JSON lines in the folder of the first output file. The first line contains the
+settings, each further line a row. A row is in the log before the caller gets it. After the last
+row, the output files are written from the log and the log is removed.
 """
 
-# A log instead of appending to the output files: parquet ends in a footer and cannot be appended
-# to. And files that are written at the end are the same bytes with and without an interruption.
+# Rows are not appended to the output files, because parquet ends in a footer and cannot be appended
+# to. Files that are written at the end have the same bytes with and without an interruption.
 
 import json
 import os
@@ -45,7 +45,7 @@ class ResumeLog:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        self.settings = json.loads(json.dumps(settings))  # as they compare after reading
+        self.settings = json.loads(json.dumps(settings))  # comparable with settings that are read
         self._file: TextIO | None = None
         self._num_rows = 0
 
@@ -85,7 +85,7 @@ class ResumeLog:
         os.truncate(self.path, end)
 
     def remaining(self, files: Iterable[str], batch_size: int) -> tuple[Iterator[str], int]:
-        """The files to predict, and how many of them have rows already."""
+        """Return the files to predict, and how many of them have rows already."""
         # Start with the batch that was interrupted: batched matrix products round differently in
         # batches of another composition, and a resumed run must give the same bits.
         rest = iter(files)
@@ -95,8 +95,8 @@ class ResumeLog:
             if file is None or file != row["path"]:
                 now = f"image `{printable(file)}`" if file is not None else "no more images"
                 raise VitcliError(
-                    f"`{self.path}`: row {number + 1} is of `{printable(row['path'])}`, but the "
-                    f"command now has {now} there",
+                    f"row {number + 1} of `{self.path}` belongs to `{printable(row['path'])}`, but "
+                    f"the command now has {now} at this place",
                     f"give the same images, or remove `{self.path}` to start again",
                 )
             if number % batch_size == 0:
@@ -112,7 +112,7 @@ class ResumeLog:
             try:
                 yield
             finally:
-                if self._num_rows == 0:  # an empty log would be an obstacle without use
+                if self._num_rows == 0:  # an empty log would only block the next command
                     self.remove()
 
 
@@ -120,9 +120,10 @@ class ResumeLog:
 def open_resume_log(
     output: Path, settings: Mapping[str, Any], counts: PredictionCounts, *, resume: bool
 ) -> Iterator[ResumeLog]:
-    """Open the log of the output file `output` for this process alone: new, or with `resume`.
+    """Open the log of the output file `output` for this process alone.
 
-    If the block ends before `remove`, a log with rows stays. `counts` gets the rows in the log.
+    With `resume` an existing log is continued, and `counts` gets its rows. If the block ends before
+    `remove`, a log with rows stays.
     """
     path = _log_path(output)
     log = ResumeLog(path, settings)
@@ -145,7 +146,7 @@ def open_resume_log(
 
 
 def is_finished(files: OutputFiles) -> bool:
-    """True if every output file exists and no log is left."""
+    """Return True if every output file exists and no log is left."""
     return not _log_path(files.paths[0]).exists() and all(p.exists() for p in files.paths)
 
 
@@ -178,7 +179,7 @@ def _check_not_forgotten(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object on a complete line; None for a line that was cut off."""
+    """Return the object on a complete line; None for a line that was cut off."""
     with suppress(ValueError):
         if line.endswith(b"\n") and isinstance(found := json.loads(line), dict):
             return found

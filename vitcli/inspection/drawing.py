@@ -101,13 +101,13 @@ def draw_similarity(similarity: Array, grid: tuple[int, int], max_tiles: int = 1
     Each point of a tile is one other position, from -1 (dark) to 1 (bright), as in figure 10.
     """
     rows, cols = grid
-    places = [evenly_spaced(side, max_tiles) for side in grid]
+    places = [tile_positions(side, max_tiles) for side in grid]
     tiles = similarity.reshape(rows, cols, rows, cols)[np.ix_(*places)]
     tiles = tiles.reshape(-1, rows, cols)
     return draw_tiles(apply_colormap(tiles, -1, 1), len(places[1]), tile_scale(max(grid), 42))
 
 
-def evenly_spaced(count: int, limit: int) -> list[int]:
+def tile_positions(count: int, limit: int) -> list[int]:
     """At most `limit` of the numbers below `count`, with the first and the last."""
     if count <= limit:
         return list(range(count))

@@ -19,9 +19,9 @@ from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, p
 from vitcli.vit.variants import is_resnet
 from vitcli.weights.edit import prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
-from vitcli.weights.load_report import tell_load
+from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.overrides import stated_preprocess
+from vitcli.weights.overrides import override_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
 # The `[model]` keys that `finetune` takes; the others belong to the weights.
@@ -144,7 +144,7 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
     return LoadedModel(
         network,
         labels=source.classes if supervised else None,
-        preprocess=stated_preprocess(base, given, size, channels),
+        preprocess=override_preprocess(base, given, size, channels),
     )
 
 
@@ -179,7 +179,7 @@ def pretrained_model(
     require_preprocess(model)
     # A head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head only.
     model = prepare_finetune(model, source.classes)
-    tell_load(model, watch, verbose=verbose)
+    note_load_report(model, watch, verbose=verbose)
     rates = {key: given[key] for key in DROPOUT if key in given}
     return with_dropout(model, rates) if rates else model
 

@@ -1,54 +1,18 @@
-"""ViTConfig: the settings of a Vision Transformer, checked."""
+"""ViTConfig, the checked settings of a Vision Transformer."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args, get_origin
 
-from vitcli.vit.hybrid import StemArithmetic, stem_channels
+from vitcli.config.choices import Gelu, MlpKind, Pool, Position, PositionAt, StemArithmetic
+from vitcli.vit.hybrid import stem_channels
 from vitcli.vit.patches import grid_size
-
-Pool = Literal["token", "mean", "quadrants", "map", "token_mean", "distilled"]
-Position = Literal["learned", "learned2d", "relative", "sincos2d", "none"]
-PositionAt = Literal["stem", "every", "shared"]
-Gelu = Literal["exact", "tanh"]
-MlpKind = Literal["gelu", "swiglu"]
-LITERALS = {
-    "pool": Pool,
-    "position": Position,
-    "position_at": PositionAt,
-    "mlp": MlpKind,
-    "gelu": Gelu,
-    "stem_arithmetic": StemArithmetic,
-}
 
 # Above any sensible size, and small enough that torch's 64-bit byte counts do not overflow.
 LARGEST = 10**6
-# Integer settings -> the smallest valid value.
-COUNTS = {
-    "patch_size": 1,
-    "num_channels": 1,
-    "embed_dim": 1,
-    "depth": 1,
-    "num_heads": 1,
-    "mlp_dim": 1,
-    "num_classes": 0,
-    "num_registers": 0,
-    "pool_blocks": 1,
-}
-FLAGS = (
-    "class_token",
-    "distillation_token",
-    "distillation_head",
-    "position_covers_prefix",
-    "qkv_bias",
-    "qk_norm",
-    "norm_before_blocks",
-    "norm_after_pool",
-    "patch_bias",
-    "axial",
-)
+MAY_BE_ZERO = ("num_classes", "num_registers")  # the other counts are at least 1
 
 # Names of the poolings in Hugging Face, DeiT, timm and big_vision.
 POOL_ALIASES = {"cls": "token", "tok": "token", "avg": "mean", "gap": "mean", "grid": "quadrants"}
@@ -158,19 +122,19 @@ class ViTConfig:
 
     def _check_values(self) -> None:
         """Check each setting by itself, because it may come from a damaged file."""
-        for key, kind in LITERALS.items():
-            if (value := getattr(self, key)) not in get_args(kind):
+        for field in fields(self):
+            key, kind, value = field.name, field.type, getattr(self, field.name)
+            if get_origin(kind) is Literal and value not in get_args(kind):
                 known = ", ".join(f"`{choice}`" for choice in get_args(kind))
                 raise ValueError(f"unknown {key} `{value}`; use one of {known}")
-        for key, least in COUNTS.items():
-            check_count(key, getattr(self, key), least)
+            if kind is int:
+                check_count(key, value, 0 if key in MAY_BE_ZERO else 1)
+            if kind is bool and not isinstance(value, bool):
+                raise ValueError(f"{key} is {value!r}, not true or false")
         for side in self.image_size:
             check_count("image_size", side, 1)
         if self.representation_size is not None:
             check_count("representation_size", self.representation_size, 1)
-        for key in FLAGS:
-            if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key} is {getattr(self, key)!r}, not true or false")
         for key in ("dropout_rate", "drop_path_rate"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}, not a share from 0 on, below 1")

@@ -6,17 +6,18 @@ Shape letters: see `model.py`; F is the number of feature maps.
 """
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitcli.config.choices import StemArithmetic
+
 if TYPE_CHECKING:
     from vitcli.vit.config import ViTConfig
 
-StemArithmetic = Literal["google", "timm"]
 GROUPS = 32  # of every GroupNorm; BiT and the hybrids use 32 at every width
 MAX_WIDTH = 100  # a wider ResNet comes from a damaged file
 # GroupNorm epsilon: the default of flax and of torch.

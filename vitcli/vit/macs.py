@@ -23,7 +23,7 @@ PARTS = {
 
 def macs(config: ViTConfig | ResNetConfig) -> int:
     """Multiply-adds of matrix products and convolutions in one image's forward pass."""
-    return sum(parts(config).values())
+    return sum(macs_by_part(config).values())
 
 
 @cache
@@ -53,7 +53,7 @@ def _counted(config: ViTConfig | ResNetConfig, patch_drop_rate: float = 0.0) -> 
     return found
 
 
-def parts(config: ViTConfig | ResNetConfig, patch_drop_rate: float = 0.0) -> dict[str, int]:
+def macs_by_part(config: ViTConfig | ResNetConfig, patch_drop_rate: float = 0.0) -> dict[str, int]:
     """Multiply-adds of one image's forward pass by part of the model.
 
     Of a ViT `embedding`, `attention` (projections and the products with keys and values), `mlp`,

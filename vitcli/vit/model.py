@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitcli.config.choices import Resize
 from vitcli.vit.blocks import build_blocks
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.hybrid import HybridEmbed, init_stem
@@ -23,7 +24,6 @@ from vitcli.vit.patches import PatchEmbed, grid_size
 from vitcli.vit.pool import AttentionPool, PreLogits, pool_tokens
 from vitcli.vit.position import (
     Grid,
-    Resize,
     concatenate_axes,
     fixed_table,
     is_position,

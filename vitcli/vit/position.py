@@ -1,16 +1,15 @@
 """Position embeddings, and their resampling to another grid (section 3.2, appendix D.4)."""
 
 import re
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitcli.config.choices import Resize
 from vitcli.vit.config import ViTConfig
 
 Grid = tuple[int, int]  # rows and columns of patches
-Resize = Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"]
 
 
 def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tensor:

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitcli.config.choices import StemArithmetic
 from vitcli.vit.config import check_count
-from vitcli.vit.hybrid import GROUPS, StemArithmetic, init_stem, standardize, stem_channels
+from vitcli.vit.hybrid import GROUPS, init_stem, standardize, stem_channels
 
 NORM_EPS = 1e-5
 # Weight standardisation adds this number to the variance of a kernel.

@@ -17,7 +17,7 @@ Config = ViTConfig | ResNetConfig
 
 @dataclass(frozen=True)
 class Variant:
-    """The four numbers of a size."""
+    """The width, depth, MLP width and number of heads of a size."""
 
     embed_dim: int
     depth: int
@@ -60,18 +60,18 @@ FORMS = (
 
 
 def is_variant(name: str) -> bool:
-    """True if `name` has the form of a variant. The variant need not exist."""
+    """Return True if `name` has the form of a variant. The variant need not exist."""
     form = r"(Axial-)?([A-Za-z0-9]*\+)?(ViT-)?[A-Za-z0-9]+/\d+"
     return is_resnet(name) or re.fullmatch(form, name) is not None
 
 
 def is_resnet(name: str) -> bool:
-    """True if `name` has the form of a BiT ResNet, such as `R50x1`. It need not exist."""
+    """Return True if `name` has the form of a BiT ResNet, such as `R50x1`. It need not exist."""
     return re.fullmatch(r"R\d+x\d+", name) is not None
 
 
 def parse_variant(name: str, **settings: Any) -> Config:
-    """Configuration of a variant such as `B/16`, with `settings` replacing fields of it.
+    """Return the configuration of a variant such as `B/16`, with `settings` replacing fields.
 
     * `B/16`: a size and the side of a patch in pixels.
     * `R50+B/16`: a hybrid (section 3.1). A patch is one cell of the ResNet's feature map. The
@@ -119,7 +119,7 @@ def _units(name: str, layers: int) -> tuple[int, ...]:
 
 
 def _stem(name: str, layers: str, stride: int) -> tuple[tuple[int, ...], int]:
-    """Units in each stage, and the side of a patch in cells, e.g. for `50` and 16."""
+    """Return the units in each stage and the side of a patch in cells, e.g. for `50` and 16."""
     if stride not in (16, 32):
         raise ValueError(f"no model variant `{name}`: a hybrid ends in `/16` or `/32`")
     if not layers:
@@ -155,7 +155,7 @@ def create_network(
     seed: int = 0,
     **settings: Any,
 ) -> Network:
-    """A network with random weights in evaluation mode; see `vitcli.create_model`."""
+    """Return a network with random weights in evaluation mode; see `vitcli.create_model`."""
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     config = parse_variant(name, num_classes=num_classes, image_size=size, **settings)
     return from_config(config).init_weights(torch.Generator().manual_seed(seed)).eval()

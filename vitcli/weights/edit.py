@@ -6,11 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from vitcli.config.choices import Resize
 from vitcli.errors import VitcliError
 from vitcli.vit import ResNet, VisionTransformer, ViTConfig
 from vitcli.vit.config import canonical_pool
 from vitcli.vit.patches import PatchEmbed, resample_kernel
-from vitcli.vit.position import Grid, Resize, attended_length, is_position, resample_table
+from vitcli.vit.position import Grid, attended_length, is_position, resample_table
 from vitcli.weights.load_report import LoadReport, TensorStatus
 from vitcli.weights.loaded import LoadedModel
 
@@ -58,7 +59,7 @@ def resample_positions(
 
 
 def _describe_resampling(name: str, old: Grid, new: Grid, method: Resize) -> str:
-    """The report's text on the position table `name`: old size, new size and method."""
+    """Return the report's text on the position table `name`: old size, new size and method."""
     if name.endswith("rel_pos"):
         before, after = attended_length(name, old), attended_length(name, new)
         return f"offsets of {before} -> {after} patches, linear"
@@ -69,7 +70,7 @@ def _describe_resampling(name: str, old: Grid, new: Grid, method: Resize) -> str
 
 
 def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:
-    """`config` at another image size.
+    """Return `config` with another image size.
 
     Raises:
         VitcliError: the patch size does not divide it.
@@ -89,7 +90,7 @@ def replace_head(
 ) -> None:
     """Replace the head in place by a zero head for `labels` (section 3.2).
 
-    The hidden layer of the pre-training head goes too: this is "a little more robust than
+    This also removes the hidden layer of the pre-training head, which is "a little more robust than
     re-initialising the last layer" (appendix D.3). If there is a distilled head, the new head reads
     both tokens: it can express everything that the mean of two heads can.
     """
@@ -129,7 +130,7 @@ def _drop_pretraining_head(
 
 
 def linear_head(model: LoadedModel) -> tuple[Tensor, Tensor] | None:
-    """(K, F) weight and (K,) bias of the head, or of the mean of two distilled heads; or None."""
+    """Return weight (K, F) and bias (K,) of the head, or of the mean of two heads; or None."""
     head, second = model.network.head, getattr(model.network, "head_dist", None)
     if not isinstance(head, nn.Linear):
         return None
@@ -155,7 +156,7 @@ def fold_temperature(model: LoadedModel) -> None:
 
 
 def change_pool(model: LoadedModel, pool: str) -> None:
-    """Change the pooling in place. The head, which belongs to the old pooling, is dropped.
+    """Change the pooling in place. Drop the head, which belongs to the old pooling.
 
     Raises:
         VitcliError: the model lacks a class token or an attention pool that the pooling needs.
@@ -197,7 +198,7 @@ def change_pool(model: LoadedModel, pool: str) -> None:
 
 
 def match_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int] | None:
-    """The index in `known` of each name in `wanted`, or None if a name has no match.
+    """Return the index in `known` of each name in `wanted`, or None if a name has no match.
 
     Exact names are tried first. Then case, `_`, `-` and spaces are ignored, and one of ImageNet's
     comma-separated synonyms is enough.
@@ -273,7 +274,7 @@ def change_patch_size(
         network.patch_embed, PatchEmbed
     ):
         raise VitcliError(
-            "a ResNet, and the stem of a hybrid, has no patches of pixels",
+            "this model has no patches of pixels, because it begins with a ResNet",
             hint="remove `model.patch_size`",
         )
     size = image_size or model.config.image_size

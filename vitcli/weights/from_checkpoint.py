@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vitcli.config.choices import Resize
 from vitcli.errors import VitcliError
 from vitcli.vit import Config, Network, ResNetConfig, VisionTransformer, ViTConfig, from_config
-from vitcli.vit.position import Resize
 from vitcli.weights.edit import resize
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel
@@ -65,7 +65,7 @@ def build_model(
 
 
 class _SkipInit(TorchFunctionMode):
-    """Skips `torch.nn.init`, which has no effect on the meta device but takes time."""
+    """Skip `torch.nn.init`, which has no effect on the meta device but takes time."""
 
     def __torch_function__(
         self,
@@ -81,7 +81,7 @@ class _SkipInit(TorchFunctionMode):
 
 
 def empty_network(config: Config) -> Network:
-    """The network of `config` on the meta device: it takes no memory and no random numbers."""
+    """Build the network of `config` on the meta device, without memory and random numbers."""
     with torch.device("meta"), _SkipInit():
         return from_config(config)
 

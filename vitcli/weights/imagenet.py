@@ -1,4 +1,4 @@
-"""Class names of ImageNet, for checkpoints with its number of outputs and no names.
+"""Class names of ImageNet, for checkpoints that have its number of outputs and no names.
 
 The table `imagenet.txt.xz` holds the synsets and their words, from timm 1.0.31 (Apache-2.0). The
 words are WordNet 3.0's (Princeton University; the table starts with its licence). A name is all
@@ -25,7 +25,7 @@ MIN_MATCH = 0.9  # fraction of names that must agree before ImageNet's order is 
 
 @cache
 def imagenet_names(num_classes: int) -> tuple[str, ...] | None:
-    """The distinct class names of the ImageNet set with this many classes, sorted by synset.
+    """Return the distinct class names of the ImageNet set with this many classes, sorted by synset.
 
     1000 is ImageNet-1k, 21843 the set of Google's pre-trained models, and 21841 the release of
     autumn 2011 (timm). Any other number gives None.
@@ -39,14 +39,14 @@ def imagenet_names(num_classes: int) -> tuple[str, ...] | None:
 
 @cache
 def imagenet_synsets(num_classes: int) -> tuple[str, ...] | None:
-    """The synsets (`n01440764`) of the classes of `imagenet_names`, in the same order."""
+    """Return the synsets (`n01440764`) of the classes of `imagenet_names`, in the same order."""
     if num_classes not in SETS:
         return None
     return tuple(synset for synset, _ in _rows(SETS[num_classes][1]))
 
 
 def synset_outputs(num_classes: int, labels: Sequence[str] | None) -> dict[str, int]:
-    """Synset -> output of a model, for ImageNet-1k's synsets and the model's own.
+    """Map synsets to outputs of a model, for ImageNet-1k's synsets and the model's own.
 
     A model with ImageNet's number of outputs and 90 % of its names in place has ImageNet's order,
     because publishers differ in a few words. In other models the outputs are found by name.
@@ -74,13 +74,13 @@ def synset_outputs(num_classes: int, labels: Sequence[str] | None) -> dict[str, 
 
 
 def _words(name: str) -> set[str]:
-    """The synonyms in a name, in lower case."""
+    """Return the synonyms in a name, in lower case."""
     parts = (" ".join(part.casefold().replace("_", " ").split()) for part in name.split(","))
     return {part for part in parts if part}
 
 
 def _rows(marks: str) -> list[tuple[str, str]]:
-    """(synset, words) of the lines that have one of `marks`."""
+    """Return (synset, words) of the lines that have one of `marks`."""
     packed = files("vitcli.weights").joinpath("imagenet.txt.xz").read_bytes()
     lines = lzma.decompress(packed).decode().splitlines()
     cut = (line[1:].split(" ", 1) for line in lines if line[0] in marks)

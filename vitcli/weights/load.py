@@ -5,26 +5,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from vitcli.config.choices import Resize, StemArithmetic
 from vitcli.config.schema import ModelSection, PreprocessSection
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
-from vitcli.vit.hybrid import StemArithmetic
-from vitcli.vit.position import Resize
 from vitcli.vit.variants import is_variant
 from vitcli.weights.edit import change_patch_size, change_pool, replace_head
 from vitcli.weights.from_checkpoint import build_model
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel, create_model
-from vitcli.weights.overrides import MODEL_KEYS, PICTURES, Stated, as_size, stated_preprocess
+from vitcli.weights.overrides import MODEL_KEYS, PICTURES, Overrides, as_size, override_preprocess
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
 from vitcli.weights.timm.read_timm import missing_settings
 
 VARIANT_HINT = (
-    "variants with random weights are for example `B/16`, `R50+B/16`, `Axial-B/32` and `R50x1`; "
-    "for trained weights give an existing path or `hf:NAME`"
+    "use a variant such as `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1` for random weights, or an "
+    "existing path or `hf:NAME` for trained weights"
 )
 
 
@@ -50,16 +49,16 @@ def load_model(
     Args:
         MODEL: a run directory, a weights file or folder, `hf:NAME` on the Hub, the URL of a weights
             file, or a variant (random weights).
-        image_size: pixels, an int or (Y, X). Another size than the file's resamples the positions.
-        pool: a pooling of `ViTConfig` or an alias. Another than the file's drops the head.
+        image_size: pixels, an int or (Y, X). A size that is not the file's resamples the positions.
+        pool: a pooling of `ViTConfig` or an alias. One that is not the file's drops the head.
         position_resize: `bilinear` (corners aligned, the paper's code; default for Google files),
             `bicubic` (antialiased, timm; default for the rest), `bicubic_plain` (transformers) or
             `bilinear_antialiased`; see `vit.position.resample`.
         labels: class names, or a text file with one name per line.
         preprocess: settings that replace those of the file, or a whole Preprocess.
-        num_heads, norm_eps, gelu: for a file that does not state them.
+        num_heads, norm_eps, gelu: settings that the tensors of a file do not show.
         stem_arithmetic: `google` or `timm`, for the ResNet of a hybrid.
-        patch_size: pixels. Another size than the file's resamples the patch projection (FlexiViT's
+        patch_size: pixels. A size that is not the file's resamples the patch projection (FlexiViT's
             pseudo-inverse) and the positions.
         num_classes: add a new zero head with this many outputs; 0 removes the head.
         seed: random seed of a variant's weights.
@@ -77,7 +76,7 @@ def load_model(
     if num_classes is not None and num_classes < 0:
         raise VitcliError(f"`num_classes` is {num_classes}", hint="use an integer from 0 on")
     size, settings = _preprocess_settings(image_size, preprocess)
-    stated = Stated(
+    overrides = Overrides(
         image_size=size,
         num_heads=num_heads,
         norm_eps=norm_eps,
@@ -88,16 +87,16 @@ def load_model(
         preprocess=settings,
     )
     if is_variant(source) and not Path(source).exists():
-        model = _variant(source, stated, seed, patch_size)
+        model = _variant(source, overrides, seed, patch_size)
     else:
-        checkpoint = read_checkpoint(source, stated, watch)
+        checkpoint = read_checkpoint(source, overrides, watch)
         default: Resize = "bilinear" if checkpoint.layout == "google" else "bicubic"
         method: Resize = position_resize or default  # type: ignore[assignment]  # checked above
         # A new patch size changes the grid too, so the positions are resampled once, with it.
-        at = stated.image_size if patch_size is None else None
+        at = overrides.image_size if patch_size is None else None
         model = build_model(checkpoint, source, image_size=at, position_resize=method)
         if patch_size is not None:
-            change_patch_size(model, patch_size, stated.image_size)
+            change_patch_size(model, patch_size, overrides.image_size)
     if pool is not None:
         change_pool(model, pool)
     if isinstance(preprocess, Preprocess):
@@ -105,15 +104,15 @@ def load_model(
     if num_classes is not None and num_classes != model.config.num_classes:
         replace_head(model, [str(i) for i in range(num_classes)])
         model.labels = None
-    if stated.labels is not None:
-        _set_labels(model, stated.labels)
+    if overrides.labels is not None:
+        _set_labels(model, overrides.labels)
     return model
 
 
 def _preprocess_settings(
     image_size: Any, preprocess: Mapping[str, Any] | Preprocess | None
 ) -> tuple[tuple[int, int] | None, dict[str, Any]]:
-    """The image size, which either section may set, and the other preprocessing settings."""
+    """Return the image size, which either section may set, and the other preprocessing settings."""
     if isinstance(preprocess, Preprocess):  # mean and std, so that no reader asks for them
         return as_size(image_size), {"mean": preprocess.mean, "std": preprocess.std}
     settings = dict(preprocess or {})
@@ -128,7 +127,7 @@ def _preprocess_settings(
 
 
 def require_preprocess(model: LoadedModel) -> Preprocess:
-    """The evaluation transform of the model.
+    """Return the evaluation transform of the model.
 
     Raises:
         VitcliError: mean and std are not known, or the model does not read grey or RGB images.
@@ -147,7 +146,7 @@ def require_preprocess(model: LoadedModel) -> Preprocess:
 
 
 def read_labels(labels: Sequence[str] | str | os.PathLike[str] | None) -> tuple[str, ...] | None:
-    """Class names from a sequence, or from a text file with one name per line.
+    """Read class names from a sequence, or from a text file with one name per line.
 
     Raises:
         VitcliError: the file cannot be read, or two names are equal.
@@ -167,7 +166,7 @@ def read_labels(labels: Sequence[str] | str | os.PathLike[str] | None) -> tuple[
     if twice := sorted({name for name in names if names.count(name) > 1})[:3]:
         raise VitcliError(
             f"two classes have the same name: {', '.join(twice)}",
-            hint="give each class a name of its own",
+            hint="give each class a different name",
         )
     return names
 
@@ -181,16 +180,16 @@ def _set_labels(model: LoadedModel, labels: tuple[str, ...]) -> None:
     model.labels = labels
 
 
-def _variant(name: str, stated: Stated, seed: int, patch_size: int | None) -> LoadedModel:
+def _variant(name: str, overrides: Overrides, seed: int, patch_size: int | None) -> LoadedModel:
     settings: dict[str, Any] = {
         "patch_size": patch_size,
-        "image_size": stated.image_size or (224, 224),
-        "num_heads": stated.num_heads,
-        "norm_eps": stated.norm_eps,
-        "gelu": stated.gelu,
-        "stem_arithmetic": stated.stem_arithmetic,
-        "pool": stated.pool,
-        "num_classes": len(stated.labels) if stated.labels else None,
+        "image_size": overrides.image_size or (224, 224),
+        "num_heads": overrides.num_heads,
+        "norm_eps": overrides.norm_eps,
+        "gelu": overrides.gelu,
+        "stem_arithmetic": overrides.stem_arithmetic,
+        "pool": overrides.pool,
+        "num_classes": len(overrides.labels) if overrides.labels else None,
     }
     try:
         model = create_model(
@@ -205,14 +204,14 @@ def _variant(name: str, stated: Stated, seed: int, patch_size: int | None) -> Lo
         raise VitcliError(str(error), hint=hint) from error
     size = model.config.image_size
     base = Preprocess(image_size=size, mean=(0.5,) * 3, std=(0.5,) * 3)
-    model.preprocess = stated_preprocess(base, stated.preprocess, size, 3)
+    model.preprocess = override_preprocess(base, overrides.preprocess, size, 3)
     model.load_report = LoadReport(name, "variant", notes=[f"`{name}`: random weights"])
     model.load_report.status = dict.fromkeys(model.state_dict(), ("new", "random"))
     return model
 
 
 def load_settings(model: ModelSection, preprocess: PreprocessSection) -> dict[str, Any]:
-    """Arguments of `load_model` from `--set model.…` and `--set preprocess.…`.
+    """Return the arguments of `load_model` from `--set model.…` and `--set preprocess.…`.
 
     Raises:
         VitcliError: a setting is fixed by the weights.
@@ -229,10 +228,11 @@ def load_settings(model: ModelSection, preprocess: PreprocessSection) -> dict[st
 
 
 def newest_run(*, classifier: bool, runs: Path = RUNS) -> str:
-    """The newest finished run of a kind.
+    """Return the path of the newest finished run of a kind.
 
     Args:
-        classifier: a run with a trained head, including `fewshot` runs. Otherwise a training run.
+        classifier: True for a run with a trained head, including `fewshot` runs; False for a
+            training run.
         runs: the folder of runs.
 
     Raises:

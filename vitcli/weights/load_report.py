@@ -1,4 +1,4 @@
-"""The load report: how each tensor of a weights file was loaded."""
+"""The load report, which says how each tensor of a weights file was loaded."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ TensorStatus = Literal["loaded", "resampled", "new", "dropped"]
 
 @dataclass
 class LoadReport:
-    """How each tensor was loaded.
+    """The report on the loading of a model.
 
     Attributes:
         source: the MODEL that the user named.
@@ -30,11 +30,11 @@ class LoadReport:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def names(self, status: TensorStatus) -> list[str]:
-        """Names of the tensors with this status."""
+        """Return the names of the tensors with this status."""
         return [name for name, (found, _) in self.status.items() if found == status]
 
     def line(self) -> str:
-        """One line: the number of tensors loaded, and the names of all other tensors."""
+        """Return one line: the number of tensors loaded, and the names of all other tensors."""
         if not self.names("loaded"):
             return f"{len(self.names('new'))} tensors new ({self.layout})"
         parts = [f"{len(self.names('loaded'))} tensors loaded ({self.layout})"]
@@ -46,11 +46,11 @@ class LoadReport:
         return "; ".join(parts)
 
     def provenance(self) -> dict[str, Any]:
-        """Facts for a run's provenance.json; the notes include the commit of a Hub repository."""
+        """Return facts for provenance.json; the notes include the commit of a Hub repository."""
         return {"name": self.source, "layout": self.layout, "notes": self.notes}
 
     def table(self, model: "LoadedModel") -> list[str]:
-        """A line for each tensor of the file and the model: status, name, shape, reason."""
+        """Return a line for each tensor of the file and the model: status, name, shape, reason."""
         now = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         rows = []
         for name, (status, reason) in self.status.items():
@@ -68,7 +68,7 @@ class LoadReport:
         ]
 
 
-def tell_load(model: "LoadedModel", watch: Watcher, *, verbose: bool = False) -> None:
+def note_load_report(model: "LoadedModel", watch: Watcher, *, verbose: bool = False) -> None:
     """Write notes and a summary of the load report; `verbose` adds a line for each tensor."""
     report = model.load_report
     if report is None:

@@ -19,7 +19,7 @@ HEAD_PREFIXES = ("head.", "head_dist.")
 
 @dataclass(eq=False)
 class LoadedModel:
-    """A network, and beside it what a weights file says about how to use it.
+    """A network, and the facts that a weights file holds about its use.
 
     Call it with images (B, C, Y, X) to get logits (B, K), or the features if it has no head.
 
@@ -27,7 +27,7 @@ class LoadedModel:
         network: the `VisionTransformer` or `ResNet`, a plain `nn.Module`.
         labels: class names in the order of the logits, or None.
         preprocess: the evaluation transform of the weights, or None if it is not known.
-        head_activation: turns logits into probabilities. `sigmoid` treats each class on its own.
+        head_activation: turns logits into probabilities. `sigmoid` treats each class alone.
         temperature: divides the logits before the activation. Above 1, the model is less confident.
         head_trained: True if the head has learned the classes, so that `predict` may use it.
         load_report: how each tensor was loaded, or None if the model was not loaded.
@@ -66,7 +66,7 @@ class LoadedModel:
         return x.sigmoid() if self.head_activation == "sigmoid" else x.softmax(dim=1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors of the network, under timm's names."""
+        """Return the tensors of the network, under timm's names."""
         return self.network.state_dict()
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -74,11 +74,11 @@ class LoadedModel:
         self.network.load_state_dict(tensors)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the network, for an optimizer."""
+        """Return the parameters of the network, for an optimizer."""
         return self.network.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of the network, under timm's names."""
+        """Return (name, parameter) of the network, under timm's names."""
         return self.network.named_parameters()
 
     def to(self, device: torch.device | str) -> "LoadedModel":

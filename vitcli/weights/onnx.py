@@ -77,7 +77,7 @@ def write_onnx(model: LoadedModel, out: Path) -> list[str]:
 
 
 def data_file(out: Path) -> Path:
-    """Path of the weights of the ONNX file `out` if they are too large for it."""
+    """Return the path of the weights of the ONNX file `out` if they are too large for it."""
     return out.with_name(out.name + ".data")
 
 

@@ -1,14 +1,13 @@
-"""Settings of the caller that replace or complete the facts of a weights file."""
+"""The caller's settings that replace or complete those of a weights file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, get_args
 
-from vitcli.errors import VitcliError, nearest
+from vitcli.config.choices import Gelu, StemArithmetic
+from vitcli.errors import VitcliError, unknown
 from vitcli.preprocess import Preprocess
-from vitcli.vit.config import Gelu
-from vitcli.vit.hybrid import StemArithmetic
 
 PREPROCESS_KEYS = (
     "resize_mode",
@@ -34,7 +33,7 @@ MODEL_KEYS = (
 
 
 @dataclass(frozen=True)
-class Stated:
+class Overrides:
     """Settings from `--set model.…`, `--set preprocess.…` and `--labels`; None if not set."""
 
     image_size: tuple[int, int] | None = None
@@ -52,7 +51,7 @@ class Stated:
         if self.stem_arithmetic not in (None, *get_args(StemArithmetic)):
             raise VitcliError(
                 f"`model.stem_arithmetic` is `{self.stem_arithmetic}`",
-                hint="`google` or `timm`",
+                hint="use `google` or `timm`",
             )
         if self.num_heads is not None:
             if not _is_count(self.num_heads):
@@ -67,10 +66,7 @@ class Stated:
             )
         for key in self.preprocess:
             if key not in PREPROCESS_KEYS:
-                near = nearest(key, PREPROCESS_KEYS)
-                meant = f"did you mean `preprocess.{near}`?" if near else None
-                known = ", ".join(f"`preprocess.{k}`" for k in PREPROCESS_KEYS)
-                raise VitcliError(f"no setting `preprocess.{key}`", hint=meant or known)
+                raise unknown("setting", key, PREPROCESS_KEYS, prefix="preprocess.")
 
 
 def as_size(value: Any, key: str = "model.image_size") -> tuple[int, int] | None:
@@ -84,19 +80,19 @@ def as_size(value: Any, key: str = "model.image_size") -> tuple[int, int] | None
 
 
 def _is_count(value: Any) -> bool:
-    """True if `value` is an integer from 1 on."""
+    """Return True if `value` is an integer from 1 on."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def are_pictures(channels: int, notes: list[str]) -> bool:
-    """True if images can have this number of channels; otherwise add a note."""
+    """Return True if images can have this number of channels; otherwise add a note."""
     if channels not in PICTURES:
-        notes.append(f"{channels} channels are not grey or RGB: the model has no preprocessing")
+        notes.append(f"images have 1 or 3 channels, the model {channels}: it has no preprocessing")
     return channels in PICTURES
 
 
 def per_channel(value: Any, channels: int, key: str) -> tuple[float, ...]:
-    """One number per channel, from a number or a list; other values raise a VitcliError."""
+    """Return one number per channel, from a number or a list; other values raise a VitcliError."""
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     try:
         numbers = tuple(float(v) for v in values)
@@ -110,15 +106,18 @@ def per_channel(value: Any, channels: int, key: str) -> tuple[float, ...]:
     return numbers * channels if len(numbers) == 1 else numbers
 
 
-def stated_preprocess(
-    base: Preprocess | None, stated: Mapping[str, Any], image_size: tuple[int, int], channels: int
+def override_preprocess(
+    base: Preprocess | None,
+    overrides: Mapping[str, Any],
+    image_size: tuple[int, int],
+    channels: int,
 ) -> Preprocess | None:
-    """`base` with the stated settings replaced.
+    """Return `base` with the settings in `overrides` replaced.
 
     Returns None if mean or std is unknown, or if the channels are not grey or RGB. Raises a
     VitcliError for an invalid value.
     """
-    values = dict(stated)
+    values = dict(overrides)
     for key in ("mean", "std"):
         if key in values:
             values[key] = per_channel(values[key], channels, f"preprocess.{key}")

@@ -24,11 +24,11 @@ CONVERT_HINT = (
     "if you trust the author, load it in Python and save only its tensors: "
     '`safetensors.torch.save_file(model.state_dict(), "model.safetensors")`'
 )
-# Largest ratio of all tensors' bytes to the file's bytes. A file stores shared weights once (12
-# blocks in ALBERT). A larger ratio means one number expanded over a large shape.
+# Largest ratio of the bytes of all tensors to the bytes of the file. A file stores shared weights
+# once (12 blocks in ALBERT). In a larger ratio, one number is expanded over a large shape.
 MAX_EXPANSION = 16
-# Keys under which programs store the state dict, best first: averaged weights are the ones to
-# evaluate (timm, DINO, I-JEPA), and a student is the worst choice.
+# Keys under which programs store the state dict, best first. Averaged weights are evaluated (timm,
+# DINO, I-JEPA), so they come first; a student comes last.
 WRAPPINGS = (
     "state_dict_ema",
     "model_ema",
@@ -50,7 +50,7 @@ WRAPPINGS = (
 
 
 def is_pickle(path: str | os.PathLike[str]) -> bool:
-    """True if the suffix or the first bytes of a file are those of `torch.save` or `pickle`."""
+    """Return True if the suffix or the first bytes show a file of `torch.save` or `pickle`."""
     path = Path(path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         return True
@@ -65,7 +65,7 @@ def _begins_as_pickle(path: Path) -> bool:
 
 
 def _protocol(path: Path) -> int:
-    """The protocol of a pickle without a zip archive; 0 for any other file."""
+    """Return the protocol of a pickle without a zip archive; 0 for any other file."""
     start = _start(path)
     # safetensors starts with the 64-bit length of its header, and a length of 640 is 80 02 too.
     if start[:1] != b"\x80" or start[4:] == b"\0\0\0\0{":
@@ -79,7 +79,7 @@ def _start(path: Path) -> bytes:
 
 
 def load_pickle(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in a file of `torch.save`, and notes on which one was chosen.
+    """Return the state dict in a file of `torch.save`, and notes on which one was chosen.
 
     A zip archive is memory-mapped. Tensors that share memory are copied.
 
@@ -115,7 +115,7 @@ def _unpickled(path: Path) -> Any:
 
 
 def _refusal(path: Path, words: str) -> VitcliError:
-    """The error for a file that torch refused, derived from torch's message."""
+    """Return the error for a file that torch refused, derived from torch's message."""
     found = re.search(r"(?:GLOBAL|instruction:|class) ([\w.]+\.\w+)", words)
     named = found[1] if found else None
     if "TorchScript" in words:
@@ -156,7 +156,7 @@ def _refusal(path: Path, words: str) -> VitcliError:
 
 
 def _state_dict(value: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict inside the content of a file, and a note on which one was chosen."""
+    """Return the state dict inside the content of a file, and a note on which one was chosen."""
     trail: list[str] = []
     notes: list[str] = []
     while isinstance(value, Mapping):
@@ -166,8 +166,8 @@ def _state_dict(value: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
         value, others = value[inner[0]], inner[1:]
         trail.append(inner[0])
         if others:
-            beside = ", ".join(f"`{name}`" for name in others)
-            notes.append(f"the weights under `{'.'.join(trail)}` were taken, not {beside}")
+            ignored = ", ".join(f"`{name}`" for name in others)
+            notes.append(f"loaded the weights under `{'.'.join(trail)}`, not those under {ignored}")
     if isinstance(value, Tensor) or not isinstance(value, Mapping):
         kind = type(value).__name__
         raise VitcliError(
@@ -184,7 +184,7 @@ def _state_dict(value: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _kind(tensor: Tensor) -> str | None:
-    """Why a tensor is not a dense array of numbers; None for a dense one."""
+    """Return the kind of a tensor that is not a dense array of numbers; None for a dense one."""
     if tensor.is_quantized:
         return "quantised"
     if tensor.layout != torch.strided:
@@ -199,16 +199,16 @@ def _check_size(tensors: Mapping[str, Tensor], path: Path) -> None:
     if total > MAX_EXPANSION * file:
         largest = max(sizes, key=lambda name: sizes[name])
         raise VitcliError(
-            f"`{path}` has {file} bytes, its tensors would take {total}; the largest is "
-            f"{printable(largest)} {tuple(tensors[largest].shape)}, of "
+            f"`{path}` has {file} bytes, but its tensors would take {total} bytes; the largest, "
+            f"`{printable(largest)}`, has the shape {tuple(tensors[largest].shape)} and takes "
             f"{tensors[largest].untyped_storage().nbytes()} bytes in the file",
-            hint="the file is damaged or malicious; if you trust it, save its tensors after "
-            "`.contiguous()`",
+            hint="the file is damaged or malicious; if you trust it, load it in Python and save "
+            "its tensors after `.contiguous()`",
         )
 
 
 def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory; only tensors that are not are copied."""
+    """Copy the tensors that share memory or are not contiguous; return the others unchanged."""
     seen: set[int] = set()
     own: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

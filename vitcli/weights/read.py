@@ -16,56 +16,58 @@ from vitcli.weights.google.read_google import read_google
 from vitcli.weights.hub_models import fetch_repository
 from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
-from vitcli.weights.overrides import Stated, stated_preprocess
+from vitcli.weights.overrides import Overrides, override_preprocess
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
 from vitcli.weights.store import (
     INDEX,
     Checkpoint,
-    load_own,
     load_sharded_weights,
     load_weights,
     read_header,
+    read_vitcli,
 )
 from vitcli.weights.timm.read_timm import read_timm
 from vitcli.weights.timm.timm_names import is_bit, is_timm
 
 UNDERSTOOD = (
-    "a MODEL is a run directory, a .safetensors file of ours or in timm's layout, a .pth with a "
-    "plain state dict, a Hugging Face ViT folder, an official Google .npz, or a variant such "
+    "a MODEL is a run directory, a .safetensors file of vitcli or timm, a .pth file with a plain "
+    "state dict, a Hugging Face ViT folder, an official Google .npz, or a variant such "
     "as `B/16`"
 )
 
 
 def read_checkpoint(
-    source: str, stated: Stated | None = None, watch: Watcher | None = None
+    source: str, overrides: Overrides | None = None, watch: Watcher | None = None
 ) -> Checkpoint:
-    """Read the checkpoint at `source`. A trained head of ImageNet's size gets its class names.
+    """Read the checkpoint at `source`. A trained head of ImageNet's size gets ImageNet's names.
 
     Args:
         source: a path, `hf:NAME`, or the URL of a weights file.
-        stated: settings of the caller.
+        overrides: settings of the caller.
         watch: receives the progress of a download.
 
     Raises:
         VitcliError: the weights do not exist, or their format is not supported.
     """
-    stated = stated or Stated()
-    checkpoint = _read(source, stated, watch)
+    overrides = overrides or Overrides()
+    checkpoint = _read(source, overrides, watch)
     config = checkpoint.config
-    if stated.stem_arithmetic is not None:
+    if overrides.stem_arithmetic is not None:
         if not isinstance(config, ViTConfig) or config.stem is None:
-            raise VitcliError("`model.stem_arithmetic` is only for hybrids", hint="remove it")
-        checkpoint.config = replace(config, stem_arithmetic=stated.stem_arithmetic)
+            raise VitcliError(
+                "`model.stem_arithmetic` is set, but the model is not a hybrid", hint="remove it"
+            )
+        checkpoint.config = replace(config, stem_arithmetic=overrides.stem_arithmetic)
     outputs = checkpoint.config.num_classes
     if checkpoint.labels is None and checkpoint.head_trained and outputs in SETS:
         checkpoint.labels = imagenet_names(outputs)
         checkpoint.notes.append(
-            f"{outputs} outputs without names: class names of {SETS[outputs][0]} assumed"
+            f"{outputs} outputs have no names: assumed the classes of {SETS[outputs][0]}"
         )
     return checkpoint
 
 
-def _read(source: str, stated: Stated, watch: Watcher | None) -> Checkpoint:
+def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoint:
     path = Path(source)
     if not source:  # an empty path would be the current folder
         raise VitcliError("the MODEL is empty", hint=UNDERSTOOD)
@@ -78,54 +80,56 @@ def _read(source: str, stated: Stated, watch: Watcher | None) -> Checkpoint:
         path = _weights_in(path)
     elif not path.exists():
         raise VitcliError(f"no such model: `{source}`", hint=UNDERSTOOD)
-    checkpoint = _read_file(path, source, stated)
+    checkpoint = _read_file(path, source, overrides)
     checkpoint.notes[:0] = notes
     return checkpoint
 
 
-def _read_file(path: Path, source: str, stated: Stated) -> Checkpoint:
-    """The checkpoint in one file or in its shards; `source` is the MODEL that the user named."""
+def _read_file(path: Path, source: str, overrides: Overrides) -> Checkpoint:
+    """Read one file or its shards; `source` is the MODEL that the user named."""
     if path.suffix == ".npz":
-        return read_google(read_npz(path), source, stated)
+        return read_google(read_npz(path), source, overrides)
     if path.name.endswith(INDEX):
         tensors = load_sharded_weights(path)
     elif path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
-        raise VitcliError(f"`{source}`: unsupported weights format", hint=UNDERSTOOD)
+        raise VitcliError(f"`{source}` has an unsupported weights format", hint=UNDERSTOOD)
     elif is_pickle(path) and path.suffix != ".safetensors":
         tensors, notes = load_pickle(path)
-        checkpoint = _read_tensors(tensors, path, source, stated)
+        checkpoint = _read_tensors(tensors, path, source, overrides)
         checkpoint.notes[:0] = notes
         return checkpoint
     elif read_header(path) is not None:
-        return _restated(load_own(path), stated)
+        return _with_overrides(read_vitcli(path), overrides)
     else:
         tensors = load_weights(path)
-    return _read_tensors(tensors, path, source, stated)
+    return _read_tensors(tensors, path, source, overrides)
 
 
 def _read_tensors(
-    tensors: dict[str, Tensor], path: Path, source: str, stated: Stated
+    tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
 ) -> Checkpoint:
-    """The checkpoint of `tensors` from `path`, with the shapes of the dropped tensors."""
-    checkpoint = _in_layout(tensors, path, source, stated)
+    """Convert `tensors` from `path` to a checkpoint with the shapes of the dropped tensors."""
+    checkpoint = _in_layout(tensors, path, source, overrides)
     left = [name for name in checkpoint.dropped if name in tensors]
     checkpoint.dropped_shapes = {name: tuple(tensors[name].shape) for name in left}
     return checkpoint
 
 
-def _in_layout(tensors: dict[str, Tensor], path: Path, source: str, stated: Stated) -> Checkpoint:
-    """The checkpoint of `tensors`; their names tell the layout."""
-    beside = _json(path.parent / "config.json") or {}
+def _in_layout(
+    tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
+) -> Checkpoint:
+    """Detect the layout by the names of `tensors`, and convert them to a checkpoint."""
+    described = _json(path.parent / "config.json") or {}
     if is_huggingface(tensors):
-        if "model_type" not in beside:
+        if "model_type" not in described:
             raise VitcliError(
                 f"`{source}` has Hugging Face's layout, but there is no config.json next to it",
                 hint="use the folder that `save_pretrained` wrote",
             )
         processor = _json(path.parent / "preprocessor_config.json")
-        return read_huggingface(tensors, source, beside, processor, stated)
-    if "model_type" in beside and not is_timm(tensors) and not is_bit(tensors):
-        read_huggingface(tensors, source, beside, None, stated)
+        return read_huggingface(tensors, source, described, processor, overrides)
+    if "model_type" in described and not is_timm(tensors) and not is_bit(tensors):
+        read_huggingface(tensors, source, described, None, overrides)
     if not is_timm(tensors) and not is_bit(tensors):
         shown = ", ".join(list(tensors)[:4])
         raise VitcliError(
@@ -133,36 +137,36 @@ def _in_layout(tensors: dict[str, Tensor], path: Path, source: str, stated: Stat
             f"tensors are {shown}{' …' if len(tensors) > 4 else ''}",
             hint=UNDERSTOOD,
         )
-    hub = beside if {"architecture", "pretrained_cfg"} & set(beside) else None
-    return read_timm(tensors, source, hub, stated)
+    hub = described if {"architecture", "pretrained_cfg"} & set(described) else None
+    return read_timm(tensors, source, hub, overrides)
 
 
-def _restated(checkpoint: Checkpoint, stated: Stated) -> Checkpoint:
+def _with_overrides(checkpoint: Checkpoint, overrides: Overrides) -> Checkpoint:
     """Apply the caller's settings to a file of vitcli, which states all facts itself."""
-    values: dict[str, Any] = {"num_heads": stated.num_heads, "norm_eps": stated.norm_eps}
-    values["gelu"] = stated.gelu
-    said = {key: value for key, value in values.items() if value is not None}
-    if said and isinstance(checkpoint.config, ResNetConfig):
+    values: dict[str, Any] = {"num_heads": overrides.num_heads, "norm_eps": overrides.norm_eps}
+    values["gelu"] = overrides.gelu
+    given = {key: value for key, value in values.items() if value is not None}
+    if given and isinstance(checkpoint.config, ResNetConfig):
         raise VitcliError(
-            f"a ResNet has no {', '.join(f'`model.{key}`' for key in said)}",
+            f"a ResNet has no {', '.join(f'`model.{key}`' for key in given)}",
             hint="remove it",
         )
     try:
-        checkpoint.config = replace(checkpoint.config, **said)
+        checkpoint.config = replace(checkpoint.config, **given)
     except ValueError as error:
         raise VitcliError(
             f"the settings do not fit this model: {error}",
             hint="remove these settings",
         ) from error
     config = checkpoint.config
-    checkpoint.preprocess = stated_preprocess(
-        checkpoint.preprocess, stated.preprocess, config.image_size, config.num_channels
+    checkpoint.preprocess = override_preprocess(
+        checkpoint.preprocess, overrides.preprocess, config.image_size, config.num_channels
     )
     return checkpoint
 
 
-def own_file(source: str) -> Path | None:
-    """The local weights file of a MODEL that vitcli wrote; None for any other MODEL."""
+def vitcli_weights_file(source: str) -> Path | None:
+    """Return the local weights file of a MODEL that vitcli wrote; None for any other MODEL."""
     path = Path(source)
     if source.startswith(("hf:", "https:", "http:", "gs:")) or not path.exists():
         return None
@@ -173,7 +177,7 @@ def own_file(source: str) -> Path | None:
 
 
 def _weights_in(folder: Path) -> Path:
-    """The weights file of a run directory or model folder."""
+    """Return the weights file of a run directory or model folder."""
     whole = folder / "model.safetensors"
     if whole.is_file():
         return whole
@@ -190,7 +194,7 @@ def _weights_in(folder: Path) -> Path:
     if (folder / "recipe.toml").is_file():
         raise VitcliError(
             f"the run `{folder}` has no model.safetensors: it did not finish",
-            hint=f"resume it: the same command with `--out {folder} --resume`",
+            hint=f"resume it: repeat the command with `--out {folder} --resume`",
         )
     pickles = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICKLE_SUFFIXES)
     known = [p for p in pickles if p.stem in ("pytorch_model", "model")]

@@ -19,12 +19,12 @@ from torch import Tensor
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.preprocess import Preprocess
+from vitcli.run import check_free
 from vitcli.vit import Config, config_from_dict
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
 FORMAT = 1
-OWN_HINT = "use the model.safetensors of a run"
 DAMAGED_HINT = "copy or download the file again"
 # `save_pretrained` writes several files above its `max_shard_size`, and this index of them.
 INDEX = "model.safetensors.index.json"
@@ -114,8 +114,25 @@ def write_tensors(
         raise OSError(str(error)) from error
 
 
+def write_folder(
+    out: Path, tensors: Mapping[str, Tensor], files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write `model.safetensors` and JSON files into the new folder `out`, atomically.
+
+    Raises:
+        VitcliError: `out` is not empty or not writable.
+    """
+    check_free(out)
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        write_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
+        for name, values in files.items():
+            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            (temporary / name).write_text(text, encoding="utf-8")
+
+
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The header that vitcli wrote, or None for a safetensors file of another program.
+    """Return the header that vitcli wrote, or None for a safetensors file of another program.
 
     Raises:
         VitcliError: the file does not exist, is truncated, is a pickle, or has an invalid header.
@@ -136,8 +153,18 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
         return dict(header)
 
 
+def _own_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the header, or raise a VitcliError if another program wrote the file."""
+    header = read_header(path)
+    if header is None:
+        raise VitcliError(
+            f"`{path}` was not written by vitcli", hint="use the model.safetensors of a run"
+        )
+    return header
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The metadata of any safetensors file; raises as `load_weights` does."""
+    """Return the metadata of any safetensors file; raises as `load_weights` does."""
     check_safetensors(path)
     with _opened(path) as file:
         return dict(file.metadata() or {})
@@ -153,7 +180,7 @@ def readable_values(file: str, source: str | os.PathLike[str], hint: str) -> Ite
 
 
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, memory-mapped.
+    """Return all tensors of a safetensors file, memory-mapped.
 
     Raises:
         VitcliError: the file does not exist, is truncated, is a pickle, or has an invalid header.
@@ -165,7 +192,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """Names of the files in the same folder that an index of sharded weights lists.
+    """Return the names of the files that an index of sharded weights lists in its folder.
 
     Raises:
         VitcliError: the index is invalid.
@@ -182,24 +209,20 @@ def shard_names(index: Path) -> list[str]:
 
 
 def load_sharded_weights(index: Path) -> dict[str, Tensor]:
-    """All tensors of the files that `index` lists; raises as `load_weights` does."""
+    """Return all tensors of the files that `index` lists; raises as `load_weights` does."""
     tensors: dict[str, Tensor] = {}
     for name in shard_names(index):
         tensors |= load_weights(index.parent / name)
     return tensors
 
 
-def load_own(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint in a file that `save_model` wrote.
+def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
+    """Return the checkpoint in a file that `save_model` wrote.
 
     Raises:
         VitcliError: as `read_header`, or another program wrote the file.
     """
-    header = read_header(path)
-    if header is None:
-        raise VitcliError(
-            f"`{path}` was not written by vitcli", hint="use the model.safetensors of a run"
-        )
+    header = _own_header(path)
     with readable_values("header", path, DAMAGED_HINT):
         config = config_from_dict(header["config"])
         values = header.get("preprocess")
@@ -235,11 +258,7 @@ def set_temperature(
     Raises:
         VitcliError: as `read_header`, or another program wrote the file, or it cannot be written.
     """
-    header = read_header(path)
-    if header is None:
-        raise VitcliError(
-            f"`{path}` was not written by vitcli", hint="use the model.safetensors of a run"
-        )
+    header = _own_header(path)
     header |= {"temperature": temperature, "fitted_on": fitted_on and dict(fitted_on)}
     metadata = {"vitcli": json.dumps(header, sort_keys=True)}
     save_tensors(path, load_weights(path), metadata)

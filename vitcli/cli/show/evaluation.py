@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from vitcli.cli.console import print_facts, print_table, show_next
-from vitcli.cli.show.training import MOST_CLASSES, percent, with_interval, worst
+from vitcli.cli.console import MOST_CLASSES, percent, print_facts, print_table, show_next
+from vitcli.cli.show.training import with_interval
 from vitcli.run import run_stem
 
 MAX_PAIRS = 5  # pairs of confused classes
@@ -89,7 +89,8 @@ def _show_single_label_classes(result: Any) -> None:
     many = len(rows) > MOST_CLASSES
     title = f"the {MOST_CLASSES} classes of lowest F1" if many else ""
     columns = ["class", "precision", "recall (95 % interval)", "F1", "images"]
-    print_table(title, columns, worst(rows) if many else rows)
+    lowest = sorted(rows, key=lambda row: row[3])[:MOST_CLASSES]  # by F1
+    print_table(title, columns, lowest if many else rows)
     if pairs := result.details.mistakes.confused[:MAX_PAIRS]:
         cells = [[display(p.true), display(p.predicted), f"{p.images} of {p.of}"] for p in pairs]
         print_table("most often confused", ["true", "predicted", "images"], cells)

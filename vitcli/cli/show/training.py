@@ -1,4 +1,4 @@
-"""Print the results of pretrain, finetune, compare, export, recipes and check."""
+"""Print the results of pretrain, finetune and recipes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,17 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from vitcli.cli import console as report
-from vitcli.cli.console import print_facts, print_table, show_next
-from vitcli.errors import printable
-
-MOST_CLASSES = 20  # rows of a table of classes
-MOST_EXAMPLES = 3  # examples of each kind of finding
-MOST_NAMES = 5  # file names of one group of duplicates
-
-
-def percent(share: float) -> str:
-    """0.9077 -> 90.77 %."""
-    return f"{100 * share:.2f} %"
+from vitcli.cli.console import percent, print_facts, show_next
 
 
 def with_interval(share: float, interval: Sequence[float] | None) -> str:
@@ -78,32 +68,6 @@ def show_found_rate(result: Any) -> None:
     show_next(f"the same command with --lr {result.lr:.2g}{muon}, without --find-lr")
 
 
-def worst(classes: list[list[Any]]) -> list[list[Any]]:
-    """The rows of the classes with the lowest F1."""
-    return sorted(classes, key=lambda row: row[3])[:MOST_CLASSES]
-
-
-def show_export(result: Any) -> None:
-    """Print the files of an export, its facts, and the difference after reading it back."""
-    facts, names = result.facts, "with names" if result.facts["class_names"] else "without names"
-    rows: list[tuple[str, Any]] = [(name, f"{size:,} bytes") for name, size in result.files.items()]
-    rows.append(("classes", f"{facts['classes']:,}, {names}" if facts["classes"] else "no head"))
-    rows.append(("image size", "x".join(map(str, facts["image_size"]))))
-    for key in ("mean", "std"):
-        known = facts[key] is not None
-        rows.append((key, ", ".join(f"{v:g}" for v in facts[key]) if known else "unknown"))
-    if facts["gelu"] is not None:
-        rows.append(("epsilon, GELU", f"{facts['norm_eps']:g}, {facts['gelu']}"))
-    if result.difference is not None:
-        largest = f"{result.difference:.2g} ({result.compared} up to {result.scale:.3g})"
-        rows.append((f"largest {result.compared} difference", largest))
-    print_facts(f"{result.model} as {result.format}: {result.path}", rows)
-    for note in result.notes:
-        report.Terminal().note(note)
-    if result.format != "onnx" and result.head_trained:
-        show_next(f"vitcli predict image.jpg --model {result.path}")
-
-
 def show_recipes(result: Any) -> None:
     """Print two lines per recipe: its data, model and cost, and its description."""
     for row in result.rows:
@@ -111,47 +75,3 @@ def show_recipes(result: Any) -> None:
         takes += f", {row.cost}" if row.cost else ""
         report.out.print(Text.assemble((row.name, "bold"), "  ", takes), soft_wrap=True)
         report.out.print(Text(f"    {row.description}", style="dim"), soft_wrap=True)
-
-
-def show_check(result: Any) -> None:
-    """Print splits, sizes and classes of a dataset, and the problems found."""
-    facts = result.to_json()
-    rows: list[tuple[str, Any]] = [
-        ("images", ", ".join(f"{n:,} {name}" for name, n in facts["splits"].items())),
-        ("classes", len(facts["classes"])),
-    ]
-    if facts["layout"]:
-        rows.append(("layout", facts["layout"]))
-    if training := facts["training"].get("splits"):
-        rows.append(("training uses", ", ".join(f"{n:,} {name}" for name, n in training.items())))
-    for name in ("height", "width"):
-        if found := facts[name]:
-            rows.append((name, f"{found['min']} to {found['max']}, median {found['median']}"))
-    if hint := facts["suggested"]:
-        said = (
-            f"--set model.image_size={hint['image_size']} --set model.patch_size="
-            f"{hint['patch_size']} ({hint['tokens']} tokens)"
-        )
-        rows.append(("suggested", said))
-    if facts["sheet"]:
-        rows.append(("samples", facts["sheet"]))
-    print_facts(result.data, rows)
-    splits = list(facts["splits"])
-    classes = sorted(facts["classes"].items(), key=lambda item: item[1][splits[0]])
-    if len(classes) > MOST_CLASSES:
-        classes = [*classes[: MOST_CLASSES // 2], *classes[-MOST_CLASSES // 2 :]]
-    print_table("", ["class", *splits], [[k, *(v[s] for s in splits)] for k, v in classes])
-    report.print_title("problems" if facts["problems"] else "no problems found")
-    for line in facts["problems"]:
-        report.out.print(Text(f"  {printable(line)}"), soft_wrap=True)
-    for title, pairs in facts["leaks"].items():
-        for names in pairs[:MOST_EXAMPLES]:
-            shown = " = ".join(printable(name) for name in names)
-            report.out.print(Text(f"    {title}: {shown}", style="dim"), soft_wrap=True)
-    for kind in ("exact_duplicates", "near_duplicates"):
-        for names in facts[kind][:MOST_EXAMPLES]:
-            shown = " = ".join(printable(name) for name in names[:MOST_NAMES])
-            shown += f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
-            report.out.print(
-                Text(f"    {kind.replace('_', ' ')}: {shown}", style="dim"), soft_wrap=True
-            )

@@ -26,6 +26,7 @@ class Reader:
         suffixes: endings of the files that it reads.
         accepts: `module:function`, which tells whether a folder (`Path`) is of this kind; None if
             a folder never is.
+        several: True if a notation such as `{train,test}.csv` means several files.
     """
 
     example: str
@@ -33,6 +34,7 @@ class Reader:
     load: str
     suffixes: tuple[str, ...] = ()
     accepts: str | None = None
+    several: bool = False
 
 
 # A key with a colon is a notation, or the start of one (`hf:`). Of several readers that accept a
@@ -45,9 +47,12 @@ READERS = {
     ),
     "table": Reader(
         "labels.csv",
-        "a .csv, .tsv or .jsonl table with a column of paths and a column of labels",
+        "a .csv, .tsv, .txt or .jsonl table with a column of paths and a column of labels; several "
+        "as `{train,test}.csv`, or a folder of them",
         "readers.table:load_table",
-        suffixes=(".csv", ".tsv", ".jsonl"),
+        suffixes=(".csv", ".tsv", ".txt", ".jsonl"),
+        accepts="readers.table:table_files",
+        several=True,
     ),
     "decoded": Reader(
         "photos-224/",
@@ -68,6 +73,7 @@ READERS = {
         "readers.tar:load_tar",
         suffixes=(".tar",),
         accepts="readers.tar:is_shard_folder",
+        several=True,
     ),
     "saved": Reader(
         "saved/",
@@ -123,7 +129,7 @@ def find_reader(notation: str) -> str:
     for key, reader in READERS.items():
         if suffix not in reader.suffixes:
             continue
-        if path.is_file() or (suffix == ".tar" and "{" in notation):
+        if path.is_file() or (reader.several and re.search(r"[{,]", notation)):
             return key
         raise VitcliError(f"no such file: `{shown}`", f"DATA is one of: {_KINDS}")
     if re.search(r"\.(tar\.\w+|tgz)$", notation):

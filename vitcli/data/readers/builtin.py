@@ -12,7 +12,7 @@ from PIL import Image
 
 from vitcli.data.image_set import ArrayStore, ImageSet
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import stratified_split
+from vitcli.data.stratify import stratified_split
 from vitcli.decode import read_image
 
 DIGITS_TEST_FRACTION = 0.2

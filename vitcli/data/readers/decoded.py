@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitcli.data.image_set import ImageSet, Pixels
+from vitcli.data.image_set import ImageSet, Integers, Pixels
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
@@ -99,6 +99,10 @@ class PixelStore:
             self._verified[row] = True
         shaped: Pixels = content.reshape(height, width, 3)
         return shaped
+
+    def content_keys(self, rows: Integers) -> Integers:
+        """Checksums."""
+        return self.index["crc32"][rows].astype(np.int64)
 
     def describe(self, row: int) -> str:
         return f"image {row} of {self.name}"

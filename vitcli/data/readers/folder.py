@@ -2,19 +2,19 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from vitcli.data.folder_tree import Folder, folder_split, named, tree_of
+from vitcli.data.folder_tree import is_numbered_parts, named, tree_of
 from vitcli.data.image_set import FileStore, ImageSet, ImageStore
 from vitcli.data.labels import sorted_classes
 from vitcli.data.layout import Layout, read_layout
+from vitcli.data.readers.folder_tables import TABLE_SUFFIXES, TABLES, read_folder_tables
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import in_split_order
 from vitcli.errors import VitcliError, printable
 
 # fmt: off
@@ -45,8 +45,6 @@ OUTPUT_FILES = frozenset(
 )  # fmt: skip
 RUNS = "runs"
 BAR_IMAGES = 1000  # to move the bar for every file would take longer than to read the file's size
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-TABLES = [f"{stem}{suffix}" for stem in ("metadata", "labels") for suffix in TABLE_SUFFIXES]
 
 
 def is_image_name(name: str) -> bool:
@@ -217,9 +215,9 @@ def load_folder(request: DataRequest) -> Source:
         tree = tree_of(root.resolve().name, paths)
     layout = read_layout(tree, request.shown, request.settings.class_level)
     notes = [*report.notes(request.shown), *layout.notes]
-    from_table = _read_tables(request, tree, report, layout, notes)
+    from_table = read_folder_tables(request, tree, report.tables, layout, notes)
     if from_table is not None:
-        return from_table
+        return replace(from_table, notes=(*report.notes(request.shown), *from_table.notes))
 
     def store_of(base: str, paths: Sequence[str]) -> FileStore:
         return FileStore(root / base, (os.fsencode(path) for path in paths))
@@ -266,6 +264,12 @@ def source_of_layout(
                 f"`{shown}` has {len(images.loose):,} images but no class folders",
                 _no_classes_hint(request, tables),
             )
+        elif tables and is_numbered_parts(list(classes)):
+            raise VitcliError(
+                f"the folders of `{shown}` are numbered parts, such as `{next(iter(classes))}`, "
+                "not classes",
+                _no_classes_hint(request, tables),
+            )
         elif images.loose:
             notes.append(f"{shown}: skipped {len(images.loose):,} images outside class folders")
         paths = [path.removeprefix(images.base) for found in classes.values() for path in found]
@@ -295,67 +299,6 @@ def _no_classes_hint(request: DataRequest, tables: Sequence[str]) -> str:
         "put the images of each class into a folder with its name, or give a CSV file with "
         "the columns `path` and `label`"
     )
-
-
-def _read_tables(
-    request: DataRequest, tree: Folder, report: WalkReport, layout: Layout, notes: list[str]
-) -> Source | None:
-    """The images of `metadata.csv` or `labels.csv`; None if there is none that gives labels."""
-    known = [path for path in report.tables if path.rpartition("/")[2].lower() in TABLES]
-    if not known or not request.labelled:
-        return None
-    # The tables nearest to the root; of two in a folder `metadata` goes first.
-    depth = min(path.count("/") for path in known)
-    tables: dict[str, str] = {}
-    for path in sorted(known, key=lambda path: TABLES.index(path.rpartition("/")[2].lower())):
-        if path.count("/") == depth:
-            tables.setdefault(path.rpartition("/")[0], path)
-    by_split = {
-        found[0]: path
-        for folder, path in tables.items()
-        if (found := folder_split(folder.rpartition("/")[2])) and not found[1]
-    }
-    if len(by_split) != len(tables) and len(tables) > 1:
-        notes.append(f"{request.shown}: did not use tables in class folders: {named(known)}")
-        return None
-    try:
-        source = _source_of_tables(request, by_split or {"": next(iter(tables.values()))}, notes)
-    except VitcliError as error:
-        if not any(len(images.classes) > 1 for images in layout.splits.values()):
-            raise
-        names = named(sorted(tables.values()))
-        notes.append(f"{request.shown}: {names} is not used, because {error.message}")
-        return None
-    listed = sum(map(len, source.splits.values()))
-    total = sum(1 for _ in tree.paths())
-    said = f"{request.shown}: labels are read from {named(sorted(tables.values()))}"
-    if listed < total:
-        said += f", which lists {listed:,} of the {total:,} images"
-    rule = ", ".join(sorted(tables.values()))
-    system = report.notes(request.shown)
-    return replace(source, notes=(*system, said, *source.notes), layout=rule)
-
-
-def _source_of_tables(request: DataRequest, tables: Mapping[str, str], notes: list[str]) -> Source:
-    """The images of one table, or of a table for each split."""
-    # Imported here, because tables import the names of image files.
-    from vitcli.data.readers.table import load_table
-
-    paths = {split: str(request.path / table) for split, table in tables.items()}
-    if set(paths) == {""}:
-        source = load_table(replace(request, notation=paths[""]))
-        return replace(source, notation=request.shown)
-    settings = request.settings.model_copy(update={"train_split": None, "test_split": None})
-    parts = {
-        split: load_table(
-            replace(request, notation=path, settings=settings, whole=True, labelled=False)
-        )
-        for split, path in paths.items()
-    }
-    splits = {split: next(iter(part.splits.values())) for split, part in parts.items()}
-    found = [note for part in parts.values() for note in part.notes]
-    prints = [part.fingerprint.encode() for part in parts.values()]
-    return make_source(request, in_split_order(splits), prints, found)
 
 
 def image_list(files: Sequence[str]) -> ImageSet:

@@ -2,6 +2,7 @@
 
 import warnings
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -9,12 +10,32 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vitcli.config.schema import DataSection
-from vitcli.data.image_set import ImageSet
-from vitcli.data.labels import arrow_label_lists, class_names, encode_arrow, encode_arrow_lists
-from vitcli.data.readers.table import IMAGE_COLUMNS, LABEL_COLUMNS, find_column
+from vitcli.data.image_set import ImageSet, Integers, file_size
+from vitcli.data.labels import (
+    arrow_label_lists,
+    class_names,
+    encode_arrow,
+    encode_arrow_lists,
+    has_label,
+    missing_texts,
+    refuse_numbers,
+    tidy_notes,
+)
+from vitcli.data.readers.columns import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    find_column,
+    group_column,
+    group_number,
+    split_columns,
+    splits_of_rows,
+)
+from vitcli.data.readers.path_cells import PathCells
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import files_with_suffix, in_split_order, split_of, splits_of
+from vitcli.data.splits import SPLITS, files_with_suffix, in_split_order, split_of, splits_of
 from vitcli.decode import ImageInput
 from vitcli.errors import VitcliError, printable
 
@@ -28,12 +49,16 @@ class ParquetStore:
         files: (file, number of rows) of each file.
         column: a `pyarrow.ChunkedArray` of the images of all files. To read a cell takes 5 to 15
             us, and 60 us through `datasets.Dataset`; many threads may read at once.
+        settings: `image_root` and `image_suffix` of cells that are paths.
     """
 
-    def __init__(self, files: Sequence[tuple[Path, int]], column: Any) -> None:
+    def __init__(
+        self, files: Sequence[tuple[Path, int]], column: Any, settings: DataSection
+    ) -> None:
         self.files = [file for file, _ in files]
         self.starts = list(accumulate((rows for _, rows in files), initial=0))
         self.column = column
+        self._to_path = {file: PathCells(file, settings) for file, _ in files}
 
     def __len__(self) -> int:
         return len(self.column)
@@ -45,7 +70,30 @@ class ParquetStore:
             cell = cell.get("path") if inner is None else inner
         if cell is None:
             return b""
-        return self._file(row)[0].parent / cell if isinstance(cell, str) else cell
+        if not isinstance(cell, str):
+            return cell
+        to_path = self._to_path[self._file(row)[0]]
+        return to_path.root / to_path(cell)
+
+    def content_keys(self, rows: Integers) -> Integers:
+        """The sizes of the images in bytes; -1 for an empty cell."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        cells = self.column
+        if pa.types.is_struct(cells.type):
+            if cells.type.get_field_index("bytes") < 0:
+                return np.full(len(rows), -1)
+            cells = pc.struct_field(cells, "bytes")
+        if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
+            return np.fromiter((self._file_size(row) for row in rows), np.int64, len(rows))
+        sizes = pc.fill_null(pc.binary_length(cells), -1).to_numpy().astype(np.int64)
+        found: Integers = sizes[rows]
+        return found
+
+    def _file_size(self, row: int) -> int:
+        content = self.content(row)
+        return file_size(content) if isinstance(content, Path) else -1
 
     def describe(self, row: int) -> str:
         file, start = self._file(row)
@@ -82,10 +130,10 @@ def read_parquet(
     splits: dict[str, ImageSet] = {}
     parts: list[bytes] = []
     for split, files in by_split.items():
-        images = _read_split(split, files, request, notes)
-        splits[split] = images
+        read = _read_split(split, files, request, notes, divide=len(by_split) == 1)
+        splits |= read
         parts += [_footer(file) for file in files]
-        parts += [name.encode() for name in images.classes]
+        parts += [name.encode() for name in next(iter(read.values())).classes]
     return make_source(request, splits, parts, notes)
 
 
@@ -112,52 +160,116 @@ def parquet_splits(path: Path, notes: list[str]) -> dict[str, list[Path]]:
 
 
 def _read_split(
-    split: str, files: Sequence[Path], request: DataRequest, notes: list[str]
-) -> ImageSet:
-    shown = printable(files[0])
+    split: str, files: Sequence[Path], request: DataRequest, notes: list[str], *, divide: bool
+) -> dict[str, ImageSet]:
+    """Split -> images; several if `divide` is true and a column names the splits."""
+    shown, settings = printable(files[0]), request.settings
     metadata = [_metadata(file) for file in files]
     schema = metadata[0].schema.to_arrow_schema()
     features = features_of(schema)
-    image_column, label_column = choose_columns(shown, schema, features, request.settings)
+    image_column, label_column = choose_columns(shown, schema, features, settings)
+    group = group_column(shown, schema.names, settings)
+    dividing = split_columns(shown, schema.names, settings) if divide else ()
+    dividing = tuple(name for name in dividing if name != label_column)
     for file, part in zip(files, metadata, strict=True):
         present = part.schema.to_arrow_schema().names
         find_column(printable(file), "image", image_column, present, ())
         find_column(printable(file), "label", label_column, present, ())
-    table = _read_table(files, [image_column, label_column], notes)
+    wanted = [image_column, label_column, *dividing, *([] if group is None else [group])]
+    table = _read_table(files, list(dict.fromkeys(wanted)), notes)
     sizes = [(file, part.num_rows) for file, part in zip(files, metadata, strict=True)]
-    return images_of_table(split, table, sizes, features, request, notes)
+    columns = (image_column, label_column)
+    images = images_of_table(split, table, sizes, columns, features, request, notes)
+    if not divide:
+        return {split: images}
+    return divide_by_column(shown, images, table, label_column, request, notes)
+
+
+def divide_by_column(
+    shown: str,
+    images: ImageSet,
+    table: Any,
+    label_column: str,
+    request: DataRequest,
+    notes: list[str],
+) -> dict[str, ImageSet]:
+    """The splits that a column of the table names; without such a column all images."""
+    settings = request.settings
+    columns = split_columns(shown, table.column_names, settings)
+    columns = tuple(name for name in columns if name != label_column)
+    if not columns:
+        return {images.name: images}
+    cells = list(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
+    strict = request.labelled and not request.whole
+    names = splits_of_rows(
+        shown, columns, Counter(cells), settings, images.name, notes, strict=strict
+    )
+    own = np.array([str(names[cells[row]]) for row in images._rows])
+    found = {name: np.flatnonzero(own == name) for name in SPLITS}
+    return {name: images.subset(rows, name) for name, rows in found.items() if len(rows)}
 
 
 def images_of_table(
     split: str,
     table: Any,
     files: Sequence[tuple[Path, int]],
+    columns: tuple[str, str],
     features: Mapping[str, Any],
     request: DataRequest,
     notes: list[str],
 ) -> ImageSet:
-    """The images of a `pyarrow.Table` with two columns: images and labels.
+    """The images of a `pyarrow.Table` that have a label, with their groups.
 
     Args:
         files: (file, number of rows) of each file of the table.
+        columns: (image column, label column).
         features: column -> its `datasets` feature.
     """
-    shown = printable(files[0][0])
-    image_column, label_column = table.column_names
-    store = ParquetStore(files, table.column(image_column))
-    names = class_names(features.get(label_column))
-    with _reading(files[0][0]):
-        column = table.column(label_column)
-        setting = request.settings.multi_label
-        lists = arrow_label_lists(column, shown, label_column, setting, notes)
+    shown, settings = printable(files[0][0]), request.settings
+    store = ParquetStore(files, table.column(columns[0]), settings)
+    names = class_names(features.get(columns[1]))
+    images = _labelled(split, store, table.column(columns[1]), columns[1], names, settings, notes)
+    group = group_column(shown, table.column_names, settings)
+    if group is not None and group not in columns:
+        images.groups = _group_numbers(table.column(group))[images._rows]
+    return images
+
+
+def _labelled(
+    split: str,
+    store: ParquetStore,
+    column: Any,
+    label_column: str,
+    names: Sequence[str] | None,
+    settings: DataSection,
+    notes: list[str],
+) -> ImageSet:
+    """The rows that have a label; `names` are class names, if the file holds them."""
+    shown = printable(store.files[0])
+    with _reading(store.files[0]):
+        lists = arrow_label_lists(column, shown, label_column, settings, notes)
         if lists is not None:
             classes, labels, targets = encode_arrow_lists(shown, lists, names)
             return ImageSet(split, classes, labels, store, targets=targets)
         values = column.dictionary_encode().unify_dictionaries().combine_chunks()
+    distinct = values.dictionary.to_pylist()
+    if names is None:
+        refuse_numbers(shown, label_column, filter(has_label, distinct))
+        notes += tidy_notes(shown, distinct)
     rows, labels, classes = encode_arrow(shown, values, names)
     if len(rows) < len(values):
-        notes.append(f"{shown}: skipped {len(values) - len(rows):,} rows without a label")
+        missing = missing_texts(distinct)
+        notes.append(f"{shown}: skipped {len(values) - len(rows):,} rows without a label{missing}")
     return ImageSet(split, classes, labels, store, rows)
+
+
+def _group_numbers(column: Any) -> Integers:
+    """(n,) a number of each cell, the same in every file; -1 for an empty cell."""
+    values = column.dictionary_encode().unify_dictionaries().combine_chunks()
+    numbers = [*map(group_number, values.dictionary.to_pylist()), -1]
+    codes = values.indices.fill_null(-1).to_numpy().astype(np.int64)
+    found: Integers = np.array(numbers, dtype=np.int64)[codes]  # -1 is the last entry
+    return found
 
 
 def _read_table(files: Sequence[Path], columns: list[str], notes: list[str]) -> Any:

@@ -5,7 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from vitcli.data.image_set import ImageSet
-from vitcli.data.readers.parquet import choose_columns, features_of, images_of_table
+from vitcli.data.readers.parquet import (
+    choose_columns,
+    divide_by_column,
+    features_of,
+    images_of_table,
+)
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import SPLIT_ALIASES, in_split_order
 from vitcli.errors import VitcliError, printable
@@ -44,15 +49,21 @@ def load_saved(request: DataRequest) -> Source:
     for split, folder in folders.items():
         files = [folder / Path(entry["filename"]).name for entry in _read(folder / STATE_FILE)]
         tables = [_read_arrow(file) for file in files]
-        splits[split] = _images(split, files, tables, request, notes)
+        splits |= _images(split, files, tables, request, notes, divide=len(folders) == 1)
         parts += [str(_read(folder / STATE_FILE, "_fingerprint")).encode()]
         parts += [table.num_rows.to_bytes(8, "little") for table in tables]
     return make_source(request, splits, parts, notes)
 
 
 def _images(
-    split: str, files: list[Path], tables: list[Any], request: DataRequest, notes: list[str]
-) -> ImageSet:
+    split: str,
+    files: list[Path],
+    tables: list[Any],
+    request: DataRequest,
+    notes: list[str],
+    *,
+    divide: bool,
+) -> dict[str, ImageSet]:
     import pyarrow as pa
 
     if not files:
@@ -62,7 +73,10 @@ def _images(
     shown = printable(files[0])
     columns = choose_columns(shown, table.schema, features, request.settings)
     rows = [(file, one.num_rows) for file, one in zip(files, tables, strict=True)]
-    return images_of_table(split, table.select(columns), rows, features, request, notes)
+    images = images_of_table(split, table, rows, columns, features, request, notes)
+    if not divide:
+        return {split: images}
+    return divide_by_column(shown, images, table, columns[1], request, notes)
 
 
 def _read(file: Path, key: str = "_data_files") -> Any:

@@ -1,165 +1,366 @@
-"""Tables that list labelled images: CSV, TSV and JSON lines.
+"""Tables that list labelled images: CSV, TSV, text lists and JSON lines, one or several."""
 
-The standard library parses them, because table libraries guess types. So labels stay as they are
-written (`01`, `NA`), file names need not be UTF-8, and an error gives the line.
-"""
-
-import codecs
-import csv
-import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitcli.data.image_set import FileStore, ImageSet
+from vitcli.config.schema import DataSection
+from vitcli.data.image_set import FileStore, ImageSet, Integers
 from vitcli.data.labels import (
+    MultiHot,
+    Splitter,
     encode_labels,
     encode_multi_label,
     has_label,
-    is_multi_label,
+    label_splitter,
     label_text,
+    missing_texts,
+    refuse_numbers,
+    split_labels,
+    tidy_notes,
 )
+from vitcli.data.readers.columns import (
+    GROUP_HINTS,
+    choose_table_columns,
+    group_number,
+    known_columns,
+    splits_of_rows,
+)
+from vitcli.data.readers.folder import walk_images
+from vitcli.data.readers.path_cells import PathCells
+from vitcli.data.readers.table_rows import TableRows
+from vitcli.data.readers.table_text import quoted, read_text_table
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import SPLIT_ALIASES, SPLITS
-from vitcli.errors import VitcliError, printable, unknown
+from vitcli.data.splits import SPLIT_WORD, SPLITS, expand_braces, split_of
+from vitcli.errors import VitcliError, printable
 
-LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "y", "class_name", "fine_label")
-IMAGE_COLUMNS = (
-    "image", "img", "path", "file", "file_name", "filename", "filepath", "file_path",
-    "image_path", "image_file", "image_bytes", "bytes", "png", "jpg",
-)  # fmt: skip
-EXISTENCE_CHECKS = 50  # paths that are checked before the table is refused
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
+FEW_ROWS = 10  # a table with fewer rows may have a class per row
+IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "data", "jpeg", "jpg", "png"})
+HEAD_ROWS = 50  # rows that decide on columns; if none of their images exist, the table is refused
+
+
+def table_files(notation: str | os.PathLike[str]) -> list[Path]:
+    """The tables of a notation: `a.csv`, `{train,test}.csv`, `train.csv,test.csv`, or a folder.
+
+    A folder is read by its tables if it has one for training (`train.csv`, `train_labels.csv` …),
+    and if its images are not in class folders.
+    """
+    path = Path(notation)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in TABLE_SUFFIXES)
+        named = [p for p in found if split_of(p) is not None and p.is_file()]
+        training = any(split_of(p) == "train" for p in named)
+        return named if training and not _has_class_folders(path) else []
+    text = os.fspath(notation)
+    names = expand_braces(text) if "{" in text else text.split(",")
+    return [Path(name.strip()) for name in names]
+
+
+def _has_class_folders(folder: Path) -> bool:
+    """True for `CLASS/*.jpg` or `train/CLASS/*.jpg`; `train_images/` is not a class."""
+    for path in walk_images(folder, strict=False):
+        parents = [part.lower() for part in path.split("/")[:-1]]
+        if any(not SPLIT_WORD.search(part) and part not in IMAGE_FOLDERS for part in parents):
+            return True
+    return False
 
 
 def load_table(request: DataRequest) -> Source:
-    """A table with one image per row: a path relative to the table, and a label.
+    """One table, or several: rows with a path relative to the table, and a label.
 
-    A column `split` with train, validation and test makes the splits. Lists of labels, or cells
-    `a;b` in a column `labels`, make multi-label data (`is_multi_label`).
+    A column `split` with train, validation and test makes the splits, or the names of several
+    tables do. Cells with several labels make multi-label data (`label_splitter`).
 
     Raises:
         VitcliError: the table cannot be read, a column is missing, or none of the images exist.
     """
-    path, shown, settings = request.path, request.shown, request.settings
-    rows = _read_json_lines(path) if path.suffix.lower() == ".jsonl" else _read_csv(path)
-    first = next(rows, None)
-    if first is None:
-        raise VitcliError(f"`{shown}` has no rows", "write a header and one row per image")
-    header = [name for name in first if name is not None]  # None holds cells beyond the header
-    image_column = find_column(shown, "image", settings.image_column, header, IMAGE_COLUMNS)
-    label_column = find_column(shown, "label", settings.label_column, header, LABEL_COLUMNS)
-    split_column = next((name for name in header if name.lower() == "split"), None)
-    table = TableColumns(image_column, label_column, split_column)
-    for row in chain([first], rows):
-        table.add(row)
-    notes: list[str] = []
-    split_names = table.split_names(shown, notes)
-    multi_label = is_multi_label(shown, label_column, table.labels, settings.multi_label, notes)
-    usable = (multi_label or has_label(label) for label in table.labels)
-    kept = np.flatnonzero(np.fromiter(usable, dtype=bool, count=len(table.labels)))
-    skipped = table.without_path + len(table.labels) - len(kept)
-    if skipped:
-        missing = "path" if multi_label else "path or label"
-        notes.append(f"{shown}: skipped {skipped:,} rows without {missing}")
-    if not len(kept):
+    files = table_files(request.notation)
+    if missing := [file for file in files if not file.is_file()]:
         raise VitcliError(
-            f"`{shown}`: no row has both `{image_column}` and `{label_column}`",
+            f"no such table: `{printable(missing[0])}`",
+            "`{train,test}.csv` means `train.csv` and `test.csv`",
+        )
+    notes: list[str] = []
+    if len(files) == 1:
+        tables = [_read_rows(files[0], "train", request, notes)]
+        _mention_test_table(files[0], request, notes)
+    else:
+        tables = _read_several(files, request, notes)
+    return _assemble(request, tables, notes)
+
+
+def _mention_test_table(path: Path, request: DataRequest, notes: list[str]) -> None:
+    """Say that a `test.csv` beside `train.csv` is not read."""
+    beside = path.with_name(re.sub("train", "test", path.name))
+    if beside != path and beside.is_file() and not request.whole:
+        both = path.with_name(re.sub("train", "{train,test}", path.name))
+        notes.append(
+            f"{printable(path)}: `{printable(beside.name)}` beside it is not read; to test on it, "
+            f"give '{printable(both)}'"
+        )
+
+
+def _read_several(files: Sequence[Path], request: DataRequest, notes: list[str]) -> list[TableRows]:
+    """The tables of several splits; notes mention those without labels, which are not used."""
+    either = replace(request, labelled=False)
+    tables = [
+        _read_rows(file, split_of(file) or "train", either, notes, single=False) for file in files
+    ]
+    labelled = [table for table in tables if table.columns.labels]
+    if not labelled:
+        # The first reading again, which raises the error about missing labels if they are needed.
+        return tables if not request.labelled else [_read_rows(files[0], "train", request, notes)]
+    for table in tables:
+        if not table.columns.labels:
+            notes.append(
+                f"{table.shown}: the table has no labels (it has {quoted(table.header)}), so it is "
+                f"not the {table.default} split; `vitcli predict` labels its images"
+            )
+    return labelled
+
+
+def _read_rows(
+    path: Path, split: str, request: DataRequest, notes: list[str], *, single: bool = True
+) -> TableRows:
+    """All rows of a table; `single` is False if there are others.
+
+    Raises:
+        VitcliError: as `load_table`.
+    """
+    shown, settings = printable(path), request.settings
+    to_path = PathCells(path, settings)
+    table = read_text_table(path, notes, lambda cells: to_path.exists(cells[0]))
+    head = list(islice(table.rows, HEAD_ROWS))
+    if not head:
+        raise VitcliError(f"`{shown}` has no rows", "write a header and one row per image")
+    columns = choose_table_columns(
+        shown, table, head, settings, to_path.exists, notes, labelled=request.labelled
+    )
+    rows = TableRows(path, table.header, columns, to_path, split)
+    for row in chain(head, table.rows):
+        rows.add(row)
+    cells = [row.get(columns.image) for row in head if has_label(row.get(columns.image))]
+    used = columns.labels or single  # several tables: one without labels is not used
+    if used and cells and not any(map(to_path.exists, cells)):
+        found = to_path.where(cells[0])
+        raise VitcliError(
+            f"`{shown}`: `{printable(to_path(cells[0]))}` and the next images do not exist in "
+            f"`{printable(to_path.root)}`",
+            f"add `{found}`"
+            if found
+            else "paths must be relative to the folder of the table, or to the folder in "
+            "`--set data.image_root=FOLDER`; `--set data.image_suffix=.jpg` completes names",
+        )
+    return rows
+
+
+def _assemble(request: DataRequest, tables: Sequence[TableRows], notes: list[str]) -> Source:
+    """Labels, splits and groups of the rows of all tables."""
+    shown, settings = request.shown, request.settings
+    strict = request.labelled and not request.whole
+    codes = [_split_codes(table, settings, notes, strict) for table in tables]
+    cells, split = _labels_of(request, tables, notes)
+    unlabelled = not tables[0].columns.labels  # accepted only where labels are not needed
+    usable = (split is not None or unlabelled or has_label(label) for label in cells)
+    is_kept = np.fromiter(usable, dtype=bool, count=len(cells))
+    skipped = sum(table.without_path for table in tables) + int((~is_kept).sum())
+    if skipped:
+        missing = "path" if split else "path or label"
+        notes.append(f"{shown}: skipped {skipped:,} rows without {missing}{missing_texts(cells)}")
+    kept = np.flatnonzero(is_kept)
+    if not len(kept):
+        columns = tables[0].columns
+        raise VitcliError(
+            f"`{shown}`: no row has both `{columns.image}` and `{', '.join(columns.labels)}`",
             "name other columns: `--set data.image_column=NAME --set data.label_column=NAME`",
         )
-    store = FileStore(path.parent, (_path_bytes(table.paths[i]) for i in kept))
-    if not any(store.content(row).exists() for row in range(min(len(store), EXISTENCE_CHECKS))):
-        raise VitcliError(
-            f"`{shown}`: `{printable(store.paths[0])}` and the next images do not exist",
-            f"paths must be relative to the folder of the table, `{printable(path.parent)}`",
-        )
-    cells, targets = [table.labels[i] for i in kept], None
-    if multi_label:
-        classes, labels, targets = encode_multi_label(cells)
+    root, paths = _common_root(tables)
+    split_codes, targets = np.concatenate(codes)[kept], None
+    cells, paths = [cells[i] for i in kept], [paths[i] for i in kept]
+    if split is not None:
+        classes, labels, targets = encode_multi_label(cells, split=split)
     else:
+        refuse_numbers(shown, ", ".join(tables[0].columns.labels), set(cells))
+        notes += tidy_notes(shown, set(cells))
         classes, labels = encode_labels(cells)
-    if escaped := sorted({label_text(text) for text in table.distinct if not _is_utf8(text)}):
+    if escaped := sorted({label_text(text) for text in set(map(str, cells)) if not _is_utf8(text)}):
         notes.append(
             f"{shown}: labels such as `{escaped[0]}` are not UTF-8; save the file as UTF-8"
         )
+    groups = _group_codes(tables, kept)
+    members = np.arange(len(kept))
+    which = np.unique(np.fromiter(map(hash, paths), np.int64, len(paths)), return_inverse=True)[1]
+    if len(members) > which.max() + 1:
+        members = _merge_repeated(request, which, labels, targets, split_codes, paths, notes)
+    store = FileStore(root, paths)
+    _mention_doubts(shown, tables[0], store, 0 if split else len(classes), notes)
     splits = {}
-    for name in SPLITS:
-        in_split = (split_names[table.splits[i]] == name for i in kept)
-        members = np.flatnonzero(np.fromiter(in_split, dtype=bool, count=len(kept)))
-        part = None if targets is None else targets[members]
-        splits[name] = ImageSet(name, classes, labels[members], store, members, part)
-    paths = (store.paths[row] for row in range(len(store)))
+    for code, name in enumerate(SPLITS):
+        rows = members[split_codes[members] == code]
+        part = None if targets is None else targets[rows]
+        own = None if groups is None else groups[rows]
+        splits[name] = ImageSet(name, classes, labels[rows], store, rows, part, own)
+    _mention_groups(request, tables, splits, notes)
     return make_source(request, splits, chain(paths, (name.encode() for name in classes)), notes)
 
 
-class TableColumns:
-    """The three columns that are used. Equal texts share one object, and rows are not kept."""
-
-    def __init__(self, image_column: str, label_column: str, split_column: str | None) -> None:
-        self.image_column, self.label_column = image_column, label_column
-        self.split_column = split_column
-        self.paths: list[str] = []
-        self.labels: list[Any] = []
-        self.splits: list[str] = []
-        self.without_path = 0
-        self.distinct: dict[str, str] = {}
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Append a row, or count it if it has no path."""
-        path, label = row.get(self.image_column), row.get(self.label_column)
-        if not path:
-            self.without_path += 1
-            return
-        if isinstance(label, str):
-            label = self.distinct.setdefault(label, label)
-        self.paths.append(str(path))
-        self.labels.append(label)
-        split = row.get(self.split_column) if self.split_column is not None else None
-        split = str(split).strip().lower() if has_label(split) else "train"
-        self.splits.append(self.distinct.setdefault(split, split))
-
-    def split_names(self, shown: str, notes: list[str]) -> dict[str, str | None]:
-        """Text in the split column -> train, validation, test, or None for rows to skip.
-
-        If no text names a split, the column holds something else, such as a fold number.
-        """
-        counts = Counter(self.splits)
-        names = {text: SPLIT_ALIASES.get(text) for text in counts}
-        if not any(names.values()):
-            notes.append(f"{shown}: ignored `{self.split_column}`, which names no split")
-            return dict.fromkeys(names, "train")
-        for text in (text for text, split in names.items() if split is None):
-            rows = f"{counts[text]:,} row{'s' if counts[text] > 1 else ''}"
-            notes.append(f"{shown}: skipped {rows} of split `{printable(text)}`")
-        return names
+def _split_codes(
+    table: TableRows, settings: DataSection, notes: list[str], strict: bool
+) -> Integers:
+    """(n,) index into SPLITS of each row; -1 for rows to skip."""
+    names: Mapping[Any, str | None] = {(): table.default}
+    if table.columns.splits:
+        names = splits_of_rows(
+            table.shown,
+            table.columns.splits,
+            Counter(table.splits),
+            settings,
+            table.default,
+            notes,
+            strict=strict,
+        )
+    elif settings.test_fold is not None:
+        raise VitcliError(
+            f"`data.test_fold` is set, but `{table.shown}` has no column of folds",
+            "name the column: `--set data.split_column=NAME`",
+        )
+    code_of = {row: -1 if name is None else SPLITS.index(name) for row, name in names.items()}
+    return np.fromiter((code_of[row] for row in table.splits), np.int64, len(table.splits))
 
 
-def find_column(
-    shown: str, kind: str, given: str | None, columns: Sequence[str], usual: Sequence[str]
-) -> str:
-    """The column `given` by the user, else the first of the `usual` names.
+def _labels_of(
+    request: DataRequest, tables: Sequence[TableRows], notes: list[str]
+) -> tuple[list[Any], Splitter | None]:
+    """(label cell of each row, the function that divides a cell; None for one label per cell)."""
+    shown, settings = request.shown, request.settings
+    cells = [cell for table in tables for cell in table.label_cells()]
+    columns = tables[0].columns
+    if not columns.one_hot:
+        name = ", ".join(columns.labels)
+        return cells, label_splitter(shown, name, cells, settings, notes) if name else None
+    several = sum(len(cell) != 1 for cell in cells)
+    found = f"{shown}: {len(columns.labels)} columns of 0 and 1, {quoted(columns.labels[:3])} …"
+    if several == 0 and not settings.multi_label:
+        notes.append(f"{found}, are the classes; each row has exactly one 1")
+        return [cell[0] for cell in cells], None
+    if settings.multi_label is False:
+        raise VitcliError(
+            f"`{shown}`: {several:,} rows do not have exactly one 1 in the columns "
+            f"{quoted(columns.labels)}, but `data.multi_label` is false",
+            "remove `data.multi_label=false`",
+        )
+    notes.append(f"{found}, are the classes of multi-label data")
+    return cells, split_labels
+
+
+def _common_root(tables: Sequence[TableRows]) -> tuple[Path, list[bytes]]:
+    """(a folder, the paths of all rows relative to it)."""
+    roots = {table.root for table in tables}
+    if len(roots) == 1:
+        return roots.pop(), [path for table in tables for path in table.paths]
+    root = Path(os.path.commonpath([folder.absolute() for folder in roots]))
+    inner = {folder: os.fsencode(folder.absolute().relative_to(root)) for folder in roots}
+    paths = [os.path.join(inner[t.root], path) for t in tables for path in t.paths]  # noqa: PTH118
+    return root, paths
+
+
+def _group_codes(tables: Sequence[TableRows], kept: Integers) -> Integers | None:
+    """(n,) the number of each kept row's group; -1 for an empty cell; None without groups."""
+    if any(table.columns.group is None for table in tables):
+        return None
+    cells = [cell for table in tables for cell in table.groups]
+    numbers = {cell: group_number(cell) for cell in set(cells)}
+    return np.array([numbers[cells[i]] for i in kept], dtype=np.int64)
+
+
+def _merge_repeated(
+    request: DataRequest,
+    which: Integers,
+    labels: Integers,
+    targets: MultiHot | None,
+    split_codes: Integers,
+    paths: Sequence[bytes],
+    notes: list[str],
+) -> Integers:
+    """The rows that stay if paths repeat: of multi-label data one per image, with all its labels.
+
+    Args:
+        which: (n,) equal for equal paths.
+        targets: changed in place.
 
     Raises:
-        VitcliError: there is no such column; the error lists the columns.
+        VitcliError: an image has two labels, and the data are not multi-label.
     """
-    present = ", ".join(f"`{name}`" for name in columns)
-    if given is not None:
-        if given in columns:
-            return given
-        hint = unknown("column", given, columns).hint
-        raise VitcliError(f"`{shown}` has no column `{given}` (it has {present})", hint)
-    lower = {str(name).lower(): name for name in reversed(columns)}
-    for name in usual:
-        if name in lower:
-            return lower[name]
-    raise VitcliError(
-        f"`{shown}` has no {kind} column with a known name (it has {present})",
-        f"name the column: `--set data.{kind}_column=NAME`",
+    shown, n = request.shown, len(which)
+    if targets is not None:
+        key = which * (len(SPLITS) + 1) + split_codes
+        _, first, group = np.unique(key, return_index=True, return_inverse=True)
+        merged = np.zeros((len(first), targets.shape[1]), dtype=targets.dtype)
+        np.maximum.at(merged, group, targets)
+        targets[first] = merged
+        if n > len(first):
+            notes.append(f"{shown}: merged {n:,} rows into {len(first):,} images, by their paths")
+        return np.sort(first)
+    pairs = np.unique(np.stack([which, labels], axis=1), axis=0)
+    images, counts = np.unique(pairs[:, 0], return_counts=True)
+    conflicting = images[counts > 1]
+    if not len(conflicting):
+        return np.arange(n)
+    example = printable(paths[int(np.flatnonzero(which == conflicting[0])[0])])
+    fault = (
+        f"{len(conflicting):,} image{'s have' if len(conflicting) > 1 else ' has'} rows with "
+        f"different labels, such as `{example}`"
     )
+    way = "for several labels per image: `--set data.multi_label=true`; else correct the table"
+    if request.labelled:
+        raise VitcliError(f"`{shown}`: {fault}", way)
+    notes.append(f"{shown}: {fault}; {way}")
+    return np.arange(n)
+
+
+def _mention_doubts(
+    shown: str, table: TableRows, store: FileStore, classes: int, notes: list[str]
+) -> None:
+    """Say how many images do not exist, and that a column may not hold classes."""
+    missing = np.flatnonzero(store.content_keys(np.arange(len(store))) < 0)
+    if len(missing):
+        notes.append(
+            f"{shown}: {len(missing):,} of {len(store):,} images do not exist, such as "
+            f"`{store.describe(int(missing[0]))}`"
+        )
+    if 2 * classes > len(store) and len(store) >= FEW_ROWS:
+        notes.append(
+            f"{shown}: `{', '.join(table.columns.labels)}` has {classes:,} different labels for "
+            f"{len(store):,} images; check that it holds classes"
+        )
+
+
+def _mention_groups(
+    request: DataRequest,
+    tables: Sequence[TableRows],
+    splits: Mapping[str, ImageSet],
+    notes: list[str],
+) -> None:
+    """Say that a column such as `patient_id` exists if an automatic split ignores it."""
+    hints = known_columns(tables[0].header, GROUP_HINTS)
+    used = tables[0].columns
+    hints = [name for name in hints if name not in (used.group, used.image, *used.labels)]
+    automatic = [name for name, images in splits.items() if len(images)] == ["train"]
+    if hints and used.group is None and automatic and not request.whole:
+        notes.append(
+            f"{request.shown}: images with the same `{hints[0]}` can be in train and test; to keep "
+            f"them together: `--set data.group_column={hints[0]}`"
+        )
 
 
 def _is_utf8(text: str) -> bool:
@@ -169,63 +370,3 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _path_bytes(path: str) -> bytes:
-    """A path as the system stores it; a lone surrogate comes from no byte and names no file."""
-    try:
-        return os.fsencode(path)
-    except UnicodeEncodeError:
-        return path.encode("utf-8", "backslashreplace")
-
-
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    with _open_text(path) as file:
-        header = file.readline()
-        file.seek(0)
-        delimiter = "\t" if path.suffix.lower() == ".tsv" or "\t" in header else ","
-        if delimiter == "," and "," not in header and ";" in header:
-            delimiter = ";"
-        # If every comma of the header has a space behind it (`path, label`), so do the cells.
-        spaced = header.count(delimiter) == header.count(f"{delimiter} ") > 0
-        try:
-            yield from csv.DictReader(file, delimiter=delimiter, skipinitialspace=spaced)
-        except csv.Error as error:
-            raise VitcliError(
-                f"`{printable(path)}` is not a table: {error}",
-                "write a header and one row per image, separated by commas",
-            ) from None
-
-
-def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with _open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                fault = "is not a JSON object"
-            except json.JSONDecodeError as error:
-                row, fault = None, f"is not JSON: {error.msg}"
-            if not isinstance(row, dict):
-                raise VitcliError(
-                    f"line {number} of `{printable(path)}` {fault}",
-                    'write one object per line, such as {"path": "a.jpg", "label": "cat"}',
-                )
-            yield row
-
-
-def _open_text(path: Path) -> Any:
-    try:
-        with path.open("rb") as file:
-            utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # Excel writes it
-        # "utf-8-sig" drops a byte-order mark; "surrogateescape" keeps names that are not UTF-8.
-        return path.open(
-            encoding="utf-16" if utf16 else "utf-8-sig",
-            errors="replace" if utf16 else "surrogateescape",
-            newline="",
-        )
-    except OSError as error:
-        raise VitcliError(
-            f"cannot read `{printable(path)}`: {error.strerror}", "check the file permissions"
-        ) from None

@@ -6,7 +6,6 @@ image is one read at a known offset, so the order is free and a run resumes exac
 
 import json
 import os
-import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +21,15 @@ from vitcli.data.labels import (
     encode_labels,
     encode_multi_label,
     has_label,
-    is_multi_label,
+    label_splitter,
     label_text,
+    refuse_numbers,
+    tidy_notes,
 )
+from vitcli.data.readers.columns import LABEL_COLUMNS
 from vitcli.data.readers.folder import IMAGE_SUFFIXES, image_files
-from vitcli.data.readers.table import LABEL_COLUMNS
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import files_with_suffix, in_split_order, splits_of
+from vitcli.data.splits import expand_braces, files_with_suffix, in_split_order, splits_of
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
 
@@ -62,23 +63,6 @@ def is_shard_folder(folder: Path) -> bool:
     An archive may be beside class folders, and logs or a preview image beside shards.
     """
     return bool(shard_files(str(folder))) and not any("/" in f for f in image_files(folder)[0])
-
-
-def expand_braces(notation: str) -> Iterator[str]:
-    """`a-{8..10}.tar` -> `a-8.tar`, …; `{08..10}` keeps the zeros; `{x,y}` means both."""
-    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", notation)
-    if found is None:
-        yield notation
-        return
-    first, last, listed = found.groups()
-    if listed is not None:
-        parts = listed.split(",")
-    else:
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        low, high = sorted((int(first), int(last)))
-        parts = [f"{n:0{width}}" for n in range(low, high + 1)]
-    for part in parts:
-        yield from expand_braces(notation[: found.start()] + part + notation[found.end() :])
 
 
 @dataclass
@@ -124,6 +108,10 @@ class ShardStore:
                 os.close(handle)
         except OSError as error:
             raise ImageError(self.describe(row), error.strerror or str(error)) from None
+
+    def content_keys(self, rows: Integers) -> Integers:
+        """The sizes of the members."""
+        return self.places[rows, 3]
 
     def describe(self, row: int) -> str:
         number, header = (int(value) for value in self.places[row][:2])
@@ -192,10 +180,13 @@ def read_shards(
         if index.unlabelled:
             notes.append(f"{shown}: skipped {index.unlabelled:,} samples without a label")
         targets = None
-        if is_multi_label(shown, "label", index.labels, settings.multi_label, notes):
+        divide = label_splitter(shown, "label", index.labels, settings, notes)
+        if divide is not None:
             encode = partial(_encode_numeric, names=names, shown=shown)
-            classes, labels, targets = encode_multi_label(index.labels, encode)
+            classes, labels, targets = encode_multi_label(index.labels, encode, divide)
         else:
+            refuse_numbers(shown, "label", set(index.labels))
+            notes += tidy_notes(shown, set(index.labels))
             classes, labels = _encode_numeric(index.labels, names, shown)
         places = np.array(index.places, dtype=np.int64).reshape(-1, 4)
         splits[split] = ImageSet(split, classes, labels, ShardStore(files, places), targets=targets)
@@ -262,11 +253,11 @@ def index_shards(files: Sequence[Path], column: str | None, labelled: bool) -> S
             if image is None:
                 continue
             label = label_of(sample, column)
-            if label is None and labelled:
+            if not has_label(label) and labelled:
                 found.unlabelled += 1
                 continue
             found.places.extend((number, image.offset, image.offset_data, image.size))
-            found.labels.append("" if label is None else label)
+            found.labels.append(label if has_label(label) else "")
     return found
 
 

@@ -9,6 +9,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile, ZipInfo
 import numpy as np
 
 from vitcli.data.folder_tree import named, tree_of
+from vitcli.data.image_set import Integers
 from vitcli.data.layout import read_layout
 from vitcli.data.readers.folder import (
     WalkReport,
@@ -44,6 +45,10 @@ class ZipStore:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def content_keys(self, rows: Integers) -> Integers:
+        """Checksums."""
+        return self.places[rows, 3]
 
     def content(self, row: int) -> bytes:
         offset, compressed, size, crc = (int(value) for value in self.places[row])

@@ -61,7 +61,7 @@ def class_sums(rows: Floats, labels: Ints, num_classes: int) -> Floats:
 
 
 def evenly_spaced(indices: Ints, max_count: int) -> Ints:
-    """At most `max_count` of the indices, evenly spaced from the first to the last."""
+    """Return at most `max_count` of the indices, evenly spaced from the first on."""
     count = min(max_count, len(indices))
     return indices[np.arange(count) * len(indices) // max(count, 1)]
 

@@ -1,8 +1,8 @@
-"""The names and shapes of the tensors of the official JAX code, beside ours.
+"""The names and shapes of the tensors in the official JAX code, and ours for them.
 
-The tables serve both directions. They have the names that flax gives now; `canonical` converts the
-names of every older generation to these, and `released` gives those of the files that Google
-published.
+The tables serve both directions. They hold the names of today's flax. `canonical` converts the
+names of every older generation to these. `released` converts them to the names in the files that
+Google published.
 
 Sources: vit_jax/models_vit.py, models_resnet.py and checkpoint.py; big_vision/models/vit.py and
 bit_paper.py (`fix_old_checkpoints`, `maybe_convert_big_transfer_format`).
@@ -102,7 +102,7 @@ POSITIONS = "pos_embedding"
 
 @dataclass(frozen=True)
 class TensorPair:
-    """One tensor of ours, the arrays of theirs that it is made of, and the kind of their shape."""
+    """One tensor of ours, the arrays of theirs that it consists of, and their kind of shape."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -160,7 +160,7 @@ def to_ours(kind: Kind, arrays: list[Tensor]) -> Tensor:
     """Convert the arrays of theirs to one tensor of ours.
 
     Raises:
-        ValueError: not the number of dimensions of `kind`, or parts of different shapes.
+        ValueError: an array has another number of dimensions than `kind`, or the shapes differ.
     """
     first = arrays[0]
     if first.ndim != NDIM.get(kind, first.ndim) or any(a.shape != first.shape for a in arrays):
@@ -201,7 +201,7 @@ def to_theirs(
 
 # Older generations of names.
 
-# Within a unit of BiT's first files, which have TensorFlow's names -> the present names.
+# Names within a unit of BiT's first files, which are TensorFlow's -> the present names.
 BIT_RELEASED_UNIT = {
     "a/proj/standardized_conv2d/kernel": "conv_proj/kernel",
     **{
@@ -221,7 +221,7 @@ BIT_RELEASED = {
     "head/conv2d/kernel": "head/kernel",
     "head/conv2d/bias": "head/bias",
 }
-# Within a block of the ViTs that Google published, which number all kinds of layers together.
+# Names within a block of Google's published ViTs, which count all kinds of layers together.
 VIT_RELEASED = {
     "LayerNorm_2": "LayerNorm_1",
     "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
@@ -231,7 +231,7 @@ UNIT = re.compile(r"(block\d+/unit\d+/)(.*)")
 
 
 def canonical(names: Iterable[str]) -> dict[str, str]:
-    """Return every name -> the name of the present generation.
+    """Map every name to the name of the present generation.
 
     Before flax's "linen", one counter ran through all layers of a block in their order of use; now
     each kind has its own. Positions were part of the encoder once, and the layers of the attention
@@ -266,7 +266,7 @@ def _from_bit_release(name: str) -> str:
 
 
 def to_bit_release(name: str) -> str:
-    """Return big_vision's name of a BiT array -> the name in the first release."""
+    """Convert big_vision's name of a BiT array to the name in the first release."""
     if m := UNIT.fullmatch(name):
         then = {now: then for then, now in BIT_RELEASED_UNIT.items()}
         return f"resnet/{m[1]}{then[m[2]]}"
@@ -274,7 +274,7 @@ def to_bit_release(name: str) -> str:
 
 
 def released(name: str) -> str:
-    """Return the present name of a ViT array -> the name in the files that Google published."""
+    """Convert the present name of a ViT array to the name in the files that Google published."""
     for then, now in VIT_RELEASED.items():
         name = re.sub(rf"(encoderblock_\d+)/{now}/", rf"\1/{then}/", name)
     return name
@@ -283,7 +283,7 @@ def released(name: str) -> str:
 def present_names(
     arrays: Mapping[str, NDArray[Any]], dropped: dict[str, str], source: str
 ) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Return present name -> array and present name -> name in the file; fill `dropped`.
+    """Map present names to arrays, and present names to names in the file; fill `dropped`.
 
     This removes prefixes and splits the stacked blocks of a scanned encoder.
     """
@@ -311,7 +311,7 @@ def present_names(
 
 
 def not_official(source: str, missing: Collection[str], foreign: Collection[str]) -> VitcliError:
-    """Return the error for another architecture, with the names that contradict."""
+    """Return the error for another architecture, with the missing and the unexpected names."""
     shown = [
         f"{kind}: {', '.join(f'`{n}`' for n in list(names)[:6])}"
         + (f" and {len(names) - 6} more" * (len(names) > 6))

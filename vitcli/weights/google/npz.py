@@ -1,7 +1,7 @@
-"""The `.npz` archive: reading arrays without trust, and writing equal contents as equal bytes.
+"""Read `.npz` archives without trusting them, and write equal contents as equal bytes.
 
 The official loaders refuse unknown arrays. So class names, preprocessing and other settings are
-JSON in the comment of the zip archive, which numpy and these loaders ignore.
+stored as JSON in the comment of the zip archive, which numpy and these loaders ignore.
 """
 
 import base64
@@ -41,7 +41,7 @@ class NpzContents:
     """The contents of an `.npz`.
 
     Attributes:
-        arrays: name -> array, without those of the optimizer.
+        arrays: name -> array, without the optimizer's arrays.
         skipped: names of the arrays that were not read.
         comment: the settings in our comment; `{}` if vitcli did not write the file.
     """
@@ -66,8 +66,8 @@ def read_npz(path: str | os.PathLike[str]) -> NpzContents:
             stream.seek(0)
             with np.load(stream, allow_pickle=False) as file:
                 names = file.files
-                kept = () if any(n.startswith("params/") for n in names) else (WEIGHTS,)
-                skipped = [n for n in names if n.startswith(OPTIMIZER) and not n.startswith(kept)]
+                needed = () if any(n.startswith("params/") for n in names) else (WEIGHTS,)
+                skipped = [n for n in names if n.startswith(OPTIMIZER) and not n.startswith(needed)]
                 wanted = set(names).difference(skipped)
                 arrays = {n: file[n] for n in names if n in wanted}
                 return NpzContents(arrays, skipped, comment)
@@ -151,7 +151,7 @@ def write_npz(path: Path, arrays: Arrays, settings: Mapping[str, Any]) -> list[s
 
 
 def _comment(settings: Mapping[str, Any]) -> tuple[bytes, list[str]]:
-    """Return `settings` in at most 65,535 bytes, without class names if they do not fit; notes."""
+    """Encode `settings` in at most 65,535 bytes, without class names if they do not fit."""
     text = json.dumps({"vitcli": settings}, sort_keys=True).encode()
     if len(text) <= COMMENT_BYTES:
         return text, []

@@ -1,4 +1,4 @@
-"""Reading the `.npz` files of google-research/vision_transformer and big_vision.
+"""Read the `.npz` files of google-research/vision_transformer and big_vision.
 
 We read ViTs, hybrids and BiT ResNets, in every generation of names (`google_names`). The arithmetic
 is flax's: tanh GELU, LayerNorm epsilon 1e-6. Its "gap" averages all tokens, but a file with this
@@ -36,14 +36,14 @@ from vitcli.weights.google.google_names import (
 )
 from vitcli.weights.google.npz import Arrays, NpzContents
 from vitcli.weights.imagenet import imagenet_names
-from vitcli.weights.overrides import PICTURES, Stated, stated_preprocess
+from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
 from vitcli.weights.store import Checkpoint
 
 QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"
 HIDDEN = "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel"
 # Only training uses these rates, so no array depends on them.
 RATES = ("dropout_rate", "drop_path_rate")
-# The table of fixed positions grows with the image size, so a damaged comment must not decide it.
+# The table of fixed positions grows with the image size. So a damaged comment may not set any size.
 LARGEST_SIDE = 8192
 
 
@@ -63,18 +63,18 @@ class GoogleConfig:
     notes: tuple[str, ...] = ()
 
 
-def read_google(archive: NpzContents, source: str, stated: Stated) -> Checkpoint:
+def read_google(archive: NpzContents, source: str, overrides: Overrides) -> Checkpoint:
     """Convert an official checkpoint, or one that `write_google` wrote.
 
     Raises:
-        VitcliError: another model; tensors that are missing, unknown, or of the wrong type or
-            shape; or an unknown image size.
+        VitcliError: the file holds another model; tensors are missing, unknown, or of the wrong
+            type or shape; or the image size is unknown.
     """
     comment, dropped = archive.comment, dict.fromkeys(archive.skipped, "optimizer")
     found, names = present_names(archive.arrays, dropped, source)
     first = any("resnet/root_block/" in name for name in names.values())
     try:
-        known = _find_config(found, source, stated, comment, first_release=first)
+        known = _find_config(found, source, overrides, comment, first_release=first)
     except ValueError as error:
         raise VitcliError(
             f"the arrays of `{source}` contradict each other: {error}",
@@ -83,14 +83,14 @@ def read_google(archive: NpzContents, source: str, stated: Stated) -> Checkpoint
     config = known.config
     tensors = _convert(found, names, known, source)
     if known.cut and known.positions:
-        dropped[f"{names[known.positions]} (first row)"] = "for a class token that does not exist"
+        dropped[f"{names[known.positions]} (first row)"] = "for a missing class token"
     labels, notes = _labels(comment, config.num_classes)
     return Checkpoint(
         config=config,
         tensors=tensors,
         layout="google",
-        labels=stated.labels or labels,
-        preprocess=_preprocess(config, stated, comment, notes),
+        labels=overrides.labels or labels,
+        preprocess=_preprocess(config, overrides, comment, notes),
         head_trained=_head_trained(tensors, comment),
         activation="sigmoid" if comment.get("activation") == "sigmoid" else "softmax",
         dropped=dropped,
@@ -99,7 +99,12 @@ def read_google(archive: NpzContents, source: str, stated: Stated) -> Checkpoint
 
 
 def _find_config(
-    found: Arrays, source: str, stated: Stated, comment: Mapping[str, Any], *, first_release: bool
+    found: Arrays,
+    source: str,
+    overrides: Overrides,
+    comment: Mapping[str, Any],
+    *,
+    first_release: bool,
 ) -> GoogleConfig:
     """Find the configuration of arrays in the present names.
 
@@ -107,9 +112,9 @@ def _find_config(
     (big_transfer, issue 74). big_vision reads these files too, but pads with minus infinity.
     """
     if "root_block/conv_root/kernel" not in found:
-        return _vit(found, source, stated, comment)
+        return _vit(found, source, overrides, comment)
     ((*_, channels, features),) = _shapes(found, source, {"root_block/conv_root/kernel": 4})
-    size = _comment_size(comment) or stated.image_size
+    size = _comment_size(comment) or overrides.image_size
     config = ResNetConfig(
         image_size=size or (224, 224),
         num_channels=channels,
@@ -133,7 +138,9 @@ def _shapes(found: Arrays, source: str, wanted: dict[str, int]) -> list[tuple[in
     return [found[name].shape for name in wanted]
 
 
-def _vit(found: Arrays, source: str, stated: Stated, comment: Mapping[str, Any]) -> GoogleConfig:
+def _vit(
+    found: Arrays, source: str, overrides: Overrides, comment: Mapping[str, Any]
+) -> GoogleConfig:
     kernel, query, hidden = _shapes(found, source, {"embedding/kernel": 4, QUERY: 3, HIDDEN: 2})
     patch, patch_x, channels, width = kernel
     if patch != patch_x:
@@ -150,38 +157,35 @@ def _vit(found: Arrays, source: str, stated: Stated, comment: Mapping[str, Any])
         "patch_size": patch,
         "num_channels": channels,
         "embed_dim": width,
-        # The number of blocks, not the highest: then the error names a block that is missing.
+        # Count the blocks instead of using the highest index: the error then names a missing block.
         "depth": len({n.split("/")[1] for n in found if n.startswith("Transformer/encoderblock_")}),
-        "num_heads": stated.num_heads or query[1],
+        "num_heads": overrides.num_heads or query[1],
         "mlp_dim": hidden[1],
         "num_classes": _outputs(found, "head/kernel") or 0,
         "pool": "map" if attention_pool else "token" if class_token else "mean",
         "class_token": class_token,
         "representation_size": _outputs(found, "pre_logits/kernel"),
-        "gelu": stated.gelu or "tanh",
-        "norm_eps": stated.norm_eps or 1e-6,
+        "gelu": overrides.gelu or "tanh",
+        "norm_eps": overrides.norm_eps or 1e-6,
         "stem": stem,
         "stem_width": stem_width,
         **{k: v for k in RATES if isinstance(v := comment.get(k), (int, float))},
     }
-    # Pixels per patch. ViTConfig knows it too, but needs the image size first.
+    # Pixels per patch. ViTConfig has this property too, but needs the image size first.
     cell = patch * (4 * 2 ** max(len(stem) - 1, 0) if stem is not None else 1)
-    sizes = [size for size in (_comment_size(comment), stated.image_size) if size is not None]
+    sizes = [size for size in (_comment_size(comment), overrides.image_size) if size is not None]
     name = next((n for n in (STEM_POSITIONS, POSITIONS) if n in found), None)
     if name is None:
-        notes = (
-            ()
-            if sizes
-            else ("assumed images of 224x224 px: fixed positions do not say their grid",)
-        )
+        note = "assumed images of 224x224 px (change with `--set model.image_size=…`)"
         covers = bool(comment.get("position_covers_prefix", False))
         values |= {"position": "sincos2d", "position_covers_prefix": covers}
-        return GoogleConfig(ViTConfig(image_size=(sizes or [(224, 224)])[0], **values), notes=notes)
+        config = ViTConfig(image_size=(sizes or [(224, 224)])[0], **values)
+        return GoogleConfig(config, notes=() if sizes else (note,))
     if found[name].ndim != 3 or found[name].shape[2] != width:
         raise ValueError(f"`{name}` has the shape {found[name].shape}, but the width is {width}")
     size, covered = _grid(found[name].shape[1], cell, sizes, class_token, name, source)
     covers = name == STEM_POSITIONS or (covered and class_token)
-    if not class_token:  # then the setting changes nothing, and we keep what the comment says
+    if not class_token:  # the setting has no effect then; keep the comment's value
         covers = bool(comment.get("position_covers_prefix", covers))
     config = ViTConfig(image_size=size, position_covers_prefix=covers, **values)
     return GoogleConfig(config, name, cut=covered and not class_token)
@@ -192,8 +196,8 @@ def _grid(
 ) -> tuple[tuple[int, int], bool]:
     """Return the image size, and True if the first of `count` rows is for a class token.
 
-    vit_jax gives the class token a position. big_vision does not today, but did in its older files.
-    Only the count shows it: a square number plus one.
+    vit_jax gives the class token a position, and so did older versions of big_vision. Only the
+    number of rows shows it: a square number plus one.
     """
     always = name == STEM_POSITIONS and class_token
     for rows, cols in [(y // cell, x // cell) for y, x in sizes]:
@@ -206,8 +210,8 @@ def _grid(
         if side * side == count - covered and side:
             return (side * cell, side * cell), covered
     raise VitcliError(
-        f"`{source}` has {count} positions, which is not a square grid, and does not say which",
-        hint=f"`--set model.image_size=[Y,X]` in pixels; a position covers {cell}x{cell} pixels",
+        f"`{source}` has {count} positions, which do not form a square grid",
+        hint=f"set `--set model.image_size=[Y,X]` in px; a patch is {cell}x{cell} px",
     )
 
 
@@ -236,7 +240,7 @@ def _tensor(array: NDArray[Any], name: str) -> Tensor:
     if array.dtype == np.dtype("V2"):
         return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise ValueError(f"`{name}` has the type {array.dtype}, which is not a type of weights")
+        raise ValueError(f"`{name}` has the type {array.dtype}, which is not floating-point")
     native = array.dtype.newbyteorder("=")
     return torch.from_numpy(np.ascontiguousarray(array, dtype=native))
 
@@ -244,7 +248,7 @@ def _tensor(array: NDArray[Any], name: str) -> Tensor:
 def _convert(
     found: dict[str, NDArray[Any]], names: dict[str, str], known: GoogleConfig, source: str
 ) -> dict[str, Tensor]:
-    """Return the tensors of the configuration in our names; an error if the file has others."""
+    """Convert the arrays to tensors in our names; raise an error if some are missing or unknown."""
     config = known.config
     pairs = list(resnet_pairs(config) if isinstance(config, ResNetConfig) else vit_pairs(config))
     if known.positions:
@@ -284,7 +288,7 @@ def _head_trained(tensors: dict[str, Tensor], comment: Mapping[str, Any]) -> boo
 def _labels(
     comment: Mapping[str, Any], num_classes: int
 ) -> tuple[tuple[str, ...] | None, list[str]]:
-    """Return the class names in our comment, and notes."""
+    """Return the class names in the comment, and notes."""
     match comment.get("labels"):
         case "imagenet":
             return imagenet_names(num_classes), []
@@ -292,16 +296,16 @@ def _labels(
             return tuple(names), []
         case None:
             return None, []
-    return None, ["ignored the class names in the file: they do not fit its head"]
+    return None, ["ignored the class names in the file, because they do not fit its head"]
 
 
 def _preprocess(
     config: ViTConfig | ResNetConfig,
-    stated: Stated,
+    overrides: Overrides,
     comment: Mapping[str, Any],
     notes: list[str],
 ) -> Preprocess | None:
-    """Return the transform of the file or the caller, else that of the official evaluation."""
+    """Return the transform of the file or the caller, else the one of the official evaluation."""
     size, channels = config.image_size, config.num_channels
     base = None
     if "preprocess" in comment:  # null means that vitcli wrote the file and did not know it
@@ -309,12 +313,12 @@ def _preprocess(
     elif channels in PICTURES:
         half = (0.5,) * channels
         base = Preprocess(size, "squash", None, 1.0, "bilinear", half, half, channels)
-        if not {"mean", "std"} <= set(stated.preprocess):
+        if not {"mean", "std"} <= set(overrides.preprocess):
             notes.append(
                 "assumed mean and std 0.5 and bilinear resize to the image size, as in the "
                 "official evaluation, which does not smooth (`--set preprocess.antialias=false`)"
             )
-    preprocess = stated_preprocess(base, stated.preprocess, size, channels)
+    preprocess = override_preprocess(base, overrides.preprocess, size, channels)
     differs = preprocess is not None and preprocess.image_size != size
     return preprocess.resized_to(size) if preprocess and differs else preprocess
 

@@ -1,4 +1,4 @@
-"""Writing the `.npz` files of google-research/vision_transformer and big_vision."""
+"""Write the `.npz` files of google-research/vision_transformer and big_vision."""
 
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ def write_google(model: LoadedModel, out: Path) -> list[str]:
     its names. A BiT ResNet gets the names of big_vision's `bit_paper`, or those of the first BiT
     files if it has their arithmetic, which is also timm's.
 
-    The comment of the zip archive holds what the arrays cannot: `labels` (or `"imagenet"` for
-    ImageNet's own), `preprocess`, `head_trained`, `image_size` and the dropout rates.
+    The comment of the zip archive holds the settings that arrays cannot hold: `labels` (or
+    `"imagenet"` for ImageNet's own), `preprocess`, `head_trained`, `image_size`, dropout rates.
 
     Raises:
-        VitcliError: the official code has no such model; or `out` exists or is not writable.
+        VitcliError: the official code cannot express the model, or `out` exists or is not writable.
     """
     if out.suffix != ".npz":
         raise VitcliError(f"`{out}` does not end in `.npz`", hint="choose a name that ends in .npz")
@@ -53,7 +53,7 @@ def write_google(model: LoadedModel, out: Path) -> list[str]:
 
 
 def _is_vit_jax(config: ViTConfig) -> bool:
-    """True if vit_jax itself has this model: its positions cover every token."""
+    """Return True if vit_jax itself has this model: its positions cover every token."""
     plain = config.position == "learned" and config.pool != "map"
     hybrid_without_token = config.stem is not None and not config.class_token
     return plain and (config.position_covers_prefix or hybrid_without_token)
@@ -68,7 +68,7 @@ def _vit_arrays(model: LoadedModel, config: ViTConfig, notes: list[str]) -> dict
         if torch.equal(grid, fixed) and not prefix.any():
             return arrays  # the official code computes the same table
         table = grid
-        notes.append("the fixed positions were resampled: written as learned positions")
+        notes.append("the fixed positions were resampled, so they are written as learned positions")
     arrays[STEM_POSITIONS if _is_vit_jax(config) else POSITIONS] = table.numpy()
     if _is_vit_jax(config):
         arrays = {released(n): array for n, array in arrays.items()}
@@ -93,7 +93,7 @@ def _arrays(model: LoadedModel, pairs: list[TensorPair], num_heads: int) -> dict
 
 
 def _comment_settings(model: LoadedModel) -> dict[str, Any]:
-    """Return the settings that the arrays do not say."""
+    """Return the settings that the arrays do not show."""
     config = model.config
     settings: dict[str, Any] = {
         "format": 1,

@@ -1,4 +1,4 @@
-"""transformers' Vision Transformers: the model types, and their names for our tensors.
+"""The Vision Transformers of transformers: model types, and the names of their tensors.
 
 Files have the classic names (`encoder.layer.0.intermediate.dense`), which transformers writes by
 default, or the names that version 5 uses in memory (`layers.0.mlp.fc1`). We read both and write the
@@ -7,7 +7,8 @@ classic names.
 
 from dataclasses import dataclass
 
-from vitcli.vit.config import Gelu, ViTConfig
+from vitcli.config.choices import Gelu
+from vitcli.vit.config import ViTConfig
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,10 @@ class HuggingFaceType:
     """One `model_type` of transformers.
 
     Attributes:
-        prefix: of the encoder's names in a file that also has a head or decoder.
+        prefix: the prefix of the encoder's names in a file that also has a head or decoder.
         backbone, classifier: the classes without and with a head; None if there is none.
         processor: the image processor that transformers uses if the folder names none.
-        patch_size, norm_eps: the values if config.json does not say them.
+        patch_size, norm_eps: the values if config.json does not have them.
         dino: True for names and blocks of DINOv2 (LayerScale, `norm1`).
     """
 

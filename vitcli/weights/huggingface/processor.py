@@ -1,4 +1,4 @@
-"""`preprocessor_config.json` and our `Preprocess`, in both directions.
+"""Convert `preprocessor_config.json` to our `Preprocess`, and back.
 
 Three image processors of transformers matter here. They reach the model's size in different ways:
 
@@ -7,21 +7,28 @@ Three image processors of transformers matter here. They reach the model's size 
     BitImageProcessor   resizes the shorter side, then crops   `crop`, resize_size
 
 Without torchvision, transformers resizes with Pillow, as we do. With torchvision, some pixels
-differ by one grey level. If the margin beside the centre is odd, transformers rounds it down and we
-round it to even (as torchvision and timm do), so the two crops can differ by 1 px.
+differ by one grey level. If the margin of the centre crop is odd, transformers rounds its half down
+and we round it to even (as torchvision and timm do), so the two crops can differ by 1 px.
 """
 
 from collections.abc import Mapping
 from math import floor
 from typing import Any
 
+from vitcli.config.choices import Interpolation
 from vitcli.errors import VitcliError
-from vitcli.preprocess import Interpolation, Preprocess
+from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
-from vitcli.weights.overrides import Stated, are_pictures, as_size, per_channel, stated_preprocess
+from vitcli.weights.overrides import (
+    Overrides,
+    are_pictures,
+    as_size,
+    override_preprocess,
+    per_channel,
+)
 
-INTERPOLATIONS: dict[int, Interpolation] = {  # by Pillow's numbers
+INTERPOLATIONS: dict[int, Interpolation] = {  # Pillow's number -> name
     0: "nearest",
     1: "lanczos",
     2: "bilinear",
@@ -33,7 +40,7 @@ CLIP = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 CROPPED = {"do_center_crop": True, "crop_size": 224, "resample": 3}
-# The values that the classes use if the file does not say them.
+# The values that the classes use if the file does not have them.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": {"size": 224, "resample": 2},
     "DeiTImageProcessor": {"size": 256, **CROPPED},
@@ -54,29 +61,29 @@ def read_processor(
     model_type: str,
     processor: Mapping[str, Any] | None,
     source: str,
-    stated: Stated,
+    overrides: Overrides,
     notes: list[str],
 ) -> Preprocess | None:
     """Convert the content of `preprocessor_config.json` to the evaluation transform.
 
     Args:
-        config: of the model, whose image size the transform gives.
-        model_type: of the model's config.json.
+        config: the configuration of the model, whose image size the transform returns.
+        model_type: the entry in the model's config.json.
         processor: the content of the file; None if there is none.
         source: the name of the folder in messages.
-        stated: the caller's settings, which override the file.
+        overrides: the caller's settings, which override the file.
         notes: gets a line for each assumption.
 
     Returns:
-        the transform, or None if the model's channels are not those of images.
+        The transform, or None if the model's channels are not those of images.
 
     Raises:
-        VitcliError: a filter or a crop that we do not have.
+        VitcliError: the file has a filter or a crop that is not supported.
     """
     if not are_pictures(config.num_channels, notes):
         return None
     if processor is None:
-        values = _published(config, model_type, stated, notes)
+        values = _published(config, model_type, overrides, notes)
     else:
         kind = _processor_class(model_type, processor, notes)
         values = {**DEFAULTS[kind], **processor}
@@ -86,7 +93,7 @@ def read_processor(
     if interpolation is None:
         raise VitcliError(
             f"`{source}` resizes with the unsupported filter {values['resample']}",
-            hint="supported `resample`: 0 (nearest), 1 (lanczos), 2 (bilinear), 3 (bicubic)",
+            hint="set `resample` to 0 (nearest), 1 (lanczos), 2 (bilinear) or 3 (bicubic)",
         )
     mean, std = _mean_std(values, config.num_channels)
     base = Preprocess(
@@ -99,14 +106,14 @@ def read_processor(
     )
     if base.image_size != config.image_size:
         base = _match_model(base, config, model_type, notes)
-    return stated_preprocess(base, stated.preprocess, base.image_size, config.num_channels)
+    return override_preprocess(base, overrides.preprocess, base.image_size, config.num_channels)
 
 
 def write_processor(p: Preprocess) -> dict[str, Any]:
     """Convert the evaluation transform to the content of `preprocessor_config.json`.
 
-    `p` is a transform that `check_expressible` accepts. The keys marked "for us" are ignored by
-    transformers; reading the file back needs them.
+    `check_expressible` must accept the transform `p`. transformers ignores the keys that are marked
+    "for us"; reading the file back needs them.
     """
     target = resized_size(p)
     values: dict[str, Any] = {
@@ -137,7 +144,7 @@ def write_processor(p: Preprocess) -> dict[str, Any]:
 
 
 def resized_size(p: Preprocess) -> tuple[int, int]:
-    """Return the (Y, X) between resize and crop; for mode `crop`, of a square image."""
+    """Return the (Y, X) after the resize; for mode `crop`, the one of a square image."""
     if p.resize_size is not None:
         return p.resize_size, p.resize_size
     rows, cols = p.image_size
@@ -145,7 +152,7 @@ def resized_size(p: Preprocess) -> tuple[int, int]:
 
 
 def _processor_class(model_type: str, processor: Mapping[str, Any], notes: list[str]) -> str:
-    """Return the class of transformers that the file means, in today's spelling."""
+    """Return today's name of the image processor that the file names."""
     default = MODEL_TYPES[model_type].processor
     named = processor.get("image_processor_type") or processor.get("feature_extractor_type")
     if not named:
@@ -161,7 +168,7 @@ def _processor_class(model_type: str, processor: Mapping[str, Any], notes: list[
 
 
 def _published(
-    config: ViTConfig, model_type: str, stated: Stated, notes: list[str]
+    config: ViTConfig, model_type: str, overrides: Overrides, notes: list[str]
 ) -> dict[str, Any]:
     """Return the processor of the published weights, for this model's image size."""
     values = dict(PUBLISHED[model_type])
@@ -175,7 +182,7 @@ def _published(
         values |= {"size": {"height": rows, "width": cols}, "do_center_crop": False}
     if config.num_channels != 3:
         values = {key: value for key, value in values.items() if key not in IMAGENET}
-    if not {"mean", "std"} <= set(stated.preprocess):
+    if not {"mean", "std"} <= set(overrides.preprocess):
         mean = "ImageNet's mean and std" if "image_mean" in values else "mean and std 0.5"
         how = "centre crop" if cropped else "resize to the image size"
         notes.append(
@@ -192,7 +199,7 @@ def _mean_std(
     std = per_channel(values.get("image_std", 0.5), channels, "image_std")
     if not values.get("do_normalize", True):
         mean, std = (0.0,) * channels, (1.0,) * channels
-    # We divide by 255 first. Another factor is a change of mean and std.
+    # We divide by 255 first. Another factor changes mean and std.
     factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
     if abs(factor * 255 - 1) > 1e-6:
         mean = tuple(m / (255 * factor) for m in mean)
@@ -203,9 +210,9 @@ def _mean_std(
 def _geometry(
     config: ViTConfig, values: Mapping[str, Any], source: str, notes: list[str]
 ) -> dict[str, Any]:
-    """Return how the processor reaches its size, as settings of a Preprocess."""
+    """Return the settings of a Preprocess for the processor's resize and crop."""
     if not values.get("do_resize", True):
-        notes.append("its processor does not resize: images of another size are squashed")
+        notes.append("the image processor does not resize: images of another size are squashed")
         return {"image_size": config.image_size, "resize_mode": "squash"}
     size = values["size"]
     sides = size if isinstance(size, Mapping) else {"height": size, "width": size}
@@ -251,7 +258,7 @@ def read_size(value: Any, key: str = "size") -> tuple[int, int]:
 def _match_model(
     base: Preprocess, config: ViTConfig, model_type: str, notes: list[str]
 ) -> Preprocess:
-    """Return the transform for a processor whose size is not that of the model's config.json."""
+    """Return the transform for a processor with another size than the model's config.json."""
     made, read = (f"{y}x{x}" for y, x in (base.image_size, config.image_size))
     divided = all(side % config.patch_size == 0 for side in base.image_size)
     if MODEL_TYPES[model_type].dino and divided:  # DINOv2 takes any size; Meta's has 518 and 224

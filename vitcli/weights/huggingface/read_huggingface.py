@@ -1,4 +1,4 @@
-"""Reading Hugging Face's folders: `config.json`, weights, `preprocessor_config.json`.
+"""Read Hugging Face's folders: `config.json`, weights, `preprocessor_config.json`.
 
 We read ViT, DeiT, DINOv2 (with and without registers) and the encoder of ViT-MAE: backbones,
 classifiers, and the encoders of masked-image models.
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitcli.config.choices import Pool
 from vitcli.errors import VitcliError
-from vitcli.vit.config import Pool, ViTConfig
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.weights.huggingface.huggingface_names import (
     BLOCK,
@@ -25,7 +26,7 @@ from vitcli.weights.huggingface.huggingface_names import (
     swiglu_width,
 )
 from vitcli.weights.huggingface.processor import read_processor, read_size
-from vitcli.weights.overrides import Stated
+from vitcli.weights.overrides import Overrides
 from vitcli.weights.store import Checkpoint, readable_values
 
 LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.(.+)")
@@ -37,11 +38,11 @@ PARTS = {  # theirs -> (ours, index in the stack)
     for index, name in enumerate(parts)
 }
 REPAIR = "correct the file, or save the model again with `save_pretrained`"
-SUPPORTED = f"supported model types: {', '.join(f'`{t}`' for t in MODEL_TYPES)}"
+SUPPORTED = f"use one of the model types {', '.join(f'`{t}`' for t in MODEL_TYPES)}"
 
 
 def is_huggingface(names: Mapping[str, Any] | list[str]) -> bool:
-    """True if these tensor names are those of a Hugging Face ViT."""
+    """Return True for the tensor names of a Hugging Face ViT."""
     return any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names)
 
 
@@ -50,7 +51,7 @@ def read_huggingface(
     source: str,
     described: Mapping[str, Any],
     processor: Mapping[str, Any] | None,
-    stated: Stated,
+    overrides: Overrides,
 ) -> Checkpoint:
     """Convert the tensors of a Hugging Face Vision Transformer to a checkpoint.
 
@@ -59,10 +60,10 @@ def read_huggingface(
         source: the name of the folder in messages.
         described: its `config.json`.
         processor: its `preprocessor_config.json`, or None.
-        stated: the caller's settings, which override the files.
+        overrides: the caller's settings, which override the files.
 
     Raises:
-        VitcliError: an unsupported model type, or files that contradict each other.
+        VitcliError: the model type is not supported, or the files contradict each other.
     """
     model_type = str(described.get("model_type"))
     if model_type not in MODEL_TYPES:
@@ -72,14 +73,14 @@ def read_huggingface(
     if described.get("pooler_act", "tanh") != "tanh" or "head.weight" in renamed:
         for name in [n for n in renamed if n.startswith("pre_logits.")]:
             del renamed[name]
-            dropped[name] = "a pooler that no head reads"
+            dropped[name] = "belongs to a pooler that no head reads"
     notes: list[str] = []
     with readable_values("config.json", source, REPAIR):
-        values = _config_values(renamed, described, family, source, stated)
+        values = _config_values(renamed, described, family, source, overrides)
         config = ViTConfig(**{**values, **_positions(renamed, values, model_type, notes)})
-        labels = stated.labels or _labels(described, config.num_classes)
+        labels = overrides.labels or _labels(described, config.num_classes)
     with readable_values("preprocessor_config.json", source, REPAIR):
-        preprocess = read_processor(config, model_type, processor, source, stated, notes)
+        preprocess = read_processor(config, model_type, processor, source, overrides, notes)
     multi_label = described.get("problem_type") == "multi_label_classification"
     return Checkpoint(
         config=config,
@@ -97,7 +98,7 @@ def read_huggingface(
 def _rename(
     tensors: Mapping[str, Tensor], family: HuggingFaceType
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return our name -> tensor, and dropped name -> reason. An unknown tensor keeps its name."""
+    """Rename to our names; return the tensors, and dropped names with the reasons."""
     renamed: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
     stacks: dict[str, dict[int, str]] = {}
@@ -141,11 +142,11 @@ def _config_values(
     described: Mapping[str, Any],
     family: HuggingFaceType,
     source: str,
-    stated: Stated,
+    overrides: Overrides,
 ) -> dict[str, Any]:
     """Return the fields of ViTConfig, without those about positions."""
     act = described.get("hidden_act", "gelu")
-    if act not in GELUS and stated.gelu is None:
+    if act not in GELUS and overrides.gelu is None:
         raise VitcliError(
             f"`{source}` has the unsupported activation `{act}`",
             hint=f"supported: {', '.join(f'`{a}`' for a in GELUS)}",
@@ -182,7 +183,7 @@ def _config_values(
         "num_channels": channels,
         "embed_dim": width,
         "depth": depth,
-        "num_heads": stated.num_heads or _count(described, "num_attention_heads", 12),
+        "num_heads": overrides.num_heads or _count(described, "num_attention_heads", 12),
         "mlp_dim": mlp_dim,
         "num_classes": head.shape[0] if head is not None else 0,
         "pool": pool,
@@ -195,8 +196,8 @@ def _config_values(
         "qkv_bias": bool(described.get("qkv_bias", True)),
         "layer_scale": float(described.get("layerscale_value", 1.0)) if family.dino else None,
         "mlp": "swiglu" if swiglu else "gelu",
-        "gelu": stated.gelu or GELUS[act],
-        "norm_eps": stated.norm_eps or _fraction(described, "layer_norm_eps", family.norm_eps),
+        "gelu": overrides.gelu or GELUS[act],
+        "norm_eps": overrides.norm_eps or _fraction(described, "layer_norm_eps", family.norm_eps),
         "dropout_rate": _fraction(described, "hidden_dropout_prob", 0.0),
     }
 
@@ -249,7 +250,7 @@ def _positions(
 
 
 def _labels(described: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:
-    """Return the names in `id2label`; None for transformers' default `LABEL_0`, `LABEL_1` …"""
+    """Return the names in `id2label`; None for the default names `LABEL_0`, `LABEL_1` …"""
     names = {int(i): str(name) for i, name in (described.get("id2label") or {}).items()}
     if sorted(names) != list(range(num_classes)) or not names:
         return None

@@ -1,10 +1,9 @@
-"""Writing Hugging Face's folders: `config.json`, `model.safetensors`, `preprocessor_config.json`.
+"""Write Hugging Face's folders: `config.json`, `model.safetensors`, `preprocessor_config.json`.
 
 transformers loads them unchanged, for example with `transformers.pipeline("image-classification",
 model=DIR)`. Reading them back gives the same model.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.files import replacing
-from vitcli.run import check_free
 from vitcli.vit import ViTConfig
 from vitcli.weights.expressible import check_expressible
 from vitcli.weights.huggingface.huggingface_names import (
@@ -30,32 +27,24 @@ from vitcli.weights.huggingface.huggingface_names import (
 )
 from vitcli.weights.huggingface.processor import write_processor
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.store import write_tensors
+from vitcli.weights.store import write_folder
 
 
 def write_huggingface(model: LoadedModel, out: Path) -> list[str]:
     """Write `model` into the new folder `out`, completely or not at all.
 
     Returns:
-        one line for each property that the folder does not store.
+        A line for each property that the folder does not store.
 
     Raises:
-        VitcliError: transformers has no class for the model; or `out` is not empty or not writable.
+        VitcliError: transformers cannot express the model, or `out` is not empty or not writable.
     """
     notes = check_expressible(model, "huggingface")
     assert isinstance(model.config, ViTConfig)
-    check_free(out)
     files = {"config.json": _config_json(model, model.config)}
     if model.preprocess is not None:
         files["preprocessor_config.json"] = write_processor(model.preprocess)
-    with replacing(out) as temporary:
-        temporary.mkdir()
-        write_tensors(
-            temporary / "model.safetensors", _named(model, model.config), {"format": "pt"}
-        )
-        for name, values in files.items():
-            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-            (temporary / name).write_text(text, encoding="utf-8")
+    write_folder(out, _named(model, model.config), files)
     return notes
 
 

@@ -1,8 +1,8 @@
-"""Reading timm's layout: ViTs, hybrids and BiT ResNets.
+"""Read timm's layout: ViTs, hybrids and BiT ResNets.
 
-Our tensors have timm's names, so little is renamed. The work is to find what the tensors do not
-say (number of heads, epsilon, pooling, preprocessing, class names): the caller's settings come
-first, then the Hub `config.json` beside the file, then the architecture or variant that fits.
+Our tensors have timm's names, so few are renamed. Tensors do not show the number of heads, epsilon,
+pooling, preprocessing and class names. These come from the caller's settings, else from the Hub
+`config.json` in the folder of the file, else from the architecture or variant that fits.
 """
 
 import math
@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from vitcli.config.choices import Gelu, Pool
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.vit.config import Gelu, Pool, ViTConfig, canonical_pool
+from vitcli.vit.config import ViTConfig, canonical_pool
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
-from vitcli.weights.overrides import PICTURES, Stated, stated_preprocess
+from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
 from vitcli.weights.store import Checkpoint
 from vitcli.weights.timm.timm_config import (
     TimmHubConfig,
@@ -41,22 +42,22 @@ from vitcli.weights.timm.timm_names import (
 
 
 def read_timm(
-    tensors: Mapping[str, Tensor], source: str, hub: Mapping[str, Any] | None, stated: Stated
+    tensors: Mapping[str, Tensor], source: str, hub: Mapping[str, Any] | None, overrides: Overrides
 ) -> Checkpoint:
     """Convert tensors in timm's layout to a checkpoint.
 
     Args:
         tensors: names -> tensors, as in the file.
         source: the name of the file in messages.
-        hub: the Hub `config.json` beside it, if there is one.
-        stated: the caller's settings, which override everything else.
+        hub: the Hub `config.json` in its folder, if there is one.
+        overrides: the caller's settings, which override everything else.
 
     Raises:
-        VitcliError: another kind of model, with the tensors that contradict; or an unknown number
-            of heads, with the settings that give it.
+        VitcliError: the tensors are not those of a supported model, or the number of heads is
+            unknown.
     """
     found, dropped, notes = timm_names(tensors, source)
-    beside = read_hub_config(hub, source)
+    hub_config = read_hub_config(hub, source)
     bit = is_bit(tensors)
     for kind in ("weight", "bias") if bit else ():
         if f"head.fc.{kind}" in found:  # (K, F, 1, 1) or (K,): a convolution on the pooled map
@@ -66,20 +67,20 @@ def read_timm(
     check_timm_names(shape, source)
     if not bit and "pos_embed" not in shape and any("gamma_" in name for name in tensors):
         raise VitcliError(
-            f"`{source}` has no `pos_embed`, and tensor names of a model with rotary positions",
+            f"`{source}` has no `pos_embed`, but tensor names of a model with rotary positions",
             hint="EVA and DINOv3 are not supported",
         )
     check_timm_shapes(shape, source)
     config: ViTConfig | ResNetConfig
     if bit:
-        config = _bit_config(shape, source, beside, stated, notes)
+        config = _bit_config(shape, source, hub_config, overrides, notes)
     else:
-        config = _vit_config(shape, source, beside, stated, notes)
-    base, labels = hub_preprocess_and_labels(beside, config, source, notes)
+        config = _vit_config(shape, source, hub_config, overrides, notes)
+    base, labels = hub_preprocess_and_labels(hub_config, config, source, notes)
     if base is None and isinstance(config, ViTConfig):
         variant = matching_variant(config.embed_dim, config.depth, config.mlp_dim)
         sign = find_facebook_tensor(shape, dropped)
-        base = assumed_preprocess(config, variant, beside, sign, stated, notes)
+        base = assumed_preprocess(config, variant, hub_config, sign, overrides, notes)
     elif base is None and config.num_channels in PICTURES:
         base = Preprocess(
             config.image_size, interpolation="bilinear", num_channels=config.num_channels
@@ -90,8 +91,8 @@ def read_timm(
         config=config,
         tensors=found,
         layout="timm",
-        labels=stated.labels or labels,
-        preprocess=stated_preprocess(base, stated.preprocess, size, channels),
+        labels=overrides.labels or labels,
+        preprocess=override_preprocess(base, overrides.preprocess, size, channels),
         head_trained=config.num_classes > 0,
         dropped=dropped,
         notes=notes,
@@ -112,12 +113,12 @@ def _stages(shape: TensorShapes, prefix: str) -> tuple[int, ...]:
 
 
 def _bit_config(
-    shape: TensorShapes, source: str, hub: TimmHubConfig, stated: Stated, notes: list[str]
+    shape: TensorShapes, source: str, hub: TimmHubConfig, overrides: Overrides, notes: list[str]
 ) -> ResNetConfig:
     root, unit = shape["stem.conv.weight"], "stages.0.blocks.0.norm1.weight"
     if root[2:] != (7, 7) or unit not in shape or "stem.norm.weight" in shape:
         raise not_plain(source, shape, "pre-activation ResNet (BiT)", [unit])
-    size = stated.image_size or hub.image_size
+    size = overrides.image_size or hub.image_size
     if size is None:
         size = (224, 224)
         notes.append("assumed images of 224x224 px (change with `--set model.image_size=…`)")
@@ -135,7 +136,7 @@ def _bit_config(
 
 
 def _vit_config(
-    shape: TensorShapes, source: str, hub: TimmHubConfig, stated: Stated, notes: list[str]
+    shape: TensorShapes, source: str, hub: TimmHubConfig, overrides: Overrides, notes: list[str]
 ) -> ViTConfig:
     wanted = ["patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"]
     if missing := [name for name in wanted if name not in shape]:
@@ -158,12 +159,12 @@ def _vit_config(
     registers = shape["reg_token"][1] if "reg_token" in shape else 0
     prefix = registers + ("cls_token" in shape) + ("dist_token" in shape)
     gated = hidden == 2 * mlp_dim
-    if "norm_pre.weight" in shape and not (stated.norm_eps or hub.architecture):
-        notes.append("assumed epsilon 1e-6; for CLIP's models `--set model.norm_eps=1e-5`")
-    pool = _pool(shape, width, hub, source, stated, notes)
+    if "norm_pre.weight" in shape and not (overrides.norm_eps or hub.architecture):
+        notes.append("assumed epsilon 1e-6 (for models of CLIP set `--set model.norm_eps=1e-5`)")
+    pool = _pool(shape, width, hub, source, overrides, notes)
     pixels = patch if stem is None else patch * 4 * 2 ** max(len(stem) - 1, 0)
-    size, covers = _image_size(shape, pixels, prefix, hub, source, stated)
-    gelu: Gelu = stated.gelu or architecture_gelu(hub, source, gated=gated)  # type: ignore[assignment]
+    size, covers = _image_size(shape, pixels, prefix, hub, source, overrides)
+    gelu: Gelu = overrides.gelu or architecture_gelu(hub, source, gated=gated)  # type: ignore[assignment]
     try:
         return ViTConfig(
             image_size=size,
@@ -171,7 +172,7 @@ def _vit_config(
             num_channels=channels,
             embed_dim=width,
             depth=depth,
-            num_heads=_num_heads(shape, (width, depth, mlp_dim), hub, source, stated, notes),
+            num_heads=_num_heads(shape, (width, depth, mlp_dim), hub, source, overrides, notes),
             mlp_dim=mlp_dim,
             num_classes=shape.get("head.weight", (0,))[0],
             pool=pool,
@@ -187,7 +188,7 @@ def _vit_config(
             layer_scale=hub.layer_scale if "blocks.0.ls1.gamma" in shape else None,
             mlp="swiglu" if gated else "gelu",
             gelu=gelu,
-            norm_eps=stated.norm_eps or architecture_eps(hub),
+            norm_eps=overrides.norm_eps or architecture_eps(hub),
             norm_before_blocks="norm_pre.weight" in shape,
             norm_after_pool="fc_norm.weight" in shape and "norm.weight" not in shape,
             patch_bias="patch_embed.proj.bias" in shape,
@@ -208,10 +209,10 @@ def _pool(
     width: int,
     hub: TimmHubConfig,
     source: str,
-    stated: Stated,
+    overrides: Overrides,
     notes: list[str],
 ) -> Pool:
-    """Return the pooling that the head was trained on; without any sign, the caller's setting."""
+    """Return the pooling that the head was trained on; if unknown, the caller's setting."""
     head = shape.get("head.weight", (0, width))[1]
     if "attn_pool.latent" in shape:
         return "map"
@@ -220,8 +221,8 @@ def _pool(
     if head == 2 * width:
         return "distilled" if "dist_token" in shape else "token_mean"
     named = hub.pool
-    if not named and stated.pool in ("token", "mean", "cls", "tok", "avg", "gap", "map"):
-        named = stated.pool  # no file of timm has a head for the other poolings
+    if not named and overrides.pool in ("token", "mean", "cls", "tok", "avg", "gap", "map"):
+        named = overrides.pool  # no file of timm has a head for the other poolings
     if named:
         try:
             pool = canonical_pool(named)
@@ -237,11 +238,11 @@ def _pool(
                 hint="correct it, or remove it" if hub.pool else "try another `--set model.pool=…`",
             ) from error
     if hub.pool == "":
-        notes.append("the file has no pooling (one logit per token): chose one")
+        notes.append("the config.json has no pooling (one logit per token): assumed a pooling")
     if "cls_token" not in shape:
         return "mean"
     if "fc_norm.weight" in shape and "norm.weight" not in shape:
-        notes.append("pool `mean`, because of `fc_norm` (change with `--set model.pool=…`)")
+        notes.append("assumed pool `mean`, because of `fc_norm` (change with `--set model.pool=…`)")
         return "mean"
     return "token"
 
@@ -251,26 +252,26 @@ def _num_heads(
     sizes: tuple[int, int, int],
     hub: TimmHubConfig,
     source: str,
-    stated: Stated,
+    overrides: Overrides,
     notes: list[str],
 ) -> int:
-    """Ask the caller, the config, the width of QK-norm, the architecture, then the variant."""
-    heads = stated.num_heads or hub.num_heads
+    """Find it in the caller's settings, config.json, QK-norm, architecture, then variant."""
+    heads = overrides.num_heads or hub.num_heads
     if not heads and "blocks.0.attn.q_norm.weight" in shape:
         heads = sizes[0] // shape["blocks.0.attn.q_norm.weight"][0]
     if not heads and (heads := architecture_heads(hub, sizes[0])):
-        notes.append(f"{heads} heads, as in timm's {hub.architecture}")
+        notes.append(f"assumed {heads} heads, as in timm's {hub.architecture}")
     if not heads and (name := matching_variant(*sizes)):
         heads = VARIANTS[name].num_heads
-        notes.append(f"{heads} heads (detected ViT-{name})")
+        notes.append(f"assumed {heads} heads, as in ViT-{name}")
     if not heads and sizes == (1536, 40, 4096):
         heads = 24
-        notes.append("24 heads (detected DINOv2's ViT-g)")
+        notes.append("assumed 24 heads, as in DINOv2's ViT-g")
     if not heads:
         missing = ["model.num_heads"]
         root = shape.get("patch_embed.backbone.stem.conv.weight", shape["patch_embed.proj.weight"])
         if not hub.pretrained and root[1] in PICTURES:
-            missing += [f"preprocess.{k}" for k in ("mean", "std") if k not in stated.preprocess]
+            missing += [f"preprocess.{k}" for k in ("mean", "std") if k not in overrides.preprocess]
         raise missing_settings(source, missing)
     if sizes[0] % heads:
         raise VitcliError(
@@ -281,18 +282,18 @@ def _num_heads(
 
 
 def missing_settings(source: str, keys: list[str]) -> VitcliError:
-    """Return the error for a file that does not say `keys` and matches no variant."""
+    """Return the error for a file that lacks the settings `keys` and matches no variant."""
     example = {"model.num_heads": "4", "model.image_size": "224"}
     settings = " ".join(f"--set {key}={example.get(key, '0.5')}" for key in keys)
     return VitcliError(
-        f"`{source}` does not say {', '.join(f'`{key}`' for key in keys)}, there is no config.json "
-        "beside it, and its shapes match no variant",
-        hint=f"add it, for example `{settings}`",
+        f"`{source}` does not contain {', '.join(f'`{key}`' for key in keys)}, there is no "
+        "config.json in its folder, and its shapes match no variant",
+        hint=f"add for example `{settings}`",
     )
 
 
 def matching_variant(embed_dim: int, depth: int, mlp_dim: int) -> str | None:
-    """Return the published variant of exactly these sizes; our own sizes have a header instead."""
+    """Return the published variant of these sizes. Files of our own sizes have a header."""
     for name, v in VARIANTS.items():
         sizes = v.embed_dim, v.depth, v.mlp_dim
         if sizes == (embed_dim, depth, mlp_dim) and name not in ("Pico", "Nano", "mu"):
@@ -301,24 +302,29 @@ def matching_variant(embed_dim: int, depth: int, mlp_dim: int) -> str | None:
 
 
 def _image_size(
-    shape: TensorShapes, pixels: int, prefix: int, hub: TimmHubConfig, source: str, stated: Stated
+    shape: TensorShapes,
+    pixels: int,
+    prefix: int,
+    hub: TimmHubConfig,
+    source: str,
+    overrides: Overrides,
 ) -> tuple[tuple[int, int], bool]:
     """Return the (Y, X) of the stored positions, and True if they cover the prefix tokens."""
     if "pos_embed" not in shape:
-        size = stated.image_size or hub.image_size
+        size = overrides.image_size or hub.image_size
         if size is None:
             raise missing_settings(source, ["model.image_size"])
         if size[0] % pixels or size[1] % pixels:
             raise VitcliError(
-                f"images of {size[0]}x{size[1]} pixels do not divide into patches of {pixels} "
-                f"pixels, which `{source}` has",
-                hint=f"`--set model.image_size=[Y,X]` with multiples of {pixels}",
+                f"images of {size[0]}x{size[1]} px do not divide into the patches of `{source}`, "
+                f"{pixels}x{pixels} px",
+                hint=f"set `--set model.image_size=[Y,X]` to multiples of {pixels}",
             )
         return size, not hub.arguments.get("no_embed_class")
     count = shape["pos_embed"][1]
     uncovered = bool(hub.arguments.get("no_embed_class"))
     counts = [(count, False)] if uncovered else [(count - prefix, True), (count, False)]
-    for size in (hub.image_size, stated.image_size):
+    for size in (hub.image_size, overrides.image_size):
         for n, covers in counts:
             if size and (size[0] // pixels) * (size[1] // pixels) == n:
                 return (size[0] // pixels * pixels, size[1] // pixels * pixels), covers
@@ -326,6 +332,6 @@ def _image_size(
         if n > 0 and math.isqrt(n) ** 2 == n:
             return (math.isqrt(n) * pixels, math.isqrt(n) * pixels), covers
     raise VitcliError(
-        f"`{source}` has {count} positions, which is not a square grid, and does not say which",
-        hint=f"`--set model.image_size=[Y,X]` in pixels; the patch size is {pixels} pixels",
+        f"`{source}` has {count} positions, which do not form a square grid",
+        hint=f"set `--set model.image_size=[Y,X]` in px; a patch is {pixels}x{pixels} px",
     )

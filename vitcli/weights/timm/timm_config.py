@@ -1,7 +1,7 @@
-"""timm's Hub `config.json`, and what the name of an architecture decides.
+"""timm's Hub `config.json`, and the settings that the name of an architecture determines.
 
-timm's architectures are functions. The tables below hold what they decide and no tensor shows
-(heads, epsilon, GELU), for the architectures whose tensors are those of a plain ViT. Source: timm
+An architecture of timm is a function. The tables below hold the settings that it fixes and that no
+tensor shows (heads, epsilon, GELU), for architectures with the tensors of a plain ViT. Source: timm
 1.0.31, models/vision_transformer.py and deit.py.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vitcli.config.choices import Gelu, ResizeMode
 from vitcli.errors import VitcliError
-from vitcli.preprocess import Preprocess, ResizeMode
+from vitcli.preprocess import Preprocess
 from vitcli.vit import Config, ViTConfig
-from vitcli.vit.config import Gelu
-from vitcli.weights.overrides import PICTURES, Stated, are_pictures, per_channel
+from vitcli.weights.overrides import PICTURES, Overrides, are_pictures, per_channel
 from vitcli.weights.store import readable_values
 
 REPAIR = "correct the file, or replace it by `--set model.…` and `--set preprocess.…`"
@@ -24,7 +24,7 @@ IMAGENET: Moments = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP: Moments = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF: Moments = (0.5,), (0.5,)
 
-# Architectures whose tensors look like a plain ViT's, and how their computation differs.
+# Architectures with the tensors of a plain ViT -> the difference in their computation.
 OTHER_COMPUTATION = {
     "quickgelu": "the activation x * sigmoid(1.702 x)",
     "_rpn_": "normalisation after the residual branches",
@@ -50,14 +50,14 @@ class TimmHubConfig:
 
     Attributes:
         architecture: timm's name for the function that builds the model; "" if there is none.
-        arguments: of that function (`model_args`).
+        arguments: the arguments of that function (`model_args`).
         pretrained: the preprocessing of the weights (`pretrained_cfg`).
         described: the whole file.
-        pool: in timm's terms; "" for no pooling, None if the file does not say it.
-        num_heads: None if the file does not say it.
-        image_size: (Y, X) in pixels; None if the file does not say it.
+        pool: timm's name of the pooling; "" for no pooling, None if the file has none.
+        num_heads: None if the file does not have it.
+        image_size: (Y, X) in pixels; None if the file does not have it.
         layer_scale: the initial value of LayerScale.
-        dropout_rate, drop_path_rate: of the training.
+        dropout_rate, drop_path_rate: the rates of the training.
     """
 
     architecture: str
@@ -73,10 +73,10 @@ class TimmHubConfig:
 
 
 def read_hub_config(described: Mapping[str, Any] | None, source: str) -> TimmHubConfig:
-    """Read the `config.json` beside weights in timm's layout.
+    """Read the `config.json` of weights in timm's layout.
 
     Raises:
-        VitcliError: an architecture or argument with another computation, or impossible values.
+        VitcliError: an architecture or argument changes the computation, or a value is invalid.
     """
     with readable_values("config.json", source, REPAIR):
         hub = _parse(described or {})
@@ -84,8 +84,8 @@ def read_hub_config(described: Mapping[str, Any] | None, source: str) -> TimmHub
         if re.search(pattern, hub.architecture):
             raise VitcliError(
                 f"`{source}` is timm's `{hub.architecture}`, which has {what}: not supported",
-                hint="use an architecture without this; the tensor names are those of a plain ViT, "
-                "but the computation is not",
+                hint="use another architecture; this one has the tensor names of a plain ViT, but "
+                "not its computation",
             )
     for key, supported in {
         "final_norm": True,
@@ -96,7 +96,7 @@ def read_hub_config(described: Mapping[str, Any] | None, source: str) -> TimmHub
         if hub.arguments.get(key, supported) != supported:
             raise VitcliError(
                 f"`{source}` has `{key}={hub.arguments[key]}`, which is not supported",
-                hint=f"supported: `{key}={supported}`",
+                hint=f"use a model with `{key}={supported}`",
             )
     return hub
 
@@ -189,10 +189,10 @@ def architecture_gelu(hub: TimmHubConfig, source: str, *, gated: bool) -> Gelu:
 def hub_preprocess_and_labels(
     hub: TimmHubConfig, config: Config, source: str, notes: list[str]
 ) -> tuple[Preprocess | None, tuple[str, ...] | None]:
-    """Return the evaluation transform and the class names; None for what the file does not say.
+    """Return the evaluation transform and the class names; None for each that the file lacks.
 
     Raises:
-        VitcliError: impossible values.
+        VitcliError: a value is invalid.
     """
     base = None
     with readable_values("config.json", source, REPAIR):
@@ -232,7 +232,7 @@ def _per_channel(value: Any, channels: int, key: str, notes: list[str]) -> tuple
     """Return one value per channel; timm's grey models often keep the three of an RGB model."""
     if channels == 1 and isinstance(value, (list, tuple)) and len(value) == 3:
         if len(set(value)) > 1:
-            notes.append(f"{key} has three values for one channel: took their mean")
+            notes.append(f"`{key}` has three values for one channel: assumed their mean")
         value = [sum(value) / 3] if len(set(value)) > 1 else value[:1]
     return per_channel(value, channels, key)
 
@@ -264,7 +264,7 @@ def assumed_preprocess(
     variant: str | None,
     hub: TimmHubConfig,
     sign: str | None,
-    stated: Stated,
+    overrides: Overrides,
     notes: list[str],
 ) -> Preprocess | None:
     """Return timm's usual evaluation transform for a file that describes none; None if unknown.
@@ -280,7 +280,7 @@ def assumed_preprocess(
     pair = IMAGENET if sign else next(known, HALF)
     mean, std = pair = pair if channels == 3 else HALF
     crop = 0.9 if config.image_size == (224, 224) else 1.0
-    if not {"mean", "std"} <= set(stated.preprocess):
+    if not {"mean", "std"} <= set(overrides.preprocess):
         name = {IMAGENET: "ImageNet's mean and std", CLIP: "CLIP's mean and std"}.get(pair)
         whose = hub.architecture or (f"models with `{sign}`" if sign else f"ViT-{variant}")
         notes.append(

@@ -68,12 +68,12 @@ RENAMED = {
 
 
 def is_timm(names: Iterable[str]) -> bool:
-    """True if these tensor names are those of a ViT in timm's layout, with or without a prefix."""
+    """Return True for the tensor names of a ViT in timm's layout, with or without a prefix."""
     return bool(_prefixes(names, PATCHES))
 
 
 def is_bit(names: Iterable[str]) -> bool:
-    """True if these tensor names are those of a ResNet in timm's layout, with or without prefix."""
+    """Return True for the tensor names of a ResNet in timm's layout, with or without a prefix."""
     names = list(names)
     both = set(_prefixes(names, BIT_ROOT)) & set(_prefixes(names, BIT_UNIT))
     return not is_timm(names) and bool(both)
@@ -129,7 +129,7 @@ def _choose_prefix(prefixes: list[str], source: str) -> tuple[str, list[str]]:
     shown = ", ".join(f"`{prefix}`" if prefix else "(no prefix)" for prefix in prefixes)
     raise VitcliError(
         f"`{source}` holds several models, with the prefixes {shown}",
-        hint="save the model that you need in a file of its own",
+        hint="save the model that you need in a separate file",
     )
 
 
@@ -148,7 +148,7 @@ def _pack_swiglu(found: dict[str, Tensor]) -> None:
 
 
 def _fold_position(found: dict[str, Tensor]) -> None:
-    """Give DINOv2's registers our name, in place.
+    """Rename DINOv2's registers to our name, in place.
 
     DINOv2 inserts them after it adds the positions, so only the class token has a position.
     """
@@ -156,7 +156,8 @@ def _fold_position(found: dict[str, Tensor]) -> None:
     token, table = found.get("cls_token"), found.get("pos_embed")
     if token is None or table is None:
         return
-    if table.ndim == 3 and token.shape == (1, 1, table.shape[2]):  # else the shape check says it
+    # The shape check reports other shapes.
+    if table.ndim == 3 and token.shape == (1, 1, table.shape[2]):
         table = table.float()
         found["cls_token"] = token.float() + table[:, :1]  # (1, 1, D)
         found["pos_embed"] = table[:, 1:].contiguous()  # (1, N, D)
@@ -189,15 +190,15 @@ def check_timm_shapes(shape: TensorShapes, source: str) -> None:
 
 
 def not_plain(source: str, shape: TensorShapes, kind: str, missing: list[str]) -> VitcliError:
-    """Return the error for another architecture: which tensors are missing, and which are there."""
+    """Return the error for another architecture, with the missing and the unexpected tensors."""
     others = [f"`{name}`" for name in shape if OTHERS.search(name)]
     shown = f"; it has {', '.join(others[:3])}" if others else ""
     names = ", ".join(f"`{name}`" for name in missing)
     return VitcliError(f"`{source}` is not a plain {kind}: no {names}{shown}", hint=CHECK_FILE)
 
 
-# Architectures for writing. `model_args` in JSON can change every size. The architecture has to
-# bring what JSON cannot express: a class (SwiGLU, DeiT's two heads, a ResNet) or an epsilon.
+# Architectures for writing. `model_args` in JSON can change every size. JSON cannot express a class
+# (SwiGLU, DeiT's two heads, a ResNet) or an epsilon, so the architecture must have these.
 
 # (width, depth, MLP, heads) -> the size in timm's names.
 SIZES = {

@@ -1,23 +1,20 @@
-"""Writing timm's layout: a folder for `timm.create_model("local-dir:DIR", pretrained=True)`.
+"""Write timm's layout: a folder for `timm.create_model("local-dir:DIR", pretrained=True)`.
 
 The Hub `config.json` names one of timm's architectures and the arguments that differ. We write
-every argument that decides the computation, so the architecture only brings what JSON cannot say.
+every argument that changes the computation. The architecture adds the rest, which JSON cannot hold.
 """
 
-import json
 from math import floor
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vitcli.files import replacing
 from vitcli.preprocess import Preprocess
-from vitcli.run import check_free
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.expressible import check_expressible
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.store import write_tensors
+from vitcli.weights.store import write_folder
 from vitcli.weights.timm.timm_config import CROP_MODES
 from vitcli.weights.timm.timm_names import POOLS, bit_architecture, vit_architecture
 
@@ -26,19 +23,13 @@ def write_timm(model: LoadedModel, out: Path) -> list[str]:
     """Write `model` into the new folder `out`, completely or not at all.
 
     Returns:
-        one line for each property that the folder does not store.
+        A line for each property that the folder does not store.
 
     Raises:
-        VitcliError: timm has no such model; or `out` is not empty or not writable.
+        VitcliError: timm cannot express the model, or `out` is not empty or not writable.
     """
-    check_free(out)
     notes = check_expressible(model, "timm")
-    described = _config_json(model)
-    with replacing(out) as temporary:
-        temporary.mkdir()
-        text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
-        (temporary / "config.json").write_text(text, encoding="utf-8")
-        write_tensors(temporary / "model.safetensors", _named(model), {"format": "pt"})
+    write_folder(out, _named(model), {"config.json": _config_json(model)})
     return notes
 
 
@@ -62,7 +53,7 @@ def _config_json(model: LoadedModel) -> dict[str, Any]:
         "num_features": width,
         "global_pool": arguments["global_pool"],
         "model_args": {**arguments, "num_classes": classes, "in_chans": channels},
-        "activation": model.head_activation,  # for us; timm gives logits
+        "activation": model.head_activation,  # timm ignores it and returns logits
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": [channels, *config.image_size],

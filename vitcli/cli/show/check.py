@@ -1,0 +1,56 @@
+"""Print the result of check."""
+
+from typing import Any
+
+from rich.text import Text
+
+from vitcli.cli import console as report
+from vitcli.cli.console import MOST_CLASSES, print_facts, print_table
+from vitcli.errors import printable
+
+MOST_EXAMPLES = 3  # examples of each kind of finding
+MOST_NAMES = 5  # file names of one group of duplicates
+
+
+def show_check(result: Any) -> None:
+    """Print splits, sizes and classes of a dataset, and the problems found."""
+    facts = result.to_json()
+    rows: list[tuple[str, Any]] = [
+        ("images", ", ".join(f"{n:,} {name}" for name, n in facts["splits"].items())),
+        ("classes", len(facts["classes"])),
+    ]
+    if facts["layout"]:
+        rows.append(("layout", facts["layout"]))
+    if training := facts["training"].get("splits"):
+        rows.append(("training uses", ", ".join(f"{n:,} {name}" for name, n in training.items())))
+    for name in ("height", "width"):
+        if found := facts[name]:
+            rows.append((name, f"{found['min']} to {found['max']}, median {found['median']}"))
+    if hint := facts["suggested"]:
+        said = (
+            f"--set model.image_size={hint['image_size']} --set model.patch_size="
+            f"{hint['patch_size']} ({hint['tokens']} tokens)"
+        )
+        rows.append(("suggested", said))
+    if facts["sheet"]:
+        rows.append(("samples", facts["sheet"]))
+    print_facts(result.data, rows)
+    splits = list(facts["splits"])
+    classes = sorted(facts["classes"].items(), key=lambda item: item[1][splits[0]])
+    if len(classes) > MOST_CLASSES:
+        classes = [*classes[: MOST_CLASSES // 2], *classes[-MOST_CLASSES // 2 :]]
+    print_table("", ["class", *splits], [[k, *(v[s] for s in splits)] for k, v in classes])
+    report.print_title("problems" if facts["problems"] else "no problems found")
+    for line in facts["problems"]:
+        report.out.print(Text(f"  {printable(line)}"), soft_wrap=True)
+    for title, pairs in facts["leaks"].items():
+        for names in pairs[:MOST_EXAMPLES]:
+            shown = " = ".join(printable(name) for name in names)
+            report.out.print(Text(f"    {title}: {shown}", style="dim"), soft_wrap=True)
+    for kind in ("exact_duplicates", "near_duplicates"):
+        for names in facts[kind][:MOST_EXAMPLES]:
+            shown = " = ".join(printable(name) for name in names[:MOST_NAMES])
+            shown += f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+            report.out.print(
+                Text(f"    {kind.replace('_', ' ')}: {shown}", style="dim"), soft_wrap=True
+            )

@@ -1,0 +1,20 @@
+"""The values that named settings of the model and the preprocessing may have.
+
+The schema checks recipes against these types. `ViTConfig`, `ResNetConfig` and `Preprocess` check
+weights files and arguments against the same types. This module imports `typing` only, so that the
+networks in `vit/` can use it.
+"""
+
+from typing import Literal
+
+Pool = Literal["token", "mean", "quadrants", "map", "token_mean", "distilled"]
+Position = Literal["learned", "learned2d", "relative", "sincos2d", "none"]
+PositionAt = Literal["stem", "every", "shared"]
+Resize = Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"]  # of positions
+MlpKind = Literal["gelu", "swiglu"]
+Gelu = Literal["exact", "tanh"]
+StemArithmetic = Literal["google", "timm"]
+
+ResizeMode = Literal["crop", "squash", "pad"]
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
+CropRounding = Literal["even", "down"]

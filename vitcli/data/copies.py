@@ -1,0 +1,175 @@
+"""Images that must stay in one split: exact copies, and members of one group such as a patient.
+
+Copies have equal stored bytes. Only images with equal keys (the size of a file) are read: first a
+part from the middle, and all of it if the parts are equal too. Nothing is decoded. Copies that were
+scaled or recompressed are found by `vitcli check`.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitcli.data.image_set import ImageSet, Integers
+from vitcli.errors import printable
+from vitcli.progress import Watcher
+
+PART_BYTES = 4096
+THREADS = 8
+BAR_IMAGES = 500
+MAX_LEAK_READS = 200_000  # images; given splits of larger sets are compared by `vitcli check` only
+
+
+def image_units(
+    sets: Mapping[str, ImageSet], watch: Watcher, *, within: bool
+) -> dict[str, Integers] | None:
+    """Split -> (n,) numbers, equal for exact copies; None if the images cannot be compared.
+
+    Args:
+        sets: the images.
+        watch: receives progress.
+        within: find the copies within a split too, not only those in two splits.
+    """
+    keys = [images.content_keys() for images in sets.values()]
+    if not keys or any(key is None for key in keys):
+        return None
+    every = np.concatenate([key for key in keys if key is not None])
+    _, which, counts = np.unique(every, return_inverse=True, return_counts=True)
+    shared = (counts[which] > 1) & (every >= 0)
+    lengths = [len(images) for images in sets.values()]
+    if not within:
+        split = np.repeat(np.arange(len(sets)), lengths)
+        first, last = np.full(len(counts), len(sets)), np.zeros(len(counts), dtype=np.int64)
+        np.minimum.at(first, which, split)
+        np.maximum.at(last, which, split)
+        shared &= (first < last)[which]
+        if shared.sum() > MAX_LEAK_READS:
+            return None
+    places = [(images, index) for images in sets.values() for index in range(len(images))]
+    units = np.arange(len(every))
+    rows = np.flatnonzero(shared)
+    for whole in (False, True):
+        read = partial(content_digest, whole=whole)
+        digests = _read_all([places[row] for row in rows], read, watch)
+        found: dict[Any, list[int]] = {}
+        for row, digest in zip(rows.tolist(), digests, strict=True):
+            if digest is not None:
+                found.setdefault((int(every[row]), digest), []).append(row)
+        equal = [members for members in found.values() if len(members) > 1]
+        rows = np.array([row for members in equal for row in members], dtype=np.int64)
+    for members in equal:
+        units[members] = members[0]
+    return dict(zip(sets, np.split(units, np.cumsum(lengths)[:-1]), strict=True))
+
+
+def content_digest(place: tuple[ImageSet, int], *, whole: bool = True) -> bytes | None:
+    """A hash of the stored bytes of an image, or of a part of them; None if it cannot be read."""
+    images, index = place
+    try:
+        content = images.content(index)
+        if isinstance(content, str | os.PathLike):
+            return _file_digest(content, whole)
+        stored = content if isinstance(content, bytes) else _pixels(content)
+    except Exception:  # the image is reported where it is decoded
+        return None
+    return hashlib.sha256(stored if whole else _middle(stored)).digest()[:16]
+
+
+def _pixels(picture: Any) -> bytes:
+    content: bytes = picture.tobytes()
+    return content
+
+
+def _middle(content: bytes) -> bytes:
+    start = max(0, (len(content) - PART_BYTES) // 2)
+    return content[start : start + PART_BYTES]
+
+
+def _file_digest(path: str | os.PathLike[str], whole: bool) -> bytes:
+    if whole:
+        with Path(path).open("rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").digest()[:16]
+    handle = os.open(path, os.O_RDONLY)  # a third of the time of `open`
+    try:
+        middle = max(0, (os.fstat(handle).st_size - PART_BYTES) // 2)
+        return hashlib.sha256(os.pread(handle, PART_BYTES, middle)).digest()[:16]
+    finally:
+        os.close(handle)
+
+
+def _read_all(places: list[Any], read: Any, watch: Watcher) -> list[bytes | None]:
+    """The digest of each place; files are read by threads, in few large tasks."""
+    if not places:
+        return []
+    tasks = [places[start : start + BAR_IMAGES] for start in range(0, len(places), BAR_IMAGES)]
+    digests: list[bytes | None] = []
+    with (
+        watch.progress("images of equal size, compared", len(places)) as bar,
+        ThreadPoolExecutor(THREADS) as threads,
+    ):
+        for part in threads.map(lambda task: [read(place) for place in task], tasks):
+            digests += part
+            bar.advance(len(part))
+    return digests
+
+
+def join_groups(units: Integers, groups: Integers | None) -> Integers:
+    """(n,) numbers, equal for images that share a unit or a group, or are linked by others.
+
+    Args:
+        units: (n,) equal for copies.
+        groups: (n,) equal for members of a group; -1: in no group.
+    """
+    if groups is None or not (groups >= 0).any():
+        return units
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(units)
+    _, copy = np.unique(units, return_inverse=True)
+    grouped = np.flatnonzero(groups >= 0)
+    _, group = np.unique(groups[grouped], return_inverse=True)
+    # Nodes: the images, then the units, then the groups.
+    first = np.concatenate([np.arange(n), grouped])
+    second = np.concatenate([n + copy, n + copy.max() + 1 + group])
+    size = int(second.max()) + 1
+    graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(size, size))
+    found: Integers = connected_components(graph, directed=False)[1][:n].astype(np.int64)
+    return found
+
+
+def leak_notes(
+    shown: str, units: Mapping[str, Integers], sets: Mapping[str, ImageSet]
+) -> list[str]:
+    """A note for each pair of given splits that share images or groups."""
+    notes = []
+    names = list(units)
+    for place, first in enumerate(names):
+        for later in names[place + 1 :]:
+            leaked = np.flatnonzero(np.isin(units[later], units[first]))
+            if len(leaked):
+                example = printable(sets[later].describe(int(leaked[0])))
+                notes.append(
+                    f"{shown}: {len(leaked):,} of {len(units[later]):,} {later} images are exact "
+                    f"copies of {first} images, such as `{example}`: figures on {later} are too "
+                    "high; `vitcli check` lists them"
+                )
+            notes += _group_leak(shown, sets[first], sets[later])
+    return notes
+
+
+def _group_leak(shown: str, first: ImageSet, later: ImageSet) -> Iterable[str]:
+    if first.groups is None or later.groups is None:
+        return
+    groups = np.unique(later.groups[later.groups >= 0])
+    shared = np.isin(groups, first.groups)
+    if shared.any():
+        yield (
+            f"{shown}: {int(shared.sum()):,} of {len(groups):,} groups of the {later.name} images "
+            f"are also in {first.name}"
+        )

@@ -1,0 +1,404 @@
+"""Which columns of a table hold the image, the labels, the split and the group."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from vitcli.config.schema import DataSection
+from vitcli.data.labels import has_label, label_text
+from vitcli.data.readers.table_text import TextTable, is_image_text, quoted
+from vitcli.data.splits import GROUP_COLUMN, SPLIT_ALIASES
+from vitcli.errors import VitcliError, printable, unknown
+
+LABEL_COLUMNS = (
+    "label", "labels", "class", "category", "target", "y", "class_name", "fine_label", "classes",
+    "categories", "tags", "label_name", "category_name", "target_name", "class_label", "diagnosis",
+    "breed", "species", "dx", "level", "finding_labels", "class_id", "label_id", "category_id",
+    "attribute_ids",
+)  # fmt: skip
+IMAGE_COLUMNS = (
+    "image", "img", "path", "file", "file_name", "filename", "filepath", "file_path",
+    "image_path", "image_file", "image_bytes", "bytes", "png", "jpg",
+)  # fmt: skip
+# In a table, an identifier is a path too: `data.image_root` and `data.image_suffix` complete it.
+TABLE_IMAGE_COLUMNS = (
+    *IMAGE_COLUMNS, "img_path", "image_filename", "image_file_name", "image_name", "img_name",
+    "photo", "picture", "image_url", "url", "image_index", "image_id", "img_id", "id_code", "id",
+)  # fmt: skip
+SPLIT_COLUMNS = (
+    "split", "subset", "set", "partition", "data_split", "dataset", "usage", "phase", "train_test",
+    "fold", "folds", "kfold",
+)  # fmt: skip
+# A column of yes and no -> the split of the rows that say yes.
+SPLIT_FLAGS = {
+    "is_test": "test",
+    "is_valid": "validation",
+    "is_validation": "validation",
+    "is_val": "validation",
+    "is_train": "train",
+}
+SPLIT_CELLS = {
+    **SPLIT_ALIASES,
+    "tr": "train",
+    "trn": "train",
+    "trainval": "train",
+    "tst": "test",
+    "publictest": "validation",
+    "privatetest": "test",  # FER2013
+}
+YES = frozenset({"true", "1", "1.0", "yes", "y", "t"})
+NO = frozenset({"false", "0", "0.0", "no", "n", "f", ""})
+# Columns that are mentioned in a note; a column called `group` is used.
+GROUP_HINTS = (
+    "group_id", "patient", "patient_id", "subject", "subject_id", "lesion_id", "video", "video_id",
+    "person_id", "site",
+)  # fmt: skip
+INDEX_COLUMNS = ("", "unnamed:_0", "index", "#")  # row numbers, as pandas writes them
+IGNORE = "none"  # as `data.split_column`
+FOLD = re.compile(r"(?:fold[ _-]?)?(\d+)(?:\.0)?", re.IGNORECASE)
+MAX_FOLDS = 100
+MAX_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that are read.
+
+    Attributes:
+        image: the path.
+        labels: one column; or several that say the same; or, if `one_hot`, one per class; or none.
+        one_hot: True if each of `labels` is a class with cells 0 and 1.
+        splits: columns that can name a split.
+        group: rows with the same cell stay in the same split.
+    """
+
+    image: str
+    labels: tuple[str, ...]
+    one_hot: bool = False
+    splits: tuple[str, ...] = ()
+    group: str | None = None
+
+
+def plain_name(name: Any) -> str:
+    """`Image Index`, `ImageIndex`, `image-index` -> `image_index`."""
+    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", str(name).strip())
+    return re.sub(r"[\s.\-]+", "_", text).lower()
+
+
+def known_columns(columns: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """The columns with one of the usual names, in the order of these names."""
+    by_name = {plain_name(name): name for name in reversed(columns)}
+    return [by_name[name] for name in usual if name in by_name]
+
+
+def find_column(
+    shown: str, kind: str, given: str | None, columns: Sequence[str], usual: Sequence[str]
+) -> str:
+    """The column `given` by the user, else the first of the `usual` names.
+
+    Raises:
+        VitcliError: there is no such column, or it occurs twice; the error lists the columns.
+    """
+    present = quoted(columns)
+    if given is not None:
+        if columns.count(given) > 1:
+            raise VitcliError(
+                f"`{shown}` has {columns.count(given)} columns `{given}`", "rename one of them"
+            )
+        if given in columns:
+            return given
+        hint = unknown("column", given, columns).hint
+        raise VitcliError(f"`{shown}` has no column `{given}` (it has {present})", hint)
+    if known := known_columns(columns, usual):
+        return find_column(shown, kind, known[0], columns, usual)
+    raise VitcliError(
+        f"`{shown}` has no {kind} column with a known name (it has {present})",
+        f"name the column: `--set data.{kind}_column=NAME`",
+    )
+
+
+def choose_table_columns(
+    shown: str,
+    table: TextTable,
+    head: Sequence[Mapping[Any, Any]],
+    settings: DataSection,
+    exists: Callable[[str], bool],
+    notes: list[str],
+    *,
+    labelled: bool = True,
+) -> Columns:
+    """The columns of a table.
+
+    Args:
+        shown: the table, for messages.
+        table: its header.
+        head: its first rows.
+        settings: columns that the user names.
+        exists: tells whether a cell is the path of an image.
+        notes: receives what was assumed.
+        labelled: False accepts a table without labels.
+
+    Raises:
+        VitcliError: a column is missing or ambiguous.
+    """
+    image = _image_column(shown, table, head, settings, exists)
+    splits = split_columns(shown, table.header, settings)
+    group = group_column(shown, table.header, settings)
+    if group in (image, settings.label_column) and settings.group_column is None:
+        group = None
+    hints = known_columns(table.header, GROUP_HINTS)
+    used = {image, *splits, group, *hints, *known_columns(table.header, INDEX_COLUMNS)}
+    rest = [name for name in table.header if name not in used]
+    labels, one_hot = _label_columns(shown, table, head, settings, rest, notes, labelled)
+    return Columns(image, labels, one_hot, tuple(s for s in splits if s not in labels), group)
+
+
+def _image_column(
+    shown: str,
+    table: TextTable,
+    head: Sequence[Mapping[Any, Any]],
+    settings: DataSection,
+    exists: Callable[[str], bool],
+) -> str:
+    """The column of paths; of several with known names the one whose images exist."""
+    if not table.named and settings.image_column is None:
+        first = head[0]
+        return next((n for n in table.header if is_image_text(first.get(n, ""))), table.header[0])
+    known = known_columns(table.header, TABLE_IMAGE_COLUMNS)
+    if settings.image_column is not None or len(known) < 2:
+        return find_column(shown, "image", settings.image_column, table.header, TABLE_IMAGE_COLUMNS)
+    cells = {name: [str(row.get(name) or "") for row in head] for name in known}
+    there = [name for name in known if any(exists(cell) for cell in cells[name] if cell.strip())]
+    if len(there) > 1 and any(cells[name] != cells[there[0]] for name in there):
+        raise VitcliError(
+            f"`{shown}` has {len(there)} columns of images: {quoted(there)}",
+            f"name one: `--set data.image_column={there[0]}`",
+        )
+    return find_column(shown, "image", (there or known)[0], table.header, ())
+
+
+def split_columns(shown: str, header: Sequence[str], settings: DataSection) -> tuple[str, ...]:
+    """The columns that can name a split: the one that is given, or those with a known name."""
+    given = settings.split_column
+    if given is None:
+        return tuple(known_columns(header, (*SPLIT_COLUMNS, *SPLIT_FLAGS)))
+    if given == IGNORE and given not in header:
+        return ()
+    return (find_column(shown, "split", given, header, ()),)
+
+
+def group_column(shown: str, header: Sequence[str], settings: DataSection) -> str | None:
+    """The column whose values must not be divided: the one that is given, or `group`."""
+    if settings.group_column is not None:
+        return find_column(shown, "group", settings.group_column, header, ())
+    return next(iter(known_columns(header, (GROUP_COLUMN,))), None)
+
+
+def group_number(cell: Any) -> int:
+    """A number of the group, the same in every table; -1 for an empty cell."""
+    if not has_label(cell):
+        return -1
+    return int.from_bytes(sha256(label_text(cell).encode()).digest()[:7], "little")
+
+
+def _label_columns(
+    shown: str,
+    table: TextTable,
+    head: Sequence[Mapping[Any, Any]],
+    settings: DataSection,
+    rest: list[str],
+    notes: list[str],
+    labelled: bool,
+) -> tuple[tuple[str, ...], bool]:
+    """(label columns, True if they are 0/1 columns)."""
+    given = settings.label_column
+    if given is not None:
+        several = [name.strip() for name in given.split(",")]
+        if given not in table.header and len(several) > 1:
+            columns = tuple(find_column(shown, "label", n, table.header, ()) for n in several)
+            return columns, True
+        return (find_column(shown, "label", given, table.header, ()),), False
+    if known := known_columns(rest, LABEL_COLUMNS):
+        if len(known) == 1:
+            find_column(shown, "label", known[0], table.header, ())
+        return tuple(known), False
+    if len(rest) == 1:
+        if table.named:
+            notes.append(f"{shown}: the labels are in column `{rest[0]}`")
+        return (rest[0],), False
+    flags = [n for n in rest if all(flag_value(row.get(n)) is not None for row in head)]
+    if len(rest) > 1 and flags == rest:
+        return tuple(rest), True
+    if not labelled:
+        return (), False
+    hint = "name the column: `--set data.label_column=NAME`"
+    if len(flags) > 1:
+        hint += f"; name columns of 0 and 1, one per class: `--set data.label_column={flags[0]},"
+        hint += f"{flags[1]}`"
+    if not rest:
+        raise VitcliError(
+            f"`{shown}` has no labels (it has only {quoted(table.header)})",
+            "add a column `label`; `vitcli predict` labels images without labels",
+        )
+    raise VitcliError(
+        f"`{shown}` has no label column with a known name (it has {quoted(table.header)})", hint
+    )
+
+
+def flag_value(cell: Any) -> bool | None:
+    """1, 1.0, True -> True; 0, -1, False -> False; anything else -> None."""
+    text = str(cell).strip().lower()
+    if text in ("1", "1.0", "true"):
+        return True
+    return False if text in ("0", "0.0", "-1", "-1.0", "false") else None
+
+
+def label_of_columns(shown: str, columns: Sequence[str], cells: Iterable[tuple[Any, ...]]) -> str:
+    """Of several columns with known names the first, if all of them say the same.
+
+    Raises:
+        VitcliError: they hold different labels.
+    """
+    distinct = {tuple(label_text(cell) for cell in row) for row in cells}
+    sizes = [len({row[place] for row in distinct}) for place in range(len(columns))]
+    if any(size != len(distinct) for size in sizes):
+        found = ", ".join(
+            f"`{name}` ({size:,} values)" for name, size in zip(columns, sizes, strict=True)
+        )
+        raise VitcliError(
+            f"`{shown}` has {len(columns)} columns that can be the label: {found}",
+            f"name one: `--set data.label_column={columns[0]}`",
+        )
+    return columns[0]
+
+
+def splits_of_rows(
+    shown: str,
+    columns: Sequence[str],
+    counts: Mapping[tuple[Hashable, ...], int],
+    settings: DataSection,
+    default: str,
+    notes: list[str],
+    *,
+    strict: bool,
+) -> dict[tuple[Hashable, ...], str | None]:
+    """Cells of the split columns -> train, validation, test, or None for rows to skip.
+
+    Args:
+        columns: the split columns.
+        counts: their cells -> number of rows.
+        default: the split of rows whose cells are empty.
+        notes: receives what was used.
+        strict: raise if folds need a choice; False ignores them, with a note.
+
+    Raises:
+        VitcliError: columns name different splits, or there are folds and none was chosen.
+    """
+    cells = {name: [_cell(row[place]) for row in counts] for place, name in enumerate(columns)}
+    if settings.test_fold is not None:
+        return _hold_out(shown, cells, counts, settings, notes)
+    named = [name for name in columns if any(split_of_cell(cell) for cell in cells[name])]
+    flags = [n for n in columns if plain_name(n) in SPLIT_FLAGS and {*cells[n]} <= YES | NO]
+    if named:
+        splits = {name: [split_of_cell(cell) for cell in cells[name]] for name in named}
+        if any(splits[name] != splits[named[0]] for name in named):
+            raise VitcliError(
+                f"`{shown}` has {len(named)} columns that name different splits: {quoted(named)}",
+                f"name one: `--set data.split_column={named[0]}`",
+            )
+        used = named[0]
+        found = [s if cell else default for s, cell in zip(splits[used], cells[used], strict=True)]
+        skipped: Counter[str] = Counter()
+        for cell, split, count in zip(cells[used], found, counts.values(), strict=True):
+            skipped[cell] += count if split is None else 0
+        for text, count in skipped.items():
+            if count:
+                rows = f"{count:,} row{'s' if count > 1 else ''}"
+                notes.append(f"{shown}: skipped {rows} of split `{printable(text)}`")
+        notes.append(f"{shown}: column `{used}` gives the splits")
+        return dict(zip(counts, found, strict=True))
+    if flags:
+        notes.append(f"{shown}: {quoted(flags)} gives the splits")
+        said = [[name for name in flags if cells[name][i] in YES] for i in range(len(counts))]
+        return {
+            row: SPLIT_FLAGS[plain_name(yes[0])] if yes else _other_split(flags, default)
+            for row, yes in zip(counts, said, strict=True)
+        }
+    for name in columns:
+        _refuse_folds(shown, name, {*cells[name]} - {""}, notes, strict)
+    return dict.fromkeys(counts, default)
+
+
+def split_of_cell(cell: str) -> str | None:
+    """`train`, `Training set`, `test_data` -> the split; None if the cell names none."""
+    return SPLIT_CELLS.get(cell) or SPLIT_CELLS.get(re.sub(r"[ _-]?(set|split|data)$", "", cell))
+
+
+def _cell(value: Any) -> str:
+    return label_text(value).lower() if has_label(value) else ""
+
+
+def _other_split(flags: Sequence[str], default: str) -> str:
+    """The split of rows for which no flag says yes; if the only flag is `is_train`, test."""
+    return "test" if {plain_name(name) for name in flags} == {"is_train"} else default
+
+
+def _refuse_folds(shown: str, name: str, values: set[str], notes: list[str], strict: bool) -> None:
+    """Numbered folds need a choice; other cells mean that the column is about something else."""
+    ignored = f"{shown}: ignored `{name}`, which names no split"
+    if not (2 <= len(values) <= MAX_FOLDS and all(map(FOLD.fullmatch, values))):
+        notes.append(ignored)
+        return
+    numbers = sorted(values, key=lambda text: int(FOLD.fullmatch(text)[1]))  # type: ignore[index]
+    folds = f"{len(numbers)} folds, `{numbers[0]}` to `{numbers[-1]}`"
+    choice = f"`--set data.test_fold={numbers[0]}`"
+    if strict:
+        raise VitcliError(
+            f"`{shown}`: column `{name}` holds {folds}, and none is chosen for testing",
+            f"hold one out: {choice}; or ignore the column: `--set data.split_column={IGNORE}`",
+        )
+    notes.append(f"{ignored}: it holds {folds}; hold one out with {choice}")
+
+
+def _hold_out(
+    shown: str,
+    cells: Mapping[str, Sequence[str]],
+    counts: Mapping[tuple[Hashable, ...], int],
+    settings: DataSection,
+    notes: list[str],
+) -> dict[tuple[Hashable, ...], str | None]:
+    """The rows of `data.test_fold` are the test split, and all others the training split."""
+    wanted = _cell(settings.test_fold)
+    number = FOLD.fullmatch(wanted)
+
+    def is_wanted(cell: str) -> bool:
+        fold = FOLD.fullmatch(cell)
+        same = fold is not None and number is not None and int(fold[1]) == int(number[1])
+        return cell == wanted or same
+
+    holding = [name for name in cells if any(map(is_wanted, cells[name]))]
+    if len(holding) > 1:  # of `split` and `fold` the one that is called fold
+        holding = [name for name in holding if "fold" in plain_name(name)] or holding
+    if not holding:
+        found = sorted({cell for column in cells.values() for cell in column if cell})
+        has = f"it has {quoted(found[:MAX_SHOWN])}" if found else "it has no such column"
+        raise VitcliError(
+            f"`{shown}` has no fold `{settings.test_fold}` ({has})",
+            "name the column and one of its cells: `--set data.split_column=NAME --set "
+            "data.test_fold=VALUE`",
+        )
+    if len(holding) > 1:
+        raise VitcliError(
+            f"`{shown}`: {quoted(holding)} hold `{settings.test_fold}`",
+            f"name one: `--set data.split_column={holding[0]}`",
+        )
+    used = [is_wanted(cell) for cell in cells[holding[0]]]
+    rows = sum(count for count, test in zip(counts.values(), used, strict=True) if test)
+    notes.append(
+        f"{shown}: fold `{settings.test_fold}` of column `{holding[0]}` is the test split: "
+        f"{rows:,} of {sum(counts.values()):,} rows"
+    )
+    return {row: "test" if test else "train" for row, test in zip(counts, used, strict=True)}

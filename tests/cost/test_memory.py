@@ -125,12 +125,12 @@ def test_an_evaluation_needs_little_beside_the_weights():
     assert 0.8 * whole.peak < whole.large <= whole.peak
 
 
-def test_an_evaluation_adds_its_large_blocks_to_what_the_steps_left():
-    """Small blocks fit into the holes of the heap; gradients are still there."""
+def test_an_evaluation_adds_to_what_the_steps_left():
+    """Gradients are still there, and a copy of the weights that the average replaces."""
     step = traced(tiny_recipe(optim={"name": "adamw"}, train={"ema_decay": 0.9}))
     nothing, large = ForwardMemory(), ForwardMemory(10**9, 0, 10**9)
     assert step.cpu_evaluation_peak(nothing) == 0
-    assert step.cpu_evaluation_peak(ForwardMemory(1, 1, 0)) <= step.cpu_peak
+    assert step.cpu_evaluation_peak(ForwardMemory(1, 1, 0)) <= step.cpu_peak + 2
     assert step.cpu_evaluation_peak(large) > step.cpu_peak + 10**9
     kept = step.weights + step.gradients + step.optimizer + 2 * step.average
     assert step.evaluation_peak(large) == kept + 10**9

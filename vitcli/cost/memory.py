@@ -113,15 +113,15 @@ class StepMemory:
     def cpu_evaluation_peak(self, forward: ForwardMemory) -> int:
         """Bytes by which a process on a CPU grows in an evaluation between two steps.
 
-        Its small blocks fit into the space that the steps leave behind, its large ones do not.
+        The small blocks that the steps have freed are still with the process, and few of the
+        evaluation's blocks fit between those in use (measured in recipes/RESULTS.md).
         """
         if not forward.peak:
             return 0
         between = self.evaluation_peak(forward) - forward.peak
-        steps = int(MALLOC_OVERHEAD[self.checkpointing] * self.small_peak)
         holes = MALLOC_OVERHEAD[False]
-        heap = max(steps, int(holes * (between + forward.small)))
-        return CPU_BUFFERS + heap + int(holes * forward.large)
+        heap = max(MALLOC_OVERHEAD[self.checkpointing] * self.small_peak, holes * between)
+        return CPU_BUFFERS + int(heap + holes * (forward.small + forward.large))
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]

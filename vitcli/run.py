@@ -67,7 +67,11 @@ class Run:
         return self.result_file.is_file()
 
     def recipe(self) -> Recipe:
-        """Return the recipe that the run started with."""
+        """Return the recipe that the run started with.
+
+        Raises:
+            VitcliError: the recipe is damaged, or the run is one of `fewshot`, which has none.
+        """
         return check(Recipe, read_toml(self.recipe_file), f"`{self.recipe_file}`")
 
     def data_section(self) -> DataSection | None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.hub_server import Fault
-from support.tiny import tiny_recipe, train_recipe, vitcli
+from support.tiny import tiny_recipe, train_recipe, vitcli, write_tiny
 
-from vitcli.commands import evaluate
+from vitcli.commands import evaluate, plan
 from vitcli.config.recipe import check
 from vitcli.config.schema import AugmentSection, DataSection, Recipe
 from vitcli.data.augment.transform import TrainTransform
@@ -241,6 +241,18 @@ def test_a_run_on_a_stream(shards, tmp_path):
         shards, model=str(tmp_path / "run"), settings={"data": {"streaming": True}}
     )
     assert found.metrics.images == 3
+
+
+def test_a_run_on_a_stream_is_planned(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "PROBE_SECONDS", 0.2)
+    stream_settings = {"data": {"streaming": True}, "train": {"steps": 10}}
+    recipe = str(write_tiny(tmp_path / "tiny.toml"))
+    request = {"command": "pretrain", "settings": stream_settings, "compare": False}
+    facts = plan.run(recipe, shards, **request).to_json()
+    assert facts["steps"] == 10 and facts["measured"]
+    stream_settings["train"] = {"epochs": 2.0}
+    with pytest.raises(VitcliError, match="epochs cannot be planned"):
+        plan.run(recipe, shards, **request)
 
 
 def test_what_a_stream_cannot_do(shards):

@@ -17,7 +17,7 @@ import numpy as np
 from vitcli.config.schema import DataSection
 from vitcli.data.copies import image_units, join_groups, leak_notes
 from vitcli.data.image_set import ImageSet, Integers
-from vitcli.data.readers import READERS, expand_home, find_reader, resolve
+from vitcli.data.readers import READERS, expand_home, find_reader, import_function
 from vitcli.data.splits import GROUP_COLUMN, divides, split_images
 from vitcli.errors import VitcliError, printable
 from vitcli.progress import Quiet, Watcher
@@ -149,7 +149,7 @@ def open_data(
 
         return open_stream(request)
     try:
-        source: Source = resolve(READERS[find_reader(notation)].load)(request)
+        source: Source = import_function(READERS[find_reader(notation)].load)(request)
         return source
     except OSError as error:
         reason = error.strerror or str(error)
@@ -202,19 +202,19 @@ def make_source(
     labels = {name: images.labels for name, images in aligned.items()}
     groups, group_notes = _groups(request, aligned)
     assigned = split_images(labels, request.settings, shown, whole=request.whole, groups=groups)
-    made = {}
+    cut = {}  # the final splits
     for name, (origin, indices) in assigned.parts.items():
-        made[name] = aligned[origin]
+        cut[name] = aligned[origin]
         if indices is not None:
-            made[name] = aligned[origin].subset(indices, name)
+            cut[name] = aligned[origin].subset(indices, name)
         elif name != origin:
-            made[name] = aligned[origin].subset(np.arange(len(aligned[origin])), name)
-    hashed = [*parts, *(name.encode() + s.labels.tobytes() for name, s in made.items())]
-    hashed += [s._rows.tobytes() for s in made.values()]
-    hashed += [s.targets.tobytes() for s in made.values() if s.targets is not None]
-    record = {"images": {name: len(images) for name, images in made.items()}, **assigned.record}
+            cut[name] = aligned[origin].subset(np.arange(len(aligned[origin])), name)
+    hashed = [*parts, *(name.encode() + s.labels.tobytes() for name, s in cut.items())]
+    hashed += [s.rows.tobytes() for s in cut.values()]
+    hashed += [s.targets.tobytes() for s in cut.values() if s.targets is not None]
+    record = {"images": {name: len(images) for name, images in cut.items()}, **assigned.record}
     all_notes = (*notes, *group_notes, *assigned.notes)
-    return Source(shown, made, base.classes, fingerprint(hashed), all_notes, record)
+    return Source(shown, cut, base.classes, fingerprint(hashed), all_notes, record)
 
 
 def _groups(

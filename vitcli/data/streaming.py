@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tarfile import TarError
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -143,6 +143,7 @@ class StreamSet:
         buffer: images in the shuffle buffer.
     """
 
+    kind: Literal["stream"] = "stream"
     targets: None = None
 
     def __init__(
@@ -176,11 +177,11 @@ class StreamSet:
                 if len(buffer) < self.buffer:
                     buffer.append(sample)
                     continue
-                place = int(rng.integers(self.buffer))
-                sample, buffer[place] = buffer[place], sample
+                slot = int(rng.integers(self.buffer))
+                sample, buffer[slot] = buffer[slot], sample
                 yield sample
-        for place in rng.permutation(len(buffer)):
-            yield buffer[place]
+        for slot in rng.permutation(len(buffer)):
+            yield buffer[slot]
 
     def read(self, shard: Shard) -> Iterator[StreamSample]:
         """The labelled images of one shard, in order."""

@@ -208,7 +208,24 @@ def test_from_any_server(loopback):
     images = source.splits["train"]
     assert sorted(levels(images.epoch((0,), 0, 1))) == list(range(10))
     loopback.faults["x-001.tar"] = [Fault(status=404)]
-    with pytest.raises(VitcliError, match=r"reading .*x-001\.tar` failed"):
+    with pytest.raises(VitcliError, match=r"there is no file at `http.*x-001\.tar`"):
+        [*images.epoch((0,), 0, 1)]
+
+
+@pytest.mark.parametrize("drip", ["headers", "body"])
+@pytest.mark.parametrize("place", ["web", "hub"])
+def test_a_slow_server_ends_the_stream(loopback, monkeypatch, place, drip):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    tar(loopback.root / "files/x-0.tar", range(9))
+    tar(loopback.root / "datasets/org/big/train-0.tar", range(9))
+    names = loopback.root / "names"
+    names.write_text("\n".join(NAMES))
+    notation = "hf:org/big" if place == "hub" else loopback.url + "/files/x-0.tar"
+    images = stream(notation, 4, classes=str(names)).splits["train"]
+    loopback.faults[".tar"] += [Fault(drip=drip)] * 9
+    with pytest.raises(VitcliError, match=r"does not send its answer within|is too slow"):
         [*images.epoch((0,), 0, 1)]
 
 

@@ -30,6 +30,7 @@ COMPLETE = {
     "log.txt",
     "curves.png",
     "checkpoints",
+    "images.tsv",  # beyond the contract: the split of each image
     "model.safetensors",
     "outcomes.safetensors",  # beyond the contract: what `vitcli compare` pairs image by image
     "result.json",

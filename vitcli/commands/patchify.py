@@ -10,9 +10,8 @@ from torch import Tensor
 from vitcli.config.choices import ResizeMode
 from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.readers import DATA_SUFFIXES
-from vitcli.data.readers.folder import IMAGE_SUFFIXES
 from vitcli.data.source import load_data
-from vitcli.decode import read_image
+from vitcli.decode import IMAGE_SUFFIXES, read_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
 from vitcli.inspection.patch_files import read_patches, save_patches, store_token_set

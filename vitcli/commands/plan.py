@@ -1,7 +1,6 @@
 """`vitcli plan`: the cost of a run before it starts."""
 
 import time
-import tomllib
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from vitcli.data.image_set import ImageSet, Stream
 from vitcli.data.source import Source
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
+from vitcli.files import parse_toml
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free
 from vitcli.train.build import check_names, open_source, start_accelerator
@@ -168,8 +168,8 @@ def run(
 
 def _command_of(recipe: str) -> str:
     """The command of the text of a recipe; a text that is not TOML is refused when it is loaded."""
-    with suppress(tomllib.TOMLDecodeError):
-        if tomllib.loads(recipe).get("command") == "finetune":
+    with suppress(ValueError):
+        if parse_toml(recipe).get("command") == "finetune":
             return "finetune"
     return "pretrain"
 

@@ -5,7 +5,6 @@ Precedence: the defaults of the schema, the recipe file, then `--set section.key
 
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from vitcli.config.schema import DURATIONS, Inference, Recipe, Section, Settings
 from vitcli.errors import VitcliError, nearest, unknown
+from vitcli.files import parse_toml
 
 RECIPE_FOLDERS = (".", "paper", "reference")
 
@@ -56,13 +56,13 @@ def read_toml(path: Path) -> Settings:
         VitcliError: the file cannot be read or is not TOML; the error names the line.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise VitcliError(
             f"cannot read `{path}`: {why}", "a recipe is a TOML file in UTF-8"
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise VitcliError(f"`{path}` is not TOML: {error}", "see `vitcli recipes NAME`") from None
 
 
@@ -83,8 +83,8 @@ def parse_overrides(assignments: Iterable[str]) -> Settings:
                 "for example `--set train.epochs=3`",
             )
         try:
-            parsed: Any = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+            parsed: Any = parse_toml(f"value = {value}")["value"]
+        except ValueError:
             parsed = value
         lay_over(settings, nest(key.strip(), parsed))
     return settings

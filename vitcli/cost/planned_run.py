@@ -101,8 +101,8 @@ class PlannedRun:
         return step_memory(self.build_objective, recipe, StepShape(**settings | shape))
 
     def evaluation_memory(self) -> ForwardMemory:
-        """The memory of a pass over the held-out split, on top of what a step leaves."""
-        images, config = held_out_images(self.source), self.config
+        """The memory of a pass over the larger held-out split, on top of what a step leaves."""
+        images, config = max(held_out_images(self.source)), self.config
         if not images or not config.num_classes:
             return ForwardMemory()
         images = -(-images // self.processes)

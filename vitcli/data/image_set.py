@@ -5,6 +5,7 @@ An `ImageStore` holds the images: files, arrays, tar members, parquet cells or d
 
 import os
 import threading
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,6 +140,11 @@ class ArrayStore:
     def content(self, row: int) -> Image.Image:
         return Image.fromarray(self.images[row])
 
+    def content_keys(self, rows: Integers) -> Integers:
+        """Checksums."""
+        sums = (zlib.crc32(self.images[row].tobytes()) for row in rows)
+        return np.fromiter(sums, np.int64, len(rows))
+
     def describe(self, row: int) -> str:
         return f"image {row} of {self.name}"
 
@@ -269,6 +275,16 @@ class ImageSet:
     def describe(self, index: int) -> str:
         """The name of the image in errors and tables: a path, or `row 17 of train.parquet`."""
         return self._store.describe(int(self._rows[index]))
+
+    @property
+    def root(self) -> Path | None:
+        """The folder of the image files; None if the images are stored in another way."""
+        return self._store.root if isinstance(self._store, FileStore) else None
+
+    def path_name(self, index: int) -> bytes:
+        """The path of the image file below `root`; the row of an image that has no own file."""
+        row = int(self._rows[index])
+        return self._store.paths[row] if isinstance(self._store, FileStore) else b"row %d" % row
 
     def file_name(self, index: int) -> str | None:
         """The name of the image's file, or of the file it was made from; None if unknown."""

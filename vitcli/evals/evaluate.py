@@ -1,6 +1,5 @@
 """Evaluate one model on one labelled split: metrics, intervals, calibration, mistakes."""
 
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitcli.config.schema import Inference
 from vitcli.data.image_set import ImageSet
-from vitcli.data.source import Source, open_data
-from vitcli.errors import VitcliError
 from vitcli.evals.calibration import Calibration
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
@@ -47,7 +43,6 @@ from vitcli.evals.scoring import (
     single_label_per_class,
 )
 from vitcli.progress import Watcher
-from vitcli.run import Run
 from vitcli.weights.loaded import LoadedModel
 
 OTHER_CLASS = "(another class)"
@@ -318,32 +313,3 @@ def _real_accuracy(
     correct[labelled] = scores.correct
     top1, top5 = float(scores.correct.mean()), float(scores.top5_correct.mean())
     return RealAccuracy(len(scores), int((~labelled).sum()), top1, top5), correct
-
-
-def choose_images(
-    data: str, model: str, inference: Inference, watch: Watcher
-) -> tuple[Source, ImageSet]:
-    """The test images of the data, else the validation images, else all images.
-
-    If the model is a run that was trained on a part of these data, choose the part that the run
-    held out, split as the recipe of the run says.
-    """
-    section = inference.data
-    # `whole` keeps data without a test split in one piece; `open_data` would hold a part out.
-    # A single class of the model's can be evaluated, too.
-    whole = open_data(section, data, whole=True, min_classes=1, watch=watch, streams=True)
-    if section.streaming:
-        return whole, whole.split("test", "validation")
-    # Images that a run was trained on would give too high an accuracy. The fingerprint covers the
-    # split, so it tells whether a way of splitting is that of the run.
-    run = Run(Path(model))
-    if run.recipe_file.is_file():
-        known = run.provenance().get("data", {}).get("fingerprint")
-        for split in (section, run.data_section()):
-            with suppress(VitcliError):  # the data of the run may have other columns and splits
-                source = open_data(split, data) if split is not None else whole
-                if source.fingerprint == known:
-                    return source, source.split("test", "validation", "train")
-    if set(whole.splits) != {"train"}:
-        return whole, whole.split("test", "validation")
-    return whole, whole.split("train")

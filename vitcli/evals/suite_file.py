@@ -124,8 +124,8 @@ class TaskResult:
     """The result of one task.
 
     Attributes:
-        accuracy: on the test images, 0..1.
-        images: number of test images.
+        accuracy: on the images of `split`, 0..1.
+        images: number of these images.
         chosen: settings that `select` chose, as dotted name -> value.
     """
 
@@ -133,6 +133,7 @@ class TaskResult:
     images: int
     run: str
     chosen: Mapping[str, Any]
+    split: str = "test"
 
 
 def task_result(result: Mapping[str, Any], run: str, chosen: Mapping[str, Any]) -> TaskResult:
@@ -141,11 +142,13 @@ def task_result(result: Mapping[str, Any], run: str, chosen: Mapping[str, Any]) 
         # The task counts the most shots, where several were measured.
         shots = max(result["shots"], key=lambda n: float("inf") if n == "all" else int(n))
         accuracy = result["shots"][shots]["accuracy"]["mean"]
-        return TaskResult(accuracy, result["test_images"], run, chosen)
+        split = result.get("split", "test")
+        return TaskResult(accuracy, result["test_images"], run, chosen, split)
     figures = result.get("figures", {})
     if "accuracy" not in figures or "images" not in figures:
         raise VitcliError(f"`{run}` has no test accuracy", "a task needs single-label test images")
-    return TaskResult(figures["accuracy"], int(figures["images"]), run, chosen)
+    split = figures.get("split", "test")
+    return TaskResult(figures["accuracy"], int(figures["images"]), run, chosen, split)
 
 
 def group_means(suite: Suite, accuracies: Mapping[str, float]) -> dict[str, float]:

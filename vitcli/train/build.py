@@ -115,10 +115,11 @@ def build_loop(
     assert preprocess is not None
     # Validation uses the transform that is stored with the weights, training its own augmentation.
     loader = make_loader(recipe, source, preprocess, accelerator)
-    validate = None
-    if (split := held_out_split(source)) is not None and model.config.num_classes > 0:
-        images = source.splits[split]
-        validate = partial(run_validation, model, images, accelerator, watch, loader.broken)
+    evaluations = {
+        name: partial(run_validation, model, source.splits[name], accelerator, watch, loader.broken)
+        for name in held_out_splits(source)
+        if model.config.num_classes > 0
+    }
     return Loop(
         wrapped=wrapped,
         wrapped_optimizer=optimizer,
@@ -130,7 +131,7 @@ def build_loop(
         accelerator=accelerator,
         watch=watch,
         recorder=_make_recorder(recipe, run, accelerator, watch, loader, objective),
-        validate=validate,
+        evaluations=evaluations,
     )
 
 
@@ -195,15 +196,19 @@ def make_loader(
     )
 
 
-def held_out_split(source: Source) -> str | None:
-    """The split that is evaluated during training: `validation`, else `test`, else None."""
-    return next((name for name in ("validation", "test") if name in source.splits), None)
+def held_out_splits(source: Source) -> list[str]:
+    """The splits that are evaluated: the first during training, all of them at the end.
+
+    With validation images, the test images are used once, at the end, so that no decision of the
+    run depends on them.
+    """
+    return [name for name in ("validation", "test") if name in source.splits]
 
 
-def held_out_images(source: Source) -> int:
-    """The number of images in that split."""
-    name = held_out_split(source)
-    return len(source.splits[name]) if name else 0
+def held_out_images(source: Source) -> tuple[int, int]:
+    """The number of images that are evaluated during training, and once more at the end."""
+    counts = [len(source.splits[name]) for name in held_out_splits(source)]
+    return sum(counts[:1]), sum(counts[1:])
 
 
 def start_accelerator(

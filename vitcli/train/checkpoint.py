@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
-from vitcli.files import replacing, write_text
+from vitcli.files import read_json, replacing, write_text
 from vitcli.run import Run
 from vitcli.train.budget import Timeline
 from vitcli.train.ema import Ema
@@ -215,7 +215,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         VitcliError: it is damaged, or a run of another shape wrote it.
     """
     try:
-        values = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        values = read_json(path / "state.json")
         _read_into(state.objective.state_dict(), ShardReader(path, "module"))
         for number, optimizer in enumerate(state.optimizers):
             _load_optimizer(optimizer, ShardReader(path, f"optimizer_{number}"))

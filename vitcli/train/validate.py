@@ -56,7 +56,7 @@ def run_validation(
         num_batches = max(1, limit // (EVAL_BATCH_SIZE * accelerator.num_processes))
         outputs = islice(outputs, num_batches)
     if images.targets is not None:
-        return Validation(_validate_multi_label(model, outputs, accelerator))
+        return Validation(_validate_multi_label(model, images, outputs, accelerator))
     # Sums in fp64, because in fp32 a count stops to grow at 2^24.
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     outcomes: list[Outcome] = []
@@ -69,7 +69,7 @@ def run_validation(
         sums += torch.stack([loss.double(), correct.double(), sums.new_tensor(len(logits))])
     loss_sum, correct_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
     if not count:
-        raise _no_readable_image()
+        raise _no_readable_image(images)
     metrics = {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}
     return Validation(metrics, outcomes)
 
@@ -86,7 +86,10 @@ def _sum_of_losses(model: LoadedModel, logits: Tensor, labels: Tensor) -> Tensor
 
 
 def _validate_multi_label(
-    model: LoadedModel, outputs: Iterator[tuple[Tensor, Batch]], accelerator: Any
+    model: LoadedModel,
+    images: ImageSet,
+    outputs: Iterator[tuple[Tensor, Batch]],
+    accelerator: Any,
 ) -> dict[str, float]:
     # Average precision ranks all images of a class, so every process needs all N x K scores.
     scores, targets, loss = [], [], 0.0
@@ -102,7 +105,7 @@ def _validate_multi_label(
 
         parts = gather_object(parts)
     if not any(scores for scores, _, _ in parts):
-        raise _no_readable_image()
+        raise _no_readable_image(images)
     found = multi_label_metrics(
         np.concatenate([x for scores, _, _ in parts for x in scores]),
         np.concatenate([x for _, targets, _ in parts for x in targets]),
@@ -129,7 +132,7 @@ def _outputs(
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )
-    with watch.progress("test", len(images)) as bar:
+    with watch.progress(images.name, len(images)) as bar:
         for batch in move_to_device(batches, accelerator.device):
             broken.update(batch.broken)
             if not len(batch):  # every image of it is broken
@@ -140,7 +143,8 @@ def _outputs(
             bar.advance(len(logits))  # after the `yield`: the caller is done with the batch
 
 
-def _no_readable_image() -> VitcliError:
+def _no_readable_image(images: ImageSet) -> VitcliError:
     return VitcliError(
-        "no image of the test split can be read", "`vitcli patchify IMAGE` gives the reason"
+        f"no image of the {images.name} split can be read",
+        "`vitcli patchify IMAGE` gives the reason",
     )

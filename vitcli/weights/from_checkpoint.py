@@ -58,6 +58,7 @@ def build_model(
         temperature=checkpoint.temperature,
         head_trained=checkpoint.head_trained and config.num_classes > 0,
         load_report=report,
+        split_record=checkpoint.split_record,
     )
     if image_size is not None:
         resize(model, image_size)

@@ -164,7 +164,8 @@ def show_run_comparison(result: Any) -> None:
         [name, *("-" if value is None else f"{value:,.4g}" for value in values)]
         for name, values in result.results.items()
     ]
-    print_table("results", columns, results)
+    splits = [["split", *(split or "-" for split in result.splits)]]
+    print_table("results", columns, splits + results)
     first, *others = result.runs
     for run, pair in zip(others, result.paired, strict=True):
         print_facts(f"{run} compared with {first}", paired_rows(pair, first, run))
@@ -192,7 +193,8 @@ def show_suite(result: Any) -> None:
     row = [f"mean of {len(facts['tasks'])} tasks", "", "", percent_or_dash(facts["mean"]), ""]
     rows.append(row + [percent_or_dash(one["mean"]) for one in published.values()])
     method = "fine-tuning" if facts["method"] == "finetune" else "few-shot"
-    print_table(f"{facts['suite']}, {method}: test accuracy in %", columns, rows)
+    splits = "/".join(sorted({task["split"] for task in facts["tasks"].values() if task["split"]}))
+    print_table(f"{facts['suite']}, {method}: {splits} accuracy in %", columns, rows)
     show_next(f"each task is a run in {facts['run']}")
 
 

@@ -16,14 +16,10 @@ from vitcli.data.labels import sorted_classes
 from vitcli.data.layout import Layout, read_layout
 from vitcli.data.readers.folder_tables import TABLE_SUFFIXES, TABLES, read_folder_tables
 from vitcli.data.source import DataRequest, Source, make_source
+from vitcli.decode import IMAGE_SUFFIXES
 from vitcli.errors import VitcliError, printable
 
 # fmt: off
-IMAGE_SUFFIXES = frozenset({
-    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2",
-    ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
-    ".qoi", ".tga", ".tif", ".tiff", ".webp",
-})
 # Folders and files that operating systems, network storage and Python write beside images.
 # Names that start with a dot are skipped too.
 SYSTEM_NAMES = frozenset({

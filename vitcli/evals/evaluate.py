@@ -132,7 +132,8 @@ class Evaluation:
         if details is not None:
             found |= details.calibration_error.to_json()
         if self.leave_out is not None:
-            found["map_debiased"] = self.leave_out.corrected
+            defined = np.isfinite(self.leave_out.corrected)
+            found["map_debiased"] = self.leave_out.corrected if defined else None
         if details is not None and details.real is not None:
             found["real"] = asdict(details.real)
         if self.calibration is not None:

@@ -224,7 +224,7 @@ class MultiLabelMetrics:
         """Values by their JSON keys."""
         return {
             "images": self.images,
-            "map": self.map,
+            "map": None if np.isnan(self.map) else self.map,  # no image has a label
             "micro_f1": self.micro_f1,
             "loss": self.loss,
         }

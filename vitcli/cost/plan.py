@@ -151,9 +151,10 @@ class CostEstimate:
         return self._process_memory(self.counts.memory)
 
     def _process_memory(self, step: StepMemory) -> int:
+        forward = self.counts.evaluation
         if self.base is None:
-            return step.peak
-        return self.base + max(step.cpu_peak, step.between_steps + self.counts.evaluation)
+            return max(step.peak, step.evaluation_peak(forward))
+        return self.base + max(step.cpu_peak, step.cpu_evaluation_peak(forward))
 
     @property
     def mfu(self) -> float | None:
@@ -227,7 +228,7 @@ class CostEstimate:
             **{name: getattr(own, name) for name in sizes},
             "step_peak": own.peak,
             "heap_peak": None if self.base is None else own.cpu_peak,
-            "evaluation": self.counts.evaluation,
+            "evaluation": self.counts.evaluation.peak,
             "process": self.base,
             "activation_checkpointing": checkpointing,
             "otherwise": {

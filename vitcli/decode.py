@@ -30,6 +30,13 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 Mode = Literal["RGB", "L"]
 
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2",
+    ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
+    ".qoi", ".tga", ".tif", ".tiff", ".webp",
+})
+# fmt: on
 MAX_PIXELS = 256_000_000
 REFUSED_FORMATS = frozenset({"EPS"})  # Pillow would run Ghostscript on an untrusted file
 JPEG_SCALES = (8, 4, 2)  # libjpeg decodes 8x8 blocks at 1/8, 1/4 or 1/2 of the size at little cost

@@ -18,8 +18,10 @@ from vitcli.cost.memory import (
     MALLOC_OVERHEAD,
     StepMemory,
     StepShape,
+    all_tensors,
     evaluation_memory,
     step_memory,
+    storage_bytes,
 )
 from vitcli.devices import is_out_of_memory
 from vitcli.errors import VitcliError, unknown
@@ -167,9 +169,7 @@ class ClassificationStep(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, C, Y, X), (B,) -> the mean loss (), and no metrics."""
         return nn.functional.cross_entropy(self.model(images).float(), labels), {}
 
@@ -190,7 +190,9 @@ def _memory(build: BuildModel, case: BenchCase, memory: int) -> dict[str, int]:
 
     def forward(batch: int) -> int:
         with case.forced_attention():
-            return evaluation_memory(build(), case.size, batch, case.precision)
+            model = build()
+            weights = storage_bytes(all_tensors(model))
+            return weights + evaluation_memory(model, case.size, batch, case.precision).peak
 
     few, many = max(1, case.batch // 2), max(2, case.batch)
     low, high = forward(few), forward(many)

@@ -1,6 +1,7 @@
 """From a recipe to everything that trains: data, model, objective, optimizers, loader, loop."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,21 @@ import torch
 
 from vitcli.config.schema import Recipe, Section
 from vitcli.data.augment.mixing import mixes_pairs
-from vitcli.data.augment.policies import changes_pixels
-from vitcli.data.augment.transform import TrainTransform, resolve_augment
+from vitcli.data.augment.policies import POLICIES, PRESETS, changes_pixels
+from vitcli.data.augment.transform import CROPS, TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
+from vitcli.data.image_set import BatchSource, ImageSet, Stream
 from vitcli.data.loader import TrainLoader
 from vitcli.data.source import Source, open_data
-from vitcli.data.streaming import StreamSet
-from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
+from vitcli.devices import (
+    Precision,
+    join_processes,
+    matrix_peak,
+    pick_device,
+    resolve_precision,
+)
 from vitcli.errors import VitcliError
+from vitcli.evals.fewshot.methods import METHODS
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import Run
@@ -24,14 +32,15 @@ from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
 from vitcli.train.loop import Loop
-from vitcli.train.lora import freeze_and_adapt
+from vitcli.train.lora import freeze_and_adapt, training_passes
 from vitcli.train.objectives import (
     AUTO,
     OBJECTIVES,
     build_objective,
-    find_objective,
+    objective_class,
     resolve_objective,
 )
+from vitcli.train.objectives.base import Objective
 from vitcli.train.objectives.mae import check_droppable
 from vitcli.train.optimizers import (
     OPTIMIZERS,
@@ -41,8 +50,9 @@ from vitcli.train.optimizers import (
 )
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
-from vitcli.train.validate import Outcome, run_validation
-from vitcli.vit import Network, ResNet
+from vitcli.train.validate import Validation, run_validation, with_fewshot
+from vitcli.vit import Config, Network, ResNet
+from vitcli.vit.macs import macs
 from vitcli.weights.loaded import LoadedModel
 
 MakeModel = Callable[[Source], LoadedModel]
@@ -76,6 +86,8 @@ def build_loop(
     for note in freeze_and_adapt(model.network, recipe.lora, train.freeze, train.seed):
         watch.note(note)
     check_patch_drop(recipe, model.network)
+    check_smaller_sizes(recipe, model.config)
+    check_channels(recipe, source.splits["train"], model.config)
     objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
     model.network.checkpoint_activations = train.activation_checkpointing
 
@@ -88,45 +100,63 @@ def build_loop(
         objective.compile(dynamic=False)
     if train.fully_shard:
         # FSDP2 already moves and synchronises; Accelerate adds only its precision (no DDP wrapper).
-        module = accelerator.prepare_model(objective, evaluation_mode=True)
+        wrapped = accelerator.prepare_model(objective, evaluation_mode=True)
         optimizer = accelerator.prepare(JointOptimizer(optimizers))
     else:
-        module, optimizer = accelerator.prepare(objective, JointOptimizer(optimizers))
+        wrapped, optimizer = accelerator.prepare(objective, JointOptimizer(optimizers))
     # Checkpoints, averages and schedules use the unwrapped objects: the names of their tensors must
     # not depend on the number of processes.
-    objective = accelerator.unwrap_model(module)
+    objective = accelerator.unwrap_model(wrapped)
     decay = train.ema_decay
     state = TrainState(
         objective,
         optimizers,
-        Ema(objective, decay) if decay else None,
+        Ema(objective, decay, warmup=train.ema_warmup) if decay else None,
         accelerator.scaler,
     )
 
     preprocess = model.preprocess
     assert preprocess is not None
     # Validation uses the transform that is stored with the weights, training its own augmentation.
-    loader = make_loader(recipe, source, preprocess, objective.num_views, accelerator)
-    validate, outcomes = None, list[Outcome]()
-    if (split := held_out_split(source)) is not None and model.config.num_classes > 0:
-        images = source.splits[split]
-        validate = partial(
-            run_validation, model, images, accelerator, watch, loader.broken, outcomes=outcomes
-        )
+    loader = make_loader(recipe, source, preprocess, accelerator)
+    evaluations: dict[str, Callable[..., Validation]] = {
+        name: partial(run_validation, model, source.splits[name], accelerator, watch, loader.broken)
+        for name in held_out_splits(source)
+        if model.config.num_classes > 0
+    }
+    if train.fewshot_shots is not None:
+        first = next(iter(held_out_splits(source)), "")  # the one that is evaluated between steps
+        evaluations[first] = with_fewshot(evaluations.get(first), model, source, first, train)
     return Loop(
-        module=module,
+        wrapped=wrapped,
+        wrapped_optimizer=optimizer,
         state=state,
-        optimizer=optimizer,
+        loaded=model,
         loader=loader,
-        model=model,
         recipe=recipe,
         run=run,
         accelerator=accelerator,
         watch=watch,
-        recorder=Recorder(recipe, run, accelerator, watch, loader),
-        validate=validate,
-        outcomes=outcomes,
+        recorder=_make_recorder(recipe, run, accelerator, watch, loader, objective),
+        evaluations=evaluations,
     )
+
+
+def _make_recorder(
+    recipe: Recipe,
+    run: Run,
+    accelerator: Any,
+    watch: Watcher,
+    loader: TrainLoader,
+    objective: Objective,
+) -> Recorder:
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    network, flops = objective.model, 0.0
+    if not objective.hidden_rate:  # otherwise the encoder sees fewer patches
+        flops = 2.0 * training_passes(network) * macs(network.config)
+    # The `mfu` of the records refers to the measured peak of this machine.
+    peak = accelerator.num_processes * matrix_peak(accelerator.device, precision)
+    return Recorder(recipe, run, accelerator, watch, loader, peak_flops=peak, flops_per_image=flops)
 
 
 def open_source(recipe: Recipe, watch: Watcher) -> Source:
@@ -145,6 +175,8 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
             "use `vitcli evaluate` for such data",
         )
     if section.streaming:
+        if recipe.train.epochs is not None:
+            len(source.splits["train"])  # raises now, and not after the model is loaded
         watch.warn(
             f"a stream is shuffled within {section.shuffle_buffer:,} images only, and `--resume` "
             "continues with another order of the images"
@@ -153,7 +185,7 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
 
 
 def make_loader(
-    recipe: Recipe, source: Source, preprocess: Preprocess, num_views: int, accelerator: Any
+    recipe: Recipe, source: Source, preprocess: Preprocess, accelerator: Any
 ) -> TrainLoader:
     """The loader that makes the batches of this process."""
     transform = TrainTransform(preprocess, recipe.augment)
@@ -162,27 +194,30 @@ def make_loader(
         transform,
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
-        views=num_views,
         workers=recipe.data.workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         strict=recipe.data.strict,
-        repeats=recipe.augment.repeats,
+        repeats=recipe.augment.repeats if source.splits["train"].kind == "images" else 1,
         augment=transform.settings,
         # A GPU copies from pinned memory while it computes.
         pin_memory=accelerator.device.type == "cuda",
     )
 
 
-def held_out_split(source: Source) -> str | None:
-    """The split that is evaluated during training: `validation`, else `test`, else None."""
-    return next((name for name in ("validation", "test") if name in source.splits), None)
+def held_out_splits(source: Source) -> list[str]:
+    """The splits that are evaluated: the first during training, all of them at the end.
+
+    With validation images, the test images are used once, at the end, so that no decision of the
+    run depends on them.
+    """
+    return [name for name in ("validation", "test") if name in source.splits]
 
 
-def held_out_images(source: Source) -> int:
-    """The number of images in that split."""
-    name = held_out_split(source)
-    return len(source.splits[name]) if name else 0
+def held_out_images(source: Source) -> tuple[int, int]:
+    """The number of images that are evaluated during training, and once more at the end."""
+    counts = [len(source.splits[name]) for name in held_out_splits(source)]
+    return sum(counts[:1]), sum(counts[1:])
 
 
 def start_accelerator(
@@ -222,12 +257,7 @@ def start_accelerator(
     )
     # Set in both directions: the setting is global, and another run may precede in this process.
     torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
-    if recipe.train.batch_size % accelerator.num_processes:
-        raise VitcliError(
-            f"batch size {recipe.train.batch_size} is not a multiple of the "
-            f"{accelerator.num_processes} processes",
-            "`--batch-size` counts the images of all processes together",
-        )
+    check_batch(recipe.train.batch_size, accelerator.num_processes)
     check_sharding(recipe, accelerator.num_processes)
     return accelerator, precision
 
@@ -238,7 +268,7 @@ def check_names(recipe: Recipe) -> None:
     Raises:
         VitcliError: a name is unknown; the hint gives the nearest one and the list.
     """
-    find_objective(recipe.objective.name)
+    objective_class(recipe.objective.name)
     find_optimizer(recipe.optim)
     find_schedule(recipe.schedule)
     resolve_augment(recipe.augment)
@@ -247,6 +277,10 @@ def check_names(recipe: Recipe) -> None:
 def registered_names() -> dict[str, tuple[str, ...]]:
     """The names that each registry offers, for help texts and the settings reference."""
     return {
+        "augment.crop": tuple(CROPS),
+        "augment.preset": tuple(PRESETS),
+        "augment.policy": tuple(POLICIES),
+        "fewshot.method": tuple(METHODS),
         "objective.name": (AUTO, *OBJECTIVES),
         "optim.name": tuple(OPTIMIZERS),
         "schedule.name": tuple(SCHEDULES),
@@ -282,20 +316,21 @@ def _unused(
         yield f"{kind} `{section.name}` does not use {keys}"
 
 
-def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
+def check_augment(recipe: Recipe, images: ImageSet | BatchSource | Stream, processes: int) -> None:
     """Check that `[augment]` fits the data, the objective and the batch."""
     settings = resolve_augment(recipe.augment)
     mixes = mixes_pairs(settings)
-    # Generated images come as whole batches with their variations, and plans use blank ones.
-    drawn = hasattr(images, "batch") and not getattr(images, "is_blank", False)
-    if drawn and (changes_pixels(settings) or settings.repeats > 1):
+    # Generated images come as whole batches with their variations.
+    # A plan without data trains on noise; its augmentation is not measured.
+    generated = images.kind == "batches" and recipe.data.name is not None
+    if generated and (changes_pixels(settings) or settings.repeats > 1):
         raise VitcliError(
             f"`{recipe.data.name}` generates whole batches, which `[augment]` cannot change",
             "remove `augment.preset`, `policy`, the colour settings, `erase_rate` and `repeats`",
         )
-    if isinstance(images, StreamSet) and settings.repeats > 1:
+    if images.kind == "stream" and settings.repeats > 1:
         raise VitcliError("a stream cannot repeat images", "remove `augment.repeats`")
-    if mixes and not find_objective(recipe.objective.name).supervised:
+    if mixes and not objective_class(recipe.objective.name).supervised:
         raise VitcliError(
             f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
             "`--set augment.mix_rate=0.0`",
@@ -309,13 +344,37 @@ def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
     check_batch(recipe.train.batch_size, processes, settings.repeats, mixes)
 
 
+def check_smaller_sizes(recipe: Recipe, config: Config) -> None:
+    """Check that the model accepts each image size of `train.smaller_sizes`."""
+    for side, _ in recipe.train.smaller_sizes:
+        try:
+            replace(config, image_size=(side, side))
+        except ValueError as error:
+            raise VitcliError(
+                f"`train.smaller_sizes` has {side} px, which the model does not accept: {error}",
+                "use multiples of the patch size",
+            ) from error
+
+
+def check_channels(recipe: Recipe, images: ImageSet | BatchSource | Stream, config: Config) -> None:
+    """Check that images that are drawn as tensors have the channels of the model."""
+    # A plan without data has noise of the right shape.
+    drawn = images.kind == "batches" and recipe.data.name is not None
+    if drawn and config.num_channels != 3:
+        channels = config.num_channels
+        raise VitcliError(
+            f"`{recipe.data.name}` draws RGB images, and the model takes {channels} channel",
+            "`--set model.num_channels=3`",
+        )
+
+
 def check_patch_drop(recipe: Recipe, network: Network) -> None:
     """Check that `train.patch_drop_rate`, if set, works with the model and the objective."""
     if not recipe.train.patch_drop_rate:
         return
     if isinstance(network, ResNet):
         raise VitcliError("a ResNet has no patches to drop", "`--set train.patch_drop_rate=0.0`")
-    if find_objective(recipe.objective.name).masks_patches:
+    if objective_class(recipe.objective.name).masks_patches:
         raise VitcliError(
             f"objective `{recipe.objective.name}` masks patches and cannot drop others",
             "`--set train.patch_drop_rate=0.0`; `objective.mask_rate` sets the masked fraction",

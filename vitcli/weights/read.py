@@ -1,6 +1,5 @@
 """Find the weights of a MODEL, detect their layout and read them into a `Checkpoint`."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,22 +8,23 @@ from typing import Any
 from torch import Tensor
 
 from vitcli.errors import VitcliError
+from vitcli.files import read_json
+from vitcli.hub.http import fetch_url
+from vitcli.hub.models import INDEX, fetch_model
 from vitcli.progress import Watcher
 from vitcli.vit import ResNetConfig, ViTConfig
-from vitcli.weights.downloads import fetch_address
 from vitcli.weights.google.npz import read_npz
 from vitcli.weights.google.read_google import read_google
-from vitcli.weights.hub_models import fetch_repository
 from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
 from vitcli.weights.overrides import Overrides, override_preprocess
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
 from vitcli.weights.store import (
-    INDEX,
     Checkpoint,
     load_sharded_weights,
     load_weights,
     read_header,
+    read_split_record,
     read_vitcli,
 )
 from vitcli.weights.timm.read_timm import read_timm
@@ -74,15 +74,17 @@ def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoin
         raise VitcliError("the MODEL is empty", hint=UNDERSTOOD)
     notes: list[str] = []
     if source.startswith("hf:"):
-        path, notes = fetch_repository(source, watch)
+        path, notes = fetch_model(source, watch)
     elif source.startswith(("https:", "http:", "gs:")):
-        path, notes = fetch_address(source, watch)
+        path, notes = fetch_url(source, watch)
     elif path.is_dir():
         path = _weights_in(path)
     elif not path.exists():
         raise VitcliError(f"no such model: `{source}`", hint=_hint_for(source))
     checkpoint = _read_file(path, source, overrides)
     checkpoint.notes[:0] = notes
+    if checkpoint.split_record is None:
+        checkpoint.split_record = read_split_record(path)
     return checkpoint
 
 
@@ -232,7 +234,7 @@ def _hint_for(source: str) -> str:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -5,8 +5,6 @@ masked patches is exact and not drawn; a "random other embedding" is that of any
 the colour range 0..1 is divided into eight equal bins per channel.
 """
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,9 +59,7 @@ class MaskedPatch(Objective):
         self.predict = nn.Linear(d, width)
         self.register_buffer("scale", pixel_scale(model), persistent=False)
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X) -> the mean loss () over corrupted patches, and metrics."""
         model, grid = self.model, self.model.grid_of(images)
         x = model.embed_patches(images)  # (B, N, D)
@@ -115,6 +111,13 @@ def maskable(model: Network, objective: str) -> VisionTransformer:
             "use a Vision Transformer, such as `--set model.name=S/16`",
         )
     config = model.config
+    side = config.pixels_per_patch
+    if any(pixels % side for pixels in config.image_size):  # a hybrid, whose stem pads
+        raise VitcliError(
+            f"objective `{objective}` predicts whole patches of {side} px, and they do not fill "
+            f"an image of {config.image_size[0]}x{config.image_size[1]} px",
+            f"`--set model.image_size=` a multiple of {side}",
+        )
     if config.pool == "map" or config.representation_size:
         what = "pool `map`" if config.pool == "map" else "`model.representation_size`"
         raise VitcliError(
@@ -157,8 +160,8 @@ def color_classes(pixels: Tensor, side: int, cell: int) -> Tensor:
     """
     means = F.avg_pool2d(pixels, cell)  # (B, C, Y/cell, X/cell)
     bins = (means * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-    place = NUM_BINS ** torch.arange(bins.shape[1] - 1, -1, -1, device=bins.device)
-    classes = (bins * place[:, None, None]).sum(dim=1, keepdim=True)  # (B, 1, Y/cell, X/cell)
+    powers = NUM_BINS ** torch.arange(bins.shape[1] - 1, -1, -1, device=bins.device)
+    classes = (bins * powers[:, None, None]).sum(dim=1, keepdim=True)  # (B, 1, Y/cell, X/cell)
     return patchify(classes, side // cell)
 
 

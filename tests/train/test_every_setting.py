@@ -172,7 +172,7 @@ def test_every_value_trains(trainer):
             left.pop(level(key, value), None)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_pair_of_values_trains(trainer, part):
     """Each pair that the product does not refuse, in random long rows."""

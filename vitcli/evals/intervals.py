@@ -222,13 +222,14 @@ class CalibrationError:
         if_calibrated: mean of the estimate for a calibrated model with as many images and the same
             confidences.
         debiased: the error on unlimited images for which the mean of the estimate is this one.
-        interval: 95 % interval of the error on unlimited images; it often excludes `estimate`.
+        interval: 95 % interval of the error on unlimited images; it often excludes `estimate`. None
+            if no simulated model shows such an estimate, which happens with very few images.
     """
 
     estimate: float
     if_calibrated: float
     debiased: float
-    interval: Interval
+    interval: Interval | None
     seed: int = 0
 
     def to_json(self) -> dict[str, float]:
@@ -285,7 +286,7 @@ def calibration_error(confidence: Floats, correct: NDArray[Any], seed: int = 0) 
     lower = (1 - LEVEL) / 2 * np.clip(fine / (2 * noise or 1.0), 0.0, 1.0)
     chance = np.interp(fine, sizes, below)
     inside = fine[(chance >= lower) & (chance <= lower + LEVEL)]
-    interval = (float(inside[0]), float(inside[-1])) if len(inside) else (estimate, estimate)
+    interval = (float(inside[0]), float(inside[-1])) if len(inside) else None
     debiased = float(np.interp(estimate, averages, sizes)) if estimate > averages[0] else 0.0
     return CalibrationError(estimate, averages[0], debiased, interval, seed)
 
@@ -318,7 +319,8 @@ def single_label_intervals(
         known = known[np.isfinite(known)]
         of[name] = wilson_interval(float(known.mean()) if len(known) else math.nan, len(known))
     of["ece"] = error.interval
-    return Intervals(of, draws=NUM_DRAWS, seed=error.seed)
+    reasons = {} if error.interval else {"ece": "too few images to simulate such an error"}
+    return Intervals(of, reasons, draws=NUM_DRAWS, seed=error.seed)
 
 
 def multi_label_intervals(

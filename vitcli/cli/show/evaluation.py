@@ -48,9 +48,11 @@ def _single_label_rows(result: Any) -> Rows:
         by_real = f"{with_interval(real.top1, of['top1_real'])}, {real.images:,} images"
         rows.append(("top-1 by ReaL labels", by_real))
     rows.append(("loss", f"{m.loss:.4f}"))
-    error, (low, high) = result.details.calibration_error, of["ece"]
+    error, interval = result.details.calibration_error, of["ece"]
     shown = f"{m.ece:.4f}; a calibrated model shows {error.if_calibrated:.4f} on these images"
-    corrected = f"{error.debiased:.4f} ({low:.4f} to {high:.4f})"
+    corrected = f"{error.debiased:.4f} (no interval: {result.intervals.reasons.get('ece')})"
+    if interval is not None:
+        corrected = f"{error.debiased:.4f} ({interval[0]:.4f} to {interval[1]:.4f})"
     return [*rows, ("calibration error", shown), ("without the bias of few images", corrected)]
 
 

@@ -23,7 +23,8 @@ from vitcli.evals.scoring import ImageScores, confidence_bins, expected_calibrat
 def scores_of(correct, confidence):
     n = len(correct)
     zeros = np.zeros(n, np.int64)
-    return ImageScores(20, zeros, confidence, correct, np.where(correct, 0, 9), np.zeros(n))
+    top5 = np.asarray(correct, dtype=float)
+    return ImageScores(20, zeros, confidence, correct, top5, np.zeros(n))
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (1, 1), (28, 28), (99, 100), (70, 150)])

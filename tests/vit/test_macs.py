@@ -149,3 +149,13 @@ def test_other_families_are_counted_whole(name):
     found = macs_by_part(config)
     assert macs(config) > 1e8 and found["head"] > 0
     assert ("stages" in found) == (name == "R50x1")
+
+
+def test_attention_pooling_by_the_formula():
+    """One query attends to N patches, then an MLP on one vector; it used to end in a traceback."""
+    d, mlp, n = 192, 768, 196
+    config = parse_variant("Ti/16", pool="map", class_token=False)
+    expected = d * d + n * 2 * d * d + 2 * n * d + d * d + 2 * d * mlp
+    assert macs_by_part(config)["pooling"] == expected
+    without = parse_variant("Ti/16", pool="mean", class_token=False)
+    assert macs(config) - macs(without) == expected

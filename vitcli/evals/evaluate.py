@@ -63,6 +63,7 @@ class SingleLabelDetails:
     """What an evaluation of single-label images has besides metrics.
 
     Attributes:
+        num_outputs: K, how many outputs the model has.
         correct: (n,) whether each image is classified correctly.
         confusion: (K, K) or (K, K + 1) counts, rows true; an extra last column counts predictions
             of classes that the data do not have.
@@ -70,6 +71,7 @@ class SingleLabelDetails:
         uncalibrated: reliability under the previous temperature, after a calibration.
     """
 
+    num_outputs: int
     correct: NDArray[np.bool_]
     confusion: NDArray[np.int64]
     reliability: ReliabilityBins
@@ -235,6 +237,7 @@ class Evaluator:
             "intervals": single_label_intervals(scores, means, error),
             "calibration": calibration,
             "details": SingleLabelDetails(
+                num_outputs=scores.num_outputs,
                 correct=scores.correct,
                 confusion=confusion_matrix(labels, predicted, num_columns)[:num_classes],
                 reliability=reliability_bins(scores.confidence, scores.correct),

@@ -342,8 +342,7 @@ class Loop:
     def evaluate(self, split: str, signals: SignalFlag | None = None) -> dict[str, float]:
         """Log and return metrics of a held-out split, with averaged weights if there are any.
 
-        If `signals` is given, a signal raises `SignalReceived`.
-        """
+        A signal raises `SignalReceived` if `signals` is given."""
         self.wrapped.eval()
         # Several processes must stop together, so they finish the evaluation first.
         alone = self.accelerator.num_processes == 1

@@ -55,6 +55,7 @@ from vitcli.train.recorded_images import (
 from vitcli.train.recorder import draw_curves
 from vitcli.train.signals import Stopped
 from vitcli.train.trackers import check_tracker, tracking
+from vitcli.train.validate import best_fewshot
 from vitcli.weights.store import save_model, save_tensors
 
 NUM_EVALUATIONS = 5  # in a run without `train.eval_steps`
@@ -353,7 +354,7 @@ def finish(loop: Loop) -> TrainResult:
         images=images,
         seconds=round(seconds, 2),
         images_per_second=round(images / seconds, 1) if seconds else 0.0,
-        figures=metrics[-1] if metrics else last_training_metrics(run),
+        figures={**(metrics[-1] if metrics else last_training_metrics(run)), **best_fewshot(run)},
         validation=metrics[0] if len(metrics) > 1 else None,
         labels=model.config.num_classes,
         broken=broken,

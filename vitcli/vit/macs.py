@@ -29,7 +29,8 @@ def macs(config: ViTConfig | ResNetConfig) -> int:
 @cache
 def _counted(config: ViTConfig | ResNetConfig, patch_drop_rate: float = 0.0) -> Mapping[str, int]:
     with torch.device("meta"):
-        model = from_config(config)
+        # FlopCounterMode hooks gradients, which fails on a view of a parameter such as MAP's query.
+        model = from_config(config).requires_grad_(False)
         images = torch.empty(1, config.num_channels, *config.image_size)
         if isinstance(model, VisionTransformer):
             model.patch_drop_rate = patch_drop_rate

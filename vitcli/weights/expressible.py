@@ -144,6 +144,7 @@ TIMM = (
          "timm rounds an odd crop margin to even: some crops move by 1 px", ("even",)),
     Lost("preprocess.antialias", "timm smooths images that it shrinks, this model does not",
          (True,)),
+    Lost("preprocess.border", "timm does not cut a border off its images", (0,)),
     Refused("preprocess.resize_size", "timm stores it as a fraction of a square crop", (),
             _resize_that_timm_lacks, "--set preprocess.crop_fraction=…", "replaces the resize"),
     Lost("preprocess.resize_size", "`preprocess.resize_size` = {} becomes a crop fraction",
@@ -214,6 +215,7 @@ HUGGINGFACE = (
          lambda p: p.resize_mode != "squash" or resized_size(p) != p.image_size),
     Lost("preprocess.antialias", "transformers smooths images that it shrinks, this model does not",
          (True,)),
+    Lost("preprocess.border", "transformers does not cut a border off its images", (0,)),
 )
 HEADLESS = "the model has no head: big_vision loads it, `load_pretrained` of vit_jax does not"
 GOOGLE = (

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from vitcli.config.choices import Resize
 from vitcli.errors import VitcliError
 from vitcli.vit import Config, Network, ResNetConfig, VisionTransformer, ViTConfig, from_config
+from vitcli.vit.position import DEFAULT_RESIZE
 from vitcli.weights.edit import resize
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel
@@ -24,7 +25,7 @@ def build_model(
     source: str,
     *,
     image_size: tuple[int, int] | None = None,
-    position_resize: Resize = "bicubic",
+    position_resize: Resize = DEFAULT_RESIZE,
 ) -> LoadedModel:
     """Build the model of `checkpoint` in evaluation mode, resized to `image_size` if it is given.
 

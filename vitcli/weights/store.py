@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitcli.config.choices import Resize
 from vitcli.data.split_record import SplitRecord
 from vitcli.errors import VitcliError
 from vitcli.files import parse_json, replacing, write_text
@@ -24,6 +25,7 @@ from vitcli.hub.models import shard_names
 from vitcli.preprocess import Preprocess
 from vitcli.run import check_free
 from vitcli.vit import Config, config_from_dict
+from vitcli.vit.position import DEFAULT_RESIZE
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
@@ -45,6 +47,7 @@ class Checkpoint:
         dropped_shapes: shapes of the dropped tensors.
         activation: turns logits into probabilities.
         temperature: divides the logits before the activation.
+        position_resize: method that resamples the positions; None for the layout's default.
         notes: assumptions about facts that the file does not state, one line each.
         split_record: which images were trained on and held out; None if the file does not say.
     """
@@ -61,6 +64,7 @@ class Checkpoint:
     dropped_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     activation: Literal["softmax", "sigmoid"] = "softmax"
     temperature: float = 1.0
+    position_resize: Resize | None = None
     split_record: SplitRecord | None = None
 
 
@@ -80,6 +84,7 @@ def save_model(
     Raises:
         VitcliError: the file cannot be written (disk full, no permission).
     """
+    resize = getattr(model.network, "position_resize", None)  # a ResNet has no positions
     described = {
         "format": FORMAT,
         "config": model.config.to_dict(),
@@ -87,6 +92,8 @@ def save_model(
         "preprocess": model.preprocess.to_dict() if model.preprocess is not None else None,
         "head_trained": bool(model.head_trained and model.config.num_classes),
         "activation": model.head_activation,
+        # The default is not written, so that the files of runs that do not set it stay the same.
+        **({"position_resize": resize} if resize not in (None, DEFAULT_RESIZE) else {}),
         **({"temperature": model.temperature} if model.temperature != 1.0 else {}),
         "recipe_hash": recipe_hash,
         **({"extra": dict(extra)} if extra else {}),
@@ -218,6 +225,8 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         labels = tuple(header["labels"]) if header.get("labels") is not None else None
         if labels is not None and len(labels) != config.num_classes:
             raise ValueError(f"{len(labels)} class names for {config.num_classes} classes")
+        if (resize := header.get("position_resize")) not in (None, *get_args(Resize)):
+            raise ValueError(f"unknown position_resize `{resize}`")
         temperature = float(header.get("temperature", 1.0))
         if not 0 < temperature < float("inf"):
             raise ValueError(f"the temperature is {temperature}")
@@ -233,6 +242,7 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         # Old files do not store the activation; all of them were trained with softmax.
         activation="sigmoid" if header.get("activation") == "sigmoid" else "softmax",
         temperature=temperature,
+        position_resize=resize,
         split_record=record,
     )
 

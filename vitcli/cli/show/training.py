@@ -41,6 +41,10 @@ def show_trained(result: Any) -> None:
             counted = f"{percent(found['map'])} of {found['images']:,.0f} images"
             rows.append((f"{split} mean average precision", counted))
             rows.append((f"{split} micro F1 at 0.5", percent(found["micro_f1"])))
+    if "best_fewshot_accuracy" in figures:
+        best = f"{percent(figures['best_fewshot_accuracy'])} at step "
+        last = percent(figures["fewshot_accuracy"])
+        rows.append(("few-shot accuracy", f"{last}; best {best}{figures['best_fewshot_step']:,}"))
     rows += [
         (name.removeprefix("train/"), f"{value:.4f}")
         for name, value in figures.items()

@@ -55,7 +55,7 @@ EVALUATED = [
     ("pretrain", "model.name=R+Ti/16 model.image_size=128"),
     ("pretrain", "model.name=Pico/4 model.image_size=48 model.num_registers=4"),
     ("pretrain", "model.name=Ti/16 model.image_size=128 train.precision=bf16"),
-    ("finetune", "model.name=R26x0.5 model.image_size=64"),
+    ("finetune", "model.name=R50x1 model.image_size=64"),
 ]
 
 

@@ -42,8 +42,9 @@ from PIL import Image
 from torch import Tensor
 
 from vitcli.config.choices import CropRounding, Interpolation, ResizeMode
-from vitcli.decode import ImageError, ImageInput, Mode, read_image
+from vitcli.decode import ImageError, ImageInput, read_image
 from vitcli.errors import VitcliError, printable, unknown
+from vitcli.pixels import Mode, PixelFormat, Window
 
 AnyImage = ImageInput | NDArray[Any] | Tensor
 FETCH_BYTES = 512 << 20  # the largest image file that is downloaded
@@ -75,6 +76,8 @@ class Preprocess:
         num_channels: 3 (RGB) or 1 (greyscale).
         crop_rounding: how half a pixel in the crop offset is rounded: to "even" (torchvision,
             timm) or "down" (transformers).
+        window: (low, high), the samples that become black and white in images of 16 bits, 32 bits
+            or floats. None: a rule for each image; see `pixels`.
 
     Raises:
         VitcliError: a setting has an invalid value.
@@ -90,6 +93,7 @@ class Preprocess:
     num_channels: int = 3
     crop_rounding: CropRounding = "even"
     antialias: bool = True
+    window: Window | None = None
 
     def __post_init__(self) -> None:
         size = self.image_size
@@ -128,11 +132,18 @@ class Preprocess:
                 f"`preprocess.mean` is {self.mean}, `preprocess.std` is {self.std}",
                 "give finite numbers; every std must be above 0",
             )
+        if self.window is not None:
+            object.__setattr__(self, "window", _checked_window(self.window))
 
     @property
     def mode(self) -> Mode:
         """Pillow's mode of the images that this transform reads."""
         return "L" if self.num_channels == 1 else "RGB"
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """The pixels that this transform reads from a file."""
+        return PixelFormat(self.mode, self.window)
 
     def __call__(self, source: AnyImage) -> Tensor:
         """A path, URL, file, bytes, Pillow image, array or tensor -> (C, Y, X), normalised.
@@ -146,7 +157,7 @@ class Preprocess:
 
     def pixels(self, source: AnyImage) -> Tensor:
         """An image, as for a call -> (C, Y, X) uint8, before normalisation."""
-        fitted = self.fit(read_image(as_image_input(source), self.mode))
+        fitted = self.fit(read_image(as_image_input(source), self.pixel_format))
         return torch.from_numpy(np.ascontiguousarray(as_array(fitted)))
 
     def fit(self, image: Image.Image) -> Image.Image:
@@ -198,7 +209,10 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the header of a weights file."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if self.window is None:  # so that older versions read the file, and fingerprints stay
+            del values["window"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -244,6 +258,19 @@ class Preprocess:
     def _mean_colour(self) -> tuple[int, ...] | int:
         colour = tuple(round(255 * value) for value in self.mean)
         return colour if self.num_channels == 3 else colour[0]
+
+
+def _checked_window(window: Any) -> Window:
+    try:
+        low, high = map(float, window)
+        if isfinite(low) and isfinite(high) and low < high:
+            return low, high
+    except (TypeError, ValueError):
+        pass
+    raise VitcliError(
+        f"`preprocess.window` is {window}",
+        "give two numbers, the lower one first: `--set preprocess.window=[0,4095]`",
+    )
 
 
 def as_image_input(source: AnyImage) -> ImageInput:

@@ -27,8 +27,9 @@ from vitcli.data.augment.transform import TrainTransform, image_rng
 from vitcli.data.batch import Batch, allocate_images, check_batch, make_batch, targets_of
 from vitcli.data.image_set import AnyPicture, ImageSet, Integers, Pixels
 from vitcli.data.prefetch import Prefetcher, Submit, default_workers
-from vitcli.decode import ImageError, Mode, open_image
+from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError
+from vitcli.pixels import PixelFormat
 from vitcli.preprocess import Preprocess, as_array
 
 STREAM_PREFETCH = 2  # batches of a stream that are decoded ahead
@@ -227,7 +228,9 @@ class TrainLoader:
             rngs = [rngs_of(i) for i in part.tolist()]
             for i, image_rngs in zip(part.tolist(), rngs, strict=True):
                 use = partial(write_views, i, image_rngs)
-                shown[i] = self._read_or_replace(int(indices[i]), preprocess.mode, use, unreadable)
+                shown[i] = self._read_or_replace(
+                    int(indices[i]), preprocess.pixel_format, use, unreadable
+                )
             return unreadable
 
         parts = np.array_split(np.arange(len(indices)), max(1, min(self.workers, len(indices))))
@@ -242,7 +245,11 @@ class TrainLoader:
         return gather
 
     def _read_or_replace(
-        self, index: int, mode: Mode, use: Callable[[AnyPicture], None], unreadable: list[str]
+        self,
+        index: int,
+        wanted: PixelFormat,
+        use: Callable[[AnyPicture], None],
+        unreadable: list[str],
     ) -> int:
         """Call `use` with the image or the next readable one of its class; return its index."""
         for candidate in self._same_class(index):
@@ -250,7 +257,7 @@ class TrainLoader:
                 unreadable.append(self.images.describe(candidate))
                 continue
             try:
-                with self.images.open(candidate, mode) as image:
+                with self.images.open(candidate, wanted) as image:
                     use(image)
                 return candidate
             except ImageError as error:
@@ -293,7 +300,7 @@ class TrainLoader:
     ) -> Iterator[tuple[int, int, int, list[Pixels]]]:
         """(epoch, index, label, views) of the readable images, in the order of the stream."""
         assert self.transform is not None
-        transform, mode = self.transform, self.transform.preprocess.mode
+        transform, wanted = self.transform, self.transform.preprocess.pixel_format
         no_image = VitcliError(
             f"the stream of {len(self.images.shards)} files has no labelled image that can be read",
             "name the columns with `--set data.image_column=NAME` and `data.label_column=NAME`",
@@ -311,7 +318,7 @@ class TrainLoader:
         def decode(epoch: int, index: int, sample: Any) -> Any:
             rngs = [image_rng(self.seed, epoch, index, view) for view in range(self.views)]
             try:
-                with open_image(sample.content, mode, name=sample.name) as image:
+                with open_image(sample.content, wanted, name=sample.name) as image:
                     views = [transform.view(image, rng) for rng in rngs]
             except ImageError as error:
                 return epoch, index, error, None
@@ -371,7 +378,7 @@ def eval_batches(
             failures = []
             for i in part:
                 try:
-                    image = images.read(int(indices[i]), preprocess.mode)
+                    image = images.read(int(indices[i]), preprocess.pixel_format)
                     pixels[i] = as_array(preprocess.fit(image))
                 except ImageError as error:
                     readable[i] = False

@@ -1,6 +1,7 @@
 """From a recipe to everything that trains: data, model, objective, optimizers, loader, loop."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from vitcli.data.augment.policies import changes_pixels
 from vitcli.data.augment.transform import TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
 from vitcli.data.loader import TrainLoader
+from vitcli.data.sample_range import with_window
 from vitcli.data.source import Source, open_data
 from vitcli.data.streaming import StreamSet
 from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
@@ -55,10 +57,12 @@ def build_loop(
     run: Run,
     accelerator: Any,
     watch: Watcher,
+    resumed: Run | None = None,
 ) -> Loop:
     """Build everything that trains. The caller decides how many steps the loop makes.
 
-    The directory of `run` need not exist yet, so that wrong settings leave nothing behind.
+    The directory of `run` need not exist yet, so that wrong settings leave nothing behind. A run
+    that is `resumed` keeps its window.
 
     Raises:
         VitcliError: settings that do not fit the data, the model or each other.
@@ -73,6 +77,11 @@ def build_loop(
     # Model, trainable weights, objective. Every random draw starts from the seed of the recipe.
     set_seed(recipe.train.seed)
     model, train = make_model(source), recipe.train
+    assert model.preprocess is not None
+    if resumed is None or not (known := resumed.provenance()):
+        model.preprocess = with_window(model.preprocess, source.splits["train"], watch)
+    else:
+        model.preprocess = replace(model.preprocess, window=known.get("window"))
     for note in freeze_and_adapt(model.network, recipe.lora, train.freeze, train.seed):
         watch.note(note)
     check_patch_drop(recipe, model.network)

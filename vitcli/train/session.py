@@ -137,7 +137,7 @@ def train(
     # Until the directory exists, nothing is written to its log.txt.
     log = Logged(watch if is_main else Quiet(), Path(os.devnull))
     source = open_source(recipe, watch)
-    loop = build_loop(recipe, source, make_model, planned, accelerator, log)
+    loop = build_loop(recipe, source, make_model, planned, accelerator, log, old)
     # What `mfu` in the records refers to: the measured peak of this machine.
     loop.recorder.peak_flops = accelerator.num_processes * matrix_peak(loop.device, precision)
     if not loop.state.module.hidden_rate:  # otherwise the encoder sees fewer patches
@@ -304,6 +304,7 @@ def facts_of(loop: Loop, source: Source, precision: str) -> dict[str, Any]:
             "fingerprint": source.fingerprint,
             **source.splitting,
         },
+        "window": model.preprocess.window if model.preprocess else None,
         "parameters": num_parameters(model.network),
         "precision": precision,
         "device": str(loop.device),

@@ -18,6 +18,7 @@ PREPROCESS_KEYS = (
     "antialias",
     "mean",
     "std",
+    "window",
 )
 PICTURES = (1, 3)  # numbers of channels that an image file can give: grey and RGB
 MODEL_KEYS = (

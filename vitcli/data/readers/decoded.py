@@ -18,6 +18,7 @@ from vitcli.data.image_set import ImageSet, Integers, Pixels
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
+from vitcli.pixels import Window
 
 FORMAT = 1
 DESCRIPTION = "stored.json"  # of a finished dataset
@@ -62,11 +63,13 @@ class PixelStore:
         folder: the decoded dataset.
         split: the split.
         index: (n,) of INDEX, readable images only.
+        window: the window that the pixels were made with; see `Preprocess`.
     """
 
     is_decoded = True
 
-    def __init__(self, folder: Path, split: str, index: Any) -> None:
+    def __init__(self, folder: Path, split: str, index: Any, window: Window | None = None) -> None:
+        self.window = window
         self.name = f"{split} of {printable(folder)}"
         self.path = folder / f"{split}.pixels"
         self.index = index
@@ -127,7 +130,9 @@ def load_decoded(request: DataRequest) -> Source:
         classes, splits = described["classes"], described["splits"]
         multi_label = bool(described.get("multi_label"))  # the first version has no such key
         digests, side = described["index"], int(described["side"])
-    except (ValueError, KeyError, TypeError) as error:
+        low_high = tuple(map(float, described.get("window") or ()))
+        window = (low_high[0], low_high[1]) if low_high else None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise VitcliError(f"`{shown}/{DESCRIPTION}` is damaged: {error}", REMAKE) from None
     sets = {}
     skipped = 0
@@ -138,13 +143,16 @@ def load_decoded(request: DataRequest) -> Source:
         targets = None
         if multi_label:
             targets = _read_targets(folder, name, (len(index), len(classes)))[readable]
-        store = PixelStore(folder, name, index[readable])
+        store = PixelStore(folder, name, index[readable], window)
         labels = store.index["label"].astype(np.int64)
         sets[name] = ImageSet(name, classes, labels, store, targets=targets)
     notes = [f"{shown}: decoded from {described['source']}, shorter side at most {side} px"]
     if skipped:
         notes.append(f"{shown}: {skipped:,} unreadable images were skipped")
     parts = [str(described["fingerprint"]).encode(), str(side).encode()]
+    if window:
+        notes.append(f"{shown}: made with the window [{window[0]:g}, {window[1]:g}]")
+        parts.append(str(window).encode())
     return make_source(request, sets, parts, notes)
 
 

@@ -19,9 +19,9 @@ from vitcli.errors import VitcliError, printable
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
-    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2",
-    ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
-    ".qoi", ".tga", ".tif", ".tiff", ".webp",
+    ".apng", ".avif", ".bmp", ".dcm", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif",
+    ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm",
+    ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
 })
 # Folders and files that operating systems, network storage and Python write beside images.
 # Names that start with a dot are skipped too.

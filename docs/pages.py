@@ -77,10 +77,11 @@ def registries() -> dict[str, Iterable[str]]:
     """The settings whose values are the names in a registry."""
     from vitcli.data.augment.policies import POLICIES, PRESETS
     from vitcli.data.augment.transform import CROPS
+    from vitcli.evals.fewshot.methods import METHODS
     from vitcli.train.build import registered_names
 
     augmentation = {"augment.crop": CROPS, "augment.preset": PRESETS, "augment.policy": POLICIES}
-    return {**augmentation, **registered_names()}
+    return {**augmentation, "fewshot.method": METHODS, **registered_names()}
 
 
 def settings_page() -> str:

@@ -174,7 +174,7 @@ def around(precision: str) -> None:
             start = time.perf_counter()
             for _ in range(LOOP_STEPS):
                 images, targets = loop.inputs(batch)
-                loss, _ = loop.module(images, targets, {})
+                loss, _ = loop.wrapped(images, targets)
                 loop.accelerator.backward(loss)
                 for optimizer in loop.state.optimizers:
                     optimizer.step()

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # Before torch is imported: two threads that spin beside other processes crawl (recipes/LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -58,14 +59,17 @@ def here(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def loopback(tmp_path, monkeypatch):
     """An empty Hub that this process and those it starts use, with its cache in `loopback.home`."""
-    from huggingface_hub import close_session, constants
+    from huggingface_hub import close_session, constants, file_download
+    from huggingface_hub.utils import _http
     from support.hub_server import HubServer
 
-    from vitcli.hub import http as download
+    from vitcli.hub import failures
 
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(download, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(failures, "PAUSES", (0.0, 0.0, 0.0))
+    for module in (_http, file_download):  # which wait up to 8 s before they try again
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda _: None))
     with HubServer(tmp_path / "hub") as server:
         server.home = tmp_path / "home"
         for name, value in server.env(server.home).items():

@@ -31,7 +31,7 @@ class Brier(Objective):
         super().__init__()
         self.model = model.network
 
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         probabilities = self.model(images).float().softmax(dim=1)  # (B, K)
         loss = (probabilities - F.one_hot(labels, probabilities.shape[1])).square().sum(1).mean()
         return loss, {"loss": loss.detach()}
@@ -152,6 +152,15 @@ def test_a_data_reader(copy):
         np.savez(file, images=pixels, labels=np.arange(20) % 2)
     assert "20" in copy.run("check", "x.pairs", "--json")
     assert copy.changed == named("a data reader")
+
+
+def test_a_machine(copy):
+    row = '    "abacus": Hardware("Abacus", 1e9, GIB, 1e9, "a drawing"),\n'
+    copy.insert("vitcli/cost/hardware.py", '    "t4": Hardware(', row)
+    words = ("--device", "abacus", "--no-probe", "--json")
+    assert '"Abacus"' in copy.run("plan", "tiny.toml", *words)
+    assert "abacus, t4" in copy.run("plan", "--help")  # the help asks the registry
+    assert copy.changed == named("a machine for `plan --device`")
 
 
 def test_a_flag_of_predict(copy):

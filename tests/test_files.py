@@ -1,16 +1,27 @@
 """Writing whole or not at all."""
 
 import errno
+import json
 import os
 import stat
+import time
 
 import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 
+from vitcli import files
 from vitcli.errors import VitcliError
-from vitcli.files import exclusive, make_folder, replacing, write_text
+from vitcli.files import (
+    exclusive,
+    make_folder,
+    parse_json,
+    parse_toml,
+    read_json,
+    replacing,
+    write_text,
+)
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -108,3 +119,48 @@ def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(VitcliError, match="cannot create the folder"):
         make_folder(tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[" * 101 + "]" * 101, "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500),
+        *("", "x", b"\xff", "9" * 5000, "[1", b'"\xe9"'),
+    ],
+)
+def test_json_has_limits(text, tmp_path):
+    with pytest.raises(ValueError):
+        parse_json(text)
+    file = tmp_path / "x.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError):
+        read_json(file)
+
+
+def test_json_of_any_type_is_read(tmp_path, monkeypatch):
+    for value in (None, 5, "x", [], {}, {"a": [1, {"b": [None, True]}]}):
+        assert parse_json(json.dumps(value)) == value
+    assert parse_json("[" * 100 + "]" * 100) is not None
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 1 << 20)
+    (tmp_path / "x.json").write_text(" " * (1 << 20) + "1")
+    with pytest.raises(ValueError, match="larger than 1 MiB"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a." * 200 + "b = 1", "[" + "a." * 200_000 + "b]\nx = 1", "x = " + "[" * 101 + "]" * 101),
+        *("x = " + "[" * 50_000, "x = {" + "a . " * 300 + "b = 1}", "x = ", "\0"),
+    ],
+)
+def test_toml_has_limits(text):
+    began = time.monotonic()
+    with pytest.raises(ValueError):
+        parse_toml(text)
+    assert time.monotonic() - began < 1
+
+
+def test_toml_is_read():
+    text = 'mean = [0.5, 0.5]\n[a.b]\nc.d = "x.y.z"\n'
+    assert parse_toml(text) == {"mean": [0.5, 0.5], "a": {"b": {"c": {"d": "x.y.z"}}}}

@@ -31,6 +31,13 @@ from vitcli.pixels import Mode, PixelFormat, as_format, convert_pixels, has_wide
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".apng", ".avif", ".bmp", ".dcm", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif",
+    ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm",
+    ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+})
+# fmt: on
 MAX_PIXELS = 256_000_000
 REFUSED_FORMATS = frozenset({"EPS"})  # Pillow would run Ghostscript on an untrusted file
 JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL ")  # a bare codestream, a container (ISO 18181-2)

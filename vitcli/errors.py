@@ -40,6 +40,11 @@ def unknown(kind: str, name: str, known: Iterable[str], prefix: str = "") -> Vit
     return VitcliError(f"unknown {kind} `{prefix}{printable(name)}`", f"{meant}: {available}")
 
 
+def quoted(names: Iterable[str]) -> str:
+    """Names in one line: `a`, `b`."""
+    return ", ".join(f"`{printable(str(name))}`" for name in names)
+
+
 def nearest(word: str, words: Iterable[str]) -> str | None:
     """Return the entry of `words` that is most similar to `word`, or None if none is close."""
     from difflib import get_close_matches

@@ -1,15 +1,26 @@
-"""Atomic writes and locks. A reader finds the old content or the new one, never a part of it."""
+"""Atomic writes, locks, and readers of JSON and TOML with limits.
+
+A reader of a file finds its old content or its new one, never a part.
+"""
 
 import errno
+import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vitcli.errors import VitcliError
+
+T = TypeVar("T")
+
+MAX_DEPTH = 100  # levels of JSON and TOML; real files have fewer than ten
+MAX_FILE_BYTES = 256 << 20
+TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 
 
 @contextmanager
@@ -61,6 +72,63 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a small text file atomically; raises as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value of any origin; its types are for the caller to check.
+
+    Raises:
+        ValueError: the text is not JSON, not UTF-8, or nested more than `MAX_DEPTH` levels deep.
+    """
+    try:
+        return _checked_depth(json.loads(text))
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        ValueError: as `parse_json`, or the file is larger than `MAX_FILE_BYTES`.
+        OSError: the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+    return parse_json(content.decode("utf-8"))
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The values of a TOML text.
+
+    Raises:
+        ValueError: the text is not TOML, or nested more than `MAX_DEPTH` levels deep.
+    """
+    import tomllib
+
+    # `tomllib` needs memory that grows with the square of the number of levels in a dotted key.
+    if any(part.count(".") > MAX_DEPTH for part in re.split(r"[,={}\[\]\n]", text)):
+        raise ValueError(TOO_DEEP)
+    try:
+        return _checked_depth(tomllib.loads(text))
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+
+
+def _checked_depth(value: T) -> T:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [part for part in level if isinstance(part, dict | list)]
+        if not level:
+            return value
+        level = [child for part in level for child in _children(part)]
+    raise ValueError(TOO_DEEP)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def make_folder(folder: Path) -> None:

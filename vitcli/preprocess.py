@@ -14,7 +14,7 @@ by `std`. The rules for sizes and offsets follow these sources:
 | `pad`: the odd pixel goes to the bottom and the right | timm, `crop_mode="border"` |
 | `antialias = false` | TensorFlow's `tf.image.resize`, used by big_vision and vit_jax |
 
-Differences from the original pipelines, measured on `shared/reference/preprocessing`:
+Differences from the original pipelines, measured on their own outputs:
 
 * timm and transformers with Pillow: equal to 1e-6.
 * transformers with torchvision: mostly 1 grey level, up to 11 on noise, because it resizes rows

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +21,16 @@ from vitcli import distributed
 from vitcli.config.recipe import check, differing_keys, read_toml
 from vitcli.config.schema import DataSection, Recipe
 from vitcli.errors import VitcliError
-from vitcli.files import make_folder, release_unused, replacing, take_first, write_text
+from vitcli.files import (
+    make_folder,
+    parse_json,
+    parse_toml,
+    read_json,
+    release_unused,
+    replacing,
+    take_first,
+    write_text,
+)
 
 RUNS = Path("runs")
 OUTCOMES = "outcomes.safetensors"  # per-image results of the last evaluation
@@ -67,14 +75,18 @@ class Run:
         return self.result_file.is_file()
 
     def recipe(self) -> Recipe:
-        """Return the recipe that the run started with."""
+        """Return the recipe that the run started with.
+
+        Raises:
+            VitcliError: the recipe is damaged, or the run is one of `fewshot`, which has none.
+        """
         return check(Recipe, read_toml(self.recipe_file), f"`{self.recipe_file}`")
 
     def data_section(self) -> DataSection | None:
         """Return the `[data]` settings of the recipe, or None if they cannot be read."""
         try:
             text = self.recipe_file.read_text(encoding="utf-8")
-            return DataSection(**tomllib.loads(text)["data"])
+            return DataSection(**parse_toml(text)["data"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -364,7 +376,7 @@ def _commit() -> str | None:
 def _record_of(line: bytes) -> dict[str, Any] | None:
     """Return the record on one line of metrics.jsonl; None if the line is incomplete."""
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
 
@@ -373,7 +385,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:

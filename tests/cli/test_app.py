@@ -109,7 +109,7 @@ def test_help_answers_at_once():
         (["fewshot", "--shots", "0"], "`fewshot.shots` = 0", ""),
         (["fewshot", "--l2", "some"], "`--l2 some` is not a number", "`auto`"),
         (["fewshot", "--l2", "-1"], "`fewshot.l2` = -1.0", ""),
-        (["fewshot", "--method", "svm"], "`fewshot.method` = 'svm'", ""),
+        (["fewshot", "--method", "svm"], "unknown few-shot method `svm`", "`ridge`"),
         (["fewshot", "--method", "knn", "--l2", "auto"], "`l2` belongs to the methods", "`--l2`"),
         (
             ["fewshot", "-m", "Pico/4", "--method", "knn", "--out", "x"],

@@ -66,3 +66,21 @@ def test_every_page_is_in_the_navigation(site):
 
     written = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
     assert sorted(addresses(site.navigation(made))) == sorted({*made, *written})
+
+
+def test_lists_written_by_hand_are_complete():
+    from vitcli.data.readers import READERS
+    from vitcli.evals.fewshot.methods import METHODS
+    from vitcli.train.objectives import OBJECTIVES
+    from vitcli.train.optimizers import OPTIMIZERS
+    from vitcli.weights.formats import FORMATS
+
+    lists = {
+        "train.md": [*OBJECTIVES, *OPTIMIZERS],
+        "fewshot.md": [f"`{name}`" for name in METHODS],
+        "weights.md": [f"`{name}`" for name in FORMATS],
+        "data.md": [key for key in READERS if ":" in key],
+    }
+    for page, names in lists.items():
+        text = (ROOT / "docs/how-to" / page).read_text(encoding="utf-8")
+        assert not [name for name in names if name not in text], page

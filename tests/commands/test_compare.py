@@ -88,3 +88,13 @@ def test_mistakes(runs, tmp_path):
         compare.run([runs["one"]])
     with pytest.raises(VitcliError, match="is not a run"):
         compare.run([runs["one"], tmp_path])
+
+
+def test_a_few_shot_run_is_named_as_such(runs, tmp_path):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    (folder / "recipe.toml").write_text('command = "fewshot"\n[fewshot]\nshots = [5]\n')
+    (folder / "result.json").write_text("{}")
+    with pytest.raises(VitcliError, match="belongs to a few-shot run") as caught:
+        compare.run([runs["one"], folder])
+    assert "`pretrain` or `finetune`" in caught.value.hint

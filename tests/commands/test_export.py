@@ -14,17 +14,19 @@ from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.weights import onnx
+from vitcli.weights.formats import FORMATS
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
 from vitcli.weights.onnx import run_onnx
 from vitcli.weights.store import save_model
+from vitcli.weights.timm.write_timm import write_timm
 
 READABLE = ("timm", "huggingface", "google")
 NAMES = ("ant", "bée", "cat")
 
 
 def place(to):
-    return Path(f"out/x{export.FORMATS[to].suffix or ''}")
+    return Path(f"out/x{FORMATS[to].suffix or ''}")
 
 
 def trained(**settings):
@@ -65,7 +67,7 @@ def test_ours_there_and_back_is_bit_exact(to, model):
 
 
 def test_every_format_says_what_it_wrote(model, capfd):
-    for to in export.FORMATS:
+    for to in FORMATS:
         arguments = ["export", "--model", "m.safetensors", "--to", to, "--out", str(place(to))]
         assert cli([*arguments, "--json"]) == 0
         streams = capfd.readouterr()
@@ -176,10 +178,10 @@ def test_what_gives_other_logits_is_not_kept(model, here, monkeypatch):
         with torch.no_grad():
             net = trained()
             net.network.head.bias += 0.01
-        export.write_timm(net, out)
+        write_timm(net, out)
         return []
 
-    monkeypatch.setitem(export.FORMATS, "timm", export.Format(careless))
+    monkeypatch.setattr("vitcli.weights.timm.write_timm.write_timm", careless)
     with pytest.raises(VitcliError, match="the logits of the"):
         export.run("timm", model="m.safetensors", out=Path("deep/x"))
     assert [p.name for p in here.iterdir()] == ["m.safetensors"]
@@ -199,7 +201,7 @@ def test_without_onnxruntime_the_file_is_kept_and_said_not_to_be_verified(model,
         out.write_bytes(b"a graph")
         return []
 
-    monkeypatch.setitem(export.FORMATS, "onnx", export.Format(quick, ".onnx"))
+    monkeypatch.setattr("vitcli.weights.onnx.write_onnx", quick)
     monkeypatch.setattr(onnx, "find_spec", lambda name: None)
     result = export.run("onnx", model="m.safetensors", out=Path("x.onnx"))
     assert result.difference is None and Path("x.onnx").is_file()
@@ -291,7 +293,7 @@ def test_a_head_for_several_labels_stays_one(layout, tmp_path):
     model = trained()
     model.head_activation = "sigmoid"
     save_model(tmp_path / "ours.safetensors", model)
-    out = tmp_path / f"x{export.FORMATS[layout].suffix or ''}"
+    out = tmp_path / f"x{FORMATS[layout].suffix or ''}"
     export.run(layout, model=str(tmp_path / "ours.safetensors"), out=out)
     back = load_model(out)
     assert back.head_activation == "sigmoid"

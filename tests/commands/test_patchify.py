@@ -239,3 +239,8 @@ def test_what_cannot_be_done_is_said(folder):
         run("set.safetensors")
     assert "--reconstruct" in str(caught.value.hint)
     assert not list(folder.glob(".*")) and not list(folder.glob("x.*"))
+
+
+def test_a_picture_of_a_dataset_is_refused_as_such(tmp_path):
+    with pytest.raises(VitcliError, match=r"`--out x.png` needs one image, and `.*` is a dataset"):
+        run(str(tmp_path / "photos"), out="x.png")

@@ -8,7 +8,7 @@ from support.tiny import write_tiny
 from vitcli.cli import main as cli
 from vitcli.commands import plan
 from vitcli.cost.alternatives import SECONDS_PER_DAY
-from vitcli.cost.machine import HARDWARE, find_hardware
+from vitcli.cost.hardware import HARDWARE, find_hardware
 from vitcli.errors import VitcliError
 from vitcli.vit import parse_variant
 from vitcli.vit.macs import training_flops
@@ -133,6 +133,14 @@ def test_a_recipe_of_finetune_without_a_run_takes_the_model_of_its_header(here):
     assert lora["trained_parameters"] < 0.05 * lora["parameters"]
     assert lora["memory"]["optimizer"] < 0.05 * facts["memory"]["optimizer"]
     assert lora["training_flops"] < facts["training_flops"]
+
+
+def test_a_recipe_with_augmentation_is_planned_without_its_data(here, monkeypatch):
+    monkeypatch.setattr(plan, "PROBE_SECONDS", 0.2)
+    text = write_tiny(here / "tiny.toml", augment={"preset": "medium1", "repeats": 2}).read_text()
+    (here / "tiny.toml").write_text(text.replace('name = "builtin:digits"\n', ""))
+    facts = plan.run(str(here / "tiny.toml"), images=64, classes=3, compare=False).to_json()
+    assert facts["measured"]
 
 
 def test_mistakes(here, capsys):

@@ -10,7 +10,7 @@ from vitcli.commands import finetune, pretrain
 from vitcli.commands.recipes import run
 from vitcli.config.recipe import check, header, load_recipe, read_toml, recipe_files, recipes_folder
 from vitcli.config.schema import Recipe
-from vitcli.train.objectives import find_objective
+from vitcli.train.objectives import objective_class
 from vitcli.train.optimizers import build_optimizers
 from vitcli.vit import ResNetConfig, from_config, parse_variant
 from vitcli.vit.macs import training_flops
@@ -82,7 +82,7 @@ def model_of(name):
     data, count = re.match(r"(.+), ([\d,]+) training images", said["Data"]).groups()
     images = int(count.replace(",", ""))
     steps = recipe.train.total_steps(images)
-    classes = CLASSES.get(data, 1000) if find_objective(recipe.objective.name).supervised else 0
+    classes = CLASSES.get(data, 1000) if objective_class(recipe.objective.name).supervised else 0
     model = recipe.model.name or "B/16"
     config = parse_variant(model, **recipe.model.architecture() | {"num_classes": classes})
     return recipe, config, steps * recipe.train.batch_size

@@ -127,9 +127,26 @@ def test_budgets_are_durations():
     for text in ("", "10", "m", "1.5h", "-3m", "0s"):
         with pytest.raises(ValueError, match="is not a duration"):
             parse_duration(text)
-    with pytest.raises(VitcliError, match=r"`train`: `soon` is not a duration"):
+    with pytest.raises(
+        VitcliError, match=r"^recipe `x`: `train.budget` = 'soon' is not a duration"
+    ):
         recipe(train={"steps": None, "budget": "soon"})
     assert recipe(train={"steps": None, "budget": "5m"}).train.total_steps(100) is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        ({"optim": {"lr": -1.0}}, "`optim.lr` = -1.0 must be greater than 0"),
+        ({"train": {"freeze": "foo"}}, "`train.freeze` = 'foo' must be `none`, `backbone` or"),
+        ({"train": {"budget": "10"}}, "`train.budget` = '10' is not a duration"),
+    ],
+)
+def test_an_error_in_a_typed_setting_does_not_blame_the_recipe(typed, text):
+    with pytest.raises(VitcliError) as caught:
+        load_recipe("pretrain_formula", typed)
+    assert caught.value.message.startswith(text)
+    assert "vitcli recipes pretrain_formula" in caught.value.hint
 
 
 def test_smaller_sizes_by_share_of_the_run():

@@ -81,7 +81,7 @@ def test_activations_are_what_autograd_keeps(precision, checkpointing):
     images, labels = torch.randn(6, *SIZE), torch.zeros(6, dtype=torch.long)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        real(images, labels, {})
+        real(images, labels)
     kept = sum(size for size, _ in seen.values())
     found = traced(recipe, precision=precision, checkpointing=checkpointing).activations
     if checkpointing:

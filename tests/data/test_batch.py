@@ -16,7 +16,7 @@ def a_batch(number=0):
     images = torch.full((2, 3, 4, 4), number, dtype=torch.uint8)
     labels = torch.zeros(2, dtype=torch.int64)
     mix = Mix(torch.ones(2), torch.zeros(2, 4))
-    return Batch(images, labels, labels, labels, factors={"f": torch.ones(2)}, mix=mix)
+    return Batch(images, labels, labels, labels, mix=mix)
 
 
 def test_nothing_moves_where_it_is_already():
@@ -27,7 +27,7 @@ def test_nothing_moves_where_it_is_already():
     )
     moved = next(move_to_device(iter(batches), torch.device("meta")))
     assert {x.device.type for x in moved.tensors()} == {"meta"}
-    assert len(moved.tensors()) == 5
+    assert len(moved.tensors()) == 4
     assert moved.to(torch.device("meta")) is moved
     assert moved.images.dtype == torch.uint8  # normalised there
 

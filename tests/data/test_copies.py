@@ -61,6 +61,12 @@ def test_groups_of_one_change_nothing(seed):
     assert np.array_equal(plain[1], grouped[1])
 
 
+def test_images_in_no_group_are_single():
+    labels = np.arange(40) % 2
+    plain = stratified_split(labels, 0.2, 0)[1]
+    assert np.array_equal(stratified_split(labels, 0.2, 0, np.full(40, -1))[1], plain)
+
+
 def test_the_split_of_data_without_copies_has_the_bits_of_the_first_version():
     """Written out here: a permutation per class, seeded by (seed, class), cut at the fraction."""
     labels = np.random.default_rng(0).integers(0, 5, 300)
@@ -133,6 +139,25 @@ def test_copies_of_other_data_stay_together(tmp_path, kind):
     assert any(f"{copies_found} images are exact copies" in note for note in data.notes)
 
 
+def test_a_class_of_one_image_stays_in_train(tmp_path):
+    for i in range(10):
+        picture(tmp_path / "a" / f"{i}.png", 7)
+        picture(tmp_path / "b" / f"{i}.png", 10 * i)
+    data = load_data(str(tmp_path))
+    assert np.bincount(data.splits["test"].labels).tolist() == [0, 2]
+    assert any("1 of 2 classes have no test images" in note for note in data.notes)
+
+
+def test_classes_of_one_image_each_are_divided_with_a_note(tmp_path):
+    """Nothing else could be held out: drawings in one colour, for a quick trial."""
+    for i in range(10):
+        picture(tmp_path / "a" / f"{i}.png", 7)
+        picture(tmp_path / "b" / f"{i}.png", 8)
+    data = load_data(str(tmp_path))
+    assert {k: len(s) for k, s in data.splits.items()} == {"train": 16, "test": 4}
+    assert any("accuracy on test means nothing" in note for note in data.notes)
+
+
 def test_equal_sizes_are_not_enough(tmp_path):
     for i in range(40):
         path = tmp_path / "ab"[i % 2] / f"{i}.ppm"
@@ -166,6 +191,25 @@ def test_given_splits_that_share_images(tmp_path):
         "validation": 4,
         "test": 8,
     }
+
+
+def test_a_comparison_that_would_take_long_is_left_to_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "MAX_LEAK_READS", 10)
+    for split, numbers in (("train", range(12)), ("test", range(9, 17))):
+        for i in numbers:
+            picture(tmp_path / split / "ab"[i % 2] / f"{split}{i}.ppm", i)
+    (note,) = load_data(str(tmp_path)).notes
+    assert "`vitcli check` does" in note
+
+
+def test_arrays_that_share_images(tmp_path):
+    pixels = np.arange(24, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), dtype=np.uint8)
+    labels = np.arange(24) % 2
+    arrays = {"train_images": pixels[:16], "train_labels": labels[:16]}
+    arrays |= {"test_images": pixels[13:], "test_labels": labels[13:]}
+    np.savez(tmp_path / "x.npz", **arrays)
+    notes = load_data(tmp_path / "x.npz").notes
+    assert any("3 of 11 test images are exact copies of train images" in note for note in notes)
 
 
 def test_only_files_that_share_a_size_are_read(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -161,6 +162,21 @@ def test_damage_is_told(photos, tmp_path, what):
     words = {"index": "damaged", "cut": "truncated", "lost": "cannot read", "json": "damaged"}
     with pytest.raises(VitcliError, match=words.get(what, "newer")):
         load_data(str(out))
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "x", 1.5, True, -1, [5], [[1]], {"../x": 1}])
+def test_a_description_of_the_wrong_type(photos, tmp_path, value):
+    stored(photos, tmp_path / "s")
+    file = tmp_path / "s/stored.json"
+    described = json.loads(file.read_text())
+    for key in described:
+        file.write_text(json.dumps({**described, key: value}))
+        with suppress(VitcliError):  # a text is another valid source
+            load_data(str(tmp_path / "s"))
+    for text in (json.dumps(value), "[" * 100_000):
+        file.write_text(text)
+        with pytest.raises(VitcliError, match="is damaged"):
+            load_data(str(tmp_path / "s"))
 
 
 def test_what_is_stored_is_not_stored_again(photos, tmp_path):

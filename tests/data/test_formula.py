@@ -29,34 +29,29 @@ def zeros(count: int) -> np.ndarray:
     return np.zeros(count, dtype=np.int64)
 
 
-def draw(indices, *, epoch=0, size=SIZE, seed=0, views=1, data_seed=0):
+def draw(indices, *, epoch=0, size=SIZE, seed=0, data_seed=0):
     indices = np.asarray(indices, dtype=np.int64)
-    return FormulaSet(seed=data_seed).batch(zeros(len(indices)) + epoch, indices, size, seed, views)
+    return FormulaSet(seed=data_seed).batch(zeros(len(indices)) + epoch, indices, size, seed)
 
 
 def test_an_image_is_the_same_in_any_company():
-    """More than a chunk, in another order, and alone: pictures and factors to the bit."""
+    """More than a chunk, in another order, and alone: pictures to the bit."""
     indices = np.arange(77) * 12_345 % NUM_TRAIN
-    images, labels, factors = draw(indices, views=2)
+    images, labels = draw(indices)
     order = np.random.default_rng(0).permutation(77)
-    shuffled, shuffled_labels, shuffled_factors = draw(indices[order], views=2)
-    both = np.concatenate([order, 77 + order])
-    assert torch.equal(images[both], shuffled)
+    shuffled, shuffled_labels = draw(indices[order])
+    assert torch.equal(images[order], shuffled)
     assert torch.equal(labels[order], shuffled_labels)
-    for name, values in factors.items():
-        assert torch.equal(values[both], shuffled_factors[name]), name
     for k in range(0, 77, 7):
-        alone, label, _ = draw(indices[k : k + 1], views=2)
-        assert torch.equal(alone, images[[k, 77 + k]])
+        alone, label = draw(indices[k : k + 1])
+        assert torch.equal(alone, images[[k]])
         assert label == labels[k]
 
 
-def test_views_depend_on_seed_epoch_and_view_and_scenes_on_the_set():
+def test_views_depend_on_seed_and_epoch_and_scenes_on_the_set():
     base = draw([5, 6])[0]
     assert torch.equal(base, draw([5, 6])[0])
-    assert torch.equal(base, draw([5, 6], views=2)[0][:2])
     others = [
-        draw([5, 6], views=2)[0][2:],
         draw([5, 6], epoch=1)[0],
         draw([5, 6], seed=1)[0],
         draw([5, 6], data_seed=1)[0],
@@ -66,13 +61,11 @@ def test_views_depend_on_seed_epoch_and_view_and_scenes_on_the_set():
         assert not torch.equal(base, other)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (32, 32), (24, 40), (97, 33)])
+@pytest.mark.parametrize("size", [(4, 6), (32, 32), (24, 40), (97, 33)])
 def test_any_size(size):
-    images, labels, factors = draw(np.arange(40), size=size, views=2)
-    assert images.shape == (80, 3, *size) and images.dtype == torch.uint8
+    images, labels = draw(np.arange(40), size=size)
+    assert images.shape == (40, 3, *size) and images.dtype == torch.uint8
     assert labels.shape == (40,) and labels.dtype == torch.int64
-    assert factors["coverage"].shape == factors["visible"].shape == (80, 8, 8)
-    assert factors["coverage"].min() >= 0 and factors["coverage"].max() <= 1 + 1e-5
 
 
 def test_a_larger_picture_shows_the_same_scene():
@@ -83,21 +76,8 @@ def test_a_larger_picture_shows_the_same_scene():
     assert (small - large.roll(1, 0)).abs().mean() > 30
 
 
-def test_factors_say_what_is_there():
-    _, labels, factors = draw(np.arange(512))
-    assert torch.equal(labels, torch.arange(512) % len(CLASSES))
-    assert set(factors["background"].tolist()) == set(range(len(TEXTURES) + 1))
-    assert set(factors["texture"].tolist()) == set(range(len(TEXTURES)))
-    assert set(factors["objects"].tolist()) == {0, 1, 2, 3}
-    visible, coverage = factors["visible"], factors["coverage"]
-    assert visible.min() == 0 and visible.max() <= len(CLASSES)
-    shown = coverage > 0.6
-    assert shown.any()
-    names = (1 + labels)[:, None, None].expand_as(visible)
-    assert (visible[shown] == names[shown]).float().mean() > 0.97
-    plain = factors["background"] == len(TEXTURES)
-    assert 0.2 < plain.float().mean() < 0.4
-    assert (factors["objects"][plain] == 0).all()
+def test_classes_come_in_turn():
+    assert torch.equal(draw(np.arange(512))[1], torch.arange(512) % len(CLASSES))
 
 
 def test_hardly_any_picture_is_empty_or_like_another():
@@ -125,8 +105,8 @@ def test_a_subset_keeps_its_pictures():
     for index, scene in enumerate((3, 900)):
         assert part.read(index).tobytes() == whole.read(scene).tobytes()
         assert part.describe(index) == whole.describe(scene) == f"formula {scene} of seed 0"
-    drawn = part.batch(zeros(2), np.array([0, 1]), SIZE, seed=5, views=2)
-    theirs = whole.batch(zeros(2), np.array([3, 900]), SIZE, seed=5, views=2)
+    drawn = part.batch(zeros(2), np.array([0, 1]), SIZE, seed=5)
+    theirs = whole.batch(zeros(2), np.array([3, 900]), SIZE, seed=5)
     assert torch.equal(drawn[0], theirs[0]) and torch.equal(drawn[1], theirs[1])
 
 

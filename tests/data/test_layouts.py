@@ -450,6 +450,14 @@ def test_a_table_in_each_split(tmp_path):
     assert "`test/metadata.csv`, `train/metadata.csv` gives the labels" in data.notes[0]
 
 
+def test_a_split_without_a_table(tmp_path):
+    build(tmp_path, ["train/1.png", "train/2.png", "val/3.png"])
+    write(tmp_path / "train/labels.csv", "image,label", "1.png,cat", "2.png,dog")
+    data = load_data(str(tmp_path), whole=True)
+    assert list(data.splits) == ["train"]
+    assert "there is no table for `validation`, which is not used" in data.notes[0]
+
+
 def test_one_table_for_folders_of_splits(tmp_path):
     """The folders are the splits, so no test image is among the training images."""
     build(tmp_path, [f"{split}/{i}.png" for split in ("train", "test") for i in range(4)])
@@ -482,9 +490,10 @@ def test_a_table_in_a_class_folder(tmp_path):
 def test_a_table_of_captions_leaves_the_class_folders(tmp_path):
     build(tmp_path, CATS_AND_DOGS)
     write(tmp_path / "metadata.csv", "file_name,text", "cat/1.png,a cat on a mat")
-    data = load_data(str(tmp_path), whole=True)
-    assert content(data, tmp_path) == FLAT
-    assert any("`metadata.csv` is not used, because" in note for note in data.notes)
+    for labelled in (True, False):
+        data = load_data(str(tmp_path), whole=True, labelled=labelled)
+        assert content(data, tmp_path) == FLAT
+        assert any("`metadata.csv` is not used, because" in note for note in data.notes)
 
 
 def test_another_table_is_named_where_the_folder_has_no_classes(tmp_path):
@@ -504,6 +513,14 @@ def test_numbered_parts_beside_a_table(tmp_path):
     assert load_data(str(tmp_path / "y"), whole=True).classes == ("class_1", "class_2")
 
 
+def test_the_hint_says_what_was_skipped(tmp_path):
+    root = build(tmp_path, [".git/1.png", "scans/1.dcm", "scans/2.dcm"])
+    with pytest.raises(VitcliError, match="has no images") as caught:
+        load_data(str(root))
+    for words in ("hidden files: `.git`", "not images: 2 .dcm", "expected `CLASS/*.jpg`"):
+        assert words in str(caught.value.hint)
+
+
 # Links, homes and empty folders
 
 
@@ -516,6 +533,9 @@ def test_links_that_lead_back(tmp_path):
     assert data.classes == ("cat", "dog", "kitty")
     assert np.bincount(data.splits["train"].labels).tolist() == [2, 1, 2]
     assert any("links to a folder above them: `cat/all/`" in note for note in data.notes)
+    assert len(list(walk_images(root))) == 5
+    build(tmp_path, ["other/1.png"])
+    (root / "dog/up").symlink_to(tmp_path)
     assert len(list(walk_images(root))) == 5
 
 

@@ -246,7 +246,7 @@ def test_the_loss_is_the_sum_over_classes():
     for labels in (several, torch.tensor([0, 2, 1, 1])):
         t = several if labels.ndim == 2 else torch.nn.functional.one_hot(labels, 3)
         expected = -(t * p.log() + (1 - t) * (1 - p).log()).sum(dim=1).mean()
-        loss, figures = objective(images, labels, {})
+        loss, figures = objective(images, labels)
         assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
         best = p.argmax(dim=1)
         right = [bool(t[i, best[i]]) for i in range(4)]
@@ -258,7 +258,7 @@ def test_the_bias_of_a_new_head():
     net = create_model("Pico/8", image_size=8, num_classes=1000, depth=1)
     section = ObjectiveSection(name="sigmoid", head_bias=-6.9)
     objective = build_objective(net, section, 0)
-    loss, _ = objective(torch.randn(2, 3, 8, 8), torch.tensor([3, 4]), {})
+    loss, _ = objective(torch.randn(2, 3, 8, 8), torch.tensor([3, 4]))
     expected = 999 * math.log1p(math.exp(-6.9)) + math.log1p(math.exp(6.9))
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
     torch.nn.init.ones_(net.network.head.weight)

@@ -2,19 +2,17 @@
 
 import io
 import json
-import shutil
 import tarfile
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from support.hub_server import Fault
 from support.tiny import vitcli
 
-from vitcli.data.readers.hub import choose, parse_notation
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
+from vitcli.hub.datasets import choose_files, parse_dataset
 
 
 def png(level):
@@ -66,7 +64,7 @@ def test_a_parquet_repository(pets):
     assert data.splitting["commit"] == commit
     again = load_data("hf:org/pets")
     assert again.fingerprint == data.fingerprint
-    assert sum(r.path.endswith(".parquet") for r in pets.asked()) == 6  # each once, redirected
+    assert sum(r.path.endswith(".parquet") for r in pets.asked()) == 3  # each once
 
 
 def test_a_name_without_an_owner(loopback):
@@ -79,18 +77,18 @@ def test_configurations_and_revisions(pets):
     root = pets.root / "datasets/org/two"
     two_splits(root / "small")
     parquet(root / "large/train.parquet", range(10), [0, 1] * 5)
-    with pytest.raises(VitcliError, match="has 2 configurations: `large`, `small`") as caught:
+    with pytest.raises(VitcliError, match=r"has 2 configurations: `large`, `small`") as caught:
         load_data("hf:org/two")
     assert "hf:…:large" in caught.value.hint
     data = load_data("hf:org/two:small")
     assert len(data.splits["train"]) == 6 and data.splitting["config"] == "small"
     assert "configuration `small`" in data.notes[0]
     assert "train.parquet" not in resolved(pets)
-    with pytest.raises(VitcliError, match="no configuration `medium`"):
+    with pytest.raises(VitcliError, match=r"no configuration `medium`"):
         load_data("hf:org/two:medium")
     parquet(pets.root / "datasets/org/two@v1/train.parquet", [1, 2], [0, 1])
     assert levels(load_data("hf:org/two@v1", whole=True).splits["train"]) == [1, 2]
-    with pytest.raises(VitcliError, match="no revision `v2`"):
+    with pytest.raises(VitcliError, match=r"no revision `v2`"):
         load_data("hf:org/two@v2")
 
 
@@ -120,7 +118,7 @@ def test_other_splits_are_left_until_asked_for(pets):
     )
     parquet(root / "data/hidden-0.parquet", [3, 4], [0, 1])
     data = load_data("hf:org/odd", whole=True)
-    assert list(data.splits) == ["train"] and "`hidden` left out" in data.notes[1]
+    assert list(data.splits) == ["train"] and "`hidden` not read" in data.notes[1]
     data = load_data("hf:org/odd", test_split="hidden")
     assert [levels(s) for s in data.splits.values()] == [[1, 2], [3, 4]]
 
@@ -130,17 +128,17 @@ def test_the_hubs_own_parquet_stands_in_for_a_script(pets):
     root.mkdir()
     (root / "scripted.py").write_text("raise SystemExit('this must never run')")
     (root / "images.zip").write_bytes(b"PK")
-    with pytest.raises(VitcliError, match="a script, which is never run"):
+    with pytest.raises(VitcliError, match=r"a script, which vitcli never executes"):
         load_data("hf:org/scripted")
     converted = pets.root / "datasets/org/scripted@refs%2Fconvert%2Fparquet"
     parquet(converted / "default/train/0000.parquet", [1, 2], [0, 1])
     parquet(converted / "default/test/0000.parquet", [3], [1])
     data = load_data("hf:org/scripted")
     assert [levels(s) for s in data.splits.values()] == [[1, 2], [3]]
-    assert "of the Hub's own parquet" in data.notes[0]
+    assert "made by the Hub" in data.notes[0]
     assert "scripted.py" not in resolved(pets)
     (converted / "default/test").rename(converted / "default/partial-test")
-    with pytest.raises(VitcliError, match="a script, which is never run"):
+    with pytest.raises(VitcliError, match=r"a script, which vitcli never executes"):
         load_data("hf:org/scripted")  # a part of the data is not the data
 
 
@@ -176,16 +174,6 @@ def test_class_folders(pets):
     assert "LICENSE" not in resolved(pets)
 
 
-def test_a_broken_download_goes_on(pets):
-    shutil.rmtree(pets.root / "datasets/org/pets")
-    parquet(pets.root / "datasets/org/pets/train.parquet", range(8), [0, 1] * 4)
-    size = (pets.root / "datasets/org/pets/train.parquet").stat().st_size
-    pets.faults["train.parquet"] = [Fault(cut=size // 2)]
-    assert len(load_data("hf:org/pets", whole=True).splits["train"]) == 8
-    ranges = {r.range for r in pets.asked(ending="train.parquet") if r.range}
-    assert ranges == {f"bytes={size // 2}-"}
-
-
 def test_without_the_hub_what_was_fetched_serves(pets, monkeypatch):
     before = load_data("hf:org/pets")
     from huggingface_hub import constants
@@ -194,21 +182,21 @@ def test_without_the_hub_what_was_fetched_serves(pets, monkeypatch):
     after = load_data("hf:org/pets")
     assert after.fingerprint == before.fingerprint
     assert "from the cache: HF_HUB_OFFLINE is set" in after.notes[0]
-    with pytest.raises(VitcliError, match="not in the cache, and HF_HUB_OFFLINE") as caught:
+    with pytest.raises(VitcliError, match=r"not in the cache, and HF_HUB_OFFLINE") as caught:
         load_data("hf:org/other")
     assert "unset HF_HUB_OFFLINE" in caught.value.hint
     blobs = pets.home / "hub/datasets--org--pets/snapshots"
     next(blobs.rglob("test-*")).unlink()
-    with pytest.raises(VitcliError, match="cannot fetch `data/test-00000"):
+    with pytest.raises(VitcliError, match=r"`data/test-00000.* is not in the cache, and HF_HUB"):
         load_data("hf:org/pets")
 
 
 def test_who_may_read(pets):
     pets.gated.add("org/pets")
-    with pytest.raises(VitcliError, match="is gated") as caught:
+    with pytest.raises(VitcliError, match=r"is gated") as caught:
         load_data("hf:org/pets")
     assert f"{pets.url}/datasets/org/pets" in caught.value.hint
-    with pytest.raises(VitcliError, match="the Hub has no data set `org/nothing`"):
+    with pytest.raises(VitcliError, match=r"the Hub has no dataset `org/nothing`"):
         load_data("hf:org/nothing")
 
 
@@ -222,14 +210,14 @@ def test_who_may_read(pets):
     ],
 )
 def test_notations(notation, name, revision, config):
-    repository, found = parse_notation(notation)
-    assert (repository.name, repository.revision, found) == (name, revision, config)
+    repository, found = parse_dataset(notation)
+    assert (repository.repo_id, repository.revision, found) == (name, revision, config)
 
 
 @pytest.mark.parametrize("notation", ["hf:", "hf:a/b/c", "hf:a/b:", "hf:a/b@../x", "hf:a b"])
 def test_notations_that_name_nothing(notation):
     with pytest.raises(VitcliError):
-        parse_notation(notation)
+        parse_dataset(notation)
 
 
 LAYOUTS = {
@@ -255,9 +243,9 @@ EXPECTED = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_splits_are_read_off_the_names(layout):
-    plan = choose(LAYOUTS[layout], [], None, (), "hf:x")
+    plan = choose_files(LAYOUTS[layout], [], None, (), "hf:x")
     assert plan.kind == "parquet"
-    assert {name: len(files) for name, files in plan.files.items()} == EXPECTED[layout]
+    assert {name: len(files) for name, files in plan.splits.items()} == EXPECTED[layout]
 
 
 def test_the_command_takes_it(pets):
@@ -266,5 +254,5 @@ def test_the_command_takes_it(pets):
     assert json.loads(done.stdout)["splits"] == {"train": 6, "test": 2}
     assert np.sum([n for c in json.loads(done.stdout)["classes"].values() for n in c.values()]) == 8
     wrong = vitcli("check", "hf:org/nothing")
-    assert wrong.returncode == 2 and "error: the Hub has no data set" in wrong.stderr
+    assert wrong.returncode == 2 and "error: the Hub has no dataset" in wrong.stderr
     assert wrong.stderr.count("hint:") == 1

@@ -15,7 +15,7 @@ from PIL import Image
 from vitcli.data import image_set as sets
 from vitcli.data.image_set import ArrayStore, BytesList, ImageSet
 from vitcli.data.labels import encode_labels
-from vitcli.data.readers import DATA_HELP, READERS, resolve
+from vitcli.data.readers import DATA_HELP, READERS, import_function
 from vitcli.data.source import load_data
 from vitcli.data.stratify import stratified_split
 from vitcli.decode import ImageError
@@ -420,8 +420,8 @@ def test_the_registry_of_readers_is_complete():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     documented = "".join(page.read_text(encoding="utf-8") for page in pages)
     for reader in READERS.values():
-        assert callable(resolve(reader.load))
-        assert reader.accepts is None or callable(resolve(reader.accepts))
+        assert callable(import_function(reader.load))
+        assert reader.accepts is None or callable(import_function(reader.accepts))
         assert f"`{reader.example}`" in DATA_HELP
         assert f"`{reader.example}" in documented, f"the table of DATA lacks `{reader.example}`"
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.hub_server import Fault
-from support.tiny import tiny_recipe, train_recipe, vitcli
+from support.tiny import tiny_recipe, train_recipe, vitcli, write_tiny
 
-from vitcli.commands import evaluate
+from vitcli.commands import evaluate, plan
 from vitcli.config.recipe import check
 from vitcli.config.schema import AugmentSection, DataSection, Recipe
 from vitcli.data.augment.transform import TrainTransform
@@ -208,7 +208,24 @@ def test_from_any_server(loopback):
     images = source.splits["train"]
     assert sorted(levels(images.epoch((0,), 0, 1))) == list(range(10))
     loopback.faults["x-001.tar"] = [Fault(status=404)]
-    with pytest.raises(VitcliError, match=r"reading .*x-001\.tar` failed"):
+    with pytest.raises(VitcliError, match=r"there is no file at `http.*x-001\.tar`"):
+        [*images.epoch((0,), 0, 1)]
+
+
+@pytest.mark.parametrize("drip", ["headers", "body"])
+@pytest.mark.parametrize("place", ["web", "hub"])
+def test_a_slow_server_ends_the_stream(loopback, monkeypatch, place, drip):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    tar(loopback.root / "files/x-0.tar", range(9))
+    tar(loopback.root / "datasets/org/big/train-0.tar", range(9))
+    names = loopback.root / "names"
+    names.write_text("\n".join(NAMES))
+    notation = "hf:org/big" if place == "hub" else loopback.url + "/files/x-0.tar"
+    images = stream(notation, 4, classes=str(names)).splits["train"]
+    loopback.faults[".tar"] += [Fault(drip=drip)] * 9
+    with pytest.raises(VitcliError, match=r"does not send its answer within|is too slow"):
         [*images.epoch((0,), 0, 1)]
 
 
@@ -241,6 +258,18 @@ def test_a_run_on_a_stream(shards, tmp_path):
         shards, model=str(tmp_path / "run"), settings={"data": {"streaming": True}}
     )
     assert found.metrics.images == 3
+
+
+def test_a_run_on_a_stream_is_planned(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "PROBE_SECONDS", 0.2)
+    stream_settings = {"data": {"streaming": True}, "train": {"steps": 10}}
+    recipe = str(write_tiny(tmp_path / "tiny.toml"))
+    request = {"command": "pretrain", "settings": stream_settings, "compare": False}
+    facts = plan.run(recipe, shards, **request).to_json()
+    assert facts["steps"] == 10 and facts["measured"]
+    stream_settings["train"] = {"epochs": 2.0}
+    with pytest.raises(VitcliError, match="epochs cannot be planned"):
+        plan.run(recipe, shards, **request)
 
 
 def test_what_a_stream_cannot_do(shards):

@@ -329,6 +329,16 @@ def test_folds_need_a_choice(tmp_path, cells):
         load_data(path, test_fold=7)
 
 
+def test_a_flag_for_training_only(tmp_path):
+    rows = zip(CATS_AND_DOGS.items(), ["yes", "no"] * 2, strict=True)
+    text = "path,label,is_train\n" + "".join(f"{p},{v},{cell}\n" for (p, v), cell in rows)
+    data = load_data(write(tmp_path, text))
+    assert {k: levels(s) for k, s in data.splits.items()} == {
+        "train": {0: "cat", 2: "dog"},
+        "test": {1: "cat", 3: "dog"},
+    }
+
+
 def test_any_column_can_hold_the_folds(tmp_path):
     text = "path,label,site\ncat/0.png,cat,A\ncat/1.png,cat,B\ndog/0.png,dog,A\ndog/1.png,dog,B\n"
     data = load_data(write(tmp_path, text), split_column="site", test_fold="B")

@@ -135,13 +135,13 @@ def test_unreadable_images_and_8_bits_give_no_range(tmp_path):
 
 TINY = {
     "model": {"name": "Ti/4", "image_size": 16, "depth": 1},
-    "objective": {"name": "supervised"},
+    "objective": {"name": "softmax"},
     "train": {"steps": 2, "batch_size": 8},
     "data": {"workers": 0},
 }
 
 
-def test_a_run_records_the_window_and_predict_takes_it(tmp_path, notes=None):
+def test_a_run_records_the_window_and_predict_takes_it(tmp_path):
     data, run = dataset(tmp_path / "data"), tmp_path / "run"
     pretrain(str(data), recipe="pretrain", settings=TINY, out=run)
     model = load_model(str(run))

@@ -36,6 +36,7 @@ class Fault:
         status, code: the answer's status and `X-Error-Code`.
         body: other content than the file's (its announced hash stays).
         hang: never answer.
+        drip: send one byte every 50 ms of the `headers` or the `body`.
         headers: added, or removed where the value is None.
     """
 
@@ -44,6 +45,7 @@ class Fault:
     code: str | None = None
     body: bytes | None = None
     hang: bool = False
+    drip: str | None = None
     headers: dict[str, str | None] = field(default_factory=dict)
 
 
@@ -65,6 +67,7 @@ class HubServer:
         requests: every request so far.
         faults: the end of a path -> what its next GETs do, one each (`"*"`: any path).
         gated, private: `ORG/NAME`s that need a token: `token`.
+        headers: the end of a path -> headers of all its answers, those to HEAD requests included.
         ranges: whether byte ranges are understood.
     """
 
@@ -72,6 +75,7 @@ class HubServer:
         self.root = root
         self.requests: list[Request] = []
         self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.headers: dict[str, dict[str, str]] = {}
         self.gated: set[str] = set()
         self.private: set[str] = set()
         self.token = "hf_right"
@@ -334,6 +338,15 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
         self._send(206, headers, content[start : end + 1])
 
+    def _drip(self, content: bytes) -> None:
+        """Send some bytes very slowly, and then end the connection."""
+        self.flush_headers()
+        for byte in content:
+            if self.server_hub.closing.wait(0.05):
+                break
+            self.wfile.write(bytes([byte]))
+        self.close_connection = True
+
     def _json(self, value: object) -> None:
         content = json.dumps(value).encode()
         if self.fault is not None and self.fault.body is not None:
@@ -352,13 +365,21 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"Content-Length": str(len(body)), **headers}
         if self.fault is not None:
             headers |= self.fault.headers  # type: ignore[arg-type]
+        for ending, more in self.server_hub.headers.items():
+            if unquote(urlsplit(self.path).path).endswith(ending):
+                headers |= more
         self.send_response(status)
         for name, value in headers.items():
             if value is not None:
                 self.send_header(name, value)
+        drip = self.fault.drip if self.fault is not None else None
+        if drip == "headers":
+            self._drip(b"X: " + b"x" * 10_000)
         self.end_headers()
         if self.command == "HEAD":
             return
+        if drip == "body":
+            self._drip(body)
         if self.fault is not None and self.fault.cut is not None:
             body = body[: self.fault.cut]
             self.close_connection = True

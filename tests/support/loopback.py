@@ -11,10 +11,13 @@ NAMES = ("ant", "bee", "cat")
 
 
 class Told(Quiet):
-    """Keeps what it is told: notes, and of every bar its label, total, start and end."""
+    """Keeps what it is told: notes, warnings, and of every bar its label, total, start and end."""
 
     def __init__(self):
-        self.notes, self.bars = [], []
+        self.notes, self.warnings, self.bars = [], [], []
+
+    def warn(self, message):
+        self.warnings.append(message)
 
     def note(self, message):
         self.notes.append(message)

@@ -23,13 +23,13 @@ def state(name="adamw", seed=0):
 def advance(s, steps):
     for _ in range(steps):
         torch.manual_seed(s.step)
-        loss = s.module(torch.randn(4, 3, 16, 16)).square().sum() + s.module.head.bias.sum()
+        loss = s.objective(torch.randn(4, 3, 16, 16)).square().sum() + s.objective.head.bias.sum()
         loss.backward()
         for optimizer in s.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         s.step += 1
-        s.ema.update(s.module, s.step)
+        s.ema.update(s.objective, s.step)
 
 
 def equal(a, b):
@@ -47,7 +47,7 @@ def test_four_steps_are_two_and_a_resume_and_two(name, tmp_path):
     load_checkpoint(list_checkpoints(tmp_path)[-1], second)
     assert second.step == 2
     advance(second, 2)
-    assert equal(whole.module.state_dict(), second.module.state_dict())
+    assert equal(whole.objective.state_dict(), second.objective.state_dict())
     assert equal(whole.ema.state_dict(), second.ema.state_dict())
 
 

@@ -67,7 +67,7 @@ def test_the_loss_is_the_formula_of_deit(teacher, kind, two_heads):
         label_smoothing=0.1,
     )
     images, labels = torch.rand(5, 3, 8, 8) * 2 - 1, torch.tensor([0, 1, 2, 1, 0])
-    loss, _ = task(images, labels, {})
+    loss, _ = task(images, labels)
     features = student.features(images)
     if two_heads:
         one, two = features.chunk(2, dim=-1)
@@ -93,7 +93,7 @@ def test_the_teacher_is_neither_trained_nor_stored(teacher):
     task = objective(name)
     assert not any("teachers" in key for key in task.state_dict())
     before = {k: v.clone() for k, v in task.teachers[0].state_dict().items()}
-    loss, _ = task(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]), {})
+    loss, _ = task(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
     loss.backward()
     torch.optim.SGD(task.parameters(), lr=1.0).step()
     after = task.teachers[0].state_dict()

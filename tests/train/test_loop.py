@@ -15,7 +15,12 @@ from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import build as setup
 from vitcli.train import loop as loops
-from vitcli.train.agreement import NONE, max_over_processes, min_over_processes
+from vitcli.train.agreement import (
+    NONE,
+    TIME_IS_UP,
+    max_over_processes,
+    min_over_processes,
+)
 from vitcli.train.loop import Loop
 from vitcli.train.objectives import Softmax
 from vitcli.train.signals import Stopped
@@ -35,10 +40,10 @@ def small_memory(monkeypatch):
     """Training passes over more than 8 images fail as torch's allocator does."""
     real = Softmax.forward
 
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         if self.training and len(images) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return real(self, images, labels, factors)
+        return real(self, images, labels)
 
     monkeypatch.setattr(Softmax, "forward", forward)
 
@@ -82,7 +87,7 @@ def test_mixed_pairs_stay_together(tmp_path, small_memory):
 
 
 def test_nothing_fits(tmp_path, monkeypatch):
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
     monkeypatch.setattr(Softmax, "forward", forward)
@@ -91,7 +96,7 @@ def test_nothing_fits(tmp_path, monkeypatch):
 
 
 def test_another_error_is_not_taken_for_it(tmp_path, monkeypatch):
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(Softmax, "forward", forward)
@@ -107,7 +112,7 @@ def spoil(monkeypatch, step, times=1):
         figures = real(self, batch, alone)
         if self.state.step == step and left[0]:
             left[0] -= 1
-            for p in self.state.module.parameters():
+            for p in self.state.objective.parameters():
                 p.grad = None if p.grad is None else p.grad * math.nan
             figures["loss"] = figures["loss"] * math.nan
         return figures
@@ -178,7 +183,7 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(tmp_path, monkeypatc
     def update(self, batch):
         figures = real(self, batch)
         if self.state.step == 3 and not self.state.num_rewinds:
-            next(self.state.module.parameters()).data.fill_(math.nan)
+            next(self.state.objective.parameters()).data.fill_(math.nan)
         return figures
 
     monkeypatch.setattr(Loop, "step", update)
@@ -268,7 +273,7 @@ def test_weights_that_are_not_finite_at_the_end(tmp_path, monkeypatch):
     def update(self, batch):
         figures = real(self, batch)
         if self.state.step == self.total_steps - 1 and not self.state.num_rewinds:
-            next(self.state.module.parameters()).data.fill_(math.nan)
+            next(self.state.objective.parameters()).data.fill_(math.nan)
         return figures
 
     monkeypatch.setattr(Loop, "step", update)
@@ -340,6 +345,23 @@ def test_a_signal_after_the_last_step_or_before_the_first_says_how_to_go_on(tmp_
     monkeypatch.setattr(Loop, "fit", interrupted)
     with pytest.raises(Stopped, match="SIGTERM before the first step"):
         train_tiny(tmp_path / "early")
+
+
+def test_a_signal_in_the_last_step_stops_before_the_evaluation(tmp_path, monkeypatch):
+    train_tiny(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 8 else None)
+        with pytest.raises(Stopped, match="SIGTERM after step 8, state saved"):
+            train_tiny(tmp_path / "run")
+    assert not (tmp_path / "run/result.json").exists()
+    train_tiny(tmp_path / "run", resume=True)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_a_signal_wins_over_a_time_that_is_up():
+    """Processes agree on the largest value; one has the signal, another one's time is up."""
+    assert min(signal.Signals) > TIME_IS_UP
+    assert max(NONE, TIME_IS_UP, signal.SIGTERM) == signal.SIGTERM
 
 
 def test_each_step_has_one_line_with_its_evaluation(tmp_path):

@@ -39,7 +39,7 @@ def test_the_loss_equals_numpy(normalised):
     real = task.encode
     task.encode = lambda x, mask: hidden.append(mask) or real(x, mask)
     torch.manual_seed(2)
-    loss, figures = task(images, torch.zeros(2), {})
+    loss, figures = task(images, torch.zeros(2))
     assert hidden[0].sum(dim=1).tolist() == [12, 12]
     guess = task.decode(real(images, hidden[0]), hidden[0], (4, 4)).detach().numpy()
     blocks = images.numpy().reshape(2, 3, 4, 4, 4, 4).transpose(0, 2, 4, 3, 5, 1)
@@ -77,7 +77,7 @@ def test_it_learns():
     optimizer = torch.optim.AdamW(task.parameters(), lr=5e-3)
     torch.manual_seed(0)
     for _ in range(220):
-        loss, figures = task(smooth(64, generator), torch.zeros(64), {})
+        loss, figures = task(smooth(64, generator), torch.zeros(64))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

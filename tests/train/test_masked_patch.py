@@ -89,7 +89,7 @@ def test_the_loss_is_over_corrupted_patches_only(target, shape):
     assert task.predict.out_features == shape
     images = smooth(4, torch.Generator().manual_seed(0))
     torch.manual_seed(3)
-    loss, figures = task(images, torch.zeros(4), {})
+    loss, figures = task(images, torch.zeros(4))
     loss.backward()
     assert task.mask.grad is not None and task.mask.grad.abs().sum() > 0
     assert torch.isfinite(loss) and figures["loss"] == loss
@@ -99,7 +99,7 @@ def test_the_loss_is_over_corrupted_patches_only(target, shape):
     torch.manual_seed(3)
     seen = []
     task.predict.register_forward_hook(lambda m, i, o: seen.append(i[0].shape))
-    task(images, torch.zeros(4), {})
+    task(images, torch.zeros(4))
     assert seen == [(int(chosen.sum()), 64)]
 
 
@@ -116,7 +116,7 @@ def test_no_gradient_reaches_the_outputs_of_patches_left_alone():
 
     task.model.encode = watched
     torch.manual_seed(3)
-    task(images, torch.zeros(3), {})[0].backward()
+    task(images, torch.zeros(3))[0].backward()
     torch.manual_seed(3)
     chosen = random_mask(3, 16, 0.5, images.device)
     prefix = task.model.config.num_prefix_tokens
@@ -130,7 +130,7 @@ def test_pixels_loss_equals_numpy():
     guesses = []
     task.predict.register_forward_hook(lambda m, i, o: guesses.append(o.detach()))
     torch.manual_seed(5)
-    loss, _ = task(images, torch.zeros(2), {})
+    loss, _ = task(images, torch.zeros(2))
     torch.manual_seed(5)
     chosen = random_mask(2, 16, 0.5, images.device).numpy()
     blocks = images.numpy().reshape(2, 3, 4, 4, 4, 4).transpose(0, 2, 4, 3, 5, 1)
@@ -146,13 +146,13 @@ def test_it_learns_the_colours_of_smooth_images():
     optimizer = torch.optim.AdamW(task.parameters(), lr=5e-3)
     torch.manual_seed(0)
     for _ in range(200):
-        loss, _ = task(smooth(64, generator), torch.zeros(64), {})
+        loss, _ = task(smooth(64, generator), torch.zeros(64))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     task.eval()
     with torch.no_grad():
-        _, figures = task(smooth(512, generator), torch.zeros(512), {})
+        _, figures = task(smooth(512, generator), torch.zeros(512))
     assert figures["chance"] < 0.04
     assert figures["accuracy"] > 5 * figures["chance"]
 

@@ -165,6 +165,28 @@ def test_layers_have_their_rates():
             assert found[name] == pytest.approx(0.75 ** (depth + 1))
 
 
+class OwnBlocks(torch.nn.Module):
+    """An objective whose head has blocks too, which are no encoder layers."""
+
+    encoder_prefix = "model."
+
+    def __init__(self, network):
+        super().__init__()
+        self.model = network
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+        self.other_model = torch.nn.Linear(4, 4)
+
+
+def test_only_parameters_of_the_network_are_encoder_layers():
+    network = create_network("Pico/8", image_size=32, num_classes=5)
+    objective = OwnBlocks(network)
+    own = [p for part in (objective.blocks, objective.other_model) for p in part.parameters()]
+    optimizers = build_optimizers(objective, OptimSection(name="muon", layer_decay=0.5))
+    rates = {id(p): g["lr"] for o in optimizers for g in o.param_groups for p in g["params"]}
+    assert {rates[id(p)] for p in own} == {1e-3}  # AdamW's whole rate, as the head's
+    assert rates[id(network.blocks[5].norm1.weight)] == pytest.approx(0.5 * 1e-3)
+
+
 def test_rates_by_layer_need_layers():
     with pytest.raises(VitcliError, match="needs trainable ViT blocks"):
         resnet = create_network("R50x1", image_size=32, num_classes=3)

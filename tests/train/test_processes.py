@@ -211,7 +211,7 @@ def test_a_mistake_is_told_once_and_leaves_nothing(trained):
     done = command(folder, "pretrain", "--recipe", "tiny.toml", "--batch-size", 31, "--out", "odd")
     assert done.returncode == 2
     said = done.stderr.splitlines()
-    assert said[0] == "error: batch size 31 is not a multiple of the 2 processes"
+    assert said[0] == "error: a batch of 31 images does not divide among 2 processes"
     assert said[1].startswith("hint: ") and len(said) == 2
     assert not (folder / "odd").exists()
 

@@ -11,9 +11,11 @@ from support.tiny import records, tiny_recipe, train_recipe, weights, write_tiny
 
 import vitcli
 import vitcli.commands.pretrain as pretrain
+from vitcli.config.recipe import check
+from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
-from vitcli.train import loop
+from vitcli.train import loop, resolve
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.loop import step_seed
 from vitcli.train.objectives.classification import Softmax
@@ -241,7 +243,7 @@ def test_five_frames_from_the_command_to_the_gradients(tmp_path, monkeypatch):
     class Reached(Exception):
         pass
 
-    def forward(self, images, labels, factors):
+    def forward(self, images, labels):
         raise Reached
 
     monkeypatch.setattr(Softmax, "forward", forward)
@@ -251,3 +253,18 @@ def test_five_frames_from_the_command_to_the_gradients(tmp_path, monkeypatch):
     package = str(Path(vitcli.__file__).parent)
     frames = [frame.name for frame in caught.traceback if str(frame.path).startswith(package)]
     assert frames == ["run", "train", "fit", "step", "gradients"]
+
+
+def test_finetune_takes_every_model_setting_that_other_commands_take(monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def record(name, **given):
+        assert given["stem_arithmetic"] == "timm"
+        raise Reached
+
+    monkeypatch.setattr(resolve, "load_model", record)
+    model = {"name": "weights.npz", "stem_arithmetic": "timm"}
+    sections = {"command": "finetune", "model": model, "train": {"steps": 1}}
+    with pytest.raises(Reached):
+        resolve.pretrained_model(check(Recipe, sections, "it"), None, Quiet())

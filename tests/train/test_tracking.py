@@ -7,13 +7,13 @@ import pytest
 from support.tiny import records, tiny_recipe, train_tiny
 
 from vitcli.errors import VitcliError
-from vitcli.train import recorder
+from vitcli.train import trackers
 
 
 def test_a_tracker_must_exist_and_be_installed(tmp_path, monkeypatch):
     with pytest.raises(VitcliError, match="unknown tracker `pencil`"):
         train_tiny(tmp_path / "run", track="pencil")
-    monkeypatch.setattr(recorder, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(VitcliError, match="needs a package that is not installed") as caught:
         train_tiny(tmp_path / "run", track="wandb")
     assert caught.value.hint == "`pip install wandb`"
@@ -21,7 +21,7 @@ def test_a_tracker_must_exist_and_be_installed(tmp_path, monkeypatch):
 
 
 def test_settings_are_flat():
-    found = recorder.tracker_config(tiny_recipe(model={"patch_size": 2}))
+    found = trackers.tracker_config(tiny_recipe(model={"patch_size": 2}))
     assert found["optim.name"] == "muon" and found["optim.betas"] == "[0.9, 0.999]"
     assert None not in found.values() and "description" not in found
 
@@ -46,11 +46,13 @@ def test_it_is_given_every_record(tmp_path, monkeypatch):
         def close(self):
             closed.append(self.folder)
 
+    import accelerate.tracking  # noqa: F401  # before the stand-in, which it would not accept
+
     package = types.ModuleType("tensorboardX")
     package.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "tensorboardX", package)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
-    monkeypatch.setattr(recorder, "find_spec", lambda name: package)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: package)
     monkeypatch.setattr("accelerate.tracking.is_tensorboard_available", lambda: True)
     monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard"], raising=False)
     from accelerate.utils import LoggerType

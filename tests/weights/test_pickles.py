@@ -174,6 +174,14 @@ def test_no_state_dict(here, value, words):
     assert words in refused(save(value)).message
 
 
+def test_a_dictionary_that_contains_itself(here):
+    value = {}
+    value["model"] = value["state_dict"] = value
+    torch.save(value, "x.pth")
+    with pytest.raises(VitcliError, match="in more than 8 dictionaries"):
+        load_pickle("x.pth")
+
+
 def test_tensors_that_are_no_weights_are_named(net, here):
     state = net.state_dict()
     cases = {

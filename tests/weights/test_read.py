@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -27,6 +29,24 @@ def test_what_is_not_understood(here, given, words):
     with pytest.raises(VitcliError, match=words) as error:
         load_model(given)
     assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("google/vit-base-patch16-224", "`hf:google/vit-base-patch16-224`"),
+        ("vit_tiny_patch16_224.augreg_in21k", "`hf:timm/vit_tiny_patch16_224.augreg_in21k`"),
+        ("trained", f"`--model {Path('trained/checkpoint-10')}`"),
+    ],
+)
+def test_hints_name_what_was_probably_meant(here, given, hint):
+    for step in (5, 10):
+        folder = here / f"trained/checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_model(folder / "model.safetensors", create_model("Pico/8"))
+    with pytest.raises(VitcliError, match=r"no such model|holds no weights") as error:
+        load_model(given)
+    assert hint in error.value.hint
 
 
 def test_a_run_that_did_not_finish(here):

@@ -215,3 +215,11 @@ def test_npz_with_objects_is_refused(here):
     with pytest.raises(VitcliError, match="cannot be read as numpy arrays"):
         load_model("w.npz")
     assert not (here / "it_ran").exists()
+
+
+@pytest.mark.parametrize("value", [1, -1, 10**30])
+def test_a_whole_number_is_a_layer_scale(tmp_path, value):
+    net = create_model("Pico/8", image_size=16, depth=1, layer_scale=value)
+    save_model(tmp_path / "m.safetensors", net)
+    back = load_model(tmp_path / "m.safetensors")
+    assert torch.equal(back.network.blocks[0].ls1.gamma, torch.full((128,), float(value)))

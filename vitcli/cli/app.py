@@ -9,6 +9,7 @@ from vitcli import __version__
 from vitcli.cli import console
 from vitcli.cli.options import (
     EVALUATION,
+    MACHINE,
     MODEL,
     OUTPUT,
     BenchOptions,
@@ -25,12 +26,14 @@ from vitcli.cli.options import (
     SettingsCommand,
     TrainOptions,
     Verbose,
+    listed,
     option,
     option_groups,
     schema_option,
     settings_of,
 )
 from vitcli.errors import VitcliError
+from vitcli.weights.formats import FORMATS
 
 app = typer.Typer(
     name="vitcli",
@@ -172,9 +175,9 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
 def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
     """Evaluate a model on a labelled dataset: accuracy, calibration, confusion matrix.
 
-    Figures have 95 % confidence intervals. Several models are compared with the first one on the
-    same images. `--suite` fine-tunes or few-shot evaluates the model on every task of a suite; run
-    it again with the same `--out` to continue.
+    Metrics have 95 % confidence intervals. Several models are compared with the first one on the
+    same images. `--suite` fine-tunes or few-shot evaluates on every task of a suite; run it again
+    with the same `--out` to continue.
 
     Example: `vitcli evaluate photos/ --model runs/finetune --out report/`
 
@@ -253,17 +256,15 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
 def predict(
     images: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Images, folders, quoted globs, https:// addresses.", metavar="IMAGE..."
-        ),
+        typer.Argument(help="Images, folders, quoted globs, https:// addresses.", metavar="IMAGE"),
     ] = None,
     *,
     options: PredictOptions,
 ) -> None:
     """Predict classes and probabilities of images.
 
-    A table (`--csv`, `--jsonl`, `--parquet`) gets its name when it is complete. Until then its rows
-    are in a file that ends in `.part`, and `--resume` continues from there.
+    The output file (`--csv`, `--jsonl`, `--parquet`) appears when all rows are written. Until then
+    the rows are in `FILE.part`, and `--resume` continues from there.
 
     Example: `vitcli predict holiday/ cat.jpg --model runs/finetune --top 3 --csv classes.csv`
 
@@ -273,7 +274,7 @@ def predict(
     """
     if not images and options.from_ is None:
         raise VitcliError(
-            "Missing argument `IMAGE...` or option `--from FILE`", "see `vitcli predict --help`"
+            "Missing argument `IMAGE` or option `--from FILE`", "see `vitcli predict --help`"
         )
     from vitcli.cli.show import prediction as show
     from vitcli.commands import predict as command
@@ -293,7 +294,7 @@ def predict(
 
 @app.command(cls=SettingsCommand)
 def export(
-    to: Annotated[str, option(OUTPUT, "--to", help="Format: timm, huggingface, google or onnx.")],
+    to: Annotated[str, option(OUTPUT, "--to", help=f"Format: {listed(FORMATS)}.")],
     model: ModelName = None,
     labels: Labels = None,
     image_size: ImageSize = None,
@@ -307,8 +308,8 @@ def export(
 ) -> None:
     """Export a model to another format, read it back, and compare the logits.
 
-    Google's format has the tanh form of GELU only: add `--set model.gelu=tanh` if that is close
-    enough.
+    Google's format supports only tanh GELU. `--set model.gelu=tanh` exports with that
+    approximation.
 
     Example: `vitcli export --model runs/finetune --to onnx --out flowers.onnx`
     """
@@ -342,10 +343,11 @@ def plan(
     *,
     options: PlanOptions,
 ) -> None:
-    """Estimate the cost of a run before it starts: operations, memory, time, money.
+    """Estimate the cost of a run before it starts: FLOPs, memory, time, money.
 
-    Parameters and operations are exact. The time is measured with a few real steps of the recipe.
-    Other machines are estimated from their peak performance. Nothing is written.
+    Parameters and FLOPs are exact, counted as in Table 6 of the paper. The time is measured with a
+    few real steps of the recipe. Other machines are estimated from their peak performance. Nothing
+    is written.
 
     Example: `vitcli plan pretrain_cifar10_small cifar10/ --budget 30m --watts 65 --kwh-price 0.3`
 
@@ -375,7 +377,7 @@ def bench(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A MODEL, or several separated by commas. Default: the newest run, or `S/16`.",
+            help="A MODEL; comma-separated for several. Default: the newest run, or `S/16`.",
             metavar="MODEL",
             show_default=False,
         ),
@@ -385,8 +387,8 @@ def bench(
 ) -> None:
     """Benchmark a model: throughput, latency, memory, and the largest batch that fits.
 
-    The models take turns, so a busy machine slows all of them alike. Peak memory is traced from the
-    tensors; on a CPU it includes the allocator's overhead.
+    Measurements alternate between the models, so that load affects all equally. Peak memory is the
+    sum of live tensors, on a CPU with the overhead of the allocator.
 
     Example: `vitcli bench S/16 --image-size 224,384 --against transformers --out bench.png`
     """
@@ -402,7 +404,7 @@ def inspect(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Images, folders, quoted globs, or DATA.", metavar="IMAGE...", show_default=False
+            help="Images, folders, quoted globs, or DATA.", metavar="IMAGE", show_default=False
         ),
     ] = None,
     model: ModelName = None,
@@ -435,7 +437,8 @@ def inspect(
     """Draw the paper's figures for a model, with their numbers.
 
     The figures: embedding filters, position similarity, mean attention distance per head, attention
-    rollout per image, and translation equivariance and locality beside random weights and a ResNet.
+    rollout per image, and translation equivariance and locality, compared with random weights and
+    with a ResNet.
     The folder holds `index.html`, PNG files, `inspect.json` and `figures.npz`.
 
     Example: `vitcli inspect cat.jpg --model runs/finetune --out look/`
@@ -474,27 +477,31 @@ def patchify(
         option(
             OUTPUT,
             "--out",
-            help="x.safetensors for the patches, x.png for a picture, a folder for a decoded "
-            "dataset.",
+            help="`.safetensors`: patches; `.png`: patch grid; folder: decoded dataset.",
         ),
     ] = None,
     compare: Annotated[
         str | None,
-        option(OUTPUT, "--compare", help="A .png file with the grids of patch sizes 8, 16, 32."),
+        option(
+            OUTPUT, "--compare", help="Draw the grids of patch sizes 8, 16, 32 into this .png file."
+        ),
     ] = None,
     reconstruct: Annotated[
         str | None,
-        option(OUTPUT, "--reconstruct", help="Rebuild the image from its patches as a .png file."),
+        option(
+            OUTPUT, "--reconstruct", help="Rebuild the image from its patches into this .png file."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
     """Cut images into patches: view them, measure them, or store them.
 
-    `--out DIR` decodes and resizes the images of DATA once. DIR is DATA for every command, and
-    training on it decodes nothing. Run an interrupted command again to continue.
+    `--out DIR` decodes and resizes the images of DATA once. Use DIR as DATA in any command; its
+    images need no decoding. Run an interrupted command again to continue.
 
-    For one image it prints mean, spread and entropy of the patches and the cost of each patch size.
-    `vitcli patchify cat.safetensors --reconstruct cat.png` rebuilds an image from stored patches.
+    For one image it prints mean, standard deviation and entropy of the patches and the cost of each
+    patch size. `vitcli patchify cat.safetensors --reconstruct cat.png` rebuilds an image from
+    stored patches.
 
     Example: `vitcli patchify cat.jpg --patch-size 32 --out cat.safetensors`
 
@@ -520,7 +527,7 @@ def patchify(
 def check(
     data: Annotated[str, typer.Argument(help="Dataset to check.", metavar="DATA")],
     out: Annotated[
-        Path | None, option(OUTPUT, "--out", help="A .png file with samples of each class.")
+        Path | None, option(OUTPUT, "--out", help="Draw samples of each class into this .png file.")
     ] = None,
     set_: Set = None,
     json: Json = False,
@@ -542,14 +549,12 @@ def check(
 
 @app.command(cls=SettingsCommand)
 def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Two or more finished runs.", metavar="RUN RUN...")
-    ],
+    runs: Annotated[list[Path], typer.Argument(help="Two or more finished runs.", metavar="RUN")],
     json: Json = False,
 ) -> None:
     """Compare runs: settings that differ, results, and a paired test.
 
-    The test is McNemar's exact test. It and the interval need the same held-out images in each run.
+    The test is McNemar's exact test. It and the interval need runs evaluated on the same images.
 
     Example: `vitcli compare runs/finetune runs/finetune-2`
     """
@@ -562,7 +567,7 @@ def compare(
 @app.command(cls=SettingsCommand)
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Print this recipe.", show_default=False)
+        str | None, typer.Argument(help="Recipe to print.", metavar="NAME", show_default=False)
     ] = None,
     json: Json = False,
 ) -> None:
@@ -584,9 +589,10 @@ def recipes(
 
 @app.command(cls=SettingsCommand)
 def doctor(
-    out: Annotated[
-        Path | None, option(OUTPUT, "--out", help="Folder whose disk speed is measured.")
+    folder: Annotated[
+        Path | None, option(MACHINE, "--folder", help="Measure the disk of this folder.")
     ] = None,
+    out: Annotated[Path | None, option(OUTPUT, "--out", help="Old name.", hidden=True)] = None,
     json: Json = False,
 ) -> None:
     """Check this machine and this installation for problems.
@@ -599,4 +605,4 @@ def doctor(
     from vitcli.cli.show import doctor as show
     from vitcli.commands import doctor as command
 
-    console.show(command.run(out, console.Terminal()), json, show.show_doctor)
+    console.show(command.run(folder or out, console.Terminal()), json, show.show_doctor)

@@ -6,7 +6,7 @@ of the recipe schema and shows the help of that key, so nothing is described twi
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -16,11 +16,18 @@ import typer
 from typer.core import TyperCommand
 
 from vitcli import distributed
+from vitcli.cost.hardware import HARDWARE
 from vitcli.data.readers import DATA_HELP
 from vitcli.errors import VitcliError
+from vitcli.evals.fewshot.methods import METHODS
+from vitcli.train.trackers import TRACKERS
 
 DATA, MODEL, TRAINING, EVALUATION = "Data", "Model", "Training", "Evaluation"
-MACHINE, OUTPUT = "Machine", "Output"
+SETTINGS, MACHINE, OUTPUT = "Settings", "Machine", "Output"
+# The panels of a help page, in this order.
+PANELS = (DATA, MODEL, TRAINING, EVALUATION, SETTINGS, MACHINE, OUTPUT)
+MODEL_FORMS = "A run, a weights file or folder, `hf:ORG/NAME`"
+NAMES = "; names: "
 SCHEMA = "schema:"  # marks a help text that `SettingsCommand` reads from the schema
 
 
@@ -31,12 +38,28 @@ def option(panel: str, *flags: str, help: str, **more: Any) -> Any:
 
 
 def schema_option(
-    panel: str, key: str, *flags: str, parse: Callable[[Any], Any] | None = None, **more: Any
+    panel: str,
+    key: str,
+    *flags: str,
+    parse: Callable[[Any], Any] | None = None,
+    names: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A flag that sets the key `key` of the recipe schema; `parse` converts what is typed."""
-    info = option(panel, *flags, help=SCHEMA + key, **more)
+    """A flag that sets the key `key` of the recipe schema.
+
+    Args:
+        parse: converts what is typed.
+        names: the registry of the values, whose entries have a `help`.
+    """
+    known = ", ".join(f"{name} ({entry.help})" for name, entry in (names or {}).items())
+    info = option(panel, *flags, help=f"{SCHEMA}{key}{NAMES}{known}")
     info.setting, info.parse = key, parse
     return info
+
+
+def listed(names: Iterable[str], last: str = "or") -> str:
+    """`a, b or c`: the names of a registry in a help text."""
+    *others, final = names
+    return f"{', '.join(others)} {last} {final}"
 
 
 class SettingsCommand(TyperCommand):
@@ -51,13 +74,18 @@ class SettingsCommand(TyperCommand):
 
 
 def fill_help(command: Any) -> None:
-    """Replace the marked help texts of a click command by those of the schema."""
+    """Replace the marked help texts of a click command by those of the schema, sort the panels."""
     from vitcli.config.schema import help_of
+
+    ranks = {panel: rank for rank, panel in enumerate(PANELS)}
+    command.params.sort(key=lambda p: ranks.get(str(getattr(p, "rich_help_panel", "")), -1))
 
     for parameter in command.params:
         text = getattr(parameter, "help", None)
         if text and text.startswith(SCHEMA):
-            parameter.help = help_of(text.removeprefix(SCHEMA))
+            key, _, names = text.removeprefix(SCHEMA).partition(NAMES)
+            sentence = help_of(key)
+            parameter.help = f"{sentence.removesuffix('.')}: {names}." if names else sentence
 
 
 def option_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -188,7 +216,7 @@ Data = Annotated[
 Set = Annotated[
     list[str] | None,
     option(
-        OUTPUT,
+        SETTINGS,
         "--set",
         help="Override a setting: `section.key=value`. Repeatable.",
         metavar="KEY=VALUE",
@@ -219,7 +247,7 @@ InferenceBatch = Annotated[
     int, option(MACHINE, "--batch-size", min=1, help="Images per forward pass.", show_default=True)
 ]
 InferencePrecision = Annotated[
-    str, option(MACHINE, "--precision", help="auto, fp32, bf16 or fp16.", show_default=True)
+    str, option(MACHINE, "--precision", help="auto (fp32), fp32, bf16 or fp16.", show_default=True)
 ]
 ModelName = Annotated[
     str | None,
@@ -227,8 +255,18 @@ ModelName = Annotated[
         MODEL,
         "--model",
         "-m",
-        help="A run, a weights file or folder, `hf:ORG/NAME`, the URL of a weights file, or a "
-        "variant such as `B/16`. Default: the newest run that fits.",
+        help=f"{MODEL_FORMS}, the URL of a weights file, or a variant such as `B/16`. Default: the "
+        "newest run that fits.",
+    ),
+]
+TrainedModel = Annotated[
+    str | None,
+    option(
+        MODEL,
+        "--model",
+        "-m",
+        help=f"{MODEL_FORMS}, or the URL of a weights file. Default: the newest run with a "
+        "trained head.",
     ),
 ]
 
@@ -275,7 +313,7 @@ class TrainOptions:
     set_: Set = None
     track: Annotated[
         str | None,
-        option(OUTPUT, "--track", help="Send metrics to tensorboard, wandb or trackio."),
+        option(OUTPUT, "--track", help=f"Send metrics to {listed(TRACKERS)}."),
     ] = None
     json: Json = False
 
@@ -313,8 +351,8 @@ class PlanOptions:
         option(
             MACHINE,
             "--device",
-            help="Estimate for other machines: t4, l4, rtx4090, a100, h100, h200, tpuv3 (one "
-            "core), several separated by commas, or `all`.",
+            help=f"Estimate for other machines: {', '.join(HARDWARE)}, several with commas, or "
+            "`all`.",
         ),
     ] = None
     precision: Annotated[str | None, schema_option(MACHINE, "train.precision", "--precision")] = (
@@ -340,14 +378,16 @@ class BenchOptions:
 
     image_size: Annotated[
         str | None,
-        option(MODEL, "--image-size", help="Image side in px; several as `224,384`."),
+        option(
+            MODEL, "--image-size", help="Image side in px; comma-separated for several: `224,384`."
+        ),
     ] = None
     attention: Annotated[
         str | None,
         option(
             MODEL,
             "--attention",
-            help="auto, fused (PyTorch's kernel) or explicit; several as `fused,explicit`.",
+            help="auto, fused (PyTorch's kernel) or explicit; comma-separated for several.",
         ),
     ] = None
     against: Annotated[
@@ -356,7 +396,9 @@ class BenchOptions:
     ] = None
     precision: Annotated[
         str | None,
-        option(MACHINE, "--precision", help="auto, fp32, bf16 or fp16; several as `fp32,bf16`."),
+        option(
+            MACHINE, "--precision", help="auto, fp32, bf16 or fp16; comma-separated for several."
+        ),
     ] = None
     batch_size: Annotated[
         int, option(MACHINE, "--batch-size", min=1, help="Images per batch.", show_default=True)
@@ -376,7 +418,9 @@ class BenchOptions:
             help="Memory limit for the largest-batch search, e.g. `4G`. Default: free memory.",
         ),
     ] = None
-    out: Annotated[Path | None, option(OUTPUT, "--out", help="Plot as a .png file.")] = None
+    out: Annotated[
+        Path | None, option(OUTPUT, "--out", help="Write the plot to this .png file.")
+    ] = None
     set_: Set = None
     json: Json = False
 
@@ -407,7 +451,9 @@ class FewshotOptions:
     shots: Annotated[
         str | None, schema_option(EVALUATION, "fewshot.shots", "--shots", parse=shot_counts)
     ] = None
-    method: Annotated[str | None, schema_option(EVALUATION, "fewshot.method", "--method")] = None
+    method: Annotated[
+        str | None, schema_option(EVALUATION, "fewshot.method", "--method", names=METHODS)
+    ] = None
     l2: Annotated[str | None, schema_option(EVALUATION, "fewshot.l2", "--l2", parse=penalty)] = None
     seeds: Annotated[int | None, schema_option(EVALUATION, "fewshot.seeds", "--seeds")] = None
     batch_size: InferenceBatch = 128
@@ -433,8 +479,8 @@ class EvaluateOptions:
             MODEL,
             "--model",
             "-m",
-            help="A run, a weights file or folder, `hf:ORG/NAME`, or the URL of a weights file. "
-            "Repeat it to compare models in one table. Default: the newest run that fits.",
+            help=f"{MODEL_FORMS}, or the URL of a weights file. Repeat it to compare models in one "
+            "table. Default: the newest run with a trained head.",
         ),
     ] = None
     image_size: ImageSize = None
@@ -444,8 +490,8 @@ class EvaluateOptions:
         option(
             MODEL,
             "--class-map",
-            help="JSON or CSV file that maps classes of the model to classes of the data; images "
-            "of other classes are excluded.",
+            help="JSON or CSV file: class of the data -> class(es) of the model. Images of classes "
+            "that are not listed are excluded.",
         ),
     ] = None
     suite: Annotated[
@@ -453,7 +499,7 @@ class EvaluateOptions:
         option(
             EVALUATION,
             "--suite",
-            help="Run every task of a suite instead of DATA, by name (`vtab1k`) or file.",
+            help="Suite to run instead of DATA: a name (`vtab1k`) or a file.",
         ),
     ] = None
     real: Annotated[
@@ -470,7 +516,8 @@ class EvaluateOptions:
             EVALUATION,
             "--calibrate",
             help="Fit a temperature on the validation images (or on half of the images if there "
-            "are none), report on the others, and store it with the weights.",
+            "are none), and evaluate the remaining images. The temperature is stored with the "
+            "weights.",
         ),
     ] = False
     seed: Annotated[
@@ -503,11 +550,10 @@ class PredictOptions:
         option(
             DATA,
             "--from",
-            help="File with more paths, one per line or separated by NUL (`find -print0`); `-` is "
-            "stdin.",
+            help="File with a list of image paths (one per line or NUL-separated); `-` is stdin.",
         ),
     ] = None
-    model: ModelName = None
+    model: TrainedModel = None
     labels: Labels = None
     top: Annotated[
         int, option(EVALUATION, "--top", help="Number of classes per image.", show_default=True)
@@ -521,8 +567,8 @@ class PredictOptions:
         option(
             EVALUATION,
             "--ood",
-            help="Add the out-of-distribution (OOD) score, 0 to 1: the fraction of held-out "
-            "training images whose features are closer to the training data.",
+            help="Add the out-of-distribution (OOD) score, 0 to 1: the fraction of held-out (test "
+            "or validation) images that are closer to the training images than this image.",
         ),
     ] = False
     ood_threshold: Annotated[
@@ -564,7 +610,10 @@ class PredictOptions:
         Path | None, option(OUTPUT, "--parquet", help="Save the results to this parquet file.")
     ] = None
     resume: Annotated[
-        bool, option(OUTPUT, "--resume", help="Resume the table of an interrupted command.")
+        bool,
+        option(
+            OUTPUT, "--resume", help="Continue an interrupted `--csv`, `--jsonl` or `--parquet`."
+        ),
     ] = False
     set_: Set = None
     verbose: Verbose = False

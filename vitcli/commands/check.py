@@ -17,7 +17,7 @@ from vitcli.data.image_set import ImageSet, Integers
 from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.files import replacing
 from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
@@ -266,10 +266,6 @@ class CheckResult:
 def counted(count: int, one: str, more: str) -> str:
     """`1 image is …` or `2 images are …`."""
     return f"{count:,} {one if count == 1 else more}"
-
-
-def quoted(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def _repeated_rows(which: Integers) -> list[Integers]:

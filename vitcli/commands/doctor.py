@@ -62,7 +62,7 @@ def run(folder: Path | None = None, watch: Watcher | None = None) -> Diagnosis:
     folder = folder or Path.cwd()
     if not folder.is_dir():
         raise VitcliError(
-            f"the folder `{folder}` does not exist", "give a folder of the disk to measure"
+            f"the folder `{folder}` does not exist", "give an existing folder with `--folder`"
         )
     checks: dict[str, Callable[[], dict[str, Any]]] = {
         "versions": check_versions,

@@ -2,10 +2,11 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -19,37 +20,14 @@ from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_output, run_stem
 from vitcli.vit import ViTConfig
 from vitcli.weights.edit import fold_temperature
-from vitcli.weights.google.write_google import write_google
-from vitcli.weights.huggingface.write_huggingface import write_huggingface
+from vitcli.weights.formats import FORMATS
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.onnx import data_file, run_onnx, write_onnx
-from vitcli.weights.timm.write_timm import write_timm
+from vitcli.weights.onnx import data_file, run_onnx
 
 LARGEST_DIFFERENCE = 1e-4  # relative to the largest output
 NUM_IMAGES = 3  # random images for the comparison
-
-
-@dataclass(frozen=True)
-class Format:
-    """An export format.
-
-    Attributes:
-        write: (model, path) -> notes about what the format cannot store.
-        suffix: the suffix of its file; None if the format is a folder.
-    """
-
-    write: Callable[[LoadedModel, Path], list[str]]
-    suffix: str | None = None
-
-
-FORMATS = {
-    "timm": Format(write_timm),
-    "huggingface": Format(write_huggingface),
-    "google": Format(write_google, ".npz"),
-    "onnx": Format(write_onnx, ".onnx"),
-}
 
 
 @dataclass(frozen=True)
@@ -142,7 +120,7 @@ def _export(net: LoadedModel, model: str, to: str, out: Path) -> Exported:
     """Write the model, read it back, and compare."""
     temperature = net.temperature
     fold_temperature(net)
-    notes = FORMATS[to].write(net, out)
+    notes = resolve_name(f"vitcli.weights.{FORMATS[to].write}")(net, out)
     try:
         again, difference, scale = _compare(net, to, out)
     except BaseException:

@@ -17,14 +17,8 @@ from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError
 from vitcli.evals.feature_cache import CachedFeatures
 from vitcli.evals.features import MAX_PIXEL_SIDE, Extracted, rank_and_world_size
-from vitcli.evals.fewshot.classifiers import (
-    METHODS,
-    Head,
-    Shots,
-    check_method,
-    draw_all,
-    evaluate_draws,
-)
+from vitcli.evals.fewshot.classifiers import Head, Shots, draw_all, evaluate_draws
+from vitcli.evals.fewshot.methods import METHODS, check_method
 from vitcli.evals.fewshot.ridge import L2Choice
 from vitcli.evals.intervals import wilson_interval
 from vitcli.progress import Quiet, Watcher

@@ -272,7 +272,7 @@ def _measure(
     total = min(limit, len(images))
     with watch.progress("images", total) as bar:
         for batch in eval_batches(images, preprocess, batch_size=batch_size, limit=limit):
-            result.broken += batch.broken
+            result.broken += batch.errors
             if len(batch.labels):
                 count = min(MAX_PICTURED - len(pixels), len(batch.images))
                 first = zip(batch.indices[:count].tolist(), batch.images[:count], strict=True)

@@ -10,10 +10,9 @@ from torch import Tensor
 from vitcli.config.choices import ResizeMode
 from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.readers import DATA_SUFFIXES
-from vitcli.data.readers.folder import IMAGE_SUFFIXES
 from vitcli.data.sample_range import with_window
 from vitcli.data.source import load_data
-from vitcli.decode import read_image
+from vitcli.decode import IMAGE_SUFFIXES, read_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import replacing
 from vitcli.inspection.patch_files import read_patches, save_patches, store_token_set
@@ -177,7 +176,7 @@ def run(
         notes.append(f"image size {size[0]} px, the multiple of {patch_size} nearest to 224")
     target = Path(out) if out else None
     is_image = _is_image(source)
-    _check_out(target, is_image)
+    _check_out(source, target, is_image)
     _check_picture("--compare", compare, is_image)
     _check_picture("--reconstruct", reconstruct, is_image)
     preprocess = Preprocess(size, resize_mode, num_channels=num_channels)
@@ -195,8 +194,13 @@ def _path_text(path: Path | None) -> str | None:
     return None if path is None else printable(path)
 
 
-def _check_out(target: Path | None, is_image: bool) -> None:
+def _check_out(source: str, target: Path | None, is_image: bool) -> None:
     endings = (".safetensors", ".png") if is_image else (".safetensors", "")
+    if target is not None and target.suffix.lower() == ".png" and not is_image:
+        raise VitcliError(
+            f"`--out {printable(target)}` needs one image, and `{printable(source)}` is a dataset",
+            "give one image, or a folder name without an ending for the decoded dataset",
+        )
     if target is not None and target.suffix.lower() not in endings:
         raise VitcliError(
             f"`--out {printable(target)}` does not end in {' or '.join(filter(None, endings))}",

@@ -1,7 +1,6 @@
 """`vitcli plan`: the cost of a run before it starts."""
 
 import time
-import tomllib
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,15 +13,18 @@ from vitcli import distributed
 from vitcli.config.recipe import lay_over, load_recipe, nest, recipe_path
 from vitcli.config.schema import Recipe, Settings, parse_duration
 from vitcli.cost.alternatives import change_rows, device_rows
-from vitcli.cost.machine import find_hardware, includes_this_machine, system_memory
+from vitcli.cost.hardware import find_hardware, includes_this_machine
+from vitcli.cost.machine import system_memory
 from vitcli.cost.memory import base_memory
 from vitcli.cost.plan import CostEstimate, Prices, ProbeResult, RunTime, run_time
 from vitcli.cost.planned_run import PlannedRun, count_run
 from vitcli.cost.probe import probe, unsaved_loop
 from vitcli.cost.recipe_header import RecipeHeader, noise_source
+from vitcli.data.image_set import ImageSet, Stream
 from vitcli.data.source import Source
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
+from vitcli.files import parse_toml
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free
 from vitcli.train.build import check_names, open_source, start_accelerator
@@ -166,8 +168,8 @@ def run(
 
 def _command_of(recipe: str) -> str:
     """The command of the text of a recipe; a text that is not TOML is refused when it is loaded."""
-    with suppress(tomllib.TOMLDecodeError):
-        if tomllib.loads(recipe).get("command") == "finetune":
+    with suppress(ValueError):
+        if parse_toml(recipe).get("command") == "finetune":
             return "finetune"
     return "pretrain"
 
@@ -187,15 +189,15 @@ def _default_model(stated: RecipeHeader, watch: Watcher) -> str:
 
 def _count_images(recipe: Recipe, source: Source) -> int:
     """The number of training images; a stream does not know it."""
-    try:
-        return len(source.splits["train"])
-    except TypeError:
-        if recipe.train.epochs is not None:
-            raise VitcliError(
-                "the number of images in a stream is unknown, so epochs cannot be planned",
-                "give `--steps N` instead of epochs",
-            ) from None
-        return 1
+    images: ImageSet | Stream = source.splits["train"]
+    if images.kind != "stream":
+        return len(images)
+    if recipe.train.epochs is not None:
+        raise VitcliError(
+            "the number of images in a stream is unknown, so epochs cannot be planned",
+            "give `--steps N` instead of epochs",
+        )
+    return 1
 
 
 def _make_model(recipe: Recipe, source: Source, weights: bool, watch: Watcher) -> LoadedModel:

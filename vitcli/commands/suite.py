@@ -30,7 +30,7 @@ from vitcli.evals.suite_file import (
     task_data,
     task_result,
 )
-from vitcli.files import exclusive, make_folder, write_text
+from vitcli.files import exclusive, make_folder, read_json, write_text
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import Run, new_output, run_stem
 from vitcli.weights.load import newest_run
@@ -184,7 +184,7 @@ def _start_or_continue(path: Path, suite: Suite, model: str, settings: Settings)
     record = path / RECORD
     if any(entry.name != LOCK for entry in path.iterdir()):
         try:
-            known = json.loads(record.read_text(encoding="utf-8"))
+            known = read_json(record)
         except (OSError, ValueError):
             raise VitcliError(f"`{path}` exists already", "choose another `--out`") from None
         if known != wanted:

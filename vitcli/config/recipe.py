@@ -5,7 +5,6 @@ Precedence: the defaults of the schema, the recipe file, then `--set section.key
 
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from vitcli.config.schema import DURATIONS, Inference, Recipe, Section, Settings
 from vitcli.errors import VitcliError, nearest, unknown
+from vitcli.files import parse_toml
 
 RECIPE_FOLDERS = (".", "paper", "reference")
 
@@ -56,13 +56,13 @@ def read_toml(path: Path) -> Settings:
         VitcliError: the file cannot be read or is not TOML; the error names the line.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise VitcliError(
             f"cannot read `{path}`: {why}", "a recipe is a TOML file in UTF-8"
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise VitcliError(f"`{path}` is not TOML: {error}", "see `vitcli recipes NAME`") from None
 
 
@@ -83,8 +83,8 @@ def parse_overrides(assignments: Iterable[str]) -> Settings:
                 "for example `--set train.epochs=3`",
             )
         try:
-            parsed: Any = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
+            parsed: Any = parse_toml(f"value = {value}")["value"]
+        except ValueError:
             parsed = value
         lay_over(settings, nest(key.strip(), parsed))
     return settings
@@ -116,8 +116,19 @@ def lay_over(lower: Settings, upper: Mapping[str, Any]) -> None:
 S = TypeVar("S", bound=Section)
 
 
-def check(kind: type[S], settings: Mapping[str, Any], origin: str) -> S:
-    """Validate settings; `origin` names their source in an error.
+def check(
+    kind: type[S],
+    settings: Mapping[str, Any],
+    origin: str,
+    hint: str = "",
+    typed: Mapping[str, Any] | None = None,
+) -> S:
+    """Validate settings.
+
+    Args:
+        origin: the source of the settings, for an error.
+        hint: what to do about an error.
+        typed: the settings of the command line; an error in these does not name `origin`.
 
     Raises:
         VitcliError: one error that lists every mistake.
@@ -129,6 +140,11 @@ def check(kind: type[S], settings: Mapping[str, Any], origin: str) -> S:
             f"{origin}: it contains a name that is not UTF-8, which a recipe cannot store",
             "rename the file, or pass a link to it that has a UTF-8 name",
         ) from None
+    if kind is Recipe and settings.get("command") == "fewshot":
+        raise VitcliError(
+            f"{origin} belongs to a few-shot run, which has no training settings",
+            "give a run of `pretrain` or `finetune`",
+        )
     try:
         # Validate from JSON: strict mode accepts a JSON array for a tuple, but not a Python list.
         return kind.model_validate_json(json.dumps(settings, default=str))
@@ -136,10 +152,18 @@ def check(kind: type[S], settings: Mapping[str, Any], origin: str) -> S:
         faults: dict[str, str] = {}
         for one in error.errors():  # each member of a union reports an error; keep the first
             faults.setdefault(*_fault(kind, dict(one)))
-        hint = "see `vitcli recipes NAME` and docs/reference/settings.md"
         if kind is Inference:
             hint = f"the sections are `{'`, `'.join(Inference.model_fields)}`"
-        raise VitcliError(f"{origin}: " + "; ".join(faults.values()), hint) from None
+        text = "; ".join(faults.values())
+        if not faults.keys() <= _keys(typed or {}):
+            text = f"{origin}: {text}"
+        hint = hint or f"correct it in {origin}; `vitcli recipes pretrain_formula` is an example"
+        raise VitcliError(text, hint) from None
+
+
+def _keys(settings: Mapping[str, Any]) -> set[str]:
+    """The dotted names of nested settings."""
+    return set(_flat(settings))
 
 
 def _fault(kind: type[Section], error: Mapping[str, Any]) -> tuple[str, str]:
@@ -158,9 +182,12 @@ def _fault(kind: type[Section], error: Mapping[str, Any]) -> tuple[str, str]:
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "missing":
         return name, f"`{name}` is missing"
+    is_scalar = not isinstance(error["input"], Mapping)
+    value = f"`{name}` = {error['input']!r}" if is_scalar else f"`{name}`"
     if error["type"] == "value_error":
-        return name, f"`{name}`: {message}" if name else message
-    return name, f"`{name}` = {error['input']!r}: {message[:1].lower()}{message[1:]}"
+        return name, f"{value}{' ' if is_scalar else ': '}{message}" if name else message
+    message = re.sub(r"^Input should be", "must be", message)
+    return name, f"{value} {message[:1].lower()}{message[1:]}"
 
 
 def _dotted_names(kind: type[Section], prefix: str = "") -> list[str]:
@@ -185,8 +212,9 @@ def load_recipe(
     path = recipe_path(name)
     settings = read_toml(path)
     lay_over(settings, overrides or {})
-    origin = f"recipe `{name}` with --set" if overrides else f"recipe `{name}`"
-    recipe = check(Recipe, settings, origin)
+    origin = f"recipe `{name}`"
+    hint = f"`vitcli recipes {name}` prints the recipe with its settings"
+    recipe = check(Recipe, settings, origin, hint, overrides)
     if command is not None and recipe.command != command:
         right = f"vitcli {recipe.command}"
         raise VitcliError(f"recipe `{name}` is for `{right}`", f"run `{right} --recipe {name}`")
@@ -195,7 +223,7 @@ def load_recipe(
 
 def load_inference(overrides: Mapping[str, Any] | None = None) -> Inference:
     """The settings of a command that does not train."""
-    return check(Inference, overrides or {}, "--set")
+    return check(Inference, overrides or {}, "--set", typed=overrides)
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:

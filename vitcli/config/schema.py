@@ -8,10 +8,11 @@ import hashlib
 import json
 import math
 import re
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -55,8 +56,21 @@ def parse_duration(text: str) -> float:
     parts = [int(part or 0) for part in found.groups()] if found else []
     seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
     if not seconds:
-        raise ValueError(f"`{text}` is not a duration; write for example `90s`, `10m` or `1h30m`")
+        raise ValueError("is not a duration; write for example `90s`, `10m` or `1h30m`")
     return float(seconds)
+
+
+def check_duration(text: str) -> str:
+    """`text`, if `parse_duration` can read it."""
+    parse_duration(text)
+    return text
+
+
+def check_freeze(text: str) -> str:
+    """`text`, if it is a value of `train.freeze`."""
+    if not re.fullmatch(r"none|backbone|blocks:[1-9][0-9]*", text):
+        raise ValueError("must be `none`, `backbone` or `blocks:N`")
+    return text
 
 
 class Section(BaseModel):
@@ -72,7 +86,9 @@ class ModelSection(Section):
     """
 
     name: str | None = setting(None, "Variant such as `B/16`, or the MODEL to fine-tune.")
-    image_size: Size | None = setting(None, "Image side in px, or [height, width].")
+    image_size: Size | None = setting(
+        None, "Image side in px (rectangular: `--set model.image_size=[Y,X]`)."
+    )
     patch_size: PositiveInt | None = setting(None, "Patch side in px.")
     num_channels: Literal[1, 3] | None = setting(None, "Image channels: 1 (grey) or 3 (RGB).")
     embed_dim: PositiveInt | None = setting(None, "Width of the tokens.")
@@ -86,7 +102,9 @@ class ModelSection(Section):
     num_registers: NonNegativeInt | None = setting(None, "Number of register tokens.")
     position: Position | None = setting(None, "Kind of position embedding.")
     position_at: PositionAt | None = setting(
-        None, "Where positions are added: before the encoder, per block, or one table in each."
+        None,
+        "Where positions are added: `stem` (before the encoder), `every` (a table per block) or "
+        "`shared` (one table for all blocks).",
     )
     position_covers_prefix: bool | None = setting(
         None, "Give the prefix tokens position embeddings too."
@@ -111,7 +129,7 @@ class ModelSection(Section):
     )
     stem_width: PositiveFloat | None = setting(None, "Width factor of the hybrid's ResNet stem.")
     stem_arithmetic: StemArithmetic | None = setting(
-        None, "Whose padding and normalisation the stem reproduces."
+        None, "Padding and normalisation of the stem: Google's or timm's."
     )
     layers: tuple[PositiveInt, ...] | None = setting(None, "Units per stage of a ResNet.")
     width: PositiveFloat | None = setting(None, "Width factor of a ResNet.")
@@ -196,7 +214,10 @@ class DataSection(Section):
     train_split: str | None = setting(None, "Training split or slice, e.g. `train[:98%]`.")
     test_split: str | None = setting(None, "Test split or slice.")
     test_fraction: float = setting(
-        0.2, "Test fraction where the data has no test split.", gt=0.0, lt=1.0
+        0.2,
+        "Fraction of the images held out for testing if the data has no test split.",
+        gt=0.0,
+        lt=1.0,
     )
     validation_fraction: float | None = setting(
         None, "Fraction of the training images held out for validation.", gt=0.0, lt=1.0
@@ -208,10 +229,10 @@ class DataSection(Section):
         None, "Threads that decode images. Default: by the number of CPU cores."
     )
     strict: bool = setting(
-        False, "Stop at an unreadable image. Default: use another image of the class."
+        False, "Stop at an unreadable image. Default: use another image of its class."
     )
     streaming: bool = setting(
-        False, "Read training images shard by shard without storing them; resume is approximate."
+        False, "Read training images shard by shard without storing them; a resume is approximate."
     )
     shuffle_buffer: PositiveInt = setting(2048, "Images in the shuffle buffer of a stream.")
     classes: str | None = setting(None, "File with the class names of a stream, one per line.")
@@ -246,9 +267,7 @@ class AugmentSection(Section):
     )
     crop_padding: NonNegativeInt = setting(4, "Padding of a pad crop in px.")
     flip_rate: float = setting(0.5, "Probability of a horizontal flip.", ge=0.0, le=1.0)
-    preset: str | None = setting(
-        None, "Named strength of AugReg or DeiT III that sets the keys below."
-    )
+    preset: str | None = setting(None, "Preset of AugReg or DeiT III; it sets the keys below.")
     policy: str | None = setting(None, "Augmentation policy.")
     num_ops: PositiveInt | None = setting(None, "Operations per image of RandAugment.")
     magnitude: float | None = setting(
@@ -267,7 +286,7 @@ class AugmentSection(Section):
     )
     cutmix_rate: float | None = setting(
         None,
-        "Fraction of the mixed pairs that cutmix gets when both alphas are set.",
+        "Fraction of the mixed pairs that cutmix mixes if both alphas are set.",
         ge=0.0,
         le=1.0,
     )
@@ -286,7 +305,8 @@ class ObjectiveSection(Section):
     label_smoothing: float = setting(0.0, "Label smoothing.", ge=0.0, lt=1.0)
     descriptor_weight: NonNegativeFloat = setting(1.0, "Weight of the descriptor loss in `guided`.")
     target: Literal["mean_color", "small_patch", "pixels"] = setting(
-        "mean_color", "Target of `masked_patch`: mean colour, 4x4 mean colours, or pixels."
+        "mean_color",
+        "Target of `masked_patch`: `mean_color`, `small_patch` (4x4 mean colours) or `pixels`.",
     )
     mask_rate: float | None = setting(
         None,
@@ -330,8 +350,8 @@ class OptimSection(Section):
     )
     momentum: float = setting(0.9, "Momentum of sgd, muon and adafactor.", ge=0.0, lt=1.0)
     momentum_dtype: Literal["fp32", "bf16"] = setting("fp32", "Storage type of sgd's momentum.")
-    betas: tuple[float, float] = setting((0.9, 0.999), "Betas of adamw, lamb and lion.")
-    eps: PositiveFloat = setting(1e-8, "Epsilon of adamw and lamb.")
+    betas: tuple[float, float] = setting((0.9, 0.999), "Betas of adamw, lamb, lion and muon.")
+    eps: PositiveFloat = setting(1e-8, "Epsilon of adamw, lamb and muon.")
     grad_clip: PositiveFloat | None = setting(None, "Maximum global norm of the gradients.")
 
     def rate_factor(self, batch_size: int) -> float:
@@ -355,7 +375,9 @@ class ScheduleSection(Section):
         0.0, "Learning rate at the end, as a fraction of the peak.", ge=0.0, le=1.0
     )
     timescale: PositiveInt = setting(10_000, "Timescale of `rsqrt` in steps.")
-    cooldown_steps: NonNegativeInt = setting(0, "Linear cool-down to 0 at the end of `rsqrt`.")
+    cooldown_steps: NonNegativeInt = setting(
+        0, "Steps of the linear cool-down to 0 at the end of `rsqrt`."
+    )
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
@@ -368,10 +390,10 @@ class LoraSection(Section):
     """Low-rank adapters for `finetune` (Hu et al., 2021); they are merged at the end of the run."""
 
     rank: PositiveInt | None = setting(
-        None, "Train low-rank adapters of this rank and the head only (finetune)."
+        None, "Rank of LoRA adapters; trains only the adapters and the head (finetune)."
     )
     alpha: PositiveFloat | None = setting(
-        None, "Scale of the adapters: alpha / rank. Default: 2 * rank."
+        None, "The adapters are scaled by alpha / rank. Default: 2 * rank."
     )
     targets: tuple[Literal["qkv", "proj", "mlp"], ...] = setting(
         ("qkv", "proj"), "Layers of each block that get an adapter: qkv, proj, mlp."
@@ -397,7 +419,7 @@ class TrainSection(Section):
     steps: PositiveInt | None = setting(None, "Number of optimizer steps.")
     epochs: PositiveFloat | None = setting(None, "Number of passes over the training images.")
     images: PositiveInt | None = setting(None, "Number of training images seen.")
-    budget: str | None = setting(
+    budget: Annotated[str, AfterValidator(check_duration)] | None = setting(
         None, "Time limit of the whole command, e.g. `90s`, `10m`, `1h30m`."
     )
     batch_size: PositiveInt = setting(128, "Images per optimizer step, summed over all processes.")
@@ -410,28 +432,28 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "Precision: auto, fp32, bf16 or fp16."
     )
-    freeze: str = setting(
+    freeze: Annotated[str, AfterValidator(check_freeze)] = setting(
         "none",
         "Freeze `backbone` (all but the head) or `blocks:N` (embeddings and N blocks) in finetune.",
-        pattern=r"^(none|backbone|blocks:[1-9][0-9]*)$",
     )
     activation_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time."
     )
     patch_drop_rate: float = setting(
-        0.0, "Fraction of patches that is dropped per training image.", ge=0.0, lt=1.0
+        0.0, "Fraction of the patches that are dropped per training image.", ge=0.0, lt=1.0
     )
     patch_drop_until: float = setting(
         1.0, "Fraction of the run during which patches are dropped.", gt=0.0, le=1.0
     )
     smaller_sizes: tuple[tuple[PositiveInt, float], ...] = setting(
-        (), "Progressive resizing: pairs of image side in px and the fraction of the run it ends."
+        (),
+        "Progressive resizing: pairs `[side in px, fraction of the run at which this size ends]`.",
     )
     ema_decay: float | None = setting(
         None, "Decay of the exponential moving average of the weights.", gt=0.0, lt=1.0
     )
     checkpoint_steps: PositiveInt | None = setting(
-        None, "Steps between checkpoints. Default: about one minute."
+        None, "Steps between checkpoints. Default: a checkpoint about every minute."
     )
     keep_checkpoints: PositiveInt = setting(2, "Number of checkpoints that are kept.")
     eval_steps: PositiveInt | None = setting(
@@ -445,8 +467,8 @@ class TrainSection(Section):
     )
     on_nan: Literal["stop", "rewind"] = setting(
         "stop",
-        "If the loss becomes NaN or infinite: `stop`, or `rewind` to the last checkpoint and halve "
-        "the learning rate (at most three times).",
+        "If the loss becomes NaN or infinite: `stop`, or `rewind`: go back to the last checkpoint "
+        "and halve the learning rate, at most three times.",
     )
 
     @model_validator(mode="after")
@@ -456,8 +478,6 @@ class TrainSection(Section):
             named = " and ".join(f"`{name}`" for name in given) or "none"
             options = ", ".join(f"`{name}`" for name in DURATIONS)
             raise ValueError(f"give exactly one of {options}; given: {named}")
-        if self.budget is not None:
-            parse_duration(self.budget)
         return self
 
     def side_at(self, step: float, total_steps: int) -> int | None:
@@ -484,12 +504,11 @@ class TrainSection(Section):
 class FewshotSection(Section):
     """A classifier on frozen features. The defaults are big_vision's few-shot protocol."""
 
-    method: Literal["ridge", "knn", "logistic", "mean"] = setting(
-        "ridge",
-        "Classifier: ridge (the paper's), knn, logistic (linear probe) or mean (nearest mean).",
-    )
+    method: str = setting("ridge", "Classifier on the features.")
     shots: tuple[PositiveInt | Literal["all"], ...] = setting(
-        (5,), "Training images per class, or `all`; several as `1,5,10`.", min_length=1
+        (5,),
+        "Training images per class, or `all`; comma-separated for several: `1,5,10`.",
+        min_length=1,
     )
     seeds: PositiveInt = setting(3, "Number of random draws of the shots.")
     l2: PositiveFloat | Literal["auto", "path"] | None = setting(

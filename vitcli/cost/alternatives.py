@@ -8,7 +8,7 @@ from typing import Any
 from vitcli.config.recipe import check, lay_over, nest
 from vitcli.config.schema import Recipe, Settings
 from vitcli.cost.flops import run_stages
-from vitcli.cost.machine import Hardware
+from vitcli.cost.hardware import Hardware
 from vitcli.cost.plan import CostEstimate, RunTime, run_time
 from vitcli.cost.planned_run import PlannedRun, RunCounts
 from vitcli.cost.probe import time_steps, unsaved_loop
@@ -146,8 +146,8 @@ def smaller_variant(recipe: Recipe) -> str | None:
         return variant.depth * d * (4 * d + 2 * variant.mlp_dim)
 
     order = sorted(set(VARIANTS) - TOO_SMALL, key=weights)
-    place = order.index(size)
-    return f"{stem}{plus}{order[place - 1]}/{patch}" if place else None
+    position = order.index(size)
+    return f"{stem}{plus}{order[position - 1]}/{patch}" if position else None
 
 
 def change_rows(

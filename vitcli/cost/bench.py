@@ -167,9 +167,7 @@ class ClassificationStep(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, C, Y, X), (B,) -> the mean loss (), and no metrics."""
         return nn.functional.cross_entropy(self.model(images).float(), labels), {}
 

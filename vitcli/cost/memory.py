@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from vitcli.config.schema import Recipe
 from vitcli.train.ema import Ema
-from vitcli.train.objectives import find_objective
+from vitcli.train.objectives import objective_class
 from vitcli.train.optimizers import build_optimizers
 from vitcli.vit.blocks import forced_attention
 
@@ -153,7 +153,7 @@ def step_memory(make_objective: MakeObjective, recipe: Recipe, shape: StepShape)
     Args:
         make_objective: builds the objective on any device; the trace replaces its weights.
     """
-    fake = not find_objective(recipe.objective.name).shapes_depend_on_data
+    fake = not objective_class(recipe.objective.name).shapes_depend_on_data
     if fake or shape.micro_batch < 3:
         return trace_step(make_objective, recipe, shape, fake=fake)
     parts = shape.num_micro_batches
@@ -241,7 +241,7 @@ def _accumulate_gradients(
         before = tracker.live
         images, targets = _inputs(pixels[: shape.micro_batch], shape)
         with _autocast(shape.precision):
-            loss, _metrics = objective(images, targets, {})
+            loss, _metrics = objective(images, targets)
         del images, targets
         kept = max(kept, tracker.live - before)
         loss.backward()

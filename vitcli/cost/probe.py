@@ -11,7 +11,7 @@ from vitcli.devices import matrix_peak, peak_memory
 from vitcli.progress import Logged, Watcher
 from vitcli.run import Run
 from vitcli.train.agreement import max_over_processes
-from vitcli.train.budget import seconds_per_step, stage_fractions
+from vitcli.train.budget import stage_fractions, time_steps_and_reset
 from vitcli.train.build import build_loop, held_out_images
 from vitcli.train.loop import Loop
 from vitcli.train.validate import EVAL_BATCH_SIZE
@@ -44,14 +44,14 @@ def time_steps(loop: Loop, seconds: float, warmup: int = WARMUP_STEPS) -> tuple[
     stages = stage_fractions(loop.recipe.train)
     limit = seconds / len(stages)
     found = []
-    for place, _ in stages:
+    for position, _ in stages:
         start, end = time.perf_counter(), time.monotonic() + limit
-        seconds_per_step(loop, place, 0.0, max_steps=1, warmup=0)
+        time_steps_and_reset(loop, position, 0.0, max_steps=1, warmup=0)
         # If one step takes half of the time, there is no time for warm-up steps. All processes
         # must agree, because each step averages gradients over all of them.
         slow = max_over_processes(loop.accelerator, int(time.perf_counter() - start > limit / 2))
         steps = {"max_steps": MAX_STEPS, "warmup": 0 if slow else warmup}
-        found.append(seconds_per_step(loop, place, end, **steps))
+        found.append(time_steps_and_reset(loop, position, end, **steps))
     return tuple(found)
 
 
@@ -87,11 +87,11 @@ def _evaluation_seconds(planned: PlannedRun, loop: Loop, step: float) -> float:
     batch = per_image * min(images, EVAL_BATCH_SIZE)
     if max_over_processes(loop.accelerator, int(batch > MAX_EVAL_SECONDS)):
         return per_image * images
-    loop.module.eval()
+    loop.wrapped.eval()
     few = min(images, EVAL_BATCH_SIZE * loop.accelerator.num_processes)
     loop.validate(limit=few)  # warm-up
     start = time.perf_counter()
     loop.validate(limit=few)
     measured = time.perf_counter() - start
-    loop.module.train()
+    loop.wrapped.train()
     return measured * images / few

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ class NoiseSet:
     It has the part of `ImageSet` that a training loop uses.
     """
 
+    kind: Literal["batches"] = "batches"
     targets = None
     name = "train"
 
@@ -79,13 +80,12 @@ class NoiseSet:
         indices: Integers,
         image_size: tuple[int, int],
         seed: int,
-        views: int = 1,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(B,) indices -> (V*B, C, Y, X) uint8 noise, (B,) labels, and no factors."""
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) indices -> (B, C, Y, X) uint8 noise, (B,) labels."""
         generator = torch.Generator().manual_seed(int(indices[0]))
-        shape = (views * len(indices), self.channels, *image_size)
+        shape = (len(indices), self.channels, *image_size)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        return images, torch.zeros(len(indices), dtype=torch.long), {}
+        return images, torch.zeros(len(indices), dtype=torch.long)
 
 
 def noise_source(

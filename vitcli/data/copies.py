@@ -28,7 +28,9 @@ MAX_LEAK_READS = 200_000  # images; given splits of larger sets are compared by 
 def image_units(
     sets: Mapping[str, ImageSet], watch: Watcher, *, within: bool
 ) -> dict[str, Integers] | None:
-    """Split -> (n,) numbers, equal for exact copies; None if the images cannot be compared.
+    """Split -> (n,) numbers, equal for exact copies; None if the store cannot compare images.
+
+    It is empty if a comparison of given splits would read more than MAX_LEAK_READS images.
 
     Args:
         sets: the images.
@@ -49,13 +51,15 @@ def image_units(
         np.maximum.at(last, which, split)
         shared &= (first < last)[which]
         if shared.sum() > MAX_LEAK_READS:
-            return None
-    places = [(images, index) for images in sets.values() for index in range(len(images))]
+            return {}
+    owners, starts = list(sets.values()), np.cumsum([0, *lengths])
     units = np.arange(len(every))
     rows = np.flatnonzero(shared)
     for whole in (False, True):
         read = partial(content_digest, whole=whole)
-        digests = _read_all([places[row] for row in rows], read, watch)
+        owner = np.searchsorted(starts, rows, side="right") - 1
+        places = [(owners[k], int(row - starts[k])) for k, row in zip(owner, rows, strict=True)]
+        digests = _read_all(places, read, watch)
         found: dict[Any, list[int]] = {}
         for row, digest in zip(rows.tolist(), digests, strict=True):
             if digest is not None:

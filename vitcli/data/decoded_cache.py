@@ -30,7 +30,7 @@ from vitcli.data.readers.decoded import (
 from vitcli.data.source import Source
 from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError, printable
-from vitcli.files import exclusive, make_folder, replacing, write_text
+from vitcli.files import exclusive, make_folder, read_json, replacing, write_text
 from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
 
@@ -165,7 +165,7 @@ def _summary(source: Source, out: Path) -> tuple[dict[str, int], list[str], dict
 def _read_plan(file: Path) -> dict[str, Any]:
     """The plan of a started or finished dataset; empty if it cannot be read."""
     try:
-        plan = json.loads(file.read_text(encoding="utf-8"))
+        plan = read_json(file)
     except (OSError, ValueError):
         return {}
     return plan if isinstance(plan, dict) else {}

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from vitcli.data.splits import SPLIT_ALIASES
 from vitcli.errors import printable
+from vitcli.hub.datasets import SPLIT_ALIASES
 
 # Words that say nothing about a class. A folder with one of them in its name can be a wrapper.
 CONTAINERS = frozenset({

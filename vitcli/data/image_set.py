@@ -5,11 +5,12 @@ An `ImageStore` holds the images: files, arrays, tar members, parquet cells or d
 
 import os
 import threading
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,8 +141,40 @@ class ArrayStore:
     def content(self, row: int) -> Image.Image:
         return Image.fromarray(self.images[row])
 
+    def content_keys(self, rows: Integers) -> Integers:
+        """Checksums."""
+        sums = (zlib.crc32(self.images[row].tobytes()) for row in rows)
+        return np.fromiter(sums, np.int64, len(rows))
+
     def describe(self, row: int) -> str:
         return f"image {row} of {self.name}"
+
+
+class BatchSource(Protocol):
+    """A training set that makes whole batches itself, such as `FormulaSet`."""
+
+    kind: Literal["batches"]
+    labels: Integers
+
+    def __len__(self) -> int: ...
+
+    def describe(self, index: int) -> str:
+        """The name of the image in errors."""
+
+    def batch(
+        self, epochs: Integers, indices: Integers, image_size: tuple[int, int], seed: int
+    ) -> tuple[Any, Any]:
+        """(B,) epochs, (B,) indices -> (B, C, Y, X) uint8 images, (B,) labels."""
+
+
+class Stream(Protocol):
+    """A training set that is read from its start to its end, of unknown length: `StreamSet`."""
+
+    kind: Literal["stream"]
+    shards: tuple[Any, ...]
+
+    def epoch(self, seed: Sequence[int], rank: int, world_size: int) -> Iterator[Any]:
+        """The samples of this process, in an order that `seed` determines."""
 
 
 class ImageSet:
@@ -156,6 +189,8 @@ class ImageSet:
         targets: (n, K) multi-hot targets of multi-label images, else None.
         groups: (n,) numbers; images with the same number stay in one split; -1: in no group.
     """
+
+    kind: Literal["images"] = "images"
 
     def __init__(
         self,
@@ -182,6 +217,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def rows(self) -> Integers:
+        """(n,) the row of each image in its store."""
+        return self._rows
 
     @property
     def is_decoded(self) -> bool:
@@ -269,14 +309,14 @@ class ImageSet:
             KeyError: the class of an image is not in `classes`.
         """
         target = {name: label for label, name in enumerate(classes)}
-        place = np.full(len(self.classes) + 1, -1)  # the last entry maps -1, no label, to -1
+        new_label = np.full(len(self.classes) + 1, -1)  # the last entry maps -1, no label, to -1
         present = np.flatnonzero(self.class_counts())
-        place[present] = [target[self.classes[label]] for label in present]
+        new_label[present] = [target[self.classes[label]] for label in present]
         targets = None
         if self.targets is not None:
             targets = np.zeros((len(self), len(classes)), dtype=np.uint8)
-            targets[:, place[present]] = self.targets[:, present]
-        labels = place[self.labels]
+            targets[:, new_label[present]] = self.targets[:, present]
+        labels = new_label[self.labels]
         return ImageSet(self.name, classes, labels, self._store, self._rows, targets, self.groups)
 
     def class_counts(self) -> Integers:

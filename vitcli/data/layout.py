@@ -21,8 +21,9 @@ from vitcli.data.folder_tree import (
 )
 from vitcli.data.labels import sorted_classes
 from vitcli.data.masks import drop_masks
-from vitcli.data.splits import SPLITS, in_split_order
+from vitcli.data.splits import in_split_order
 from vitcli.errors import VitcliError, printable
+from vitcli.hub.datasets import SPLITS
 
 
 @dataclass

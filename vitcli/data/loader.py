@@ -3,7 +3,7 @@
 A loader has no state to save. Everything random is a function of numbers that a checkpoint has:
 
 * order of the images: (seed, epoch)
-* augmentation of an image: (seed, epoch, index, view)
+* augmentation of an image: (seed, epoch, index, repeat)
 * mixup and cutmix of a batch: (seed, position)
 
 The position is the number of images seen by all processes. So the batches are the same for any
@@ -25,7 +25,14 @@ from vitcli.data.augment.mixing import Mix, mixes_pairs, sample_mix
 from vitcli.data.augment.policies import AugmentSettings, Rng
 from vitcli.data.augment.transform import TrainTransform, image_rng
 from vitcli.data.batch import Batch, allocate_images, check_batch, make_batch, targets_of
-from vitcli.data.image_set import AnyPicture, ImageSet, Integers, Pixels
+from vitcli.data.image_set import (
+    AnyPicture,
+    BatchSource,
+    ImageSet,
+    Integers,
+    Pixels,
+    Stream,
+)
 from vitcli.data.prefetch import Prefetcher, Submit, default_workers
 from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError
@@ -66,31 +73,30 @@ def repeated_positions(
         image in its batch.
     """
     batch, offset = np.divmod(np.arange(start, start + count, dtype=np.int64), batch_size)
-    repeat, place = np.divmod(offset, batch_size // repeats)
-    return batch * (batch_size // repeats) + place, repeat
+    repeat, position = np.divmod(offset, batch_size // repeats)
+    return batch * (batch_size // repeats) + position, repeat
 
 
 class TrainLoader:
     """The endless, seeded sequence of training batches.
 
-    `images` is of one of three kinds:
+    `images` is of one of three kinds (`images.kind`):
 
-    * an `ImageSet`, decoded image by image. An unreadable image is replaced by the next image of
-      its class.
-    * a set with the method `batch` (`FormulaSet`), which draws whole batches itself.
-    * a stream with the method `epoch` (`StreamSet`). An unreadable image is skipped.
+    * `ImageSet`, decoded image by image. An unreadable image is replaced by the next image of its
+      class.
+    * `BatchSource`, which makes whole batches itself.
+    * `Stream`. An unreadable image is skipped.
 
     Args:
         images: the training set.
-        transform: the training transform; None for a set with `batch`.
+        transform: the training transform; None for a `BatchSource`.
         batch_size: images per step, summed over all processes.
         seed: seed of order, augmentation and mixing.
-        views: views of each image in a batch.
         workers: threads; 0 decodes in the calling thread, None chooses.
         rank, world_size: this process and the number of processes. Each process makes an equal,
             contiguous part of every batch.
         strict: raise `ImageError` for an unreadable image.
-        image_size: (Y, X) of a set with `batch`; default: that of the transform.
+        image_size: (Y, X) of a `BatchSource`; default: that of the transform.
         repeats: showings of each image in a batch, each with its own augmentation.
         augment: resolved `[augment]` settings for mixup and cutmix; None: no mixing.
         pin_memory: allocate pinned memory, from which a GPU copies in the background.
@@ -105,12 +111,11 @@ class TrainLoader:
 
     def __init__(
         self,
-        images: Any,
+        images: ImageSet | BatchSource | Stream,
         transform: TrainTransform | None,
         *,
         batch_size: int,
         seed: int,
-        views: int = 1,
         workers: int | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -122,21 +127,18 @@ class TrainLoader:
     ) -> None:
         mixes = augment is not None and mixes_pairs(augment)
         check_batch(batch_size, world_size, repeats, mixes)
-        self.is_stream = hasattr(images, "epoch")
-        self.draws_batches = hasattr(images, "batch")
-        if self.is_stream and len(images.shards) < world_size:
+        if images.kind == "stream" and len(images.shards) < world_size:
             raise VitcliError(
                 f"the stream has {len(images.shards)} files for {world_size} processes, and each "
                 "process reads its own files",
                 "use fewer processes, or split the data into more files",
             )
-        assert transform is not None or self.draws_batches
-        assert repeats == 1 or not (self.draws_batches or self.is_stream)
+        assert transform is not None or images.kind == "batches"
+        assert repeats == 1 or images.kind == "images"
         self.images = images
         self.transform = transform
         self.batch_size = batch_size
         self.seed = seed
-        self.views = views
         self.workers = default_workers(world_size) if workers is None else workers
         self.rank = rank
         self.world_size = world_size
@@ -146,7 +148,7 @@ class TrainLoader:
         self.augment = augment if mixes else None
         self.pin_memory = pin_memory
         self.broken: dict[str, str] = {}
-        self._unreadable: set[int] = set()
+        self._unreadable: dict[int, tuple[str, str]] = {}  # index -> name, reason
         self._lock = threading.Lock()
 
     def batches(self, start_images: int, num_steps: int) -> Iterator[Batch]:
@@ -158,22 +160,24 @@ class TrainLoader:
             VitcliError: a class, or a whole stream, has no readable image; a shard is unreadable.
             ImageError: an image is unreadable and `strict` is set.
         """
-        if self.is_stream:
-            return self._stream_batches(start_images, num_steps)
+        images = self.images
+        if images.kind == "stream":
+            return self._stream_batches(images, start_images, num_steps)
         starts = (start_images + step * self.batch_size for step in range(num_steps))
-        make = self._draw_batch if self.draws_batches else self._decode_batch
-        return Prefetcher(make, starts, self.workers)
+        if images.kind == "batches":
+            return Prefetcher(partial(self._draw_batch, images), starts, self.workers)
+        return Prefetcher(partial(self._decode_batch, images), starts, self.workers)
 
-    def _local_images(self, start: int) -> tuple[Integers, Integers, Integers]:
+    def _local_images(self, start: int, num_images: int) -> tuple[Integers, Integers, Integers]:
         """Epoch, index and number of earlier showings of this process's images in a batch."""
         size = self.batch_size // self.world_size
-        first, num_images = start + self.rank * size, len(self.images)
+        first = start + self.rank * size
         if self.repeats == 1:
             return *images_at(first, size, num_images, self.seed), np.zeros(size, dtype=np.int64)
-        places, repeat = repeated_positions(first, size, self.batch_size, self.repeats)
-        low = int(places.min())
-        epochs, indices = images_at(low, int(places.max()) - low + 1, num_images, self.seed)
-        return epochs[places - low], indices[places - low], repeat
+        positions, repeat = repeated_positions(first, size, self.batch_size, self.repeats)
+        low = int(positions.min())
+        epochs, indices = images_at(low, int(positions.max()) - low + 1, num_images, self.seed)
+        return epochs[positions - low], indices[positions - low], repeat
 
     def _local_mix(self, start: int) -> Mix | None:
         """The mixing of this process's images in the batch at position `start`."""
@@ -185,60 +189,54 @@ class TrainLoader:
         size = self.batch_size // self.world_size
         return whole.part(self.rank * size, (self.rank + 1) * size)
 
-    def _draw_batch(self, start: int, submit: Submit) -> Callable[[], Batch]:
-        """A batch from a set that draws batches."""
-        epochs, indices, _ = self._local_images(start)
+    def _draw_batch(self, source: BatchSource, start: int, submit: Submit) -> Callable[[], Batch]:
+        """A batch from a set that makes batches."""
+        epochs, indices, _ = self._local_images(start, len(source))
+        image_size = self.image_size
+        assert image_size is not None
 
         def draw() -> Batch:
-            drawn, labels, factors = self.images.batch(
-                epochs, indices, self.image_size, self.seed, self.views
-            )
+            drawn, labels = source.batch(epochs, indices, image_size, self.seed)
             images = torch.as_tensor(drawn)
             images = images.pin_memory() if self.pin_memory else images
             batch = make_batch(images, labels, indices, epochs)
-            factors = {name: torch.as_tensor(values) for name, values in factors.items()}
-            return replace(batch, factors=factors, mix=self._local_mix(start))
+            return replace(batch, mix=self._local_mix(start))
 
         return submit(draw)
 
-    def _decode_batch(self, start: int, submit: Submit) -> Callable[[], Batch]:
+    def _decode_batch(self, source: ImageSet, start: int, submit: Submit) -> Callable[[], Batch]:
         """A batch that is decoded and transformed image by image; the threads share its parts."""
         assert self.transform is not None
         transform, preprocess = self.transform, self.transform.preprocess
-        epochs, indices, repeat = self._local_images(start)
+        epochs, indices, repeat = self._local_images(start, len(source))
         shown = indices.copy()  # differs from `indices` where an image is replaced
-        shape = (self.views, len(indices), preprocess.num_channels, *preprocess.image_size)
-        images = allocate_images((shape[0] * shape[1], *shape[2:]), self.pin_memory)
-        pixels = images.numpy().reshape(shape)  # (V, B, C, Y, X), the same memory
+        shape = (len(indices), preprocess.num_channels, *preprocess.image_size)
+        images = allocate_images(shape, self.pin_memory)
+        pixels = images.numpy()  # (B, C, Y, X), the same memory
 
-        def rngs_of(i: int) -> list[Rng]:
-            # A repeat is a further view of the image, so its views count on.
-            first_view = int(repeat[i]) * self.views
-            epoch, index = int(epochs[i]), int(indices[i])
-            return [image_rng(self.seed, epoch, index, first_view + v) for v in range(self.views)]
+        def rng_of(i: int) -> Rng:
+            return image_rng(self.seed, int(epochs[i]), int(indices[i]), int(repeat[i]))
 
-        def write_views(i: int, rngs: list[Rng], image: AnyPicture) -> None:
-            for view, rng in enumerate(rngs):
-                pixels[view, i] = transform.view(image, rng)
+        def write(i: int, rng: Rng, image: AnyPicture) -> None:
+            pixels[i] = transform.view(image, rng)
 
-        def fill(part: Integers) -> list[str]:
-            unreadable: list[str] = []
+        def fill(part: Integers) -> list[tuple[str, str]]:
+            unreadable: list[tuple[str, str]] = []
             # All generators first: creating them between images takes twice the time, which is
             # noticeable with decoded images.
-            rngs = [rngs_of(i) for i in part.tolist()]
-            for i, image_rngs in zip(part.tolist(), rngs, strict=True):
-                use = partial(write_views, i, image_rngs)
-                shown[i] = self._read_or_replace(
-                    int(indices[i]), preprocess.pixel_format, use, unreadable
-                )
+            rngs = [rng_of(i) for i in part.tolist()]
+            for i, rng in zip(part.tolist(), rngs, strict=True):
+                use = partial(write, i, rng)
+                index, wanted = int(indices[i]), preprocess.pixel_format
+                shown[i] = self._read_or_replace(source, index, wanted, use, unreadable)
             return unreadable
 
         parts = np.array_split(np.arange(len(indices)), max(1, min(self.workers, len(indices))))
         results = [submit(partial(fill, part)) for part in parts]
 
         def gather() -> Batch:
-            unreadable = [name for result in results for name in result()]
-            labels = targets_of(self.images, shown)
+            unreadable = [entry for result in results for entry in result()]
+            labels = targets_of(source, shown)
             batch = make_batch(images, labels, shown, epochs, dict.fromkeys(unreadable))
             return replace(batch, mix=self._local_mix(start))
 
@@ -246,83 +244,75 @@ class TrainLoader:
 
     def _read_or_replace(
         self,
+        source: ImageSet,
         index: int,
         wanted: PixelFormat,
         use: Callable[[AnyPicture], None],
-        unreadable: list[str],
+        unreadable: list[tuple[str, str]],
     ) -> int:
         """Call `use` with the image or the next readable one of its class; return its index."""
-        for candidate in self._same_class(index):
+        for candidate in _same_class(source.labels, index):
             if candidate in self._unreadable:
-                unreadable.append(self.images.describe(candidate))
+                unreadable.append(self._unreadable[candidate])
                 continue
             try:
-                with self.images.open(candidate, wanted) as image:
+                with source.open(candidate, wanted) as image:
                     use(image)
                 return candidate
             except ImageError as error:
                 if self.strict:
                     raise
-                unreadable.append(error.name)
+                unreadable.append((error.name, error.reason))
                 with self._lock:
                     self.broken[error.name] = error.reason
-                    self._unreadable.add(candidate)
-        label = int(self.images.labels[index])
-        which = f"of class `{self.images.classes[label]}`" if label >= 0 else "without a label"
+                    self._unreadable[candidate] = error.name, error.reason
+        label = int(source.labels[index])
+        which = f"of class `{source.classes[label]}`" if label >= 0 else "without a label"
         raise VitcliError(
             f"none of the images {which} can be read",
-            f"check the files, for example {self.images.describe(index)}",
+            f"check the files, for example {source.describe(index)}",
         )
 
-    def _same_class(self, index: int) -> Iterator[int]:
-        """`index`, then the later images of its class, then the earlier ones."""
-        yield index
-        members = np.flatnonzero(self.images.labels == self.images.labels[index])
-        at = int(np.searchsorted(members, index))
-        for member in np.roll(members, -at)[1:]:
-            yield int(member)
-
-    def _stream_batches(self, start_images: int, num_steps: int) -> Iterator[Batch]:
+    def _stream_batches(self, stream: Stream, start_images: int, num_steps: int) -> Iterator[Batch]:
         size = self.batch_size // self.world_size
-        decoded = self._stream_images(start_images, STREAM_PREFETCH * size - 1)
+        decoded = self._stream_images(stream, start_images, STREAM_PREFETCH * size - 1)
         for step in range(num_steps):
-            epochs, indices, labels, views = zip(*islice(decoded, size), strict=True)
-            pixels = [image[view] for view in range(self.views) for image in views]  # V*B
+            epochs, indices, labels, pixels = zip(*islice(decoded, size), strict=True)
             images = allocate_images((len(pixels), *pixels[0].shape), self.pin_memory)
-            for i, view in enumerate(pixels):
-                images.numpy()[i] = view
+            for i, image in enumerate(pixels):
+                images.numpy()[i] = image
             batch = make_batch(images, labels, np.array(indices), np.array(epochs))
             mix = self._local_mix(start_images + step * self.batch_size)
             yield replace(batch, mix=mix)
 
     def _stream_images(
-        self, start_images: int, prefetch: int
-    ) -> Iterator[tuple[int, int, int, list[Pixels]]]:
-        """(epoch, index, label, views) of the readable images, in the order of the stream."""
+        self, stream: Stream, start_images: int, prefetch: int
+    ) -> Iterator[tuple[int, int, int, Pixels]]:
+        """(epoch, index, label, pixels) of the readable images, in the order of the stream."""
         assert self.transform is not None
         transform, wanted = self.transform, self.transform.preprocess.pixel_format
         no_image = VitcliError(
-            f"the stream of {len(self.images.shards)} files has no labelled image that can be read",
+            f"the stream of {len(stream.shards)} files has no labelled image that can be read",
             "name the columns with `--set data.image_column=NAME` and `data.label_column=NAME`",
         )
 
         def samples() -> Iterator[tuple[int, int, Any]]:
             for epoch in count():
-                seed, place = (self.seed, start_images, epoch), -1
-                shuffled = self.images.epoch(seed, self.rank, self.world_size)
-                for place, sample in enumerate(shuffled):
-                    yield epoch, place * self.world_size + self.rank, sample
-                if place < 0:
+                seed, number = (self.seed, start_images, epoch), -1
+                shuffled = stream.epoch(seed, self.rank, self.world_size)
+                for number, sample in enumerate(shuffled):
+                    yield epoch, number * self.world_size + self.rank, sample
+                if number < 0:
                     raise no_image
 
         def decode(epoch: int, index: int, sample: Any) -> Any:
-            rngs = [image_rng(self.seed, epoch, index, view) for view in range(self.views)]
+            rng = image_rng(self.seed, epoch, index)
             try:
                 with open_image(sample.content, wanted, name=sample.name) as image:
-                    views = [transform.view(image, rng) for rng in rngs]
+                    pixels = transform.view(image, rng)
             except ImageError as error:
                 return epoch, index, error, None
-            return epoch, index, sample.label, views
+            return epoch, index, sample.label, pixels
 
         any_readable = False
         workers = max(1, self.workers)
@@ -338,6 +328,15 @@ class TrainLoader:
                 raise no_image
             else:
                 self.broken[result[2].name] = result[2].reason
+
+
+def _same_class(labels: Integers, index: int) -> Iterator[int]:
+    """`index`, then the later images of its class, then the earlier ones."""
+    yield index
+    members = np.flatnonzero(labels == labels[index])
+    at = int(np.searchsorted(members, index))
+    for member in np.roll(members, -at)[1:]:
+        yield int(member)
 
 
 def eval_batches(
@@ -374,7 +373,7 @@ def eval_batches(
         pixels = batch_images.numpy()  # the same memory
         readable = np.ones(len(indices), dtype=bool)
 
-        def fill(part: Integers) -> list[str]:
+        def fill(part: Integers) -> list[tuple[str, str]]:
             failures = []
             for i in part:
                 try:
@@ -382,14 +381,14 @@ def eval_batches(
                     pixels[i] = as_array(preprocess.fit(image))
                 except ImageError as error:
                     readable[i] = False
-                    failures.append(f"{error.name}: {error.reason}")
+                    failures.append((error.name, error.reason))
             return failures
 
         parts = np.array_split(np.arange(len(indices)), max(1, min(workers, len(indices))))
         results = [submit(partial(fill, part)) for part in parts]
 
         def gather() -> Batch:
-            failures = [line for result in results for line in result()]
+            failures = [entry for result in results for entry in result()]
             kept, left = batch_images, indices
             if not readable.all():
                 kept, left = batch_images[readable], indices[readable]

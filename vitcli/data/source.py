@@ -17,7 +17,7 @@ import numpy as np
 from vitcli.config.schema import DataSection
 from vitcli.data.copies import image_units, join_groups, leak_notes
 from vitcli.data.image_set import ImageSet, Integers
-from vitcli.data.readers import READERS, expand_home, find_reader, resolve
+from vitcli.data.readers import READERS, expand_home, find_reader, import_function
 from vitcli.data.splits import GROUP_COLUMN, divides, split_images
 from vitcli.errors import VitcliError, printable
 from vitcli.progress import Quiet, Watcher
@@ -149,7 +149,7 @@ def open_data(
 
         return open_stream(request)
     try:
-        source: Source = resolve(READERS[find_reader(notation)].load)(request)
+        source: Source = import_function(READERS[find_reader(notation)].load)(request)
         return source
     except OSError as error:
         reason = error.strerror or str(error)
@@ -201,20 +201,22 @@ def make_source(
         )
     labels = {name: images.labels for name, images in aligned.items()}
     groups, group_notes = _groups(request, aligned)
+    for name, units in (groups or {}).items():
+        aligned[name].groups = units  # so that a later split, such as for calibration, keeps them
     assigned = split_images(labels, request.settings, shown, whole=request.whole, groups=groups)
-    made = {}
+    cut = {}  # the final splits
     for name, (origin, indices) in assigned.parts.items():
-        made[name] = aligned[origin]
+        cut[name] = aligned[origin]
         if indices is not None:
-            made[name] = aligned[origin].subset(indices, name)
+            cut[name] = aligned[origin].subset(indices, name)
         elif name != origin:
-            made[name] = aligned[origin].subset(np.arange(len(aligned[origin])), name)
-    hashed = [*parts, *(name.encode() + s.labels.tobytes() for name, s in made.items())]
-    hashed += [s._rows.tobytes() for s in made.values()]
-    hashed += [s.targets.tobytes() for s in made.values() if s.targets is not None]
-    record = {"images": {name: len(images) for name, images in made.items()}, **assigned.record}
+            cut[name] = aligned[origin].subset(np.arange(len(aligned[origin])), name)
+    hashed = [*parts, *(name.encode() + s.labels.tobytes() for name, s in cut.items())]
+    hashed += [s.rows.tobytes() for s in cut.values()]
+    hashed += [s.targets.tobytes() for s in cut.values() if s.targets is not None]
+    record = {"images": {name: len(images) for name, images in cut.items()}, **assigned.record}
     all_notes = (*notes, *group_notes, *assigned.notes)
-    return Source(shown, made, base.classes, fingerprint(hashed), all_notes, record)
+    return Source(shown, cut, base.classes, fingerprint(hashed), all_notes, record)
 
 
 def _groups(
@@ -232,13 +234,24 @@ def _groups(
     if not request.labelled or not (divided or len(splits) > 1):
         return None, []
     units = image_units(splits, request.watch, within=divided)
-    notes = [] if units is None else leak_notes(shown, units, splits)
+    notes = leak_notes(shown, units, splits) if units else []
+    if units == {}:
+        notes.append(
+            f"{shown}: too many images have equal sizes to look for copies of train images in the "
+            "other splits at the start; `vitcli check` does"
+        )
     if not divided:
         return None, notes
     if units is None:
         units = {name: np.arange(len(images)) for name, images in splits.items()}
     elif copies := sum(len(found) - len(np.unique(found)) for found in units.values()):
         are = "image is an exact copy" if copies == 1 else "images are exact copies"
+        if not grouped and all(_one_unit_per_class(splits[k], units[k]) for k in splits):
+            notes.append(
+                f"{shown}: all images of each class are copies of one image, so copies are in "
+                "train and test, and accuracy on test means nothing"
+            )
+            return None, notes
         notes.append(f"{shown}: {copies:,} {are} of other images; copies stay in the same split")
     if grouped:
         groups = [images.groups for images in splits.values() if images.groups is not None]
@@ -249,6 +262,12 @@ def _groups(
             "groups)"
         )
     return {name: join_groups(units[name], splits[name].groups) for name in splits}, notes
+
+
+def _one_unit_per_class(images: ImageSet, units: Integers) -> bool:
+    """True if nothing could be held out without a division of copies."""
+    pairs = np.unique(np.stack([images.labels, units], axis=1), axis=0)
+    return len(pairs) == len(np.unique(images.labels))
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:

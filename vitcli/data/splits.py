@@ -11,25 +11,14 @@ import numpy as np
 from vitcli.config.schema import DataSection
 from vitcli.data.stratify import Integers, fold_of, spread_slice, stratified_split
 from vitcli.errors import VitcliError, unknown
+from vitcli.hub.datasets import SPLIT_ALIASES as SPLIT_ALIASES
+from vitcli.hub.datasets import SPLIT_WORD as SPLIT_WORD
+from vitcli.hub.datasets import SPLITS as SPLITS
 
 T = TypeVar("T")
 
-SPLITS = ("train", "validation", "test")
-# How the name of a file may begin.
-SPLIT_PREFIXES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
-# A whole word or a folder name; the Hugging Face Hub's loader also accepts `dev`.
-SPLIT_ALIASES = {**SPLIT_PREFIXES, "dev": "validation"}
-SPLIT_WORD = re.compile(
-    r"(?<![a-z])(" + "|".join(sorted(SPLIT_ALIASES, key=len, reverse=True)) + r")(?![a-z])"
-)
+# How the name of a file may begin: `dev` is too short, as in `device-001.tar`.
+SPLIT_PREFIXES = {word: split for word, split in SPLIT_ALIASES.items() if word != "dev"}
 GROUP_COLUMN = "group"  # a column of this name is used without a setting
 SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
 
@@ -302,17 +291,18 @@ def _hold_out_test(
     found.parts["train"] = (name, indices[keep])
     if len(held_out):
         found.parts["test"] = (name, indices[held_out])
-    elif len(own) > 1 and groups is not None and len(np.unique(groups)) == 1:
-        raise VitcliError(
-            f"`{shown}`: all {len(own):,} images are copies or in one group, so none can be held "
-            "out for testing",
-            "check the images and `data.group_column`",
-        )
     found.record |= {"test_fraction": fraction, "seed": seed}
     found.notes.append(
         f"{shown}: the data has no test split, so {len(held_out):,} of {len(own):,} images are "
         f"held out for testing ({fraction:.0%} of each class, seed {seed})"
     )
+    classes, counts = np.unique(own, return_counts=True)
+    undivided = np.setdiff1d(classes[counts > 1], own[held_out])
+    if groups is not None and len(undivided):
+        found.notes.append(
+            f"{shown}: {len(undivided):,} of {len(classes):,} classes have no test images, because "
+            "their images are copies of one image or belong to too few groups"
+        )
 
 
 def _hold_out_validation(

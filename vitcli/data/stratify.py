@@ -21,7 +21,7 @@ class Units:
 
     Args:
         labels: (n,) class of each image.
-        groups: (n,) equal for images of one unit; None: each image is a unit.
+        groups: (n,) equal for images of one unit, -1 for a single image; None: all are single.
 
     Attributes:
         which: (n,) the unit of each image, numbered by first appearance.
@@ -35,9 +35,13 @@ class Units:
     def __post_init__(self) -> None:
         n = len(self.labels)
         self.which, self.sizes, self.strata = np.arange(n), np.ones(n, dtype=np.int64), self.labels
-        if self.groups is None or len(np.unique(self.groups)) == n:
+        if self.groups is None:
             return
-        _, first, group = np.unique(self.groups, return_index=True, return_inverse=True)
+        single = -1 - np.arange(n)  # images in no group
+        groups = np.where(self.groups < 0, single, self.groups)
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        if len(first) == n:
+            return
         rank = np.empty(len(first), dtype=np.int64)
         rank[np.argsort(first)] = np.arange(len(first))
         self.which = rank[group]

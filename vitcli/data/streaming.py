@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tarfile import TarError
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from vitcli.data.image_set import ImageSet
 from vitcli.data.labels import class_names, has_label, label_text
-from vitcli.data.readers.hub import Plan, hub_names, load_hub, plan_hub
+from vitcli.data.readers.hub import class_names_file, find_files, load_hub
 from vitcli.data.readers.parquet import (
     choose_columns,
     features_of,
@@ -39,7 +39,10 @@ from vitcli.data.readers.tar import (
 from vitcli.data.source import DataRequest, Source, fingerprint
 from vitcli.data.splits import expand_braces
 from vitcli.errors import VitcliError, printable
-from vitcli.hub.repository import Listing
+from vitcli.hub.client import install_checks
+from vitcli.hub.datasets import DatasetFiles
+from vitcli.hub.http import open_url
+from vitcli.hub.repository import RepoFiles
 
 PARQUET_ROWS = 64  # rows of a parquet file that are in memory at a time
 TAR_URL = re.compile(r"https?://.+\.tar")
@@ -62,13 +65,14 @@ class Shard:
         """The open binary file."""
         if isinstance(self.location, Path):
             return self.location.open("rb")
-        import fsspec
-        from huggingface_hub import constants
+        if not self.location.startswith("hf://"):
+            return open_url(self.location)
+        from huggingface_hub import HfFileSystem, constants
 
-        hub = {"endpoint": constants.ENDPOINT} if self.location.startswith("hf://") else {}
-        system, path = fsspec.core.url_to_fs(self.location, **hub)
+        install_checks()
+        system = HfFileSystem(endpoint=constants.ENDPOINT)
         # A tar file is read from front to back without seeking, parquet starts at its end.
-        return system.open(path, "rb", **({"block_size": 0} if self.is_tar else {}))
+        return system.open(self.location, "rb", **({"block_size": 0} if self.is_tar else {}))
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ class StreamSet:
         buffer: images in the shuffle buffer.
     """
 
+    kind: Literal["stream"] = "stream"
     targets: None = None
 
     def __init__(
@@ -176,11 +181,11 @@ class StreamSet:
                 if len(buffer) < self.buffer:
                     buffer.append(sample)
                     continue
-                place = int(rng.integers(self.buffer))
-                sample, buffer[place] = buffer[place], sample
+                slot = int(rng.integers(self.buffer))
+                sample, buffer[slot] = buffer[slot], sample
                 yield sample
-        for place in rng.permutation(len(buffer)):
-            yield buffer[place]
+        for slot in rng.permutation(len(buffer)):
+            yield buffer[slot]
 
     def read(self, shard: Shard) -> Iterator[StreamSample]:
         """The labelled images of one shard, in order."""
@@ -228,27 +233,27 @@ def open_stream(request: DataRequest) -> Source:
         VitcliError: the data is neither parquet nor tar shards, or its classes are unknown.
     """
     settings, buffer = request.settings, request.settings.shuffle_buffer
-    if (
-        settings.multi_label
-        or settings.folds
-        or settings.validation_fraction
-        or settings.train_split
-    ):
+    refused = (
+        "multi_label", "label_separator", "folds", "validation_fraction", "train_split",
+        "split_column", "test_fold", "group_column",
+    )  # fmt: skip
+    if given := [name for name in refused if getattr(settings, name) not in (None, False)]:
         raise VitcliError(
             "a stream has no folds, no slices and no multi-label images",
-            "remove these settings, or `data.streaming`",
+            f"remove `data.{given[0]}`, or `data.streaming`",
         )
     test_sets: Mapping[str, ImageSet] = {}
     record: dict[str, Any] = {"streaming": True, "resume": "approximate"}
     names_file: Path | None = None
     if request.notation.startswith("hf:"):
-        listing, plan = plan_hub(request)
-        shards = _hub_shards(listing, plan)
-        if plan.files.keys() - {"train"}:
+        repo_files, dataset = find_files(request)
+        shards = _hub_shards(repo_files, dataset)
+        if dataset.splits.keys() - {"train"}:
             whole = replace(request, whole=True, labelled=False)
             test_sets = load_hub(whole, without="train").splits
-        names_file = hub_names(listing)
-        record |= {"repository": listing.repository.name, "commit": listing.commit}
+        names_file = class_names_file(repo_files)
+        repository = repo_files.repository
+        record |= {"repository": repository.repo_id, "commit": repo_files.commit}
     elif TAR_URL.fullmatch(request.notation):
         shards = [Shard(url, url) for url in expand_braces(request.notation)]
     else:
@@ -298,15 +303,16 @@ def _local_files(request: DataRequest) -> tuple[list[Shard], Mapping[str, ImageS
     return shards, test_sets, next((name for name in names if name.is_file()), None)
 
 
-def _hub_shards(listing: Listing, plan: Plan) -> list[Shard]:
-    if plan.kind == "folder":
+def _hub_shards(repo_files: RepoFiles, dataset: DatasetFiles) -> list[Shard]:
+    repository = repo_files.repository
+    if dataset.kind == "folder":
         raise VitcliError(
-            f"`{listing.repository}` is a folder of images, which cannot be streamed",
+            f"`{repository}` is a folder of images, which cannot be streamed",
             "remove `data.streaming` to download it",
         )
-    root = f"hf://datasets/{listing.repository.name}@{listing.commit}"
-    files = plan.files.get("train", ())
-    return [Shard(f"{listing.repository}/{name}", f"{root}/{name}") for name in files]
+    root = f"hf://datasets/{repository.repo_id}@{repo_files.commit}"
+    paths = dataset.splits.get("train", ())
+    return [Shard(f"{repository}/{path}", f"{root}/{path}") for path in paths]
 
 
 def _columns_and_classes(

@@ -187,7 +187,8 @@ def split_for_calibration(
         held_out, reported = matching.select(validation), images
         description = "the validation images"
     else:
-        keep, aside = stratified_split(images.labels, HELD_OUT_FRACTION, seed)
+        labels, groups = images.labels, images.groups
+        keep, aside = stratified_split(labels, HELD_OUT_FRACTION, seed, groups)
         if not len(aside):
             raise VitcliError(
                 f"`--calibrate` cannot hold out images: {len(images)} images are too few",

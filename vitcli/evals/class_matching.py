@@ -1,7 +1,6 @@
 """Match the classes of a dataset to the outputs of a model."""
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError, nearest
+from vitcli.files import parse_json
 from vitcli.progress import Watcher
 from vitcli.weights.edit import match_classes
 from vitcli.weights.imagenet import SETS, SYNSET, imagenet_synsets, synset_outputs
@@ -230,7 +230,7 @@ def read_class_map(path: str | os.PathLike[str]) -> ClassMap:
         if suffix in (".csv", ".tsv"):
             delimiter = "\t" if suffix == ".tsv" else ","
             return _map_from_rows(csv.reader(text.splitlines(), delimiter=delimiter), path)
-        values = json.loads(text)
+        values = parse_json(text)
     except (OSError, ValueError, csv.Error) as error:
         raise VitcliError(f"cannot read the class map `{path}`: {error}", MAP_HINT) from error
     if not isinstance(values, dict) or not values:

@@ -37,7 +37,7 @@ from vitcli.evals.features import (
     no_image_readable,
     rank_and_world_size,
 )
-from vitcli.hub.http import size_text
+from vitcli.hub.client import size_text
 from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.weights.load import require_preprocess
 from vitcli.weights.loaded import LoadedModel, model_hash

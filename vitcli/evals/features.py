@@ -144,7 +144,7 @@ def extract_batches(
             batch.labels.cpu().numpy(),
             batch.indices.numpy(),
             _pixel_features(x).cpu().numpy() if with_pixels and len(batch.labels) else None,
-            batch.broken,
+            batch.errors,
         )
 
 

@@ -30,6 +30,7 @@ from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError, printable
 from vitcli.evals.features import Extracted, extract
+from vitcli.files import parse_json
 from vitcli.hub.http import cache_folder
 from vitcli.progress import Watcher
 from vitcli.run import Run
@@ -142,7 +143,7 @@ def load_reference(path: Path) -> OODReference:
     with safe_open(path, framework="pt") as file:
         header = (file.metadata() or {}).get("vitcli_reference", "")
     try:
-        facts = json.loads(header)
+        facts = parse_json(header)
         if facts["format"] != FORMAT:
             raise ValueError(f"its format is {facts['format']}, not {FORMAT}")
         found = OODReference(**{name: tensors[name] for name in TENSORS}, facts=facts)

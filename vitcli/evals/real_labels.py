@@ -1,9 +1,7 @@
 """ReaL labels: all correct classes of ImageNet's validation images (Beyer et al., 2020)."""
 
-import json
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +9,7 @@ from numpy.typing import NDArray
 from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError
 from vitcli.evals.scoring import pad_targets
+from vitcli.files import read_json
 
 FILE_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
 NUM_CLASSES = 1000
@@ -23,7 +22,7 @@ REAL_HINT = (
 def read_real_labels(path: str | os.PathLike[str]) -> list[list[int]]:
     """Read the classes (0 to 999) of each validation image, in the order of the file numbers."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise VitcliError(f"cannot read `{path}`: {error}", REAL_HINT) from error
     valid = isinstance(values, list) and bool(values)

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from vitcli.errors import VitcliError, printable
 from vitcli.evals.writers import OutputFiles, PredictionRow
-from vitcli.files import exclusive
+from vitcli.files import exclusive, parse_json
 
 SUFFIX = ".part"
 SETTINGS_KEY = "vitcli predict"  # the key of the first line
@@ -54,7 +54,7 @@ class ResumeLog:
         with self.path.open("rb") as file:
             next(file, b"")
             for line in file:
-                yield json.loads(line)
+                yield parse_json(line)
 
     def add(self, row: PredictionRow) -> None:
         """Append a row."""
@@ -181,7 +181,7 @@ def _check_not_forgotten(path: Path, settings: Mapping[str, Any]) -> None:
 def _parse_line(line: bytes) -> dict[str, Any] | None:
     """Return the object on a complete line; None for a line that was cut off."""
     with suppress(ValueError):
-        if line.endswith(b"\n") and isinstance(found := json.loads(line), dict):
+        if line.endswith(b"\n") and isinstance(found := parse_json(line), dict):
             return found
     return None
 

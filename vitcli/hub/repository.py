@@ -1,317 +1,317 @@
-"""A repository on the Hugging Face Hub, and what the answers of the Hub's client mean."""
+"""Repositories on the Hugging Face Hub: their files at a commit, downloaded to the Hub's cache."""
 
-import json
+import hashlib
+import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, printable
 from vitcli.files import write_text
-from vitcli.hub.http import AGAIN, BUSY, Part, Unreachable, cache_folder, locked, persist
-from vitcli.progress import Watcher
+from vitcli.hub.client import COMMIT, MEGA, TRUST_HINT, DownloadBar, install_checks, size_text
+from vitcli.hub.failures import ConnectionFailed, hub_errors, retrying
+from vitcli.progress import Quiet, Watcher
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-Kind = Literal["model", "dataset"]
-WHAT = {"model": "model", "dataset": "data set"}
-LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may read it"
+SMALL_FILE = 16 * MEGA  # the largest size of a config file, a card or a list of names
+RepoType = Literal["model", "dataset"]
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A model or data set on the Hub: `ORG/NAME` and a branch, tag or commit."""
+    """A model or dataset repository at a revision: a branch, a tag or a commit."""
 
-    name: str
+    repo_id: str
     revision: str
-    kind: Kind = "model"
+    repo_type: RepoType = "model"
 
     def __str__(self) -> str:
-        return f"hf:{self.name}" + (f"@{self.revision}" if self.revision != "main" else "")
+        return f"hf:{self.repo_id}" + (f"@{self.revision}" if self.revision != "main" else "")
 
     @property
     def folder(self) -> Path:
-        """Its place in the Hub's cache."""
+        """Its folder in the Hub's cache."""
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
-        name = repo_folder_name(repo_id=self.name, repo_type=self.kind)
-        return Path(constants.HF_HUB_CACHE) / name
+        name = repo_folder_name(repo_id=self.repo_id, repo_type=self.repo_type)
+        return Path(constants.HF_HUB_CACHE).expanduser().resolve() / name
 
     @property
-    def page(self) -> str:
-        """Where one looks at it."""
+    def url(self) -> str:
+        """Its web page."""
         from huggingface_hub import constants
 
-        prefix = "datasets/" if self.kind == "dataset" else ""
-        return f"{constants.ENDPOINT}/{prefix}{self.name}"
+        prefix = "datasets/" if self.repo_type == "dataset" else ""
+        return f"{constants.ENDPOINT}/{prefix}{self.repo_id}"
 
 
-def parse(source: str, kind: Kind = "model") -> Repository:
-    """`hf:NAME[@REVISION]` -> the repository that is meant.
+def parse_repository(source: str, repo_type: RepoType = "model") -> Repository:
+    """`hf:ORG/NAME[@REVISION]` -> the repository.
 
     Raises:
-        VitcliError: the text names none.
+        VitcliError: the text is not of this form.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    name, at, revision = source.removeprefix("hf:").partition("@")
+    repo_id, at, revision = source.removeprefix("hf:").partition("@")
     try:
-        validate_repo_id(name)
+        validate_repo_id(repo_id)
     except HFValidationError as error:
         raise VitcliError(
-            f"`{source}` names no repository on the Hub",
-            hint="`hf:ORG/NAME`, or `hf:ORG/NAME@REVISION` for a branch, tag or commit",
+            f"`{source}` does not name a repository on the Hub",
+            "write `hf:ORG/NAME`, or `hf:ORG/NAME@REVISION` for a branch, tag or commit",
         ) from error
-    # What git allows in a reference, and no way out of the cache's folder.
+    # The revision becomes a path in the cache, so only a part of what git allows is accepted.
     if at and (not re.fullmatch(r"\w[\w.+/-]*", revision) or ".." in revision):
         raise VitcliError(
-            f"`{source}`: `{revision}` is no revision", hint="a branch, a tag or a commit"
+            f"`{source}`: `{revision}` is not a revision", "write a branch, a tag or a commit"
         )
-    return Repository(name, revision or "main", kind)
+    return Repository(repo_id, revision or "main", repo_type)
 
 
 @dataclass(frozen=True)
-class Listing:
-    """What a revision of a repository holds.
+class RepoFiles:
+    """The files of a repository at one commit.
 
     Attributes:
-        repository: under the name that it has now.
-        commit: of its revision.
-        files: the names of all its files.
-        offline: why it comes from the cache, where it does.
+        sizes: path in the repository -> bytes; None if only the cache is known.
+        offline: why the cache was used instead of the Hub; None if the Hub has answered.
     """
 
     repository: Repository
     commit: str
-    files: tuple[str, ...]
+    sizes: Mapping[str, int | None]
     offline: str | None = None
 
+    @property
+    def snapshot(self) -> Path:
+        """The folder of this commit in the Hub's cache."""
+        return self.repository.folder / "snapshots" / self.commit
 
-def list_files(repository: Repository) -> Listing:
-    """What the Hub says a revision holds; what it said last, where it cannot be asked.
+    @property
+    def note(self) -> str:
+        """The commit, and why it comes from the cache."""
+        cached = f", from the cache: {self.offline}" if self.offline else ""
+        return f"commit {self.commit}{cached}"
+
+
+def list_files(repository: Repository) -> RepoFiles:
+    """The files of a repository at the commit that its revision is now.
+
+    If the Hub cannot be reached, the commit is the one that the cache holds for this revision.
 
     Raises:
-        Unreachable: nobody answers, and it was never asked before.
-        VitcliError: no such repository or revision, or no right to see it.
+        ConnectionFailed: the Hub cannot be reached, and the cache does not hold the revision.
+        VitcliError: no such repository or revision, no permission, or an invalid answer.
     """
-    key = f"{repository.kind}s--{repository.name}--{repository.revision}"
-    kept = cache_folder() / "listings" / f"{quote(key, safe='')}.json"
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    install_checks()
+    commit, offline = repository.revision, None
     try:
-        name, commit, files = ask(repository)
-    except Unreachable as error:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads(kept.read_text(encoding="utf-8"))
-            found = replace(repository, name=known["name"])
-            return Listing(found, known["commit"], tuple(known["files"]), str(error))
-        raise
-    with suppress(OSError, VitcliError):  # a cache that may only be read
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_text(kept, json.dumps({"name": name, "commit": commit, "files": files}))
-    return Listing(replace(repository, name=name), commit, tuple(files))
+        if not COMMIT.fullmatch(commit):
+            commit = retrying(lambda: _current_commit(repository))
+        folder = retrying(lambda: _download_tree(repository, commit))
+        with suppress(VitcliError, OSError):  # a read-only cache
+            _write_ref(repository, commit)
+    except ConnectionFailed as error:
+        commit, offline = _cached_commit(repository, error), error.message
+        try:
+            folder = _download_tree(repository, commit, local=True)
+        except ConnectionFailed:
+            raise _not_cached(repository, error) from error
+    try:
+        entries = get_cached_repo_tree(
+            repository.repo_id, repo_type=repository.repo_type, revision=commit
+        )
+        sizes = dict(_checked_file(entry.path, entry.size, repository) for entry in entries)
+    except CachedRepoTreeNotFoundError:  # another program has put files into the cache
+        cached = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        sizes = dict.fromkeys(path.as_posix() for path in cached)
+        # A part of a dataset must not pass for the whole.
+        if repository.repo_type == "dataset" or not sizes:
+            raise VitcliError(
+                f"the cache `{folder}` has no list of the files of `{repository}`"
+                f"{f', and {offline}' if offline else ''}",
+                "run the command once with a connection to the Hub and a writable HF_HOME",
+            ) from None
+    return RepoFiles(repository, commit, sizes, offline)
 
 
-def ask(repository: Repository) -> tuple[str, str, list[str]]:
-    """(name, commit, names of all files), in one request, or in two where a mirror needs them.
+def _download_tree(repository: Repository, commit: str, *, local: bool = False) -> Path:
+    """Put the list of a commit's files into the cache, but no file; returns its snapshot folder."""
+    from huggingface_hub import snapshot_download
 
-    Raises:
-        Unreachable: nobody answers.
-        VitcliError: no such repository or revision, or no right to see it.
-    """
+    with hub_errors(repository):
+        return Path(
+            snapshot_download(
+                repository.repo_id,
+                repo_type=repository.repo_type,
+                revision=commit,
+                allow_patterns=[],
+                local_files_only=local,
+            )
+        )
+
+
+def _current_commit(repository: Repository) -> str:
+    """The commit that the Hub names for a branch or tag."""
     from huggingface_hub import HfApi, constants
 
     api = HfApi(library_name="vitcli")
-    ask = api.dataset_info if repository.kind == "dataset" else api.model_info
-    with told(repository):
-        try:
-            info = ask(
-                repository.name,
-                revision=repository.revision,
-                timeout=constants.HF_HUB_ETAG_TIMEOUT,
-            )
-            files = [file.rfilename for file in info.siblings or []]
-            if not files and info.sha:  # some mirrors list them at the tree only
-                files = api.list_repo_files(
-                    repository.name, repo_type=repository.kind, revision=info.sha
-                )
-        except (ValueError, TypeError, KeyError) as error:
-            raise VitcliError(
-                f"`{constants.ENDPOINT}` does not answer like the Hub: {error}",
-                hint="a login page of the network may be in between; HF_ENDPOINT names the Hub",
-            ) from error
-    if info.sha is None or not re.fullmatch(r"\w[\w-]*", info.sha):  # it names a folder
+    with hub_errors(repository):
+        commit = api.repo_info(
+            repository.repo_id,
+            repo_type=repository.repo_type,
+            revision=repository.revision,
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        ).sha
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
         raise VitcliError(
-            f"`{constants.ENDPOINT}` names no commit of `{repository}`",
-            hint="HF_ENDPOINT names the Hub",
+            f"`{constants.ENDPOINT}` sends an invalid commit for `{repository}`: "
+            f"`{printable(str(commit)[:100])}`",
+            TRUST_HINT,
         )
-    return info.id, info.sha, files
+    return commit
 
 
-def fetch_small(repository: Repository, commit: str, name: str) -> Path:
-    """One small file of a commit, from the cache or the Hub.
+def _write_ref(repository: Repository, commit: str) -> None:
+    """Record which commit a branch or tag is, for a time without the Hub."""
+    ref = repository.folder / "refs" / repository.revision
+    if commit == repository.revision:
+        return
+    if not ref.is_file() or ref.read_text(encoding="utf-8") != commit:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        write_text(ref, commit)
+
+
+def _cached_commit(repository: Repository, failure: ConnectionFailed) -> str:
+    if COMMIT.fullmatch(repository.revision):
+        return repository.revision
+    with suppress(OSError, ValueError):
+        commit = (repository.folder / "refs" / repository.revision).read_text("utf-8").strip()
+        if COMMIT.fullmatch(commit):
+            return commit
+    raise _not_cached(repository, failure) from failure
+
+
+def _not_cached(repository: Repository, failure: ConnectionFailed) -> ConnectionFailed:
+    return ConnectionFailed(
+        f"`{repository}` is not in the cache, and {failure.message}", failure.hint
+    )
+
+
+def _checked_file(path: Any, size: Any, repository: Repository) -> tuple[str, int | None]:
+    """A path and a size as the Hub sends them; raises if the path leaves the repository."""
+    parts = path.split("/") if isinstance(path, str) and isinstance(size, int) else [""]
+    if any(part in ("", ".", "..") or re.search(r"[\\\0]|^[A-Za-z]:", part) for part in parts):
+        raise VitcliError(
+            f"`{repository}` lists an invalid file: `{printable(str(path)[:100])}`", TRUST_HINT
+        )
+    return path, size
+
+
+def fetch_file(
+    files: RepoFiles,
+    path: str,
+    watch: Watcher | None = None,
+    *,
+    check_cached: bool = False,
+    max_bytes: float = math.inf,
+) -> Path:
+    """One file of a repository, in the Hub's cache.
+
+    Args:
+        files: the repository.
+        path: the file's path in it.
+        watch: receives the progress.
+        check_cached: verify the checksum of a file that is in the cache already.
+        max_bytes: the largest size that makes sense for this file.
 
     Raises:
-        VitcliError: it cannot be had.
+        VitcliError: the file cannot be downloaded or written, or its checksum is wrong.
     """
-    from huggingface_hub import hf_hub_download
-
-    found = repository.folder / "snapshots" / commit / name
-    if found.is_file():
-        return found
+    repository, watch = files.repository, watch or Quiet()
+    cached, size = files.snapshot / path, files.sizes.get(path)
+    if size is not None and size > max_bytes:
+        raise VitcliError(
+            f"`{path}` of `{repository}` is too large: {size_text(size)}", f"see {repository.url}"
+        )
+    if cached.is_file():
+        if not check_cached or _checksum_matches(files, path):
+            return cached
+        watch.warn(f"`{path}` of `{repository}` is damaged in the cache: downloading it again")
+        _remove(cached)
+    if files.offline:
+        raise VitcliError(
+            f"`{path}` of `{repository}` is not in the cache, and {files.offline}",
+            "run the command once with a connection to the Hub",
+        )
     try:
-        with told(repository, name):
-            return Path(
-                hf_hub_download(repository.name, name, repo_type=repository.kind, revision=commit)
-            )
-    except Unreachable as error:
-        raise VitcliError(f"cannot fetch `{name}` of `{repository}`: {error}", AGAIN) from error
+        retrying(lambda: _download(files, path, watch))
+    except ConnectionFailed as error:
+        raise ConnectionFailed(
+            f"cannot download `{path}` of `{repository}`: {error.message}", error.hint
+        ) from error
+    if not _checksum_matches(files, path):
+        _remove(cached)
+        raise VitcliError(
+            f"`{path}` of `{repository}` is damaged: its SHA-256 differs from the Hub's",
+            "try again; if this repeats, the server or a proxy changes the file",
+        )
+    return cached
 
 
-def fetch_big(repository: Repository, commit: str, name: str, watch: Watcher) -> Path:
-    """One big file of a commit, going on with what an earlier try has left in the cache.
+def _download(files: RepoFiles, path: str, watch: Watcher) -> None:
+    from huggingface_hub import constants, hf_hub_download
 
-    Raises:
-        VitcliError: it cannot be had, or came damaged.
-    """
+    repository, size = files.repository, files.sizes.get(path)
+
+    class FileBar(DownloadBar):
+        def __init__(self, total: int | None = None, **_: object) -> None:
+            super().__init__(path, repository.folder, watch, total if size is None else size)
+
+    with hub_errors(repository, path):
+        found = hf_hub_download(
+            repository.repo_id,
+            path,
+            repo_type=repository.repo_type,
+            revision=files.commit,
+            tqdm_class=FileBar,
+        )
+    if Path(found) != files.snapshot / path:
+        raise VitcliError(
+            f"`{constants.ENDPOINT}` sends another commit of `{repository}` than {files.commit}",
+            TRUST_HINT,
+        )
+
+
+def _checksum_matches(files: RepoFiles, path: str) -> bool:
+    """Compare a cached file with its SHA-256 on the Hub; only large (LFS) files have one."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    if not (repository.folder / "snapshots" / commit / name).is_file():
-        try:
-            with told(repository, name):
-                url = hf_hub_url(repository.name, name, repo_type=repository.kind, revision=commit)
-                about = get_hf_file_metadata(url)
-                if about.etag and re.fullmatch(r"[\w.-]+", about.etag):
-                    _receive(repository, url, about.etag, about.size, name, watch)
-        except Unreachable as error:
-            raise VitcliError(f"cannot fetch `{name}` of `{repository}`: {error}", AGAIN) from error
-    return fetch_small(repository, commit, name)  # sees the content, and gives it its name
+    cached, repository = files.snapshot / path, files.repository
+    if cached.is_symlink():
+        etag: str | None = cached.readlink().name  # to `blobs/ETAG`
+    else:  # a file system without links
+        url = hf_hub_url(
+            repository.repo_id, path, repo_type=repository.repo_type, revision=files.commit
+        )
+        with hub_errors(repository, path):
+            etag = get_hf_file_metadata(url).etag
+    if not etag or not SHA256.fullmatch(etag):
+        return True
+    with cached.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == etag
 
 
-def _receive(
-    repository: Repository, url: str, etag: str, size: int | None, name: str, watch: Watcher
-) -> None:
-    """Put the content with this ETag among the cache's blobs."""
-    blob = repository.folder / "blobs" / etag
-    with locked(repository.folder.parent / ".locks" / repository.folder.name / f"{etag}.lock"):
-        if blob.exists():
-            return
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        part = Part(blob.with_name(f"{etag}.incomplete"), name, watch)
-        if size is None or part.size != size:
-            persist(part, lambda: _attempt(url, part, size))
-        part.finish(blob, size, ("sha256", etag) if SHA256.fullmatch(etag) else None)
-
-
-def _attempt(url: str, part: Part, size: int | None) -> str | None:
-    """One request for what is missing; the reason why that was not enough, or None.
-
-    Not the client's own `http_get`, which holds up to 10 MB that a break then costs.
-    """
-    from huggingface_hub import constants, errors
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    if part.size:
-        headers["Range"] = f"bytes={part.size}-"
-    seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    try:
-        with get_session().stream("GET", url, headers=headers, timeout=seconds) as response:
-            hf_raise_for_status(response)
-            start = part.size if response.status_code == 206 else 0
-            with part.writing(start, size) as write:
-                for chunk in response.iter_bytes():
-                    write(chunk)
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 416:
-            part.drop()
-        elif status not in BUSY:
-            raise
-        return f"`{error.response.url.host}` answers with status {status}"
-    except errors.HTTPError as error:
-        return f"the connection broke ({_words(error)})"
-    return None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bars and log lines of `huggingface_hub`: ours are shown instead."""
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-        logging,
-    )
-
-    shown, verbosity = not are_progress_bars_disabled(), logging.get_verbosity()
-    disable_progress_bars()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shown:
-            enable_progress_bars()
-
-
-@contextmanager
-def told(repository: Repository, name: str | None = None) -> Iterator[None]:
-    """What the Hub's client raises, in our words.
-
-    Raises:
-        Unreachable: nobody answers, or the Hub is out of order.
-        VitcliError: it answers no.
-    """
-    from huggingface_hub import constants, errors
-
-    what = f"`{name}` of `{repository}`" if name else f"`{repository}`"
-    network: Any = (errors.HTTPError, errors.LocalEntryNotFoundError)
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise VitcliError(
-            f"`{repository}` is gated: its owner has not given you access",
-            hint=f"accept its terms at {repository.page}, then {LOGIN}",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise _no_such(repository) from error
-    except errors.RevisionNotFoundError as error:
-        raise VitcliError(
-            f"`hf:{repository.name}` has no revision `{repository.revision}`",
-            hint=f"branches, tags and commits are at {repository.page}/commits",
-        ) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise Unreachable("HF_HUB_OFFLINE is set") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in BUSY:
-            raise Unreachable(f"`{constants.ENDPOINT}` answers with status {status}") from error
-        if status in (401, 403):
-            raise VitcliError(f"{what} may not be read (status {status})", LOGIN) from error
-        if status == 404 and name is None:  # a mirror without the Hub's own word for it
-            raise _no_such(repository) from error
-        raise VitcliError(
-            f"{what}: the Hub answers with status {status}", hint=f"look at {repository.page}"
-        ) from error
-    except network as error:
-        raise Unreachable(f"`{constants.ENDPOINT}` cannot be reached ({_words(error)})") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise  # the disk's
-        raise VitcliError(f"{what} did not arrive whole", AGAIN) from error
-
-
-def _no_such(repository: Repository) -> VitcliError:
-    return VitcliError(
-        f"the Hub has no {WHAT[repository.kind]} `{repository.name}`, or only for those who may "
-        "read it",
-        hint=f"look at the name; if it is private, {LOGIN}",
-    )
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _remove(cached: Path) -> None:
+    """Delete a file of a snapshot and its content."""
+    for path in (cached.resolve(), cached.parent / cached.readlink(), cached):
+        path.unlink(missing_ok=True)

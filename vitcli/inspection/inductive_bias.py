@@ -258,7 +258,7 @@ def read_with_margin(
     found: list[Tensor] = []
     broken: list[str] = []
     for batch in eval_batches(images, larger, batch_size=1, limit=MAX_IMAGES):
-        broken += batch.broken
+        broken += batch.errors
         found += [image[None] for image in batch.images]
     return found, broken
 

@@ -86,7 +86,7 @@ def store_token_set(
             for batch in eval_batches(images, preprocess, batch_size=BATCH_SIZE, workers=workers):
                 patches.append(patchify(batch.images, patch_size))  # (B, N, P*P*C)
                 labels.append(batch.labels)
-                broken += batch.broken
+                broken += batch.errors
                 bar.advance(len(batch) + len(batch.broken))
             tensors[f"{name}.patches"] = torch.cat(patches)  # (n, N, P*P*C)
             tensors[f"{name}.labels"] = torch.cat(labels)

@@ -1,10 +1,31 @@
 """Values that all processes agree on, so that they save, evaluate and stop at the same step."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+TIME_IS_UP = 0  # a reason to stop; the others are numbers of signals, which are larger and win
 NONE = -(2**62)  # stands for None; smaller than any value that processes agree on
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows a step.
+
+    Attributes:
+        signal: the number of a signal that stops the run, or None.
+        is_last: the run is complete.
+        saves, evaluates, logs: what is due.
+        changes_length: a budget changed the number of steps.
+    """
+
+    signal: int | None
+    is_last: bool
+    saves: bool
+    evaluates: bool
+    logs: bool
+    changes_length: bool
 
 
 def mean_over_processes(accelerator: Any, metrics: dict[str, float]) -> dict[str, float]:

@@ -32,13 +32,13 @@ class Timeline:
         planned: the number of steps as first planned.
         total: the number of steps now.
         since: the step of the last change of `total`.
-        place: the position at that step.
+        position: the position at that step.
     """
 
     planned: int = 0
     total: int = 0
     since: int = 0
-    place: float = 0.0
+    position: float = 0.0
 
     @classmethod
     def of(cls, total: int) -> "Timeline":
@@ -51,21 +51,21 @@ class Timeline:
         if self.since == 0 and self.total == self.planned:
             return step
         share = (step - self.since) / max(1, self.total - self.since)
-        return self.place + (self.planned - self.place) * share
+        return self.position + (self.planned - self.position) * share
 
     def replan(self, step: int, total: int) -> None:
         """From `step` on, the run ends with step `total`."""
-        self.place, self.since, self.total = float(self.at(step)), step, max(step, total)
+        self.position, self.since, self.total = float(self.at(step)), step, max(step, total)
 
     def values(self) -> list[float]:
         """The numbers that a checkpoint stores."""
-        return [self.planned, self.total, self.since, self.place]
+        return [self.planned, self.total, self.since, self.position]
 
     def restore(self, values: Sequence[float]) -> None:
         """Take over the result of `values`."""
-        planned, total, since, place = values
+        planned, total, since, position = values
         self.planned, self.total, self.since = int(planned), int(total), int(since)
-        self.place = place
+        self.position = position
 
 
 # Fractions of the run at which its length is planned again; more of them towards the end, where
@@ -190,7 +190,7 @@ def plan_budget(loop: "Loop", seconds: float, test_images: int) -> Budget:
         )
     stages = stage_fractions(loop.recipe.train)
     time_limit = time.monotonic() + TIMING_FRACTION * seconds
-    costs = [seconds_per_step(loop, place, time_limit) for place, _ in stages]
+    costs = [time_steps_and_reset(loop, position, time_limit) for position, _ in stages]
     average = sum(share * cost for (_, share), cost in zip(stages, costs, strict=True))
     reserve = WRITING_SECONDS + WRITING_STEPS * max(costs) + _evaluation_seconds(loop, test_images)
     steps = int((at - time.monotonic() - reserve) / average)
@@ -228,7 +228,7 @@ def _evaluation_seconds(loop: "Loop", test_images: int) -> float:
     if loop.validate is None or not test_images:
         return 0.0
     at_once = EVAL_BATCH_SIZE * loop.accelerator.num_processes
-    loop.module.eval()
+    loop.wrapped.eval()
     for few in (at_once, EVAL_BATCHES * at_once):
         few = min(few, test_images)
         start = time.perf_counter()
@@ -236,29 +236,35 @@ def _evaluation_seconds(loop: "Loop", test_images: int) -> float:
         seconds = time.perf_counter() - start
         if max_over_processes(loop.accelerator, int(seconds > EVAL_SECONDS)):
             break
-    loop.module.train()
+    loop.wrapped.train()
     return seconds * test_images / few * EVAL_MARGIN
 
 
-def seconds_per_step(
+def time_steps_and_reset(
     loop: "Loop",
-    place: int,
+    position: int,
     time_limit: float,
     max_steps: int = TIMED_STEPS,
     warmup: int = WARMUP_STEPS,
 ) -> float:
-    """The mean seconds of a few steps, made as the run makes them at step `place` of `SCALE`.
+    """Time a few steps, then restore `state.timeline` and `state.step` and clear the optimizers.
+
+    The steps are made as the run makes them at step `position` of `SCALE`, with a rate of zero, so
+    that no weight moves.
 
     Args:
         time_limit: the moment of `time.monotonic` after which no further step starts.
         max_steps: the most steps that are timed.
         warmup: untimed steps before them.
+
+    Returns:
+        The mean seconds per step.
     """
     state = loop.state
     timeline, step = state.timeline, state.step
-    state.timeline, state.step = Timeline.of(SCALE), place
+    state.timeline, state.step = Timeline.of(SCALE), position
     set_lr(state.optimizers, 0.0)
-    loop.module.train()
+    loop.wrapped.train()
     begin, timed = time.perf_counter(), 0
     for number, batch in enumerate(loop.loader.batches(0, warmup + max_steps)):
         if number == warmup:

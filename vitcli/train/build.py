@@ -13,11 +13,17 @@ from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.policies import changes_pixels
 from vitcli.data.augment.transform import TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
+from vitcli.data.image_set import BatchSource, ImageSet, Stream
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sample_range import with_window
 from vitcli.data.source import Source, open_data
-from vitcli.data.streaming import StreamSet
-from vitcli.devices import Precision, join_processes, pick_device, resolve_precision
+from vitcli.devices import (
+    Precision,
+    join_processes,
+    matrix_peak,
+    pick_device,
+    resolve_precision,
+)
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
@@ -26,14 +32,15 @@ from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
 from vitcli.train.loop import Loop
-from vitcli.train.lora import freeze_and_adapt
+from vitcli.train.lora import freeze_and_adapt, training_passes
 from vitcli.train.objectives import (
     AUTO,
     OBJECTIVES,
     build_objective,
-    find_objective,
+    objective_class,
     resolve_objective,
 )
+from vitcli.train.objectives.base import Objective
 from vitcli.train.objectives.mae import check_droppable
 from vitcli.train.optimizers import (
     OPTIMIZERS,
@@ -43,8 +50,9 @@ from vitcli.train.optimizers import (
 )
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
-from vitcli.train.validate import Outcome, run_validation
+from vitcli.train.validate import run_validation
 from vitcli.vit import Network, ResNet
+from vitcli.vit.macs import macs
 from vitcli.weights.loaded import LoadedModel
 
 MakeModel = Callable[[Source], LoadedModel]
@@ -97,13 +105,13 @@ def build_loop(
         objective.compile(dynamic=False)
     if train.fully_shard:
         # FSDP2 already moves and synchronises; Accelerate adds only its precision (no DDP wrapper).
-        module = accelerator.prepare_model(objective, evaluation_mode=True)
+        wrapped = accelerator.prepare_model(objective, evaluation_mode=True)
         optimizer = accelerator.prepare(JointOptimizer(optimizers))
     else:
-        module, optimizer = accelerator.prepare(objective, JointOptimizer(optimizers))
+        wrapped, optimizer = accelerator.prepare(objective, JointOptimizer(optimizers))
     # Checkpoints, averages and schedules use the unwrapped objects: the names of their tensors must
     # not depend on the number of processes.
-    objective = accelerator.unwrap_model(module)
+    objective = accelerator.unwrap_model(wrapped)
     decay = train.ema_decay
     state = TrainState(
         objective,
@@ -115,27 +123,41 @@ def build_loop(
     preprocess = model.preprocess
     assert preprocess is not None
     # Validation uses the transform that is stored with the weights, training its own augmentation.
-    loader = make_loader(recipe, source, preprocess, objective.num_views, accelerator)
-    validate, outcomes = None, list[Outcome]()
+    loader = make_loader(recipe, source, preprocess, accelerator)
+    validate = None
     if (split := held_out_split(source)) is not None and model.config.num_classes > 0:
         images = source.splits[split]
-        validate = partial(
-            run_validation, model, images, accelerator, watch, loader.broken, outcomes=outcomes
-        )
+        validate = partial(run_validation, model, images, accelerator, watch, loader.broken)
     return Loop(
-        module=module,
+        wrapped=wrapped,
+        wrapped_optimizer=optimizer,
         state=state,
-        optimizer=optimizer,
+        loaded=model,
         loader=loader,
-        model=model,
         recipe=recipe,
         run=run,
         accelerator=accelerator,
         watch=watch,
-        recorder=Recorder(recipe, run, accelerator, watch, loader),
+        recorder=_make_recorder(recipe, run, accelerator, watch, loader, objective),
         validate=validate,
-        outcomes=outcomes,
     )
+
+
+def _make_recorder(
+    recipe: Recipe,
+    run: Run,
+    accelerator: Any,
+    watch: Watcher,
+    loader: TrainLoader,
+    objective: Objective,
+) -> Recorder:
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    network, flops = objective.model, 0.0
+    if not objective.hidden_rate:  # otherwise the encoder sees fewer patches
+        flops = 2.0 * training_passes(network) * macs(network.config)
+    # The `mfu` of the records refers to the measured peak of this machine.
+    peak = accelerator.num_processes * matrix_peak(accelerator.device, precision)
+    return Recorder(recipe, run, accelerator, watch, loader, peak_flops=peak, flops_per_image=flops)
 
 
 def open_source(recipe: Recipe, watch: Watcher) -> Source:
@@ -162,7 +184,7 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
 
 
 def make_loader(
-    recipe: Recipe, source: Source, preprocess: Preprocess, num_views: int, accelerator: Any
+    recipe: Recipe, source: Source, preprocess: Preprocess, accelerator: Any
 ) -> TrainLoader:
     """The loader that makes the batches of this process."""
     transform = TrainTransform(preprocess, recipe.augment)
@@ -171,12 +193,11 @@ def make_loader(
         transform,
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
-        views=num_views,
         workers=recipe.data.workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         strict=recipe.data.strict,
-        repeats=recipe.augment.repeats,
+        repeats=recipe.augment.repeats if source.splits["train"].kind == "images" else 1,
         augment=transform.settings,
         # A GPU copies from pinned memory while it computes.
         pin_memory=accelerator.device.type == "cuda",
@@ -231,12 +252,7 @@ def start_accelerator(
     )
     # Set in both directions: the setting is global, and another run may precede in this process.
     torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
-    if recipe.train.batch_size % accelerator.num_processes:
-        raise VitcliError(
-            f"batch size {recipe.train.batch_size} is not a multiple of the "
-            f"{accelerator.num_processes} processes",
-            "`--batch-size` counts the images of all processes together",
-        )
+    check_batch(recipe.train.batch_size, accelerator.num_processes)
     check_sharding(recipe, accelerator.num_processes)
     return accelerator, precision
 
@@ -247,7 +263,7 @@ def check_names(recipe: Recipe) -> None:
     Raises:
         VitcliError: a name is unknown; the hint gives the nearest one and the list.
     """
-    find_objective(recipe.objective.name)
+    objective_class(recipe.objective.name)
     find_optimizer(recipe.optim)
     find_schedule(recipe.schedule)
     resolve_augment(recipe.augment)
@@ -291,20 +307,21 @@ def _unused(
         yield f"{kind} `{section.name}` does not use {keys}"
 
 
-def check_augment(recipe: Recipe, images: Any, processes: int) -> None:
+def check_augment(recipe: Recipe, images: ImageSet | BatchSource | Stream, processes: int) -> None:
     """Check that `[augment]` fits the data, the objective and the batch."""
     settings = resolve_augment(recipe.augment)
     mixes = mixes_pairs(settings)
-    # Generated images come as whole batches with their variations, and plans use blank ones.
-    drawn = hasattr(images, "batch") and not getattr(images, "is_blank", False)
-    if drawn and (changes_pixels(settings) or settings.repeats > 1):
+    # Generated images come as whole batches with their variations.
+    # A plan without data trains on noise; its augmentation is not measured.
+    generated = images.kind == "batches" and recipe.data.name is not None
+    if generated and (changes_pixels(settings) or settings.repeats > 1):
         raise VitcliError(
             f"`{recipe.data.name}` generates whole batches, which `[augment]` cannot change",
             "remove `augment.preset`, `policy`, the colour settings, `erase_rate` and `repeats`",
         )
-    if isinstance(images, StreamSet) and settings.repeats > 1:
+    if images.kind == "stream" and settings.repeats > 1:
         raise VitcliError("a stream cannot repeat images", "remove `augment.repeats`")
-    if mixes and not find_objective(recipe.objective.name).supervised:
+    if mixes and not objective_class(recipe.objective.name).supervised:
         raise VitcliError(
             f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
             "`--set augment.mix_rate=0.0`",
@@ -324,7 +341,7 @@ def check_patch_drop(recipe: Recipe, network: Network) -> None:
         return
     if isinstance(network, ResNet):
         raise VitcliError("a ResNet has no patches to drop", "`--set train.patch_drop_rate=0.0`")
-    if find_objective(recipe.objective.name).masks_patches:
+    if objective_class(recipe.objective.name).masks_patches:
         raise VitcliError(
             f"objective `{recipe.objective.name}` masks patches and cannot drop others",
             "`--set train.patch_drop_rate=0.0`; `objective.mask_rate` sets the masked fraction",

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
-from vitcli.files import replacing, write_text
+from vitcli.files import read_json, replacing, write_text
 from vitcli.run import Run
 from vitcli.train.budget import Timeline
 from vitcli.train.ema import Ema
@@ -63,7 +63,7 @@ class TrainState:
     """What changes during training.
 
     Attributes:
-        module: the objective, with the model inside.
+        objective: the objective, with the network inside.
         scaler: the gradient scaler of fp16, else None.
         step: finished updates.
         timeline: the length of the run.
@@ -72,7 +72,7 @@ class TrainState:
         lr_scale: the factor on all rates after those rewinds.
     """
 
-    module: nn.Module
+    objective: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     ema: Ema | None = None
     scaler: Any = None
@@ -109,7 +109,7 @@ class TrainState:
     def has_finite_weights(self) -> bool:
         """True if every weight that this process stores is finite."""
         p: Any
-        for p in self.module.parameters():
+        for p in self.objective.parameters():
             if not torch.isfinite(p.to_local() if is_sharded(p) else p).all():
                 return False
         return True
@@ -184,7 +184,7 @@ def _write_tensors(folder: Path, state: TrainState, writer: ShardWriter) -> None
     def write(name: str, tensors: dict[str, Tensor]) -> None:
         write_shard(folder, name, tensors, writer.rank, writer.num_shards)
 
-    write("module", state.module.state_dict())
+    write("module", state.objective.state_dict())
     for number, optimizer in enumerate(state.optimizers):
         write(f"optimizer_{number}", _optimizer_tensors(optimizer))
     if state.ema is not None:
@@ -215,8 +215,8 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         VitcliError: it is damaged, or a run of another shape wrote it.
     """
     try:
-        values = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        _read_into(state.module.state_dict(), ShardReader(path, "module"))
+        values = read_json(path / "state.json")
+        _read_into(state.objective.state_dict(), ShardReader(path, "module"))
         for number, optimizer in enumerate(state.optimizers):
             _load_optimizer(optimizer, ShardReader(path, f"optimizer_{number}"))
         if state.ema is not None:

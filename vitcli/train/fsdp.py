@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
+from vitcli.files import parse_json
 from vitcli.train.optimizers import OPTIMIZERS, find_optimizer
 from vitcli.weights.store import write_tensors
 
@@ -125,7 +126,7 @@ class ShardReader:
         ]
         self.places: dict[str, list[tuple[Any, int]]] = {}  # name -> (file, first row), …
         for file in self.files:
-            places = json.loads((file.metadata() or {}).get(SHARDS, "{}"))
+            places = parse_json((file.metadata() or {}).get(SHARDS, "{}"))
             for key in file.keys():  # noqa: SIM118  # not a mapping
                 self.places.setdefault(key, []).append((file, places.get(key, [0, 0])[0]))
 

@@ -5,7 +5,6 @@ masks derive from (seed, step), never from a generator whose state lives on. The
 resumes from step n computes exactly what it would have computed without the interruption.
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,13 +16,18 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import Recipe
 from vitcli.data.augment.mixing import soft_targets
-from vitcli.data.batch import Batch, move_to_device
+from vitcli.data.batch import Batch, downsample, move_to_device
 from vitcli.data.loader import TrainLoader
 from vitcli.devices import is_out_of_memory
 from vitcli.errors import VitcliError
 from vitcli.progress import Bar, QuietBar, Watcher
 from vitcli.run import Run
-from vitcli.train.agreement import max_over_processes, min_over_processes
+from vitcli.train.agreement import (
+    TIME_IS_UP,
+    Decision,
+    max_over_processes,
+    min_over_processes,
+)
 from vitcli.train.budget import Deadline, Timeline
 from vitcli.train.checkpoint import (
     NonFiniteError,
@@ -40,11 +44,10 @@ from vitcli.train.param_groups import set_lr
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import schedule_factor
 from vitcli.train.signals import SignalFlag, SignalReceived, Stopped
-from vitcli.train.validate import Outcome
+from vitcli.train.validate import Outcome, Validation
 from vitcli.weights.loaded import LoadedModel
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, if `train.checkpoint_steps` is not set
-TIME_IS_UP = 1 + max(signal.Signals)  # processes agree on signal numbers, and on this one
 
 
 @dataclass
@@ -52,27 +55,27 @@ class Loop:
     """A training run in progress.
 
     Attributes:
-        module: the prepared objective; a call returns (loss, metrics).
-        state: what a checkpoint holds, with the unwrapped module and optimizers.
-        model: the trained network, with the labels and preprocessing that go with it.
-        optimizer: steps all optimizers, or none of them if fp16 gradients overflow.
+        wrapped: the objective as Accelerate wraps it; a call returns (loss, metrics).
+        wrapped_optimizer: steps all optimizers, or none of them if fp16 gradients overflow.
+        state: what a checkpoint holds: the objective and the optimizers without wrappers.
+        loaded: the network inside the objective, with its labels and preprocessing.
         accelerator: the `accelerate.Accelerator`.
         validate: returns metrics of a held-out split; runs every `eval_steps` and at the end.
         outcomes: the predictions of the last validation.
         deadline: of a run with a budget, else None.
     """
 
-    module: nn.Module
+    wrapped: nn.Module
+    wrapped_optimizer: Any
     state: TrainState
-    optimizer: Any
+    loaded: LoadedModel
     loader: TrainLoader
-    model: LoadedModel
     recipe: Recipe
     run: Run
     accelerator: Any
     watch: Watcher
     recorder: Recorder
-    validate: Callable[..., dict[str, float]] | None = None
+    validate: Callable[..., Validation] | None = None
     outcomes: list[Outcome] = field(default_factory=list)
     eval_steps: int | None = None
     deadline: Deadline | None = None
@@ -93,8 +96,7 @@ class Loop:
     @property
     def device(self) -> torch.device:
         """The device of this process."""
-        device: torch.device = self.accelerator.device
-        return device
+        return torch.device(self.accelerator.device)
 
     def fit(self) -> None:
         """Train from `state.step` to `total_steps` and write the last checkpoint.
@@ -111,9 +113,11 @@ class Loop:
                 try:
                     with self._start() as bar:
                         for batch in self._batches():
-                            lr = self._set_lr()
-                            metrics = self.step(batch)
-                            if self._finish_step(metrics, lr, bar, signals):
+                            lr, is_full_image = self._set_lr(), self._stage() == (None, 0.0)
+                            self._count_step(self.step(batch), lr)
+                            decision = self._decide(signals)
+                            self._act(decision, is_full_image, bar, signals)
+                            if decision.is_last:
                                 break
                     self.save()
                     return
@@ -133,8 +137,8 @@ class Loop:
         self._ddp_is_warm = True
         metrics = self.gradients(batch)
         if self.recipe.optim.grad_clip is not None:
-            self.accelerator.clip_grad_norm_(self.module.parameters(), self.recipe.optim.grad_clip)
-        self.optimizer.step()
+            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.recipe.optim.grad_clip)
+        self.wrapped_optimizer.step()
         return metrics
 
     def gradients(self, batch: Batch, alone: bool = False) -> dict[str, Tensor]:
@@ -146,8 +150,8 @@ class Loop:
         averaged over the processes.
         """
         accelerator, num_images = self.accelerator, len(batch.labels)
-        model: Any = self.state.module.model
-        image_size, model.patch_drop_rate = self._stage()
+        network: Any = self.loaded.network
+        image_size, network.patch_drop_rate = self._stage()
         while True:
             size = self._micro_batch_size(batch)
             metrics: dict[str, Tensor] = {}
@@ -156,7 +160,7 @@ class Loop:
             torch.manual_seed(
                 step_seed(self.recipe.train.seed, self.state.step, accelerator.process_index)
             )
-            self.optimizer.zero_grad(set_to_none=True)
+            self.wrapped_optimizer.zero_grad(set_to_none=True)
             try:
                 for start in range(0, num_images, size):
                     part = batch.part(start, min(start + size, num_images)).to(self.device)
@@ -165,10 +169,10 @@ class Loop:
                     weight = len(part.labels) / num_images
                     # Averaging over processes is slow, and once, with the last part, is enough.
                     is_last = start + size >= num_images and not alone
-                    with nullcontext() if is_last else accelerator.no_sync(self.module):
+                    with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
                         images, targets = self.inputs(part)
                         images = downsample(images, image_size)
-                        loss, values = self.module(images, targets, part.factors)
+                        loss, values = self.wrapped(images, targets)
                         accelerator.backward(loss * weight)
                     for name, value in values.items():
                         metrics[name] = metrics.get(name, 0.0) + value.detach() * weight
@@ -181,19 +185,19 @@ class Loop:
 
     def inputs(self, part: Batch) -> tuple[Tensor, Tensor]:
         """Normalised images (B, C, Y, X) and labels (B,); after mixing, targets (B, K)."""
-        preprocess = self.model.preprocess
+        preprocess = self.loaded.preprocess
         assert preprocess is not None
         images = preprocess.normalize(part.images)
         if part.mix is None:
             return images, part.labels
-        targets = soft_targets(part.labels, self.model.config.num_classes)
+        targets = soft_targets(part.labels, self.loaded.config.num_classes)
         return part.mix.images(images), part.mix.targets(targets)
 
     def _start(self) -> Bar:
         """Start to count, at the beginning of a run, after a resume or after a rewind."""
         self._saved_at = time.monotonic()
         self.recorder.start(self.state.step)
-        self.module.train()
+        self.wrapped.train()
         if self.state.step >= self.total_steps:  # resumed from the last checkpoint
             return QuietBar()
         return self.watch.progress("train", self.total_steps, self.state.step)
@@ -209,54 +213,67 @@ class Loop:
 
     def _set_lr(self) -> float:
         """Set the rates of this step; returns the base rate."""
-        place = self.timeline.at(self.state.step)
-        factor = schedule_factor(self.recipe.schedule, place, self.timeline.planned)
+        position = self.timeline.at(self.state.step)
+        factor = schedule_factor(self.recipe.schedule, position, self.timeline.planned)
         factor *= self.state.lr_scale * self.recipe.optim.rate_factor(self.recipe.train.batch_size)
         set_lr(self.state.optimizers, factor)
         return self.recipe.optim.lr * factor
 
     def _stage(self) -> tuple[int | None, float]:
         """(image size or None, patch dropout rate) of this step: they decide its memory."""
-        train, place = self.recipe.train, self.timeline.at(self.state.step)
-        planned = self.timeline.planned
-        return train.side_at(place, planned), train.patch_drop_at(place, planned)
+        train, planned = self.recipe.train, self.timeline.planned
+        position = self.timeline.at(self.state.step)
+        return train.side_at(position, planned), train.patch_drop_at(position, planned)
 
-    def _finish_step(
-        self, metrics: dict[str, Tensor], lr: float, bar: Bar, signals: SignalFlag
-    ) -> bool:
-        """Count the step; log, save, evaluate or stop if it is time. True after the last step."""
-        state, train = self.state, self.recipe.train
-        is_full_image = self._stage() == (None, 0.0)  # of the step that was made
-        state.step += 1
-        if state.ema is not None:
-            state.ema.update(state.module, state.step)
+    def _count_step(self, metrics: dict[str, Tensor], lr: float) -> None:
+        """Count the step that was made, and average its weights and metrics."""
+        self.state.step += 1
+        if self.state.ema is not None:
+            self.state.ema.update(self.state.objective, self.state.step)
         self.recorder.add(metrics, lr)
+
+    def _decide(self, signals: SignalFlag) -> Decision:
+        """Decide what follows the step; all processes decide the same."""
+        step, total = self.state.step, self.total_steps
         stop = max_over_processes(self.accelerator, self._stop_request(signals))
         if stop == TIME_IS_UP:
-            self.timeline.replan(state.step, state.step)
-        is_last = state.step >= self.total_steps
-        stops = is_last or (stop is not None and stop != TIME_IS_UP)
-        saves = self._checkpoint_is_due() or stops
-        evaluates = bool(self.eval_steps) and state.step % (self.eval_steps or 1) == 0
-        # A record belongs to every checkpoint and evaluation, so that a resume loses none.
-        if state.step % train.log_steps == 0 or saves or evaluates:
-            self.recorder.log_training(state.step, bar, is_full_image)
-        if stop != TIME_IS_UP and self._replan():
+            self.timeline.replan(step, step)
+        elif stop is None:
+            self._replan()
+        is_last = step >= self.total_steps
+        number = None if stop == TIME_IS_UP else stop
+        saves = self._checkpoint_is_due() or is_last or number is not None
+        evaluates = self.eval_steps is not None and step % self.eval_steps == 0
+        return Decision(
+            signal=number,
+            is_last=is_last,
+            saves=saves,
+            evaluates=evaluates,
+            # A record belongs to every checkpoint and evaluation, so that a resume loses none.
+            logs=step % self.recipe.train.log_steps == 0 or saves or evaluates,
+            changes_length=self.total_steps != total,
+        )
+
+    def _act(self, decision: Decision, is_full_image: bool, bar: Bar, signals: SignalFlag) -> None:
+        """Log, save, stop or evaluate; `fit` saves after the last step."""
+        step = self.state.step
+        if decision.logs:
+            self.recorder.log_training(step, bar, is_full_image)
+        if decision.changes_length:
             bar.extend(self.total_steps)
-            is_last = state.step >= self.total_steps
-        if is_last:
-            return True  # `fit` saves, and the caller evaluates
-        if saves:
+        if decision.signal is not None:  # in the last step too: the evaluation may take too long
+            self.save()
+            raise Stopped(decision.signal, step, str(self.run.path))
+        if decision.is_last:
+            return
+        if decision.saves:
             self.save()
             self._saved_at = time.monotonic()
-        if stops and stop is not None:
-            raise Stopped(stop, state.step, str(self.run.path))
-        if evaluates:
+        if decision.evaluates:
             bar.advance(0, **self._evaluate_between_steps(signals))
-        return False
 
     def _stop_request(self, signals: SignalFlag) -> int | None:
-        """The number of a signal, or that the time is up; None to go on."""
+        """The number of a signal, or `TIME_IS_UP`; None to go on."""
         if signals.received is not None:
             return signals.received
         return TIME_IS_UP if self.deadline is not None and self.deadline.is_up() else None
@@ -267,20 +284,19 @@ class Loop:
         waited = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
         return max_over_processes(self.accelerator, int(waited)) == 1
 
-    def _replan(self) -> bool:
-        """Adapt the number of steps to the measured speed; True if it changes."""
+    def _replan(self) -> None:
+        """Adapt the number of steps to the measured speed."""
         if self.deadline is None or not self.deadline.is_due(self.timeline, self.state.step):
-            return False
+            return
         # All processes make as many steps as the slowest of them has time for.
         total = min_over_processes(
             self.accelerator, self.deadline.total(self.timeline, self.state.step)
         )
         if total == self.total_steps:
-            return False
+            return
         self.timeline.replan(self.state.step, total)
         if self.accelerator.is_main_process:
             self.run.log({"step": self.state.step, "event": "settle", "steps": total})
-        return True
 
     def _micro_batch_size(self, batch: Batch) -> int:
         num_images = len(batch.labels)
@@ -293,11 +309,10 @@ class Loop:
         The size is part of the state, because dropout masks depend on it: a resumed run starts
         with it.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.wrapped_optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        smallest = 2 if batch.mix is not None else 1  # mixup needs both images of a pair
-        old = self._micro_batch_size(batch)
+        old, smallest = self._micro_batch_size(batch), 2 if batch.mix else 1  # 2: pairs of mixup
         size = old // 2 - (old // 2) % smallest
         if size < smallest:
             raise VitcliError(
@@ -324,8 +339,6 @@ class Loop:
                 self.accelerator, size or len(batch.labels)
             )
 
-    # ---- evaluation, records, checkpoints ----
-
     def evaluate(self, signals: SignalFlag | None = None) -> dict[str, float]:
         """Log and return metrics of the held-out split, with averaged weights if there are any.
 
@@ -333,15 +346,16 @@ class Loop:
         """
         if self.validate is None:
             return {}
-        self.module.eval()
+        self.wrapped.eval()
         # Several processes must stop together, so they finish the evaluation first.
-        single = self.accelerator.num_processes == 1
-        interrupting = signals.interrupting() if signals is not None and single else nullcontext()
+        alone = self.accelerator.num_processes == 1
+        interrupting = signals.interrupting() if signals is not None and alone else nullcontext()
         # `interrupting` is innermost: whenever a signal comes, the trained weights are put back.
-        ema, module = self.state.ema, self.state.module
-        with averaged(module, ema), unsharded(module), interrupting:
-            metrics = self.validate()
-        self.module.train()
+        ema, objective = self.state.ema, self.state.objective
+        with averaged(objective, ema), unsharded(objective), interrupting:
+            found = self.validate()
+        self.wrapped.train()
+        self.outcomes, metrics = found.outcomes, found.metrics
         self.recorder.log({"step": self.state.step, **{f"test/{k}": v for k, v in metrics.items()}})
         return {f"test_{name}": value for name, value in metrics.items()}
 
@@ -379,21 +393,8 @@ class Loop:
         )
 
 
-def downsample(images: Tensor, size: int | None) -> Tensor:
-    """(B, C, Y, X) -> (B, C, S, S): images averaged down to `size` pixels; None changes nothing.
-
-    Most of what a small model learns from an image it learns at a quarter of the cost first
-    (Touvron et al., 2019; Tan and Le, 2021).
-    """
-    if size is None:
-        return images
-    return torch.nn.functional.interpolate(
-        images, size=(size, size), mode="bilinear", antialias=True, align_corners=False
-    )
-
-
 def step_seed(seed: int, step: int, process: int) -> int:
     """The random seed of update `step` (dropout, stochastic depth)."""
-    # Odd multipliers, as of splitmix64 and Weyl sequences, keep the seeds of neighbours apart.
+    # Odd multipliers, as in splitmix64, keep the seeds of neighbours apart.
     mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + process * 0x94D049BB133111EB
     return mixed & 0x7FFF_FFFF_FFFF_FFFF

@@ -96,7 +96,7 @@ def find_rate(recipe: Recipe, make_model: MakeModel, *, out: Path, watch: Watche
 
 def _run_test(loop: Loop, watch: Watcher) -> tuple[list[float], list[float], list[float]]:
     """(factors on the rates, losses, running means) of all steps until the loss clearly rises."""
-    loop.module.train()
+    loop.wrapped.train()
     batch_size, state = loop.recipe.train.batch_size, loop.state
     scale = loop.recipe.optim.rate_factor(batch_size)
     set_lr(state.optimizers, 0.0)  # the timed steps move no weight

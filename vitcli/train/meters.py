@@ -120,7 +120,8 @@ class WaitTimer:
 
 def is_filling_cache(loader: TrainLoader, seen: int) -> bool:
     """True in the first epoch of a loader that keeps decoded images: later epochs are faster."""
-    return getattr(loader.images, "is_cached", False) and seen < len(loader.images)
+    images = loader.images
+    return images.kind == "images" and images.is_cached and seen < len(images)
 
 
 def slow_data_warning(times: StepTimes, loader: TrainLoader, data: str) -> str:
@@ -130,13 +131,13 @@ def slow_data_warning(times: StepTimes, loader: TrainLoader, data: str) -> str:
         times: of a window.
         data: DATA, as the user wrote it.
     """
-    images = times.steps * loader.batch_size
+    seen, images = times.steps * loader.batch_size, loader.images
     text = (
-        f"data loading is slow: {images / (times.waited + times.worked):.4g} images/s, the model "
-        f"can train on {images / times.worked:.4g} images/s and waits {times.wait_fraction:.0%} of "
+        f"data loading is slow: {seen / (times.waited + times.worked):.4g} images/s, the model "
+        f"can train on {seen / times.worked:.4g} images/s and waits {times.wait_fraction:.0%} of "
         "the time"
     )
-    if getattr(loader.images, "decodes_each_epoch", False):
+    if images.kind == "images" and images.decodes_each_epoch:
         return f"{text}; run `vitcli patchify {data} --out DIR` once and use DIR as DATA"
     usual = default_workers(loader.world_size)
     return f"{text}; `--set data.workers={usual}`" if loader.workers < usual else text

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import OptimSection
 from vitcli.errors import VitcliError, unknown
-from vitcli.train.param_groups import NamedParameters, is_hidden_matrix, layer_of, param_groups
+from vitcli.train.param_groups import (
+    NamedParameters,
+    encoder_names,
+    is_hidden_matrix,
+    layer_of,
+    param_groups,
+)
 
 FACTORED_SIZE = 32  # Adafactor factors a matrix if both sides have at least this length
 DECAY_POWER, MAX_DECAY = 0.8, 0.999  # Adafactor's decay in step t is min(MAX, 1 - t^-POWER)
@@ -311,9 +317,10 @@ def build_optimizers(module: nn.Module, section: OptimSection) -> list[torch.opt
         VitcliError: no such optimizer, or layer-wise rates for a model without blocks.
     """
     entry = find_optimizer(section)
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    every = encoder_names(module)
+    named = [(name, p) for name, p in every if p.requires_grad]
     # The depth counts frozen blocks too, so that freezing does not change the rates of the others.
-    depth = max((layer_of(name, 0) for name, _ in module.named_parameters()), default=0)
+    depth = max((layer_of(name, 0) for name, _ in every), default=0)
     if section.layer_decay != 1.0 and all(layer_of(n, depth) in (0, depth + 1) for n, _ in named):
         raise VitcliError(
             "`optim.layer_decay` needs trainable ViT blocks, and this model has none",

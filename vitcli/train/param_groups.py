@@ -22,24 +22,38 @@ def is_kernel(name: str, p: torch.Tensor) -> bool:
     return p.ndim >= 2 and last not in TOKENS and not is_position(last)
 
 
+def encoder_names(module: nn.Module) -> NamedParameters:
+    """The parameters of a network or an objective, named as in the network.
+
+    The own parameters of an objective get the prefix `objective.`, so that a decoder with `blocks`
+    is not taken for the encoder.
+    """
+    prefix = getattr(module, "encoder_prefix", "")
+    return [
+        (name.removeprefix(prefix) if name.startswith(prefix) else f"objective.{name}", p)
+        for name, p in module.named_parameters()
+    ]
+
+
 def is_hidden_matrix(name: str, p: torch.Tensor) -> bool:
     """True for matrices inside encoder blocks: Muon is not meant for the embedding and the head."""
     # LoRA adapters are matrices too, but of low rank: orthogonalising them makes no sense.
     adapter = name.rpartition(".")[2].startswith("lora_")
-    return p.ndim == 2 and not adapter and is_kernel(name, p) and ".blocks." in f".{name}"
+    return p.ndim == 2 and not adapter and is_kernel(name, p) and name.startswith("blocks.")
 
 
 def layer_of(name: str, depth: int) -> int:
     """The layer number of a parameter: 0 embedding, 1 .. depth blocks, depth + 1 the rest.
 
     BEiT and MAE number layers in this way; layer i has the rate lr * layer_decay^(depth + 1 - i).
-    Heads that belong to the objective count as the rest.
+    Names are those of `encoder_names`; what belongs to the objective counts as the rest.
     """
-    own = name.rpartition("model.")[2]  # without the prefix of the objective
-    if found := re.match(r"blocks\.(\d+)\.", own):
+    if name.startswith("objective."):
+        return depth + 1
+    if found := re.match(r"blocks\.(\d+)\.", name):
         return int(found[1]) + 1
-    embedding = own.startswith(("patch_embed.", "norm_pre.")) or own.partition(".")[0] in TOKENS
-    return 0 if embedding or is_position(own.rpartition(".")[2]) else depth + 1
+    embedding = name.startswith(("patch_embed.", "norm_pre.")) or name.partition(".")[0] in TOKENS
+    return 0 if embedding or is_position(name.rpartition(".")[2]) else depth + 1
 
 
 def param_groups(

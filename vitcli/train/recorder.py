@@ -1,20 +1,15 @@
-"""What a run records: metrics.jsonl, the progress bar, and trackers such as TensorBoard."""
+"""Records of a run: metrics.jsonl, the progress bar and curves.png."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from vitcli.config.recipe import flat_settings
 from vitcli.config.schema import Recipe
 from vitcli.data.loader import TrainLoader
 from vitcli.devices import peak_memory
-from vitcli.errors import VitcliError, unknown
 from vitcli.files import replacing
 from vitcli.progress import Bar, Watcher
 from vitcli.run import Run
@@ -26,14 +21,8 @@ from vitcli.train.meters import (
     is_filling_cache,
     slow_data_warning,
 )
+from vitcli.train.trackers import Track
 
-PROJECT = "vitcli"  # the name of the project in trackers
-# The packages of each tracker; one of them must be installed.
-TRACKERS = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-}
 # The panels of curves.png.
 PANELS = {
     "loss": ("train/loss", "test/loss"),
@@ -42,17 +31,16 @@ PANELS = {
     "learning rate": ("lr",),
 }
 
-Track = Callable[[dict[str, Any]], None]
-
 
 @dataclass
 class Recorder:
     """Averages the metrics of steps, and writes them as records.
 
     Attributes:
-        track: receives every record as well, if there is a tracker.
+        track: receives every record as well, if a tracker is open (`tracking`).
         peak_flops: of this machine, all processes together; None if not measured.
         flops_per_image: of a forward and backward pass; 0 if unknown, and then there is no `mfu`.
+        first_step, lr: where counting started, and the rate of the last step.
     """
 
     recipe: Recipe
@@ -63,7 +51,14 @@ class Recorder:
     track: Track | None = None
     peak_flops: float | None = None
     flops_per_image: float = 0.0
+    first_step: int = 0
+    lr: float = 0.0
+    meter: AverageMeter = field(default_factory=AverageMeter)
+    timer: WaitTimer = field(init=False)
     _warned: bool = False
+
+    def __post_init__(self) -> None:
+        self.start(0)
 
     def start(self, step: int) -> None:
         """Start to count at `step`."""
@@ -131,42 +126,6 @@ class Recorder:
             return
         self._warned = True
         self.watch.warn(slow_data_warning(times, self.loader, str(self.recipe.data.name)))
-
-
-def check_tracker(name: str) -> None:
-    """Check that the tracker exists and its package is installed."""
-    if name not in TRACKERS:
-        raise unknown("tracker", name, TRACKERS)
-    if not any(find_spec(package) for package in TRACKERS[name]):
-        raise VitcliError(
-            f"`--track {name}` needs a package that is not installed",
-            f"`pip install {TRACKERS[name][0]}`",
-        )
-
-
-@contextmanager
-def tracking(accelerator: Any, name: str | None, recipe: Recipe) -> Iterator[Track | None]:
-    """Give a function that sends a record to the tracker `name`; close the tracker at the end."""
-    if name is None:
-        yield None
-        return
-    accelerator.init_trackers(PROJECT, config=tracker_config(recipe))
-
-    def track(record: dict[str, Any]) -> None:
-        # The step is the axis of every plot, not a value of its own.
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        accelerator.log(numbers, step=int(record["step"]))
-
-    try:  # closed also after an error: trackers write their last records then
-        yield track
-    finally:
-        accelerator.end_training()
-
-
-def tracker_config(recipe: Recipe) -> dict[str, Any]:
-    """The settings by dotted name. Trackers take numbers and text only, and no None."""
-    found = {k: v for k, v in flat_settings(recipe).items() if v is not None}
-    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in found.items()}
 
 
 def draw_curves(run: Run) -> None:

@@ -14,26 +14,16 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, Run, finished_runs
-from vitcli.train.objectives import find_objective
+from vitcli.train.objectives import objective_class
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
 from vitcli.weights.edit import prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.overrides import override_preprocess
+from vitcli.weights.overrides import MODEL_KEYS, override_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
-# The `[model]` keys that `finetune` takes; the others belong to the weights.
-LOADING = (
-    "image_size",
-    "patch_size",
-    "pool",
-    "num_heads",
-    "norm_eps",
-    "gelu",
-    "position_resize",
-)
 DROPOUT = ("dropout_rate", "drop_path_rate")
 
 
@@ -122,7 +112,7 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
         VitcliError: no such variant, or settings that contradict each other.
     """
     section = recipe.model
-    supervised = find_objective(recipe.objective.name).supervised
+    supervised = objective_class(recipe.objective.name).supervised
     num_classes = len(source.classes) if supervised else 0
     settings = {"num_classes": num_classes, **section.architecture()}
     try:
@@ -157,24 +147,24 @@ def pretrained_model(
         VitcliError: it cannot be loaded, or a setting does not fit it.
     """
     name = recipe.objective.name
-    if not find_objective(name).supervised:
+    if not objective_class(name).supervised:
         raise VitcliError(
             f"objective `{name}` trains no head for the classes, and `finetune` needs one",
             f"`vitcli pretrain {recipe.data.name} --set objective.name={name}` trains without one",
         )
     section = recipe.model
     given = section.model_dump(exclude_none=True, exclude={"name"})
-    if foreign := sorted(set(given) - {*LOADING, *DROPOUT}):
+    if foreign := sorted(set(given) - {*MODEL_KEYS, *DROPOUT}):
         raise VitcliError(
-            f"the weights determine these settings: model.{', model.'.join(foreign)}",
-            f"`finetune` takes only {', '.join('model.' + k for k in (*LOADING, *DROPOUT))}",
+            f"the weights determine {', '.join(f'`model.{k}`' for k in foreign)}",
+            f"you can set {', '.join(f'`model.{k}`' for k in (*MODEL_KEYS, *DROPOUT))}",
         )
     model = load_model(
         section.name or "",
         preprocess=recipe.preprocess.model_dump(exclude_none=True),
         seed=recipe.train.seed,
         watch=watch,
-        **{key: given[key] for key in LOADING if key in given},
+        **{key: given[key] for key in MODEL_KEYS if key in given},
     )
     require_preprocess(model)
     # A head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head only.

@@ -16,9 +16,8 @@ from torch import nn
 from vitcli import distributed
 from vitcli.config.schema import Recipe, parse_duration
 from vitcli.data.source import Source
-from vitcli.devices import matrix_peak
 from vitcli.errors import VitcliError
-from vitcli.files import exclusive
+from vitcli.files import exclusive, read_json
 from vitcli.progress import Logged, Quiet, Watcher
 from vitcli.run import (
     OUTCOMES,
@@ -44,10 +43,10 @@ from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
 from vitcli.train.ema import averaged
 from vitcli.train.fsdp import gather_tensors
 from vitcli.train.loop import Loop
-from vitcli.train.lora import ADAPTER, merged, save_adapters, training_passes
-from vitcli.train.recorder import check_tracker, draw_curves, tracking
+from vitcli.train.lora import ADAPTER, merged, save_adapters
+from vitcli.train.recorder import draw_curves
 from vitcli.train.signals import Stopped
-from vitcli.vit.macs import macs
+from vitcli.train.trackers import check_tracker, tracking
 from vitcli.weights.store import save_model, save_tensors
 
 NUM_EVALUATIONS = 5  # in a run without `train.eval_steps`
@@ -138,11 +137,6 @@ def train(
     log = Logged(watch if is_main else Quiet(), Path(os.devnull))
     source = open_source(recipe, watch)
     loop = build_loop(recipe, source, make_model, planned, accelerator, log, old)
-    # What `mfu` in the records refers to: the measured peak of this machine.
-    loop.recorder.peak_flops = accelerator.num_processes * matrix_peak(loop.device, precision)
-    if not loop.state.module.hidden_rate:  # otherwise the encoder sees fewer patches
-        network = loop.model.network
-        loop.recorder.flops_per_image = 2.0 * training_passes(network) * macs(network.config)
 
     if old is None:  # only now, so that bad settings and bad data leave no directory
         if resume:
@@ -219,7 +213,7 @@ def run_locked(run: Run, is_main: bool = True) -> Iterator[None]:
 
 def _holder(run: Run) -> str:
     try:
-        holder = json.loads((run.path / HOLDER).read_text(encoding="utf-8"))
+        holder = read_json(run.path / HOLDER)
         return f"process {holder['process']} on `{holder['host']}`"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
@@ -294,7 +288,7 @@ def choose_steps(loop: Loop, started: float, source: Source, precision: str) -> 
 
 def facts_of(loop: Loop, source: Source, precision: str) -> dict[str, Any]:
     """What provenance.json says about model, data and machine."""
-    recipe, model = loop.recipe, loop.model
+    recipe, model = loop.recipe, loop.loaded
     return {
         "lr_factor": recipe.optim.rate_factor(recipe.train.batch_size),
         "trained": sum(p.numel() for p in model.network.parameters() if p.requires_grad),
@@ -320,13 +314,11 @@ def num_parameters(model: nn.Module) -> int:
 
 def finish(loop: Loop) -> TrainResult:
     """Evaluate, write weights and curves, and then the result, which marks the run as finished."""
-    recipe, run, accelerator, model = loop.recipe, loop.run, loop.accelerator, loop.model
+    recipe, run, accelerator, model = loop.recipe, loop.run, loop.accelerator, loop.loaded
     metrics = {name.removeprefix("test_"): value for name, value in loop.evaluate().items()}
     broken = dict(sorted(gather(list(loop.loader.broken.items()), accelerator)))
     if broken:
-        loop.watch.warn(
-            f"{len(broken)} images could not be read; other images of the same class replaced them"
-        )
+        loop.watch.warn(f"unreadable images, which were not used: {len(broken)}")
     images = loop.total_steps * recipe.train.batch_size
     # From the records, so that a run that was interrupted counts all of its parts.
     seconds = sum(record["seconds"] for record in run.records() if "train/loss" in record)
@@ -347,7 +339,7 @@ def finish(loop: Loop) -> TrainResult:
     # Weights come before result.json: a run that is killed here evaluates again after a resume.
     tensors: dict[str, torch.Tensor] | None = None
     if recipe.train.fully_shard:  # every process must take part
-        with averaged(loop.state.module, loop.state.ema):
+        with averaged(loop.state.objective, loop.state.ema):
             tensors = gather_tensors(model.state_dict())
     outcomes = sorted(gather(loop.outcomes, accelerator))
     if accelerator.is_main_process:
@@ -358,7 +350,7 @@ def finish(loop: Loop) -> TrainResult:
         run.update_provenance({"steps": loop.total_steps})
         model.eval()
         model.head_trained = model.config.num_classes > 0
-        with averaged(loop.state.module, loop.state.ema):
+        with averaged(loop.state.objective, loop.state.ema):
             adapters = run.path / "lora.safetensors"
             save_adapters(adapters, model.network, recipe.lora, str(recipe.model.name))
             # Merged, so that the weights load everywhere; the adapters are stored separately too.

@@ -1,6 +1,7 @@
 """Metrics of a model on a held-out split during training. Every readable image counts once."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,14 @@ EVAL_BATCH_SIZE = 256
 Outcome = tuple[int, int, int]  # index of the image, its class, the predicted class
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Metrics of all processes, and the predictions of this one (none for multi-label images)."""
+
+    metrics: dict[str, float]
+    outcomes: list[Outcome] = field(default_factory=list)
+
+
 @torch.inference_mode()
 def run_validation(
     model: LoadedModel,
@@ -30,8 +39,7 @@ def run_validation(
     watch: Watcher,
     broken: dict[str, str],
     limit: int | None = None,
-    outcomes: list[Outcome] | None = None,
-) -> dict[str, float]:
+) -> Validation:
     """Top-1 accuracy and cross-entropy, or mean average precision for multi-label images.
 
     Each process evaluates its own part. The number of processes does not change the result.
@@ -39,7 +47,6 @@ def run_validation(
     Args:
         broken: collects the images that cannot be read, with the reason.
         limit: stop after about this many images; used to measure the speed.
-        outcomes: is replaced by the predictions of this process.
 
     Raises:
         VitcliError: no image can be read.
@@ -49,27 +56,29 @@ def run_validation(
         num_batches = max(1, limit // (EVAL_BATCH_SIZE * accelerator.num_processes))
         outputs = islice(outputs, num_batches)
     if images.targets is not None:
-        return _validate_multi_label(model, outputs, accelerator)
+        return Validation(_validate_multi_label(model, outputs, accelerator))
     # Sums in fp64, because in fp32 a count stops to grow at 2^24.
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    if outcomes is not None:  # in place: the loop holds the same list
-        outcomes.clear()
+    outcomes: list[Outcome] = []
     for logits, batch in outputs:
         loss = _sum_of_losses(model, logits, batch.labels)
         predicted = logits.argmax(dim=1)
         correct = (predicted == batch.labels).sum()
-        if outcomes is not None:
-            columns = (batch.indices, batch.labels.cpu(), predicted.cpu())
-            outcomes += list(zip(*(column.tolist() for column in columns), strict=True))
+        columns = (batch.indices, batch.labels.cpu(), predicted.cpu())
+        outcomes += list(zip(*(column.tolist() for column in columns), strict=True))
         sums += torch.stack([loss.double(), correct.double(), sums.new_tensor(len(logits))])
     loss_sum, correct_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
     if not count:
         raise _no_readable_image()
-    return {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}
+    metrics = {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}
+    return Validation(metrics, outcomes)
 
 
 def _sum_of_losses(model: LoadedModel, logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, K), (B,) -> the sum () of the losses that the head was trained with."""
+    """(B, K), (B,) -> the sum () of the cross-entropies that belong to the head's activation.
+
+    Every objective is validated by it, so that runs with different objectives can be compared.
+    """
     if model.head_activation == "softmax":
         return cross_entropy(logits, labels, reduction="sum")
     targets = one_hot(labels, logits.shape[1]).float()
@@ -122,9 +131,7 @@ def _outputs(
     )
     with watch.progress("test", len(images)) as bar:
         for batch in move_to_device(batches, accelerator.device):
-            for line in batch.broken:
-                name, _, reason = line.rpartition(": ")
-                broken[name] = reason
+            broken.update(batch.broken)
             if not len(batch):  # every image of it is broken
                 continue
             with accelerator.autocast():

@@ -219,7 +219,7 @@ def load_settings(model: ModelSection, preprocess: PreprocessSection) -> dict[st
     arguments = model.model_dump(exclude_none=True, exclude={"name"})
     if fixed := sorted(set(arguments) - set(MODEL_KEYS)):
         raise VitcliError(
-            f"the weights fix {', '.join(f'`model.{k}`' for k in fixed)}",
+            f"the weights determine {', '.join(f'`model.{k}`' for k in fixed)}",
             hint=f"you can set {', '.join(f'`model.{k}`' for k in MODEL_KEYS)}",
         )
     if settings := preprocess.model_dump(exclude_none=True):
@@ -244,7 +244,9 @@ def newest_run(*, classifier: bool, runs: Path = RUNS) -> str:
             command = run.result().get("command")
         except VitcliError:
             continue
-        if header.get("head_trained") if classifier else header and command != "fewshot":
+        is_classifier = bool(header.get("head_trained"))
+        is_training_run = bool(header) and command != "fewshot"
+        if is_classifier if classifier else is_training_run:
             return str(run.path)
     if classifier:
         raise VitcliError(

@@ -27,6 +27,7 @@ CONVERT_HINT = (
 # Largest ratio of the bytes of all tensors to the bytes of the file. A file stores shared weights
 # once (12 blocks in ALBERT). In a larger ratio, one number is expanded over a large shape.
 MAX_EXPANSION = 16
+MAX_WRAPPINGS = 8
 # Keys under which programs store the state dict, best first. Averaged weights are evaluated (timm,
 # DINO, I-JEPA), so they come first; a student comes last.
 WRAPPINGS = (
@@ -165,6 +166,11 @@ def _state_dict(value: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
             break
         value, others = value[inner[0]], inner[1:]
         trail.append(inner[0])
+        if len(trail) > MAX_WRAPPINGS:  # a dictionary that contains itself has no end
+            raise VitcliError(
+                f"`{source}` nests its state dict in more than {MAX_WRAPPINGS} dictionaries",
+                hint="save `model.state_dict()`",
+            )
         if others:
             ignored = ", ".join(f"`{name}`" for name in others)
             notes.append(f"loaded the weights under `{'.'.join(trail)}`, not those under {ignored}")

@@ -1,6 +1,6 @@
 """Find the weights of a MODEL, detect their layout and read them into a `Checkpoint`."""
 
-import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,18 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from vitcli.errors import VitcliError
+from vitcli.files import read_json
+from vitcli.hub.http import fetch_url
+from vitcli.hub.models import INDEX, fetch_model
 from vitcli.progress import Watcher
 from vitcli.vit import ResNetConfig, ViTConfig
-from vitcli.weights.downloads import fetch_address
 from vitcli.weights.google.npz import read_npz
 from vitcli.weights.google.read_google import read_google
-from vitcli.weights.hub_models import fetch_repository
 from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
 from vitcli.weights.overrides import Overrides, override_preprocess
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
 from vitcli.weights.store import (
-    INDEX,
     Checkpoint,
     load_sharded_weights,
     load_weights,
@@ -73,13 +73,13 @@ def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoin
         raise VitcliError("the MODEL is empty", hint=UNDERSTOOD)
     notes: list[str] = []
     if source.startswith("hf:"):
-        path, notes = fetch_repository(source, watch)
+        path, notes = fetch_model(source, watch)
     elif source.startswith(("https:", "http:", "gs:")):
-        path, notes = fetch_address(source, watch)
+        path, notes = fetch_url(source, watch)
     elif path.is_dir():
         path = _weights_in(path)
     elif not path.exists():
-        raise VitcliError(f"no such model: `{source}`", hint=UNDERSTOOD)
+        raise VitcliError(f"no such model: `{source}`", hint=_hint_for(source))
     checkpoint = _read_file(path, source, overrides)
     checkpoint.notes[:0] = notes
     return checkpoint
@@ -206,12 +206,32 @@ def _weights_in(folder: Path) -> Path:
             f"{', '.join(p.name for p in pickles[:4])}",
             hint="name one of these files",
         )
+    if inside := _newest_checkpoint(folder):
+        raise VitcliError(
+            f"`{folder}` holds no weights, but `{inside}` does", hint=f"use `--model {inside}`"
+        )
     raise VitcliError(f"`{folder}` holds no weights", hint=UNDERSTOOD)
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The last `checkpoint-STEP` of a folder that transformers' Trainer wrote."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
+    found = [p for p in found if any(p.glob("*.safetensors")) or any(p.glob("*.bin"))]
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def _hint_for(source: str) -> str:
+    """The notation that was probably meant by a model that does not exist here."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).parent.exists():
+        return f"for a repository on the Hugging Face Hub use `hf:{source}`"
+    if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+(\.\w+)?", source):  # a timm name
+        return f"for weights of timm on the Hugging Face Hub use `hf:timm/{source}`"
+    return UNDERSTOOD
 
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitcli.errors import VitcliError
-from vitcli.files import replacing
+from vitcli.files import parse_json, replacing
+from vitcli.hub.models import shard_names
 from vitcli.preprocess import Preprocess
 from vitcli.run import check_free
 from vitcli.vit import Config, config_from_dict
@@ -26,8 +27,6 @@ from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
 FORMAT = 1
 DAMAGED_HINT = "copy or download the file again"
-# `save_pretrained` writes several files above its `max_shard_size`, and this index of them.
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass
@@ -143,7 +142,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if "vitcli" not in metadata:
         return None
     with readable_values("header", path, DAMAGED_HINT):
-        header = json.loads(metadata["vitcli"])
+        header = parse_json(metadata["vitcli"])
         if header["format"] > FORMAT:
             raise VitcliError(
                 f"`{path}` was written by a newer vitcli (format {header['format']}, not {FORMAT})",
@@ -189,23 +188,6 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     with _opened(path):
         pass
     return load_file(os.fspath(path))
-
-
-def shard_names(index: Path) -> list[str]:
-    """Return the names of the files that an index of sharded weights lists in its folder.
-
-    Raises:
-        VitcliError: the index is invalid.
-    """
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError("it lists no files in its folder")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise VitcliError(
-            f"`{index}` is not a valid index of weights files: {error}", hint=DAMAGED_HINT
-        ) from error
-    return sorted(names)
 
 
 def load_sharded_weights(index: Path) -> dict[str, Tensor]:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitcli.cli.console import print_table, show_next
+from vitcli.evals.fewshot.methods import METHODS
 
 
 def show_fewshot(result: Any) -> None:
     """Show the accuracy for each number of shots, beside that of raw pixels."""
-    from vitcli.evals.fewshot.classifiers import METHODS  # loads torch
 
     facts = result.to_json()
     columns = ["shots", "this model", "95 % interval over test images"]

@@ -46,7 +46,7 @@ def show_trained(result: Any) -> None:
         if name == "loss" or name.startswith("train/")
     ]
     if result.broken:
-        rows.append(("unreadable", f"{len(result.broken)} images, replaced by others of the class"))
+        rows.append(("unreadable", f"{len(result.broken)} images, not used"))
     print_facts(f"{result.command}: {result.run}", rows)
     steps = {"pretrain": "vitcli fewshot --shots 5, or vitcli finetune"}
     show_next(steps.get(result.command, "vitcli predict image.jpg"))

@@ -46,15 +46,13 @@ class Mix:
         return Mix(self.lam.to(device, non_blocking=True), self.box.to(device, non_blocking=True))
 
     def images(self, images: Tensor) -> Tensor:
-        """(V*B, C, Y, X) float, view-major -> mixed, each view with the partner's same view."""
-        views = len(images) // len(self.lam)
+        """(B, C, Y, X) float -> (B, C, Y, X): each image mixed with its partner."""
         cut = self._mask(images.shape[2], images.shape[3])  # (B, 1, Y, X)
         # A pair under cutmix is not blended, although its lambda is below 1.
         blend = torch.where(self.box[:, 2] > self.box[:, 0], 1.0, self.lam).view(-1, 1, 1, 1)
-        blend, cut = blend.repeat(views, 1, 1, 1), cut.repeat(views, 1, 1, 1)
         other = swap_pairs(images)
         mixed = torch.lerp(other, images, blend.to(images.dtype))
-        return torch.where(cut, other, mixed)  # (V*B, C, Y, X)
+        return torch.where(cut, other, mixed)  # (B, C, Y, X)
 
     def targets(self, targets: Tensor) -> Tensor:
         """(B, K) -> (B, K): the targets mixed with the same lambda."""

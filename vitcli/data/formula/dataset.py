@@ -2,13 +2,13 @@
 
 A scene is a background with objects in front of it; the main object defines the class. Pretraining
 on rendered images follows Kataoka et al. (2020), the closed contours Takashima et al. (2023). An
-image is a pure function of (seed, index, size), and its training views also of the run's seed, the
-epoch and the view.
+image is a pure function of (seed, index, size), and in training also of the run's seed and the
+epoch.
 """
 
 from collections.abc import Mapping
 from copy import copy
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from vitcli.data.formula.scenes import render_scenes
 from vitcli.data.formula.shapes import CLASSES, Integers, KeyedUniform, hash_keys
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import DataRequest, Source, fingerprint
-from vitcli.decode import Mode
+from vitcli.pixels import Mode, PixelFormat, as_format
 
 NUM_TRAIN = 1_000_000
 NUM_TEST = 2_048
@@ -36,6 +36,7 @@ class FormulaSet:
         image_size: (Y, X) of the images that `read` returns.
     """
 
+    kind: Literal["batches"] = "batches"
     targets: None = None  # each image has one class
 
     def __init__(
@@ -55,10 +56,10 @@ class FormulaSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int, mode: Mode = "RGB") -> Image.Image:
+    def read(self, index: int, mode: Mode | PixelFormat = "RGB") -> Image.Image:
         """The image without augmentation."""
-        images, _ = render_scenes(self.seed, self._scenes[[index]], self.image_size, None)
-        return Image.fromarray(images[0].transpose(1, 2, 0)).convert(mode)
+        images = render_scenes(self.seed, self._scenes[[index]], self.image_size, None)
+        return Image.fromarray(images[0].transpose(1, 2, 0)).convert(as_format(mode).mode)
 
     def describe(self, index: int) -> str:
         """The name of an image in errors and tables."""
@@ -85,38 +86,23 @@ class FormulaSet:
         indices: Integers,
         image_size: tuple[int, int],
         seed: int,
-        views: int = 1,
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(B,) epochs, (B,) indices -> (V*B, 3, Y, X) uint8 views, (B,) labels, and factors.
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) epochs, (B,) indices -> (B, 3, Y, X) uint8 images, (B,) labels.
 
         An image has the same pixels in every batch.
 
         Args:
             epochs, indices: (B,) the epoch and the index of each image.
-            image_size: (Y, X) in px, at least 8 each; independent of that of `read`.
+            image_size: (Y, X) in px; independent of that of `read`.
             seed: seed of viewpoints and colour changes; the set has its own seed for the scenes.
-            views: views per scene; the result is view-major.
-
-        Returns:
-            Images, labels, and the factors of each view: `background` and `texture` of the main
-            object (V*B, indices into TEXTURES; one more for the background of a plain scene),
-            `objects` (V*B, number of objects besides the main one), `coverage` (V*B, 8, 8,
-            fraction of each cell that shows the main object) and `visible` (V*B, 8, 8, 0 for the
-            background, else 1 + the class of the front object).
         """
         scenes = self._scenes[indices]
         parts = []
-        for view in range(views):
-            for start in range(0, len(scenes), CHUNK):
-                part = slice(start, start + CHUNK)
-                keys = hash_keys(seed, 2, scenes[part], epochs[part], view)
-                parts.append(render_scenes(self.seed, scenes[part], image_size, KeyedUniform(keys)))
-        images = torch.from_numpy(np.concatenate([images for images, _ in parts]))
-        factors = {
-            name: torch.from_numpy(np.concatenate([factors[name] for _, factors in parts]))
-            for name in parts[0][1]
-        }
-        return images, torch.from_numpy(self.labels[indices]), factors
+        for start in range(0, len(scenes), CHUNK):
+            part = slice(start, start + CHUNK)
+            keys = hash_keys(seed, 2, scenes[part], epochs[part], 0)  # 0: the only view of a scene
+            parts.append(render_scenes(self.seed, scenes[part], image_size, KeyedUniform(keys)))
+        return torch.from_numpy(np.concatenate(parts)), torch.from_numpy(self.labels[indices])
 
 
 def load_formula(request: DataRequest) -> Source:

@@ -35,7 +35,7 @@ MAIN, NUM_LAYERS = 2, 4
 PLAIN_RATE = 0.3
 GREY_RATE = 0.25
 JITTER = 0.4
-NOISE, PLAIN_BACKGROUND = TEXTURES.index("noise"), len(TEXTURES)
+NOISE = TEXTURES.index("noise")
 
 
 @dataclass(frozen=True)
@@ -58,44 +58,26 @@ class Viewpoint:
 
 def render_scenes(
     seed: int, indices: Integers, size: tuple[int, int], views: KeyedUniform | None
-) -> tuple[Pixels, dict[str, NDArray[np.int64] | Floats]]:
-    """(B,) indices -> (B, 3, Y, X) uint8 images and factors; `views` None: no augmentation."""
+) -> Pixels:
+    """(B,) indices -> (B, 3, Y, X) uint8 images; `views` None: no augmentation."""
     d = KeyedUniform(hash_keys(seed, 1, indices))
     plain = d.bernoulli(PLAIN_RATE)
     viewpoint = _sample_viewpoint(views, plain, size)
-    image, background = _render_background(d, plain, viewpoint)  # (B, 3, Y, X)
+    image = _render_background(d, plain, viewpoint)  # (B, 3, Y, X)
     distractors = np.where(plain, 0, d.integers(3))
     covered = d.bernoulli(0.25) & ~plain
     shown = [distractors > 0, distractors > 1, np.ones_like(plain), covered]
-    visible = np.zeros((len(indices), 8, 8), dtype=np.int64)
-    coverage = np.zeros((len(indices), 8, 8), dtype=np.float32)
-    texture = np.zeros(len(indices), dtype=np.int64)
     for layer in range(NUM_LAYERS):
-        main = layer == MAIN
-        objects = _ObjectLayer.sample(
-            KeyedUniform(hash_keys(seed, 10 + layer, indices)), plain, main, indices
-        )
-        texture = objects.kind if main else texture
+        keys = KeyedUniform(hash_keys(seed, 10 + layer, indices))
+        objects = _ObjectLayer.sample(keys, plain, layer == MAIN, indices)
         for curves in (False, True):
             here = shown[layer] & ((objects.classes >= NUM_CONTOURS) == curves)
             chosen = np.flatnonzero(here)
             if len(chosen):
                 colour, alpha = objects.render(chosen, curves, viewpoint)
                 image[chosen] += (colour - image[chosen]) * alpha[:, None]
-                cells = _cells(alpha)
-                front = cells > (0.2 if curves else 0.35)
-                names = 1 + objects.classes[chosen][:, None, None]
-                visible[chosen] = np.where(front, names, visible[chosen])
-                coverage[chosen] = cells if main else coverage[chosen] * (1 - cells)
     image = image if views is None else _jitter_colours(views, plain, image)
-    pixels = np.clip(image * f32(255) + f32(0.5), 0, 255).astype(np.uint8)
-    return pixels, {
-        "background": background,
-        "texture": texture,
-        "objects": distractors + covered,
-        "coverage": coverage,
-        "visible": visible,
-    }
+    return np.clip(image * f32(255) + f32(0.5), 0, 255).astype(np.uint8)
 
 
 def _sample_viewpoint(
@@ -121,10 +103,8 @@ def _sample_viewpoint(
     return Viewpoint(view, zoom, blur, x, y)
 
 
-def _render_background(
-    d: KeyedUniform, plain: NDArray[np.bool_], viewpoint: Viewpoint
-) -> tuple[Floats, Integers]:
-    """(B, 3, Y, X) the background, and its kind."""
+def _render_background(d: KeyedUniform, plain: NDArray[np.bool_], viewpoint: Viewpoint) -> Floats:
+    """(B, 3, Y, X) the background."""
     kind = np.where(plain, np.where(d.bernoulli(0.8), 0, 1), d.integers(len(TEXTURES)))
     first, second, third = d.colour(), d.colour(), d.colour()
     dark = np.maximum(d.uniform(-0.12, 0.12), 0)[:, None]
@@ -136,7 +116,7 @@ def _render_background(
     over = Texture.sample(d, np.where(clouds, NOISE, 0)).evaluate(*seen)
     over = np.where(clouds[:, None, None], over, f32(0))
     image += (third[:, :, None, None] - image) * over[:, None]
-    return image, np.where(plain, PLAIN_BACKGROUND, kind)
+    return image
 
 
 @dataclass(frozen=True)
@@ -242,14 +222,3 @@ def _jitter_colours(v: KeyedUniform, plain: NDArray[np.bool_], image: Floats) ->
 def _blend(first: Floats, second: Floats, field: Floats) -> Floats:
     """(B, 3) twice, (B, Y, X) in 0..1 -> (B, 3, Y, X): interpolate between two colours."""
     return first[:, :, None, None] + (second - first)[:, :, None, None] * field[:, None]
-
-
-def _cells(alpha: Floats) -> Floats:
-    """(b, Y, X) -> (b, 8, 8): the mean of each cell; sides are at least 8 px."""
-    _, rows, cols = alpha.shape
-    down = (np.arange(8) * rows) // 8
-    across = (np.arange(8) * cols) // 8
-    sums: Floats = np.add.reduceat(np.add.reduceat(alpha, down, axis=1), across, axis=2)
-    counts = np.diff(down, append=rows)[:, None] * np.diff(across, append=cols)
-    means: Floats = sums / counts.astype(np.float32)
-    return means

@@ -8,8 +8,8 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from vitcli.errors import VitcliError, printable, unknown
@@ -175,12 +175,11 @@ def is_dataset(notation: str | os.PathLike[str]) -> bool:
     return path.is_dir() and find_reader(notation) != "folder"
 
 
-def resolve(function: str) -> Callable[..., Any]:
-    """`readers.tar:load_tar` -> the function."""
-    module, _, name = function.partition(":")
-    found: Callable[..., Any] = getattr(import_module(f"vitcli.data.{module}"), name)
+def import_function(function: str) -> Callable[..., Any]:
+    """`readers.tar:load_tar` -> the function of `vitcli.data`."""
+    found: Callable[..., Any] = resolve_name(f"vitcli.data.{function}")
     return found
 
 
 def _accepts(reader: Reader, folder: Path) -> bool:
-    return reader.accepts is not None and bool(resolve(reader.accepts)(folder))
+    return reader.accepts is not None and bool(import_function(reader.accepts)(folder))

@@ -9,9 +9,9 @@ from typing import Any
 
 from vitcli.config.schema import DataSection
 from vitcli.data.labels import has_label, label_text
-from vitcli.data.readers.table_text import TextTable, is_image_text, quoted
+from vitcli.data.readers.table_text import TextTable, is_image_text
 from vitcli.data.splits import GROUP_COLUMN, SPLIT_ALIASES
-from vitcli.errors import VitcliError, printable, unknown
+from vitcli.errors import VitcliError, printable, quoted, unknown
 
 LABEL_COLUMNS = (
     "label", "labels", "class", "category", "target", "y", "class_name", "fine_label", "classes",
@@ -59,8 +59,7 @@ GROUP_HINTS = (
 INDEX_COLUMNS = ("", "unnamed:_0", "index", "#")  # row numbers, as pandas writes them
 IGNORE = "none"  # as `data.split_column`
 FOLD = re.compile(r"(?:fold[ _-]?)?(\d+)(?:\.0)?", re.IGNORECASE)
-MAX_FOLDS = 100
-MAX_SHOWN = 10
+MAX_FOLDS, MAX_SHOWN = 100, 10
 
 
 @dataclass(frozen=True)
@@ -322,9 +321,11 @@ def splits_of_rows(
         return dict(zip(counts, found, strict=True))
     if flags:
         notes.append(f"{shown}: {quoted(flags)} gives the splits")
+        # Rows without a yes are the test split if the only flag is `is_train`.
+        other = "test" if [*map(plain_name, flags)] == ["is_train"] else default
         said = [[name for name in flags if cells[name][i] in YES] for i in range(len(counts))]
         return {
-            row: SPLIT_FLAGS[plain_name(yes[0])] if yes else _other_split(flags, default)
+            row: SPLIT_FLAGS[plain_name(yes[0])] if yes else other
             for row, yes in zip(counts, said, strict=True)
         }
     for name in columns:
@@ -339,11 +340,6 @@ def split_of_cell(cell: str) -> str | None:
 
 def _cell(value: Any) -> str:
     return label_text(value).lower() if has_label(value) else ""
-
-
-def _other_split(flags: Sequence[str], default: str) -> str:
-    """The split of rows for which no flag says yes; if the only flag is `is_train`, test."""
-    return "test" if {plain_name(name) for name in flags} == {"is_train"} else default
 
 
 def _refuse_folds(shown: str, name: str, values: set[str], notes: list[str], strict: bool) -> None:

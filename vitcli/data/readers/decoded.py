@@ -6,21 +6,23 @@ and so shared by all processes), an index (`train.index`), the multi-hot targets
 """
 
 import hashlib
-import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, Strict, ValidationError
 
 from vitcli.data.image_set import ImageSet, Integers, Pixels
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
+from vitcli.files import read_json
 from vitcli.pixels import Window
 
 FORMAT = 1
+NEWER = range(FORMAT + 1, 1000)
 DESCRIPTION = "stored.json"  # of a finished dataset
 PLAN = "storing.json"  # of an unfinished dataset
 # One row per image; an image that could not be read has height 0.
@@ -34,6 +36,24 @@ INDEX = np.dtype(
     ]
 )
 REMAKE = "remove the folder and run `vitcli patchify DATA --out FOLDER` again"
+
+
+class Description(BaseModel):
+    """The content of `stored.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int
+    side: int
+    # Not `str`, which refuses names that are not UTF-8.
+    classes: Annotated[list[InstanceOf[str]], Field(min_length=1)]
+    splits: dict[Annotated[str, Field(pattern=r"^\w+$")], int]  # split -> images
+    index: dict[str, str]  # split -> SHA-256 of its index
+    source: InstanceOf[str]
+    fingerprint: str
+    multi_label: bool = False  # the first version has no such key
+    # JSON has lists only; without one, no image had wide samples.
+    window: Annotated[tuple[float, float] | None, Strict(False)] = None
 
 
 def is_decoded(folder: Path) -> bool:
@@ -124,35 +144,40 @@ def load_decoded(request: DataRequest) -> Source:
             "repeat its `vitcli patchify DATA --out FOLDER`, which continues where it stopped",
         )
     try:
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        if described["format"] > FORMAT:
+        values = read_json(folder / DESCRIPTION)
+        if isinstance(values, dict) and values.get("format") in NEWER:
             raise VitcliError(f"a newer vitcli has written `{shown}`", "update vitcli")
-        classes, splits = described["classes"], described["splits"]
-        multi_label = bool(described.get("multi_label"))  # the first version has no such key
-        digests, side = described["index"], int(described["side"])
-        low_high = tuple(map(float, described.get("window") or ()))
-        window = (low_high[0], low_high[1]) if low_high else None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        described = Description.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise VitcliError(
+            f"`{shown}/{DESCRIPTION}` is damaged: {'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}",
+            REMAKE,
+        ) from None
+    except ValueError as error:
         raise VitcliError(f"`{shown}/{DESCRIPTION}` is damaged: {error}", REMAKE) from None
+    classes = described.classes
     sets = {}
     skipped = 0
-    for name in splits:
-        index = _checked_index(folder, name, str(digests.get(name)))
+    for name in described.splits:
+        index = _checked_index(folder, name, described.index.get(name, ""))
         readable = index["height"] > 0
         skipped += int((~readable).sum())
         targets = None
-        if multi_label:
+        if described.multi_label:
             targets = _read_targets(folder, name, (len(index), len(classes)))[readable]
-        store = PixelStore(folder, name, index[readable], window)
+        store = PixelStore(folder, name, index[readable], described.window)
         labels = store.index["label"].astype(np.int64)
         sets[name] = ImageSet(name, classes, labels, store, targets=targets)
-    notes = [f"{shown}: decoded from {described['source']}, shorter side at most {side} px"]
+    notes = [f"{shown}: decoded from {described.source}, shorter side at most {described.side} px"]
     if skipped:
         notes.append(f"{shown}: {skipped:,} unreadable images were skipped")
-    parts = [str(described["fingerprint"]).encode(), str(side).encode()]
-    if window:
-        notes.append(f"{shown}: made with the window [{window[0]:g}, {window[1]:g}]")
-        parts.append(str(window).encode())
+    parts = [described.fingerprint.encode(), str(described.side).encode()]
+    if described.window is not None:
+        low, high = described.window
+        notes.append(f"{shown}: made with the window [{low:g}, {high:g}]")
+        parts.append(str(described.window).encode())
     return make_source(request, sets, parts, notes)
 
 

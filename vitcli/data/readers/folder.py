@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -15,14 +16,10 @@ from vitcli.data.labels import sorted_classes
 from vitcli.data.layout import Layout, read_layout
 from vitcli.data.readers.folder_tables import TABLE_SUFFIXES, TABLES, read_folder_tables
 from vitcli.data.source import DataRequest, Source, make_source
+from vitcli.decode import IMAGE_SUFFIXES
 from vitcli.errors import VitcliError, printable
 
 # fmt: off
-IMAGE_SUFFIXES = frozenset({
-    ".apng", ".avif", ".bmp", ".dcm", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif",
-    ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm",
-    ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
-})
 # Folders and files that operating systems, network storage and Python write beside images.
 # Names that start with a dot are skipped too.
 SYSTEM_NAMES = frozenset({
@@ -138,7 +135,11 @@ def walk_images(
         OSError: a folder cannot be read.
     """
     report = report or WalkReport()
-    above: list[tuple[int, int]] = []  # device and inode of each open folder
+    outer = set()
+    for parent in folder.resolve().parents:
+        with suppress(OSError):  # a folder above that may not be entered
+            outer.add(_identity(parent))
+    above: list[tuple[int, int]] = []  # of each open folder
     open_folders = [iter([""])]  # for each open folder, its remaining entries
     while open_folders:
         path = next(open_folders[-1], None)
@@ -149,16 +150,22 @@ def walk_images(
             yield path
         else:
             try:
-                state = (folder / path).stat()
-                if (state.st_dev, state.st_ino) in above:
+                identity = _identity(folder / path)
+                if identity in above or identity in outer:
                     report.loops.append(path)
                     continue
                 open_folders.append(iter(_entries(folder, path, report)))
-                above.append((state.st_dev, state.st_ino))
+                above.append(identity)
             except PermissionError:
                 if strict:
                     raise
                 yield path
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Device and inode: the same for a folder and for a link to it."""
+    state = folder.stat()
+    return state.st_dev, state.st_ino
 
 
 def _entries(folder: Path, inner: str, report: WalkReport) -> list[str]:
@@ -282,10 +289,11 @@ def source_of_layout(
         parts += [parts_of(split, images.base, paths), [name.encode() for name in names]]
     if not splits:
         suffixes = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        left = "".join(f"{note.removeprefix(f'{request.shown}: ')}; " for note in notes)
         raise VitcliError(
             f"`{request.shown}` has no images",
-            "expected `CLASS/*.jpg`, or `train/CLASS/*.jpg` and `test/CLASS/*.jpg`; image formats: "
-            + suffixes,
+            f"{left}expected `CLASS/*.jpg`, or `train/CLASS/*.jpg` and `test/CLASS/*.jpg`; image "
+            f"formats: {suffixes}",
         )
     source = make_source(request, splits, chain.from_iterable(parts), notes)
     return replace(source, layout=layout.rule)

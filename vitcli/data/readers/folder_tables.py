@@ -11,7 +11,7 @@ from vitcli.data.image_set import ImageSet
 from vitcli.data.layout import Layout
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import in_split_order
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, printable
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 TABLES = [f"{stem}{suffix}" for stem in ("metadata", "labels") for suffix in TABLE_SUFFIXES]
@@ -53,6 +53,8 @@ def read_folder_tables(
     total = sum(1 for _ in tree.paths())
     said = f"{shown} gives the labels"
     said += f" of {listed:,} of the {total:,} images" if listed < total else ""
+    if left := [split for split in layout.splits if "" not in chosen and split not in chosen]:
+        said += f"; there is no table for {named(left)}, which is not used"
     rule = ", ".join(sorted(chosen.values()))
     return replace(source, notes=(said, *source.notes), layout=rule, notation=request.shown)
 
@@ -74,8 +76,14 @@ def _choose(tree: Folder, tables: Sequence[str]) -> dict[str, str]:
 def _source_of(request: DataRequest, tables: Mapping[str, str], layout: Layout) -> Source:
     """The images of one table, or of a table for each split."""
     # Imported here, because tables import the names of image files.
+    from vitcli.data.readers.columns import LABEL_COLUMNS, find_column
     from vitcli.data.readers.table import load_table
+    from vitcli.data.readers.table_text import read_text_table
 
+    for table in tables.values() if request.settings.label_column is None else ():
+        # A column of another name can hold captions, and the folder names are the labels.
+        header = read_text_table(request.path / table, [], lambda cells: False).header
+        find_column(printable(table), "label", None, header, LABEL_COLUMNS)
     single = str(request.path / tables.get("", ""))
     if "" in tables and len(layout.splits) == 1:
         return load_table(replace(request, notation=single))

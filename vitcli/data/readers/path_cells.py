@@ -7,8 +7,9 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
 from vitcli.config.schema import DataSection
-from vitcli.data.readers.folder import IMAGE_SUFFIXES, is_image_name
+from vitcli.data.readers.folder import is_image_name
 from vitcli.data.readers.table_text import is_image_text
+from vitcli.decode import IMAGE_SUFFIXES
 from vitcli.errors import VitcliError, printable
 
 MAX_FOLDERS = 200  # that are searched for the images, for a hint

@@ -1,6 +1,5 @@
 """Folders that `save_to_disk` of Hugging Face `datasets` wrote: arrow files and their list."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ from vitcli.data.readers.parquet import (
     images_of_table,
 )
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import SPLIT_ALIASES, in_split_order
+from vitcli.data.splits import in_split_order
 from vitcli.errors import VitcliError, printable
+from vitcli.files import read_json
+from vitcli.hub.datasets import SPLIT_ALIASES
 
 SPLITS_FILE = "dataset_dict.json"  # of a `DatasetDict`
 STATE_FILE = "state.json"  # of a `Dataset`
@@ -81,7 +82,7 @@ def _images(
 
 def _read(file: Path, key: str = "_data_files") -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))[key]
+        return read_json(file)[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VitcliError(f"cannot read `{printable(file)}`: {error}", REWRITE) from None
 

@@ -36,10 +36,10 @@ from vitcli.data.readers.columns import (
 from vitcli.data.readers.folder import walk_images
 from vitcli.data.readers.path_cells import PathCells
 from vitcli.data.readers.table_rows import TableRows
-from vitcli.data.readers.table_text import quoted, read_text_table
+from vitcli.data.readers.table_text import read_text_table
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import SPLIT_WORD, SPLITS, expand_braces, split_of
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, printable, quoted
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 FEW_ROWS = 10  # a table with fewer rows may have a class per row

@@ -6,7 +6,6 @@ written (`01`, `NA`), and file names need not be UTF-8.
 
 import codecs
 import csv
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vitcli.data.readers.folder import IMAGE_SUFFIXES, is_image_name
-from vitcli.errors import VitcliError, printable
+from vitcli.data.readers.folder import is_image_name
+from vitcli.decode import IMAGE_SUFFIXES
+from vitcli.errors import VitcliError, printable, quoted
+from vitcli.files import parse_json
 
 SEPARATORS = "\t,;|"
 SAMPLE_LINES = 50  # lines that decide on the separator
@@ -83,11 +84,6 @@ def is_image_text(cell: str) -> bool:
     cell = cell.strip()
     path = urlsplit(cell).path if "://" in cell else cell
     return is_image_name(path.replace("\\", "/").rpartition("/")[2])
-
-
-def quoted(names: Sequence[str]) -> str:
-    """`a`, `b`"""
-    return ", ".join(f"`{printable(str(name))}`" for name in names)
 
 
 def _no_rows(shown: str) -> VitcliError:
@@ -214,10 +210,10 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 fault = "is not a JSON object"
-            except json.JSONDecodeError as error:
-                row, fault = None, f"is not JSON: {error.msg}"
+            except ValueError as error:
+                row, fault = None, f"is not JSON: {error}"
             if not isinstance(row, dict):
                 raise VitcliError(
                     f"line {number} of `{printable(path)}` {fault}",

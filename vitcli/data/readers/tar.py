@@ -4,7 +4,6 @@
 image is one read at a known offset, so the order is free and a run resumes exactly.
 """
 
-import json
 import os
 import tarfile
 from array import array
@@ -27,11 +26,12 @@ from vitcli.data.labels import (
     tidy_notes,
 )
 from vitcli.data.readers.columns import LABEL_COLUMNS
-from vitcli.data.readers.folder import IMAGE_SUFFIXES, image_files
+from vitcli.data.readers.folder import image_files
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import expand_braces, files_with_suffix, in_split_order, splits_of
-from vitcli.decode import ImageError
+from vitcli.decode import IMAGE_SUFFIXES, ImageError
 from vitcli.errors import VitcliError, printable
+from vitcli.files import parse_json
 
 LABEL_ENDINGS = ("cls", "label", "txt", "json")  # in order of preference
 NAMES_FILES = ("classes.txt", "labels.txt")  # beside the shards: class names of numeric labels
@@ -330,7 +330,7 @@ def label_of(sample: Sample, column: str | None) -> Any:
         if ending != "json":
             return text or None
         try:
-            described = json.loads(text)
+            described = parse_json(text)
         except ValueError:
             return None
         if isinstance(described, int | str | list):

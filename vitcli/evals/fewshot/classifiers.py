@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,11 +10,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitcli.config.schema import FewshotSection
 from vitcli.data.image_set import ImageSet
-from vitcli.errors import VitcliError
 from vitcli.evals.features import Extracted
 from vitcli.evals.fewshot.arrays import Floats, Ints
 from vitcli.evals.fewshot.knn import NearestNeighbors
 from vitcli.evals.fewshot.logistic import LOGISTIC_L2, LinearProbe, choose_logistic_l2
+from vitcli.evals.fewshot.methods import METHODS
 from vitcli.evals.fewshot.nearest_mean import NearestMean
 from vitcli.evals.fewshot.protocol import draw_shots
 from vitcli.evals.fewshot.ridge import RIDGE_L2, L2Choice, RidgePath, choose_ridge_l2, ridge_head
@@ -117,43 +118,6 @@ def fit_nearest_mean(
     return FittedClassifier(means.predict, means.linear)
 
 
-@dataclass(frozen=True)
-class Method:
-    """A few-shot method.
-
-    Attributes:
-        title: its name in a sentence.
-        settings: settings of `FewshotSection` that only some methods have, and this one.
-        has_head: whether the classifier can be stored as the head of a model.
-        pixel_baseline: whether the method is fast enough for thousands of raw pixels.
-    """
-
-    fit: Callable[[Any, Ints, int, FewshotSection, int], FittedClassifier]
-    title: str
-    settings: tuple[str, ...] = ()
-    has_head: bool = True
-    pixel_baseline: bool = True
-
-
-METHODS: dict[str, Method] = {
-    "ridge": Method(fit_ridge, "few-shot", settings=("l2",)),
-    "knn": Method(fit_knn, "nearest neighbours", ("neighbors", "temperature"), has_head=False),
-    "logistic": Method(fit_logistic, "linear probe", settings=("l2",), pixel_baseline=False),
-    "mean": Method(fit_nearest_mean, "nearest class mean"),
-}
-
-
-def check_method(section: FewshotSection) -> Method:
-    """The method of `section`. Raises a VitcliError if `l2` is set and the method has none."""
-    method = METHODS[section.method]
-    if section.l2 is not None and "l2" not in method.settings:
-        names = " and ".join(f"`{name}`" for name, m in METHODS.items() if "l2" in m.settings)
-        raise VitcliError(
-            f"`l2` belongs to the methods {names}, not to `{section.method}`", "remove `--l2`"
-        )
-    return method
-
-
 @dataclass
 class FewshotAccuracies:
     """Results of all draws; each list has one element per seed.
@@ -202,7 +166,7 @@ def evaluate_draws(
     watch: Watcher,
 ) -> FewshotAccuracies:
     """Fit and test one classifier for every draw."""
-    results, fit = FewshotAccuracies(), METHODS[section.method].fit
+    results, fit = FewshotAccuracies(), resolve_name(METHODS[section.method].fit)
     # The head that is stored is the best documented one: seed 0 and the most shots.
     largest = max(draws, key=lambda key: (key[1] == 0, len(draws[key])))
     warned: set[str] = set()  # warn once, not for every seed

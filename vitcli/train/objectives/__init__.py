@@ -28,10 +28,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def find_objective(name: str) -> type[Objective]:
-    """The class of the objective `name`; `auto` counts as `softmax`."""
+def objective_class(name: str) -> type[Objective]:
+    """The class of the objective `name`; for `auto`, before the data is known, that of `softmax`.
+
+    Raises:
+        VitcliError: there is no such objective.
+    """
     if name == AUTO:
-        return Softmax  # like `sigmoid` it is supervised, which is all that callers ask of `auto`
+        return Softmax
     if name not in OBJECTIVES:
         raise unknown("objective", name, [AUTO, *OBJECTIVES])
     return OBJECTIVES[name]
@@ -53,11 +57,12 @@ def resolve_objective(
         name = "sigmoid" if multi_label else "softmax"
         if multi_label:
             notes.append("images have several labels: objective `sigmoid`")
-    objective = find_objective(name)
-    if multi_label and objective.supervised and name != "sigmoid":
+    objective = objective_class(name)
+    if multi_label and objective.supervised and not objective.multi_label:
+        able = " or ".join(f"`{key}`" for key, kind in OBJECTIVES.items() if kind.multi_label)
         raise VitcliError(
             f"objective `{name}` takes one class per image, and these images have several labels",
-            "`--set objective.name=sigmoid`",
+            f"set `objective.name` to {able}",
         )
     if section.head_bias is not None and "head_bias" not in objective.settings:
         raise VitcliError(
@@ -81,4 +86,6 @@ def build_objective(
         torch.manual_seed(seed)
         kind: type = OBJECTIVES[section.name]  # every class takes (model, section)
         objective: Objective = kind(model, section)
-        return objective
+    if objective.supervised:
+        model.head_activation = objective.head_activation
+    return objective

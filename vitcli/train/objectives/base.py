@@ -1,7 +1,6 @@
 """What every objective knows about itself; the loop and `vitcli plan` ask for it."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,18 @@ Metrics = dict[str, Tensor]
 class Objective(nn.Module):
     """A loss around a model, with the heads that only training needs.
 
-    A call with images (B, C, Y, X), labels (B,) or (B, K) and the factors of generated images
-    returns the loss () and metrics to log.
+    A call with images (B, C, Y, X) and labels (B,) or (B, K) returns the loss () and the metrics.
+
+    Its constructor takes (model, section): a `LoadedModel` and the `[objective]` settings.
 
     Attributes:
         model: the network that is trained.
+        encoder_prefix: the prefix of the network's parameters among those of the objective. Only
+            these belong to encoder layers (`layer_decay`, Muon), whatever the others are called.
         supervised: True if it trains a head for the classes of the data.
-        num_views: augmented views of each image in a batch.
+        multi_label: True if it takes (B, K) multi-hot labels of images with several classes.
+        head_activation: `softmax` or `sigmoid`: turns the logits of the head into probabilities, in
+            `predict` and in the validation loss.
         settings: the keys of `[objective]` that it reads.
         masks_patches: True if it chooses patches to hide, so that no others can be dropped.
         shapes_depend_on_data: True if tensors have sizes that only their content decides. `plan`
@@ -30,18 +34,19 @@ class Objective(nn.Module):
     """
 
     model: Any
+    encoder_prefix: ClassVar[str] = "model."
     supervised: ClassVar[bool]
-    num_views: ClassVar[int] = 1
+    multi_label: ClassVar[bool] = False
+    head_activation: ClassVar[Literal["softmax", "sigmoid"]] = "softmax"
     settings: ClassVar[frozenset[str]] = frozenset()
     masks_patches: ClassVar[bool] = False
     shapes_depend_on_data: ClassVar[bool] = False
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) -> the mean loss (), and metrics.
 
         The metrics hold `loss`. If the optimised sum has more terms, they hold it as `objective`.
+        Labels are (B, K) shares under mixup and cutmix.
         """
         raise NotImplementedError
 

@@ -1,7 +1,5 @@
 """Objectives that learn classes: softmax and sigmoid cross-entropy."""
 
-from collections.abc import Mapping
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,12 +18,9 @@ class Softmax(Objective):
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         self.model = model.network
-        model.head_activation = "softmax"
         self.label_smoothing = section.label_smoothing
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) shares -> the mean loss (), and metrics."""
         logits = self.model(images).float()  # (B, K)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -40,21 +35,20 @@ class Sigmoid(Objective):
     """
 
     supervised = True
+    multi_label = True
+    head_activation = "sigmoid"
     settings = frozenset({"head_bias"})
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         self.model = model.network
-        model.head_activation = "sigmoid"
         head = model.network.head
         # Most classes are absent from an image. A new head that starts with probabilities of 0.5
         # would spend its first steps on learning just that. A pretrained head keeps its bias.
         if section.head_bias is not None and isinstance(head, nn.Linear) and not head.weight.any():
             nn.init.constant_(head.bias, section.head_bias)
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) shares -> the mean loss () over images, and metrics."""
         logits = self.model(images).float()  # (B, K)
         targets = soft_targets(labels, logits.shape[1])

@@ -1,7 +1,6 @@
 """Objectives that predict local descriptors: gradient orientations and colours, as in MaskFeat."""
 
 import math
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +56,7 @@ class Descriptors(Objective):
         scale = torch.tensor([preprocess.mean, preprocess.std])  # (2, C)
         self.register_buffer("scale", scale[:, :, None, None], persistent=False)
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X) -> the mean squared error () of standardised descriptors, and metrics."""
         loss = self.error(self.model.features(images), images)
         return loss, {"loss": loss.detach(), "explained": 1.0 - loss.detach()}
@@ -86,13 +83,13 @@ class Guided(Objective):
     alone would take many epochs to teach (recipes/LOG.md).
     """
 
+    encoder_prefix = "descriptors.model."
     supervised = True
     settings = frozenset({"label_smoothing", "descriptor_weight"})
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         self.descriptors = Descriptors(model, section)
-        model.head_activation = "softmax"
         self.label_smoothing = section.label_smoothing
         self.weight = section.descriptor_weight
 
@@ -102,9 +99,7 @@ class Guided(Objective):
         network: Network = self.descriptors.model
         return network
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) -> the weighted sum of both losses (), and metrics."""
         features = self.model.features(images)  # (B, 4 D)
         logits = self.model.classify(features).float()  # (B, K)

@@ -1,6 +1,6 @@
 """Distillation from a teacher: section 3 of DeiT (Touvron et al., 2021), equations 2 and 3."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,6 @@ class Distill(Objective):
                 "`--set objective.distillation=hard`, or use a teacher trained with `softmax`",
             )
         self.model, self.preprocess = model.network, model.preprocess
-        model.head_activation = "softmax"
         # In a tuple, so that it is neither trained nor averaged, nor stored in checkpoints: a
         # resumed run loads it again.
         self.teachers = (teacher.eval(),)
@@ -85,9 +84,7 @@ class Distill(Objective):
         """One forward pass of the teacher."""
         return sum(macs(teacher.config) for teacher in self.teachers)
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) shares -> the weighted sum of both losses (), metrics."""
         logits, distilled = self.logits(images)  # (B, K) each
         targets = self.teacher_logits(images)  # (B, K)

@@ -1,7 +1,5 @@
 """Masked autoencoders (He et al., 2022): encode a quarter of the patches, predict the rest."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,9 +63,7 @@ class Mae(Objective):
         self.exit = nn.Linear(width, side**2 * config.num_channels)
         self.width = width
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X) -> the mean squared error () over hidden patches, and metrics."""
         model, grid = self.model, self.model.grid_of(images)
         rows, cols = grid
@@ -97,10 +93,10 @@ class Mae(Objective):
         prefix = self.model.config.num_prefix_tokens
         x = self.entry(x)
         b, n = hidden.shape
-        places = self.mask.to(x.dtype).expand(b, n, self.width).clone()  # (B, N, W)
-        places[~hidden] = x[:, prefix:].reshape(-1, self.width)
-        places = places + sincos2d(grid, self.width).to(places)
-        x = torch.cat([x[:, :prefix], places], dim=1)
+        tokens = self.mask.to(x.dtype).expand(b, n, self.width).clone()  # (B, N, W)
+        tokens[~hidden] = x[:, prefix:].reshape(-1, self.width)
+        tokens = tokens + sincos2d(grid, self.width).to(tokens)
+        x = torch.cat([x[:, :prefix], tokens], dim=1)
         for block in self.decoder:
             x = block(x, grid)
         pixels: Tensor = self.exit(self.norm(x[:, prefix:]))

@@ -5,8 +5,6 @@ masked patches is exact and not drawn; a "random other embedding" is that of any
 the colour range 0..1 is divided into eight equal bins per channel.
 """
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,9 +59,7 @@ class MaskedPatch(Objective):
         self.predict = nn.Linear(d, width)
         self.register_buffer("scale", pixel_scale(model), persistent=False)
 
-    def forward(
-        self, images: Tensor, labels: Tensor, factors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X) -> the mean loss () over corrupted patches, and metrics."""
         model, grid = self.model, self.model.grid_of(images)
         x = model.embed_patches(images)  # (B, N, D)
@@ -157,8 +153,8 @@ def color_classes(pixels: Tensor, side: int, cell: int) -> Tensor:
     """
     means = F.avg_pool2d(pixels, cell)  # (B, C, Y/cell, X/cell)
     bins = (means * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-    place = NUM_BINS ** torch.arange(bins.shape[1] - 1, -1, -1, device=bins.device)
-    classes = (bins * place[:, None, None]).sum(dim=1, keepdim=True)  # (B, 1, Y/cell, X/cell)
+    powers = NUM_BINS ** torch.arange(bins.shape[1] - 1, -1, -1, device=bins.device)
+    classes = (bins * powers[:, None, None]).sum(dim=1, keepdim=True)  # (B, 1, Y/cell, X/cell)
     return patchify(classes, side // cell)
 
 

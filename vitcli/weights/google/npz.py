@@ -21,7 +21,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from vitcli.errors import VitcliError
-from vitcli.files import replacing
+from vitcli.files import parse_json, replacing
 
 Arrays = Mapping[str, NDArray[Any]]
 # The optimizer state is twice the size of the weights. Flax's old optimizer, in big_vision's older
@@ -171,7 +171,7 @@ def _read_comment(comment: bytes) -> dict[str, Any]:
         comment = unpacker.decompress(packed, UNPACKED_BYTES)
     elif not comment.startswith(b'{"vitcli":'):
         return {}
-    settings = json.loads(comment)["vitcli"]
+    settings = parse_json(comment)["vitcli"]
     if not isinstance(settings, dict):
         raise ValueError("its comment is damaged")
     return settings

@@ -15,11 +15,9 @@ from support.loopback import NAMES, Told, write_model
 
 from vitcli.cli.main import run
 from vitcli.errors import VitcliError
-from vitcli.hub import http as download
-from vitcli.hub.http import cache_folder
+from vitcli.hub import client, failures
+from vitcli.hub.http import cache_folder, fetch_url, web_address
 from vitcli.run import run_stem
-from vitcli.weights import downloads as remote
-from vitcli.weights.downloads import fetch_address, web_address
 from vitcli.weights.load import load_model
 
 
@@ -28,7 +26,7 @@ def web(tmp_path, monkeypatch):
     """A web server with some bytes and a model of ours."""
     monkeypatch.setenv("VITCLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    monkeypatch.setattr(download, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(failures, "PAUSES", (0.0, 0.0, 0.0))
     folder = tmp_path / "web/files"
     write_model(folder / "ours.safetensors")
     (folder / "w.npz").write_bytes(np.random.default_rng(0).bytes(600_000))
@@ -55,9 +53,9 @@ def test_progress_in_megabytes(web):
     (web.root / "files/big.npz").write_bytes(bytes(2_500_000))
     web.faults["/big.npz"] += [Fault(cut=1_200_000)]
     told = Told()
-    fetch_address(f"{web.files}/big.npz", told)
-    assert told.bars == [["big.npz, MB", 3, 0, 1], ["big.npz, MB", 3, 1, 3]]
-    assert told.notes == ["downloading big.npz (2 MB) …"]
+    fetch_url(f"{web.files}/big.npz", told)
+    assert told.bars == [["big.npz, MB", 3, 0, 1], ["big.npz, MB", 3, 0, 3]]
+    assert told.notes == ["downloading big.npz (2 MB) …"] * 2
 
 
 def test_a_google_file_at_both_addresses(web, shared, monkeypatch):
@@ -86,121 +84,111 @@ def test_where_a_bucket_is_found(monkeypatch):
 
 def test_the_second_load_downloads_nothing(web):
     told = Told()
-    path, notes = fetch_address(f"{web.files}/w.npz", told)
+    path, notes = fetch_url(f"{web.files}/w.npz", told)
     assert path.read_bytes() == (web.root / "files/w.npz").read_bytes()
     assert told.notes == ["downloading w.npz (600 kB) …"]
     assert kept(web) == ["w.npz", "w.npz.json"]
     etag = json.loads(path.with_name("w.npz.json").read_text())["etag"]
     assert notes == [f"`{web.files}/w.npz`: version {etag}"]
-    assert fetch_address(f"{web.files}/w.npz", told) == (path, notes)
+    assert fetch_url(f"{web.files}/w.npz", told) == (path, notes)
     assert len(told.notes) == 1
     assert [r.headers.get("if-none-match") for r in web.requests] == [None, etag]
 
 
 def test_a_server_that_knows_no_conditions(web):
     web.faults["/w.npz"] += [Fault(headers={"ETag": None})] * 2
-    path, _ = fetch_address(f"{web.files}/w.npz")
+    path, _ = fetch_url(f"{web.files}/w.npz")
     told = Told()
-    assert fetch_address(f"{web.files}/w.npz", told)[0] == path
+    assert fetch_url(f"{web.files}/w.npz", told)[0] == path
     assert told.notes == []  # the same size and hash
 
 
 def test_a_file_that_changed_is_fetched_again(web):
-    path, _ = fetch_address(f"{web.files}/w.npz")
+    path, _ = fetch_url(f"{web.files}/w.npz")
     (web.root / "files/w.npz").write_bytes(b"new")
-    assert fetch_address(f"{web.files}/w.npz")[0] == path
+    assert fetch_url(f"{web.files}/w.npz")[0] == path
     assert path.read_bytes() == b"new"
 
 
-def test_a_break_is_mended_in_the_same_run(web):
-    web.faults["/w.npz"] += [Fault(cut=400_000), Fault(cut=1)]
-    path, _ = fetch_address(f"{web.files}/w.npz")
+@pytest.mark.parametrize("fault", [{"cut": 400_000}, {"status": 503}, {"status": 429}])
+def test_a_broken_download_is_repeated(web, fault):
+    web.faults["/w.npz"] += [Fault(**fault)] * 3
+    path, _ = fetch_url(f"{web.files}/w.npz")
     assert path.read_bytes() == (web.root / "files/w.npz").read_bytes()
-    starts = [int(r.range[6:-1]) if r.range else 0 for r in web.requests]
-    assert starts == [0, 400_000, 400_001]
-    assert len({r.headers["if-range"] for r in web.requests[1:]}) == 1
+    assert len(web.requests) == 4
 
 
-def test_a_download_goes_on_where_the_last_run_stopped(web):
+def test_a_failed_download_leaves_no_file(web):
     web.faults["/w.npz"] += [Fault(cut=400_000), *[Fault(status=503)] * 3]
-    with pytest.raises(VitcliError, match=r"cannot fetch `http://.*/w.npz`: .* 503") as error:
-        fetch_address(f"{web.files}/w.npz")
-    assert "goes on where this one stopped" in error.value.hint
-    assert kept(web) == ["w.npz.part", "w.npz.part.json"]
-    told = Told()
-    web.requests.clear()
-    path, _ = fetch_address(f"{web.files}/w.npz", told)
-    assert path.read_bytes() == (web.root / "files/w.npz").read_bytes()
-    assert [r.range for r in web.requests] == ["bytes=400000-"]
-    assert told.notes == ["downloading w.npz (600 kB), 400 kB of it here already …"]
-    assert kept(web) == ["w.npz", "w.npz.json"]
+    with pytest.raises(VitcliError, match=r"cannot download `http://.*/w.npz`: .* 503") as error:
+        fetch_url(f"{web.files}/w.npz")
+    assert error.value.hint == "try again later"
+    assert kept(web) == []
 
 
-def test_parts_of_two_files_are_not_sewn_together(web):
-    web.faults["/w.npz"] += [Fault(cut=400_000), *[Fault(status=503)] * 3]
-    with pytest.raises(VitcliError):
-        fetch_address(f"{web.files}/w.npz")
-    new = np.random.default_rng(1).bytes(600_000)
-    (web.root / "files/w.npz").write_bytes(new)
-    assert fetch_address(f"{web.files}/w.npz")[0].read_bytes() == new
-
-
-def test_a_part_that_is_the_whole(web):
-    path, _ = fetch_address(f"{web.files}/w.npz")
-    content, facts = path.read_bytes(), path.with_name("w.npz.json").read_text()
-    shutil.rmtree(web.cache)
-    path.parent.mkdir(parents=True)
-    path.with_name("w.npz.part").write_bytes(content)  # killed before it got its name
-    path.with_name("w.npz.part.json").write_text(facts)
-    assert fetch_address(f"{web.files}/w.npz")[0].read_bytes() == content
-    assert kept(web) == ["w.npz", "w.npz.json"]
-    path.unlink()
-    path.with_name("w.npz.part").write_bytes(content + b"more")
-    path.with_name("w.npz.part.json").write_text(facts)
-    assert fetch_address(f"{web.files}/w.npz")[0].read_bytes() == content
+def test_a_damaged_copy_is_downloaded_again(web):
+    path, _ = fetch_url(f"{web.files}/w.npz")
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:300] + b"?" + content[301:], b""):
+        path.write_bytes(damaged)
+        told = Told()
+        assert fetch_url(f"{web.files}/w.npz", told)[0].read_bytes() == content
+        assert "is damaged: downloading it again" in told.warnings[0]
+    for record in ("[]", "null", "{}", "[" * 100_000, '{"sha256": 5}', "\0"):
+        path.with_name("w.npz.json").write_text(record)
+        assert fetch_url(f"{web.files}/w.npz")[0].read_bytes() == content
 
 
 def test_a_file_that_came_damaged_gets_no_name(web):
     web.faults["/w.npz"] += [Fault(body=bytes(600_000))]
     web.faults["/w.npz"][0].headers = {"x-goog-hash": "md5=" + "A" * 22 + "=="}
-    with pytest.raises(VitcliError, match=r"came damaged: its md5 is"):
-        fetch_address(f"{web.files}/w.npz")
+    with pytest.raises(VitcliError, match=r"is damaged: its MD5 is"):
+        fetch_url(f"{web.files}/w.npz")
     assert [name for name in kept(web) if not name.endswith(".json")] == []
-    fetch_address(f"{web.files}/w.npz")
+    fetch_url(f"{web.files}/w.npz")
 
 
 def test_without_the_network_the_copy_serves(web):
-    path, _ = fetch_address(f"{web.files}/w.npz")
-    web.faults["/w.npz"] += [Fault(status=500)] * 3
-    again, notes = fetch_address(f"{web.files}/w.npz")
-    assert again == path and "answers 500" in notes[0] and "cached copy is used" in notes[0]
+    path, _ = fetch_url(f"{web.files}/w.npz")
+    web.faults["/w.npz"] += [Fault(status=500)] * 4
+    again, notes = fetch_url(f"{web.files}/w.npz")
+    assert (
+        again == path
+        and "answers with status 500" in notes[0]
+        and "cached copy is used" in notes[0]
+    )
     web.__exit__()
-    again, notes = fetch_address(f"{web.files}/w.npz")
+    again, notes = fetch_url(f"{web.files}/w.npz")
     assert again == path
     assert "`127.0.0.1` cannot be reached (Connection refused); the cached copy" in notes[0]
     with pytest.raises(VitcliError, match=r"cannot be reached \(Connection refused\)") as error:
-        fetch_address(f"{web.files}/ours.safetensors")
+        fetch_url(f"{web.files}/ours.safetensors")
     assert "HTTPS_PROXY" in error.value.hint
 
 
 def test_silence(web, monkeypatch):
-    monkeypatch.setattr(remote, "SILENT_SECONDS", 0.1)
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     web.faults["/w.npz"] += [Fault(hang=True)]
     with pytest.raises(VitcliError, match=r"`127.0.0.1` does not answer in time"):
-        fetch_address(f"{web.files}/w.npz")
+        fetch_url(f"{web.files}/w.npz")
 
 
 @pytest.mark.parametrize(
     ("address", "words", "hint"),
     [
-        ("{}/nothing.npz", "there is no file at `http://", "look at the address"),
+        ("{}/nothing.npz", "there is no file at `http://", "check the URL"),
         ("{}/page.npz", "is a web page, not a weights file", "`raw` or `resolve`"),
-        ("{}/closed.npz", "may not be read without an account (status 403)", "download it"),
-        ("{}/teapot.npz", "the server answers with status 418", "look at"),
+        ("{}/closed.npz", "needs an account (status 403)", "download the file"),
+        ("{}/teapot.npz", "the server answers with status 418", "check the URL"),
         ("{}/folder", "does not end like a weights file", "the file itself"),
         ("https://huggingface.co/google/vit", "does not end like a weights", "`hf:ORG/NAME`"),
-        ("https:", "`https:` is no address", "https://HOST/PATH/FILE.npz"),
-        ("https://", "`https://` is no address", "https://HOST/PATH/FILE.npz"),
+        ("https:", "`https:` is not a valid URL", "https://HOST/PATH/FILE.npz"),
+        ("https://", "`https://` is not a valid URL", "https://HOST/PATH/FILE.npz"),
+        ("http://[::1/x.npz", "is not a valid URL: Invalid IPv6 URL", "https://HOST"),
+        ("http://127.0.0.1:99999/x.npz", "is not a valid URL: Port out of range", "https://HOST"),
+        ("http://127.0.0.1:x/x.npz", "is not a valid URL: Port could not be cast", "https://HOST"),
         ("gs://bucket", "names no file in a bucket", "gs://BUCKET/FOLDER/FILE.npz"),
         ("gs:/bucket/x.npz", "names no file in a bucket", "gs://BUCKET/FOLDER/FILE.npz"),
     ],
@@ -221,32 +209,30 @@ def test_errors_by_their_words(web, here, capfd, address, words, hint):
 def test_secrets_stay_out_of_messages(web):
     address = f"{web.files}/nothing.npz?X-Signature=secret".replace("http://", "http://me:secret@")
     with pytest.raises(VitcliError) as error:
-        fetch_address(address)
+        fetch_url(address)
     assert "secret" not in error.value.message + (error.value.hint or "")
-    path, _ = fetch_address(f"{web.files}/w.npz?X-Signature=secret")
+    path, _ = fetch_url(f"{web.files}/w.npz?X-Signature=secret")
     assert "secret" not in "".join(p.read_text() for p in path.parent.glob("*.json"))
 
 
 def test_a_full_disk(web, monkeypatch):
     usage = shutil.disk_usage(web.root)._replace(free=1000)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(client.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(VitcliError, match=r"needs 600 kB in `.*`, where 1 kB are free"):
-        fetch_address(f"{web.files}/w.npz")
-    assert kept(web) == ["w.npz.part.json"]
+        fetch_url(f"{web.files}/w.npz")
+    assert kept(web) == []
 
 
 def test_a_disk_that_is_full_in_the_middle(web):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
     try:
-        with pytest.raises(VitcliError, match=r"cannot keep `w.npz` in .*: File too") as error:
-            fetch_address(f"{web.files}/w.npz")
+        with pytest.raises(VitcliError, match=r"cannot write `.*w.npz`: File too large"):
+            fetch_url(f"{web.files}/w.npz")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "VITCLI_CACHE" in error.value.hint
-    assert "w.npz" not in kept(web)
-    path, _ = fetch_address(f"{web.files}/w.npz")  # what fitted is used
-    assert web.requests[-1].range == "bytes=300000-"
+    assert kept(web) == []
+    path, _ = fetch_url(f"{web.files}/w.npz")
     assert path.read_bytes() == (web.root / "files/w.npz").read_bytes()
 
 
@@ -265,7 +251,7 @@ def test_what_a_run_of_it_is_called(model, stem):
 
 def test_names_and_places(web, monkeypatch, tmp_path):
     (web.root / "files/a:b*c.npz").write_bytes(b"x")
-    path, _ = fetch_address(f"{web.files}/a%3Ab%2Ac.npz?version=2")
+    path, _ = fetch_url(f"{web.files}/a%3Ab%2Ac.npz?version=2")
     assert path.name == "a_b_c.npz"
     whole = f"{web.files}/a%3Ab%2Ac.npz?version=2"
     assert path.parent.name == hashlib.sha256(whole.encode()).hexdigest()[:20]

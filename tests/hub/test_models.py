@@ -1,6 +1,5 @@
 """`hf:` models from a Hub on loopback: what is asked for, kept, resumed and told."""
 
-import hashlib
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from support.tiny import vitcli
 
 from vitcli.cli.main import run
 from vitcli.errors import VitcliError
-from vitcli.weights.hub_models import fetch_repository
+from vitcli.hub.models import fetch_model
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
 
@@ -31,6 +30,11 @@ def hub(loopback):
     write_model(loopback.root / "models/org/ours/model.safetensors")
     (loopback.root / "models/org/ours/README.md").write_text("ours")
     return loopback
+
+
+def contents(hub):
+    """The requests for the content of files, small and large ones."""
+    return [r for r in hub.asked("GET") if "/resolve/" in r.path or "/cdn/" in r.path]
 
 
 def test_a_transformers_repository(hub, shared):
@@ -50,7 +54,7 @@ def test_a_transformers_repository(hub, shared):
     report = model.load_report
     assert (report.source, report.layout) == ("hf:org/vit", "huggingface")
     assert f"hf:org/vit: commit {hub.commit('org/vit')}" in report.notes
-    fetched = {Path(r.path).name for r in hub.asked("GET", "") if "/resolve/" in r.path}
+    fetched = {Path(r.path).name for r in contents(hub)}
     assert fetched == {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
@@ -77,11 +81,11 @@ def test_a_timm_repository(hub):
 
 def test_the_second_load_asks_one_question(hub):
     told = Told()
-    first, _ = fetch_repository("hf:org/ours", told)
+    first, _ = fetch_model("hf:org/ours", told)
     assert [note.partition(" (")[0] for note in told.notes] == ["downloading model.safetensors"]
     hub.requests.clear()
     told.notes.clear()
-    assert fetch_repository("hf:org/ours", told)[0] == first
+    assert fetch_model("hf:org/ours", told)[0] == first
     assert [(r.method, r.path) for r in hub.requests] == [
         ("GET", "/api/models/org/ours/revision/main")
     ]
@@ -91,7 +95,7 @@ def test_the_second_load_asks_one_question(hub):
 def test_the_cache_is_the_hubs_own(hub):
     from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 
-    path, _ = fetch_repository("hf:org/ours")
+    path, _ = fetch_model("hf:org/ours")
     assert try_to_load_from_cache("org/ours", "model.safetensors") == str(path)
     found = scan_cache_dir(hub.home / "hub")
     assert not found.warnings
@@ -105,8 +109,8 @@ def test_a_file_that_others_fetched_is_not_fetched_again(hub):
 
     theirs = hf_hub_download("org/ours", "model.safetensors")
     hub.requests.clear()
-    assert str(fetch_repository("hf:org/ours")[0]) == theirs
-    assert len(hub.requests) == 1
+    assert str(fetch_model("hf:org/ours")[0]) == theirs
+    assert contents(hub) == []
 
 
 def test_revisions(hub):
@@ -124,16 +128,6 @@ def test_revisions(hub):
         assert model.load_report.provenance()["name"] == notation
 
 
-def test_a_mirror_that_lists_files_at_the_tree_only(hub):
-    commit = hub.commit("org/ours")
-    for said in ({}, {"siblings": []}):
-        answer = json.dumps({"id": "org/ours", "sha": commit, **said}).encode()
-        hub.faults["/revision/main"] += [Fault(body=answer)]
-        assert f"hf:org/ours: commit {commit}" in load_model("hf:org/ours").load_report.notes
-        assert hub.faults["/revision/main"] == []
-    assert len(hub.asked("GET", f"/tree/{commit}")) == 2
-
-
 def test_a_new_commit_is_seen(hub):
     load_model("hf:org/ours")
     write_model(hub.root / "models/org/ours/model.safetensors", depth=2)
@@ -144,65 +138,63 @@ def test_without_the_network_the_cache_serves(hub, monkeypatch):
     from huggingface_hub import close_session, constants
 
     commit = hub.commit("org/ours")
-    path, _ = fetch_repository("hf:org/ours")
+    path, _ = fetch_model("hf:org/ours")
     hub.__exit__()
     close_session()
-    for notation in ("hf:org/ours", f"hf:org/ours@{commit}"):
-        again, notes = fetch_repository(notation)
-        assert again == path
-        assert f"commit {commit}, from the cache:" in notes[0]
-        assert "cannot be reached" in notes[0]
+    again, notes = fetch_model("hf:org/ours")
+    assert again == path
+    assert f"commit {commit}, from the cache:" in notes[0]
+    assert "cannot be reached" in notes[0]
+    # A commit never changes, so the Hub is not asked.
+    assert fetch_model(f"hf:org/ours@{commit}") == (
+        path,
+        [f"hf:org/ours@{commit}: commit {commit}"],
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     close_session()
-    assert fetch_repository("hf:org/ours")[1] == [
+    assert fetch_model("hf:org/ours")[1] == [
         f"hf:org/ours: commit {commit}, from the cache: HF_HUB_OFFLINE is set"
     ]
     with pytest.raises(VitcliError, match=r"not in the cache, and HF_HUB_OFFLINE is set") as error:
-        fetch_repository("hf:org/other")
+        fetch_model("hf:org/other")
     assert "unset HF_HUB_OFFLINE" in error.value.hint
 
 
 def test_the_hub_out_of_order(hub):
-    hub.faults["/api/models/org/ours/revision/main"] += [Fault(status=503)]
+    hub.faults["/api/models/org/ours/revision/main"] += [Fault(status=503)] * 4
     with pytest.raises(VitcliError, match=r"not in the cache, and `.*` answers with status 503"):
-        fetch_repository("hf:org/ours")
-    path, _ = fetch_repository("hf:org/ours")
-    hub.faults["/api/models/org/ours/revision/main"] += [Fault(status=500)]
-    again, notes = fetch_repository("hf:org/ours")
+        fetch_model("hf:org/ours")
+    hub.faults["/api/models/org/ours/revision/main"] += [Fault(status=503)] * 3
+    path, _ = fetch_model("hf:org/ours")  # the fourth try succeeds
+    hub.faults["/api/models/org/ours/revision/main"] += [Fault(status=500)] * 4
+    again, notes = fetch_model("hf:org/ours")
     assert again == path
-    assert "from the cache" in notes[0]
+    assert "from the cache" in notes[0] and "answers with status 500" in notes[0]
 
 
-def test_a_break_is_mended_in_the_same_run(hub):
+@pytest.mark.parametrize("fault", [{"cut": 50_000}, {"status": 503}, {"status": 429}])
+def test_a_broken_download_is_repeated(hub, fault):
     content = (hub.root / "models/org/ours/model.safetensors").read_bytes()
-    hub.faults["/model.safetensors"] += [Fault(cut=50_000), Fault(cut=7)]
-    path, _ = fetch_repository("hf:org/ours")
+    hub.faults["/model.safetensors"] += [Fault(**fault)] * 2
+    path, _ = fetch_model("hf:org/ours")
     assert path.read_bytes() == content
-    sent = [r.range for r in hub.requests if r.path.startswith("/cdn/")]
-    assert sent == [None, "bytes=50000-", "bytes=50007-"]
+    assert len([r for r in hub.asked("GET") if r.path.startswith("/cdn/")]) >= 2
 
 
-def test_a_download_goes_on_where_the_last_run_stopped(hub):
-    content = (hub.root / "models/org/ours/model.safetensors").read_bytes()
-    hub.faults["/model.safetensors"] += [Fault(cut=50_000), *[Fault(status=503)] * 3]
-    with pytest.raises(VitcliError, match=r"cannot fetch `model.safetensors` .* 503") as error:
-        fetch_repository("hf:org/ours")
-    assert "goes on where this one stopped" in error.value.hint
-    etag = hashlib.sha256(content).hexdigest()
-    assert files_in(hub.home) == [f"{etag}.incomplete"]
-    hub.requests.clear()
-    told = Told()
-    path, _ = fetch_repository("hf:org/ours", told)
-    assert path.read_bytes() == content
-    assert "50 kB of it here already" in told.notes[0]
-    assert {r.range for r in hub.asked("GET", "/model.safetensors")} == {"bytes=50000-"}
-    assert files_in(hub.home) == sorted([etag, "main", "model.safetensors"])
+def test_a_failed_download_leaves_no_file(hub):
+    hub.faults["/model.safetensors"] += [Fault(cut=50_000)] * 30
+    with pytest.raises(VitcliError, match=r"cannot download `model.safetensors` .* broke") as error:
+        fetch_model("hf:org/ours")
+    assert "HTTPS_PROXY" in error.value.hint
+    assert [name for name in files_in(hub.home) if not name.endswith(".json")] == ["main"]
+    hub.faults.clear()
+    fetch_model("hf:org/ours")
 
 
 def test_a_server_without_ranges(hub):
     hub.ranges = False
     hub.faults["/model.safetensors"] += [Fault(cut=50_000)]
-    path, _ = fetch_repository("hf:org/ours")
+    path, _ = fetch_model("hf:org/ours")
     assert path.read_bytes() == (hub.root / "models/org/ours/model.safetensors").read_bytes()
 
 
@@ -215,19 +207,30 @@ def test_a_file_that_came_damaged_gets_no_name(hub, change):
         "long": content + b"x",
     }[change]
     hub.faults["/model.safetensors"] += [Fault(body=body)]
-    with pytest.raises(VitcliError, match=r"came damaged: its sha256|came with [\d,]+ bytes"):
-        fetch_repository("hf:org/ours")
-    assert files_in(hub.home) == []
-    path, _ = fetch_repository("hf:org/ours")
+    with pytest.raises(VitcliError, match=r"is damaged: its SHA|is incomplete|sends more than"):
+        fetch_model("hf:org/ours")
+    assert [name for name in files_in(hub.home) if not name.endswith(".json")] == ["main"]
+    path, _ = fetch_model("hf:org/ours")
     assert path.read_bytes() == content
+
+
+def test_a_damaged_file_in_the_cache_is_downloaded_again(hub, monkeypatch):
+    path, _ = fetch_model("hf:org/ours")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    told = Told()
+    assert fetch_model("hf:org/ours", told)[0].read_bytes() == content
+    assert "damaged in the cache: downloading it again" in told.warnings[0]
+    path.write_bytes(content[:-1])
+    hub.__exit__()
+    with pytest.raises(VitcliError, match=r"not in the cache, and `.*` cannot be reached"):
+        fetch_model("hf:org/ours")
 
 
 def test_several_at_once_download_once(hub):
     found, threads = [], []
     for _ in range(4):
-        threads.append(
-            threading.Thread(target=lambda: found.append(fetch_repository("hf:org/ours")[0]))
-        )
+        threads.append(threading.Thread(target=lambda: found.append(fetch_model("hf:org/ours")[0])))
         threads[-1].start()
     for thread in threads:
         thread.join()
@@ -284,8 +287,8 @@ class Trap:
 
 
 def test_what_is_chosen(hub):
+    from vitcli.hub.models import choose_weights
     from vitcli.hub.repository import Repository
-    from vitcli.weights.hub_models import choose
 
     repository = Repository("org/x", "main")
     for files, chosen in (
@@ -295,12 +298,14 @@ def test_what_is_chosen(hub):
         (["B_16.npz", "README.md"], "B_16.npz"),
         (["dino.pth", "sub/model.npz"], "dino.pth"),
     ):
-        assert choose(files, repository) == chosen
+        assert choose_weights(files, repository) == chosen
     with pytest.raises(VitcliError, match=r"holds 2 weights files: a.npz, b.npz") as error:
-        choose(["a.npz", "b.npz"], repository)
+        choose_weights(["a.npz", "b.npz"], repository)
     assert error.value.hint.endswith("/org/x/resolve/main/a.npz`")
-    with pytest.raises(VitcliError, match=r"no weights file .* it holds `tf_model.h5`"):
-        choose(["tf_model.h5", "onnx/model.onnx"], repository)
+    with pytest.raises(
+        VitcliError, match=r"no weights in a supported format; it holds `tf_model.h5`"
+    ):
+        choose_weights(["tf_model.h5", "onnx/model.onnx"], repository)
 
 
 def test_a_run_writes_the_commit_down(hub, here):
@@ -317,14 +322,14 @@ def test_the_client_is_left_as_it_was(hub):
     from huggingface_hub.utils import logging as theirs
 
     theirs.set_verbosity(logging.INFO)
-    fetch_repository("hf:org/ours")
+    fetch_model("hf:org/ours")
     assert (theirs.get_verbosity(), are_progress_bars_disabled()) == (logging.INFO, False)
     theirs.set_verbosity(logging.WARNING)
 
 
 def test_the_command_line_in_a_process_of_its_own(hub, here):
     Image.new("RGB", (16, 16)).save("x.png")
-    fetch_repository("hf:org/ours@main")  # into the cache that HF_HOME names, in this process
+    fetch_model("hf:org/ours@main")  # into the cache that HF_HOME names, in this process
     (hub.home / "hub").rename(hub.home / "other")
     done = vitcli("predict", "x.png", "--json", "--model", "hf:org/ours")
     assert done.returncode == 0, done.stderr

@@ -9,8 +9,8 @@ from support.loopback import files_in, write_model
 
 from vitcli.cli.main import run
 from vitcli.errors import VitcliError
-from vitcli.hub import http as download
-from vitcli.weights.hub_models import fetch_repository
+from vitcli.hub import client
+from vitcli.hub.models import fetch_model
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def refused(hub, case):
         return "hf:org/ours", "the Hub has no model `org/ours`", private
     if case == "private":
         hub.private.add("org/ours")
-        return "hf:org/ours", "the Hub has no model `org/ours`, or only for", private
+        return "hf:org/ours", "the Hub has no model `org/ours` that you may read", private
     if case == "gated":
         hub.gated.add("org/ours")
         return "hf:org/ours", "`hf:org/ours` is gated", "accept its terms"
@@ -39,20 +39,20 @@ def refused(hub, case):
         return "hf:org/ours@v9", "`hf:org/ours` has no revision `v9`", "/commits"
     if case == "no weights":
         (hub.root / "models/org/ours/model.safetensors").unlink()
-        return "hf:org/ours", "holds no weights file that is understood", "model.safetensors"
+        return "hf:org/ours", "holds no weights in a supported format", "model.safetensors"
     if case == "no repository":
-        return "hf:", "`hf:` names no repository", "hf:ORG/NAME"
+        return "hf:", "`hf:` does not name a repository", "hf:ORG/NAME"
     if case == "a path":
-        return "hf:a/b/c", "`hf:a/b/c` names no repository", "hf:ORG/NAME"
+        return "hf:a/b/c", "`hf:a/b/c` does not name a repository", "hf:ORG/NAME"
     if case == "a way out":
-        return "hf:org/ours@../../x", "`../../x` is no revision", "a branch"
+        return "hf:org/ours@../../x", "`../../x` is not a revision", "a branch"
     if case == "a login page":
         fault = Fault(body=b"<html>", headers={"Content-Type": "text/html"})
         hub.faults["/revision/main"] += [fault]
         return "hf:org/ours", "does not answer like the Hub", "HF_ENDPOINT"
     assert case == "forbidden"
     hub.faults["/revision/main"] += [Fault(status=403)]
-    return "hf:org/ours", "may not be read (status 403)", private
+    return "hf:org/ours", "you may not read `hf:org/ours` (status 403)", private
 
 
 CASES = ("missing", "missing, said by a mirror", "private", "gated", "revision", "no weights")
@@ -71,13 +71,13 @@ def test_errors_by_their_words(hub, here, capfd, case):
     assert lines[0].startswith("error: ") and words in lines[0]
     assert lines[1].startswith("hint: ") and hint in lines[1]
     assert "Traceback" not in err
-    assert not [name for name in files_in(hub.home) if name.endswith((".safetensors", "main"))]
+    assert not [name for name in files_in(hub.home) if name.endswith(".safetensors")]
 
 
 def test_a_token_opens_what_is_gated(hub, monkeypatch):
     hub.gated.add("org/ours")
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    fetch_repository("hf:org/ours")
+    fetch_model("hf:org/ours")
     sent = {"authorization" in r.headers for r in hub.requests if r.path.startswith("/cdn/")}
     assert sent == {False}  # another host must not see it
 
@@ -88,18 +88,18 @@ def test_silence(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
     hub.faults["/revision/main"] += [Fault(hang=True)]
-    with pytest.raises(VitcliError, match=r"cannot be reached \(.*timed out"):
-        fetch_repository("hf:org/ours")
-    hub.faults["/model.safetensors"] += [Fault(hang=True)] * 3
-    with pytest.raises(VitcliError, match=r"connection broke .*timed out"):
-        fetch_repository("hf:org/ours")
+    with pytest.raises(VitcliError, match=r"`http.*` does not answer in time"):
+        fetch_model("hf:org/ours")
+    hub.faults["/model.safetensors"] += [Fault(hang=True)] * 30
+    with pytest.raises(VitcliError, match=r"cannot download `model.safetensors` .* in time"):
+        fetch_model("hf:org/ours")
 
 
 def test_a_full_disk(hub, monkeypatch):
     usage = shutil.disk_usage(hub.root)._replace(free=1000)
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(client.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(VitcliError, match=r"needs .* kB in `.*`, where 1 kB are free") as error:
-        fetch_repository("hf:org/ours")
+        fetch_model("hf:org/ours")
     assert "HF_HOME" in error.value.hint
 
 
@@ -108,5 +108,7 @@ def test_a_cache_that_cannot_be_written(hub, monkeypatch, tmp_path):
 
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file/hub"))
-    with pytest.raises(VitcliError, match=r"cannot keep `hf:org/ours` in .*: Not a directory"):
-        fetch_repository("hf:org/ours")
+    with pytest.raises(
+        VitcliError, match=r"the cache `.*` has no list of the files of `hf:org/ours`"
+    ):
+        fetch_model("hf:org/ours")

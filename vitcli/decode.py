@@ -279,7 +279,7 @@ def _identify(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
         if is_dicom(head):
             file.seek(0)
             try:
-                return read_dicom(file, lambda *size: _check_size(*size, max_pixels, name))
+                return read_dicom(file, lambda x, y: _check_size(x, y, max_pixels, name))
             except ImageError:
                 raise
             except VitcliError as error:

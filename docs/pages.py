@@ -8,7 +8,7 @@ for the repository, and `site_links` rewrites them for the site.
 import inspect
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -73,22 +73,13 @@ def type_name(kind: Any) -> str:
     return str(kind.__name__)
 
 
-def registries() -> dict[str, Iterable[str]]:
-    """The settings whose values are the names in a registry."""
-    from vitcli.data.augment.policies import POLICIES, PRESETS
-    from vitcli.data.augment.transform import CROPS
-    from vitcli.evals.fewshot.methods import METHODS
-    from vitcli.train.build import registered_names
-
-    augmentation = {"augment.crop": CROPS, "augment.preset": PRESETS, "augment.policy": POLICIES}
-    return {**augmentation, "fewshot.method": METHODS, **registered_names()}
-
-
 def settings_page() -> str:
     """Every setting of the recipe schema: key, type, default, help."""
     from vitcli.config.schema import SECTIONS
+    from vitcli.train.build import registered_names
 
-    names = {key: Literal[tuple(known)] for key, known in registries().items()}
+    # A setting whose values are the names in a registry.
+    names = {key: Literal[tuple(known)] for key, known in registered_names().items()}
     parts = ["# Settings\n", "Set a key with `--set section.key=value` or in a recipe.\n"]
     for name, section in SECTIONS.items():
         parts.append(f"## {name}\n\n{inspect.cleandoc(section.__doc__ or '')}\n")

@@ -43,19 +43,19 @@ CASES = [
     ("S/16", 224, 8, "adamw", "fp32", False, 24),
 ]
 
-# Ten other recipes with an ordinary test set, as flags. Three steps each: only the memory counts.
-COMMON = "train.steps=3 train.batch_size=16 data.test_fraction=0.45"
+# Ten other recipes with an ordinary test set, as flags. Two steps each: only the memory counts.
+COMMON = "train.steps=2 train.batch_size=16 data.test_fraction=0.45"
 EVALUATED = [
     ("finetune", "model.name=Ti/16 lora.rank=8 optim.name=adamw"),
     ("pretrain", "model.name=Ti/16 model.image_size=96 objective.name=mae"),
-    ("pretrain", "model.name=Ti/16 model.image_size=128 objective.name=masked_patch"),
-    ("pretrain", "model.name=Ti/16 model.image_size=160 model.position=relative"),
-    ("pretrain", "model.name=Ti/16 model.image_size=224 train.ema_decay=0.99"),
+    ("pretrain", "model.name=Ti/16 model.image_size=96 objective.name=masked_patch"),
+    ("pretrain", "model.name=Ti/16 model.image_size=112 model.position=relative"),
+    ("pretrain", "model.name=Ti/16 model.image_size=128 train.ema_decay=0.99"),
     ("finetune", "model.name=S/32 train.freeze=blocks:6"),
-    ("pretrain", "model.name=R+Ti/16 model.image_size=224"),
-    ("pretrain", "model.name=Pico/4 model.image_size=48 model.registers=4"),
-    ("pretrain", "model.name=Ti/16 model.image_size=192 train.precision=bf16"),
-    ("finetune", "model.name=R26x1 model.image_size=96"),
+    ("pretrain", "model.name=R+Ti/16 model.image_size=128"),
+    ("pretrain", "model.name=Pico/4 model.image_size=48 model.num_registers=4"),
+    ("pretrain", "model.name=Ti/16 model.image_size=128 train.precision=bf16"),
+    ("finetune", "model.name=R26x0.5 model.image_size=64"),
 ]
 
 

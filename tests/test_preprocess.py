@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from vitcli import preprocess as module
+from vitcli.config.schema import AugmentSection
+from vitcli.data.augment.transform import CROPS, TrainTransform
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
@@ -185,6 +187,7 @@ def test_another_size_keeps_the_share_of_the_crop():
         ({"antialias": False, "interpolation": "lanczos"}, "antialias"),
         ({"crop_fraction": 0.0}, "crop_fraction"),
         ({"num_channels": 4}, "num_channels"),
+        ({"border": -1}, "border"),
     ],
 )
 def test_wrong_settings_are_named(settings, words):
@@ -198,6 +201,33 @@ def test_unknown_keys_are_named():
         Preprocess.from_dict({"image_size": [8, 8], "crop": 3})
     with pytest.raises(VitcliError, match="`image_size` is missing"):
         Preprocess.from_dict({})
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash", "pad"])
+def test_the_border_of_objectnet_is_cut_off_in_every_mode(mode):
+    """Its images have a red border, which a squashed image would show at all four sides."""
+    inner = Image.effect_noise((60, 40), 80).convert("RGB")
+    framed = Image.new("RGB", (64, 44), (255, 0, 0))
+    framed.paste(inner, (2, 2))
+    plain = Preprocess((32, 32), mode, interpolation="bilinear")
+    cut = replace(plain, border=2)
+    assert torch.equal(cut(framed), plain(inner))
+    assert not torch.equal(plain(framed), plain(inner)) or mode == "crop"
+    assert Preprocess.from_dict(json.loads(json.dumps(cut.to_dict()))) == cut
+    assert "border" not in plain.to_dict()
+    with pytest.raises(VitcliError, match="border of 2 px"):
+        cut(Image.new("RGB", (4, 9)))
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_no_training_crop_shows_the_border(crop):
+    framed = Image.new("RGB", (44, 36), (255, 0, 0))
+    framed.paste(Image.new("RGB", (40, 32), (0, 0, 255)), (2, 2))
+    preprocess = Preprocess((16, 16), "squash", interpolation="bilinear", border=2)
+    transform = TrainTransform(preprocess, AugmentSection(crop=crop, crop_padding=0))
+    for seed in range(40):
+        red, _, blue = transform(framed, np.random.default_rng(seed))
+        assert red.max() == 0 and blue.min() == 255
 
 
 GREY = (np.arange(64 * 48).reshape(64, 48) * 7 % 256).astype(np.uint8)

@@ -42,7 +42,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitcli.config.choices import CropRounding, Interpolation, ResizeMode
-from vitcli.decode import ImageError, ImageInput, read_image
+from vitcli.decode import Box, ImageError, ImageInput, read_image
 from vitcli.errors import VitcliError, printable, unknown
 from vitcli.pixels import Mode, PixelFormat, Window
 
@@ -78,6 +78,7 @@ class Preprocess:
             timm) or "down" (transformers).
         window: (low, high), the samples that become black and white in images of 16 bits, 32 bits
             or floats. None: a rule for each image; see `pixels`.
+        border: pixels that are cut off each side of an image before anything else.
 
     Raises:
         VitcliError: a setting has an invalid value.
@@ -94,6 +95,7 @@ class Preprocess:
     crop_rounding: CropRounding = "even"
     antialias: bool = True
     window: Window | None = None
+    border: int = 0
 
     def __post_init__(self) -> None:
         size = self.image_size
@@ -111,6 +113,8 @@ class Preprocess:
                 "`preprocess.antialias=false` is not possible with `lanczos`",
                 "set `preprocess.interpolation` to `bilinear` or `bicubic`",
             )
+        if self.border < 0:
+            raise VitcliError(f"`preprocess.border` is {self.border}", "give 0 or more pixels")
         if not 0 < self.crop_fraction <= 1:
             raise VitcliError(
                 f"`preprocess.crop_fraction` is {self.crop_fraction}",
@@ -162,6 +166,8 @@ class Preprocess:
 
     def fit(self, image: Image.Image) -> Image.Image:
         """Resize an image in `self.mode`, then crop or pad it to `image_size`."""
+        if self.border:
+            image = image.crop(self.inner_box(image.size))
         if image.size == (self.image_size[1], self.image_size[0]) and self._keeps_size():
             return image
         resized = self.resize(image)
@@ -178,6 +184,19 @@ class Preprocess:
         canvas = Image.new(self.mode, (columns, rows), self._mean_colour())
         canvas.paste(resized, ((columns - resized.width) // 2, (rows - resized.height) // 2))
         return canvas
+
+    def inner_box(self, size: tuple[int, int]) -> Box:
+        """(left, top, right, bottom) of an image of (width, height) `size` without its border.
+
+        Raises:
+            ImageError: nothing is left.
+        """
+        width, height = size
+        if min(size) <= 2 * self.border:
+            raise ImageError(
+                f"an image of {width}x{height} px", f"its border of {self.border} px is all of it"
+            )
+        return self.border, self.border, width - self.border, height - self.border
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The resized image, before it is cropped or padded."""
@@ -210,9 +229,9 @@ class Preprocess:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the header of a weights file."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        if self.window is None:  # so that older versions read the file, and fingerprints stay
-            del values["window"]
-        return values
+        # Without unset keys of later versions: older ones read the file, and fingerprints stay.
+        unset = {"border": 0, "window": None}
+        return {k: v for k, v in values.items() if k not in unset or v != unset[k]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -216,6 +216,8 @@ def create_numbered_run(stem: str, recipe: Recipe, runs: Path = RUNS) -> Run:
 def reopen_run(path: Path, recipe: Recipe) -> Run | None:
     """Return the run at `path`, which must have the same recipe; None if the path is free.
 
+    `data.name` may differ: the data may have moved, and their content is compared later.
+
     Raises:
         VitcliError: the recipes differ, or the path is not a run.
     """
@@ -226,7 +228,7 @@ def reopen_run(path: Path, recipe: Recipe) -> Run | None:
         raise VitcliError(
             f"`{path}` is not a run: it has no recipe.toml", "give the path of a run with `--out`"
         )
-    if keys := differing_keys(run.recipe(), recipe):
+    if keys := [key for key in differing_keys(run.recipe(), recipe) if key != "data.name"]:
         raise VitcliError(
             f"`{path}` was started with another recipe; these differ: {', '.join(keys)}",
             "repeat the first command and add `--resume`, or choose another path with `--out`",

@@ -46,6 +46,12 @@ def test_a_paper_recipe_is_planned_without_its_data():
     assert facts["seconds"] is None and not facts["measured"]
 
 
+def test_attention_pooling_is_planned(here):
+    recipe = write_tiny(here / "tiny.toml", model={"pool": "map"})
+    facts = small(str(recipe))
+    assert facts["parts"]["pooling"] > 0 and facts["memory_bytes"] > 0
+
+
 # The paper's table 2 and section 4.2: TPUv3-core-days, cores times days.
 JFT, I21K = 303e6, 14.2e6  # images
 CORE_DAYS = [("L/16", 14 * JFT, 680), ("H/14", 14 * JFT, 2500), ("L/16", 90 * I21K, 230)]

@@ -15,7 +15,7 @@ from vitcli.train.optimizers import build_optimizers
 from vitcli.vit import ResNetConfig, from_config, parse_variant
 from vitcli.vit.macs import training_flops
 
-NUM_RECIPES = 41
+NUM_RECIPES = 45
 FILES = recipe_files()
 # Ours are made for minutes and are trained here; those of the paper and of others are not.
 OURS = [name for name, path in FILES.items() if path.parent == recipes_folder()]
@@ -37,6 +37,12 @@ TABLE_3 = {
     "paper_vit_b16_i21k": ("B/16", "ImageNet-21k", 90, 1e-3, "linear", 0.03, 0.1),
     "paper_vit_l16_i21k": ("L/16", "ImageNet-21k", 90, 1e-3, "linear", 0.03, 0.1),
     "paper_vit_b16_i1k": ("B/16", "ImageNet-1k", 300, 3e-3, "cosine", 0.3, 0.1),
+}
+# Rows of Tables 5 and 6 without a row in Table 3: the rate is that of a model beside it.
+LARGER = {
+    "paper_vit_h14_i21k": ("H/14", "ImageNet-21k", 90, 1e-3, "linear", 0.03, 0.1),
+    "paper_r152x2_jft": ("R152x2", "JFT-300M", 14, 6e-4, "linear", 0.1, None),
+    "paper_r200x3_jft": ("R200x3", "JFT-300M", 14, 6e-4, "linear", 0.1, None),
 }
 # Table 4: steps, and the rates that were tried.
 SMALL_GRID = (0.001, 0.003, 0.01, 0.03)
@@ -104,9 +110,24 @@ def test_it_can_be_built_and_costs_what_it_says(name):
     assert held == set(model.parameters())
 
 
-@pytest.mark.parametrize("name", TABLE_3)
+def test_table_7_has_the_hyperparameters_of_bit():
+    """Kolesnikov et al. (2020), section 3.1: a tenth after 10, 23, 30 and 37 of 40 epochs."""
+    recipe, _, images = model_of("paper_r50_jft_sgd")
+    assert (recipe.optim.name, recipe.optim.momentum) == ("sgd", 0.9)
+    assert recipe.optim.lr * recipe.optim.rate_factor(4096) == pytest.approx(0.03 * 4096 / 256)
+    steps = images / recipe.train.batch_size
+    expected = [round(share / 40 * steps) for share in (10, 23, 30, 37)]
+    assert recipe.schedule.stair_steps == pytest.approx(expected, abs=1)
+    assert recipe.schedule.stair_factors == (0.1, 0.01, 0.001, 0.0001)
+    assert recipe.schedule.warmup_steps == 5000
+    # Coupled decay of 1e-4 passes through the momentum; so a constant gradient of it adds up to
+    # 1e-4 / (1 - 0.9) per step.
+    assert recipe.optim.weight_decay == pytest.approx(1e-4 / (1 - recipe.optim.momentum))
+
+
+@pytest.mark.parametrize("name", {**TABLE_3, **LARGER})
 def test_table_3(name):
-    model, data, epochs, lr, decay, weight_decay, dropout = TABLE_3[name]
+    model, data, epochs, lr, decay, weight_decay, dropout = {**TABLE_3, **LARGER}[name]
     recipe, config, _ = model_of(name)
     assert recipe.model.name == model and config.image_size == (224, 224)
     assert header(FILES[name].read_text())["Data"].startswith(f"{data}, ")
@@ -121,6 +142,25 @@ def test_table_3(name):
     assert recipe.model.dropout_rate == dropout
     if not isinstance(config, ResNetConfig):  # the head's hidden layer, section 3.1
         assert config.representation_size == config.embed_dim
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_images_are_those_of_the_official_code(name):
+    """TensorFlow's crop and no smoothing, except where a recipe follows another code."""
+    recipe, text = load_recipe(name), FILES[name].read_text()
+    if name.startswith("paper_"):
+        assert re.search(r"the paper's text", header(text)["Follows"])
+        assert "official code" in text
+    if name.startswith("deit3"):
+        assert recipe.augment.crop == "inception" and recipe.optim.grad_clip == 1.0
+        return
+    assert recipe.augment.crop == ("resize" if name == "paper_finetune_vtab" else "inception_tf")
+    assert (recipe.preprocess.interpolation, recipe.preprocess.antialias) == ("bilinear", False)
+    squashes = recipe.preprocess.resize_mode == "squash"
+    assert squashes == (recipe.command == "finetune")
+    assert squashes or recipe.preprocess.crop_fraction == 224 / 256
+    if name.startswith("paper_finetune"):
+        assert not recipe.train.ema_warmup  # for Table 2
 
 
 @pytest.mark.parametrize("name", TABLE_4)

@@ -6,7 +6,7 @@ from support.tiny import tiny_recipe
 
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
-from vitcli.cost.memory import StepShape, evaluation_memory, step_memory, trace_step
+from vitcli.cost.memory import ForwardMemory, StepShape, evaluation_memory, step_memory, trace_step
 from vitcli.preprocess import Preprocess
 from vitcli.train.lora import freeze_and_adapt
 from vitcli.train.objectives import build_objective
@@ -115,11 +115,25 @@ def test_adapters_have_gradients_alone():
     assert found.gradients == 4 * learning < found.weights / 10
 
 
-def test_an_evaluation_needs_weights_and_little_else():
+def test_an_evaluation_needs_little_beside_the_weights():
     model = create_network("Pico/4", image_size=32, num_classes=10, depth=3)
-    weights = 4 * sum(p.numel() for p in model.parameters())
     few, many = (evaluation_memory(from_config(model.config), SIZE, n) for n in (2, 8))
-    assert weights < few < many < weights + 8 * 2**20
+    assert 0 < few.peak < many.peak < 8 * 2**20
+    assert many.small == many.peak and many.large == 0
+    whole = evaluation_memory(from_config(model.config), SIZE, 2048)
+    assert whole.peak == pytest.approx(256 * many.peak, rel=0.05)
+    assert 0.8 * whole.peak < whole.large <= whole.peak
+
+
+def test_an_evaluation_adds_to_what_the_steps_left():
+    """Gradients are still there, and a copy of the weights that the average replaces."""
+    step = traced(tiny_recipe(optim={"name": "adamw"}, train={"ema_decay": 0.9}))
+    nothing, large = ForwardMemory(), ForwardMemory(10**9, 0, 10**9)
+    assert step.cpu_evaluation_peak(nothing) == 0
+    assert step.cpu_evaluation_peak(ForwardMemory(1, 1, 0)) <= step.cpu_peak + 2
+    assert step.cpu_evaluation_peak(large) > step.cpu_peak + 10**9
+    kept = step.weights + step.gradients + step.optimizer + 2 * step.average
+    assert step.evaluation_peak(large) == kept + 10**9
 
 
 @pytest.mark.parametrize("name", ["mae", "masked_patch"])

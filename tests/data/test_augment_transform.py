@@ -1,6 +1,7 @@
 """Augmentation: the statistics of each operation against its definition, and its seeds."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from vitcli.data.augment.transform import (
     image_rng,
     inception_box,
     resolve_augment,
+    tensorflow_box,
 )
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import TrainLoader, epoch_order
 from vitcli.decode import open_image, read_image
+from vitcli.errors import VitcliError
 from vitcli.preprocess import RESAMPLING, Preprocess
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
@@ -56,6 +59,80 @@ def test_the_boxes_of_the_inception_crop():
     assert stats.kstest(logs, stats.uniform(low, high - low).cdf).pvalue > 0.01
     free = 1000 - widths > 100
     assert abs((boxes[free, 0] / (1000 - widths[free])).mean() - 0.5) < 0.02
+
+
+def expected_area(low=0.05, ratios=(0.75, 1.33), number=4001):
+    """Mean area and share below a quarter, of height uniform among those that fit, by integration.
+
+    In a square image of side 1 a box of ratio r has heights from sqrt(low / r) to min(1, 1 / r).
+    """
+    means, shares = [], []
+    for r in np.linspace(*ratios, number):
+        a, b = np.sqrt(low / r), min(1.0, 1.0 / r)
+        means.append(r * (b**3 - a**3) / 3 / (b - a))
+        shares.append((np.sqrt(0.25 / r) - a) / (b - a))
+    return np.mean(means), np.mean(shares)
+
+
+def test_the_boxes_of_tensorflow_are_smaller():
+    rng = np.random.default_rng(0)
+    boxes = np.array([tensorflow_box((1000, 1000), rng, 0.05) for _ in range(40_000)])
+    widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert (boxes >= 0).all() and (boxes <= 1000).all()
+    areas, ratios = widths * heights / 1e6, widths / heights
+    assert areas.min() >= 0.05 and ratios.min() > 0.745 and ratios.max() < 1.335
+    assert stats.kstest(ratios, stats.uniform(0.75, 0.58).cdf).pvalue > 0.001
+    mean, share = expected_area()
+    assert abs(mean - 0.375) < 0.001 and abs(share - 0.397) < 0.01  # measured in TensorFlow
+    assert abs(areas.mean() - mean) < 0.004 and abs((areas < 0.25).mean() - share) < 0.008
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (30, 4), (4, 300), (640, 480), (7, 7)])
+def test_tensorflow_boxes_fit_images_of_any_shape(size):
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        left, top, right, bottom = tensorflow_box(size, rng, 0.05)
+        assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+        whole = (left, top, right, bottom) == (0, 0, *size)
+        assert whole or (right - left) * (bottom - top) >= 0.05 * size[0] * size[1]
+
+
+def test_the_tensorflow_crop_does_not_smooth():
+    """Without antialiasing each output pixel is bilinear between its nearest input pixels."""
+    preprocess = Preprocess((8, 8), interpolation="bilinear", antialias=False)
+    transform = TrainTransform(preprocess, section(crop="inception_tf"))
+    view = transform(NOISE, np.random.default_rng(3)).numpy()
+    left, top, right, bottom = tensorflow_box(NOISE.size, np.random.default_rng(3), 0.05)
+    part = np.asarray(NOISE)[top:bottom, left:right].astype(float)
+    for row, column in itertools.product(range(8), range(8)):
+        # tf.image.resize: half-pixel centres, clamped at the border.
+        y = np.clip((row + 0.5) * part.shape[0] / 8 - 0.5, 0, part.shape[0] - 1)
+        x = np.clip((column + 0.5) * part.shape[1] / 8 - 0.5, 0, part.shape[1] - 1)
+        y0, x0 = int(y), int(x)
+        y1, x1 = min(y0 + 1, part.shape[0] - 1), min(x0 + 1, part.shape[1] - 1)
+        upper = part[y0, x0] * (1 - x + x0) + part[y0, x1] * (x - x0)
+        lower = part[y1, x0] * (1 - x + x0) + part[y1, x1] * (x - x0)
+        value = upper * (1 - y + y0) + lower * (y - y0)
+        assert np.abs(view[:, row, column] - value).max() <= 1.0
+
+
+def test_the_resize_crop_is_a_random_part_of_the_squashed_image():
+    preprocess = Preprocess((24, 36), interpolation="bilinear")
+    larger = np.asarray(NOISE.resize((42, 28), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    transform, places = TrainTransform(preprocess, section(crop="resize")), set()
+    for seed in range(200):
+        view = transform(NOISE, np.random.default_rng(seed)).numpy()
+        for top, left in itertools.product(range(5), range(7)):
+            if (view == larger[:, top : top + 24, left : left + 36]).all():
+                places.add((top, left))
+                break
+        else:
+            raise AssertionError(f"seed {seed}: not a part of the resized image")
+    assert len(places) == 35  # every place of 5 x 7 occurs
+    whole = TrainTransform(preprocess, section(crop="resize", resize_size=24))
+    assert whole(NOISE, np.random.default_rng(0)).shape == (3, 24, 36)
+    with pytest.raises(VitcliError, match=r"`augment\.resize_size` = 20 is below"):
+        TrainTransform(preprocess, section(crop="resize", resize_size=20))
 
 
 def test_a_long_picture_gets_the_central_crop():

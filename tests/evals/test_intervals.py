@@ -23,7 +23,8 @@ from vitcli.evals.scoring import ImageScores, confidence_bins, expected_calibrat
 def scores_of(correct, confidence):
     n = len(correct)
     zeros = np.zeros(n, np.int64)
-    return ImageScores(20, zeros, confidence, correct, np.where(correct, 0, 9), np.zeros(n))
+    top5 = np.asarray(correct, dtype=float)
+    return ImageScores(20, zeros, confidence, correct, top5, np.zeros(n))
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 7), (1, 1), (28, 28), (99, 100), (70, 150)])
@@ -118,7 +119,7 @@ def map_coverage(rng, n, classes, prevalence, separation, trials):
     while used < trials:
         scores, targets = multi_label(rng, n, classes, prevalence, separation)
         if targets.sum(axis=0).min() >= 10:
-            low, high = leave_out_average_precision(scores, targets).share_interval()
+            low, high = leave_out_average_precision(scores, targets).share_interval(n)
             held, used = held + (low <= truth <= high), used + 1
     return held / trials
 
@@ -142,6 +143,19 @@ def test_few_images_of_a_class_give_a_reason():
     targets[:] = 0
     found = multi_label_intervals(p, targets, leave_out_average_precision(p, targets), "abc")
     assert found.of["map"] is None
+
+
+def test_a_perfect_ranking_has_an_interval():
+    targets = (np.arange(60)[:, None] % 3 == np.arange(3)).astype(np.uint8)
+    found = multi_label_intervals(
+        targets * 0.9, targets, leave_out_average_precision(targets * 0.9, targets), "abc"
+    )
+    assert found.of["map"] == found.of["micro_f1"] == wilson_interval(1.0, 60)
+    same = leave_out_average_precision(targets * 0.9, targets)
+    low, high = (same - same).difference_interval()
+    assert low == -high < 0
+    one = leave_out_micro_f1(targets[:1] * 0.9, targets[:1])
+    assert one.share_interval(1) == wilson_interval(1.0, 1)
 
 
 def drawn(rng, n, shift):

@@ -49,12 +49,35 @@ def test_several_right_outputs(logits):
         assert found.loss[i] == pytest.approx(-np.log(shares[i, right].sum()), abs=1e-12)
 
 
+@pytest.mark.parametrize("number", [5, 6, 8, 1000])
+def test_constant_logits_have_five_of_k_hits(number):
+    found = score_logits(np.zeros((4, number), np.float32), np.arange(4))
+    assert found.top5_correct == pytest.approx(np.full(4, 5 / number))
+
+
+def test_equal_logits_count_as_a_sort_that_favours_no_label_counts():
+    """Against the mean over many random orders of the equal ones, with one and several right."""
+    rng = np.random.default_rng(3)
+    logits = rng.integers(0, 3, size=(60, 9)).astype(np.float32)
+    sets = [rng.choice(9, rng.integers(1, 4), replace=False).tolist() for _ in logits]
+    found = score_logits(logits, pad_targets(sets)).top5_correct
+    assert ((found > 0) & (found < 1)).sum() > 10
+    hits, orders = np.zeros(60), 4000
+    for _ in range(orders):
+        best5 = np.lexsort((rng.random(logits.shape), -logits), axis=1)[:, :5]
+        hits += [
+            bool(set(row) & set(right)) for row, right in zip(best5.tolist(), sets, strict=True)
+        ]
+    assert np.abs(found - hits / orders).max() < 0.035
+    assert (found[hits == orders] > 0.99).all() and (found[hits == 0] < 0.01).all()
+
+
 def test_blocks_change_nothing(logits, monkeypatch):
     labels = np.arange(300) % 12
     whole, among = score_logits(logits, labels), restricted_argmax(logits, [7, 3, 5])
     monkeypatch.setattr(scoring, "BLOCK_VALUES", 50)
     parts = score_logits(logits, labels)
-    for name in ("predicted", "confidence", "correct", "num_higher", "loss"):
+    for name in ("predicted", "confidence", "correct", "top5_correct", "loss"):
         assert np.array_equal(getattr(whole, name), getattr(parts, name)), name
     assert np.array_equal(among, restricted_argmax(logits, [7, 3, 5]))
     assert np.array_equal(among, np.array([3, 5, 7])[logits[:, [3, 5, 7]].argmax(1)])

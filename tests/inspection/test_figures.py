@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
-from sklearn.metrics import r2_score
+from sklearn.linear_model import LinearRegression
 from sklearn.metrics.pairwise import cosine_similarity as sklearn_cosine
 from support.kinds import KINDS, pictures, small
 
@@ -31,6 +31,8 @@ from vitcli.inspection.embeddings import (
     similarity_means,
 )
 from vitcli.inspection.inductive_bias import backbone_parameters, random_network
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.vit import ResNet, ResNetConfig, create_network
 from vitcli.vit.blocks import AxialBlock, join_lines, split_lines
 from vitcli.weights.huggingface.write_huggingface import write_huggingface
@@ -264,11 +266,81 @@ def test_a_shift_by_whole_cells_and_between_them():
 
 
 def test_r2_is_sklearns():
+    """A regression with one slope on the maps, each centred within its image and channel."""
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(2, 5, 3, 4, generator=generator) for _ in range(2))
-    rows = [x.permute(0, 2, 3, 1).reshape(-1, 5).double().numpy() for x in (a, a + b)]
-    expected = r2_score(*rows, multioutput="variance_weighted")
-    assert equivariance.variance_explained(a, a + b) == pytest.approx(expected, abs=1e-12)
+    a, b = (torch.randn(2, 5, 3, 4, generator=generator).double() for _ in range(2))
+    x, y = ((v - v.mean(dim=(2, 3), keepdim=True)).reshape(-1, 1).numpy() for v in (a, a + b))
+    expected = LinearRegression(fit_intercept=False).fit(x, y).score(x, y)
+    # The score centres y once more; within images y is centred already.
+    assert equivariance.variance_explained(a + b, a) == pytest.approx(expected, abs=1e-12)
+    shifted = a + torch.randn(2, 5, 1, 1, generator=generator)
+    assert equivariance.variance_explained(shifted, 3 * a) == pytest.approx(1)
+
+
+class Constructed(torch.nn.Module):
+    """A network with patches of 4 px whose feature map is a given function of the images."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.config, self.function = create_network("mu/4", image_size=64).config, function
+
+    def tokens(self, images):
+        patches = self.function(images).flatten(2).transpose(1, 2)
+        return torch.cat([patches[:, : self.config.num_prefix_tokens], patches], dim=1)
+
+    def grid_of(self, images):
+        return images.shape[2] // 4, images.shape[3] // 4
+
+
+def constructed_r2(function):
+    pictures = shifted_pictures(8)
+    return equivariance.measure_equivariance(Constructed(function), pictures, (4, 8), (64, 64))
+
+
+def convolution(images):
+    weights = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.conv2d(images, weights, stride=4)
+
+
+def spread_mean(images):
+    means = convolution(images).mean(dim=(2, 3), keepdim=True)
+    noise = 1e-4 * torch.randn(1, 6, 16, 16, generator=torch.Generator().manual_seed(2))
+    return means + noise * torch.randn(())
+
+
+def test_a_convolution_is_equivariant_and_a_spread_mean_is_not():
+    """The mean of an image hardly changes with a shift: invariance must not count."""
+    found = constructed_r2(convolution)
+    assert found.r2 == pytest.approx((1, 1), abs=1e-5)
+    assert max(*found.unmoved, *found.unrelated) < 0.05
+    exact = constructed_r2(
+        lambda x: convolution(x).mean((2, 3), keepdim=True).expand(-1, 6, 16, 16)
+    )
+    assert max(exact.r2) < 0.05
+    assert max(constructed_r2(spread_mean).r2) < 0.05
+    mixed = constructed_r2(lambda x: convolution(x) + 50 * spread_mean(x))
+    assert mixed.r2 == pytest.approx((1, 1), abs=0.01)
+
+
+def test_random_features_are_not_equivariant():
+    found = constructed_r2(lambda x: torch.randn(len(x), 6, 16, 16))
+    assert max(*found.r2, *found.inner, *found.unmoved) < 0.05
+
+
+def test_a_map_of_places_shows_in_the_control():
+    places = torch.randn(1, 6, 16, 16, generator=torch.Generator().manual_seed(3))
+    found = constructed_r2(lambda x: places.expand(len(x), -1, -1, -1) + 0.01 * convolution(x))
+    assert min(found.unmoved) > 0.95 and max(found.r2) < 0.05
+
+
+def test_networks_are_compared_at_equal_stride():
+    """Patches of 16 px beside a ResNet of stride 32: it reads images of twice the size."""
+    preprocess = Preprocess(image_size=(64, 64), mean=(0.5,), std=(0.5,))
+    images = [torch.randint(0, 255, (1, 3, 96, 96), dtype=torch.uint8) for _ in range(2)]
+    model = random_network(ResNetConfig((64, 64), 3, (1, 1, 1, 1), 0.5))
+    row = equivariance.measure_network("r", model, images, preprocess, 16, Quiet().progress("", 1))
+    assert row.image_size == (128, 128) and row.equivariance.shifts == (16, 32, 64)
+    assert all(value is not None for value in row.equivariance.r2)
 
 
 def shifted_pictures(margin, number=3, side=64):
@@ -287,16 +359,17 @@ def test_patches_without_positions_and_attention_move_exactly():
     assert found.r2[1] == pytest.approx(1, abs=1e-6) and found.r2[2] == pytest.approx(1, abs=1e-6)
     assert found.inner[1] == pytest.approx(1, abs=1e-6)
     assert found.r2[0] < 0.6  # half a patch: other patches
-    assert all(value < 0.3 for value in found.unrelated)
+    assert all(value < 0.3 for value in (*found.unrelated, *found.unmoved))
 
 
 def test_positions_alone_do_not_move():
-    """Features that are nothing but their place are, when shifted, as good as another picture's."""
+    """Features that are nothing but their place are the same without a shift."""
     model = create_network("mu/16", image_size=64)
     with torch.no_grad():
         model.patch_embed.proj.weight.zero_()
     found = equivariance.measure_equivariance(model, shifted_pictures(16), (16,), (64, 64))
     assert found.r2[0] == pytest.approx(found.unrelated[0], abs=1e-6) and found.r2[0] < 0.5
+    assert found.unmoved[0] == pytest.approx(1)
 
 
 def test_a_convolution_moves_with_the_picture():
@@ -305,7 +378,7 @@ def test_a_convolution_moves_with_the_picture():
     pictures = shifted_pictures(16)
     assert equivariance.cell_size(model.config) == 4
     found = equivariance.measure_equivariance(model, pictures, (4, 8, 16), (64, 64))
-    assert min(found.inner) > 0.9 and max(found.unrelated) < 0
+    assert min(found.inner) > 0.9 and max(found.unrelated) < 0.1
     assert all(0.5 < whole < inner for whole, inner in zip(found.r2, found.inner, strict=True))
 
 
@@ -314,13 +387,19 @@ def test_parameters_of_a_resnet_in_closed_form(name):
     with torch.device("meta"):
         model = create_network(name, num_classes=10)
     assert equivariance.resnet_parameters(model.config) == backbone_parameters(model)
-    found = equivariance.resnet_of_size(backbone_parameters(model), (224, 224))
+    found = equivariance.resnet_of_size(backbone_parameters(model), 32, (224, 224))
     assert found.layers == model.config.layers and found.width == model.config.width
     assert equivariance.resnet_name(found) == name
 
 
-def test_a_small_image_gets_a_resnet_with_fewer_stages():
-    config = equivariance.resnet_of_size(10**6, (32, 32), 1)
+@pytest.mark.parametrize(("cell", "stride"), [(2, 4), (4, 4), (8, 8), (14, 16), (16, 16), (32, 32)])
+def test_the_resnet_has_the_stride_of_the_model(cell, stride):
+    config = equivariance.resnet_of_size(10**7, cell, (224, 224))
+    assert equivariance.resnet_stride(config.layers) == stride
+
+
+def test_a_small_patch_gets_a_resnet_with_fewer_stages():
+    config = equivariance.resnet_of_size(10**6, 8, (32, 32), 1)
     assert len(config.layers) == 2 and config.num_channels == 1
     with torch.device("meta"):
         model = ResNet(config)

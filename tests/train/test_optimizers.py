@@ -3,19 +3,22 @@
 import json
 import math
 import re
+import tomllib
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support.kinds import KINDS, small
+from support.stepping import compare
 from support.tiny import records, tiny_recipe, train_recipe
 
-from vitcli.config.schema import OptimSection, ScheduleSection
+from vitcli.config.recipe import check
+from vitcli.config.schema import OptimSection, Recipe, ScheduleSection
 from vitcli.errors import VitcliError
 from vitcli.train.build import check_names, unused_settings
 from vitcli.train.loop import Loop
-from vitcli.train.optimizers import OPTIMIZERS, JointOptimizer, build_optimizers
+from vitcli.train.optimizers import OPTIMIZERS, JointOptimizer, Sgd, build_optimizers
 from vitcli.train.param_groups import is_hidden_matrix, is_kernel, set_lr
 from vitcli.train.schedules import SCHEDULES, schedule_factor
 from vitcli.train.signals import Stopped
@@ -125,6 +128,54 @@ def test_every_parameter_has_one_optimizer_and_only_kernels_decay(name):
     decays = {n for n, p in model.named_parameters() if is_kernel(n, p)}
     assert not decays & {"cls_token", "pos_embed", "reg_token", "attn_pool.latent"}
     assert {"head.weight", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= decays
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_optimizer_decays_apart_from_the_gradient(name, dtype):
+    """Without a gradient a step is w -= lr * decay * w, and it leaves no trace in the momentum."""
+    if dtype == "bf16" and "momentum_dtype" not in OPTIMIZERS[name].settings:
+        pytest.skip("it has no setting of the momentum's type")
+    layer = torch.nn.Linear(8, 8, bias=False)
+    head = torch.nn.Linear(8, 2)  # without gradients; Muon leaves it to AdamW
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer]), "head": head})
+    section = OptimSection(name=name, lr=0.1, matrix_lr=0.1, weight_decay=0.5, momentum_dtype=dtype)
+    optimizers = build_optimizers(model, section)
+    expected = layer.weight.detach().clone()
+    for _ in range(3):
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        for optimizer in optimizers:
+            optimizer.step()
+        expected *= 1 - 0.1 * 0.5
+    if (
+        name == "lamb"
+    ):  # it scales the whole step, decay included, by |w| / |decay * w| (algorithm 2)
+        return
+    torch.testing.assert_close(layer.weight.detach(), expected)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}  # as before the steps
+
+
+def test_sgd_with_decay_follows_the_algorithm():
+    """SGDW (Loshchilov and Hutter, 2019, algorithm 1), where the schedule scales both parts."""
+
+    def by_hand(w, gradients, decay, rates):
+        buffer = np.zeros_like(w)
+        for g, lr in zip(gradients, rates, strict=True):
+            buffer = 0.9 * buffer + g
+            w = w - lr * decay * w - lr * buffer
+        return w
+
+    compare(lambda groups: Sgd(groups, lr=1.0, momentum=0.9), by_hand, atol=1e-5)
+
+
+def test_lion_has_the_betas_of_its_authors():
+    assert OptimSection(name="lion").betas == (0.9, 0.99)
+    assert OptimSection(name="lion", betas=(0.95, 0.98)).betas == (0.95, 0.98)
+    assert OptimSection(name="adamw").betas == OptimSection(name="lamb").betas == (0.9, 0.999)
+    stated = tiny_recipe(optim={"name": "lion"})
+    assert stated.optim.betas == (0.9, 0.99)
+    assert check(Recipe, tomllib.loads(stated.to_toml()), "again") == stated
 
 
 def test_muon_has_the_matrices_of_the_blocks_only():

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from vitcli.config.schema import ScheduleSection
@@ -45,3 +46,46 @@ def test_warmup_in_steps_or_as_a_share():
     assert warmup_steps(ScheduleSection(warmup_steps=30), 20) == 20
     assert warmup_steps(ScheduleSection(warmup_fraction=0.1), 95) == 10
     assert warmup_steps(ScheduleSection(), 95) == 0
+
+
+def test_polynomial_is_big_visions_formula():
+    """end + (1 - end) (1 - p)^power; with power 1 it is the line."""
+    for power, end in ((2.0, 0.0), (0.5, 0.1), (3.0, 0.25)):
+        section = ScheduleSection(
+            name="polynomial", power=power, final_lr_fraction=end, warmup_steps=10
+        )
+        for step in (10, 11, 40, 55, 99, 100, 103):
+            p = np.clip((step - 10) / 90, 0, 1)
+            expected = end + (1 - end) * (1 - p) ** power
+            assert schedule_factor(section, step, 100) == pytest.approx(expected, abs=1e-12)
+    line = ScheduleSection(name="linear", final_lr_fraction=0.1)
+    same = ScheduleSection(name="polynomial", power=1.0, final_lr_fraction=0.1)
+    assert all(
+        schedule_factor(line, i, 50) == pytest.approx(schedule_factor(same, i, 50))
+        for i in range(52)
+    )
+
+
+def test_stair_changes_at_the_listed_steps():
+    """big_vision: index = searchsorted(steps, step + 1), so lr(199) is old and lr(200) is new."""
+    steps, factors = (200, 300, 450), (0.1, 0.01, 0.001)
+    section = ScheduleSection(
+        name="stair", stair_steps=steps, stair_factors=factors, warmup_steps=50
+    )
+    for step in (0, 25, 49, 50, 199, 200, 201, 299, 300, 449, 450, 499, 510):
+        expected = (1.0, *factors)[np.searchsorted(steps, step + 1)] * min(1, step / 50)
+        assert schedule_factor(section, step, 500) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="as many values"):
+        ScheduleSection(name="stair", stair_steps=(3,))
+    with pytest.raises(ValueError, match="must increase"):
+        ScheduleSection(name="stair", stair_steps=(3, 3), stair_factors=(0.1, 0.2))
+    with pytest.raises(ValueError, match="needs `stair_steps`"):
+        ScheduleSection(name="stair")
+
+
+def test_rsqrt_with_a_shift_is_big_visions_formula():
+    section = ScheduleSection(name="rsqrt", timescale=200, shift=300, warmup_steps=100)
+    for step in (0, 1, 50, 99, 100, 101, 500, 999):
+        late = step >= 100
+        expected = 1 / np.sqrt(1 + ((step + 300 - 100) if late else 300) / 200)
+        assert schedule_factor(section, step, 1000) == pytest.approx(expected * min(1, step / 100))

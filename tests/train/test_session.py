@@ -14,8 +14,10 @@ import vitcli.commands.pretrain as pretrain
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
+from vitcli.evals.features import extract
 from vitcli.progress import Quiet
 from vitcli.train import loop, resolve
+from vitcli.train.build import open_source
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.loop import step_seed
 from vitcli.train.objectives.classification import Softmax
@@ -30,6 +32,7 @@ COMPLETE = {
     "log.txt",
     "curves.png",
     "checkpoints",
+    "images.tsv",  # beyond the contract: the split of each image
     "model.safetensors",
     "outcomes.safetensors",  # beyond the contract: what `vitcli compare` pairs image by image
     "result.json",
@@ -253,6 +256,69 @@ def test_five_frames_from_the_command_to_the_gradients(tmp_path, monkeypatch):
     package = str(Path(vitcli.__file__).parent)
     frames = [frame.name for frame in caught.traceback if str(frame.path).startswith(package)]
     assert frames == ["run", "train", "fit", "step", "gradients"]
+
+
+def test_a_pretrain_run_stores_how_it_resamples_positions(tmp_path):
+    recipe = tiny_recipe(model={"position_resize": "bilinear"}, train={"steps": 1})
+    train_recipe(tmp_path / "run", recipe)
+    assert load_model(tmp_path / "run").network.position_resize == "bilinear"
+    resnet = recipe.model_copy(
+        update={"model": type(recipe.model)(name="R26x1", position_resize="bilinear")}
+    )
+    with pytest.raises(VitcliError, match="no positions"):
+        train_recipe(tmp_path / "other", resnet)
+
+
+def test_smaller_sizes_are_checked_before_the_run(tmp_path):
+    with pytest.raises(VitcliError, match=r"smaller_sizes` has 6 px.*patch size 4"):
+        train_recipe(tmp_path / "run", tiny_recipe(train={"smaller_sizes": [[6, 0.5]]}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_contradict_each_other_stop_before_the_run(tmp_path):
+    with pytest.raises(VitcliError, match=r"`preprocess.image_size` is \(16, 16\)"):
+        train_recipe(tmp_path / "run", tiny_recipe(preprocess={"image_size": 16}))
+    formula = {"data": {"name": "builtin:formula"}, "model": {"num_channels": 1}}
+    with pytest.raises(VitcliError, match="draws RGB images"):
+        train_recipe(tmp_path / "run", tiny_recipe(**formula))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("objective", ["softmax", "masked_patch"])
+def test_the_few_shot_accuracy_during_training(objective, tmp_path):
+    """The last one equals that of `vitcli.fewshot` on the stored weights, and the best is named."""
+    recipe = tiny_recipe(
+        objective={"name": objective},
+        train={"steps": 6, "eval_steps": 2, "fewshot_shots": 3, "ema_decay": None},
+    )
+    figures = train_recipe(tmp_path / "run", recipe).figures
+    logged = {
+        record["step"]: value
+        for record in records(tmp_path / "run")
+        for name, value in record.items()
+        if name.endswith("/fewshot_accuracy")
+    }
+    assert set(logged) == {2, 4, 6}
+    best = max(logged.values())
+    assert figures["best_fewshot_accuracy"] == best == logged[figures["best_fewshot_step"]]
+    assert ("accuracy" in figures) == (objective == "softmax")
+    model = load_model(tmp_path / "run")
+    source = open_source(recipe, Quiet())
+    train, test = (extract(model, source.splits[name]) for name in ("train", "test"))
+    expected = vitcli.fewshot(
+        train.outputs, train.labels, test.outputs, test.labels, shots=3, seed=0
+    )
+    assert figures["fewshot_accuracy"] == logged[6] == pytest.approx(expected, abs=1e-3)
+
+
+def test_few_shot_accuracy_where_it_cannot_be(tmp_path):
+    for more, words in (
+        ({"data": {"name": "builtin:formula"}}, "single-label"),
+        ({"train": {"budget": "5s", "steps": None}}, "budget"),
+    ):
+        settings = {**more, "train": {"fewshot_shots": 2, **more.get("train", {})}}
+        with pytest.raises(VitcliError, match=words):
+            train_recipe(tmp_path / "run", tiny_recipe(**settings))
 
 
 def test_finetune_takes_every_model_setting_that_other_commands_take(monkeypatch):

@@ -10,8 +10,8 @@ from vitcli.train.optimizers import SgdBf16
 def by_hand(w, gradients, decay, rates):
     buffer = np.zeros_like(w)
     for g, lr in zip(gradients, rates, strict=True):
-        total = g + decay * w + 0.9 * buffer
-        w = w - lr * total
+        total = g + 0.9 * buffer
+        w = w - lr * decay * w - lr * total
         buffer = half(total)
     return w
 

@@ -95,7 +95,10 @@ def test_spellings():
         ({"position": "sincos2d", "position_at": "every"}, "`position_at = shared`"),
         ({"stem": (3, 0)}, "each of one block or more"),
         ({"stem": (1, 1, 1, 1, 1)}, "up to four stages"),
-        ({"stem": (3, 4, 9), "patch_size": 2}, "not a multiple of patch size 32"),
+        (
+            {"stem": (3, 4, 9), "patch_size": 2},
+            "15x15 cells, which is not a multiple",
+        ),
         ({"stem": (3,), "stem_width": 0.3}, "32 groups"),
     ],
 )

@@ -8,7 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitcli.vit import ViTConfig
+from vitcli.config.schema import ObjectiveSection
+from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
+from vitcli.train.objectives.mae import Mae
+from vitcli.train.objectives.masked_patch import MaskedPatch
+from vitcli.vit import VisionTransformer, ViTConfig
 from vitcli.vit.hybrid import (
     Bottleneck,
     HybridEmbed,
@@ -18,6 +23,7 @@ from vitcli.vit.hybrid import (
     pad_same,
     standardize,
 )
+from vitcli.weights.loaded import LoadedModel
 
 
 def tiny(**settings):
@@ -166,3 +172,27 @@ def test_fresh_weights_are_lecun_normal_and_units_begin_as_their_shortcut():
     again = StemBackbone(3, (2,), 64)
     init_stem(again, torch.Generator().manual_seed(0))
     assert all(map(torch.equal, backbone.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_hybrid_takes_sizes_that_its_stride_does_not_divide():
+    """The official code pads each halving: 72 px -> 36 -> 18 -> 18 -> 9 -> 5 cells."""
+    config = tiny(stem=(1, 1, 1), image_size=(72, 200), num_classes=3)
+    assert config.grid == (5, 13) and config.num_tokens == 1 + 5 * 13
+    model = VisionTransformer(config).init_weights(torch.Generator().manual_seed(0)).eval()
+    images = torch.randn(2, 3, 72, 200)
+    assert model(images).shape == (2, 3)
+    cells = model.patch_embed.backbone(images)
+    assert cells.shape[2:] == config.grid
+    # A size with the same number of cells needs no other positions.
+    assert torch.equal(model.positions((5, 13)), model.pos_embed)
+    with pytest.raises(ValueError, match="feature map of 18x50 cells"):
+        tiny(stem=(1,), patch_size=4, image_size=(72, 200))
+
+
+@pytest.mark.parametrize("kind", [Mae, MaskedPatch])
+def test_objectives_that_predict_pixels_need_whole_patches(kind):
+    config = tiny(stem=(1, 1), image_size=(36, 40), pool="mean")
+    model = LoadedModel(VisionTransformer(config), preprocess=Preprocess((36, 40)))
+    with pytest.raises(VitcliError, match="whole patches of 8 px") as error:
+        kind(model, ObjectiveSection())
+    assert "a multiple of 8" in error.value.hint

@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 
-from vitcli.vit import VisionTransformer, ViTConfig, create_network
+from vitcli.vit import (
+    VisionTransformer,
+    ViTConfig,
+    create_network,
+    from_config,
+    parse_variant,
+)
 from vitcli.weights.load import load_model
 
 TOLERANCE = 1e-5
@@ -152,11 +159,48 @@ def test_initial_weights_have_the_spread_of_the_official_code():
     for part in model.blocks[0].attn.qkv.weight.chunk(3):
         # Xavier-uniform over 768 in, 768 out: variance 2 / (in + out).
         assert part.std().item() == pytest.approx((2 / (768 + 768)) ** 0.5, rel=0.01)
-    patch = model.patch_embed.proj.weight
-    assert patch.std().item() == pytest.approx((2 / (768 + 768)) ** 0.5, rel=0.01)
+    assert_lecun_normal(model.patch_embed.proj.weight)
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.02)
     assert model.cls_token.abs().max() == 0 and model.head.weight.abs().max() == 0
     assert 0 < model.blocks[0].mlp.fc1.bias.abs().max() < 1e-5
+
+
+def assert_lecun_normal(weight):
+    """flax's default: a normal distribution, cut at two deviations, of variance 1 / inputs."""
+    inputs = weight[0].numel()
+    unit = stats.truncnorm(-2, 2)
+    expected = stats.truncnorm(-2, 2, scale=inputs**-0.5 / unit.std())
+    assert weight.std().item() == pytest.approx(inputs**-0.5, rel=0.02)
+    assert weight.abs().max().item() <= expected.support()[1] + 1e-6
+    sample = weight.detach().flatten()[:20_000].double().numpy()
+    assert stats.kstest(sample, expected.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", ["L/16", "L/32", "R50+B/16"])
+def test_the_patch_projection_starts_as_in_flax(name):
+    """FINDINGS of issue 14: Xavier gave 0.93, 1.22 and 1.07 of these deviations."""
+    with torch.device("meta"):
+        wide = from_config(parse_variant(name)).patch_embed.proj.weight.shape
+    config = parse_variant(name, depth=1, embed_dim=256, num_heads=4, representation_size=512)
+    model = from_config(config).init_weights(torch.Generator().manual_seed(0))
+    assert model.patch_embed.proj.weight[0].shape == wide[1:]
+    assert_lecun_normal(model.patch_embed.proj.weight)
+    assert_lecun_normal(model.pre_logits.fc.weight)
+    assert not model.pre_logits.fc.bias.any() and not model.patch_embed.proj.bias.any()
+
+
+def test_map_starts_as_in_big_vision():
+    """Query, key and value are Xavier-uniform D -> D each; so is the probe, (1, 1, D)."""
+    config = parse_variant("B/16", depth=1, pool="map", class_token=False)
+    pool = from_config(config).init_weights(torch.Generator().manual_seed(0)).attn_pool
+    bound = (6 / (768 + 768)) ** 0.5
+    for part in (pool.q.weight, *pool.kv.weight.chunk(2), pool.proj.weight):
+        assert part.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
+        assert 0.99 * bound < part.abs().max().item() <= bound
+    bound = (6 / (1 + 768)) ** 0.5
+    assert pool.latent.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert 0.95 * bound < pool.latent.abs().max().item() <= bound
+    assert 0 < pool.mlp.fc1.bias.abs().max() < 1e-5 and not pool.kv.bias.any()
 
 
 def test_initial_weights_of_the_options():
@@ -184,8 +228,7 @@ def test_initial_weights_of_the_options():
     hybrid = fresh(stem=(1,), patch_size=2)
     unit = hybrid.patch_embed.backbone.stages[0].blocks[0]
     assert not unit.norm3.weight.any() and unit.conv1.weight.any()
-    projection = hybrid.patch_embed.proj.weight
-    assert projection.std().item() == pytest.approx((2 / (256 * 4 + 256)) ** 0.5, rel=0.02)
+    assert_lecun_normal(hybrid.patch_embed.proj.weight)
 
 
 def test_a_header_of_before_the_options_still_loads():

@@ -255,7 +255,7 @@ def test_configurations_of_both_kinds_survive_a_round_trip_through_json():
         ("R50x0", {}, "gives 0 channels"),
         ("R50x1", {"depth": 3}, "unknown settings of a ResNet: depth"),
         ("R50x1", {"layers": ()}, "a unit in every stage"),
-        ("R50+B/16", {"image_size": (224, 200)}, "not a multiple of patch size 16"),
+        ("R+Ti/16", {"image_size": (224, 200)}, "not a multiple of patch size 8"),
         ("R50+B/16", {"stem_width": 0.4}, "not a multiple of its 32 groups"),
         ("Axial-B/16", {"class_token": True}, "rows and columns"),
         ("Axial-R50+B/16", {}, "no model variant"),
@@ -278,3 +278,12 @@ def test_spellings():
         assert is_variant(name), name
     for name in ("runs/x", "x.npz", "B/16/x", "R50", "R50x1.npz", "hf:a/16", "Radial-B/16", ""):
         assert not is_variant(name), name
+
+
+def test_the_half_sized_b_of_figure_4():
+    half, whole = parse_variant("ViT-b/32"), parse_variant("B/32")
+    assert (half.embed_dim, half.mlp_dim) == (whole.embed_dim // 2, whole.mlp_dim // 2)
+    assert (half.depth, half.num_heads, half.patch_size) == (12, 12, 32)
+    assert count(half) == by_formula(384, 12, 1536, 32, (7, 7), 0)
+    with pytest.raises(ValueError, match="`B/16` is one"):  # not a model of half the size
+        parse_variant("b/16")

@@ -199,7 +199,10 @@ def test_usual_sizes(size):
 
 def test_a_hybrid_counts_the_pixels_of_its_feature_map():
     model = small("hybrid")  # patches of two cells of four pixels
-    with pytest.raises(VitcliError, match="36x48 is not a multiple of patch size 8") as error:
+    with pytest.raises(
+        VitcliError,
+        match="feature map of 9x12 cells, which is not a multiple",
+    ) as error:
         resize(model, (36, 48))
     assert "32x48" in error.value.hint
     resize(model, (40, 40))

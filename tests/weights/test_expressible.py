@@ -143,6 +143,7 @@ PREPROCESS = {
     "crop_rounding": [{"crop_rounding": "down", "resize_mode": "crop"}],
     "antialias": [{"antialias": False, "interpolation": "bilinear"}],
     "window": [{"window": (-160.0, 240.0)}],
+    "border": [{"border": 2}],
 }
 TRAVELS = {
     "labels": [None],

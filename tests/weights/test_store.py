@@ -217,6 +217,30 @@ def test_npz_with_objects_is_refused(here):
     assert not (here / "it_ran").exists()
 
 
+@pytest.mark.parametrize("method", ["bicubic", "bilinear", "bicubic_plain"])
+def test_the_method_that_resamples_positions_travels_with_the_weights(model, tmp_path, method):
+    model.network.position_resize = method
+    save_model(tmp_path / "m.safetensors", model)
+    assert ("position_resize" in read_header(tmp_path / "m.safetensors")) == (method != "bicubic")
+    back = load_model(tmp_path / "m.safetensors", image_size=(32, 40))
+    assert back.network.position_resize == method
+    net = create_model("Pico/8", image_size=(16, 24), depth=1)
+    net.network.position_resize = method
+    save_model(tmp_path / "n.safetensors", net)
+    found = load_model(tmp_path / "n.safetensors", image_size=(32, 40)).network.pos_embed[:, 1:]
+    assert torch.equal(found, resample(net.network.pos_embed[:, 1:], (2, 3), (4, 5), method))
+    # What a caller asks for wins over what is stored.
+    other = load_model(tmp_path / "n.safetensors", position_resize="bilinear_antialiased")
+    assert other.network.position_resize == "bilinear_antialiased"
+
+
+def test_an_unknown_method_in_the_header(model, tmp_path):
+    model.network.position_resize = "cubic"
+    save_model(tmp_path / "m.safetensors", model)
+    with pytest.raises(VitcliError, match="unknown position_resize `cubic`"):
+        load_model(tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize("value", [1, -1, 10**30])
 def test_a_whole_number_is_a_layer_scale(tmp_path, value):
     net = create_model("Pico/8", image_size=16, depth=1, layer_scale=value)

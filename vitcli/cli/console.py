@@ -73,10 +73,11 @@ def mute() -> None:
 def figures_text(figures: Mapping[str, float]) -> str:
     """`loss 1.234  acc 56.7%  120 img/s`."""
     parts = [SHOWN[name].format(figures[name]) for name in SHOWN if name in figures]
-    if "test_accuracy" in figures:
-        parts.append(f"test {figures['test_accuracy']:.1%}")
-    if "test_map" in figures:
-        parts.append(f"test mAP {figures['test_map']:.1%}")
+    for split in ("validation", "test"):
+        if f"{split}_accuracy" in figures:
+            parts.append(f"{split} {figures[f'{split}_accuracy']:.1%}")
+        if f"{split}_map" in figures:
+            parts.append(f"{split} mAP {figures[f'{split}_map']:.1%}")
     return "  ".join(parts)
 
 

@@ -25,6 +25,8 @@ class RunComparison:
         runs: run directories.
         settings: dotted name -> value of each run, for settings that differ; None is "not set".
         results: name -> figure of each run; None if the run does not have it.
+        splits: the split of the figures of each run; figures of another split than that of the
+            first run have its name in front.
         paired: for each run but the first, the test against the first, or why there is none.
         seeds: figure -> (mean, sample standard deviation), if the runs differ only in their seed.
     """
@@ -34,6 +36,7 @@ class RunComparison:
     results: dict[str, list[float | None]]
     paired: list[PairedAccuracy | str]
     seeds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    splits: tuple[str | None, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The object of `compare --json`."""
@@ -46,6 +49,7 @@ class RunComparison:
             "runs": list(self.runs),
             "settings": self.settings,
             "results": self.results,
+            "splits": list(self.splits),
             "paired": pairs,
             "seeds": seeds,
         }
@@ -70,7 +74,11 @@ def run(paths: Sequence[Path]) -> RunComparison:
         key: values for key, values in settings.items() if any(v != values[0] for v in values)
     }
     results = [found.result() for found in runs]
-    figures = [{**_numbers(r), **_test_figures(r.get("figures", {}))} for r in results]
+    splits = [reported_split(found) for found in runs]
+    figures = [
+        {**_numbers(r), **_held_out_figures(r.get("figures", {}), split, splits[0])}
+        for r, split in zip(results, splits, strict=True)
+    ]
     names = [*dict.fromkeys(name for found in figures for name in found)]
     table = {name: [found.get(name) for found in figures] for name in names}
     seeds: dict[str, tuple[float, float]] = {}
@@ -81,7 +89,20 @@ def run(paths: Sequence[Path]) -> RunComparison:
                 seeds[name] = float(known.mean()), float(known.std(ddof=1))
     first, *others = runs
     paired = [_compare(first, other) for other in others]
-    return RunComparison(tuple(str(path) for path in paths), settings, table, paired, seeds)
+    names_of_runs = tuple(str(path) for path in paths)
+    return RunComparison(names_of_runs, settings, table, paired, seeds, tuple(splits))
+
+
+def reported_split(run: Run) -> str | None:
+    """The split of the figures of a run; None if it held out no images.
+
+    Earlier versions do not record it. They reported the validation images, if there were any.
+    """
+    known = run.result().get("figures", {}).get("split")
+    if known is not None:
+        return str(known)
+    counts = run.provenance().get("data", {}).get("images", {})
+    return next((name for name in ("validation", "test") if name in counts), None)
 
 
 def _finished_run(path: Path) -> Run:
@@ -97,16 +118,27 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in numbers.items() if not isinstance(v, bool)}
 
 
-def _test_figures(values: dict[str, Any]) -> dict[str, float]:
+def _held_out_figures(
+    values: dict[str, Any], split: str | None, first: str | None
+) -> dict[str, float]:
     """Figures of the last evaluation. `images` of the whole result counts training images."""
-    return {("test_images" if k == "images" else k): v for k, v in _numbers(values).items()}
+    front = "" if split == first else f"{split}_"
+    return {
+        (f"{split or 'test'}_images" if k == "images" else front + k): v
+        for k, v in _numbers(values).items()
+    }
 
 
 def _compare(first: Run, second: Run) -> PairedAccuracy | str:
     """The paired test of two runs, or why there is none."""
     data = [found.provenance().get("data", {}) for found in (first, second)]
-    if data[0].get("fingerprint") != data[1].get("fingerprint"):
+    # The content is that of the images; the fingerprint is that of their names and sizes.
+    key = "content" if all(found.get("content") for found in data) else "fingerprint"
+    if data[0].get(key) != data[1].get(key):
         return "other data, or another split of the data"
+    splits = reported_split(first), reported_split(second)
+    if splits[0] != splits[1]:
+        return f"measured on other images: the {splits[0]} and the {splits[1]} split"
     try:
         a, b = (load_file(found.path / OUTCOMES) for found in (first, second))
     except (OSError, SafetensorError):

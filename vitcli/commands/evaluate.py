@@ -26,8 +26,9 @@ from vitcli.evals.class_matching import (
     read_class_map,
 )
 from vitcli.evals.comparison import ModelComparison, compare_models
-from vitcli.evals.evaluate import Evaluation, Evaluator, FittedTemperature, choose_images
+from vitcli.evals.evaluate import Evaluation, Evaluator, FittedTemperature
 from vitcli.evals.features import Extracted, extract, rank_and_world_size
+from vitcli.evals.held_out import choose_images
 from vitcli.evals.plots import evaluation_files, write_evaluation_files
 from vitcli.evals.real_labels import read_real_labels, real_targets
 from vitcli.files import check_folder, make_folder
@@ -178,7 +179,7 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
             f"`{model}` has no trained head to evaluate",
             hint="train one with `vitcli finetune` or `vitcli fewshot`",
         )
-    source, images = choose_images(request.data, model, request.inference, watch)
+    source, images = choose_images(request.data, model, net, request.inference, watch)
     for line in source.notes:
         watch.note(line)
     note_load_report(net, watch, verbose=request.verbose)

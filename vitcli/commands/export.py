@@ -25,6 +25,7 @@ from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.onnx import data_file, run_onnx
+from vitcli.weights.store import record_file, write_split_record
 
 LARGEST_DIFFERENCE = 1e-4  # relative to the largest output
 NUM_IMAGES = 3  # random images for the comparison
@@ -122,6 +123,8 @@ def _export(net: LoadedModel, model: str, to: str, out: Path) -> Exported:
     fold_temperature(net)
     notes = resolve_name(f"vitcli.weights.{FORMATS[to].write}")(net, out)
     try:
+        if to != "onnx":  # not a MODEL of any command
+            write_split_record(net, out / "model.safetensors" if out.is_dir() else out)
         again, difference, scale = _compare(net, to, out)
     except BaseException:
         _remove(out)
@@ -233,14 +236,15 @@ def _files(out: Path) -> dict[str, int]:
     """File name -> bytes of the export."""
     if out.is_dir():
         return {p.name: p.stat().st_size for p in sorted(out.iterdir())}
-    return {p.name: p.stat().st_size for p in (out, data_file(out)) if p.is_file()}
+    paths = (out, data_file(out), record_file(out))
+    return {p.name: p.stat().st_size for p in paths if p.is_file()}
 
 
 def _remove(out: Path) -> None:
     if out.is_dir():
         shutil.rmtree(out, ignore_errors=True)
     else:
-        for path in (out, data_file(out)):
+        for path in (out, data_file(out), record_file(out)):
             path.unlink(missing_ok=True)
 
 

@@ -13,13 +13,14 @@ from torch import nn
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import FewshotSection, Inference, Settings
 from vitcli.data.sample_range import with_window
-from vitcli.data.source import Source, open_data
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.evals.feature_cache import CachedFeatures
 from vitcli.evals.features import MAX_PIXEL_SIDE, Extracted, rank_and_world_size
 from vitcli.evals.fewshot.classifiers import Head, Shots, draw_all, evaluate_draws
 from vitcli.evals.fewshot.methods import METHODS, check_method
 from vitcli.evals.fewshot.ridge import L2Choice
+from vitcli.evals.held_out import open_known
 from vitcli.evals.intervals import wilson_interval
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, create_run, new_output, run_stem
@@ -50,6 +51,7 @@ class FewshotResult:
         paths: shots -> accuracies of each candidate of l2, one per seed, for `l2 = path`.
         run: run directory with the classifier of seed 0 and the most shots, or None.
         broken: descriptions of the images that could not be read.
+        split: the split of the `test_images`: `test`, or `validation` if the data have no other.
     """
 
     model: str
@@ -68,6 +70,7 @@ class FewshotResult:
     choices: dict[Shots, list[L2Choice]] = field(default_factory=dict)
     paths: dict[Shots, list[list[float]]] = field(default_factory=dict)
     broken: tuple[str, ...] = ()
+    split: str = "test"
 
     def to_json(self) -> dict[str, Any]:
         """The object of `fewshot --json`.
@@ -78,13 +81,18 @@ class FewshotResult:
         shots_json: dict[str, Any] = {}
         for shots, seeds in self.accuracies.items():
             l2 = self.l2_values[shots] if isinstance(self.l2, str) else self.l2
-            shots_json[str(shots)] = {"accuracy": self._accuracy_json(seeds), "l2": l2}
+            accuracy = self._accuracy_json(seeds)
+            shots_json[str(shots)] = {"accuracy": accuracy, "split": self.split, "l2": l2}
             if shots in self.choices:
                 shots_json[str(shots)]["path"] = self._path_json(shots)
         raw_json = None
         if self.raw_pixels is not None:
             raw_json = {
-                str(shots): {"accuracy": self._accuracy_json(seeds), "l2": self.l2}
+                str(shots): {
+                    "accuracy": self._accuracy_json(seeds),
+                    "split": self.split,
+                    "l2": self.l2,
+                }
                 for shots, seeds in self.raw_pixels.items()
             }
         return {
@@ -95,6 +103,7 @@ class FewshotResult:
             "shots": shots_json,
             "dim": self.dim,
             "classes": self.classes,
+            "split": self.split,
             "test_images": self.test_images,
             "raw_pixels": raw_json,
             "raw_pixels_size": list(self.raw_size),
@@ -161,8 +170,8 @@ def run(
         model = newest_run(classifier=False)
         watch.note(f"no `--model` given: using {model}")
     _check_out(out, inference.fewshot)
-    source = _open(data, inference, watch)
     net = load_model(model, watch=watch, **load_settings(inference.model, inference.preprocess))
+    source = _open(data, net, inference, watch)
     if net.preprocess is not None:
         net.preprocess = with_window(net.preprocess, source.split("train"), watch)
     set_representation(net, inference.fewshot.representation)
@@ -195,8 +204,8 @@ def _check_out(out: Path | None, section: FewshotSection) -> None:
         check_free(out)
 
 
-def _open(data: str, inference: Inference, watch: Watcher) -> Source:
-    source = open_data(inference.data, data, watch=watch)
+def _open(data: str, net: LoadedModel, inference: Inference, watch: Watcher) -> Source:
+    source = open_known(inference.data, data, net, watch)
     if source.multi_label:
         raise VitcliError(
             f"`fewshot` needs one label per image, and the images of `{data}` are multi-label",
@@ -249,6 +258,7 @@ def _measure(
         choices=found.choices,
         paths=found.paths,
         broken=learned.broken + tested.broken,
+        split=test.name,
     )
     return result, found.head
 

@@ -337,8 +337,9 @@ def _add_bias(
     if len(chosen.images) < inductive_bias.MIN_IMAGES:
         chosen = _builtin_images(model)
     preprocess, config, network = require_preprocess(model), model.config, model.network
-    shifts = default_shifts(cell_size(config))
-    found, broken = inductive_bias.read_with_margin(chosen.images, preprocess, max(shifts))
+    cell = cell_size(config)
+    margin = max(default_shifts(cell))
+    found, broken = inductive_bias.read_with_margin(chosen.images, preprocess, margin)
     result.broken += [line for line in broken if line not in result.broken]
     if len(found) < 2:
         raise VitcliError(
@@ -348,7 +349,7 @@ def _add_bias(
     device = next(network.parameters()).device
     images = [image.to(device) for image in found]
     with watch.progress("this model", 1) as bar:
-        row = inductive_bias.measure_network("this model", network, images, preprocess, shifts, bar)
+        row = inductive_bias.measure_network("this model", network, images, preprocess, cell, bar)
     is_random = model.load_report is not None and model.load_report.layout == "variant"
     network.to("meta")  # frees the weights: two networks may not fit into memory
     result.bias_rows = [row]

@@ -84,8 +84,9 @@ class SuiteResult:
         interval = found and found.images and wilson_interval(found.accuracy, found.images)
         return {
             "group": task.group,
-            "data": task.data,
+            "data": task.data or self.suite.data,
             "accuracy": found and found.accuracy,
+            "split": found and found.split,
             "interval": list(interval) if interval else None,
             "images": found and found.images,
             "run": found and found.run,
@@ -103,7 +104,7 @@ def run(
     precision: str | None = None,
     watch: Watcher | None = None,
 ) -> SuiteResult:
-    """Run `finetune` or `fewshot` with a model on every task of a suite.
+    """Run `finetune` or `fewshot` with a model on every task of a suite, or `pretrain` each task.
 
     Each task is a command in its own process: its memory is free afterwards, and a task that fails
     does not stop the others. The same command with the same `out` continues: finished tasks are
@@ -111,7 +112,7 @@ def run(
 
     Args:
         suite: name of an installed suite, or a suite file.
-        model: MODEL; None uses the newest finished run.
+        model: MODEL; None uses the newest finished run. A suite that pretrains takes none.
         settings: nested settings that override those of the suite and its tasks.
         out: folder of the runs; None makes `runs/MODEL-SUITE`.
         processes: processes of each task.
@@ -128,11 +129,16 @@ def run(
             "use `vitcli evaluate --suite SUITE --processes N`",
         )
     spec, file = load_suite(suite)
-    if model is None:
+    if spec.method == "pretrain":
+        if model is not None:
+            raise VitcliError(f"suite `{spec.name}` trains its own models", "remove `--model`")
+        model = "random weights"
+    elif model is None:
         model = newest_run(classifier=False)
         watch.note(f"no `--model` given: using {model}")
+    stem = file.stem if spec.method == "pretrain" else f"{run_stem(model)}-{file.stem}"
     options = [*_option("--processes", processes), *_option("--precision", precision)]
-    with new_output(out, f"{run_stem(model)}-{file.stem}") as path:
+    with new_output(out, stem) as path:
         make_folder(path)
         with exclusive(path / LOCK, partial(_busy, path)):
             return _run_tasks(spec, file, model, settings or {}, options, path, watch)
@@ -222,6 +228,8 @@ class TaskRunner:
         """
         chosen = self._select_settings()
         run = self._finished_run(self.task.folder, chosen)
+        if self.suite.method == "pretrain":
+            run = self._finished_fewshot(run)
         return task_result(run.result(), str(run.path), chosen)
 
     def _select_settings(self) -> dict[str, Any]:
@@ -247,6 +255,22 @@ class TaskRunner:
             self._start(run.path, given)
         return run
 
+    def _finished_fewshot(self, pretrained: Run) -> Run:
+        """The few-shot evaluation of a model that the suite has trained."""
+        run = Run(self.folder / f"{self.task.folder}-fewshot")
+        if not run.finished:
+            run.remove()
+            data = task_data(self.suite.fewshot_data or self._data, self.file)
+            command = ["fewshot", data, "--model", str(pretrained.path), "--out", str(run.path)]
+            run_command([*command, "--shots", str(self.suite.shots)], self.task.name, self.watch)
+        return run
+
+    @property
+    def _data(self) -> str:
+        data = self.task.data or self.suite.data
+        assert data is not None  # the suite file was checked
+        return data
+
     def _start(self, path: Path, given: Mapping[str, Any]) -> None:
         settings: Settings = {}
         for layer in (self.suite.settings, self.task.settings):
@@ -254,12 +278,14 @@ class TaskRunner:
         for key, value in given.items():
             lay_over(settings, nest(key, value))
         lay_over(settings, self.changes)
-        command = [self.suite.method, task_data(self.task, self.file), "--model", self.model]
-        command += ["--out", str(path), *self.options]
-        if self.suite.method == "finetune":
-            command += [*_option("--recipe", self.suite.recipe), "--resume"]
-        else:
+        method = self.suite.method
+        command = [method, task_data(self._data, self.file), "--out", str(path), *self.options]
+        if method != "pretrain":
+            command += ["--model", self.model]
+        if method == "fewshot":
             command += ["--shots", str(self.suite.shots)]
+        else:
+            command += [*_option("--recipe", self.suite.recipe), "--resume"]
         for assignment in assignments(settings):
             command += ["--set", assignment]
         run_command(command, self.task.name, self.watch)

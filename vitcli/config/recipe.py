@@ -248,6 +248,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def header(text: str) -> dict[str, str]:
-    """`Run`, `Data`, `Cost`, `Expect` of the comment at the top of a recipe, first line each."""
+    """First line of `Follows`, `Run`, `Data` and so on in the comment at the top of a recipe."""
     top = text.partition("\ncommand")[0]
-    return dict(re.findall(r"^# (Run|Data|Cost|Expect|Then): +(.+)$", top, flags=re.MULTILINE))
+    found = re.findall(r"^# (Follows|Run|Data|Cost|Expect|Then): +(.+)$", top, flags=re.MULTILINE)
+    return dict(found)

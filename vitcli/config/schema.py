@@ -39,6 +39,7 @@ from vitcli.config.choices import (
 Settings = dict[str, Any]
 DURATIONS = ("steps", "epochs", "images", "budget")
 Size = PositiveInt | tuple[PositiveInt, PositiveInt]
+LION_BETAS = (0.9, 0.99)  # of its authors (Chen et al., 2023, algorithm 2)
 
 
 def setting(default: Any, help: str, **bounds: Any) -> Any:
@@ -160,6 +161,9 @@ class PreprocessSection(Section):
     crop_rounding: CropRounding | None = setting(None, "Rounding of the size before the crop.")
     interpolation: Interpolation | None = setting(None, "Interpolation of the resize.")
     antialias: bool | None = setting(None, "Antialias when the image is shrunk.")
+    border: NonNegativeInt | None = setting(
+        None, "Pixels that are cut off each side of an image first, e.g. 2 for ObjectNet."
+    )
     mean: float | tuple[float, ...] | None = setting(
         None, "Mean per channel that is subtracted, pixels in 0 to 1."
     )
@@ -263,9 +267,15 @@ class AugmentSection(Section):
     # `resolve_augment` checks them.
     crop: str = setting("inception", "Kind of random crop.")
     min_area: float = setting(
-        0.05, "Smallest area of an inception crop, as a fraction of the image.", gt=0.0, le=1.0
+        0.05,
+        "Smallest area of an inception crop, as a fraction of the image.",
+        gt=0.0,
+        le=1.0,
     )
     crop_padding: NonNegativeInt = setting(4, "Padding of a pad crop in px.")
+    resize_size: PositiveInt | None = setting(
+        None, "Side in px from which a resize crop cuts. Default: 7/6 of the image size."
+    )
     flip_rate: float = setting(0.5, "Probability of a horizontal flip.", ge=0.0, le=1.0)
     preset: str | None = setting(None, "Preset of AugReg or DeiT III; it sets the keys below.")
     policy: str | None = setting(None, "Augmentation policy.")
@@ -350,9 +360,18 @@ class OptimSection(Section):
     )
     momentum: float = setting(0.9, "Momentum of sgd, muon and adafactor.", ge=0.0, lt=1.0)
     momentum_dtype: Literal["fp32", "bf16"] = setting("fp32", "Storage type of sgd's momentum.")
-    betas: tuple[float, float] = setting((0.9, 0.999), "Betas of adamw, lamb, lion and muon.")
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), "Betas of adamw, lamb, lion and muon. Default of lion: 0.9 and 0.99."
+    )
     eps: PositiveFloat = setting(1e-8, "Epsilon of adamw, lamb and muon.")
     grad_clip: PositiveFloat | None = setting(None, "Maximum global norm of the gradients.")
+
+    @model_validator(mode="after")
+    def _fill_betas(self) -> Self:
+        # Filled here and not in the optimizer, so that the recipe of a run states what it used.
+        if self.name == "lion" and "betas" not in self.model_fields_set:
+            self.__dict__["betas"] = LION_BETAS  # the section is frozen for everyone else
+        return self
 
     def rate_factor(self, batch_size: int) -> float:
         """The factor on the learning rates for a batch of `batch_size` images."""
@@ -374,7 +393,15 @@ class ScheduleSection(Section):
     final_lr_fraction: float = setting(
         0.0, "Learning rate at the end, as a fraction of the peak.", ge=0.0, le=1.0
     )
+    power: PositiveFloat = setting(1.0, "Power of `polynomial`; 1 gives a line, 2 a parabola.")
+    stair_steps: tuple[PositiveInt, ...] = setting(
+        (), "Steps from which `stair` has another factor, counted from the start of the run."
+    )
+    stair_factors: tuple[NonNegativeFloat, ...] = setting(
+        (), "Factors on the peak rate from those steps on, e.g. `[0.1, 0.01]`."
+    )
     timescale: PositiveInt = setting(10_000, "Timescale of `rsqrt` in steps.")
+    shift: NonNegativeInt = setting(0, "Steps that `rsqrt` starts ahead of its curve.")
     cooldown_steps: NonNegativeInt = setting(
         0, "Steps of the linear cool-down to 0 at the end of `rsqrt`."
     )
@@ -383,6 +410,16 @@ class ScheduleSection(Section):
     def _check_warmup(self) -> Self:
         if self.warmup_steps is not None and self.warmup_fraction is not None:
             raise ValueError("give `warmup_steps` or `warmup_fraction`, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _check_stair(self) -> Self:
+        if len(self.stair_steps) != len(self.stair_factors):
+            raise ValueError("`stair_steps` and `stair_factors` need as many values")
+        if list(self.stair_steps) != sorted(set(self.stair_steps)):
+            raise ValueError("`stair_steps` must increase")
+        if self.name == "stair" and not self.stair_steps:
+            raise ValueError("`stair` needs `stair_steps` and `stair_factors`")
         return self
 
 
@@ -452,12 +489,20 @@ class TrainSection(Section):
     ema_decay: float | None = setting(
         None, "Decay of the exponential moving average of the weights.", gt=0.0, lt=1.0
     )
+    ema_warmup: bool = setting(
+        True, "Start the average with the decay (1 + step) / (10 + step) while that is smaller."
+    )
     checkpoint_steps: PositiveInt | None = setting(
         None, "Steps between checkpoints. Default: a checkpoint about every minute."
     )
     keep_checkpoints: PositiveInt = setting(2, "Number of checkpoints that are kept.")
     eval_steps: PositiveInt | None = setting(
         None, "Steps between evaluations. Default: a fifth of the run."
+    )
+    fewshot_shots: PositiveInt | None = setting(
+        None,
+        "Measure the few-shot accuracy too in each evaluation, with this many training images per "
+        "class; the result has the best one (Figure 4).",
     )
     log_steps: PositiveInt = setting(20, "Steps between records in metrics.jsonl.")
     compile: bool = setting(False, "Compile the forward and backward pass with torch.compile.")

@@ -18,8 +18,10 @@ from vitcli.cost.memory import (
     MALLOC_OVERHEAD,
     StepMemory,
     StepShape,
+    all_tensors,
     evaluation_memory,
     step_memory,
+    storage_bytes,
 )
 from vitcli.devices import is_out_of_memory
 from vitcli.errors import VitcliError, unknown
@@ -188,7 +190,9 @@ def _memory(build: BuildModel, case: BenchCase, memory: int) -> dict[str, int]:
 
     def forward(batch: int) -> int:
         with case.forced_attention():
-            return evaluation_memory(build(), case.size, batch, case.precision)
+            model = build()
+            weights = storage_bytes(all_tensors(model))
+            return weights + evaluation_memory(model, case.size, batch, case.precision).peak
 
     few, many = max(1, case.batch // 2), max(2, case.batch)
     low, high = forward(few), forward(many)

@@ -25,8 +25,29 @@ from vitcli.vit.blocks import forced_attention
 # to measured runs (recipes/LOG.md).
 CPU_BUFFERS = 50 * 2**20
 MALLOC_OVERHEAD = {False: 1.12, True: 1.7}  # by activation checkpointing
+# glibc returns larger blocks to the system when they are freed; smaller ones stay with the process
+# for the next use (mallopt(3), M_MMAP_THRESHOLD: at most 32 MiB on 64 bits).
+LARGE_BLOCK = 32 * 2**20
 ITEM = torch.ops.aten._local_scalar_dense.default
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ForwardMemory:
+    """Bytes of a forward pass without gradients, on top of what is there before.
+
+    Attributes:
+        peak: the largest sum of all tensors that are alive at once.
+        small, large: the same for blocks below and from `LARGE_BLOCK`, each with its own peak.
+    """
+
+    peak: int = 0
+    small: int = 0
+    large: int = 0
+
+    def with_batches(self, waiting: int) -> "ForwardMemory":
+        """The same with `waiting` bytes of decoded images that wait for their pass."""
+        return ForwardMemory(self.peak + waiting, self.small, self.large + waiting)
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,7 @@ class StepMemory:
             backward passes. It is smaller than the sum of the above, because activations are freed
             while gradients are made.
         update_peak: the same for clipping, optimizer and average, which do not depend on the batch.
+        small_peak: the largest sum of all blocks below `LARGE_BLOCK`.
         checkpointing: the step uses activation checkpointing.
     """
 
@@ -53,6 +75,7 @@ class StepMemory:
     activations: int
     gradient_peak: int
     update_peak: int
+    small_peak: int
     checkpointing: bool = False
 
     @property
@@ -79,13 +102,40 @@ class StepMemory:
         """Bytes by which a process on a CPU grows."""
         return CPU_BUFFERS + int(MALLOC_OVERHEAD[self.checkpointing] * self.peak)
 
+    def evaluation_peak(self, forward: ForwardMemory) -> int:
+        """Peak bytes of all tensors in an evaluation between two steps.
+
+        Gradients are freed only when the next step starts. Averaged weights are evaluated in place
+        of the trained ones, which are copied aside.
+        """
+        return self.between_steps + self.gradients + self.average + forward.peak
+
+    def cpu_evaluation_peak(self, forward: ForwardMemory) -> int:
+        """Bytes by which a process on a CPU grows in an evaluation between two steps.
+
+        The small blocks that the steps have freed are still with the process, and few of the
+        evaluation's blocks fit between those in use (measured in recipes/RESULTS.md).
+        """
+        if not forward.peak:
+            return 0
+        between = self.evaluation_peak(forward) - forward.peak
+        holes = MALLOC_OVERHEAD[False]
+        heap = max(MALLOC_OVERHEAD[self.checkpointing] * self.small_peak, holes * between)
+        return CPU_BUFFERS + int(heap + holes * (forward.small + forward.large))
+
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that are alive, and their largest sum."""
+    """Counts the bytes of all storages that are alive, and their largest sum.
+
+    Attributes:
+        live, peak: bytes of all storages that are alive, and the largest such sum.
+        small, small_peak: the same for storages below `LARGE_BLOCK`.
+        large_peak: the same for the others.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
+        self.live = self.peak = self.small = self.small_peak = self.large_peak = 0
         self._storages: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,6 +147,10 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.add(leaf)
         return out
 
+    def known(self, tensors: list[Tensor]) -> None:
+        """Never count the storages of `tensors`, which outlive the tracker."""
+        self._storages |= {t.untyped_storage()._cdata: None for t in tensors}
+
     def add(self, tensor: Tensor) -> None:
         """Count the storage of `tensor` until it is freed."""
         storage = tensor.untyped_storage()
@@ -104,13 +158,19 @@ class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._storages:
             return
 
+        small = size if size < LARGE_BLOCK else 0
+
         def freed(_: Any) -> None:
             self.live -= size
+            self.small -= small
             self._storages.pop(key, None)
 
         self._storages[key] = weakref.ref(storage, freed)
         self.live += size
+        self.small += small
         self.peak = max(self.peak, self.live)
+        self.small_peak = max(self.small_peak, self.small)
+        self.large_peak = max(self.large_peak, self.live - self.small)
 
 
 @dataclass(frozen=True)
@@ -172,7 +232,8 @@ def step_memory(make_objective: MakeObjective, recipe: Recipe, shape: StepShape)
     # batch. Between forward and backward pass, all activations of the micro-batch are alive.
     between_passes = two.between_steps + activations + (two.gradients if parts > 1 else 0)
     peak = max(extrapolate(one.gradient_peak, two.gradient_peak), between_passes)
-    return replace(two, activations=activations, gradient_peak=peak)
+    # Nothing says which blocks of the whole micro-batch are small.
+    return replace(two, activations=activations, gradient_peak=peak, small_peak=peak)
 
 
 def trace_step(
@@ -225,6 +286,7 @@ def trace_step(
             activations=activations,
             gradient_peak=gradient_peak,
             update_peak=tracker.peak,
+            small_peak=tracker.small_peak,
             checkpointing=shape.checkpointing,
         )
 
@@ -271,17 +333,16 @@ def _autocast(precision: str) -> Iterator[None]:
 
 def evaluation_memory(
     model: nn.Module, size: tuple[int, int, int], batch: int, precision: str = "fp32"
-) -> int:
-    """The peak bytes of a forward pass over `batch` images, weights included."""
+) -> ForwardMemory:
+    """The memory of a forward pass over `batch` images, on top of the weights."""
     with FakeTensorMode():
         model = replace_tensors(model).eval()
         tracker = StorageTracker()
-        for tensor in all_tensors(model):
-            tracker.add(tensor)
+        tracker.known(all_tensors(model))
         with tracker, torch.no_grad(), _autocast(precision):
             pixels = torch.empty(batch, *size, dtype=torch.uint8)
             model((pixels.float() / 255 - 0.5) / 0.5)
-        return tracker.peak
+        return ForwardMemory(tracker.peak, tracker.small_peak, tracker.large_peak)
 
 
 def replace_tensors(module: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ class ProbeResult:
         startup: seconds from the start of the program to the first step.
         steps: seconds per step in each stage.
         evaluation: seconds of a pass over the held-out split; 0 if there is none.
+        last_evaluation: seconds of the test split at the end, if there are validation images too.
         writing: seconds of writing a checkpoint.
         peak_flops: FLOP/s of large matrix products, summed over all processes.
         memory: peak bytes of the allocator of a GPU; None on a CPU.
@@ -29,6 +30,7 @@ class ProbeResult:
     startup: float
     steps: tuple[float, ...]
     evaluation: float
+    last_evaluation: float
     writing: float
     peak_flops: float
     memory: int | None
@@ -72,7 +74,7 @@ def run_time(
     return RunTime(
         steps=steps,
         train=train,
-        evaluate=evaluations * measured.evaluation,
+        evaluate=evaluations * measured.evaluation + measured.last_evaluation,
         start=measured.startup,
         write=checkpoints * measured.writing,
     )
@@ -85,7 +87,8 @@ def step_seconds(counts: RunCounts, measured: ProbeResult) -> float:
 
 def steps_in_budget(counts: RunCounts, measured: ProbeResult, budget: float) -> int:
     """The steps that fit into `budget` seconds, with an evaluation and a checkpoint at the end."""
-    available = budget - measured.startup - measured.evaluation - measured.writing
+    evaluation = measured.evaluation + measured.last_evaluation
+    available = budget - measured.startup - evaluation - measured.writing
     with_checkpoints = 1.0 + measured.writing / CHECKPOINT_SECONDS
     return max(0, int(available / (step_seconds(counts, measured) * with_checkpoints)))
 
@@ -148,9 +151,10 @@ class CostEstimate:
         return self._process_memory(self.counts.memory)
 
     def _process_memory(self, step: StepMemory) -> int:
+        forward = self.counts.evaluation
         if self.base is None:
-            return step.peak
-        return self.base + max(step.cpu_peak, step.between_steps + self.counts.evaluation)
+            return max(step.peak, step.evaluation_peak(forward))
+        return self.base + max(step.cpu_peak, step.cpu_evaluation_peak(forward))
 
     @property
     def mfu(self) -> float | None:
@@ -224,7 +228,7 @@ class CostEstimate:
             **{name: getattr(own, name) for name in sizes},
             "step_peak": own.peak,
             "heap_peak": None if self.base is None else own.cpu_peak,
-            "evaluation": self.counts.evaluation,
+            "evaluation": self.counts.evaluation.peak,
             "process": self.base,
             "activation_checkpointing": checkpointing,
             "otherwise": {

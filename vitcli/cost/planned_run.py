@@ -1,5 +1,6 @@
 """A run to plan, and its exact numbers: parameters, multiply-adds, tokens, memory."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,15 +9,15 @@ import torch
 from vitcli.config.schema import Recipe
 from vitcli.cost.flops import RunStage, run_stages
 from vitcli.cost.memory import (
+    ForwardMemory,
     StepMemory,
     StepShape,
-    all_tensors,
     evaluation_memory,
     step_memory,
-    storage_bytes,
 )
 from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.transform import resolve_augment
+from vitcli.data.prefetch import PREFETCH_BATCHES
 from vitcli.data.source import Source
 from vitcli.train.build import held_out_images
 from vitcli.train.lora import ADAPTER, freeze_and_adapt
@@ -99,16 +100,20 @@ class PlannedRun:
         }
         return step_memory(self.build_objective, recipe, StepShape(**settings | shape))
 
-    def evaluation_memory(self) -> int:
-        """Bytes that a pass over the held-out split needs beside the weights."""
-        images, config = held_out_images(self.source), self.config
+    def evaluation_memory(self) -> ForwardMemory:
+        """The memory of a pass over the larger held-out split, on top of what a step leaves."""
+        images, config = max(held_out_images(self.source)), self.config
         if not images or not config.num_classes:
-            return 0
+            return ForwardMemory()
+        images = -(-images // self.processes)
         with torch.device("meta"):
             model = from_config(config)
         size = (config.num_channels, *config.image_size)
-        peak = evaluation_memory(model, size, min(EVAL_BATCH_SIZE, images))
-        return peak - storage_bytes(all_tensors(model))
+        batch = min(EVAL_BATCH_SIZE, images)
+        found = evaluation_memory(model, size, batch, self.precision)
+        # Decoded as uint8 while the model computes.
+        waiting = min(images - batch, PREFETCH_BATCHES * EVAL_BATCH_SIZE)
+        return found.with_batches(waiting * math.prod(size))
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class RunCounts:
         steps: None if the recipe has only a time budget.
         memory: of a step as the recipe has it.
         other: of a step with activation checkpointing switched the other way.
-        evaluation: bytes that a pass over the held-out split needs beside the weights.
+        evaluation: of a pass over the held-out split, without the weights.
     """
 
     parameters: int
@@ -134,7 +139,7 @@ class RunCounts:
     steps: int | None
     memory: StepMemory
     other: StepMemory
-    evaluation: int
+    evaluation: ForwardMemory
 
     @property
     def training_macs(self) -> float:

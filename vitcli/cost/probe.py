@@ -65,10 +65,13 @@ def probe(planned: PlannedRun, loop: Loop, seconds: float, startup: float) -> Pr
     peak = matrix_peak(device, planned.precision)
     times = time_steps(loop, seconds)
     parameters = sum(p.numel() for p in planned.model.network.parameters())
+    images, last = held_out_images(planned.source)
+    evaluation = _evaluation_seconds(planned, loop, times[-1])
     return ProbeResult(
         startup=startup,
         steps=times,
-        evaluation=_evaluation_seconds(planned, loop, times[-1]),
+        evaluation=evaluation,
+        last_evaluation=evaluation * last / images if images else 0.0,
         writing=0.5 + 3 * 4 * parameters / DISK_SPEED,
         peak_flops=peak * loop.accelerator.num_processes,
         memory=peak_memory(device) if device.type == "cuda" else None,
@@ -80,8 +83,9 @@ def _evaluation_seconds(planned: PlannedRun, loop: Loop, step: float) -> float:
 
     If that is slow, a forward pass is assumed to take a third of a training step.
     """
-    images = held_out_images(planned.source)
-    if loop.validate is None or not images:
+    images = held_out_images(planned.source)[0]
+    validate = next(iter(loop.evaluations.values()), None)
+    if validate is None or not images:
         return 0.0
     per_image = step / planned.recipe.train.batch_size / 3
     batch = per_image * min(images, EVAL_BATCH_SIZE)
@@ -89,9 +93,9 @@ def _evaluation_seconds(planned: PlannedRun, loop: Loop, step: float) -> float:
         return per_image * images
     loop.wrapped.eval()
     few = min(images, EVAL_BATCH_SIZE * loop.accelerator.num_processes)
-    loop.validate(limit=few)  # warm-up
+    validate(limit=few)  # warm-up
     start = time.perf_counter()
-    loop.validate(limit=few)
+    validate(limit=few)
     measured = time.perf_counter() - start
     loop.wrapped.train()
     return measured * images / few

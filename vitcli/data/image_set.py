@@ -284,6 +284,16 @@ class ImageSet:
         """The name of the image in errors and tables: a path, or `row 17 of train.parquet`."""
         return self._store.describe(int(self._rows[index]))
 
+    @property
+    def root(self) -> Path | None:
+        """The folder of the image files; None if the images are stored in another way."""
+        return self._store.root if isinstance(self._store, FileStore) else None
+
+    def path_name(self, index: int) -> bytes:
+        """The path of the image file below `root`; the row of an image that has no own file."""
+        row = int(self._rows[index])
+        return self._store.paths[row] if isinstance(self._store, FileStore) else b"row %d" % row
+
     def file_name(self, index: int) -> str | None:
         """The name of the image's file, or of the file it was made from; None if unknown."""
         named = getattr(self._store, "file_name", None)

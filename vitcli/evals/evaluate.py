@@ -1,6 +1,5 @@
 """Evaluate one model on one labelled split: metrics, intervals, calibration, mistakes."""
 
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitcli.config.schema import Inference
 from vitcli.data.image_set import ImageSet
-from vitcli.data.source import Source, open_data
-from vitcli.errors import VitcliError
 from vitcli.evals.calibration import Calibration
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
@@ -47,7 +43,6 @@ from vitcli.evals.scoring import (
     single_label_per_class,
 )
 from vitcli.progress import Watcher
-from vitcli.run import Run
 from vitcli.weights.loaded import LoadedModel
 
 OTHER_CLASS = "(another class)"
@@ -68,6 +63,7 @@ class SingleLabelDetails:
     """What an evaluation of single-label images has besides metrics.
 
     Attributes:
+        num_outputs: K, how many outputs the model has.
         correct: (n,) whether each image is classified correctly.
         confusion: (K, K) or (K, K + 1) counts, rows true; an extra last column counts predictions
             of classes that the data do not have.
@@ -75,6 +71,7 @@ class SingleLabelDetails:
         uncalibrated: reliability under the previous temperature, after a calibration.
     """
 
+    num_outputs: int
     correct: NDArray[np.bool_]
     confusion: NDArray[np.int64]
     reliability: ReliabilityBins
@@ -135,7 +132,8 @@ class Evaluation:
         if details is not None:
             found |= details.calibration_error.to_json()
         if self.leave_out is not None:
-            found["map_debiased"] = self.leave_out.corrected
+            defined = np.isfinite(self.leave_out.corrected)
+            found["map_debiased"] = self.leave_out.corrected if defined else None
         if details is not None and details.real is not None:
             found["real"] = asdict(details.real)
         if self.calibration is not None:
@@ -239,6 +237,7 @@ class Evaluator:
             "intervals": single_label_intervals(scores, means, error),
             "calibration": calibration,
             "details": SingleLabelDetails(
+                num_outputs=scores.num_outputs,
                 correct=scores.correct,
                 confusion=confusion_matrix(labels, predicted, num_columns)[:num_classes],
                 reliability=reliability_bins(scores.confidence, scores.correct),
@@ -317,32 +316,3 @@ def _real_accuracy(
     correct[labelled] = scores.correct
     top1, top5 = float(scores.correct.mean()), float(scores.top5_correct.mean())
     return RealAccuracy(len(scores), int((~labelled).sum()), top1, top5), correct
-
-
-def choose_images(
-    data: str, model: str, inference: Inference, watch: Watcher
-) -> tuple[Source, ImageSet]:
-    """The test images of the data, else the validation images, else all images.
-
-    If the model is a run that was trained on a part of these data, choose the part that the run
-    held out, split as the recipe of the run says.
-    """
-    section = inference.data
-    # `whole` keeps data without a test split in one piece; `open_data` would hold a part out.
-    # A single class of the model's can be evaluated, too.
-    whole = open_data(section, data, whole=True, min_classes=1, watch=watch, streams=True)
-    if section.streaming:
-        return whole, whole.split("test", "validation")
-    # Images that a run was trained on would give too high an accuracy. The fingerprint covers the
-    # split, so it tells whether a way of splitting is that of the run.
-    run = Run(Path(model))
-    if run.recipe_file.is_file():
-        known = run.provenance().get("data", {}).get("fingerprint")
-        for split in (section, run.data_section()):
-            with suppress(VitcliError):  # the data of the run may have other columns and splits
-                source = open_data(split, data) if split is not None else whole
-                if source.fingerprint == known:
-                    return source, source.split("test", "validation", "train")
-    if set(whole.splits) != {"train"}:
-        return whole, whole.split("test", "validation")
-    return whole, whole.split("train")

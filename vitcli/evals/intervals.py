@@ -119,11 +119,11 @@ class LeaveOneOut:
 
         n = len(self.without)
         squares = np.square(self.without - self.without.mean())
-        if not squares.any():
+        total = float(squares.sum())
+        if n < 2 or total < 1e-20:  # rounding
             return 0.0
         # Few images carry most of the variance, namely those of a rare class. So the variance is
         # itself uncertain, and decides the degrees of freedom (Satterthwaite, 1946).
-        total = float(squares.sum())
         spread = float(np.square(squares).sum()) - total**2 / n
         freedom = max(2 * total**2 / spread, 2.0) if spread > 0 else n - 1.0
         return float(t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt((n - 1) / n * total))
@@ -131,13 +131,22 @@ class LeaveOneOut:
     def difference_interval(self) -> Interval:
         """Interval of a difference in -1..1."""
         margin = self.margin()
+        if not margin:  # no image makes a difference, which does not prove that none ever does
+            return paired_interval(len(self.without), 0, 0)
         return max(-1.0, self.corrected - margin), min(1.0, self.corrected + margin)
 
-    def share_interval(self) -> Interval:
-        """Interval of a figure in 0..1; it is symmetric on the logit scale."""
-        n = len(self.without)
+    def share_interval(self, labelled: int) -> Interval:
+        """Interval of a figure in 0..1; it is symmetric on the logit scale.
+
+        Args:
+            labelled: number of images with a label. If no image changes the figure, as in a
+                perfect ranking, the interval is that of a proportion of these images.
+        """
+        n, margin = len(self.without), self.margin()
+        if not margin:
+            return wilson_interval(self.whole, labelled)
         middle = float(np.clip(self.corrected, 0.5 / n, 1 - 0.5 / n))
-        log_odds, margin = math.log(middle / (1 - middle)), self.margin() / middle / (1 - middle)
+        log_odds, margin = math.log(middle / (1 - middle)), margin / middle / (1 - middle)
         low, high = (1 / (1 + math.exp(-x)) for x in (log_odds - margin, log_odds + margin))
         return low, high
 
@@ -317,7 +326,8 @@ def multi_label_intervals(
 ) -> Intervals:
     """Intervals of mean average precision and micro F1."""
     of: dict[str, Interval | None] = {"map": None}
-    of["micro_f1"] = leave_out_micro_f1(probabilities, targets).share_interval()
+    labelled = int(targets.any(axis=1).sum())
+    of["micro_f1"] = leave_out_micro_f1(probabilities, targets).share_interval(labelled)
     positives = targets.sum(axis=0, dtype=np.int64)
     present = np.flatnonzero(positives).tolist()
     if not present:
@@ -331,4 +341,4 @@ def multi_label_intervals(
                 f"and an interval needs {MIN_POSITIVES} of each class"
             },
         )
-    return Intervals(of | {"map": leave_out.share_interval()})
+    return Intervals(of | {"map": leave_out.share_interval(labelled)})

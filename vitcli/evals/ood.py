@@ -27,9 +27,10 @@ from torch import Tensor
 
 from vitcli.config.schema import DataSection
 from vitcli.data.image_set import ImageSet
-from vitcli.data.source import Source, open_data
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError, printable
 from vitcli.evals.features import Extracted, extract
+from vitcli.evals.held_out import open_known
 from vitcli.files import parse_json
 from vitcli.hub.http import cache_folder
 from vitcli.progress import Watcher
@@ -248,7 +249,7 @@ class ReferenceStore:
         # A reference takes images that are spread over the set, so it needs random access.
         section = section.model_copy(update={"streaming": False})
         try:
-            source = open_data(section, data, labelled=is_own, watch=self.watch)
+            source = open_known(section, data, self.net, self.watch, labelled=is_own)
         except VitcliError as error:
             if data is not None:
                 raise
@@ -257,7 +258,8 @@ class ReferenceStore:
                 "give their new path, or other data, with `--reference DATA`",
             ) from None
         known = run.provenance().get("data", {}).get("fingerprint")
-        if is_own and known not in (None, source.fingerprint):
+        unrecorded = self.net.split_record is None
+        if is_own and unrecorded and known not in (None, source.fingerprint):
             self.watch.warn(f"{section.name} has changed since `{self.name}` was trained on it")
         return source
 

@@ -32,7 +32,8 @@ class ImageScores:
         predicted: (n,) output with the highest logit.
         confidence: (n,) probability of that output.
         correct: (n,) whether that output is a right one.
-        num_higher: (n,) how many outputs score higher than the best right one.
+        top5_correct: (n,) probability that a right output is among the 5 highest, see
+            `top_k_chance`; 0 or 1 unless logits are equal.
         loss: (n,) negative log-probability of the right outputs together, in nats.
     """
 
@@ -40,16 +41,11 @@ class ImageScores:
     predicted: Ints
     confidence: NDArray[np.float64]
     correct: Bools
-    num_higher: Ints
+    top5_correct: NDArray[np.float64]
     loss: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.predicted)
-
-    @property
-    def top5_correct(self) -> Bools:
-        """(n,) whether fewer than min(5, K) outputs score higher than the best right one."""
-        return self.num_higher < min(5, self.num_outputs)
 
 
 def score_logits(logits: Floats, targets: ArrayLike, temperature: float = 1.0) -> ImageScores:
@@ -62,20 +58,36 @@ def score_logits(logits: Floats, targets: ArrayLike, temperature: float = 1.0) -
     """
     table = _target_table(targets)
     n, k = logits.shape
-    predicted, num_higher = np.empty(n, np.int64), np.empty(n, np.int64)
-    confidence, loss = np.empty(n), np.empty(n)
+    predicted = np.empty(n, np.int64)
+    confidence, top5, loss = np.empty(n), np.empty(n), np.empty(n)
     # float64: in float32 a confidence of 1 - 1e-9 is 1, and the loss of such an image is 0.
     for rows in row_blocks(n, k):
         z = logits[rows].astype(np.float64)
-        best = target_values(z, table[rows]).max(axis=1, keepdims=True)
         predicted[rows] = z.argmax(axis=1)
-        # Ranks by `>`: equal logits do not count against the image, whatever the sort order.
-        num_higher[rows] = (z > best).sum(axis=1)
+        top5[rows] = top_k_chance(z, table[rows], 5)
         log_p = log_softmax(z / temperature)  # only here: a temperature changes no ranking
         confidence[rows] = np.exp(log_p.max(axis=1))
         loss[rows] = -_logsumexp(target_values(log_p, table[rows]))
     correct = (table == predicted[:, None]).any(axis=1)
-    return ImageScores(k, predicted, confidence, correct, num_higher, loss)
+    return ImageScores(k, predicted, confidence, correct, top5, loss)
+
+
+def top_k_chance(z: NDArray[np.float64], targets: Ints, k: int) -> NDArray[np.float64]:
+    """(n, K) logits, (n, M) right outputs -> (n,): the chance that one is among the k highest.
+
+    Outputs with equal logits are in a random order, so that a sort which happens to favour the
+    label gains nothing: of K equal logits the chance is k / K.
+    """
+    right = target_values(z, targets)  # (n, M)
+    best = right.max(axis=1, keepdims=True)
+    places = k - (z > best).sum(axis=1)  # left for the outputs that equal the best right one
+    equal, right_equal = (z == best).sum(axis=1), (right == best).sum(axis=1)
+    # Each place goes to one of the equal outputs that are left; the label misses all of them.
+    missed = np.ones(len(z))
+    for place in range(k):
+        wrong = np.maximum(equal - right_equal - place, 0)
+        missed *= np.where(place < places, wrong / np.maximum(equal - place, 1), 1.0)
+    return np.asarray(1.0 - missed)
 
 
 def restricted_argmax(logits: Floats, outputs: Sequence[int] | Ints) -> Ints:
@@ -134,7 +146,8 @@ class SingleLabelMetrics:
     """Metrics of single-label images.
 
     Attributes:
-        top1, top5: accuracy in 0..1; top5 counts the min(5, K) highest logits.
+        top1, top5: accuracy in 0..1. Of K equal logits top5 counts 5 / K of a hit, and top1 counts
+            the first one, which is the class that `predict` gives.
         top1_restricted: accuracy if only the classes of the data may be predicted.
         loss: mean cross-entropy in nats.
         ece: expected calibration error, see `expected_calibration_error`.
@@ -211,7 +224,7 @@ class MultiLabelMetrics:
         """Values by their JSON keys."""
         return {
             "images": self.images,
-            "map": self.map,
+            "map": None if np.isnan(self.map) else self.map,  # no image has a label
             "micro_f1": self.micro_f1,
             "loss": self.loss,
         }

@@ -44,11 +44,16 @@ class SelectSection(Section):
 
 
 class TaskSection(Section):
-    """One dataset. `published` has accuracies in percent, by the name of the publication."""
+    """One dataset, or one model of a suite that pretrains.
+
+    Attributes:
+        data: DATA; None for that of the suite.
+        published: accuracies in percent, by the name of the publication.
+    """
 
     name: str = Field(min_length=1)
     group: str = ""
-    data: str
+    data: str | None = None
     settings: Settings = Field(default_factory=dict)
     published: dict[str, float] = Field(default_factory=dict)
 
@@ -63,15 +68,20 @@ class Suite(Section):
     """A suite file.
 
     Attributes:
-        method: `finetune`, with `recipe`, or `fewshot`, with `shots` images per class.
+        method: `finetune`, with `recipe`; `fewshot`, with `shots` images per class; or `pretrain`,
+            with both: each task trains its own model from `recipe`, which is then few-shot
+            evaluated on `fewshot_data` (on the task's own data if that is None).
+        data: DATA of the tasks that name none.
         settings: for every task; the settings of a task override them.
         published: published means in percent, under the same names as in the tasks.
     """
 
     name: str
     description: str = ""
-    method: Literal["finetune", "fewshot"] = "finetune"
+    method: Literal["finetune", "fewshot", "pretrain"] = "finetune"
     recipe: str | None = None
+    data: str | None = None
+    fewshot_data: str | None = None
     shots: PositiveInt = 5
     settings: Settings = Field(default_factory=dict)
     select: SelectSection | None = None
@@ -83,8 +93,14 @@ class Suite(Section):
         folders = [task.folder for task in self.tasks]
         if repeated := sorted({name for name in folders if folders.count(name) > 1}):
             raise ValueError(f"two tasks have the run name {', '.join(repeated)}")
-        if self.recipe is not None and self.method != "finetune":
+        if self.recipe is not None and self.method == "fewshot":
             raise ValueError("`recipe` belongs to the method `finetune`, not to `fewshot`")
+        if self.method == "pretrain" and (self.recipe is None or self.select is not None):
+            raise ValueError("the method `pretrain` needs `recipe`, and takes no `select`")
+        if self.fewshot_data is not None and self.method != "pretrain":
+            raise ValueError("`fewshot_data` belongs to the method `pretrain`")
+        if without := [t.name for t in self.tasks if (t.data or self.data) is None]:
+            raise ValueError(f"no `data` for {', '.join(without)}, and none for the suite")
         return self
 
 
@@ -114,9 +130,9 @@ def load_suite(name: str) -> tuple[Suite, Path]:
     return suite, path
 
 
-def task_data(task: TaskSection, path: Path) -> str:
-    """DATA of a task; a path is relative to the suite file `path`."""
-    return task.data if task.data.startswith(ADDRESSES) else str(path.parent / task.data)
+def task_data(data: str, path: Path) -> str:
+    """DATA as a suite file `path` has it; a path is relative to the file."""
+    return data if data.startswith(ADDRESSES) else str(path.parent / data)
 
 
 @dataclass(frozen=True)
@@ -124,8 +140,8 @@ class TaskResult:
     """The result of one task.
 
     Attributes:
-        accuracy: on the test images, 0..1.
-        images: number of test images.
+        accuracy: on the images of `split`, 0..1.
+        images: number of these images.
         chosen: settings that `select` chose, as dotted name -> value.
     """
 
@@ -133,6 +149,7 @@ class TaskResult:
     images: int
     run: str
     chosen: Mapping[str, Any]
+    split: str = "test"
 
 
 def task_result(result: Mapping[str, Any], run: str, chosen: Mapping[str, Any]) -> TaskResult:
@@ -141,11 +158,13 @@ def task_result(result: Mapping[str, Any], run: str, chosen: Mapping[str, Any]) 
         # The task counts the most shots, where several were measured.
         shots = max(result["shots"], key=lambda n: float("inf") if n == "all" else int(n))
         accuracy = result["shots"][shots]["accuracy"]["mean"]
-        return TaskResult(accuracy, result["test_images"], run, chosen)
+        split = result.get("split", "test")
+        return TaskResult(accuracy, result["test_images"], run, chosen, split)
     figures = result.get("figures", {})
     if "accuracy" not in figures or "images" not in figures:
         raise VitcliError(f"`{run}` has no test accuracy", "a task needs single-label test images")
-    return TaskResult(figures["accuracy"], int(figures["images"]), run, chosen)
+    split = figures.get("split", "test")
+    return TaskResult(figures["accuracy"], int(figures["images"]), run, chosen, split)
 
 
 def group_means(suite: Suite, accuracies: Mapping[str, float]) -> dict[str, float]:

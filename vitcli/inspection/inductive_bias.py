@@ -3,14 +3,23 @@
 "In ViT, only MLP layers are local and translationally equivariant" (section 3.1). The measurement
 cuts two windows out of one image. The second window is s pixels further down and to the right, so
 no border has to be invented. In an equivariant network the second feature map is the first one,
-shifted by s / cell cells (with linear interpolation between cells). Over the cells in both maps,
+shifted by s / cell cells (with linear interpolation between cells).
 
-    R2 = 1 - sum |second - shifted first|^2 / sum |second - mean|^2,
+Each map is centred: its mean over the places is subtracted, per image and channel. The mean of an
+image hardly changes with a shift, so a network that spreads it to all places is invariant, not
+equivariant. Over the places in both maps, with a the second map and b the shifted first one,
 
-summed over images, places and channels. The mean is per channel, over images and places
-(scikit-learn's `r2_score` with `variance_weighted`). 1 is exact equivariance; 0 is no better than
-the mean feature. A baseline compares each second window with the first window of another image.
-The table compares the model with random weights of the same shape and with a BiT ResNet.
+    R2 = (sum a b)^2 / (sum a^2 sum b^2), or 0 if sum a b < 0,
+
+summed over images, places and channels: the share of the variance within images that the shifted
+map explains, up to one scale (scikit-learn's `LinearRegression` without an intercept). 1 is exact
+equivariance, 0 is no relation. Two controls show what a high value is worth: `unmoved` compares the
+same places of both maps, without a shift (a map that depends on the place only has 1 there), and
+`unrelated` compares with the first window of another image.
+
+The table compares the model with random weights of the same shape and with a BiT ResNet. Networks
+are compared at equal stride: a ResNet with another stride reads resampled images, so that its map
+has as many cells.
 """
 
 import math
@@ -19,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitcli.data.image_set import ImageSet
@@ -34,9 +44,9 @@ from vitcli.weights.loaded import LoadedModel
 
 RESNET_WIDTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 SMALLEST_LAYERS = (1, 1, 1, 1)
-MIN_CELLS = 4  # per side of a feature map; a shift cannot be seen in a smaller one
 MAX_IMAGES = 8
 MIN_IMAGES = 4  # with fewer images from the user, built-in images are used
+ROUNDING = 1e-10  # share of the power of a map that is not counted as structure
 SEED = 0
 
 
@@ -99,13 +109,20 @@ def inner_half(features: Tensor) -> Tensor:
 
 
 def variance_explained(features: Tensor, expected: Tensor) -> float | None:
-    """(B, D, rows, cols) twice -> R2; None if the maps are empty or constant."""
-    features, expected = features.double(), expected.double()
-    if not features.numel():
+    """(B, D, rows, cols) twice -> R2 within images; None if the maps have less than two places.
+
+    A map without a structure in the image, equal at all places up to rounding, has 0.
+    """
+    if features.shape[2] * features.shape[3] < 2:
         return None
-    error = (features - expected).square().sum()
-    variance = (features - features.mean(dim=(0, 2, 3), keepdim=True)).square().sum()
-    return float(1 - error / variance) if variance > 0 else None
+    variances, centred = [], []
+    for one in (features.double(), expected.double()):
+        centred.append(one - one.mean(dim=(2, 3), keepdim=True))
+        variances.append(float(centred[-1].square().sum()))
+        if variances[-1] <= ROUNDING * float(one.square().sum()):
+            return 0.0
+    product = float((centred[0] * centred[1]).sum())
+    return max(product, 0.0) ** 2 / (variances[0] * variances[1])
 
 
 @dataclass(frozen=True)
@@ -113,10 +130,11 @@ class Equivariance:
     """How exactly a feature map follows a shift of its image.
 
     Attributes:
-        cell: pixels between two cells of the map.
-        shifts: pixels of each shift.
+        cell: pixels of the network's input between two cells of the map.
+        shifts: input pixels of each shift.
         r2: for each shift; None if the map is too small.
         inner: the same over the inner half of rows and columns, where zero padding matters least.
+        unmoved: the same with the first map at the same places, not shifted.
         unrelated: the same with the first window of another image.
         images: number of images.
     """
@@ -125,6 +143,7 @@ class Equivariance:
     shifts: tuple[int, ...]
     r2: tuple[float | None, ...]
     inner: tuple[float | None, ...]
+    unmoved: tuple[float | None, ...]
     unrelated: tuple[float | None, ...]
     images: int
 
@@ -149,27 +168,28 @@ def measure_equivariance(
             maps.append(torch.cat([feature_map(model, window).cpu() for window in windows]))
     stacked = torch.stack(maps, dim=1)  # (S + 1, B, D, rows, cols)
     first, other = stacked[0], stacked[0].roll(1, dims=0)  # `other` is the map of another image
-    r2, inner, unrelated = [], [], []
+    r2, inner, unmoved, unrelated = [], [], [], []
     for number, shift in enumerate(shifts):
         expected = shift_features(first, shift / cell)
         rows, cols = expected.shape[2:]
         second = stacked[number + 1][:, :, :rows, :cols]
         r2.append(variance_explained(second, expected))
         inner.append(variance_explained(inner_half(second), inner_half(expected)))
+        unmoved.append(variance_explained(second, first[:, :, :rows, :cols]))
         unrelated.append(variance_explained(second, shift_features(other, shift / cell)))
-    return Equivariance(cell, shifts, tuple(r2), tuple(inner), tuple(unrelated), len(images))
+    return Equivariance(
+        cell, shifts, tuple(r2), tuple(inner), tuple(unmoved), tuple(unrelated), len(images)
+    )
 
 
 def resnet_of_size(
-    parameters: int, image_size: tuple[int, int], num_channels: int = 3
+    parameters: int, cell: int, image_size: tuple[int, int], num_channels: int = 3
 ) -> ResNetConfig:
     """The BiT ResNet whose number of parameters is nearest to `parameters` on a log scale.
 
-    Small images get fewer stages, so that the feature map has `MIN_CELLS` cells per side.
+    It has as many stages as give the stride nearest to `cell` pixels.
     """
-    stages = 4
-    while stages > 1 and min(image_size) // resnet_stride((1,) * stages) < MIN_CELLS:
-        stages -= 1
+    stages = min(range(1, 5), key=lambda k: abs(math.log(resnet_stride((1,) * k) / cell)))
     configs = [
         ResNetConfig(image_size, num_channels, layers, width)
         for layers in sorted({k[:stages] for k in (SMALLEST_LAYERS, *RESNETS.values())})
@@ -215,6 +235,7 @@ class BiasRow:
         name: of the network.
         parameters: number of parameters without the head.
         equivariance: of its feature map.
+        image_size: rows and columns of the windows that it reads.
         local_first, local: share of the attention inside 3x3 patches, mean over the heads of the
             first layer and of all layers; None for a ResNet.
         local_uniform: the same for uniform attention.
@@ -224,6 +245,7 @@ class BiasRow:
     name: str
     parameters: int
     equivariance: Equivariance
+    image_size: tuple[int, int]
     local_first: float | None = None
     local: float | None = None
     local_uniform: float | None = None
@@ -231,15 +253,17 @@ class BiasRow:
     distance_uniform: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; R2 by the shift in pixels."""
+        """Plain values; R2 by the shift in pixels of the network's input."""
         found = self.equivariance
         shifts = [str(shift) for shift in found.shifts]
         return {
             "name": self.name,
             "parameters": self.parameters,
             "cell_pixels": found.cell,
+            "image_size": list(self.image_size),
             "r2": dict(zip(shifts, found.r2, strict=True)),
             "r2_inner": dict(zip(shifts, found.inner, strict=True)),
+            "r2_unmoved": dict(zip(shifts, found.unmoved, strict=True)),
             "r2_unrelated": dict(zip(shifts, found.unrelated, strict=True)),
             "local_first_layer": self.local_first,
             "local": self.local,
@@ -268,17 +292,27 @@ def measure_network(
     model: Network,
     images: Sequence[Tensor],
     preprocess: Preprocess,
-    shifts: tuple[int, ...],
+    cell: int,
     bar: Bar,
 ) -> BiasRow:
-    """One row: `images` are those of `read_with_margin`, windows have the size of `preprocess`."""
+    """One row of the table.
+
+    Args:
+        images: those of `read_with_margin`; windows have the size of `preprocess`.
+        cell: pixels per cell of the model that is compared. A network with another stride gets
+            images resampled by the ratio, so that all feature maps have the same cells.
+    """
     rows, cols = preprocess.image_size
     images = [preprocess.normalize(image) for image in images]
-    equivariance = measure_equivariance(model, images, shifts, (rows, cols))
+    stride = cell_size(model.config)
+    if stride != cell:
+        rows, cols = (round(side * stride / cell) for side in (rows, cols))
+        images = [resampled(image, stride / cell) for image in images]
+    equivariance = measure_equivariance(model, images, default_shifts(stride), (rows, cols))
     bar.advance()
     parameters = backbone_parameters(model)
     if isinstance(model, ResNet):
-        return BiasRow(name, parameters, equivariance)
+        return BiasRow(name, parameters, equivariance, (rows, cols))
     grid, patch = model.config.grid, model.config.pixels_per_patch
     statistics = AttentionStatistics.concatenate(
         [measure_attention(model, image[:, :, :rows, :cols]) for image in images]
@@ -287,12 +321,19 @@ def measure_network(
         name,
         parameters,
         equivariance,
+        (rows, cols),
         local_first=float(statistics.local[:, 0].mean()),
         local=float(statistics.local.mean()),
         local_uniform=uniform_local_share(grid),
         distance=patch * float(statistics.distance.mean()),
         distance_uniform=patch * uniform_distance(grid),
     )
+
+
+def resampled(images: Tensor, ratio: float) -> Tensor:
+    """(B, C, Y, X) -> (B, C, Y * ratio, X * ratio), bilinear."""
+    size = [round(side * ratio) for side in images.shape[2:]]
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
 def measure_baselines(
@@ -314,23 +355,23 @@ def measure_baselines(
         is_random: the model has random weights, so a random copy would add nothing.
         resnet: name and network; None takes random weights of the same size.
     """
-    shifts = default_shifts(cell_size(config))
+    cell = cell_size(config)
     device = images[0].device
     found: list[BiasRow] = []
     with (watch or Quiet()).progress("baselines", 2) as bar:
         if not is_random:
             twin = random_network(config).to(device)
-            found.append(measure_network("random twin", twin, images, preprocess, shifts, bar))
+            found.append(measure_network("random twin", twin, images, preprocess, cell, bar))
             del twin
         if resnet is not None:
             name, loaded = resnet
             network = loaded.network.to(device)
             own = require_preprocess(loaded).resized_to(preprocess.image_size)
-            found.append(measure_network(name, network, images, own, shifts, bar))
+            found.append(measure_network(name, network, images, own, cell, bar))
         elif not isinstance(config, ResNetConfig):
-            plain = resnet_of_size(parameters, config.image_size, config.num_channels)
+            plain = resnet_of_size(parameters, cell, config.image_size, config.num_channels)
             name, network = f"{resnet_name(plain)}, random", random_network(plain).to(device)
-            found.append(measure_network(name, network, images, preprocess, shifts, bar))
+            found.append(measure_network(name, network, images, preprocess, cell, bar))
     return found
 
 

@@ -316,12 +316,13 @@ def add_inductive_bias(report: Report, rows: Sequence[BiasRow], source: str) -> 
     report.add(
         "Inductive bias",
         "How exactly does the feature map follow a shift of the image, and how local is the "
-        f"attention? Measured on {found.images} images ({source}). R2 compares the features of "
-        "a shifted window with the shifted features of the first window. 1 is exact equivariance, "
-        "0 is no better than the mean feature. The value in brackets compares with another image. "
-        "The inner half excludes places near the border, where convolutions see zeros. "
-        "`Inside 3x3` is the share of the attention on neighbouring patches. In a ResNet with "
-        "random weights, border and depth dominate; `--resnet` takes a trained one.",
+        f"attention? Measured on {found.images} images ({source}). R2 is the share of the variance "
+        "within images that the shifted features of the first window explain in those of a shifted "
+        "window: 1 is exact equivariance, 0 is no relation. Two controls compare the "
+        "same places without a shift, and with another image. The inner half excludes places near "
+        "the border, where convolutions see zeros. A ResNet reads images resampled so that its "
+        "feature map has the cells of the model. `Inside 3x3` is the share of the attention on "
+        "neighbouring patches. `--resnet` takes a trained ResNet.",
         table=bias_table(rows),
     )
     return {
@@ -349,13 +350,15 @@ def bias_table(rows: Sequence[BiasRow]) -> list[list[str]]:
     lines = [
         ["", *(row.name for row in rows)],
         ["parameters", *(f"{row.parameters / 1e6:.2f} M" for row in rows)],
+        ["image size", *(f"{row.image_size[0]}x{row.image_size[1]} px" for row in rows)],
         ["cell size", *(f"{e.cell} px" for e in found)],
     ]
     for i, shift in enumerate(found[0].shifts):
-        lines.append(
-            [f"R2, shifted {shift} px", *(f"{r2(e.r2[i])} ({r2(e.unrelated[i])})" for e in found)]
-        )
+        values = (r2(e.r2[i]) for e in found)
+        lines.append([f"R2 at a shift of {shift / found[0].cell:g} cells", *values])
         lines.append(["  inner half", *(r2(e.inner[i]) for e in found)])
+        lines.append(["  control: not moved", *(r2(e.unmoved[i]) for e in found)])
+        lines.append(["  control: other image", *(r2(e.unrelated[i]) for e in found)])
     if any(row.local is not None for row in rows):
         lines += [
             ["inside 3x3, layer 1", *(percent(row.local_first) for row in rows)],

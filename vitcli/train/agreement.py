@@ -52,3 +52,13 @@ def min_over_processes(accelerator: Any, value: int) -> int:
     largest = max_over_processes(accelerator, -value)
     assert largest is not None
     return -largest
+
+
+def gather(items: list[Any], accelerator: Any) -> list[Any]:
+    """The items of all processes, in one list."""
+    if accelerator.num_processes == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    found: list[Any] = gather_object(items)
+    return found

@@ -169,8 +169,10 @@ class Budget:
     deadline: Deadline
 
 
-def plan_budget(loop: "Loop", seconds: float, test_images: int) -> Budget:
+def plan_budget(loop: "Loop", seconds: float, held_out: tuple[int, int]) -> Budget:
     """The number of steps that fit into `seconds` from now, with the last evaluation.
+
+    `held_out` is the number of images that are evaluated during training and once at the end.
 
     Each stage of the run is timed on real batches. All rates are zero meanwhile, so that no weight
     moves, and the optimizer states are cleared afterwards.
@@ -192,7 +194,7 @@ def plan_budget(loop: "Loop", seconds: float, test_images: int) -> Budget:
     time_limit = time.monotonic() + TIMING_FRACTION * seconds
     costs = [time_steps_and_reset(loop, position, time_limit) for position, _ in stages]
     average = sum(share * cost for (_, share), cost in zip(stages, costs, strict=True))
-    reserve = WRITING_SECONDS + WRITING_STEPS * max(costs) + _evaluation_seconds(loop, test_images)
+    reserve = WRITING_SECONDS + WRITING_STEPS * max(costs) + _evaluation_seconds(loop, held_out)
     steps = int((at - time.monotonic() - reserve) / average)
     if steps < 1:
         raise NoStepFits(
@@ -223,21 +225,22 @@ def stage_fractions(train: TrainSection) -> list[tuple[int, float]]:
     return stages
 
 
-def _evaluation_seconds(loop: "Loop", test_images: int) -> float:
-    """The seconds of an evaluation on all test images, extrapolated from a few."""
-    if loop.validate is None or not test_images:
+def _evaluation_seconds(loop: "Loop", held_out: tuple[int, int]) -> float:
+    """The seconds of the last evaluation, on all held-out images, extrapolated from a few."""
+    validate = next(iter(loop.evaluations.values()), None)
+    if validate is None or not held_out[0]:
         return 0.0
     at_once = EVAL_BATCH_SIZE * loop.accelerator.num_processes
     loop.wrapped.eval()
     for few in (at_once, EVAL_BATCHES * at_once):
-        few = min(few, test_images)
+        few = min(few, held_out[0])
         start = time.perf_counter()
-        loop.validate(limit=few)
+        validate(limit=few)
         seconds = time.perf_counter() - start
         if max_over_processes(loop.accelerator, int(seconds > EVAL_SECONDS)):
             break
     loop.wrapped.train()
-    return seconds * test_images / few * EVAL_MARGIN
+    return seconds * sum(held_out) / few * EVAL_MARGIN
 
 
 def time_steps_and_reset(

@@ -10,8 +10,8 @@ import torch
 
 from vitcli.config.schema import Recipe, Section
 from vitcli.data.augment.mixing import mixes_pairs
-from vitcli.data.augment.policies import changes_pixels
-from vitcli.data.augment.transform import TrainTransform, resolve_augment
+from vitcli.data.augment.policies import POLICIES, PRESETS, changes_pixels
+from vitcli.data.augment.transform import CROPS, TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
 from vitcli.data.image_set import BatchSource, ImageSet, Stream
 from vitcli.data.loader import TrainLoader
@@ -25,6 +25,7 @@ from vitcli.devices import (
     resolve_precision,
 )
 from vitcli.errors import VitcliError
+from vitcli.evals.fewshot.methods import METHODS
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import Run
@@ -50,8 +51,8 @@ from vitcli.train.optimizers import (
 )
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
-from vitcli.train.validate import run_validation
-from vitcli.vit import Network, ResNet
+from vitcli.train.validate import Validation, run_validation, with_fewshot
+from vitcli.vit import Config, Network, ResNet
 from vitcli.vit.macs import macs
 from vitcli.weights.loaded import LoadedModel
 
@@ -93,6 +94,8 @@ def build_loop(
     for note in freeze_and_adapt(model.network, recipe.lora, train.freeze, train.seed):
         watch.note(note)
     check_patch_drop(recipe, model.network)
+    check_smaller_sizes(recipe, model.config)
+    check_channels(recipe, source.splits["train"], model.config)
     objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
     model.network.checkpoint_activations = train.activation_checkpointing
 
@@ -116,7 +119,7 @@ def build_loop(
     state = TrainState(
         objective,
         optimizers,
-        Ema(objective, decay) if decay else None,
+        Ema(objective, decay, warmup=train.ema_warmup) if decay else None,
         accelerator.scaler,
     )
 
@@ -124,10 +127,14 @@ def build_loop(
     assert preprocess is not None
     # Validation uses the transform that is stored with the weights, training its own augmentation.
     loader = make_loader(recipe, source, preprocess, accelerator)
-    validate = None
-    if (split := held_out_split(source)) is not None and model.config.num_classes > 0:
-        images = source.splits[split]
-        validate = partial(run_validation, model, images, accelerator, watch, loader.broken)
+    evaluations: dict[str, Callable[..., Validation]] = {
+        name: partial(run_validation, model, source.splits[name], accelerator, watch, loader.broken)
+        for name in held_out_splits(source)
+        if model.config.num_classes > 0
+    }
+    if train.fewshot_shots is not None:
+        first = next(iter(held_out_splits(source)), "")  # the one that is evaluated between steps
+        evaluations[first] = with_fewshot(evaluations.get(first), model, source, first, train)
     return Loop(
         wrapped=wrapped,
         wrapped_optimizer=optimizer,
@@ -139,7 +146,7 @@ def build_loop(
         accelerator=accelerator,
         watch=watch,
         recorder=_make_recorder(recipe, run, accelerator, watch, loader, objective),
-        validate=validate,
+        evaluations=evaluations,
     )
 
 
@@ -176,6 +183,8 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
             "use `vitcli evaluate` for such data",
         )
     if section.streaming:
+        if recipe.train.epochs is not None:
+            len(source.splits["train"])  # raises now, and not after the model is loaded
         watch.warn(
             f"a stream is shuffled within {section.shuffle_buffer:,} images only, and `--resume` "
             "continues with another order of the images"
@@ -204,15 +213,19 @@ def make_loader(
     )
 
 
-def held_out_split(source: Source) -> str | None:
-    """The split that is evaluated during training: `validation`, else `test`, else None."""
-    return next((name for name in ("validation", "test") if name in source.splits), None)
+def held_out_splits(source: Source) -> list[str]:
+    """The splits that are evaluated: the first during training, all of them at the end.
+
+    With validation images, the test images are used once, at the end, so that no decision of the
+    run depends on them.
+    """
+    return [name for name in ("validation", "test") if name in source.splits]
 
 
-def held_out_images(source: Source) -> int:
-    """The number of images in that split."""
-    name = held_out_split(source)
-    return len(source.splits[name]) if name else 0
+def held_out_images(source: Source) -> tuple[int, int]:
+    """The number of images that are evaluated during training, and once more at the end."""
+    counts = [len(source.splits[name]) for name in held_out_splits(source)]
+    return sum(counts[:1]), sum(counts[1:])
 
 
 def start_accelerator(
@@ -272,6 +285,10 @@ def check_names(recipe: Recipe) -> None:
 def registered_names() -> dict[str, tuple[str, ...]]:
     """The names that each registry offers, for help texts and the settings reference."""
     return {
+        "augment.crop": tuple(CROPS),
+        "augment.preset": tuple(PRESETS),
+        "augment.policy": tuple(POLICIES),
+        "fewshot.method": tuple(METHODS),
         "objective.name": (AUTO, *OBJECTIVES),
         "optim.name": tuple(OPTIMIZERS),
         "schedule.name": tuple(SCHEDULES),
@@ -333,6 +350,30 @@ def check_augment(recipe: Recipe, images: ImageSet | BatchSource | Stream, proce
             f"`--set train.micro_batch_size={micro + 1}`",
         )
     check_batch(recipe.train.batch_size, processes, settings.repeats, mixes)
+
+
+def check_smaller_sizes(recipe: Recipe, config: Config) -> None:
+    """Check that the model accepts each image size of `train.smaller_sizes`."""
+    for side, _ in recipe.train.smaller_sizes:
+        try:
+            replace(config, image_size=(side, side))
+        except ValueError as error:
+            raise VitcliError(
+                f"`train.smaller_sizes` has {side} px, which the model does not accept: {error}",
+                "use multiples of the patch size",
+            ) from error
+
+
+def check_channels(recipe: Recipe, images: ImageSet | BatchSource | Stream, config: Config) -> None:
+    """Check that images that are drawn as tensors have the channels of the model."""
+    # A plan without data has noise of the right shape.
+    drawn = images.kind == "batches" and recipe.data.name is not None
+    if drawn and config.num_channels != 3:
+        channels = config.num_channels
+        raise VitcliError(
+            f"`{recipe.data.name}` draws RGB images, and the model takes {channels} channel",
+            "`--set model.num_channels=3`",
+        )
 
 
 def check_patch_drop(recipe: Recipe, network: Network) -> None:

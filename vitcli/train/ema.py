@@ -10,12 +10,14 @@ from torch import Tensor, nn
 class Ema:
     """The moving average of the trainable parameters of a module.
 
-    The decay of update t (from 0) is min(decay, (1 + t) / (10 + t)), as in TensorFlow. Without this
-    warm-up the average of a run of a hundred steps would still contain its random start.
+    With a warm-up the decay of update t (from 0) is min(decay, (1 + t) / (10 + t)), as in
+    TensorFlow. Without one, the average of a run of a hundred steps still contains its random
+    start. The paper's runs start from pretrained weights and are as long as 2 / (1 - decay) steps;
+    there the warm-up would only shorten the average (Polyak and Juditsky, 1992).
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = True) -> None:
+        self.decay, self.warmup = decay, warmup
         # Frozen weights are their own average, so they take no memory here.
         trainable = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
         self.tensors = {name: p.detach().clone() for name, p in trainable}
@@ -23,7 +25,8 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Add the parameters after update `step` to the average."""
-        weight = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
+        cap = (1.0 + step) / (10.0 + step) if self.warmup else 1.0
+        weight = 1.0 - min(self.decay, cap)
         parameters = dict(module.named_parameters())
         torch._foreach_lerp_(
             list(self.tensors.values()),

@@ -6,7 +6,7 @@ resumes from step n computes exactly what it would have computed without the int
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,8 +60,8 @@ class Loop:
         state: what a checkpoint holds: the objective and the optimizers without wrappers.
         loaded: the network inside the objective, with its labels and preprocessing.
         accelerator: the `accelerate.Accelerator`.
-        validate: returns metrics of a held-out split; runs every `eval_steps` and at the end.
-        outcomes: the predictions of the last validation.
+        evaluations: split -> what returns its metrics; the first runs every `eval_steps`.
+        outcomes: the predictions of the last evaluation.
         deadline: of a run with a budget, else None.
     """
 
@@ -75,7 +75,7 @@ class Loop:
     accelerator: Any
     watch: Watcher
     recorder: Recorder
-    validate: Callable[..., Validation] | None = None
+    evaluations: Mapping[str, Callable[..., Validation]] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
     eval_steps: int | None = None
     deadline: Deadline | None = None
@@ -339,13 +339,10 @@ class Loop:
                 self.accelerator, size or len(batch.labels)
             )
 
-    def evaluate(self, signals: SignalFlag | None = None) -> dict[str, float]:
-        """Log and return metrics of the held-out split, with averaged weights if there are any.
+    def evaluate(self, split: str, signals: SignalFlag | None = None) -> dict[str, float]:
+        """Log and return metrics of a held-out split, with averaged weights if there are any.
 
-        If `signals` is given, a signal raises `SignalReceived`.
-        """
-        if self.validate is None:
-            return {}
+        A signal raises `SignalReceived` if `signals` is given."""
         self.wrapped.eval()
         # Several processes must stop together, so they finish the evaluation first.
         alone = self.accelerator.num_processes == 1
@@ -353,22 +350,25 @@ class Loop:
         # `interrupting` is innermost: whenever a signal comes, the trained weights are put back.
         ema, objective = self.state.ema, self.state.objective
         with averaged(objective, ema), unsharded(objective), interrupting:
-            found = self.validate()
+            found = self.evaluations[split]()
         self.wrapped.train()
         self.outcomes, metrics = found.outcomes, found.metrics
-        self.recorder.log({"step": self.state.step, **{f"test/{k}": v for k, v in metrics.items()}})
-        return {f"test_{name}": value for name, value in metrics.items()}
+        record = {f"{split}/{k}": v for k, v in metrics.items()}
+        self.recorder.log({"step": self.state.step} | record)
+        return metrics
 
     def _evaluate_between_steps(self, signals: SignalFlag) -> dict[str, float]:
         # An evaluation may take longer than the time that a scheduler grants after SIGTERM.
+        split = next(iter(self.evaluations), None)
         try:
-            return self.evaluate(signals)
+            metrics = self.evaluate(split, signals) if split else {}
+            return {f"{split}_{name}": value for name, value in metrics.items()}
         except SignalReceived as received:
             self.save()
             raise Stopped(received.number, self.state.step, str(self.run.path)) from None
 
     def save(self) -> None:
-        """Write a checkpoint of the current step; raises `NonFiniteError` for weights of NaN."""
+        """Write a checkpoint; raises `NonFiniteError` for weights of NaN."""
         # A resume from such weights would fail again, and the good checkpoints would be gone.
         if max_over_processes(self.accelerator, int(not self.state.has_finite_weights())):
             text = f"the weights are not finite after step {self.state.step}"

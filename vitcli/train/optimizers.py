@@ -25,6 +25,29 @@ DECAY_POWER, MAX_DECAY = 0.8, 0.999  # Adafactor's decay in step t is min(MAX, 1
 EPSILON = 1e-30  # Adafactor adds this to squared gradients
 
 
+class Sgd(torch.optim.SGD):
+    """torch's SGD with momentum and decoupled weight decay (SGDW, Loshchilov and Hutter, 2019).
+
+    torch adds the decay to the gradient, and so to the momentum. Here each step decays by
+    lr * weight_decay, as in every other optimizer of this module.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            params = [p for p in group["params"] if p.grad is not None]
+            if decay and params:
+                torch._foreach_mul_(params, 1.0 - group["lr"] * decay)
+            group["weight_decay"] = 0.0
+        try:
+            super().step()
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+
+
 class SgdBf16(torch.optim.Optimizer):
     """SGD with momentum in bf16, which takes half the memory; used by the paper's fine-tuning.
 
@@ -42,12 +65,12 @@ class SgdBf16(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 total = p.grad.float()
-                if group["weight_decay"]:
-                    total = total.add(p, alpha=group["weight_decay"])
                 if (buffer := self.state[p].get("momentum_buffer")) is not None:
                     total = total.add(buffer.float(), alpha=group["momentum"])
                 # Only the stored sum is rounded. optax moves the weights by the unrounded one.
                 self.state[p]["momentum_buffer"] = total.bfloat16()
+                if group["weight_decay"]:
+                    p.mul_(1.0 - group["lr"] * group["weight_decay"])
                 p.add_(total.to(p.dtype), alpha=-group["lr"])
 
 
@@ -189,11 +212,12 @@ def adamw(named: NamedParameters, s: OptimSection, depth: int) -> list[torch.opt
 
 
 def sgd(named: NamedParameters, s: OptimSection, depth: int) -> list[torch.optim.Optimizer]:
-    """SGD with momentum as the paper fine-tunes: no dampening, no Nesterov."""
+    """SGD with momentum as the paper fine-tunes: no dampening, no Nesterov, decoupled decay."""
     groups = param_groups(named, s, s.lr, depth)
     if s.momentum_dtype == "bf16":
         return [SgdBf16(groups, lr=s.lr, momentum=s.momentum)]
-    return [torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum, fused=True)]
+    # A fused step skips itself if fp16 gradients overflow; the decay must be skipped with it.
+    return [Sgd(groups, lr=s.lr, momentum=s.momentum, fused=not s.weight_decay)]
 
 
 def muon(named: NamedParameters, s: OptimSection, depth: int) -> list[torch.optim.Optimizer]:

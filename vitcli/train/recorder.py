@@ -25,9 +25,9 @@ from vitcli.train.trackers import Track
 
 # The panels of curves.png.
 PANELS = {
-    "loss": ("train/loss", "test/loss"),
-    "accuracy": ("train/accuracy", "test/accuracy"),
-    "mean average precision": ("test/map",),
+    "loss": ("train/loss", "validation/loss", "test/loss"),
+    "accuracy": ("train/accuracy", "validation/accuracy", "test/accuracy"),
+    "mean average precision": ("validation/map", "test/map"),
     "learning rate": ("lr",),
 }
 
@@ -149,7 +149,7 @@ def draw_curves(run: Run) -> None:
         for name in names:
             points = [(r["step"], r[name]) for r in records if name in r]
             if points:
-                marker = "o" if name.startswith("test/") else None
+                marker = "o" if name.startswith(("validation/", "test/")) else None
                 axes.plot(*zip(*points, strict=True), label=name, marker=marker, linewidth=1.5)
         axes.set_xlabel("step")
         axes.set_title(title)

@@ -21,7 +21,7 @@ from vitcli.weights.edit import prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
-from vitcli.weights.overrides import MODEL_KEYS, override_preprocess
+from vitcli.weights.overrides import MODEL_KEYS, one_image_size, override_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
 DROPOUT = ("dropout_rate", "drop_path_rate")
@@ -115,6 +115,8 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
     supervised = objective_class(recipe.objective.name).supervised
     num_classes = len(source.classes) if supervised else 0
     settings = {"num_classes": num_classes, **section.architecture()}
+    if size := one_image_size(section.image_size, recipe.preprocess.image_size):
+        settings["image_size"] = size
     try:
         if empty:
             with torch.device("meta"):
@@ -127,6 +129,12 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
             "`model.name` is for example `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1`; the patch "
             "size must divide `model.image_size`",
         ) from error
+    if section.position_resize is not None:
+        if isinstance(network, ResNet):
+            raise VitcliError(
+                "a ResNet has no positions to resample", "remove `model.position_resize`"
+            )
+        network.position_resize = section.position_resize
     size, channels = network.config.image_size, network.config.num_channels
     # Mean and standard deviation 0.5 give inputs in -1 to 1, as in the paper's code.
     base = Preprocess(image_size=size, mean=(0.5,), std=(0.5,), num_channels=channels)

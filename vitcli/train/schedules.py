@@ -4,6 +4,7 @@ To add a schedule, write its curve here and enter it in `SCHEDULES`.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,33 +19,49 @@ def warmup_steps(section: ScheduleSection, total_steps: int) -> int:
     return round((section.warmup_fraction or 0.0) * total_steps)
 
 
-# Every curve takes (the `[schedule]` settings, steps since the warm-up, steps after the warm-up).
-def linear(section: ScheduleSection, step: float, steps: int) -> float:
+# Every curve takes (the `[schedule]` settings, steps since the warm-up, steps after the warm-up,
+# steps of the warm-up).
+def linear(section: ScheduleSection, step: float, steps: int, warmup: int) -> float:
     """From 1 to `final_lr_fraction` in a straight line."""
     return _line(section, _progress(step, steps))
 
 
-def cosine(section: ScheduleSection, step: float, steps: int) -> float:
+def polynomial(section: ScheduleSection, step: float, steps: int, warmup: int) -> float:
+    """From 1 to `final_lr_fraction` along (1 - progress) ^ `power` (big_vision)."""
+    return _line(section, 1.0 - (1.0 - _progress(step, steps)) ** section.power)
+
+
+def stair(section: ScheduleSection, step: float, steps: int, warmup: int) -> float:
+    """1, and from each of `stair_steps` on the factor beside it (BiT, big_vision)."""
+    # Counted from the start of the run, warm-up included; the listed step has the new factor.
+    passed = bisect_right(section.stair_steps, step + warmup)
+    return (1.0, *section.stair_factors)[passed]
+
+
+def cosine(section: ScheduleSection, step: float, steps: int, warmup: int) -> float:
     """From 1 to `final_lr_fraction` along half a cosine."""
     end = section.final_lr_fraction
     return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * _progress(step, steps)))
 
 
-def wsd(section: ScheduleSection, step: float, steps: int) -> float:
+def wsd(section: ScheduleSection, step: float, steps: int, warmup: int) -> float:
     """Warm-up, stable, decay: 1, then linear over the last `decay_fraction` of the steps."""
     decay = section.decay_fraction
     return _line(section, max(0.0, (_progress(step, steps) - 1.0 + decay) / decay))
 
 
-def constant(section: ScheduleSection, step: float, steps: int) -> float:
+def constant(section: ScheduleSection, step: float, steps: int, warmup: int) -> float:
     """1 in every step."""
     return 1.0
 
 
-def rsqrt(section: ScheduleSection, step: float, steps: int) -> float:
-    """1 / sqrt(1 + step / `timescale`), and a linear `cooldown_steps` to 0 (big_vision)."""
-    # `timescale` steps after the warm-up the factor is 1 / sqrt(2).
-    factor = (1.0 + max(0.0, step) / section.timescale) ** -0.5
+def rsqrt(section: ScheduleSection, step: float, steps: int, warmup: int) -> float:
+    """1 / sqrt(1 + (step + `shift`) / `timescale`), and a linear `cooldown_steps` to 0.
+
+    Source: create_learning_rate_schedule in big_vision/utils.py.
+    """
+    # Without a shift, the factor is 1 / sqrt(2) `timescale` steps after the warm-up.
+    factor = (1.0 + (max(0.0, step) + section.shift) / section.timescale) ** -0.5
     if section.cooldown_steps:
         factor *= min(1.0, max(0.0, (steps - step) / section.cooldown_steps))
     return factor
@@ -64,16 +81,18 @@ def _line(section: ScheduleSection, progress: float) -> float:
 class ScheduleEntry:
     """A schedule in the registry: its curve, and the keys of `[schedule]` that only it reads."""
 
-    curve: Callable[[ScheduleSection, float, int], float]
+    curve: Callable[[ScheduleSection, float, int, int], float]
     settings: frozenset[str]
 
 
 SCHEDULES = {
     "linear": ScheduleEntry(linear, frozenset({"final_lr_fraction"})),
+    "polynomial": ScheduleEntry(polynomial, frozenset({"final_lr_fraction", "power"})),
+    "stair": ScheduleEntry(stair, frozenset({"stair_steps", "stair_factors"})),
     "cosine": ScheduleEntry(cosine, frozenset({"final_lr_fraction"})),
     "wsd": ScheduleEntry(wsd, frozenset({"final_lr_fraction", "decay_fraction"})),
     "constant": ScheduleEntry(constant, frozenset()),
-    "rsqrt": ScheduleEntry(rsqrt, frozenset({"timescale", "cooldown_steps"})),
+    "rsqrt": ScheduleEntry(rsqrt, frozenset({"timescale", "shift", "cooldown_steps"})),
 }
 
 
@@ -90,6 +109,6 @@ def schedule_factor(section: ScheduleSection, step: float, total_steps: int) -> 
     `step` is not always an integer: a run with a budget moves along its schedule in other strides.
     """
     warmup = warmup_steps(section, total_steps)
-    factor = find_schedule(section).curve(section, step - warmup, total_steps - warmup)
+    factor = find_schedule(section).curve(section, step - warmup, total_steps - warmup, warmup)
     # min(1, step / warmup) as in the official code: the very first update has the rate 0.
     return factor * min(1.0, step / warmup) if warmup else factor

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vitcli import distributed
 from vitcli.config.schema import Recipe, parse_duration
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
-from vitcli.files import exclusive, read_json
+from vitcli.files import exclusive, read_json, write_text
 from vitcli.progress import Logged, Quiet, Watcher
 from vitcli.run import (
     OUTCOMES,
@@ -30,7 +31,7 @@ from vitcli.run import (
     of_first_process,
     reopen_run,
 )
-from vitcli.train.agreement import min_over_processes
+from vitcli.train.agreement import gather, min_over_processes
 from vitcli.train.budget import NoStepFits, Timeline, plan_budget
 from vitcli.train.build import (
     MakeModel,
@@ -44,9 +45,17 @@ from vitcli.train.ema import averaged
 from vitcli.train.fsdp import gather_tensors
 from vitcli.train.loop import Loop
 from vitcli.train.lora import ADAPTER, merged, save_adapters
+from vitcli.train.recorded_images import (
+    ROWS_FILE,
+    RecordedImages,
+    check_same_data,
+    record_images,
+    rows_text,
+)
 from vitcli.train.recorder import draw_curves
 from vitcli.train.signals import Stopped
 from vitcli.train.trackers import check_tracker, tracking
+from vitcli.train.validate import best_fewshot
 from vitcli.weights.store import save_model, save_tensors
 
 NUM_EVALUATIONS = 5  # in a run without `train.eval_steps`
@@ -60,7 +69,9 @@ class TrainResult:
     Attributes:
         run: its directory.
         seconds: time of the training steps, summed over all parts of an interrupted run.
-        figures: metrics of the held-out split; without one, those of the last training steps.
+        figures: metrics of the test split, else of the validation split; `split` names it. Without
+            both, those of the last training steps.
+        validation: metrics of the validation split, if there is a test split as well.
         broken: images that could not be read, with the reason.
     """
 
@@ -73,10 +84,11 @@ class TrainResult:
     images: int
     seconds: float
     images_per_second: float
-    figures: dict[str, float]
+    figures: dict[str, Any]
     labels: int
     already_finished: bool = False
     broken: dict[str, str] = field(default_factory=dict)
+    validation: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -111,13 +123,11 @@ def train(
         check_tracker(track)
     if recipe.data.name is None:
         raise VitcliError("the recipe names no data", "add DATA after the command")
-    old = None
     if resume:
         check_resumable(out)
-    if out is not None:
-        old = reopen_run(out, recipe) if resume else None
-        if old is None:
-            check_free(out)  # before anything that takes time
+    old = reopen_run(out, recipe) if resume and out is not None else None
+    if out is not None and old is None:
+        check_free(out)  # before anything that takes time
     if old is not None and old.finished:
         watch.note(f"`{old.path}` is already finished")
         return read_result(old)
@@ -136,15 +146,21 @@ def train(
     # Until the directory exists, nothing is written to its log.txt.
     log = Logged(watch if is_main else Quiet(), Path(os.devnull))
     source = open_source(recipe, watch)
+    images = record_images(source, watch) if is_main else None
+    if old is not None and is_main:
+        check_same_data(old, source, images)
     loop = build_loop(recipe, source, make_model, planned, accelerator, log, old)
 
     if old is None:  # only now, so that bad settings and bad data leave no directory
         if resume:
             watch.note(f"nothing to resume at `{out}`: starting from step 0")
-        path = of_first_process(lambda: _create(out, stem, recipe).path)
-        loop.run = loop.recorder.run = Run(path)
+        create = partial(create_run, out) if out else partial(create_numbered_run, stem)
+        loop.run = loop.recorder.run = Run(of_first_process(lambda: create(recipe).path))
     if is_main:
         log.path = loop.run.path / "log.txt"
+        if old is not None and old.recipe().data.name != recipe.data.name:  # the data have moved
+            write_text(old.recipe_file, recipe.to_toml())
+    loop.loaded.split_record = None if images is None else images.record
     if track:
         accelerator.project_configuration.set_directories(str(loop.run.path / "tracking"))
     accelerator.wait_for_everyone()  # the directory exists now, for all processes
@@ -155,13 +171,11 @@ def train(
     ):
         if is_main:
             loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
-        choose_steps(loop, started, source, precision)
+            if images is not None and old is None:
+                write_text(loop.run.path / ROWS_FILE, rows_text(images.rows))
+        choose_steps(loop, started, source, precision, images)
         loop.fit()
         return finish(loop)
-
-
-def _create(out: Path | None, stem: str, recipe: Recipe) -> Run:
-    return create_numbered_run(stem, recipe) if out is None else create_run(out, recipe)
 
 
 def read_result(run: Run) -> TrainResult:
@@ -245,7 +259,13 @@ def errors_logged(loop: Loop, log: Logged, is_new: bool) -> Iterator[None]:
         raise outside from None
 
 
-def choose_steps(loop: Loop, started: float, source: Source, precision: str) -> None:
+def choose_steps(
+    loop: Loop,
+    started: float,
+    source: Source,
+    precision: str,
+    images: RecordedImages | None = None,
+) -> None:
     """Set the number of steps of the run, and load its last checkpoint if there is one.
 
     A budget becomes a number of steps once, at the start of the run. Provenance stores it, because
@@ -264,7 +284,9 @@ def choose_steps(loop: Loop, started: float, source: Source, precision: str) -> 
         loop.deadline = budget.deadline
         watch.note(f"budget {train.budget}: about {total} steps, measured on this machine")
     if known is None and loop.accelerator.is_main_process:
-        run.write_provenance({**facts_of(loop, source, precision), "steps": total})
+        facts = facts_of(loop, source, precision)
+        facts["data"]["content"] = None if images is None else images.content
+        run.write_provenance({**facts, "steps": total})
     loop.state.timeline = Timeline.of(total)
     # A budget reserves time for the last evaluation only; others must be asked for.
     default = None if train.budget else max(1, total // NUM_EVALUATIONS)
@@ -315,7 +337,8 @@ def num_parameters(model: nn.Module) -> int:
 def finish(loop: Loop) -> TrainResult:
     """Evaluate, write weights and curves, and then the result, which marks the run as finished."""
     recipe, run, accelerator, model = loop.recipe, loop.run, loop.accelerator, loop.loaded
-    metrics = {name.removeprefix("test_"): value for name, value in loop.evaluate().items()}
+    # The test images come last: their predictions are the `outcomes` that stay.
+    metrics = [{"split": name, **loop.evaluate(name)} for name in loop.evaluations]
     broken = dict(sorted(gather(list(loop.loader.broken.items()), accelerator)))
     if broken:
         loop.watch.warn(f"unreadable images, which were not used: {len(broken)}")
@@ -332,7 +355,8 @@ def finish(loop: Loop) -> TrainResult:
         images=images,
         seconds=round(seconds, 2),
         images_per_second=round(images / seconds, 1) if seconds else 0.0,
-        figures=metrics or last_training_metrics(run),
+        figures={**(metrics[-1] if metrics else last_training_metrics(run)), **best_fewshot(run)},
+        validation=metrics[0] if len(metrics) > 1 else None,
         labels=model.config.num_classes,
         broken=broken,
     )
@@ -361,16 +385,6 @@ def finish(loop: Loop) -> TrainResult:
         run.finish(result.to_json())
     accelerator.wait_for_everyone()
     return result
-
-
-def gather(items: list[Any], accelerator: Any) -> list[Any]:
-    """The items of all processes, in one list."""
-    if accelerator.num_processes == 1:
-        return items
-    from accelerate.utils import gather_object
-
-    found: list[Any] = gather_object(items)
-    return found
 
 
 def last_training_metrics(run: Run) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Metrics of a model on a held-out split during training. Every readable image counts once."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 
+from vitcli.config.schema import TrainSection
 from vitcli.data.batch import Batch, move_to_device
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
+from vitcli.evals.features import extract
+from vitcli.evals.fewshot.protocol import draw_shots
+from vitcli.evals.fewshot.ridge import RidgePath
 from vitcli.evals.scoring import multi_label_metrics
 from vitcli.progress import Watcher
+from vitcli.run import Run
 from vitcli.weights.loaded import LoadedModel
 
 EVAL_BATCH_SIZE = 256
@@ -56,7 +62,7 @@ def run_validation(
         num_batches = max(1, limit // (EVAL_BATCH_SIZE * accelerator.num_processes))
         outputs = islice(outputs, num_batches)
     if images.targets is not None:
-        return Validation(_validate_multi_label(model, outputs, accelerator))
+        return Validation(_validate_multi_label(model, images, outputs, accelerator))
     # Sums in fp64, because in fp32 a count stops to grow at 2^24.
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     outcomes: list[Outcome] = []
@@ -69,9 +75,64 @@ def run_validation(
         sums += torch.stack([loss.double(), correct.double(), sums.new_tensor(len(logits))])
     loss_sum, correct_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
     if not count:
-        raise _no_readable_image()
+        raise _no_readable_image(images)
     metrics = {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}
     return Validation(metrics, outcomes)
+
+
+def with_fewshot(
+    validate: Callable[..., Validation] | None,
+    model: LoadedModel,
+    source: Source,
+    split: str,
+    section: TrainSection,
+) -> Callable[..., Validation]:
+    """`validate`, and the few-shot accuracy of the frozen features on the same images.
+
+    The shots are those that `vitcli.fewshot(..., seed=0)` draws. Figure 4 of the paper reports the
+    best such accuracy of a run.
+
+    Raises:
+        VitcliError: the images have no single labels, none are held out, or the run has a budget.
+    """
+    train: Any = source.splits["train"]
+    faults = {
+        "needs held-out images": not split,
+        "takes time that `train.budget` does not reserve": section.budget is not None,
+        "draws single-label images from the whole training split, which this data does not allow": (
+            not isinstance(train, ImageSet) or train.targets is not None
+        ),
+    }
+    for fault in [text for text, applies in faults.items() if applies]:
+        raise VitcliError(f"`train.fewshot_shots` {fault}", "remove `train.fewshot_shots`")
+    held_out, classes = source.splits[split], len(train.classes)
+    drawn = train.subset(draw_shots(train.labels, section.fewshot_shots, 0, classes))
+
+    def both() -> Validation:
+        found = validate() if validate is not None else Validation({})
+        known, test = (extract(model, images) for images in (drawn, held_out))
+        ridge = RidgePath(known.outputs, known.labels, classes).fit()
+        accuracy = float((ridge.predict(test.outputs) == test.labels).mean())
+        return replace(found, metrics={**found.metrics, "fewshot_accuracy": accuracy})
+
+    return both
+
+
+def best_fewshot(run: Run) -> dict[str, float]:
+    """The best few-shot accuracy of all evaluations of a run, and its step; {} if there is none."""
+    # The paper's early stopping: "the best validation accuracy achieved during training" (4.3).
+    found = [
+        (value, record["step"])
+        for record in run.records()
+        for name, value in record.items()
+        if name.endswith("/fewshot_accuracy")
+    ]
+    if not found:
+        return {}
+    best = max(value for value, _ in found)
+    step = next(step for value, step in found if value == best)
+    last = found[-1][0]
+    return {"fewshot_accuracy": last, "best_fewshot_accuracy": best, "best_fewshot_step": step}
 
 
 def _sum_of_losses(model: LoadedModel, logits: Tensor, labels: Tensor) -> Tensor:
@@ -86,7 +147,10 @@ def _sum_of_losses(model: LoadedModel, logits: Tensor, labels: Tensor) -> Tensor
 
 
 def _validate_multi_label(
-    model: LoadedModel, outputs: Iterator[tuple[Tensor, Batch]], accelerator: Any
+    model: LoadedModel,
+    images: ImageSet,
+    outputs: Iterator[tuple[Tensor, Batch]],
+    accelerator: Any,
 ) -> dict[str, float]:
     # Average precision ranks all images of a class, so every process needs all N x K scores.
     scores, targets, loss = [], [], 0.0
@@ -102,7 +166,7 @@ def _validate_multi_label(
 
         parts = gather_object(parts)
     if not any(scores for scores, _, _ in parts):
-        raise _no_readable_image()
+        raise _no_readable_image(images)
     found = multi_label_metrics(
         np.concatenate([x for scores, _, _ in parts for x in scores]),
         np.concatenate([x for _, targets, _ in parts for x in targets]),
@@ -129,7 +193,7 @@ def _outputs(
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )
-    with watch.progress("test", len(images)) as bar:
+    with watch.progress(images.name, len(images)) as bar:
         for batch in move_to_device(batches, accelerator.device):
             broken.update(batch.broken)
             if not len(batch):  # every image of it is broken
@@ -140,7 +204,8 @@ def _outputs(
             bar.advance(len(logits))  # after the `yield`: the caller is done with the batch
 
 
-def _no_readable_image() -> VitcliError:
+def _no_readable_image(images: ImageSet) -> VitcliError:
     return VitcliError(
-        "no image of the test split can be read", "`vitcli patchify IMAGE` gives the reason"
+        f"no image of the {images.name} split can be read",
+        "`vitcli patchify IMAGE` gives the reason",
     )

@@ -198,18 +198,37 @@ class ViTConfig:
             raise ValueError("fixed positions are the same in every block: `position_at = shared`")
 
     @property
+    def stem_stride(self) -> int:
+        """Side in pixels of a cell of the stem's feature map; 1 without a stem."""
+        # The root halves the image twice, and each stage after the first halves it once more.
+        return 1 if self.stem is None else int(4 * 2 ** max(len(self.stem) - 1, 0))
+
+    @property
     def pixels_per_patch(self) -> int:
         """Side of a patch in image pixels: the patch size times the stride of the stem."""
+        return self.patch_size * self.stem_stride
+
+    def grid_of(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches in an image of (Y, X) pixels.
+
+        Raises:
+            ValueError: the patch size does not divide the image, or the feature map of the stem.
+        """
         if self.stem is None:
-            return self.patch_size
-        # The root halves the image twice, and each stage after the first halves it once more.
-        stride: int = 4 * 2 ** max(len(self.stem) - 1, 0)
-        return self.patch_size * stride
+            return grid_size(image_size, self.patch_size)
+        # The `SAME` padding of the official code rounds up in each halving.
+        rows, cols = (-(-side // self.stem_stride) for side in image_size)
+        if rows % self.patch_size or cols % self.patch_size:
+            raise ValueError(
+                f"image size {image_size[0]}x{image_size[1]} gives a feature map of {rows}x{cols} "
+                f"cells, which is not a multiple of patch size {self.patch_size}"
+            )
+        return rows // self.patch_size, cols // self.patch_size
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return grid_size(self.image_size, self.pixels_per_patch)
+        return self.grid_of(self.image_size)
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -213,18 +213,21 @@ def stem_channels(width: float) -> int:
     return channels
 
 
+def lecun_normal(weight: Tensor, generator: torch.Generator | None = None) -> None:
+    """Draw a kernel (F, ...) as flax does by default: normal, truncated at two deviations."""
+    # Truncation at 2 leaves this fraction of the standard deviation; flax corrects for it.
+    std = 1 / math.sqrt(weight[0].numel()) / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+
 def init_stem(module: nn.Module, generator: torch.Generator | None = None) -> None:
     """Draw the weights of a ResNet from `generator`, as the official code does.
 
-    Convolutions are LeCun-normal, truncated at two standard deviations (flax). GroupNorms start
-    with scale 1 and bias 0.
+    Convolutions are LeCun-normal. GroupNorms start with scale 1 and bias 0.
     """
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
-            fan_in = part.weight[0].numel()
-            # Truncation at 2 leaves this fraction of the standard deviation; flax corrects for it.
-            std = 1 / math.sqrt(fan_in) / 0.87962566103423978
-            nn.init.trunc_normal_(part.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+            lecun_normal(part.weight, generator)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.GroupNorm):

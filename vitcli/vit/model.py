@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from vitcli.config.choices import Resize
 from vitcli.vit.blocks import build_blocks
 from vitcli.vit.config import ViTConfig
-from vitcli.vit.hybrid import HybridEmbed, init_stem
-from vitcli.vit.patches import PatchEmbed, grid_size
+from vitcli.vit.hybrid import HybridEmbed, init_stem, lecun_normal
+from vitcli.vit.patches import PatchEmbed
 from vitcli.vit.pool import AttentionPool, PreLogits, pool_tokens
 from vitcli.vit.position import (
+    DEFAULT_RESIZE,
     Grid,
     concatenate_axes,
     fixed_table,
@@ -45,7 +46,7 @@ class VisionTransformer(nn.Module):
             (PatchDropout, Liu et al., 2022).
     """
 
-    def __init__(self, config: ViTConfig, position_resize: Resize = "bicubic") -> None:
+    def __init__(self, config: ViTConfig, position_resize: Resize = DEFAULT_RESIZE) -> None:
         super().__init__()
         self.config = config
         self.position_resize = position_resize
@@ -81,24 +82,28 @@ class VisionTransformer(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> "VisionTransformer":
         """Draw new weights from `generator`, as the official code does; returns self.
 
-        Dense and patch kernels are Xavier-uniform, MLP biases N(0, 1e-6), positions and additional
-        tokens N(0, 0.02), class token and heads zero. Source: vit_jax/models_vit.py.
+        Patch projection and pre-logits are LeCun-normal, flax's default; the kernels of blocks and
+        of MAP and its query are Xavier-uniform; MLP biases N(0, 1e-6); positions and additional
+        tokens N(0, 0.02); class token and heads zero. Sources: vit_jax/models_vit.py, and MAPHead
+        in big_vision/models/vit.py.
         """
         if isinstance(self.patch_embed, HybridEmbed):
             init_stem(self.patch_embed.backbone, generator)
         for name, p in self.named_parameters():
             if name.startswith("patch_embed.backbone."):
                 continue  # `init_stem` has drawn it
-            if name.endswith(("qkv.weight", "mlp.fc1.weight")):
+            if name.endswith(("qkv.weight", "attn_pool.kv.weight", "mlp.fc1.weight")):
                 # Xavier's bound depends on the shape, so each fused matrix is drawn by itself:
                 # query, key and value, or both halves of a SwiGLU.
-                parts = 3 if name.endswith("qkv.weight") else p.shape[0] // self.config.mlp_dim
-                for part in p.data.chunk(parts):
+                out = self.config.mlp_dim if name.endswith("fc1.weight") else p.shape[1]
+                for part in p.data.chunk(p.shape[0] // out):
                     nn.init.xavier_uniform_(part, generator=generator)
-            elif name.startswith("patch_embed") and p.ndim == 4:
-                nn.init.xavier_uniform_(p.data.flatten(1), generator=generator)
+            elif name == "attn_pool.latent":  # flax's fans of a (1, 1, D) kernel are 1 and D
+                nn.init.xavier_uniform_(p.data[0], generator=generator)
+            elif p.ndim == 4 or name == "pre_logits.fc.weight":
+                lecun_normal(p.data, generator)
             # The distillation token is not zero: it would stay equal to the class token for ever.
-            elif is_position(name) or name in ("dist_token", "reg_token", "attn_pool.latent"):
+            elif is_position(name) or name in ("dist_token", "reg_token"):
                 nn.init.normal_(p, std=0.02, generator=generator)
             elif name.startswith(("head.", "head_dist.")) or name == "cls_token":
                 nn.init.zeros_(p)  # a zero head makes the first loss that of a uniform guess, ln K
@@ -112,7 +117,7 @@ class VisionTransformer(nn.Module):
 
     def grid_of(self, images: Tensor) -> Grid:
         """(B, C, Y, X) -> rows and columns of patches."""
-        return grid_size((images.shape[2], images.shape[3]), self.config.pixels_per_patch)
+        return self.config.grid_of((images.shape[2], images.shape[3]))
 
     def positions(self, grid: Grid, block: int = 0) -> Tensor | None:
         """(1, n, D) positions to add to the last n tokens before block `block`, or None.

@@ -10,6 +10,7 @@ from vitcli.config.choices import Resize
 from vitcli.vit.config import ViTConfig
 
 Grid = tuple[int, int]  # rows and columns of patches
+DEFAULT_RESIZE: Resize = "bicubic"
 
 
 def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tensor:
@@ -35,7 +36,7 @@ def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tenso
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None].float()  # (1, N, D)
 
 
-def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = "bicubic") -> Tensor:
+def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = DEFAULT_RESIZE) -> Tensor:
     """(n, N, D) on the `old` grid -> (n, M, D) on the `new` grid; without prefix tokens.
 
     Equal grids return the same tensor. The methods are:
@@ -122,7 +123,7 @@ def resample_offsets(table: Tensor, num_patches: int) -> Tensor:
 
 
 def resample_table(
-    name: str, table: Tensor, config: ViTConfig, grid: Grid, method: Resize = "bicubic"
+    name: str, table: Tensor, config: ViTConfig, grid: Grid, method: Resize = DEFAULT_RESIZE
 ) -> Tensor:
     """Resample the position table `name` of a network to another grid.
 

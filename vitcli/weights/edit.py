@@ -75,14 +75,13 @@ def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:
     Raises:
         VitcliError: the patch size does not divide it.
     """
-    patch = config.pixels_per_patch
-    if any(side < patch or side % patch for side in image_size):
+    try:
+        return replace(config, image_size=image_size)
+    except ValueError as error:
+        patch = config.pixels_per_patch
         near = "x".join(str(max(patch, round(side / patch) * patch)) for side in image_size)
-        raise VitcliError(
-            f"image size {image_size[0]}x{image_size[1]} is not a multiple of patch size {patch}",
-            hint=f"the nearest multiple is {near}",
-        )
-    return replace(config, image_size=image_size)
+        hint = f"the nearest multiple of {patch} is {near}"
+        raise VitcliError(str(error), hint=hint) from error
 
 
 def replace_head(

@@ -146,6 +146,7 @@ TIMM = (
          (True,)),
     Lost("preprocess.window", "the window of 16-bit, 32-bit and float images, which is {}, is not "
          "stored: map such images to 8 bits with it first", (None,)),
+    Lost("preprocess.border", "timm does not cut a border off its images", (0,)),
     Refused("preprocess.resize_size", "timm stores it as a fraction of a square crop", (),
             _resize_that_timm_lacks, "--set preprocess.crop_fraction=…", "replaces the resize"),
     Lost("preprocess.resize_size", "`preprocess.resize_size` = {} becomes a crop fraction",
@@ -218,6 +219,7 @@ HUGGINGFACE = (
          lambda p: p.resize_mode != "squash" or resized_size(p) != p.image_size),
     Lost("preprocess.antialias", "transformers smooths images that it shrinks, this model does not",
          (True,)),
+    Lost("preprocess.border", "transformers does not cut a border off its images", (0,)),
 )
 HEADLESS = "the model has no head: big_vision loads it, `load_pretrained` of vit_jax does not"
 GOOGLE = (

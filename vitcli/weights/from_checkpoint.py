@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from vitcli.config.choices import Resize
 from vitcli.errors import VitcliError
 from vitcli.vit import Config, Network, ResNetConfig, VisionTransformer, ViTConfig, from_config
+from vitcli.vit.position import DEFAULT_RESIZE
 from vitcli.weights.edit import resize
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel
@@ -24,7 +25,7 @@ def build_model(
     source: str,
     *,
     image_size: tuple[int, int] | None = None,
-    position_resize: Resize = "bicubic",
+    position_resize: Resize = DEFAULT_RESIZE,
 ) -> LoadedModel:
     """Build the model of `checkpoint` in evaluation mode, resized to `image_size` if it is given.
 
@@ -58,6 +59,7 @@ def build_model(
         temperature=checkpoint.temperature,
         head_trained=checkpoint.head_trained and config.num_classes > 0,
         load_report=report,
+        split_record=checkpoint.split_record,
     )
     if image_size is not None:
         resize(model, image_size)

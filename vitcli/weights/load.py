@@ -11,12 +11,21 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
+from vitcli.vit import VisionTransformer
+from vitcli.vit.position import DEFAULT_RESIZE
 from vitcli.vit.variants import is_variant
 from vitcli.weights.edit import change_patch_size, change_pool, replace_head
 from vitcli.weights.from_checkpoint import build_model
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel, create_model
-from vitcli.weights.overrides import MODEL_KEYS, PICTURES, Overrides, as_size, override_preprocess
+from vitcli.weights.overrides import (
+    MODEL_KEYS,
+    PICTURES,
+    Overrides,
+    as_size,
+    one_image_size,
+    override_preprocess,
+)
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
 from vitcli.weights.timm.read_timm import missing_settings
@@ -88,10 +97,14 @@ def load_model(
     )
     if is_variant(source) and not Path(source).exists():
         model = _variant(source, overrides, seed, patch_size)
+        if position_resize is not None and isinstance(model.network, VisionTransformer):
+            model.network.position_resize = position_resize  # type: ignore[assignment]
     else:
         checkpoint = read_checkpoint(source, overrides, watch)
-        default: Resize = "bilinear" if checkpoint.layout == "google" else "bicubic"
-        method: Resize = position_resize or default  # type: ignore[assignment]  # checked above
+        default: Resize = "bilinear" if checkpoint.layout == "google" else DEFAULT_RESIZE
+        # The weights of a run remember the method that they were trained with.
+        stored = checkpoint.position_resize or default
+        method: Resize = position_resize or stored  # type: ignore[assignment]  # checked above
         # A new patch size changes the grid too, so the positions are resampled once, with it.
         at = overrides.image_size if patch_size is None else None
         model = build_model(checkpoint, source, image_size=at, position_resize=method)
@@ -116,14 +129,7 @@ def _preprocess_settings(
     if isinstance(preprocess, Preprocess):  # mean and std, so that no reader asks for them
         return as_size(image_size), {"mean": preprocess.mean, "std": preprocess.std}
     settings = dict(preprocess or {})
-    one = as_size(image_size)
-    two = as_size(settings.pop("image_size", None), "preprocess.image_size")
-    if one is not None and two is not None and one != two:
-        raise VitcliError(
-            f"`model.image_size` is {one}, but `preprocess.image_size` is {two}",
-            hint="set one of the two",
-        )
-    return one or two, settings
+    return one_image_size(image_size, settings.pop("image_size", None)), settings
 
 
 def require_preprocess(model: LoadedModel) -> Preprocess:

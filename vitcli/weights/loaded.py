@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vitcli.data.split_record import SplitRecord
 from vitcli.preprocess import Preprocess
 from vitcli.vit import Config, Network, create_network
 from vitcli.weights.load_report import LoadReport
@@ -31,6 +32,7 @@ class LoadedModel:
         temperature: divides the logits before the activation. Above 1, the model is less confident.
         head_trained: True if the head has learned the classes, so that `predict` may use it.
         load_report: how each tensor was loaded, or None if the model was not loaded.
+        split_record: the images that it was trained on and that were held out, or None if unknown.
     """
 
     network: Network
@@ -40,6 +42,7 @@ class LoadedModel:
     temperature: float = 1.0
     head_trained: bool = False
     load_report: LoadReport | None = None
+    split_record: SplitRecord | None = None
 
     @property
     def config(self) -> Config:

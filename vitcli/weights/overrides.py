@@ -16,6 +16,7 @@ PREPROCESS_KEYS = (
     "crop_rounding",
     "interpolation",
     "antialias",
+    "border",
     "mean",
     "std",
     "window",
@@ -78,6 +79,21 @@ def as_size(value: Any, key: str = "model.image_size") -> tuple[int, int] | None
     if len(sides) != 2 or not all(_is_count(side) for side in sides):
         raise VitcliError(f"`{key}` is `{value}`", hint="use a number of pixels or [Y, X]")
     return int(sides[0]), int(sides[1])
+
+
+def one_image_size(model: Any, preprocess: Any) -> tuple[int, int] | None:
+    """The image size that `[model]` or `[preprocess]` sets.
+
+    Raises:
+        VitcliError: they contradict each other.
+    """
+    one, two = as_size(model), as_size(preprocess, "preprocess.image_size")
+    if one is not None and two is not None and one != two:
+        raise VitcliError(
+            f"`model.image_size` is {one}, but `preprocess.image_size` is {two}",
+            hint="set one of the two",
+        )
+    return one or two
 
 
 def _is_count(value: Any) -> bool:

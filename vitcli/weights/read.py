@@ -24,6 +24,7 @@ from vitcli.weights.store import (
     load_sharded_weights,
     load_weights,
     read_header,
+    read_split_record,
     read_vitcli,
 )
 from vitcli.weights.timm.read_timm import read_timm
@@ -82,6 +83,8 @@ def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoin
         raise VitcliError(f"no such model: `{source}`", hint=_hint_for(source))
     checkpoint = _read_file(path, source, overrides)
     checkpoint.notes[:0] = notes
+    if checkpoint.split_record is None:
+        checkpoint.split_record = read_split_record(path)
     return checkpoint
 
 

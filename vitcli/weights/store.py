@@ -6,26 +6,31 @@ and equal weights must give equal bytes.
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitcli.config.choices import Resize
+from vitcli.data.split_record import SplitRecord
 from vitcli.errors import VitcliError
-from vitcli.files import parse_json, replacing
+from vitcli.files import parse_json, replacing, write_text
 from vitcli.hub.models import shard_names
 from vitcli.preprocess import Preprocess
 from vitcli.run import check_free
 from vitcli.vit import Config, config_from_dict
+from vitcli.vit.position import DEFAULT_RESIZE
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
 FORMAT = 1
+MARK_BYTES = 2**20
 DAMAGED_HINT = "copy or download the file again"
 
 
@@ -42,7 +47,9 @@ class Checkpoint:
         dropped_shapes: shapes of the dropped tensors.
         activation: turns logits into probabilities.
         temperature: divides the logits before the activation.
+        position_resize: method that resamples the positions; None for the layout's default.
         notes: assumptions about facts that the file does not state, one line each.
+        split_record: which images were trained on and held out; None if the file does not say.
     """
 
     config: Config
@@ -57,6 +64,8 @@ class Checkpoint:
     dropped_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     activation: Literal["softmax", "sigmoid"] = "softmax"
     temperature: float = 1.0
+    position_resize: Resize | None = None
+    split_record: SplitRecord | None = None
 
 
 def save_model(
@@ -75,6 +84,7 @@ def save_model(
     Raises:
         VitcliError: the file cannot be written (disk full, no permission).
     """
+    resize = getattr(model.network, "position_resize", None)  # a ResNet has no positions
     described = {
         "format": FORMAT,
         "config": model.config.to_dict(),
@@ -82,9 +92,12 @@ def save_model(
         "preprocess": model.preprocess.to_dict() if model.preprocess is not None else None,
         "head_trained": bool(model.head_trained and model.config.num_classes),
         "activation": model.head_activation,
+        # The default is not written, so that the files of runs that do not set it stay the same.
+        **({"position_resize": resize} if resize not in (None, DEFAULT_RESIZE) else {}),
         **({"temperature": model.temperature} if model.temperature != 1.0 else {}),
         "recipe_hash": recipe_hash,
         **({"extra": dict(extra)} if extra else {}),
+        **({"split": model.split_record.to_json()} if model.split_record is not None else {}),
     }
     metadata = {"vitcli": json.dumps(described, sort_keys=True)}
     save_tensors(path, model.state_dict() if tensors is None else tensors, metadata)
@@ -212,9 +225,12 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         labels = tuple(header["labels"]) if header.get("labels") is not None else None
         if labels is not None and len(labels) != config.num_classes:
             raise ValueError(f"{len(labels)} class names for {config.num_classes} classes")
+        if (resize := header.get("position_resize")) not in (None, *get_args(Resize)):
+            raise ValueError(f"unknown position_resize `{resize}`")
         temperature = float(header.get("temperature", 1.0))
         if not 0 < temperature < float("inf"):
             raise ValueError(f"the temperature is {temperature}")
+        record = SplitRecord.from_json(header.get("split"))
     return Checkpoint(
         config=config,
         tensors=load_weights(path),
@@ -226,7 +242,41 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         # Old files do not store the activation; all of them were trained with softmax.
         activation="sigmoid" if header.get("activation") == "sigmoid" else "softmax",
         temperature=temperature,
+        position_resize=resize,
+        split_record=record,
     )
+
+
+def record_file(weights: Path) -> Path:
+    """The file beside weights of another layout that tells which images were held out."""
+    return weights.with_name(f"{weights.name}.split.json")
+
+
+def write_split_record(model: LoadedModel, weights: Path) -> None:
+    """Write the record of the training images beside the exported file `weights`."""
+    if model.split_record is not None:
+        values = {"weights": _mark(weights), "split": model.split_record.to_json()}
+        write_text(record_file(weights), json.dumps(values) + "\n")
+
+
+def read_split_record(weights: Path) -> SplitRecord | None:
+    """The record beside `weights`; None without one, and if it belongs to other weights."""
+    file = record_file(weights)
+    if not file.is_file():
+        return None
+    with readable_values("record of the training images", file, "remove the file"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return (
+            SplitRecord.from_json(values["split"]) if values["weights"] == _mark(weights) else None
+        )
+
+
+def _mark(weights: Path) -> str:
+    """Tells one weights file from another of the same name: its size and its last bytes."""
+    with weights.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - MARK_BYTES))
+        return f"{size}-{zlib.crc32(file.read()):08x}"
 
 
 def set_temperature(

@@ -8,7 +8,13 @@ from vitcli.cli.console import MOST_CLASSES, percent, print_facts, print_table, 
 from vitcli.cli.show.training import with_interval
 from vitcli.run import run_stem
 
+MIN_TOP5_CLASSES = 6  # with fewer classes top-5 is 100 % of any images
 MAX_PAIRS = 5  # pairs of confused classes
+METHODS = {
+    "finetune": "fine-tuning",
+    "fewshot": "few-shot",
+    "pretrain": "few-shot after pretraining",
+}
 FILES = ("confusion", "confusion_picture", "reliability", "mistakes")
 
 Rows = list[tuple[str, Any]]
@@ -36,7 +42,8 @@ def _single_label_rows(result: Any) -> Rows:
     if m.top1_restricted != m.top1:
         restricted = with_interval(m.top1_restricted, of["top1_restricted"])
         rows.append(("top-1 among the data's classes", restricted))
-    rows.append(("top-5", with_interval(m.top5, of["top5"])))
+    if result.details.num_outputs >= MIN_TOP5_CLASSES:
+        rows.append(("top-5", with_interval(m.top5, of["top5"])))
     if real is not None:
         by_real = f"{with_interval(real.top1, of['top1_real'])}, {real.images:,} images"
         rows.append(("top-1 by ReaL labels", by_real))
@@ -116,10 +123,11 @@ def _show_comparison(result: Any) -> None:
     single = all(one.details is not None for one in models)
     restricted = single and any(m.metrics.top1_restricted != m.metrics.top1 for m in models)
     real = single and any(m.details.real is not None for m in models)
+    top5 = single and any(m.details.num_outputs >= MIN_TOP5_CLASSES for m in models)
     columns = ["model", "images"]
     if single:
         columns += ["top-1"] + ["among the data's"] * restricted + ["ReaL"] * real
-        columns += ["top-5", "loss", "calibration error"]
+        columns += ["top-5"] * top5 + ["loss", "calibration error"]
     else:
         columns += ["mean average precision", "loss"]
     rows = []
@@ -130,7 +138,7 @@ def _show_comparison(result: Any) -> None:
             row.append(with_interval(m.top1, one.intervals.of["top1"]))
             row += [percent(m.top1_restricted)] * restricted
             row += [percent_or_dash(one.details.real and one.details.real.top1, " %")] * real
-            row += [percent(m.top5), f"{m.loss:.4f}", f"{m.ece:.4f}"]
+            row += [percent(m.top5)] * top5 + [f"{m.loss:.4f}", f"{m.ece:.4f}"]
         else:
             row += [percent(m.map), f"{m.loss:.4f}"]
         rows.append(row)
@@ -164,7 +172,8 @@ def show_run_comparison(result: Any) -> None:
         [name, *("-" if value is None else f"{value:,.4g}" for value in values)]
         for name, values in result.results.items()
     ]
-    print_table("results", columns, results)
+    splits = [["split", *(split or "-" for split in result.splits)]]
+    print_table("results", columns, splits + results)
     first, *others = result.runs
     for run, pair in zip(others, result.paired, strict=True):
         print_facts(f"{run} compared with {first}", paired_rows(pair, first, run))
@@ -189,10 +198,12 @@ def show_suite(result: Any) -> None:
         row = [f"mean of {group}", "", "", percent_or_dash(mean), ""]
         means = [_mean(one["tasks"], names) for one in published.values()]
         rows.append(row + [percent_or_dash(mean) for mean in means])
-    row = [f"mean of {len(facts['tasks'])} tasks", "", "", percent_or_dash(facts["mean"]), ""]
-    rows.append(row + [percent_or_dash(one["mean"]) for one in published.values()])
-    method = "fine-tuning" if facts["method"] == "finetune" else "few-shot"
-    print_table(f"{facts['suite']}, {method}: test accuracy in %", columns, rows)
+    if facts["method"] != "pretrain":  # a mean over different models means nothing
+        row = [f"mean of {len(facts['tasks'])} tasks", "", "", percent_or_dash(facts["mean"]), ""]
+        rows.append(row + [percent_or_dash(one["mean"]) for one in published.values()])
+    method = METHODS[facts["method"]]
+    splits = "/".join(sorted({task["split"] for task in facts["tasks"].values() if task["split"]}))
+    print_table(f"{facts['suite']}, {method}: {splits} accuracy in %", columns, rows)
     show_next(f"each task is a run in {facts['run']}")
 
 

@@ -31,7 +31,8 @@ def show_fewshot(result: Any) -> None:
     features = "" if features == "pre-logits" else f" ({features})"
     title = (
         f"{METHODS[facts['method']].title} accuracy of {result.model}{features} on {result.data}: "
-        f"{result.classes} classes, {result.test_images:,} test images, {result.dim} features"
+        f"{result.classes} classes, {result.test_images:,} {result.split} images, "
+        f"{result.dim} features"
     )
     print_table(title, columns, rows)
     for shots, found in facts["shots"].items():

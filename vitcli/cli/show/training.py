@@ -32,14 +32,19 @@ def show_trained(result: Any) -> None:
         ("steps", f"{result.steps:,} ({result.images:,} images)"),
         ("time", f"{result.seconds:.0f} s, {result.images_per_second:.0f} images/s"),
     ]
-    if "accuracy" in figures and "images" in figures:
-        shown = with_interval(figures["accuracy"], accuracy_interval(figures))
-        counted = f"{shown} of {figures['images']:,.0f} images"
-        rows.append(("test accuracy", counted))
-    if "map" in figures:
-        counted = f"{percent(figures['map'])} of {figures['images']:,.0f} images"
-        rows.append(("test mean average precision", counted))
-        rows.append(("test micro F1 at 0.5", percent(figures["micro_f1"])))
+    for found in filter(None, (result.validation, figures)):
+        split = found.get("split", "test")  # runs of earlier versions do not name it
+        if "accuracy" in found and "images" in found:
+            shown = with_interval(found["accuracy"], accuracy_interval(found))
+            rows.append((f"{split} accuracy", f"{shown} of {found['images']:,.0f} images"))
+        if "map" in found:
+            counted = f"{percent(found['map'])} of {found['images']:,.0f} images"
+            rows.append((f"{split} mean average precision", counted))
+            rows.append((f"{split} micro F1 at 0.5", percent(found["micro_f1"])))
+    if "best_fewshot_accuracy" in figures:
+        best = f"{percent(figures['best_fewshot_accuracy'])} at step "
+        last = percent(figures["fewshot_accuracy"])
+        rows.append(("few-shot accuracy", f"{last}; best {best}{figures['best_fewshot_step']:,}"))
     rows += [
         (name.removeprefix("train/"), f"{value:.4f}")
         for name, value in figures.items()

@@ -5,6 +5,7 @@ is uint8; normalisation and mixing run on the device for the whole batch.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import exp, log, sqrt
 
 import numpy as np
@@ -27,12 +28,14 @@ from vitcli.data.augment.policies import (
 )
 from vitcli.data.image_set import AnyPicture
 from vitcli.decode import Box, ImageInput, open_image
-from vitcli.errors import unknown
+from vitcli.errors import VitcliError, unknown
 from vitcli.preprocess import RESAMPLING, Preprocess, as_array
 
 # The crop of Inception (Szegedy et al. 2014), which the ViT paper trains with: width / height.
 MIN_RATIO, MAX_RATIO = 3 / 4, 4 / 3
 CROP_ATTEMPTS = 10
+TF_MAX_RATIO, TF_ATTEMPTS = 1.33, 100  # defaults of tf.image.sample_distorted_bounding_box
+RESIZE_FACTOR = 7 / 6  # 448 px for 384, as the official code resizes before its crop
 TORCH_FILTERS = {"bilinear", "bicubic"}  # torch resizes bytes like Pillow with these, and faster
 
 
@@ -54,18 +57,55 @@ def inception_crop(
     It follows torchvision's `RandomResizedCrop`. The box is drawn before anything is decoded, so
     that a large JPEG is decoded at the smallest scale at which the box still has the model's size.
     """
-    return resized_crop(image, inception_box(image.size, rng, settings.min_area), preprocess)
+    inner = preprocess.inner_box(image.size)
+    box = inception_box(size_of(inner), rng, settings.min_area)
+    return resized_crop(image, shifted(box, inner), preprocess)
 
 
-def resized_crop(image: AnyPicture, box: Box, preprocess: Preprocess) -> Pixels:
-    """(C, Y, X): the part of the image in `box`, resized to the model's size."""
+def tensorflow_crop(
+    image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
+) -> Pixels:
+    """The crop of TensorFlow, with which the official code trains; see `tensorflow_box`."""
+    inner = preprocess.inner_box(image.size)
+    box = tensorflow_box(size_of(inner), rng, settings.min_area)
+    return resized_crop(image, shifted(box, inner), preprocess, reduce=False)
+
+
+def resize_crop(
+    image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
+) -> Pixels:
+    """Squash the image to `resize_size`, and cut the model's size from a random place.
+
+    Section 3.3 of BiT (Kolesnikov et al., 2020). It keeps most of the image, unlike an inception
+    crop.
+    """
     rows, columns = preprocess.image_size
+    factor = settings.resize_size / min(rows, columns) if settings.resize_size else RESIZE_FACTOR
+    larger = round(rows * factor), round(columns * factor)
+    squash = replace(
+        preprocess, image_size=larger, resize_mode="squash", resize_size=None, crop_fraction=1.0
+    )
+    resized = squash.fit(image.whole())
+    top, left = (int(rng.integers(a - b + 1)) for a, b in zip(larger, (rows, columns), strict=True))
+    return as_array(resized.crop((left, top, left + columns, top + rows)))
+
+
+def resized_crop(
+    image: AnyPicture, box: Box, preprocess: Preprocess, *, reduce: bool = True
+) -> Pixels:
+    """(C, Y, X): the part of the image in `box`, resized to the model's size.
+
+    Args:
+        reduce: decode a large JPEG at a smaller scale. This smooths, which TensorFlow does not.
+    """
+    rows, columns = preprocess.image_size
+    at_least = (columns, rows) if reduce else None
     if preprocess.interpolation not in TORCH_FILTERS:
-        part = image.part(box, at_least=(columns, rows))
+        part = image.part(box, at_least=at_least)
         return as_array(part.resize((columns, rows), RESAMPLING[preprocess.interpolation]))
     # Within two grey levels of Pillow in a fraction of the time (recipes/RESULTS.md), if torch sees
     # that the channels lie last in memory.
-    pixels = torch.from_numpy(image.pixels(box, at_least=(columns, rows)))
+    pixels = torch.from_numpy(image.pixels(box, at_least=at_least))
     pixels = pixels[None, ..., None] if pixels.ndim == 2 else pixels[None]  # (1, Y, X, C)
     resized = F.interpolate(
         pixels.permute(0, 3, 1, 2),
@@ -74,6 +114,17 @@ def resized_crop(image: AnyPicture, box: Box, preprocess: Preprocess) -> Pixels:
         antialias=preprocess.antialias,
     )
     return resized[0].numpy()  # (C, Y, X)
+
+
+def size_of(box: Box) -> tuple[int, int]:
+    """(width, height) of a box."""
+    return box[2] - box[0], box[3] - box[1]
+
+
+def shifted(box: Box, inner: Box) -> Box:
+    """A box in pixels of the part `inner`, in pixels of the whole image."""
+    left, top = inner[:2]
+    return box[0] + left, box[1] + top, box[2] + left, box[3] + top
 
 
 def inception_box(size: tuple[int, int], rng: Rng, min_area: float) -> Box:
@@ -92,6 +143,34 @@ def inception_box(size: tuple[int, int], rng: Rng, min_area: float) -> Box:
     h = max(1, min(height, round(width / MIN_RATIO)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def tensorflow_box(size: tuple[int, int], rng: Rng, min_area: float) -> Box:
+    """A random crop box as tf.image.sample_distorted_bounding_box draws it.
+
+    It draws the ratio uniformly, and then the height uniformly among those that fit. So small boxes
+    are more frequent than in `inception_box`: of a square image with `min_area` 0.05, the mean area
+    is 0.375 instead of 0.464. Source: tensorflow/core/kernels/sample_distorted_bounding_box_op.cc.
+    """
+    width, height = size
+    for _ in range(TF_ATTEMPTS):
+        ratio = MIN_RATIO + (TF_MAX_RATIO - MIN_RATIO) * rng.random()
+        lowest = round(sqrt(min_area * width * height / ratio))
+        highest = min(height, round(sqrt(width * height / ratio)))
+        if round(highest * ratio) > width:
+            highest = int((width + 0.5) / ratio)
+            highest -= round(highest * ratio) > width
+        h = lowest + int(rng.integers(highest - lowest + 1)) if lowest < highest else highest
+        w = round(h * ratio)
+        if w * h < min_area * width * height:  # rounded to a box that is a pixel too small
+            h += 1
+            w = round(h * ratio)
+        if 0 < w <= width and 0 < h <= height and w * h >= min_area * width * height:
+            # TensorFlow never draws the last place.
+            top = int(rng.integers(height - h)) if h < height else 0
+            left = int(rng.integers(width - w)) if w < width else 0
+            return left, top, left + w, top + h
+    return 0, 0, width, height
 
 
 def padded_crop(
@@ -113,6 +192,8 @@ def no_crop(
 
 CROPS: dict[str, Callable[[AnyPicture, Rng, Preprocess, AugmentSettings], Pixels]] = {
     "inception": inception_crop,
+    "inception_tf": tensorflow_crop,
+    "resize": resize_crop,
     "pad": padded_crop,
     "none": no_crop,
 }
@@ -147,6 +228,12 @@ class TrainTransform:
     def __init__(self, preprocess: Preprocess, section: AugmentSection) -> None:
         self.preprocess = preprocess
         self.settings = resolve_augment(section)
+        side, smallest = self.settings.resize_size, min(preprocess.image_size)
+        if self.settings.crop == "resize" and side is not None and side < smallest:
+            raise VitcliError(
+                f"`augment.resize_size` = {side} is below the image size of {smallest} px",
+                f"`--set augment.resize_size={round(RESIZE_FACTOR * smallest)}`, or remove it",
+            )
 
     def __call__(self, image: ImageInput, rng: Rng) -> Tensor:
         """A path, file, bytes or Pillow image -> (C, Y, X) uint8."""

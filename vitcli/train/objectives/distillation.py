@@ -135,7 +135,8 @@ class Distill(Objective):
                 pixels, size=theirs.image_size, mode="bilinear", antialias=True, align_corners=False
             )
         x = (pixels - _column(theirs.mean, images)) / _column(theirs.std, images)
-        logits = teacher(x).float()  # (B, K of the teacher)
+        # A calibrated teacher's probabilities are those after its own temperature.
+        logits = teacher(x).float() / teacher.temperature  # (B, K of the teacher)
         return logits[:, self.columns]
 
 

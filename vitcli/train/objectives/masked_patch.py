@@ -111,6 +111,13 @@ def maskable(model: Network, objective: str) -> VisionTransformer:
             "use a Vision Transformer, such as `--set model.name=S/16`",
         )
     config = model.config
+    side = config.pixels_per_patch
+    if any(pixels % side for pixels in config.image_size):  # a hybrid, whose stem pads
+        raise VitcliError(
+            f"objective `{objective}` predicts whole patches of {side} px, and they do not fill "
+            f"an image of {config.image_size[0]}x{config.image_size[1]} px",
+            f"`--set model.image_size=` a multiple of {side}",
+        )
     if config.pool == "map" or config.representation_size:
         what = "pool `map`" if config.pool == "map" else "`model.representation_size`"
         raise VitcliError(

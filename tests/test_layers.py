@@ -25,6 +25,8 @@ ORDER = (
     "run",
     "preprocess",
     "decode",
+    "dicom",
+    "pixels",
     "devices",
     "distributed",
     "vit",

@@ -2,6 +2,7 @@
 
 * EXIF orientation is applied, and the first of several frames is used.
 * Transparent pixels are blended with white; 16-bit and floating-point samples are scaled to bytes.
+* DICOM and JPEG XL need packages of the extras `medical` and `jxl`.
 * CMYK, Lab and embedded colour profiles are converted to sRGB.
 
 An image that cannot be read raises `ImageError` with the reason. Pillow's warnings are silenced.
@@ -15,33 +16,33 @@ import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
+from vitcli.dicom import is_dicom, read_dicom
 from vitcli.errors import VitcliError, printable
+from vitcli.pixels import Mode, PixelFormat, as_format, convert_pixels, has_wide_samples
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 ImageInput = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
-Mode = Literal["RGB", "L"]
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
-    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2",
-    ".jpe", ".jpeg", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm",
-    ".qoi", ".tga", ".tif", ".tiff", ".webp",
+    ".apng", ".avif", ".bmp", ".dcm", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif",
+    ".jp2", ".jpe", ".jpeg", ".jpg", ".jpx", ".jxl", ".mpo", ".pbm", ".pcx", ".pgm", ".png", ".pnm",
+    ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
 })
 # fmt: on
 MAX_PIXELS = 256_000_000
 REFUSED_FORMATS = frozenset({"EPS"})  # Pillow would run Ghostscript on an untrusted file
+JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL ")  # a bare codestream, a container (ISO 18181-2)
 JPEG_SCALES = (8, 4, 2)  # libjpeg decodes 8x8 blocks at 1/8, 1/4 or 1/2 of the size at little cost
 ORIENTATION_TAG = 0x0112  # EXIF
-PHOTOMETRIC_TAG = 262  # TIFF: 0 if the sample 0 is white
 METADATA_WITH_ORIENTATION = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 TRANSPOSE_OF_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -66,13 +67,16 @@ class ImageError(VitcliError):
 
 
 def read_image(
-    source: ImageInput, mode: Mode = "RGB", max_pixels: int = MAX_PIXELS, name: str | None = None
+    source: ImageInput,
+    mode: Mode | PixelFormat = "RGB",
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
 ) -> Image.Image:
     """Decode an image to an upright image in `mode` without metadata; `source` does not change.
 
     Args:
         source: a path, the bytes of a file, a binary file object or a Pillow image.
-        mode: "RGB" or "L" (greyscale).
+        mode: "RGB" or "L" (greyscale), or a `PixelFormat` with a window for wide samples.
         max_pixels: limit on the pixels that an image declares, checked before memory is allocated.
         name: the name in errors; None takes the path.
 
@@ -85,25 +89,55 @@ def read_image(
 
 @contextmanager
 def open_image(
-    source: ImageInput, mode: Mode = "RGB", max_pixels: int = MAX_PIXELS, name: str | None = None
+    source: ImageInput,
+    mode: Mode | PixelFormat = "RGB",
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
 ) -> Iterator["LazyImage"]:
     """Open an image, in a `with` block, to decode only a part of it; see `read_image`."""
+    with _identified(source, max_pixels, name) as (image, file, found):
+        with _failures_of(found):
+            is_jpeg = isinstance(image, JpegImageFile) and image.format == "JPEG"
+            again = file if is_jpeg else None
+            opened = LazyImage(image, as_format(mode), found, again, borrowed=file is None)
+        yield opened
+
+
+def read_wide_samples(source: ImageInput, name: str | None = None) -> NDArray[Any] | None:
+    """(Y, X) samples of 16 bits, 32 bits or floats as they are stored; None for an 8-bit image.
+
+    Only the header of an 8-bit image is read. DICOM samples are those of the modality.
+
+    Raises:
+        ImageError: the image cannot be read.
+    """
+    with _identified(source, MAX_PIXELS, name) as (image, _, found), _failures_of(found):
+        return np.array(image) if has_wide_samples(image) else None
+
+
+@contextmanager
+def _identified(
+    source: ImageInput, max_pixels: int, name: str | None
+) -> Iterator[tuple[Image.Image, BinaryIO | None, str]]:
+    """Yield the image, its file (None if the caller gave a Pillow image), and its name."""
     # `warnings.catch_warnings` is not thread-safe, so the filter stays; it matches only `PIL.*`.
     if _PILLOW_FILTER not in warnings.filters:
         warnings.filterwarnings("ignore", module=r"PIL\.")
     if isinstance(source, Image.Image):
         name = name or printable(getattr(source, "filename", "") or "an image in memory")
-        _check_size(source, max_pixels, name)
-        yield LazyImage(source, mode, name, borrowed=True)
+        _check_size(source.width, source.height, max_pixels, name)
+        yield source, None, name
     elif isinstance(source, str | os.PathLike):
         name = name or printable(source)
         with _open_file(source, name) as file:
-            yield _open(file, mode, max_pixels, name)
+            yield _identify(file, name, max_pixels), file, name
     elif isinstance(source, bytes | bytearray | memoryview):
-        yield _open(io.BytesIO(source), mode, max_pixels, name or f"{len(source)} bytes")
+        name, file = name or f"{len(source)} bytes", io.BytesIO(source)
+        yield _identify(file, name, max_pixels), file, name
     else:
         name = name or printable(str(getattr(source, "name", "a file object")))
-        yield _open(io.BytesIO(source.read()), mode, max_pixels, name)
+        file = io.BytesIO(source.read())
+        yield _identify(file, name, max_pixels), file, name
 
 
 class LazyImage:
@@ -120,12 +154,12 @@ class LazyImage:
     def __init__(
         self,
         image: Image.Image,
-        mode: Mode,
+        wanted: PixelFormat,
         name: str,
         file: BinaryIO | None = None,
         borrowed: bool = False,
     ) -> None:
-        self.mode: Mode = mode
+        self.wanted = wanted
         self.name = name
         self._source = image
         self._file = file
@@ -156,7 +190,7 @@ class LazyImage:
             result = stored
             if box != (0, 0, *size):
                 result = result.crop(_stored_box(box, size, self._orientation))
-            result = _convert(result, self.mode)
+            result = convert_pixels(result, self.wanted)
             if self._orientation in TRANSPOSE_OF_ORIENTATION:
                 result = result.transpose(TRANSPOSE_OF_ORIENTATION[self._orientation])
         if result is stored and self._borrowed:
@@ -180,14 +214,14 @@ class LazyImage:
             if self._decoded:  # Pillow decodes an open file only once
                 assert self._file is not None
                 self._file.seek(0)
-                image = _identify(self._file, self.name)
+                image = _identify_by_pillow(self._file, self.name, self._file.read(512))
             if scale > 1:
                 assert isinstance(image, JpegImageFile)
                 # Pillow takes the smallest decoding that still has this size, which is 1/`scale`.
                 image.draft(None, (image.width // scale, image.height // scale))
             image.load()
-            if _has_wide_samples(image):  # the white level depends on the whole image
-                image = _convert(image, self.mode)
+            if has_wide_samples(image):  # the white level depends on the whole image
+                image = convert_pixels(image, self.wanted)
         self._decoded[scale] = image
         return image
 
@@ -236,19 +270,38 @@ def _open_file(path: str | os.PathLike[str], name: str) -> BinaryIO:
         raise ImageError(name, getattr(error, "strerror", None) or str(error)) from None
 
 
-def _open(file: BinaryIO, mode: Mode, max_pixels: int, name: str) -> LazyImage:
+def _identify(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    """Open an image of any format, which need not be decoded yet, and check its size."""
     with _failures_of(name):
-        image = _identify(file, name)
-        _check_size(image, max_pixels, name)
-        is_jpeg = isinstance(image, JpegImageFile) and image.format == "JPEG"
-        return LazyImage(image, mode, name, file if is_jpeg else None)
+        head = file.read(512)
+        if not head:
+            raise ImageError(name, "the file is empty")
+        if is_dicom(head):
+            file.seek(0)
+            try:
+                return read_dicom(file, lambda x, y: _check_size(x, y, max_pixels, name))
+            except ImageError:
+                raise
+            except VitcliError as error:
+                raise ImageError(name, error.message, error.hint) from None
+        if head.startswith(JXL_STARTS):
+            _load_jpeg_xl(name)
+        image = _identify_by_pillow(file, name, head)
+        _check_size(image.width, image.height, max_pixels, name)
+        return image
 
 
-def _identify(file: BinaryIO, name: str) -> ImageFile.ImageFile:
+def _load_jpeg_xl(name: str) -> None:
+    """Register the Pillow plugin for JPEG XL."""
+    try:
+        import pillow_jxl  # noqa: F401
+    except ImportError:
+        reason = "it is a JPEG XL image, and pillow-jxl-plugin is not installed"
+        raise ImageError(name, reason, "`pip install 'vitcli[jxl]'`") from None
+
+
+def _identify_by_pillow(file: BinaryIO, name: str, head: bytes) -> ImageFile.ImageFile:
     """Do what `Image.open` does, without its size check, which no argument can turn off."""
-    head = file.read(512)
-    if not head:
-        raise ImageError(name, "the file is empty")
     tried: set[str] = set()
     complaint = ""
     for load_plugins in (Image.preinit, Image.init):
@@ -308,12 +361,12 @@ def _failures_of(name: str) -> Iterator[None]:
         raise ImageError(name, f"the file is {fault} ({text or kind})") from None
 
 
-def _check_size(image: Image.Image, max_pixels: int, name: str) -> None:
-    declared = f"it declares {image.width} x {image.height} pixels"
-    if image.width * image.height > max_pixels:
+def _check_size(width: int, height: int, max_pixels: int, name: str) -> None:
+    declared = f"it declares {width} x {height} pixels"
+    if width * height > max_pixels:
         reason = f"{declared}, more than the limit of {max_pixels:,}"
         raise ImageError(name, reason, "reduce the image first")
-    if image.width == 0 or image.height == 0:
+    if width == 0 or height == 0:
         raise ImageError(name, declared)
 
 
@@ -326,84 +379,3 @@ def _orientation(image: Image.Image) -> int:
     except Exception:
         return 1
     return value if isinstance(value, int) else 1
-
-
-def _has_wide_samples(image: Image.Image) -> bool:
-    """Return True for samples of 16 or 32 bits or in floating point."""
-    return image.mode in {"I", "F"} or image.mode.startswith("I;16")
-
-
-def _convert(image: Image.Image, mode: Mode) -> Image.Image:
-    """Convert any Pillow mode to `mode`; return the same object if nothing changes."""
-    if _has_wide_samples(image):
-        return _scale_samples(image).convert(mode)
-    alpha = None
-    if image.mode in {"P", "PA", "LA", "La", "RGBA", "RGBa"} or "transparency" in image.info:
-        if image.mode == "1":
-            image = image.convert("L")  # it keeps the transparent level
-        if image.mode not in {"LA", "RGBA"}:
-            image = image.convert("LA" if image.mode == "La" else "RGBA")
-        alpha = image.getchannel("A")
-        if alpha.getextrema() == (255, 255):
-            alpha = None
-    image = _to_srgb(image)
-    if alpha is not None:
-        opaque = image.convert("RGB")
-        image = Image.new("RGB", image.size, (255, 255, 255))
-        image.paste(opaque, mask=alpha)
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _scale_samples(image: Image.Image) -> Image.Image:
-    """Convert grey samples of 16 or 32 bits or floats to mode L; a transparent level becomes white.
-
-    White is 65535 for integers, or the largest int32 if a sample exceeds that. For floats white is
-    1, 255 or 65535, by the largest sample.
-    """
-    samples = np.asarray(image)
-    transparent = image.info.get("transparency")
-    values = np.nan_to_num(samples.astype(np.float32), nan=0.0, posinf=np.inf, neginf=0.0)
-    finite = values[np.isfinite(samples)]
-    if not finite.size:
-        raise ValueError("no pixel is a finite number")
-    top = float(finite.max())
-    if image.mode == "F":
-        white = 1.0 if top <= 2.0 else 255.0 if top <= 255.0 else max(65535.0, top)
-    else:
-        white = 65535.0 if top <= 65535.0 else float(np.iinfo(np.int32).max)
-    grey = np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8)
-    # Pillow inverts the 8-bit samples of a TIFF in which 0 is white, but not wider ones.
-    if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_TAG, 1) == 0:
-        grey = 255 - grey
-    if isinstance(transparent, int):
-        grey[samples == transparent] = 255
-    return Image.fromarray(grey)
-
-
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """Apply the embedded colour profile; keep the values if there is none or it is damaged."""
-    profile = image.info.get("icc_profile")
-    if image.mode in {"RGBA", "LA"}:  # keep the stored colours; the caller blends them
-        bands = image.split()[:-1]
-        image = Image.merge("RGB", bands) if len(bands) == 3 else bands[0]
-    try:
-        transform = _srgb_transform(profile if isinstance(profile, bytes) else None, image.mode)
-        converted = transform and ImageCms.applyTransform(image, transform)
-    except Exception:  # a damaged profile, or one for other channels: most viewers ignore it too
-        return image
-    return converted or image
-
-
-@lru_cache(maxsize=32)
-def _srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the transform to sRGB; None if the values are sRGB or have no known meaning."""
-    srgb: Any = ImageCms.createProfile("sRGB")
-    if mode == "LAB":
-        lab: Any = ImageCms.createProfile("LAB")
-        return ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
-    if profile is None or mode not in {"RGB", "L", "CMYK"}:
-        return None
-    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    if mode == "RGB" and "sRGB" in (opened.profile.profile_description or ""):
-        return None
-    return ImageCms.buildTransform(opened, srgb, mode, "RGB")

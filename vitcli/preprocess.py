@@ -42,8 +42,9 @@ from PIL import Image
 from torch import Tensor
 
 from vitcli.config.choices import CropRounding, Interpolation, ResizeMode
-from vitcli.decode import Box, ImageError, ImageInput, Mode, read_image
+from vitcli.decode import Box, ImageError, ImageInput, read_image
 from vitcli.errors import VitcliError, printable, unknown
+from vitcli.pixels import Mode, PixelFormat, Window
 
 AnyImage = ImageInput | NDArray[Any] | Tensor
 FETCH_BYTES = 512 << 20  # the largest image file that is downloaded
@@ -75,6 +76,8 @@ class Preprocess:
         num_channels: 3 (RGB) or 1 (greyscale).
         crop_rounding: how half a pixel in the crop offset is rounded: to "even" (torchvision,
             timm) or "down" (transformers).
+        window: (low, high), the samples that become black and white in images of 16 bits, 32 bits
+            or floats. None: a rule for each image; see `pixels`.
         border: pixels that are cut off each side of an image before anything else.
 
     Raises:
@@ -91,6 +94,7 @@ class Preprocess:
     num_channels: int = 3
     crop_rounding: CropRounding = "even"
     antialias: bool = True
+    window: Window | None = None
     border: int = 0
 
     def __post_init__(self) -> None:
@@ -132,11 +136,18 @@ class Preprocess:
                 f"`preprocess.mean` is {self.mean}, `preprocess.std` is {self.std}",
                 "give finite numbers; every std must be above 0",
             )
+        if self.window is not None:
+            object.__setattr__(self, "window", _checked_window(self.window))
 
     @property
     def mode(self) -> Mode:
         """Pillow's mode of the images that this transform reads."""
         return "L" if self.num_channels == 1 else "RGB"
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """The pixels that this transform reads from a file."""
+        return PixelFormat(self.mode, self.window)
 
     def __call__(self, source: AnyImage) -> Tensor:
         """A path, URL, file, bytes, Pillow image, array or tensor -> (C, Y, X), normalised.
@@ -150,7 +161,7 @@ class Preprocess:
 
     def pixels(self, source: AnyImage) -> Tensor:
         """An image, as for a call -> (C, Y, X) uint8, before normalisation."""
-        fitted = self.fit(read_image(as_image_input(source), self.mode))
+        fitted = self.fit(read_image(as_image_input(source), self.pixel_format))
         return torch.from_numpy(np.ascontiguousarray(as_array(fitted)))
 
     def fit(self, image: Image.Image) -> Image.Image:
@@ -218,7 +229,9 @@ class Preprocess:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in the header of a weights file."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return values if self.border else {k: v for k, v in values.items() if k != "border"}
+        # Without unset keys of later versions: older ones read the file, and fingerprints stay.
+        unset = {"border": 0, "window": None}
+        return {k: v for k, v in values.items() if k not in unset or v != unset[k]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -264,6 +277,19 @@ class Preprocess:
     def _mean_colour(self) -> tuple[int, ...] | int:
         colour = tuple(round(255 * value) for value in self.mean)
         return colour if self.num_channels == 3 else colour[0]
+
+
+def _checked_window(window: Any) -> Window:
+    try:
+        low, high = map(float, window)
+        if isfinite(low) and isfinite(high) and low < high:
+            return low, high
+    except (TypeError, ValueError):
+        pass
+    raise VitcliError(
+        f"`preprocess.window` is {window}",
+        "give two numbers, the lower one first: `--set preprocess.window=[0,4095]`",
+    )
 
 
 def as_image_input(source: AnyImage) -> ImageInput:

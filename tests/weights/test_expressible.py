@@ -142,6 +142,7 @@ PREPROCESS = {
     "num_channels": [{"mean": (0.1,)}],  # always that of the model
     "crop_rounding": [{"crop_rounding": "down", "resize_mode": "crop"}],
     "antialias": [{"antialias": False, "interpolation": "bilinear"}],
+    "window": [{"window": (-160.0, 240.0)}],
     "border": [{"border": 2}],
 }
 TRAVELS = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from vitcli.config.recipe import load_inference
 from vitcli.config.schema import DataSection, Settings
 from vitcli.data.contact_sheet import SheetRow, draw_sheet
 from vitcli.data.image_set import ImageSet, Integers
+from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError, quoted
 from vitcli.files import replacing
+from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
 
 MAX_EXAMPLES = 5  # class names in one line
@@ -41,6 +43,8 @@ class CheckResult:
         source: its splits and classes.
         training: what a training run makes of the data, or the error that it stops with.
         scan: the facts about each readable image; a "row" below is a row of it.
+        samples: the wide samples of the training images; None if they have 8 bits.
+        window: the window that training takes for them.
         groups: (n,) group numbers, equal for images that show the same.
         sheet: file of the contact sheet, or None.
     """
@@ -51,6 +55,8 @@ class CheckResult:
     scan: DatasetScan
     groups: Integers
     sheet: str | None
+    samples: SampleRange | None = None
+    window: Window | None = None
 
     def name(self, row: int) -> str:
         """The name of the image of a row."""
@@ -150,6 +156,11 @@ class CheckResult:
             lines.append(f"training stops: {self.training.message}")
         if not len(self.scan):
             lines.append("no image can be read")
+        if self.samples and self.samples.is_dark:
+            lines.append(
+                f"{self.samples.describe()}: images are nearly black in programs that take 65535 "
+                "as white; training takes the window above"
+            )
         for key, pairs in self.leaks.items():
             first, _, later = key.partition(" -> ")
             found = counted(len(pairs), f"{later} image is", f"{later} images are")
@@ -206,6 +217,17 @@ class CheckResult:
             "notes": list(self.training.notes),
         }
 
+    def _samples_json(self) -> dict[str, Any] | None:
+        if self.samples is None:
+            return None
+        return {
+            "bits": self.samples.bits,
+            "min": self.samples.low,
+            "max": self.samples.high,
+            "images": self.samples.num_images,
+            "window": list(self.window or self.samples.window),
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The object of `check --json`."""
         scan, size = self.scan, self.scan.size
@@ -235,6 +257,7 @@ class CheckResult:
             "odd_aspect": [self.name(int(row)) for row in self.odd_aspect],
             "height": _min_median_max(size[:, 0]),
             "width": _min_median_max(size[:, 1]),
+            "samples": self._samples_json(),
             "suggested": self.suggestion,
             "sheet": self.sheet,
         }
@@ -279,7 +302,8 @@ def run(
         VitcliError: the data cannot be read, or `out` cannot be written.
     """
     watch = watch or Quiet()
-    section = load_inference(settings).data
+    inference = load_inference(settings)
+    section, window = inference.data, inference.preprocess.window
     if out is not None and out.suffix.lower() != ".png":
         raise VitcliError(f"`--out {out}` is not a .png file", "write `--out samples.png`")
     source = open_data(section, data, whole=True, labelled=False, watch=watch)
@@ -287,13 +311,17 @@ def run(
     made = () if isinstance(training, VitcliError) else training.notes
     for line in dict.fromkeys([*source.notes, *made]):
         watch.note(line)
-    scan = scan_dataset(source, workers=workers, watch=watch)
+    seen = source if isinstance(training, VitcliError) else training
+    samples = measure_samples(next(iter(seen.splits.values())))
+    window = window or (samples.window if samples else None)
+    scan = scan_dataset(source, window=window, workers=workers, watch=watch)
     watch.note("comparing images")
     groups = group_duplicates(scan.hashes, scan.thumbnails)
     if out is not None:
         with replacing(out) as temporary:
-            samples(source, scan).save(temporary, format="PNG")
-    return CheckResult(data, source, training, scan, groups, None if out is None else str(out))
+            draw_samples(source, scan, window).save(temporary, format="PNG")
+    sheet = None if out is None else str(out)
+    return CheckResult(data, source, training, scan, groups, sheet, samples, window)
 
 
 def _open_for_training(section: DataSection, data: str) -> Source | VitcliError:
@@ -304,7 +332,7 @@ def _open_for_training(section: DataSection, data: str) -> Source | VitcliError:
         return error
 
 
-def samples(source: Source, scan: DatasetScan) -> Image.Image:
+def draw_samples(source: Source, scan: DatasetScan, window: Window | None) -> Image.Image:
     """A contact sheet of the first split with one row per class."""
     images = next(iter(source.splits.values()))
     rows = []
@@ -312,4 +340,5 @@ def samples(source: Source, scan: DatasetScan) -> Image.Image:
         members = scan.index[(scan.split == 0) & (scan.label == label)]
         chosen = members[:: max(1, len(members) // SHEET_COLUMNS)][:SHEET_COLUMNS]
         rows.append(SheetRow(name, [int(index) for index in chosen]))
-    return draw_sheet(rows, images.read, columns=SHEET_COLUMNS, side=SHEET_SIDE)
+    read = partial(images.read, mode=PixelFormat("RGB", window))
+    return draw_sheet(rows, read, columns=SHEET_COLUMNS, side=SHEET_SIDE)

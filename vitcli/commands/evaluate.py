@@ -34,7 +34,7 @@ from vitcli.evals.real_labels import read_real_labels, real_targets
 from vitcli.files import check_folder, make_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_output, run_stem
-from vitcli.weights.load import load_model, load_settings, newest_run
+from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
 
@@ -250,7 +250,7 @@ def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
     if rank_and_world_size()[0] == 0:
         if result.files:
             make_folder(task.folder)
-            write_evaluation_files(result, images)
+            write_evaluation_files(result, images, require_preprocess(net).pixel_format)
         if fitted is not None and record is not None:
             # Last: if anything above fails, the weights file is unchanged.
             make_folder(fitted.file.parent)

@@ -12,6 +12,7 @@ from torch import nn
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import FewshotSection, Inference, Settings
+from vitcli.data.sample_range import with_window
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.evals.feature_cache import CachedFeatures
@@ -171,6 +172,8 @@ def run(
     _check_out(out, inference.fewshot)
     net = load_model(model, watch=watch, **load_settings(inference.model, inference.preprocess))
     source = _open(data, net, inference, watch)
+    if net.preprocess is not None:
+        net.preprocess = with_window(net.preprocess, source.split("train"), watch)
     set_representation(net, inference.fewshot.representation)
     for line in source.notes:
         watch.note(line)

@@ -10,6 +10,7 @@ from torch import Tensor
 from vitcli.config.choices import ResizeMode
 from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.readers import DATA_SUFFIXES
+from vitcli.data.sample_range import with_window
 from vitcli.data.source import load_data
 from vitcli.decode import IMAGE_SUFFIXES, read_image
 from vitcli.errors import VitcliError, printable
@@ -24,7 +25,7 @@ from vitcli.inspection.patch_grids import (
     patch_statistics,
 )
 from vitcli.preprocess import Preprocess
-from vitcli.progress import Watcher
+from vitcli.progress import Quiet, Watcher
 from vitcli.vit.patches import patchify, unpatchify
 
 DEFAULT_IMAGE_SIZE = 224
@@ -257,7 +258,7 @@ def _patchify_image(
     reconstruct: str | None,
     notes: tuple[str, ...],
 ) -> PatchifyResult:
-    original = read_image(source, preprocess.mode)
+    original = read_image(source, preprocess.pixel_format)
     image = preprocess.fit(original)
     picture = draw_grid(image, patch_size)
     patches = patchify(preprocess.pixels(original)[None], patch_size)[0]  # (N, P*P*C)
@@ -304,6 +305,8 @@ def _patchify_data(
     watch: Watcher | None,
 ) -> PatchifyResult:
     data = load_data(source, **columns, whole=True, labelled=False, watch=watch)
+    images = data.splits.get("train") or next(iter(data.splits.values()))
+    preprocess = with_window(preprocess, images, watch or Quiet())
     result = PatchifyResult(
         source=printable(source),
         kind="data",
@@ -323,7 +326,9 @@ def _patchify_data(
         )
         return replace(result, broken=broken)
     side = round(max(preprocess.image_size) / STORED_CROP)
-    stored = write_decoded(data, target, side=side, workers=workers, watch=watch)
+    stored = write_decoded(
+        data, target, side=side, window=preprocess.window, workers=workers, watch=watch
+    )
     note = (
         f"the shorter side is at most {side} px, enough for crops of {preprocess.image_size[0]} px"
     )

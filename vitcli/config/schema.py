@@ -170,6 +170,17 @@ class PreprocessSection(Section):
     std: PositiveFloat | tuple[PositiveFloat, ...] | None = setting(
         None, "Standard deviation per channel, pixels in 0 to 1."
     )
+    window: tuple[float, float] | None = setting(
+        None,
+        "Samples that become black and white in images of 16 bits, 32 bits or floats, e.g. "
+        "`[-160, 240]` for CT. Default: that of the weights, else chosen from the training images.",
+    )
+
+    @model_validator(mode="after")
+    def _check_window(self) -> Self:
+        if self.window is not None and not -math.inf < self.window[0] < self.window[1] < math.inf:
+            raise ValueError("`window` must be two finite numbers, the lower one first")
+        return self
 
 
 class DataSection(Section):

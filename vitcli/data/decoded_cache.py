@@ -31,6 +31,7 @@ from vitcli.data.source import Source
 from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import exclusive, make_folder, read_json, replacing, write_text
+from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
 
 LOCK = ".lock"
@@ -58,6 +59,7 @@ def write_decoded(
     out: Path,
     *,
     side: int,
+    window: Window | None = None,
     workers: int | None = None,
     watch: Watcher | None = None,
 ) -> DecodedCache:
@@ -71,6 +73,7 @@ def write_decoded(
         out: a new or empty folder, or one where this call was interrupted.
         side: pixels. With the size that evaluation resizes to before its crop, evaluation sees the
             same pixels as with the originals.
+        window: see `Preprocess`; it is recorded, and models that train on the folder take it.
         workers: threads; None uses one per core.
         watch: receives progress.
 
@@ -86,6 +89,7 @@ def write_decoded(
         "source": source.notation,
         "fingerprint": source.fingerprint,
         "multi_label": source.multi_label,
+        **({"window": list(window)} if window else {}),  # older versions write none
     }
     if not _is_complete(out, plan):
         _check_folder(out)
@@ -93,7 +97,7 @@ def write_decoded(
         with exclusive(out / LOCK, partial(_busy, out)):
             if not _is_complete(out, plan):  # by another process, before the lock
                 _start(out, plan)
-                counts, broken = _write_missing(source, out, side, workers, watch, plan)
+                counts, broken = _write_missing(source, out, workers, watch, plan)
                 return DecodedCache(counts, _num_bytes(out), tuple(broken))
     watch.note(f"{printable(out)}: already complete, nothing to do")
     counts, broken = _summary(source, out)[:2]
@@ -106,7 +110,7 @@ def _num_bytes(out: Path) -> int:
 
 def _is_complete(out: Path, plan: dict[str, Any]) -> bool:
     finished = _read_plan(out / DESCRIPTION)
-    return {key: finished.get(key) for key in plan} == plan
+    return {key: finished.get(key) for key in {*plan, "window"}} == {"window": None, **plan}
 
 
 def _busy(out: Path) -> VitcliError:
@@ -116,7 +120,7 @@ def _busy(out: Path) -> VitcliError:
 
 
 def _write_missing(
-    source: Source, out: Path, side: int, workers: int, watch: Watcher, plan: dict[str, Any]
+    source: Source, out: Path, workers: int, watch: Watcher, plan: dict[str, Any]
 ) -> tuple[dict[str, int], list[str]]:
     """Write what is missing: (split -> readable images, a line for each other image)."""
     total = sum(len(images) for images in source.splits.values())
@@ -130,8 +134,9 @@ def _write_missing(
                     with replacing(targets_file(out, name)) as temporary:
                         images.targets.tofile(temporary)
                 with PixelWriter(out, name) as writer:
+                    small = partial(_decode_small, images, plan["side"], plan.get("window"))
                     rest = range(writer.rows, len(images))
-                    for image in map_in_order(partial(_decode_small, images, side), rest, workers):
+                    for image in map_in_order(small, rest, workers):
                         writer.add(image, int(images.labels[writer.rows]))
                         bar.advance()
         counts, broken, digests = _summary(source, out)
@@ -254,10 +259,11 @@ def _complete_rows(folder: Path, split: str) -> int:
     return int(short[0]) if len(short) else len(index)
 
 
-def _decode_small(images: ImageSet, side: int, index: int) -> Pixels | None:
+def _decode_small(images: ImageSet, side: int, window: Window | None, index: int) -> Pixels | None:
     """(Y, X, 3) with a shorter side of at most `side`; None if the image cannot be read."""
     try:
-        with open_image(images.content(index), name=images.describe(index)) as picture:
+        content, wanted = images.content(index), PixelFormat("RGB", window)
+        with open_image(content, wanted, name=images.describe(index)) as picture:
             image = picture.whole()
             shorter = min(image.size)
             if shorter > side:

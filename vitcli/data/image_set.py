@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.decode import Box, ImageError, ImageInput, LazyImage, Mode, open_image, read_image
+from vitcli.decode import Box, ImageError, ImageInput, LazyImage, open_image, read_image
 from vitcli.errors import printable
+from vitcli.pixels import Mode, PixelFormat, Window, as_format
 
 Integers = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
@@ -209,7 +210,7 @@ class ImageSet:
         self._store = store
         self._rows = np.arange(len(self.labels)) if rows is None else rows
         self._cache: list[Pixels | None] | None = None
-        self._cache_mode: Mode | None = None  # set by the first read, which decides on the cache
+        self._cached: PixelFormat | None = None  # set by the first read, which decides on the cache
         self._lock = threading.Lock()
         assert len(self._rows) == len(self.labels)
         assert targets is None or targets.shape == (len(self.labels), len(self.classes))
@@ -228,6 +229,11 @@ class ImageSet:
         return bool(getattr(self._store, "is_decoded", False))
 
     @property
+    def stored_window(self) -> Window | None:
+        """The window that decoded pixels were made with; None for other stores."""
+        return getattr(self._store, "window", None)
+
+    @property
     def decodes_each_epoch(self) -> bool:
         """True if every epoch decodes the images again; known after the first read."""
         in_memory = self.is_cached or isinstance(self._store, ArrayStore)
@@ -238,34 +244,36 @@ class ImageSet:
         """True if decoded images stay in memory; known after the first read."""
         return self._cache is not None
 
-    def read(self, index: int, mode: Mode = "RGB") -> Image.Image:
-        """A copy of the image, upright, in `mode`. Thread-safe.
+    def read(self, index: int, mode: Mode | PixelFormat = "RGB") -> Image.Image:
+        """A copy of the image, upright, in `mode`; see `read_image`. Thread-safe.
 
         Raises:
             ImageError: the image cannot be read.
         """
-        cache = self._cache_for(mode)
+        wanted = as_format(mode)
+        cache = self._cache_for(wanted)
         if cache is None:
-            return self._decode(index, mode)
-        return Image.fromarray(self._cached_pixels(index, mode, cache))
+            return self._decode(index, wanted)
+        return Image.fromarray(self._cached_pixels(index, wanted, cache))
 
     @contextmanager
-    def open(self, index: int, mode: Mode = "RGB") -> Iterator[AnyPicture]:
+    def open(self, index: int, mode: Mode | PixelFormat = "RGB") -> Iterator[AnyPicture]:
         """The image as a picture that decodes only the part and the scale that are needed.
 
         Raises:
             ImageError: the image cannot be read, now or when the picture is decoded.
         """
-        cache = self._cache_for(mode)
+        wanted = as_format(mode)
+        cache = self._cache_for(wanted)
         row = int(self._rows[index])
         if cache is not None:
-            yield ArrayPicture(self._cached_pixels(index, mode, cache), self.describe(index))
-        elif mode == "RGB" and self.is_decoded:
+            yield ArrayPicture(self._cached_pixels(index, wanted, cache), self.describe(index))
+        elif wanted.mode == "RGB" and self.is_decoded:
             pixels: Any = self._store
             yield ArrayPicture(pixels.pixels(row), self._store.describe(row))
         else:
             content, name = self._store.content(row), self._store.describe(row)
-            with open_image(content, mode, name=name) as picture:
+            with open_image(content, wanted, name=name) as picture:
                 yield picture
 
     def content(self, index: int) -> ImageInput:
@@ -334,38 +342,38 @@ class ImageSet:
         names = [self.classes[label] for label in np.flatnonzero(self.targets[index])]
         return "; ".join(names) or "(none)"
 
-    def _decode(self, index: int, mode: Mode) -> Image.Image:
+    def _decode(self, index: int, wanted: PixelFormat) -> Image.Image:
         row = int(self._rows[index])
-        return read_image(self._store.content(row), mode, name=self._store.describe(row))
+        return read_image(self._store.content(row), wanted, name=self._store.describe(row))
 
-    def _cache_for(self, mode: Mode) -> list[Pixels | None] | None:
+    def _cache_for(self, wanted: PixelFormat) -> list[Pixels | None] | None:
         """The cache of decoded pixels, with None for images not read yet; None without a cache."""
-        return self._cache if self._cache_mode == mode else self._choose_cache(mode)
+        return self._cache if self._cached == wanted else self._choose_cache(wanted)
 
-    def _cached_pixels(self, index: int, mode: Mode, cache: list[Pixels | None]) -> Pixels:
+    def _cached_pixels(self, index: int, wanted: PixelFormat, cache: list[Pixels | None]) -> Pixels:
         pixels = cache[index]
         if pixels is None:
-            pixels = np.asarray(self._decode(index, mode))
+            pixels = np.asarray(self._decode(index, wanted))
             cache[index] = pixels
         return pixels
 
-    def _choose_cache(self, mode: Mode) -> list[Pixels | None] | None:
-        """Decide at the first read if decoded pixels stay in memory; they have one mode."""
+    def _choose_cache(self, wanted: PixelFormat) -> list[Pixels | None] | None:
+        """Decide at the first read if decoded pixels stay in memory; they have one format."""
         with self._lock:
-            if self._cache_mode is None:
-                if not self.is_decoded and self._estimate_bytes(mode) <= CACHE_BYTES:
+            if self._cached is None:
+                if not self.is_decoded and self._estimate_bytes(wanted) <= CACHE_BYTES:
                     self._cache = [None] * len(self)
-                self._cache_mode = mode  # set last, because `_cache_for` reads it without the lock
-            return self._cache if self._cache_mode == mode else None
+                self._cached = wanted  # set last, because `_cache_for` reads it without the lock
+            return self._cache if self._cached == wanted else None
 
-    def _estimate_bytes(self, mode: Mode) -> float:
+    def _estimate_bytes(self, wanted: PixelFormat) -> float:
         """The decoded size of all images in bytes, estimated from a few of them."""
         sizes = []
         for index in np.linspace(0, len(self) - 1, min(PROBES, len(self))).astype(int):
             row = int(self._rows[index])
             try:
-                with open_image(self._store.content(row), mode) as picture:
-                    sizes.append(picture.size[0] * picture.size[1] * len(mode))
+                with open_image(self._store.content(row), wanted) as picture:
+                    sizes.append(picture.size[0] * picture.size[1] * len(wanted.mode))
             except ImageError:
                 continue
         return float(np.mean(sizes)) * len(self) if sizes else 0.0

@@ -34,8 +34,9 @@ from vitcli.data.image_set import (
     Stream,
 )
 from vitcli.data.prefetch import Prefetcher, Submit, default_workers
-from vitcli.decode import ImageError, Mode, open_image
+from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError
+from vitcli.pixels import PixelFormat
 from vitcli.preprocess import Preprocess, as_array
 
 STREAM_PREFETCH = 2  # batches of a stream that are decoded ahead
@@ -226,8 +227,8 @@ class TrainLoader:
             rngs = [rng_of(i) for i in part.tolist()]
             for i, rng in zip(part.tolist(), rngs, strict=True):
                 use = partial(write, i, rng)
-                index, mode = int(indices[i]), preprocess.mode
-                shown[i] = self._read_or_replace(source, index, mode, use, unreadable)
+                index, wanted = int(indices[i]), preprocess.pixel_format
+                shown[i] = self._read_or_replace(source, index, wanted, use, unreadable)
             return unreadable
 
         parts = np.array_split(np.arange(len(indices)), max(1, min(self.workers, len(indices))))
@@ -245,7 +246,7 @@ class TrainLoader:
         self,
         source: ImageSet,
         index: int,
-        mode: Mode,
+        wanted: PixelFormat,
         use: Callable[[AnyPicture], None],
         unreadable: list[tuple[str, str]],
     ) -> int:
@@ -255,7 +256,7 @@ class TrainLoader:
                 unreadable.append(self._unreadable[candidate])
                 continue
             try:
-                with source.open(candidate, mode) as image:
+                with source.open(candidate, wanted) as image:
                     use(image)
                 return candidate
             except ImageError as error:
@@ -289,7 +290,7 @@ class TrainLoader:
     ) -> Iterator[tuple[int, int, int, Pixels]]:
         """(epoch, index, label, pixels) of the readable images, in the order of the stream."""
         assert self.transform is not None
-        transform, mode = self.transform, self.transform.preprocess.mode
+        transform, wanted = self.transform, self.transform.preprocess.pixel_format
         no_image = VitcliError(
             f"the stream of {len(stream.shards)} files has no labelled image that can be read",
             "name the columns with `--set data.image_column=NAME` and `data.label_column=NAME`",
@@ -307,7 +308,7 @@ class TrainLoader:
         def decode(epoch: int, index: int, sample: Any) -> Any:
             rng = image_rng(self.seed, epoch, index)
             try:
-                with open_image(sample.content, mode, name=sample.name) as image:
+                with open_image(sample.content, wanted, name=sample.name) as image:
                     pixels = transform.view(image, rng)
             except ImageError as error:
                 return epoch, index, error, None
@@ -376,7 +377,7 @@ def eval_batches(
             failures = []
             for i in part:
                 try:
-                    image = images.read(int(indices[i]), preprocess.mode)
+                    image = images.read(int(indices[i]), preprocess.pixel_format)
                     pixels[i] = as_array(preprocess.fit(image))
                 except ImageError as error:
                     readable[i] = False

@@ -22,6 +22,7 @@ from vitcli.data.image_set import ImageSet, Integers, Pixels
 from vitcli.data.prefetch import map_in_order
 from vitcli.data.source import Source
 from vitcli.decode import ImageError, read_image
+from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
 
 Hashes = NDArray[np.uint64]
@@ -174,12 +175,17 @@ ImageFacts = tuple[tuple[int, int], bytes, int, Pixels]
 
 
 def scan_dataset(
-    source: Source, *, workers: int | None = None, watch: Watcher | None = None
+    source: Source,
+    *,
+    window: Window | None = None,
+    workers: int | None = None,
+    watch: Watcher | None = None,
 ) -> DatasetScan:
     """Read every image of every split once.
 
     Args:
         source: the dataset.
+        window: see `Preprocess`.
         workers: threads; None uses one per core.
         watch: receives progress.
     """
@@ -194,7 +200,11 @@ def scan_dataset(
     n = 0
     with watch.progress("images", total) as bar:
         for number, images in enumerate(source.splits.values()):
-            scanned = map_in_order(partial(_scan_image, images), range(len(images)), workers)
+            scanned = map_in_order(
+                partial(_scan_image, images, PixelFormat("RGB", window)),
+                range(len(images)),
+                workers,
+            )
             for index, facts in enumerate(scanned):
                 bar.advance()
                 if isinstance(facts, ImageError):
@@ -210,13 +220,13 @@ def scan_dataset(
     )  # fmt: skip
 
 
-def _scan_image(images: ImageSet, index: int) -> ImageFacts | ImageError:
+def _scan_image(images: ImageSet, wanted: PixelFormat, index: int) -> ImageFacts | ImageError:
     """(height and width, digest, perceptual hash, thumbnail) of an image, or the error."""
     try:
         content, name = images.content(index), images.describe(index)
         if isinstance(content, str | os.PathLike):
             content = _read_file(Path(content), name)
-        image = read_image(content, name=name)
+        image = read_image(content, wanted, name=name)
         stored = bytes(content) if isinstance(content, bytes) else image.tobytes()
         digest = hashlib.sha256(stored).digest()[:16]
         grey = np.asarray(image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX))

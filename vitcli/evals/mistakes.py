@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from vitcli.data.image_set import ImageSet
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
 from vitcli.evals.scoring import ImageScores
+from vitcli.pixels import PixelFormat
 
 NUM_WORST = 24  # images
 NUM_PAIRS = 10  # pairs of classes
@@ -96,7 +98,7 @@ def find_mistakes(
 
 
 def draw_mistakes(
-    mistakes: Mistakes, images: ImageSet, display_names: Mapping[str, str]
+    mistakes: Mistakes, images: ImageSet, wanted: PixelFormat, display_names: Mapping[str, str]
 ) -> Image.Image:
     """Draw the images, each with its true class, its predicted class and the probability."""
 
@@ -114,4 +116,4 @@ def draw_mistakes(
         rows.append(row(title, mistakes.worst[start : start + NUM_COLUMNS]))
     for pair in mistakes.confused:
         rows.append(row(f"{caption(pair)}\n{pair.images} of {pair.of} images", pair.examples))
-    return draw_sheet(rows, images.read, columns=NUM_COLUMNS, side=IMAGE_SIZE)
+    return draw_sheet(rows, partial(images.read, mode=wanted), columns=NUM_COLUMNS, side=IMAGE_SIZE)

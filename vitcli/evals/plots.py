@@ -14,6 +14,7 @@ from vitcli.evals.evaluate import Evaluation
 from vitcli.evals.mistakes import draw_mistakes
 from vitcli.evals.scoring import ReliabilityBins, SingleLabelMetrics
 from vitcli.files import replacing
+from vitcli.pixels import PixelFormat
 
 MAX_DRAWN_CLASSES = 100  # labels of a larger picture are not legible
 MAX_COUNTED_CLASSES = 20  # up to here the picture also has the counts
@@ -31,8 +32,8 @@ def evaluation_files(result: Evaluation, folder: Path) -> dict[str, str]:
     return {key: str(folder / name) for key, name in names.items()}
 
 
-def write_evaluation_files(result: Evaluation, images: ImageSet) -> None:
-    """Write `result.files`; their folder exists."""
+def write_evaluation_files(result: Evaluation, images: ImageSet, wanted: PixelFormat) -> None:
+    """Write `result.files`; their folder exists. `wanted` are the pixels of the mistakes."""
     details, metrics = result.details, result.metrics
     if details is None or not isinstance(metrics, SingleLabelMetrics):
         return
@@ -54,7 +55,7 @@ def write_evaluation_files(result: Evaluation, images: ImageSet) -> None:
         ]
     write_reliability(files["reliability"], diagrams)
     if "mistakes" in files:
-        sheet = draw_mistakes(details.mistakes, images, details.display_names)
+        sheet = draw_mistakes(details.mistakes, images, wanted, details.display_names)
         with replacing(files["mistakes"]) as temporary:
             sheet.save(temporary, format="PNG")
 

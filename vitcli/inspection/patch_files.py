@@ -98,7 +98,9 @@ def store_token_set(
 
 def _metadata(source: str, patch_size: int, preprocess: Preprocess) -> dict[str, str]:
     rows, columns = preprocess.image_size
+    window = {"window": json.dumps(preprocess.window)} if preprocess.window else {}
     return {
+        **window,
         "source": printable(source),
         "patch_size": str(patch_size),
         "image_size": f"{rows}x{columns}",

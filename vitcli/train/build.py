@@ -15,6 +15,7 @@ from vitcli.data.augment.transform import CROPS, TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
 from vitcli.data.image_set import BatchSource, ImageSet, Stream
 from vitcli.data.loader import TrainLoader
+from vitcli.data.sample_range import with_window
 from vitcli.data.source import Source, open_data
 from vitcli.devices import (
     Precision,
@@ -65,10 +66,12 @@ def build_loop(
     run: Run,
     accelerator: Any,
     watch: Watcher,
+    resumed: Run | None = None,
 ) -> Loop:
     """Build everything that trains. The caller decides how many steps the loop makes.
 
-    The directory of `run` need not exist yet, so that wrong settings leave nothing behind.
+    The directory of `run` need not exist yet, so that wrong settings leave nothing behind. A run
+    that is `resumed` keeps its window.
 
     Raises:
         VitcliError: settings that do not fit the data, the model or each other.
@@ -83,6 +86,11 @@ def build_loop(
     # Model, trainable weights, objective. Every random draw starts from the seed of the recipe.
     set_seed(recipe.train.seed)
     model, train = make_model(source), recipe.train
+    assert model.preprocess is not None
+    if resumed is None or not (known := resumed.provenance()):
+        model.preprocess = with_window(model.preprocess, source.splits["train"], watch)
+    else:
+        model.preprocess = replace(model.preprocess, window=known.get("window"))
     for note in freeze_and_adapt(model.network, recipe.lora, train.freeze, train.seed):
         watch.note(note)
     check_patch_drop(recipe, model.network)

@@ -149,7 +149,7 @@ def train(
     images = record_images(source, watch) if is_main else None
     if old is not None and is_main:
         check_same_data(old, source, images)
-    loop = build_loop(recipe, source, make_model, planned, accelerator, log)
+    loop = build_loop(recipe, source, make_model, planned, accelerator, log, old)
 
     if old is None:  # only now, so that bad settings and bad data leave no directory
         if resume:
@@ -320,6 +320,7 @@ def facts_of(loop: Loop, source: Source, precision: str) -> dict[str, Any]:
             "fingerprint": source.fingerprint,
             **source.splitting,
         },
+        "window": model.preprocess.window if model.preprocess else None,
         "parameters": num_parameters(model.network),
         "precision": precision,
         "device": str(loop.device),

@@ -144,6 +144,8 @@ TIMM = (
          "timm rounds an odd crop margin to even: some crops move by 1 px", ("even",)),
     Lost("preprocess.antialias", "timm smooths images that it shrinks, this model does not",
          (True,)),
+    Lost("preprocess.window", "the window of 16-bit, 32-bit and float images, which is {}, is not "
+         "stored: map such images to 8 bits with it first", (None,)),
     Lost("preprocess.border", "timm does not cut a border off its images", (0,)),
     Refused("preprocess.resize_size", "timm stores it as a fraction of a square crop", (),
             _resize_that_timm_lacks, "--set preprocess.crop_fraction=…", "replaces the resize"),
@@ -210,6 +212,8 @@ HUGGINGFACE = (
          "instead", (), lambda c: c.num_channels == 1),
     Lost("preprocess", "no preprocessing is known, so none is written: `pipeline` needs it", (),
          lambda model: model.preprocess is None),
+    Lost("preprocess.window", "the window of 16-bit, 32-bit and float images, which is {}, is not "
+         "stored: map such images to 8 bits with it first", (None,)),
     Lost("preprocess.crop_rounding", "transformers rounds an odd crop margin down: some crops move "
          "by 1 px (avoid it with `--set preprocess.crop_rounding=down`)", ("down",),
          lambda p: p.resize_mode != "squash" or resized_size(p) != p.image_size),

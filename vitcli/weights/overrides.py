@@ -19,6 +19,7 @@ PREPROCESS_KEYS = (
     "border",
     "mean",
     "std",
+    "window",
 )
 PICTURES = (1, 3)  # numbers of channels that an image file can give: grey and RGB
 MODEL_KEYS = (

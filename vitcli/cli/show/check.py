@@ -26,6 +26,10 @@ def show_check(result: Any) -> None:
     for name in ("height", "width"):
         if found := facts[name]:
             rows.append((name, f"{found['min']} to {found['max']}, median {found['median']}"))
+    if found := facts["samples"]:
+        low, high = found["window"]
+        seen = f"{found['min']:g} to {found['max']:g} in {found['images']} images"
+        rows.append(("samples", f"{found['bits']} bits, {seen}; window {low:g} to {high:g}"))
     if hint := facts["suggested"]:
         said = (
             f"--set model.image_size={hint['image_size']} --set model.patch_size="
@@ -33,7 +37,7 @@ def show_check(result: Any) -> None:
         )
         rows.append(("suggested", said))
     if facts["sheet"]:
-        rows.append(("samples", facts["sheet"]))
+        rows.append(("sheet", facts["sheet"]))
     print_facts(result.data, rows)
     splits = list(facts["splits"])
     classes = sorted(facts["classes"].items(), key=lambda item: item[1][splits[0]])

@@ -64,7 +64,7 @@ class TTATransform:
         """
         if self.crops == 1:
             return self.preprocess.pixels(source)[None]  # (1, C, Y, X)
-        image = read_image(as_image_input(source), self.preprocess.mode)
+        image = read_image(as_image_input(source), self.preprocess.pixel_format)
         resized, (rows, columns) = self.preprocess.resize(image), self.preprocess.image_size
         right, bottom = resized.width - columns, resized.height - rows
         corners = [(0, 0), (right, 0), (0, bottom), (right, bottom)]

@@ -237,7 +237,7 @@ class TrainTransform:
 
     def __call__(self, image: ImageInput, rng: Rng) -> Tensor:
         """A path, file, bytes or Pillow image -> (C, Y, X) uint8."""
-        with open_image(image, self.preprocess.mode) as opened:
+        with open_image(image, self.preprocess.pixel_format) as opened:
             return torch.from_numpy(np.ascontiguousarray(self.view(opened, rng)))
 
     def view(self, image: AnyPicture, rng: Rng) -> Pixels:

@@ -19,7 +19,7 @@ from vitcli.data.formula.scenes import render_scenes
 from vitcli.data.formula.shapes import CLASSES, Integers, KeyedUniform, hash_keys
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import DataRequest, Source, fingerprint
-from vitcli.decode import Mode
+from vitcli.pixels import Mode, PixelFormat, as_format
 
 NUM_TRAIN = 1_000_000
 NUM_TEST = 2_048
@@ -56,10 +56,10 @@ class FormulaSet:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, index: int, mode: Mode = "RGB") -> Image.Image:
+    def read(self, index: int, mode: Mode | PixelFormat = "RGB") -> Image.Image:
         """The image without augmentation."""
         images = render_scenes(self.seed, self._scenes[[index]], self.image_size, None)
-        return Image.fromarray(images[0].transpose(1, 2, 0)).convert(mode)
+        return Image.fromarray(images[0].transpose(1, 2, 0)).convert(as_format(mode).mode)
 
     def describe(self, index: int) -> str:
         """The name of an image in errors and tables."""

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, Strict, ValidationError
 
 from vitcli.data.image_set import ImageSet, Integers, Pixels
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
 from vitcli.files import read_json
+from vitcli.pixels import Window
 
 FORMAT = 1
 NEWER = range(FORMAT + 1, 1000)
@@ -51,6 +52,8 @@ class Description(BaseModel):
     source: InstanceOf[str]
     fingerprint: str
     multi_label: bool = False  # the first version has no such key
+    # JSON has lists only; without one, no image had wide samples.
+    window: Annotated[tuple[float, float] | None, Strict(False)] = None
 
 
 def is_decoded(folder: Path) -> bool:
@@ -80,11 +83,13 @@ class PixelStore:
         folder: the decoded dataset.
         split: the split.
         index: (n,) of INDEX, readable images only.
+        window: the window that the pixels were made with; see `Preprocess`.
     """
 
     is_decoded = True
 
-    def __init__(self, folder: Path, split: str, index: Any) -> None:
+    def __init__(self, folder: Path, split: str, index: Any, window: Window | None = None) -> None:
+        self.window = window
         self.name = f"{split} of {printable(folder)}"
         self.path = folder / f"{split}.pixels"
         self.index = index
@@ -162,13 +167,17 @@ def load_decoded(request: DataRequest) -> Source:
         targets = None
         if described.multi_label:
             targets = _read_targets(folder, name, (len(index), len(classes)))[readable]
-        store = PixelStore(folder, name, index[readable])
+        store = PixelStore(folder, name, index[readable], described.window)
         labels = store.index["label"].astype(np.int64)
         sets[name] = ImageSet(name, classes, labels, store, targets=targets)
     notes = [f"{shown}: decoded from {described.source}, shorter side at most {described.side} px"]
     if skipped:
         notes.append(f"{shown}: {skipped:,} unreadable images were skipped")
     parts = [described.fingerprint.encode(), str(described.side).encode()]
+    if described.window is not None:
+        low, high = described.window
+        notes.append(f"{shown}: made with the window [{low:g}, {high:g}]")
+        parts.append(str(described.window).encode())
     return make_source(request, sets, parts, notes)
 
 

@@ -268,7 +268,7 @@ def test_a_run_on_a_stream_is_planned(shards, tmp_path, monkeypatch):
     facts = plan.run(recipe, shards, **request).to_json()
     assert facts["steps"] == 10 and facts["measured"]
     stream_settings["train"] = {"epochs": 2.0}
-    with pytest.raises(VitcliError, match="epochs cannot be planned"):
+    with pytest.raises(VitcliError, match="number of images in a stream is unknown"):
         plan.run(recipe, shards, **request)
 
 

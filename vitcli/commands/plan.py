@@ -188,16 +188,9 @@ def _default_model(stated: RecipeHeader, watch: Watcher) -> str:
 
 
 def _count_images(recipe: Recipe, source: Source) -> int:
-    """The number of training images; a stream does not know it."""
+    """The number of training images. A stream does not know it, and needs it for epochs only."""
     images: ImageSet | Stream = source.splits["train"]
-    if images.kind != "stream":
-        return len(images)
-    if recipe.train.epochs is not None:
-        raise VitcliError(
-            "the number of images in a stream is unknown, so epochs cannot be planned",
-            "give `--steps N` instead of epochs",
-        )
-    return 1
+    return 1 if images.kind == "stream" and recipe.train.epochs is None else len(images)
 
 
 def _make_model(recipe: Recipe, source: Source, weights: bool, watch: Watcher) -> LoadedModel:

@@ -243,7 +243,13 @@ def test_a_terminal_with_colours_shows_pictures(pictures, monkeypatch):
         results_look.show_inspection(result)
         shown[colour] = out.file.getvalue()
     assert shown[True].count("▀") > 500 and "▀" not in shown[False]
-    for words in ("attention rollout", "Rank 1", "R2, shifted 4 px", "uniform", "index.html"):
+    for words in (
+        "attention rollout",
+        "Rank 1",
+        "R2 at a shift of 1 cell ",
+        "uniform",
+        "index.html",
+    ):
         assert words in shown[False]
 
 

@@ -514,10 +514,10 @@ def test_numbered_parts_beside_a_table(tmp_path):
 
 
 def test_the_hint_says_what_was_skipped(tmp_path):
-    root = build(tmp_path, [".git/1.png", "scans/1.dcm", "scans/2.dcm"])
+    root = build(tmp_path, [".git/1.png", "scans/1.svs", "scans/2.svs"])
     with pytest.raises(VitcliError, match="has no images") as caught:
         load_data(str(root))
-    for words in ("hidden files: `.git`", "not images: 2 .dcm", "expected `CLASS/*.jpg`"):
+    for words in ("hidden files: `.git`", "not images: 2 .svs", "expected `CLASS/*.jpg`"):
         assert words in str(caught.value.hint)
 
 

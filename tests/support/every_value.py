@@ -31,6 +31,7 @@ VALUES: dict[str, list[Any]] = {
     "preprocess.resize_size": [24],
     "preprocess.mean": [0.4, [0.4, 0.5, 0.6]],
     "preprocess.std": [0.3, [0.2, 0.3, 0.4]],
+    "preprocess.window": [[0.0, 4095.0]],
     "data.name": ["table.csv", "folder"],
     "data.image_column": ["file"],
     "data.label_column": ["kind"],

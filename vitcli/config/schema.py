@@ -172,8 +172,8 @@ class PreprocessSection(Section):
     )
     window: tuple[float, float] | None = setting(
         None,
-        "Samples that become black and white in images of 16 bits, 32 bits or floats, e.g. "
-        "`[-160, 240]` for CT. Default: that of the weights, else chosen from the training images.",
+        "Black and white level of images of 16 bits, 32 bits or floats, e.g. `[-160, 240]` for CT. "
+        "Default: that of the weights, else from the training images.",
     )
 
     @model_validator(mode="after")

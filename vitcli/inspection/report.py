@@ -355,7 +355,8 @@ def bias_table(rows: Sequence[BiasRow]) -> list[list[str]]:
     ]
     for i, shift in enumerate(found[0].shifts):
         values = (r2(e.r2[i]) for e in found)
-        lines.append([f"R2 at a shift of {shift / found[0].cell:g} cells", *values])
+        cells = shift / found[0].cell
+        lines.append([f"R2 at a shift of {cells:g} cell{'s' * (cells != 1)}", *values])
         lines.append(["  inner half", *(r2(e.inner[i]) for e in found)])
         lines.append(["  control: not moved", *(r2(e.unmoved[i]) for e in found)])
         lines.append(["  control: other image", *(r2(e.unrelated[i]) for e in found)])

@@ -173,6 +173,9 @@ class Stream(Protocol):
     kind: Literal["stream"]
     shards: tuple[Any, ...]
 
+    def __len__(self) -> int:
+        """Raise a VitcliError: the length is unknown."""
+
     def epoch(self, seed: Sequence[int], rank: int, world_size: int) -> Iterator[Any]:
         """The samples of this process, in an order that `seed` determines."""
 

@@ -120,6 +120,7 @@ def _compare(first: Evaluation, second: Evaluation) -> Pair:
     one, two = first.metrics, second.metrics
     if not (isinstance(one, MultiLabelMetrics) and isinstance(two, MultiLabelMetrics)):
         return "measured in other ways"
+    # The jackknife leaves out the same image in both models.
     if not np.array_equal(first.indices, second.indices):
         return "measured on other images"
     assert first.leave_out is not None and second.leave_out is not None

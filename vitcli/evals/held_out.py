@@ -32,9 +32,12 @@ def choose_images(
     whole = open_data(section, data, whole=True, min_classes=1, watch=watch, streams=True)
     if section.streaming:
         return whole, whole.split("test", "validation")
+    # The record in the weights comes first: it finds each image by its content, so it holds after
+    # images were added, removed or renamed. A fingerprint only tells that nothing has changed.
     known = known_images(whole, net.split_record, watch)
     if known is not None and net.split_record is not None:
         if known.held_out is not None:
+            # The usual split has the fingerprint that runs and feature caches know.
             with suppress(VitcliError):
                 usual = open_data(section, data)
                 if same_splits(usual, known.source):

@@ -87,6 +87,7 @@ def build_loop(
     set_seed(recipe.train.seed)
     model, train = make_model(source), recipe.train
     assert model.preprocess is not None
+    # A resume must not choose again: the window decides the pixels, and so the weights.
     if resumed is None or not (known := resumed.provenance()):
         model.preprocess = with_window(model.preprocess, source.splits["train"], watch)
     else:
@@ -99,34 +100,10 @@ def build_loop(
     objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
     model.network.checkpoint_activations = train.activation_checkpointing
 
-    # Sharding comes before the optimizers, which must see the sharded parameters.
-    if train.fully_shard:
-        shard_module(objective.to(accelerator.device))
-    optimizers = build_optimizers(objective, recipe.optim)
-    if train.compile:
-        # In place, so that parameter names stay. Static shapes: there are few image sizes.
-        objective.compile(dynamic=False)
-    if train.fully_shard:
-        # FSDP2 already moves and synchronises; Accelerate adds only its precision (no DDP wrapper).
-        wrapped = accelerator.prepare_model(objective, evaluation_mode=True)
-        optimizer = accelerator.prepare(JointOptimizer(optimizers))
-    else:
-        wrapped, optimizer = accelerator.prepare(objective, JointOptimizer(optimizers))
-    # Checkpoints, averages and schedules use the unwrapped objects: the names of their tensors must
-    # not depend on the number of processes.
-    objective = accelerator.unwrap_model(wrapped)
-    decay = train.ema_decay
-    state = TrainState(
-        objective,
-        optimizers,
-        Ema(objective, decay, warmup=train.ema_warmup) if decay else None,
-        accelerator.scaler,
-    )
+    wrapped, optimizer, state = _prepare(objective, recipe, accelerator)
 
-    preprocess = model.preprocess
-    assert preprocess is not None
     # Validation uses the transform that is stored with the weights, training its own augmentation.
-    loader = make_loader(recipe, source, preprocess, accelerator)
+    loader = make_loader(recipe, source, model.preprocess, accelerator)
     evaluations: dict[str, Callable[..., Validation]] = {
         name: partial(run_validation, model, source.splits[name], accelerator, watch, loader.broken)
         for name in held_out_splits(source)
@@ -148,6 +125,32 @@ def build_loop(
         recorder=_make_recorder(recipe, run, accelerator, watch, loader, objective),
         evaluations=evaluations,
     )
+
+
+def _prepare(objective: Objective, recipe: Recipe, accelerator: Any) -> tuple[Any, Any, TrainState]:
+    """(wrapped objective, wrapped optimizer, what a checkpoint holds) for this process's device."""
+    train = recipe.train
+    # Sharding comes before the optimizers, which must see the sharded parameters.
+    if train.fully_shard:
+        shard_module(objective.to(accelerator.device))
+    optimizers = build_optimizers(objective, recipe.optim)
+    if train.compile:
+        # In place, so that parameter names stay. Static shapes: there are few image sizes.
+        objective.compile(dynamic=False)
+    if train.fully_shard:
+        # FSDP2 already moves and synchronises; Accelerate adds only its precision (no DDP wrapper).
+        wrapped = accelerator.prepare_model(objective, evaluation_mode=True)
+        optimizer = accelerator.prepare(JointOptimizer(optimizers))
+    else:
+        wrapped, optimizer = accelerator.prepare(objective, JointOptimizer(optimizers))
+    # Checkpoints, averages and schedules use the unwrapped objects: the names of their tensors must
+    # not depend on the number of processes.
+    objective = accelerator.unwrap_model(wrapped)
+    # The average starts at the initial weights, so it is made before the first step.
+    average = None
+    if train.ema_decay:
+        average = Ema(objective, train.ema_decay, warmup=train.ema_warmup)
+    return wrapped, optimizer, TrainState(objective, optimizers, average, accelerator.scaler)
 
 
 def _make_recorder(

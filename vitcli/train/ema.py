@@ -25,6 +25,8 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Add the parameters after update `step` to the average."""
+        # The warm-up follows TensorFlow's `ExponentialMovingAverage(num_updates=...)`: without it,
+        # the average of a short run consists mostly of the initial weights.
         cap = (1.0 + step) / (10.0 + step) if self.warmup else 1.0
         weight = 1.0 - min(self.decay, cap)
         parameters = dict(module.named_parameters())

@@ -53,6 +53,7 @@ def record_images(source: Source, watch: Watcher) -> RecordedImages | None:
         return None
     rows: list[ImageRow] = []
     root = _common_root(list(sets.values()))
+    # Class names are part of the hash, because an output of the model is a position in this list.
     parts, keys = [repr(source.classes).encode()], {}
     with watch.progress("images recorded", total) as bar:
         for name, images in sets.items():
@@ -106,12 +107,15 @@ def describe_changes(before: tuple[ImageRow, ...], now: tuple[ImageRow, ...]) ->
     """What is different, such as `2 images added (cat/9.png, cat/10.png)`; empty if unknown."""
     old, new = ({row.path: row for row in rows} for rows in (before, now))
     lost, gained = [p for p in old if p not in new], [p for p in new if p not in old]
+    # A path that is gone and a new path with the same content are one renamed image. Copies share
+    # their content, so each lost path pairs with one new path only.
     contents = Counter(old[path].content for path in lost)
     renamed = []
     for path in gained:
         if contents[new[path].content]:
             contents[new[path].content] -= 1
             renamed.append(path)
+    found_again = set(renamed)
     moved = Counter(new[path].content for path in renamed)
     removed = []
     for path in lost:
@@ -121,12 +125,13 @@ def describe_changes(before: tuple[ImageRow, ...], now: tuple[ImageRow, ...]) ->
             removed.append(path)
     kept = [path for path in new if path in old]
     kinds = {
-        "added": [path for path in gained if path not in set(renamed)],
+        "added": [path for path in gained if path not in found_again],
         "removed": removed,
         "renamed or moved to another class": renamed,
         "edited or exchanged": [p for p in kept if old[p].content != new[p].content],
         "relabelled": [p for p in kept if old[p].label != new[p].label],
     }
+    # Any change above can move other images between the splits, so alone it is worth a line.
     if not any(kinds.values()):
         kinds["in another split"] = [p for p in kept if old[p].split != new[p].split]
     return [
@@ -150,7 +155,8 @@ def check_same_data(run: Run, source: Source, images: RecordedImages | None) -> 
     known = run.provenance().get("data", {})
     changes: list[str] = []
     if images is not None and known.get("content"):
-        if known["content"] == images.content:  # also under other names
+        # Names are not compared: a moved or renamed folder gives the same batches.
+        if known["content"] == images.content:
             return
         changes = describe_changes(read_rows(run.path / ROWS_FILE), images.rows)
         changes = changes or ["their order, labels or splits differ"]

@@ -116,9 +116,8 @@ def train(
         VitcliError: bad input, a loss that is not finite, or a full disk.
         Stopped: a signal came; the state is saved.
     """
-    started = (
-        distributed.started_at or time.monotonic()
-    )  # a budget counts from the start of the program
+    # A budget counts from the start of the program, imports included.
+    started = distributed.started_at or time.monotonic()
     if track is not None:
         check_tracker(track)
     if recipe.data.name is None:

@@ -105,6 +105,7 @@ def with_fewshot(
     }
     for fault in [text for text, applies in faults.items() if applies]:
         raise VitcliError(f"`train.fewshot_shots` {fault}", "remove `train.fewshot_shots`")
+    # The same shots at every evaluation: the accuracies of a run then differ by its weights only.
     held_out, classes = source.splits[split], len(train.classes)
     drawn = train.subset(draw_shots(train.labels, section.fewshot_shots, 0, classes))
 
@@ -160,6 +161,7 @@ def _validate_multi_label(
         loss += float(
             binary_cross_entropy_with_logits(logits, batch.labels.float(), reduction="sum")
         )
+    # `gather_object` and not `gather`: processes may have read different numbers of images.
     parts = [(scores, targets, loss)]
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object

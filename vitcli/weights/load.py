@@ -95,21 +95,13 @@ def load_model(
         labels=read_labels(labels),
         preprocess=settings,
     )
+    method: Resize | None = position_resize  # type: ignore[assignment]  # checked above
     if is_variant(source) and not Path(source).exists():
         model = _variant(source, overrides, seed, patch_size)
-        if position_resize is not None and isinstance(model.network, VisionTransformer):
-            model.network.position_resize = position_resize  # type: ignore[assignment]
+        if method is not None and isinstance(model.network, VisionTransformer):
+            model.network.position_resize = method
     else:
-        checkpoint = read_checkpoint(source, overrides, watch)
-        default: Resize = "bilinear" if checkpoint.layout == "google" else DEFAULT_RESIZE
-        # The weights of a run remember the method that they were trained with.
-        stored = checkpoint.position_resize or default
-        method: Resize = position_resize or stored  # type: ignore[assignment]  # checked above
-        # A new patch size changes the grid too, so the positions are resampled once, with it.
-        at = overrides.image_size if patch_size is None else None
-        model = build_model(checkpoint, source, image_size=at, position_resize=method)
-        if patch_size is not None:
-            change_patch_size(model, patch_size, overrides.image_size)
+        model = _stored(source, overrides, method, patch_size, watch)
     if pool is not None:
         change_pool(model, pool)
     if isinstance(preprocess, Preprocess):
@@ -119,6 +111,26 @@ def load_model(
         model.labels = None
     if overrides.labels is not None:
         _set_labels(model, overrides.labels)
+    return model
+
+
+def _stored(
+    source: str,
+    overrides: Overrides,
+    method: Resize | None,
+    patch_size: int | None,
+    watch: Watcher | None,
+) -> LoadedModel:
+    """A model from a file, a folder or the network."""
+    checkpoint = read_checkpoint(source, overrides, watch)
+    default: Resize = "bilinear" if checkpoint.layout == "google" else DEFAULT_RESIZE
+    # The weights of a run remember the method that they were trained with.
+    method = method or checkpoint.position_resize or default
+    # A new patch size changes the grid too, so the positions are resampled once, with it.
+    size = overrides.image_size if patch_size is None else None
+    model = build_model(checkpoint, source, image_size=size, position_resize=method)
+    if patch_size is not None:
+        change_patch_size(model, patch_size, overrides.image_size)
     return model
 
 

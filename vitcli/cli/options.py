@@ -223,6 +223,10 @@ Set = Annotated[
     ),
 ]
 Json = Annotated[bool, option(OUTPUT, "--json", help="Print the result as JSON to stdout.")]
+Epochs = Annotated[float | None, schema_option(TRAINING, "train.epochs", "--epochs")]
+Steps = Annotated[int | None, schema_option(TRAINING, "train.steps", "--steps")]
+Budget = Annotated[str | None, schema_option(TRAINING, "train.budget", "--budget")]
+TrainBatch = Annotated[int | None, schema_option(TRAINING, "train.batch_size", "--batch-size")]
 ImageSize = Annotated[int | None, schema_option(MODEL, "model.image_size", "--image-size")]
 Labels = Annotated[
     Path | None, option(MODEL, "--labels", help="File with class names, one per line.")
@@ -278,12 +282,10 @@ class TrainOptions:
     recipe: Annotated[
         str | None, option(TRAINING, "--recipe", help="Name or file of a recipe.")
     ] = None
-    epochs: Annotated[float | None, schema_option(TRAINING, "train.epochs", "--epochs")] = None
-    steps: Annotated[int | None, schema_option(TRAINING, "train.steps", "--steps")] = None
-    budget: Annotated[str | None, schema_option(TRAINING, "train.budget", "--budget")] = None
-    batch_size: Annotated[
-        int | None, schema_option(TRAINING, "train.batch_size", "--batch-size")
-    ] = None
+    epochs: Epochs = None
+    steps: Steps = None
+    budget: Budget = None
+    batch_size: TrainBatch = None
     lr: Annotated[float | None, schema_option(TRAINING, "optim.lr", "--lr")] = None
     seed: Annotated[int | None, schema_option(TRAINING, "train.seed", "--seed")] = None
     on_nan: Annotated[str | None, schema_option(TRAINING, "train.on_nan", "--on-nan")] = None
@@ -323,12 +325,10 @@ class PlanOptions:
     """The options of `plan`: the run's settings, the machine and its prices."""
 
     model: ModelName = None
-    epochs: Annotated[float | None, schema_option(TRAINING, "train.epochs", "--epochs")] = None
-    steps: Annotated[int | None, schema_option(TRAINING, "train.steps", "--steps")] = None
-    budget: Annotated[str | None, schema_option(TRAINING, "train.budget", "--budget")] = None
-    batch_size: Annotated[
-        int | None, schema_option(TRAINING, "train.batch_size", "--batch-size")
-    ] = None
+    epochs: Epochs = None
+    steps: Steps = None
+    budget: Budget = None
+    batch_size: TrainBatch = None
     image_size: ImageSize = None
     images: Annotated[
         int | None,

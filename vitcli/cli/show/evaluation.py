@@ -50,9 +50,10 @@ def _single_label_rows(result: Any) -> Rows:
     rows.append(("loss", f"{m.loss:.4f}"))
     error, interval = result.details.calibration_error, of["ece"]
     shown = f"{m.ece:.4f}; a calibrated model shows {error.if_calibrated:.4f} on these images"
-    corrected = f"{error.debiased:.4f} (no interval: {result.intervals.reasons.get('ece')})"
+    spread = f"no interval: {result.intervals.reasons.get('ece')}"
     if interval is not None:
-        corrected = f"{error.debiased:.4f} ({interval[0]:.4f} to {interval[1]:.4f})"
+        spread = f"{interval[0]:.4f} to {interval[1]:.4f}"
+    corrected = f"{error.debiased:.4f} ({spread})"
     return [*rows, ("calibration error", shown), ("without the bias of few images", corrected)]
 
 

@@ -35,6 +35,7 @@ PLAIN_SECONDS = 20.0  # between two progress lines when stderr is not a terminal
 SHOWN = {
     "loss": "loss {:.3f}",
     "accuracy": "acc {:.1%}",
+    "mae": "MAE {:.4g}",
     "images_per_second": "{:.0f} img/s",
     "mfu": "MFU {:.0%}",
     "memory_mb": "{:,.0f} MB",
@@ -76,6 +77,8 @@ def figures_text(figures: Mapping[str, float]) -> str:
     for split in ("validation", "test"):
         if f"{split}_accuracy" in figures:
             parts.append(f"{split} {figures[f'{split}_accuracy']:.1%}")
+        if f"{split}_mae" in figures:
+            parts.append(f"{split} MAE {figures[f'{split}_mae']:.4g}")
         if f"{split}_map" in figures:
             parts.append(f"{split} mAP {figures[f'{split}_map']:.1%}")
     return "  ".join(parts)

@@ -308,7 +308,10 @@ class AugmentSection(Section):
 class ObjectiveSection(Section):
     """The training objective, and the settings that one or a few objectives have."""
 
-    name: str = setting("auto", "Objective. `auto`: softmax, or sigmoid for multi-label data.")
+    name: str = setting(
+        "auto",
+        "Objective. `auto`: softmax, or sigmoid for multi-label data. `mse` predicts a number.",
+    )
     head_bias: float | None = setting(
         None, "Initial bias of a new sigmoid head: -10 for ImageNet-21k, -6.9 for ImageNet-1k."
     )

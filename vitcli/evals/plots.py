@@ -1,4 +1,4 @@
-"""Files of an evaluation: confusion matrix, reliability diagram, sheet of mistakes."""
+"""Files of an evaluation: confusion matrix, reliability diagram, mistakes, or a scatter plot."""
 
 import csv
 import warnings
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from vitcli.data.image_set import ImageSet
 from vitcli.evals.evaluate import Evaluation
 from vitcli.evals.mistakes import draw_mistakes
+from vitcli.evals.regression import PredictedNumbers
 from vitcli.evals.scoring import ReliabilityBins, SingleLabelMetrics
 from vitcli.files import replacing
 from vitcli.pixels import PixelFormat
@@ -22,6 +23,8 @@ MAX_COUNTED_CLASSES = 20  # up to here the picture also has the counts
 
 def evaluation_files(result: Evaluation, folder: Path) -> dict[str, str]:
     """The value of `Evaluation.files`: paths in `folder` of the files that will be written."""
+    if result.numbers is not None:
+        return {"scatter": str(folder / "scatter.png")}
     if result.details is None:
         return {}
     names = {"confusion": "confusion.csv", "reliability": "reliability.png"}
@@ -34,6 +37,8 @@ def evaluation_files(result: Evaluation, folder: Path) -> dict[str, str]:
 
 def write_evaluation_files(result: Evaluation, images: ImageSet, wanted: PixelFormat) -> None:
     """Write `result.files`; their folder exists. `wanted` are the pixels of the mistakes."""
+    if result.numbers is not None:
+        write_scatter(Path(result.files["scatter"]), result.numbers)
     details, metrics = result.details, result.metrics
     if details is None or not isinstance(metrics, SingleLabelMetrics):
         return
@@ -105,6 +110,19 @@ def write_confusion(
                 axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(drawn, ax=axes, label="share of the true class", shrink=0.7)
     _save_figure(figure, picture)
+
+
+def write_scatter(path: Path, numbers: PredictedNumbers) -> None:
+    """Draw predicted over true numbers, one point per image, with the line of equal numbers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(numbers.targets, numbers.predicted, ".", color="#4878a8", markersize=4, alpha=0.6)
+    axes.axline((float(numbers.targets.mean()),) * 2, slope=1, color="grey", linestyle="--")
+    axes.set_xlabel(f"true {numbers.name}")
+    axes.set_ylabel(f"predicted {numbers.name}")
+    _save_figure(figure, path)
 
 
 def write_reliability(path: Path, diagrams: Sequence[tuple[str, ReliabilityBins, float]]) -> None:

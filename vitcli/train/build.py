@@ -177,7 +177,8 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
         VitcliError: there is no such data, or no training split.
     """
     section = recipe.data
-    source = open_data(section, watch=watch, streams=True)
+    numeric = objective_class(recipe.objective.name).regression
+    source = open_data(section, watch=watch, streams=True, numeric=numeric)
     for note in source.notes:
         watch.note(note)
     if "train" not in source.splits:
@@ -341,9 +342,10 @@ def check_augment(recipe: Recipe, images: ImageSet | BatchSource | Stream, proce
         )
     if images.kind == "stream" and settings.repeats > 1:
         raise VitcliError("a stream cannot repeat images", "remove `augment.repeats`")
-    if mixes and not objective_class(recipe.objective.name).supervised:
+    objective = objective_class(recipe.objective.name)
+    if mixes and (objective.regression or not objective.supervised):
         raise VitcliError(
-            f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
+            f"objective `{recipe.objective.name}` has no classes that mixup or cutmix could mix",
             "`--set augment.mix_rate=0.0`",
         )
     micro = recipe.train.micro_batch_size

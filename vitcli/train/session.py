@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ from vitcli import distributed
 from vitcli.config.schema import Recipe, parse_duration
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
+from vitcli.evals.regression import regression_intervals
 from vitcli.files import exclusive, read_json, write_text
 from vitcli.progress import Logged, Quiet, Watcher
 from vitcli.run import (
@@ -365,10 +367,13 @@ def finish(loop: Loop) -> TrainResult:
         with averaged(loop.state.objective, loop.state.ema):
             tensors = gather_tensors(model.state_dict())
     outcomes = sorted(gather(loop.outcomes, accelerator))
+    if model.is_regression and outcomes:
+        result.figures["intervals"] = regression_intervals(*np.array(outcomes).T[1:]).to_json()
     if accelerator.is_main_process:
         if outcomes:  # `vitcli compare` pairs two runs image by image
-            columns = torch.tensor(outcomes).unbind(dim=1)
-            names = ("index", "label", "predicted")
+            kind = torch.float64 if model.is_regression else torch.int64
+            columns = torch.tensor(outcomes, dtype=kind).unbind(dim=1)
+            names = ("index", "target" if model.is_regression else "label", "predicted")
             save_tensors(run.path / OUTCOMES, dict(zip(names, columns, strict=True)))
         run.update_provenance({"steps": loop.total_steps})
         model.eval()

@@ -13,7 +13,7 @@ from vitcli.vit.config import canonical_pool
 from vitcli.vit.patches import PatchEmbed, resample_kernel
 from vitcli.vit.position import Grid, attended_length, is_position, resample_table
 from vitcli.weights.load_report import LoadReport, TensorStatus
-from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.loaded import LoadedModel, TargetScale
 
 
 def resize(model: LoadedModel, image_size: tuple[int, int]) -> None:
@@ -106,7 +106,7 @@ def replace_head(
         status[name] = ("new", f"zero, {len(labels)} classes")
     model.labels = tuple(labels)
     model.head_activation, model.head_trained = "softmax", False
-    model.temperature = 1.0
+    model.temperature, model.target_scale = 1.0, TargetScale()
 
 
 def _drop_pretraining_head(
@@ -147,11 +147,25 @@ def fold_temperature(model: LoadedModel) -> None:
     if model.temperature == 1.0:
         return
     with torch.no_grad():
-        for head in (model.network.head, getattr(model.network, "head_dist", None)):
-            if isinstance(head, nn.Linear):
-                head.weight.div_(model.temperature)
-                head.bias.div_(model.temperature)
+        for head in _heads(model):
+            head.weight.div_(model.temperature)
+            head.bias.div_(model.temperature)
     model.temperature = 1.0
+
+
+def fold_target_scale(model: LoadedModel) -> None:
+    """Put the scale of a regression into the head in place: it then gives numbers in their unit."""
+    scale = model.target_scale
+    with torch.no_grad():
+        for head in _heads(model):  # of a mean of two heads, each has the scale
+            head.weight.mul_(scale.std)
+            head.bias.copy_(scale.restore(head.bias))
+    model.target_scale = TargetScale()
+
+
+def _heads(model: LoadedModel) -> list[nn.Linear]:
+    heads = (model.network.head, getattr(model.network, "head_dist", None))
+    return [head for head in heads if isinstance(head, nn.Linear)]
 
 
 def change_pool(model: LoadedModel, pool: str) -> None:

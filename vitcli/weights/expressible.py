@@ -152,7 +152,7 @@ TIMM = (
     Lost("preprocess.resize_size", "`preprocess.resize_size` = {} becomes a crop fraction",
          (None,)),
     Lost("head_activation", "the head needs a sigmoid, which timm leaves to the caller",
-         ("softmax",)),
+         ("softmax", "identity")),
     Lost("head_trained", "the head is not trained, which timm's layout cannot store", (),
          _untrained_head),
 )

@@ -1,0 +1,29 @@
+"""The objective that learns a number per image."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitcli.config.schema import ObjectiveSection
+from vitcli.train.objectives.base import Metrics, Objective
+from vitcli.weights.loaded import LoadedModel
+
+
+class Mse(Objective):
+    """Mean squared error of a number that is standardised over the training images."""
+
+    supervised = True
+    regression = True
+    head_activation = "identity"
+
+    def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
+        super().__init__()
+        self.model, self.scale = model.network, model.target_scale
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
+        """(B, C, Y, X), (B,) numbers -> the mean loss (), and metrics; `mae` is in their unit."""
+        outputs = self.model(images).float()[:, 0]  # (B,)
+        # In float64, because the mean of years or timestamps is far above their spread.
+        targets = self.scale.standardise(labels).float()
+        loss = F.mse_loss(outputs, targets)
+        mae = (outputs.detach() - targets).abs().mean() * self.scale.std
+        return loss, {"loss": loss.detach(), "mae": mae}

@@ -144,7 +144,7 @@ def _compare(first: Run, second: Run) -> Pair:
     except (OSError, SafetensorError):
         return "a run has no predictions of single images"
     truth = "target" if "target" in a else "label"  # of a regression, of a classifier
-    if any(not np.array_equal(a[name], b.get(name)) for name in ("index", truth)):
+    if any(name not in b or not np.array_equal(a[name], b[name]) for name in ("index", truth)):
         return "measured on other images"
     if truth == "target":
         return compare_errors(*(np.abs(found["predicted"] - found[truth]) for found in (a, b)))

@@ -120,7 +120,7 @@ def run(
 
 def _export(net: LoadedModel, model: str, to: str, out: Path) -> Exported:
     """Write the model, read it back, and compare."""
-    temperature, scale = net.temperature, net.target_scale
+    temperature, folded = net.temperature, net.target_scale
     fold_temperature(net)
     fold_target_scale(net)
     notes = resolve_name(f"vitcli.weights.{FORMATS[to].write}")(net, out)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 
 def numeric_request(request: "DataRequest") -> "DataRequest":
@@ -93,8 +94,11 @@ def refuse_numbers(shown: str, column: str, values: Iterable[Any]) -> None:
 
 
 def _as_numbers(names: Sequence[str]) -> Numbers:
-    """(K,) the number of each label; NaN for one that is none. `0,5` counts if all are like it."""
-    if names and any("," in name for name in names):
-        commas = all(DECIMAL_COMMA.fullmatch(name) or NUMBER.fullmatch(name) for name in names)
-        names = [name.replace(",", ".") for name in names] if commas else names
+    """(K,) the number of each label; NaN for one that is none.
+
+    `0,5` is a number. `1,234` is none if all commas could divide thousands as well.
+    """
+    commas = {name for name in names if DECIMAL_COMMA.fullmatch(name)}
+    if not all(map(THOUSANDS.fullmatch, commas)):
+        names = [name.replace(",", ".") if name in commas else name for name in names]
     return np.array([float(name) if NUMBER.fullmatch(name) else np.nan for name in names])

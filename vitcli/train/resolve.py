@@ -160,13 +160,13 @@ def head_of(recipe: Recipe, source: Source) -> tuple[tuple[str, ...], TargetScal
         return source.classes, TargetScale()
     if not source.numeric:  # a plan without data
         return ("value",), TargetScale()
-    images = source.splits["train"]
+    values: Any = source.splits["train"].values
     # Sums that are rounded once: the scale is part of the weights, and a resume needs the same.
-    mean = math.fsum(images.values) / len(images)
-    std = math.sqrt(math.fsum((images.values - mean) ** 2) / len(images))
+    mean = math.fsum(values) / len(values)
+    std = math.sqrt(math.fsum((values - mean) ** 2) / len(values))
     if not std > TINY_SPREAD * abs(mean):
         raise VitcliError(
-            f"`{source.notation}`: all {len(images):,} training images have the same "
+            f"`{source.notation}`: all {len(values):,} training images have the same "
             f"`{source.classes[0]}`, {mean:.12g}, so there is nothing to learn",
             "name another column: `--set data.label_column=NAME`",
         )

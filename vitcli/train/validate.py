@@ -190,8 +190,8 @@ def _validate_numbers(
     accelerator: Any,
 ) -> Validation:
     outcomes: list[Outcome] = []
-    for found, batch in outputs:
-        predicted = model.target_scale.restore(found)[:, 0]
+    for standardised, batch in outputs:
+        predicted = model.target_scale.restore(standardised)[:, 0]
         columns = (batch.indices, batch.labels, predicted)
         outcomes += list(zip(*(column.tolist() for column in columns), strict=True))
     every = gather(outcomes, accelerator)

@@ -50,8 +50,8 @@ def show_trained(result: Any) -> None:
             shown = with_interval(found["accuracy"], accuracy_interval(found))
             rows.append((f"{split} accuracy", f"{shown} of {found['images']:,.0f} images"))
         if "mae" in found:
-            shown = number_rows(found, found.get("intervals", {}))
-            rows += [(f"{split} {name}", text) for name, text in shown]
+            errors = number_rows(found, found.get("intervals", {}))
+            rows += [(f"{split} {name}", text) for name, text in errors]
         if "map" in found:
             counted = f"{percent(found['map'])} of {found['images']:,.0f} images"
             rows.append((f"{split} mean average precision", counted))

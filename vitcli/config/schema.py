@@ -582,6 +582,12 @@ class Inference(Section):
     fewshot: FewshotSection = FewshotSection()
 
 
+class DataCheck(Inference):
+    """The settings of `check`, which reads the labels as training with this objective does."""
+
+    objective: ObjectiveSection = ObjectiveSection()
+
+
 class Recipe(Section):
     """A complete training run: every setting that decides its result."""
 

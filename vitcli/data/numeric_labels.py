@@ -12,10 +12,11 @@ from vitcli.data.labels import label_text
 from vitcli.errors import VitcliError, printable
 
 if TYPE_CHECKING:
-    from vitcli.data.source import DataRequest
+    from vitcli.data.source import DataRequest, Source
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+FAR_VALUE = 10.0  # times the width of the middle half
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
 
 
@@ -54,7 +55,7 @@ def with_numbers(shown: str, images: ImageSet, name: str) -> ImageSet:
             f"`{shown}`: images have several labels, and objective `mse` predicts one number",
             "name a column with one number per image: `--set data.label_column=NAME`",
         )
-    numbers = np.append(_as_numbers(images.classes), np.nan)  # the last is for -1, no label
+    numbers = np.append(as_numbers(images.classes), np.nan)  # the last is for -1, no label
     values = numbers[images.labels]
     if words := np.flatnonzero(~np.isfinite(values) & (images.labels >= 0)).tolist():
         example = images.classes[images.labels[words[0]]]
@@ -93,7 +94,7 @@ def refuse_numbers(shown: str, column: str, values: Iterable[Any]) -> None:
     )
 
 
-def _as_numbers(names: Sequence[str]) -> Numbers:
+def as_numbers(names: Sequence[str]) -> Numbers:
     """(K,) the number of each label; NaN for one that is none.
 
     `0,5` is a number. `1,234` is none if all commas could divide thousands as well.
@@ -102,3 +103,43 @@ def _as_numbers(names: Sequence[str]) -> Numbers:
     if not all(map(THOUSANDS.fullmatch, commas)):
         names = [name.replace(",", ".") if name in commas else name for name in names]
     return np.array([float(name) if NUMBER.fullmatch(name) else np.nan for name in names])
+
+
+def has_fractions(source: "Source") -> bool:
+    """True if the labels are fractions, which a classifier takes as folder names only."""
+    if source.multi_label or source.numeric or "CLASS" in source.layout:
+        return False
+    numbers = as_numbers(source.classes)
+    return bool(np.isfinite(numbers).all() and (numbers % 1 != 0).any())
+
+
+def label_values(source: "Source") -> Numbers | None:
+    """(n,) the labels of all splits as numbers; None if they are words or several per image."""
+    if source.multi_label or not source.classes:
+        return None
+    numbers = np.append(as_numbers(source.classes), np.nan)
+    sets = source.splits.values()
+    parts = [numbers[s.labels] if s.values is None else s.values for s in sets]
+    values: Numbers = np.concatenate(parts)
+    known = values[np.isfinite(values)]
+    complete = source.numeric or len(known) == len(values)
+    return known if complete and len(known) else None
+
+
+def distribution(values: Numbers) -> dict[str, float]:
+    """Count, mean, standard deviation and quartiles of (n,) numbers, for `check --json`."""
+    quartiles = np.quantile(values, (0, 0.25, 0.5, 0.75, 1)).tolist()
+    return {
+        "images": len(values),
+        "distinct": len(np.unique(values)),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        **dict(zip(("min", "q25", "median", "q75", "max"), quartiles, strict=True)),
+    }
+
+
+def far_values(values: Numbers) -> Numbers:
+    """The numbers far outside the middle half, such as -999 for "unknown", ascending."""
+    low, high = np.quantile(values, (0.25, 0.75))
+    far = FAR_VALUE * float(high - low)
+    return np.sort(values[(values < low - far) | (values > high + far)]) if far else values[:0]

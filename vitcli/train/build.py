@@ -43,12 +43,8 @@ from vitcli.train.objectives import (
 )
 from vitcli.train.objectives.base import Objective
 from vitcli.train.objectives.mae import check_droppable
-from vitcli.train.optimizers import (
-    OPTIMIZERS,
-    JointOptimizer,
-    build_optimizers,
-    find_optimizer,
-)
+from vitcli.train.objectives.regression import regression_notes
+from vitcli.train.optimizers import OPTIMIZERS, JointOptimizer, build_optimizers, find_optimizer
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
 from vitcli.train.validate import Validation, run_validation, with_fewshot
@@ -310,6 +306,7 @@ def unused_settings(recipe: Recipe, multi_label: bool) -> list[str]:
     schedules = {name: entry.settings for name, entry in SCHEDULES.items()}
     return [
         *notes,
+        *regression_notes(recipe),
         *_unused("objective", "objective", objective, objectives),
         *_unused("optimizer", "optim", recipe.optim, optimizers),
         *_unused("schedule", "schedule", recipe.schedule, schedules),

@@ -3,9 +3,19 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitcli.config.schema import ObjectiveSection
+from vitcli.config.schema import ObjectiveSection, Recipe
 from vitcli.train.objectives.base import Metrics, Objective
 from vitcli.weights.loaded import LoadedModel
+
+
+def regression_notes(recipe: Recipe) -> list[str]:
+    """A note if the augmentation can change the number of an image, such as a count or an angle."""
+    found = {"augment.crop=none": recipe.augment.crop != "none"}
+    found["augment.flip_rate=0.0"] = recipe.augment.flip_rate > 0
+    if recipe.objective.name != "mse" or not any(found.values()):
+        return []
+    flags = " ".join(f"`--set {setting}`" for setting, changes in found.items() if changes)
+    return [f"if crops or flips change the number, such as a count, a size or an angle: {flags}"]
 
 
 class Mse(Objective):

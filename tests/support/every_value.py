@@ -113,6 +113,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "objective.name=distill": DISTILL,
     "objective.teacher": DISTILL,
     "objective.head_bias": {"objective.name": "sigmoid"},
+    "objective.name=mse": {"data.name": "numbers.csv"},
     "objective.name=descriptors": FORMULA,
     "objective.name=guided": FORMULA,
     "optim.momentum_dtype=bf16": {"optim.name": "sgd"},

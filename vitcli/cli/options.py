@@ -6,6 +6,7 @@ of the recipe schema and shows the help of that key, so nothing is described twi
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -201,6 +202,12 @@ def start_processes(context: typer.Context, number: int | None) -> int | None:
         raise VitcliError(
             f"`--processes {number}` does not match the launch of {started} processes",
             "remove `--processes`",
+        )
+    cores = os.cpu_count() or 1
+    if number > max(16, 4 * cores):
+        raise VitcliError(
+            f"`--processes {number}` is far above the {cores} CPU cores of this machine",
+            f"use `--processes {cores}` at most, or one process per GPU",
         )
     raise typer.Exit(distributed.launch_processes(number, arguments, console.print_error))
 

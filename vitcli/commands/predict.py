@@ -178,6 +178,7 @@ def run(
     inference = load_inference(settings)
     net, name = _load_classifier(model, inference, labels, watch, verbose)
     transform = TTATransform(require_preprocess(net), tta)
+    transform.preprocess.check_batch(min(batch_size, files.total or batch_size))
     if ood or ood_threshold is not None or reference is not None:
         store = ReferenceStore(net, name, inference.data, batch_size, precision, watch)
         found = store.get(None if reference is None else os.fspath(reference))

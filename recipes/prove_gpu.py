@@ -277,7 +277,7 @@ def commands(proof: Proof) -> None:
     with proof.guarded("training: LoRA"):
         words = ["finetune", "builtin:digits", "--model", "base", "--steps", str(steps)]
         found = proof.vitcli(*words, "--lora", "4", "--out", "lora")
-        proof.row("training: LoRA, accuracy", float(found["accuracy"]), passed=True)
+        proof.row("training: LoRA, accuracy", float(found["figures"]["accuracy"]), passed=True)
     with proof.guarded("training: one process of nccl"):
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
@@ -563,7 +563,9 @@ def accuracy(proof: Proof) -> None:
         words = ["pretrain", proof.cifar10, "--recipe", "pretrain_cifar10_small"]
         start = time.perf_counter()
         found = proof.vitcli(*words, "--budget", f"{budget:.0f}s", "--out", "cifar10")
-        proof.row("CIFAR-10: accuracy", float(found["accuracy"]), unit=f"in {budget:.0f} s")
+        proof.row(
+            "CIFAR-10: accuracy", float(found["figures"]["accuracy"]), unit=f"in {budget:.0f} s"
+        )
         proof.row("CIFAR-10: whole command", time.perf_counter() - start, unit="s")
 
 

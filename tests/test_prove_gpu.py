@@ -13,7 +13,15 @@ SCRIPT = Path(__file__).parents[1] / "recipes/prove_gpu.py"
 
 @pytest.mark.slow
 def test_every_section_runs(tmp_path):
-    words = ["--tiny", "--out", str(tmp_path / "gpu.json"), "--cifar10", "builtin:digits"]
+    words = [
+        "--tiny",
+        "--seconds",
+        "1000",
+        "--out",
+        str(tmp_path / "gpu.json"),
+        "--cifar10",
+        "builtin:digits",
+    ]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, SCRIPT, *words], capture_output=True, text=True, env=environment

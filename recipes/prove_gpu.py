@@ -559,7 +559,7 @@ def accuracy(proof: Proof) -> None:
         proof.row("CIFAR-10", "skipped: no --cifar10 DATA")
         return
     with proof.guarded("CIFAR-10"):
-        budget = min(120.0, proof.seconds_left - 20)
+        budget = 20.0 if proof.tiny else min(120.0, proof.seconds_left - 20)
         words = ["pretrain", proof.cifar10, "--recipe", "pretrain_cifar10_small"]
         start = time.perf_counter()
         found = proof.vitcli(*words, "--budget", f"{budget:.0f}s", "--out", "cifar10")

@@ -133,8 +133,9 @@ def settings_of(*groups: Any, set_: list[str] | None = None, **keys: Any) -> dic
             if name == "set_":
                 assignments += value or []
             for info in getattr(hint, "__metadata__", ()):
-                # A switch that is off leaves the setting to the recipe.
-                if (key := getattr(info, "setting", None)) and value not in (None, False):
+                # A switch that is off leaves the setting to the recipe; the number 0 is a value.
+                key = getattr(info, "setting", None)
+                if key and value is not None and value is not False:
                     given[key] = info.parse(value) if info.parse else value
     given = {key: value for key, value in given.items() if value is not None}
     written = {text.partition("=")[0].strip() for text in assignments} | set(given)

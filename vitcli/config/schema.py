@@ -514,6 +514,9 @@ class TrainSection(Section):
     log_steps: Count = setting(20, "Steps between records in metrics.jsonl.")
     compile: bool = setting(False, "Compile the forward and backward pass with torch.compile.")
     tf32: bool = setting(False, "Let a GPU use TF32 for fp32 matrix products.")
+    deterministic: bool = setting(
+        False, "Use only kernels that compute the same bits each time; slower on a GPU."
+    )
     fully_shard: bool = setting(
         False, "Shard weights, gradients and optimizer states over the processes (FSDP2)."
     )

@@ -1,10 +1,7 @@
 """Splits: which split a file name means, and seeded fractions, folds and slices of the images."""
 
-<<<<<<< HEAD
 import math
-=======
 import os
->>>>>>> main
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,13 +13,7 @@ import numpy as np
 
 from vitcli.config.schema import DataSection
 from vitcli.data.stratify import Integers, fold_of, spread_slice, stratified_split
-<<<<<<< HEAD
 from vitcli.errors import VitcliError, printable, unknown
-from vitcli.hub.datasets import SPLIT_ALIASES as SPLIT_ALIASES
-from vitcli.hub.datasets import SPLIT_WORD as SPLIT_WORD
-from vitcli.hub.datasets import SPLITS as SPLITS
-=======
-from vitcli.errors import VitcliError, unknown
 from vitcli.hub.split_names import (
     SPLITS,
     file_splits,
@@ -30,7 +21,6 @@ from vitcli.hub.split_names import (
     is_container,
     split_of_paths,
 )
->>>>>>> main
 
 T = TypeVar("T")
 MAX_EXPANDED = 300_000  # names that one notation may mean; LAION-5B has 231,349 shards

@@ -93,6 +93,8 @@ def read_huggingface(
         dropped=dropped,
         notes=notes,
         activation=PROBLEM_TYPES.get(problem_type, "softmax"),
+        # transformers antialiases positions only in DINOv2 with registers, which was trained so.
+        position_resize="bicubic" if config.num_registers else "bicubic_plain",
     )
 
 

@@ -1,5 +1,6 @@
 """Edit a loaded model in place: image size, patch size, pooling, head; the load report notes it."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -199,8 +200,8 @@ def change_pool(model: LoadedModel, pool: str) -> None:
 def match_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int] | None:
     """Return the index in `known` of each name in `wanted`, or None if a name has no match.
 
-    Exact names are tried first. Then case, `_`, `-` and spaces are ignored, and one of ImageNet's
-    comma-separated synonyms is enough.
+    Exact names are tried first. Then case, `_`, `-`, spaces and the encoding of accents are
+    ignored, and one of ImageNet's comma-separated synonyms is enough.
     """
     exact = {name: i for i, name in enumerate(known)}
     if all(name in exact for name in wanted):
@@ -215,7 +216,8 @@ def match_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int] | No
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    composed = unicodedata.normalize("NFC", name)
+    return " ".join(composed.casefold().replace("_", " ").replace("-", " ").split())
 
 
 def prepare_finetune(

@@ -28,8 +28,8 @@ from vitcli.train.session import warn_of_other_processes
 from vitcli.weights.load import load_model
 
 RECIPES = {
-    "two": {**PLAIN, "train": {"steps": 20}},
-    "two, accumulating": {**PLAIN, "train": {"steps": 20, "micro_batch_size": 8}},
+    "two": {**PLAIN, "train": {"steps": 10}},
+    "two, accumulating": {**PLAIN, "train": {"steps": 10, "micro_batch_size": 8}},
     "two, mixed and repeated": {
         **PLAIN,
         "augment": {"preset": "medium2", "cutmix_alpha": 1.0, "erase_rate": 0.5, "repeats": 2},
@@ -257,10 +257,8 @@ def wait_for_a_checkpoint(run):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_group_saves_once(trained, number, status):
     folder, _ = trained
     out = f"stopped-{status}"

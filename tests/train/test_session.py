@@ -51,6 +51,7 @@ class Interrupt:
         )
 
 
+@pytest.mark.draws_curves
 def test_a_run_leaves_what_the_contract_says(tmp_path):
     recipe = tiny_recipe()
     result = train_recipe(tmp_path / "run", recipe)
@@ -111,7 +112,9 @@ CONFIGURATIONS = {
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_stopped_and_resumed_is_never_stopped(name, tmp_path, monkeypatch):
-    recipe = tiny_recipe(**CONFIGURATIONS[name])
+    settings = CONFIGURATIONS[name]
+    train = {"eval_steps": 4, **settings.get("train", {})}
+    recipe = tiny_recipe(**{**settings, "train": train})
     train_recipe(tmp_path / "whole", recipe)
     Interrupt(monkeypatch, after=9, number=15)  # two questions a step: this is within step 5
     with pytest.raises(Stopped) as stopped:
@@ -198,7 +201,7 @@ def test_recomputed_activations_do_not_change_the_result(precision, tmp_path):
 
 def test_training_learns_the_digits(tmp_path):
     recipe = tiny_recipe(
-        train={"steps": 300, "log_steps": 50, "ema_decay": None},
+        train={"steps": 300, "log_steps": 50, "eval_steps": 300, "ema_decay": None},
         model={"dropout_rate": 0.0, "drop_path_rate": 0.0},
     )
     result = train_recipe(tmp_path / "run", recipe)

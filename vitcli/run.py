@@ -376,11 +376,14 @@ def _commit() -> str | None:
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
-    """Return the record on one line of metrics.jsonl; None if the line is incomplete."""
+    """Return the record on one line of metrics.jsonl; None if the line is incomplete or damaged."""
     try:
-        return parse_json(line)
+        record = parse_json(line)
     except ValueError:
         return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record if isinstance(record.get("seconds", 0.0), int | float) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

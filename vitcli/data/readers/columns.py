@@ -87,6 +87,11 @@ def plain_name(name: Any) -> str:
     return re.sub(r"[\s.\-]+", "_", text).lower()
 
 
+def plain_cell(value: Any) -> Any:
+    """A cell that can be counted: the text of a list or of an object."""
+    return str(value) if isinstance(value, list | dict) else value
+
+
 def known_columns(columns: Sequence[str], usual: Sequence[str]) -> list[str]:
     """The columns with one of the usual names, in the order of these names."""
     by_name = {plain_name(name): name for name in reversed(columns)}

@@ -30,6 +30,7 @@ from vitcli.data.readers.columns import (
     find_column,
     group_column,
     group_number,
+    plain_cell,
     split_columns,
     splits_of_rows,
 )
@@ -206,7 +207,8 @@ def divide_by_column(
     columns = tuple(name for name in columns if name != label_column)
     if not columns:
         return {images.name: images}
-    cells = list(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
+    lists = [map(plain_cell, table.column(name).to_pylist()) for name in columns]
+    cells = list(zip(*lists, strict=True))
     strict = request.labelled and not request.whole
     names = splits_of_rows(
         shown, columns, Counter(cells), settings, images.name, notes, strict=strict
@@ -233,13 +235,34 @@ def images_of_table(
         features: column -> its `datasets` feature.
     """
     shown, settings = printable(files[0][0]), request.settings
+    _check_image_type(shown, columns[0], table.column(columns[0]).type)
     store = ParquetStore(files, table.column(columns[0]), settings)
     names = class_names(features.get(columns[1]))
     images = _labelled(split, store, table.column(columns[1]), columns[1], names, settings, notes)
     group = group_column(shown, table.column_names, settings)
     if group is not None and group not in columns:
-        images.groups = _group_numbers(table.column(group))[images._rows]
+        with _reading(files[0][0]):
+            images.groups = _group_numbers(table.column(group))[images._rows]
     return images
+
+
+def _check_image_type(shown: str, column: str, kind: Any) -> None:
+    """Raise a VitcliError unless a column can hold images: bytes, paths, or both in a struct."""
+    import pyarrow.types as types
+
+    def holds(kind: Any, *, paths: bool = True) -> bool:
+        is_binary = types.is_binary(kind) or types.is_large_binary(kind)
+        return is_binary or (paths and (types.is_string(kind) or types.is_large_string(kind)))
+
+    fits = holds(kind)
+    if types.is_struct(kind):
+        parts = {field.name: field.type for field in kind if field.name in ("bytes", "path")}
+        fits = bool(parts) and all(holds(p) or types.is_null(p) for p in parts.values())
+    if not fits:
+        raise VitcliError(
+            f"`{shown}`: column `{printable(column)}` holds {printable(str(kind))[:80]}, not images",
+            "name a column of bytes or of paths: `--set data.image_column=NAME`",
+        )
 
 
 def _labelled(

@@ -18,10 +18,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vitcli.errors import VitcliError, printable
-from vitcli.evals.writers import OutputFiles, PredictionRow
+from vitcli.evals.writers import COLUMNS, OutputFiles, PredictionRow
 from vitcli.files import exclusive, parse_json
 
 SUFFIX = ".part"
+KINDS = {
+    "path": str, "label": str, "error": str, "probability": float, "top": list,
+    "abstained": bool, "ood": float, "ood_distance": float,
+}  # fmt: skip
 SETTINGS_KEY = "vitcli predict"  # the key of the first line
 
 
@@ -76,7 +80,7 @@ class ResumeLog:
                 found = _parse_line(line)
                 if number == 0:
                     _check_settings(self.path, found and found.get(SETTINGS_KEY), self.settings)
-                elif found is None or not found.keys() >= {"path", "error"}:
+                elif found is None or not _is_row(found):
                     break  # an incomplete line, after a power failure or on a full disk
                 else:
                     counts.add(found)
@@ -95,7 +99,8 @@ class ResumeLog:
             if file is None or file != row["path"]:
                 now = f"image `{printable(file)}`" if file is not None else "no more images"
                 raise VitcliError(
-                    f"row {number + 1} of `{self.path}` belongs to `{printable(row['path'])}`, but "
+                    f"row {number + 1} of `{self.path}` belongs to "
+                    f"`{printable(str(row['path']))}`, but "
                     f"the command now has {now} at this place",
                     f"give the same images, or remove `{self.path}` to start again",
                 )
@@ -184,6 +189,21 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
         if line.endswith(b"\n") and isinstance(found := parse_json(line), dict):
             return found
     return None
+
+
+def _is_row(found: Mapping[str, Any]) -> bool:
+    """True if the values of a line have the types of a row."""
+    if not set(COLUMNS) <= found.keys() <= KINDS.keys() or found["top"] is None:
+        return False
+    if not all(value is None or isinstance(value, KINDS[key]) for key, value in found.items()):
+        return False
+    return all(
+        isinstance(one, dict)
+        and one.keys() == {"label", "probability"}
+        and isinstance(one["label"], str)
+        and isinstance(one["probability"], float)
+        for one in found["top"]
+    )
 
 
 def _check_settings(path: Path, logged: Any, settings: Mapping[str, Any]) -> None:

@@ -56,7 +56,8 @@ def load_arrays(request: DataRequest) -> Source:
 def _read(path: Path, shown: str) -> tuple[Arrays, Arrays, list[str] | None]:
     """(split -> images, split -> labels, class names or None)."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because NumPy leaves a damaged archive open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files if _meaning(key) is not None}
             names = next((archive[key] for key in NAME_KEYS if key in archive.files), None)
             present = ", ".join(f"`{printable(key)}`" for key in archive.files[:8]) or "nothing"

@@ -89,6 +89,8 @@ class ParquetStore:
             if cells.type.get_field_index("bytes") < 0:
                 return np.full(len(rows), -1)
             cells = pc.struct_field(cells, "bytes")
+        if pa.types.is_null(cells.type):
+            return np.full(len(rows), -1)
         if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
             return np.fromiter((self._file_size(row) for row in rows), np.int64, len(rows))
         sizes = pc.fill_null(pc.binary_length(cells), -1).to_numpy().astype(np.int64)
@@ -260,7 +262,8 @@ def _check_image_type(shown: str, column: str, kind: Any) -> None:
         fits = bool(parts) and all(holds(p) or types.is_null(p) for p in parts.values())
     if not fits:
         raise VitcliError(
-            f"`{shown}`: column `{printable(column)}` holds {printable(str(kind))[:80]}, not images",
+            f"`{shown}`: column `{printable(column)}` holds {printable(str(kind))[:80]}, not "
+            "images",
             "name a column of bytes or of paths: `--set data.image_column=NAME`",
         )
 

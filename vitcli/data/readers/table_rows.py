@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from vitcli.data.labels import has_label
-from vitcli.data.readers.columns import Columns, flag_value, label_of_columns, plain_cell
+from vitcli.data.readers.columns import (
+    Columns,
+    check_label,
+    flag_value,
+    label_of_columns,
+    plain_cell,
+)
 from vitcli.data.readers.path_cells import PathCells
 from vitcli.errors import VitcliError, printable
 
@@ -54,6 +60,8 @@ class TableRows:
             )
         self.paths.append(_path_bytes(self.to_path(path)))
         labels = [row.get(name) for name in self.columns.labels]
+        for label in labels:
+            check_label(self.shown, str(path), label)
         several = tuple(map(plain_cell, labels))
         self.labels.append(self._shared(labels[0] if len(labels) == 1 else several))
         splits = tuple(plain_cell(row.get(name)) for name in self.columns.splits)

@@ -25,7 +25,7 @@ from vitcli.data.labels import (
     refuse_numbers,
     tidy_notes,
 )
-from vitcli.data.readers.columns import LABEL_COLUMNS
+from vitcli.data.readers.columns import LABEL_COLUMNS, check_label
 from vitcli.data.readers.folder import image_files
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import expand_braces, files_with_suffix, in_split_order, splits_of
@@ -253,6 +253,7 @@ def index_shards(files: Sequence[Path], column: str | None, labelled: bool) -> S
             if image is None:
                 continue
             label = label_of(sample, column)
+            check_label(printable(file), image.name, label)
             if not has_label(label) and labelled:
                 found.unlabelled += 1
                 continue

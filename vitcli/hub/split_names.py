@@ -70,10 +70,10 @@ def folder_splits(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     meanings = {name: found for name in names if (found := folder_split(name)) is not None}
     meant = {split for split, _ in meanings.values()}
-    if "train" in meant and 1 < len(meant) == len(meanings) == len(names):
+    plain = any(not rest for _, rest in meanings.values())
+    if plain and "train" in meant and 1 < len(meant) == len(meanings) == len(names):
         # `train_mini` beside `val`: all folders are splits, and each is another one.
-        if any(not rest for _, rest in meanings.values()):
-            return {name: split for name, (split, _) in meanings.items()}
+        return {name: split for name, (split, _) in meanings.items()}
     stems: dict[tuple[str, ...], set[str]] = {}
     for split, rest in meanings.values():
         stems.setdefault(rest, set()).add(split)

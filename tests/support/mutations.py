@@ -1,6 +1,7 @@
 """Hypothesis strategies that damage files: bytes, text, and the values of JSON."""
 
 import json
+from copy import deepcopy
 
 from hypothesis import strategies as st
 
@@ -63,7 +64,7 @@ def damaged_json(draw, value) -> str:
     for _ in range(draw(st.integers(1, 2))):
         *before, last = draw(st.sampled_from(list(_places(value)))) or (None,)
         if last is None:
-            value = draw(st.sampled_from(HOSTILE))
+            value = deepcopy(draw(st.sampled_from(HOSTILE)))
             break
         inner = value
         for key in before:
@@ -71,7 +72,7 @@ def damaged_json(draw, value) -> str:
         if draw(st.integers(0, 4)) == 0:
             del inner[last]
         else:
-            inner[last] = draw(st.sampled_from(HOSTILE))
+            inner[last] = deepcopy(draw(st.sampled_from(HOSTILE)))
         if not isinstance(value, dict | list) or not value:
             break
     return json_text(value)
@@ -85,5 +86,5 @@ def damaged_text(draw, whole: str) -> bytes:
     words = whole.replace(",", " , ").replace("\n", " \n ").split(" ")
     for _ in range(draw(st.integers(1, 3))):
         place = draw(st.integers(0, len(words) - 1))
-        words[place] = json_text(draw(st.sampled_from(HOSTILE)))
+        words[place] = json_text(deepcopy(draw(st.sampled_from(HOSTILE))))
     return " ".join(words).replace(" , ", ",").replace(" \n ", "\n").encode("utf-8", "replace")

@@ -98,7 +98,8 @@ def reported_split(run: Run) -> str | None:
 
     Earlier versions do not record it. They reported the validation images, if there were any.
     """
-    known = run.result().get("figures", {}).get("split")
+    figures = run.result().get("figures")
+    known = figures.get("split") if isinstance(figures, dict) else None
     if known is not None:
         return str(known)
     counts = run.provenance().get("data", {}).get("images", {})

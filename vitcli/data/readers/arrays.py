@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +62,7 @@ def _read(path: Path, shown: str) -> tuple[Arrays, Arrays, list[str] | None]:
             arrays = {key: archive[key] for key in archive.files if _meaning(key) is not None}
             names = next((archive[key] for key in NAME_KEYS if key in archive.files), None)
             present = ", ".join(f"`{printable(key)}`" for key in archive.files[:8]) or "nothing"
-    except (BadZipFile, ValueError, OSError, EOFError, AttributeError) as error:
+    except Exception as error:  # a damaged archive may raise anything
         objects = "pickle" in str(error)
         raise VitcliError(
             f"cannot read `{shown}`: " + ("it holds Python objects" if objects else str(error)),

@@ -18,13 +18,7 @@ from vitcli.data.image_set import BatchSource, ImageSet, Stream
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sample_range import with_window
 from vitcli.data.source import Source, open_data
-from vitcli.devices import (
-    Precision,
-    join_processes,
-    matrix_peak,
-    pick_device,
-    resolve_precision,
-)
+from vitcli.devices import Precision, join_processes, matrix_peak, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.evals.fewshot.methods import METHODS
 from vitcli.preprocess import Preprocess

@@ -260,16 +260,14 @@ def _labelled(
             return ImageSet(split, classes, labels, store, targets=targets)
         values = column.dictionary_encode().unify_dictionaries().combine_chunks()
     distinct = values.dictionary.to_pylist()
-    if names is None:
-        if request.numeric is False:
-            refuse_numbers(shown, label_column, filter(has_label, distinct))
-        notes += tidy_notes(shown, distinct)
-    # -1 is no class, but it can be a measured number.
-    missing = None if request.numeric and names is None else -1
+    if names is None and request.numeric is False:
+        refuse_numbers(shown, label_column, filter(has_label, distinct))
+    notes += [] if names is not None or request.numeric else tidy_notes(shown, distinct)
+    missing = None if request.numeric and names is None else -1  # -1 can be a measured number
     rows, labels, classes = encode_arrow(shown, values, names, missing)
-    if len(rows) < len(values):
+    if left := len(values) - len(rows):
         texts = missing_texts(distinct)
-        notes.append(f"{shown}: skipped {len(values) - len(rows):,} rows without a label{texts}")
+        notes.append(f"{shown}: skipped {left:,} rows without a label{texts}")
     images = ImageSet(split, classes, labels, store, rows)
     return with_numbers(shown, images, label_column) if request.numeric else images
 

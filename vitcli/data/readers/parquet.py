@@ -266,8 +266,7 @@ def _labelled(
     missing = None if request.numeric and names is None else -1  # -1 can be a measured number
     rows, labels, classes = encode_arrow(shown, values, names, missing)
     if left := len(values) - len(rows):
-        texts = missing_texts(distinct)
-        notes.append(f"{shown}: skipped {left:,} rows without a label{texts}")
+        notes.append(f"{shown}: skipped {left:,} rows without a label{missing_texts(distinct)}")
     images = ImageSet(split, classes, labels, store, rows)
     return with_numbers(shown, images, label_column) if request.numeric else images
 

@@ -59,6 +59,19 @@ FLAT = {"train": classes_of("")}
 # name: (paths, expected content, words of a note)
 LAYOUTS = {
     "plain": (CATS_AND_DOGS, FLAT, ()),
+    "iNaturalist": (
+        under("train_mini", "val"), splits_of(train="train_mini", validation="val"), (),
+    ),
+    "a class train beside another": (
+        ["train_station/1.png", "train_station/2.png", "cat/1.png", "cat/2.png"],
+        {
+            "train": {
+                "train_station": {"train_station/1.png", "train_station/2.png"},
+                "cat": {"cat/1.png", "cat/2.png"},
+            }
+        },
+        (),
+    ),
     # System folders and files
     "Synology": (
         [*CATS_AND_DOGS, "@eaDir/x/1.png", "cat/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg"],

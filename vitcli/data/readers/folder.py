@@ -17,6 +17,7 @@ from vitcli.data.layout import Layout, read_layout
 from vitcli.data.readers.folder_tables import TABLE_SUFFIXES, read_folder_tables
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import IMAGE_SUFFIXES
+from vitcli.dicom import can_read_dicom, is_dicom_file
 from vitcli.errors import VitcliError, printable
 from vitcli.hub.datasets import LABEL_TABLES
 
@@ -66,6 +67,8 @@ class WalkReport:
         empty: folders without entries that are used.
         loops: links to a folder that holds them, and links to themselves.
         tables: files that may be tables of labels.
+        without_suffix: DICOM files without an image suffix, which are images.
+        dicom: True if there are `.dcm` files.
         outside: members of an archive whose path leads outside of it.
     """
 
@@ -76,6 +79,8 @@ class WalkReport:
     loops: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    without_suffix: int = 0
+    dicom: bool = False
 
     def add_system(self, name: str) -> None:
         self.system["._*" if name.startswith("._") else name] += 1
@@ -110,6 +115,11 @@ class WalkReport:
         if self.other:
             counts = [f"{count} {suffix}" for suffix, count in sorted(self.other.items())]
             found.append(f"{shown}: skipped files that are not images: {', '.join(counts)}")
+        if self.without_suffix:
+            files = "file" if self.without_suffix == 1 else "files"
+            found.append(f"{shown}: {self.without_suffix:,} {files} without an image suffix: DICOM")
+        if (self.without_suffix or self.dicom) and not can_read_dicom():
+            found.append(f"{shown}: DICOM images need pydicom: `pip install 'vitcli[medical]'`")
         return found
 
 
@@ -187,6 +197,10 @@ def _entries(folder: Path, inner: str, report: WalkReport) -> list[str]:
             found.append(f"{inner}{entry.name}/")
         elif is_image_name(entry.name):
             found.append(inner + entry.name)
+            report.dicom |= entry.name.lower().endswith(".dcm")
+        elif _is_regular(entry) and is_dicom_file(entry.path):
+            found.append(inner + entry.name)
+            report.without_suffix += 1
         else:
             report.add_other(inner + entry.name)
     if inner and not found:
@@ -198,6 +212,14 @@ def _is_output(folder: Path, names: set[str]) -> bool:
     if folder.name != RUNS:
         return bool(names & OUTPUT_FILES)
     return any((folder / name / file).is_file() for name in names for file in OUTPUT_FILES)
+
+
+def _is_regular(entry: "os.DirEntry[str]") -> bool:
+    """False for a pipe, which would wait for a writer, and for a link that leads nowhere."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -124,7 +124,9 @@ class ModelSection(Section):
     norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
     norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
     patch_bias: bool | None = setting(None, "Add a bias to the patch embedding.")
-    axial: bool | None = setting(None, "Use axial attention: rows, then columns.")
+    axial: bool | None = setting(
+        None, "Use axial attention, within rows and within columns; also in a ResNet."
+    )
     stem: tuple[PositiveInt, ...] | None = setting(
         None, "Units per stage of the hybrid's ResNet stem."
     )

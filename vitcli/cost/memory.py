@@ -253,7 +253,7 @@ def trace_step(
         model: Any = objective.model
         model.checkpoint_activations = shape.checkpointing
         model.patch_drop_rate = shape.patch_drop_rate
-        optimizers = build_optimizers(objective, recipe.optim)
+        optimizers = build_optimizers(objective, recipe.optim, shape.precision)
         tracker = StorageTracker()
         for tensor in all_tensors(objective):
             tracker.add(tensor)

@@ -1,7 +1,9 @@
 """Splits: which split a file name means, and seeded fractions, folds and slices of the images."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,44 +13,36 @@ import numpy as np
 from vitcli.config.schema import DataSection
 from vitcli.data.stratify import Integers, fold_of, spread_slice, stratified_split
 from vitcli.errors import VitcliError, unknown
-from vitcli.hub.datasets import SPLIT_ALIASES as SPLIT_ALIASES
-from vitcli.hub.datasets import SPLIT_WORD as SPLIT_WORD
-from vitcli.hub.datasets import SPLITS as SPLITS
+from vitcli.hub.split_names import (
+    SPLITS,
+    file_splits,
+    folder_splits,
+    is_container,
+    split_of_paths,
+)
 
 T = TypeVar("T")
 
-# How the name of a file may begin: `dev` is too short, as in `device-001.tar`.
-SPLIT_PREFIXES = {word: split for word, split in SPLIT_ALIASES.items() if word != "dev"}
+MAX_DEPTH = 4  # folders within folders that are searched for shards or parquet files
 GROUP_COLUMN = "group"  # a column of this name is used without a setting
 SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
 
 
 def split_of(file: Path) -> str | None:
     """The split that a file's name begins with, or None."""
-    name = file.stem.lower()
-    prefixes = [prefix for prefix in sorted(SPLIT_PREFIXES, key=len) if name.startswith(prefix)]
-    return SPLIT_PREFIXES[prefixes[-1]] if prefixes else None
+    return file_splits([file.stem])[0]
 
 
-def splits_of(files: Sequence[Path], root: Path) -> list[str | None]:
-    """The split of each file of a dataset, by the first of these rules that finds any.
+def splits_of(files: Sequence[Path], root: Path | None = None) -> list[str | None]:
+    """The split of each file of a dataset, by its folders below `root`, else by its name.
 
-    1. The folder below `root`: `train/000.tar`.
-    2. The start of the file name: `train-000.tar`.
-    3. A word in the file name, if one of the files is for training: `imagenet-train-000.tar`.
+    Args:
+        root: None takes the folder that holds all files.
     """
-    by_folder = [
-        SPLIT_ALIASES.get(file.parent.name.lower()) if file.parent != root else None
-        for file in files
-    ]
-    if any(by_folder):
-        return by_folder
-    by_prefix = [split_of(file) for file in files]
-    if any(by_prefix):
-        return by_prefix
-    words = [SPLIT_WORD.search(file.stem.lower()) for file in files]
-    by_word = [SPLIT_ALIASES[word[1]] if word else None for word in words]
-    return by_word if "train" in by_word else by_prefix
+    if root is None:
+        root = Path(os.path.commonpath([file.parent.absolute() for file in files]))
+    paths = [file.absolute().relative_to(root.absolute()).as_posix() for file in files]
+    return split_of_paths(paths)
 
 
 def expand_braces(notation: str) -> Iterator[str]:
@@ -68,14 +62,34 @@ def expand_braces(notation: str) -> Iterator[str]:
         yield from expand_braces(notation[: found.start()] + part + notation[found.end() :])
 
 
-def files_with_suffix(folder: Path, suffix: str) -> list[Path]:
-    """The files in `folder`, else in `folder/data`, else in folders named after splits."""
-    inside = sorted(folder.glob(f"*{suffix}")) or sorted(folder.glob(f"data/*{suffix}"))
+def files_with_suffix(folder: Path, suffix: str, depth: int = MAX_DEPTH) -> list[Path]:
+    """The files in `folder`, else in its folders for splits, else in `data/` or its kind."""
+    if not folder.is_dir() or not depth:
+        return []
+    inside: list[Path] = []
+    below: list[str] = []
+    # Folders without permission, and links to themselves, hold no shards.
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(suffix):
+                inside.append(folder / entry.name)
+            elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and _leads_in(entry)):
+                below.append(entry.name)
     if inside:
-        return inside
-    below = folder.iterdir() if folder.is_dir() else ()
-    found = (sub.glob(f"*{suffix}") for sub in below if sub.name.lower() in SPLIT_ALIASES)
-    return sorted(file for files in found for file in files)
+        return sorted(inside)
+    splits = folder_splits(below)
+    wrappers = [name for name in sorted(below) if is_container(name) or name == folder.name]
+    for chosen in (sorted(splits), *([name] for name in wrappers)):
+        parts = (files_with_suffix(folder / name, suffix, depth - 1) for name in chosen)
+        if found := [file for part in parts for file in part]:
+            return found
+    return []
+
+
+def _leads_in(link: "os.DirEntry[str]") -> bool:
+    with suppress(OSError):
+        return link.is_dir()
+    return False
 
 
 def in_split_order(parts: Mapping[str, T]) -> dict[str, T]:

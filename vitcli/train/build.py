@@ -133,7 +133,7 @@ def _prepare(objective: Objective, recipe: Recipe, accelerator: Any) -> tuple[An
     # Sharding comes before the optimizers, which must see the sharded parameters.
     if train.fully_shard:
         shard_module(objective.to(accelerator.device))
-    optimizers = build_optimizers(objective, recipe.optim)
+    optimizers = build_optimizers(objective, recipe.optim, accelerator.mixed_precision)
     if train.compile:
         # In place, so that parameter names stay. Static shapes: there are few image sizes.
         objective.compile(dynamic=False)

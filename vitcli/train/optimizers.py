@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import OptimSection
 from vitcli.errors import VitcliError, unknown
+from vitcli.train.muon import Muon
 from vitcli.train.param_groups import (
     NamedParameters,
     encoder_names,
@@ -229,7 +230,7 @@ def muon(named: NamedParameters, s: OptimSection, depth: int) -> list[torch.opti
     rest = [(name, p) for name, p in named if not is_hidden_matrix(name, p)]
     if not matrices:  # a ResNet
         return adamw(rest, s, depth)
-    first = torch.optim.Muon(
+    first = Muon(
         param_groups(matrices, s, s.matrix_lr, depth),
         lr=s.matrix_lr,
         momentum=s.momentum,
@@ -332,10 +333,15 @@ class JointOptimizer(torch.optim.Optimizer):
             optimizer.load_state_dict(state)
 
 
-def build_optimizers(module: nn.Module, section: OptimSection) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    module: nn.Module, section: OptimSection, precision: str = "fp32"
+) -> list[torch.optim.Optimizer]:
     """Build the optimizers of `section` over the trainable parameters of `module`.
 
     Each parameter group keeps its full rate as `base_lr`; `set_lr` multiplies it by the schedule.
+
+    Args:
+        precision: that of the run. Muon orthogonalises in bf16 if it is `bf16`, else in fp32.
 
     Raises:
         VitcliError: no such optimizer, or layer-wise rates for a model without blocks.
@@ -352,6 +358,8 @@ def build_optimizers(module: nn.Module, section: OptimSection) -> list[torch.opt
         )
     optimizers = entry.build(named, section, depth)
     for optimizer in optimizers:
+        if isinstance(optimizer, Muon) and precision == "bf16":
+            optimizer.dtype = torch.bfloat16
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers

@@ -57,11 +57,11 @@ class AxialAttention(nn.Module):
         b, f, lines, n = x.shape
         e = self.value_dim
         qkv = self.norm_qkv(self.qkv(x)).reshape(b, NUM_HEADS, 2 * e, lines, n)
-        q, k, v = qkv.split([e // 2, e // 2, e], dim=2)  # (B, H, E, lines, n)
+        q, k, v = torch.split(qkv, [e // 2, e // 2, e], dim=2)  # (B, H, E, lines, n)
         place = torch.arange(n, device=x.device)
         offset = place - place[:, None] + n - 1  # (n, n): p - o, from 0 on
         table = resample_offsets(self.rel_pos, n)[offset].to(q.dtype)  # (n, n, 2 E)
-        r_q, r_k, r_v = table.split([e // 2, e // 2, e], dim=2)
+        r_q, r_k, r_v = torch.split(table, [e // 2, e // 2, e], dim=2)
         terms = [
             torch.einsum("bhelo,bhelp->bhlop", q, k),
             torch.einsum("bhelo,ope->bhlop", q, r_q),

@@ -1,5 +1,6 @@
 """Splits: which split a file name means, and seeded fractions, folds and slices of the images."""
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from vitcli.config.schema import DataSection
 from vitcli.data.stratify import Integers, fold_of, spread_slice, stratified_split
-from vitcli.errors import VitcliError, unknown
+from vitcli.errors import VitcliError, printable, unknown
 from vitcli.hub.split_names import (
     SPLITS,
     file_splits,
@@ -22,9 +23,11 @@ from vitcli.hub.split_names import (
 )
 
 T = TypeVar("T")
+MAX_EXPANDED = 300_000  # names that one notation may mean; LAION-5B has 231,349 shards
 
 MAX_DEPTH = 4  # folders within folders that are searched for shards or parquet files
 GROUP_COLUMN = "group"  # a column of this name is used without a setting
+BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
 
 
@@ -46,20 +49,42 @@ def splits_of(files: Sequence[Path], root: Path | None = None) -> list[str | Non
 
 
 def expand_braces(notation: str) -> Iterator[str]:
-    """`a-{8..10}.tar` -> `a-8.tar`, …; `{08..10}` keeps the zeros; `{x,y}` means both."""
-    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", notation)
-    if found is None:
-        yield notation
-        return
-    first, last, listed = found.groups()
-    if listed is not None:
-        parts = listed.split(",")
-    else:
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        low, high = sorted((int(first), int(last)))
-        parts = [f"{n:0{width}}" for n in range(low, high + 1)]
-    for part in parts:
-        yield from expand_braces(notation[: found.start()] + part + notation[found.end() :])
+    """`a-{8..10}.tar` -> `a-8.tar`, …; `{08..10}` keeps the zeros; `{x,y}` means both.
+
+    Raises:
+        VitcliError: these are more than `MAX_EXPANDED` names.
+    """
+    names = [notation]
+    counts = (len(_brace_parts(*found.groups())) for found in BRACES.finditer(notation))
+    if math.prod(counts) > MAX_EXPANDED:
+        raise _too_many(notation)
+    while any(BRACES.search(name) for name in names):
+        expanded: list[str] = []
+        for name in names:
+            found = BRACES.search(name)
+            parts = _brace_parts(*found.groups()) if found else [name]
+            before, after = (name[: found.start()], name[found.end() :]) if found else ("", "")
+            if len(expanded) + len(parts) > MAX_EXPANDED:
+                raise _too_many(notation)
+            expanded += [before + part + after for part in parts]
+        names = expanded
+    yield from names
+
+
+def _too_many(notation: str) -> VitcliError:
+    return VitcliError(
+        f"`{printable(notation[:80])}` means more than {MAX_EXPANDED:,} files",
+        "give fewer numbers in `{000..099}`, or name a folder",
+    )
+
+
+def _brace_parts(first: str | None, last: str | None, listed: str | None) -> list[str]:
+    if first is None or last is None:
+        return (listed or "").split(",")
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    low, high = sorted((int(first), int(last)))
+    high = min(high, low + MAX_EXPANDED)  # one more than is allowed
+    return [f"{n:0{width}}" for n in range(low, high + 1)]
 
 
 def files_with_suffix(folder: Path, suffix: str, depth: int = MAX_DEPTH) -> list[Path]:

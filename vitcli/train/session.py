@@ -34,6 +34,7 @@ from vitcli.run import (
     reopen_run,
 )
 from vitcli.train.agreement import gather, min_over_processes
+from vitcli.train.best_weights import write_weights
 from vitcli.train.budget import NoStepFits, Timeline, plan_budget
 from vitcli.train.build import (
     MakeModel,
@@ -44,9 +45,8 @@ from vitcli.train.build import (
 )
 from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
 from vitcli.train.ema import averaged
-from vitcli.train.fsdp import gather_tensors
 from vitcli.train.loop import Loop
-from vitcli.train.lora import ADAPTER, merged, save_adapters
+from vitcli.train.lora import ADAPTER, save_adapters
 from vitcli.train.recorded_images import (
     ROWS_FILE,
     RecordedImages,
@@ -58,7 +58,7 @@ from vitcli.train.recorder import draw_curves
 from vitcli.train.signals import Stopped
 from vitcli.train.trackers import check_tracker, tracking
 from vitcli.train.validate import best_fewshot
-from vitcli.weights.store import save_model, save_tensors
+from vitcli.weights.store import save_tensors
 
 NUM_EVALUATIONS = 5  # in a run without `train.eval_steps`
 LOCK, HOLDER = ".lock", ".holder.json"
@@ -74,6 +74,7 @@ class TrainResult:
         figures: metrics of the test split, else of the validation split; `split` names it. Without
             both, those of the last training steps.
         validation: metrics of the validation split, if there is a test split as well.
+        best: metric, value and step of the weights in best.safetensors, with `train.best_metric`.
         broken: images that could not be read, with the reason.
     """
 
@@ -91,6 +92,7 @@ class TrainResult:
     already_finished: bool = False
     broken: dict[str, str] = field(default_factory=dict)
     validation: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -307,6 +309,9 @@ def choose_steps(
         watch.note("there is no checkpoint yet: starting from step 0")
     if loop.accelerator.is_main_process and run.metrics_file.is_file():
         run.drop_records_after(loop.state.step)
+    loop.accelerator.wait_for_everyone()  # all processes read the records that are left
+    if loop.best is not None and run.metrics_file.is_file():
+        loop.best.restore(run.records())
 
 
 def facts_of(loop: Loop, source: Source, precision: str) -> dict[str, Any]:
@@ -360,12 +365,10 @@ def finish(loop: Loop) -> TrainResult:
         validation=metrics[0] if len(metrics) > 1 else None,
         labels=model.config.num_classes,
         broken=broken,
+        best=None if loop.best is None else loop.best.to_json(),
     )
     # Weights come before result.json: a run that is killed here evaluates again after a resume.
-    tensors: dict[str, torch.Tensor] | None = None
-    if recipe.train.fully_shard:  # every process must take part
-        with averaged(loop.state.objective, loop.state.ema):
-            tensors = gather_tensors(model.state_dict())
+    write_weights(run.weights_file, model, loop.state, recipe, is_main=accelerator.is_main_process)
     outcomes = sorted(gather(loop.outcomes, accelerator))
     if model.is_regression and outcomes:
         result.figures["intervals"] = regression_intervals(*np.array(outcomes).T[1:]).to_json()
@@ -381,10 +384,6 @@ def finish(loop: Loop) -> TrainResult:
         with averaged(loop.state.objective, loop.state.ema):
             adapters = run.path / "lora.safetensors"
             save_adapters(adapters, model.network, recipe.lora, str(recipe.model.name))
-            # Merged, so that the weights load everywhere; the adapters are stored separately too.
-            with merged(model.network):
-                fingerprint = recipe.fingerprint()
-                save_model(run.weights_file, model, recipe_hash=fingerprint, tensors=tensors)
         draw_curves(run)
         run.finish(result.to_json())
     accelerator.wait_for_everyone()

@@ -15,6 +15,7 @@ from vitcli.data.image_set import FileStore, ImageSet, ImageStore
 from vitcli.data.labels import sorted_classes
 from vitcli.data.layout import Layout, read_layout
 from vitcli.data.readers.folder_tables import TABLE_SUFFIXES, read_folder_tables
+from vitcli.data.readers.split_lists import LIST_SUFFIXES, label_splits, unused_lists
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import IMAGE_SUFFIXES
 from vitcli.dicom import can_read_dicom, is_dicom_file
@@ -43,6 +44,7 @@ OUTPUT_FILES = frozenset(
     }
 )  # fmt: skip
 RUNS = "runs"
+MAX_LISTED = 10_000
 BAR_IMAGES = 1000  # to move the bar for every file would take longer than to read the file's size
 
 
@@ -69,6 +71,7 @@ class WalkReport:
         tables: files that may be tables of labels.
         without_suffix: DICOM files without an image suffix, which are images.
         dicom: True if there are `.dcm` files.
+        lists: the first text files and the like, which can be lists of splits or labels.
         outside: members of an archive whose path leads outside of it.
     """
 
@@ -79,6 +82,7 @@ class WalkReport:
     loops: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    lists: list[str] = field(default_factory=list)
     without_suffix: int = 0
     dicom: bool = False
 
@@ -89,6 +93,8 @@ class WalkReport:
         suffix = Path(path).suffix.lower()
         if suffix in TABLE_SUFFIXES:
             self.tables.append(path)
+        if suffix in LIST_SUFFIXES and len(self.lists) < MAX_LISTED:
+            self.lists.append(path)
         if path.rpartition("/")[2].lower() not in LABEL_TABLES:
             self.other[suffix or "no suffix"] += 1
 
@@ -245,9 +251,12 @@ def load_folder(request: DataRequest) -> Source:
         tree = tree_of(root.resolve().name, paths)
     layout = read_layout(tree, request.shown, request.settings.class_level)
     notes = [*report.notes(request.shown), *layout.notes]
+    label_splits(root, request.shown, layout, report.lists, notes)
     from_table = read_folder_tables(request, tree, report.tables, layout, notes)
     if from_table is not None:
         return replace(from_table, notes=(*report.notes(request.shown), *from_table.notes))
+
+    notes += unused_lists(request.shown, layout, report.lists)
 
     def store_of(base: str, paths: Sequence[str]) -> FileStore:
         return FileStore(root / base, (os.fsencode(path) for path in paths))

@@ -36,6 +36,7 @@ from math import floor, isfinite
 from typing import Any, Literal, Self, get_args, get_origin
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -48,6 +49,8 @@ from vitcli.pixels import Mode, PixelFormat, Window
 
 AnyImage = ImageInput | NDArray[Any] | Tensor
 FETCH_BYTES = 512 << 20  # the largest image file that is downloaded
+# Limits on what a weights file may ask for, before memory is taken: 3 and 4 bytes per pixel.
+MAX_SIDE, MAX_RESIZED = 8192, 8192**2  # px of a side; pixels of an image before the crop
 FETCH_SECONDS, SILENT_SECONDS = 120.0, 20.0  # for the whole download; without a byte
 
 RESAMPLING = {
@@ -113,12 +116,21 @@ class Preprocess:
                 "`preprocess.antialias=false` is not possible with `lanczos`",
                 "set `preprocess.interpolation` to `bilinear` or `bicubic`",
             )
-        if self.border < 0:
-            raise VitcliError(f"`preprocess.border` is {self.border}", "give 0 or more pixels")
-        if not 0 < self.crop_fraction <= 1:
+        for side in self.image_size:
+            _check_side("image_size", side, 1)
+        _check_side("border", self.border, 0)
+        if self.resize_size is not None:
+            _check_side("resize_size", self.resize_size, 1)
+        if not (isinstance(self.crop_fraction, int | float) and 0 < self.crop_fraction <= 1):
             raise VitcliError(
                 f"`preprocess.crop_fraction` is {self.crop_fraction}",
                 "give a number above 0 and up to 1",
+            )
+        if self.resize_size is None and max(self.image_size) / self.crop_fraction >= MAX_SIDE + 1:
+            raise VitcliError(
+                f"`preprocess.crop_fraction` = {self.crop_fraction:g} resizes images to "
+                f"{max(self.image_size) / self.crop_fraction:.4g} px before the crop",
+                f"give a larger fraction; images are resized to {MAX_SIDE} px at most",
             )
         for name in ("mean", "std"):
             values = tuple(float(value) for value in getattr(self, name))
@@ -138,6 +150,19 @@ class Preprocess:
             )
         if self.window is not None:
             object.__setattr__(self, "window", _checked_window(self.window))
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raise a VitcliError if a batch cannot fit into the memory of this machine."""
+        pixels = self.num_channels * self.image_size[0] * self.image_size[1]
+        memory = psutil.virtual_memory().total
+        if 5 * batch_size * pixels > memory:  # uint8 and float32
+            rows, columns = self.image_size
+            raise VitcliError(
+                f"a batch of {batch_size:,} images of {columns}x{rows} px takes "
+                f"{5 * batch_size * pixels / 2**30:,.0f} GiB, and this machine has "
+                f"{memory / 2**30:,.0f} GiB",
+                "use a smaller `--batch-size` or image size",
+            )
 
     @property
     def mode(self) -> Mode:
@@ -203,6 +228,11 @@ class Preprocess:
         height, width = self._resized_shape(image)
         if image.size == (width, height):
             return image
+        if height * width > MAX_RESIZED:  # a strip of one pixel by thousands
+            raise ImageError(
+                f"an image of {image.width}x{image.height} px",
+                f"it would be resized to {width}x{height} px, more than {MAX_RESIZED:,} pixels",
+            )
         if self.antialias or self.interpolation == "nearest":
             return image.resize((width, height), RESAMPLING[self.interpolation])
         # Pillow's `resize` always smooths, so an affine map samples without smoothing.
@@ -277,6 +307,14 @@ class Preprocess:
     def _mean_colour(self) -> tuple[int, ...] | int:
         colour = tuple(round(255 * value) for value in self.mean)
         return colour if self.num_channels == 3 else colour[0]
+
+
+def _check_side(name: str, value: Any, least: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole and least <= value <= MAX_SIDE):
+        raise VitcliError(
+            f"`preprocess.{name}` is {value}", f"give a whole number of px, {least} to {MAX_SIDE}"
+        )
 
 
 def _checked_window(window: Any) -> Window:

@@ -104,6 +104,8 @@ def test_help_answers_at_once():
             "`mae` trains no head for the classes",
             "vitcli pretrain builtin:digits --set objective.name=mae",
         ),
+        (["pretrain", "--lr", "0"], "`optim.lr` = 0.0 must be greater than 0", ""),
+        (["pretrain", "--steps", "0"], "`train.steps` = 0 must be greater than 0", ""),
         (["pretrain", "--find-lr", "--dry-run"], "two different commands", "remove one"),
         (["fewshot", "--shots", "a"], "not a list of numbers", "--shots 1,5,10"),
         (["fewshot", "--shots", "0"], "`fewshot.shots` = 0", ""),

@@ -75,7 +75,32 @@ def test_no_live_bar_without_a_terminal(capfd, monkeypatch):
         assert isinstance(bar, report.PlainBar)
         bar.advance(3, loss=1.25, accuracy=0.5, images_per_second=99.6)
     err = capfd.readouterr().err
-    assert err == "train 7/10  loss 1.250  acc 50.0%  100 img/s\n"
+    assert err == "train 7/10  70%  0:00 (0:00 left)  loss 1.250  acc 50.0%  100 img/s\n"
+
+
+FIGURES = {"loss": 0.5123, "accuracy": 0.811, "images_per_second": 1124.4, "mfu": 0.37}
+FIGURES |= {"validation_accuracy": 0.675, "memory_mb": 1640.0}
+
+
+@pytest.mark.parametrize(
+    ("width", "figures"),
+    [
+        (200, "  loss 0.512  acc 81.1%  validation 67.5%  1124 img/s  MFU 37%  1,640 MB"),
+        (80, "  loss 0.512  acc 81.1%"),
+        (50, ""),
+    ],
+)
+def test_a_progress_line_begins_with_what_matters(width, figures):
+    """100 of 400,000 steps were done before; 12,000 in the hour since."""
+    line = report.progress_text("train", 12_100, 400_000, 100, 3600, FIGURES, width)
+    assert line == "train 12100/400000  3%  1:00:00 (32:19:30 left)" + figures
+    assert len(line) <= width
+
+
+def test_a_progress_line_without_a_known_length():
+    assert report.progress_text("read", 7, None, 0, 61.2, {}, 80) == "read 7  1:01"
+    assert report.progress_text("read", 10, 10, 0, 5, {}, 80) == "read 10/10  100%  0:05"
+    assert report.progress_text("train", 4, 10, 4, 5, {}, 80) == "train 4/10  40%  0:05"
 
 
 def test_a_live_bar_on_a_terminal(screen):

@@ -6,6 +6,7 @@ import tarfile
 
 import datasets
 import numpy as np
+import pandas
 import pytest
 from PIL import Image
 from support.tiny import vitcli
@@ -172,6 +173,68 @@ def test_class_folders(pets):
     assert [levels(s) for s in data.splits.values()] == [[1, 2], [3]]
     assert data.notation == "hf:org/folders" and "3 images" in data.notes[0]
     assert "LICENSE" not in resolved(pets)
+
+
+def described(data):
+    """Split -> (level, class) of each image: what an image folder is read as."""
+    return {
+        split: sorted(zip(levels(images), map(images.label_name, range(len(images))), strict=True))
+        for split, images in data.splits.items()
+    }
+
+
+LABELLED = [
+    (f"{split}/{i}.png", "cat" if i % 2 else "dog") for split in ("train", "test") for i in range(4)
+]
+
+
+@pytest.mark.parametrize(
+    "layout", ["one table", "a table for each split", "beside the images", "in data/"]
+)
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_folder_with_a_table_is_read_as_on_the_disk(pets, layout, suffix):
+    """`datasets` calls it `imagefolder`: `metadata.csv` with `file_name` and the labels."""
+    root = pets.root / "datasets/org/tabled"
+    tables = {
+        "one table": {"": LABELLED},
+        "beside the images": {"": [(name.replace("/", "-"), label) for name, label in LABELLED]},
+        "in data/": {"data/": LABELLED},
+        "a table for each split": {
+            f"{split}/": [(f"{i}.png", "cat" if i % 2 else "dog") for i in range(4)]
+            for split in ("train", "test")
+        },
+    }[layout]
+    for folder, rows in tables.items():
+        for number, (name, _) in enumerate(rows):
+            (root / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / folder / name).write_bytes(png(number + 100 * folder.startswith("test")))
+        frame = pandas.DataFrame(rows, columns=["file_name", "label"])
+        table = root / folder / f"metadata{suffix}"
+        write = {".csv": frame.to_csv, ".parquet": frame.to_parquet}
+        if suffix == ".jsonl":
+            frame.to_json(table, orient="records", lines=True)
+        else:
+            write[suffix](table, index=False)
+    (root / "README.md").write_text("# Pets\n")
+    data, local = load_data("hf:org/tabled"), load_data(str(root))
+    assert described(data) == described(local)
+    assert sum(map(len, data.splits.values())) == 8 and set(data.splits) == {"train", "test"}
+    if layout != "beside the images":
+        assert [len(images) for images in data.splits.values()] == [4, 4]
+        assert described(data)["train"] == [(0, "dog"), (1, "cat"), (2, "dog"), (3, "cat")]
+
+
+def test_tables_that_name_the_splits_are_read_as_on_the_disk(pets):
+    root = pets.root / "datasets/org/lists"
+    (root / "images").mkdir(parents=True)
+    for number in range(6):
+        (root / f"images/{number}.png").write_bytes(png(number))
+    rows = [f"images/{number}.png,{'cat' if number % 2 else 'dog'}\n" for number in range(6)]
+    (root / "train.csv").write_text("path,label\n" + "".join(rows[:4]))
+    (root / "test.csv").write_text("path,label\n" + "".join(rows[4:]))
+    data = load_data("hf:org/lists")
+    assert described(data) == described(load_data(str(root)))
+    assert described(data)["test"] == [(4, "dog"), (5, "cat")]
 
 
 def test_without_the_hub_what_was_fetched_serves(pets, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,14 @@ from vitcli.commands import evaluate
 from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import DataSection, Recipe
+from vitcli.data.readers.parquet import parquet_splits
+from vitcli.data.readers.tar import shard_splits
 from vitcli.data.source import load_data
 from vitcli.data.splits import parse_slice, split_images
 from vitcli.data.stratify import fold_of, spread_order, stratified_split
 from vitcli.errors import VitcliError
+from vitcli.hub.datasets import choose_files
+from vitcli.hub.split_names import file_splits
 from vitcli.progress import Quiet
 from vitcli.train.session import train
 
@@ -228,3 +233,88 @@ def test_nothing_is_divided_that_was_not_asked_for():
     done = split_images(labels, DataSection(), "x")
     assert done.parts == {"train": ("train", None), "test": ("test", None)}
     assert not done.notes and not done.record
+
+
+# train, validation and test as people spell them: names of folders, or of files.
+FOLDER_SPELLINGS = [
+    ("train", "val", "test"),
+    ("Training", "Validation", "Testing"),
+    ("train_set", "val_set", "test_set"),
+    ("TrainSet", "ValSet", "TestSet"),
+    ("trainset", "valset", "testset"),
+    ("seg_train", "seg_val", "seg_test"),
+    ("train2017", "val2017", "test2017"),
+    ("train_images", "valid_images", "test_images"),
+    ("Train Data", "Dev Data", "Eval Data"),
+    ("training", "dev", "evaluation"),
+]
+FILE_SPELLINGS = [
+    *FOLDER_SPELLINGS,
+    ("train-00000-of-00004", "validation-00000-of-00001", "test-00000-of-00001"),
+    ("train-00003", "dev-00000", "eval-00001"),
+    ("imagenet-train-000", "imagenet-val-000", "imagenet-test-000"),
+    ("trainval", "dev", "test"),
+    ("TRAIN", "VALID", "TEST"),
+]
+NAMES = ("train", "validation", "test")
+
+
+def files_of(root, spelling, place, suffix):
+    """Split -> its only file, made empty."""
+    files = {}
+    for name, spelled in zip(NAMES, spelling, strict=True):
+        files[name] = root / (place.format(spelled) + suffix)
+        files[name].parent.mkdir(parents=True, exist_ok=True)
+        files[name].touch()
+    return files
+
+
+def found_in(root, files, suffix):
+    """Split -> files by each way that reads files of this kind: local, and on the Hub."""
+    local = {".tar": shard_splits, ".parquet": lambda path: parquet_splits(Path(path), [])}[suffix]
+    paths = [file.relative_to(root).as_posix() for file in files]
+    hub = choose_files(paths, [], None, (), "hf:org/x").splits
+    return local(str(root)), {name: [root / path for path in hub[name]] for name in hub}
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+@pytest.mark.parametrize("place", ["{0}/00000", "data/{0}/00000", "{0}/{0}/00000"])
+@pytest.mark.parametrize("spelling", FOLDER_SPELLINGS)
+def test_folders_of_shards_and_parquet_are_splits_in_every_spelling(
+    tmp_path, spelling, place, suffix
+):
+    files = files_of(tmp_path, spelling, place, suffix)
+    for found in found_in(tmp_path, files.values(), suffix):
+        assert found == {name: [file] for name, file in files.items()}
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+@pytest.mark.parametrize("place", ["{0}", "data/{0}"])
+@pytest.mark.parametrize("spelling", FILE_SPELLINGS)
+def test_names_of_shards_and_parquet_are_splits_in_every_spelling(
+    tmp_path, spelling, place, suffix
+):
+    files = files_of(tmp_path, spelling, place, suffix)
+    for found in found_in(tmp_path, files.values(), suffix):
+        assert found == {name: [file] for name, file in files.items()}
+
+
+@pytest.mark.parametrize(
+    "names", [("valley-000", "valley-001"), ("device-1", "tested-2"), ("trains", "contests")]
+)
+def test_words_that_only_begin_like_a_split_are_none(names):
+    assert file_splits(names) == [None, None]
+
+
+@pytest.mark.parametrize("braces", ["{test,train}/0.tar", "{train,test}/0.tar"])
+def test_folders_in_braces_are_splits_in_any_order(tmp_path, braces):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "0.tar").touch()
+    assert shard_splits(f"{tmp_path}/{braces}") == {
+        split: [tmp_path / split / "0.tar"] for split in ("train", "test")
+    }
+
+
+def test_a_list_that_tells_the_splits_apart_is_none_of_them():
+    assert file_splits(["train_test_split", "images"]) == [None, None]

@@ -276,8 +276,9 @@ def test_what_a_stream_cannot_do(shards):
     section = DataSection(name=shards, streaming=True)
     with pytest.raises(VitcliError, match="needs random access"):
         open_data(section)
-    with pytest.raises(VitcliError, match="no folds"):
-        open_data(DataSection(name=shards, streaming=True, folds=2), streams=True)
+    for refused in ({"folds": 2}, {"test_fold": 0}):
+        with pytest.raises(VitcliError, match="no folds"):
+            open_data(DataSection(name=shards, streaming=True, **refused), streams=True)
     with pytest.raises(VitcliError, match="is unknown"):
         len(stream(shards).splits["train"])
     with pytest.raises(VitcliError, match="set `streaming` too"):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
 from vitcli.progress import Quiet
 from vitcli.train import loop, resolve
-from vitcli.train.build import open_source
+from vitcli.train.build import open_source, start_accelerator
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.loop import step_seed
 from vitcli.train.objectives.classification import Softmax
@@ -49,6 +50,15 @@ class Interrupt:
             "max_over_processes",
             lambda _, value: number if next(self.calls) == after else value,
         )
+
+
+def test_kernels_are_deterministic_if_a_run_asks(monkeypatch):
+    """The setting is global in torch, so the next run in the process must not inherit it."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for asked in (True, False):
+        start_accelerator(tiny_recipe(train={"deterministic": asked}))
+        assert torch.are_deterministic_algorithms_enabled() == asked
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_a_run_leaves_what_the_contract_says(tmp_path):

@@ -166,7 +166,7 @@ def test_a_damaged_description(model, tmp_path):
     [
         ("config", None, [1], "is invalid"),
         ("config", "depth", 10**9, "depth is 1000000000"),
-        ("config", "depth", 10**6, "claims to have 1000000 blocks, but it holds"),
+        ("config", "depth", 10**3, "claims to have 1000 blocks, but it holds"),
         ("config", "embed_dim", "128", "embed_dim is '128'"),
         ("config", "image_size", [10**30, 16], "image_size is 1000"),
         ("config", "stem", float("nan"), "is invalid"),

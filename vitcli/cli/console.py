@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, ProgressColumn, Task
 from rich.table import Table
 from rich.text import Text
 
@@ -32,9 +25,15 @@ if TYPE_CHECKING:
 
 MOST_CLASSES = 20  # rows of a table of classes
 PLAIN_SECONDS = 20.0  # between two progress lines when stderr is not a terminal
+LOG_WIDTH = 200  # columns of such a line
+# The figures of a progress line, the most important first: a narrow terminal shows only these.
 SHOWN = {
     "loss": "loss {:.3f}",
     "accuracy": "acc {:.1%}",
+    "validation_accuracy": "validation {:.1%}",
+    "test_accuracy": "test {:.1%}",
+    "validation_map": "validation mAP {:.1%}",
+    "test_map": "test mAP {:.1%}",
     "images_per_second": "{:.0f} img/s",
     "mfu": "MFU {:.0%}",
     "memory_mb": "{:,.0f} MB",
@@ -70,15 +69,46 @@ def mute() -> None:
     sys.stdout = io.StringIO()
 
 
-def figures_text(figures: Mapping[str, float]) -> str:
-    """`loss 1.234  acc 56.7%  120 img/s`."""
-    parts = [SHOWN[name].format(figures[name]) for name in SHOWN if name in figures]
-    for split in ("validation", "test"):
-        if f"{split}_accuracy" in figures:
-            parts.append(f"{split} {figures[f'{split}_accuracy']:.1%}")
-        if f"{split}_map" in figures:
-            parts.append(f"{split} mAP {figures[f'{split}_map']:.1%}")
-    return "  ".join(parts)
+def progress_text(
+    label: str,
+    done: float,
+    total: float | None,
+    first: float,
+    elapsed: float,
+    figures: Mapping[str, float],
+    width: int,
+) -> str:
+    """`train 120/400  30%  0:36 (1:24 left)  loss 1.234  acc 56.7%`.
+
+    Figures that do not fit into `width` columns are left out, the least important first.
+
+    Args:
+        done, total: units; `total` is None if it is unknown.
+        first: the units that were done at the start, by an earlier command.
+        elapsed: seconds since the start.
+    """
+    parts = [f"{label} {done:.0f}" + (f"/{total:.0f}" if total else "")]
+    if total:
+        parts.append(f"{min(1.0, done / total):.0%}")
+    left = ""
+    if total and first < done < total:
+        left = f" ({_clock((total - done) * elapsed / (done - first))} left)"
+    parts.append(_clock(elapsed) + left)
+    line = "  ".join(parts)
+    for name, form in SHOWN.items():
+        if name in figures:
+            longer = f"{line}  {form.format(figures[name])}"
+            if len(longer) > width:
+                break
+            line = longer
+    return line
+
+
+def _clock(seconds: float) -> str:
+    """`1:02` or `3:01:02`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def percent(fraction: float) -> str:
@@ -99,23 +129,32 @@ class Terminal:
         return LiveBar(label, total, done) if err.is_terminal else PlainBar(label, total, done)
 
 
+class ProgressLine(ProgressColumn):
+    """All of a progress bar in one line of text, as wide as the terminal."""
+
+    def render(self, task: Task) -> Text:
+        """The line of one bar."""
+        line = progress_text(
+            task.description,
+            task.completed,
+            task.total,
+            task.fields["first"],
+            task.elapsed or 0.0,
+            task.fields["figures"],
+            err.width,
+        )
+        return Text(line, no_wrap=True, overflow="ellipsis")
+
+
 class LiveBar:
-    """A Rich progress bar with the latest metrics."""
+    """A progress line that a terminal redraws."""
 
     def __init__(self, label: str, total: int | None, done: int) -> None:
         self.figures: dict[str, float] = {}
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=err,
-            transient=True,
+        self.bars = Progress(ProgressLine(), console=err, transient=True)
+        self.task = self.bars.add_task(
+            label, total=total, completed=done, first=done, figures=self.figures
         )
-        self.task = self.bars.add_task(label, total=total, completed=done, figures="")
 
     def __enter__(self) -> Self:
         self.bars.start()
@@ -126,19 +165,19 @@ class LiveBar:
 
     def advance(self, n: int = 1, **figures: float) -> None:
         self.figures |= figures
-        self.bars.update(self.task, advance=n, figures=figures_text(self.figures))
+        self.bars.update(self.task, advance=n)
 
     def extend(self, total: int) -> None:
         self.bars.update(self.task, total=total)
 
 
 class PlainBar:
-    """A progress line every `PLAIN_SECONDS`, and one at the end if any was printed."""
+    """A progress line every `PLAIN_SECONDS`, for logs and pipes."""
 
     def __init__(self, label: str, total: int | None, done: int) -> None:
-        self.label, self.total, self.done = label, total, done
+        self.label, self.total, self.done, self.first = label, total, done, done
         self.figures: dict[str, float] = {}
-        self.printed = time.monotonic()
+        self.started = self.printed = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -152,11 +191,14 @@ class PlainBar:
     def advance(self, n: int = 1, **figures: float) -> None:
         self.done += n
         self.figures |= figures
-        if time.monotonic() - self.printed >= PLAIN_SECONDS:
-            self.printed = time.monotonic()
-            of = f"/{self.total}" if self.total is not None else ""
-            line = f"{self.label} {self.done}{of}  {figures_text(self.figures)}"
-            err.print(Text(line), soft_wrap=True)
+        now = time.monotonic()
+        if now - self.printed < PLAIN_SECONDS:
+            return
+        self.printed, elapsed = now, now - self.started
+        line = progress_text(
+            self.label, self.done, self.total, self.first, elapsed, self.figures, LOG_WIDTH
+        )
+        err.print(Text(line), soft_wrap=True)
 
 
 def print_error(error: VitcliError) -> None:

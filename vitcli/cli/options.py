@@ -6,6 +6,7 @@ of the recipe schema and shows the help of that key, so nothing is described twi
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -132,8 +133,9 @@ def settings_of(*groups: Any, set_: list[str] | None = None, **keys: Any) -> dic
             if name == "set_":
                 assignments += value or []
             for info in getattr(hint, "__metadata__", ()):
-                # A switch that is off leaves the setting to the recipe.
-                if (key := getattr(info, "setting", None)) and value not in (None, False):
+                # A switch that is off leaves the setting to the recipe; the number 0 is a value.
+                key = getattr(info, "setting", None)
+                if key and value is not None and value is not False:
                     given[key] = info.parse(value) if info.parse else value
     given = {key: value for key, value in given.items() if value is not None}
     written = {text.partition("=")[0].strip() for text in assignments} | set(given)
@@ -201,6 +203,12 @@ def start_processes(context: typer.Context, number: int | None) -> int | None:
         raise VitcliError(
             f"`--processes {number}` does not match the launch of {started} processes",
             "remove `--processes`",
+        )
+    cores = os.cpu_count() or 1
+    if number > max(16, 4 * cores):
+        raise VitcliError(
+            f"`--processes {number}` is far above the {cores} CPU cores of this machine",
+            f"use `--processes {cores}` at most, or one process per GPU",
         )
     raise typer.Exit(distributed.launch_processes(number, arguments, console.print_error))
 

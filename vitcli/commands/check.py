@@ -17,7 +17,7 @@ from vitcli.data.image_set import ImageSet, Integers
 from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
-from vitcli.errors import VitcliError, quoted
+from vitcli.errors import VitcliError, printable, quoted
 from vitcli.files import replacing
 from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
@@ -339,6 +339,6 @@ def draw_samples(source: Source, scan: DatasetScan, window: Window | None) -> Im
     for label, name in enumerate(source.classes[:SHEET_ROWS]):
         members = scan.index[(scan.split == 0) & (scan.label == label)]
         chosen = members[:: max(1, len(members) // SHEET_COLUMNS)][:SHEET_COLUMNS]
-        rows.append(SheetRow(name, [int(index) for index in chosen]))
+        rows.append(SheetRow(printable(name), [int(index) for index in chosen]))
     read = partial(images.read, mode=PixelFormat("RGB", window))
     return draw_sheet(rows, read, columns=SHEET_COLUMNS, side=SHEET_SIDE)

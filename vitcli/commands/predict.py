@@ -20,6 +20,7 @@ from vitcli.data.augment.test_time import TTATransform
 from vitcli.data.image_paths import ImagePaths, find_images
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
+from vitcli.evals.finished_tables import ImageDigest, check_finished, is_recorded, record_tables
 from vitcli.evals.ood import ReferenceStore
 from vitcli.evals.predictor import AbstainRules, ImagePredictor
 from vitcli.evals.resume_log import PredictionCounts, ResumeLog, is_finished, open_resume_log
@@ -157,7 +158,8 @@ def run(
             or 10 times the cost.
         csv_file, jsonl_file, parquet_file: output files, written after the last row. Until then
             the rows are in a file beside the first one, with the suffix `.part`.
-        resume: continue after the rows of an interrupted run, which are not returned again.
+        resume: continue after the rows of an interrupted run, which are not returned again. A
+            finished file must have been made of the same images, model and settings.
         verbose: report how each tensor was loaded.
 
     Raises:
@@ -168,13 +170,15 @@ def run(
     outputs = OutputFiles(csv_file, jsonl_file, parquet_file)
     counts = PredictionCounts()
     _check_options(top, batch_size, outputs, resume)
-    if resume and is_finished(outputs):
-        watch.note(f"`{outputs.paths[0]}` is already finished; without `--resume` it is replaced")
-        return Predictions(iter(()), counts)
+    finished = resume and is_finished(outputs)
+    if finished and not is_recorded(outputs.paths):
+        watch.note(f"no record says how `{outputs.paths[0]}` was made, so it is made again")
+        finished = False
     files = find_images(paths, source)
     inference = load_inference(settings)
     net, name = _load_classifier(model, inference, labels, watch, verbose)
     transform = TTATransform(require_preprocess(net), tta)
+    transform.preprocess.check_batch(min(batch_size, files.total or batch_size))
     if ood or ood_threshold is not None or reference is not None:
         store = ReferenceStore(net, name, inference.data, batch_size, precision, watch)
         found = store.get(None if reference is None else os.fspath(reference))
@@ -191,6 +195,13 @@ def run(
         "ood_threshold": ood_threshold,
         "tta": tta,
     }
+    if finished:
+        images = ImageDigest()
+        for image in files:
+            images.add(image)
+        check_finished(outputs.paths, decisive, images.hexdigest())
+        watch.note(f"`{outputs.paths[0]}` is already finished; without `--resume` it is replaced")
+        return Predictions(iter(()), counts)
     top = min(top, net.config.num_classes)
     predictor = ImagePredictor(net.to(pick_device()), transform, rules, top, batch_size, precision)
     return Predictions(_rows(predictor, files, outputs, decisive, resume, counts, watch), counts)
@@ -219,11 +230,12 @@ def _rows(
 ) -> Iterator[PredictionRow]:
     """The rows that are not in the log yet; each is logged before it is yielded."""
     with ExitStack() as stack:
-        todo, repeated, log = iter(files), 0, None
+        images = ImageDigest()
+        todo, repeated, log = images.watching(files), 0, None
         if outputs.paths:
             opened = open_resume_log(outputs.paths[0], decisive, counts, resume=resume)
             log = stack.enter_context(opened)
-            todo, repeated = log.remaining(files, predictor.batch_size)
+            todo, repeated = log.remaining(todo, predictor.batch_size)
             stack.push(partial(_note_interruption, log, counts, watch))
             if resume:
                 watch.note(f"`{log.path}` already has {counts.count:,} rows")
@@ -242,6 +254,7 @@ def _rows(
         if log is not None:
             outputs.write(log.rows, [*COLUMNS, *predictor.rules.columns])
             log.remove()
+            record_tables(outputs.paths, decisive, images.hexdigest())
 
 
 def _warn_if_too_few(rules: AbstainRules, watch: Watcher) -> None:

@@ -1,26 +1,13 @@
-"""The tree of the images in a folder or an archive, and what the names of folders say."""
+"""The tree of the images in a folder or an archive."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from vitcli.errors import printable
-from vitcli.hub.datasets import SPLIT_ALIASES
+from vitcli.hub.split_names import CONTAINERS, words_of
 
-# Words that say nothing about a class. A folder with one of them in its name can be a wrapper.
-CONTAINERS = frozenset({
-    "archive", "archives", "categories", "category", "class", "classes", "classification", "crop",
-    "cropped", "data", "dataset", "datasets", "dir", "folder", "folders", "image", "images",
-    "imageset", "img", "imgs", "jpeg", "jpegs", "jpg", "jpgs", "original", "originals", "photo",
-    "photos", "pic", "pics", "picture", "pictures", "png", "pngs", "raw", "resized", "rgb",
-    "sample", "samples", "set", "sets", "split",
-})  # fmt: skip
 PART_WORDS = {"batch", "chunk", "fold", "part", "shard"} | CONTAINERS - {
     "categories", "category", "class", "classes", "classification"
 }  # fmt: skip
-SPLIT_FORM = re.compile(
-    rf"({'|'.join(sorted(SPLIT_ALIASES, key=len, reverse=True))})"
-    r"(?:set|data|images?|imgs?|folder|split)?"
-)
 MAX_NAMED = 5  # names in one note
 
 
@@ -79,33 +66,6 @@ def _make_folder(known: dict[str, Folder], path: str) -> Folder:
         known[path] = Folder(name, path)
         _make_folder(known, parent + slash).entries[name] = known[path]
     return known[path]
-
-
-def words_of(name: str) -> list[str]:
-    """`TrainSet-2` -> ["train", "set"]: the words of a folder name, without digits."""
-    separated = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
-    return re.findall(r"[^\W\d_]+", separated.lower())
-
-
-Meaning = tuple[str, tuple[str, ...]]  # the split that a name means, and the other words
-
-
-def folder_split(name: str) -> Meaning | None:
-    """(the split that a folder name means, its other words) for `train_set`, `seg_train`, …
-
-    A folder with other words is a split only beside its counterpart: `seg_train` and `seg_test`.
-    """
-    hits = [(word, found[1]) for word in words_of(name) if (found := SPLIT_FORM.fullmatch(word))]
-    if len(hits) != 1:
-        return None
-    rest = tuple(w for w in words_of(name) if w != hits[0][0] and w not in CONTAINERS)
-    return SPLIT_ALIASES[hits[0][1]], rest
-
-
-def is_container(name: str) -> bool:
-    """True for `images`, `raw-img`: a name that says nothing about a class."""
-    words = set(words_of(name))
-    return bool(words) and words <= CONTAINERS
 
 
 def is_numbered_parts(names: Sequence[str]) -> bool:

@@ -9,21 +9,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vitcli.data.folder_tree import (
-    CONTAINERS,
-    Folder,
-    Meaning,
-    folder_split,
-    is_container,
-    is_numbered_parts,
-    named,
-    words_of,
-)
+from vitcli.data.folder_tree import Folder, is_numbered_parts, named
 from vitcli.data.labels import sorted_classes
 from vitcli.data.masks import drop_masks
 from vitcli.data.splits import in_split_order
 from vitcli.errors import VitcliError, printable
-from vitcli.hub.datasets import SPLITS
+from vitcli.hub.split_names import (
+    CONTAINERS,
+    SPLITS,
+    folder_split,
+    folder_splits,
+    is_container,
+    words_of,
+)
 
 
 @dataclass
@@ -155,28 +153,24 @@ def _is_wrapper(parent: Folder, child: Folder) -> bool:
 
 def _split_bodies(base: Folder, shown: str, notes: list[str]) -> dict[str, list[Folder]]:
     """Split -> its folders; {} if the folders of `base` are classes."""
-    meanings = {folder.name: folder_split(folder.name) for folder in base.folders}
-    stems: dict[tuple[str, ...], set[str]] = {}
-    for found in meanings.values():
-        if found is not None:
-            stems.setdefault(found[1], set()).add(found[0])
+    meanings = folder_splits(folder.name for folder in base.folders)
     bodies: dict[str, list[Folder]] = {}
     others, said = [], []
     # A plain name goes before an alias: `validation` before `dev`.
     for folder in sorted(base.folders, key=lambda folder: folder.name.lower() not in SPLITS):
-        found = meanings[folder.name]
-        if found is None or (found[1] and len(stems[found[1]]) < 2):
+        split = meanings.get(folder.name)
+        if split is None:
             others.append(folder)
             continue
-        same = bodies.setdefault(found[0], [])
+        same = bodies.setdefault(split, [])
         # `train_1` and `train_2` are parts of one split; `val` beside `validation` is not.
         if not same or _without_digits(same[0].name) == _without_digits(folder.name):
             same.append(folder)
         else:
             skipped, kept = printable(folder.name), printable(same[0].name)
-            said.append(f"{shown}: skipped `{skipped}`, because `{kept}` is the {found[0]} split")
+            said.append(f"{shown}: skipped `{skipped}`, because `{kept}` is the {split} split")
     if "train" not in bodies and others:
-        return _beside_test_set(base, meanings, shown, notes)
+        return _beside_test_set(base, shown, notes)
     # `train/` that holds images only, beside `car/` and `bus/`, is a class of vehicles.
     if others and not any(one.folders for folders in bodies.values() for one in folders):
         return {}
@@ -187,10 +181,9 @@ def _split_bodies(base: Folder, shown: str, notes: list[str]) -> dict[str, list[
     return in_split_order(bodies)
 
 
-def _beside_test_set(
-    base: Folder, meanings: Mapping[str, Meaning | None], shown: str, notes: list[str]
-) -> dict[str, list[Folder]]:
+def _beside_test_set(base: Folder, shown: str, notes: list[str]) -> dict[str, list[Folder]]:
     """`photos/CLASS` beside `photos_test/`: all other folders are for testing or validation."""
+    meanings = {folder.name: folder_split(folder.name) for folder in base.folders}
     rest = [folder for folder in base.folders if meanings[folder.name] is None]
     if not (len(rest) == 1 < len(base.folders) and _is_wrapper(base, rest[0])):
         return {}

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable
 
-from vitcli.data.folder_tree import CONTAINERS, Folder, folder_split, is_container, named, words_of
+from vitcli.data.folder_tree import Folder, named
 from vitcli.errors import printable
+from vitcli.hub.split_names import CONTAINERS, folder_split, is_container, words_of
 
 IMAGE_WORDS = frozenset({
     "image", "images", "img", "imgs", "photo", "photos", "pic", "pics", "picture", "pictures"

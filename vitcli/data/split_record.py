@@ -20,8 +20,8 @@ from PIL import Image
 from vitcli.data.image_set import ImageSet
 from vitcli.data.prefetch import default_workers, map_in_order
 from vitcli.data.source import Source, fingerprint
-from vitcli.data.splits import SPLITS
 from vitcli.decode import ImageError
+from vitcli.hub.split_names import SPLITS
 from vitcli.progress import Watcher
 
 # 12 bytes per image: 100,000 images add 1.6 MB of base64 to the header of the weights. A seed and a

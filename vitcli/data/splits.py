@@ -1,7 +1,10 @@
 """Splits: which split a file name means, and seeded fractions, folds and slices of the images."""
 
+import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,72 +13,108 @@ import numpy as np
 
 from vitcli.config.schema import DataSection
 from vitcli.data.stratify import Integers, fold_of, spread_slice, stratified_split
-from vitcli.errors import VitcliError, unknown
-from vitcli.hub.datasets import SPLIT_ALIASES as SPLIT_ALIASES
-from vitcli.hub.datasets import SPLIT_WORD as SPLIT_WORD
-from vitcli.hub.datasets import SPLITS as SPLITS
+from vitcli.errors import VitcliError, printable, unknown
+from vitcli.hub.split_names import (
+    SPLITS,
+    file_splits,
+    folder_splits,
+    is_container,
+    split_of_paths,
+)
 
 T = TypeVar("T")
+MAX_EXPANDED = 300_000  # names that one notation may mean; LAION-5B has 231,349 shards
 
-# How the name of a file may begin: `dev` is too short, as in `device-001.tar`.
-SPLIT_PREFIXES = {word: split for word, split in SPLIT_ALIASES.items() if word != "dev"}
+MAX_DEPTH = 4  # folders within folders that are searched for shards or parquet files
 GROUP_COLUMN = "group"  # a column of this name is used without a setting
+BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
 
 
 def split_of(file: Path) -> str | None:
     """The split that a file's name begins with, or None."""
-    name = file.stem.lower()
-    prefixes = [prefix for prefix in sorted(SPLIT_PREFIXES, key=len) if name.startswith(prefix)]
-    return SPLIT_PREFIXES[prefixes[-1]] if prefixes else None
+    return file_splits([file.stem])[0]
 
 
-def splits_of(files: Sequence[Path], root: Path) -> list[str | None]:
-    """The split of each file of a dataset, by the first of these rules that finds any.
+def splits_of(files: Sequence[Path], root: Path | None = None) -> list[str | None]:
+    """The split of each file of a dataset, by its folders below `root`, else by its name.
 
-    1. The folder below `root`: `train/000.tar`.
-    2. The start of the file name: `train-000.tar`.
-    3. A word in the file name, if one of the files is for training: `imagenet-train-000.tar`.
+    Args:
+        root: None takes the folder that holds all files.
     """
-    by_folder = [
-        SPLIT_ALIASES.get(file.parent.name.lower()) if file.parent != root else None
-        for file in files
-    ]
-    if any(by_folder):
-        return by_folder
-    by_prefix = [split_of(file) for file in files]
-    if any(by_prefix):
-        return by_prefix
-    words = [SPLIT_WORD.search(file.stem.lower()) for file in files]
-    by_word = [SPLIT_ALIASES[word[1]] if word else None for word in words]
-    return by_word if "train" in by_word else by_prefix
+    if root is None:
+        root = Path(os.path.commonpath([file.parent.absolute() for file in files]))
+    paths = [file.absolute().relative_to(root.absolute()).as_posix() for file in files]
+    return split_of_paths(paths)
 
 
 def expand_braces(notation: str) -> Iterator[str]:
-    """`a-{8..10}.tar` -> `a-8.tar`, …; `{08..10}` keeps the zeros; `{x,y}` means both."""
-    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", notation)
-    if found is None:
-        yield notation
-        return
-    first, last, listed = found.groups()
-    if listed is not None:
-        parts = listed.split(",")
-    else:
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        low, high = sorted((int(first), int(last)))
-        parts = [f"{n:0{width}}" for n in range(low, high + 1)]
-    for part in parts:
-        yield from expand_braces(notation[: found.start()] + part + notation[found.end() :])
+    """`a-{8..10}.tar` -> `a-8.tar`, …; `{08..10}` keeps the zeros; `{x,y}` means both.
+
+    Raises:
+        VitcliError: these are more than `MAX_EXPANDED` names.
+    """
+    names = [notation]
+    counts = (len(_brace_parts(*found.groups())) for found in BRACES.finditer(notation))
+    if math.prod(counts) > MAX_EXPANDED:
+        raise _too_many(notation)
+    while any(BRACES.search(name) for name in names):
+        expanded: list[str] = []
+        for name in names:
+            found = BRACES.search(name)
+            parts = _brace_parts(*found.groups()) if found else [name]
+            before, after = (name[: found.start()], name[found.end() :]) if found else ("", "")
+            if len(expanded) + len(parts) > MAX_EXPANDED:
+                raise _too_many(notation)
+            expanded += [before + part + after for part in parts]
+        names = expanded
+    yield from names
 
 
-def files_with_suffix(folder: Path, suffix: str) -> list[Path]:
-    """The files in `folder`, else in `folder/data`, else in folders named after splits."""
-    inside = sorted(folder.glob(f"*{suffix}")) or sorted(folder.glob(f"data/*{suffix}"))
+def _too_many(notation: str) -> VitcliError:
+    return VitcliError(
+        f"`{printable(notation[:80])}` means more than {MAX_EXPANDED:,} files",
+        "give fewer numbers in `{000..099}`, or name a folder",
+    )
+
+
+def _brace_parts(first: str | None, last: str | None, listed: str | None) -> list[str]:
+    if first is None or last is None:
+        return (listed or "").split(",")
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    low, high = sorted((int(first), int(last)))
+    high = min(high, low + MAX_EXPANDED)  # one more than is allowed
+    return [f"{n:0{width}}" for n in range(low, high + 1)]
+
+
+def files_with_suffix(folder: Path, suffix: str, depth: int = MAX_DEPTH) -> list[Path]:
+    """The files in `folder`, else in its folders for splits, else in `data/` or its kind."""
+    if not folder.is_dir() or not depth:
+        return []
+    inside: list[Path] = []
+    below: list[str] = []
+    # Folders without permission, and links to themselves, hold no shards.
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(suffix):
+                inside.append(folder / entry.name)
+            elif entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and _leads_in(entry)):
+                below.append(entry.name)
     if inside:
-        return inside
-    below = folder.iterdir() if folder.is_dir() else ()
-    found = (sub.glob(f"*{suffix}") for sub in below if sub.name.lower() in SPLIT_ALIASES)
-    return sorted(file for files in found for file in files)
+        return sorted(inside)
+    splits = folder_splits(below)
+    wrappers = [name for name in sorted(below) if is_container(name) or name == folder.name]
+    for chosen in (sorted(splits), *([name] for name in wrappers)):
+        parts = (files_with_suffix(folder / name, suffix, depth - 1) for name in chosen)
+        if found := [file for part in parts for file in part]:
+            return found
+    return []
+
+
+def _leads_in(link: "os.DirEntry[str]") -> bool:
+    with suppress(OSError):
+        return link.is_dir()
+    return False
 
 
 def in_split_order(parts: Mapping[str, T]) -> dict[str, T]:

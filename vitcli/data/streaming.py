@@ -237,7 +237,11 @@ def open_stream(request: DataRequest) -> Source:
         "multi_label", "label_separator", "folds", "validation_fraction", "train_split",
         "split_column", "test_fold", "group_column",
     )  # fmt: skip
-    if given := [name for name in refused if getattr(settings, name) not in (None, False)]:
+    values = {name: getattr(settings, name) for name in refused}
+    # Not `in (None, False)`: the fold 0 is a value, and 0 == False.
+    if given := [
+        name for name, value in values.items() if value is not None and value is not False
+    ]:
         raise VitcliError(
             "a stream has no folds, no slices and no multi-label images",
             f"remove `data.{given[0]}`, or `data.streaming`",

@@ -115,6 +115,7 @@ def extract_batches(
     if batch_size < 1:
         raise VitcliError(f"`--batch-size` is {batch_size}", "give a number of images, 1 or more")
     preprocess = require_preprocess(model)
+    preprocess.check_batch(min(batch_size, len(images)))
     device = pick_device()
     rank, world_size = rank_and_world_size()
     model = model.to(device).eval()

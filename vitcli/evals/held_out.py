@@ -10,8 +10,8 @@ from vitcli.config.schema import DataSection, Inference
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source, open_data
 from vitcli.data.split_record import NEW, KnownImages, known_images
-from vitcli.data.splits import SPLITS
 from vitcli.errors import VitcliError
+from vitcli.hub.split_names import SPLITS
 from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.weights.loaded import LoadedModel

@@ -4,7 +4,6 @@ The repository's card (README.md) decides; without it, the names of folders and 
 repository is never executed.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -21,23 +20,14 @@ from vitcli.hub.repository import (
     list_files,
     parse_repository,
 )
+from vitcli.hub.split_names import SPLIT_ALIASES, SPLITS, folder_splits, split_of_paths
 
-SPLITS = ("train", "validation", "test")
-# Words that mean a split, as a whole word or as the name of a folder. The loader of the Hugging
-# Face Hub accepts the same words.
-SPLIT_ALIASES = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
-SPLIT_WORD = re.compile(
-    r"(?<![a-z])(" + "|".join(sorted(SPLIT_ALIASES, key=len, reverse=True)) + r")(?![a-z])"
-)
+# Tables beside images that give their labels, in order of preference. `datasets` reads the first
+# kind in an `imagefolder`.
+LABEL_TABLES = (
+    "metadata.csv", "metadata.tsv", "metadata.jsonl", "metadata.parquet", "labels.csv",
+    "labels.tsv", "labels.jsonl",
+)  # fmt: skip
 CARD = "README.md"
 CONVERTED = "refs/convert/parquet"  # the branch with the parquet files that the Hub makes itself
 
@@ -48,7 +38,8 @@ class DatasetFiles:
 
     Attributes:
         kind: `parquet`, `shards` or `folder`.
-        splits: split -> paths in the repository; for a folder, all of them under `train`.
+        splits: split -> paths in the repository; for a folder, all of them under `train`, with
+            the tables that give labels.
         config: the name of the configuration, if there are several.
         ignored: splits that are not read.
     """
@@ -154,20 +145,31 @@ def choose_files(
     Raises:
         VitcliError: no such configuration, or several and the user names none.
     """
+    visible = [path for path in paths if not path.startswith(".")]
+    images = [path for path in visible if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
+    tables = [path for path in visible if _is_table(path)]
     for kind, suffix in (("parquet", ".parquet"), ("shards", ".tar")):
         found = [path for path in paths if path.lower().endswith(suffix)]
+        if images:  # `metadata.parquet` holds labels, not images
+            found = [path for path in found if path not in tables]
         if found:
             configs = _configs_of_card(card, found) or _configs_of_names(found)
             chosen = _choose_config(configs, card, config, shown)
             several = len(configs) > 1
             return _with_splits(kind, configs[chosen], chosen if several else None, wanted)
-    images = [path for path in paths if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES]
-    in_folders = [path for path in images if "/" in path and not path.startswith(".")]
-    if not in_folders:
+    # Without a table, an image outside of folders has no label: the logo of the card.
+    used = [path for path in images if tables or "/" in path]
+    if not used:
         return None
     if config is not None:
         raise VitcliError(f"`{shown}` has no configurations", f"remove `:{config}`")
-    return DatasetFiles("folder", {"train": in_folders})
+    return DatasetFiles("folder", {"train": [*used, *tables]})
+
+
+def _is_table(path: str) -> bool:
+    """True for a file that can give the labels of images beside it."""
+    name = PurePosixPath(path)
+    return name.name.lower() in LABEL_TABLES or name.suffix.lower() in (".csv", ".tsv", ".jsonl")
 
 
 def _configs_of_card(
@@ -216,18 +218,17 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _configs_of_names(files: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Configuration -> split -> paths by the names of folders and files."""
-    found: dict[str, dict[str, list[str]]] = {}
+    folders = {folder for name in files for folder in name.split("/")[:-1]}
+    splits = folder_splits(folders)
+    by_config: dict[str, list[str]] = {}
     for name in files:
-        parts = name.lower().split("/")
-        words = [SPLIT_WORD.search(part) for part in reversed(parts)]
-        split = next((SPLIT_ALIASES[word[1]] for word in words if word), "")
-        folders = [
-            folder
-            for folder in name.split("/")[:-1]
-            if folder.lower() != "data" and not SPLIT_WORD.fullmatch(folder.lower())
-        ]
-        config = folders[0] if folders else "default"
-        found.setdefault(config, {}).setdefault(split, []).append(name)
+        other = [f for f in name.split("/")[:-1] if f.lower() != "data" and f not in splits]
+        by_config.setdefault(other[0] if other else "default", []).append(name)
+    found: dict[str, dict[str, list[str]]] = {}
+    for config, names in by_config.items():
+        found[config] = {}
+        for name, split in zip(names, split_of_paths(names), strict=True):
+            found[config].setdefault(split or "", []).append(name)
     return found
 
 
@@ -262,9 +263,10 @@ def _with_splits(
 ) -> DatasetFiles:
     """The splits to read, under vitcli's names; files without a split are for training."""
     found: dict[str, list[str]] = {}
-    for name, paths in splits.items():
-        known = SPLIT_ALIASES.get(name.lower(), name)
-        found.setdefault(known or "train", []).extend(paths)
+    # A plain name goes before an alias: where there are `test` and `eval`, `eval` is another split.
+    for name in sorted(splits, key=lambda name: name not in (*SPLITS, "")):
+        known = SPLIT_ALIASES.get(name.lower(), name) or "train"
+        found.setdefault(name if known in found and name else known, []).extend(splits[name])
     read = {name: sorted(found[name]) for name in (*SPLITS, *wanted) if name in found}
     if not read:  # the first split, whatever its name is
         read = {"train": sorted(found.pop(next(iter(found))))}

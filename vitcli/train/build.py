@@ -1,5 +1,6 @@
 """From a recipe to everything that trains: data, model, objective, optimizers, loader, loop."""
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -266,7 +267,11 @@ def start_accelerator(
         log_with=track,
         project_dir=str(folder) if folder else None,
     )
-    # Set in both directions: the setting is global, and another run may precede in this process.
+    # Set in both directions: the settings are global, and another run may precede in this process.
+    if recipe.train.deterministic:
+        # cuBLAS reads it when the first matrix product runs; it is exact with a fixed workspace.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(recipe.train.deterministic)
     torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
     check_batch(recipe.train.batch_size, accelerator.num_processes)
     check_sharding(recipe, accelerator.num_processes)

@@ -1,5 +1,6 @@
 """The table of model sizes, and the names built from it: `B/16`, `R50+B/16`, `R50x1`."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -152,6 +153,14 @@ def from_config(config: Config) -> Network:
     return ResNet(config) if isinstance(config, ResNetConfig) else VisionTransformer(config)
 
 
+def _machine_memory() -> float:
+    """Bytes of memory; infinite where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
 def create_network(
     name: str,
     *,
@@ -163,4 +172,9 @@ def create_network(
     """Return a network with random weights in evaluation mode; see `vitcli.create_model`."""
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     config = parse_variant(name, num_classes=num_classes, image_size=size, **settings)
+    if isinstance(config, ViTConfig) and 4 * config.min_parameters > _machine_memory():
+        raise ValueError(
+            f"it has more than {config.min_parameters / 1e9:,.0f} G parameters, which do not fit "
+            "into the memory of this machine"
+        )
     return from_config(config).init_weights(torch.Generator().manual_seed(seed)).eval()

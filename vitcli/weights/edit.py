@@ -80,7 +80,8 @@ def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:
     except ValueError as error:
         patch = config.pixels_per_patch
         near = "x".join(str(max(patch, round(side / patch) * patch)) for side in image_size)
-        hint = f"the nearest multiple of {patch} is {near}"
+        fits = near == "x".join(map(str, image_size))
+        hint = "use a smaller size" if fits else f"the nearest multiple of {patch} is {near}"
         raise VitcliError(str(error), hint=hint) from error
 
 

@@ -12,7 +12,7 @@ from vitcli.data.image_set import ArrayStore, ImageSet, Integers, Pixels
 from vitcli.data.labels import encode_labels, multi_hot
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.errors import VitcliError, printable
-from vitcli.hub.datasets import SPLIT_ALIASES, SPLITS
+from vitcli.hub.split_names import SPLIT_ALIASES, SPLITS
 
 IMAGE_WORDS = frozenset({"image", "images", "img", "imgs", "x", "data", "pixels"})
 LABEL_WORDS = frozenset({"label", "labels", "y", "target", "targets"})

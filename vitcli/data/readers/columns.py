@@ -10,8 +10,9 @@ from typing import Any
 from vitcli.config.schema import DataSection
 from vitcli.data.labels import has_label, label_text
 from vitcli.data.readers.table_text import TextTable, is_image_text
-from vitcli.data.splits import GROUP_COLUMN, SPLIT_ALIASES
+from vitcli.data.splits import GROUP_COLUMN
 from vitcli.errors import VitcliError, printable, quoted, unknown
+from vitcli.hub.split_names import SPLIT_ALIASES
 
 LABEL_COLUMNS = (
     "label", "labels", "class", "category", "target", "y", "class_name", "fine_label", "classes",
@@ -44,7 +45,6 @@ SPLIT_CELLS = {
     **SPLIT_ALIASES,
     "tr": "train",
     "trn": "train",
-    "trainval": "train",
     "tst": "test",
     "publictest": "validation",
     "privatetest": "test",  # FER2013

@@ -14,10 +14,11 @@ from vitcli.data.folder_tree import is_numbered_parts, named, tree_of
 from vitcli.data.image_set import FileStore, ImageSet, ImageStore
 from vitcli.data.labels import sorted_classes
 from vitcli.data.layout import Layout, read_layout
-from vitcli.data.readers.folder_tables import TABLE_SUFFIXES, TABLES, read_folder_tables
+from vitcli.data.readers.folder_tables import TABLE_SUFFIXES, read_folder_tables
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import IMAGE_SUFFIXES
 from vitcli.errors import VitcliError, printable
+from vitcli.hub.datasets import LABEL_TABLES
 
 # fmt: off
 # Folders and files that operating systems, network storage and Python write beside images.
@@ -83,7 +84,7 @@ class WalkReport:
         suffix = Path(path).suffix.lower()
         if suffix in TABLE_SUFFIXES:
             self.tables.append(path)
-        if path.rpartition("/")[2].lower() not in TABLES:
+        if path.rpartition("/")[2].lower() not in LABEL_TABLES:
             self.other[suffix or "no suffix"] += 1
 
     def notes(self, shown: str) -> list[str]:
@@ -209,8 +210,8 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 def load_folder(request: DataRequest) -> Source:
     """`photos/CLASS/*`, or `photos/train/CLASS/*` and `photos/test/CLASS/*`; see `layout`.
 
-    Classes are sorted by name, or by number if all names are numbers. `metadata.csv` or
-    `labels.csv`, in the folder or in its splits, gives the labels of images without class folders.
+    Classes are sorted by name, or by number if all names are numbers. A table of `LABEL_TABLES`
+    gives the labels of images without class folders, for the folder or for each split.
 
     Raises:
         VitcliError: no images, no class folders, or only one class.

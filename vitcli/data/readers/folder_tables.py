@@ -3,18 +3,21 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from vitcli.data.folder_tree import Folder, folder_split, named
+from vitcli.data.folder_tree import Folder, named
 from vitcli.data.image_set import ImageSet
 from vitcli.data.layout import Layout
+from vitcli.data.readers import READERS, find_reader, import_function
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import in_split_order
 from vitcli.errors import VitcliError, printable
+from vitcli.hub.datasets import LABEL_TABLES
+from vitcli.hub.split_names import folder_split
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-TABLES = [f"{stem}{suffix}" for stem in ("metadata", "labels") for suffix in TABLE_SUFFIXES]
+TABLE_SUFFIXES = tuple(dict.fromkeys(Path(name).suffix for name in LABEL_TABLES))
 
 
 def read_folder_tables(
@@ -31,7 +34,7 @@ def read_folder_tables(
     Raises:
         VitcliError: the table cannot be used, and there are no class folders.
     """
-    known = [path for path in tables if path.rpartition("/")[2].lower() in TABLES]
+    known = [path for path in tables if path.rpartition("/")[2].lower() in LABEL_TABLES]
     chosen = _choose(tree, known)
     if known and not chosen:
         notes.append(f"{request.shown}: skipped tables in class folders: {named(known)}")
@@ -62,7 +65,9 @@ def read_folder_tables(
 def _choose(tree: Folder, tables: Sequence[str]) -> dict[str, str]:
     """Split -> its table; the key is empty for a table of the whole folder."""
     found: dict[str, str] = {}  # folder -> table; `metadata` goes before `labels`
-    for path in sorted(tables, key=lambda path: TABLES.index(path.rpartition("/")[2].lower())):
+    for path in sorted(
+        tables, key=lambda path: LABEL_TABLES.index(path.rpartition("/")[2].lower())
+    ):
         found.setdefault(path[: path.rfind("/") + 1], path)
     for folder in sorted(found, key=len):
         if all(path.startswith(folder) for path in tree.paths()):
@@ -77,31 +82,43 @@ def _source_of(request: DataRequest, tables: Mapping[str, str], layout: Layout) 
     """The images of one table, or of a table for each split."""
     # Imported here, because tables import the names of image files.
     from vitcli.data.readers.columns import LABEL_COLUMNS, find_column
-    from vitcli.data.readers.table import load_table
-    from vitcli.data.readers.table_text import read_text_table
 
     for table in tables.values() if request.settings.label_column is None else ():
         # A column of another name can hold captions, and the folder names are the labels.
-        header = read_text_table(request.path / table, [], lambda cells: False).header
+        header = _header(request.path / table)
         find_column(printable(table), "label", None, header, LABEL_COLUMNS)
-    single = str(request.path / tables.get("", ""))
+    single = request.path / tables.get("", "")
     if "" in tables and len(layout.splits) == 1:
-        return load_table(replace(request, notation=single))
+        return _load(request, single)
     settings = request.settings.model_copy(update={"train_split": None, "test_split": None})
     whole = replace(request, settings=settings, whole=True, labelled=False)
-    parts = {
-        split: load_table(replace(whole, notation=str(request.path / table)))
-        for split, table in tables.items()
-    }
+    parts = {split: _load(whole, request.path / table) for split, table in tables.items()}
     if "" not in parts:
         splits = {split: next(iter(part.splits.values())) for split, part in parts.items()}
     elif set(parts[""].splits) == {"train"}:
         splits = _by_folder(parts[""].splits["train"], request, layout)
     else:  # the table names the splits
-        return load_table(replace(request, notation=single))
+        return _load(request, single)
     notes = [note for part in parts.values() for note in part.notes]
     prints = [part.fingerprint.encode() for part in parts.values()]
     return make_source(request, in_split_order(splits), prints, notes)
+
+
+def _load(request: DataRequest, table: Path) -> Source:
+    reader = READERS[find_reader(str(table))]
+    source: Source = import_function(reader.load)(replace(request, notation=str(table)))
+    return source
+
+
+def _header(table: Path) -> Sequence[str]:
+    if table.suffix.lower() == ".parquet":
+        from vitcli.data.readers.parquet import read_metadata
+
+        names: Sequence[str] = read_metadata(table).schema.to_arrow_schema().names
+        return names
+    from vitcli.data.readers.table_text import read_text_table
+
+    return read_text_table(table, [], lambda cells: False).header
 
 
 def _by_folder(images: ImageSet, request: DataRequest, layout: Layout) -> dict[str, ImageSet]:

@@ -1,7 +1,8 @@
 """`hf:NAME[:CONFIG][@REVISION]`: a dataset on the Hugging Face Hub, downloaded once.
 
 Its files go to the Hub's cache and are then read like local files: parquet (of the repository, or
-made of it by the Hub), WebDataset shards, or a folder of class folders.
+made of it by the Hub), WebDataset shards, or a folder of images with class
+folders or a table such as `metadata.csv`.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from vitcli.data.readers.folder import load_folder
+from vitcli.data.readers import READERS, find_reader, import_function
 from vitcli.data.readers.parquet import read_parquet
 from vitcli.data.readers.tar import NAMES_FILES, read_names, read_shards
 from vitcli.data.source import DataRequest, Source, fingerprint
@@ -90,11 +91,12 @@ def _download(
 
 
 def _read_folder(request: DataRequest, repo_files: RepoFiles, dataset: DatasetFiles) -> Source:
-    """Class folders in the cache; the fingerprint does not depend on the place of the cache."""
+    """A folder in the cache; the fingerprint does not depend on the place of the cache."""
     root = repo_files.snapshot
     if all(path.startswith("data/") for path in dataset.splits["train"]):
         root = root / "data"
-    source = load_folder(replace(request, notation=str(root)))
+    load = import_function(READERS[find_reader(str(root))].load)
+    source: Source = load(replace(request, notation=str(root)))
     mark = fingerprint([source.fingerprint.encode()])
     notes = tuple(note.replace(str(root), request.shown) for note in source.notes)
     return replace(source, notation=request.shown, fingerprint=mark, notes=notes)

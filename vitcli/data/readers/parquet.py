@@ -33,11 +33,14 @@ from vitcli.data.readers.columns import (
     split_columns,
     splits_of_rows,
 )
+from vitcli.data.readers.folder import walk_images
 from vitcli.data.readers.path_cells import PathCells
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import SPLITS, files_with_suffix, in_split_order, split_of, splits_of
+from vitcli.data.splits import files_with_suffix, in_split_order, split_of, splits_of
 from vitcli.decode import ImageInput
 from vitcli.errors import VitcliError, printable
+from vitcli.hub.datasets import LABEL_TABLES
+from vitcli.hub.split_names import SPLITS
 
 FOOTER_TAIL = 8  # bytes: the length of the footer and the magic number
 
@@ -139,7 +142,11 @@ def read_parquet(
 
 def parquet_files(folder: Path) -> list[Path]:
     """The parquet files in `folder`, else in its `data/`, else in its `train/`, `test/`, …"""
-    return files_with_suffix(folder, ".parquet")
+    found = files_with_suffix(folder, ".parquet")
+    images = [file for file in found if file.name.lower() not in LABEL_TABLES]
+    # `metadata.parquet` beside images gives their labels: the folder is a folder of images.
+    beside = len(images) < len(found) and next(walk_images(folder, strict=False), None)
+    return images if beside else found
 
 
 def parquet_splits(path: Path, notes: list[str]) -> dict[str, list[Path]]:
@@ -164,7 +171,7 @@ def _read_split(
 ) -> dict[str, ImageSet]:
     """Split -> images; several if `divide` is true and a column names the splits."""
     shown, settings = printable(files[0]), request.settings
-    metadata = [_metadata(file) for file in files]
+    metadata = [read_metadata(file) for file in files]
     schema = metadata[0].schema.to_arrow_schema()
     features = features_of(schema)
     image_column, label_column = choose_columns(shown, schema, features, settings)
@@ -374,7 +381,7 @@ def choose_columns(
     )
 
 
-def _metadata(file: Path) -> Any:
+def read_metadata(file: Path) -> Any:
     """The `pyarrow.parquet.FileMetaData`; the file's name need not be UTF-8."""
     import pyarrow.parquet as pq
 

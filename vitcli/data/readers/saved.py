@@ -14,7 +14,7 @@ from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import in_split_order
 from vitcli.errors import VitcliError, printable
 from vitcli.files import read_json
-from vitcli.hub.datasets import SPLIT_ALIASES
+from vitcli.hub.split_names import SPLIT_ALIASES
 
 SPLITS_FILE = "dataset_dict.json"  # of a `DatasetDict`
 STATE_FILE = "state.json"  # of a `Dataset`

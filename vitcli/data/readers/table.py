@@ -38,12 +38,12 @@ from vitcli.data.readers.path_cells import PathCells
 from vitcli.data.readers.table_rows import TableRows
 from vitcli.data.readers.table_text import read_text_table
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.data.splits import SPLIT_WORD, SPLITS, expand_braces, split_of
+from vitcli.data.splits import expand_braces, split_of
 from vitcli.errors import VitcliError, printable, quoted
+from vitcli.hub.split_names import SPLITS, is_container, split_words
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
 FEW_ROWS = 10  # a table with fewer rows may have a class per row
-IMAGE_FOLDERS = frozenset({"image", "images", "img", "imgs", "data", "jpeg", "jpg", "png"})
 HEAD_ROWS = 50  # rows that decide on columns; if none of their images exist, the table is refused
 
 
@@ -69,8 +69,8 @@ def table_files(notation: str | os.PathLike[str]) -> list[Path]:
 def _has_class_folders(folder: Path) -> bool:
     """True for `CLASS/*.jpg` or `train/CLASS/*.jpg`; `train_images/` is not a class."""
     for path in walk_images(folder, strict=False):
-        parents = [part.lower() for part in path.split("/")[:-1]]
-        if any(not SPLIT_WORD.search(part) and part not in IMAGE_FOLDERS for part in parents):
+        parents = path.split("/")[:-1]
+        if not all(any(split_words(part)) or is_container(part) for part in parents):
             return True
     return False
 

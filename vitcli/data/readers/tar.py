@@ -153,7 +153,7 @@ def shard_splits(notation: str) -> dict[str, list[Path]]:
     """Split -> shards."""
     by_split: dict[str, list[Path]] = {}
     files = shard_files(notation)
-    root = Path(notation) if Path(notation).is_dir() else files[0].parent
+    root = Path(notation) if Path(notation).is_dir() else None
     for file, split in zip(files, splits_of(files, root), strict=True):
         by_split.setdefault(split or "train", []).append(file)
     return in_split_order(by_split)

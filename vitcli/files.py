@@ -332,3 +332,8 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_url(text: str) -> bool:
+    """True for an address on the web, or in a bucket of Google Cloud Storage."""
+    return text.startswith(("http:", "https:", "gs:"))

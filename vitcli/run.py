@@ -22,6 +22,7 @@ from vitcli.config.recipe import check, read_toml
 from vitcli.config.schema import DataSection, Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import (
+    is_url,
     make_folder,
     parse_json,
     parse_toml,
@@ -283,7 +284,7 @@ def run_stem(model: str) -> str:
     path = Path(model)
     if model.startswith("hf:"):
         name = model.partition("@")[0].rpartition("/")[2].removeprefix("hf:")
-    elif model.startswith(("https:", "http:", "gs:")):
+    elif is_url(model):
         name = Path(model.partition("?")[0]).stem
     elif path.is_dir():
         name = path.resolve().name

@@ -86,6 +86,8 @@ def finetune(
 ) -> None:
     """Fine-tune pretrained weights on labelled images, at the same or a higher resolution.
 
+    `--set objective.name=mse` learns a number per image, such as an age, instead of classes.
+
     Example: `vitcli finetune photos/ --model runs/pretrain_formula --image-size 48 --epochs 20`
     """
     from vitcli.commands import finetune as command
@@ -183,6 +185,8 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
 def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
     """Evaluate a model on a labelled dataset: accuracy, calibration, confusion matrix.
 
+    A regression gets its mean absolute error, RMSE and R2.
+
     Metrics have 95 % confidence intervals. Several models are compared with the first one on the
     same images. `--suite` fine-tunes or few-shot evaluates on every task of a suite; run it again
     with the same `--out` to continue.
@@ -269,7 +273,7 @@ def predict(
     *,
     options: PredictOptions,
 ) -> None:
-    """Predict classes and probabilities of images.
+    """Predict classes and probabilities of images, or their numbers after a regression.
 
     The output file (`--csv`, `--jsonl`, `--parquet`) appears when all rows are written. Until then
     the rows are in `FILE.part`, and `--resume` continues from there.

@@ -159,6 +159,9 @@ def choose_steps(
         watch.note("there is no checkpoint yet: starting from step 0")
     if is_main and run.metrics_file.is_file():
         run.drop_records_after(loop.state.step)
+    loop.accelerator.wait_for_everyone()  # all processes read the records that are left
+    if loop.best is not None and run.metrics_file.is_file():
+        loop.best.restore(run.records())
 
 
 def facts_of(loop: "Loop", source: Source, machine: dict[str, Any]) -> dict[str, Any]:

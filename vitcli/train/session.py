@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vitcli import distributed
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
+from vitcli.evals.regression import regression_intervals
 from vitcli.files import exclusive, read_json, write_text
 from vitcli.progress import Logged, Quiet, Watcher
 from vitcli.run import (
@@ -28,6 +30,7 @@ from vitcli.run import (
     of_first_process,
 )
 from vitcli.train.agreement import gather
+from vitcli.train.best_weights import write_weights
 from vitcli.train.budget import NoStepFits
 from vitcli.train.build import (
     MakeModel,
@@ -38,9 +41,8 @@ from vitcli.train.build import (
 from vitcli.train.checkpoint import list_checkpoints, step_of
 from vitcli.train.ema import averaged
 from vitcli.train.exactness import machine_facts, record_changes, use_threads, warn_of_changes
-from vitcli.train.fsdp import gather_tensors
 from vitcli.train.loop import Loop
-from vitcli.train.lora import merged, save_adapters
+from vitcli.train.lora import save_adapters
 from vitcli.train.recorded_images import (
     ROWS_FILE,
     check_same_data,
@@ -58,7 +60,7 @@ from vitcli.train.resuming import (
 from vitcli.train.signals import Stopped
 from vitcli.train.trackers import check_tracker, tracking
 from vitcli.train.validate import best_fewshot
-from vitcli.weights.store import save_model, save_tensors
+from vitcli.weights.store import save_tensors
 
 LOCK, HOLDER = ".lock", ".holder.json"
 
@@ -73,6 +75,7 @@ class TrainResult:
         figures: metrics of the test split, else of the validation split; `split` names it. Without
             both, those of the last training steps.
         validation: metrics of the validation split, if there is a test split as well.
+        best: metric, value and step of the weights in best.safetensors, with `train.best_metric`.
         broken: images that could not be read, with the reason.
     """
 
@@ -90,6 +93,7 @@ class TrainResult:
     already_finished: bool = False
     broken: dict[str, str] = field(default_factory=dict)
     validation: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -277,17 +281,18 @@ def finish(loop: Loop) -> TrainResult:
         validation=metrics[0] if len(metrics) > 1 else None,
         labels=model.config.num_classes,
         broken=broken,
+        best=None if loop.best is None else loop.best.to_json(),
     )
     # Weights come before result.json: a run that is killed here evaluates again after a resume.
-    tensors: dict[str, torch.Tensor] | None = None
-    if recipe.train.fully_shard:  # every process must take part
-        with averaged(loop.state.objective, loop.state.ema):
-            tensors = gather_tensors(model.state_dict())
+    write_weights(run.weights_file, model, loop.state, recipe, is_main=accelerator.is_main_process)
     outcomes = sorted(gather(loop.outcomes, accelerator))
+    if model.is_regression and outcomes:
+        result.figures["intervals"] = regression_intervals(*np.array(outcomes).T[1:]).to_json()
     if accelerator.is_main_process:
         if outcomes:  # `vitcli compare` pairs two runs image by image
-            columns = torch.tensor(outcomes).unbind(dim=1)
-            names = ("index", "label", "predicted")
+            kind = torch.float64 if model.is_regression else torch.int64
+            columns = torch.tensor(outcomes, dtype=kind).unbind(dim=1)
+            names = ("index", "target" if model.is_regression else "label", "predicted")
             save_tensors(run.path / OUTCOMES, dict(zip(names, columns, strict=True)))
         run.update_provenance({"steps": loop.total_steps})
         model.eval()
@@ -295,10 +300,6 @@ def finish(loop: Loop) -> TrainResult:
         with averaged(loop.state.objective, loop.state.ema):
             adapters = run.path / "lora.safetensors"
             save_adapters(adapters, model.network, recipe.lora, str(recipe.model.name))
-            # Merged, so that the weights load everywhere; the adapters are stored separately too.
-            with merged(model.network):
-                fingerprint = recipe.fingerprint()
-                save_model(run.weights_file, model, recipe_hash=fingerprint, tensors=tensors)
         draw_curves(run)
         run.finish(result.to_json())
     accelerator.wait_for_everyone()

@@ -9,9 +9,10 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from math import inf, isfinite
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -26,10 +27,10 @@ from vitcli.preprocess import Preprocess
 from vitcli.run import check_free
 from vitcli.vit import Config, config_from_dict
 from vitcli.vit.position import DEFAULT_RESIZE
-from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.loaded import HeadActivation, LoadedModel, TargetScale, as_activation
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
-FORMAT = 1
+FORMAT = 2  # of a regression, which versions that read format 1 only would take for a classifier
 MARK_BYTES = 2**20
 DAMAGED_HINT = "copy or download the file again"
 SEAL = "vitcli_checksum"  # metadata key -> `files.file_checksum` of the file without these digits
@@ -47,7 +48,8 @@ class Checkpoint:
         head_trained: False for a backbone and for a head that was never trained.
         dropped: tensors of the file that the model does not use -> the reason.
         dropped_shapes: shapes of the dropped tensors.
-        activation: turns logits into probabilities.
+        activation: turns logits into probabilities; `identity` after a regression.
+        target_scale: of a regression.
         temperature: divides the logits before the activation.
         position_resize: method that resamples the positions; None for the layout's default.
         notes: assumptions about facts that the file does not state, one line each.
@@ -64,10 +66,11 @@ class Checkpoint:
     dropped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     dropped_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    activation: Literal["softmax", "sigmoid"] = "softmax"
+    activation: HeadActivation = "softmax"
     temperature: float = 1.0
     position_resize: Resize | None = None
     split_record: SplitRecord | None = None
+    target_scale: TargetScale = field(default_factory=TargetScale)
 
 
 def save_model(
@@ -88,12 +91,13 @@ def save_model(
     """
     resize = getattr(model.network, "position_resize", None)  # a ResNet has no positions
     described = {
-        "format": FORMAT,
+        "format": FORMAT if model.is_regression else 1,
         "config": model.config.to_dict(),
         "labels": list(model.labels) if model.labels is not None else None,
         "preprocess": model.preprocess.to_dict() if model.preprocess is not None else None,
         "head_trained": bool(model.head_trained and model.config.num_classes),
         "activation": model.head_activation,
+        **({"target": asdict(model.target_scale)} if model.is_regression else {}),
         # The default is not written, so that the files of runs that do not set it stay the same.
         **({"position_resize": resize} if resize not in (None, DEFAULT_RESIZE) else {}),
         **({"temperature": model.temperature} if model.temperature != 1.0 else {}),
@@ -282,6 +286,9 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         temperature = float(header.get("temperature", 1.0))
         if not 0 < temperature < float("inf"):
             raise ValueError(f"the temperature is {temperature}")
+        scale = TargetScale(**header.get("target", {}))
+        if not (isfinite(scale.mean) and 0 < scale.std < inf):
+            raise ValueError(f"the scale of the numbers is {scale}")
         record = SplitRecord.from_json(header.get("split"))
     return Checkpoint(
         config=config,
@@ -292,7 +299,8 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         head_trained=bool(header.get("head_trained")),
         recipe_hash=header.get("recipe_hash"),
         # Old files do not store the activation; all of them were trained with softmax.
-        activation="sigmoid" if header.get("activation") == "sigmoid" else "softmax",
+        activation=as_activation(header.get("activation")),
+        target_scale=scale,
         temperature=temperature,
         position_resize=resize,
         split_record=record,

@@ -160,3 +160,8 @@ def test_errors_come_before_the_run(sections, words, tmp_path):
 def test_patience_needs_a_metric():
     with pytest.raises(VitcliError, match="`patience` needs `best_metric`"):
         check(TrainSection, {"steps": 1, "patience": 2}, "tiny")
+
+
+@pytest.mark.parametrize(("metric", "best"), [("mae", 2), ("rmse", 2), ("r2", 1)])
+def test_errors_of_a_regression_are_better_when_lower(metric, best):
+    assert BestWeights(metric, values={1: 0.9, 2: 0.1, 3: 0.5}).step == best

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 BEST_FILE = "best.safetensors"
 SPLIT = "validation"  # never the test images: choosing by them would make their accuracy too high
-LOWER_IS_BETTER = ("loss",)
+LOWER_IS_BETTER = ("loss", "mae", "rmse")
 
 
 @dataclass

@@ -101,7 +101,15 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
     from vitcli.cli.show import training as show
 
     name = command.__name__.rpartition(".")[2]
-    shared: dict[str, Any] = {"recipe": training.recipe, "settings": settings, "out": training.out}
+    out = training.out
+    if (
+        training.resume
+        and out is None
+        and given["data"]
+        and Path(given["data"], "recipe.toml").is_file()
+    ):
+        out, given["data"] = Path(given["data"]), None  # `--resume RUN`
+    shared: dict[str, Any] = {"recipe": training.recipe, "settings": settings, "out": out}
     verbose = {"verbose": given.pop("verbose")} if "verbose" in given else {}
     if training.find_lr:
         if training.dry_run:

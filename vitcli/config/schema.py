@@ -415,6 +415,11 @@ class ScheduleSection(Section):
     cooldown_steps: CountOrZero = setting(
         0, "Steps of the linear cool-down to 0 at the end of `rsqrt`."
     )
+    extension: Literal["continue", "restart"] = setting(
+        "continue",
+        "Schedule of a resume with more `--epochs` or `--steps`: `continue` takes the curve of the "
+        "new length, `restart` warms up and decays again.",
+    )
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:

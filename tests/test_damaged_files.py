@@ -382,7 +382,8 @@ def test_resume_logs(files, tmp_path):
     next(half), next(half)
     del half
     whole = (tmp_path / "t.csv.part").read_text()
-    lines = [json.loads(line) for line in whole.splitlines()]
+    # Without the checksums, as earlier versions wrote it: the checks of the types remain.
+    lines = [json.loads(line.partition(" ")[2]) for line in whole.splitlines()]
 
     @hostile
     @given(st.data())

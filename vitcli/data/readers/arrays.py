@@ -46,7 +46,11 @@ def load_arrays(request: DataRequest) -> Source:
     one_hot = all(_is_one_hot(array) for array in labels.values())
     splits = {}
     for split in (name for name in SPLITS if name in scaled):
-        classes, indices, targets = _encode(shown, labels[split], names, one_hot)
+        if request.numeric and labels[split].size == len(labels[split]):
+            classes, indices = encode_labels(labels[split].ravel().tolist())
+            targets = None
+        else:
+            classes, indices, targets = _encode(shown, labels[split], names, one_hot)
         store = ArrayStore(f"{split} of {shown}", scaled[split])
         splits[split] = ImageSet(split, classes, indices, store, targets=targets)
     with ZipFile(request.path) as archive:  # the checksums of all arrays
@@ -170,7 +174,8 @@ def _encode(
     if values.dtype.kind == "f" and not (values == np.rint(values)).all():
         raise VitcliError(
             f"the labels of `{shown}` are fractions, such as {values[values % 1 != 0][0]:g}",
-            "store class numbers or names",
+            "store class numbers or names; to predict the number: "
+            "`vitcli finetune … --set objective.name=mse`",
         )
     if names is not None and values.dtype.kind in "iuf" and len(values):
         classes = _names(shown, names, int(values.max()) + 1)

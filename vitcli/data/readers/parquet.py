@@ -21,9 +21,9 @@ from vitcli.data.labels import (
     encode_arrow_lists,
     has_label,
     missing_texts,
-    refuse_numbers,
     tidy_notes,
 )
+from vitcli.data.numeric_labels import refuse_numbers, with_numbers
 from vitcli.data.readers.columns import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -240,7 +240,7 @@ def images_of_table(
     _check_image_type(shown, columns[0], table.column(columns[0]).type)
     store = ParquetStore(files, table.column(columns[0]), settings)
     names = class_names(features.get(columns[1]))
-    images = _labelled(split, store, table.column(columns[1]), columns[1], names, settings, notes)
+    images = _labelled(split, store, table.column(columns[1]), columns[1], names, request, notes)
     group = group_column(shown, table.column_names, settings)
     if group is not None and group not in columns:
         with _reading(files[0][0]):
@@ -274,26 +274,27 @@ def _labelled(
     column: Any,
     label_column: str,
     names: Sequence[str] | None,
-    settings: DataSection,
+    request: DataRequest,
     notes: list[str],
 ) -> ImageSet:
     """The rows that have a label; `names` are class names, if the file holds them."""
     shown = printable(store.files[0])
     with _reading(store.files[0]):
-        lists = arrow_label_lists(column, shown, label_column, settings, notes)
+        lists = arrow_label_lists(column, shown, label_column, request.settings, notes)
         if lists is not None:
             classes, labels, targets = encode_arrow_lists(shown, lists, names)
             return ImageSet(split, classes, labels, store, targets=targets)
         values = column.dictionary_encode().unify_dictionaries().combine_chunks()
     distinct = values.dictionary.to_pylist()
-    if names is None:
+    if names is None and request.numeric is False:
         refuse_numbers(shown, label_column, filter(has_label, distinct))
-        notes += tidy_notes(shown, distinct)
-    rows, labels, classes = encode_arrow(shown, values, names)
-    if len(rows) < len(values):
-        missing = missing_texts(distinct)
-        notes.append(f"{shown}: skipped {len(values) - len(rows):,} rows without a label{missing}")
-    return ImageSet(split, classes, labels, store, rows)
+    notes += [] if names is not None or request.numeric else tidy_notes(shown, distinct)
+    missing = None if request.numeric and names is None else -1  # -1 can be a measured number
+    rows, labels, classes = encode_arrow(shown, values, names, missing)
+    if left := len(values) - len(rows):
+        notes.append(f"{shown}: skipped {left:,} rows without a label{missing_texts(distinct)}")
+    images = ImageSet(split, classes, labels, store, rows)
+    return with_numbers(shown, images, label_column) if request.numeric else images
 
 
 def _group_numbers(column: Any) -> Integers:

@@ -22,9 +22,9 @@ from vitcli.data.labels import (
     has_label,
     label_splitter,
     label_text,
-    refuse_numbers,
     tidy_notes,
 )
+from vitcli.data.numeric_labels import refuse_numbers
 from vitcli.data.readers.columns import LABEL_COLUMNS, check_label
 from vitcli.data.readers.folder import image_files
 from vitcli.data.source import DataRequest, Source, make_source
@@ -185,7 +185,8 @@ def read_shards(
             encode = partial(_encode_numeric, names=names, shown=shown)
             classes, labels, targets = encode_multi_label(index.labels, encode, divide)
         else:
-            refuse_numbers(shown, "label", set(index.labels))
+            if request.numeric is False:
+                refuse_numbers(shown, "label", set(index.labels))
             notes += tidy_notes(shown, set(index.labels))
             classes, labels = _encode_numeric(index.labels, names, shown)
         places = np.array(index.places, dtype=np.int64).reshape(-1, 4)
@@ -334,7 +335,7 @@ def label_of(sample: Sample, column: str | None) -> Any:
             described = parse_json(text)
         except ValueError:
             return None
-        if isinstance(described, int | str | list):
+        if isinstance(described, int | float | str | list):
             return described
         if isinstance(described, dict):
             keys = [column] if column else [k for k in LABEL_COLUMNS if k in described]

@@ -34,8 +34,9 @@ from vitcli.evals.class_matching import read_class_map
 from vitcli.evals.real_labels import read_real_labels
 from vitcli.evals.suite_file import load_suite
 from vitcli.preprocess import Preprocess
-from vitcli.run import Run, reopen_run
+from vitcli.run import Run
 from vitcli.train.checkpoint import load_checkpoint, save_checkpoint
+from vitcli.train.resuming import reopen_run
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import read_split_record, save_model

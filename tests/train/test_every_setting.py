@@ -78,6 +78,8 @@ def files(tmp_path_factory):
             stem = path.relative_to(folder / "folder").with_suffix("")
             names.write(f"{stem},{name},{split}\n")
             groups.write(f"{path},{name},{i % 6},{i % 4}\n")
+    lines = [f"{path},{i / 4},{split}" for i, (split, _, path) in enumerate(tars)]
+    (folder / "numbers.csv").write_text("\n".join(["file,amount,split", *lines]))
     (folder / "shards").mkdir()
     for split in ("train", "test"):
         with tarfile.open(folder / f"shards/{split}-0.tar", "w") as shard:

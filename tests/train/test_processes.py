@@ -24,7 +24,7 @@ from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.run import Run
-from vitcli.train.session import warn_of_other_processes
+from vitcli.train.exactness import machine_facts, warn_of_changes
 from vitcli.weights.load import load_model
 
 RECIPES = {
@@ -115,13 +115,13 @@ def test_another_number_of_processes_is_told(tmp_path):
         def warn(self, message):
             warned.append(message)
 
-    run = Run(tmp_path)
-    warn_of_other_processes(run, 2, Watch())  # killed before it could write its provenance
-    run.write_provenance({"processes": 2})
-    warn_of_other_processes(run, 2, Watch())
+    run, cpu = Run(tmp_path), torch.device("cpu")
+    warn_of_changes(run, machine_facts(cpu, "fp32", 2), Watch())  # killed before it wrote any
+    run.write_provenance(machine_facts(cpu, "fp32", 2))
+    warn_of_changes(run, machine_facts(cpu, "fp32", 2), Watch())
     assert not warned
-    warn_of_other_processes(run, 1, Watch())
-    assert "started with 2 processes and continues with 1" in warned[0]
+    warn_of_changes(run, machine_facts(cpu, "fp32", 1), Watch())
+    assert "processes 2 -> 1" in warned[0]
 
 
 @pytest.fixture(scope="module")

@@ -126,6 +126,7 @@ RESNET = {
     "width": [{"width": 1.0}, {"width": 1.5}],
     "num_classes": [{"num_classes": 0}],
     "arithmetic": [{"arithmetic": "google"}],
+    "axial": [{"axial": True}],
 }
 PREPROCESS = {
     "image_size": [{}],

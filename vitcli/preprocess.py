@@ -28,14 +28,12 @@ twice the resized side changed six photographs of 2 to 108 megapixels by 0.1 to 
 average (19 at most) and the probabilities of a ViT-Ti/16 by at most 0.01.
 """
 
-import http.client
-import time
-import urllib.request
 from dataclasses import asdict, dataclass, fields, replace
 from math import floor, isfinite
 from typing import Any, Literal, Self, get_args, get_origin
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -44,11 +42,14 @@ from torch import Tensor
 from vitcli.config.choices import CropRounding, Interpolation, ResizeMode
 from vitcli.decode import Box, ImageError, ImageInput, read_image
 from vitcli.errors import VitcliError, printable, unknown
+from vitcli.files import is_url
 from vitcli.pixels import Mode, PixelFormat, Window
 
 AnyImage = ImageInput | NDArray[Any] | Tensor
 FETCH_BYTES = 512 << 20  # the largest image file that is downloaded
-FETCH_SECONDS, SILENT_SECONDS = 120.0, 20.0  # for the whole download; without a byte
+# Limits on what a weights file may ask for, before memory is taken: 3 and 4 bytes per pixel.
+MAX_SIDE, MAX_RESIZED = 8192, 8192**2  # px of a side; pixels of an image before the crop
+FETCH_SECONDS = 120.0  # for the whole download
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -113,12 +114,21 @@ class Preprocess:
                 "`preprocess.antialias=false` is not possible with `lanczos`",
                 "set `preprocess.interpolation` to `bilinear` or `bicubic`",
             )
-        if self.border < 0:
-            raise VitcliError(f"`preprocess.border` is {self.border}", "give 0 or more pixels")
-        if not 0 < self.crop_fraction <= 1:
+        for side in self.image_size:
+            _check_side("image_size", side, 1)
+        _check_side("border", self.border, 0)
+        if self.resize_size is not None:
+            _check_side("resize_size", self.resize_size, 1)
+        if not (isinstance(self.crop_fraction, int | float) and 0 < self.crop_fraction <= 1):
             raise VitcliError(
                 f"`preprocess.crop_fraction` is {self.crop_fraction}",
                 "give a number above 0 and up to 1",
+            )
+        if self.resize_size is None and max(self.image_size) / self.crop_fraction >= MAX_SIDE + 1:
+            raise VitcliError(
+                f"`preprocess.crop_fraction` = {self.crop_fraction:g} resizes images to "
+                f"{max(self.image_size) / self.crop_fraction:.4g} px before the crop",
+                f"give a larger fraction; images are resized to {MAX_SIDE} px at most",
             )
         for name in ("mean", "std"):
             values = tuple(float(value) for value in getattr(self, name))
@@ -138,6 +148,19 @@ class Preprocess:
             )
         if self.window is not None:
             object.__setattr__(self, "window", _checked_window(self.window))
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raise a VitcliError if a batch cannot fit into the memory of this machine."""
+        pixels = self.num_channels * self.image_size[0] * self.image_size[1]
+        memory = psutil.virtual_memory().total
+        if 5 * batch_size * pixels > memory:  # uint8 and float32
+            rows, columns = self.image_size
+            raise VitcliError(
+                f"a batch of {batch_size:,} images of {columns}x{rows} px takes "
+                f"{5 * batch_size * pixels / 2**30:,.0f} GiB, and this machine has "
+                f"{memory / 2**30:,.0f} GiB",
+                "use a smaller `--batch-size` or image size",
+            )
 
     @property
     def mode(self) -> Mode:
@@ -203,6 +226,11 @@ class Preprocess:
         height, width = self._resized_shape(image)
         if image.size == (width, height):
             return image
+        if height * width > MAX_RESIZED:  # a strip of one pixel by thousands
+            raise ImageError(
+                f"an image of {image.width}x{image.height} px",
+                f"it would be resized to {width}x{height} px, more than {MAX_RESIZED:,} pixels",
+            )
         if self.antialias or self.interpolation == "nearest":
             return image.resize((width, height), RESAMPLING[self.interpolation])
         # Pillow's `resize` always smooths, so an affine map samples without smoothing.
@@ -279,6 +307,14 @@ class Preprocess:
         return colour if self.num_channels == 3 else colour[0]
 
 
+def _check_side(name: str, value: Any, least: int) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole and least <= value <= MAX_SIDE):
+        raise VitcliError(
+            f"`preprocess.{name}` is {value}", f"give a whole number of px, {least} to {MAX_SIDE}"
+        )
+
+
 def _checked_window(window: Any) -> Window:
     try:
         low, high = map(float, window)
@@ -334,34 +370,19 @@ def _image_of(array: NDArray[Any], name: str) -> Image.Image:
     return Image.fromarray(np.rint(array * (255.0 / white)).astype(np.uint8))
 
 
-def is_url(path: str) -> bool:
-    """True for an address on the web."""
-    return path.startswith(("http://", "https://"))
-
-
 def fetch_image(url: str) -> bytes:
     """Download an image file.
 
     Raises:
         ImageError: no such file, no answer, too many bytes, or too slow.
     """
-    name = printable(url)
-    end, parts, size = time.monotonic() + FETCH_SECONDS, list[bytes](), 0
+    # Imported here: an array needs no network.
+    from vitcli.hub.http import fetch_bytes
+
     try:
-        # Some hosts of images refuse a request without a name of the program.
-        request = urllib.request.Request(url, headers={"User-Agent": "vitcli"})
-        with urllib.request.urlopen(request, timeout=SILENT_SECONDS) as answer:
-            while part := answer.read1(1 << 16):
-                parts.append(part)
-                size += len(part)
-                if size > FETCH_BYTES:
-                    raise ImageError(name, f"it has more than {FETCH_BYTES >> 20} MiB")
-                if time.monotonic() > end:
-                    raise ImageError(name, f"it did not arrive within {FETCH_SECONDS:.0f} s")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = " ".join(str(getattr(error, "reason", None) or error).split())
-        raise ImageError(name, f"cannot fetch it: {reason or type(error).__name__}") from None
-    return b"".join(parts)
+        return fetch_bytes(url, FETCH_BYTES, FETCH_SECONDS)
+    except VitcliError as error:
+        raise ImageError(printable(url), f"cannot fetch it: {error.message}", error.hint) from None
 
 
 def as_array(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -161,9 +161,40 @@ def test_nothing_to_resume(images, capfd):
     before = contents()
     result = started(resume=True)
     assert list(result) == [] and result.failed == 0 and contents() == before
-    line = ["predict", "p", "-m", "m.safetensors", "--csv", "t.csv", "--resume"]
+    settings = ["--batch-size", str(BATCH), "--threshold", "0.4"]
+    line = ["predict", "p", "-m", "m.safetensors", "--csv", "t.csv", "--resume", *settings]
     assert command_line(line) == 0
     assert "already finished" in capfd.readouterr().err
+
+
+def test_a_finished_table_of_something_else(images):
+    list(started())
+    before = contents()
+
+    def refused(words, paths=("p",), **given):
+        settings = {"model": "m.safetensors", "batch_size": BATCH, "threshold": 0.4, **given}
+        with pytest.raises(VitcliError, match=words) as error:
+            predict.run(list(paths), csv_file=Path("t.csv"), resume=True, **settings)
+        assert error.value.hint and contents() == before
+
+    other = create_model("Pico/8", num_classes=5, image_size=16, depth=1, seed=1)
+    other.preprocess, other.head_trained = Preprocess((16, 16)), True
+    refused("no such image", paths=["elsewhere"])
+    refused("`t.csv` is finished, but .* values of `images`", paths=["p/00.png"])
+    refused("other values of `model`", model=other)
+    refused("other values of `threshold`, `top`", threshold=0.5, top=1)
+    os.utime("p/00.png", (0, 0))
+    refused("other values of `images`")
+
+
+def test_a_finished_table_without_a_record_is_made_again(images, monkeypatch):
+    list(started())
+    expected = contents()
+    Path("t.csv").write_text("path,label\n")  # it is another file now
+    assert len(list(started(resume=True))) == COUNT and contents() == expected
+    monkeypatch.setenv("VITCLI_CACHE", str(images))  # another cache, in which nothing can be made
+    (images / "tables").write_text("")
+    assert len(list(started(resume=True))) == COUNT and contents() == expected
 
 
 def test_one_process_at_a_time(images):

@@ -54,7 +54,7 @@ def test_spellings():
         ({"gelu": "quick"}, "unknown gelu `quick`"),
         ({"stem_arithmetic": "torch"}, "unknown stem_arithmetic `torch`"),
         ({"depth": 0}, "depth is 0"),
-        ({"depth": 10**8}, "depth is 100000000, not a whole number from 1 to 1,000,000"),
+        ({"depth": 10**8}, "depth is 100000000, not a whole number from 1 to 1,000"),
         ({"num_heads": 2.0}, "num_heads is 2.0, not a whole number"),
         ({"patch_size": 0}, "patch_size is 0"),
         ({"num_classes": -1}, "num_classes is -1, not a whole number from 0"),

@@ -79,7 +79,8 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if (stopped := _stopped_training(error)) is not None:
             return distributed.agree_on_status(stopped)
-        if (mistake := _usage_error(error) or _os_error(error)) is not None:
+        mistake = _usage_error(error) or _os_error(error) or _memory_error(error)
+        if mistake is not None:
             return _report(mistake)
         distributed.wait_before_error(mistake=False)
         if distributed.world_size() == 1:
@@ -148,6 +149,18 @@ def _os_error(error: Exception) -> VitcliError | None:
         return None
     place = f"`{error.filename}`" if error.filename else "the output"
     return VitcliError(f"{place}: {error.strerror}", OS_HINTS[error.errno])
+
+
+def _memory_error(error: Exception) -> VitcliError | None:
+    """The error for more memory than the machine has; None for other exceptions."""
+    devices = sys.modules.get("vitcli.devices")
+    if not isinstance(error, MemoryError) and not (devices and devices.is_out_of_memory(error)):
+        return None
+    reason = str(error).partition("allocate memory: ")[2] or str(error) or "no more memory"
+    return VitcliError(
+        f"out of memory: {reason.splitlines()[0].partition('. Error code')[0]}",
+        "use a smaller batch, image size or model",
+    )
 
 
 def _stopped_training(error: Exception) -> int | None:

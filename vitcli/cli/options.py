@@ -6,6 +6,7 @@ of the recipe schema and shows the help of that key, so nothing is described twi
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -203,6 +204,12 @@ def start_processes(context: typer.Context, number: int | None) -> int | None:
             f"`--processes {number}` does not match the launch of {started} processes",
             "remove `--processes`",
         )
+    cores = os.cpu_count() or 1
+    if number > max(16, 4 * cores):
+        raise VitcliError(
+            f"`--processes {number}` is far above the {cores} CPU cores of this machine",
+            f"use `--processes {cores}` at most, or one process per GPU",
+        )
     raise typer.Exit(distributed.launch_processes(number, arguments, console.print_error))
 
 
@@ -303,7 +310,12 @@ class TrainOptions:
     ] = False
     resume: Annotated[
         bool,
-        option(TRAINING, "--resume", help="Resume the run in `--out` from its last checkpoint."),
+        option(
+            TRAINING,
+            "--resume",
+            help="Resume a run from its last checkpoint: `--resume RUN`, or `--out RUN --resume`. "
+            "A larger `--epochs`, `--steps` or `--budget` trains longer.",
+        ),
     ] = False
     image_size: ImageSize = None
     streaming: Annotated[bool, schema_option(DATA, "data.streaming", "--streaming")] = False

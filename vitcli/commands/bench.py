@@ -25,7 +25,8 @@ from vitcli.cost.bench import (
 )
 from vitcli.cost.machine import system_memory
 from vitcli.devices import pick_device, resolve_precision
-from vitcli.errors import VitcliError, unknown
+from vitcli.errors import VitcliError, printable, unknown
+from vitcli.evals.plots import save_figure
 from vitcli.files import replacing
 from vitcli.progress import Quiet, Watcher
 from vitcli.vit import Config, Network, from_config, parse_variant
@@ -281,7 +282,7 @@ def _draw_bars(rows: list[BenchRow], path: Path) -> None:
         for place, (key, label) in enumerate(zip(keys, ("forward", "training"), strict=True)):
             heights = [i + 0.38 * place for i in range(len(facts))]
             axes.barh(heights, [f[key] for f in facts], height=0.36, label=label)
-        names = [row.label for row in rows] if number == 1 else []
+        names = [printable(row.label) for row in rows] if number == 1 else []
         axes.set_yticks([i + 0.19 for i in range(len(facts))], names)
         axes.invert_yaxis()
         axes.set_xscale("log")
@@ -289,4 +290,4 @@ def _draw_bars(rows: list[BenchRow], path: Path) -> None:
         axes.grid(alpha=0.3, axis="x")
         axes.legend(frameon=False)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        save_figure(figure, temporary, dpi=110)

@@ -10,17 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.config.recipe import load_inference
+from vitcli.config.recipe import load_data_check
 from vitcli.config.schema import DataSection, Settings
 from vitcli.data.contact_sheet import SheetRow, draw_sheet
-from vitcli.data.image_set import ImageSet, Integers
+from vitcli.data.image_set import ImageSet, Integers, Numbers
+from vitcli.data.numeric_labels import distribution, far_values, has_fractions, label_values
 from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
-from vitcli.errors import VitcliError, quoted
+from vitcli.errors import VitcliError, printable, quoted
 from vitcli.files import replacing
 from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
+from vitcli.train.objectives import objective_class
 
 MAX_EXAMPLES = 5  # class names in one line
 TINY = 16  # px, of the shorter side
@@ -57,6 +59,11 @@ class CheckResult:
     sheet: str | None
     samples: SampleRange | None = None
     window: Window | None = None
+
+    @cached_property
+    def values(self) -> Numbers | None:
+        """(n,) the labels of all splits as numbers; None if they are words or several per image."""
+        return label_values(self.source)
 
     def name(self, row: int) -> str:
         """The name of the image of a row."""
@@ -207,6 +214,8 @@ class CheckResult:
             f"class names that differ only in case or punctuation: {quoted(names)}"
             for names in self.label_variants[:MAX_EXAMPLES]
         ]
+        if self.source.numeric:
+            return [*lines, *self._number_problems()]
         if self.imbalance >= IMBALANCED:
             lines.append(
                 f"the largest class has {self.imbalance:.0f} times as many images as the smallest"
@@ -216,6 +225,21 @@ class CheckResult:
         if few := [name for name, count in classes if name and count < FEW]:
             found = counted(len(few), "class has", "classes have")
             lines.append(f"{found} fewer than {FEW} images: {quoted(few[:MAX_EXAMPLES])}")
+        return lines
+
+    def _number_problems(self) -> list[str]:
+        lines: list[str] = []
+        if self.values is None:
+            return lines
+        far = far_values(self.values)
+        if self.values.min() == self.values.max():
+            lines.append(f"all numbers are {self.values[0]:.6g}, so there is nothing to learn")
+        if len(far):
+            found = counted(len(far), "number is", "numbers are")
+            lines.append(
+                f"{found} far from all others, such as {far[0]:.6g}; remove them if they mean "
+                "`unknown`"
+            )
         return lines
 
     def _training_json(self) -> dict[str, Any]:
@@ -250,6 +274,7 @@ class CheckResult:
                 for k, name in enumerate(self.source.classes)
                 if name
             },
+            "numbers": None if self.values is None else distribution(self.values),
             "layout": self.source.layout,
             "notes": list(self.source.notes),
             "training": self._training_json(),
@@ -270,6 +295,7 @@ class CheckResult:
             "width": _min_median_max(size[:, 1]),
             "samples": self._samples_json(),
             "suggested": self.suggestion,
+            "suggested_objective": None if self.values is None else "mse",
             "sheet": self.sheet,
         }
 
@@ -313,12 +339,16 @@ def run(
         VitcliError: the data cannot be read, or `out` cannot be written.
     """
     watch = watch or Quiet()
-    inference = load_inference(settings)
-    section, window = inference.data, inference.preprocess.window
+    given = load_data_check(settings)
+    section, window = given.data, given.preprocess.window
+    numeric = objective_class(given.objective.name).regression
     if out is not None and out.suffix.lower() != ".png":
         raise VitcliError(f"`--out {out}` is not a .png file", "write `--out samples.png`")
-    source = open_data(section, data, whole=True, labelled=False, watch=watch)
-    training = _open_for_training(section, data)
+    open_whole = partial(open_data, section, data, whole=True, labelled=False, watch=watch)
+    source: Source = open_whole(numeric=numeric)
+    if not numeric and has_fractions(source):  # which no classifier takes
+        source = open_whole(numeric=True)
+    training = _open_for_training(section, data, numeric)
     made = () if isinstance(training, VitcliError) else training.notes
     for line in dict.fromkeys([*source.notes, *made]):
         watch.note(line)
@@ -335,10 +365,10 @@ def run(
     return CheckResult(data, source, training, scan, groups, sheet, samples, window)
 
 
-def _open_for_training(section: DataSection, data: str) -> Source | VitcliError:
+def _open_for_training(section: DataSection, data: str, numeric: bool) -> Source | VitcliError:
     """The splits and classes that a training run with these settings gets, or its error."""
     try:
-        return open_data(section, data)
+        return open_data(section, data, numeric=numeric)
     except VitcliError as error:
         return error
 
@@ -350,6 +380,6 @@ def draw_samples(source: Source, scan: DatasetScan, window: Window | None) -> Im
     for label, name in enumerate(source.classes[:SHEET_ROWS]):
         members = scan.index[(scan.split == 0) & (scan.label == label)]
         chosen = members[:: max(1, len(members) // SHEET_COLUMNS)][:SHEET_COLUMNS]
-        rows.append(SheetRow(name, [int(index) for index in chosen]))
+        rows.append(SheetRow(printable(name), [int(index) for index in chosen]))
     read = partial(images.read, mode=PixelFormat("RGB", window))
     return draw_sheet(rows, read, columns=SHEET_COLUMNS, side=SHEET_SIDE)

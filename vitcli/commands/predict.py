@@ -1,4 +1,4 @@
-"""`vitcli predict`: class names and probabilities of images, folders and globs."""
+"""`vitcli predict`: class names and probabilities, or numbers, of images, folders and globs."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,13 +20,20 @@ from vitcli.data.augment.test_time import TTATransform
 from vitcli.data.image_paths import ImagePaths, find_images
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
+from vitcli.evals.finished_tables import ImageDigest, check_finished, is_recorded, record_tables
 from vitcli.evals.ood import ReferenceStore
 from vitcli.evals.predictor import AbstainRules, ImagePredictor
 from vitcli.evals.resume_log import PredictionCounts, ResumeLog, is_finished, open_resume_log
-from vitcli.evals.writers import COLUMNS, OutputFiles, PredictionRow
+from vitcli.evals.writers import COLUMNS, NUMBER_COLUMNS, OutputFiles, PredictionRow
 from vitcli.preprocess import AnyImage
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
+from vitcli.weights.load import (
+    load_model,
+    load_settings,
+    newest_run,
+    require_one_number,
+    require_preprocess,
+)
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel, model_hash
 
@@ -81,7 +88,8 @@ def predict(
 
     Returns:
         A dict for each image: `path`, `label`, `probability`, `top`, `error`; with a threshold
-        also `abstained`; with `ood` also `ood` and `ood_distance`. `path` is None for an image in
+        also `abstained`; with `ood` also `ood` and `ood_distance`. After a regression the keys are
+        `path`, `value` and `error`. `path` is None for an image in
         memory without a file name.
 
     Raises:
@@ -157,7 +165,8 @@ def run(
             or 10 times the cost.
         csv_file, jsonl_file, parquet_file: output files, written after the last row. Until then
             the rows are in a file beside the first one, with the suffix `.part`.
-        resume: continue after the rows of an interrupted run, which are not returned again.
+        resume: continue after the rows of an interrupted run, which are not returned again. A
+            finished file must have been made of the same images, model and settings.
         verbose: report how each tensor was loaded.
 
     Raises:
@@ -168,13 +177,17 @@ def run(
     outputs = OutputFiles(csv_file, jsonl_file, parquet_file)
     counts = PredictionCounts()
     _check_options(top, batch_size, outputs, resume)
-    if resume and is_finished(outputs):
-        watch.note(f"`{outputs.paths[0]}` is already finished; without `--resume` it is replaced")
-        return Predictions(iter(()), counts)
+    finished = resume and is_finished(outputs)
+    if finished and not is_recorded(outputs.paths):
+        watch.note(f"no record says how `{outputs.paths[0]}` was made, so it is made again")
+        finished = False
     files = find_images(paths, source)
     inference = load_inference(settings)
     net, name = _load_classifier(model, inference, labels, watch, verbose)
+    if net.is_regression:
+        _check_regression(net, name, rules, ood=ood or reference is not None)
     transform = TTATransform(require_preprocess(net), tta)
+    transform.preprocess.check_batch(min(batch_size, files.total or batch_size))
     if ood or ood_threshold is not None or reference is not None:
         store = ReferenceStore(net, name, inference.data, batch_size, precision, watch)
         found = store.get(None if reference is None else os.fspath(reference))
@@ -191,9 +204,27 @@ def run(
         "ood_threshold": ood_threshold,
         "tta": tta,
     }
+    if finished:
+        images = ImageDigest()
+        for image in files:
+            images.add(image)
+        check_finished(outputs.paths, decisive, images.hexdigest())
+        watch.note(f"`{outputs.paths[0]}` is already finished; without `--resume` it is replaced")
+        return Predictions(iter(()), counts)
     top = min(top, net.config.num_classes)
     predictor = ImagePredictor(net.to(pick_device()), transform, rules, top, batch_size, precision)
     return Predictions(_rows(predictor, files, outputs, decisive, resume, counts, watch), counts)
+
+
+def _check_regression(net: LoadedModel, name: str, rules: AbstainRules, *, ood: bool) -> None:
+    """Raise a VitcliError for options that need classes."""
+    require_one_number(net, name)
+    if rules.can_abstain or ood:
+        flag = "--threshold" if rules.threshold is not None else "--ood"
+        raise VitcliError(
+            f"`{flag}` needs classes, and `{name}` predicts a number (regression)",
+            f"remove `{flag}`",
+        )
 
 
 def _check_options(top: int, batch_size: int, outputs: OutputFiles, resume: bool) -> None:
@@ -219,12 +250,18 @@ def _rows(
 ) -> Iterator[PredictionRow]:
     """The rows that are not in the log yet; each is logged before it is yielded."""
     with ExitStack() as stack:
-        todo, repeated, log = iter(files), 0, None
+        images = ImageDigest()
+        todo, repeated, log = images.watching(files), 0, None
         if outputs.paths:
             opened = open_resume_log(outputs.paths[0], decisive, counts, resume=resume)
             log = stack.enter_context(opened)
-            todo, repeated = log.remaining(files, predictor.batch_size)
+            todo, repeated = log.remaining(todo, predictor.batch_size)
             stack.push(partial(_note_interruption, log, counts, watch))
+            if log.num_damaged:
+                watch.warn(
+                    f"`{log.path}` is damaged from row {counts.count + 1} on: {log.num_damaged:,} "
+                    "rows are predicted again"
+                )
             if resume:
                 watch.note(f"`{log.path}` already has {counts.count:,} rows")
         done = counts.count - repeated
@@ -240,8 +277,10 @@ def _rows(
             counts.add(row)
             yield row
         if log is not None:
-            outputs.write(log.rows, [*COLUMNS, *predictor.rules.columns])
+            columns = NUMBER_COLUMNS if predictor.net.is_regression else COLUMNS
+            outputs.write(log.rows, [*columns, *predictor.rules.columns])
             log.remove()
+            record_tables(outputs.paths, decisive, images.hexdigest())
 
 
 def _warn_if_too_few(rules: AbstainRules, watch: Watcher) -> None:
@@ -303,7 +342,7 @@ def _load_classifier(
             hint="train a head with `vitcli fewshot DATA` (seconds) or `vitcli finetune DATA` "
             "(minutes)",
         )
-    if net.labels is None:
+    if net.labels is None and not net.is_regression:
         watch.warn(
             f"`{name}` has no class names, so output numbers are used; name them with "
             "`--labels FILE`"

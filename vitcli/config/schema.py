@@ -19,7 +19,6 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     model_validator,
 )
 
@@ -38,7 +37,15 @@ from vitcli.config.choices import (
 
 Settings = dict[str, Any]
 DURATIONS = ("steps", "epochs", "images", "budget")
-Size = PositiveInt | tuple[PositiveInt, PositiveInt]
+# Above any sensible value, and small enough that no product of two overflows.
+Count = Annotated[int, Field(gt=0, le=10**9)]
+Images = Annotated[int, Field(gt=0, le=10**12)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # of NumPy
+Pixels = Annotated[int, Field(gt=0, le=8192)]
+Width = Annotated[int, Field(gt=0, le=10**5)]
+Depth = Annotated[int, Field(gt=0, le=1000)]
+Size = Pixels | tuple[Pixels, Pixels]
 LION_BETAS = (0.9, 0.99)  # of its authors (Chen et al., 2023, algorithm 2)
 
 
@@ -53,7 +60,7 @@ def parse_duration(text: str) -> float:
     Raises:
         ValueError: the text has another form, or the duration is zero.
     """
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    found = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,9})s)?", text.strip())
     parts = [int(part or 0) for part in found.groups()] if found else []
     seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
     if not seconds:
@@ -90,17 +97,17 @@ class ModelSection(Section):
     image_size: Size | None = setting(
         None, "Image side in px (rectangular: `--set model.image_size=[Y,X]`)."
     )
-    patch_size: PositiveInt | None = setting(None, "Patch side in px.")
+    patch_size: Pixels | None = setting(None, "Patch side in px.")
     num_channels: Literal[1, 3] | None = setting(None, "Image channels: 1 (grey) or 3 (RGB).")
-    embed_dim: PositiveInt | None = setting(None, "Width of the tokens.")
-    depth: PositiveInt | None = setting(None, "Number of encoder blocks.")
-    num_heads: PositiveInt | None = setting(None, "Attention heads per block.")
-    mlp_dim: PositiveInt | None = setting(None, "Hidden width of the MLP.")
+    embed_dim: Width | None = setting(None, "Width of the tokens.")
+    depth: Depth | None = setting(None, "Number of encoder blocks.")
+    num_heads: Count | None = setting(None, "Attention heads per block.")
+    mlp_dim: Width | None = setting(None, "Hidden width of the MLP.")
     pool: str | None = setting(None, f"Pooling: {', '.join(get_args(Pool))}.")
     class_token: bool | None = setting(None, "Prepend a class token.")
     distillation_token: bool | None = setting(None, "Prepend a distillation token (DeiT).")
     distillation_head: bool | None = setting(None, "Add a head on the distillation token (DeiT).")
-    num_registers: NonNegativeInt | None = setting(None, "Number of register tokens.")
+    num_registers: NonNegativeInt | None = setting(None, "Number of register tokens.", le=1000)
     position: Position | None = setting(None, "Kind of position embedding.")
     position_at: PositionAt | None = setting(
         None,
@@ -110,11 +117,11 @@ class ModelSection(Section):
     position_covers_prefix: bool | None = setting(
         None, "Give the prefix tokens position embeddings too."
     )
-    pool_blocks: PositiveInt | None = setting(None, "Number of last blocks that pooling reads.")
+    pool_blocks: Count | None = setting(None, "Number of last blocks that pooling reads.")
     position_resize: Resize | None = setting(
         None, "Interpolation of position embeddings for another image size."
     )
-    representation_size: PositiveInt | None = setting(None, "Width of the pre-logits layer.")
+    representation_size: Width | None = setting(None, "Width of the pre-logits layer.")
     qkv_bias: bool | None = setting(None, "Add a bias to query, key and value.")
     qk_norm: bool | None = setting(None, "Normalise queries and keys.")
     layer_scale: float | None = setting(None, "Initial value of LayerScale.")
@@ -124,15 +131,15 @@ class ModelSection(Section):
     norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
     norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
     patch_bias: bool | None = setting(None, "Add a bias to the patch embedding.")
-    axial: bool | None = setting(None, "Use axial attention: rows, then columns.")
-    stem: tuple[PositiveInt, ...] | None = setting(
-        None, "Units per stage of the hybrid's ResNet stem."
+    axial: bool | None = setting(
+        None, "Use axial attention, within rows and within columns; also in a ResNet."
     )
+    stem: tuple[Count, ...] | None = setting(None, "Units per stage of the hybrid's ResNet stem.")
     stem_width: PositiveFloat | None = setting(None, "Width factor of the hybrid's ResNet stem.")
     stem_arithmetic: StemArithmetic | None = setting(
         None, "Padding and normalisation of the stem: Google's or timm's."
     )
-    layers: tuple[PositiveInt, ...] | None = setting(None, "Units per stage of a ResNet.")
+    layers: tuple[Count, ...] | None = setting(None, "Units per stage of a ResNet.")
     width: PositiveFloat | None = setting(None, "Width factor of a ResNet.")
     dropout_rate: float | None = setting(None, "Dropout rate.", ge=0.0, lt=1.0)
     drop_path_rate: float | None = setting(
@@ -154,14 +161,14 @@ class PreprocessSection(Section):
     resize_mode: ResizeMode | None = setting(
         None, "Resize and centre crop, squash to the size, or pad to a square."
     )
-    resize_size: PositiveInt | None = setting(None, "Shorter side in px before the centre crop.")
+    resize_size: Pixels | None = setting(None, "Shorter side in px before the centre crop.")
     crop_fraction: float | None = setting(
         None, "Central fraction of the resized image that is kept.", gt=0.0, le=1.0
     )
     crop_rounding: CropRounding | None = setting(None, "Rounding of the size before the crop.")
     interpolation: Interpolation | None = setting(None, "Interpolation of the resize.")
     antialias: bool | None = setting(None, "Antialias when the image is shrunk.")
-    border: NonNegativeInt | None = setting(
+    border: Annotated[int, Field(ge=0, le=8192)] | None = setting(
         None, "Pixels that are cut off each side of an image first, e.g. 2 for ObjectNet."
     )
     mean: float | tuple[float, ...] | None = setting(
@@ -204,7 +211,7 @@ class DataSection(Section):
     split_column: str | None = setting(
         None, "Column that names the split of each row; `none` ignores such columns."
     )
-    test_fold: NonNegativeInt | str | None = setting(
+    test_fold: CountOrZero | str | None = setting(
         None, "Fold of the split column that is held out as the test split."
     )
     group_column: str | None = setting(
@@ -227,9 +234,9 @@ class DataSection(Section):
         None, "Fraction of the training images held out for validation.", gt=0.0, lt=1.0
     )
     folds: int | None = setting(None, "Number of cross-validation folds.", ge=2)
-    fold: NonNegativeInt = setting(0, "Index of the fold that is held out, from 0.")
-    split_seed: NonNegativeInt = setting(0, "Random seed of the splits.")
-    workers: NonNegativeInt | None = setting(
+    fold: CountOrZero = setting(0, "Index of the fold that is held out, from 0.")
+    split_seed: Seed = setting(0, "Random seed of the splits.")
+    workers: Annotated[int, Field(ge=0, le=256)] | None = setting(
         None, "Threads that decode images. Default: by the number of CPU cores."
     )
     strict: bool = setting(
@@ -238,7 +245,7 @@ class DataSection(Section):
     streaming: bool = setting(
         False, "Read training images shard by shard without storing them; a resume is approximate."
     )
-    shuffle_buffer: PositiveInt = setting(2048, "Images in the shuffle buffer of a stream.")
+    shuffle_buffer: Count = setting(2048, "Images in the shuffle buffer of a stream.")
     classes: str | None = setting(None, "File with the class names of a stream, one per line.")
 
     @model_validator(mode="after")
@@ -272,14 +279,14 @@ class AugmentSection(Section):
         gt=0.0,
         le=1.0,
     )
-    crop_padding: NonNegativeInt = setting(4, "Padding of a pad crop in px.")
-    resize_size: PositiveInt | None = setting(
+    crop_padding: Annotated[int, Field(ge=0, le=8192)] = setting(4, "Padding of a pad crop in px.")
+    resize_size: Pixels | None = setting(
         None, "Side in px from which a resize crop cuts. Default: 7/6 of the image size."
     )
     flip_rate: float = setting(0.5, "Probability of a horizontal flip.", ge=0.0, le=1.0)
     preset: str | None = setting(None, "Preset of AugReg or DeiT III; it sets the keys below.")
     policy: str | None = setting(None, "Augmentation policy.")
-    num_ops: PositiveInt | None = setting(None, "Operations per image of RandAugment.")
+    num_ops: Count | None = setting(None, "Operations per image of RandAugment.")
     magnitude: float | None = setting(
         None, "Magnitude of RandAugment on AugReg's scale; 10 is strong.", ge=0.0, le=30.0
     )
@@ -300,7 +307,7 @@ class AugmentSection(Section):
         ge=0.0,
         le=1.0,
     )
-    repeats: PositiveInt = setting(
+    repeats: Count = setting(
         1, "Views of each image per batch (repeated augmentation, Hoffer et al., 2020)."
     )
 
@@ -308,7 +315,10 @@ class AugmentSection(Section):
 class ObjectiveSection(Section):
     """The training objective, and the settings that one or a few objectives have."""
 
-    name: str = setting("auto", "Objective. `auto`: softmax, or sigmoid for multi-label data.")
+    name: str = setting(
+        "auto",
+        "Objective. `auto`: softmax, or sigmoid for multi-label data. `mse` predicts a number.",
+    )
     head_bias: float | None = setting(
         None, "Initial bias of a new sigmoid head: -10 for ImageNet-21k, -6.9 for ImageNet-1k."
     )
@@ -324,9 +334,9 @@ class ObjectiveSection(Section):
         gt=0.0,
         lt=1.0,
     )
-    decoder_depth: PositiveInt = setting(2, "Blocks of the `mae` decoder.")
-    decoder_dim: PositiveInt = setting(128, "Width of the `mae` decoder.")
-    decoder_heads: PositiveInt = setting(4, "Attention heads of the `mae` decoder.")
+    decoder_depth: Depth = setting(2, "Blocks of the `mae` decoder.")
+    decoder_dim: Width = setting(128, "Width of the `mae` decoder.", le=10**5)
+    decoder_heads: Count = setting(4, "Attention heads of the `mae` decoder.")
     norm_pixels: bool = setting(True, "Standardise the `mae` targets in each patch.")
     teacher: str | None = setting(None, "MODEL that teaches in `distill`.")
     distillation: Literal["hard", "soft"] = setting(
@@ -346,7 +356,7 @@ class OptimSection(Section):
     matrix_lr: PositiveFloat = setting(
         0.02, "Peak learning rate of Muon, which trains the matrices in the blocks."
     )
-    lr_batch_size: PositiveInt | None = setting(
+    lr_batch_size: Count | None = setting(
         None, "Batch size that `lr` is meant for; another batch size scales the rate."
     )
     lr_scaling: Literal["linear", "sqrt"] = setting(
@@ -383,7 +393,7 @@ class ScheduleSection(Section):
     """The learning-rate schedule: warm-up from 0, then the named curve."""
 
     name: str = setting("cosine", "Learning-rate schedule.")
-    warmup_steps: NonNegativeInt | None = setting(None, "Warm-up in steps.")
+    warmup_steps: CountOrZero | None = setting(None, "Warm-up in steps.")
     warmup_fraction: float | None = setting(
         None, "Warm-up as a fraction of the run.", ge=0.0, lt=1.0
     )
@@ -394,16 +404,21 @@ class ScheduleSection(Section):
         0.0, "Learning rate at the end, as a fraction of the peak.", ge=0.0, le=1.0
     )
     power: PositiveFloat = setting(1.0, "Power of `polynomial`; 1 gives a line, 2 a parabola.")
-    stair_steps: tuple[PositiveInt, ...] = setting(
+    stair_steps: tuple[Count, ...] = setting(
         (), "Steps from which `stair` has another factor, counted from the start of the run."
     )
     stair_factors: tuple[NonNegativeFloat, ...] = setting(
         (), "Factors on the peak rate from those steps on, e.g. `[0.1, 0.01]`."
     )
-    timescale: PositiveInt = setting(10_000, "Timescale of `rsqrt` in steps.")
-    shift: NonNegativeInt = setting(0, "Steps that `rsqrt` starts ahead of its curve.")
-    cooldown_steps: NonNegativeInt = setting(
+    timescale: Count = setting(10_000, "Timescale of `rsqrt` in steps.")
+    shift: CountOrZero = setting(0, "Steps that `rsqrt` starts ahead of its curve.")
+    cooldown_steps: CountOrZero = setting(
         0, "Steps of the linear cool-down to 0 at the end of `rsqrt`."
+    )
+    extension: Literal["continue", "restart"] = setting(
+        "continue",
+        "Schedule of a resume with more `--epochs` or `--steps`: `continue` takes the curve of the "
+        "new length, `restart` warms up and decays again.",
     )
 
     @model_validator(mode="after")
@@ -426,7 +441,7 @@ class ScheduleSection(Section):
 class LoraSection(Section):
     """Low-rank adapters for `finetune` (Hu et al., 2021); they are merged at the end of the run."""
 
-    rank: PositiveInt | None = setting(
+    rank: Count | None = setting(
         None, "Rank of LoRA adapters; trains only the adapters and the head (finetune)."
     )
     alpha: PositiveFloat | None = setting(
@@ -453,19 +468,21 @@ class LoraSection(Section):
 class TrainSection(Section):
     """The length of a run, its batches, and what it stores."""
 
-    steps: PositiveInt | None = setting(None, "Number of optimizer steps.")
-    epochs: PositiveFloat | None = setting(None, "Number of passes over the training images.")
-    images: PositiveInt | None = setting(None, "Number of training images seen.")
+    steps: Count | None = setting(None, "Number of optimizer steps.")
+    epochs: PositiveFloat | None = setting(
+        None, "Number of passes over the training images.", le=1e6
+    )
+    images: Images | None = setting(None, "Number of training images seen.")
     budget: Annotated[str, AfterValidator(check_duration)] | None = setting(
         None, "Time limit of the whole command, e.g. `90s`, `10m`, `1h30m`."
     )
-    batch_size: PositiveInt = setting(128, "Images per optimizer step, summed over all processes.")
-    micro_batch_size: PositiveInt | None = setting(
+    batch_size: Annotated[int, Field(gt=0, le=10**7)] = setting(
+        128, "Images per optimizer step, summed over all processes."
+    )
+    micro_batch_size: Count | None = setting(
         None, "Images per forward pass and process. Default: all that fit."
     )
-    seed: NonNegativeInt = setting(
-        0, "Random seed for weight initialisation, shuffling and augmentation."
-    )
+    seed: Seed = setting(0, "Random seed for weight initialisation, shuffling and augmentation.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "Precision: auto, fp32, bf16 or fp16."
     )
@@ -482,7 +499,7 @@ class TrainSection(Section):
     patch_drop_until: float = setting(
         1.0, "Fraction of the run during which patches are dropped.", gt=0.0, le=1.0
     )
-    smaller_sizes: tuple[tuple[PositiveInt, float], ...] = setting(
+    smaller_sizes: tuple[tuple[Pixels, float], ...] = setting(
         (),
         "Progressive resizing: pairs `[side in px, fraction of the run at which this size ends]`.",
     )
@@ -492,19 +509,27 @@ class TrainSection(Section):
     ema_warmup: bool = setting(
         True, "Start the average with the decay (1 + step) / (10 + step) while that is smaller."
     )
-    checkpoint_steps: PositiveInt | None = setting(
+    checkpoint_steps: Count | None = setting(
         None, "Steps between checkpoints. Default: a checkpoint about every minute."
     )
-    keep_checkpoints: PositiveInt = setting(2, "Number of checkpoints that are kept.")
-    eval_steps: PositiveInt | None = setting(
+    keep_checkpoints: Count = setting(2, "Number of checkpoints that are kept.")
+    eval_steps: Count | None = setting(
         None, "Steps between evaluations. Default: a fifth of the run."
     )
-    fewshot_shots: PositiveInt | None = setting(
+    fewshot_shots: Count | None = setting(
         None,
         "Measure the few-shot accuracy too in each evaluation, with this many training images per "
         "class; the result has the best one (Figure 4).",
     )
-    log_steps: PositiveInt = setting(20, "Steps between records in metrics.jsonl.")
+    best_metric: str | None = setting(
+        None,
+        "Keep the weights with the best value of this metric of the validation images in "
+        "best.safetensors: accuracy, loss, map, micro_f1, fewshot_accuracy, mae, rmse or r2.",
+    )
+    patience: Count | None = setting(
+        None, "Stop after this many evaluations in turn without a better `best_metric`."
+    )
+    log_steps: Count = setting(20, "Steps between records in metrics.jsonl.")
     compile: bool = setting(False, "Compile the forward and backward pass with torch.compile.")
     tf32: bool = setting(False, "Let a GPU use TF32 for fp32 matrix products.")
     deterministic: bool = setting(
@@ -526,6 +551,8 @@ class TrainSection(Section):
             named = " and ".join(f"`{name}`" for name in given) or "none"
             options = ", ".join(f"`{name}`" for name in DURATIONS)
             raise ValueError(f"give exactly one of {options}; given: {named}")
+        if self.patience is not None and self.best_metric is None:
+            raise ValueError("`patience` needs `best_metric`, for example `accuracy`")
         return self
 
     def side_at(self, step: float, total_steps: int) -> int | None:
@@ -553,18 +580,18 @@ class FewshotSection(Section):
     """A classifier on frozen features. The defaults are big_vision's few-shot protocol."""
 
     method: str = setting("ridge", "Classifier on the features.")
-    shots: tuple[PositiveInt | Literal["all"], ...] = setting(
+    shots: tuple[Count | Literal["all"], ...] = setting(
         (5,),
         "Training images per class, or `all`; comma-separated for several: `1,5,10`.",
         min_length=1,
     )
-    seeds: PositiveInt = setting(3, "Number of random draws of the shots.")
+    seeds: Count = setting(3, "Number of random draws of the shots.", le=10_000)
     l2: PositiveFloat | Literal["auto", "path"] | None = setting(
         None,
         "L2 regularisation: a number, `auto` (chosen on the training images) or `path` (auto, and "
         "the accuracy of every value). Default: 1024 for ridge, 1 for logistic.",
     )
-    neighbors: PositiveInt = setting(20, "Number of neighbours of knn.")
+    neighbors: Count = setting(20, "Number of neighbours of knn.")
     temperature: PositiveFloat = setting(0.07, "Temperature of the knn votes.")
     representation: str = setting(
         "pre-logits",
@@ -580,6 +607,12 @@ class Inference(Section):
     preprocess: PreprocessSection = PreprocessSection()
     data: DataSection = DataSection()
     fewshot: FewshotSection = FewshotSection()
+
+
+class DataCheck(Inference):
+    """The settings of `check`, which reads the labels as training with this objective does."""
+
+    objective: ObjectiveSection = ObjectiveSection()
 
 
 class Recipe(Section):

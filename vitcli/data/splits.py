@@ -1,5 +1,6 @@
 """Splits: which split a file name means, and seeded fractions, folds and slices of the images."""
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from vitcli.config.schema import DataSection
 from vitcli.data.stratify import Integers, fold_of, spread_slice, stratified_split
-from vitcli.errors import VitcliError, unknown
+from vitcli.errors import VitcliError, printable, unknown
 from vitcli.hub.split_names import (
     SPLITS,
     file_splits,
@@ -22,9 +23,11 @@ from vitcli.hub.split_names import (
 )
 
 T = TypeVar("T")
+MAX_EXPANDED = 300_000  # names that one notation may mean; LAION-5B has 231,349 shards
 
 MAX_DEPTH = 4  # folders within folders that are searched for shards or parquet files
 GROUP_COLUMN = "group"  # a column of this name is used without a setting
+BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
 
 
@@ -46,20 +49,42 @@ def splits_of(files: Sequence[Path], root: Path | None = None) -> list[str | Non
 
 
 def expand_braces(notation: str) -> Iterator[str]:
-    """`a-{8..10}.tar` -> `a-8.tar`, …; `{08..10}` keeps the zeros; `{x,y}` means both."""
-    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", notation)
-    if found is None:
-        yield notation
-        return
-    first, last, listed = found.groups()
-    if listed is not None:
-        parts = listed.split(",")
-    else:
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        low, high = sorted((int(first), int(last)))
-        parts = [f"{n:0{width}}" for n in range(low, high + 1)]
-    for part in parts:
-        yield from expand_braces(notation[: found.start()] + part + notation[found.end() :])
+    """`a-{8..10}.tar` -> `a-8.tar`, …; `{08..10}` keeps the zeros; `{x,y}` means both.
+
+    Raises:
+        VitcliError: these are more than `MAX_EXPANDED` names.
+    """
+    names = [notation]
+    counts = (len(_brace_parts(*found.groups())) for found in BRACES.finditer(notation))
+    if math.prod(counts) > MAX_EXPANDED:
+        raise _too_many(notation)
+    while any(BRACES.search(name) for name in names):
+        expanded: list[str] = []
+        for name in names:
+            found = BRACES.search(name)
+            parts = _brace_parts(*found.groups()) if found else [name]
+            before, after = (name[: found.start()], name[found.end() :]) if found else ("", "")
+            if len(expanded) + len(parts) > MAX_EXPANDED:
+                raise _too_many(notation)
+            expanded += [before + part + after for part in parts]
+        names = expanded
+    yield from names
+
+
+def _too_many(notation: str) -> VitcliError:
+    return VitcliError(
+        f"`{printable(notation[:80])}` means more than {MAX_EXPANDED:,} files",
+        "give fewer numbers in `{000..099}`, or name a folder",
+    )
+
+
+def _brace_parts(first: str | None, last: str | None, listed: str | None) -> list[str]:
+    if first is None or last is None:
+        return (listed or "").split(",")
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    low, high = sorted((int(first), int(last)))
+    high = min(high, low + MAX_EXPANDED)  # one more than is allowed
+    return [f"{n:0{width}}" for n in range(low, high + 1)]
 
 
 def files_with_suffix(folder: Path, suffix: str, depth: int = MAX_DEPTH) -> list[Path]:
@@ -240,7 +265,7 @@ def _take_slices(
         if not whole:
             found.notes.append(
                 f"{shown}: the {role} split is `{text}`: {len(indices):,} of {n:,} images, "
-                f"stratified by class, seed {seed}"
+                f"{'stratified by class, ' if _of_classes(labels[part.name]) else ''}seed {seed}"
             )
     if "test" not in chosen:  # the other splits of the data stay
         used = {name for name, _ in chosen.values()}
@@ -308,7 +333,7 @@ def _hold_out_test(
     found.record |= {"test_fraction": fraction, "seed": seed}
     found.notes.append(
         f"{shown}: the data has no test split, so {len(held_out):,} of {len(own):,} images are "
-        f"held out for testing ({fraction:.0%} of each class, seed {seed})"
+        f"held out for testing ({fraction:.0%}{_of_classes(own)}, seed {seed})"
     )
     classes, counts = np.unique(own, return_counts=True)
     undivided = np.setdiff1d(classes[counts > 1], own[held_out])
@@ -338,5 +363,10 @@ def _hold_out_validation(
         found.parts = in_split_order(found.parts)
     found.notes.append(
         f"{shown}: {len(held_out):,} of {len(own):,} training images are held out for validation "
-        f"({fraction:.0%} of each class, seed {seed})"
+        f"({fraction:.0%}{_of_classes(own)}, seed {seed})"
     )
+
+
+def _of_classes(labels: Integers) -> str:
+    """Numbers to predict have one class only, so nothing is stratified."""
+    return " of each class" if len(np.unique(labels)) > 1 else ""

@@ -10,6 +10,7 @@ from PIL import Image
 
 from vitcli.data.contact_sheet import SheetRow, draw_sheet
 from vitcli.data.image_set import ImageSet
+from vitcli.errors import printable
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
 from vitcli.evals.scoring import ImageScores
@@ -103,8 +104,10 @@ def draw_mistakes(
     """Draw the images, each with its true class, its predicted class and the probability."""
 
     def caption(one: Mistake | ConfusedPair) -> str:
-        true = display_names.get(one.true, one.true)
-        return f"{true}\n-> {display_names.get(one.predicted, one.predicted)}"
+        true, predicted = (
+            printable(display_names.get(name, name)) for name in (one.true, one.predicted)
+        )
+        return f"{true}\n-> {predicted}"
 
     def row(title: str, some: Sequence[Mistake]) -> SheetRow:
         captions = [f"{caption(one)}\n{100 * one.probability:.1f} %" for one in some]

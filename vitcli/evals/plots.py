@@ -1,17 +1,19 @@
-"""Files of an evaluation: confusion matrix, reliability diagram, sheet of mistakes."""
+"""Files of an evaluation: confusion matrix, reliability diagram, mistakes, or a scatter plot."""
 
 import csv
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
+from vitcli.errors import printable
 from vitcli.evals.evaluate import Evaluation
 from vitcli.evals.mistakes import draw_mistakes
+from vitcli.evals.regression import PredictedNumbers
 from vitcli.evals.scoring import ReliabilityBins, SingleLabelMetrics
 from vitcli.files import replacing
 from vitcli.pixels import PixelFormat
@@ -22,6 +24,8 @@ MAX_COUNTED_CLASSES = 20  # up to here the picture also has the counts
 
 def evaluation_files(result: Evaluation, folder: Path) -> dict[str, str]:
     """The value of `Evaluation.files`: paths in `folder` of the files that will be written."""
+    if result.numbers is not None:
+        return {"scatter": str(folder / "scatter.png")}
     if result.details is None:
         return {}
     names = {"confusion": "confusion.csv", "reliability": "reliability.png"}
@@ -34,6 +38,8 @@ def evaluation_files(result: Evaluation, folder: Path) -> dict[str, str]:
 
 def write_evaluation_files(result: Evaluation, images: ImageSet, wanted: PixelFormat) -> None:
     """Write `result.files`; their folder exists. `wanted` are the pixels of the mistakes."""
+    if result.numbers is not None:
+        write_scatter(Path(result.files["scatter"]), result.numbers)
     details, metrics = result.details, result.metrics
     if details is None or not isinstance(metrics, SingleLabelMetrics):
         return
@@ -75,7 +81,8 @@ def write_confusion(
     Args:
         display_names: class name -> the name that the picture shows.
     """
-    shown = display_names or {}
+    shown = {name: printable(text) for name, text in (display_names or {}).items()}
+    shown = {name: shown.get(name, printable(name)) for name in {*columns, *classes}}
     with (
         replacing(csv_file) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
@@ -94,8 +101,8 @@ def write_confusion(
     # Colour by share of the row, or a large class would outshine all others.
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(columns)), [shown.get(n, n) for n in columns], rotation=90)
-    axes.set_yticks(range(len(classes)), [shown.get(n, n) for n in classes])
+    axes.set_xticks(range(len(columns)), [shown[n] for n in columns], rotation=90)
+    axes.set_yticks(range(len(classes)), [shown[n] for n in classes])
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(columns) <= MAX_COUNTED_CLASSES:
@@ -104,7 +111,21 @@ def write_confusion(
                 colour = "white" if shares[i, j] > 0.5 else "black"
                 axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(drawn, ax=axes, label="share of the true class", shrink=0.7)
-    _save_figure(figure, picture)
+    with replacing(picture) as temporary:
+        save_figure(figure, temporary)
+
+
+def write_scatter(path: Path, numbers: PredictedNumbers) -> None:
+    """Draw predicted over true numbers, one point per image, with the line of equal numbers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(numbers.targets, numbers.predicted, ".", color="#4878a8", markersize=4, alpha=0.6)
+    axes.axline((float(numbers.targets.mean()),) * 2, slope=1, color="grey", linestyle="--")
+    axes.set_xlabel(f"true {numbers.name}")
+    axes.set_ylabel(f"predicted {numbers.name}")
+    save_figure(figure, path)
 
 
 def write_reliability(path: Path, diagrams: Sequence[tuple[str, ReliabilityBins, float]]) -> None:
@@ -133,10 +154,21 @@ def write_reliability(path: Path, diagrams: Sequence[tuple[str, ReliabilityBins,
         lower.bar(left, share, width, align="edge", color="#b0b0b0", edgecolor="white")
         lower.set_ylabel("share of images")
         lower.set_xlabel("confidence")
-    _save_figure(figure, path)
+    with replacing(path) as temporary:
+        save_figure(figure, temporary)
 
 
-def _save_figure(figure: Any, path: Path) -> None:
-    with replacing(path) as temporary, warnings.catch_warnings(action="ignore"):
+def save_figure(figure: Any, file: Path | IO[bytes], dpi: int = 120) -> None:
+    """Write a matplotlib figure as PNG with literal text: a name such as `$5` is not a formula."""
+    from matplotlib.text import Text
+
+    axes = [axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)]
+    # matplotlib writes the powers of ten of a logarithmic axis as formulas.
+    powers = {
+        label for a in axes if a.get_scale() == "log" for label in a.get_ticklabels(which="both")
+    }
+    for text in figure.findobj(Text):
+        text.set_parse_math(text in powers)
+    with warnings.catch_warnings(action="ignore"):
         # matplotlib warns of a script that its font lacks; such a class name becomes boxes.
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=dpi)

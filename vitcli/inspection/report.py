@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitcli.errors import printable
+from vitcli.evals.plots import save_figure
 from vitcli.files import make_folder, replacing, write_text
 from vitcli.inspection import drawing
 from vitcli.inspection.attention import AttentionStatistics
@@ -119,7 +120,7 @@ class Report:
             if isinstance(picture, Image.Image):
                 picture.save(file, format="PNG", optimize=True)
             else:
-                picture.savefig(file, format="png", dpi=120)
+                save_figure(picture, file)
             self.pictures[name] = file.getvalue()
             captioned.append((caption, file.getvalue()))
         self.sections.append(ReportSection(title, text, captioned, table))

@@ -12,6 +12,9 @@ from vitcli.vit.patches import grid_size
 
 # Above any sensible size, and small enough that torch's 64-bit byte counts do not overflow.
 LARGEST = 10**6
+# 512x512 patches: a side of 8192 px at patch size 16. `depth` costs time even without memory.
+LARGEST_OF = {"depth": 1000, "num_heads": 10**4, "num_registers": 1000}
+MAX_PATCHES = 512**2
 MAY_BE_ZERO = ("num_classes", "num_registers")  # the other counts are at least 1
 
 # Names of the poolings in Hugging Face, DeiT, timm and big_vision.
@@ -128,7 +131,8 @@ class ViTConfig:
                 known = ", ".join(f"`{choice}`" for choice in get_args(kind))
                 raise ValueError(f"unknown {key} `{value}`; use one of {known}")
             if kind is int:
-                check_count(key, value, 0 if key in MAY_BE_ZERO else 1)
+                least, largest = int(key not in MAY_BE_ZERO), LARGEST_OF.get(key, LARGEST)
+                check_count(key, value, least, largest)
             if kind is bool and not isinstance(value, bool):
                 raise ValueError(f"{key} is {value!r}, not true or false")
         for side in self.image_size:
@@ -154,6 +158,8 @@ class ViTConfig:
     def _check_tokens(self, rows: int, cols: int) -> None:
         """Check that the tokens exist that the pooling and the blocks read."""
         pool = self.pool
+        if rows * cols > MAX_PATCHES:
+            raise ValueError(f"{rows}x{cols} patches per image are more than {MAX_PATCHES:,}")
         if pool in ("token", "token_mean", "distilled") and not self.class_token:
             raise ValueError(f"pool `{pool}` needs the class token (`class_token = true`)")
         if pool == "quadrants" and min(rows, cols) < 2:
@@ -261,6 +267,12 @@ class ViTConfig:
         """Input width of `head`, and of `head_dist` if it exists."""
         return self.feature_dim // 2 if self.distillation_head else self.feature_dim
 
+    @property
+    def min_parameters(self) -> int:
+        """A lower bound on the number of parameters, without building the network."""
+        block = 4 * self.embed_dim**2 + 2 * self.embed_dim * self.mlp_dim
+        return self.depth * block + self.head_dim * self.num_classes
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values for the header of a weights file."""
         return asdict(self)
@@ -280,11 +292,11 @@ class ViTConfig:
         return cls(**values)
 
 
-def check_count(key: str, value: Any, least: int) -> None:
-    """Raise a ValueError unless the setting `key` is an integer from `least` to `LARGEST`."""
+def check_count(key: str, value: Any, least: int, largest: int = LARGEST) -> None:
+    """Raise a ValueError unless the setting `key` is an integer from `least` to `largest`."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not least <= value <= LARGEST:
-        raise ValueError(f"{key} is {value!r}, not a whole number from {least} to {LARGEST:,}")
+    if not whole or not least <= value <= largest:
+        raise ValueError(f"{key} is {value!r}, not a whole number from {least} to {largest:,}")
 
 
 def canonical_pool(name: str) -> Pool:

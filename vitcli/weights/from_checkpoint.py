@@ -60,6 +60,7 @@ def build_model(
         head_trained=checkpoint.head_trained and config.num_classes > 0,
         load_report=report,
         split_record=checkpoint.split_record,
+        target_scale=checkpoint.target_scale,
     )
     if image_size is not None:
         resize(model, image_size)

@@ -22,10 +22,10 @@ from vitcli.data.labels import (
     has_label,
     label_splitter,
     label_text,
-    refuse_numbers,
     tidy_notes,
 )
-from vitcli.data.readers.columns import LABEL_COLUMNS
+from vitcli.data.numeric_labels import refuse_numbers
+from vitcli.data.readers.columns import LABEL_COLUMNS, check_label
 from vitcli.data.readers.folder import image_files
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import expand_braces, files_with_suffix, in_split_order, splits_of
@@ -192,7 +192,8 @@ def read_shards(
             encode = partial(_encode_numeric, names=names, shown=shown)
             classes, labels, targets = encode_multi_label(index.labels, encode, divide)
         else:
-            refuse_numbers(shown, "label", set(index.labels))
+            if request.numeric is False:
+                refuse_numbers(shown, "label", set(index.labels))
             notes += tidy_notes(shown, set(index.labels))
             classes, labels = _encode_numeric(index.labels, names, shown)
         places = np.array(index.places, dtype=np.int64).reshape(-1, 4)
@@ -261,6 +262,7 @@ def index_shards(files: Sequence[Path], column: str | None, labelled: bool) -> S
             if image is None:
                 continue
             label = label_of(sample, column)
+            check_label(printable(file), image.name, label)
             if not has_label(label) and labelled:
                 found.unlabelled += 1
                 continue
@@ -369,7 +371,7 @@ def label_of(sample: Sample, column: str | None) -> Any:
             described = parse_json(text)
         except ValueError:
             return None
-        if isinstance(described, int | str | list):
+        if isinstance(described, int | float | str | list):
             return described
         if isinstance(described, dict):
             keys = [column] if column else [k for k in LABEL_COLUMNS if k in described]

@@ -302,9 +302,7 @@ def test_an_image_on_the_web(monkeypatch):
     try:
         expected = transform.pixels(Image.fromarray(COLOUR))
         assert torch.equal(transform.pixels(f"{base}/photo.png?size=1"), expected)
-        with pytest.raises(
-            ImageError, match=r"no\.png`: cannot fetch it: (HTTP Error 404|Not Found)"
-        ):
+        with pytest.raises(ImageError, match=r"no\.png`: cannot fetch it: there is no file at"):
             transform(f"{base}/no.png")
         monkeypatch.setattr(module, "FETCH_BYTES", 8)
         with pytest.raises(ImageError, match="it has more than"):

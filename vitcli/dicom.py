@@ -4,7 +4,10 @@ Grey samples become those of the modality, such as Hounsfield units (PS3.3, C.11
 the file (C.11.2.1.2) is kept beside them, for a reader without a window of the dataset.
 """
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -15,11 +18,30 @@ from vitcli.errors import VitcliError
 from vitcli.pixels import FILE_WINDOW, INVERTED, Window
 
 MARK, MARK_AT = b"DICM", 128
+SUFFIXES = (".dic", ".dicom", ".ima")  # of scanners; `.dcm` is an image suffix everywhere
 
 
 def is_dicom(head: bytes) -> bool:
     """True if the first bytes of a file have DICOM's mark (PS3.10, 7.1)."""
     return head[MARK_AT : MARK_AT + len(MARK)] == MARK
+
+
+def is_dicom_file(path: str | os.PathLike[str]) -> bool:
+    """True for a DICOM file without an image suffix, such as `IM000001` or `1.2.840.113619.1`.
+
+    Only such names are opened, and `DICOMDIR` is a list of files.
+    """
+    name = os.path.basename(path)  # noqa: PTH119  # a folder can hold millions of names
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122
+    if suffix[1:].isdecimal() or suffix in ("", *SUFFIXES):
+        with suppress(OSError, ValueError), open(path, "rb") as file:
+            return name.upper() != "DICOMDIR" and is_dicom(file.read(MARK_AT + len(MARK)))
+    return False
+
+
+def can_read_dicom() -> bool:
+    """True if pydicom is installed."""
+    return find_spec("pydicom") is not None
 
 
 def read_dicom(file: BinaryIO, check_size: Callable[[int, int], None]) -> Image.Image:

@@ -28,9 +28,6 @@ twice the resized side changed six photographs of 2 to 108 megapixels by 0.1 to 
 average (19 at most) and the probabilities of a ViT-Ti/16 by at most 0.01.
 """
 
-import http.client
-import time
-import urllib.request
 from dataclasses import asdict, dataclass, fields, replace
 from math import floor, isfinite
 from typing import Any, Literal, Self, get_args, get_origin
@@ -45,13 +42,14 @@ from torch import Tensor
 from vitcli.config.choices import CropRounding, Interpolation, ResizeMode
 from vitcli.decode import Box, ImageError, ImageInput, read_image
 from vitcli.errors import VitcliError, printable, unknown
+from vitcli.files import is_url
 from vitcli.pixels import Mode, PixelFormat, Window
 
 AnyImage = ImageInput | NDArray[Any] | Tensor
 FETCH_BYTES = 512 << 20  # the largest image file that is downloaded
 # Limits on what a weights file may ask for, before memory is taken: 3 and 4 bytes per pixel.
 MAX_SIDE, MAX_RESIZED = 8192, 8192**2  # px of a side; pixels of an image before the crop
-FETCH_SECONDS, SILENT_SECONDS = 120.0, 20.0  # for the whole download; without a byte
+FETCH_SECONDS = 120.0  # for the whole download
 
 RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -372,34 +370,19 @@ def _image_of(array: NDArray[Any], name: str) -> Image.Image:
     return Image.fromarray(np.rint(array * (255.0 / white)).astype(np.uint8))
 
 
-def is_url(path: str) -> bool:
-    """True for an address on the web."""
-    return path.startswith(("http://", "https://"))
-
-
 def fetch_image(url: str) -> bytes:
     """Download an image file.
 
     Raises:
         ImageError: no such file, no answer, too many bytes, or too slow.
     """
-    name = printable(url)
-    end, parts, size = time.monotonic() + FETCH_SECONDS, list[bytes](), 0
+    # Imported here: an array needs no network.
+    from vitcli.hub.http import fetch_bytes
+
     try:
-        # Some hosts of images refuse a request without a name of the program.
-        request = urllib.request.Request(url, headers={"User-Agent": "vitcli"})
-        with urllib.request.urlopen(request, timeout=SILENT_SECONDS) as answer:
-            while part := answer.read1(1 << 16):
-                parts.append(part)
-                size += len(part)
-                if size > FETCH_BYTES:
-                    raise ImageError(name, f"it has more than {FETCH_BYTES >> 20} MiB")
-                if time.monotonic() > end:
-                    raise ImageError(name, f"it did not arrive within {FETCH_SECONDS:.0f} s")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = " ".join(str(getattr(error, "reason", None) or error).split())
-        raise ImageError(name, f"cannot fetch it: {reason or type(error).__name__}") from None
-    return b"".join(parts)
+        return fetch_bytes(url, FETCH_BYTES, FETCH_SECONDS)
+    except VitcliError as error:
+        raise ImageError(printable(url), f"cannot fetch it: {error.message}", error.hint) from None
 
 
 def as_array(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -163,6 +163,18 @@ def test_what_training_makes_of_the_data(tmp_path):
     }
 
 
+def test_images_without_a_label_are_no_class(tmp_path):
+    data = small(tmp_path / "photos", *(f"train/{c}/{i}.png" for c in "ab" for i in range(5)))
+    small(tmp_path / "photos", "test/1.png", "test/2.png")
+    found = check.run(data)
+    assert list(found.to_json()["classes"]) == ["a", "b"]
+    assert found.to_json()["splits"] == {"train": 10, "test": 2}
+    assert found.imbalance == 1
+    lines = found.problems()
+    assert "2 images have no label" in lines
+    assert not any("fewer than" in line for line in lines)
+
+
 def test_what_training_refuses_is_a_problem(tmp_path):
     data = small(tmp_path / "other", "train/a/1.png", "train/b/1.png", "test/c/1.png")
     found = check.run(data).to_json()

@@ -59,6 +59,19 @@ FLAT = {"train": classes_of("")}
 # name: (paths, expected content, words of a note)
 LAYOUTS = {
     "plain": (CATS_AND_DOGS, FLAT, ()),
+    "iNaturalist": (
+        under("train_mini", "val"), splits_of(train="train_mini", validation="val"), (),
+    ),
+    "a class train beside another": (
+        ["train_station/1.png", "train_station/2.png", "cat/1.png", "cat/2.png"],
+        {
+            "train": {
+                "train_station": {"train_station/1.png", "train_station/2.png"},
+                "cat": {"cat/1.png", "cat/2.png"},
+            }
+        },
+        (),
+    ),
     # System folders and files
     "Synology": (
         [*CATS_AND_DOGS, "@eaDir/x/1.png", "cat/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg"],
@@ -374,6 +387,49 @@ def test_layouts(name, tmp_path):
     assert data.layout
 
 
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"  # as Linux and as macOS write it
+
+
+@pytest.mark.parametrize("level", ["auto", "leaf"])
+def test_two_encodings_of_an_accent_are_one_class(tmp_path, level):
+    """Unicode NFC and NFD are canonically equivalent (UAX 15)."""
+    paths = [
+        f"train/{COMPOSED}/1.png", f"train/{DECOMPOSED}/2.png", "train/bar/3.png",
+        f"test/{DECOMPOSED}/4.png", "test/bar/5.png",
+    ]  # fmt: skip
+    root = build(tmp_path / "photos", paths)
+    data = load_data(str(root), whole=True, class_level=level)
+    assert data.classes == ("bar", COMPOSED)
+    assert content(data, root) == {
+        "train": {COMPOSED: {paths[0], paths[1]}, "bar": {paths[2]}},
+        "test": {COMPOSED: {paths[3]}, "bar": {paths[4]}},
+    }
+    (note,) = data.notes
+    assert f"in the encoding of accents (`{COMPOSED}`)" in note
+
+
+def test_two_encodings_of_an_accent_around_the_splits(tmp_path):
+    paths = [
+        f"{COMPOSED}/train/1.png", f"{COMPOSED}/test/2.png", f"{DECOMPOSED}/train/3.png",
+        f"{DECOMPOSED}/test/4.png", "bar/train/5.png", "bar/test/6.png",
+    ]  # fmt: skip
+    root = build(tmp_path / "photos", paths)
+    data = load_data(str(root), whole=True)
+    assert content(data, root) == {
+        "train": {COMPOSED: {paths[0], paths[2]}, "bar": {paths[4]}},
+        "test": {COMPOSED: {paths[1], paths[3]}, "bar": {paths[5]}},
+    }
+    assert any("in the encoding of accents" in note for note in data.notes)
+
+
+def test_a_class_that_is_only_in_another_encoding_in_test(tmp_path):
+    """The only folder of `test/` is a class, not a wrapper of the data."""
+    paths = [f"train/{COMPOSED}/1.png", "train/bar/2.png", f"test/{DECOMPOSED}/data/3.png"]
+    root = build(tmp_path / "photos", paths)
+    data = load_data(str(root), whole=True)
+    assert content(data, root)["test"] == {COMPOSED: {paths[2]}}
+
+
 @pytest.mark.parametrize(
     ("level", "classes"),
     [
@@ -485,6 +541,56 @@ def test_a_table_in_a_class_folder(tmp_path):
     data = load_data(str(tmp_path), whole=True)
     assert content(data, tmp_path) == FLAT
     assert any("skipped tables in class folders: `cat/labels.csv`" in note for note in data.notes)
+
+
+TINY_IMAGENET = [f"train/{c}/images/{c}_{i}.png" for c in ("n01", "n02") for i in range(3)]
+LISTED = {
+    "Tiny ImageNet": (
+        [*TINY_IMAGENET, *(f"val/images/val_{i}.png" for i in range(4))],
+        "val/val_annotations.txt",
+        [f"val_{i}.png\tn0{1 + i % 2}\t0\t32\t44\t62" for i in range(4)],
+    ),
+    "ImageNet": (
+        [*TINY_IMAGENET, *(f"val/ILSVRC2012_val_{i}.png" for i in range(4))],
+        "LOC_val_solution.csv",
+        ["ImageId,PredictionString"]
+        + [f"ILSVRC2012_val_{i},n0{1 + i % 2} 1 2 3 4 n0{1 + i % 2} 5 6 7 8" for i in range(4)],
+    ),
+    "GTSRB": (
+        [
+            *(f"Final_Training/Images/{c:05}/{i}.png" for c in (1, 2) for i in range(3)),
+            *(f"Final_Test/Images/0000{i}.png" for i in range(4)),
+        ],
+        "Final_Test/Images/GT-final_test.csv",
+        ["Filename;Width;Roi.X1;ClassId"] + [f"0000{i}.png;1;2;{1 + i % 2}" for i in range(4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_table_labels_a_split_without_class_folders(tmp_path, name):
+    paths, table, lines = LISTED[name]
+    build(tmp_path, paths)
+    write(tmp_path / table, *lines)
+    data = load_data(str(tmp_path))
+    held_out = data.split("validation", "test")
+    rows = sorted((held_out.file_name(i), int(held_out.labels[i])) for i in range(4))
+    assert [label for _, label in rows] == [0, 1, 0, 1]
+    assert len(data.splits) == 2 and len(data.splits["train"]) == 6
+    assert any(f"`{table}` gives the labels of the 4" in note for note in data.notes)
+    # A table that lists only some of the images, or other classes, is not used.
+    write(tmp_path / table, *lines[:-1])
+    assert "train" in load_data(str(tmp_path)).splits
+    assert not any("gives the labels" in note for note in load_data(str(tmp_path)).notes)
+
+
+@pytest.mark.parametrize("name", ["meta/train.txt", "train_test_split.txt", "TrainImages.txt"])
+def test_a_list_of_splits_beside_class_folders_is_mentioned(tmp_path, name):
+    """Food-101, CUB-200, MIT Indoor: a seeded split is not the one of the publications."""
+    build(tmp_path, [f"images/{path}" for path in CATS_AND_DOGS])
+    write(tmp_path / name, "cat/1")
+    notes = load_data(str(tmp_path), whole=True).notes
+    assert any(f"`{name}` may list the splits of this dataset" in note for note in notes)
 
 
 def test_a_table_of_captions_leaves_the_class_folders(tmp_path):

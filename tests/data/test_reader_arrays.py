@@ -99,7 +99,7 @@ def test_other_types_are_scaled_by_the_range_of_all_splits(tmp_path, dtype, fact
         ({"train_images": images(3, 8, 8)}, "no arrays of images with their labels"),
         ({"images": images(3, 8, 8), "labels": np.arange(2)}, "3 train images, but 2 labels"),
         ({"images": images(3, 8, 8, 8), "labels": np.arange(3)}, "have the shape 3 x 8 x 8 x 8"),
-        ({"images": images(3, 8, 8) - 100.0, "labels": np.arange(3)}, "with values from -"),
+        ({"images": images(3, 8, 8, 3) - 100.0, "labels": np.arange(3)}, "with values from -"),
         ({"images": images(3, 8, 8), "labels": np.arange(3) / 2}, "are fractions, such as 0.5"),
         ({"images": images(3, 8, 8), "labels": np.full((3, 2), 7)}, "have the shape 3 x 2"),
         ({"images": images(3, 8, 8), "labels": np.zeros(3, int)}, "only one class: `0`"),

@@ -256,6 +256,51 @@ def test_a_folder_of_dicom_files(tmp_path):
     assert -1024 <= found.window[0] < -1000 and 3000 < found.window[1] <= 3071
 
 
+def test_dicom_files_without_a_suffix(tmp_path, monkeypatch):
+    """As a PACS exports them: `IM000001`, or the unique identifier of the image."""
+    names = ("IM000001", "1.2.840.113619.2.55", "MR.IMA", "0.dcm")
+    for label, image in (("a", RAMP), ("b", RAMP[::-1])):
+        (tmp_path / label).mkdir()
+        for i, name in enumerate(names):
+            (tmp_path / label / name).write_bytes(dicom_file(np.roll(image, i, 1)))
+        (tmp_path / label / "README").write_text("x" * 200)
+        (tmp_path / label / "notes.txt").write_bytes(dicom_file(RAMP))
+    (tmp_path / "a/DICOMDIR").write_bytes(dicom_file(RAMP))
+    data = load_data(str(tmp_path), whole=True)
+    images = data.splits["train"]
+    assert sorted(images.file_name(i) for i in range(len(images))) == sorted(2 * names)
+    row = next(i for i in range(len(images)) if images.describe(i).endswith("a/IM000001"))
+    assert (np.asarray(images.read(row, "L")) == by_hand(RAMP, 0, 4095)).all()
+    assert any("6 files without an image suffix: DICOM" in note for note in data.notes)
+    assert not any("pip install" in note for note in data.notes)
+    monkeypatch.setattr("vitcli.data.readers.folder.can_read_dicom", lambda: False)
+    notes = load_data(str(tmp_path), whole=True).notes
+    assert any("`pip install 'vitcli[medical]'`" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"),
+    [(np.uint16, 0, 4095), (np.int16, -1000, 1500), (np.float64, -1, 1), (np.int64, 0, 60000)],
+)
+def test_arrays_with_wide_samples_are_mapped_by_a_window(tmp_path, dtype, low, high):
+    """`.npz` like files: the window comes from the training images, or from the setting."""
+    samples = np.linspace(low, high, 12 * 256).reshape(12, 16, 16)
+    samples = np.stack([np.roll(samples[0], i) for i in range(12)]).astype(dtype)
+    samples[:, 0, :2] = low, high
+    path = tmp_path / "scans.npz"
+    np.savez(path, images=samples, labels=np.arange(12) % 2)
+    images = load_data(str(path), whole=True).splits["train"]
+    found = measure_samples(images)
+    assert (found.low, found.high) == (low, high)
+    for window in (found.window, (low / 2, high / 2)):
+        wanted = by_hand(samples[3].astype(np.float64), *window)
+        seen = np.asarray(images.read(3, PixelFormat("L", window))).astype(int)
+        assert abs(seen - wanted).max() <= (dtype == np.float64)  # float32 rounds half a level
+    result = check.run(str(path))
+    assert result.window == found.window
+    assert (result.samples.low, result.samples.high) == (low, high)
+
+
 def test_damaged_dicom_and_too_many_pixels():
     file = dicom_file(RAMP)
     with pytest.raises(ImageError, match="more than the limit"):

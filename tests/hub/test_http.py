@@ -179,7 +179,7 @@ def test_silence(web, monkeypatch):
     ("address", "words", "hint"),
     [
         ("{}/nothing.npz", "there is no file at `http://", "check the URL"),
-        ("{}/page.npz", "is a web page, not a weights file", "`raw` or `resolve`"),
+        ("{}/page.npz", "is a web page, not a file", "`raw` or `resolve`"),
         ("{}/closed.npz", "needs an account (status 403)", "download the file"),
         ("{}/teapot.npz", "the server answers with status 418", "check the URL"),
         ("{}/folder", "does not end like a weights file", "the file itself"),

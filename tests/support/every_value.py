@@ -134,6 +134,8 @@ ELSEWHERE = {
     "train.compile=True": "tests/vit/test_compile.py",
     "train.precision=fp16": "tests/test_devices.py",  # needs a GPU
     "train.fully_shard=True": "tests/train/test_fsdp.py",
+    "train.best_metric": "tests/train/test_best_weights.py",  # needs validation images
+    "train.patience": "tests/train/test_best_weights.py",
 }
 RIVALS = [
     {"train.steps", "train.epochs", "train.images"},

@@ -102,8 +102,7 @@ class Trainer:
 
     def __init__(self, files, monkeypatch):
         monkeypatch.chdir(files)
-        # They depend on no setting, and take longer than two steps.
-        monkeypatch.setattr(session, "draw_curves", lambda run: None)
+        # It depends on no setting, and takes longer than two steps.
         monkeypatch.setattr(build, "matrix_peak", lambda device, precision: 1e9)
         monkeypatch.setattr(dataset, "NUM_TEST", 16)
         self.numbers = itertools.count()

@@ -112,7 +112,7 @@ class CheckResult:
     @cached_property
     def conflicts(self) -> list[Integers]:
         """Groups of rows that show the same and have different labels."""
-        return [g for g in self.duplicates if len({self.label(int(row)) for row in g}) > 1]
+        return [g for g in self.duplicates if len({self.label(int(row)) for row in g} - {""}) > 1]
 
     @cached_property
     def tiny(self) -> Integers:
@@ -127,8 +127,16 @@ class CheckResult:
 
     @cached_property
     def counts(self) -> dict[str, NDArray[np.int64]]:
-        """Split -> (K,) images per class, including unreadable images."""
-        return {name: images.class_counts() for name, images in self.source.splits.items()}
+        """Split -> (K,) images per class, including unreadable images; 0 for the class `""`."""
+        labelled = np.array([name != "" for name in self.source.classes])
+        return {k: images.class_counts() * labelled for k, images in self.source.splits.items()}
+
+    @property
+    def unlabelled(self) -> int:
+        """Images without a label, which have the class `""`."""
+        classes = self.source.classes
+        splits = self.source.splits.values()
+        return sum(int(s.class_counts()[classes.index("")]) for s in splits) if "" in classes else 0
 
     @property
     def imbalance(self) -> float:
@@ -173,6 +181,7 @@ class CheckResult:
             found = counted(len(pairs), f"{later} image is", f"{later} images are")
             lines.append(f"{found} also in {first} ({key}): accuracy on {later} is unreliable")
         kinds = [
+            (self.unlabelled, "image has no label", "images have no label"),
             (len(self.scan.unreadable), "image cannot be read", "images cannot be read"),
             (
                 len(self.conflicts),
@@ -212,7 +221,8 @@ class CheckResult:
                 f"the largest class has {self.imbalance:.0f} times as many images as the smallest"
             )
         counts = next(iter(self.counts.values()))
-        if few := [self.source.classes[k] for k in np.flatnonzero(counts < FEW)]:
+        classes = zip(self.source.classes, counts, strict=True)
+        if few := [name for name, count in classes if name and count < FEW]:
             found = counted(len(few), "class has", "classes have")
             lines.append(f"{found} fewer than {FEW} images: {quoted(few[:MAX_EXAMPLES])}")
         return lines
@@ -262,6 +272,7 @@ class CheckResult:
             "classes": {
                 name: {split: int(counts[k]) for split, counts in self.counts.items()}
                 for k, name in enumerate(self.source.classes)
+                if name
             },
             "numbers": None if self.values is None else distribution(self.values),
             "layout": self.source.layout,

@@ -13,6 +13,7 @@ from vitcli.config.recipe import flat_settings
 from vitcli.errors import VitcliError
 from vitcli.evals.comparison import Pair, compare_errors, compare_paired, pair_json
 from vitcli.run import OUTCOMES, Run
+from vitcli.weights.store import check_seal
 
 SEED_SETTINGS = {"train.seed"}  # runs that differ in nothing else are repetitions
 
@@ -98,7 +99,8 @@ def reported_split(run: Run) -> str | None:
 
     Earlier versions do not record it. They reported the validation images, if there were any.
     """
-    known = run.result().get("figures", {}).get("split")
+    figures = run.result().get("figures")
+    known = figures.get("split") if isinstance(figures, dict) else None
     if known is not None:
         return str(known)
     counts = run.provenance().get("data", {}).get("images", {})
@@ -139,8 +141,12 @@ def _compare(first: Run, second: Run) -> Pair:
     splits = reported_split(first), reported_split(second)
     if splits[0] != splits[1]:
         return f"measured on other images: the {splits[0]} and the {splits[1]} split"
+    files = [found.path / OUTCOMES for found in (first, second)]
     try:
-        a, b = (load_file(found.path / OUTCOMES) for found in (first, second))
+        for file in files:
+            if file.is_file():
+                check_seal(file)
+        a, b = map(load_file, files)
     except (OSError, SafetensorError):
         return "a run has no predictions of single images"
     truth = "target" if "target" in a else "label"  # of a regression, of a classifier

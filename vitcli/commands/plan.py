@@ -36,6 +36,7 @@ from vitcli.train.resolve import (
     pretrained_model,
     random_model,
 )
+from vitcli.train.resuming import is_run
 from vitcli.weights.loaded import LoadedModel
 
 __all__ = ["CostEstimate", "Prices", "run"]
@@ -131,6 +132,8 @@ def run(
     watch, prices = watch or Quiet(), prices or Prices()
     if out is not None and not resume:
         check_free(out)
+    if resume and recipe is None and out is not None and is_run(out):
+        recipe = str(out)
     hardware = find_hardware(device) if device else []
     here = includes_this_machine(device)
     request = PlanTarget(recipe, data, command, model, settings)

@@ -257,6 +257,11 @@ def _rows(
             log = stack.enter_context(opened)
             todo, repeated = log.remaining(todo, predictor.batch_size)
             stack.push(partial(_note_interruption, log, counts, watch))
+            if log.num_damaged:
+                watch.warn(
+                    f"`{log.path}` is damaged from row {counts.count + 1} on: {log.num_damaged:,} "
+                    "rows are predicted again"
+                )
             if resume:
                 watch.note(f"`{log.path}` already has {counts.count:,} rows")
         done = counts.count - repeated

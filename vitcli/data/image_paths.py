@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 from vitcli.data.readers import DATA_SUFFIXES
 from vitcli.data.readers.folder import walk_images
 from vitcli.errors import VitcliError, printable
-from vitcli.preprocess import AnyImage, is_url
+from vitcli.files import is_url
+from vitcli.preprocess import AnyImage
 
 STDIN = "-"
 READ_BYTES = 1 << 16

@@ -130,9 +130,9 @@ def file_size(path: Path | bytes) -> int:
 
 
 class ArrayStore:
-    """Images in memory: (n, Y, X) grey or (n, Y, X, C), uint8."""
+    """Images in memory: (n, Y, X) grey or (n, Y, X, C), uint8; or grey uint16, int32, float32."""
 
-    def __init__(self, name: str, images: Pixels) -> None:
+    def __init__(self, name: str, images: NDArray[Any]) -> None:
         self.name = name
         self.images = images
 

@@ -93,23 +93,29 @@ def _whole_numbers(names: set[str]) -> dict[str, str]:
     return whole if plain else {}
 
 
-def tidy_notes(shown: str, values: Iterable[Any]) -> list[str]:
-    """Notes about labels that are equal up to blanks (one class) or up to case (several)."""
+def merged_note(shown: str, values: Iterable[Any]) -> list[str]:
+    """A note about labels that are equal up to blanks or encoding, or none."""
     written: dict[str, set[str]] = {}
-    for raw in {raw_text(value) for value in values if has_label(value)}:
+    for raw in {raw_text(value) for value in values}:
         written.setdefault(label_text(raw), set()).add(raw)
     merged = {name: forms for name, forms in written.items() if len(forms) > 1}
+    if not merged:
+        return []
+    extra = sum(len(forms) - 1 for forms in merged.values())
+    names = ", ".join(f"`{name}`" for name in sorted(merged)[:MAX_SHOWN])
+    return [
+        f"{shown}: merged {extra} spelling{'s' if extra > 1 else ''} of labels that differ only in "
+        f"blanks or in the encoding of accents ({names})"
+    ]
+
+
+def tidy_notes(shown: str, values: Iterable[Any]) -> list[str]:
+    """Notes about labels that are equal up to blanks (one class) or up to case (several)."""
+    values = [value for value in values if has_label(value)]
     by_form: dict[str, list[str]] = {}
-    for name in sorted(written):
+    for name in sorted(set(map(label_text, values))):
         by_form.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
-    notes = []
-    if merged:
-        extra = sum(len(forms) - 1 for forms in merged.values())
-        names = ", ".join(f"`{name}`" for name in sorted(merged)[:MAX_SHOWN])
-        notes.append(
-            f"{shown}: merged {extra} spelling{'s' if extra > 1 else ''} of labels that differ "
-            f"only in blanks or in the encoding of accents ({names})"
-        )
+    notes = merged_note(shown, values)
     if similar := [names for names in by_form.values() if len(names) > 1]:
         groups = "; ".join(", ".join(f"`{n}`" for n in names) for names in similar[:MAX_SHOWN])
         notes.append(

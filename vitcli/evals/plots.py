@@ -125,7 +125,7 @@ def write_scatter(path: Path, numbers: PredictedNumbers) -> None:
     axes.axline((float(numbers.targets.mean()),) * 2, slope=1, color="grey", linestyle="--")
     axes.set_xlabel(f"true {numbers.name}")
     axes.set_ylabel(f"predicted {numbers.name}")
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def write_reliability(path: Path, diagrams: Sequence[tuple[str, ReliabilityBins, float]]) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from vitcli.progress import Quiet, Watcher
 SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
 STORAGE = "https://storage.googleapis.com"
 URL_HINT = "write `https://HOST/PATH/FILE.npz`"
+READ_BYTES = 1 << 16
 
 
 def cache_folder() -> Path:
@@ -103,6 +105,23 @@ def open_url(url: str) -> Iterator[UrlReader]:
             yield UrlReader(response)
     except (httpx2.HTTPError, OfflineModeIsEnabled) as error:
         raise connection_failure(error, urlsplit(address).hostname or "") from error
+
+
+def fetch_bytes(url: str, max_bytes: int, max_seconds: float) -> bytes:
+    """A small file at a URL, without a copy on the disk.
+
+    Raises:
+        VitcliError: no such file, no connection, or more bytes or seconds than allowed.
+    """
+    end, content = time.monotonic() + max_seconds, bytearray()
+    with open_url(url) as reader:
+        while part := reader.read(READ_BYTES):
+            content += part
+            if len(content) > max_bytes:
+                raise VitcliError(f"it has more than {max_bytes >> 20} MiB", URL_HINT)
+            if time.monotonic() > end:
+                raise VitcliError(f"it did not arrive within {max_seconds:.0f} s", "try again")
+    return bytes(content)
 
 
 def web_address(source: str) -> str:
@@ -236,7 +255,7 @@ def _refuse(response: Any, url: str) -> None:
         raise VitcliError(f"`{shown}`: the server answers with status {status}", "check the URL")
     if response.headers.get("Content-Type", "").startswith("text/html"):
         raise VitcliError(
-            f"`{shown}` is a web page, not a weights file",
+            f"`{shown}` is a web page, not a file",
             "give the URL of the file itself (`raw` or `resolve`, not `blob`)",
         )
 

@@ -67,7 +67,13 @@ def folder_split(name: str) -> Meaning | None:
 
 def folder_splits(names: Iterable[str]) -> dict[str, str]:
     """Name -> split, for those of some folders beside each other that are splits."""
+    names = list(names)
     meanings = {name: found for name in names if (found := folder_split(name)) is not None}
+    meant = {split for split, _ in meanings.values()}
+    plain = any(not rest for _, rest in meanings.values())
+    if plain and "train" in meant and 1 < len(meant) == len(meanings) == len(names):
+        # `train_mini` beside `val`: all folders are splits, and each is another one.
+        return {name: split for name, (split, _) in meanings.items()}
     stems: dict[tuple[str, ...], set[str]] = {}
     for split, rest in meanings.values():
         stems.setdefault(rest, set()).add(split)

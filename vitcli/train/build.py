@@ -18,18 +18,13 @@ from vitcli.data.image_set import BatchSource, ImageSet, Stream
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sample_range import with_window
 from vitcli.data.source import Source, open_data
-from vitcli.devices import (
-    Precision,
-    join_processes,
-    matrix_peak,
-    pick_device,
-    resolve_precision,
-)
+from vitcli.devices import Precision, join_processes, matrix_peak, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.evals.fewshot.methods import METHODS
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import Run
+from vitcli.train.best_weights import best_weights
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
@@ -48,7 +43,7 @@ from vitcli.train.objectives.regression import regression_notes
 from vitcli.train.optimizers import OPTIMIZERS, JointOptimizer, build_optimizers, find_optimizer
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
-from vitcli.train.validate import Validation, run_validation, with_fewshot
+from vitcli.train.validate import Validation, metric_names, run_validation, with_fewshot
 from vitcli.vit import Config, Network, ResNet
 from vitcli.vit.macs import macs
 from vitcli.weights.loaded import LoadedModel
@@ -96,6 +91,8 @@ def build_loop(
     check_channels(recipe, source.splits["train"], model.config)
     objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
     model.network.checkpoint_activations = train.activation_checkpointing
+    metrics = metric_names(source.multi_label, model.config.num_classes, train)
+    best = best_weights(recipe, held_out_splits(source), metrics)
 
     wrapped, optimizer, state = _prepare(objective, recipe, accelerator)
 
@@ -121,6 +118,7 @@ def build_loop(
         watch=watch,
         recorder=_make_recorder(recipe, run, accelerator, watch, loader, objective),
         evaluations=evaluations,
+        best=best,
     )
 
 

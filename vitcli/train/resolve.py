@@ -16,6 +16,7 @@ from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, Run, finished_runs
 from vitcli.train.objectives import objective_class
+from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
 from vitcli.weights.edit import prepare_finetune
@@ -30,15 +31,25 @@ DROPOUT = ("dropout_rate", "drop_path_rate")
 
 
 def pretrain_recipe(
-    data: str | None, recipe: str | None, settings: Settings | None, watch: Watcher
+    data: str | None,
+    recipe: str | None,
+    settings: Settings | None,
+    watch: Watcher,
+    resumed: Path | None = None,
 ) -> tuple[str, Recipe]:
-    """The name of the recipe of a `pretrain` command, and the recipe with all settings."""
+    """The name of the recipe of a `pretrain` command, and the recipe with all settings.
+
+    Args:
+        resumed: the run to resume, whose recipe is the default.
+    """
     name = "pretrain_formula" if data in (None, FORMULA) else "pretrain"
     name = name if recipe is None else recipe
     changes: Settings = {}
     lay_over(changes, settings or {})
     if data is not None:  # an argument wins over `--set`, as flags do
         lay_over(changes, nest("data.name", data))
+    if recipe is None and resumed is not None and is_run(resumed):
+        return resumed.name, resumed_recipe(Run(resumed), changes, "pretrain")
     resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")
@@ -56,7 +67,7 @@ def finetune_recipe(
     """The name of the recipe of a `finetune` command, and the recipe with all settings.
 
     Args:
-        resumed: the run to resume, whose model is the default.
+        resumed: the run to resume, whose recipe or model is the default.
     """
     name = "finetune_digits" if data in (None, DIGITS) else "finetune"
     name = name if recipe is None else recipe
@@ -66,6 +77,8 @@ def finetune_recipe(
         lay_over(changes, nest("data.name", data))
     if model is not None:
         lay_over(changes, nest("model.name", model))
+    if recipe is None and resumed is not None and is_run(resumed):
+        return resumed.name, resumed_recipe(Run(resumed), changes, "finetune")
     resolved = load_recipe(name, changes, "finetune")
     # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:

@@ -125,6 +125,13 @@ def with_fewshot(
     return both
 
 
+def metric_names(multi_label: bool, num_classes: int, section: TrainSection) -> list[str]:
+    """The metrics of an evaluation between steps, except for the number of images."""
+    names = ["loss", "map", "micro_f1"] if multi_label else ["loss", "accuracy"]
+    fewshot = ["fewshot_accuracy"] if section.fewshot_shots is not None else []
+    return [*(names if num_classes else []), *fewshot]
+
+
 def best_fewshot(run: Run) -> dict[str, float]:
     """The best few-shot accuracy of all evaluations of a run, and its step; {} if there is none."""
     # The paper's early stopping: "the best validation accuracy achieved during training" (4.3).

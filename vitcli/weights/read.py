@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vitcli.errors import VitcliError
-from vitcli.files import read_json
+from vitcli.files import is_url, read_json
 from vitcli.hub.http import fetch_url
 from vitcli.hub.models import INDEX, fetch_model
 from vitcli.progress import Watcher
@@ -75,7 +75,7 @@ def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoin
     notes: list[str] = []
     if source.startswith("hf:"):
         path, notes = fetch_model(source, watch)
-    elif source.startswith(("https:", "http:", "gs:")):
+    elif is_url(source):
         path, notes = fetch_url(source, watch)
     elif path.is_dir():
         path = _weights_in(path)

@@ -56,6 +56,11 @@ def show_trained(result: Any) -> None:
             counted = f"{percent(found['map'])} of {found['images']:,.0f} images"
             rows.append((f"{split} mean average precision", counted))
             rows.append((f"{split} micro F1 at 0.5", percent(found["micro_f1"])))
+    if result.best is not None:
+        name, value = result.best["metric"], result.best["value"]
+        shown = f"{value:.4f}" if name == "loss" else percent(value)
+        rows.append((f"best validation {name}", f"{shown} at step {result.best['step']:,}"))
+        rows.append(("its weights", f"{result.run}/best.safetensors"))
     if "best_fewshot_accuracy" in figures:
         best = f"{percent(figures['best_fewshot_accuracy'])} at step "
         last = percent(figures["fewshot_accuracy"])

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,9 @@ Arrays = dict[str, NDArray[Any]]
 def load_arrays(request: DataRequest) -> Source:
     """A `.npz` file with `train_images`, `train_labels`, `val_images` …, or `x_train`, `y_train` …
 
-    Images are (n, Y, X), (n, Y, X, C) or (n, C, Y, X). Labels are (n,), (n, 1), or (n, K) of zeros
-    and ones: one-hot, or several labels per image. `class_names` names the classes.
+    Images are (n, Y, X), (n, Y, X, C) or (n, C, Y, X); grey ones may have any range.
+    Labels are (n,), (n, 1), or (n, K) of zeros and ones: one-hot, or several labels per image.
+    `class_names` names the classes.
 
     Raises:
         VitcliError: the file is damaged, holds objects, or an array has another shape or range.
@@ -60,11 +61,12 @@ def load_arrays(request: DataRequest) -> Source:
 def _read(path: Path, shown: str) -> tuple[Arrays, Arrays, list[str] | None]:
     """(split -> images, split -> labels, class names or None)."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because NumPy leaves a damaged archive open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files if _meaning(key) is not None}
             names = next((archive[key] for key in NAME_KEYS if key in archive.files), None)
             present = ", ".join(f"`{printable(key)}`" for key in archive.files[:8]) or "nothing"
-    except (BadZipFile, ValueError, OSError, EOFError, AttributeError) as error:
+    except Exception as error:  # a damaged archive may raise anything
         objects = "pickle" in str(error)
         raise VitcliError(
             f"cannot read `{shown}`: " + ("it holds Python objects" if objects else str(error)),
@@ -112,24 +114,38 @@ def _channels_last(shown: str, split: str, array: NDArray[Any]) -> NDArray[Any]:
     )
 
 
-def _as_pixels(images: Arrays, shown: str, notes: list[str]) -> dict[str, Pixels]:
-    """uint8 images; others are scaled by their range over all splits."""
+def _as_pixels(images: Arrays, shown: str, notes: list[str]) -> Arrays:
+    """uint8 images, scaled by the range of all splits; wider samples stay, and need a window.
+
+    Raises:
+        VitcliError: coloured images have wider samples, which no window is applied to.
+    """
     if all(array.dtype == np.uint8 for array in images.values()):
         return dict(images)
-    low = min(float(array.min()) for array in images.values() if array.size)
-    high = max(float(array.max()) for array in images.values() if array.size)
+    parts = [array for array in images.values() if array.size]
+    low, high = min(float(x.min()) for x in parts), max(float(x.max()) for x in parts)
     kind = next(iter(images.values())).dtype
-    if not (low >= 0 and high <= 255):
+    if low >= 0 and high <= 255:  # False if a sample is not a number
+        factor = 255 if high <= 1 else 1
+        notes.append(
+            f"{shown}: images are {kind} with values from {low:g} to {high:g}; "
+            f"{'1' if factor == 255 else '255'} is taken as white"
+        )
+        return {name: np.rint(array * factor).astype(np.uint8) for name, array in images.items()}
+    if any(array.ndim == 4 for array in images.values()):
         raise VitcliError(
-            f"the images of `{shown}` are {kind} with values from {low:g} to {high:g}",
+            f"the colour images of `{shown}` are {kind} with values from {low:g} to {high:g}",
             "store uint8 values from 0 to 255, or fractions from 0 to 1",
         )
-    factor = 255 if high <= 1 else 1
-    notes.append(
-        f"{shown}: images are {kind} with values from {low:g} to {high:g}; "
-        f"{'1' if factor == 255 else '255'} is taken as white"
-    )
-    return {name: np.rint(array * factor).astype(np.uint8) for name, array in images.items()}
+    wide = _wide_type(kind, low, high)
+    return {name: array.astype(wide, copy=False) for name, array in images.items()}
+
+
+def _wide_type(kind: np.dtype[Any], low: float, high: float) -> type[np.generic]:
+    """The type of Pillow's mode `I;16`, `I` or `F` that holds grey samples."""
+    if kind.kind == "f" or max(-low, high) > np.iinfo(np.int32).max:
+        return np.float32
+    return np.uint16 if low >= 0 and high <= 65535 else np.int32
 
 
 def _is_one_hot(labels: NDArray[Any]) -> bool:

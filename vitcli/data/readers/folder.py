@@ -15,8 +15,10 @@ from vitcli.data.image_set import FileStore, ImageSet, ImageStore
 from vitcli.data.labels import sorted_classes
 from vitcli.data.layout import Layout, read_layout
 from vitcli.data.readers.folder_tables import TABLE_SUFFIXES, read_folder_tables
+from vitcli.data.readers.split_lists import LIST_SUFFIXES, label_splits, unused_lists
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import IMAGE_SUFFIXES
+from vitcli.dicom import can_read_dicom, is_dicom_file
 from vitcli.errors import VitcliError, printable
 from vitcli.hub.datasets import LABEL_TABLES
 
@@ -42,6 +44,7 @@ OUTPUT_FILES = frozenset(
     }
 )  # fmt: skip
 RUNS = "runs"
+MAX_LISTED = 10_000
 BAR_IMAGES = 1000  # to move the bar for every file would take longer than to read the file's size
 
 
@@ -66,6 +69,9 @@ class WalkReport:
         empty: folders without entries that are used.
         loops: links to a folder that holds them, and links to themselves.
         tables: files that may be tables of labels.
+        without_suffix: DICOM files without an image suffix, which are images.
+        dicom: True if there are `.dcm` files.
+        lists: the first text files and the like, which can be lists of splits or labels.
         outside: members of an archive whose path leads outside of it.
     """
 
@@ -76,6 +82,9 @@ class WalkReport:
     loops: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    lists: list[str] = field(default_factory=list)
+    without_suffix: int = 0
+    dicom: bool = False
 
     def add_system(self, name: str) -> None:
         self.system["._*" if name.startswith("._") else name] += 1
@@ -84,6 +93,8 @@ class WalkReport:
         suffix = Path(path).suffix.lower()
         if suffix in TABLE_SUFFIXES:
             self.tables.append(path)
+        if suffix in LIST_SUFFIXES and len(self.lists) < MAX_LISTED:
+            self.lists.append(path)
         if path.rpartition("/")[2].lower() not in LABEL_TABLES:
             self.other[suffix or "no suffix"] += 1
 
@@ -110,6 +121,11 @@ class WalkReport:
         if self.other:
             counts = [f"{count} {suffix}" for suffix, count in sorted(self.other.items())]
             found.append(f"{shown}: skipped files that are not images: {', '.join(counts)}")
+        if self.without_suffix:
+            files = "file" if self.without_suffix == 1 else "files"
+            found.append(f"{shown}: {self.without_suffix:,} {files} without an image suffix: DICOM")
+        if (self.without_suffix or self.dicom) and not can_read_dicom():
+            found.append(f"{shown}: DICOM images need pydicom: `pip install 'vitcli[medical]'`")
         return found
 
 
@@ -187,6 +203,10 @@ def _entries(folder: Path, inner: str, report: WalkReport) -> list[str]:
             found.append(f"{inner}{entry.name}/")
         elif is_image_name(entry.name):
             found.append(inner + entry.name)
+            report.dicom |= entry.name.lower().endswith(".dcm")
+        elif _is_regular(entry) and is_dicom_file(entry.path):
+            found.append(inner + entry.name)
+            report.without_suffix += 1
         else:
             report.add_other(inner + entry.name)
     if inner and not found:
@@ -198,6 +218,14 @@ def _is_output(folder: Path, names: set[str]) -> bool:
     if folder.name != RUNS:
         return bool(names & OUTPUT_FILES)
     return any((folder / name / file).is_file() for name in names for file in OUTPUT_FILES)
+
+
+def _is_regular(entry: "os.DirEntry[str]") -> bool:
+    """False for a pipe, which would wait for a writer, and for a link that leads nowhere."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -223,9 +251,12 @@ def load_folder(request: DataRequest) -> Source:
         tree = tree_of(root.resolve().name, paths)
     layout = read_layout(tree, request.shown, request.settings.class_level)
     notes = [*report.notes(request.shown), *layout.notes]
+    label_splits(root, request.shown, layout, report.lists, notes)
     from_table = read_folder_tables(request, tree, report.tables, layout, notes)
     if from_table is not None:
         return replace(from_table, notes=(*report.notes(request.shown), *from_table.notes))
+
+    notes += unused_lists(request.shown, layout, report.lists)
 
     def store_of(base: str, paths: Sequence[str]) -> FileStore:
         return FileStore(root / base, (os.fsencode(path) for path in paths))
@@ -283,8 +314,7 @@ def source_of_layout(
         paths = [path.removeprefix(images.base) for found in classes.values() for path in found]
         if not paths:
             continue
-        # Bytes of the name that are not UTF-8 are escaped, because a recipe cannot store them.
-        names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes]
+        names = list(classes)
         labels = np.repeat(np.arange(len(names)), [len(found) for found in classes.values()])
         splits[split] = ImageSet(split, names, labels, store_of(images.base, paths))
         parts += [parts_of(split, images.base, paths), [name.encode() for name in names]]

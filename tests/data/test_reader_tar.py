@@ -152,6 +152,15 @@ def test_compressed_and_other_files_are_refused(tmp_path):
             load_data(str(tmp_path / name))
         assert "tar file" in caught.value.message
         assert "gunzip" in str(caught.value.hint)
+        assert "extract it or make a .zip" in str(caught.value.hint)
+
+
+def test_class_folders_in_a_tar_file(tmp_path):
+    members = [(f"{c}/{i}.jpg", b"x") for c in ("cat", "dog") for i in range(2)]
+    write(tmp_path / "x.tar", members)
+    with pytest.raises(VitcliError) as caught:
+        load_data(str(tmp_path / "x.tar"))
+    assert "extract it or make a .zip" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("form", ["train/{}.tar", "set-train-{}.tar", "data/train-{}.tar"])

@@ -203,7 +203,7 @@ def read_shards(
         raise VitcliError(
             f"`{shown}` has no sample with an image and a label",
             "a sample is `KEY.jpg` and `KEY.cls` (or `KEY.json`); name the label field of the JSON "
-            "with `--set data.label_column=NAME`",
+            "with `--set data.label_column=NAME`; for class folders, extract it or make a .zip",
         )
     return make_source(request, splits, parts, notes)
 
@@ -323,7 +323,7 @@ def _samples(file: Path, notes: list[str]) -> Iterator[Sample]:
                     raise VitcliError(f"`{shown}` is empty", "download the file again") from None
                 raise VitcliError(
                     f"`{shown}` is not an uncompressed tar file",
-                    "decompress it with `gunzip`: random access needs uncompressed shards",
+                    "`gunzip` it; if it holds class folders, extract it or make a .zip",
                 ) from None
             sample = Sample("", {}, beside)
             try:

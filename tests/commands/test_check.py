@@ -57,7 +57,7 @@ def test_every_fault_is_found_and_nothing_else(faulty):
     ]
     (conflict,) = found["label_conflicts"]
     assert {row["label"] for row in conflict} == {"cat", "dog"}
-    assert found["label_variants"] == [["Dog ", "dog"]]
+    assert found["label_variants"] == [["Dog", "dog"]]
     assert [names([p]) for p in found["tiny"]] == [["train/cat/thin.png"]]
     assert [names([p]) for p in found["odd_aspect"]] == [["train/cat/thin.png"]]
     (broken,) = found["unreadable"]
@@ -70,7 +70,7 @@ def test_every_fault_is_found_and_nothing_else(faulty):
         "1 image cannot be read",
         "1 group of equal images has different labels",
         "2 images are exact copies of others",
-        "`Dog `, `dog`",
+        "`Dog`, `dog`",
     ):
         assert words in text
 

@@ -232,7 +232,7 @@ def test_training_learns_the_digits(tmp_path):
         ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "needs pairs"),
         ({"augment": {"repeats": 3}}, "does not divide by `augment.repeats` = 3"),
         ({"augment": {"policy": "trivail"}}, "unknown augment.policy `trivail`"),
-        ({"augment": {"mixup_alpha": 0.2}, "objective": {"name": "descriptors"}}, "no labels"),
+        ({"augment": {"mixup_alpha": 0.2}, "objective": {"name": "descriptors"}}, "no classes"),
         (
             {"augment": {"policy": "trivial"}, "data": {"name": "builtin:formula"}},
             "generates whole batches",

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vitcli.errors import VitcliError, printable
-from vitcli.evals.writers import COLUMNS, OutputFiles, PredictionRow
+from vitcli.evals.writers import COLUMNS, NUMBER_COLUMNS, OutputFiles, PredictionRow
 from vitcli.files import exclusive, parse_json
 
 SUFFIX = ".part"
 KINDS = {
     "path": str, "label": str, "error": str, "probability": float, "top": list,
-    "abstained": bool, "ood": float, "ood_distance": float,
+    "abstained": bool, "ood": float, "ood_distance": float, "value": float,
 }  # fmt: skip
 SETTINGS_KEY = "vitcli predict"  # the key of the first line
 STAMP = re.compile(rb"^[0-9a-f]{8} ")
@@ -219,16 +219,18 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
 
 def _is_row(found: Mapping[str, Any]) -> bool:
     """True if the values of a line have the types of a row."""
-    if not set(COLUMNS) <= found.keys() <= KINDS.keys() or found["top"] is None:
+    columns = NUMBER_COLUMNS if "value" in found else COLUMNS
+    if not set(columns) <= found.keys() <= KINDS.keys():
         return False
     if not all(value is None or isinstance(value, KINDS[key]) for key, value in found.items()):
         return False
-    return all(
+    top = found.get("top", [])
+    return top is not None and all(
         isinstance(one, dict)
         and one.keys() == {"label", "probability"}
         and isinstance(one["label"], str)
         and isinstance(one["probability"], float)
-        for one in found["top"]
+        for one in top
     )
 
 

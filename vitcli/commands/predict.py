@@ -177,10 +177,7 @@ def run(
     outputs = OutputFiles(csv_file, jsonl_file, parquet_file)
     counts = PredictionCounts()
     _check_options(top, batch_size, outputs, resume)
-    finished = resume and is_finished(outputs)
-    if finished and not is_recorded(outputs.paths):
-        watch.note(f"no record says how `{outputs.paths[0]}` was made, so it is made again")
-        finished = False
+    finished = resume and _is_finished(outputs, watch)
     files = find_images(paths, source)
     inference = load_inference(settings)
     net, name = _load_classifier(model, inference, labels, watch, verbose)
@@ -190,30 +187,55 @@ def run(
     transform.preprocess.check_batch(min(batch_size, files.total or batch_size))
     if ood or ood_threshold is not None or reference is not None:
         store = ReferenceStore(net, name, inference.data, batch_size, precision, watch)
-        found = store.get(None if reference is None else os.fspath(reference))
-        rules = replace(rules, reference=found.to(pick_device()))
-        _warn_if_too_few(rules, watch)
+        rules = _with_reference(rules, store, reference, watch)
     # The settings that decide a row: rows of a resumed run must have the same.
-    decisive = {
+    given = {"top": top, "batch_size": batch_size, "precision": precision, "tta": tta}
+    decisive = given | {
         "model": model_hash(net) if outputs.paths else None,
         "reference": dict(rules.reference.facts) if rules.reference else None,
-        "top": top,
-        "batch_size": batch_size,
-        "precision": precision,
         "threshold": threshold,
         "ood_threshold": ood_threshold,
-        "tta": tta,
     }
     if finished:
-        images = ImageDigest()
-        for image in files:
-            images.add(image)
-        check_finished(outputs.paths, decisive, images.hexdigest())
-        watch.note(f"`{outputs.paths[0]}` is already finished; without `--resume` it is replaced")
+        _check_finished(outputs, decisive, files, watch)
         return Predictions(iter(()), counts)
-    top = min(top, net.config.num_classes)
-    predictor = ImagePredictor(net.to(pick_device()), transform, rules, top, batch_size, precision)
+    net, top = net.to(pick_device()), min(top, net.config.num_classes)
+    predictor = ImagePredictor(net, transform, rules, top, batch_size, precision)
     return Predictions(_rows(predictor, files, outputs, decisive, resume, counts, watch), counts)
+
+
+def _with_reference(
+    rules: AbstainRules,
+    store: ReferenceStore,
+    reference: str | os.PathLike[str] | None,
+    watch: Watcher,
+) -> AbstainRules:
+    """The rules with the in-distribution features of `reference`, or of the stored default."""
+    found = store.get(None if reference is None else os.fspath(reference))
+    rules = replace(rules, reference=found.to(pick_device()))
+    _warn_if_too_few(rules, watch)
+    return rules
+
+
+def _is_finished(outputs: OutputFiles, watch: Watcher) -> bool:
+    """True if the output files are finished, and a record says how they were made."""
+    if not is_finished(outputs):
+        return False
+    if not is_recorded(outputs.paths):
+        watch.note(f"no record says how `{outputs.paths[0]}` was made, so it is made again")
+        return False
+    return True
+
+
+def _check_finished(
+    outputs: OutputFiles, settings: Settings, files: Iterable[AnyImage], watch: Watcher
+) -> None:
+    """Raise a VitcliError if finished files were made of other images, model or settings."""
+    images = ImageDigest()
+    for image in files:
+        images.add(image)
+    check_finished(outputs.paths, settings, images.hexdigest())
+    watch.note(f"`{outputs.paths[0]}` is already finished; without `--resume` it is replaced")
 
 
 def _check_regression(net: LoadedModel, name: str, rules: AbstainRules, *, ood: bool) -> None:

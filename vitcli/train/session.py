@@ -127,11 +127,7 @@ def train(
         check_tracker(track)
     if recipe.data.name is None:
         raise VitcliError("the recipe names no data", "add DATA after the command")
-    if resume:
-        check_resumable(out)
-    old = reopen_run(out, recipe) if resume and out is not None else None
-    if out is not None and old is None:
-        check_free(out)  # before anything that takes time
+    old = _run_to_resume(out, recipe, resume)
     extends = old is not None and changes_length(old, recipe)
     if old is not None and old.finished and not extends:
         watch.note(f"`{old.path}` is already finished")
@@ -175,15 +171,24 @@ def train(
         tracking(accelerator, track, recipe) as loop.recorder.track,
         errors_logged(loop, log, is_new=old is None),
     ):
-        if is_main:
-            loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
-            if images is not None and old is None:
-                write_text(loop.run.path / ROWS_FILE, rows_text(images.rows))
+        if images is not None and old is None:
+            write_text(loop.run.path / ROWS_FILE, rows_text(images.rows))
         choose_steps(loop, started, source, facts, images, extends=extends)
         if is_main:
+            loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
             record_changes(loop.run, loop.state.step, changed)
         loop.fit()
         return finish(loop)
+
+
+def _run_to_resume(out: Path | None, recipe: Recipe, resume: bool) -> Run | None:
+    """The run that goes on, or None for a new one; raises if `out` can be neither."""
+    if resume:
+        check_resumable(out)
+    old = reopen_run(out, recipe) if resume and out is not None else None
+    if out is not None and old is None:
+        check_free(out)
+    return old
 
 
 def read_result(run: Run) -> TrainResult:

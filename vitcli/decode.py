@@ -41,6 +41,10 @@ IMAGE_SUFFIXES = frozenset({
 MAX_PIXELS = 256_000_000
 REFUSED_FORMATS = frozenset({"EPS"})  # Pillow would run Ghostscript on an untrusted file
 JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL ")  # a bare codestream, a container (ISO 18181-2)
+# First bytes of camera raw: Canon CR2, CR3; Fujifilm; Olympus; Panasonic (ExifTool's tag names).
+RAW_START = re.compile(rb"II\*\0.{4}CR|.{4}ftypcrx |FUJIFILMCCD-RAW|IIR[OS]|MMOR|IIU\0", re.DOTALL)
+CONVERT = "convert it to JPEG or PNG first"
+RAW_SUFFIXES = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"})
 JPEG_SCALES = (8, 4, 2)  # libjpeg decodes 8x8 blocks at 1/8, 1/4 or 1/2 of the size at little cost
 ORIENTATION_TAG = 0x0112  # EXIF
 METADATA_WITH_ORIENTATION = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
@@ -309,7 +313,10 @@ def _identify_by_pillow(file: BinaryIO, name: str, head: bytes) -> ImageFile.Ima
         for kind in [k for k in Image.ID if k not in tried and k not in REFUSED_FORMATS]:
             tried.add(kind)
             factory, accept = Image.OPEN[kind]
-            accepted = accept(head[:16]) if accept else True
+            try:
+                accepted = accept(head[:16]) if accept else True
+            except (IndexError, struct.error):  # the file is shorter than the plugin expects
+                accepted = False
             if isinstance(accepted, str):
                 complaint = accepted
             elif accepted:
@@ -319,10 +326,10 @@ def _identify_by_pillow(file: BinaryIO, name: str, head: bytes) -> ImageFile.Ima
                 except (SyntaxError, IndexError, TypeError, struct.error):
                     if accept and not complaint:
                         complaint = f"the header says {kind}, but the content is not valid {kind}"
-    raise ImageError(name, *_why_unknown(head, complaint))
+    raise ImageError(name, *_why_unknown(head, complaint, Path(name).suffix.lower()))
 
 
-def _why_unknown(head: bytes, complaint: str) -> tuple[str, str | None]:
+def _why_unknown(head: bytes, complaint: str, suffix: str) -> tuple[str, str | None]:
     """Return (reason, hint) for a file that no Pillow plugin reads, from its first bytes."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(b"version https://git-lfs"):
@@ -336,12 +343,20 @@ def _why_unknown(head: bytes, complaint: str) -> tuple[str, str | None]:
     if start.startswith(b"%!ps"):
         return "it is a PostScript program, which is not executed", "convert it to PNG first"
     if re.match(rb"....ftyp(hei|hev|mif)", head, re.DOTALL):
-        return "it is a HEIC image, which this Pillow does not read", "convert it to JPEG first"
+        return "it is a HEIC image, which this Pillow does not read", CONVERT
+    if complaint.endswith("support not installed"):  # AVIF, in a Pillow without its library
+        return f"this Pillow does not read it ({complaint})", CONVERT
+    is_tiff = head.startswith((b"II*\0", b"MM\0*"))  # NEF, ARW and DNG are TIFF files
+    if RAW_START.match(head) or (is_tiff and suffix in RAW_SUFFIXES):
+        return "it is a camera raw file, which Pillow does not read", CONVERT
     if complaint:
         return f"the file is damaged: {complaint}", None
     if all(byte >= 32 or byte in b"\t\r\n\f" for byte in head):
-        return "it is text, not an image", None
-    return "Pillow does not know this image format", None
+        return (
+            "it is text, not an image",
+            "give an image file, or `--from FILE` for a list of paths",
+        )
+    return "Pillow does not know this image format", CONVERT
 
 
 @contextmanager

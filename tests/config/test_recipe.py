@@ -185,3 +185,15 @@ def test_a_name_that_no_recipe_can_hold():
     with pytest.raises(VitcliError, match="is not UTF-8") as caught:
         load_recipe("pretrain", {"data": {"name": "caf\udce9"}})
     assert "rename the file" in caught.value.hint
+
+
+def test_gradient_clipping_can_be_turned_off():
+    def clip(value):
+        name = "finetune_photos_small"  # it clips at 1.0
+        return load_recipe(name, parse_overrides([f"optim.grad_clip={value}"])).optim.grad_clip
+
+    assert clip("none") is None
+    assert clip("0.5") == 0.5
+    for wrong in ("0", "-1"):
+        with pytest.raises(VitcliError, match=r"greater than 0; `none` turns clipping off"):
+            clip(wrong)

@@ -84,6 +84,30 @@ def test_the_reason_is_named(messy, path):
         read_image(messy / "broken" / path)
 
 
+def test_what_pillow_cannot_read_is_named_with_a_way_out(tmp_path):
+    tiff = b"II*\0\x10\0\0\0" + b"\1\2\3\4" * 100
+    files = {
+        "notes.txt": (b"hi", "it is text, not an image", "image file"),
+        "a.CR2": (b"II*\0\x10\0\0\0CR\2\0" + bytes(99), "camera raw", "JPEG or PNG"),
+        "a.nef": (tiff, "camera raw", "JPEG or PNG"),
+        "a.raf": (b"FUJIFILMCCD-RAW 0201" + bytes(99), "camera raw", "JPEG or PNG"),
+        "a.rw2": (b"IIU\0\x18\0\0\0" + bytes(99), "camera raw", "JPEG or PNG"),
+        "a.orf": (b"IIRO\x08\0\0\0" + bytes(99), "camera raw", "JPEG or PNG"),
+        "a.cr3": (b"\0\0\0\x18ftypcrx " + bytes(99), "camera raw", "JPEG or PNG"),
+        "a.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC", "JPEG or PNG"),
+        "a.bin": (bytes(range(1, 99)), "does not know", "JPEG or PNG"),
+    }
+    for name, (content, reason, hint) in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageError) as caught:
+            read_image(tmp_path / name)
+        assert reason in caught.value.reason, name
+        assert hint in (caught.value.hint or ""), name
+    (tmp_path / "a.tif").write_bytes(tiff)
+    with pytest.raises(ImageError, match="is damaged"):
+        read_image(tmp_path / "a.tif")
+
+
 def test_all_orientations_show_the_same_picture(messy):
     first = pixels(messy / "odd/ants/exif_orientation_1.jpg")
     others = [messy / f"odd/ants/exif_orientation_{i}.jpg" for i in range(2, 9)]

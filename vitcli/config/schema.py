@@ -19,6 +19,7 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
+    field_validator,
     model_validator,
 )
 
@@ -374,7 +375,16 @@ class OptimSection(Section):
         (0.9, 0.999), "Betas of adamw, lamb, lion and muon. Default of lion: 0.9 and 0.99."
     )
     eps: PositiveFloat = setting(1e-8, "Epsilon of adamw, lamb and muon.")
-    grad_clip: PositiveFloat | None = setting(None, "Maximum global norm of the gradients.")
+    grad_clip: PositiveFloat | None = setting(
+        None, "Maximum global norm of the gradients; `none` turns clipping off."
+    )
+
+    @field_validator("grad_clip", mode="before")
+    @classmethod
+    def _read_grad_clip(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and value <= 0:
+            raise ValueError("must be greater than 0; `none` turns clipping off")
+        return None if value == "none" else value
 
     @model_validator(mode="after")
     def _fill_betas(self) -> Self:

@@ -49,6 +49,14 @@ def caches(tmp_path_factory) -> None:
         loaded.HF_DATASETS_CACHE = folder
 
 
+@pytest.fixture(autouse=True)
+def fast_runs(request, monkeypatch) -> None:
+    """A run draws no curves, which takes longer than a tiny run, except under `draws_curves`."""
+    session = sys.modules.get("vitcli.train.session")
+    if session and not request.node.get_closest_marker("draws_curves"):
+        monkeypatch.setattr(session, "draw_curves", lambda run: None)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     """An empty current folder."""

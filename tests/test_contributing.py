@@ -1,5 +1,6 @@
 """CONTRIBUTING's table is true: each addition works after touching exactly the files it names."""
 
+import json
 import os
 import re
 import shutil
@@ -59,13 +60,11 @@ def named(addition):
     return set(re.findall(r"`(vitcli/[\w/.]+)`", row))
 
 
-class Copy:
-    """A copy of the package, and the files of it that were changed."""
+class Addition:
+    """One addition to a copy of the package, and the files that it changes."""
 
     def __init__(self, folder):
         self.folder, self.changed = folder, set()
-        shutil.copytree(ROOT / "vitcli", folder / "vitcli")
-        shutil.copytree(ROOT / "recipes", folder / "recipes")
 
     def insert(self, path, before, text):
         file = self.folder / path
@@ -78,33 +77,8 @@ class Copy:
         (self.folder / path).write_text(text, encoding="utf-8")
         self.changed.add(str(Path(path).parent) + "/")
 
-    def run(self, *arguments):
-        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
-        done = subprocess.run(
-            [sys.executable, "-m", "vitcli", *arguments],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
 
-
-@pytest.fixture
-def copy(tmp_path):
-    copied = Copy(tmp_path)
-    write_tiny(tmp_path / "tiny.toml")
-    return copied
-
-
-def train(copy, *settings):
-    words = [word for setting in settings for word in ("--set", setting)]
-    return copy.run("pretrain", "--recipe", "tiny.toml", "--steps", "2", *words, "--out", "run")
-
-
-def test_an_optimizer(copy):
+def add_optimizer(copy):
     file = "vitcli/train/optimizers.py"
     copy.insert(
         file,
@@ -115,11 +89,9 @@ def test_an_optimizer(copy):
     )
     entry = '    "plain": OptimizerEntry(plain, frozenset()),\n'
     copy.insert(file, '    "lion": OptimizerEntry(', entry)
-    train(copy, "optim.name=plain")
-    assert copy.changed == named("an optimizer")
 
 
-def test_an_objective(copy):
+def add_objective(copy):
     copy.write("vitcli/train/objectives/brier.py", OBJECTIVE)
     file = "vitcli/train/objectives/__init__.py"
     copy.insert(
@@ -128,42 +100,28 @@ def test_an_objective(copy):
         "from vitcli.train.objectives.brier import Brier\n",
     )
     copy.insert(file, '    "sigmoid": Sigmoid,\n', '    "brier": Brier,\n')
-    train(copy, "objective.name=brier")
-    assert copy.changed == named("an objective")
 
 
-def test_a_model_size(copy):
+def add_model_size(copy):
     row = '    "Femto": Variant(32, 2, 64, 2),\n'
     copy.insert("vitcli/vit/variants.py", '    "Ti": Variant(', row)
-    words = ("fewshot", "--model", "Femto/4", "--image-size", "8", "--shots", "1", "--json")
-    assert '"dim": 32' in copy.run(*words)
-    assert copy.changed == named("a model size")
 
 
-def test_a_data_reader(copy):
+def add_data_reader(copy):
     copy.write("vitcli/data/readers/pairs.py", READER)
     copy.insert(
         "vitcli/data/readers/__init__.py",
         '    "hf:": Reader(',
         '    "pairs": Reader("x.pairs", "pairs", "readers.pairs:load_pairs", (".pairs",)),\n',
     )
-    pixels = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
-    with (copy.folder / "x.pairs").open("wb") as file:
-        np.savez(file, images=pixels, labels=np.arange(20) % 2)
-    assert "20" in copy.run("check", "x.pairs", "--json")
-    assert copy.changed == named("a data reader")
 
 
-def test_a_machine(copy):
+def add_machine(copy):
     row = '    "abacus": Hardware("Abacus", 1e9, GIB, 1e9, "a drawing"),\n'
     copy.insert("vitcli/cost/hardware.py", '    "t4": Hardware(', row)
-    words = ("--device", "abacus", "--no-probe", "--json")
-    assert '"Abacus"' in copy.run("plan", "tiny.toml", *words)
-    assert "abacus, t4" in copy.run("plan", "--help")  # the help asks the registry
-    assert copy.changed == named("a machine for `plan --device`")
 
 
-def test_a_flag_of_predict(copy):
+def add_flag_of_predict(copy):
     copy.insert(
         "vitcli/cli/options.py",
         "    threshold: Annotated[\n",
@@ -178,9 +136,104 @@ def test_a_flag_of_predict(copy):
     text = text[:signature] + "    limit: int | None = None,\n" + text[signature:]
     (copy.folder / file).write_text(text, encoding="utf-8")
     copy.changed.add(file)
-    train(copy)
+
+
+ADDITIONS = {
+    "an optimizer": add_optimizer,
+    "an objective": add_objective,
+    "a model size": add_model_size,
+    "a data reader": add_data_reader,
+    "a machine for `plan --device`": add_machine,
+    "a flag of `predict`": add_flag_of_predict,
+}
+TRAIN = "pretrain --recipe tiny.toml --steps 2 --set {} --out run-{}"
+COMMANDS = (
+    TRAIN.format("optim.name=plain", "plain"),
+    TRAIN.format("objective.name=brier", "brier"),
+    "fewshot --model Femto/4 --image-size 8 --shots 1 --json",
+    "check x.pairs --json",
+    "plan tiny.toml --device abacus --no-probe --json",
+    "plan --help",
+    "predict a.png b.png --limit 1 --model run-plain --json",
+)
+# All commands in one start, because torch takes longer to load than they do.
+JOB = """
+import contextlib, io, json, sys
+from vitcli.cli.main import run
+results = []
+for line in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = run(line.split())
+    results.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def added(tmp_path_factory):
+    """A copy of the package with all additions: name -> the files that it changed."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(ROOT / "vitcli", folder / "vitcli")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    changed = {}
+    for name, add in ADDITIONS.items():
+        addition = Addition(folder)
+        add(addition)
+        changed[name] = addition.changed
+    return folder, changed
+
+
+@pytest.fixture(scope="module")
+def output(added):
+    """Command -> what it prints, in the copy of the package."""
+    folder, _ = added
+    write_tiny(folder / "tiny.toml", optim={"name": "adamw"})
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
+    with (folder / "x.pairs").open("wb") as file:
+        np.savez(file, images=pixels, labels=np.arange(20) % 2)
     for name in "ab":
-        Image.new("RGB", (8, 8)).save(copy.folder / f"{name}.png")
-    out = copy.run("predict", "a.png", "b.png", "--limit", "1", "--model", "run", "--json")
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
+    done = subprocess.run(
+        [sys.executable, "-c", JOB, json.dumps(COMMANDS)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    for command, (status, _, err) in zip(COMMANDS, results, strict=True):
+        assert status == 0, (command, err)
+    return {command: out for command, (_, out, _) in zip(COMMANDS, results, strict=True)}
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_an_addition_touches_the_files_of_its_row(name, added):
+    assert added[1][name] == named(name)
+
+
+def test_an_optimizer_and_an_objective_train(output, added):
+    for name in ("plain", "brier"):
+        recipe = (added[0] / f"run-{name}/recipe.toml").read_text()
+        assert f'name = "{name}"' in recipe
+        assert (added[0] / f"run-{name}/model.safetensors").is_file()
+
+
+def test_a_model_size_is_built(output):
+    assert '"dim": 32' in output[COMMANDS[2]]
+
+
+def test_a_data_reader_reads(output):
+    assert "20" in output[COMMANDS[3]]
+
+
+def test_a_machine_is_planned_for_and_in_the_help(output):
+    assert '"Abacus"' in output[COMMANDS[4]]
+    assert "abacus, t4" in output[COMMANDS[5]]  # the help asks the registry
+
+
+def test_a_flag_of_predict_is_taken(output):
+    out = output[COMMANDS[6]]
     assert '"path": "a.png"' in out and "b.png" not in out
-    assert copy.changed == named("a flag of `predict`")

@@ -10,13 +10,12 @@ from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.run import (
     Run,
-    check_resumable,
     create_numbered_run,
     create_run,
     finished_runs,
     new_output,
-    reopen_run,
 )
+from vitcli.train.resuming import check_resumable, reopen_run
 
 
 def recipe(**train):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from support.tiny import records, write_tiny
@@ -87,6 +88,7 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(scontrol, tmp_path):
     )
     while not any((tmp_path / "run/checkpoints").glob("step_*")):
         assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGUSR1

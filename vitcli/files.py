@@ -1,4 +1,4 @@
-"""Atomic writes, locks, and readers of JSON and TOML with limits.
+"""Atomic writes, locks, checksums, and readers of JSON and TOML with limits.
 
 A reader of a file finds its old content or its new one, never a part.
 """
@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 MAX_DEPTH = 100  # levels of JSON and TOML; real files have fewer than ten
 MAX_FILE_BYTES = 256 << 20
+CHECKSUM = "checksum"  # the key of a JSON object that holds the checksum of the others
+CHECKSUM_LINE = "# Checksum of the lines above: "
+READ_BYTES = 4 << 20
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 
 
@@ -98,6 +101,74 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
     return parse_json(content.decode("utf-8"))
+
+
+def checksum(content: bytes | memoryview, *more: bytes | memoryview) -> str:
+    """XXH3-128 of the parts, as 32 hexadecimal digits.
+
+    It finds damage, not forgery. On a CPU it is 6 times as fast as SHA-256 (recipes/RESULTS.md).
+    """
+    import xxhash
+
+    digest = xxhash.xxh3_128(content)
+    for part in more:
+        digest.update(part)
+    return str(digest.hexdigest())
+
+
+def file_checksum(path: str | os.PathLike[str], blank: tuple[int, int] = (0, 0)) -> str:
+    """The `checksum` of a file, in which the bytes from `blank[0]` to `blank[1]` count as zeros.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    import xxhash
+
+    digest, buffer, (first, last) = xxhash.xxh3_128(), bytearray(READ_BYTES), blank
+    view, position = memoryview(buffer), 0
+    with Path(path).open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            low, high = max(first - position, 0), min(last - position, size)
+            if low < high:
+                view[low:high] = bytes(high - low)
+            digest.update(view[:size])
+            position += size
+    return str(digest.hexdigest())
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with their checksum under `CHECKSUM`."""
+    plain = {key: value for key, value in values.items() if key != CHECKSUM}
+    return {**plain, CHECKSUM: _json_checksum(plain)}
+
+
+def unseal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without their checksum; early versions of vitcli wrote none.
+
+    Raises:
+        ValueError: the checksum does not match.
+    """
+    plain = dict(values)
+    if CHECKSUM in plain and plain.pop(CHECKSUM) != _json_checksum(plain):
+        raise ValueError("its checksum does not match its content")
+    return plain
+
+
+def seal_text(text: str) -> str:
+    """A text of TOML with its checksum as the last line, which is a comment."""
+    return f"{text}{CHECKSUM_LINE}{checksum(text.encode())}\n"
+
+
+def is_intact(text: str) -> bool:
+    """False if a text of `seal_text` has changed; texts without a checksum are taken as intact."""
+    body, line, digest = text.rpartition(CHECKSUM_LINE)
+    return not line or digest.strip() == checksum(body.encode())
+
+
+def _json_checksum(values: Mapping[str, Any]) -> str:
+    # Rounded through JSON once: a tuple becomes a list, and the key 1 becomes "1".
+    text = json.dumps(json.loads(json.dumps(values, default=str)), sort_keys=True)
+    return checksum(text.encode())
 
 
 def parse_toml(text: str) -> dict[str, Any]:

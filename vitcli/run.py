@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcli import distributed
-from vitcli.config.recipe import check, differing_keys, read_toml
+from vitcli.config.recipe import check, read_toml
 from vitcli.config.schema import DataSection, Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import (
@@ -29,7 +29,10 @@ from vitcli.files import (
     read_json,
     release_unused,
     replacing,
+    seal,
+    seal_text,
     take_first,
+    unseal,
     write_text,
 )
 
@@ -93,19 +96,27 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """Return the recorded facts about machine and data; empty if there are none."""
-        return _read_json(self.path / "provenance.json")
+        hint = "restore the file from a copy, or start a new run with another `--out`"
+        return _read_json(self.path / "provenance.json", hint)
 
     def result(self) -> dict[str, Any]:
         """Return the final results; empty if the run has not finished."""
-        return _read_json(self.result_file)
+        hint = "remove the file; a run without result.json counts as unfinished"
+        return _read_json(self.result_file, hint)
+
+    def write_recipe(self, recipe: Recipe | str) -> None:
+        """Write recipe.toml, with a checksum that a resume verifies."""
+        text = recipe if isinstance(recipe, str) else recipe.to_toml()
+        write_text(self.recipe_file, seal_text(text))
 
     def write_provenance(self, facts: Mapping[str, Any]) -> None:
         """Write `facts`, versions, argv and time to provenance.json."""
-        self._write_json("provenance.json", {**describe_environment(), **facts})
+        # It decides how a resume continues, so a damaged one must be noticed.
+        self._write_json("provenance.json", seal({**describe_environment(), **facts}))
 
     def update_provenance(self, facts: Mapping[str, Any]) -> None:
         """Replace some facts in provenance.json, such as the number of steps."""
-        self._write_json("provenance.json", {**self.provenance(), **facts})
+        self._write_json("provenance.json", seal({**self.provenance(), **facts}))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append a record to metrics.jsonl, or merge it into the last one if the step is the same.
@@ -139,6 +150,10 @@ class Run:
             return []
         lines = self.metrics_file.read_bytes().splitlines()
         return [record for line in lines if (record := _record_of(line)) is not None]
+
+    def trained_seconds(self) -> float:
+        """Return the time of all training steps; all parts of an interrupted run count."""
+        return float(sum(r["seconds"] for r in self.records() if "train/loss" in r))
 
     def drop_records_after(self, step: int) -> None:
         """Remove the records of the steps that a resume from `step` repeats."""
@@ -196,10 +211,9 @@ def create_run(path: Path, recipe: Recipe | str) -> Run:
     """
     check_free(path)
     make_folder(path.parent)
-    text = recipe if isinstance(recipe, str) else recipe.to_toml()
     with replacing(path) as temporary:
         temporary.mkdir()
-        (temporary / "recipe.toml").write_text(text, encoding="utf-8")
+        Run(temporary).write_recipe(recipe)
     return Run(path)
 
 
@@ -210,48 +224,9 @@ def create_numbered_run(stem: str, recipe: Recipe, runs: Path = RUNS) -> Run:
         VitcliError: it cannot be written.
     """
     path = take_first(numbered_paths(stem, runs))
-    write_text(path / "recipe.toml", recipe.to_toml())
-    return Run(path)
-
-
-def reopen_run(path: Path, recipe: Recipe) -> Run | None:
-    """Return the run at `path`, which must have the same recipe; None if the path is free.
-
-    `data.name` may differ: the data may have moved, and their content is compared later.
-
-    Raises:
-        VitcliError: the recipes differ, or the path is not a run.
-    """
     run = Run(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return None
-    if not run.recipe_file.is_file():
-        raise VitcliError(
-            f"`{path}` is not a run: it has no recipe.toml", "give the path of a run with `--out`"
-        )
-    if keys := [key for key in differing_keys(run.recipe(), recipe) if key != "data.name"]:
-        raise VitcliError(
-            f"`{path}` was started with another recipe; these differ: {', '.join(keys)}",
-            "repeat the first command and add `--resume`, or choose another path with `--out`",
-        )
+    run.write_recipe(recipe)
     return run
-
-
-def check_resumable(out: Path | None, runs: Path = RUNS) -> None:
-    """Check that `--resume` comes with `--out`.
-
-    Raises:
-        VitcliError: `out` is None; the hint names the newest unfinished run.
-    """
-    if out is not None:
-        return
-    started = [Run(p) for p in runs.iterdir()] if runs.is_dir() else []
-    started = [run for run in started if run.recipe_file.is_file() and not run.finished]
-    newest = max(started, key=lambda run: run.recipe_file.stat().st_mtime_ns, default=None)
-    hint = "add `--out RUN`"
-    if newest is not None:
-        hint = f"add `--out {newest.path}` for the newest unfinished run"
-    raise VitcliError("`--resume` needs the run directory, and `--out` is missing", hint)
 
 
 def numbered_paths(stem: str, runs: Path = RUNS, *, suffix: str = "") -> Iterator[Path]:
@@ -377,23 +352,23 @@ def _commit() -> str | None:
 
 
 def _record_of(line: bytes) -> dict[str, Any] | None:
-    """Return the record on one line of metrics.jsonl; None if the line is incomplete."""
+    """Return the record on one line of metrics.jsonl; None if the line is incomplete or damaged."""
     try:
-        return parse_json(line)
+        record = parse_json(line)
     except ValueError:
         return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record if isinstance(record.get("seconds", 0.0), int | float) else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
+        return unseal(values)
     except (OSError, ValueError) as error:
-        raise VitcliError(
-            f"`{path}` is damaged: {error}",
-            "remove the file; a run without result.json counts as unfinished",
-        ) from None
-    return values
+        raise VitcliError(f"`{path}` is damaged: {error}", hint) from None

@@ -12,7 +12,7 @@ from vitcli.cost.bench import build_baseline
 from vitcli.errors import VitcliError
 from vitcli.vit import parse_variant
 
-TINY = ("bench", "Pico/8", "--image-size", "16", "--batch-size", "2", "--seconds", "0.01")
+TINY = ("bench", "mu/8", "--image-size", "16", "--batch-size", "2", "--seconds", "0.01")
 
 
 def test_beside_transformers_in_one_run(here, capsys):
@@ -35,7 +35,7 @@ def test_beside_transformers_in_one_run(here, capsys):
 def test_a_table_of_several_sizes(here, capsys):
     assert cli.run([*TINY[:3], "16,32", *TINY[4:], "--precision", "fp32,bf16", "--quick"]) == 0
     out = capsys.readouterr().out
-    assert out.count("Pico/8 16") == 4 and "p50 / p90 / p99" in out
+    assert out.count("mu/8 16") == 4 and "p50 / p90 / p99" in out
 
 
 def test_the_largest_batch_grows_with_the_memory(here, capsys):

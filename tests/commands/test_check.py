@@ -57,7 +57,7 @@ def test_every_fault_is_found_and_nothing_else(faulty):
     ]
     (conflict,) = found["label_conflicts"]
     assert {row["label"] for row in conflict} == {"cat", "dog"}
-    assert found["label_variants"] == [["Dog ", "dog"]]
+    assert found["label_variants"] == [["Dog", "dog"]]
     assert [names([p]) for p in found["tiny"]] == [["train/cat/thin.png"]]
     assert [names([p]) for p in found["odd_aspect"]] == [["train/cat/thin.png"]]
     (broken,) = found["unreadable"]
@@ -70,7 +70,7 @@ def test_every_fault_is_found_and_nothing_else(faulty):
         "1 image cannot be read",
         "1 group of equal images has different labels",
         "2 images are exact copies of others",
-        "`Dog `, `dog`",
+        "`Dog`, `dog`",
     ):
         assert words in text
 
@@ -161,6 +161,18 @@ def test_what_training_makes_of_the_data(tmp_path):
         "train": 6,
         "test": 4,
     }
+
+
+def test_images_without_a_label_are_no_class(tmp_path):
+    data = small(tmp_path / "photos", *(f"train/{c}/{i}.png" for c in "ab" for i in range(5)))
+    small(tmp_path / "photos", "test/1.png", "test/2.png")
+    found = check.run(data)
+    assert list(found.to_json()["classes"]) == ["a", "b"]
+    assert found.to_json()["splits"] == {"train": 10, "test": 2}
+    assert found.imbalance == 1
+    lines = found.problems()
+    assert "2 images have no label" in lines
+    assert not any("fewer than" in line for line in lines)
 
 
 def test_what_training_refuses_is_a_problem(tmp_path):

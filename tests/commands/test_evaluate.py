@@ -1,8 +1,5 @@
 import csv
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -137,23 +134,6 @@ def test_the_part_that_the_run_had_set_aside(photos, here):
     run.write_provenance({"data": {"fingerprint": source.fingerprint}})
     result = evaluate.run("photos/train", model="runs/mine")
     assert result.split == "test" and result.metrics.images == len(source.splits["test"])
-
-
-def test_two_processes_count_every_image_once(photos, here):
-    colour_model("m.safetensors", ("red", "green", "blue"))
-    Path("job.py").write_text(
-        "import sys\n"
-        "from vitcli.commands import evaluate\n"
-        "r = evaluate.run('photos', model='m.safetensors')\n"
-        "print(r.metrics.images, r.metrics.top1, r.details.confusion.tolist())\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "job.py"]
-    path = str(Path(evaluate.__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    alone = evaluate.run("photos", model="m.safetensors", out=Path("alone"))
-    line = f"{alone.metrics.images} {alone.metrics.top1} {alone.details.confusion.tolist()}"
-    assert done.stdout.splitlines() == [line] * 2, done.stderr
 
 
 def test_an_untrained_head(photos, here):

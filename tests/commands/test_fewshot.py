@@ -165,6 +165,7 @@ def test_errors(weights, here):
     assert not (here / "runs").exists()
 
 
+@pytest.mark.slow
 def test_flowers_with_a_real_model(shared, here):
     """ImageNet features: 82.0 % is what the nearest class mean gives on another draw."""
     weights = shared / "data/weights/vit_tiny_patch16_224_in1k/timm.safetensors"

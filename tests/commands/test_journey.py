@@ -64,10 +64,11 @@ def journey(folder, environment, *shorter):
     return found
 
 
+@pytest.mark.slow
 def test_the_four_commands_work_in_an_empty_folder_without_a_network(tmp_path, offline):
     folder = tmp_path / "empty"
     folder.mkdir()
-    journey(folder, offline, "--steps", "3")
+    journey(folder, offline, "--steps", "2", "--batch-size", "16")
 
 
 @pytest.mark.proof

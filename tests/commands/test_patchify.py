@@ -214,7 +214,7 @@ def test_the_default_size_fits_the_patch():
         resolve_image_size(None, 0)
 
 
-def test_what_cannot_be_done_is_said(folder):
+def test_what_cannot_be_done_is_said(folder, monkeypatch):
     with pytest.raises(ImageError, match="the file does not exist"):
         run("missing.jpg")
     with pytest.raises(VitcliError, match="no such file or folder"):
@@ -223,9 +223,11 @@ def test_what_cannot_be_done_is_said(folder):
         run("photos", out="x.npz")
     with pytest.raises(VitcliError, match="cannot write"):
         run("one.png", out="no/such/folder/x.safetensors")
-    with pytest.raises(VitcliError, match="GiB") as caught:
-        run("photos", image_size=64_000, out="x.safetensors")
-    assert "--image-size" in str(caught.value.hint)
+    with monkeypatch.context() as patched:
+        patched.setattr("vitcli.inspection.patch_files.MAX_TOKEN_SET_BYTES", 1000)
+        with pytest.raises(VitcliError, match="GiB") as caught:
+            run("photos", image_size=64, out="x.safetensors")
+        assert "--image-size" in str(caught.value.hint)
     with pytest.raises(VitcliError, match=r"does not end in \.png"):
         run("one.png", compare="x.jpg")
     with pytest.raises(VitcliError, match="needs an image, not a dataset"):

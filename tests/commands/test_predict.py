@@ -145,7 +145,8 @@ def test_images_in_memory(model, pictures):
     assert [row["path"] for row in rows] == paths
     for row in [*rows[:5], rows[6]]:
         assert row["label"] == expected["label"] and row["error"] is None
-        assert row["probability"] == pytest.approx(expected["probability"], abs=1e-6)
+        # Logits of about 10 are rounded differently in a batch of another size.
+        assert row["probability"] == pytest.approx(expected["probability"], abs=1e-5)
     assert "does not exist" in rows[-1]["error"]
     single = [row["label"] for row in predict.predict(array, model)]
     batch = [row["label"] for row in predict.predict(np.stack([array, array]), model)]

@@ -94,7 +94,14 @@ def model_of(name):
     return recipe, config, steps * recipe.train.batch_size
 
 
-@pytest.mark.parametrize("name", THEIRS)
+def slow_to_count(name):
+    """Deep ResNets, whose operations take seconds to count."""
+    return re.search(r"r\d\d\d|r50x2", name)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if slow_to_count(n) else n for n in THEIRS]
+)
 def test_it_can_be_built_and_costs_what_it_says(name):
     recipe, config, images = model_of(name)
     said = header(FILES[name].read_text())["Cost"]
@@ -207,20 +214,29 @@ def test_the_official_reruns(name, preset, lr, shared):
                 assert row[which]["top1"].removesuffix("%") in text
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """What `vitcli pretrain` leaves after a step."""
+    out = tmp_path_factory.mktemp("pretrained") / "run"
+    pretrain.run(settings={"train": {"steps": 1, "batch_size": 8}}, out=out)
+    return str(out)
+
+
 @pytest.mark.parametrize("name", OURS)
-def test_it_runs(name, here):
+def test_it_runs(name, pretrained, here):
     """Two steps of the recipe as it is, on digits where it names no data."""
     recipe = load_recipe(name)
     data = recipe.data.name or "builtin:digits"
     few = {"train": {"steps": 2, "batch_size": 8}}
+    if data == "builtin:digits":
+        few["data"] = {"test_split": "test[:5%]"}
     if recipe.command == "pretrain":
         if recipe.model.image_size == 224:
             few["model"] = {"image_size": 32, "depth": 1}
         result = pretrain.run(data, recipe=name, settings=few)
     else:
-        pretrain.run(settings={"train": {"steps": 1, "batch_size": 8}})
         if recipe.train.freeze != "none":  # for twelve blocks; there are fewer here
             few["train"]["freeze"] = "blocks:1"
-        result = finetune.run(data, recipe=name, settings=few)
+        result = finetune.run(data, model=pretrained, recipe=name, settings=few)
     assert result.steps == 2
     assert Path(result.run, "model.safetensors").is_file()

@@ -387,6 +387,49 @@ def test_layouts(name, tmp_path):
     assert data.layout
 
 
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"  # as Linux and as macOS write it
+
+
+@pytest.mark.parametrize("level", ["auto", "leaf"])
+def test_two_encodings_of_an_accent_are_one_class(tmp_path, level):
+    """Unicode NFC and NFD are canonically equivalent (UAX 15)."""
+    paths = [
+        f"train/{COMPOSED}/1.png", f"train/{DECOMPOSED}/2.png", "train/bar/3.png",
+        f"test/{DECOMPOSED}/4.png", "test/bar/5.png",
+    ]  # fmt: skip
+    root = build(tmp_path / "photos", paths)
+    data = load_data(str(root), whole=True, class_level=level)
+    assert data.classes == ("bar", COMPOSED)
+    assert content(data, root) == {
+        "train": {COMPOSED: {paths[0], paths[1]}, "bar": {paths[2]}},
+        "test": {COMPOSED: {paths[3]}, "bar": {paths[4]}},
+    }
+    (note,) = data.notes
+    assert f"in the encoding of accents (`{COMPOSED}`)" in note
+
+
+def test_two_encodings_of_an_accent_around_the_splits(tmp_path):
+    paths = [
+        f"{COMPOSED}/train/1.png", f"{COMPOSED}/test/2.png", f"{DECOMPOSED}/train/3.png",
+        f"{DECOMPOSED}/test/4.png", "bar/train/5.png", "bar/test/6.png",
+    ]  # fmt: skip
+    root = build(tmp_path / "photos", paths)
+    data = load_data(str(root), whole=True)
+    assert content(data, root) == {
+        "train": {COMPOSED: {paths[0], paths[2]}, "bar": {paths[4]}},
+        "test": {COMPOSED: {paths[1], paths[3]}, "bar": {paths[5]}},
+    }
+    assert any("in the encoding of accents" in note for note in data.notes)
+
+
+def test_a_class_that_is_only_in_another_encoding_in_test(tmp_path):
+    """The only folder of `test/` is a class, not a wrapper of the data."""
+    paths = [f"train/{COMPOSED}/1.png", "train/bar/2.png", f"test/{DECOMPOSED}/data/3.png"]
+    root = build(tmp_path / "photos", paths)
+    data = load_data(str(root), whole=True)
+    assert content(data, root)["test"] == {COMPOSED: {paths[2]}}
+
+
 @pytest.mark.parametrize(
     ("level", "classes"),
     [

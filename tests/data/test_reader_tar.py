@@ -14,6 +14,7 @@ from support.pictures import photographs
 from vitcli.data.loader import TrainLoader
 from vitcli.data.source import load_data
 from vitcli.data.splits import expand_braces
+from vitcli.data.streaming import read_tar_samples
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 
@@ -151,6 +152,15 @@ def test_compressed_and_other_files_are_refused(tmp_path):
             load_data(str(tmp_path / name))
         assert "tar file" in caught.value.message
         assert "gunzip" in str(caught.value.hint)
+        assert "extract it or make a .zip" in str(caught.value.hint)
+
+
+def test_class_folders_in_a_tar_file(tmp_path):
+    members = [(f"{c}/{i}.jpg", b"x") for c in ("cat", "dog") for i in range(2)]
+    write(tmp_path / "x.tar", members)
+    with pytest.raises(VitcliError) as caught:
+        load_data(str(tmp_path / "x.tar"))
+    assert "extract it or make a .zip" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("form", ["train/{}.tar", "set-train-{}.tar", "data/train-{}.tar"])
@@ -179,3 +189,56 @@ def test_a_folder_of_class_folders_is_no_set_of_shards(tmp_path):
         picture.save(tmp_path / "ab"[i % 2] / f"{i}.png")
     write(tmp_path / "backup.tar", [("x.txt", b"x")])
     assert load_data(str(tmp_path)).classes == ("a", "b")
+
+
+def dotted_members():
+    """Names with versions, beside plain names, several images per key, and an image in a note."""
+    content = [jpeg(p) for p in photographs(7, size=20)]
+    names = ["a.v1", "a.v2", "b", "1.2.840.1", "1.2.840.2"]
+    members = []
+    for i, name in enumerate(names):
+        members += [(f"d/{name}.jpg", content[i]), (f"d/{name}.cls", f"{i % 2}".encode())]
+    # `left` and `right` are two images of one sample, as webdataset reads it.
+    members += [("c.left.jpg", content[5]), ("c.right.jpg", content[6]), ("c.cls", b"1")]
+    return members, {f"d/{name}": i % 2 for i, name in enumerate(names)} | {"c": 1}
+
+
+def test_names_with_dots(tmp_path):
+    members, expected = dotted_members()
+    write(tmp_path / "x.tar", members)
+    data = load_data(str(tmp_path / "x.tar"), whole=True)
+    images = data.splits["train"]
+    found = {
+        images.describe(i).partition(":")[2]: int(images.labels[i]) for i in range(len(images))
+    }
+    first = {"c": "c.left"}
+    assert found == {f"{first.get(key, key)}.jpg": label for key, label in expected.items()}
+    by_name = dict(members)
+    for i in range(len(images)):
+        name = images.describe(i).partition(":")[2]
+        assert images.content(i) == by_name[name]
+    (note,) = [note for note in data.notes if "last dot" in note]
+    assert "the names of 4 samples end at the last dot, such as `d/a.v1`" in note
+
+
+def test_a_stream_reads_names_with_dots_alike(tmp_path):
+    members, expected = dotted_members()
+    write(tmp_path / "x.tar", members)
+    with (tmp_path / "x.tar").open("rb") as file:
+        samples = list(read_tar_samples(file, (None, None)))
+    assert {key: int(label) for _, label, key in samples} == expected
+    assert [content for content, _, _ in samples] == [
+        content for name, content in members if name.endswith("jpg") and name != "c.right.jpg"
+    ]
+
+
+def test_a_metadata_file_of_a_mask_is_no_label(tmp_path):
+    """The key ends at the first dot as long as a member `KEY.cls` or `KEY.json` is there."""
+    content = [jpeg(p) for p in photographs(4, size=20)]
+    members = []
+    for i in range(2):
+        mask = [(f"{i}.seg.json", b'{"label": "mask"}'), (f"{i}.seg.png", content[2 + i])]
+        members += [*mask, (f"{i}.cls", b"%d" % i), (f"{i}.jpg", content[i])]
+    write(tmp_path / "x.tar", members)
+    data = load_data(str(tmp_path / "x.tar"), whole=True)
+    assert len(data.splits["train"]) == 2 and data.classes == ("0", "1")

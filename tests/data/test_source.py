@@ -100,11 +100,15 @@ def test_a_class_may_be_called_train_beside_others(tmp_path):
 
 
 def test_splits_of_other_names(tmp_path):
-    for split in ("Train", "dev", "eval"):
+    for split in ("Train", "dev", "eval", "extra"):
         photos(tmp_path, inside=split)
     data = load_data(str(tmp_path))
-    assert {name: len(s) for name, s in data.splits.items()} == {"train": 10, "validation": 10}
-    assert "skipped folders that are not splits: `eval`" in data.notes[0]
+    assert {name: len(s) for name, s in data.splits.items()} == {
+        "train": 10,
+        "validation": 10,
+        "test": 10,
+    }
+    assert "skipped folders that are not splits: `extra`" in data.notes[0]
     photos(tmp_path, inside="validation", count=3)  # the plain name goes before the other
     assert len(load_data(str(tmp_path)).splits["validation"]) == 6
 

@@ -338,3 +338,14 @@ def test_the_command_line_in_a_process_of_its_own(hub, here):
     assert f"hf:org/ours: commit {hub.commit('org/ours')}" in done.stderr
     assert "\r" not in done.stderr and "%|" not in done.stderr  # no bars of the Hub's client
     assert files_in(hub.home / "hub") == files_in(hub.home / "other")
+
+
+def test_a_damaged_small_file_in_the_cache_is_downloaded_again(hub):
+    (hub.root / "models/org/ours/config.json").write_text('{"a": 1}')
+    path, _ = fetch_model("hf:org/ours")
+    config = path.parent / "config.json"
+    config.write_text('{"a": 3}')  # one bit
+    told = Told()
+    fetch_model("hf:org/ours", told)
+    assert config.read_text() == '{"a": 1}'
+    assert "`config.json` of `hf:org/ours` is damaged in the cache" in told.warnings[0]

@@ -113,6 +113,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "objective.name=distill": DISTILL,
     "objective.teacher": DISTILL,
     "objective.head_bias": {"objective.name": "sigmoid"},
+    "objective.name=mse": {"data.name": "numbers.csv"},
     "objective.name=descriptors": FORMULA,
     "objective.name=guided": FORMULA,
     "optim.momentum_dtype=bf16": {"optim.name": "sgd"},
@@ -133,6 +134,8 @@ ELSEWHERE = {
     "train.compile=True": "tests/vit/test_compile.py",
     "train.precision=fp16": "tests/test_devices.py",  # needs a GPU
     "train.fully_shard=True": "tests/train/test_fsdp.py",
+    "train.best_metric": "tests/train/test_best_weights.py",  # needs validation images
+    "train.patience": "tests/train/test_best_weights.py",
 }
 RIVALS = [
     {"train.steps", "train.epochs", "train.images"},

@@ -49,7 +49,7 @@ def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
     # Stopped, and resumed with the steps that were settled first: the same run of that length.
     fixed = Budget(7, Deadline(time.monotonic() + 1e6, 0.0, [(1.0, 1e-3)]))
     monkeypatch.setattr(Deadline, "is_due", lambda *_: False)
-    monkeypatch.setattr("vitcli.train.session.plan_budget", lambda *_: fixed)
+    monkeypatch.setattr("vitcli.train.resuming.plan_budget", lambda *_: fixed)
     asked = iter([None] * 4 + [15] + [None] * 100)
     monkeypatch.setattr(loop, "max_over_processes", lambda _, value: next(asked) or value)
     with pytest.raises(Stopped):
@@ -71,7 +71,7 @@ def test_measuring_moves_no_weight(tmp_path, monkeypatch):
     measured = budget.plan_budget
     monkeypatch.setattr(Deadline, "is_due", lambda *_: False)
     monkeypatch.setattr(
-        "vitcli.train.session.plan_budget", lambda *a: replace(measured(*a), steps=6)
+        "vitcli.train.resuming.plan_budget", lambda *a: replace(measured(*a), steps=6)
     )
     train_recipe(tmp_path / "budget", tiny_recipe(**SETTINGS))
     train_recipe(tmp_path / "fixed", tiny_recipe(train={"steps": 6, "smaller_sizes": [[4, 0.5]]}))
@@ -83,7 +83,7 @@ def test_measuring_moves_no_weight(tmp_path, monkeypatch):
 
 def test_a_budget_too_small_for_one_step(tmp_path, monkeypatch):
     recipe = tiny_recipe(train={"steps": None, "budget": "1s"})
-    monkeypatch.setattr("vitcli.train.session.parse_duration", lambda text: 5.0)
+    monkeypatch.setattr("vitcli.train.resuming.parse_duration", lambda text: 5.0)
     monkeypatch.setattr("vitcli.train.budget.WRITING_SECONDS", 60.0)
     with pytest.raises(VitcliError, match="no step fits into the budget"):
         train_recipe(tmp_path / "run", recipe)
@@ -103,7 +103,7 @@ def test_a_budget_that_is_over_is_not_exceeded_by_measuring(tmp_path, monkeypatc
 
 def fixed(monkeypatch, steps):
     given = Budget(steps, Deadline(time.monotonic() + 1e6, 0.0, [(1.0, 1e-3)]))
-    monkeypatch.setattr("vitcli.train.session.plan_budget", lambda *_: given)
+    monkeypatch.setattr("vitcli.train.resuming.plan_budget", lambda *_: given)
     return given
 
 

@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
     (path / "module.safetensors").write_bytes(b"short")
     with pytest.raises(VitcliError, match="cannot read checkpoint") as caught:
         load_checkpoint(path, s)
-    assert "remove it" in caught.value.hint
+    assert f"rm -r {path}" in caught.value.hint
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):

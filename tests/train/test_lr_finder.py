@@ -85,7 +85,7 @@ def test_from_the_command_line(here, capfd, monkeypatch):
 
 def test_fine_tuning_has_it_too(here, capfd, monkeypatch):
     monkeypatch.setattr(find_lr, "MAX_STEPS", 40)
-    words = ["finetune", "--model", "Pico/4", "--image-size", "8", "--batch-size", "32"]
+    words = ["finetune", "--model", "mu/4", "--image-size", "8", "--batch-size", "32"]
     assert cli.run([*words, "--find-lr", "--json"]) == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts["matrix_lr"] == pytest.approx(10 * facts["lr"])  # as the recipe has them: Muon's

@@ -283,7 +283,9 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 def test_a_resumed_run_is_exact_with_each(tmp_path, settings):
-    recipe = tiny_recipe(optim=settings, model={"embed_dim": 64}, train={"steps": 6})
+    recipe = tiny_recipe(
+        optim=settings, model={"embed_dim": 64}, train={"steps": 6, "eval_steps": 6}
+    )
 
     def go(name, resume=False):
         train_recipe(tmp_path / name, recipe, resume)

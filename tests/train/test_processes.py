@@ -24,12 +24,12 @@ from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.run import Run
-from vitcli.train.session import warn_of_other_processes
+from vitcli.train.exactness import machine_facts, warn_of_changes
 from vitcli.weights.load import load_model
 
 RECIPES = {
-    "two": {**PLAIN, "train": {"steps": 20}},
-    "two, accumulating": {**PLAIN, "train": {"steps": 20, "micro_batch_size": 8}},
+    "two": {**PLAIN, "train": {"steps": 10}},
+    "two, accumulating": {**PLAIN, "train": {"steps": 10, "micro_batch_size": 8}},
     "two, mixed and repeated": {
         **PLAIN,
         "augment": {"preset": "medium2", "cutmix_alpha": 1.0, "erase_rate": 0.5, "repeats": 2},
@@ -115,13 +115,13 @@ def test_another_number_of_processes_is_told(tmp_path):
         def warn(self, message):
             warned.append(message)
 
-    run = Run(tmp_path)
-    warn_of_other_processes(run, 2, Watch())  # killed before it could write its provenance
-    run.write_provenance({"processes": 2})
-    warn_of_other_processes(run, 2, Watch())
+    run, cpu = Run(tmp_path), torch.device("cpu")
+    warn_of_changes(run, machine_facts(cpu, "fp32", 2), Watch())  # killed before it wrote any
+    run.write_provenance(machine_facts(cpu, "fp32", 2))
+    warn_of_changes(run, machine_facts(cpu, "fp32", 2), Watch())
     assert not warned
-    warn_of_other_processes(run, 1, Watch())
-    assert "started with 2 processes and continues with 1" in warned[0]
+    warn_of_changes(run, machine_facts(cpu, "fp32", 1), Watch())
+    assert "processes 2 -> 1" in warned[0]
 
 
 @pytest.fixture(scope="module")
@@ -257,10 +257,8 @@ def wait_for_a_checkpoint(run):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_group_saves_once(trained, number, status):
     folder, _ = trained
     out = f"stopped-{status}"

@@ -61,6 +61,7 @@ def test_kernels_are_deterministic_if_a_run_asks(monkeypatch):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+@pytest.mark.draws_curves
 def test_a_run_leaves_what_the_contract_says(tmp_path):
     recipe = tiny_recipe()
     result = train_recipe(tmp_path / "run", recipe)
@@ -121,7 +122,9 @@ CONFIGURATIONS = {
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_stopped_and_resumed_is_never_stopped(name, tmp_path, monkeypatch):
-    recipe = tiny_recipe(**CONFIGURATIONS[name])
+    settings = CONFIGURATIONS[name]
+    train = {"eval_steps": 4, **settings.get("train", {})}
+    recipe = tiny_recipe(**{**settings, "train": train})
     train_recipe(tmp_path / "whole", recipe)
     Interrupt(monkeypatch, after=9, number=15)  # two questions a step: this is within step 5
     with pytest.raises(Stopped) as stopped:
@@ -208,7 +211,7 @@ def test_recomputed_activations_do_not_change_the_result(precision, tmp_path):
 
 def test_training_learns_the_digits(tmp_path):
     recipe = tiny_recipe(
-        train={"steps": 300, "log_steps": 50, "ema_decay": None},
+        train={"steps": 300, "log_steps": 50, "eval_steps": 300, "ema_decay": None},
         model={"dropout_rate": 0.0, "drop_path_rate": 0.0},
     )
     result = train_recipe(tmp_path / "run", recipe)
@@ -229,7 +232,7 @@ def test_training_learns_the_digits(tmp_path):
         ({"augment": {"preset": "light2"}, "train": {"micro_batch_size": 5}}, "needs pairs"),
         ({"augment": {"repeats": 3}}, "does not divide by `augment.repeats` = 3"),
         ({"augment": {"policy": "trivail"}}, "unknown augment.policy `trivail`"),
-        ({"augment": {"mixup_alpha": 0.2}, "objective": {"name": "descriptors"}}, "no labels"),
+        ({"augment": {"mixup_alpha": 0.2}, "objective": {"name": "descriptors"}}, "no classes"),
         (
             {"augment": {"policy": "trivial"}, "data": {"name": "builtin:formula"}},
             "generates whole batches",

@@ -112,6 +112,7 @@ def test_names_match():
     assert match_classes(["english_springer", "Tench"], imagenet) == [2, 0]
     assert match_classes(["crane"], ["crane, bird", "crane, machine"]) is None
     assert match_classes(["A", "a"], ["a", "b"]) is None  # never two onto one
+    assert match_classes(["cafe\u0301"], ["bar", "caf\u00e9"]) == [1]  # NFD and NFC
 
 
 def test_the_report_names_every_tensor(model, tmp_path):

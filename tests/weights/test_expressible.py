@@ -126,6 +126,7 @@ RESNET = {
     "width": [{"width": 1.0}, {"width": 1.5}],
     "num_classes": [{"num_classes": 0}],
     "arithmetic": [{"arithmetic": "google"}],
+    "axial": [{"axial": True}],
 }
 PREPROCESS = {
     "image_size": [{}],
@@ -165,9 +166,10 @@ def test_every_property_is_tried():
 
 def test_every_limit_is_reached():
     """The cases below meet each entry of the table, so that none stays untested."""
+    resnets = [resnet(settings) for several in RESNET.values() for settings in several]
     for layout, limits in EXPRESSIBLE.items():
         models = [vit(layout, settings) for several in VIT.values() for settings in several]
-        models += [resnet(settings) for several in RESNET.values() for settings in several]
+        models += resnets
         models += [vit(layout, {}, one) for several in PREPROCESS.values() for one in several]
         models.append(vit(layout, {"image_size": (16, 40)}, {"resize_mode": "crop"}))
         for name, values in TRAVELS.items():

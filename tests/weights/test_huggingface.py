@@ -70,22 +70,37 @@ def test_every_reference_case(shared):
 
 
 def test_reference_cases_at_another_resolution(shared):
-    """DINOv2 with registers resamples as we do by default, ViT without antialiasing."""
+    """Without a setting, positions are resampled as transformers does it for this kind of model."""
     compared = 0
     for file in sorted((shared / "reference/hf_vit").glob("*/io.npz")):
         io = np.load(file)
         if "logits_big" not in io:
             continue
         x = torch.from_numpy(io["pixel_values_big"])
-        registers = (
-            "registers" in json.loads((file.parent / "config.json").read_text())["model_type"]
-        )
-        method = None if registers else "bicubic_plain"
-        model = load_model(file.parent, image_size=tuple(x.shape[2:]), position_resize=method)
+        model = load_model(file.parent, image_size=tuple(x.shape[2:]))
         with torch.no_grad():
             assert worst(model(x), io["logits_big"]) < 5e-5, file
         compared += 1
     assert compared >= 2
+
+
+def test_one_output_without_a_problem_type_is_a_sigmoid(tmp_path):
+    """As transformers' pipeline; the softmax of one number would be 1 for every image."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        image_size=32, patch_size=16, num_labels=1,
+    )  # fmt: skip
+    theirs = transformers.ViTForImageClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        wanted = theirs(images).logits.sigmoid()
+        found = model.probabilities(model(images))
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=1e-6)
+    assert "one output: its probability is the sigmoid of the logit" in model.load_report.notes
 
 
 def test_what_comes_with_the_weights(shared):

@@ -20,10 +20,14 @@ SMALL = {"depth": 2, "image_size": 32}
 
 # The first is what `vitcli finetune` makes of our own pre-training.
 CASES = {
-    "quadrants": ("Pico/8", {"pool": "quadrants", "num_classes": 10}),
+    "quadrants": (
+        "Pico/8",
+        {"pool": "quadrants", "position": "sincos2d", "class_token": False, "num_classes": 10},
+    ),
     "many-options": (
         "Pico/8",
         {
+            "image_size": (32, 48),
             "num_classes": 5,
             "num_registers": 3,
             "qk_norm": True,
@@ -34,13 +38,13 @@ CASES = {
             "norm_before_blocks": True,
         },
     ),
+}
+MORE = {
     "attention-pool": ("Pico/8", {"pool": "map", "num_classes": 4}),
     "mean-and-fixed-positions": (
         "Pico/8",
         {"pool": "mean", "position": "sincos2d", "image_size": (32, 48), "class_token": False},
     ),
-}
-MORE = {
     "plain": ("Pico/8", {"num_classes": 10}),
     "norm-after-pool": ("Pico/8", {"pool": "mean", "norm_after_pool": True, "num_classes": 3}),
     "distilled": (

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.flipping import flip, flips
 
+from vitcli.commands import export
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.position import resample
 from vitcli.weights.load import load_model
-from vitcli.weights.loaded import create_model
-from vitcli.weights.store import load_weights, read_header, save_model
+from vitcli.weights.loaded import create_model, model_hash
+from vitcli.weights.store import load_weights, read_header, read_metadata, save_model
 
 
 @pytest.fixture
@@ -247,3 +249,46 @@ def test_a_whole_number_is_a_layer_scale(tmp_path, value):
     save_model(tmp_path / "m.safetensors", net)
     back = load_model(tmp_path / "m.safetensors")
     assert torch.equal(back.network.blocks[0].ls1.gamma, torch.full((128,), float(value)))
+
+
+@pytest.mark.parametrize("kind", ["vitcli", "timm", "huggingface"])
+def test_each_flipped_bit_of_weights_is_detected_or_harmless(tmp_path, kind):
+    sizes = {"depth": 1, "embed_dim": 16, "num_heads": 2, "mlp_dim": 16}
+    small = create_model("Pico/8", image_size=16, num_classes=3, **sizes)
+    file = tmp_path / "m.safetensors"
+    save_model(file, small)
+    if kind != "vitcli":
+        export.run(kind, model=str(file), out=tmp_path / kind)
+        file = tmp_path / kind / "model.safetensors"
+    expected, detected = [model_hash(load_model(file)), read_metadata(file)], 0
+
+    def check(position):
+        nonlocal detected
+        try:
+            loaded = load_model(file)
+        except VitcliError as error:
+            assert str(tmp_path) in error.message
+            detected += 1
+        else:
+            assert model_hash(loaded) == expected[0], f"byte {position}"
+
+    flips(file, check)
+    assert detected >= 45
+    assert read_metadata(file) == expected[1]
+
+
+def test_a_copy_and_another_name_keep_the_checksum(model, tmp_path):
+    save_model(tmp_path / "a.safetensors", model)
+    (tmp_path / "x").mkdir()
+    copy = tmp_path / "x/b.safetensors"
+    copy.write_bytes((tmp_path / "a.safetensors").read_bytes())
+    flip(copy, copy.stat().st_size - 100)
+    with pytest.raises(VitcliError, match="damaged: its checksum"):
+        load_weights(copy)
+
+
+def test_weights_without_a_checksum_load(model, tmp_path):
+    save_model(tmp_path / "a.safetensors", model)
+    metadata = {"vitcli": read_metadata(tmp_path / "a.safetensors")["vitcli"]}
+    save_file(model.state_dict(), tmp_path / "old.safetensors", metadata)
+    assert model_hash(load_model(tmp_path / "old.safetensors")) == model_hash(model)

@@ -86,6 +86,8 @@ def finetune(
 ) -> None:
     """Fine-tune pretrained weights on labelled images, at the same or a higher resolution.
 
+    `--set objective.name=mse` learns a number per image, such as an age, instead of classes.
+
     Example: `vitcli finetune photos/ --model runs/pretrain_formula --image-size 48 --epochs 20`
     """
     from vitcli.commands import finetune as command
@@ -99,7 +101,15 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
     from vitcli.cli.show import training as show
 
     name = command.__name__.rpartition(".")[2]
-    shared: dict[str, Any] = {"recipe": training.recipe, "settings": settings, "out": training.out}
+    out = training.out
+    if (
+        training.resume
+        and out is None
+        and given["data"]
+        and Path(given["data"], "recipe.toml").is_file()
+    ):
+        out, given["data"] = Path(given["data"]), None  # `--resume RUN`
+    shared: dict[str, Any] = {"recipe": training.recipe, "settings": settings, "out": out}
     verbose = {"verbose": given.pop("verbose")} if "verbose" in given else {}
     if training.find_lr:
         if training.dry_run:
@@ -174,6 +184,8 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
 @option_groups
 def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
     """Evaluate a model on a labelled dataset: accuracy, calibration, confusion matrix.
+
+    A regression gets its mean absolute error, RMSE and R2.
 
     Metrics have 95 % confidence intervals. Several models are compared with the first one on the
     same images. `--suite` fine-tunes or few-shot evaluates on every task of a suite; run it again
@@ -261,7 +273,7 @@ def predict(
     *,
     options: PredictOptions,
 ) -> None:
-    """Predict classes and probabilities of images.
+    """Predict classes and probabilities of images, or their numbers after a regression.
 
     The output file (`--csv`, `--jsonl`, `--parquet`) appears when all rows are written. Until then
     the rows are in `FILE.part`, and `--resume` continues from there.

@@ -30,10 +30,13 @@ LOG_WIDTH = 200  # columns of such a line
 SHOWN = {
     "loss": "loss {:.3f}",
     "accuracy": "acc {:.1%}",
+    "mae": "MAE {:.4g}",
     "validation_accuracy": "validation {:.1%}",
     "test_accuracy": "test {:.1%}",
     "validation_map": "validation mAP {:.1%}",
     "test_map": "test mAP {:.1%}",
+    "validation_mae": "validation MAE {:.4g}",
+    "test_mae": "test MAE {:.4g}",
     "images_per_second": "{:.0f} img/s",
     "mfu": "MFU {:.0%}",
     "memory_mb": "{:,.0f} MB",

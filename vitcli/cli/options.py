@@ -310,7 +310,12 @@ class TrainOptions:
     ] = False
     resume: Annotated[
         bool,
-        option(TRAINING, "--resume", help="Resume the run in `--out` from its last checkpoint."),
+        option(
+            TRAINING,
+            "--resume",
+            help="Resume a run from its last checkpoint: `--resume RUN`, or `--out RUN --resume`. "
+            "A larger `--epochs`, `--steps` or `--budget` trains longer.",
+        ),
     ] = False
     image_size: ImageSize = None
     streaming: Annotated[bool, schema_option(DATA, "data.streaming", "--streaming")] = False

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.config.recipe import load_inference
+from vitcli.config.recipe import load_data_check
 from vitcli.config.schema import DataSection, Settings
 from vitcli.data.contact_sheet import SheetRow, draw_sheet
-from vitcli.data.image_set import ImageSet, Integers
+from vitcli.data.image_set import ImageSet, Integers, Numbers
+from vitcli.data.numeric_labels import distribution, far_values, has_fractions, label_values
 from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
@@ -21,6 +22,7 @@ from vitcli.errors import VitcliError, printable, quoted
 from vitcli.files import replacing
 from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
+from vitcli.train.objectives import objective_class
 
 MAX_EXAMPLES = 5  # class names in one line
 TINY = 16  # px, of the shorter side
@@ -57,6 +59,11 @@ class CheckResult:
     sheet: str | None
     samples: SampleRange | None = None
     window: Window | None = None
+
+    @cached_property
+    def values(self) -> Numbers | None:
+        """(n,) the labels of all splits as numbers; None if they are words or several per image."""
+        return label_values(self.source)
 
     def name(self, row: int) -> str:
         """The name of the image of a row."""
@@ -105,7 +112,7 @@ class CheckResult:
     @cached_property
     def conflicts(self) -> list[Integers]:
         """Groups of rows that show the same and have different labels."""
-        return [g for g in self.duplicates if len({self.label(int(row)) for row in g}) > 1]
+        return [g for g in self.duplicates if len({self.label(int(row)) for row in g} - {""}) > 1]
 
     @cached_property
     def tiny(self) -> Integers:
@@ -120,8 +127,16 @@ class CheckResult:
 
     @cached_property
     def counts(self) -> dict[str, NDArray[np.int64]]:
-        """Split -> (K,) images per class, including unreadable images."""
-        return {name: images.class_counts() for name, images in self.source.splits.items()}
+        """Split -> (K,) images per class, including unreadable images; 0 for the class `""`."""
+        labelled = np.array([name != "" for name in self.source.classes])
+        return {k: images.class_counts() * labelled for k, images in self.source.splits.items()}
+
+    @property
+    def unlabelled(self) -> int:
+        """Images without a label, which have the class `""`."""
+        classes = self.source.classes
+        splits = self.source.splits.values()
+        return sum(int(s.class_counts()[classes.index("")]) for s in splits) if "" in classes else 0
 
     @property
     def imbalance(self) -> float:
@@ -166,6 +181,7 @@ class CheckResult:
             found = counted(len(pairs), f"{later} image is", f"{later} images are")
             lines.append(f"{found} also in {first} ({key}): accuracy on {later} is unreliable")
         kinds = [
+            (self.unlabelled, "image has no label", "images have no label"),
             (len(self.scan.unreadable), "image cannot be read", "images cannot be read"),
             (
                 len(self.conflicts),
@@ -198,14 +214,32 @@ class CheckResult:
             f"class names that differ only in case or punctuation: {quoted(names)}"
             for names in self.label_variants[:MAX_EXAMPLES]
         ]
+        if self.source.numeric:
+            return [*lines, *self._number_problems()]
         if self.imbalance >= IMBALANCED:
             lines.append(
                 f"the largest class has {self.imbalance:.0f} times as many images as the smallest"
             )
         counts = next(iter(self.counts.values()))
-        if few := [self.source.classes[k] for k in np.flatnonzero(counts < FEW)]:
+        classes = zip(self.source.classes, counts, strict=True)
+        if few := [name for name, count in classes if name and count < FEW]:
             found = counted(len(few), "class has", "classes have")
             lines.append(f"{found} fewer than {FEW} images: {quoted(few[:MAX_EXAMPLES])}")
+        return lines
+
+    def _number_problems(self) -> list[str]:
+        lines: list[str] = []
+        if self.values is None:
+            return lines
+        far = far_values(self.values)
+        if self.values.min() == self.values.max():
+            lines.append(f"all numbers are {self.values[0]:.6g}, so there is nothing to learn")
+        if len(far):
+            found = counted(len(far), "number is", "numbers are")
+            lines.append(
+                f"{found} far from all others, such as {far[0]:.6g}; remove them if they mean "
+                "`unknown`"
+            )
         return lines
 
     def _training_json(self) -> dict[str, Any]:
@@ -238,7 +272,9 @@ class CheckResult:
             "classes": {
                 name: {split: int(counts[k]) for split, counts in self.counts.items()}
                 for k, name in enumerate(self.source.classes)
+                if name
             },
+            "numbers": None if self.values is None else distribution(self.values),
             "layout": self.source.layout,
             "notes": list(self.source.notes),
             "training": self._training_json(),
@@ -259,6 +295,7 @@ class CheckResult:
             "width": _min_median_max(size[:, 1]),
             "samples": self._samples_json(),
             "suggested": self.suggestion,
+            "suggested_objective": None if self.values is None else "mse",
             "sheet": self.sheet,
         }
 
@@ -302,12 +339,16 @@ def run(
         VitcliError: the data cannot be read, or `out` cannot be written.
     """
     watch = watch or Quiet()
-    inference = load_inference(settings)
-    section, window = inference.data, inference.preprocess.window
+    given = load_data_check(settings)
+    section, window = given.data, given.preprocess.window
+    numeric = objective_class(given.objective.name).regression
     if out is not None and out.suffix.lower() != ".png":
         raise VitcliError(f"`--out {out}` is not a .png file", "write `--out samples.png`")
-    source = open_data(section, data, whole=True, labelled=False, watch=watch)
-    training = _open_for_training(section, data)
+    open_whole = partial(open_data, section, data, whole=True, labelled=False, watch=watch)
+    source: Source = open_whole(numeric=numeric)
+    if not numeric and has_fractions(source):  # which no classifier takes
+        source = open_whole(numeric=True)
+    training = _open_for_training(section, data, numeric)
     made = () if isinstance(training, VitcliError) else training.notes
     for line in dict.fromkeys([*source.notes, *made]):
         watch.note(line)
@@ -324,10 +365,10 @@ def run(
     return CheckResult(data, source, training, scan, groups, sheet, samples, window)
 
 
-def _open_for_training(section: DataSection, data: str) -> Source | VitcliError:
+def _open_for_training(section: DataSection, data: str, numeric: bool) -> Source | VitcliError:
     """The splits and classes that a training run with these settings gets, or its error."""
     try:
-        return open_data(section, data)
+        return open_data(section, data, numeric=numeric)
     except VitcliError as error:
         return error
 

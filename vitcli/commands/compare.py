@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 
 from vitcli.config.recipe import flat_settings
 from vitcli.errors import VitcliError
-from vitcli.evals.comparison import PairedAccuracy, compare_paired, pair_json
+from vitcli.evals.comparison import Pair, compare_errors, compare_paired, pair_json
 from vitcli.run import OUTCOMES, Run
+from vitcli.weights.store import check_seal
 
 SEED_SETTINGS = {"train.seed"}  # runs that differ in nothing else are repetitions
 
@@ -34,7 +35,7 @@ class RunComparison:
     runs: tuple[str, ...]
     settings: dict[str, list[Any]]
     results: dict[str, list[float | None]]
-    paired: list[PairedAccuracy | str]
+    paired: list[Pair]
     seeds: dict[str, tuple[float, float]] = field(default_factory=dict)
     splits: tuple[str | None, ...] = ()
 
@@ -98,7 +99,8 @@ def reported_split(run: Run) -> str | None:
 
     Earlier versions do not record it. They reported the validation images, if there were any.
     """
-    known = run.result().get("figures", {}).get("split")
+    figures = run.result().get("figures")
+    known = figures.get("split") if isinstance(figures, dict) else None
     if known is not None:
         return str(known)
     counts = run.provenance().get("data", {}).get("images", {})
@@ -129,7 +131,7 @@ def _held_out_figures(
     }
 
 
-def _compare(first: Run, second: Run) -> PairedAccuracy | str:
+def _compare(first: Run, second: Run) -> Pair:
     """The paired test of two runs, or why there is none."""
     data = [found.provenance().get("data", {}) for found in (first, second)]
     # The content is that of the images; the fingerprint is that of their names and sizes.
@@ -139,10 +141,17 @@ def _compare(first: Run, second: Run) -> PairedAccuracy | str:
     splits = reported_split(first), reported_split(second)
     if splits[0] != splits[1]:
         return f"measured on other images: the {splits[0]} and the {splits[1]} split"
+    files = [found.path / OUTCOMES for found in (first, second)]
     try:
-        a, b = (load_file(found.path / OUTCOMES) for found in (first, second))
+        for file in files:
+            if file.is_file():
+                check_seal(file)
+        a, b = map(load_file, files)
     except (OSError, SafetensorError):
         return "a run has no predictions of single images"
-    if any(not np.array_equal(a[name], b[name]) for name in ("index", "label")):
+    truth = "target" if "target" in a else "label"  # of a regression, of a classifier
+    if any(name not in b or not np.array_equal(a[name], b[name]) for name in ("index", truth)):
         return "measured on other images"
+    if truth == "target":
+        return compare_errors(*(np.abs(found["predicted"] - found[truth]) for found in (a, b)))
     return compare_paired(*(found["predicted"] == found["label"] for found in (a, b)))

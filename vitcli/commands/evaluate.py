@@ -26,7 +26,7 @@ from vitcli.evals.class_matching import (
     read_class_map,
 )
 from vitcli.evals.comparison import ModelComparison, compare_models
-from vitcli.evals.evaluate import Evaluation, Evaluator, FittedTemperature
+from vitcli.evals.evaluate import Evaluation, Evaluator, FittedTemperature, evaluate_numbers
 from vitcli.evals.features import Extracted, extract, rank_and_world_size
 from vitcli.evals.held_out import choose_images
 from vitcli.evals.plots import evaluation_files, write_evaluation_files
@@ -34,7 +34,13 @@ from vitcli.evals.real_labels import read_real_labels, real_targets
 from vitcli.files import check_folder, make_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_output, run_stem
-from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
+from vitcli.weights.load import (
+    load_model,
+    load_settings,
+    newest_run,
+    require_one_number,
+    require_preprocess,
+)
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel
 
@@ -65,6 +71,7 @@ class LoadedTask:
     """One model and the images that it is measured on, checked but not yet evaluated.
 
     Attributes:
+        matching: None for a regression.
         folder: folder of the files that the evaluation writes.
         weights_file: file that will hold the temperature; None without `--calibrate`.
     """
@@ -73,7 +80,7 @@ class LoadedTask:
     net: LoadedModel
     source: Source
     images: ImageSet
-    matching: ClassMatching
+    matching: ClassMatching | None
     folder: Path
     weights_file: Path | None
 
@@ -149,6 +156,11 @@ def run(
         folders = _output_folders(models, root)
         # Load and check every model before the first is evaluated: a mistake shows at once.
         tasks = [_load(name, request, folder) for name, folder in zip(models, folders, strict=True)]
+        if len({task.net.is_regression for task in tasks}) > 1:
+            raise VitcliError(
+                "some of these models predict classes and others numbers (regression)",
+                "evaluate them in separate commands",
+            )
         results = []
         while tasks:
             results.append(_evaluate(tasks.pop(0), request))  # pop: frees the weights afterwards
@@ -179,10 +191,17 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
             f"`{model}` has no trained head to evaluate",
             hint="train one with `vitcli finetune` or `vitcli fewshot`",
         )
+    if net.is_regression:
+        _check_regression(net, model, request)
     source, images = choose_images(request.data, model, net, request.inference, watch)
     for line in source.notes:
         watch.note(line)
     note_load_report(net, watch, verbose=request.verbose)
+    if net.is_regression:
+        if net.labels not in (None, source.classes):
+            name = (net.labels or ("",))[0]
+            watch.warn(f"`{model}` predicts `{name}`, and the data have `{source.classes[0]}`")
+        return LoadedTask(model, net, source, images, None, folder, None)
     matching = match_outputs(net, source.classes, request.data, watch, request.class_map)
     if images.targets is not None:
         _check_multi_label(matching, source, request)
@@ -193,6 +212,21 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
         check_same_kind(net, images, model)
         file = temperature_file(model, not arguments and request.labels is None, folder)
     return LoadedTask(model, net, source, matching.select(images), matching, folder, file)
+
+
+def _check_regression(net: LoadedModel, model: str, request: EvaluationRequest) -> None:
+    """Raise a VitcliError for options that need classes."""
+    require_one_number(net, model)
+    given = {
+        "--real": request.real,
+        "--class-map": request.class_map,
+        "--calibrate": request.calibrate or None,
+    }
+    if flags := [flag for flag, value in given.items() if value is not None]:
+        raise VitcliError(
+            f"`{flags[0]}` needs classes, and `{model}` predicts a number (regression)",
+            f"remove `{flags[0]}`",
+        )
 
 
 def _check_multi_label(matching: ClassMatching, source: Source, request: EvaluationRequest) -> None:
@@ -214,6 +248,8 @@ def _check_multi_label(matching: ClassMatching, source: Source, request: Evaluat
 def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
     """Evaluate one model and write its files."""
     net, images, watch = task.net, task.images, request.watch
+    if task.matching is None:
+        return _evaluate_numbers(task, request)
     fitted, record = None, None
     if task.weights_file is not None:
         split = split_for_calibration(task.source, images, task.matching, request.seed)
@@ -240,7 +276,7 @@ def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
         images=images,
         model=task.model,
         data=request.data,
-        identity=f"{task.source.fingerprint}/{images.name}/{len(images)}",
+        identity=identity_of(task.source, images),
         real=real,
         fitted=fitted,
         seed=request.seed,
@@ -256,6 +292,31 @@ def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
             make_folder(fitted.file.parent)
             store_temperature(net, task.model, fitted.file, record)
     return result
+
+
+def _evaluate_numbers(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
+    """Evaluate a regression and write its files."""
+    images = task.images
+    request.watch.note(f"evaluating {len(images):,} {images.name} images of {request.data}")
+    result = evaluate_numbers(
+        task.net,
+        _logits(task.net, images, request, "images"),
+        images,
+        model=task.model,
+        data=request.data,
+        identity=identity_of(task.source, images),
+        seed=request.seed,
+    )
+    result = replace(result, files=evaluation_files(result, task.folder))
+    if rank_and_world_size()[0] == 0:
+        make_folder(task.folder)
+        write_evaluation_files(result, images, require_preprocess(task.net).pixel_format)
+    return result
+
+
+def identity_of(source: Source, images: ImageSet) -> str:
+    """Identifies the images of an evaluation, see `Evaluation.identity`."""
+    return f"{source.fingerprint}/{images.name}/{len(images)}"
 
 
 def _logits(

@@ -19,7 +19,7 @@ from vitcli.files import release_unused, take_first
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_output, run_stem
 from vitcli.vit import ViTConfig
-from vitcli.weights.edit import fold_temperature
+from vitcli.weights.edit import fold_target_scale, fold_temperature
 from vitcli.weights.formats import FORMATS
 from vitcli.weights.load import load_model, load_settings, newest_run
 from vitcli.weights.load_report import note_load_report
@@ -28,6 +28,7 @@ from vitcli.weights.onnx import data_file, run_onnx
 from vitcli.weights.store import record_file, write_split_record
 
 LARGEST_DIFFERENCE = 1e-4  # relative to the largest output
+OUTPUTS = ("logits", "values")  # of a classifier and of a regression
 NUM_IMAGES = 3  # random images for the comparison
 
 
@@ -39,7 +40,7 @@ class Exported:
         files: file name -> bytes.
         facts: classes, image size, mean, std, epsilon and GELU of the exported model.
         notes: what the format cannot store, one line each.
-        compared: `logits`, or `features` of a model without a head.
+        compared: `logits`, `values` of a regression, or `features` of a model without a head.
         difference: the largest difference after reading it back; None if not verified.
         scale: the largest magnitude of the compared outputs.
     """
@@ -119,8 +120,9 @@ def run(
 
 def _export(net: LoadedModel, model: str, to: str, out: Path) -> Exported:
     """Write the model, read it back, and compare."""
-    temperature = net.temperature
+    temperature, folded = net.temperature, net.target_scale
     fold_temperature(net)
+    fold_target_scale(net)
     notes = resolve_name(f"vitcli.weights.{FORMATS[to].write}")(net, out)
     try:
         if to != "onnx":  # not a MODEL of any command
@@ -131,6 +133,13 @@ def _export(net: LoadedModel, model: str, to: str, out: Path) -> Exported:
         raise
     if temperature != 1.0:
         notes = [*notes, f"the temperature {temperature:.4g} is folded into the head"]
+    if net.is_regression:
+        name = f"`{net.labels[0]}`" if net.labels else "the number"
+        notes = [
+            *notes,
+            f"the output is {name} in its unit: mean {folded.mean:.6g} and standard "
+            f"deviation {folded.std:.6g} are folded into the head",
+        ]
     if difference is None:
         notes = [*notes, "not verified: onnxruntime is not installed"]
     return Exported(
@@ -140,7 +149,7 @@ def _export(net: LoadedModel, model: str, to: str, out: Path) -> Exported:
         files=_files(out),
         facts=_facts(again),
         notes=tuple(notes),
-        compared="logits" if net.config.num_classes else "features",
+        compared=OUTPUTS[net.is_regression] if net.config.num_classes else "features",
         difference=difference,
         scale=scale,
         head_trained=net.head_trained,
@@ -215,7 +224,7 @@ def _compare(net: LoadedModel, to: str, out: Path) -> tuple[LoadedModel, float |
             again = load_model(out)
             found = again(images)
             _demand_equal(again.features(images), net.features(images), "features", to)
-    return again, *_demand_equal(found, wanted, "logits", to)
+    return again, *_demand_equal(found, wanted, OUTPUTS[net.is_regression], to)
 
 
 def _demand_equal(found: Tensor, wanted: Tensor, what: str, to: str) -> tuple[float, float]:

@@ -29,7 +29,7 @@ def run(
             and `finetune` for any other data.
         settings: nested settings that override the recipe.
         out: the run directory; None creates `runs/RECIPE`, with a number if that exists.
-        resume: resume the run in `out`.
+        resume: resume the run in `out`, whose recipe is the default.
         track: `tensorboard`, `wandb` or `trackio`, which receives every record.
         verbose: report how each tensor was loaded.
 

@@ -160,7 +160,7 @@ def _check_resnet(model: str, with_bias: bool, watch: Watcher) -> None:
             f"`{model}` is a ResNet: it has no attention and no positions to inspect",
             "remove `--no-bias`: the inductive bias of a ResNet can be measured",
         )
-    watch.warn(f"`{model}` is a ResNet and has no attention: only filters and equivariance")
+    watch.warn(f"`{model}` is a ResNet, without patches: only filters and equivariance")
 
 
 def _load_resnet(

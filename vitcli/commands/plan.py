@@ -28,6 +28,7 @@ from vitcli.files import parse_toml
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free
 from vitcli.train.build import check_names, open_source, start_accelerator
+from vitcli.train.objectives import objective_class
 from vitcli.train.resolve import (
     finetune_recipe,
     newest_pretrained,
@@ -35,6 +36,7 @@ from vitcli.train.resolve import (
     pretrained_model,
     random_model,
 )
+from vitcli.train.resuming import is_run
 from vitcli.weights.loaded import LoadedModel
 
 __all__ = ["CostEstimate", "Prices", "run"]
@@ -130,6 +132,8 @@ def run(
     watch, prices = watch or Quiet(), prices or Prices()
     if out is not None and not resume:
         check_free(out)
+    if resume and recipe is None and out is not None and is_run(out):
+        recipe = str(out)
     hardware = find_hardware(device) if device else []
     here = includes_this_machine(device)
     request = PlanTarget(recipe, data, command, model, settings)
@@ -139,7 +143,8 @@ def run(
     accelerator, precision = start_accelerator(resolved)
     if resolved.data.name is None:
         channels = resolved.model.num_channels or 3
-        source = noise_source(name, stated, images, classes, channels, watch)
+        regression = objective_class(resolved.objective.name).regression
+        source = noise_source(name, stated, images, classes, channels, watch, regression)
     else:
         source = open_source(resolved, watch)
     torch.manual_seed(resolved.train.seed)

@@ -1,4 +1,4 @@
-"""`vitcli predict`: class names and probabilities of images, folders and globs."""
+"""`vitcli predict`: class names and probabilities, or numbers, of images, folders and globs."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,10 +24,16 @@ from vitcli.evals.finished_tables import ImageDigest, check_finished, is_recorde
 from vitcli.evals.ood import ReferenceStore
 from vitcli.evals.predictor import AbstainRules, ImagePredictor
 from vitcli.evals.resume_log import PredictionCounts, ResumeLog, is_finished, open_resume_log
-from vitcli.evals.writers import COLUMNS, OutputFiles, PredictionRow
+from vitcli.evals.writers import COLUMNS, NUMBER_COLUMNS, OutputFiles, PredictionRow
 from vitcli.preprocess import AnyImage
 from vitcli.progress import Bar, Quiet, Watcher
-from vitcli.weights.load import load_model, load_settings, newest_run, require_preprocess
+from vitcli.weights.load import (
+    load_model,
+    load_settings,
+    newest_run,
+    require_one_number,
+    require_preprocess,
+)
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel, model_hash
 
@@ -82,7 +88,8 @@ def predict(
 
     Returns:
         A dict for each image: `path`, `label`, `probability`, `top`, `error`; with a threshold
-        also `abstained`; with `ood` also `ood` and `ood_distance`. `path` is None for an image in
+        also `abstained`; with `ood` also `ood` and `ood_distance`. After a regression the keys are
+        `path`, `value` and `error`. `path` is None for an image in
         memory without a file name.
 
     Raises:
@@ -177,6 +184,8 @@ def run(
     files = find_images(paths, source)
     inference = load_inference(settings)
     net, name = _load_classifier(model, inference, labels, watch, verbose)
+    if net.is_regression:
+        _check_regression(net, name, rules, ood=ood or reference is not None)
     transform = TTATransform(require_preprocess(net), tta)
     transform.preprocess.check_batch(min(batch_size, files.total or batch_size))
     if ood or ood_threshold is not None or reference is not None:
@@ -205,6 +214,17 @@ def run(
     top = min(top, net.config.num_classes)
     predictor = ImagePredictor(net.to(pick_device()), transform, rules, top, batch_size, precision)
     return Predictions(_rows(predictor, files, outputs, decisive, resume, counts, watch), counts)
+
+
+def _check_regression(net: LoadedModel, name: str, rules: AbstainRules, *, ood: bool) -> None:
+    """Raise a VitcliError for options that need classes."""
+    require_one_number(net, name)
+    if rules.can_abstain or ood:
+        flag = "--threshold" if rules.threshold is not None else "--ood"
+        raise VitcliError(
+            f"`{flag}` needs classes, and `{name}` predicts a number (regression)",
+            f"remove `{flag}`",
+        )
 
 
 def _check_options(top: int, batch_size: int, outputs: OutputFiles, resume: bool) -> None:
@@ -237,6 +257,11 @@ def _rows(
             log = stack.enter_context(opened)
             todo, repeated = log.remaining(todo, predictor.batch_size)
             stack.push(partial(_note_interruption, log, counts, watch))
+            if log.num_damaged:
+                watch.warn(
+                    f"`{log.path}` is damaged from row {counts.count + 1} on: {log.num_damaged:,} "
+                    "rows are predicted again"
+                )
             if resume:
                 watch.note(f"`{log.path}` already has {counts.count:,} rows")
         done = counts.count - repeated
@@ -252,7 +277,8 @@ def _rows(
             counts.add(row)
             yield row
         if log is not None:
-            outputs.write(log.rows, [*COLUMNS, *predictor.rules.columns])
+            columns = NUMBER_COLUMNS if predictor.net.is_regression else COLUMNS
+            outputs.write(log.rows, [*columns, *predictor.rules.columns])
             log.remove()
             record_tables(outputs.paths, decisive, images.hexdigest())
 
@@ -316,7 +342,7 @@ def _load_classifier(
             hint="train a head with `vitcli fewshot DATA` (seconds) or `vitcli finetune DATA` "
             "(minutes)",
         )
-    if net.labels is None:
+    if net.labels is None and not net.is_regression:
         watch.warn(
             f"`{name}` has no class names, so output numbers are used; name them with "
             "`--labels FILE`"

@@ -26,7 +26,7 @@ def run(
             formulas, and `pretrain` for any other data.
         settings: nested settings that override the recipe.
         out: the run directory; None creates `runs/RECIPE`, with a number if that exists.
-        resume: resume the run in `out`.
+        resume: resume the run in `out`, whose recipe is the default.
         track: `tensorboard`, `wandb` or `trackio`, which receives every record.
 
     Raises:
@@ -34,7 +34,7 @@ def run(
         Stopped: a signal came; the state is saved.
     """
     watch = watch or Quiet()
-    name, resolved = pretrain_recipe(data, recipe, settings, watch)
+    name, resolved = pretrain_recipe(data, recipe, settings, watch, out if resume else None)
     return train(
         resolved,
         lambda source: random_model(resolved, source),

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from vitcli.config.schema import DURATIONS, Inference, Recipe, Section, Settings
+from vitcli.config.schema import DURATIONS, DataCheck, Inference, Recipe, Section, Settings
 from vitcli.errors import VitcliError, nearest, unknown
 from vitcli.files import parse_toml
 
@@ -152,8 +152,8 @@ def check(
         faults: dict[str, str] = {}
         for one in error.errors():  # each member of a union reports an error; keep the first
             faults.setdefault(*_fault(kind, dict(one)))
-        if kind is Inference:
-            hint = f"the sections are `{'`, `'.join(Inference.model_fields)}`"
+        if issubclass(kind, Inference):
+            hint = f"the sections are `{'`, `'.join(kind.model_fields)}`"
         text = "; ".join(faults.values())
         if not faults.keys() <= _keys(typed or {}):
             text = f"{origin}: {text}"
@@ -224,6 +224,11 @@ def load_recipe(
 def load_inference(overrides: Mapping[str, Any] | None = None) -> Inference:
     """The settings of a command that does not train."""
     return check(Inference, overrides or {}, "--set", typed=overrides)
+
+
+def load_data_check(overrides: Mapping[str, Any] | None = None) -> DataCheck:
+    """The settings of `check`."""
+    return check(DataCheck, overrides or {}, "--set", typed=overrides)
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:

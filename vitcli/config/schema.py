@@ -131,7 +131,9 @@ class ModelSection(Section):
     norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
     norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
     patch_bias: bool | None = setting(None, "Add a bias to the patch embedding.")
-    axial: bool | None = setting(None, "Use axial attention: rows, then columns.")
+    axial: bool | None = setting(
+        None, "Use axial attention, within rows and within columns; also in a ResNet."
+    )
     stem: tuple[Count, ...] | None = setting(None, "Units per stage of the hybrid's ResNet stem.")
     stem_width: PositiveFloat | None = setting(None, "Width factor of the hybrid's ResNet stem.")
     stem_arithmetic: StemArithmetic | None = setting(
@@ -313,7 +315,10 @@ class AugmentSection(Section):
 class ObjectiveSection(Section):
     """The training objective, and the settings that one or a few objectives have."""
 
-    name: str = setting("auto", "Objective. `auto`: softmax, or sigmoid for multi-label data.")
+    name: str = setting(
+        "auto",
+        "Objective. `auto`: softmax, or sigmoid for multi-label data. `mse` predicts a number.",
+    )
     head_bias: float | None = setting(
         None, "Initial bias of a new sigmoid head: -10 for ImageNet-21k, -6.9 for ImageNet-1k."
     )
@@ -409,6 +414,11 @@ class ScheduleSection(Section):
     shift: CountOrZero = setting(0, "Steps that `rsqrt` starts ahead of its curve.")
     cooldown_steps: CountOrZero = setting(
         0, "Steps of the linear cool-down to 0 at the end of `rsqrt`."
+    )
+    extension: Literal["continue", "restart"] = setting(
+        "continue",
+        "Schedule of a resume with more `--epochs` or `--steps`: `continue` takes the curve of the "
+        "new length, `restart` warms up and decays again.",
     )
 
     @model_validator(mode="after")
@@ -511,6 +521,14 @@ class TrainSection(Section):
         "Measure the few-shot accuracy too in each evaluation, with this many training images per "
         "class; the result has the best one (Figure 4).",
     )
+    best_metric: str | None = setting(
+        None,
+        "Keep the weights with the best value of this metric of the validation images in "
+        "best.safetensors: accuracy, loss, map, micro_f1, fewshot_accuracy, mae, rmse or r2.",
+    )
+    patience: Count | None = setting(
+        None, "Stop after this many evaluations in turn without a better `best_metric`."
+    )
     log_steps: Count = setting(20, "Steps between records in metrics.jsonl.")
     compile: bool = setting(False, "Compile the forward and backward pass with torch.compile.")
     tf32: bool = setting(False, "Let a GPU use TF32 for fp32 matrix products.")
@@ -533,6 +551,8 @@ class TrainSection(Section):
             named = " and ".join(f"`{name}`" for name in given) or "none"
             options = ", ".join(f"`{name}`" for name in DURATIONS)
             raise ValueError(f"give exactly one of {options}; given: {named}")
+        if self.patience is not None and self.best_metric is None:
+            raise ValueError("`patience` needs `best_metric`, for example `accuracy`")
         return self
 
     def side_at(self, step: float, total_steps: int) -> int | None:
@@ -587,6 +607,12 @@ class Inference(Section):
     preprocess: PreprocessSection = PreprocessSection()
     data: DataSection = DataSection()
     fewshot: FewshotSection = FewshotSection()
+
+
+class DataCheck(Inference):
+    """The settings of `check`, which reads the labels as training with this objective does."""
+
+    objective: ObjectiveSection = ObjectiveSection()
 
 
 class Recipe(Section):

@@ -38,16 +38,15 @@ class ForwardMemory:
 
     Attributes:
         peak: the largest sum of all tensors that are alive at once.
-        small, large: the same for blocks below and from `LARGE_BLOCK`, each with its own peak.
+        large: the same for blocks from `LARGE_BLOCK` only.
     """
 
     peak: int = 0
-    small: int = 0
     large: int = 0
 
     def with_batches(self, waiting: int) -> "ForwardMemory":
         """The same with `waiting` bytes of decoded images that wait for their pass."""
-        return ForwardMemory(self.peak + waiting, self.small, self.large + waiting)
+        return ForwardMemory(self.peak + waiting, self.large + waiting)
 
 
 @dataclass(frozen=True)
@@ -114,14 +113,15 @@ class StepMemory:
         """Bytes by which a process on a CPU grows in an evaluation between two steps.
 
         The small blocks that the steps have freed are still with the process, and few of the
-        evaluation's blocks fit between those in use (measured in recipes/RESULTS.md).
+        evaluation's blocks fit between those in use (measured in recipes/RESULTS.md). Large blocks
+        are mapped and unmapped one by one, so they leave no holes.
         """
         if not forward.peak:
             return 0
         between = self.evaluation_peak(forward) - forward.peak
         holes = MALLOC_OVERHEAD[False]
         heap = max(MALLOC_OVERHEAD[self.checkpointing] * self.small_peak, holes * between)
-        return CPU_BUFFERS + int(heap + holes * (forward.small + forward.large))
+        return CPU_BUFFERS + int(heap + holes * (forward.peak - forward.large) + forward.large)
 
 
 class StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -342,7 +342,7 @@ def evaluation_memory(
         with tracker, torch.no_grad(), _autocast(precision):
             pixels = torch.empty(batch, *size, dtype=torch.uint8)
             model((pixels.float() / 255 - 0.5) / 0.5)
-        return ForwardMemory(tracker.peak, tracker.small_peak, tracker.large_peak)
+        return ForwardMemory(tracker.peak, tracker.large_peak)
 
 
 def replace_tensors(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from vitcli.cost.memory import StepMemory
 from vitcli.cost.planned_run import PlannedRun, RunCounts
 from vitcli.errors import VitcliError
 from vitcli.train.loop import CHECKPOINT_SECONDS
-from vitcli.train.session import NUM_EVALUATIONS
+from vitcli.train.resuming import NUM_EVALUATIONS
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def noise_source(
     classes: int | None,
     channels: int,
     watch: Watcher,
+    regression: bool = False,
 ) -> Source:
     """A source of noise, of the size that the user or the header gives.
 
@@ -108,8 +109,10 @@ def noise_source(
             "add DATA after the recipe, or `--images N`",
         )
     known = classes if classes is not None else stated.classes or DEFAULT_CLASSES
+    known = 1 if regression else known
+    of = "" if regression else f" of {known:,} classes"
     data = f" ({stated.data})" if stated.data and images is None else ""
-    watch.note(f"no DATA given: planned for {count:,} training images of {known:,} classes{data}")
+    watch.note(f"no DATA given: planned for {count:,} training images{of}{data}")
     names = tuple(str(number) for number in range(known))
     splits: Any = {"train": NoiseSet(count, names, channels)}
     return Source(stated.data or "no data", splits, names, "")

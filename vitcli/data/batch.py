@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitcli.data.augment.mixing import Mix
-from vitcli.data.image_set import Integers, Pixels
+from vitcli.data.image_set import Integers, Numbers, Pixels
 from vitcli.errors import VitcliError
 
 
@@ -20,7 +20,7 @@ class Batch:
 
     Attributes:
         images: (B, C, Y, X) uint8; memory may be channels-last.
-        labels: (B,) int64 class numbers, or (B, K) uint8 multi-hot targets.
+        labels: (B,) int64 class numbers, (B, K) uint8 multi-hot targets, or (B,) float64 numbers.
         indices: (B,) int64, positions in the image set.
         epochs: (B,) int64, the epoch of each image; 0 in evaluation.
         broken: (name, reason) of each unreadable image.
@@ -117,8 +117,11 @@ def downsample(images: Tensor, size: int | None) -> Tensor:
     )
 
 
-def targets_of(images: Any, indices: Integers) -> Integers | Pixels:
-    """(B,) class numbers, or (B, K) multi-hot targets of a multi-label set."""
+def targets_of(images: Any, indices: Integers) -> Integers | Pixels | Numbers:
+    """(B,) class numbers, (B, K) multi-hot targets of a multi-label set, or (B,) numbers."""
+    values: Numbers | None = getattr(images, "values", None)
+    if values is not None:
+        return values[indices]
     targets: Pixels | None = getattr(images, "targets", None)
     labels: Integers = images.labels
     return labels[indices] if targets is None else targets[indices]
@@ -135,7 +138,9 @@ def make_batch(
     labels = np.asarray(labels)
     return Batch(
         torch.as_tensor(images),
-        torch.as_tensor(labels if labels.ndim == 2 else labels.astype(np.int64)),
+        torch.as_tensor(
+            labels.astype(np.int64) if labels.ndim == 1 and labels.dtype.kind in "iu" else labels
+        ),
         torch.from_numpy(indices),
         torch.from_numpy(epochs),
         tuple(broken),

@@ -28,6 +28,7 @@ from vitcli.data.readers.decoded import (
     targets_file,
 )
 from vitcli.data.source import Source
+from vitcli.data.split_record import content_key, image_keys
 from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import exclusive, make_folder, read_json, replacing, write_text
@@ -35,6 +36,7 @@ from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
 
 LOCK = ".lock"
+KEY_BYTES = 8
 SYNC_IMAGES = 4096  # images between two flushes to the disk, which survive a power cut
 OTHER_FOLDER = "choose another folder, or remove this one"
 
@@ -124,20 +126,26 @@ def _write_missing(
 ) -> tuple[dict[str, int], list[str]]:
     """Write what is missing: (split -> readable images, a line for each other image)."""
     total = sum(len(images) for images in source.splits.values())
-    before = sum(_complete_rows(out, name) for name in source.splits)
-    if before:
-        watch.note(f"continuing at image {before:,} of {total:,}")
     try:
+        intact = {name: _intact_rows(out, images) for name, images in source.splits.items()}
+        before = sum(intact.values())
+        if lost := sum(_complete_rows(out, name) for name in source.splits) - before:
+            watch.warn(
+                f"{lost:,} stored images are made again: an image before them is damaged, or its "
+                "original has changed since"
+            )
+        if before:
+            watch.note(f"continuing at image {before:,} of {total:,}")
         with watch.progress("store", total, before) as bar:
             for name, images in source.splits.items():
                 if images.targets is not None:
                     with replacing(targets_file(out, name)) as temporary:
                         images.targets.tofile(temporary)
-                with PixelWriter(out, name) as writer:
+                with PixelWriter(out, name, intact[name]) as writer:
                     small = partial(_decode_small, images, plan["side"], plan.get("window"))
                     rest = range(writer.rows, len(images))
-                    for image in map_in_order(small, rest, workers):
-                        writer.add(image, int(images.labels[writer.rows]))
+                    for image, key in map_in_order(small, rest, workers):
+                        writer.add(image, int(images.labels[writer.rows]), key)
                         bar.advance()
         counts, broken, digests = _summary(source, out)
     except OSError as error:
@@ -147,6 +155,8 @@ def _write_missing(
         ) from error
     write_text(out / DESCRIPTION, json.dumps({**plan, "index": digests}, indent=1) + "\n")
     (out / PLAN).unlink(missing_ok=True)
+    for name in source.splits:
+        _originals_file(out, name).unlink(missing_ok=True)
     return counts, broken
 
 
@@ -199,12 +209,13 @@ def _start(out: Path, plan: dict[str, Any]) -> None:
 class PixelWriter:
     """Appends images to the files of one split, behind the images that are complete."""
 
-    def __init__(self, out: Path, split: str) -> None:
-        self.rows = _complete_rows(out, split)
+    def __init__(self, out: Path, split: str, rows: int) -> None:
+        self.rows = rows
         index = read_index(out, split)[: self.rows] if self.rows else np.empty(0, INDEX)
         self.end = int(pixel_ends(index).max(initial=0))
         self.pixels = _open_at(out / f"{split}.pixels", self.end)
         self.index = _open_at(out / f"{split}.index", self.rows * INDEX.itemsize)
+        self.originals = _open_at(_originals_file(out, split), self.rows * KEY_BYTES)
         self.unsynced = 0
 
     def __enter__(self) -> Self:
@@ -214,11 +225,14 @@ class PixelWriter:
         try:
             self._sync()
         finally:
-            self.pixels.close()
-            self.index.close()
+            for file in (self.pixels, self.originals, self.index):
+                file.close()
 
-    def add(self, image: Pixels | None, label: int) -> None:
-        """Append an image (Y, X, 3), or None for one that cannot be read."""
+    def add(self, image: Pixels | None, label: int, key: int) -> None:
+        """Append an image (Y, X, 3), or None for one that cannot be read.
+
+        `key` is the hash of the original's content.
+        """
         row = np.zeros((), dtype=INDEX)
         row["offset"], row["label"] = self.end, label
         if image is not None:
@@ -227,6 +241,7 @@ class PixelWriter:
             row["crc32"] = zlib.crc32(content)
             self.pixels.write(content)
             self.end += len(content)
+        self.originals.write(key.to_bytes(KEY_BYTES, "little"))
         self.index.write(row.tobytes())
         self.rows += 1
         self.unsynced += 1
@@ -235,7 +250,7 @@ class PixelWriter:
 
     def _sync(self) -> None:
         """Flush pixels before the index, so that a row in the index always has its pixels."""
-        for file in (self.pixels, self.index):
+        for file in (self.pixels, self.originals, self.index):
             file.flush()
             os.fsync(file.fileno())
         self.unsynced = 0
@@ -259,8 +274,46 @@ def _complete_rows(folder: Path, split: str) -> int:
     return int(short[0]) if len(short) else len(index)
 
 
-def _decode_small(images: ImageSet, side: int, window: Window | None, index: int) -> Pixels | None:
-    """(Y, X, 3) with a shorter side of at most `side`; None if the image cannot be read."""
+def _intact_rows(folder: Path, images: ImageSet) -> int:
+    """The number of leading rows of an unfinished split that are as this call would write them."""
+    rows = min(_complete_rows(folder, images.name), len(images))
+    if not rows:
+        return 0
+    index = read_index(folder, images.name)[:rows]
+    good = index["label"] == images.labels[:rows]
+    good &= index["offset"] == np.concatenate([[0], pixel_ends(index)[:-1]])
+    good &= (index["height"] >= 0) & (index["width"] >= 0)
+    originals = _originals_file(folder, images.name)
+    if originals.is_file():  # an earlier version did not write it
+        stored = np.fromfile(originals, dtype="<u8", count=rows)
+        good[len(stored) :] = False
+        now = image_keys(images.subset(np.arange(len(stored))))["content"]
+        good[: len(stored)] &= stored == now
+    rows = int(good.argmin()) if not good.all() else rows
+    with (folder / f"{images.name}.pixels").open("rb") as file:
+        for number in range(rows):
+            size = 3 * int(index["height"][number]) * int(index["width"][number])
+            if size and zlib.crc32(file.read(size)) != index["crc32"][number]:
+                return number
+    return rows
+
+
+def _originals_file(folder: Path, split: str) -> Path:
+    """Of an unfinished dataset: for each row the hash of the content of its original."""
+    return folder / f"{split}.originals"
+
+
+def _decode_small(
+    images: ImageSet, side: int, window: Window | None, index: int
+) -> tuple[Pixels | None, int]:
+    """(Y, X, 3) with a shorter side of at most `side`, and the hash of the original's content.
+
+    The image is None if it cannot be read.
+    """
+    return _decoded(images, side, window, index), content_key(images)(index)
+
+
+def _decoded(images: ImageSet, side: int, window: Window | None, index: int) -> Pixels | None:
     try:
         content, wanted = images.content(index), PixelFormat("RGB", window)
         with open_image(content, wanted, name=images.describe(index)) as picture:

@@ -21,6 +21,7 @@ from vitcli.errors import printable
 from vitcli.pixels import Mode, PixelFormat, Window, as_format
 
 Integers = NDArray[np.int64]
+Numbers = NDArray[np.float64]
 Pixels = NDArray[np.uint8]
 
 
@@ -191,6 +192,7 @@ class ImageSet:
         rows: (n,) the rows of `store`; default: all.
         targets: (n, K) multi-hot targets of multi-label images, else None.
         groups: (n,) numbers; images with the same number stay in one split; -1: in no group.
+        values: (n,) numbers to predict (regression), else None. The one class is their name.
     """
 
     kind: Literal["images"] = "images"
@@ -204,12 +206,14 @@ class ImageSet:
         rows: Integers | None = None,
         targets: Pixels | None = None,
         groups: Integers | None = None,
+        values: Numbers | None = None,
     ) -> None:
         self.name = name
         self.classes = tuple(classes)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.targets = targets
         self.groups = groups
+        self.values = values
         self._store = store
         self._rows = np.arange(len(self.labels)) if rows is None else rows
         self._cache: list[Pixels | None] | None = None
@@ -313,7 +317,17 @@ class ImageSet:
         labels, rows = self.labels[indices], self._rows[indices]
         targets = None if self.targets is None else self.targets[indices]
         groups = None if self.groups is None else self.groups[indices]
-        return ImageSet(name or self.name, self.classes, labels, self._store, rows, targets, groups)
+        values = None if self.values is None else self.values[indices]
+        return ImageSet(
+            name or self.name, self.classes, labels, self._store, rows, targets, groups, values
+        )
+
+    def with_values(self, name: str, values: Numbers) -> "ImageSet":
+        """The same images with a number each, called `name`, instead of a class."""
+        labels = np.zeros(len(self), dtype=np.int64)
+        return ImageSet(
+            self.name, (name,), labels, self._store, self._rows, None, self.groups, values
+        )
 
     def relabelled(self, classes: Sequence[str]) -> "ImageSet":
         """The same images with labels that index into `classes`, matched by name.
@@ -330,7 +344,9 @@ class ImageSet:
             targets = np.zeros((len(self), len(classes)), dtype=np.uint8)
             targets[:, new_label[present]] = self.targets[:, present]
         labels = new_label[self.labels]
-        return ImageSet(self.name, classes, labels, self._store, self._rows, targets, self.groups)
+        return ImageSet(
+            self.name, classes, labels, self._store, self._rows, targets, self.groups, self.values
+        )
 
     def class_counts(self) -> Integers:
         """(K,) images per class."""
@@ -339,7 +355,9 @@ class ImageSet:
         return np.bincount(self.labels, minlength=len(self.classes)).astype(np.int64)
 
     def label_name(self, index: int) -> str:
-        """The class of an image as text; several classes are joined by `; `."""
+        """The class or the number of an image as text; several classes are joined by `; `."""
+        if self.values is not None:
+            return f"{self.values[index]:.12g}"
         if self.targets is None:
             return self.classes[int(self.labels[index])]
         names = [self.classes[label] for label in np.flatnonzero(self.targets[index])]

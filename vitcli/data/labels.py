@@ -29,8 +29,6 @@ PLURAL_COLUMN = re.compile(
 )
 BRACKETED = re.compile(r"\[.*\]|\{.*['\",].*\}|\(.*['\",].*\)", re.DOTALL)
 QUOTED = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""")
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 MAX_SHOWN = 3  # examples in a note
 
 MultiHot = NDArray[np.uint8]
@@ -95,49 +93,29 @@ def _whole_numbers(names: set[str]) -> dict[str, str]:
     return whole if plain else {}
 
 
-def refuse_numbers(shown: str, column: str, values: Iterable[Any]) -> None:
-    """Raise if single labels are measurements (0.1, 0.25 …), as scikit-learn's `type_of_target`.
-
-    Raises:
-        VitcliError: all labels are numbers, and not all of them are whole.
-    """
-    names = {label_text(value) for value in values}
-    several = ""
-    if names and all(map(DECIMAL_COMMA.fullmatch, names)):
-        numbers = [float(name.replace(",", ".")) for name in names]
-        several = "; for several labels per cell: `--set data.label_separator=,`"
-    elif all(map(NUMBER.fullmatch, names)):
-        numbers = [float(name) for name in names]
-    else:
-        return
-    if all(number.is_integer() for number in numbers):
-        return
-    fraction = min(name for name, number in zip(names, numbers, strict=True) if number % 1)
-    raise VitcliError(
-        f"`{shown}`: the labels in `{column}` are {len(names):,} different numbers such as "
-        f"`{fraction}`, which is regression, and this is a classifier",
-        "write classes into the column, such as `low` and `high`, or name another column: "
-        f"`--set data.label_column=NAME`{several}",
-    )
+def merged_note(shown: str, values: Iterable[Any]) -> list[str]:
+    """A note about labels that are equal up to blanks or encoding, or none."""
+    written: dict[str, set[str]] = {}
+    for raw in {raw_text(value) for value in values}:
+        written.setdefault(label_text(raw), set()).add(raw)
+    merged = {name: forms for name, forms in written.items() if len(forms) > 1}
+    if not merged:
+        return []
+    extra = sum(len(forms) - 1 for forms in merged.values())
+    names = ", ".join(f"`{name}`" for name in sorted(merged)[:MAX_SHOWN])
+    return [
+        f"{shown}: merged {extra} spelling{'s' if extra > 1 else ''} of labels that differ only in "
+        f"blanks or in the encoding of accents ({names})"
+    ]
 
 
 def tidy_notes(shown: str, values: Iterable[Any]) -> list[str]:
     """Notes about labels that are equal up to blanks (one class) or up to case (several)."""
-    written: dict[str, set[str]] = {}
-    for raw in {raw_text(value) for value in values if has_label(value)}:
-        written.setdefault(label_text(raw), set()).add(raw)
-    merged = {name: forms for name, forms in written.items() if len(forms) > 1}
+    values = [value for value in values if has_label(value)]
     by_form: dict[str, list[str]] = {}
-    for name in sorted(written):
+    for name in sorted(set(map(label_text, values))):
         by_form.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
-    notes = []
-    if merged:
-        extra = sum(len(forms) - 1 for forms in merged.values())
-        names = ", ".join(f"`{name}`" for name in sorted(merged)[:MAX_SHOWN])
-        notes.append(
-            f"{shown}: merged {extra} spelling{'s' if extra > 1 else ''} of labels that differ "
-            f"only in blanks or in the encoding of accents ({names})"
-        )
+    notes = merged_note(shown, values)
     if similar := [names for names in by_form.values() if len(names) > 1]:
         groups = "; ".join(", ".join(f"`{n}`" for n in names) for names in similar[:MAX_SHOWN])
         notes.append(
@@ -213,7 +191,7 @@ def label_splitter(
             raise VitcliError(
                 f"`{shown}`: {lists:,} cells of `{column}` are lists, but `data.multi_label` is "
                 "false",
-                "remove `data.multi_label=false`",
+                "remove `data.multi_label=false`; objective `mse` takes one number per image",
             )
         notes.append(f"{shown}: multi-label data, because `{column}` holds lists")
         return split_labels
@@ -365,17 +343,17 @@ def encode_arrow_lists(
 
 
 def encode_arrow(
-    shown: str, values: Any, names: Sequence[str] | None
+    shown: str, values: Any, names: Sequence[str] | None, missing: int | None = -1
 ) -> tuple[Integers, Integers, tuple[str, ...]]:
     """Label cells -> (rows that have a label, their class indices, class names).
 
     Args:
-        values: a `pyarrow.DictionaryArray`; null and -1 mean no label.
+        values: a `pyarrow.DictionaryArray`; null and `missing` mean no label.
         names: class names, if the file holds them.
     """
     codes = values.indices.fill_null(-1).to_numpy().astype(np.int64)  # (n,) into the dictionary
     distinct = values.dictionary.to_pylist()
-    is_label = [has_label(value) and value != -1 for value in distinct]
+    is_label = [has_label(value) and (missing is None or value != missing) for value in distinct]
     used = [code for code in np.unique(codes).tolist() if code >= 0 and is_label[code]]
     rows = np.flatnonzero(np.isin(codes, used))
     labels = [distinct[code] for code in used]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vitcli.data.folder_tree import Folder, is_numbered_parts, named
-from vitcli.data.labels import sorted_classes
+from vitcli.data.labels import label_text, merged_note, sorted_classes
 from vitcli.data.masks import drop_masks
 from vitcli.data.splits import in_split_order
 from vitcli.errors import VitcliError, printable
@@ -77,14 +77,16 @@ def read_layout(root: Folder, shown: str, level: str = "auto") -> Layout:
         splits = {split: SplitImages(base.path) for split in names}
         for name, by_split in inner.items():
             for split, folders in by_split.items():
-                splits[split].classes[name] = [p for one in folders for p in one.paths()]
+                paths = [path for one in folders for path in one.paths()]
+                splits[split].classes.setdefault(_class_name(name), []).extend(paths)
         rule = f"{base.path}CLASS/SPLIT/*"
-        return Layout(splits, rule, [*notes, f"{shown}: splits are folders in each class: {rule}"])
+        notes += [f"{shown}: splits are folders in each class: {rule}", *merged_note(shown, inner)]
+        return _sorted_layout(splits, rule, notes)
     bodies = bodies or {"train": [base]}
     for body in next(iter(bodies.values())):
         _drop_repeated(_unwrap(body, None, shown), shown, notes)
     level, said = _class_level(next(iter(bodies.values())), level)
-    splits, rules = {}, []
+    splits, rules, written = {}, [], set()
     for split, folders in bodies.items():
         known = set(splits["train"].classes) if "train" in splits else None
         opened = [_unwrap(one, None, shown, known) for one in folders]
@@ -94,14 +96,25 @@ def read_layout(root: Folder, shown: str, level: str = "auto") -> Layout:
         for body in opened:
             images.loose += [body.path + file for file in body.files]
             for name, paths in _classes(body, level):
-                images.classes.setdefault(name, []).extend(paths)
+                images.classes.setdefault(_class_name(name), []).extend(paths)
+                written.add(name)
             inside = "*" if not body.folders else "CLASS/*" if level == "top" else "…/CLASS/*"
             rules.append(body.path + inside)
-        images.classes = {name: images.classes[name] for name in sorted_classes(images.classes)}
         splits[split] = images
     if said:
         notes.append(f"{shown}: {said}")
-    return Layout(splits, ", ".join(rules), notes)
+    return _sorted_layout(splits, ", ".join(rules), [*notes, *merged_note(shown, written)])
+
+
+def _sorted_layout(splits: dict[str, SplitImages], rule: str, notes: list[str]) -> Layout:
+    for images in splits.values():
+        images.classes = {name: images.classes[name] for name in sorted_classes(images.classes)}
+    return Layout(splits, rule, notes)
+
+
+def _class_name(folder: str) -> str:
+    """The name of a class folder as a label: macOS and Linux encode accents differently."""
+    return label_text(folder) or folder
 
 
 # Wrappers: folders that only hold the folder that matters
@@ -119,7 +132,7 @@ def _unwrap(
     while len(folder.folders) == 1:
         (child,) = folder.folders
         beside = folder.files
-        if not _is_wrapper(folder, child) or child.name in (known or ()):
+        if not _is_wrapper(folder, child) or _class_name(child.name) in (known or ()):
             break
         if beside and (notes is None or not child.folders):
             break
@@ -280,9 +293,11 @@ def _without_containers(path: str) -> str:
 def _class_level(bodies: Sequence[Folder], level: str) -> tuple[str, str | None]:
     """(the level of the classes: top, leaf or path; a note, or None if there is one level)."""
     opened = [_unwrap(body, None, "") for body in bodies]
-    tops = {top.name for body in opened for top in body.folders}
+    tops = {_class_name(top.name) for body in opened for top in body.folders}
     leaves = {
-        _without_containers(leaf.path[len(body.path) : -1]): None  # a set that keeps the order
+        _class_name(
+            _without_containers(leaf.path[len(body.path) : -1])
+        ): None  # a set that keeps the order
         for body in opened
         for top in body.folders
         for leaf in top.walk()

@@ -8,7 +8,7 @@ Nothing is decoded here.
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from vitcli.config.schema import DataSection
 from vitcli.data.copies import image_units, join_groups, leak_notes
 from vitcli.data.image_set import ImageSet, Integers
+from vitcli.data.numeric_labels import numeric_request, with_numbers
 from vitcli.data.readers import READERS, expand_home, find_reader, import_function
 from vitcli.data.splits import GROUP_COLUMN, divides, split_images
 from vitcli.errors import VitcliError, printable
@@ -34,6 +35,8 @@ class DataRequest:
         labelled: require labels; False accepts images without labels.
         min_classes: the number of classes that the labels must have.
         watch: receives progress.
+        numeric: True takes the labels as numbers to predict, False refuses fractions, and None
+            takes them as class names.
     """
 
     notation: str
@@ -42,6 +45,7 @@ class DataRequest:
     labelled: bool = True
     min_classes: int = 2
     watch: Watcher = field(default_factory=Quiet, compare=False)
+    numeric: bool | None = False
 
     @property
     def path(self) -> Path:
@@ -79,6 +83,12 @@ class Source:
     def multi_label(self) -> bool:
         """True if an image has any number of labels."""
         return any(images.targets is not None for images in self.splits.values())
+
+    @property
+    def numeric(self) -> bool:
+        """True if an image has a number to predict instead of a class."""
+        sets = self.splits.values()
+        return any(getattr(images, "values", None) is not None for images in sets)
 
     def split(self, *names: str) -> ImageSet:
         """The first of these splits that exists.
@@ -121,6 +131,7 @@ def open_data(
     min_classes: int = 2,
     watch: Watcher | None = None,
     streams: bool = False,
+    numeric: bool = False,
 ) -> Source:
     """The dataset of a `[data]` section.
 
@@ -132,6 +143,7 @@ def open_data(
         min_classes: the number of classes that the labels must have.
         watch: receives progress.
         streams: True if the caller can read a stream of training images.
+        numeric: take the labels as numbers to predict.
 
     Raises:
         VitcliError: the data does not exist, has no images, one class, a class without training
@@ -139,6 +151,10 @@ def open_data(
     """
     notation = expand_home(section.name or "" if notation is None else notation)
     request = DataRequest(notation, section, whole, labelled, min_classes, watch or Quiet())
+    if numeric:
+        request = numeric_request(request)
+    elif not labelled:
+        request = replace(request, numeric=None)
     if section.streaming:
         if not streams:
             raise VitcliError(
@@ -150,6 +166,11 @@ def open_data(
         return open_stream(request)
     try:
         source: Source = import_function(READERS[find_reader(notation)].load)(request)
+        if numeric and not source.numeric:
+            raise VitcliError(
+                f"`{request.shown}` generates classes, and objective `mse` predicts numbers",
+                "give a table with a column of numbers",
+            )
         return source
     except OSError as error:
         reason = error.strerror or str(error)
@@ -161,6 +182,7 @@ def make_source(
     splits: Mapping[str, ImageSet],
     parts: Iterable[bytes],
     notes: Sequence[str],
+    target: str = "value",
 ) -> Source:
     """Align the classes by name, make the splits that were asked for, and check them.
 
@@ -169,6 +191,7 @@ def make_source(
         splits: split name -> images; empty splits are dropped.
         parts: content of the fingerprint; labels and splits are added here.
         notes: messages for the user.
+        target: the name of the numbers if `request.numeric`.
 
     Raises:
         VitcliError: no images, only one class, a class without training images, or splits that
@@ -184,17 +207,20 @@ def make_source(
             f"`data.multi_label` is set, but each image of `{shown}` has exactly one class",
             "write several labels as lists (parquet, JSON lines, shards) or as `a;b` (CSV)",
         )
-    if multi_label:
+    if request.numeric:
+        splits = {name: with_numbers(shown, images, target) for name, images in splits.items()}
+    elif multi_label:
         splits = {name: _with_targets(images) for name, images in splits.items()}
     base = splits.get("train") or next(iter(splits.values()))
     if not request.labelled:
         base = _with_all_classes(base, splits)
     aligned = _align_classes(shown, base, splits)
     num_classes = len(np.unique(base.labels))
-    if request.labelled and not multi_label and num_classes < request.min_classes:
+    classified = request.labelled and not request.numeric
+    if classified and not multi_label and num_classes < request.min_classes:
         only = base.classes[int(base.labels[0])]
         raise VitcliError(f"`{shown}` has only one class: `{only}`", _one_class_hint(request, only))
-    if request.labelled and multi_label and not base.class_counts().any():
+    if classified and multi_label and not base.class_counts().any():
         raise VitcliError(
             f"no image of `{shown}` has a label",
             "check its label column, or name another: `--set data.label_column=NAME`",
@@ -214,6 +240,7 @@ def make_source(
     hashed = [*parts, *(name.encode() + s.labels.tobytes() for name, s in cut.items())]
     hashed += [s.rows.tobytes() for s in cut.values()]
     hashed += [s.targets.tobytes() for s in cut.values() if s.targets is not None]
+    hashed += [s.values.tobytes() for s in cut.values() if s.values is not None]
     record = {"images": {name: len(images) for name, images in cut.items()}, **assigned.record}
     all_notes = (*notes, *group_notes, *assigned.notes)
     return Source(shown, cut, base.classes, fingerprint(hashed), all_notes, record)

@@ -8,7 +8,7 @@ images apart by their content, so it holds after files were added, removed, rena
 import base64
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,14 @@ def image_keys(images: ImageSet) -> Keys:
     """(n,) of KEY: hashes of the content and of the path, or of the row, of each image."""
     keys = np.zeros(len(images), dtype=KEY)
     workers = default_workers() or 1
-    for index, content in enumerate(
-        map_in_order(_content_key(images), range(len(images)), workers)
-    ):
+    for index, content in enumerate(map_in_order(content_key(images), range(len(images)), workers)):
         keys[index] = content, _hash(images.path_name(index), 4)
     return keys
 
 
-def _content_key(images: ImageSet) -> Any:
+def content_key(images: ImageSet) -> Callable[[int], int]:
+    """A function that hashes the content of the image with an index."""
+
     def key(index: int) -> int:
         try:
             return _hash(_sample(images.content(index)), 8)

@@ -265,7 +265,7 @@ def _take_slices(
         if not whole:
             found.notes.append(
                 f"{shown}: the {role} split is `{text}`: {len(indices):,} of {n:,} images, "
-                f"stratified by class, seed {seed}"
+                f"{'stratified by class, ' if _of_classes(labels[part.name]) else ''}seed {seed}"
             )
     if "test" not in chosen:  # the other splits of the data stay
         used = {name for name, _ in chosen.values()}
@@ -333,7 +333,7 @@ def _hold_out_test(
     found.record |= {"test_fraction": fraction, "seed": seed}
     found.notes.append(
         f"{shown}: the data has no test split, so {len(held_out):,} of {len(own):,} images are "
-        f"held out for testing ({fraction:.0%} of each class, seed {seed})"
+        f"held out for testing ({fraction:.0%}{_of_classes(own)}, seed {seed})"
     )
     classes, counts = np.unique(own, return_counts=True)
     undivided = np.setdiff1d(classes[counts > 1], own[held_out])
@@ -363,5 +363,10 @@ def _hold_out_validation(
         found.parts = in_split_order(found.parts)
     found.notes.append(
         f"{shown}: {len(held_out):,} of {len(own):,} training images are held out for validation "
-        f"({fraction:.0%} of each class, seed {seed})"
+        f"({fraction:.0%}{_of_classes(own)}, seed {seed})"
     )
+
+
+def _of_classes(labels: Integers) -> str:
+    """Numbers to predict have one class only, so nothing is stratified."""
+    return " of each class" if len(np.unique(labels)) > 1 else ""

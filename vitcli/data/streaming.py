@@ -26,11 +26,11 @@ from vitcli.data.readers.parquet import (
     read_parquet,
 )
 from vitcli.data.readers.tar import (
-    LABEL_ENDINGS,
     NAMES_FILES,
     Sample,
     is_image,
     key_of,
+    label_endings,
     label_of,
     read_names,
     read_shards,
@@ -105,7 +105,7 @@ class BufferedSample(Sample):
     """A tar sample whose members are in memory, because a stream cannot seek back."""
 
     def text(self, ending: str) -> str:
-        content: bytes = self.file[ending]
+        content: bytes = self.file[self.members[ending].name]
         return content.decode("utf-8", "backslashreplace").strip()
 
 
@@ -113,13 +113,13 @@ def read_tar_samples(file: Any, columns: Columns) -> Iterator[tuple[bytes, Any, 
     """(image, label, key) of each sample of a tar file."""
     import tarfile
 
-    endings = {*LABEL_ENDINGS, *([columns[1]] if columns[1] else [])}
+    endings = label_endings(columns[1])
     sample = BufferedSample("", {}, {})
 
     def finish() -> Iterator[tuple[bytes, Any, str]]:
-        image = next((e for e, member in sample.members.items() if is_image(member)), None)
-        if image is not None:
-            yield sample.file[image], label_of(sample, columns[1]), sample.key
+        for part in sample.divided(columns[1]):
+            if (image := part.image()) is not None:
+                yield part.file[image.name], label_of(part, columns[1]), part.key
 
     with tarfile.open(fileobj=file, mode="r|") as shard:
         for member in shard:
@@ -129,10 +129,10 @@ def read_tar_samples(file: Any, columns: Columns) -> Iterator[tuple[bytes, Any, 
             if key != sample.key:
                 yield from finish()
                 sample = BufferedSample(key, {}, {})
-            if is_image(member) or ending in endings:
+            if is_image(member) or ending.rpartition(".")[2] in endings:
                 opened = shard.extractfile(member)
                 sample.members[ending] = member
-                sample.file[ending] = opened.read() if opened is not None else b""
+                sample.file[member.name] = opened.read() if opened is not None else b""
         yield from finish()
 
 

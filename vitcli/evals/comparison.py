@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from vitcli.evals.evaluate import Evaluation
 from vitcli.evals.intervals import paired_interval
+from vitcli.evals.regression import Numbers, mae_difference_interval
 from vitcli.evals.scoring import MultiLabelMetrics
 
 
@@ -43,7 +44,24 @@ class PairedMap:
     high: float
 
 
-Pair = PairedAccuracy | PairedMap | str
+@dataclass(frozen=True)
+class PairedError:
+    """Difference of two mean absolute errors (second minus first) and its 95 % interval."""
+
+    images: int
+    difference: float
+    low: float
+    high: float
+    metric: str = "mae"
+
+
+Pair = PairedAccuracy | PairedMap | PairedError | str
+
+
+def compare_errors(first: Numbers, second: Numbers) -> PairedError:
+    """Compare (n,) absolute errors of two regressions on the same images."""
+    low, high = mae_difference_interval(first, second)
+    return PairedError(len(first), float(second.mean() - first.mean()), low, high)
 
 
 def compare_paired(first: ArrayLike, second: ArrayLike) -> PairedAccuracy:
@@ -117,6 +135,9 @@ def _compare(first: Evaluation, second: Evaluation) -> Pair:
         # A file may be unreadable to one model only (another preprocessing): pair what both read.
         _, a, b = np.intersect1d(first.indices, second.indices, return_indices=True)
         return compare_paired(first.details.correct[a], second.details.correct[b])
+    if first.numbers is not None and second.numbers is not None:
+        _, a, b = np.intersect1d(first.indices, second.indices, return_indices=True)
+        return compare_errors(first.numbers.errors[a], second.numbers.errors[b])
     one, two = first.metrics, second.metrics
     if not (isinstance(one, MultiLabelMetrics) and isinstance(two, MultiLabelMetrics)):
         return "measured in other ways"

@@ -22,7 +22,13 @@ from vitcli.evals.intervals import (
     multi_label_intervals,
     single_label_intervals,
 )
-from vitcli.evals.mistakes import Mistakes, find_mistakes
+from vitcli.evals.mistakes import NUM_WORST, Mistakes, find_mistakes
+from vitcli.evals.regression import (
+    PredictedNumbers,
+    RegressionMetrics,
+    regression_intervals,
+    regression_metrics,
+)
 from vitcli.evals.scoring import (
     NO_TARGET,
     ImageScores,
@@ -91,15 +97,17 @@ class Evaluation:
         broken: descriptions of the images that could not be read.
         indices: (n,) images of the split that were measured.
         identity: identifies the split; evaluations with the same identity can be paired.
-        details: None for multi-label images.
+        details: None for multi-label images and for a regression.
+        numbers: true and predicted numbers of a regression, else None.
         leave_out: mean average precision without each image; None for single-label images.
+        worst: the images of a regression with the largest errors.
         files: files that are written: `confusion`, `confusion_picture`, `reliability`, `mistakes`.
     """
 
     model: str
     data: str
     split: str
-    metrics: SingleLabelMetrics | MultiLabelMetrics
+    metrics: SingleLabelMetrics | MultiLabelMetrics | RegressionMetrics
     per_class: PerClass
     classes: tuple[str, ...]
     broken: tuple[str, ...]
@@ -110,6 +118,8 @@ class Evaluation:
     details: SingleLabelDetails | None = None
     leave_out: LeaveOneOut | None = None
     calibration: Calibration | None = None
+    numbers: PredictedNumbers | None = None
+    worst: tuple[dict[str, Any], ...] = ()
     files: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -129,6 +139,10 @@ class Evaluation:
             "temperature": self.temperature,
             "intervals": self.intervals.to_json(),
         }
+        if self.numbers is not None:
+            found["target"] = self.numbers.name
+            found |= {"worst": list(self.worst), "scatter": files.get("scatter")}
+            return found | {"unreadable": list(self.broken)}
         if details is not None:
             found |= details.calibration_error.to_json()
         if self.leave_out is not None:
@@ -150,6 +164,45 @@ class Evaluation:
                 "mistakes_picture": files.get("mistakes"),
             }
         return found | {"unreadable": list(self.broken)}
+
+
+def evaluate_numbers(
+    net: LoadedModel,
+    extracted: Extracted,
+    images: ImageSet,
+    *,
+    model: str,
+    data: str,
+    identity: str,
+    seed: int = 0,
+) -> Evaluation:
+    """The errors of a regression on a split; `extracted` holds the outputs of the network."""
+    predicted = net.target_scale.restore(torch.from_numpy(extracted.outputs[:, 0])).numpy()
+    name = net.labels[0] if net.labels else images.classes[0]
+    numbers = PredictedNumbers(name, extracted.labels, predicted)
+    largest = np.argsort(-numbers.errors, kind="stable")[:NUM_WORST].tolist()
+    return Evaluation(
+        model=model,
+        data=data,
+        split=images.name,
+        metrics=regression_metrics(numbers.targets, predicted),
+        per_class={},
+        classes=images.classes,
+        broken=extracted.broken,
+        temperature=net.temperature,
+        intervals=regression_intervals(numbers.targets, predicted, seed),
+        indices=extracted.indices,
+        identity=identity,
+        numbers=numbers,
+        worst=tuple(
+            {
+                "path": images.describe(int(extracted.indices[i])),
+                "target": float(numbers.targets[i]),
+                "value": float(predicted[i]),
+            }
+            for i in largest
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Extracted:
 
     Attributes:
         outputs: (n, F) float32, features or logits.
-        labels: (n,) classes, or (n, K) zeros and ones of multi-label images.
+        labels: (n,) classes or numbers, or (n, K) zeros and ones of multi-label images.
         indices: (n,) images of the split.
         pixels: (n, D) float32 raw-pixel baseline, or None.
         broken: descriptions of the images that could not be read.
@@ -59,7 +59,7 @@ def extract(
 
     Args:
         model: put into eval mode on the device that `pick_device` chooses.
-        output: `features` (the input of the head) or `logits`.
+        output: `features` (the input of the head) or `logits`; of a regression, standardised.
         precision: `auto` is fp32, see `autocast`.
         with_pixels: also return the normalised pixels, averaged down to 32 pixels per side.
         label: title of the progress bar.
@@ -121,7 +121,7 @@ def extract_batches(
     model = model.to(device).eval()
     forward: dict[str, Callable[[Tensor], Tensor]] = {
         "features": model.features,
-        "logits": model,
+        "logits": model.network,
         "pixels": _pixel_features,
     }
     batches = eval_batches(

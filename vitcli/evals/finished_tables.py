@@ -25,16 +25,18 @@ class ImageDigest:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
-    def watching(self, images: Iterable[str]) -> Iterator[str]:
+    def watching(self, images: Iterable[Any]) -> Iterator[Any]:
         """The same images; each is added before it is yielded, so before it is read."""
         for image in images:
             self.add(image)
             yield image
 
-    def add(self, image: str) -> None:
-        """Add an image; one that cannot be found has its name only."""
+    def add(self, image: Any) -> None:
+        """Add a path, with its size and time if the file exists; ignore images in memory."""
+        if not isinstance(image, str | os.PathLike):  # tables are made of paths only
+            return
         facts: tuple[int, ...] = ()
-        with suppress(OSError, ValueError, TypeError):  # an impossible name, an image in memory
+        with suppress(OSError, ValueError):  # an impossible name, or no such file
             found = os.stat(image)  # noqa: PTH116  # a Path costs more than the rest
             facts = (found.st_size, found.st_mtime_ns)
         self._hash.update(repr((image, *facts)).encode("utf-8", "surrogatepass"))

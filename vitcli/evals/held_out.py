@@ -29,7 +29,10 @@ def choose_images(
     section = inference.data
     # `whole` keeps data without a test split in one piece; `open_data` would hold a part out.
     # A single class of the model's can be evaluated, too.
-    whole = open_data(section, data, whole=True, min_classes=1, watch=watch, streams=True)
+    numeric = net.is_regression
+    whole = open_data(
+        section, data, whole=True, min_classes=1, watch=watch, streams=True, numeric=numeric
+    )
     if section.streaming:
         return whole, whole.split("test", "validation")
     # The record in the weights comes first: it finds each image by its content, so it holds after
@@ -39,7 +42,7 @@ def choose_images(
         if known.held_out is not None:
             # The usual split has the fingerprint that runs and feature caches know.
             with suppress(VitcliError):
-                usual = open_data(section, data)
+                usual = open_data(section, data, numeric=numeric)
                 if same_splits(usual, known.source):
                     return usual, usual.splits[known.held_out]
             watch.note(f"{data}: {known.describe(net.split_record)}")
@@ -50,7 +53,7 @@ def choose_images(
     if run.recipe_file.is_file():
         for split in (section, run.data_section()):
             with suppress(VitcliError):  # the data of the run may have other columns and splits
-                source = open_data(split, data) if split is not None else whole
+                source = open_data(split, data, numeric=numeric) if split is not None else whole
                 if source.fingerprint == recorded:
                     return source, source.split("test", "validation", "train")
     if set(whole.splits) != {"train"}:

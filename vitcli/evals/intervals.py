@@ -5,10 +5,11 @@
 | a proportion, such as an accuracy | Wilson's score interval | Wilson (1927) |
 | a difference of two accuracies on the same images | adjusted Wald | Bonett and Price (2012) |
 | mean average precision, F1 | jackknife over images, on the logit scale | Efron and Stein (1981) |
+| errors and R2 of numbers | BCa bootstrap, see `regression.py` | Efron (1987) |
 | calibration error | simulated, see `calibration_error` | Roelofs et al. (2022) |
 
-A percentile bootstrap fails for each of them: an accuracy of 100 % has no spread, and the other
-figures are biased upwards, in the data and once more in each resample.
+A percentile bootstrap fails for the proportions and the calibration error: an accuracy of 100 % has
+no spread, and the other figures are biased upwards, in the data and once more in each resample.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Files of an evaluation: confusion matrix, reliability diagram, sheet of mistakes."""
+"""Files of an evaluation: confusion matrix, reliability diagram, mistakes, or a scatter plot."""
 
 import csv
 import warnings
@@ -13,6 +13,7 @@ from vitcli.data.image_set import ImageSet
 from vitcli.errors import printable
 from vitcli.evals.evaluate import Evaluation
 from vitcli.evals.mistakes import draw_mistakes
+from vitcli.evals.regression import PredictedNumbers
 from vitcli.evals.scoring import ReliabilityBins, SingleLabelMetrics
 from vitcli.files import replacing
 from vitcli.pixels import PixelFormat
@@ -23,6 +24,8 @@ MAX_COUNTED_CLASSES = 20  # up to here the picture also has the counts
 
 def evaluation_files(result: Evaluation, folder: Path) -> dict[str, str]:
     """The value of `Evaluation.files`: paths in `folder` of the files that will be written."""
+    if result.numbers is not None:
+        return {"scatter": str(folder / "scatter.png")}
     if result.details is None:
         return {}
     names = {"confusion": "confusion.csv", "reliability": "reliability.png"}
@@ -35,6 +38,8 @@ def evaluation_files(result: Evaluation, folder: Path) -> dict[str, str]:
 
 def write_evaluation_files(result: Evaluation, images: ImageSet, wanted: PixelFormat) -> None:
     """Write `result.files`; their folder exists. `wanted` are the pixels of the mistakes."""
+    if result.numbers is not None:
+        write_scatter(Path(result.files["scatter"]), result.numbers)
     details, metrics = result.details, result.metrics
     if details is None or not isinstance(metrics, SingleLabelMetrics):
         return
@@ -108,6 +113,19 @@ def write_confusion(
     figure.colorbar(drawn, ax=axes, label="share of the true class", shrink=0.7)
     with replacing(picture) as temporary:
         save_figure(figure, temporary)
+
+
+def write_scatter(path: Path, numbers: PredictedNumbers) -> None:
+    """Draw predicted over true numbers, one point per image, with the line of equal numbers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(numbers.targets, numbers.predicted, ".", color="#4878a8", markersize=4, alpha=0.6)
+    axes.axline((float(numbers.targets.mean()),) * 2, slope=1, color="grey", linestyle="--")
+    axes.set_xlabel(f"true {numbers.name}")
+    axes.set_ylabel(f"predicted {numbers.name}")
+    save_figure(figure, path)
 
 
 def write_reliability(path: Path, diagrams: Sequence[tuple[str, ReliabilityBins, float]]) -> None:

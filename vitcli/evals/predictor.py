@@ -1,4 +1,4 @@
-"""Predict classes for image files: decode ahead, run the model in batches, make rows in order."""
+"""Predict classes or numbers of images: decode ahead, run the model in batches, keep the order."""
 
 import os
 from collections import deque
@@ -82,8 +82,8 @@ class ImagePredictor:
     """Makes one row for each image file.
 
     Args:
-        net: a classifier in eval mode.
-        transform: makes the views of each image; their probabilities are averaged.
+        net: a classifier or a regression in eval mode.
+        transform: makes the views of each image; their probabilities or numbers are averaged.
         rules: when an image gets no label.
         top: number of classes in `top`.
         batch_size: images per forward pass.
@@ -108,6 +108,10 @@ class ImagePredictor:
         bar = bar or QuietBar()
         for batch in self._decoded_batches(files):
             pixels = [image for _, image in batch if isinstance(image, Tensor)]
+            if self.net.is_regression:
+                yield from self._number_rows(batch, pixels)
+                bar.advance(len(batch))
+                continue
             predicted = iter(self._predict_batch(torch.stack(pixels)) if pixels else [])
             for path, image in batch:
                 if isinstance(image, Tensor):
@@ -123,6 +127,28 @@ class ImagePredictor:
                     }
                     yield self.rules.apply({**empty, "error": image}, None, None)
             bar.advance(len(batch))
+
+    def _number_rows(
+        self, batch: list[tuple[str | None, Tensor | str]], pixels: list[Tensor]
+    ) -> Iterator[PredictionRow]:
+        """A row with `value` for each image: the mean of its views."""
+        values = iter(self._predict_numbers(torch.stack(pixels)) if pixels else [])
+        for path, image in batch:
+            readable = isinstance(image, Tensor)
+            value = next(values) if readable else None
+            yield {"path": path, "value": value, "error": None if readable else image}
+
+    def _predict_numbers(self, pixels: Tensor) -> list[float]:
+        """(B, crops, C, Y, X) uint8 -> the number of each image."""
+        device, net = pick_device(), self.net
+        total = torch.zeros(len(pixels), dtype=torch.float64)
+        for view in self.transform.views(pixels.to(device)):  # (B, C, Y, X)
+            with torch.inference_mode(), autocast(self.precision, device):
+                outputs = net.network(self.transform.preprocess.normalize(view))  # (B, 1)
+            total += net.target_scale.restore(outputs)[:, 0].cpu()
+        check_finite(bool(total.isfinite().all()), net)
+        values: list[float] = (total / self.transform.count).tolist()
+        return values
 
     def _predict_batch(self, pixels: Tensor) -> list[tuple[TopClasses, float | None, float | None]]:
         """(B, crops, C, Y, X) uint8 -> top classes, OOD score and distance of each image."""

@@ -1,8 +1,9 @@
 """The resume log of a long prediction, which contains its finished rows for `--resume`.
 
 The log is a file of JSON lines in the folder of the first output file. The first line contains the
-settings, each further line a row. A row is in the log before the caller gets it. After the last
-row, the output files are written from the log and the log is removed.
+settings, each further line a row. Before each line stands a CRC-32 of all lines up to it, so that a
+damaged, missing or moved row is noticed. A row is in the log before the caller gets it. After the
+last row, the output files are written from the log and the log is removed.
 """
 
 # Rows are not appended to the output files, because parquet ends in a footer and cannot be appended
@@ -10,6 +11,8 @@ row, the output files are written from the log and the log is removed.
 
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,11 +21,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from vitcli.errors import VitcliError, printable
-from vitcli.evals.writers import OutputFiles, PredictionRow
+from vitcli.evals.writers import COLUMNS, NUMBER_COLUMNS, OutputFiles, PredictionRow
 from vitcli.files import exclusive, parse_json
 
 SUFFIX = ".part"
+KINDS = {
+    "path": str, "label": str, "error": str, "probability": float, "top": list,
+    "abstained": bool, "ood": float, "ood_distance": float, "value": float,
+}  # fmt: skip
 SETTINGS_KEY = "vitcli predict"  # the key of the first line
+STAMP = re.compile(rb"^[0-9a-f]{8} ")
 
 
 @dataclass
@@ -48,19 +56,34 @@ class ResumeLog:
         self.settings = json.loads(json.dumps(settings))  # comparable with settings that are read
         self._file: TextIO | None = None
         self._num_rows = 0
+        self._crc: int | None = 0  # None in a log of an earlier version, which has none
+        self.num_damaged = 0  # lines that `reopen` has cut off, because the first is damaged
+
+    def start(self) -> None:
+        """Write a new log without rows."""
+        with _write_errors(self.path):
+            line = self._line({SETTINGS_KEY: self.settings})
+            self.path.write_text(line, encoding="utf-8", newline="")
+
+    def _line(self, values: Mapping[str, Any]) -> str:
+        text = json.dumps(values)
+        if self._crc is None:
+            return text + "\n"
+        self._crc = zlib.crc32(text.encode(), self._crc)
+        return f"{self._crc:08x} {text}\n"
 
     def rows(self) -> Iterator[PredictionRow]:
         """Read the rows."""
         with self.path.open("rb") as file:
             next(file, b"")
             for line in file:
-                yield parse_json(line)
+                yield parse_json(STAMP.sub(b"", line))
 
     def add(self, row: PredictionRow) -> None:
         """Append a row."""
         assert self._file is not None
         with _write_errors(self.path):
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(self._line(row))
             self._file.flush()  # so that a killed process loses no row that the caller has seen
         self._num_rows += 1
 
@@ -69,18 +92,26 @@ class ResumeLog:
         self.path.unlink(missing_ok=True)
 
     def reopen(self, counts: PredictionCounts) -> None:
-        """Count the complete rows of an interrupted run, and cut off the rest of the file."""
+        """Count the intact rows of an interrupted run, and cut off the rest of the file."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        self._crc = 0 if lines and STAMP.match(lines[0]) else None
         end = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                found = _parse_line(line)
-                if number == 0:
-                    _check_settings(self.path, found and found.get(SETTINGS_KEY), self.settings)
-                elif found is None or not found.keys() >= {"path", "error"}:
-                    break  # an incomplete line, after a power failure or on a full disk
-                else:
-                    counts.add(found)
-                end += len(line)
+        for number, line in enumerate(lines):
+            found, crc = _parse_line(line), None
+            if self._crc is not None:
+                crc = zlib.crc32(STAMP.sub(b"", line).removesuffix(b"\n"), self._crc)
+                if not line.startswith(f"{crc:08x} ".encode()):
+                    found = None
+            if number == 0:
+                _check_settings(self.path, found and found.get(SETTINGS_KEY), self.settings)
+            elif found is None or not _is_row(found):
+                # A last line without its end is what a killed process leaves.
+                self.num_damaged = sum(rest.endswith(b"\n") for rest in lines[number:])
+                break
+            else:
+                counts.add(found)
+            self._crc = crc
+            end += len(line)
         self._num_rows = counts.count
         os.truncate(self.path, end)
 
@@ -95,7 +126,8 @@ class ResumeLog:
             if file is None or file != row["path"]:
                 now = f"image `{printable(file)}`" if file is not None else "no more images"
                 raise VitcliError(
-                    f"row {number + 1} of `{self.path}` belongs to `{printable(row['path'])}`, but "
+                    f"row {number + 1} of `{self.path}` belongs to "
+                    f"`{printable(str(row['path']))}`, but "
                     f"the command now has {now} at this place",
                     f"give the same images, or remove `{self.path}` to start again",
                 )
@@ -139,8 +171,7 @@ def open_resume_log(
             log.reopen(counts)
         else:
             _check_not_forgotten(path, log.settings)
-            with _write_errors(path):
-                path.write_text(json.dumps({SETTINGS_KEY: log.settings}) + "\n", encoding="utf-8")
+            log.start()
         with log._open():
             yield log
 
@@ -181,9 +212,26 @@ def _check_not_forgotten(path: Path, settings: Mapping[str, Any]) -> None:
 def _parse_line(line: bytes) -> dict[str, Any] | None:
     """Return the object on a complete line; None for a line that was cut off."""
     with suppress(ValueError):
-        if line.endswith(b"\n") and isinstance(found := parse_json(line), dict):
+        if line.endswith(b"\n") and isinstance(found := parse_json(STAMP.sub(b"", line)), dict):
             return found
     return None
+
+
+def _is_row(found: Mapping[str, Any]) -> bool:
+    """True if the values of a line have the types of a row."""
+    columns = NUMBER_COLUMNS if "value" in found else COLUMNS
+    if not set(columns) <= found.keys() <= KINDS.keys():
+        return False
+    if not all(value is None or isinstance(value, KINDS[key]) for key, value in found.items()):
+        return False
+    top = found.get("top", [])
+    return top is not None and all(
+        isinstance(one, dict)
+        and one.keys() == {"label", "probability"}
+        and isinstance(one["label"], str)
+        and isinstance(one["probability"], float)
+        for one in top
+    )
 
 
 def _check_settings(path: Path, logged: Any, settings: Mapping[str, Any]) -> None:

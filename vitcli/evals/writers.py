@@ -11,10 +11,12 @@ from typing import Any
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 
-# One object of `predict --json`: path, label, probability, top, error, and optional columns.
+# One object of `predict --json`: path, label, probability, top, error, and optional columns; or
+# path, value, error.
 PredictionRow = dict[str, Any]
 WriteRow = Callable[[PredictionRow], object]
 COLUMNS = ("path", "label", "probability", "top", "error")
+NUMBER_COLUMNS = ("path", "value", "error")  # of a regression
 # A row group is written at once: large enough to compress, small enough for memory.
 ROW_GROUP_SIZE = 4096  # rows of a parquet row group
 
@@ -74,8 +76,9 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
             # `top` is a list, which a CSV cell can hold only as JSON. Booleans are as in JSON, and
             # csv writes None as an empty cell.
             cells = {k: str(v).lower() if isinstance(v, bool) else v for k, v in row.items()}
-            top = json.dumps(row["top"], ensure_ascii=False)
-            writer.writerow({**cells, "path": _utf8(row["path"]), "top": top})
+            if "top" in row:
+                cells["top"] = json.dumps(row["top"], ensure_ascii=False)
+            writer.writerow({**cells, "path": _utf8(row["path"])})
 
         yield write
 
@@ -94,6 +97,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
     entry = pa.struct([("label", pa.string()), ("probability", pa.float64())])
     types = {
         "probability": pa.float64(),
+        "value": pa.float64(),
         "top": pa.list_(entry),
         "abstained": pa.bool_(),
         "ood": pa.float64(),

@@ -38,9 +38,9 @@ def fetch_model(source: str, watch: Watcher | None = None) -> tuple[Path, list[s
             weights = choose_weights(files.sizes, repository)
             for name in CONFIG_FILES:
                 if name in files.sizes:
-                    fetch_file(files, name, max_bytes=SMALL_FILE)
+                    fetch_file(files, name, watch, max_bytes=SMALL_FILE, check_cached=True)
             if weights == INDEX:
-                path = fetch_file(files, INDEX, max_bytes=SMALL_FILE)
+                path = fetch_file(files, INDEX, watch, max_bytes=SMALL_FILE, check_cached=True)
                 for name in shard_names(path):
                     fetch_file(files, name, watch, check_cached=True)
             else:

@@ -16,6 +16,7 @@ from vitcli.hub.failures import ConnectionFailed, hub_errors, retrying
 from vitcli.progress import Quiet, Watcher
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 SMALL_FILE = 16 * MEGA  # the largest size of a config file, a card or a list of names
 RepoType = Literal["model", "dataset"]
 
@@ -293,18 +294,27 @@ def _download(files: RepoFiles, path: str, watch: Watcher) -> None:
 
 
 def _checksum_matches(files: RepoFiles, path: str) -> bool:
-    """Compare a cached file with its SHA-256 on the Hub; only large (LFS) files have one."""
+    """Compare a cached file with its name in the cache, its ETag on the Hub.
+
+    That is the SHA-256 of a large (LFS) file, and git's SHA-1 of any other.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     cached, repository = files.snapshot / path, files.repository
     if cached.is_symlink():
         etag: str | None = cached.readlink().name  # to `blobs/ETAG`
-    else:  # a file system without links
+    elif files.offline:  # a file system without links, and nobody to ask
+        return True
+    else:
         url = hf_hub_url(
             repository.repo_id, path, repo_type=repository.repo_type, revision=files.commit
         )
         with hub_errors(repository, path):
             etag = get_hf_file_metadata(url).etag
+    if etag and GIT_SHA1.fullmatch(etag):
+        content = cached.read_bytes()
+        blob = b"blob %d\0" % len(content) + content
+        return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == etag
     if not etag or not SHA256.fullmatch(etag):
         return True
     with cached.open("rb") as file:

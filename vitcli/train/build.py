@@ -18,18 +18,13 @@ from vitcli.data.image_set import BatchSource, ImageSet, Stream
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sample_range import with_window
 from vitcli.data.source import Source, open_data
-from vitcli.devices import (
-    Precision,
-    join_processes,
-    matrix_peak,
-    pick_device,
-    resolve_precision,
-)
+from vitcli.devices import Precision, join_processes, matrix_peak, pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.evals.fewshot.methods import METHODS
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import Run
+from vitcli.train.best_weights import best_weights
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
@@ -44,15 +39,11 @@ from vitcli.train.objectives import (
 )
 from vitcli.train.objectives.base import Objective
 from vitcli.train.objectives.mae import check_droppable
-from vitcli.train.optimizers import (
-    OPTIMIZERS,
-    JointOptimizer,
-    build_optimizers,
-    find_optimizer,
-)
+from vitcli.train.objectives.regression import regression_notes
+from vitcli.train.optimizers import OPTIMIZERS, JointOptimizer, build_optimizers, find_optimizer
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
-from vitcli.train.validate import Validation, run_validation, with_fewshot
+from vitcli.train.validate import Validation, metric_names, run_validation, with_fewshot
 from vitcli.vit import Config, Network, ResNet
 from vitcli.vit.macs import macs
 from vitcli.weights.loaded import LoadedModel
@@ -100,6 +91,8 @@ def build_loop(
     check_channels(recipe, source.splits["train"], model.config)
     objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
     model.network.checkpoint_activations = train.activation_checkpointing
+    metrics = metric_names(source.multi_label, model.config.num_classes, train)
+    best = best_weights(recipe, held_out_splits(source), metrics)
 
     wrapped, optimizer, state = _prepare(objective, recipe, accelerator)
 
@@ -125,6 +118,7 @@ def build_loop(
         watch=watch,
         recorder=_make_recorder(recipe, run, accelerator, watch, loader, objective),
         evaluations=evaluations,
+        best=best,
     )
 
 
@@ -178,7 +172,8 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
         VitcliError: there is no such data, or no training split.
     """
     section = recipe.data
-    source = open_data(section, watch=watch, streams=True)
+    numeric = objective_class(recipe.objective.name).regression
+    source = open_data(section, watch=watch, streams=True, numeric=numeric)
     for note in source.notes:
         watch.note(note)
     if "train" not in source.splits:
@@ -314,6 +309,7 @@ def unused_settings(recipe: Recipe, multi_label: bool) -> list[str]:
     schedules = {name: entry.settings for name, entry in SCHEDULES.items()}
     return [
         *notes,
+        *regression_notes(recipe),
         *_unused("objective", "objective", objective, objectives),
         *_unused("optimizer", "optim", recipe.optim, optimizers),
         *_unused("schedule", "schedule", recipe.schedule, schedules),
@@ -346,9 +342,10 @@ def check_augment(recipe: Recipe, images: ImageSet | BatchSource | Stream, proce
         )
     if images.kind == "stream" and settings.repeats > 1:
         raise VitcliError("a stream cannot repeat images", "remove `augment.repeats`")
-    if mixes and not objective_class(recipe.objective.name).supervised:
+    objective = objective_class(recipe.objective.name)
+    if mixes and (objective.regression or not objective.supervised):
         raise VitcliError(
-            f"objective `{recipe.objective.name}` has no labels that mixup or cutmix could mix",
+            f"objective `{recipe.objective.name}` has no classes that mixup or cutmix could mix",
             "`--set augment.mix_rate=0.0`",
         )
     micro = recipe.train.micro_batch_size

@@ -1,11 +1,13 @@
 """Checkpoints: everything that an exact resume needs, and nothing that must be unpickled.
 
 Data order, augmentation and dropout are functions of (seed, step), so that a checkpoint holds only
-tensors and a few numbers: no generator states, no loader states.
+tensors and a few numbers: no generator states, no loader states. `state.json` is written last. It
+holds a checksum of itself and of each other file, and a resume verifies them.
 """
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +19,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
-from vitcli.files import read_json, replacing, write_text
+from vitcli.files import file_checksum, read_json, replacing, seal, unseal, write_text
 from vitcli.run import Run
 from vitcli.train.budget import Timeline
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import ShardReader, is_sharded, shard_like, write_shard
 
 MAX_REWINDS, REWIND_FACTOR = 3, 0.5
+STATE, FILES = "state.json", "files"  # the key: name of each other file -> its checksum
 
 
 class NonFiniteError(VitcliError):
@@ -192,7 +195,9 @@ def _write_tensors(folder: Path, state: TrainState, writer: ShardWriter) -> None
 
 
 def _write_values(folder: Path, state: TrainState) -> None:
-    (folder / "state.json").write_text(json.dumps(state.values()), encoding="utf-8")
+    files = {path.name: file_checksum(path) for path in sorted(folder.iterdir())}
+    values = seal({**state.values(), FILES: files})
+    (folder / STATE).write_text(json.dumps(values), encoding="utf-8")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -215,18 +220,54 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         VitcliError: it is damaged, or a run of another shape wrote it.
     """
     try:
-        values = read_json(path / "state.json")
+        values = read_values(path)
         _read_into(state.objective.state_dict(), ShardReader(path, "module"))
         for number, optimizer in enumerate(state.optimizers):
             _load_optimizer(optimizer, ShardReader(path, f"optimizer_{number}"))
         if state.ema is not None:
             _read_into(state.ema.state_dict(), ShardReader(path, "ema"))
         state.restore(values)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise VitcliError(
-            f"cannot read checkpoint `{path}`: {error}",
-            "remove it; `--resume` then uses the checkpoint before it",
-        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise VitcliError(f"cannot read checkpoint `{path}`: {error}", _way_out(path)) from error
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The content of `state.json` of the checkpoint at `path`, after a check of all its files.
+
+    Early versions of vitcli wrote no checksums.
+
+    Raises:
+        OSError, ValueError: the message names the file that is damaged or missing.
+    """
+    try:
+        values = unseal(read_json(path / STATE))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"`{STATE}` is damaged: {error}") from error
+    for name, digest in values.pop(FILES, {}).items():
+        if not (path / name).is_file():
+            raise ValueError(f"`{name}` is missing")
+        if file_checksum(path / name) != digest:
+            raise ValueError(f"`{name}` is damaged: its checksum is not the recorded one")
+    return values
+
+
+def _way_out(path: Path) -> str:
+    """What to type after an error in the checkpoint at `path`: the newest good one is named."""
+    bad = [path]
+    for older in reversed([p for p in list_checkpoints(path.parent) if step_of(p) < step_of(path)]):
+        try:
+            read_values(older)
+        except (OSError, ValueError):
+            bad.append(older)
+            continue
+        return (
+            f"`rm -r {shlex.join(map(str, bad))}`, then repeat the command: it resumes from step "
+            f"{step_of(older)}, and the result is the same"
+        )
+    return (
+        f"there is no older good checkpoint: `rm -r {shlex.join(map(str, bad))}`, then repeat the "
+        "command, which starts from step 0"
+    )
 
 
 def rewind(
@@ -256,7 +297,8 @@ def rewind(
         run.drop_records_after(state.step)
         run.log({"step": state.step, "event": "rewind", "from": failed, "lr_scale": scale})
         # Otherwise a resume from this checkpoint would repeat the rates that failed.
-        write_text(checkpoints[-1] / "state.json", json.dumps(state.values()))
+        file = checkpoints[-1] / STATE
+        write_text(file, json.dumps(seal({**read_json(file), **state.values()})))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -22,12 +22,8 @@ from vitcli.devices import is_out_of_memory
 from vitcli.errors import VitcliError
 from vitcli.progress import Bar, QuietBar, Watcher
 from vitcli.run import Run
-from vitcli.train.agreement import (
-    TIME_IS_UP,
-    Decision,
-    max_over_processes,
-    min_over_processes,
-)
+from vitcli.train.agreement import TIME_IS_UP, Decision, max_over_processes, min_over_processes
+from vitcli.train.best_weights import SPLIT, BestWeights, catch_up, keep_best, stop_early
 from vitcli.train.budget import Deadline, Timeline
 from vitcli.train.checkpoint import (
     NonFiniteError,
@@ -63,6 +59,8 @@ class Loop:
         evaluations: split -> what returns its metrics; the first runs every `eval_steps`.
         outcomes: the predictions of the last evaluation.
         deadline: of a run with a budget, else None.
+        best: the best evaluation so far, if the recipe asks to keep its weights.
+        saved_step: of the last checkpoint that this process wrote, or None.
     """
 
     wrapped: nn.Module
@@ -79,6 +77,8 @@ class Loop:
     outcomes: list[Outcome] = field(default_factory=list)
     eval_steps: int | None = None
     deadline: Deadline | None = None
+    best: BestWeights | None = None
+    saved_step: int | None = None
     _ddp_is_warm: bool = False
     _saved_at: float = 0.0
     _fitted_stages: set[tuple[Any, ...]] = field(default_factory=set)
@@ -111,13 +111,14 @@ class Loop:
         with SignalFlag() as signals:
             while True:
                 try:
+                    catch_up(self, self.best, signals)
                     with self._start() as bar:
                         for batch in self._batches():
                             lr, is_full_image = self._set_lr(), self._stage() == (None, 0.0)
                             self._count_step(self.step(batch), lr)
                             decision = self._decide(signals)
                             self._act(decision, is_full_image, bar, signals)
-                            if decision.is_last:
+                            if self.state.step >= self.total_steps:
                                 break
                     self.save()
                     return
@@ -270,7 +271,8 @@ class Loop:
             self.save()
             self._saved_at = time.monotonic()
         if decision.evaluates:
-            bar.advance(0, **self._evaluate_between_steps(signals))
+            bar.advance(0, **self.evaluate_between_steps(signals))
+            stop_early(self, self.best)
 
     def _stop_request(self, signals: SignalFlag) -> int | None:
         """The number of a signal, or `TIME_IS_UP`; None to go on."""
@@ -353,11 +355,15 @@ class Loop:
             found = self.evaluations[split]()
         self.wrapped.train()
         self.outcomes, metrics = found.outcomes, found.metrics
-        record = {f"{split}/{k}": v for k, v in metrics.items()}
-        self.recorder.log({"step": self.state.step} | record)
+        if split == SPLIT:
+            keep_best(self, self.best, metrics)
+        self.recorder.log(
+            {"step": self.state.step, **{f"{split}/{k}": v for k, v in metrics.items()}}
+        )
         return metrics
 
-    def _evaluate_between_steps(self, signals: SignalFlag) -> dict[str, float]:
+    def evaluate_between_steps(self, signals: SignalFlag) -> dict[str, float]:
+        """Evaluate the first held-out split; a signal saves and raises `Stopped`."""
         # An evaluation may take longer than the time that a scheduler grants after SIGTERM.
         split = next(iter(self.evaluations), None)
         try:
@@ -376,9 +382,9 @@ class Loop:
         accelerator = self.accelerator
         shards = accelerator.num_processes if self.recipe.train.fully_shard else 1
         writer = ShardWriter(accelerator.process_index, shards, accelerator.wait_for_everyone)
-        save_checkpoint(
-            self.run.checkpoints, self.state, self.recipe.train.keep_checkpoints, writer
-        )
+        keep = self.recipe.train.keep_checkpoints
+        save_checkpoint(self.run.checkpoints, self.state, keep, writer)
+        self.saved_step = self.state.step
 
     def _rewind(self, error: NonFiniteError) -> None:
         """Go back to the last checkpoint and continue with lower rates."""
@@ -387,6 +393,8 @@ class Loop:
         rewind(self.state, self.run, error, self.accelerator.is_main_process, has_deadline)
         if self.deadline is not None:
             self.deadline.forget()
+        if self.best is not None:
+            self.best.forget_after(self.state.step)
         self.watch.warn(
             f"{error.message}: going back to step {self.state.step}, with "
             f"{self.state.lr_scale:g} of the learning rate"

@@ -5,6 +5,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from vitcli.data.batch import targets_of
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source, fingerprint
 from vitcli.data.split_record import MAX_IMAGES, SplitRecord, image_keys
@@ -59,7 +62,7 @@ def record_images(source: Source, watch: Watcher) -> RecordedImages | None:
         for name, images in sets.items():
             keys[name] = image_keys(images)
             bar.advance(len(images))
-            labels = images.labels if images.targets is None else images.targets
+            labels = targets_of(images, np.arange(len(images)))
             parts += [name.encode(), labels.tobytes(), keys[name]["content"].tobytes()]
             rows += [
                 ImageRow(name, images.label_name(i), f"{key:016x}", _shown_path(images, i, root))

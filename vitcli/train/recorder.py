@@ -28,6 +28,8 @@ PANELS = {
     "loss": ("train/loss", "validation/loss", "test/loss"),
     "accuracy": ("train/accuracy", "validation/accuracy", "test/accuracy"),
     "mean average precision": ("validation/map", "test/map"),
+    "mean absolute error": ("train/mae", "validation/mae", "test/mae"),
+    "R2": ("validation/r2", "test/r2"),
     "learning rate": ("lr",),
 }
 

@@ -1,5 +1,6 @@
 """From a command line to the recipe, and to the model that the run starts from."""
 
+import math
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,28 +16,40 @@ from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, Run, finished_runs
 from vitcli.train.objectives import objective_class
+from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
 from vitcli.weights.edit import prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.load_report import note_load_report
-from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.loaded import LoadedModel, TargetScale
 from vitcli.weights.overrides import MODEL_KEYS, one_image_size, override_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
+TINY_SPREAD = 1e-14  # of the mean: less is rounding
 DROPOUT = ("dropout_rate", "drop_path_rate")
 
 
 def pretrain_recipe(
-    data: str | None, recipe: str | None, settings: Settings | None, watch: Watcher
+    data: str | None,
+    recipe: str | None,
+    settings: Settings | None,
+    watch: Watcher,
+    resumed: Path | None = None,
 ) -> tuple[str, Recipe]:
-    """The name of the recipe of a `pretrain` command, and the recipe with all settings."""
+    """The name of the recipe of a `pretrain` command, and the recipe with all settings.
+
+    Args:
+        resumed: the run to resume, whose recipe is the default.
+    """
     name = "pretrain_formula" if data in (None, FORMULA) else "pretrain"
     name = name if recipe is None else recipe
     changes: Settings = {}
     lay_over(changes, settings or {})
     if data is not None:  # an argument wins over `--set`, as flags do
         lay_over(changes, nest("data.name", data))
+    if recipe is None and resumed is not None and is_run(resumed):
+        return resumed.name, resumed_recipe(Run(resumed), changes, "pretrain")
     resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")
@@ -54,7 +67,7 @@ def finetune_recipe(
     """The name of the recipe of a `finetune` command, and the recipe with all settings.
 
     Args:
-        resumed: the run to resume, whose model is the default.
+        resumed: the run to resume, whose recipe or model is the default.
     """
     name = "finetune_digits" if data in (None, DIGITS) else "finetune"
     name = name if recipe is None else recipe
@@ -64,6 +77,8 @@ def finetune_recipe(
         lay_over(changes, nest("data.name", data))
     if model is not None:
         lay_over(changes, nest("model.name", model))
+    if recipe is None and resumed is not None and is_run(resumed):
+        return resumed.name, resumed_recipe(Run(resumed), changes, "finetune")
     resolved = load_recipe(name, changes, "finetune")
     # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
@@ -113,7 +128,8 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
     """
     section = recipe.model
     supervised = objective_class(recipe.objective.name).supervised
-    num_classes = len(source.classes) if supervised else 0
+    labels, scale = head_of(recipe, source)
+    num_classes = len(labels) if supervised else 0
     settings = {"num_classes": num_classes, **section.architecture()}
     if size := one_image_size(section.image_size, recipe.preprocess.image_size):
         settings["image_size"] = size
@@ -141,9 +157,33 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
     given = recipe.preprocess.model_dump(exclude_none=True)
     return LoadedModel(
         network,
-        labels=source.classes if supervised else None,
+        labels=labels if supervised else None,
         preprocess=override_preprocess(base, given, size, channels),
+        target_scale=scale,
     )
+
+
+def head_of(recipe: Recipe, source: Source) -> tuple[tuple[str, ...], TargetScale]:
+    """(names of the outputs, the scale of a regression): what the head is trained for.
+
+    Raises:
+        VitcliError: all numbers of a regression are equal.
+    """
+    if not objective_class(recipe.objective.name).regression:
+        return source.classes, TargetScale()
+    if not source.numeric:  # a plan without data
+        return ("value",), TargetScale()
+    values: Any = source.splits["train"].values
+    # Sums that are rounded once: the scale is part of the weights, and a resume needs the same.
+    mean = math.fsum(values) / len(values)
+    std = math.sqrt(math.fsum((values - mean) ** 2) / len(values))
+    if not std > TINY_SPREAD * abs(mean):
+        raise VitcliError(
+            f"`{source.notation}`: all {len(values):,} training images have the same "
+            f"`{source.classes[0]}`, {mean:.12g}, so there is nothing to learn",
+            "name another column: `--set data.label_column=NAME`",
+        )
+    return source.classes, TargetScale(mean, std)
 
 
 def pretrained_model(
@@ -176,7 +216,9 @@ def pretrained_model(
     )
     require_preprocess(model)
     # A head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head only.
-    model = prepare_finetune(model, source.classes)
+    labels, scale = head_of(recipe, source)
+    model = prepare_finetune(model, labels)
+    model.target_scale = scale
     note_load_report(model, watch, verbose=verbose)
     rates = {key: given[key] for key in DROPOUT if key in given}
     return with_dropout(model, rates) if rates else model

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
 
 from vitcli import distributed
-from vitcli.config.schema import Recipe, parse_duration
-from vitcli.data.source import Source
+from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
+from vitcli.evals.regression import regression_intervals
 from vitcli.files import exclusive, read_json, write_text
 from vitcli.progress import Logged, Quiet, Watcher
 from vitcli.run import (
@@ -25,40 +25,43 @@ from vitcli.run import (
     RUNS,
     Run,
     check_free,
-    check_resumable,
     create_numbered_run,
     create_run,
     of_first_process,
-    reopen_run,
 )
-from vitcli.train.agreement import gather, min_over_processes
-from vitcli.train.budget import NoStepFits, Timeline, plan_budget
+from vitcli.train.agreement import gather
+from vitcli.train.best_weights import write_weights
+from vitcli.train.budget import NoStepFits
 from vitcli.train.build import (
     MakeModel,
     build_loop,
-    held_out_images,
     open_source,
     start_accelerator,
 )
-from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
+from vitcli.train.checkpoint import list_checkpoints, step_of
 from vitcli.train.ema import averaged
-from vitcli.train.fsdp import gather_tensors
+from vitcli.train.exactness import machine_facts, record_changes, use_threads, warn_of_changes
 from vitcli.train.loop import Loop
-from vitcli.train.lora import ADAPTER, merged, save_adapters
+from vitcli.train.lora import save_adapters
 from vitcli.train.recorded_images import (
     ROWS_FILE,
-    RecordedImages,
     check_same_data,
     record_images,
     rows_text,
 )
 from vitcli.train.recorder import draw_curves
+from vitcli.train.resuming import (
+    changes_length,
+    check_resumable,
+    choose_steps,
+    num_parameters,
+    reopen_run,
+)
 from vitcli.train.signals import Stopped
 from vitcli.train.trackers import check_tracker, tracking
 from vitcli.train.validate import best_fewshot
-from vitcli.weights.store import save_model, save_tensors
+from vitcli.weights.store import save_tensors
 
-NUM_EVALUATIONS = 5  # in a run without `train.eval_steps`
 LOCK, HOLDER = ".lock", ".holder.json"
 
 
@@ -72,6 +75,7 @@ class TrainResult:
         figures: metrics of the test split, else of the validation split; `split` names it. Without
             both, those of the last training steps.
         validation: metrics of the validation split, if there is a test split as well.
+        best: metric, value and step of the weights in best.safetensors, with `train.best_metric`.
         broken: images that could not be read, with the reason.
     """
 
@@ -89,6 +93,7 @@ class TrainResult:
     already_finished: bool = False
     broken: dict[str, str] = field(default_factory=dict)
     validation: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -127,7 +132,8 @@ def train(
     old = reopen_run(out, recipe) if resume and out is not None else None
     if out is not None and old is None:
         check_free(out)  # before anything that takes time
-    if old is not None and old.finished:
+    extends = old is not None and changes_length(old, recipe)
+    if old is not None and old.finished and not extends:
         watch.note(f"`{old.path}` is already finished")
         return read_result(old)
 
@@ -139,9 +145,10 @@ def train(
         track=track,
         folder=planned.path / "tracking" if track else None,
     )
-    if old is not None:
-        warn_of_other_processes(old, accelerator.num_processes, watch)
     is_main = accelerator.is_main_process
+    use_threads(old, accelerator.device, watch)
+    facts = machine_facts(accelerator.device, precision, accelerator.num_processes)
+    changed = warn_of_changes(old, facts, watch) if old is not None else []
     # Until the directory exists, nothing is written to its log.txt.
     log = Logged(watch if is_main else Quiet(), Path(os.devnull))
     source = open_source(recipe, watch)
@@ -157,8 +164,8 @@ def train(
         loop.run = loop.recorder.run = Run(of_first_process(lambda: create(recipe).path))
     if is_main:
         log.path = loop.run.path / "log.txt"
-        if old is not None and old.recipe().data.name != recipe.data.name:  # the data have moved
-            write_text(old.recipe_file, recipe.to_toml())
+        if old is not None and not extends:  # the data may have moved
+            old.write_recipe(recipe)
     loop.loaded.split_record = None if images is None else images.record
     if track:
         accelerator.project_configuration.set_directories(str(loop.run.path / "tracking"))
@@ -172,7 +179,9 @@ def train(
             loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
             if images is not None and old is None:
                 write_text(loop.run.path / ROWS_FILE, rows_text(images.rows))
-        choose_steps(loop, started, source, precision, images)
+        choose_steps(loop, started, source, facts, images, extends=extends)
+        if is_main:
+            record_changes(loop.run, loop.state.step, changed)
         loop.fit()
         return finish(loop)
 
@@ -185,16 +194,6 @@ def read_result(run: Run) -> TrainResult:
         raise VitcliError(
             f"`{run.result_file}` is not the result of a training run", "remove the file"
         ) from None
-
-
-def warn_of_other_processes(run: Run, number: int, watch: Watcher) -> None:
-    """Warn that a resume with another number of processes is not exact."""
-    before = run.provenance().get("processes", number)
-    if before != number:
-        watch.warn(
-            f"`{run.path}` started with {before} process{'es' * (before > 1)} and continues with "
-            f"{number}: the images and their order are the same, but sums and dropout differ"
-        )
 
 
 @contextmanager
@@ -258,81 +257,6 @@ def errors_logged(loop: Loop, log: Logged, is_new: bool) -> Iterator[None]:
         raise outside from None
 
 
-def choose_steps(
-    loop: Loop,
-    started: float,
-    source: Source,
-    precision: str,
-    images: RecordedImages | None = None,
-) -> None:
-    """Set the number of steps of the run, and load its last checkpoint if there is one.
-
-    A budget becomes a number of steps once, at the start of the run. Provenance stores it, because
-    a second measurement on resume would give another number and another schedule.
-    """
-    run, train, watch = loop.run, loop.recipe.train, loop.watch
-    known = run.provenance().get("steps")
-    # Only epochs need the number of training images, which a stream does not know.
-    num_images = 0 if train.epochs is None else len(source.splits["train"])
-    total = train.total_steps(num_images) or known
-    if total is None:
-        left = parse_duration(train.budget or "") - (time.monotonic() - started)
-        budget = plan_budget(loop, left, held_out_images(source))
-        # All processes make as many steps as the slowest of them has time for.
-        total = min_over_processes(loop.accelerator, budget.steps)
-        loop.deadline = budget.deadline
-        watch.note(f"budget {train.budget}: about {total} steps, measured on this machine")
-    if known is None and loop.accelerator.is_main_process:
-        facts = facts_of(loop, source, precision)
-        facts["data"]["content"] = None if images is None else images.content
-        run.write_provenance({**facts, "steps": total})
-    loop.state.timeline = Timeline.of(total)
-    # A budget reserves time for the last evaluation only; others must be asked for.
-    default = None if train.budget else max(1, total // NUM_EVALUATIONS)
-    loop.eval_steps = train.eval_steps or default
-    factor = loop.recipe.optim.rate_factor(train.batch_size)
-    if factor != 1.0:
-        optim = loop.recipe.optim
-        watch.note(
-            f"lr {optim.lr:g} is for {optim.lr_batch_size} images per step; for "
-            f"{train.batch_size} it becomes {optim.lr * factor:g}"
-        )
-    watch.note(f"run `{run.path}`: {total} steps of {train.batch_size} images, {precision}")
-    if found := list_checkpoints(run.checkpoints):
-        load_checkpoint(found[-1], loop.state)
-        watch.note(f"resuming from step {loop.state.step} of {loop.total_steps}")
-    elif run.metrics_file.is_file():
-        watch.note("there is no checkpoint yet: starting from step 0")
-    if loop.accelerator.is_main_process and run.metrics_file.is_file():
-        run.drop_records_after(loop.state.step)
-
-
-def facts_of(loop: Loop, source: Source, precision: str) -> dict[str, Any]:
-    """What provenance.json says about model, data and machine."""
-    recipe, model = loop.recipe, loop.loaded
-    return {
-        "lr_factor": recipe.optim.rate_factor(recipe.train.batch_size),
-        "trained": sum(p.numel() for p in model.network.parameters() if p.requires_grad),
-        "model": model.load_report.provenance() if model.load_report else None,
-        "data": {
-            "name": recipe.data.name,
-            "fingerprint": source.fingerprint,
-            **source.splitting,
-        },
-        "window": model.preprocess.window if model.preprocess else None,
-        "parameters": num_parameters(model.network),
-        "precision": precision,
-        "device": str(loop.device),
-        "processes": loop.accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def num_parameters(model: nn.Module) -> int:
-    """The number of parameters without adapters, which are merged into others at the end."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.endswith(ADAPTER))
-
-
 def finish(loop: Loop) -> TrainResult:
     """Evaluate, write weights and curves, and then the result, which marks the run as finished."""
     recipe, run, accelerator, model = loop.recipe, loop.run, loop.accelerator, loop.loaded
@@ -342,8 +266,7 @@ def finish(loop: Loop) -> TrainResult:
     if broken:
         loop.watch.warn(f"unreadable images, which were not used: {len(broken)}")
     images = loop.total_steps * recipe.train.batch_size
-    # From the records, so that a run that was interrupted counts all of its parts.
-    seconds = sum(record["seconds"] for record in run.records() if "train/loss" in record)
+    seconds = run.trained_seconds()
     result = TrainResult(
         run=str(run.path),
         command=recipe.command,
@@ -358,17 +281,18 @@ def finish(loop: Loop) -> TrainResult:
         validation=metrics[0] if len(metrics) > 1 else None,
         labels=model.config.num_classes,
         broken=broken,
+        best=None if loop.best is None else loop.best.to_json(),
     )
     # Weights come before result.json: a run that is killed here evaluates again after a resume.
-    tensors: dict[str, torch.Tensor] | None = None
-    if recipe.train.fully_shard:  # every process must take part
-        with averaged(loop.state.objective, loop.state.ema):
-            tensors = gather_tensors(model.state_dict())
+    write_weights(run.weights_file, model, loop.state, recipe, is_main=accelerator.is_main_process)
     outcomes = sorted(gather(loop.outcomes, accelerator))
+    if model.is_regression and outcomes:
+        result.figures["intervals"] = regression_intervals(*np.array(outcomes).T[1:]).to_json()
     if accelerator.is_main_process:
         if outcomes:  # `vitcli compare` pairs two runs image by image
-            columns = torch.tensor(outcomes).unbind(dim=1)
-            names = ("index", "label", "predicted")
+            kind = torch.float64 if model.is_regression else torch.int64
+            columns = torch.tensor(outcomes, dtype=kind).unbind(dim=1)
+            names = ("index", "target" if model.is_regression else "label", "predicted")
             save_tensors(run.path / OUTCOMES, dict(zip(names, columns, strict=True)))
         run.update_provenance({"steps": loop.total_steps})
         model.eval()
@@ -376,10 +300,6 @@ def finish(loop: Loop) -> TrainResult:
         with averaged(loop.state.objective, loop.state.ema):
             adapters = run.path / "lora.safetensors"
             save_adapters(adapters, model.network, recipe.lora, str(recipe.model.name))
-            # Merged, so that the weights load everywhere; the adapters are stored separately too.
-            with merged(model.network):
-                fingerprint = recipe.fingerprint()
-                save_model(run.weights_file, model, recipe_hash=fingerprint, tensors=tensors)
         draw_curves(run)
         run.finish(result.to_json())
     accelerator.wait_for_everyone()

@@ -19,14 +19,18 @@ from vitcli.errors import VitcliError
 from vitcli.evals.features import extract
 from vitcli.evals.fewshot.protocol import draw_shots
 from vitcli.evals.fewshot.ridge import RidgePath
+from vitcli.evals.regression import regression_metrics
 from vitcli.evals.scoring import multi_label_metrics
 from vitcli.progress import Watcher
 from vitcli.run import Run
+from vitcli.train.agreement import gather
 from vitcli.weights.loaded import LoadedModel
 
 EVAL_BATCH_SIZE = 256
 
-Outcome = tuple[int, int, int]  # index of the image, its class, the predicted class
+# Index of the image, its class and the predicted class; for a regression, its number and the
+# predicted one.
+Outcome = tuple[int, int, int] | tuple[int, float, float]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def run_validation(
     broken: dict[str, str],
     limit: int | None = None,
 ) -> Validation:
-    """Top-1 accuracy and cross-entropy, or mean average precision for multi-label images.
+    """Top-1 accuracy and cross-entropy, mean average precision for multi-label images, or errors.
 
     Each process evaluates its own part. The number of processes does not change the result.
 
@@ -63,6 +67,8 @@ def run_validation(
         outputs = islice(outputs, num_batches)
     if images.targets is not None:
         return Validation(_validate_multi_label(model, images, outputs, accelerator))
+    if model.is_regression:
+        return _validate_numbers(model, images, outputs, accelerator)
     # Sums in fp64, because in fp32 a count stops to grow at 2^24.
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     outcomes: list[Outcome] = []
@@ -100,7 +106,7 @@ def with_fewshot(
         "needs held-out images": not split,
         "takes time that `train.budget` does not reserve": section.budget is not None,
         "draws single-label images from the whole training split, which this data does not allow": (
-            not isinstance(train, ImageSet) or train.targets is not None
+            not isinstance(train, ImageSet) or train.targets is not None or train.values is not None
         ),
     }
     for fault in [text for text, applies in faults.items() if applies]:
@@ -117,6 +123,13 @@ def with_fewshot(
         return replace(found, metrics={**found.metrics, "fewshot_accuracy": accuracy})
 
     return both
+
+
+def metric_names(multi_label: bool, num_classes: int, section: TrainSection) -> list[str]:
+    """The metrics of an evaluation between steps, except for the number of images."""
+    names = ["loss", "map", "micro_f1"] if multi_label else ["loss", "accuracy"]
+    fewshot = ["fewshot_accuracy"] if section.fewshot_shots is not None else []
+    return [*(names if num_classes else []), *fewshot]
 
 
 def best_fewshot(run: Run) -> dict[str, float]:
@@ -177,6 +190,29 @@ def _validate_multi_label(
     return {"loss": loss, "map": found.map, "micro_f1": found.micro_f1, "images": found.images}
 
 
+def _validate_numbers(
+    model: LoadedModel,
+    images: ImageSet,
+    outputs: Iterator[tuple[Tensor, Batch]],
+    accelerator: Any,
+) -> Validation:
+    outcomes: list[Outcome] = []
+    for standardised, batch in outputs:
+        predicted = model.target_scale.restore(standardised)[:, 0]
+        columns = (batch.indices, batch.labels, predicted)
+        outcomes += list(zip(*(column.tolist() for column in columns), strict=True))
+    every = gather(outcomes, accelerator)
+    if not every:
+        raise _no_readable_image(images)
+    # In the order of the images, so that the sums do not depend on the number of processes.
+    _, targets, values = np.array(sorted(every)).T
+    found = regression_metrics(targets, values)
+    # The loss of the training: of standardised numbers.
+    metrics = {"loss": (found.rmse / model.target_scale.std) ** 2, "mae": found.mae}
+    metrics |= {"rmse": found.rmse, "images": found.images}
+    return Validation(metrics if found.r2 is None else {**metrics, "r2": found.r2}, outcomes)
+
+
 def _outputs(
     model: LoadedModel,
     images: ImageSet,
@@ -201,7 +237,7 @@ def _outputs(
             if not len(batch):  # every image of it is broken
                 continue
             with accelerator.autocast():
-                logits = model(preprocess.normalize(batch.images)).float()  # (B, K)
+                logits = model.network(preprocess.normalize(batch.images)).float()  # (B, K)
             yield logits, batch
             bar.advance(len(logits))  # after the `yield`: the caller is done with the batch
 

@@ -3,6 +3,7 @@
 It has pre-activation units, weight-standardised convolutions and GroupNorm (Kolesnikov et al.,
 2020).
 Source: big_vision/models/bit_paper.py. The file bit.py there is another, post-activation network.
+AxialResNet is the same network with the attention of `axial_resnet.py`.
 """
 
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitcli.config.choices import StemArithmetic
+from vitcli.vit.axial_resnet import WIDENING, AxialAttention, AxialReplacement
 from vitcli.vit.config import check_count
 from vitcli.vit.hybrid import GROUPS, init_stem, standardize, stem_channels
+from vitcli.vit.position import Grid
 
 NORM_EPS = 1e-5
 # Weight standardisation adds this number to the variance of a kernel.
@@ -35,6 +38,7 @@ class ResNetConfig:
         num_classes: outputs of the head; 0 for a backbone without a head.
         arithmetic: `google` follows big_vision. `timm` uses epsilon 1e-8 instead of 1e-10 in the
             weight standardisation. It pads the max-pool with zeros, as the first BiT release did.
+        axial: axial attention replaces the 3x3 convolutions (AxialResNet, appendix D.6).
 
     Raises:
         ValueError: the network cannot be built with these settings.
@@ -46,6 +50,7 @@ class ResNetConfig:
     width: float = 1.0
     num_classes: int = 0
     arithmetic: StemArithmetic = "google"
+    axial: bool = False
 
     def __post_init__(self) -> None:
         stem_channels(self.width)
@@ -55,6 +60,8 @@ class ResNetConfig:
         check_count("num_classes", self.num_classes, 0)
         if not self.layers or min(self.layers) < 1:
             raise ValueError(f"a ResNet needs a unit in every stage, not {list(self.layers)}")
+        if not isinstance(self.axial, bool):
+            raise ValueError(f"axial is {self.axial!r}, not true or false")
         if self.arithmetic not in WEIGHT_EPS:
             known = ", ".join(f"`{name}`" for name in WEIGHT_EPS)
             raise ValueError(f"no arithmetic `{self.arithmetic}`; there are {known}")
@@ -120,18 +127,30 @@ class PreActBottleneck(nn.Module):
     """Convolutions 1x1, 3x3 (with the stride) and 1x1 (to 4 W), each after a GroupNorm and a ReLU.
 
     Source: ResidualUnit in big_vision/models/bit_paper.py.
+
+    Args:
+        grid: rows and columns of the input of a unit with axial attention; None for a convolution.
     """
 
-    def __init__(self, inputs: int, width: int, stride: int, arithmetic: StemArithmetic) -> None:
+    def __init__(
+        self, inputs: int, width: int, stride: int, arithmetic: StemArithmetic, grid: Grid | None
+    ) -> None:
         super().__init__()
         outputs = 4 * width
+        width = width if grid is None else WIDENING * width
         changes = inputs != outputs or stride != 1
         self.downsample = DownsampleConv(inputs, outputs, stride, arithmetic) if changes else None
         self.norm1 = nn.GroupNorm(GROUPS, inputs, eps=NORM_EPS)
         self.conv1 = StdConv(inputs, width, 1, 1, arithmetic)
         self.norm2 = nn.GroupNorm(GROUPS, width, eps=NORM_EPS)
-        self.conv2 = StdConv(width, width, 3, stride, arithmetic)
-        self.norm3 = nn.GroupNorm(GROUPS, width, eps=NORM_EPS)
+        self.conv2: nn.Module
+        self.norm3: nn.Module
+        if grid is None:
+            self.conv2 = StdConv(width, width, 3, stride, arithmetic)
+            self.norm3 = nn.GroupNorm(GROUPS, width, eps=NORM_EPS)
+        else:
+            self.conv2 = AxialReplacement(width, stride, grid)
+            self.norm3 = nn.Identity()  # the attention ends with a norm
         self.conv3 = StdConv(width, outputs, 1, 1, arithmetic)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,15 +187,19 @@ class BiTStage(nn.Module):
     """Units at one resolution; the first one has the stride."""
 
     def __init__(
-        self, inputs: int, width: int, depth: int, stride: int, arithmetic: StemArithmetic
+        self,
+        inputs: int,
+        width: int,
+        depth: int,
+        stride: int,
+        arithmetic: StemArithmetic,
+        grid: Grid | None,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            PreActBottleneck(
-                inputs if i == 0 else 4 * width, width, stride if i == 0 else 1, arithmetic
-            )
-            for i in range(depth)
-        )
+        first = PreActBottleneck(inputs, width, stride, arithmetic, grid)
+        later = None if grid is None else (-(-grid[0] // stride), -(-grid[1] // stride))
+        rest = (PreActBottleneck(4 * width, width, 1, arithmetic, later) for _ in range(depth - 1))
+        self.blocks = nn.ModuleList([first, *rest])
 
 
 class ResNet(nn.Module):
@@ -199,7 +222,10 @@ class ResNet(nn.Module):
         for i, depth in enumerate(config.layers):
             width = channels * 2**i
             stride = 1 if i == 0 else 2  # the root has already halved the image twice
-            self.stages.append(BiTStage(inputs, width, depth, stride, config.arithmetic))
+            shrunk = 4 * 2 ** max(i - 1, 0)
+            rows, cols = (-(-side // shrunk) for side in config.image_size)
+            grid = (rows, cols) if config.axial else None
+            self.stages.append(BiTStage(inputs, width, depth, stride, config.arithmetic, grid))
             inputs = 4 * width
         self.norm = nn.GroupNorm(GROUPS, inputs, eps=NORM_EPS)
         classes = config.num_classes
@@ -208,6 +234,9 @@ class ResNet(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> "ResNet":
         """Draw new weights from `generator`, as big_vision does; returns self."""
         init_stem(self, generator)
+        for part in self.modules():
+            if isinstance(part, AxialAttention):
+                part.init_positions(generator)
         # A zero head makes the first loss that of a uniform guess, ln K.
         if isinstance(self.head, nn.Linear):
             nn.init.zeros_(self.head.weight)

@@ -60,7 +60,7 @@ RESNETS = {
 
 FORMS = (
     f"a size ({', '.join(VARIANTS)}), `/`, a patch size, as in `B/16`; `Axial-B/16`; "
-    f"`R50+B/16`, or `R50x1` (R{', R'.join(str(layers) for layers in RESNETS)})"
+    f"`R50+B/16`, or `R50x1` (R{', R'.join(str(layers) for layers in RESNETS)}); `Axial-R50x0.5`"
 )
 
 
@@ -71,8 +71,17 @@ def is_variant(name: str) -> bool:
 
 
 def is_resnet(name: str) -> bool:
-    """Return True if `name` has the form of a BiT ResNet, such as `R50x1`. It need not exist."""
-    return re.fullmatch(r"R\d+x\d+", name) is not None
+    """Return True if `name` has the form of a ResNet, such as `R50x1`. It need not exist."""
+    return _resnet_parts(name) is not None
+
+
+def _resnet_parts(name: str) -> tuple[int, float, bool] | None:
+    """Return layers, width and `axial` of a ResNet's name; None for other names."""
+    if found := re.fullmatch(r"(Axial-)?R(\d+)x(\d+(?:\.\d+)?)", name):
+        return int(found[2]), float(found[3]), found[1] is not None
+    # D.6 gives no width. This is the model that the code named there trains: half of all widths.
+    found = re.fullmatch(r"AxialResNet-(\d+)", name)
+    return (int(found[1]), 0.5, True) if found else None
 
 
 def parse_variant(name: str, **settings: Any) -> Config:
@@ -87,8 +96,10 @@ def parse_variant(name: str, **settings: Any) -> Config:
     * `Axial-B/32`: axial blocks and mean pooling, because rows and columns have no class token
       (appendix D.6).
     * `R50x1`: a BiT ResNet; the last number is a factor on all widths.
+    * `Axial-R50x1`: the same with axial attention in place of the 3x3 convolutions (appendix D.6).
 
-    The paper's longer names work too: `ViT-B/16`, `R50+ViT-B/16`, `Axial-ViT-B/32`.
+    The paper's longer names work too: `ViT-B/16`, `R50+ViT-B/16`, `Axial-ViT-B/32`, and
+    `AxialResNet-50`, which is `Axial-R50x0.5`.
 
     Args:
         name: the name of the variant.
@@ -97,9 +108,11 @@ def parse_variant(name: str, **settings: Any) -> Config:
     Raises:
         ValueError: the variant does not exist, or the settings contradict each other.
     """
-    if found := re.fullmatch(r"R(\d+)x(\d+)", name):
-        layers, width = int(found[1]), float(found[2])
-        return ResNetConfig.from_dict({"layers": _units(name, layers), "width": width, **settings})
+    values: dict[str, Any]
+    if parts := _resnet_parts(name):
+        layers, width, is_axial = parts
+        values = {"layers": _units(name, layers), "width": width, "axial": is_axial}
+        return ResNetConfig.from_dict(values | settings)
     found = re.fullmatch(r"(?:(Axial)-|R(\d*)\+)?(?:ViT-)?([A-Za-z0-9]+)/(\d+)", name)
     axial, stem, size, patch = found.groups() if found else (None, None, "", "")
     variant = ONE_PATCH.get(name.removeprefix("ViT-")) or VARIANTS.get(size)
@@ -107,7 +120,7 @@ def parse_variant(name: str, **settings: Any) -> Config:
         close = next((v for v in VARIANTS if v.lower() == size.lower()), None)
         meant = f"; `{name.replace(f'{size}/', f'{close}/')}` is one" if close else ""
         raise ValueError(f"no model variant `{name}`: {FORMS}{meant}")
-    values: dict[str, Any] = {"patch_size": int(patch), **asdict(variant)}
+    values = {"patch_size": int(patch), **asdict(variant)}
     if axial:
         values.update(axial=True, class_token=False, pool="mean")
     if stem is not None:

@@ -1,5 +1,6 @@
 """Edit a loaded model in place: image size, patch size, pooling, head; the load report notes it."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,12 +9,18 @@ from torch import Tensor, nn
 
 from vitcli.config.choices import Resize
 from vitcli.errors import VitcliError
-from vitcli.vit import ResNet, VisionTransformer, ViTConfig
+from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, ViTConfig
 from vitcli.vit.config import canonical_pool
 from vitcli.vit.patches import PatchEmbed, resample_kernel
-from vitcli.vit.position import Grid, attended_length, is_position, resample_table
+from vitcli.vit.position import (
+    Grid,
+    attended_length,
+    is_position,
+    resample_offsets,
+    resample_table,
+)
 from vitcli.weights.load_report import LoadReport, TensorStatus
-from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.loaded import LoadedModel, TargetScale
 
 
 def resize(model: LoadedModel, image_size: tuple[int, int]) -> None:
@@ -27,12 +34,30 @@ def resize(model: LoadedModel, image_size: tuple[int, int]) -> None:
     if image_size == model.config.image_size:
         return
     network = model.network
-    if isinstance(network, ResNet):  # it has no positions
-        network.config = replace(network.config, image_size=image_size)
+    if isinstance(network, ResNet):
+        new = replace(network.config, image_size=image_size)
+        if new.axial:  # other ResNets have no positions
+            _resample_offsets(network, new, model.load_report)
+        network.config = new
     else:
         resample_positions(network, resized_config(network.config, image_size), model.load_report)
     if model.preprocess is not None:
         model.preprocess = model.preprocess.resized_to(image_size)
+
+
+def _resample_offsets(network: ResNet, new: ResNetConfig, report: LoadReport | None) -> None:
+    """Resample the relative positions of an AxialResNet for the image size of `new`."""
+    with torch.device("meta"):
+        wanted = {name: p.shape[0] for name, p in ResNet(new).named_parameters()}
+    for name, p in list(network.named_parameters()):
+        before, after = (p.shape[0] + 1) // 2, (wanted[name] + 1) // 2
+        if is_position(name) and before != after:
+            table = nn.Parameter(resample_offsets(p.detach(), after))
+            owner, _, last = name.rpartition(".")
+            setattr(network.get_submodule(owner), last, table)
+            if report is not None:
+                detail = f"offsets of {before} -> {after} cells, linear"
+                report.status[name] = ("resampled", detail)
 
 
 def resample_positions(
@@ -107,7 +132,7 @@ def replace_head(
         status[name] = ("new", f"zero, {len(labels)} classes")
     model.labels = tuple(labels)
     model.head_activation, model.head_trained = "softmax", False
-    model.temperature = 1.0
+    model.temperature, model.target_scale = 1.0, TargetScale()
 
 
 def _drop_pretraining_head(
@@ -148,11 +173,25 @@ def fold_temperature(model: LoadedModel) -> None:
     if model.temperature == 1.0:
         return
     with torch.no_grad():
-        for head in (model.network.head, getattr(model.network, "head_dist", None)):
-            if isinstance(head, nn.Linear):
-                head.weight.div_(model.temperature)
-                head.bias.div_(model.temperature)
+        for head in _heads(model):
+            head.weight.div_(model.temperature)
+            head.bias.div_(model.temperature)
     model.temperature = 1.0
+
+
+def fold_target_scale(model: LoadedModel) -> None:
+    """Put the scale of a regression into the head in place: it then gives numbers in their unit."""
+    scale = model.target_scale
+    with torch.no_grad():
+        for head in _heads(model):  # of a mean of two heads, each has the scale
+            head.weight.mul_(scale.std)
+            head.bias.copy_(scale.restore(head.bias))
+    model.target_scale = TargetScale()
+
+
+def _heads(model: LoadedModel) -> list[nn.Linear]:
+    heads = (model.network.head, getattr(model.network, "head_dist", None))
+    return [head for head in heads if isinstance(head, nn.Linear)]
 
 
 def change_pool(model: LoadedModel, pool: str) -> None:
@@ -200,8 +239,8 @@ def change_pool(model: LoadedModel, pool: str) -> None:
 def match_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int] | None:
     """Return the index in `known` of each name in `wanted`, or None if a name has no match.
 
-    Exact names are tried first. Then case, `_`, `-` and spaces are ignored, and one of ImageNet's
-    comma-separated synonyms is enough.
+    Exact names are tried first. Then case, `_`, `-`, spaces and the encoding of accents are
+    ignored, and one of ImageNet's comma-separated synonyms is enough.
     """
     exact = {name: i for i, name in enumerate(known)}
     if all(name in exact for name in wanted):
@@ -216,7 +255,8 @@ def match_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int] | No
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    composed = unicodedata.normalize("NFC", name)
+    return " ".join(composed.casefold().replace("_", " ").replace("-", " ").split())
 
 
 def prepare_finetune(

@@ -34,6 +34,11 @@ def build_model(
     """
     config = checkpoint.config
     report = LoadReport(source, checkpoint.layout, notes=list(checkpoint.notes))
+    activation = checkpoint.activation
+    if config.num_classes == 1 and activation == "softmax" and checkpoint.head_trained:
+        # The softmax of one number is 1. A head of one output is trained with a sigmoid.
+        activation = "sigmoid"
+        report.notes.append("one output: its probability is the sigmoid of the logit")
     shapes = {name: tuple(t.shape) for name, t in checkpoint.tensors.items()}
     report.shapes = checkpoint.dropped_shapes | shapes
     check_depth(config, len(shapes), source)
@@ -55,11 +60,12 @@ def build_model(
         network,
         labels=checkpoint.labels,
         preprocess=checkpoint.preprocess,
-        head_activation=checkpoint.activation,
+        head_activation=activation,
         temperature=checkpoint.temperature,
         head_trained=checkpoint.head_trained and config.num_classes > 0,
         load_report=report,
         split_record=checkpoint.split_record,
+        target_scale=checkpoint.target_scale,
     )
     if image_size is not None:
         resize(model, image_size)

@@ -163,6 +163,15 @@ def require_preprocess(model: LoadedModel) -> Preprocess:
     return preprocess
 
 
+def require_one_number(model: LoadedModel, name: str) -> None:
+    """Raise a VitcliError if the regression `model` predicts several numbers per image."""
+    if (count := model.config.num_classes) > 1:
+        raise VitcliError(
+            f"`{name}` predicts {count} numbers per image, and one is supported",
+            hint="use it from Python: the model that `vitcli.load_model` returns gives all of them",
+        )
+
+
 def read_labels(labels: Sequence[str] | str | os.PathLike[str] | None) -> tuple[str, ...] | None:
     """Read class names from a sequence, or from a text file with one name per line.
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,46 @@ from vitcli.preprocess import Preprocess
 from vitcli.vit import Config, Network, create_network
 from vitcli.weights.load_report import LoadReport
 
-HeadActivation = Literal["softmax", "sigmoid"]
+# `identity` is that of regression: the output is the number, up to `TargetScale`.
+HeadActivation = Literal["softmax", "sigmoid", "identity"]
 HEAD_PREFIXES = ("head.", "head_dist.")
+
+
+def as_activation(stored: Any) -> HeadActivation:
+    """The activation that a file names; softmax for files of programs that store none."""
+    return stored if stored in get_args(HeadActivation) else "softmax"
+
+
+@dataclass(frozen=True)
+class TargetScale:
+    """Mean and standard deviation of the training numbers of a regression, in their unit."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def standardise(self, values: Tensor) -> Tensor:
+        """Numbers in their unit -> numbers with mean 0 and standard deviation 1, float64."""
+        return (values.double() - self.mean) / self.std
+
+    def restore(self, outputs: Tensor) -> Tensor:
+        """Outputs of the network -> float64 numbers in their unit."""
+        return outputs.double() * self.std + self.mean
 
 
 @dataclass(eq=False)
 class LoadedModel:
     """A network, and the facts that a weights file holds about its use.
 
-    Call it with images (B, C, Y, X) to get logits (B, K), or the features if it has no head.
+    Call it with images (B, C, Y, X) to get logits (B, K), or the features if it has no head. After
+    a regression, it returns numbers (B, 1) in their unit.
 
     Attributes:
         network: the `VisionTransformer` or `ResNet`, a plain `nn.Module`.
-        labels: class names in the order of the logits, or None.
+        labels: class names in the order of the logits, or None. The name of a regression's number.
         preprocess: the evaluation transform of the weights, or None if it is not known.
-        head_activation: turns logits into probabilities. `sigmoid` treats each class alone.
+        head_activation: turns logits into probabilities. `sigmoid` treats each class alone, and
+            `identity` means that the output is a number (regression).
+        target_scale: turns the output of the network into that number.
         temperature: divides the logits before the activation. Above 1, the model is less confident.
         head_trained: True if the head has learned the classes, so that `predict` may use it.
         load_report: how each tensor was loaded, or None if the model was not loaded.
@@ -43,6 +68,12 @@ class LoadedModel:
     head_trained: bool = False
     load_report: LoadReport | None = None
     split_record: SplitRecord | None = None
+    target_scale: TargetScale = TargetScale()
+
+    @property
+    def is_regression(self) -> bool:
+        """True if the output is a number and not a logit per class."""
+        return self.head_activation == "identity" and self.config.num_classes > 0
 
     @property
     def config(self) -> Config:
@@ -55,9 +86,9 @@ class LoadedModel:
         return self.network.training
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, C, Y, X) -> (B, K): logits; the features if there is no head."""
+        """(B, C, Y, X) -> (B, K): logits, or numbers; the features if there is no head."""
         logits: Tensor = self.network(images)
-        return logits
+        return self.target_scale.restore(logits).float() if self.is_regression else logits
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, F): the representation that the head reads."""
@@ -65,6 +96,7 @@ class LoadedModel:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K) logits -> (B, K) float64: divided by the temperature, then activated."""
+        assert not self.is_regression, "numbers have no probabilities"
         x = logits.double() / self.temperature
         return x.sigmoid() if self.head_activation == "sigmoid" else x.softmax(dim=1)
 
@@ -148,9 +180,10 @@ def model_hash(model: LoadedModel, *, head: bool = True) -> str:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor))
     if head and model.config.num_classes:
-        # Probabilities of fixed logits depend on activation and temperature.
+        # Outputs for fixed logits depend on activation, temperature and scale.
         probe = torch.linspace(-2, 2, model.config.num_classes)[None]  # (1, K)
-        digest.update(_bytes(model.probabilities(probe)))
+        activate = model.target_scale.restore if model.is_regression else model.probabilities
+        digest.update(_bytes(activate(probe)))
     return digest.hexdigest()
 
 

@@ -38,8 +38,8 @@ def write_onnx(model: LoadedModel, out: Path) -> list[str]:
     """Write `model` to the file `out` atomically; returns notes for the user.
 
     The input is `images` (batch, C, Y, X), float32 and normalised. The output is `logits`
-    (batch, K), or `features` (batch, F) if there is no head. The batch size is free. Weights above
-    2 GiB go to a second file, `out` with `.data` appended.
+    (batch, K), `values` (batch, 1) of a regression, or `features` (batch, F) without a head. The
+    batch size is free. Weights above 2 GiB go to a second file, `out` with `.data` appended.
 
     Raises:
         VitcliError: onnx or onnxscript is not installed, `out` exists or it cannot be written.
@@ -103,7 +103,8 @@ def _program(model: LoadedModel) -> "ONNXProgram":
     config = model.config
     # Batch size 2: torch's exporter treats size 1 as constant.
     images = torch.zeros(2, config.num_channels, *config.image_size)
-    output = "logits" if config.num_classes else "features"
+    named = "values" if model.is_regression else "logits"
+    output = named if config.num_classes else "features"
     # The exporter decomposes attention in the memory layout of this kernel. With a mask (relative
     # positions) the other kernels use another layout, and the export fails.
     with _silence(), sdpa_kernel(SDPBackend.MATH):

@@ -1,7 +1,7 @@
 """The weights file of vitcli: timm's tensor names in safetensors, with a JSON header.
 
-The header is one metadata entry, `vitcli`. safetensors writes several entries in a random order,
-and equal weights must give equal bytes.
+The header is the metadata entry `vitcli`. A second entry is a checksum of the whole file. It is
+inside the file, so that it survives a copy, a rename and an upload to the Hub.
 """
 
 import json
@@ -9,9 +9,10 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from math import inf, isfinite
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -20,18 +21,20 @@ from torch import Tensor
 from vitcli.config.choices import Resize
 from vitcli.data.split_record import SplitRecord
 from vitcli.errors import VitcliError
-from vitcli.files import parse_json, replacing, write_text
+from vitcli.files import file_checksum, parse_json, replacing, write_text
 from vitcli.hub.models import shard_names
 from vitcli.preprocess import Preprocess
 from vitcli.run import check_free
 from vitcli.vit import Config, config_from_dict
 from vitcli.vit.position import DEFAULT_RESIZE
-from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.loaded import HeadActivation, LoadedModel, TargetScale, as_activation
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
-FORMAT = 1
+FORMAT = 2  # of a regression, which versions that read format 1 only would take for a classifier
 MARK_BYTES = 2**20
 DAMAGED_HINT = "copy or download the file again"
+SEAL = "vitcli_checksum"  # metadata key -> `files.file_checksum` of the file without these digits
+UNSEALED = "0" * 32
 
 
 @dataclass
@@ -45,7 +48,8 @@ class Checkpoint:
         head_trained: False for a backbone and for a head that was never trained.
         dropped: tensors of the file that the model does not use -> the reason.
         dropped_shapes: shapes of the dropped tensors.
-        activation: turns logits into probabilities.
+        activation: turns logits into probabilities; `identity` after a regression.
+        target_scale: of a regression.
         temperature: divides the logits before the activation.
         position_resize: method that resamples the positions; None for the layout's default.
         notes: assumptions about facts that the file does not state, one line each.
@@ -62,10 +66,11 @@ class Checkpoint:
     dropped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     dropped_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    activation: Literal["softmax", "sigmoid"] = "softmax"
+    activation: HeadActivation = "softmax"
     temperature: float = 1.0
     position_resize: Resize | None = None
     split_record: SplitRecord | None = None
+    target_scale: TargetScale = field(default_factory=TargetScale)
 
 
 def save_model(
@@ -86,12 +91,13 @@ def save_model(
     """
     resize = getattr(model.network, "position_resize", None)  # a ResNet has no positions
     described = {
-        "format": FORMAT,
+        "format": FORMAT if model.is_regression else 1,
         "config": model.config.to_dict(),
         "labels": list(model.labels) if model.labels is not None else None,
         "preprocess": model.preprocess.to_dict() if model.preprocess is not None else None,
         "head_trained": bool(model.head_trained and model.config.num_classes),
         "activation": model.head_activation,
+        **({"target": asdict(model.target_scale)} if model.is_regression else {}),
         # The default is not written, so that the files of runs that do not set it stay the same.
         **({"position_resize": resize} if resize not in (None, DEFAULT_RESIZE) else {}),
         **({"temperature": model.temperature} if model.temperature != 1.0 else {}),
@@ -110,7 +116,57 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file atomically; raises as `replacing` does."""
     with replacing(path) as temporary:
-        write_tensors(temporary, tensors, metadata)
+        write_sealed_tensors(temporary, tensors, metadata)
+
+
+def write_sealed_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file in place, with a checksum that `load_weights` verifies."""
+    write_tensors(path, tensors, {**(metadata or {}), SEAL: UNSEALED})
+    with Path(path).open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        # safetensors writes metadata in a random order, and equal weights must give equal bytes.
+        header = {**header, "__metadata__": dict(sorted(header["__metadata__"].items()))}
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(content) <= size
+        file.seek(8)
+        file.write(content.ljust(size))
+        file.flush()
+        first, last = _seal_place(content, UNSEALED)
+        file.seek(first)
+        file.write(file_checksum(path, (first, last)).encode())
+
+
+def _seal_place(header: bytes, digest: str) -> tuple[int, int]:
+    """The first byte of the checksum in a file with this header, and the byte after the last."""
+    entry = f'"{SEAL}":"{digest}"'.encode()
+    # Quotes inside names are escaped, so nothing else in a header looks like this entry.
+    end = 8 + header.index(entry) + len(entry) - 1
+    return end - len(digest), end
+
+
+def check_seal(path: str | os.PathLike[str]) -> None:
+    """Check the checksum of a safetensors file; files of other programs have none.
+
+    Raises:
+        VitcliError: the file is damaged.
+    """
+    with _opened(path) as file:
+        digest = (file.metadata() or {}).get(SEAL)
+    if digest is None:
+        return
+    with readable_values("checksum", path, DAMAGED_HINT), Path(path).open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+        found = file_checksum(path, _seal_place(header, digest))
+    if found != digest:
+        raise VitcliError(
+            f"`{path}` is damaged: its checksum is {found}, and {digest} is recorded",
+            hint=DAMAGED_HINT,
+        )
 
 
 def write_tensors(
@@ -137,7 +193,7 @@ def write_folder(
     check_free(out)
     with replacing(out) as temporary:
         temporary.mkdir()
-        write_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
+        write_sealed_tensors(temporary / "model.safetensors", tensors, {"format": "pt"})
         for name, values in files.items():
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             (temporary / name).write_text(text, encoding="utf-8")
@@ -195,11 +251,11 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return all tensors of a safetensors file, memory-mapped.
 
     Raises:
-        VitcliError: the file does not exist, is truncated, is a pickle, or has an invalid header.
+        VitcliError: the file does not exist, is truncated or damaged, is a pickle, or has an
+            invalid header.
     """
     check_safetensors(path)
-    with _opened(path):
-        pass
+    check_seal(path)
     return load_file(os.fspath(path))
 
 
@@ -230,6 +286,9 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         temperature = float(header.get("temperature", 1.0))
         if not 0 < temperature < float("inf"):
             raise ValueError(f"the temperature is {temperature}")
+        scale = TargetScale(**header.get("target", {}))
+        if not (isfinite(scale.mean) and 0 < scale.std < inf):
+            raise ValueError(f"the scale of the numbers is {scale}")
         record = SplitRecord.from_json(header.get("split"))
     return Checkpoint(
         config=config,
@@ -240,7 +299,8 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         head_trained=bool(header.get("head_trained")),
         recipe_hash=header.get("recipe_hash"),
         # Old files do not store the activation; all of them were trained with softmax.
-        activation="sigmoid" if header.get("activation") == "sigmoid" else "softmax",
+        activation=as_activation(header.get("activation")),
+        target_scale=scale,
         temperature=temperature,
         position_resize=resize,
         split_record=record,

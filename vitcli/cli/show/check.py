@@ -9,6 +9,7 @@ from vitcli.cli.console import MOST_CLASSES, print_facts, print_table
 from vitcli.errors import printable
 
 MOST_EXAMPLES = 3  # examples of each kind of finding
+NUMBERS = ("labels as numbers", "numbers")
 MOST_NAMES = 5  # file names of one group of duplicates
 
 
@@ -17,8 +18,15 @@ def show_check(result: Any) -> None:
     facts = result.to_json()
     rows: list[tuple[str, Any]] = [
         ("images", ", ".join(f"{n:,} {name}" for name, n in facts["splits"].items())),
-        ("classes", len(facts["classes"])),
     ]
+    if not result.source.numeric:
+        rows.append(("classes", len(facts["classes"])))
+    if found := facts["numbers"]:
+        spread = f"mean {found['mean']:.4g}, standard deviation {found['std']:.4g}"
+        quartiles = " / ".join(f"{found[key]:.4g}" for key in ("q25", "median", "q75"))
+        shown = f"{found['min']:.6g} to {found['max']:.6g}, {spread}, quartiles {quartiles}"
+        rows.append((NUMBERS[result.source.numeric], shown))
+        rows.append(("to predict them", "vitcli finetune … --set objective.name=mse"))
     if facts["layout"]:
         rows.append(("layout", facts["layout"]))
     if training := facts["training"].get("splits"):
@@ -43,7 +51,8 @@ def show_check(result: Any) -> None:
     classes = sorted(facts["classes"].items(), key=lambda item: item[1][splits[0]])
     if len(classes) > MOST_CLASSES:
         classes = [*classes[: MOST_CLASSES // 2], *classes[-MOST_CLASSES // 2 :]]
-    print_table("", ["class", *splits], [[k, *(v[s] for s in splits)] for k, v in classes])
+    if not result.source.numeric:
+        print_table("", ["class", *splits], [[k, *(v[s] for s in splits)] for k, v in classes])
     report.print_title("problems" if facts["problems"] else "no problems found")
     for line in facts["problems"]:
         report.out.print(Text(f"  {printable(line)}"), soft_wrap=True)

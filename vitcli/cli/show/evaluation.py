@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from vitcli.cli.console import MOST_CLASSES, percent, print_facts, print_table, show_next
-from vitcli.cli.show.training import with_interval
+from vitcli.cli.show.training import number_rows, with_interval
 from vitcli.run import run_stem
 
 MIN_TOP5_CLASSES = 6  # with fewer classes top-5 is 100 % of any images
@@ -15,7 +15,7 @@ METHODS = {
     "fewshot": "few-shot",
     "pretrain": "few-shot after pretraining",
 }
-FILES = ("confusion", "confusion_picture", "reliability", "mistakes")
+FILES = ("confusion", "confusion_picture", "reliability", "mistakes", "scatter")
 
 Rows = list[tuple[str, Any]]
 
@@ -26,14 +26,30 @@ def show_evaluation(result: Any) -> None:
         _show_comparison(result)
         return
     rows: Rows = [("images", f"{result.metrics.images:,} ({result.split})")]
-    rows += _multi_label_rows(result) if result.details is None else _single_label_rows(result)
+    if result.numbers is not None:
+        rows += number_rows(result.metrics.to_json(), result.intervals.to_json())
+    elif result.details is None:
+        rows += _multi_label_rows(result)
+    else:
+        rows += _single_label_rows(result)
     print_facts(f"{result.model} on {result.data}", [*rows, *_temperature_rows(result)])
-    if result.details is None:
+    if result.numbers is not None:
+        _show_worst_numbers(result)
+    elif result.details is None:
         _show_multi_label_classes(result)
     else:
         _show_single_label_classes(result)
     if files := [(k.replace("_", " "), result.files[k]) for k in FILES if k in result.files]:
         print_facts("written", files)
+
+
+def _show_worst_numbers(result: Any) -> None:
+    rows = [
+        [one["path"], f"{one['target']:.6g}", f"{one['value']:.6g}"]
+        for one in result.worst[:MAX_PAIRS]
+    ]
+    name = result.numbers.name
+    print_table("largest errors", ["image", f"true {name}", f"predicted {name}"], rows)
 
 
 def _single_label_rows(result: Any) -> Rows:
@@ -123,6 +139,11 @@ def _show_multi_label_classes(result: Any) -> None:
 def _show_comparison(result: Any) -> None:
     """Show a row for each model, then the paired comparison with the first model."""
     models = result.models
+    if all(one.numbers is not None for one in models):
+        rows = [[one.model, *_number_cells(one)] for one in models]
+        print_table(result.data, ["model", "images", "MAE", "RMSE", "R2"], rows)
+        _show_pairs(result)
+        return
     single = all(one.details is not None for one in models)
     restricted = single and any(m.metrics.top1_restricted != m.metrics.top1 for m in models)
     real = single and any(m.details.real is not None for m in models)
@@ -146,7 +167,16 @@ def _show_comparison(result: Any) -> None:
             row += [percent(m.map), f"{m.loss:.4f}"]
         rows.append(row)
     print_table(result.data, columns, rows)
-    first, *others = models
+    _show_pairs(result)
+
+
+def _number_cells(one: Any) -> list[str]:
+    rows = number_rows(one.metrics.to_json(), one.intervals.to_json())
+    return [f"{one.metrics.images:,}", *(text for _, text in rows)]
+
+
+def _show_pairs(result: Any) -> None:
+    first, *others = result.models
     for one, pair in zip(others, result.paired, strict=True):
         title = f"{one.model} compared with {first.model}"
         print_facts(title, paired_rows(pair, first.model, one.model))
@@ -156,6 +186,9 @@ def paired_rows(pair: Any, first: str, second: str) -> Rows:
     """A paired comparison, or the reason why there is none."""
     if isinstance(pair, str):
         return [("no paired test", pair)]
+    if getattr(pair, "metric", None) == "mae":
+        shown = f"{pair.difference:+.4g}, 95 % interval {pair.low:+.4g} to {pair.high:+.4g}"
+        return [("difference of MAE", shown)]
     interval = f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}"
     rows: Rows = [("difference", f"{100 * pair.difference:+.2f} points, 95 % interval {interval}")]
     if hasattr(pair, "p_value"):

@@ -13,6 +13,10 @@ def show_prediction(row: Mapping[str, Any]) -> None:
     """Print one line for an image that could be read."""
     if row["error"] is not None:
         return
+    if "value" in row:
+        path = (printable(str(row["path"])), "bold")
+        console.out.print(Text.assemble(path, f"  {row['value']:.6g}"), soft_wrap=True)
+        return
     classes = "  ".join(f"{one['label']} {100 * one['probability']:.1f} %" for one in row["top"])
     parts: list[str | tuple[str, str]] = [(printable(str(row["path"])), "bold"), "  "]
     if row.get("abstained"):

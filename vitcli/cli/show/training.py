@@ -16,6 +16,18 @@ def with_interval(share: float, interval: Sequence[float] | None) -> str:
     return f"{percent(share)} ({100 * interval[0]:.2f} to {100 * interval[1]:.2f})"
 
 
+def number_rows(figures: Mapping[str, Any], intervals: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """MAE, RMSE and R2 of a regression with their 95 % intervals."""
+    rows = []
+    for key in ("mae", "rmse", "r2"):
+        value, interval = figures.get(key), intervals.get(key)
+        shown = "undefined: all numbers are equal" if value is None else f"{value:.4g}"
+        if interval is not None:
+            shown += f" ({interval[0]:.4g} to {interval[1]:.4g})"
+        rows.append((key.upper(), shown))
+    return rows
+
+
 def accuracy_interval(figures: Mapping[str, float]) -> tuple[float, float]:
     """The 95 % interval of the accuracy in the result of a run."""
     from vitcli.evals.intervals import wilson_interval
@@ -37,16 +49,24 @@ def show_trained(result: Any) -> None:
         if "accuracy" in found and "images" in found:
             shown = with_interval(found["accuracy"], accuracy_interval(found))
             rows.append((f"{split} accuracy", f"{shown} of {found['images']:,.0f} images"))
+        if "mae" in found:
+            errors = number_rows(found, found.get("intervals", {}))
+            rows += [(f"{split} {name}", text) for name, text in errors]
         if "map" in found:
             counted = f"{percent(found['map'])} of {found['images']:,.0f} images"
             rows.append((f"{split} mean average precision", counted))
             rows.append((f"{split} micro F1 at 0.5", percent(found["micro_f1"])))
+    if result.best is not None:
+        name, value = result.best["metric"], result.best["value"]
+        shown = f"{value:.4f}" if name == "loss" else percent(value)
+        rows.append((f"best validation {name}", f"{shown} at step {result.best['step']:,}"))
+        rows.append(("its weights", f"{result.run}/best.safetensors"))
     if "best_fewshot_accuracy" in figures:
         best = f"{percent(figures['best_fewshot_accuracy'])} at step "
         last = percent(figures["fewshot_accuracy"])
         rows.append(("few-shot accuracy", f"{last}; best {best}{figures['best_fewshot_step']:,}"))
     rows += [
-        (name.removeprefix("train/"), f"{value:.4f}")
+        (name.removeprefix("train/"), f"{value:.4g}" if "mae" in name else f"{value:.4f}")
         for name, value in figures.items()
         if name == "loss" or name.startswith("train/")
     ]

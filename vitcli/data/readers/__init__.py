@@ -135,7 +135,7 @@ def find_reader(notation: str) -> str:
     if re.search(r"\.(tar\.\w+|tgz)$", notation):
         raise VitcliError(
             f"`{shown}` is a compressed tar file",
-            "decompress it with `gunzip`: random access needs uncompressed shards",
+            "`gunzip` it; if it holds class folders, extract it or make a .zip",
         )
     fault = "unsupported data format" if path.exists() else "no such file or folder"
     if path.is_symlink() and not path.exists():

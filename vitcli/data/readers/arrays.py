@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,11 @@ def load_arrays(request: DataRequest) -> Source:
     one_hot = all(_is_one_hot(array) for array in labels.values())
     splits = {}
     for split in (name for name in SPLITS if name in scaled):
-        classes, indices, targets = _encode(shown, labels[split], names, one_hot)
+        if request.numeric and labels[split].size == len(labels[split]):
+            classes, indices = encode_labels(labels[split].ravel().tolist())
+            targets = None
+        else:
+            classes, indices, targets = _encode(shown, labels[split], names, one_hot)
         store = ArrayStore(f"{split} of {shown}", scaled[split])
         splits[split] = ImageSet(split, classes, indices, store, targets=targets)
     with ZipFile(request.path) as archive:  # the checksums of all arrays
@@ -57,11 +61,12 @@ def load_arrays(request: DataRequest) -> Source:
 def _read(path: Path, shown: str) -> tuple[Arrays, Arrays, list[str] | None]:
     """(split -> images, split -> labels, class names or None)."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because NumPy leaves a damaged archive open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files if _meaning(key) is not None}
             names = next((archive[key] for key in NAME_KEYS if key in archive.files), None)
             present = ", ".join(f"`{printable(key)}`" for key in archive.files[:8]) or "nothing"
-    except (BadZipFile, ValueError, OSError, EOFError, AttributeError) as error:
+    except Exception as error:  # a damaged archive may raise anything
         objects = "pickle" in str(error)
         raise VitcliError(
             f"cannot read `{shown}`: " + ("it holds Python objects" if objects else str(error)),
@@ -169,7 +174,8 @@ def _encode(
     if values.dtype.kind == "f" and not (values == np.rint(values)).all():
         raise VitcliError(
             f"the labels of `{shown}` are fractions, such as {values[values % 1 != 0][0]:g}",
-            "store class numbers or names",
+            "store class numbers or names; to predict the number: "
+            "`vitcli finetune … --set objective.name=mse`",
         )
     if names is not None and values.dtype.kind in "iuf" and len(values):
         classes = _names(shown, names, int(values.max()) + 1)

@@ -87,6 +87,21 @@ def plain_name(name: Any) -> str:
     return re.sub(r"[\s.\-]+", "_", text).lower()
 
 
+def plain_cell(value: Any) -> Any:
+    """A cell that can be counted: the text of a list or of an object."""
+    return str(value) if isinstance(value, list | dict) else value
+
+
+def check_label(shown: str, image: str, label: Any) -> None:
+    """Raise a VitcliError for an object of JSON, and for a list that holds objects or lists."""
+    inside = label if isinstance(label, list) else ()
+    if isinstance(label, dict) or any(isinstance(one, list | dict) for one in inside):
+        raise VitcliError(
+            f"`{shown}`: the label of `{printable(image)}` is `{printable(str(label))[:80]}`",
+            "write a text, a number, or a list of these",
+        )
+
+
 def known_columns(columns: Sequence[str], usual: Sequence[str]) -> list[str]:
     """The columns with one of the usual names, in the order of these names."""
     by_name = {plain_name(name): name for name in reversed(columns)}

@@ -50,7 +50,7 @@ class Description(BaseModel):
     splits: dict[Annotated[str, Field(pattern=r"^\w+$")], int]  # split -> images
     index: dict[str, str]  # split -> SHA-256 of its index
     source: InstanceOf[str]
-    fingerprint: str
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]+$")]
     multi_label: bool = False  # the first version has no such key
     # JSON has lists only; without one, no image had wide samples.
     window: Annotated[tuple[float, float] | None, Strict(False)] = None

@@ -324,8 +324,7 @@ def source_of_layout(
         paths = [path.removeprefix(images.base) for found in classes.values() for path in found]
         if not paths:
             continue
-        # Bytes of the name that are not UTF-8 are escaped, because a recipe cannot store them.
-        names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in classes]
+        names = list(classes)
         labels = np.repeat(np.arange(len(names)), [len(found) for found in classes.values()])
         splits[split] = ImageSet(split, names, labels, store_of(images.base, paths))
         parts += [parts_of(split, images.base, paths), [name.encode() for name in names]]

@@ -21,15 +21,16 @@ from vitcli.data.labels import (
     encode_arrow_lists,
     has_label,
     missing_texts,
-    refuse_numbers,
     tidy_notes,
 )
+from vitcli.data.numeric_labels import refuse_numbers, with_numbers
 from vitcli.data.readers.columns import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
     find_column,
     group_column,
     group_number,
+    plain_cell,
     split_columns,
     splits_of_rows,
 )
@@ -88,6 +89,8 @@ class ParquetStore:
             if cells.type.get_field_index("bytes") < 0:
                 return np.full(len(rows), -1)
             cells = pc.struct_field(cells, "bytes")
+        if pa.types.is_null(cells.type):
+            return np.full(len(rows), -1)
         if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
             return np.fromiter((self._file_size(row) for row in rows), np.int64, len(rows))
         sizes = pc.fill_null(pc.binary_length(cells), -1).to_numpy().astype(np.int64)
@@ -206,7 +209,8 @@ def divide_by_column(
     columns = tuple(name for name in columns if name != label_column)
     if not columns:
         return {images.name: images}
-    cells = list(zip(*(table.column(name).to_pylist() for name in columns), strict=True))
+    lists = [map(plain_cell, table.column(name).to_pylist()) for name in columns]
+    cells = list(zip(*lists, strict=True))
     strict = request.labelled and not request.whole
     names = splits_of_rows(
         shown, columns, Counter(cells), settings, images.name, notes, strict=strict
@@ -233,13 +237,35 @@ def images_of_table(
         features: column -> its `datasets` feature.
     """
     shown, settings = printable(files[0][0]), request.settings
+    _check_image_type(shown, columns[0], table.column(columns[0]).type)
     store = ParquetStore(files, table.column(columns[0]), settings)
     names = class_names(features.get(columns[1]))
-    images = _labelled(split, store, table.column(columns[1]), columns[1], names, settings, notes)
+    images = _labelled(split, store, table.column(columns[1]), columns[1], names, request, notes)
     group = group_column(shown, table.column_names, settings)
     if group is not None and group not in columns:
-        images.groups = _group_numbers(table.column(group))[images._rows]
+        with _reading(files[0][0]):
+            images.groups = _group_numbers(table.column(group))[images._rows]
     return images
+
+
+def _check_image_type(shown: str, column: str, kind: Any) -> None:
+    """Raise a VitcliError unless a column can hold images: bytes, paths, or both in a struct."""
+    import pyarrow.types as types
+
+    def holds(kind: Any, *, paths: bool = True) -> bool:
+        is_binary = types.is_binary(kind) or types.is_large_binary(kind)
+        return is_binary or (paths and (types.is_string(kind) or types.is_large_string(kind)))
+
+    fits = holds(kind)
+    if types.is_struct(kind):
+        parts = {field.name: field.type for field in kind if field.name in ("bytes", "path")}
+        fits = bool(parts) and all(holds(p) or types.is_null(p) for p in parts.values())
+    if not fits:
+        raise VitcliError(
+            f"`{shown}`: column `{printable(column)}` holds {printable(str(kind))[:80]}, not "
+            "images",
+            "name a column of bytes or of paths: `--set data.image_column=NAME`",
+        )
 
 
 def _labelled(
@@ -248,26 +274,27 @@ def _labelled(
     column: Any,
     label_column: str,
     names: Sequence[str] | None,
-    settings: DataSection,
+    request: DataRequest,
     notes: list[str],
 ) -> ImageSet:
     """The rows that have a label; `names` are class names, if the file holds them."""
     shown = printable(store.files[0])
     with _reading(store.files[0]):
-        lists = arrow_label_lists(column, shown, label_column, settings, notes)
+        lists = arrow_label_lists(column, shown, label_column, request.settings, notes)
         if lists is not None:
             classes, labels, targets = encode_arrow_lists(shown, lists, names)
             return ImageSet(split, classes, labels, store, targets=targets)
         values = column.dictionary_encode().unify_dictionaries().combine_chunks()
     distinct = values.dictionary.to_pylist()
-    if names is None:
+    if names is None and request.numeric is False:
         refuse_numbers(shown, label_column, filter(has_label, distinct))
-        notes += tidy_notes(shown, distinct)
-    rows, labels, classes = encode_arrow(shown, values, names)
-    if len(rows) < len(values):
-        missing = missing_texts(distinct)
-        notes.append(f"{shown}: skipped {len(values) - len(rows):,} rows without a label{missing}")
-    return ImageSet(split, classes, labels, store, rows)
+    notes += [] if names is not None or request.numeric else tidy_notes(shown, distinct)
+    missing = None if request.numeric and names is None else -1  # -1 can be a measured number
+    rows, labels, classes = encode_arrow(shown, values, names, missing)
+    if left := len(values) - len(rows):
+        notes.append(f"{shown}: skipped {left:,} rows without a label{missing_texts(distinct)}")
+    images = ImageSet(split, classes, labels, store, rows)
+    return with_numbers(shown, images, label_column) if request.numeric else images
 
 
 def _group_numbers(column: Any) -> Integers:

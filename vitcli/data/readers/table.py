@@ -22,10 +22,10 @@ from vitcli.data.labels import (
     label_splitter,
     label_text,
     missing_texts,
-    refuse_numbers,
     split_labels,
     tidy_notes,
 )
+from vitcli.data.numeric_labels import refuse_numbers
 from vitcli.data.readers.columns import (
     GROUP_HINTS,
     choose_table_columns,
@@ -190,7 +190,8 @@ def _assemble(request: DataRequest, tables: Sequence[TableRows], notes: list[str
     if split is not None:
         classes, labels, targets = encode_multi_label(cells, split=split)
     else:
-        refuse_numbers(shown, ", ".join(tables[0].columns.labels), set(cells))
+        if request.numeric is False:
+            refuse_numbers(shown, ", ".join(tables[0].columns.labels), set(cells))
         notes += tidy_notes(shown, set(cells))
         classes, labels = encode_labels(cells)
     if escaped := sorted({label_text(text) for text in set(map(str, cells)) if not _is_utf8(text)}):
@@ -203,7 +204,8 @@ def _assemble(request: DataRequest, tables: Sequence[TableRows], notes: list[str
     if len(members) > which.max() + 1:
         members = _merge_repeated(request, which, labels, targets, split_codes, paths, notes)
     store = FileStore(root, paths)
-    _mention_doubts(shown, tables[0], store, 0 if split else len(classes), notes)
+    doubtful = 0 if split or request.numeric else len(classes)
+    _mention_doubts(shown, tables[0], store, doubtful, notes)
     splits = {}
     for code, name in enumerate(SPLITS):
         rows = members[split_codes[members] == code]
@@ -211,7 +213,8 @@ def _assemble(request: DataRequest, tables: Sequence[TableRows], notes: list[str
         own = None if groups is None else groups[rows]
         splits[name] = ImageSet(name, classes, labels[rows], store, rows, part, own)
     _mention_groups(request, tables, splits, notes)
-    return make_source(request, splits, chain(paths, (name.encode() for name in classes)), notes)
+    parts = chain(paths, (name.encode() for name in classes))
+    return make_source(request, splits, parts, notes, target=", ".join(tables[0].columns.labels))
 
 
 def _split_codes(
@@ -243,8 +246,14 @@ def _labels_of(
 ) -> tuple[list[Any], Splitter | None]:
     """(label cell of each row, the function that divides a cell; None for one label per cell)."""
     shown, settings = request.shown, request.settings
-    cells = [cell for table in tables for cell in table.label_cells()]
     columns = tables[0].columns
+    if request.numeric and columns.one_hot:
+        raise VitcliError(
+            f"`{shown}` has {len(columns.labels)} columns of labels, {quoted(columns.labels[:3])}, "
+            "and objective `mse` learns one number per image",
+            f"name one column: `--set data.label_column={columns.labels[0]}`",
+        )
+    cells = [cell for table in tables for cell in table.label_cells()]
     if not columns.one_hot:
         name = ", ".join(columns.labels)
         return cells, label_splitter(shown, name, cells, settings, notes) if name else None
@@ -322,6 +331,8 @@ def _merge_repeated(
         f"different labels, such as `{example}`"
     )
     way = "for several labels per image: `--set data.multi_label=true`; else correct the table"
+    if request.numeric:
+        way = "write one number per image into the table"
     if request.labelled:
         raise VitcliError(f"`{shown}`: {fault}", way)
     notes.append(f"{shown}: {fault}; {way}")

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from vitcli.data.labels import has_label
-from vitcli.data.readers.columns import Columns, flag_value, label_of_columns
+from vitcli.data.readers.columns import (
+    Columns,
+    check_label,
+    flag_value,
+    label_of_columns,
+    plain_cell,
+)
 from vitcli.data.readers.path_cells import PathCells
 from vitcli.errors import VitcliError, printable
 
@@ -53,11 +59,15 @@ class TableRows:
                 'quote a cell that holds the separator of the columns: `a.jpg,"cat,dog"`',
             )
         self.paths.append(_path_bytes(self.to_path(path)))
-        labels = tuple(row.get(name) for name in self.columns.labels)
-        self.labels.append(self._shared(labels[0] if len(labels) == 1 else labels))
-        self.splits.append(self._shared(tuple(row.get(name) for name in self.columns.splits)))
+        labels = [row.get(name) for name in self.columns.labels]
+        for label in labels:
+            check_label(self.shown, str(path), label)
+        several = tuple(map(plain_cell, labels))
+        self.labels.append(self._shared(labels[0] if len(labels) == 1 else several))
+        splits = tuple(plain_cell(row.get(name)) for name in self.columns.splits)
+        self.splits.append(self._shared(splits))
         if self.columns.group is not None:
-            self.groups.append(self._shared(row.get(self.columns.group)))
+            self.groups.append(self._shared(plain_cell(row.get(self.columns.group))))
 
     def _shared(self, cell: Any) -> Any:
         try:

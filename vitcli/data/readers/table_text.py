@@ -82,7 +82,10 @@ def read_text_table(
 def is_image_text(cell: str) -> bool:
     """True for the path or the URL of an image."""
     cell = cell.strip()
-    path = urlsplit(cell).path if "://" in cell else cell
+    try:
+        path = urlsplit(cell).path if "://" in cell else cell
+    except ValueError:  # `http://[::1/x`
+        return False
     return is_image_name(path.replace("\\", "/").rpartition("/")[2])
 
 

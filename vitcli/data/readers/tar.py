@@ -8,10 +8,10 @@ import os
 import tarfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -22,10 +22,10 @@ from vitcli.data.labels import (
     has_label,
     label_splitter,
     label_text,
-    refuse_numbers,
     tidy_notes,
 )
-from vitcli.data.readers.columns import LABEL_COLUMNS
+from vitcli.data.numeric_labels import refuse_numbers
+from vitcli.data.readers.columns import LABEL_COLUMNS, check_label
 from vitcli.data.readers.folder import image_files
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import expand_braces, files_with_suffix, in_split_order, splits_of
@@ -74,12 +74,14 @@ class ShardIndex:
             of its content, size. An array takes a fifth of the memory of lists.
         labels: for each sample its label.
         unlabelled: samples that were skipped because they have no label.
+        dotted: keys of samples that end at the last dot.
         notes: messages for the user.
     """
 
     places: "array[int]" = field(default_factory=partial(array, "q"))
     labels: list[Any] = field(default_factory=list)
     unlabelled: int = 0
+    dotted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -179,13 +181,19 @@ def read_shards(
         notes += index.notes
         if index.unlabelled:
             notes.append(f"{shown}: skipped {index.unlabelled:,} samples without a label")
+        if index.dotted:
+            notes.append(
+                f"{shown}: the names of {len(index.dotted):,} samples end at the last dot, such as "
+                f"`{printable(index.dotted[0])}`, because up to the first dot they have no label"
+            )
         targets = None
         divide = label_splitter(shown, "label", index.labels, settings, notes)
         if divide is not None:
             encode = partial(_encode_numeric, names=names, shown=shown)
             classes, labels, targets = encode_multi_label(index.labels, encode, divide)
         else:
-            refuse_numbers(shown, "label", set(index.labels))
+            if request.numeric is False:
+                refuse_numbers(shown, "label", set(index.labels))
             notes += tidy_notes(shown, set(index.labels))
             classes, labels = _encode_numeric(index.labels, names, shown)
         places = np.array(index.places, dtype=np.int64).reshape(-1, 4)
@@ -195,7 +203,7 @@ def read_shards(
         raise VitcliError(
             f"`{shown}` has no sample with an image and a label",
             "a sample is `KEY.jpg` and `KEY.cls` (or `KEY.json`); name the label field of the JSON "
-            "with `--set data.label_column=NAME`",
+            "with `--set data.label_column=NAME`; for class folders, extract it or make a .zip",
         )
     return make_source(request, splits, parts, notes)
 
@@ -221,7 +229,7 @@ def read_names(path: Path) -> list[str]:
             f"cannot read the class names in `{printable(path)}`: {error}",
             "write one class name per line, in UTF-8",
         ) from error
-    return [line.strip() for line in lines if line.strip()]
+    return [name for line in lines if (name := label_text(line))]
 
 
 def _encode_numeric(
@@ -248,16 +256,20 @@ def index_shards(files: Sequence[Path], column: str | None, labelled: bool) -> S
     """
     found = ShardIndex()
     for number, file in enumerate(files):
-        for sample in _samples(file, found.notes):
-            image = next((m for m in sample.members.values() if is_image(m)), None)
+        samples = (part for one in _samples(file, found.notes) for part in one.divided(column))
+        for sample in samples:
+            image = sample.image()
             if image is None:
                 continue
             label = label_of(sample, column)
+            check_label(printable(file), image.name, label)
             if not has_label(label) and labelled:
                 found.unlabelled += 1
                 continue
             found.places.extend((number, image.offset, image.offset_data, image.size))
             found.labels.append(label if has_label(label) else "")
+            if "." in sample.key.rpartition("/")[2]:
+                found.dotted.append(sample.key)
     return found
 
 
@@ -268,6 +280,28 @@ class Sample:
     key: str
     members: dict[str, tarfile.TarInfo]
     file: Any
+
+    def image(self) -> tarfile.TarInfo | None:
+        """The first image."""
+        return next((member for member in self.members.values() if is_image(member)), None)
+
+    def divided(self, column: str | None) -> list[Self]:
+        """This sample, or the samples of its names up to the last dot if only these have labels.
+
+        `webdataset` ends a key at the first dot, so `a.v1.png`, `a.v1.cls` and `a.v2.png` share
+        the key `a`, and no member is its label.
+        """
+        endings = label_endings(column)
+        if any(ending in self.members for ending in endings):
+            return [self]
+        found: dict[str, Self] = {}
+        for ending, member in self.members.items():
+            key = member.name.rpartition(".")[0]
+            part = found.setdefault(key, replace(self, key=key, members={}))
+            part.members[ending.rpartition(".")[2]] = member
+        parts = list(found.values())
+        labelled = (part.image() and any(e in part.members for e in endings) for part in parts)
+        return parts if any(labelled) else [self]
 
     def text(self, ending: str) -> str:
         """The content of a small text member."""
@@ -289,7 +323,7 @@ def _samples(file: Path, notes: list[str]) -> Iterator[Sample]:
                     raise VitcliError(f"`{shown}` is empty", "download the file again") from None
                 raise VitcliError(
                     f"`{shown}` is not an uncompressed tar file",
-                    "decompress it with `gunzip`: random access needs uncompressed shards",
+                    "`gunzip` it; if it holds class folders, extract it or make a .zip",
                 ) from None
             sample = Sample("", {}, beside)
             try:
@@ -316,14 +350,18 @@ def key_of(name: str) -> tuple[str, str]:
     return (f"{folder}{slash}{stem}" if stem else ""), ending.lower()
 
 
+def label_endings(column: str | None) -> tuple[str, ...]:
+    """Endings of the members that may hold a label, in order of preference."""
+    return LABEL_ENDINGS if column is None else (column, "json")
+
+
 def is_image(member: tarfile.TarInfo) -> bool:
     return Path(member.name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def label_of(sample: Sample, column: str | None) -> Any:
     """The label as text, number or list; None if the sample has none."""
-    endings = LABEL_ENDINGS if column is None else (column, "json")
-    for ending in endings:
+    for ending in label_endings(column):
         if ending not in sample.members:
             continue
         text = sample.text(ending)
@@ -333,7 +371,7 @@ def label_of(sample: Sample, column: str | None) -> Any:
             described = parse_json(text)
         except ValueError:
             return None
-        if isinstance(described, int | str | list):
+        if isinstance(described, int | float | str | list):
             return described
         if isinstance(described, dict):
             keys = [column] if column else [k for k in LABEL_COLUMNS if k in described]

@@ -13,6 +13,7 @@ from vitcli.train.objectives.descriptors import Descriptors, Guided
 from vitcli.train.objectives.distillation import Distill
 from vitcli.train.objectives.mae import Mae
 from vitcli.train.objectives.masked_patch import MaskedPatch
+from vitcli.train.objectives.regression import Mse
 from vitcli.weights.loaded import LoadedModel
 
 AUTO = "auto"  # `softmax`, or `sigmoid` if an image may have several labels
@@ -20,6 +21,7 @@ AUTO = "auto"  # `softmax`, or `sigmoid` if an image may have several labels
 OBJECTIVES: dict[str, type[Objective]] = {
     "softmax": Softmax,
     "sigmoid": Sigmoid,
+    "mse": Mse,
     "descriptors": Descriptors,
     "guided": Guided,
     "masked_patch": MaskedPatch,

@@ -1,6 +1,6 @@
 """What every objective knows about itself; the loop and `vitcli plan` ask for it."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitcli.config.schema import ObjectiveSection
 from vitcli.vit import ResNetConfig, ViTConfig
+from vitcli.weights.loaded import HeadActivation
 
 Metrics = dict[str, Tensor]
 
@@ -25,8 +26,9 @@ class Objective(nn.Module):
             these belong to encoder layers (`layer_decay`, Muon), whatever the others are called.
         supervised: True if it trains a head for the classes of the data.
         multi_label: True if it takes (B, K) multi-hot labels of images with several classes.
+        regression: True if it takes a number per image, and the head has one output for it.
         head_activation: `softmax` or `sigmoid`: turns the logits of the head into probabilities, in
-            `predict` and in the validation loss.
+            `predict` and in the validation loss. `identity`: the output is a number.
         settings: the keys of `[objective]` that it reads.
         masks_patches: True if it chooses patches to hide, so that no others can be dropped.
         shapes_depend_on_data: True if tensors have sizes that only their content decides. `plan`
@@ -37,7 +39,8 @@ class Objective(nn.Module):
     encoder_prefix: ClassVar[str] = "model."
     supervised: ClassVar[bool]
     multi_label: ClassVar[bool] = False
-    head_activation: ClassVar[Literal["softmax", "sigmoid"]] = "softmax"
+    regression: ClassVar[bool] = False
+    head_activation: ClassVar[HeadActivation] = "softmax"
     settings: ClassVar[frozenset[str]] = frozenset()
     masks_patches: ClassVar[bool] = False
     shapes_depend_on_data: ClassVar[bool] = False

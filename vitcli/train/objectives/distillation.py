@@ -50,6 +50,11 @@ class Distill(Objective):
                 f"the teacher `{section.teacher}` takes {theirs} channels, and the model {mine}",
                 f"`--set model.num_channels={theirs}`, or use another teacher",
             )
+        if teacher.is_regression:
+            raise VitcliError(
+                f"the teacher `{section.teacher}` predicts numbers (regression), not classes",
+                "use a teacher that was trained with `softmax`",
+            )
         if teacher.head_activation == "sigmoid" and section.distillation == "soft":
             raise VitcliError(
                 f"the teacher `{section.teacher}` has sigmoid probabilities, and `soft` "

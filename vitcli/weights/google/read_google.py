@@ -36,6 +36,7 @@ from vitcli.weights.google.google_names import (
 )
 from vitcli.weights.google.npz import Arrays, NpzContents
 from vitcli.weights.imagenet import imagenet_names
+from vitcli.weights.loaded import as_activation
 from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
 from vitcli.weights.store import Checkpoint
 
@@ -92,7 +93,7 @@ def read_google(archive: NpzContents, source: str, overrides: Overrides) -> Chec
         labels=overrides.labels or labels,
         preprocess=_preprocess(config, overrides, comment, notes),
         head_trained=_head_trained(tensors, comment),
-        activation="sigmoid" if comment.get("activation") == "sigmoid" else "softmax",
+        activation=as_activation(comment.get("activation")),
         dropped=dropped,
         notes=[*known.notes, *notes],
     )

@@ -6,9 +6,11 @@ classic names.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from vitcli.config.choices import Gelu
 from vitcli.vit.config import ViTConfig
+from vitcli.weights.loaded import HeadActivation
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ DINO_BLOCK = {
     "ls2.gamma": "layer_scale2.lambda1",
 }
 SWIGLU_BLOCK = {**DINO_BLOCK, "mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"}
+# transformers' `problem_type` -> the activation of the head; without it, softmax.
+PROBLEM_TYPES: dict[Any, HeadActivation] = {
+    "multi_label_classification": "sigmoid",
+    "regression": "identity",
+}
 QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
 
 # Theirs -> ours within a block, classic and new names.

@@ -21,6 +21,7 @@ from vitcli.weights.huggingface.huggingface_names import (
     GELUS,
     HEADS,
     MODEL_TYPES,
+    PROBLEM_TYPES,
     STACKED,
     HuggingFaceType,
     swiglu_width,
@@ -81,7 +82,7 @@ def read_huggingface(
         labels = overrides.labels or _labels(described, config.num_classes)
     with readable_values("preprocessor_config.json", source, REPAIR):
         preprocess = read_processor(config, model_type, processor, source, overrides, notes)
-    multi_label = described.get("problem_type") == "multi_label_classification"
+    problem_type = described.get("problem_type")
     return Checkpoint(
         config=config,
         tensors=renamed,
@@ -91,7 +92,9 @@ def read_huggingface(
         head_trained=config.num_classes > 0,
         dropped=dropped,
         notes=notes,
-        activation="sigmoid" if multi_label else "softmax",
+        activation=PROBLEM_TYPES.get(problem_type, "softmax"),
+        # transformers antialiases positions only in DINOv2 with registers, which was trained so.
+        position_resize="bicubic" if config.num_registers else "bicubic_plain",
     )
 
 

@@ -18,6 +18,7 @@ from vitcli.weights.huggingface.huggingface_names import (
     ENCODER,
     GELUS,
     MODEL_TYPES,
+    PROBLEM_TYPES,
     QKV,
     SWIGLU_BLOCK,
     TEACHER,
@@ -80,8 +81,9 @@ def _config_json(model: LoadedModel, config: ViTConfig) -> dict[str, Any]:
     if config.num_classes:
         # transformers' own default names, which we read as "no names".
         labels = model.labels or tuple(f"LABEL_{i}" for i in range(config.num_classes))
-        if model.head_activation == "sigmoid":  # transformers' pipeline follows this key
-            values["problem_type"] = "multi_label_classification"
+        for problem_type, activation in PROBLEM_TYPES.items():
+            if model.head_activation == activation:  # transformers' pipeline follows this key
+                values["problem_type"] = problem_type
         values["id2label"] = {str(i): name for i, name in enumerate(labels)}
         values["label2id"] = {name: i for i, name in enumerate(labels)}
     return values

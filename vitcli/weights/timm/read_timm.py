@@ -18,6 +18,7 @@ from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig, canonical_pool
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
+from vitcli.weights.loaded import as_activation
 from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
 from vitcli.weights.store import Checkpoint
 from vitcli.weights.timm.timm_config import (
@@ -97,7 +98,7 @@ def read_timm(
         dropped=dropped,
         notes=notes,
         # `write_timm` adds this key; timm itself leaves the activation to the caller.
-        activation="sigmoid" if (hub or {}).get("activation") == "sigmoid" else "softmax",
+        activation=as_activation((hub or {}).get("activation")),
     )
 
 

@@ -1,0 +1,172 @@
+"""The best weights of a run by a metric of the validation images, and early stopping.
+
+Section 4.3 of the paper uses "early-stopping, and report[s] the best validation accuracy achieved
+during training"; Figure 4 reports the few-shot accuracy of these weights.
+
+Everything here is a function of the evaluations in metrics.jsonl. So a run that resumes keeps the
+same weights, and stops at the same step, as one that was never interrupted. Three writes follow
+each other at a new best value: the checkpoint, best.safetensors, and the record in metrics.jsonl. A
+resume after any of them repeats the others.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitcli.config.schema import Recipe
+from vitcli.errors import VitcliError
+from vitcli.train.checkpoint import TrainState
+from vitcli.train.ema import averaged
+from vitcli.train.fsdp import gather_tensors
+from vitcli.train.lora import merged
+from vitcli.weights.loaded import LoadedModel
+from vitcli.weights.store import save_model
+
+if TYPE_CHECKING:
+    from vitcli.train.loop import Loop
+    from vitcli.train.signals import SignalFlag
+
+BEST_FILE = "best.safetensors"
+SPLIT = "validation"  # never the test images: choosing by them would make their accuracy too high
+LOWER_IS_BETTER = ("loss", "mae", "rmse")
+
+
+@dataclass
+class BestWeights:
+    """The evaluations of a run so far, and the best of them.
+
+    Attributes:
+        metric: name of the metric.
+        patience: evaluations without a better value after which the run stops; None for never.
+        values: step -> value of the metric; steps increase.
+    """
+
+    metric: str
+    patience: int | None = None
+    values: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int | None:
+        """The step of the best value, the earliest of equal ones; None before an evaluation."""
+        steps = [step for step, value in self.values.items() if not math.isnan(value)]
+        return max(steps, key=self._score, default=None)
+
+    @property
+    def is_over(self) -> bool:
+        """True if the last `patience` evaluations were not better than one before them."""
+        if self.patience is None or self.step is None:
+            return False
+        return sum(step > self.step for step in self.values) >= self.patience
+
+    def is_better(self, value: float) -> bool:
+        """True if `value` is better than all values so far; NaN never is."""
+        if math.isnan(value):
+            return False
+        sign = -1 if self.metric in LOWER_IS_BETTER else 1
+        return self.step is None or sign * value > self._score(self.step)
+
+    def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Take over the evaluations in the records of a run."""
+        name = f"{SPLIT}/{self.metric}"
+        self.values = {r["step"]: r[name] for r in records if name in r}
+
+    def forget_after(self, step: int) -> None:
+        """Forget the evaluations after `step`, which a rewind repeats."""
+        self.values = {at: value for at, value in self.values.items() if at <= step}
+
+    def to_json(self) -> dict[str, Any] | None:
+        """The best value as result.json has it; None without an evaluation."""
+        if self.step is None:
+            return None
+        value = self.values[self.step]
+        return {"split": SPLIT, "metric": self.metric, "value": value, "step": self.step}
+
+    def _score(self, step: int) -> float:
+        return -self.values[step] if self.metric in LOWER_IS_BETTER else self.values[step]
+
+
+def best_weights(recipe: Recipe, splits: Iterable[str], metrics: list[str]) -> BestWeights | None:
+    """What the recipe asks to keep; None if it asks for nothing.
+
+    Args:
+        metrics: the metrics that an evaluation of this run has.
+
+    Raises:
+        VitcliError: there are no validation images, there is no such metric, or nothing is
+            evaluated between steps.
+    """
+    train = recipe.train
+    if train.best_metric is None:
+        return None
+    if SPLIT not in splits:
+        raise VitcliError(
+            f"`train.best_metric={train.best_metric}` needs validation images, and the data has "
+            "none: weights that are chosen on test images look better than they are",
+            "`--set data.validation_fraction=0.1`, or remove `train.best_metric`",
+        )
+    if train.best_metric not in metrics:
+        raise VitcliError(
+            f"`train.best_metric` is `{train.best_metric}`, and an evaluation of this run has "
+            f"{', '.join(metrics) or 'no metrics'}",
+            "use one of these; `--set train.fewshot_shots=5` adds `fewshot_accuracy`",
+        )
+    if train.patience is not None and train.budget is not None and train.eval_steps is None:
+        raise VitcliError(
+            "`train.patience` counts evaluations, and a run with a budget has one, at its end",
+            "`--set train.eval_steps=N`",
+        )
+    return BestWeights(train.best_metric, train.patience)
+
+
+def write_weights(
+    path: Path, model: LoadedModel, state: TrainState, recipe: Recipe, *, is_main: bool
+) -> None:
+    """Write the averaged weights, with merged adapters; every process must call this."""
+    with averaged(state.objective, state.ema):
+        # Every process must take part in this, and one of them writes.
+        sharded = recipe.train.fully_shard
+        tensors = gather_tensors(model.state_dict()) if sharded else None
+        if is_main:
+            trained = replace(model, head_trained=model.config.num_classes > 0)
+            # Merged, so that the weights load everywhere; the adapters are stored separately too.
+            with merged(model.network):
+                save_model(path, trained, recipe_hash=recipe.fingerprint(), tensors=tensors)
+
+
+def keep_best(loop: "Loop", best: BestWeights | None, metrics: Mapping[str, float]) -> None:
+    """Add an evaluation, and write the weights if none before was better."""
+    step = loop.state.step
+    if best is None or step in best.values:  # a resume repeats the last evaluation of a run
+        return
+    value = metrics[best.metric]
+    if best.is_better(value):
+        if loop.saved_step != step:
+            loop.save()  # no resume begins before the best step, whose weights are the only copy
+        is_main = loop.accelerator.is_main_process
+        path = loop.run.path / BEST_FILE
+        write_weights(path, loop.loaded, loop.state, loop.recipe, is_main=is_main)
+    best.values[step] = value
+
+
+def catch_up(loop: "Loop", best: BestWeights | None, signals: "SignalFlag") -> None:
+    """Make the evaluation that belongs to the checkpoint of a resume, if it was interrupted."""
+    step = loop.state.step
+    if best is None or loop.eval_steps is None or not 0 < step < loop.total_steps:
+        return
+    if step % loop.eval_steps == 0 and step not in best.values:
+        loop.evaluate_between_steps(signals)
+    stop_early(loop, best)
+
+
+def stop_early(loop: "Loop", best: BestWeights | None) -> None:
+    """End the run with this step if the patience is used up."""
+    if best is None or not best.is_over:
+        return
+    step = loop.state.step
+    loop.timeline.replan(step, step)
+    loop.watch.note(
+        f"stopping at step {step}: {best.patience} evaluations in turn without a better "
+        f"{best.metric} than that of step {best.step}"
+    )

@@ -593,6 +593,27 @@ def test_a_list_of_splits_beside_class_folders_is_mentioned(tmp_path, name):
     assert any(f"`{name}` may list the splits of this dataset" in note for note in notes)
 
 
+def test_folders_of_patients_beside_tables(tmp_path):
+    """CheXpert: the folders are patients, and the tables hold the labels; the hint works."""
+    paths = {
+        split: [f"{split}/patient{split}{i}/study1/view{i}.png" for i in range(4)]
+        for split in ("train", "valid")
+    }
+    build(tmp_path, [path for split in paths.values() for path in split])
+    for split, images in paths.items():
+        rows = [f"{path},{'ab'[i % 2]}" for i, path in enumerate(images)]
+        write(tmp_path / f"{split}.csv", "Path,label", *rows)
+    with pytest.raises(VitcliError, match="is in `validation` but not in `train`") as caught:
+        load_data(str(tmp_path))
+    given = caught.value.hint.partition("give them: `")[2].rstrip("`")
+    data = load_data(given)
+    assert {name: len(images) for name, images in data.splits.items()} == {
+        "train": 4,
+        "validation": 4,
+    }
+    assert data.classes == ("a", "b")
+
+
 def test_a_table_of_captions_leaves_the_class_folders(tmp_path):
     build(tmp_path, CATS_AND_DOGS)
     write(tmp_path / "metadata.csv", "file_name,text", "cat/1.png,a cat on a mat")

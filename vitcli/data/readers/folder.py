@@ -17,6 +17,7 @@ from vitcli.data.layout import Layout, read_layout
 from vitcli.data.readers.folder_tables import TABLE_SUFFIXES, read_folder_tables
 from vitcli.data.readers.split_lists import LIST_SUFFIXES, label_splits, unused_lists
 from vitcli.data.source import DataRequest, Source, make_source
+from vitcli.data.splits import split_of
 from vitcli.decode import IMAGE_SUFFIXES
 from vitcli.dicom import can_read_dicom, is_dicom_file
 from vitcli.errors import VitcliError, printable
@@ -267,7 +268,16 @@ def load_folder(request: DataRequest) -> Source:
             for path in _counted(paths, bar.advance):
                 yield f"{split}/".encode() + os.fsencode(path) + _size(folder / path)
 
-    return source_of_layout(request, layout, notes, store_of, sizes, report.tables)
+    try:
+        return source_of_layout(request, layout, notes, store_of, sizes, report.tables)
+    except VitcliError as error:
+        # Folders of patients, as in CheXpert, are no classes: another split has other patients.
+        tables = [path for path in report.tables if "/" not in path and split_of(Path(path))]
+        if len(layout.splits) < 2 or not tables:
+            raise
+        given = ",".join(printable(root / path) for path in sorted(tables))
+        hint = f"if tables hold the labels, give them: `{given}`"
+        raise VitcliError(error.message, hint) from None
 
 
 def source_of_layout(

@@ -93,7 +93,7 @@ def _class(cell: Any, classes: Sequence[str]) -> str | None:
 def unused_lists(shown: str, layout: Layout, files: Sequence[str]) -> list[str]:
     """A note if the data have no split folders, but files whose names speak of splits."""
     stems = {path: path.rpartition("/")[2].rpartition(".")[0] for path in files}
-    lists = [path for path, stem in stems.items() if any(split_words(stem))]
+    lists = sorted(path for path, stem in stems.items() if any(split_words(stem)))
     if set(layout.splits) != {"train"} or not lists:
         return []
     return [

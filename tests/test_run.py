@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
+from vitcli.progress import Logged, Quiet
 from vitcli.run import (
     Run,
     create_numbered_run,
@@ -157,3 +160,35 @@ def test_records_that_cannot_be_written(tmp_path):
     with pytest.raises(VitcliError, match=r"cannot write .*metrics\.jsonl") as caught:
         run.log({"step": 1})
     assert "--resume" in caught.value.hint
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from vitcli.run import Run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+run = Run(Path(sys.argv[1]))
+full = run.metrics_file.stat().st_size + 5
+resource.setrlimit(resource.RLIMIT_FSIZE, (full, full))
+run.log({"step": int(sys.argv[2]), "test/accuracy": 0.5})
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of a file")
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_record_that_does_not_fit_on_the_disk_leaves_the_last_one(step, tmp_path):
+    """Step 2 is merged into a record that is there, step 3 is appended."""
+    run = create_run(tmp_path / "a", recipe())
+    known = [{"step": n, "train/loss": 1.0, "seconds": 0.5} for n in (1, 2)]
+    for record in known:
+        run.log(record)
+    code = [sys.executable, "-c", FULL_DISK, str(run.path), str(step)]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert "VitcliError: cannot write" in done.stderr and "File too large" in done.stderr
+    assert run.records() == known and run.metrics_file.read_bytes().endswith(b"}\n")
+
+
+def test_a_message_is_one_line_of_the_log(tmp_path):
+    Logged(Quiet(), tmp_path / "log.txt").warn("`a\nerror: b\x1b[2J\udcff` is odd")
+    (line,) = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
+    assert line.endswith(r" warning: `a\nerror: b\x1b[2J\xff` is odd")

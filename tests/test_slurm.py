@@ -10,6 +10,7 @@ import pytest
 from support.tiny import records, write_tiny
 
 from vitcli import distributed as slurm
+from vitcli.commands.suite import INTERRUPTED
 
 SCONTROL = """#!/bin/sh
 echo "$@" >> "$SCONTROL_LOG"
@@ -97,3 +98,56 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(scontrol, tmp_path):
     assert scontrol.read_text() == "requeue 7\n"
     step = records(tmp_path / "run")[-1]["step"]
     assert (tmp_path / f"run/checkpoints/step_{step:06d}").is_dir()
+
+
+IN_A_COMMAND = """
+import os, signal, sys
+from vitcli.cli import console, main
+number, again = int(sys.argv[1]), int(sys.argv[2])
+said = console.err.print
+
+def hit():
+    for _ in range(again):
+        os.kill(os.getpid(), number)
+
+def app(**_):
+    try:
+        os.kill(os.getpid(), number)
+    finally:
+        hit()
+
+def print_slowly(*words, **how):
+    hit()
+    said(*words, **how)
+    hit()
+
+main.app, console.err.print = app, print_slowly
+main.main()
+"""
+
+
+def stopped_by(number, again=0, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", IN_A_COMMAND, str(int(number)), str(again)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_slurms_signal_outside_of_training_queues_the_job_again(scontrol):
+    done = stopped_by(signal.SIGUSR1, SLURM_JOB_ID="7")
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert done.stderr == "stopped by SIGUSR1\nrequeued job 7\n"
+    assert scontrol.read_text() == "requeue 7\n"
+
+
+def test_ctrl_c_again_and_again_is_one_line():
+    done = stopped_by(signal.SIGINT, again=5)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_task_of_a_suite_that_slurms_signal_stopped_has_not_failed():
+    assert {138, -10, 130, -2, 143, -15} <= set(INTERRUPTED)

@@ -71,6 +71,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 temporary.unlink()
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of `replacing` for `path` that killed processes have left.
+
+    The caller holds a lock, because the temporary files of a live process look the same.
+    """
+    start = f".{path.name[:80]}."
+    for entry in path.parent.iterdir():
+        end = entry.name.removeprefix(start)
+        if end != entry.name and re.fullmatch(r"[0-9a-f]{12}\.tmp|\d+\.parts", end):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a small text file atomically; raises as `replacing` does."""
     with replacing(path) as temporary:

@@ -9,6 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol, Self
 
+from vitcli.errors import printable
+
 
 class Bar(Protocol):
     """A progress bar; it closes at the end of its `with` block."""
@@ -78,9 +80,9 @@ class Logged:
 
         A line that cannot be written is lost; a full disk is reported by the checkpoint.
         """
-        text = f"{datetime.now().isoformat(timespec='seconds')} {line}\n"
+        text = f"{datetime.now().isoformat(timespec='seconds')} {printable(line)}\n"
         with suppress(OSError), self.path.open("ab") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.write(text.encode())
 
     def note(self, message: str) -> None:
         self.write(message)

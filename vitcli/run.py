@@ -126,6 +126,7 @@ class Run:
         Raises:
             VitcliError: the file cannot be written.
         """
+        start, before = 0, b""
         try:
             self.metrics_file.touch()
             with self.metrics_file.open("r+b") as file:
@@ -135,10 +136,16 @@ class Run:
                 same = _record_of(last)
                 if same is not None and same.get("step") == record.get("step"):
                     record = {**same, **record}
-                    file.seek(end - len(last))
+                    before = last
+                start = file.seek(end - len(before))
                 file.write(json.dumps(record).encode() + b"\n")
                 file.truncate()
         except OSError as error:
+            # A part of the new record must not replace the last one: a resume does not repeat it.
+            with suppress(OSError), self.metrics_file.open("r+b", buffering=0) as file:
+                file.seek(start)
+                file.write(before)
+                file.truncate()
             raise VitcliError(
                 f"cannot write `{self.metrics_file}`: {error.strerror}",
                 "free some space and repeat the command with `--resume`",

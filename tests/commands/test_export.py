@@ -12,6 +12,7 @@ from vitcli.cli.main import run as cli
 from vitcli.commands import evaluate, export, predict
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
+from vitcli.files import exclusive
 from vitcli.preprocess import Preprocess
 from vitcli.weights import onnx
 from vitcli.weights.formats import FORMATS
@@ -206,6 +207,39 @@ def test_without_onnxruntime_the_file_is_kept_and_said_not_to_be_verified(model,
     result = export.run("onnx", model="m.safetensors", out=Path("x.onnx"))
     assert result.difference is None and Path("x.onnx").is_file()
     assert result.notes[-1] == "not verified: onnxruntime is not installed"
+
+
+@pytest.mark.parametrize(("to", "taken"), [("onnx", "x.onnx"), ("google", "x.npz"), ("timm", "x")])
+def test_a_killed_export_is_repeated_and_leaves_nothing(to, taken, model, here, monkeypatch):
+    """Killed while it wrote: the name is taken, and temporary files and the lock remain."""
+    out = here / "deep" / taken
+    out.parent.mkdir()
+    temporary = out.with_name(f".{out.name}.0123456789ab.tmp")
+    if out.suffix:
+        out.touch()
+        temporary.write_bytes(b"half")
+    else:
+        temporary.mkdir()
+        (temporary / "model.safetensors").write_bytes(b"half")
+    out.with_name(f".{out.name}.lock").touch()
+    other = out.with_name(f".{out.name}.mine.0123456789ab.tmp")  # of another output
+    other.touch()
+    if to == "onnx":  # its exporter takes seconds
+        monkeypatch.setattr(onnx, "write_onnx", lambda net, path: path.write_bytes(b"graph") and [])
+        monkeypatch.setattr(onnx, "find_spec", lambda name: None)
+    export.run(to, model="m.safetensors", out=out)
+    left = {path.name for path in out.parent.iterdir()} - {f"{out.name}.split.json"}
+    assert left == {out.name, other.name}
+
+
+def test_a_live_export_keeps_its_place(model, here):
+    Path("x.npz").touch()
+    with (
+        exclusive(Path(".x.npz.lock"), lambda: VitcliError("held")),
+        pytest.raises(VitcliError, match="another export writes it"),
+    ):
+        export.run("google", model="m.safetensors", out=Path("x.npz"))
+    assert Path("x.npz").stat().st_size == 0
 
 
 # A model that somebody trained, on photographs.

@@ -20,6 +20,7 @@ from vitcli.data.augment.transform import TrainTransform
 from vitcli.data.splits import parse_slice
 from vitcli.errors import VitcliError
 from vitcli.evals.suite_file import group_means, load_suite, published_results, suite_files
+from vitcli.files import exclusive
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.vit import parse_variant
@@ -333,6 +334,20 @@ def test_settings_as_assignments():
 
     assert found[0] == 'data.train_split="train[:5]"'
     assert parse_overrides(found[:2]) == {k: nested[k] for k in ("data", "model")}
+
+
+def test_two_suites_in_one_folder(here, weights):
+    recipe = finetune_recipe(here / "tiny.toml", train={"steps": 1})
+    task = '[[tasks]]\nname = "Digits"\ndata = "builtin:digits"\n'
+    write(here / "one.toml", f'name = "One"\nrecipe = "{recipe}"\n{task}')
+    out = here / "out"
+    out.mkdir()
+    (here / "link").symlink_to(out)
+    with exclusive(out / command.LOCK, lambda: VitcliError("held")):
+        for place in (out, here / "link"):
+            with pytest.raises(VitcliError, match="another process runs a suite in"):
+                command.run("one.toml", model=weights, out=place)
+    assert not list(out.iterdir())
 
 
 @pytest.mark.slow

@@ -66,3 +66,10 @@ def test_resume_beside_a_running_one(tmp_path):
         done = vitcli(*command, "--resume", cwd=tmp_path)
     assert done.returncode == 2
     assert f"error: process {os.getpid()}" in done.stderr and "hint: wait for it" in done.stderr
+
+
+def test_a_symbolic_link_leads_to_the_same_lock(tmp_path, holder):
+    link = tmp_path.with_name(f"{tmp_path.name}-link")
+    link.symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(VitcliError, match=f"process {holder.pid} on"), run_locked(Run(link)):
+        raise AssertionError("entered")

@@ -30,7 +30,9 @@ OS_HINTS = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 INTERRUPT_SECONDS = 3.0  # how long an interrupted command may take to clean up
+# The first signal, and the timer that ends the process; both stay unset outside of a signal.
 _received = signal.SIGINT
+_timer: threading.Timer | None = None
 
 
 def main() -> None:
@@ -45,12 +47,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     if distributed.world_size() == 1:  # with several processes, the launcher reports SIGTERM
         signal.signal(signal.SIGTERM, _interrupt)
+    if hasattr(signal, "SIGUSR1"):  # Slurm may send it before training or after the last step
+        signal.signal(signal.SIGUSR1, _interrupt)
     try:
-        status = run(sys.argv[1:])
-    except KeyboardInterrupt:  # before the command has started
-        sys.stderr.write(f"{_interrupted()}\n")
-        status = 128 + _received
-    distributed.exit_process(status)
+        distributed.exit_process(run(sys.argv[1:]))
+    except KeyboardInterrupt:  # outside of the command itself
+        distributed.exit_process(_end_interrupted())
 
 
 def run(arguments: list[str]) -> int:
@@ -62,16 +64,15 @@ def run(arguments: list[str]) -> int:
     try:
         status = app(args=arguments, prog_name="vitcli", standalone_mode=False, obj=arguments)
         if status == EXIT_INTERRUPTED:  # Typer has caught a KeyboardInterrupt
-            console.err.print(_interrupted())
-            status = 128 + _received
+            status = _end_interrupted()
         return distributed.agree_on_status(status if isinstance(status, int) else 0)
     except typer.Exit as done:
         return distributed.agree_on_status(done.exit_code)
     except VitcliError as error:
         return _report(error)
     except (KeyboardInterrupt, typer.Abort):
-        console.err.print(_interrupted())
-        return 128 + _received if distributed.rank() == 0 else 0
+        status = _end_interrupted()
+        return status if distributed.rank() == 0 else 0
     except (BrokenPipeError, SystemExit):  # Typer and Rich turn the first into the second
         # The reader of the output (`| head`) has gone, so nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -90,22 +91,42 @@ def run(arguments: list[str]) -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Handle Ctrl-C and SIGTERM outside of training: unwind, so that no file is half-written.
+    """Handle a signal outside of training: unwind, so that no file is half-written.
 
-    Some imports swallow the exception; a timer then ends the process anyway.
+    Some imports swallow the exception; a timer then ends the process anyway. Later signals do
+    nothing: a second exception would interrupt the handling of the first.
     """
-    global _received
+    global _received, _timer
+    if _timer is not None:
+        return
     _received = signal.Signals(number)
 
     def end() -> None:
         sys.stderr.write(f"{_interrupted()}\n")
         sys.stderr.flush()
+        if distributed.rank() == 0:
+            distributed.requeue_slurm_job(number)
         os._exit(128 + number)
 
-    timer = threading.Timer(INTERRUPT_SECONDS, end)
-    timer.daemon = True
-    timer.start()
+    _timer = threading.Timer(INTERRUPT_SECONDS, end)
+    _timer.daemon = True
+    _timer.start()
     raise KeyboardInterrupt(number)
+
+
+def _end_interrupted() -> int:
+    """Say which signal stopped the command, requeue its Slurm job, and return the exit status."""
+    console.err.print(_interrupted())
+    _requeue(_received)
+    return 128 + _received
+
+
+def _requeue(number: int) -> None:
+    """Requeue the Slurm job if SIGUSR1 stopped this command."""
+    if _timer is not None:
+        _timer.cancel()  # `scontrol` may be slow
+    if distributed.rank() == 0 and (message := distributed.requeue_slurm_job(number)):
+        console.err.print(message, soft_wrap=True)
 
 
 def _interrupted() -> str:
@@ -172,6 +193,5 @@ def _stopped_training(error: Exception) -> int | None:
         f"{error}; to resume, run the same command with `--out {error.run} --resume`",
         soft_wrap=True,
     )
-    if distributed.rank() == 0 and (message := distributed.requeue_slurm_job(error.number)):
-        console.err.print(message, soft_wrap=True)
+    _requeue(error.number)
     return 128 + error.number

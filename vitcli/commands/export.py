@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -15,7 +15,7 @@ from torch import Tensor
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError, unknown
-from vitcli.files import release_unused, take_first
+from vitcli.files import exclusive, release_unused, remove_leftovers, take_first
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_output, run_stem
 from vitcli.vit import ViTConfig
@@ -176,14 +176,20 @@ def _check_place(out: Path, to: str) -> None:
             f"`{out}` is a folder",
             f"`--to {to}` writes a file; use for example `--out {out / 'model'}{suffix}`",
         )
-    check_free(out)
+    if suffix is None or not _is_empty_file(out):
+        check_free(out)
+
+
+def _is_empty_file(path: Path) -> bool:
+    """True for a name that an export took, which still runs or was killed."""
+    return path.is_file() and path.stat().st_size == 0
 
 
 @contextmanager
 def _place_taken(out: Path, *, is_new: bool, is_file: bool) -> Iterator[None]:
     """Make the parent folders of `out`, and take the name of a new file; undo it on failure.
 
-    A folder needs no more: it is renamed to its name, which fails if another export has taken it.
+    One export at a time writes to a given `out`. It removes what a killed one has left.
     """
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
@@ -192,17 +198,37 @@ def _place_taken(out: Path, *, is_new: bool, is_file: bool) -> Iterator[None]:
         raise VitcliError(
             f"cannot make `{out.parent}`: {error.strerror}", "choose another path with `--out`"
         ) from error
-    if is_new and is_file:
-        take_first([out], as_file=True)
     try:
-        yield
+        with _locked(out) if is_new else nullcontext():
+            if is_new and is_file and not _is_empty_file(out):
+                take_first([out], as_file=True)
+            try:
+                yield
+            except BaseException:
+                if is_new and is_file:
+                    release_unused(out)
+                raise
     except BaseException:
-        if is_new and is_file:
-            release_unused(out)
         with suppress(OSError):  # another process may have written there
             for folder in missing:
                 folder.rmdir()
         raise
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep other exports from `out`, and remove the temporary files of a killed one."""
+
+    def busy() -> VitcliError:
+        return VitcliError(
+            f"`{out}` exists already: another export writes it",
+            "wait for it, or choose another path with `--out`",
+        )
+
+    with exclusive(out.with_name(f".{out.name[:80]}.lock"), busy):
+        for path in (out, data_file(out), record_file(out)):
+            remove_leftovers(path)
+        yield
 
 
 def _compare(net: LoadedModel, to: str, out: Path) -> tuple[LoadedModel, float | None, float]:

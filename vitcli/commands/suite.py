@@ -38,7 +38,8 @@ from vitcli.weights.load import newest_run
 RECORD = "suite.json"  # the suite, model and settings that the folder was started with
 RESULT = "result.json"
 LOCK = ".lock"
-INTERRUPTED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses
+# Exit statuses after a signal; negative if the process had not set its handlers yet.
+INTERRUPTED = tuple(status for number in launch.FORWARDED for status in (128 + number, -number))
 
 
 @dataclass(frozen=True)

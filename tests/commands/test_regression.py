@@ -96,6 +96,23 @@ def test_training_reports_the_errors_of_scikit_learn(run):
     assert all("train/mae" in r for r in records(out) if "train/loss" in r)
 
 
+@pytest.mark.parametrize(("metric", "best"), [("mae", min), ("rmse", min), ("r2", max)])
+def test_the_best_weights_are_those_of_the_best_error(table, tmp_path, metric, best):
+    changes = settings(table, steps=6, eval_steps=2, best_metric=metric)
+    changes["data"]["validation_fraction"] = 0.25
+    result = train_tiny(tmp_path / "a", **changes)
+    name = f"validation/{metric}"
+    values = {r["step"]: r[name] for r in records(tmp_path / "a") if name in r}
+    assert result.best["value"] == best(values.values()) == values[result.best["step"]]
+
+
+def test_accuracy_cannot_choose_the_weights_of_a_regression(table, tmp_path):
+    changes = settings(table, eval_steps=2, best_metric="accuracy")
+    changes["data"]["validation_fraction"] = 0.25
+    with pytest.raises(VitcliError, match="an evaluation of this run has loss, mae, rmse, r2"):
+        train_tiny(tmp_path / "a", **changes)
+
+
 def test_evaluate_predict_and_python_agree(table, run, here):
     out, result = run
     found = evaluate.run(str(table), model=str(out)).to_json()

@@ -51,7 +51,7 @@ class BestWeights:
     def step(self) -> int | None:
         """The step of the best value, the earliest of equal ones; None before an evaluation."""
         steps = [step for step, value in self.values.items() if not math.isnan(value)]
-        return max(steps, key=self._score, default=None)
+        return max(steps, key=lambda step: self._score(self.values[step]), default=None)
 
     @property
     def is_over(self) -> bool:
@@ -64,8 +64,7 @@ class BestWeights:
         """True if `value` is better than all values so far; NaN never is."""
         if math.isnan(value):
             return False
-        sign = -1 if self.metric in LOWER_IS_BETTER else 1
-        return self.step is None or sign * value > self._score(self.step)
+        return self.step is None or self._score(value) > self._score(self.values[self.step])
 
     def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Take over the evaluations in the records of a run."""
@@ -83,8 +82,8 @@ class BestWeights:
         value = self.values[self.step]
         return {"split": SPLIT, "metric": self.metric, "value": value, "step": self.step}
 
-    def _score(self, step: int) -> float:
-        return -self.values[step] if self.metric in LOWER_IS_BETTER else self.values[step]
+    def _score(self, value: float) -> float:
+        return -value if self.metric in LOWER_IS_BETTER else value
 
 
 def best_weights(recipe: Recipe, splits: Iterable[str], metrics: list[str]) -> BestWeights | None:
@@ -140,7 +139,7 @@ def keep_best(loop: "Loop", best: BestWeights | None, metrics: Mapping[str, floa
     step = loop.state.step
     if best is None or step in best.values:  # a resume repeats the last evaluation of a run
         return
-    value = metrics[best.metric]
+    value = metrics.get(best.metric, math.nan)  # R2 of equal numbers is not defined
     if best.is_better(value):
         if loop.saved_step != step:
             loop.save()  # no resume begins before the best step, whose weights are the only copy

@@ -91,7 +91,7 @@ def build_loop(
     check_channels(recipe, source.splits["train"], model.config)
     objective = build_objective(model, recipe.objective, train.seed, source.multi_label)
     model.network.checkpoint_activations = train.activation_checkpointing
-    metrics = metric_names(source.multi_label, model.config.num_classes, train)
+    metrics = metric_names(model, source.multi_label, train)
     best = best_weights(recipe, held_out_splits(source), metrics)
 
     wrapped, optimizer, state = _prepare(objective, recipe, accelerator)

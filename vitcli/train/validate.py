@@ -125,11 +125,15 @@ def with_fewshot(
     return both
 
 
-def metric_names(multi_label: bool, num_classes: int, section: TrainSection) -> list[str]:
+def metric_names(model: LoadedModel, multi_label: bool, section: TrainSection) -> list[str]:
     """The metrics of an evaluation between steps, except for the number of images."""
-    names = ["loss", "map", "micro_f1"] if multi_label else ["loss", "accuracy"]
+    names = ["loss", "accuracy"]
+    if model.is_regression:
+        names = ["loss", "mae", "rmse", "r2"]
+    elif multi_label:
+        names = ["loss", "map", "micro_f1"]
     fewshot = ["fewshot_accuracy"] if section.fewshot_shots is not None else []
-    return [*(names if num_classes else []), *fewshot]
+    return [*(names if model.config.num_classes else []), *fewshot]
 
 
 def best_fewshot(run: Run) -> dict[str, float]:

@@ -41,8 +41,9 @@ from torch import nn
 
 from vitcli.config.recipe import check as check_recipe
 from vitcli.config.schema import Recipe
-from vitcli.cost.bench import build_baseline
+from vitcli.cost.bench import ClassificationStep, build_baseline
 from vitcli.cost.flops import macs
+from vitcli.cost.memory import StepShape, step_memory
 from vitcli.devices import matrix_peak, pick_device
 from vitcli.files import replacing
 from vitcli.train.optimizers import build_optimizers
@@ -491,8 +492,6 @@ def feed(proof: Proof) -> None:
 
 def memory(proof: Proof) -> None:
     """The memory that `plan` expects against the most that torch allocated."""
-    from vitcli.cost.memory import StepShape, step_memory
-
     cases: list[tuple[str, int, int, str, bool]] = [
         ("Ti/16", 224, 256, "adamw", False),
         ("S/16", 224, 128, "adamw", False),
@@ -505,8 +504,6 @@ def memory(proof: Proof) -> None:
     ]
     if proof.device.type != "cuda":
         return
-    from vitcli.cost.bench import ClassificationStep
-
     for name, size, batch, optimizer, checkpointing in cases:
         label = f"memory: {name}, batch {batch}, {optimizer}{', checkpointing' * checkpointing}"
         with proof.guarded(label):

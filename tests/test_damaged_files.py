@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import warnings
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -148,18 +149,22 @@ def _class_folders(folder: Path, names) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "w.pth", "old.pth"])
-def test_weights(files, tmp_path, name):
-    whole, path = (files / name).read_bytes(), tmp_path / name
+def damage(file, path, read):
+    """Call `read` with damaged copies of `file` at `path`."""
 
     @hostile
-    @given(damaged_bytes(whole))
+    @given(damaged_bytes(file.read_bytes()))
     def check(damaged):
         path.write_bytes(damaged)
-        with one_error(tmp_path):
-            load_model(path, num_heads=2)
+        with one_error(path.parent):
+            read(path)
 
     check()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "w.pth", "old.pth"])
+def test_weights(files, tmp_path, name):
+    damage(files / name, tmp_path / name, partial(load_model, num_heads=2))
 
 
 def test_the_header_of_a_weights_file(files, tmp_path):
@@ -202,16 +207,7 @@ def test_the_config_beside_weights(files, tmp_path):
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.tar", "x.npz", "x.zip"])
 def test_datasets_of_one_file(files, tmp_path, name):
-    whole, path = (files / name).read_bytes(), tmp_path / name
-
-    @hostile
-    @given(damaged_bytes(whole))
-    def check(damaged):
-        path.write_bytes(damaged)
-        with one_error(tmp_path):
-            read_everything(path)
-
-    check()
+    damage(files / name, tmp_path / name, read_everything)
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])

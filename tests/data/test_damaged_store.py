@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.flipping import flips
+from support.watching import Told
 
 from vitcli.data import decoded_cache
 from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.source import load_data
-from vitcli.progress import Quiet
 
 
 def draw(path, seed):
@@ -19,14 +19,6 @@ def draw(path, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
-
-
-class Told(Quiet):
-    def __init__(self):
-        self.warnings = []
-
-    def warn(self, message):
-        self.warnings.append(message)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
 from support.tiny import tiny_recipe, vitcli
+from support.watching import Told
 
 from vitcli.commands import check, evaluate, finetune, predict
 from vitcli.commands.pretrain import random_model
@@ -65,16 +66,6 @@ def write_csv(folder, cells, column="labels", repeat=1):
 
 def named(images):
     return [{images.classes[k] for k in np.flatnonzero(row)} for row in images.targets]
-
-
-class Notes(Quiet):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, message):
-        self.lines.append(message)
-
-    warn = note
 
 
 def test_a_column_of_labels_with_semicolons(tmp_path):
@@ -306,7 +297,7 @@ def trained(tmp_path_factory):
         augment={"crop": "none"},
         train={"steps": 60, "batch_size": 32, "ema_decay": None},
     )
-    notes = Notes()
+    notes = Told()
     result = train(
         recipe,
         lambda source: random_model(recipe, source),

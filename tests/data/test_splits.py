@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -278,20 +279,14 @@ def found_in(root, files, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".parquet"])
-@pytest.mark.parametrize("place", ["{0}/00000", "data/{0}/00000", "{0}/{0}/00000"])
-@pytest.mark.parametrize("spelling", FOLDER_SPELLINGS)
-def test_folders_of_shards_and_parquet_are_splits_in_every_spelling(
-    tmp_path, spelling, place, suffix
-):
-    files = files_of(tmp_path, spelling, place, suffix)
-    for found in found_in(tmp_path, files.values(), suffix):
-        assert found == {name: [file] for name, file in files.items()}
-
-
-@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
-@pytest.mark.parametrize("place", ["{0}", "data/{0}"])
-@pytest.mark.parametrize("spelling", FILE_SPELLINGS)
-def test_names_of_shards_and_parquet_are_splits_in_every_spelling(
+@pytest.mark.parametrize(
+    ("spelling", "place"),
+    [
+        *product(FOLDER_SPELLINGS, ["{0}/00000", "data/{0}/00000", "{0}/{0}/00000"]),
+        *product(FILE_SPELLINGS, ["{0}", "data/{0}"]),
+    ],
+)
+def test_folders_and_names_of_shards_and_parquet_are_splits_in_every_spelling(
     tmp_path, spelling, place, suffix
 ):
     files = files_of(tmp_path, spelling, place, suffix)

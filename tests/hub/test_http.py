@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from support.hub_server import Fault, HubServer
-from support.loopback import NAMES, Told, write_model
+from support.loopback import NAMES, write_model
+from support.watching import Told
 
 from vitcli.cli.main import run
 from vitcli.errors import VitcliError

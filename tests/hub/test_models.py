@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.hub_server import Fault
-from support.loopback import NAMES, Told, files_in, write_model
+from support.loopback import NAMES, files_in, write_model
 from support.tiny import vitcli
+from support.watching import Told
 
 from vitcli.cli.main import run
 from vitcli.errors import VitcliError

@@ -1,36 +1,12 @@
-"""What tests of downloads share: a small model to serve, and ears for what is told."""
+"""What tests of downloads share: a small model to serve."""
 
 import torch
 
 from vitcli.preprocess import Preprocess
-from vitcli.progress import Quiet, QuietBar
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 NAMES = ("ant", "bee", "cat")
-
-
-class Told(Quiet):
-    """Keeps what it is told: notes, warnings, and of every bar its label, total, start and end."""
-
-    def __init__(self):
-        self.notes, self.warnings, self.bars = [], [], []
-
-    def warn(self, message):
-        self.warnings.append(message)
-
-    def note(self, message):
-        self.notes.append(message)
-
-    def progress(self, label, total=None, done=0):
-        self.bars.append([label, total, done, done])
-        told = self.bars[-1]
-
-        class Bar(QuietBar):
-            def advance(self, n=1, **figures):
-                told[3] += n
-
-        return Bar()
 
 
 def write_model(path, seed=0, depth=1):

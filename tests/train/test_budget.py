@@ -36,17 +36,20 @@ def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
         tmp_path / "warm", tiny_recipe(train={"steps": 1})
     )  # what is imported late is now there
     recipe = tiny_recipe(**SETTINGS)
-    start = time.monotonic()
-    whole = train_recipe(tmp_path / "whole", recipe)
-    seconds = time.monotonic() - start
+    # On a machine that slows down, time is up before the schedule has come to its end: try again.
+    for name in ("first", "second", "third"):
+        start = time.monotonic()
+        whole = train_recipe(tmp_path / name, recipe)
+        seconds = time.monotonic() - start
+        schedule = [r["lr"] for r in records(tmp_path / name) if "lr" in r]
+        if schedule[-1] < 0.1 * max(schedule):
+            break
     # A busy machine may be slower after the measurement than in it; far off would be a mistake.
     assert 1.0 < seconds < 60.0
     assert whole.steps > 1
-    facts = json.loads((tmp_path / "whole/provenance.json").read_text())
+    facts = json.loads((tmp_path / name / "provenance.json").read_text())
     assert facts["steps"] == whole.steps
-    schedule = [r["lr"] for r in records(tmp_path / "whole") if "lr" in r]
-    # It decays. On a machine that slows down, time is up before the schedule has come to its end.
-    assert schedule[-1] < 0.9 * max(schedule)
+    assert schedule[-1] < 0.1 * max(schedule)  # it came to its end
     # Stopped, and resumed with the steps that were settled first: the same run of that length.
     fixed = Budget(7, Deadline(time.monotonic() + 1e6, 0.0, [(1.0, 1e-3)]))
     monkeypatch.setattr(Deadline, "is_due", lambda *_: False)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from support.tiny import tiny_recipe
+from support.watching import Told
 
 from vitcli.commands import evaluate, export, fewshot
 from vitcli.config.recipe import nest
@@ -36,17 +37,6 @@ SETTINGS = {
     "optim": {"name": "adamw"},
     "train": {"steps": 2, "batch_size": 8, "checkpoint_steps": 1},
 }
-
-
-class Told(Quiet):
-    def __init__(self):
-        self.notes, self.warnings = [], []
-
-    def note(self, message):
-        self.notes.append(message)
-
-    def warn(self, message):
-        self.warnings.append(message)
 
 
 def noise(path, seed):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.tiny import records, tiny_recipe
+from support.watching import Told
 
 from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import AugmentSection
@@ -14,7 +15,6 @@ from vitcli.data.augment.transform import TrainTransform
 from vitcli.data.image_set import ArrayStore, FileStore, ImageSet
 from vitcli.data.loader import TrainLoader
 from vitcli.preprocess import Preprocess
-from vitcli.progress import Quiet
 from vitcli.train import meters
 from vitcli.train.meters import StepTimes, WaitTimer, is_filling_cache, slow_data_warning
 from vitcli.train.session import train
@@ -147,14 +147,6 @@ def test_a_first_epoch_that_fills_the_memory_is_no_measure():
     assert not is_filling_cache(loader, 12)
 
 
-class Heard(Quiet):
-    def __init__(self):
-        self.warnings = []
-
-    def warn(self, message):
-        self.warnings.append(message)
-
-
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_run_says_so_once(slow, tmp_path, monkeypatch):
     content = ArrayStore.content
@@ -168,7 +160,7 @@ def test_a_run_says_so_once(slow, tmp_path, monkeypatch):
     monkeypatch.setattr(meters, "WINDOW_STEPS", 5)
     monkeypatch.setattr(meters, "WINDOW_SECONDS", 0.01)
     monkeypatch.setattr(meters, "MAX_WAIT_FRACTION", 0.2 if slow else 0.95)
-    heard = Heard()
+    heard = Told()
     recipe = tiny_recipe(data={"workers": 1}, train={"steps": 24, "eval_steps": 100})
     train(
         recipe,

@@ -7,24 +7,13 @@ import shutil
 import pytest
 import torch
 from support.tiny import train_tiny, vitcli, weights, write_tiny
+from support.watching import Told
 
-from vitcli.progress import Quiet
 from vitcli.run import Run
 from vitcli.train.checkpoint import list_checkpoints
 from vitcli.train.exactness import RESUMES, bit_deciding, machine_facts, use_threads
 
 CPU = torch.device("cpu")
-
-
-class Told(Quiet):
-    def __init__(self):
-        self.notes, self.warnings = [], []
-
-    def note(self, message):
-        self.notes.append(message)
-
-    def warn(self, message):
-        self.warnings.append(message)
 
 
 @pytest.fixture(scope="module")

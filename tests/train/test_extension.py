@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 from support.tiny import tiny_recipe, train_tiny, weights, write_tiny
+from support.watching import Told
 
 from vitcli.cli import main as cli
 from vitcli.commands import pretrain
 from vitcli.errors import VitcliError
 from vitcli.files import is_intact
-from vitcli.progress import Quiet
 from vitcli.run import Run
 from vitcli.train import loop as loops
 from vitcli.train.checkpoint import list_checkpoints
@@ -18,16 +18,6 @@ from vitcli.train.resuming import reopen_run
 from vitcli.train.schedules import schedule_factor
 
 SMALL = {"embed_dim": 16, "num_heads": 1, "mlp_dim": 16, "depth": 1}
-
-
-class Told(Quiet):
-    def __init__(self):
-        self.lines = []
-
-    def note(self, message):
-        self.lines.append(message)
-
-    warn = note
 
 
 def go(out, resume=False, watch=None, schedule=None, **train):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.launching import PLAIN
 from support.tiny import records, train_tiny, weights
+from support.watching import Told
 
 from vitcli.errors import VitcliError
-from vitcli.progress import Quiet
 from vitcli.train import build as setup
 from vitcli.train import loop as loops
 from vitcli.train.agreement import (
@@ -25,14 +25,6 @@ from vitcli.train.loop import Loop
 from vitcli.train.objectives import Softmax
 from vitcli.train.signals import Stopped
 from vitcli.weights.load import load_model
-
-
-class Heard(Quiet):
-    def __init__(self):
-        self.warnings = []
-
-    def warn(self, message):
-        self.warnings.append(message)
 
 
 @pytest.fixture
@@ -51,7 +43,7 @@ def small_memory(monkeypatch):
 def test_the_same_weights_in_smaller_parts_when_memory_runs_out(tmp_path, monkeypatch):
     train_tiny(tmp_path / "whole", **PLAIN)
     expected = load_model(tmp_path / "whole").state_dict()
-    heard = Heard()
+    heard = Told()
     with monkeypatch.context() as patch:
         small_memory.__wrapped__(patch)
         train_tiny(tmp_path / "parts", watch=heard, **PLAIN)
@@ -72,7 +64,7 @@ def test_a_resumed_run_begins_with_the_size_that_fitted(tmp_path, small_memory):
         patch.setattr(Loop, "_stop_request", lambda run, _: 15 if run.state.step == 3 else None)
         with pytest.raises(Stopped):
             train_tiny(tmp_path / "parts")
-    heard = Heard()
+    heard = Told()
     train_tiny(tmp_path / "parts", resume=True, watch=heard)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
     assert not heard.warnings
@@ -131,7 +123,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 def test_it_goes_back_with_half_the_rate_where_asked(tmp_path, monkeypatch):
     spoil(monkeypatch, 5)
-    heard = Heard()
+    heard = Told()
     result = train_tiny(tmp_path / "run", watch=heard, **REWIND)
     assert result.steps == 10
     assert "going back to step 4, with 0.5 of the learning rate" in heard.warnings[0]

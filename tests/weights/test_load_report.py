@@ -2,24 +2,14 @@
 
 import pytest
 from safetensors.torch import save_file
+from support.watching import Told
 
 from vitcli.preprocess import Preprocess
-from vitcli.progress import Quiet
 from vitcli.weights.edit import change_pool, prepare_finetune
 from vitcli.weights.load import load_model
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
-
-
-class Told(Quiet):
-    """Keeps the notes."""
-
-    def __init__(self):
-        self.notes = []
-
-    def note(self, message):
-        self.notes.append(message)
 
 
 @pytest.fixture

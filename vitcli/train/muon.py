@@ -63,15 +63,14 @@ def newton_schulz(x: Tensor, eps: float = 1e-7) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
-    gram = x @ x.mT
     if x.dtype != torch.float32 or x.shape[-1] < 2 * x.shape[-2]:
-        for step in range(NEWTON_SCHULZ_STEPS):
-            gram = x @ x.mT if step else gram
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
     # All factors are polynomials of the m x m Gram matrix and commute, so a wide matrix is needed
     # only at both ends: 2.2 times fewer operations for n = 4 m. Half precision is too coarse here.
-    product = None
+    gram, product = x @ x.mT, None
     for step in range(NEWTON_SCHULZ_STEPS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)

@@ -1,6 +1,5 @@
 """Edit a loaded model in place: image size, patch size, pooling, head; the load report notes it."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vitcli.config.choices import Resize
+from vitcli.data.labels import label_text
 from vitcli.errors import VitcliError
 from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, ViTConfig
 from vitcli.vit.config import canonical_pool
@@ -255,8 +255,7 @@ def match_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int] | No
 
 
 def _plain(name: str) -> str:
-    composed = unicodedata.normalize("NFC", name)
-    return " ".join(composed.casefold().replace("_", " ").replace("-", " ").split())
+    return " ".join(label_text(name).casefold().replace("_", " ").replace("-", " ").split())
 
 
 def prepare_finetune(

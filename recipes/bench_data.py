@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,9 +122,9 @@ def ready(files: Sequence[bytes], way: Way) -> Iterator[ImageSet]:
         yield images
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_decoded(
-            Source("files", {"train": images}, ("a",), ""), Path(folder), side=STORED_SIDE
-        )
+        fingerprint = sha256(b"".join(files)).hexdigest()
+        source = Source("files", {"train": images}, ("a",), fingerprint)
+        write_decoded(source, Path(folder), side=STORED_SIDE)
         stored = load_data(folder, whole=True, labelled=False).splits["train"]
         assert len(stored) == len(files)
         yield stored

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tarfile
+import tempfile
 import warnings
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -24,6 +25,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.mutations import HOSTILE, damaged_bytes, damaged_json, damaged_text, json_text
+from support.writing import written_paths
 
 from vitcli.cli.main import OS_HINTS
 from vitcli.commands import compare, patchify, predict
@@ -54,12 +56,22 @@ hostile = settings(
 MAX_GROWTH = 1 << 20  # KiB
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """An empty current folder and an empty home, which stay empty."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("current", "home")]
+    monkeypatch.chdir(folders[0])
+    monkeypatch.setenv("HOME", str(folders[1]))
+    yield
+    assert not [path for folder in folders for path in folder.iterdir()]
+
+
 @contextmanager
 def one_error(folder: Path):
     """Allow a VitcliError, and an OSError that the command line words; watch memory and files."""
-    before = {p: p.stat().st_size for p in folder.rglob("*")}
+    before = _listing(folder)
     start = _reset_peak()
-    with warnings.catch_warnings(action="ignore"):
+    with only_writes(), warnings.catch_warnings(action="ignore"):
         try:
             yield
         except VitcliError as error:
@@ -67,7 +79,29 @@ def one_error(folder: Path):
         except OSError as error:
             assert error.errno in OS_HINTS, error
     assert _peak() - start < MAX_GROWTH
-    assert {p: p.stat().st_size for p in folder.rglob("*")} == before  # nothing is written
+    assert _listing(folder) == before  # nothing is written
+
+
+@contextmanager
+def only_writes(*outputs: Path):
+    """Allow no writing outside of `outputs`, the caches and the temporary folder.
+
+    The folders of the tests are in the temporary folder too, so only its own entries count.
+    """
+    caches = [os.environ[name] for name in ("VITCLI_CACHE", "HF_DATASETS_CACHE")]
+    allowed = [os.path.realpath(path) for path in (*caches, *outputs)]
+    with written_paths() as written:
+        yield
+    for path in written - {os.devnull}:
+        temporary = os.path.dirname(path) == os.path.realpath(tempfile.gettempdir())
+        compiled = "__pycache__" in path  # by the first import of a module
+        assert temporary or compiled or any(f"{path}/".startswith(f"{a}/") for a in allowed), path
+
+
+def _listing(folder: Path):
+    """The files of a test and the entries beside its folder, where `../x` would be."""
+    facts = {p: (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*")}
+    return facts, set(folder.parent.iterdir())
 
 
 def _reset_peak() -> int:
@@ -394,7 +428,11 @@ def test_resume_logs(files, tmp_path):
             damaged = "".join(f"{text}\n" for text in texts).encode()
         (tmp_path / "t.csv.part").write_bytes(damaged)
         output.unlink(missing_ok=True)
-        with warnings.catch_warnings(action="ignore"), suppress(VitcliError):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            suppress(VitcliError),
+            only_writes(tmp_path),
+        ):
             list(rows(True))
         assert {p.name for p in tmp_path.iterdir()} <= {
             "model.safetensors", "a0.png", "a1.png", "b0.png", "t.csv", "t.csv.part",

@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # Audit events of Python (docs.python.org/3/library/audit_events.html): the places of the paths in
@@ -24,7 +25,7 @@ def _hook(event, values):
             continue  # an open file
         path = os.fsdecode(values[place])
         if folder is not None and values[folder] != -1:
-            path = os.path.join(os.path.realpath(f"/proc/self/fd/{values[folder]}"), path)
+            path = str(Path(f"/proc/self/fd/{values[folder]}").resolve() / path)
         for record in _records:
             record.add(os.path.realpath(path))
 

@@ -1,6 +1,7 @@
 """Class weights, focal and asymmetric loss, logit adjustment, against independent references."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from support.tiny import records, tiny_recipe, train_tiny, weights
 
-from vitcli.config.recipe import check
+from vitcli.config.recipe import check, parse_overrides
 from vitcli.config.schema import ObjectiveSection
 from vitcli.data.batch import make_batch
+from vitcli.data.image_set import ArrayStore, ImageSet
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
+from vitcli.train.imbalance import imbalance_notes
 from vitcli.train.loop import Loop
 from vitcli.train.objectives import build_objective
 from vitcli.train.objectives.class_losses import (
@@ -301,6 +305,25 @@ def _digits(counts):
     made = create_model("mu/4", num_classes=10, image_size=8)
     made.labels, made.class_counts = tuple("0123456789"), tuple(counts)
     return made
+
+
+# Notes.
+@pytest.mark.parametrize("settings", [{}, {"class_weights": "balanced"}, {"focal_gamma": 2.0}])
+def test_strong_imbalance_is_one_note_if_nothing_is_set(settings):
+    labels = np.array([0] * 200 + [1] * 50 + [2] * 9)
+    images = ImageSet("train", ("a", "b", "c"), labels, ArrayStore("m", np.zeros((259, 8, 8))))
+    source = Source("memory", {"train": images}, images.classes, "")
+    notes = imbalance_notes(tiny_recipe(objective=settings), source)
+    assert len(notes) == (not settings)
+    for note in notes:
+        assert "22 times" in note and "(`a` 200, `c` 9)" in note and len(note) < 200
+        (setting,) = re.findall(r"`--set ([^`]+)`", note)
+        tuned = parse_overrides([setting])
+        assert imbalance_notes(tiny_recipe(**tuned), source) == []  # what it says ends it
+    assert imbalance_notes(tiny_recipe(objective={"name": "mae"}), source) == []
+    assert imbalance_notes(tiny_recipe(data={"sampler": "square_root"}), source) == []
+    balanced = Source("memory", {"train": images.subset(np.arange(190, 259))}, images.classes, "")
+    assert imbalance_notes(tiny_recipe(), balanced) == []
 
 
 # Bad input.

@@ -563,6 +563,11 @@ class TrainSection(Section):
         "none",
         "Freeze `backbone` (all but the head) or `blocks:N` (embeddings and N blocks) in finetune.",
     )
+    keep_head: bool = setting(
+        False,
+        "Start from the trained head of the model, for data with the same classes in any order "
+        "(finetune).",
+    )
     activation_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time."
     )
@@ -597,7 +602,8 @@ class TrainSection(Section):
     best_metric: str | None = setting(
         None,
         "Keep the weights with the best value of this metric of the validation images in "
-        "best.safetensors: accuracy, loss, map, micro_f1, fewshot_accuracy, mae, rmse or r2.",
+        "best.safetensors: accuracy, balanced_accuracy, macro_f1, loss, map, micro_f1, "
+        "fewshot_accuracy, mae, rmse or r2.",
     )
     patience: Count | None = setting(
         None, "Stop after this many evaluations in turn without a better `best_metric`."
@@ -709,6 +715,8 @@ class Recipe(Section):
             raise ValueError("`lora.rank` needs pretrained weights; use `vitcli finetune`")
         if self.command == "pretrain" and self.train.freeze != "none":
             raise ValueError("`train.freeze` needs pretrained weights; use `vitcli finetune`")
+        if self.command == "pretrain" and self.train.keep_head:
+            raise ValueError("`train.keep_head` needs pretrained weights; use `vitcli finetune`")
         return self
 
     @model_validator(mode="after")

@@ -33,6 +33,7 @@ from vitcli.train.compatibility import (
 )
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
+from vitcli.train.imbalance import imbalance_notes
 from vitcli.train.loop import Loop
 from vitcli.train.lora import freeze_and_adapt, training_passes
 from vitcli.train.objectives import (
@@ -76,7 +77,7 @@ def build_loop(
     # Cheap checks first: a wrong setting must not cost the time to load a model.
     check_augment(recipe, source.splits["train"], accelerator.num_processes)
     check_sampler(recipe, source.splits["train"])
-    for note in unused_settings(recipe, source.multi_label):
+    for note in [*unused_settings(recipe, source.multi_label), *imbalance_notes(recipe, source)]:
         watch.note(note)
 
     # Model, trainable weights, objective. Every random draw starts from the seed of the recipe.

@@ -70,10 +70,10 @@ def resolve_objective(
         )
     for key in STRICT:
         if getattr(section, key) is not None and key not in objective.settings:
-            able = [known for known, kind in OBJECTIVES.items() if key in kind.settings]
+            users = [known for known, kind in OBJECTIVES.items() if key in kind.settings]
             raise VitcliError(
-                f"`objective.{key}` is for {quoted(able)}, and the objective is `{name}`",
-                f"remove it, or `--set objective.name={able[0]}`",
+                f"`objective.{key}` is for {quoted(users)}, and the objective is `{name}`",
+                f"remove it, or `--set objective.name={users[0]}`",
             )
     return section.model_copy(update={"name": name}), [*notes, *objective.notes(section)]
 

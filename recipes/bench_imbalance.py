@@ -1,95 +1,123 @@
 """Balanced accuracy with and without each correction of class sizes, on a long-tailed set.
 
-    python recipes/bench_imbalance.py DATA [--seeds 3] [--steps 600]
+    python recipes/bench_imbalance.py DATA MODEL [--image-size 112] [--seeds 10]
 
-DATA has train and test splits of one class per image. The training images are thinned out: class c
-of K keeps LARGEST * RATIO^(-c / (K - 1)) images, and VALIDATION others per class choose. The test
-images stay as they are. Each row is a small ViT that is trained from random weights. The method is
-chosen by the validation images; the test column is there to report.
+DATA has train and test splits of one class per image. Its training images are thinned out: class c
+of K keeps LARGEST * RATIO^(-c / (K - 1)) images; VALIDATION others and TEST test images per class
+measure. A linear head is trained on the frozen features of MODEL with the losses and samplers of
+training. The value of each method's own setting, and then the method, are chosen by the balanced
+accuracy of the validation images. The test columns only report.
 """
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
+import torch
 
-from vitcli.commands.pretrain import run
-from vitcli.config.schema import DataSection
+from vitcli.config.schema import DataSection, ObjectiveSection
+from vitcli.data.sampler import make_sampler
 from vitcli.data.source import open_data
+from vitcli.evals.class_averages import class_shares
+from vitcli.evals.features import extract
+from vitcli.train.objectives.class_losses import CrossEntropy
+from vitcli.weights.load import load_model
+from vitcli.weights.loaded import create_model
 
-LARGEST, RATIO, VALIDATION = 500, 100, 100
+LARGEST, RATIO, VALIDATION, TEST = 400, 100, 50, 200
+STEPS, BATCH, LR = 1000, 64, 1e-3
+SHUFFLE = "shuffle"
 METHODS = {
-    "nothing": {},
-    "objective.class_weights=balanced": {"objective": {"class_weights": "balanced"}},
-    "objective.class_weights=effective": {"objective": {"class_weights": "effective"}},
-    "data.sampler=class_balanced": {"data": {"sampler": "class_balanced"}},
-    "data.sampler=square_root": {"data": {"sampler": "square_root"}},
-    "objective.focal_gamma=2": {"objective": {"focal_gamma": 2.0}},
-    "objective.logit_adjustment=1": {"objective": {"logit_adjustment": 1.0}},
+    "nothing": [(SHUFFLE, {})],
+    "class_weights=balanced": [(SHUFFLE, {"class_weights": "balanced"})],
+    "class_weights=effective": [
+        (SHUFFLE, {"class_weights": "effective", "class_weights_beta": b})
+        for b in (0.9, 0.99, 0.999)
+    ],
+    "sampler": [("class_balanced", {}), ("square_root", {})],
+    "focal_gamma": [(SHUFFLE, {"focal_gamma": g}) for g in (1.0, 2.0)],
+    "logit_adjustment": [(SHUFFLE, {"logit_adjustment": t}) for t in (0.5, 1.0, 1.5)],
 }
-MODEL = {"name": "mu/4", "image_size": 28, "num_channels": 1, "depth": 3, "embed_dim": 64}
-MODEL |= {"mlp_dim": 256}
-AUGMENT = {"crop": "pad", "crop_padding": 2, "flip_rate": 0.5}
-FIGURES = ("balanced_accuracy", "accuracy", "macro_f1")
 
 
-def long_tailed(data: str, path: Path) -> list[int]:
-    """Write the thinned-out images to an .npz file; returns the training images per class."""
-    source = open_data(DataSection(), data)
-    train, test = source.splits["train"], source.splits["test"]
-    rng, kept, aside = np.random.default_rng(0), [], []
-    classes = len(source.classes)
-    for label in range(classes):
-        members = rng.permutation(np.flatnonzero(train.labels == label))
-        count = round(LARGEST * RATIO ** (-label / (classes - 1)))
-        if len(members) < VALIDATION + 1:
-            raise SystemExit(f"class `{source.classes[label]}` has {len(members)} images only")
-        aside.append(members[:VALIDATION])
-        kept.append(members[VALIDATION : VALIDATION + count])
-
-    def pixels(images, indices):
-        return np.stack([np.asarray(images.read(int(i), "L")) for i in indices])
-
-    parts = {"train": (train, np.concatenate(kept)), "val": (train, np.concatenate(aside))}
-    parts["test"] = (test, np.arange(len(test)))
-    arrays = {}
-    for name, (images, indices) in parts.items():
-        arrays[f"{name}_images"] = pixels(images, indices)
-        arrays[f"{name}_labels"] = images.labels[indices]
-    np.savez(path, **arrays)
-    return [len(members) for members in kept]
-
-
-def tell(line: str) -> None:
+def tell(line):
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
-def main() -> None:
+def take(images, counts, skip=0):
+    """The images of a set with counts[c] random ones of class c, after `skip` others."""
+    rng, chosen = np.random.default_rng(0), []
+    for label, count in enumerate(counts):
+        members = rng.permutation(np.flatnonzero(images.labels == label))
+        chosen.append(members[skip : skip + count])
+        assert len(chosen[-1]) == count, f"class {label} has {len(members)} images only"
+    return images.subset(np.concatenate(chosen))
+
+
+def train_head(train, features, sampler, settings, seed):
+    """A linear head (K, F) on standardised features."""
+    classes = len(train.classes)
+    model = create_model("mu/4", num_classes=classes, image_size=8)
+    model.labels, model.class_counts = train.classes, tuple(train.class_counts().tolist())
+    loss = CrossEntropy(model, ObjectiveSection(**settings))
+    head = torch.nn.Linear(features.shape[1], classes)
+    torch.nn.init.zeros_(head.weight)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=LR, weight_decay=1e-2)
+    labels, at = torch.from_numpy(train.labels), make_sampler(sampler, train, seed)
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (1 - step / STEPS)
+        rows = torch.from_numpy(at(step * BATCH, BATCH)[1])
+        optimizer.zero_grad()
+        loss(head(features[rows]), labels[rows]).backward()
+        optimizer.step()
+    return head
+
+
+@torch.no_grad()
+def measure(head, features, labels):
+    """Balanced accuracy, and the mean recall of the largest and of the smallest third."""
+    predicted, classes = head(features).argmax(1).numpy(), head.out_features
+    hits = np.bincount(labels[predicted == labels], minlength=classes)
+    counts, chosen = (np.bincount(x, minlength=classes) for x in (labels, predicted))
+    recall = class_shares(hits, counts, chosen)["recall"]
+    third = classes // 3
+    return recall.mean(), recall[:third].mean(), recall[-third:].mean()
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("model")
+    parser.add_argument("--image-size", type=int, default=112)
+    parser.add_argument("--seeds", type=int, default=10)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "long_tailed.npz"
-        counts = long_tailed(given.data, path)
-        tell(f"training images per class: {counts}")
-        for name, method in METHODS.items():
-            rows = []
-            for seed in range(given.seeds):
-                train = {"steps": given.steps, "batch_size": 64, "seed": seed, "precision": "fp32"}
-                train |= {"eval_steps": given.steps}
-                settings = {"model": MODEL, "augment": AUGMENT, "train": train} | method
-                out = Path(folder) / f"{len(rows)} {name}"
-                result = run(str(path), recipe="pretrain", settings=settings, out=out)
-                found = (result.validation or {}, result.figures)
-                rows.append([split[figure] for split in found for figure in FIGURES])
-            mean, spread = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1)
-            cells = [f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in zip(mean, spread, strict=True)]
-            tell(f"| {name} | {' | '.join(cells)} |")
+    source = open_data(DataSection(), given.data)
+    classes = len(source.classes)
+    counts = [round(LARGEST * RATIO ** (-c / (classes - 1))) for c in range(classes)]
+    train = take(source.splits["train"], counts)
+    validation = take(source.splits["train"], [VALIDATION] * classes, skip=LARGEST)
+    test = take(source.splits["test"], [TEST] * classes)
+    tell(f"training images per class: {counts}; held out: {len(validation)}, {len(test)}")
+    model = load_model(given.model, image_size=given.image_size)
+    found = [extract(model, images) for images in (train, validation, test)]
+    mean, std = found[0].outputs.mean(axis=0), found[0].outputs.std(axis=0)
+    features, *held_out = (torch.from_numpy((f.outputs - mean) / std).float() for f in found)
+    for name, variants in METHODS.items():
+        rows = []
+        for sampler, settings in variants:
+            heads = [train_head(train, features, sampler, settings, s) for s in range(given.seeds)]
+            pairs = zip(held_out, (validation, test), strict=True)
+            values = [[measure(h, x, images.labels) for h in heads] for x, images in pairs]
+            rows.append((np.array(values), sampler, settings))  # (2 splits, seeds, 3 figures)
+        best, sampler, settings = max(rows, key=lambda row: row[0][0, :, 0].mean())
+        shown = " ".join(f"{k}={v}" for k, v in settings.items()) or sampler
+        cells = [
+            f"{100 * column.mean():.1f} ± {100 * column.std(ddof=1):.1f}"
+            for column in [best[0, :, 0], *best[1].T]
+        ]
+        tell(f"| {name} | {shown} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

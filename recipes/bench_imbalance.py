@@ -1,6 +1,6 @@
 """Balanced accuracy with and without each correction of class sizes, on a long-tailed set.
 
-    python recipes/bench_imbalance.py DATA MODEL [--image-size 112] [--seeds 10]
+    python recipes/bench_imbalance.py DATA MODEL [--image-size 112] [--seeds 5]
 
 DATA has train and test splits of one class per image. Its training images are thinned out: class c
 of K keeps LARGEST * RATIO^(-c / (K - 1)) images; VALIDATION others and TEST test images per class
@@ -25,7 +25,7 @@ from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
 
 LARGEST, RATIO, VALIDATION, TEST = 400, 100, 50, 200
-STEPS, BATCH, LR = 1000, 64, 1e-3
+STEPS, BATCH, LR = 400, 64, 2e-3
 SHUFFLE = "shuffle"
 METHODS = {
     "nothing": [(SHUFFLE, {})],
@@ -91,7 +91,7 @@ def main():
     parser.add_argument("data")
     parser.add_argument("model")
     parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     source = open_data(DataSection(), given.data)
     classes = len(source.classes)

@@ -82,7 +82,7 @@ def test_a_head_that_means_something_else_is_an_error(trained, tmp_path):
     with pytest.raises(VitcliError, match="trained with `softmax` outputs, and the objective `sig"):
         start(sigmoid, source_of(*"0123456789"))
     train_tiny(tmp_path / "mae", objective={"name": "mae"}, train={"steps": 1})
-    with pytest.raises(VitcliError, match="the model has no trained head"):
+    with pytest.raises(VitcliError, match="this model has no trained head"):
         start(recipe_of(tmp_path / "mae"), source_of(*"0123456789"))
     with pytest.raises(VitcliError, match="needs pretrained weights; use `vitcli finetune`"):
         train_tiny(tmp_path / "run", train={"keep_head": True})

@@ -1,6 +1,7 @@
 """The tutorials: each command of a page runs, in the order of the page, with a tiny model."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ PAGES = Path(__file__).parents[2] / "docs/tutorials"
 DROPPED = ("--epochs", "--budget", "--image-size", "--processes", "--device", "--track")
 TRAIN = ["--steps", "2", "--batch-size", "4"]
 MODEL = ["--set", "model.name=mu/8", "--set", "model.image_size=16"]
-# Commands with tests of their own, which take longer than a page may: the page is parsed only.
-ELSEWHERE = ("doctor", "bench", "paper_vit_b16_i1k", "--find-lr")
+# Commands that take longer than a page may, and have tests of their own. They are parsed only.
+ELSEWHERE = ("doctor", "bench", "paper_vit_b16_i1k", "--find-lr", "train.compile=true")
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +67,14 @@ def smaller(line):
         ),
     ],
 )
-def test_every_command_of_a_page_runs(page, photos, monkeypatch, capfd):
-    monkeypatch.chdir(photos)
+def test_every_command_of_a_page_runs(page, photos, tmp_path, monkeypatch, capfd):
+    folder = shutil.copytree(photos, tmp_path / "page")
+    monkeypatch.chdir(folder)
     lines = list(commands((PAGES / f"{page}.md").read_text(encoding="utf-8"), seeds=3))
     assert len(lines) >= 4
     for line in lines:
         if not any(word in line.split() for word in ELSEWHERE):
             assert run(smaller(line)) == 0, (line, capfd.readouterr().err)
     if page == "photos":
-        rows = (photos / "predictions.csv").read_text(encoding="utf-8").splitlines()
+        rows = (folder / "predictions.csv").read_text(encoding="utf-8").splitlines()
         assert len(rows) == 2 and rows[1].startswith("new/a.jpg,")

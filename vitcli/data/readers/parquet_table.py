@@ -98,6 +98,7 @@ def read_table(files: Sequence[Path], columns: list[str], notes: list[str]) -> A
                 DataFilesDict(train=DataFilesList(paths, origins)), split="train", columns=columns
             )
         pa.default_memory_pool().release_unused()  # the buffers that the cache was written from
+        found.data.table.validate(full=True)  # a wrong offset in a damaged cache is a crash
         return found.data
     except Exception as error:  # no space, permission or locks; an unknown type
         reason = str(error.__cause__ or error) or type(error).__name__

@@ -119,7 +119,9 @@ def _read_arrow(file: Path) -> Any:
 
     try:
         # Not closed: the columns point into the mapped file.
-        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        table.validate(full=True)  # Arrow trusts the offsets in it, and a wrong one is a crash
+        return table
     except (OSError, pa.ArrowException) as error:
         raise VitcliError(
             f"cannot read `{printable(file)}`: {str(error).splitlines()[0]}", REWRITE

@@ -212,6 +212,7 @@ def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
         real=options.real,
         class_map=options.class_map,
         calibrate=options.calibrate,
+        thresholds=options.thresholds,
         batch_size=options.batch_size,
         precision=options.precision,
         seed=options.seed,
@@ -234,6 +235,7 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         "--class-map": options.class_map,
         "--real": options.real,
         "--calibrate": options.calibrate or None,
+        "--thresholds": options.thresholds,
         "--verbose": options.verbose or None,
         "--seed": options.seed if options.seed != EvaluateOptions.seed else None,
         "--batch-size": (

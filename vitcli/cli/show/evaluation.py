@@ -87,7 +87,9 @@ def _multi_label_rows(result: Any) -> Rows:
     else:
         corrected = with_interval(result.leave_out.corrected, of["map"])
         rows.append(("without the bias of few images", corrected))
-    rows.append(("micro F1 at 0.5", with_interval(m.micro_f1, of["micro_f1"])))
+    stored = any("threshold" in row for row in result.per_class.values())
+    place = "at the thresholds" if stored else "at 0.5"
+    rows.append((f"micro F1 {place}", with_interval(m.micro_f1, of["micro_f1"])))
     rows += _average_rows(result, ("macro_f1", "roc_auc"))
     return [*rows, ("loss", f"{m.loss:.4f}")]
 
@@ -104,13 +106,28 @@ def _average_rows(result: Any, names: Sequence[str]) -> Rows:
 
 def _temperature_rows(result: Any) -> Rows:
     """The temperature if it is not 1, and what a calibration changed."""
-    done = result.calibration
+    done, rows = result.calibration, _threshold_rows(result)
     if done is None:
-        return [("temperature", f"{result.temperature:.4g}")] if result.temperature != 1 else []
+        known = [("temperature", f"{result.temperature:.4g}")] if result.temperature != 1 else []
+        return known + rows
     error = "" if done.ece_before is None else f", calibration error {done.ece_before:.4f}"
     return [
         ("before calibration", f"loss {done.loss_before:.4f}{error}"),
         ("temperature", f"{done.temperature:.4g}, fitted on {done.images:,} images: {done.split}"),
+        ("stored in", done.stored),
+        *rows,
+    ]
+
+
+def _threshold_rows(result: Any) -> Rows:
+    """Where new thresholds come from, and what they changed."""
+    done = result.thresholds
+    if done is None:
+        return []
+    macro = "" if done.macro_f1_before is None else f", macro F1 {percent(done.macro_f1_before)}"
+    return [
+        ("before the thresholds", f"micro F1 {percent(done.micro_f1_before)}{macro}"),
+        ("thresholds", f"{done.rule}, fitted on {done.images:,} images: {done.split}"),
         ("stored in", done.stored),
     ]
 
@@ -140,7 +157,10 @@ def _show_single_label_classes(result: Any) -> None:
 
 
 def _show_multi_label_classes(result: Any) -> None:
-    keys = ("average_precision", "precision", "recall", "f1")
+    keys = ["average_precision", "precision", "recall", "f1"]
+    columns = ["class", "average precision", "precision", "recall", "F1"]
+    if any("threshold" in row for row in result.per_class.values()):
+        keys, columns = [*keys, "threshold"], [*columns, "threshold"]
     rows = [
         [name, *(f"{c[key]:.3f}" for key in keys), c["images"]]
         for name, c in result.per_class.items()
@@ -149,8 +169,7 @@ def _show_multi_label_classes(result: Any) -> None:
     many = len(rows) > MOST_CLASSES
     rows = sorted(rows, key=lambda row: row[1])[:MOST_CLASSES] if many else rows
     title = f"the {MOST_CLASSES} classes of lowest average precision" if many else ""
-    columns = ["class", "average precision", "precision", "recall", "F1", "images"]
-    print_table(title, columns, rows)
+    print_table(title, [*columns, "images"], rows)
 
 
 def _show_comparison(result: Any) -> None:

@@ -249,9 +249,37 @@ def show_run_comparison(result: Any) -> None:
     first, *others = result.runs
     for run, pair in zip(others, result.paired, strict=True):
         print_facts(f"{run} compared with {first}", paired_rows(pair, first, run))
+    _show_ranking(result.ranking)
+    _show_folds(result.folds)
     if result.seeds:
         rows = [(n, f"{mean:,.5g} ± {std:.2g}") for n, (mean, std) in result.seeds.items()]
         print_facts(f"mean and std over {len(result.runs)} seeds of one recipe", rows)
+
+
+def _show_ranking(ranking: Any) -> None:
+    """Print the runs from the best to the worst, and in words whether the difference is real."""
+    if isinstance(ranking, str):
+        print_facts("", [("no ranking", ranking)])
+    elif ranking is not None:
+        rows = [
+            [f"{place}. {one.run}", f"{one.value:,.4g}", one.verdict]
+            for place, one in enumerate(ranking.runs, start=1)
+        ]
+        print_table("ranking", ["run", ranking.metric, "tested"], rows)
+        print_facts("", [("verdict", ranking.verdict)])
+
+
+def _show_folds(folds: Any) -> None:
+    """Print mean and spread over the folds, and the accuracy of all their images together."""
+    if isinstance(folds, str):
+        print_facts("", [("no summary over folds", folds)])
+    elif folds is not None:
+        rows = [(name, f"{mean:,.5g} ± {std:.2g}") for name, (mean, std) in folds.figures.items()]
+        if folds.accuracy is not None:
+            pooled = f"{with_interval(folds.accuracy, folds.interval)} of {folds.images:,} images"
+            rows.append(("accuracy of all folds together", pooled))
+        title = f"mean and std over the {folds.split} images of {folds.folds} folds"
+        print_facts(f"{title}, drawn with seed {folds.seed}", rows)
 
 
 def show_suite(result: Any) -> None:

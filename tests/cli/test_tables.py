@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from vitcli.cli import console
-from vitcli.cli.show import evaluation, training
+from vitcli.cli.show import evaluation, fewshot, training
 from vitcli.commands.compare import RunComparison
 from vitcli.evals.comparison import PairedAccuracy
 from vitcli.evals.run_summary import FoldSummary, RankedRun, RunRanking
@@ -75,6 +75,7 @@ def test_several_models_show_every_name(drawn):
     models = [
         SimpleNamespace(
             model=name(k),
+            split="validation",
             numbers=None,
             metrics=metrics,
             details=SimpleNamespace(num_outputs=10, real=None),
@@ -86,7 +87,25 @@ def test_several_models_show_every_name(drawn):
     result = SimpleNamespace(data=name(5), models=models, paired=[pair, "measured on other images"])
     text = drawn(evaluation.show_evaluation, result)
     assert_whole(text, 0, 1, 2)
-    assert name(5) in text
+    assert f"{name(5)}: validation images" in text
+
+
+def test_few_shot_figures_name_their_split(drawn):
+    accuracy = {"mean": 0.9, "std": 0.0, "seeds": [0.9], "interval": [0.87, 0.93]}
+    path = {"l2": [0.1], "left_out_accuracy": [[0.8]], "accuracy": [accuracy]}
+    facts = {
+        "method": "ridge",
+        "representation": "pre-logits",
+        "raw_pixels": None,
+        "shots": {"5": {"accuracy": accuracy, "l2": [0.1], "path": path}},
+    }
+    result = SimpleNamespace(
+        to_json=lambda: facts, l2="path", model=name(0), data="photos", classes=3,
+        test_images=100, split="validation", dim=64, run=None,
+    )  # fmt: skip
+    text = " ".join(drawn(fewshot.show_fewshot, result).split())
+    assert "validation images" in text and "test images" not in text
+    assert_whole(text, 0)
 
 
 @pytest.mark.parametrize("columns", [2, 3, 6, 14])

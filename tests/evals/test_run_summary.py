@@ -90,6 +90,7 @@ def test_the_ranking_tells_real_differences_from_others(ranked, capsys):
     )
     assert exits.run(["compare", *map(str, ranked)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert "test accuracy" in shown  # not only in the title: a ranking names its split
     assert "ranking" in shown and "no real difference" in shown and "Holm's correction" in shown
     assert exits.run(["compare", *map(str, ranked), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)["ranking"]

@@ -142,7 +142,9 @@ def _fold_of(run: Run, recipe: dict[str, Any]) -> FoldRun | None:
     result = run.result()
     split = "validation" if "validation" in data["images"] else "test"
     both = (result.get("validation"), result.get("figures"))
-    figures = next((one for one in both if one and one.get("split", split) == split), {})
+    figures: dict[str, Any] = next(
+        (one for one in both if one and one.get("split", split) == split), {}
+    )
     if "images" not in figures:  # a run without a classifier has no figures of the fold
         return None
     rows = [row for row in read_rows(run.path / ROWS_FILE) if row.split in ("train", split)]

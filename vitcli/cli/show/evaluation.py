@@ -177,7 +177,7 @@ def _show_comparison(result: Any) -> None:
     models = result.models
     if all(one.numbers is not None for one in models):
         rows = [[one.model, *_number_cells(one)] for one in models]
-        print_table(result.data, ["model", "images", "MAE", "RMSE", "R2"], rows)
+        print_table(_data_and_split(result), ["model", "images", "MAE", "RMSE", "R2"], rows)
         _show_pairs(result)
         return
     single = all(one.details is not None for one in models)
@@ -202,8 +202,14 @@ def _show_comparison(result: Any) -> None:
         else:
             row += [percent(m.map), f"{m.loss:.4f}"]
         rows.append(row)
-    print_table(result.data, columns, rows)
+    print_table(_data_and_split(result), columns, rows)
     _show_pairs(result)
+
+
+def _data_and_split(result: Any) -> str:
+    """The title of a comparison: what the models were measured on."""
+    splits = dict.fromkeys(one.split for one in result.models)
+    return f"{result.data}: {' and '.join(splits)} images"
 
 
 def _number_cells(one: Any) -> list[str]:
@@ -224,7 +230,7 @@ def paired_rows(pair: Any, first: str, second: str) -> Rows:
         return [("no paired test", pair)]
     if getattr(pair, "metric", None) == "mae":
         shown = f"{pair.difference:+.4g}, 95 % interval {pair.low:+.4g} to {pair.high:+.4g}"
-        return [("difference of MAE", shown)]
+        return [("difference of MAE", shown), ("Student's p-value", f"{pair.p_value:.3g}")]
     interval = f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}"
     rows: Rows = [("difference", f"{100 * pair.difference:+.2f} points, 95 % interval {interval}")]
     if hasattr(pair, "p_value"):
@@ -247,16 +253,19 @@ def show_run_comparison(result: Any) -> None:
     splits = [["split", *(split or "-" for split in result.splits)]]
     print_table("results", columns, splits + results)
     first, *others = result.runs
-    for run, pair in zip(others, result.paired, strict=True):
-        print_facts(f"{run} compared with {first}", paired_rows(pair, first, run))
-    _show_ranking(result.ranking)
+    if result.folds is None:  # folds hold different images
+        for run, pair in zip(others, result.paired, strict=True):
+            print_facts(f"{run} compared with {first}", paired_rows(pair, first, run))
+    _show_ranking(result.ranking, result.splits[0])
     _show_folds(result.folds)
     if result.seeds:
         rows = [(n, f"{mean:,.5g} ± {std:.2g}") for n, (mean, std) in result.seeds.items()]
-        print_facts(f"mean and std over {len(result.runs)} seeds of one recipe", rows)
+        measured = " and ".join(dict.fromkeys(split for split in result.splits if split))
+        title = f"mean and std over {len(result.runs)} seeds of one recipe"
+        print_facts(f"{title}, {measured} images" if measured else title, rows)
 
 
-def _show_ranking(ranking: Any) -> None:
+def _show_ranking(ranking: Any, split: str | None) -> None:
     """Print the runs from the best to the worst, and in words whether the difference is real."""
     if isinstance(ranking, str):
         print_facts("", [("no ranking", ranking)])
@@ -265,7 +274,7 @@ def _show_ranking(ranking: Any) -> None:
             [f"{place}. {one.run}", f"{one.value:,.4g}", one.verdict]
             for place, one in enumerate(ranking.runs, start=1)
         ]
-        print_table("ranking", ["run", ranking.metric, "tested"], rows)
+        print_table("ranking", ["run", f"{split or ''} {ranking.metric}".strip(), "tested"], rows)
         print_facts("", [("verdict", ranking.verdict)])
 
 

@@ -54,6 +54,7 @@ class LoadedModel:
         head_activation: turns logits into probabilities. `sigmoid` treats each class alone, and
             `identity` means that the output is a number (regression).
         target_scale: turns the output of the network into that number.
+        class_counts: training images per class, while an objective that uses them is trained.
         temperature: divides the logits before the activation. Above 1, the model is less confident.
         thresholds: for each output of a sigmoid head, the probability from which on its class
             counts as predicted; None if they were not fitted.
@@ -72,6 +73,7 @@ class LoadedModel:
     split_record: SplitRecord | None = None
     target_scale: TargetScale = TargetScale()
     thresholds: tuple[float, ...] | None = None
+    class_counts: tuple[int, ...] | None = None
 
     @property
     def is_regression(self) -> bool:

@@ -318,6 +318,7 @@ def test_a_run_learns_several_labels(trained):
     found = evaluate.run(path, model=str(run))
     assert found.split == "test" and found.metrics.images == 16
     assert found.metrics.map == pytest.approx(result.figures["map"], abs=1e-6)
+    assert found.to_json()["macro_f1"] == pytest.approx(result.figures["macro_f1"])
     assert found.metrics.loss == pytest.approx(result.figures["loss"], rel=1e-4)
     facts = found.to_json()
     assert json.loads(json.dumps(facts)) == facts
@@ -337,7 +338,9 @@ def test_several_labels_are_calibrated(trained, tmp_path):
     assert facts["intervals"]["map"] is None  # of 8 images
     assert "an interval needs 10 of each class" in facts["intervals"]["reasons"]["map"]
     row = facts["per_class"]["red"]
-    assert {"precision", "recall", "f1", "average_precision", "images"} == set(row)
+    figures = {"precision", "recall", "f1"}
+    intervals = {f"{name}_interval" for name in figures}
+    assert figures | intervals | {"average_precision", "roc_auc", "images"} == set(row)
 
 
 def test_two_models_of_several_labels(trained, tmp_path):

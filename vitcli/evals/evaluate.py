@@ -1,7 +1,8 @@
 """Evaluate one model on one labelled split: metrics, intervals, calibration, mistakes."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,20 +10,24 @@ import torch
 from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
-from vitcli.evals.calibration import Calibration
+from vitcli.evals.calibration import Calibration, Fit
+from vitcli.evals.class_averages import (
+    ClassAverages,
+    multi_label_averages,
+    single_label_averages,
+)
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
 from vitcli.evals.intervals import (
     CalibrationError,
     Intervals,
     LeaveOneOut,
-    add_recall_intervals,
     calibration_error,
-    leave_out_average_precision,
     multi_label_intervals,
     single_label_intervals,
 )
 from vitcli.evals.mistakes import NUM_WORST, Mistakes, find_mistakes
+from vitcli.evals.real_labels import RealAccuracy, real_accuracy
 from vitcli.evals.regression import (
     PredictedNumbers,
     RegressionMetrics,
@@ -30,7 +35,8 @@ from vitcli.evals.regression import (
     regression_metrics,
 )
 from vitcli.evals.scoring import (
-    NO_TARGET,
+    THRESHOLD,
+    Floats,
     ImageScores,
     MultiLabelMetrics,
     PerClass,
@@ -38,6 +44,7 @@ from vitcli.evals.scoring import (
     SingleLabelMetrics,
     confusion_matrix,
     expected_calibration_error,
+    log_total,
     multi_label_loss,
     multi_label_metrics,
     multi_label_per_class,
@@ -48,20 +55,11 @@ from vitcli.evals.scoring import (
     single_label_metrics,
     single_label_per_class,
 )
+from vitcli.evals.thresholds import FittedThresholds, decision_figures
 from vitcli.progress import Watcher
 from vitcli.weights.loaded import LoadedModel
 
 OTHER_CLASS = "(another class)"
-
-
-@dataclass(frozen=True)
-class RealAccuracy:
-    """Accuracy by the ReaL labels; images without a ReaL label are skipped."""
-
-    images: int
-    skipped: int
-    top1: float
-    top5: float
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,8 @@ class Evaluation:
     """Results of one model on every readable image of a split, each image counted once.
 
     Attributes:
-        per_class: class name -> precision, recall, F1, images; average precision if multi-label.
+        per_class: class name -> precision, recall, F1, ROC-AUC, average precision, images.
+        averages: figures averaged over classes; None for a regression.
         broken: descriptions of the images that could not be read.
         indices: (n,) images of the split that were measured.
         identity: identifies the split; evaluations with the same identity can be paired.
@@ -116,8 +115,10 @@ class Evaluation:
     indices: NDArray[np.int64]
     identity: str
     details: SingleLabelDetails | None = None
+    averages: ClassAverages | None = None
     leave_out: LeaveOneOut | None = None
     calibration: Calibration | None = None
+    thresholds: FittedThresholds | None = None
     numbers: PredictedNumbers | None = None
     worst: tuple[dict[str, Any], ...] = ()
     files: dict[str, str] = field(default_factory=dict)
@@ -136,6 +137,7 @@ class Evaluation:
             "data": self.data,
             "split": self.split,
             **self.metrics.to_json(),
+            **(self.averages.to_json() if self.averages is not None else {}),
             "temperature": self.temperature,
             "intervals": self.intervals.to_json(),
         }
@@ -152,6 +154,8 @@ class Evaluation:
             found["real"] = asdict(details.real)
         if self.calibration is not None:
             found["calibration"] = asdict(self.calibration)
+        if self.thresholds is not None:
+            found["thresholds"] = asdict(self.thresholds)
         found["per_class"] = self.per_class
         if details is not None:
             found |= {
@@ -206,16 +210,6 @@ def evaluate_numbers(
 
 
 @dataclass(frozen=True)
-class FittedTemperature:
-    """A new temperature of a model: the one before, and where the new one comes from and goes."""
-
-    before: float
-    split: str
-    images: int
-    file: Path
-
-
-@dataclass(frozen=True)
 class Evaluator:
     """Turns the logits of a model on a split into an `Evaluation`.
 
@@ -223,7 +217,7 @@ class Evaluator:
         extracted: logits and labels; the labels index `matching.classes`.
         identity: see `Evaluation`.
         real: (n, M) right outputs by ReaL, -1 where there is none.
-        fitted: the temperature of `net`, if it was fitted for this evaluation.
+        fitted: what of `net` was fitted for this evaluation.
         seed: seed of the simulated calibration error.
     """
 
@@ -235,7 +229,7 @@ class Evaluator:
     data: str
     identity: str
     real: NDArray[np.int64] | None
-    fitted: FittedTemperature | None
+    fitted: Fit | None
     seed: int
     watch: Watcher
 
@@ -271,23 +265,30 @@ class Evaluator:
         means: dict[str, Any] = {"top1_restricted": restricted}
         real = None
         if self.real is not None:
-            real, means["top1_real"] = _real_accuracy(logits, self.real)
+            real, means["top1_real"] = real_accuracy(logits, self.real)
         # Score the reported images under the old temperature as well, so that the gain is measured
         # on images that the fit has not seen.
         calibration, uncalibrated = None, None
-        if self.fitted is not None:
-            before = score_logits(logits, targets, self.fitted.before)
+        if self.fitted is not None and self.fitted.temperature is not None:
+            before = score_logits(logits, targets, self.fitted.temperature)
             ece_before = expected_calibration_error(before.confidence, before.correct)
             calibration = self._calibration(self.fitted, float(before.loss.mean()), ece_before)
             uncalibrated = reliability_bins(before.confidence, before.correct)
         names = self._predicted_names(scores, predicted)
         error = calibration_error(scores.confidence, scores.correct, self.seed)
+        averages = single_label_averages(
+            labels,
+            predicted,
+            matching.classes,
+            partial(self._column, log_total(logits, self.net.temperature)),
+            single_label_per_class(labels, predicted, matching.classes),
+            binary=num_classes == scores.num_outputs == 2,
+        )
         return {
             "metrics": single_label_metrics(scores, restricted),
-            "per_class": add_recall_intervals(
-                single_label_per_class(labels, predicted, matching.classes)
-            ),
-            "intervals": single_label_intervals(scores, means, error),
+            "averages": averages,
+            "per_class": averages.per_class,
+            "intervals": single_label_intervals(scores, means, error).merged(averages.intervals),
             "calibration": calibration,
             "details": SingleLabelDetails(
                 num_outputs=scores.num_outputs,
@@ -311,22 +312,60 @@ class Evaluator:
                 "so only one class per image can be likely"
             )
         probabilities = self._probabilities(self.net.temperature)
-        targets = self.extracted.labels
-        metrics = multi_label_metrics(probabilities, targets)
-        # `comparison` subtracts those of two models.
-        leave_out = leave_out_average_precision(probabilities, targets)
+        targets, names = self.extracted.labels, self.matching.classes
+        thresholds = self._thresholds(self.net.thresholds)
+        metrics = multi_label_metrics(probabilities, targets, thresholds)
         calibration = None
-        if self.fitted is not None:
-            loss = multi_label_loss(self._probabilities(self.fitted.before), targets)
+        if self.fitted is not None and self.fitted.temperature is not None:
+            loss = multi_label_loss(self._probabilities(self.fitted.temperature), targets)
             calibration = self._calibration(self.fitted, loss, None)
-        names = self.matching.classes
+        per_class = multi_label_per_class(probabilities, targets, metrics, names, thresholds)
+        if self.net.thresholds is not None:
+            for row, threshold in zip(per_class.values(), thresholds.tolist(), strict=True):
+                row["threshold"] = threshold
+        averages = multi_label_averages(
+            targets,
+            probabilities >= thresholds,
+            names,
+            lambda k: (probabilities[:, k], targets[:, k]),
+            per_class,
+        )
+        leave_out = averages.leave_out  # `comparison` subtracts those of two models
+        intervals = multi_label_intervals(probabilities, targets, leave_out, names, thresholds)
         return {
             "metrics": metrics,
-            "per_class": multi_label_per_class(probabilities, targets, metrics, names),
-            "intervals": multi_label_intervals(probabilities, targets, leave_out, names),
+            "averages": averages,
+            "per_class": averages.per_class,
+            "intervals": intervals.merged(averages.intervals),
             "leave_out": leave_out,
             "calibration": calibration,
+            "thresholds": self._fitted_thresholds(),
         }
+
+    def _fitted_thresholds(self) -> FittedThresholds | None:
+        """The new thresholds, and the figures of the reported images under the previous ones."""
+        fitted = self.fitted
+        if fitted is None or fitted.rule is None:
+            return None
+        before = self.net.temperature if fitted.temperature is None else fitted.temperature
+        macro_f1, micro_f1 = decision_figures(
+            self._probabilities(before), self.extracted.labels, self._thresholds(fitted.thresholds)
+        )
+        return FittedThresholds(
+            str(fitted.rule), fitted.split, fitted.images, macro_f1, micro_f1, str(fitted.file)
+        )
+
+    def _thresholds(self, stored: Sequence[float] | None) -> NDArray[np.float64]:
+        """(K,) thresholds of the data's classes."""
+        if stored is None:
+            return np.full(len(self.matching.classes), THRESHOLD)
+        return np.array(stored)[self.matching.first_outputs]
+
+    def _column(self, totals: NDArray[np.float64], k: int) -> tuple[Floats, NDArray[np.bool_]]:
+        """(n,) probabilities of class k, which may be several outputs, and (n,) its images."""
+        logits = self.extracted.outputs[:, list(self.matching.outputs[k])].astype(np.float64)
+        p = np.exp(logits / self.net.temperature - totals[:, None]).sum(axis=1)
+        return p, self.extracted.labels == k
 
     def _probabilities(self, temperature: float) -> NDArray[np.float64]:
         """(n, K) of the data's classes, by the activation that the head was trained with."""
@@ -335,9 +374,7 @@ class Evaluator:
         p = z.sigmoid() if self.net.head_activation == "sigmoid" else z.softmax(dim=1)
         return np.asarray(p[:, self.matching.first_outputs].numpy())
 
-    def _calibration(
-        self, fitted: FittedTemperature, loss: float, error: float | None
-    ) -> Calibration:
+    def _calibration(self, fitted: Fit, loss: float, error: float | None) -> Calibration:
         return Calibration(
             temperature=self.net.temperature,
             split=fitted.split,
@@ -355,17 +392,3 @@ class Evaluator:
             classes[label] if label < len(classes) else labels[output]
             for label, output in zip(predicted.tolist(), scores.predicted.tolist(), strict=True)
         ]
-
-
-def _real_accuracy(
-    logits: NDArray[np.float32], real: NDArray[np.int64]
-) -> tuple[RealAccuracy, NDArray[np.float64]]:
-    """Accuracy by ReaL, and (n,) correctness of each image, NaN for one without a label."""
-    # Beyer et al. (2020), section 2: an image without a label is left out; a prediction is right
-    # if it is any of the labels.
-    labelled = (real != NO_TARGET).any(axis=1)
-    scores = score_logits(logits[labelled], real[labelled])
-    correct = np.full(len(real), np.nan)
-    correct[labelled] = scores.correct
-    top1, top5 = float(scores.correct.mean()), float(scores.top5_correct.mean())
-    return RealAccuracy(len(scores), int((~labelled).sum()), top1, top5), correct

@@ -128,6 +128,14 @@ def log_softmax(z: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
+def log_total(logits: Floats, temperature: float) -> NDArray[np.float64]:
+    """(n, K) -> (n,): log of the sum of exp(logits / temperature), in float64."""
+    total = np.empty(len(logits))
+    for rows in row_blocks(*logits.shape):
+        total[rows] = _logsumexp(logits[rows].astype(np.float64) / temperature)
+    return total
+
+
 def _target_table(targets: ArrayLike) -> Ints:
     table = np.asarray(targets, dtype=np.int64)
     return table[:, None] if table.ndim == 1 else table
@@ -209,7 +217,7 @@ class MultiLabelMetrics:
 
     Attributes:
         map: mean average precision over the classes that have images.
-        micro_f1: F1 of all n x K decisions at a probability of 0.5.
+        micro_f1: F1 of all n x K decisions, at a probability of 0.5 or at thresholds per class.
         loss: binary cross-entropy in nats, summed over classes, mean over images.
         average_precision: (K,) average precision; NaN for a class that has no image.
     """
@@ -230,8 +238,10 @@ class MultiLabelMetrics:
         }
 
 
-def multi_label_metrics(probabilities: Floats, targets: NDArray[np.uint8]) -> MultiLabelMetrics:
-    """(n, K) probabilities and (n, K) targets of 0 and 1 -> metrics.
+def multi_label_metrics(
+    probabilities: Floats, targets: NDArray[np.uint8], thresholds: ArrayLike = THRESHOLD
+) -> MultiLabelMetrics:
+    """(n, K) probabilities and (n, K) targets of 0 and 1 -> metrics; (K,) thresholds.
 
     Average precision follows scikit-learn: the mean of the precision at each threshold, weighted
     by the recall that the threshold adds, without interpolation.
@@ -243,7 +253,7 @@ def multi_label_metrics(probabilities: Floats, targets: NDArray[np.uint8]) -> Mu
     average_precision = np.full(targets.shape[1], np.nan)
     for k in np.flatnonzero(positives):
         average_precision[k] = average_precision_score(targets[:, k], probabilities[:, k])
-    decided = probabilities >= THRESHOLD
+    decided = probabilities >= np.asarray(thresholds)
     hits = int((decided & (targets == 1)).sum())
     # F1 = 2 TP / (2 TP + FP + FN), and the denominator is all decisions plus all positives.
     total = int(decided.sum()) + int(positives.sum())
@@ -271,11 +281,16 @@ def multi_label_per_class(
     targets: NDArray[np.uint8],
     metrics: MultiLabelMetrics,
     names: Sequence[str],
+    thresholds: ArrayLike = THRESHOLD,
 ) -> PerClass:
-    """Average precision (None without images), precision, recall, F1 at 0.5, number of images."""
+    """Average precision, precision, recall, F1 at the thresholds, number of images, per class.
+
+    Without an image of the class, all but the precision are None, and `undefined` says why.
+    """
     from sklearn.metrics import precision_recall_fscore_support
 
-    decided, images = probabilities >= THRESHOLD, targets.sum(axis=0, dtype=np.int64)
+    decided = probabilities >= np.asarray(thresholds)
+    images = targets.sum(axis=0, dtype=np.int64)
     precision, recall, f1, _ = precision_recall_fscore_support(
         targets, decided, average=None, zero_division=0
     )
@@ -283,9 +298,10 @@ def multi_label_per_class(
         name: {
             "average_precision": float(metrics.average_precision[k]) if images[k] else None,
             "precision": float(precision[k]),
-            "recall": float(recall[k]),
-            "f1": float(f1[k]),
+            "recall": float(recall[k]) if images[k] else None,
+            "f1": float(f1[k]) if images[k] else None,
             "images": int(images[k]),
+            **({} if images[k] else {"undefined": "no image has this label"}),
         }
         for k, name in enumerate(names)
     }

@@ -81,6 +81,7 @@ def finetune(
     data: Data = None,
     model: ModelName = None,
     lora: Annotated[int | None, schema_option(MODEL, "lora.rank", "--lora")] = None,
+    keep_head: Annotated[bool, schema_option(MODEL, "train.keep_head", "--keep-head")] = False,
     verbose: Verbose = False,
     *,
     training: TrainOptions,
@@ -93,7 +94,7 @@ def finetune(
     """
     from vitcli.commands import finetune as command
 
-    settings = settings_of(training, lora__rank=lora)
+    settings = settings_of(training, lora__rank=lora, train__keep_head=keep_head or None)
     _train(context, command, training, settings, data=data, model=model, verbose=verbose)
 
 

@@ -54,6 +54,7 @@ class LoadedModel:
         head_activation: turns logits into probabilities. `sigmoid` treats each class alone, and
             `identity` means that the output is a number (regression).
         target_scale: turns the output of the network into that number.
+        class_counts: training images per class, while an objective that uses them is trained.
         temperature: divides the logits before the activation. Above 1, the model is less confident.
         head_trained: True if the head has learned the classes, so that `predict` may use it.
         load_report: how each tensor was loaded, or None if the model was not loaded.
@@ -69,6 +70,7 @@ class LoadedModel:
     load_report: LoadReport | None = None
     split_record: SplitRecord | None = None
     target_scale: TargetScale = TargetScale()
+    class_counts: tuple[int, ...] | None = None
 
     @property
     def is_regression(self) -> bool:

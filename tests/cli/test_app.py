@@ -28,6 +28,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "recipes",
+    "models",
 )
 
 SLOW_TO_LOAD = {

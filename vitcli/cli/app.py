@@ -600,6 +600,39 @@ def recipes(
 
 
 @app.command(cls=SettingsCommand)
+def models(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Words to search for, or `fetch NAME`.",
+            metavar="[WORD]|fetch NAME",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List public weights that `--model` finds by name, or download some.
+
+    Names of timm and repositories on the Hugging Face Hub work too, listed or not. `fetch`
+    downloads into the cache, whose folder you can copy to a machine without a network.
+
+    Example: `vitcli models dinov2`
+
+    or: `vitcli models fetch vit-s16-augreg`
+    """
+    from vitcli.cli.show import models as show
+    from vitcli.commands import models as command
+
+    words = words or []
+    if words[:1] != ["fetch"]:
+        console.show(command.run(words), json, show.show_models)
+        return
+    if len(words) != 2:
+        raise VitcliError("`vitcli models fetch` takes one name", "`vitcli models` lists them")
+    console.show(command.fetch(words[1], console.Terminal()), json, show.show_fetched)
+
+
+@app.command(cls=SettingsCommand)
 def doctor(
     folder: Annotated[
         Path | None, option(MACHINE, "--folder", help="Measure the disk of this folder.")

@@ -27,7 +27,7 @@ DATA, MODEL, TRAINING, EVALUATION = "Data", "Model", "Training", "Evaluation"
 SETTINGS, MACHINE, OUTPUT = "Settings", "Machine", "Output"
 # The panels of a help page, in this order.
 PANELS = (DATA, MODEL, TRAINING, EVALUATION, SETTINGS, MACHINE, OUTPUT)
-MODEL_FORMS = "A run, a weights file or folder, `hf:ORG/NAME`"
+MODEL_FORMS = "A run, a weights file or folder, a name from `vitcli models`, `hf:ORG/NAME`"
 NAMES = "; names: "
 SCHEMA = "schema:"  # marks a help text that `SettingsCommand` reads from the schema
 

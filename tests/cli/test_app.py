@@ -29,6 +29,7 @@ COMMANDS = (
     "export",
     "recipes",
     "models",
+    "settings",
 )
 
 SLOW_TO_LOAD = {

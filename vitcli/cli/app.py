@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vitcli import __version__
-from vitcli.cli import console
+from vitcli.cli import console, following
 from vitcli.cli.completion import (
     complete_key,
     complete_model,
@@ -70,7 +70,7 @@ def _root(
 
 @app.command(cls=SettingsCommand)
 @option_groups
-def pretrain(data: Data = None, *, training: TrainOptions) -> None:
+def pretrain(context: typer.Context, data: Data = None, *, training: TrainOptions) -> None:
     """Train a model from random weights.
 
     Without DATA, train for a few minutes on images drawn from formulas; nothing is downloaded.
@@ -79,12 +79,13 @@ def pretrain(data: Data = None, *, training: TrainOptions) -> None:
     """
     from vitcli.commands import pretrain as command
 
-    _train(command, training, settings_of(training), data=data)
+    _train(context, command, training, settings_of(training), data=data)
 
 
 @app.command(cls=SettingsCommand)
 @option_groups
 def finetune(
+    context: typer.Context,
     data: Data = None,
     model: ModelName = None,
     lora: Annotated[int | None, schema_option(MODEL, "lora.rank", "--lora")] = None,
@@ -101,10 +102,16 @@ def finetune(
     from vitcli.commands import finetune as command
 
     settings = settings_of(training, lora__rank=lora)
-    _train(command, training, settings, data=data, model=model, verbose=verbose)
+    _train(context, command, training, settings, data=data, model=model, verbose=verbose)
 
 
-def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **given: Any) -> None:
+def _train(
+    context: typer.Context,
+    command: Any,
+    training: TrainOptions,
+    settings: dict[str, Any],
+    **given: Any,
+) -> None:
     """Run `pretrain` or `finetune`, or only estimate its cost, or only find a learning rate."""
     from vitcli.cli.show import training as show
 
@@ -131,7 +138,8 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
         from vitcli.commands import find_lr
 
         rate = find_lr.run(**given, **shared, command=name, watch=console.Terminal())
-        console.show(rate, training.json, show.show_found_rate)
+        after = following.after_find_lr(context, rate)
+        console.show(rate, training.json, show.show_found_rate, after)
         return
     if training.dry_run:
         from vitcli.cli.show import cost as show_cost
@@ -144,7 +152,8 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
             compare=False,
             watch=console.Terminal(),
         )
-        console.show(result, training.json, show_cost.show_plan)
+        after = following.repeated(context, ("dry_run",))
+        console.show(result, training.json, show_cost.show_plan, after)
         return
     trained = command.run(
         **given,
@@ -154,7 +163,7 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
         track=training.track,
         watch=console.Terminal(),
     )
-    console.show(trained, training.json, show.show_trained)
+    console.show(trained, training.json, show.show_trained, following.after_training(trained))
     console.exit_if_unreadable(f"{name}: {reason}" for name, reason in trained.broken.items())
 
 
@@ -184,7 +193,7 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
         verbose=options.verbose,
         watch=console.Terminal(),
     )
-    console.show(result, options.json, show.show_fewshot)
+    console.show(result, options.json, show.show_fewshot, following.after_fewshot(result))
     console.exit_if_unreadable(result.broken)
 
 
@@ -346,12 +355,13 @@ def export(
         verbose=verbose,
         watch=console.Terminal(),
     )
-    console.show(result, json, show.show_export)
+    console.show(result, json, show.show_export, following.after_export(result))
 
 
 @app.command(cls=SettingsCommand)
 @option_groups
 def plan(
+    context: typer.Context,
     recipe: Annotated[
         str | None,
         typer.Argument(
@@ -390,7 +400,7 @@ def plan(
         prices=command.Prices(options.watts, options.kwh_price, options.hour_price),
         watch=console.Terminal(),
     )
-    console.show(result, options.json, show.show_plan)
+    console.show(result, options.json, show.show_plan, following.after_plan(context, result))
 
 
 @app.command(cls=SettingsCommand)
@@ -649,11 +659,15 @@ def models(
 
     words = words or []
     if words[:1] != ["fetch"]:
-        console.show(command.run(words), json, show.show_models)
+        found = command.run(words)
+        after = following.quoted(["models", "fetch", found.rows[0].public.name])
+        console.show(found, json, show.show_models, after)
         return
     if len(words) != 2:
         raise VitcliError("`vitcli models fetch` takes one name", "`vitcli models` lists them")
-    console.show(command.fetch(words[1], console.Terminal()), json, show.show_fetched)
+    fetched = command.fetch(words[1], console.Terminal())
+    after = following.quoted(["fewshot", "builtin:digits", "--model", fetched.name])
+    console.show(fetched, json, show.show_fetched, after)
 
 
 @app.command(cls=SettingsCommand)

@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from vitcli.cli import console as report
-from vitcli.cli.console import print_facts, show_next
+from vitcli.cli.console import print_facts
 
 # Name, parameters, GMACs, pixels, accuracy, images/s; the name of the longest model has 24 letters.
 COLUMNS = "{:26}{:>11}{:>10}{:>6}{:>10}{:>12}"
@@ -40,11 +40,9 @@ def show_models(result: Any) -> None:
         "measures it. The accuracy is that of ImageNet-1k's validation images.",
         "dim",
     )
-    show_next(f"vitcli finetune photos/ --model {result.rows[0].public.name}")
 
 
 def show_fetched(result: Any) -> None:
     """Print where the weights are."""
     rows = [("model", result.model), ("file", result.path), ("folder to copy", result.folder)]
     print_facts(f"fetched: {result.name}", [*rows, *(("version", note) for note in result.notes)])
-    show_next(f"vitcli finetune photos/ --model {result.name}")

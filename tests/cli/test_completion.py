@@ -41,7 +41,7 @@ def test_names(complete):
     assert sorted(complete("pretrain", "--recipe", "finetune")) == sorted(some)
     assert sorted(complete("plan", "finetune")) == sorted(some)
     assert complete("compare", "ru") == ["runs/photos"]
-    assert complete("recipes", "speedrun_p") == ["speedrun_plain"]
+    assert complete("recipes", "finetune_d") == ["finetune_digits"]
     assert complete("models", "fet") == ["fetch"]
 
 
@@ -56,9 +56,9 @@ def test_models(complete, command):
 
 
 def test_keys(complete):
-    assert complete("finetune", "--set", "optim.lr") == ["optim.lr="]
+    assert complete("finetune", "--set", "optim.lr_s") == ["optim.lr_scaling="]
     assert len(complete("finetune", "--set", "")) == len(KEYS)
-    assert complete("settings", "optim.lr") == ["optim.lr"]
+    assert complete("settings", "optim.lr_s") == ["optim.lr_scaling"]
 
 
 def test_a_completion_starts_no_processes(complete):

@@ -17,13 +17,28 @@ def test_every_key_of_the_schema_is_listed():
     assert list(ROWS) == keys
 
 
+# The settings that a setting needs beside it.
+BESIDE = {
+    "data.fold": "data.folds=20",
+    "data.classes": "data.streaming=true",
+    "schedule.stair_steps": "schedule.stair_factors=[0.1]",
+    "schedule.stair_factors": "schedule.stair_steps=[5]",
+    "train.patience": "train.best_metric=accuracy",
+}
+LENGTHS = ("train.steps", "train.epochs", "train.images", "train.budget")
+
+
 @pytest.mark.parametrize("name", SECTIONS)
 def test_examples_and_defaults_are_accepted(name):
     """Each alone, through `--set` as a user types it."""
     for row in (row for row in ROWS.values() if row.key.startswith(f"{name}.")):
-        for text in (row.example, f"{row.key}={row.default}" if row.default else row.example):
-            given = parse_overrides([text])[name]
-            section = SECTIONS[name].model_validate_json(json.dumps(given))
+        default = [f"{row.key}={row.default}"] if row.default not in (None, "[]") else []
+        beside = [BESIDE[row.key]] if row.key in BESIDE else []
+        if name == "train" and row.key not in LENGTHS:
+            beside.append("train.steps=10")
+        for text in (row.example, *default):
+            values = parse_overrides([*beside, text])[name]
+            section = SECTIONS[name].model_validate_json(json.dumps(values))
             assert getattr(section, row.key.partition(".")[2]) is not None, text
 
 
@@ -53,6 +68,8 @@ def test_words_and_one_key(capfd):
     assert {"schedule.warmup_steps", "schedule.warmup_fraction"} <= {row["key"] for row in found}
     assert run(["settings", "optim.lr"]) == 0
     out = capfd.readouterr().out
-    assert "--set optim.lr=" in out and "float above 0" in out and "optim.layer_decay" not in out
+    assert (
+        "--set optim.lr=0.001" in out and "float above 0" in out and "optim.layer_decay" not in out
+    )
     assert run(["settings", "optim.lrr"]) == 2
     assert "did you mean `optim.lr`?" in capfd.readouterr().err

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
-from vitcli.config.schema import SECTIONS, Section
+from vitcli.config.schema import SECTIONS
 from vitcli.errors import VitcliError, nearest, printable
 from vitcli.train.build import registered_names
 
@@ -18,9 +19,8 @@ BOUNDS = {
     "exclusiveMaximum": "below",
     "maximum": "up to",
 }
-# Values of which one fits any setting; the first that does, and is not the default, is the example.
-EXAMPLES: tuple[Any, ...] = (True, False, 0.5, 10, 0.1, 1, "10m", "TEXT", [0.5], [10], [0.5, 0.9])
-EXAMPLES = (*EXAMPLES, [10, 0.5], [[10, 0.5]], "none")
+# Values of which one fits any setting without a default.
+EXAMPLES = (True, 0.1, 16, 1, "TEXT", "10m", [0.1], [16], [0.1, 0.9], [[16, 0.5]])
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def setting_rows(sections: Sequence[str] = tuple(SECTIONS)) -> Iterator[SettingR
                 choices=_choices(node),
                 default=None if field.default is None else _written(field.default),
                 meaning=field.description or "",
-                example=f"{name}.{key}={_written(_example(section, key, node))}",
+                example=f"{name}.{key}={_written(_example(field, node))}",
             )
 
 
@@ -116,23 +116,23 @@ def _choices(node: dict[str, Any]) -> tuple[Any, ...]:
     return (*own, *(value for part in node.get("anyOf", []) for value in _choices(part)))
 
 
-def _example(section: type[Section], key: str, node: dict[str, Any]) -> Any:
-    """A value that the section accepts, preferably not the default."""
-    default = section.model_fields[key].default
+def _example(field: FieldInfo, node: dict[str, Any]) -> Any:
+    """A value that the field accepts: another choice than the default, else the default."""
+    default = field.default
+    accepts: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
+    choices = [value for value in _choices(node) if value != default]
     lists = [[value] for value in _choices(node.get("items", {}))]
-    for value in (*_choices(node), *lists, *EXAMPLES, default):
+    own = [not default] if isinstance(default, bool) else [default] if default else []
+    for value in (*choices, *lists, *own, *EXAMPLES):
         try:
-            # As JSON, a list is a tuple of the schema.
-            section.model_validate_json(json.dumps({key: value}))
+            # As JSON, a list is a tuple of the schema; `strict`, so that 0.1 is no string.
+            accepts.validate_json(json.dumps(value), strict=True)
         except ValidationError:
             continue
-        if value is not None and value != default:
-            return value
+        return value
     return default
 
 
 def _written(value: Any) -> str:
     """A value as it is written after `--set KEY=`: TOML, and plain words."""
-    if isinstance(value, list | tuple):
-        return f"[{','.join(json.dumps(one) for one in value)}]"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -1,5 +1,6 @@
 """Print settings of the recipe schema."""
 
+import shlex
 from typing import Any
 
 from rich.text import Text
@@ -15,7 +16,7 @@ def show_settings(result: Any) -> None:
         facts = [("type", row.type.replace("`", "")), ("default", row.default or "none")]
         if row.meaning:
             facts.append(("meaning", row.meaning))
-        print_facts(row.key, [*facts, ("example", f"--set {row.example}")])
+        print_facts(row.key, [*facts, ("example", shlex.join(["--set", row.example]))])
         return
     for row in result.rows:
         default = "" if row.default is None else f", default {row.default}"

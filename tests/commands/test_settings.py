@@ -20,6 +20,7 @@ def test_every_key_of_the_schema_is_listed():
 # The settings that a setting needs beside it.
 BESIDE = {
     "data.fold": "data.folds=20",
+    "lora.alpha": "lora.rank=4",
     "data.classes": "data.streaming=true",
     "schedule.stair_steps": "schedule.stair_factors=[0.1]",
     "schedule.stair_factors": "schedule.stair_steps=[5]",

@@ -89,6 +89,7 @@ def finetune(
     data: Data = None,
     model: ModelName = None,
     lora: Annotated[int | None, schema_option(MODEL, "lora.rank", "--lora")] = None,
+    keep_head: Annotated[bool, schema_option(MODEL, "train.keep_head", "--keep-head")] = False,
     verbose: Verbose = False,
     *,
     training: TrainOptions,
@@ -101,7 +102,7 @@ def finetune(
     """
     from vitcli.commands import finetune as command
 
-    settings = settings_of(training, lora__rank=lora)
+    settings = settings_of(training, lora__rank=lora, train__keep_head=keep_head or None)
     _train(context, command, training, settings, data=data, model=model, verbose=verbose)
 
 
@@ -229,6 +230,7 @@ def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
         real=options.real,
         class_map=options.class_map,
         calibrate=options.calibrate,
+        thresholds=options.thresholds,
         batch_size=options.batch_size,
         precision=options.precision,
         seed=options.seed,
@@ -251,6 +253,7 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         "--class-map": options.class_map,
         "--real": options.real,
         "--calibrate": options.calibrate or None,
+        "--thresholds": options.thresholds,
         "--verbose": options.verbose or None,
         "--seed": options.seed if options.seed != EvaluateOptions.seed else None,
         "--batch-size": (

@@ -23,7 +23,8 @@ from vitcli.progress import Bar
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LONG_NAME = 12  # columns of the terminal; a longer column name may become a number
+LONG_NAME = 20  # columns of the terminal; a longer column name may become a number
+NARROWEST = 12  # a wrapped column is still legible
 MOST_CLASSES = 20  # rows of a table of classes
 PLAIN_SECONDS = 20.0  # between two progress lines when stderr is not a terminal
 LOG_WIDTH = 200  # columns of such a line
@@ -278,7 +279,7 @@ def _total_width(widths: Iterable[int]) -> int:
 
 def _column_blocks(widths: Sequence[int], limit: int) -> list[list[int]]:
     """Columns that are printed beside each other; the first column is in every block."""
-    least = [min(width, LONG_NAME) for width in widths]  # wrapped, a column is still legible
+    least = [min(width, NARROWEST) for width in widths]
     blocks, block = [], [0]
     for j in range(1, len(widths)):
         if len(block) > 1 and _total_width(least[k] for k in [*block, j]) > limit:

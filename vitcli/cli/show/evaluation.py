@@ -270,11 +270,12 @@ def _show_ranking(ranking: Any, split: str | None) -> None:
     if isinstance(ranking, str):
         print_facts("", [("no ranking", ranking)])
     elif ranking is not None:
-        rows = [
-            [f"{place}. {one.run}", f"{one.value:,.4g}", one.verdict]
-            for place, one in enumerate(ranking.runs, start=1)
-        ]
-        print_table("ranking", ["run", f"{split or ''} {ranking.metric}".strip(), "tested"], rows)
+        rows = [[one.run, f"{one.value:,.4g}", one.verdict or "best"] for one in ranking.runs]
+        print_table(
+            "ranking, best first",
+            ["run", f"{split or ''} {ranking.metric}".strip(), "tested"],
+            rows,
+        )
         print_facts("", [("verdict", ranking.verdict)])
 
 

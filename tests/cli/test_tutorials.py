@@ -48,7 +48,7 @@ def smaller(line):
         while flag in words:
             at = words.index(flag)
             del words[at : at + 2]
-    if words[0] == "pretrain" and not any(w.startswith("runs/") for w in words[1:3]):
+    if words[0] == "pretrain" and words[1] != "--resume":
         words += [*TRAIN, *MODEL]
     elif words[0] == "finetune":
         words += TRAIN

@@ -143,21 +143,22 @@ def metric_names(model: LoadedModel, multi_label: bool, section: TrainSection) -
     return [*(names if model.config.num_classes else []), *fewshot]
 
 
-def best_fewshot(run: Run) -> dict[str, float]:
-    """The best few-shot accuracy of all evaluations of a run, and its step; {} if there is none."""
+def best_fewshot(run: Run) -> dict[str, Any]:
+    """The last and the best few-shot accuracy of a run, with step and split; {} without any."""
     # The paper's early stopping: "the best validation accuracy achieved during training" (4.3).
     found = [
-        (value, record["step"])
+        (value, record["step"], name.split("/")[0])
         for record in run.records()
         for name, value in record.items()
         if name.endswith("/fewshot_accuracy")
     ]
     if not found:
         return {}
-    best = max(value for value, _ in found)
-    step = next(step for value, step in found if value == best)
-    last = found[-1][0]
-    return {"fewshot_accuracy": last, "best_fewshot_accuracy": best, "best_fewshot_step": step}
+    best = max(value for value, _, _ in found)
+    step = next(step for value, step, _ in found if value == best)
+    last, _, split = found[-1]
+    best_facts = {"best_fewshot_accuracy": best, "best_fewshot_step": step}
+    return {"fewshot_accuracy": last, **best_facts, "fewshot_split": split}
 
 
 def _macro_metrics(right: Any, images: Any, chosen: Any) -> dict[str, float]:

@@ -68,7 +68,9 @@ def show_trained(result: Any) -> None:
     if "best_fewshot_accuracy" in figures:
         best = f"{percent(figures['best_fewshot_accuracy'])} at step "
         last = percent(figures["fewshot_accuracy"])
-        rows.append(("few-shot accuracy", f"{last}; best {best}{figures['best_fewshot_step']:,}"))
+        split = figures.get("fewshot_split", "")  # runs of earlier versions do not name it
+        name = f"{split} few-shot accuracy".strip()
+        rows.append((name, f"{last}; best {best}{figures['best_fewshot_step']:,}"))
     rows += [
         (name.removeprefix("train/"), f"{value:.4g}" if "mae" in name else f"{value:.4f}")
         for name, value in figures.items()

@@ -94,4 +94,5 @@ def build_objective(
         objective: Objective = kind(model, section)
     if objective.supervised:
         model.head_activation = objective.head_activation
+        model.thresholds = None  # those of the head before this training
     return objective

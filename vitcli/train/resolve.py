@@ -1,20 +1,33 @@
 """From a command line to the recipe, and to the model that the run starts from."""
 
 import math
+import shlex
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitcli.config.recipe import check, lay_over, load_recipe, nest
+from vitcli import distributed
+from vitcli.config.recipe import check, flat_keys, lay_over, load_recipe, nest
 from vitcli.config.schema import ModelSection, Recipe, Settings
-from vitcli.data.source import Source
+from vitcli.data.facts import measure_data
+from vitcli.data.prefetch import default_workers
+from vitcli.data.source import Source, open_data
+from vitcli.data.splits import AUTO
+from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
-from vitcli.progress import Watcher
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import RUNS, Run, finished_runs
+from vitcli.train.defaults import (
+    Defaults,
+    MachineFacts,
+    best_metric,
+    choose_defaults,
+    is_scarce,
+)
 from vitcli.train.objectives import objective_class
 from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
@@ -26,8 +39,26 @@ from vitcli.weights.loaded import LoadedModel, TargetScale
 from vitcli.weights.overrides import MODEL_KEYS, one_image_size, override_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
+PRETRAINED = "hf:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # 5.7 M parameters
 TINY_SPREAD = 1e-14  # of the mean: less is rounding
 DROPOUT = ("dropout_rate", "drop_path_rate")
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What a training command runs.
+
+    Attributes:
+        name: of the recipe.
+        recipe: with all settings.
+        defaults: how the settings were chosen, if the user gave DATA and no recipe.
+        source: the data, if they were opened to choose the settings.
+    """
+
+    name: str
+    recipe: Recipe
+    defaults: Defaults | None = None
+    source: Source | None = None
 
 
 def pretrain_recipe(
@@ -36,8 +67,8 @@ def pretrain_recipe(
     settings: Settings | None,
     watch: Watcher,
     resumed: Path | None = None,
-) -> tuple[str, Recipe]:
-    """The name of the recipe of a `pretrain` command, and the recipe with all settings.
+) -> ResolvedRun:
+    """The recipe of a `pretrain` command with all settings.
 
     Args:
         resumed: the run to resume, whose recipe is the default.
@@ -49,11 +80,13 @@ def pretrain_recipe(
     if data is not None:  # an argument wins over `--set`, as flags do
         lay_over(changes, nest("data.name", data))
     if recipe is None and resumed is not None and is_run(resumed):
-        return resumed.name, resumed_recipe(Run(resumed), changes, "pretrain")
+        return ResolvedRun(resumed.name, resumed_recipe(Run(resumed), changes, "pretrain"))
     resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
+    if recipe is None and data not in (None, FORMULA, DIGITS):
+        return _adapted(name, resolved, changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")
-    return name, resolved
+    return ResolvedRun(name, resolved)
 
 
 def finetune_recipe(
@@ -63,8 +96,8 @@ def finetune_recipe(
     settings: Settings | None,
     watch: Watcher,
     resumed: Path | None = None,
-) -> tuple[str, Recipe]:
-    """The name of the recipe of a `finetune` command, and the recipe with all settings.
+) -> ResolvedRun:
+    """The recipe of a `finetune` command with all settings.
 
     Args:
         resumed: the run to resume, whose recipe or model is the default.
@@ -78,7 +111,7 @@ def finetune_recipe(
     if model is not None:
         lay_over(changes, nest("model.name", model))
     if recipe is None and resumed is not None and is_run(resumed):
-        return resumed.name, resumed_recipe(Run(resumed), changes, "finetune")
+        return ResolvedRun(resumed.name, resumed_recipe(Run(resumed), changes, "finetune"))
     resolved = load_recipe(name, changes, "finetune")
     # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
@@ -86,9 +119,58 @@ def finetune_recipe(
         watch.note(f"no `--model` given: using {default}")
         lay_over(changes, nest("model.name", default))
         resolved = load_recipe(name, changes, "finetune")
+    if recipe is None and data not in (None, FORMULA, DIGITS):
+        return _adapted(name, resolved, changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using {resolved.data.name}")
-    return name, resolved
+    return ResolvedRun(name, resolved)
+
+
+def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> ResolvedRun:
+    """The recipe with the settings that suit the data and this machine; `changes` stay."""
+    given = flat_keys(changes)
+    section = recipe.data
+    splits = {"folds", "validation_fraction", "streaming"} & changes.get("data", {}).keys()
+    if not splits and objective_class(recipe.objective.name).supervised:
+        section = section.model_copy(update={"validation_fraction": AUTO})
+    numeric = objective_class(recipe.objective.name).regression
+    source = open_data(section, watch=watch, streams=True, numeric=numeric)
+    if "train" not in source.splits:
+        return ResolvedRun(name, recipe, source=source)  # the error follows where it trains
+    own = recipe.command == "finetune" and _is_muon_run(Path(str(recipe.model.name)))
+    facts, machine = measure_data(source), this_machine()
+    chosen = choose_defaults(recipe.command, facts, machine, given, own_weights=own)
+    settings = chosen.settings
+    if section is not recipe.data:
+        fraction = source.splitting.get("validation_fraction", 0.0)
+        lay_over(settings, nest("data.validation_fraction", fraction))
+    if "validation" in source.splits and "train.best_metric" not in given:
+        lay_over(settings, nest("train.best_metric", best_metric(chosen.data)))
+    lay_over(settings, changes)
+    adapted = _without_vit_settings(load_recipe(name, settings, recipe.command), changes, Quiet())
+    fixed = " (Ti/16 at 224 px)" if recipe.command == "pretrain" else ""
+    watch.note(f"defaults for {chosen.summary}; `--recipe {name}` takes fixed settings{fixed}")
+    if recipe.command == "pretrain" and is_scarce(chosen.data):
+        typed = shlex.quote(str(recipe.data.name))
+        watch.warn(
+            f"{chosen.data.images:,} images of {chosen.data.classes:,} classes are few for random "
+            f"weights; pretrained weights usually do better: `vitcli finetune {typed} --model "
+            f"{PRETRAINED}`"
+        )
+    return ResolvedRun(name, adapted, chosen, source)
+
+
+def _is_muon_run(path: Path) -> bool:
+    if not is_run(path):
+        return False
+    with suppress(VitcliError):  # its weights may load all the same
+        return Run(path).recipe().optim.name == "muon"
+    return False
+
+
+def this_machine() -> MachineFacts:
+    """The facts about this machine that the defaults depend on; equal in all processes."""
+    return MachineFacts(pick_device().type, default_workers() + 1, distributed.world_size())
 
 
 def _without_vit_settings(recipe: Recipe, changes: Settings, watch: Watcher) -> Recipe:

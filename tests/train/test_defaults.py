@@ -39,7 +39,7 @@ def chosen(data, machine=CPU, command="pretrain", **given):
         (CIFAR, GPU, {"model.name": "S/4", "model.image_size": 32, "train.epochs": 100.0}),
         (IMAGENET, GPU, {"model.name": "B/16", "model.image_size": 224, "train.epochs": 60.0}),
         (replace(SIGNS, may_flip=False), CPU, {"augment.flip_rate": 0.0}),
-        (replace(SIGNS, numeric=True), CPU, {"augment.flip_rate": 0.0, "augment.crop": "pad"}),
+        (replace(SIGNS, numeric=True), CPU, {"augment.flip_rate": 0.0, "augment.crop": "none"}),
     ],
 )
 def test_settings_by_data_and_machine(data, machine, expected):

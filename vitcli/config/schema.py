@@ -535,8 +535,8 @@ class TrainSection(Section):
     )
     best_metric: str | None = setting(
         None,
-        "Keep the weights with the best value of this metric of the validation images in "
-        "best.safetensors: accuracy, loss, map, micro_f1, fewshot_accuracy, mae, rmse or r2.",
+        "Export the weights with the best value of this metric of the validation images: "
+        "accuracy, loss, map, micro_f1, fewshot_accuracy, mae, rmse or r2.",
     )
     patience: Count | None = setting(
         None, "Stop after this many evaluations in turn without a better `best_metric`."

@@ -127,7 +127,9 @@ def _pretrain(data: DataFacts, machine: MachineFacts, given: Mapping[str, Any]) 
     wanted["train.epochs"] = float(min(300, max(fewest, round(seen / images))))
     side = min(size) if isinstance(size, list) else size
     grid = side // patch
-    if side <= PATCHES[1][0] or data.numeric:  # a crop of another scale changes sizes and counts
+    if data.numeric:  # a crop changes positions, sizes and counts
+        wanted["augment.crop"] = "none"
+    elif side <= PATCHES[1][0] or not data.may_flip:
         wanted |= {"augment.crop": "pad", "augment.crop_padding": max(1, side // 8)}
     else:
         wanted |= {"augment.crop": "inception", "augment.min_area": 0.4}
@@ -156,7 +158,9 @@ def _finetune(
     if "optim.name" in wanted:
         wanted["optim.weight_decay"] = 0.0
     wanted["train.epochs"] = float(min(longest, max(shortest, round(seen / images))))
-    if not _may_flip(data):  # characters and numbers: a crop of another scale changes them
+    if data.numeric:
+        wanted["augment.crop"] = "none"
+    elif not data.may_flip:  # characters: a small part of one may be another
         wanted |= {"augment.crop": "pad", "augment.crop_padding": 4}
     return wanted
 

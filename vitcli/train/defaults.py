@@ -22,11 +22,9 @@ LONG_BUDGET = 3600.0  # core-seconds of a CPU that a model wider than Pico can u
 # Images below which random weights rarely do well: in all, and per class.
 FEW_IMAGES, FEW_PER_CLASS = 1000, 100
 SGD_IMAGES = 2000  # fewer images are fine-tuned by SGD, as in the paper
-# Settings that fit every model with four pooled quadrants, which objective `guided` needs.
-PLAIN_MODEL = {
-    "name", "image_size", "patch_size", "num_channels", "embed_dim", "depth", "num_heads",
-    "mlp_dim", "dropout_rate", "drop_path_rate",
-}  # fmt: skip
+# Settings of the user that leave the choice of the pooling open. A chosen model keeps mean pooling,
+# which every export has; objective `guided` needs four pooled quadrants.
+PLAIN_MODEL = {"image_size", "num_channels", "dropout_rate", "drop_path_rate"}
 PLAIN_OBJECTIVE = {"label_smoothing", "descriptor_weight"}
 
 
@@ -241,7 +239,6 @@ def _suits_guided(
         and images < 100_000
         and names["model"] <= PLAIN_MODEL
         and names["objective"] <= PLAIN_OBJECTIVE
-        and _is_plain(str(given.get("model.name", "Pico/4")))
         and not given.get("train.patch_drop_rate")
         and grid >= 2
         and not any(s % 4 for s in (side, *sizes))

@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from vitcli.cli import console as report
-from vitcli.cli.console import percent, print_facts, show_next
+from vitcli.cli.console import percent, print_facts
 
 
 def with_interval(share: float, interval: Sequence[float] | None) -> str:
@@ -58,7 +58,8 @@ def show_trained(result: Any) -> None:
             rows.append((f"{split} micro F1 at 0.5", percent(found["micro_f1"])))
     if result.best is not None:
         name, value = result.best["metric"], result.best["value"]
-        shown = f"{value:.4f}" if name == "loss" else percent(value)
+        is_share = name not in ("loss", "mae", "rmse", "r2")
+        shown = percent(value) if is_share else f"{value:.4g}"
         rows.append((f"best validation {name}", f"{shown} at step {result.best['step']:,}"))
         rows.append(("weights", _which_weights(result)))
     if "best_fewshot_accuracy" in figures:
@@ -73,8 +74,6 @@ def show_trained(result: Any) -> None:
     if result.broken:
         rows.append(("unreadable", f"{len(result.broken)} images, not used"))
     print_facts(f"{result.command}: {result.run}", rows)
-    steps = {"pretrain": "vitcli fewshot --shots 5, or vitcli finetune"}
-    show_next(steps.get(result.command, "vitcli predict image.jpg"))
 
 
 def _which_weights(result: Any) -> str:
@@ -99,8 +98,6 @@ def show_found_rate(result: Any) -> None:
         ("curve", f"{result.folder}/lr.png"),
     ]
     print_facts("learning-rate finder", rows)
-    muon = "" if result.matrix_lr is None else f" --set optim.matrix_lr={result.matrix_lr:.2g}"
-    show_next(f"the same command with --lr {result.lr:.2g}{muon}, without --find-lr")
 
 
 def show_recipes(result: Any) -> None:

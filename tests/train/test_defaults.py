@@ -13,7 +13,14 @@ from vitcli.config.recipe import flat_keys, load_recipe
 from vitcli.data.facts import DataFacts, may_flip, measure_data
 from vitcli.data.source import load_data
 from vitcli.data.splits import auto_fraction
-from vitcli.train.defaults import MachineFacts, best_metric, choose_defaults, is_scarce
+from vitcli.errors import VitcliError
+from vitcli.train.defaults import (
+    MachineFacts,
+    best_metric,
+    choose_defaults,
+    is_scarce,
+    propose_model,
+)
 from vitcli.vit.variants import parse_variant
 
 SIGNS = DataFacts(images=300, size=(100, 100), classes=6)
@@ -234,6 +241,16 @@ def test_finetune_without_a_recipe(run, photos, tmp_path):
     assert result.validation["split"] == "validation"
     assert load_recipe(str(tmp_path / "run/recipe.toml")).optim.name == "muon"  # as the run
     assert f"2 classes: {run[0]}, batch 32, 1 steps" in " ".join(watch.notes)
+
+
+def test_finetune_without_weights_names_the_command(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VitcliError, match="no finished `pretrain` run") as error:
+        finetune.run(str(photos))
+    model = "hf:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert propose_model(240, CPU) == model
+    assert f"`vitcli finetune '{photos}' --model hf:timm/vit_" in error.value.hint
+    assert propose_model(240, GPU) != propose_model(10**5, GPU) != model
 
 
 def test_a_plan_shows_the_same_choice(photos):

@@ -182,8 +182,7 @@ def open_source(recipe: Recipe, watch: Watcher, opened: Source | None = None) ->
     section = recipe.data
     numeric = objective_class(recipe.objective.name).regression
     source = opened or open_data(section, watch=watch, streams=True, numeric=numeric)
-    for note in source.notes:
-        watch.note(note)
+    source.tell(watch)
     if "train" not in source.splits:
         raise VitcliError(
             f"`{section.name}` has no training images, only {', '.join(source.splits)}",

@@ -105,6 +105,15 @@ def is_scarce(data: DataFacts) -> bool:
     return data.images < FEW_IMAGES or data.images < FEW_PER_CLASS * data.classes
 
 
+def propose_model(images: int | None, machine: MachineFacts) -> str:
+    """Public weights to fine-tune on so many images: as large as the machine can train soon."""
+    if machine.is_slow:
+        size = "tiny"
+    else:
+        size = "small" if images is not None and images < FEW_IMAGES else "base"
+    return f"hf:timm/vit_{size}_patch16_224.augreg_in21k_ft_in1k"
+
+
 def best_metric(data: DataFacts) -> str:
     """The metric of the validation images that chooses the weights."""
     return "rmse" if data.numeric else "map" if data.multi_label else "accuracy"
@@ -130,7 +139,7 @@ def _pretrain(data: DataFacts, machine: MachineFacts, given: Mapping[str, Any]) 
     elif side <= PATCHES[1][0] or not data.may_flip:
         wanted |= {"augment.crop": "pad", "augment.crop_padding": max(1, side // 8)}
     else:
-        wanted |= {"augment.crop": "inception", "augment.min_area": 0.4}
+        wanted |= {"augment.crop": "inception", "augment.min_area": 0.4}  # small parts may not do
     if _suits_guided(data, given, side, grid, images):
         wanted |= {"model.pool": "quadrants", "objective.name": "guided"}
     if machine.is_slow and grid >= MIN_GRID and size == side and _is_plain(name):

@@ -13,6 +13,7 @@ from vitcli import distributed
 from vitcli.config.recipe import check, flat_keys, lay_over, load_recipe, nest
 from vitcli.config.schema import ModelSection, Recipe, Settings
 from vitcli.data.facts import measure_data
+from vitcli.data.image_set import ImageSet
 from vitcli.data.prefetch import default_workers
 from vitcli.data.source import Source, open_data
 from vitcli.data.splits import AUTO
@@ -27,6 +28,7 @@ from vitcli.train.defaults import (
     best_metric,
     choose_defaults,
     is_scarce,
+    propose_model,
 )
 from vitcli.train.objectives import objective_class
 from vitcli.train.resuming import is_run, resumed_recipe
@@ -39,7 +41,6 @@ from vitcli.weights.loaded import LoadedModel, TargetScale
 from vitcli.weights.overrides import MODEL_KEYS, one_image_size, override_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
-PRETRAINED = "hf:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"  # 5.7 M parameters
 TINY_SPREAD = 1e-14  # of the mean: less is rounding
 DROPOUT = ("dropout_rate", "drop_path_rate")
 
@@ -115,7 +116,7 @@ def finetune_recipe(
     resolved = load_recipe(name, changes, "finetune")
     # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
-        default = newest_pretrained(resumed)
+        default = _default_model(resolved, resumed, data, watch)
         watch.note(f"no `--model` given: using {default}")
         lay_over(changes, nest("model.name", default))
         resolved = load_recipe(name, changes, "finetune")
@@ -124,6 +125,21 @@ def finetune_recipe(
     if data is None and recipe is None:
         watch.note(f"no DATA given: using {resolved.data.name}")
     return ResolvedRun(name, resolved)
+
+
+def _default_model(recipe: Recipe, resumed: Path | None, data: str | None, watch: Watcher) -> str:
+    """The newest pretrained run; without one, the error proposes public weights for DATA."""
+    try:
+        return newest_pretrained(resumed)
+    except VitcliError as error:
+        if data in (None, DIGITS, FORMULA):
+            raise
+        train: Any = open_data(recipe.data, watch=watch, streams=True).splits.get("train")
+        images = len(train) if isinstance(train, ImageSet) else None
+        model = propose_model(images, this_machine())
+        raise VitcliError(
+            error.message, f"`vitcli finetune {shlex.quote(str(data))} --model {model}`"
+        ) from None
 
 
 def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> ResolvedRun:
@@ -155,7 +171,7 @@ def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> Re
         watch.warn(
             f"{chosen.data.images:,} images of {chosen.data.classes:,} classes are few for random "
             f"weights; pretrained weights usually do better: `vitcli finetune {typed} --model "
-            f"{PRETRAINED}`"
+            f"{propose_model(chosen.data.images, chosen.machine)}`"
         )
     return ResolvedRun(name, adapted, chosen, source)
 

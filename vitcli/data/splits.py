@@ -376,6 +376,13 @@ def _hold_out_validation(
     )
 
 
+def with_auto_validation(section: DataSection) -> DataSection:
+    """The section with the validation fraction `auto`, unless it says how to hold images out."""
+    if section.streaming or section.folds is not None or section.validation_fraction is not None:
+        return section
+    return section.model_copy(update={"validation_fraction": AUTO})
+
+
 def auto_fraction(labels: Integers) -> float:
     """The validation fraction `auto` for these training labels; 0 if there are too few images.
 

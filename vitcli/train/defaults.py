@@ -139,7 +139,7 @@ def _pretrain(data: DataFacts, machine: MachineFacts, given: Mapping[str, Any]) 
     elif side <= PATCHES[1][0] or not data.may_flip:
         wanted |= {"augment.crop": "pad", "augment.crop_padding": max(1, side // 8)}
     else:
-        wanted |= {"augment.crop": "inception", "augment.min_area": 0.4}  # small parts may not do
+        wanted |= {"augment.crop": "inception", "augment.min_area": 0.4}
     if _suits_guided(data, given, side, grid, images):
         wanted |= {"model.pool": "quadrants", "objective.name": "guided"}
     if machine.is_slow and grid >= MIN_GRID and size == side and _is_plain(name):

@@ -16,7 +16,7 @@ from vitcli.data.facts import measure_data
 from vitcli.data.image_set import ImageSet
 from vitcli.data.prefetch import default_workers
 from vitcli.data.source import Source, open_data
-from vitcli.data.splits import AUTO
+from vitcli.data.splits import with_auto_validation
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
@@ -146,9 +146,8 @@ def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> Re
     """The recipe with the settings that suit the data and this machine; `changes` stay."""
     given = flat_keys(changes)
     section = recipe.data
-    splits = {"folds", "validation_fraction", "streaming"} & changes.get("data", {}).keys()
-    if not splits and objective_class(recipe.objective.name).supervised:
-        section = section.model_copy(update={"validation_fraction": AUTO})
+    if objective_class(recipe.objective.name).supervised:
+        section = with_auto_validation(section)
     numeric = objective_class(recipe.objective.name).regression
     source = open_data(section, watch=watch, streams=True, numeric=numeric)
     if "train" not in source.splits:
@@ -160,7 +159,9 @@ def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> Re
     if section is not recipe.data:
         fraction = source.splitting.get("validation_fraction", 0.0)
         lay_over(settings, nest("data.validation_fraction", fraction))
-    if "validation" in source.splits and "train.best_metric" not in given:
+    # The accuracy of a fold must not choose its own weights.
+    chooses = "validation" in source.splits and section.folds is None
+    if chooses and "train.best_metric" not in given:
         lay_over(settings, nest("train.best_metric", best_metric(chosen.data)))
     lay_over(settings, changes)
     adapted = _without_vit_settings(load_recipe(name, settings, recipe.command), changes, Quiet())

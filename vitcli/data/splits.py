@@ -386,8 +386,7 @@ def with_auto_validation(section: DataSection) -> DataSection:
 def auto_fraction(labels: Integers) -> float:
     """The validation fraction `auto` for these training labels; 0 if there are too few images.
 
-    It leaves at least MIN_VALIDATION images, and two per class on average, and at most
-    MAX_VALIDATION, because each evaluation reads them all.
+    At least MIN_VALIDATION images, two per class on average; at most MAX_VALIDATION, for speed.
     """
     n, classes = len(labels), len(np.unique(labels))
     held_out = min(VALIDATION_FRACTION * n, MAX_VALIDATION)

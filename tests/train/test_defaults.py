@@ -22,6 +22,7 @@ from vitcli.train.defaults import (
     propose_model,
 )
 from vitcli.vit.variants import parse_variant
+from vitcli.weights.public import public_models
 
 SIGNS = DataFacts(images=300, size=(100, 100), classes=6)
 CIFAR = DataFacts(images=50_000, size=(32, 32), classes=10)
@@ -247,10 +248,12 @@ def test_finetune_without_weights_names_the_command(photos, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(VitcliError, match="no finished `pretrain` run") as error:
         finetune.run(str(photos))
-    model = "hf:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    model = "vit-ti16-augreg"
     assert propose_model(240, CPU) == model
-    assert f"`vitcli finetune '{photos}' --model hf:timm/vit_" in error.value.hint
+    assert f"`vitcli finetune '{photos}' --model vit-" in error.value.hint
     assert propose_model(240, GPU) != propose_model(10**5, GPU) != model
+    listed = public_models()
+    assert {propose_model(n, m) for n in (240, 10**5) for m in (CPU, GPU)} <= set(listed)
 
 
 def test_a_plan_shows_the_same_choice(photos):

@@ -7,6 +7,7 @@ scaled or recompressed are found by `vitcli check`.
 
 import hashlib
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -161,7 +162,7 @@ def leak_notes(
                 notes.append(
                     f"{shown}: {len(leaked):,} of {len(units[later]):,} {later} images are exact "
                     f"copies of {first} images, such as `{example}`: figures on {later} are too "
-                    "high; `vitcli check` lists them"
+                    f"high; `vitcli check {shlex.quote(shown)}` lists them"
                 )
             notes += _group_leak(shown, sets[first], sets[later])
     return notes

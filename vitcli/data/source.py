@@ -7,6 +7,7 @@ Nothing is decoded here.
 
 import hashlib
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -275,7 +276,7 @@ def _groups(
     if units == {}:
         notes.append(
             f"{shown}: too many images have equal sizes to look for copies of train images in the "
-            "other splits at the start; `vitcli check` does"
+            f"other splits at the start; `vitcli check {shlex.quote(shown)}` does"
         )
     if not divided:
         return None, notes, leaks

@@ -106,12 +106,10 @@ def is_scarce(data: DataFacts) -> bool:
 
 
 def propose_model(images: int | None, machine: MachineFacts) -> str:
-    """Public weights to fine-tune on so many images: as large as the machine can train soon."""
+    """The public weights to fine-tune on so many images: as large as the machine can train."""
     if machine.is_slow:
-        size = "tiny"
-    else:
-        size = "small" if images is not None and images < FEW_IMAGES else "base"
-    return f"hf:timm/vit_{size}_patch16_224.augreg_in21k_ft_in1k"
+        return "vit-ti16-augreg"
+    return "vit-s16-augreg" if images is not None and images < FEW_IMAGES else "vit-b16-augreg"
 
 
 def best_metric(data: DataFacts) -> str:

@@ -51,10 +51,11 @@ def caches(tmp_path_factory) -> None:
 
 @pytest.fixture(autouse=True)
 def fast_runs(request, monkeypatch) -> None:
-    """A run draws no curves, which takes longer than a tiny run, except under `draws_curves`."""
+    """A run draws no pictures, which takes longer than a tiny run, except under `draws_curves`."""
     session = sys.modules.get("vitcli.train.session")
     if session and not request.node.get_closest_marker("draws_curves"):
         monkeypatch.setattr(session, "draw_curves", lambda run: None)
+        monkeypatch.setattr(session, "write_report", lambda *_: None)
 
 
 @pytest.fixture

@@ -81,9 +81,12 @@ def test_numbers_pictures_and_one_page(pictures):
         if name.endswith(".png"):
             with Image.open(pictures / "look" / name) as picture:
                 picture.load()
-    text = (pictures / "look/index.html").read_text()
-    assert not re.search(r"(src|href)=.(?!data:)|https?:|<script|@import|url\(", text)
-    assert text.count("data:image/png;base64,") == sum(name.endswith(".png") for name in names)
+    text = (pictures / "look/report.html").read_text()
+    page = check_page(text)
+    assert {"Filters", "Positions", "Attention distance", "Inductive bias"} < set(page.headings)
+    # The chart of the distances is drawn as SVG, all others are images.
+    pictured = sum(name.endswith(".png") for name in names)
+    assert page.tags["img"] == pictured - 1 and page.tags["svg"] == 1
     assert "<i>elk" not in text
 
 
@@ -248,7 +251,7 @@ def test_a_terminal_with_colours_shows_pictures(pictures, monkeypatch):
         "Rank 1",
         "R2 at a shift of 1 cell ",
         "uniform",
-        "index.html",
+        "report.html",
     ):
         assert words in shown[False]
 
@@ -263,7 +266,26 @@ def test_the_mask_is_the_authors():
     assert np.asarray(draw.rollout_mask(np.ones((2, 2)), (8, 8), 1)).min() == 255
     image = Image.new("RGB", (64, 64), (200, 100, 50))
     over = np.asarray(draw.overlay_rollout(image, rollout, 16)).astype(float)
-    assert np.abs(over - shade[..., None] / 255 * [200, 100, 50]).max() <= 1
+    bright = over / [200, 100, 50]  # (64, 64, 3): equal in all channels
+    assert np.ptp(bright, axis=2).max() < 0.03
+    # The order of the mask, stretched: nothing is black, and the peak is the image itself.
+    assert bright.min() == pytest.approx(0.2, abs=0.02) and bright.max() == pytest.approx(1)
+    order = np.argsort(shade.ravel(), kind="stable")
+    assert (np.diff(bright[..., 0].ravel()[order]) > -0.01).all()
+
+
+def test_a_rollout_with_one_high_peak_does_not_leave_the_image_black():
+    rollout = np.full((8, 8), 0.01) + np.random.default_rng(0).random((8, 8)) * 0.02
+    rollout[0, 0] = 1.0
+    image = Image.new("RGB", (128, 128), (200, 200, 200))
+    old = np.asarray(draw.rollout_mask(rollout, (128, 128), 16)) / 255
+    shown = np.asarray(draw.overlay_rollout(image, rollout, 16))[..., 0] / 200
+    assert np.median(old) < 0.05 and np.percentile(shown, 90) > 0.5 and shown.min() >= 0.19
+
+
+def test_a_constant_rollout_shows_the_image():
+    image = Image.new("RGB", (16, 16), (200, 100, 50))
+    assert draw.overlay_rollout(image, np.ones((2, 2)), 8).tobytes() == image.tobytes()
 
 
 def test_tiles_stand_where_their_places_are():

@@ -32,6 +32,7 @@ COMPLETE = {
     "metrics.jsonl",
     "log.txt",
     "curves.png",
+    "report.html",
     "checkpoints",
     "images.tsv",  # beyond the contract: the split of each image
     "model.safetensors",

@@ -451,7 +451,7 @@ def inspect(
     The figures: embedding filters, position similarity, mean attention distance per head, attention
     rollout per image, and translation equivariance and locality, compared with random weights and
     with a ResNet.
-    The folder holds `index.html`, PNG files, `inspect.json` and `figures.npz`.
+    The folder holds `report.html`, PNG files, `inspect.json` and `figures.npz`.
 
     Example: `vitcli inspect cat.jpg --model runs/finetune --out look/`
     """

@@ -15,7 +15,15 @@ METHODS = {
     "fewshot": "few-shot",
     "pretrain": "few-shot after pretraining",
 }
-FILES = ("confusion", "confusion_picture", "reliability", "mistakes", "scatter")
+FILES = (
+    "confusion",
+    "confusion_picture",
+    "reliability",
+    "mistakes",
+    "mistakes_table",
+    "scatter",
+    "report",
+)
 
 Rows = list[tuple[str, Any]]
 

@@ -87,6 +87,16 @@ class NoteCollector:
         return self.inner.progress(label, total, done)
 
 
+class Warnings(Quiet):
+    """A watcher that passes on the warnings only."""
+
+    def __init__(self, inner: Watcher) -> None:
+        self.inner = inner
+
+    def warn(self, message: str) -> None:
+        self.inner.warn(message)
+
+
 class Logged:
     """A watcher that also writes notes and warnings to a log file."""
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from support.kinds import small
+from support.pages import check_page
 from support.tiny import tiny_recipe
 
 from vitcli.cli import console as report
@@ -20,7 +20,6 @@ from vitcli.data.readers.builtin import sklearn_photographs
 from vitcli.errors import VitcliError
 from vitcli.inspection import drawing as draw
 from vitcli.inspection.inductive_bias import random_network
-from vitcli.inspection.report import ReportSection, render_page
 from vitcli.preprocess import Preprocess
 from vitcli.run import create_run
 from vitcli.vit import ResNetConfig
@@ -300,14 +299,6 @@ def test_tiles_stand_where_their_places_are():
         assert bright.sum() == 1 and bright[row, column]
     assert draw.tile_positions(5, 9) == [0, 1, 2, 3, 4]
     assert draw.tile_positions(37, 3) == [0, 18, 36]
-
-
-def test_the_page_keeps_what_it_is_given_as_text():
-    text = render_page(
-        "a<b>", 'say "hi"\n', [ReportSection("<script>", "&", [("x\x1b", b"1")], [["<"], [">"]])]
-    )
-    assert "<script>" not in text and "a&lt;b&gt;" in text and "\x1b" not in text
-    assert "<td>&gt;</td>" in text and "data:image/png;base64,MQ==" in text
 
 
 def test_a_square_of_another_size_than_the_weights(pictures):

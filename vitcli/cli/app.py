@@ -539,7 +539,12 @@ def patchify(
 def check(
     data: Annotated[str, typer.Argument(help="Dataset to check.", metavar="DATA")],
     out: Annotated[
-        Path | None, option(OUTPUT, "--out", help="Draw samples of each class into this .png file.")
+        Path | None,
+        option(
+            OUTPUT,
+            "--out",
+            help="Folder for a report and samples, or a .png file for samples of each class.",
+        ),
     ] = None,
     set_: Set = None,
     json: Json = False,
@@ -549,7 +554,7 @@ def check(
     Every image is read once. Duplicates are found by content, so recompressed and resized copies
     are found too. Training images that are also test images are reported first.
 
-    Example: `vitcli check photos/ --out samples.png`
+    Example: `vitcli check photos/ --out check/`
     """
     from vitcli.cli.show import check as show
     from vitcli.commands import check as command

@@ -18,10 +18,13 @@ from vitcli.data.numeric_labels import distribution, far_values, has_fractions, 
 from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
+from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable, quoted
-from vitcli.files import replacing
+from vitcli.files import check_folder, make_folder, replacing
+from vitcli.inspection.dataset_report import dataset_page
 from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
+from vitcli.report.page import REPORT_FILE, Page, Thumbnail, thumbnail, write_report
 from vitcli.train.objectives import objective_class
 
 MAX_EXAMPLES = 5  # class names in one line
@@ -29,7 +32,9 @@ TINY = 16  # px, of the shorter side
 ODD_ASPECT = 3.0
 IMBALANCED = 10.0  # ratio of the largest class to the smallest
 FEW = 5  # images per class that few-shot evaluation and a split need at least
-SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 40, 64
+SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 40, 112
+SHEET_FILE = "samples.png"
+REPORT_CLASSES, REPORT_SAMPLES = 30, 6  # in the report: classes, and images of each
 # (largest shorter side of the images, suggested patch size): 50 to 250 tokens, and small patches
 # for small images, because training on little data fails without them.
 PATCHES = ((20, 2), (48, 4), (128, 8))
@@ -49,6 +54,7 @@ class CheckResult:
         window: the window that training takes for them.
         groups: (n,) group numbers, equal for images that show the same.
         sheet: file of the contact sheet, or None.
+        report: file of the report, or None.
     """
 
     data: str
@@ -59,6 +65,7 @@ class CheckResult:
     sheet: str | None
     samples: SampleRange | None = None
     window: Window | None = None
+    report: str | None = None
 
     @cached_property
     def values(self) -> Numbers | None:
@@ -297,6 +304,7 @@ class CheckResult:
             "suggested": self.suggestion,
             "suggested_objective": None if self.values is None else "mse",
             "sheet": self.sheet,
+            "report": self.report,
         }
 
 
@@ -331,7 +339,7 @@ def run(
     Args:
         data: DATA, checked with all its splits.
         settings: nested settings, such as `data.label_column`.
-        out: a PNG file for samples of each class.
+        out: a folder for the report and the samples of each class, or a PNG file for the samples.
         workers: threads that read; None uses one per core.
         watch: receives progress.
 
@@ -342,8 +350,7 @@ def run(
     given = load_data_check(settings)
     section, window = given.data, given.preprocess.window
     numeric = objective_class(given.objective.name).regression
-    if out is not None and out.suffix.lower() != ".png":
-        raise VitcliError(f"`--out {out}` is not a .png file", "write `--out samples.png`")
+    sheet, page = _output_files(out)
     open_whole = partial(open_data, section, data, whole=True, labelled=False, watch=watch)
     source: Source = open_whole(numeric=numeric)
     if not numeric and has_fractions(source):  # which no classifier takes
@@ -358,11 +365,64 @@ def run(
     scan = scan_dataset(source, window=window, workers=workers, watch=watch)
     watch.note("comparing images")
     groups = group_duplicates(scan.hashes, scan.thumbnails)
-    if out is not None:
-        with replacing(out) as temporary:
-            draw_samples(source, scan, window).save(temporary, format="PNG")
-    sheet = None if out is None else str(out)
-    return CheckResult(data, source, training, scan, groups, sheet, samples, window)
+    result = CheckResult(
+        data=data,
+        source=source,
+        training=training,
+        scan=scan,
+        groups=groups,
+        sheet=None if sheet is None else str(sheet),
+        samples=samples,
+        window=window,
+        report=None if page is None else str(page),
+    )
+    if sheet is not None:
+        if page is not None:
+            make_folder(page.parent)
+        with replacing(sheet) as temporary:
+            draw_samples(source, scan, window, f"samples of {data}").save(temporary, format="PNG")
+    if page is not None:
+        write_report(page, partial(_make_page, result), watch)
+    return result
+
+
+def _output_files(out: Path | None) -> tuple[Path | None, Path | None]:
+    """The files of the samples and of the report; a folder has both, a PNG file is the samples.
+
+    Raises:
+        VitcliError: `out` has the suffix of another file.
+    """
+    if out is None or out.suffix.lower() == ".png":
+        return out, None
+    if out.suffix and not out.is_dir():
+        raise VitcliError(
+            f"`--out {out}` is not a .png file and not a folder",
+            "write `--out check` for a folder with a report, or `--out samples.png`",
+        )
+    check_folder(out)
+    return out / SHEET_FILE, out / REPORT_FILE
+
+
+def _make_page(result: CheckResult) -> Page:
+    """The report, with thumbnails of the images."""
+    wanted = PixelFormat("RGB", result.window)
+
+    def show(row: int) -> Thumbnail | None:
+        images = result.source.splits[result.scan.splits[int(result.scan.split[row])]]
+        try:
+            image = images.read(int(result.scan.index[row]), mode=wanted)
+        except ImageError:  # removed since the scan
+            return None
+        return thumbnail(image, [f"{images.name}: {result.label(row)}"], result.name(row))
+
+    groups: dict[str, Any] = {
+        **result.leaks,
+        "label_conflicts": result.conflicts,
+        "exact_duplicates": result.exact_duplicates,
+        "near_duplicates": result.near_duplicates,
+    }
+    chosen = sample_rows(result.source, result.scan, REPORT_CLASSES, REPORT_SAMPLES)
+    return dataset_page(result.to_json(), groups, chosen, show)
 
 
 def _open_for_training(section: DataSection, data: str, numeric: bool) -> Source | VitcliError:
@@ -373,13 +433,25 @@ def _open_for_training(section: DataSection, data: str, numeric: bool) -> Source
         return error
 
 
-def draw_samples(source: Source, scan: DatasetScan, window: Window | None) -> Image.Image:
+def sample_rows(
+    source: Source, scan: DatasetScan, most_classes: int, most: int
+) -> dict[str, list[int]]:
+    """Class -> rows of up to `most` of its images in the first split, evenly spread."""
+    found = {}
+    for label, name in enumerate(source.classes[:most_classes]):
+        members = np.flatnonzero((scan.split == 0) & (scan.label == label))
+        found[name] = members[:: max(1, len(members) // most)][:most].tolist()
+    return found
+
+
+def draw_samples(
+    source: Source, scan: DatasetScan, window: Window | None, title: str
+) -> Image.Image:
     """A contact sheet of the first split with one row per class."""
     images = next(iter(source.splits.values()))
-    rows = []
-    for label, name in enumerate(source.classes[:SHEET_ROWS]):
-        members = scan.index[(scan.split == 0) & (scan.label == label)]
-        chosen = members[:: max(1, len(members) // SHEET_COLUMNS)][:SHEET_COLUMNS]
-        rows.append(SheetRow(printable(name), [int(index) for index in chosen]))
+    rows = [
+        SheetRow(printable(name), scan.index[chosen].tolist())
+        for name, chosen in sample_rows(source, scan, SHEET_ROWS, SHEET_COLUMNS).items()
+    ]
     read = partial(images.read, mode=PixelFormat("RGB", window))
-    return draw_sheet(rows, read, columns=SHEET_COLUMNS, side=SHEET_SIDE)
+    return draw_sheet(rows, read, columns=SHEET_COLUMNS, side=SHEET_SIDE, title=printable(title))

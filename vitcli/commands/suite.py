@@ -191,8 +191,8 @@ def _start_or_continue(path: Path, suite: Suite, model: str, settings: Settings)
     record = path / RECORD
     if any(entry.name != LOCK for entry in path.iterdir()):
         try:
-            known = read_json(record)
-        except (OSError, ValueError):
+            known = dict(read_json(record))
+        except (OSError, ValueError, TypeError):
             raise VitcliError(f"`{path}` exists already", "choose another `--out`") from None
         if known != wanted:
             differing = ", ".join(key for key in wanted if known.get(key) != wanted[key])

@@ -50,6 +50,7 @@ HEADLINE = {
     "accuracy": "accuracy",
     "top1": "top-1 accuracy",
     "map": "mean average precision",
+    "balanced_accuracy": "balanced accuracy",
     "mae": "mean absolute error",
     "rmse": "root mean squared error",
     "r2": "R2",
@@ -59,7 +60,7 @@ HEADLINE = {
     "loss": "loss",
     "ece": "calibration error",
 }
-NO_SHARES = {"loss", "ece", "mae", "rmse", "r2", "images"}  # all other figures are in 0..1
+NO_SHARES = {"loss", "mae", "rmse", "r2", "images", "temperature"}  # all others are in 0..1
 
 
 def evaluation_page(
@@ -72,7 +73,8 @@ def evaluation_page(
         wanted: the pixels of thumbnails.
         notes: notes and warnings of the command, among them those about splits and copies.
     """
-    figures = result.metrics.to_json()
+    facts = result.to_json()
+    figures = {key: value for key, value in facts.items() if isinstance(value, int | float)}
     # The interval of the calibration error is that of its value without bias, see `Calibration`.
     of = {key: pair for key, pair in result.intervals.of.items() if key != "ece"}
     page = Page(
@@ -113,7 +115,7 @@ def headline_figures(
     found = []
     for key, name in HEADLINE.items():
         value = figures.get(key)
-        if key == "top1_restricted" and value == figures["top1"]:
+        if key == "top1_restricted" and value == figures.get("top1"):
             continue
         if isinstance(value, int | float):
             interval = _interval_text(key, intervals.get(key))
@@ -138,7 +140,7 @@ def figures_table(figures: Mapping[str, Any], intervals: Mapping[str, Any]) -> T
 def _value_text(key: str, value: float) -> str:
     if key == "images":
         return f"{value:,.0f}"
-    if key in ("loss", "ece"):
+    if key == "loss" or key.startswith("ece"):
         return f"{value:.4f}"
     return f"{value:.4g}" if key in NO_SHARES else f"{100 * value:.2f} %"
 
@@ -198,15 +200,17 @@ def confusion_section(
 
 def calibration_section(diagrams: Sequence[Diagram], text: str) -> Section:
     """The reliability diagrams with the intervals of their bins."""
-    caption = (
-        "Accuracy of the images in each bin of confidence. Lines are 95 % intervals (Wilson); a "
-        "calibrated model is on the dashed diagonal."
-    )
     pictures = [
-        Picture(to_svg(reliability_figure([diagram]), f"reliability {number}"), caption)
-        for number, diagram in enumerate(diagrams)
+        Picture(
+            to_svg(reliability_figure([one]), f"reliability {i}"), f"reliability diagram, {one[0]}"
+        )
+        for i, one in enumerate(diagrams)
     ]
-    return Section("Calibration", [Paragraph(text), Charts(pictures)])
+    legend = (
+        "Bars are the accuracy of the images in each bin of confidence, lines their 95 % intervals "
+        "(Wilson). A calibrated model is on the dashed diagonal."
+    )
+    return Section("Calibration", [Paragraph(f"{text} {legend}"), Charts(pictures)])
 
 
 def _calibration_text(result: Evaluation) -> str:
@@ -270,24 +274,25 @@ def _mistake_thumbnail(one: Mistake, read: Any, name: Any) -> Thumbnail | None:
 
 
 def class_section(per_class: PerClass, display_names: Mapping[str, str]) -> Section:
-    """A row for each class, with every figure that it has."""
-    keys = list(dict.fromkeys(key for row in per_class.values() for key in row))
+    """A row for each class, with every figure that it has, and the interval of the figure."""
+    every = dict.fromkeys(key for row in per_class.values() for key in row)
+    keys = [key for key in every if not key.endswith("_interval")]
     rows = [
         [
             f"{name} ({display_names[name]})" if name in display_names else name,
-            *(_class_cell(key, row.get(key)) for key in keys),
+            *(_class_cell(row.get(key), row.get(f"{key}_interval")) for key in keys),
         ]
         for name, row in per_class.items()
     ]
     head = ["class", *(key.replace("_", " ") for key in keys)]
-    text = "A click on a column sorts by it. Intervals are 95 % intervals (Wilson)."
+    text = "A click on a column sorts by it. 95 % intervals are in parentheses."
     return Section("Classes", [Paragraph(text), Table(head, rows)])
 
 
-def _class_cell(key: str, value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return Cell(" to ".join(f"{bound:.3f}" for bound in value), value[0])
-    return value
+def _class_cell(value: float | None, interval: Sequence[float] | None) -> Any:
+    if value is None or interval is None:
+        return value
+    return Cell(f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})", value)
 
 
 def _largest_errors(result: Evaluation) -> Section:

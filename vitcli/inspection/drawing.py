@@ -11,7 +11,7 @@ Array = NDArray[Any]
 MIN_SIDE = 224  # px; smaller images are enlarged to about this size
 GAP = 2  # px between tiles
 # The range of a rollout that is shown, and the brightness of its lowest values.
-MASK_PERCENTILES, DARKEST = (5, 95), 0.2
+MASK_PERCENTILES, DARKEST = (5, 80), 0.2
 WHITE = (255, 255, 255)
 
 
@@ -40,7 +40,7 @@ def overlay_rollout(image: Image.Image, rollout: Array, patch: int) -> Image.Ima
     scale = image.width / (rollout.shape[1] * patch)
     mask = np.asarray(rollout_mask(rollout, (image.height, image.width), patch * scale)) / 255
     low, high = np.percentile(mask, MASK_PERCENTILES)
-    stretched = np.clip((mask - low) / (high - low), 0, 1) if high > low else np.ones_like(mask)
+    stretched = np.clip((mask - low) / (high - low), 0, 1) if high > low else mask
     shade = DARKEST + (1 - DARKEST) * stretched  # (Y, X)
     return Image.fromarray(np.rint(np.asarray(image) * shade[..., None]).astype(np.uint8))
 

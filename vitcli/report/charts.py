@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import IO, Any
 
+from vitcli.errors import printable
 from vitcli.files import replacing
 
 BLUE, ORANGE, GREEN, GREY, LINE = "#2f6db3", "#b9541a", "#2c8053", "#7d8590", "#b0b0b0"
@@ -65,7 +66,7 @@ def to_svg(figure: Any, name: str) -> str:
     file = io.StringIO()
     # `none` writes text as text, in the font of the page. The salt decides the names of elements.
     with (
-        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}),
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": printable(name)}),
         warnings.catch_warnings(action="ignore"),
     ):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -97,3 +98,5 @@ def _take_text_literally(figure: Any) -> None:
     }
     for text in figure.findobj(Text):
         text.set_parse_math(text in powers)
+        if not text.get_text().isprintable():  # control codes, or bytes that are not UTF-8
+            text.set_text("\n".join(map(printable, text.get_text().split("\n"))))

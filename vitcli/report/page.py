@@ -6,6 +6,7 @@ escaped: names of files and classes come from the user, and a name such as `<scr
 
 import base64
 import io
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Charts:
-    """Charts side by side, where the screen is wide enough."""
+    """Charts with titles of their own, side by side where the screen is wide enough."""
 
     pictures: Sequence[Picture]
     kind: ClassVar[str] = "charts"
@@ -111,8 +112,10 @@ class Thumbnail:
 
     @property
     def short_path(self) -> str:
-        """The file and its folder, which fit under a thumbnail."""
-        return "/".join(self.path.split("/")[-2:])
+        """The file and its folder, which fit under a thumbnail; `row 7 of` stays before them."""
+        row = re.match(r"(?:(?:row|image) \d+ of )?", self.path)
+        assert row is not None  # it matches nothing as well
+        return row[0] + "/".join(self.path[row.end() :].split("/")[-2:])
 
 
 @dataclass(frozen=True)

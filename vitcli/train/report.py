@@ -11,7 +11,7 @@ import numpy as np
 
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source
-from vitcli.evals.intervals import add_recall_intervals, wilson_interval
+from vitcli.evals.intervals import wilson_interval
 from vitcli.evals.mistakes import find_mistakes
 from vitcli.evals.plots import add_title, scatter_figure, share_text
 from vitcli.evals.regression import PredictedNumbers
@@ -249,6 +249,10 @@ def _classifier_sections(held_out: HeldOut, split: str) -> list[Section]:
     scores = ImageScores(len(classes), predicted, confidence, correct, correct * 1.0, loss)
     names = [classes[k] for k in predicted.tolist()]
     mistakes = find_mistakes(scores, images, indices, labels, classes, names)
+    per_class = {
+        name: row | {"recall_interval": wilson_interval(row["recall"], row["images"])}
+        for name, row in single_label_per_class(labels, predicted, classes).items()
+    }
     error = expected_calibration_error(confidence, correct)
     text = (
         f"The expected calibration error of the {split} images is {error:.4f}. "
@@ -258,7 +262,7 @@ def _classifier_sections(held_out: HeldOut, split: str) -> list[Section]:
         confusion_section(confusion_matrix(labels, predicted, len(classes)), classes, classes),
         calibration_section([(split, reliability_bins(confidence, correct), error)], text),
         mistakes_section(mistakes, partial(images.read, mode=held_out.wanted), {}),
-        class_section(add_recall_intervals(single_label_per_class(labels, predicted, classes)), {}),
+        class_section(per_class, {}),
     ]
 
 

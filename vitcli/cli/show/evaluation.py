@@ -24,6 +24,11 @@ FILES = (
     "scatter",
     "report",
 )
+AVERAGES = {
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "roc_auc": "ROC-AUC, one-vs-rest",
+}
 
 Rows = list[tuple[str, Any]]
 
@@ -68,6 +73,7 @@ def _single_label_rows(result: Any) -> Rows:
         rows.append(("top-1 among the data's classes", restricted))
     if result.details.num_outputs >= MIN_TOP5_CLASSES:
         rows.append(("top-5", with_interval(m.top5, of["top5"])))
+    rows += _average_rows(result, ("balanced_accuracy", "macro_f1", "roc_auc"))
     if real is not None:
         by_real = f"{with_interval(real.top1, of['top1_real'])}, {real.images:,} images"
         rows.append(("top-1 by ReaL labels", by_real))
@@ -90,7 +96,18 @@ def _multi_label_rows(result: Any) -> Rows:
         corrected = with_interval(result.leave_out.corrected, of["map"])
         rows.append(("without the bias of few images", corrected))
     rows.append(("micro F1 at 0.5", with_interval(m.micro_f1, of["micro_f1"])))
+    rows += _average_rows(result, ("macro_f1", "roc_auc"))
     return [*rows, ("loss", f"{m.loss:.4f}")]
+
+
+def _average_rows(result: Any, names: Sequence[str]) -> Rows:
+    """Figures averaged over classes with their intervals, or the reason why one is undefined."""
+    found, of, rows = result.averages, result.intervals.of, []
+    for name in names:
+        value, reason = found.values.get(name), found.undefined.get(name)
+        shown = f"undefined: {reason}" if value is None else with_interval(value, of.get(name))
+        rows.append((AVERAGES[name], shown))
+    return rows
 
 
 def _temperature_rows(result: Any) -> Rows:

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from support.tiny import records, tiny_recipe, train_recipe
 from torch.nn.functional import cross_entropy
 
@@ -121,6 +123,21 @@ def test_a_run_that_is_killed_keeps_the_same_weights_and_stops_at_the_same_step(
         assert (tmp_path / "run" / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_macro_figures_are_those_of_scikit_learn(whole):
+    out, result = whole
+    outcomes = load_file(out / "outcomes.safetensors")
+    truth, predicted = outcomes["label"].numpy(), outcomes["predicted"].numpy()
+    assert result.figures["balanced_accuracy"] == pytest.approx(
+        balanced_accuracy_score(truth, predicted), abs=1e-12
+    )
+    assert result.figures["macro_f1"] == pytest.approx(
+        f1_score(truth, predicted, average="macro"), abs=1e-12
+    )
+    assert result.figures["balanced_accuracy"] != result.figures["accuracy"]
+    found = [set(r) for r in records(out) if "validation/loss" in r]
+    assert all({"validation/balanced_accuracy", "validation/macro_f1"} <= keys for keys in found)
+
+
 def test_few_shot_accuracy_is_a_metric_and_the_run_goes_on_without_patience(tmp_path):
     recipe = tiny_recipe(
         objective={"name": "masked_patch"},
@@ -140,7 +157,15 @@ def test_few_shot_accuracy_is_a_metric_and_the_run_goes_on_without_patience(tmp_
         ({"train": {"best_metric": "accuracy"}}, "needs validation images"),
         (
             {"data": {"validation_fraction": 0.2}, "train": {"best_metric": "map"}},
-            "has loss, accuracy",
+            "has loss, accuracy, balanced_accuracy, macro_f1",
+        ),
+        (
+            {
+                "data": {"validation_fraction": 0.2},
+                "objective": {"name": "mse"},
+                "train": {"best_metric": "balanced_accuracy"},
+            },
+            "has loss, mae, rmse, r2",
         ),
         (
             {

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vitcli import __version__
-from vitcli.cli import console
+from vitcli.cli import console, following
 from vitcli.cli.options import (
     EVALUATION,
     MACHINE,
@@ -62,7 +62,7 @@ def _root(
 
 @app.command(cls=SettingsCommand)
 @option_groups
-def pretrain(data: Data = None, *, training: TrainOptions) -> None:
+def pretrain(context: typer.Context, data: Data = None, *, training: TrainOptions) -> None:
     """Train a model from random weights.
 
     Without DATA, train for a few minutes on images drawn from formulas; nothing is downloaded.
@@ -71,15 +71,17 @@ def pretrain(data: Data = None, *, training: TrainOptions) -> None:
     """
     from vitcli.commands import pretrain as command
 
-    _train(command, training, settings_of(training), data=data)
+    _train(context, command, training, settings_of(training), data=data)
 
 
 @app.command(cls=SettingsCommand)
 @option_groups
 def finetune(
+    context: typer.Context,
     data: Data = None,
     model: ModelName = None,
     lora: Annotated[int | None, schema_option(MODEL, "lora.rank", "--lora")] = None,
+    keep_head: Annotated[bool, schema_option(MODEL, "train.keep_head", "--keep-head")] = False,
     verbose: Verbose = False,
     *,
     training: TrainOptions,
@@ -92,11 +94,17 @@ def finetune(
     """
     from vitcli.commands import finetune as command
 
-    settings = settings_of(training, lora__rank=lora)
-    _train(command, training, settings, data=data, model=model, verbose=verbose)
+    settings = settings_of(training, lora__rank=lora, train__keep_head=keep_head or None)
+    _train(context, command, training, settings, data=data, model=model, verbose=verbose)
 
 
-def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **given: Any) -> None:
+def _train(
+    context: typer.Context,
+    command: Any,
+    training: TrainOptions,
+    settings: dict[str, Any],
+    **given: Any,
+) -> None:
     """Run `pretrain` or `finetune`, or only estimate its cost, or only find a learning rate."""
     from vitcli.cli.show import training as show
 
@@ -123,7 +131,8 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
         from vitcli.commands import find_lr
 
         rate = find_lr.run(**given, **shared, command=name, watch=console.Terminal())
-        console.show(rate, training.json, show.show_found_rate)
+        after = following.after_find_lr(context, rate)
+        console.show(rate, training.json, show.show_found_rate, after)
         return
     if training.dry_run:
         from vitcli.cli.show import cost as show_cost
@@ -136,7 +145,8 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
             compare=False,
             watch=console.Terminal(),
         )
-        console.show(result, training.json, show_cost.show_plan)
+        after = following.repeated(context, ("dry_run",))
+        console.show(result, training.json, show_cost.show_plan, after)
         return
     trained = command.run(
         **given,
@@ -146,7 +156,7 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
         track=training.track,
         watch=console.Terminal(),
     )
-    console.show(trained, training.json, show.show_trained)
+    console.show(trained, training.json, show.show_trained, following.after_training(trained))
     console.exit_if_unreadable(f"{name}: {reason}" for name, reason in trained.broken.items())
 
 
@@ -176,7 +186,7 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
         verbose=options.verbose,
         watch=console.Terminal(),
     )
-    console.show(result, options.json, show.show_fewshot)
+    console.show(result, options.json, show.show_fewshot, following.after_fewshot(result))
     console.exit_if_unreadable(result.broken)
 
 
@@ -212,6 +222,7 @@ def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
         real=options.real,
         class_map=options.class_map,
         calibrate=options.calibrate,
+        thresholds=options.thresholds,
         batch_size=options.batch_size,
         precision=options.precision,
         seed=options.seed,
@@ -234,6 +245,7 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         "--class-map": options.class_map,
         "--real": options.real,
         "--calibrate": options.calibrate or None,
+        "--thresholds": options.thresholds,
         "--verbose": options.verbose or None,
         "--seed": options.seed if options.seed != EvaluateOptions.seed else None,
         "--batch-size": (
@@ -337,12 +349,13 @@ def export(
         verbose=verbose,
         watch=console.Terminal(),
     )
-    console.show(result, json, show.show_export)
+    console.show(result, json, show.show_export, following.after_export(result))
 
 
 @app.command(cls=SettingsCommand)
 @option_groups
 def plan(
+    context: typer.Context,
     recipe: Annotated[
         str | None,
         typer.Argument(
@@ -380,7 +393,7 @@ def plan(
         prices=command.Prices(options.watts, options.kwh_price, options.hour_price),
         watch=console.Terminal(),
     )
-    console.show(result, options.json, show.show_plan)
+    console.show(result, options.json, show.show_plan, following.after_plan(context, result))
 
 
 @app.command(cls=SettingsCommand)

@@ -533,6 +533,18 @@ class EvaluateOptions:
             "weights.",
         ),
     ] = False
+    thresholds: Annotated[
+        str | None,
+        option(
+            EVALUATION,
+            "--thresholds",
+            help="Fit a threshold per class of multi-label images, on the images that "
+            "`--calibrate` takes: the best F1 (`f1`), or the threshold that reaches "
+            "`recall=0.95` or `precision=0.9`. They are stored with the weights, and `predict` "
+            "gives `labels`.",
+            metavar="f1|recall=R|precision=P",
+        ),
+    ] = None
     seed: Annotated[
         int,
         option(

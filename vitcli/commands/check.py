@@ -8,33 +8,27 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vitcli.config.recipe import load_data_check
 from vitcli.config.schema import DataSection, Settings
-from vitcli.data.contact_sheet import SheetRow, draw_sheet
 from vitcli.data.image_set import ImageSet, Integers, Numbers
 from vitcli.data.numeric_labels import distribution, far_values, has_fractions, label_values
 from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
-from vitcli.decode import ImageError
-from vitcli.errors import VitcliError, printable, quoted
-from vitcli.files import check_folder, make_folder, replacing
-from vitcli.inspection.dataset_report import dataset_page
-from vitcli.pixels import PixelFormat, Window
+from vitcli.errors import VitcliError, quoted
+from vitcli.files import make_folder, replacing
+from vitcli.inspection.dataset_report import dataset_page, draw_samples, output_files
+from vitcli.pixels import Window
 from vitcli.progress import Quiet, Watcher
-from vitcli.report.page import REPORT_FILE, Page, Thumbnail, thumbnail, write_report
+from vitcli.report.page import Page, write_report
+from vitcli.train.imbalance import IMBALANCED, ClassSizes
 from vitcli.train.objectives import objective_class
 
 MAX_EXAMPLES = 5  # class names in one line
 TINY = 16  # px, of the shorter side
 ODD_ASPECT = 3.0
-IMBALANCED = 10.0  # ratio of the largest class to the smallest
 FEW = 5  # images per class that few-shot evaluation and a split need at least
-SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 40, 112
-SHEET_FILE = "samples.png"
-REPORT_CLASSES, REPORT_SAMPLES = 30, 6  # in the report: classes, and images of each
 # (largest shorter side of the images, suggested patch size): 50 to 250 tokens, and small patches
 # for small images, because training on little data fails without them.
 PATCHES = ((20, 2), (48, 4), (128, 8))
@@ -146,11 +140,15 @@ class CheckResult:
         return sum(int(s.class_counts()[classes.index("")]) for s in splits) if "" in classes else 0
 
     @property
+    def class_sizes(self) -> ClassSizes | None:
+        """The largest and the smallest class of the first split."""
+        counts = next(iter(self.counts.values()))
+        return ClassSizes.of(counts, self.source.classes, self.source.multi_label)
+
+    @property
     def imbalance(self) -> float:
         """Size of the largest class divided by that of the smallest, in the first split."""
-        counts = next(iter(self.counts.values()))
-        present = counts[counts > 0]
-        return float(present.max() / present.min()) if len(present) else 1.0
+        return self.class_sizes.ratio if self.class_sizes else 1.0
 
     @property
     def label_variants(self) -> list[list[str]]:
@@ -223,10 +221,8 @@ class CheckResult:
         ]
         if self.source.numeric:
             return [*lines, *self._number_problems()]
-        if self.imbalance >= IMBALANCED:
-            lines.append(
-                f"the largest class has {self.imbalance:.0f} times as many images as the smallest"
-            )
+        if self.class_sizes and self.imbalance >= IMBALANCED:
+            lines.append(self.class_sizes.describe())
         counts = next(iter(self.counts.values()))
         classes = zip(self.source.classes, counts, strict=True)
         if few := [name for name, count in classes if name and count < FEW]:
@@ -248,6 +244,11 @@ class CheckResult:
                 "`unknown`"
             )
         return lines
+
+    def _suggested_setting(self) -> str | None:
+        if self.source.numeric or self.class_sizes is None or self.imbalance < IMBALANCED:
+            return None
+        return self.class_sizes.setting
 
     def _training_json(self) -> dict[str, Any]:
         if isinstance(self.training, VitcliError):
@@ -295,6 +296,7 @@ class CheckResult:
                 for group in self.conflicts
             ],
             "imbalance": self.imbalance,
+            "suggested_setting": self._suggested_setting(),
             "label_variants": self.label_variants,
             "tiny": [self.name(int(row)) for row in self.tiny],
             "odd_aspect": [self.name(int(row)) for row in self.odd_aspect],
@@ -350,7 +352,7 @@ def run(
     given = load_data_check(settings)
     section, window = given.data, given.preprocess.window
     numeric = objective_class(given.objective.name).regression
-    sheet, page = _output_files(out)
+    sheet, page = output_files(out)
     open_whole = partial(open_data, section, data, whole=True, labelled=False, watch=watch)
     source: Source = open_whole(numeric=numeric)
     if not numeric and has_fractions(source):  # which no classifier takes
@@ -365,17 +367,8 @@ def run(
     scan = scan_dataset(source, window=window, workers=workers, watch=watch)
     watch.note("comparing images")
     groups = group_duplicates(scan.hashes, scan.thumbnails)
-    result = CheckResult(
-        data=data,
-        source=source,
-        training=training,
-        scan=scan,
-        groups=groups,
-        sheet=None if sheet is None else str(sheet),
-        samples=samples,
-        window=window,
-        report=None if page is None else str(page),
-    )
+    paths = [None if path is None else str(path) for path in (sheet, page)]
+    result = CheckResult(data, source, training, scan, groups, paths[0], samples, window, paths[1])
     if sheet is not None:
         if page is not None:
             make_folder(page.parent)
@@ -386,45 +379,6 @@ def run(
     return result
 
 
-def _output_files(out: Path | None) -> tuple[Path | None, Path | None]:
-    """The files of the samples and of the report; a folder has both, a PNG file is the samples.
-
-    Raises:
-        VitcliError: `out` has the suffix of another file.
-    """
-    if out is None or out.suffix.lower() == ".png":
-        return out, None
-    if out.suffix and not out.is_dir():
-        raise VitcliError(
-            f"`--out {out}` is not a .png file and not a folder",
-            "write `--out check` for a folder with a report, or `--out samples.png`",
-        )
-    check_folder(out)
-    return out / SHEET_FILE, out / REPORT_FILE
-
-
-def _make_page(result: CheckResult) -> Page:
-    """The report, with thumbnails of the images."""
-    wanted = PixelFormat("RGB", result.window)
-
-    def show(row: int) -> Thumbnail | None:
-        images = result.source.splits[result.scan.splits[int(result.scan.split[row])]]
-        try:
-            image = images.read(int(result.scan.index[row]), mode=wanted)
-        except ImageError:  # removed since the scan
-            return None
-        return thumbnail(image, [f"{images.name}: {result.label(row)}"], result.name(row))
-
-    groups: dict[str, Any] = {
-        **result.leaks,
-        "label_conflicts": result.conflicts,
-        "exact_duplicates": result.exact_duplicates,
-        "near_duplicates": result.near_duplicates,
-    }
-    chosen = sample_rows(result.source, result.scan, REPORT_CLASSES, REPORT_SAMPLES)
-    return dataset_page(result.to_json(), groups, chosen, show)
-
-
 def _open_for_training(section: DataSection, data: str, numeric: bool) -> Source | VitcliError:
     """The splits and classes that a training run with these settings gets, or its error."""
     try:
@@ -433,25 +387,12 @@ def _open_for_training(section: DataSection, data: str, numeric: bool) -> Source
         return error
 
 
-def sample_rows(
-    source: Source, scan: DatasetScan, most_classes: int, most: int
-) -> dict[str, list[int]]:
-    """Class -> rows of up to `most` of its images in the first split, evenly spread."""
-    found = {}
-    for label, name in enumerate(source.classes[:most_classes]):
-        members = np.flatnonzero((scan.split == 0) & (scan.label == label))
-        found[name] = members[:: max(1, len(members) // most)][:most].tolist()
-    return found
-
-
-def draw_samples(
-    source: Source, scan: DatasetScan, window: Window | None, title: str
-) -> Image.Image:
-    """A contact sheet of the first split with one row per class."""
-    images = next(iter(source.splits.values()))
-    rows = [
-        SheetRow(printable(name), scan.index[chosen].tolist())
-        for name, chosen in sample_rows(source, scan, SHEET_ROWS, SHEET_COLUMNS).items()
-    ]
-    read = partial(images.read, mode=PixelFormat("RGB", window))
-    return draw_sheet(rows, read, columns=SHEET_COLUMNS, side=SHEET_SIDE, title=printable(title))
+def _make_page(result: CheckResult) -> Page:
+    """The report, with thumbnails of the images."""
+    groups: dict[str, Any] = {
+        **result.leaks,
+        "label_conflicts": result.conflicts,
+        "exact_duplicates": result.exact_duplicates,
+        "near_duplicates": result.near_duplicates,
+    }
+    return dataset_page(result.to_json(), groups, result.source, result.scan, result.window)

@@ -6,16 +6,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.evals.calibration import (
+    CalibrationSplit,
+    Fit,
     calibrate,
     check_same_kind,
     split_for_calibration,
-    store_temperature,
+    store_fit,
     temperature_file,
     warn_if_calibrated_on,
 )
@@ -27,12 +32,14 @@ from vitcli.evals.class_matching import (
     read_class_map,
 )
 from vitcli.evals.comparison import ModelComparison, compare_models
-from vitcli.evals.evaluate import Evaluation, Evaluator, FittedTemperature, evaluate_numbers
+from vitcli.evals.evaluate import Evaluation, Evaluator, evaluate_numbers
 from vitcli.evals.features import Extracted, extract, rank_and_world_size
 from vitcli.evals.held_out import choose_images
 from vitcli.evals.plots import evaluation_files, write_evaluation_files
 from vitcli.evals.real_labels import read_real_labels, real_targets
 from vitcli.evals.report import evaluation_page
+from vitcli.evals.scoring import THRESHOLD
+from vitcli.evals.thresholds import ThresholdRule, fit_thresholds
 from vitcli.files import check_folder, make_folder
 from vitcli.progress import NoteCollector, Quiet, Watcher
 from vitcli.report.page import write_report
@@ -62,6 +69,7 @@ class EvaluationRequest:
     real: list[list[int]] | None
     class_map: ClassMap | None
     calibrate: bool
+    thresholds: ThresholdRule | None
     batch_size: int
     precision: str
     seed: int
@@ -76,7 +84,8 @@ class LoadedTask:
     Attributes:
         matching: None for a regression.
         folder: folder of the files that the evaluation writes.
-        weights_file: file that will hold the temperature; None without `--calibrate`.
+        weights_file: file that will hold what is fitted; None without `--calibrate` and
+            `--thresholds`.
         request: the options, with a watcher that collects the notes about this model.
     """
 
@@ -89,11 +98,6 @@ class LoadedTask:
     weights_file: Path | None
     request: EvaluationRequest
 
-    @property
-    def notes(self) -> list[str]:
-        """The notes and warnings about this model so far."""
-        return self.request.watch.lines
-
 
 def run(
     data: str | None = None,
@@ -105,6 +109,7 @@ def run(
     real: Path | None = None,
     class_map: Path | None = None,
     calibrate: bool = False,
+    thresholds: str | None = None,
     batch_size: int = 128,
     precision: str = "auto",
     seed: int = 0,
@@ -126,6 +131,8 @@ def run(
         calibrate: fit a temperature on the validation images (without these: on half of the
             images), report the other images, and store the temperature with the weights: in a
             weights file of our format, else in a copy in `out`.
+        thresholds: fit a threshold for each class of multi-label images on the images that
+            `calibrate` takes, and store them as it does: `f1`, `recall=0.95` or `precision=0.9`.
         batch_size: images per forward pass.
         precision: `auto` is fp32, so that the metrics are the same on every machine.
         seed: seed of the half that is held out, and of the simulated calibration error.
@@ -149,6 +156,7 @@ def run(
         real=None if real is None else read_real_labels(real),
         class_map=None if class_map is None else read_class_map(class_map),
         calibrate=calibrate,
+        thresholds=None if thresholds is None else ThresholdRule.parse(thresholds),
         batch_size=batch_size,
         precision=precision,
         seed=seed,
@@ -221,7 +229,13 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
     elif request.real is not None:
         imagenet_outputs(net)
     file = None
-    if request.calibrate:
+    if request.thresholds is not None and images.targets is None:
+        raise VitcliError(
+            f"`--thresholds` needs multi-label images, and those of `{request.data}` have one "
+            "label each",
+            "remove `--thresholds`; `predict --threshold` gives no label to uncertain images",
+        )
+    if request.calibrate or request.thresholds is not None:
         check_same_kind(net, images, model)
         file = temperature_file(model, not arguments and request.labels is None, folder)
     chosen = matching.select(images)
@@ -235,6 +249,7 @@ def _check_regression(net: LoadedModel, model: str, request: EvaluationRequest) 
         "--real": request.real,
         "--class-map": request.class_map,
         "--calibrate": request.calibrate or None,
+        "--thresholds": request.thresholds,
     }
     if flags := [flag for flag, value in given.items() if value is not None]:
         raise VitcliError(
@@ -267,13 +282,8 @@ def _evaluate(task: LoadedTask) -> Evaluation:
     fitted, record = None, None
     if task.weights_file is not None:
         split = split_for_calibration(task.source, images, task.matching, request.seed)
-        held_out = _logits(net, split.held_out, request, "images for the temperature")
-        before = calibrate(net, held_out, task.matching)
-        count, images, record = len(held_out.labels), split.reported, split.record
-        fitted = FittedTemperature(before, split.description, count, task.weights_file)
-        watch.note(
-            f"temperature {net.temperature:.4g}, fitted on {count:,} images: {split.description}"
-        )
+        images, record = split.reported, split.record
+        fitted = _fit(net, task.matching, split, task.weights_file, request)
     else:
         warn_if_calibrated_on(task.model, task.source, images, watch)
     watch.note(f"evaluating {len(images):,} {images.name} images of {request.data}")
@@ -302,7 +312,14 @@ def _evaluate(task: LoadedTask) -> Evaluation:
         if fitted is not None and record is not None:
             # Last: if anything above fails, the weights file is unchanged.
             make_folder(fitted.file.parent)
-            store_temperature(net, task.model, fitted.file, record)
+            store_fit(
+                net,
+                task.model,
+                fitted.file,
+                record,
+                temperature=request.calibrate,
+                thresholds=request.thresholds is not None,
+            )
     return result
 
 
@@ -311,8 +328,36 @@ def _write(result: Evaluation, images: ImageSet, task: LoadedTask) -> None:
     wanted = require_preprocess(task.net).pixel_format
     make_folder(task.folder)
     write_evaluation_files(result, images, wanted)
-    page = partial(evaluation_page, result, images, wanted, task.notes)
+    page = partial(evaluation_page, result, images, wanted, task.request.watch.lines)
     write_report(Path(result.files["report"]), page, task.request.watch)
+
+
+def _fit(
+    net: LoadedModel,
+    matching: ClassMatching,
+    split: CalibrationSplit,
+    file: Path,
+    request: EvaluationRequest,
+) -> Fit:
+    """Fit the temperature, then the thresholds, on the images that are not reported."""
+    held_out = _logits(net, split.held_out, request, "images for the fit")
+    fit = Fit(split.description, len(held_out.labels), file, thresholds=net.thresholds)
+    where = f"fitted on {fit.images:,} images: {fit.split}"
+    if request.calibrate:
+        fit = replace(fit, temperature=calibrate(net, held_out, matching))
+        request.watch.note(f"temperature {net.temperature:.4g}, {where}")
+    if request.thresholds is not None:
+        outputs = matching.first_outputs
+        p = net.probabilities(torch.from_numpy(held_out.outputs)).numpy()[:, outputs]
+        found = fit_thresholds(
+            p, held_out.labels, request.thresholds, matching.classes, request.watch
+        )
+        values = np.array(net.thresholds or [THRESHOLD] * net.config.num_classes)
+        values[outputs] = found
+        net.thresholds = tuple(values.tolist())
+        fit = replace(fit, rule=request.thresholds)
+        request.watch.note(f"a threshold per class ({request.thresholds}), {where}")
+    return fit
 
 
 def _evaluate_numbers(task: LoadedTask) -> Evaluation:

@@ -285,9 +285,9 @@ def _macro_intervals(
     hit = (a == b).astype(np.int64)
     images, chosen = (np.bincount(values, minlength=size) for values in (labels, predicted))
     right = np.bincount(labels[labels == predicted], minlength=size)
-    whole = _shares(right, images, chosen)
-    without_a = _shares(right[a] - hit, images[a] - 1, chosen[a] - hit)
-    without_b = _shares(right[b] - hit, images[b] - hit, chosen[b] - 1)
+    whole = class_shares(right, images, chosen)
+    without_a = class_shares(right[a] - hit, images[a] - 1, chosen[a] - hit)
+    without_b = class_shares(right[b] - hit, images[b] - hit, chosen[b] - 1)
     last = images[a] == 1  # its class has no image left, and leaves the mean
     count = np.maximum(len(present) - last, 1)
     results: dict[str, Interval | None] = {}
@@ -308,8 +308,8 @@ def _decision_intervals(
     """Intervals of macro precision, recall and F1 of (n, K) decisions; each class has images."""
     both = targets & decided
     right, images, chosen = (table.sum(axis=0) for table in (both, targets, decided))
-    whole = _shares(right, images, chosen)
-    without = _shares(right - both, images - targets, chosen - decided)
+    whole = class_shares(right, images, chosen)
+    without = class_shares(right - both, images - targets, chosen - decided)
     results: dict[str, Interval | None] = {}
     for name in MACRO:
         values = whole[name]
@@ -320,7 +320,7 @@ def _decision_intervals(
     return results
 
 
-def _shares(right: Ints, images: Ints, chosen: Ints) -> dict[str, Floats]:
+def class_shares(right: Ints, images: Ints, chosen: Ints) -> dict[str, Floats]:
     """Precision, recall and F1 from counts; 0 where nothing is counted, as in scikit-learn."""
     pairs = {"precision": (right, chosen), "recall": (right, images)}
     pairs["f1"] = (2 * right, images + chosen)

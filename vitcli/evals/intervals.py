@@ -199,9 +199,11 @@ def mean_of_intervals(
     return max(0.0, min(low, mean - float(below))), min(1.0, max(high, mean + float(above)))
 
 
-def leave_out_micro_f1(probabilities: Floats, targets: NDArray[Any]) -> LeaveOneOut:
-    """F1 of all decisions at a probability of 0.5, without each image."""
-    decided = probabilities >= THRESHOLD
+def leave_out_micro_f1(
+    probabilities: Floats, targets: NDArray[Any], thresholds: ArrayLike = THRESHOLD
+) -> LeaveOneOut:
+    """F1 of all decisions at a probability of 0.5, or at (K,) thresholds, without each image."""
+    decided = probabilities >= np.asarray(thresholds)
     hits = 2.0 * (decided & (targets == 1)).sum(axis=1)
     total = (decided.sum(axis=1) + targets.sum(axis=1)).astype(np.float64)
     rest = total.sum() - total
@@ -324,11 +326,18 @@ def single_label_intervals(
 
 
 def multi_label_intervals(
-    probabilities: Floats, targets: NDArray[Any], leave_out: LeaveOneOut, names: Sequence[str]
+    probabilities: Floats,
+    targets: NDArray[Any],
+    leave_out: LeaveOneOut,
+    names: Sequence[str],
+    thresholds: ArrayLike = THRESHOLD,
 ) -> Intervals:
     """Intervals of mean average precision and micro F1."""
     of: dict[str, Interval | None] = {"map": None}
-    labelled, micro_f1 = int(targets.any(axis=1).sum()), leave_out_micro_f1(probabilities, targets)
+    labelled, micro_f1 = (
+        int(targets.any(axis=1).sum()),
+        leave_out_micro_f1(probabilities, targets, thresholds),
+    )
     of["micro_f1"] = micro_f1.share_interval(labelled)
     positives = targets.sum(axis=0, dtype=np.int64)
     present = np.flatnonzero(positives).tolist()

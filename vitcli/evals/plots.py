@@ -104,8 +104,8 @@ def reliability_diagrams(result: Evaluation) -> list[Diagram]:
     if calibration is None or calibration.ece_before is None or details.uncalibrated is None:
         return [(result.split, details.reliability, ece)]
     return [
-        ("before", details.uncalibrated, calibration.ece_before),
-        ("calibrated", details.reliability, ece),
+        (f"{result.split}, before", details.uncalibrated, calibration.ece_before),
+        (f"{result.split}, calibrated", details.reliability, ece),
     ]
 
 

@@ -1,9 +1,22 @@
 """The report of `vitcli check`: the problems of a dataset, with the images that have them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from vitcli.data.contact_sheet import SheetRow, draw_sheet
+from vitcli.data.scan import DatasetScan
+from vitcli.data.source import Source
+from vitcli.decode import ImageError
+from vitcli.errors import VitcliError, printable
+from vitcli.files import check_folder
+from vitcli.pixels import PixelFormat, Window
 from vitcli.report.page import (
+    REPORT_FILE,
     Block,
     Facts,
     Gallery,
@@ -14,11 +27,15 @@ from vitcli.report.page import (
     Table,
     Thumbnail,
     provenance_section,
+    thumbnail,
 )
 
 MAX_LISTED = 200  # groups or images in one table; `--json` has all of them
 MAX_PICTURED = 8  # groups of each kind with thumbnails
 GROUP_IMAGES = 4  # thumbnails of one group
+SHEET_FILE = "samples.png"
+REPORT_CLASSES, REPORT_SAMPLES = 30, 6  # in the report: classes, and images of each
+SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 40, 112  # of the contact sheet; px
 KINDS = {
     "label_conflicts": "Equal images with different labels",
     "exact_duplicates": "Exact copies",
@@ -30,16 +47,30 @@ Groups = Mapping[str, Sequence[Sequence[int]]]
 
 
 def dataset_page(
-    facts: Mapping[str, Any], groups: Groups, samples: Mapping[str, Sequence[int]], show: Show
+    facts: Mapping[str, Any],
+    groups: Groups,
+    source: Source,
+    scan: DatasetScan,
+    window: Window | None,
 ) -> Page:
     """The page of a checked dataset.
 
     Args:
         facts: the object of `check --json`.
         groups: rows of images that show the same: keys of `KINDS`, and `train -> test`.
-        samples: class -> rows of some of its images.
-        show: row -> its thumbnail; None for an image that cannot be read.
+        window: see `Preprocess`.
     """
+
+    def show(row: int) -> Thumbnail | None:
+        images, index = source.splits[scan.splits[int(scan.split[row])]], int(scan.index[row])
+        try:
+            image = images.read(index, mode=PixelFormat("RGB", window))
+        except ImageError:  # removed since the scan
+            return None
+        label = f"{images.name}: {images.label_name(index)}"
+        return thumbnail(image, [label], images.describe(index))
+
+    samples = sample_rows(source, scan, REPORT_CLASSES, REPORT_SAMPLES)
     problems = facts["problems"]
     page = Page(f"Check of {facts['data']}", summary=f"{facts['images']:,} images.")
     page.headline = [
@@ -141,3 +172,44 @@ def _class_section(facts: Mapping[str, Any]) -> Section:
         for name, counts in facts["classes"].items()
     ]
     return Section("Classes", [Table(["class", *splits], rows)] if rows else [])
+
+
+def sample_rows(
+    source: Source, scan: DatasetScan, most_classes: int, most: int
+) -> dict[str, list[int]]:
+    """Class -> rows of up to `most` of its images in the first split, evenly spread."""
+    found = {}
+    for label, name in enumerate(source.classes[:most_classes]):
+        members = np.flatnonzero((scan.split == 0) & (scan.label == label))
+        found[name] = members[:: max(1, len(members) // most)][:most].tolist()
+    return found
+
+
+def draw_samples(
+    source: Source, scan: DatasetScan, window: Window | None, title: str
+) -> Image.Image:
+    """A contact sheet of the first split with one row per class."""
+    images = next(iter(source.splits.values()))
+    rows = [
+        SheetRow(printable(name), scan.index[chosen].tolist())
+        for name, chosen in sample_rows(source, scan, SHEET_ROWS, SHEET_COLUMNS).items()
+    ]
+    read = partial(images.read, mode=PixelFormat("RGB", window))
+    return draw_sheet(rows, read, columns=SHEET_COLUMNS, side=SHEET_SIDE, title=printable(title))
+
+
+def output_files(out: Path | None) -> tuple[Path | None, Path | None]:
+    """The files of the samples and of the report; a folder has both, a PNG file is the samples.
+
+    Raises:
+        VitcliError: `out` has the suffix of another file.
+    """
+    if out is None or out.suffix.lower() == ".png":
+        return out, None
+    if out.suffix and not out.is_dir():
+        raise VitcliError(
+            f"`--out {out}` is not a .png file and not a folder",
+            "write `--out check` for a folder with a report, or `--out samples.png`",
+        )
+    check_folder(out)
+    return out / SHEET_FILE, out / REPORT_FILE

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vitcli.config.schema import Recipe, Section
+from vitcli.config.schema import ObjectiveSection, Recipe, Section
 from vitcli.data.augment.policies import POLICIES, PRESETS
 from vitcli.data.augment.transform import CROPS, TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
@@ -28,10 +28,12 @@ from vitcli.train.compatibility import (
     check_augment,
     check_channels,
     check_patch_drop,
+    check_sampler,
     check_smaller_sizes,
 )
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
+from vitcli.train.imbalance import imbalance_notes
 from vitcli.train.loop import Loop
 from vitcli.train.lora import freeze_and_adapt, training_passes
 from vitcli.train.objectives import (
@@ -74,18 +76,22 @@ def build_loop(
 
     # Cheap checks first: a wrong setting must not cost the time to load a model.
     check_augment(recipe, source.splits["train"], accelerator.num_processes)
-    for note in unused_settings(recipe, source.multi_label):
+    check_sampler(recipe, source.splits["train"])
+    for note in [*unused_settings(recipe, source.multi_label), *imbalance_notes(recipe, source)]:
         watch.note(note)
 
     # Model, trainable weights, objective. Every random draw starts from the seed of the recipe.
     set_seed(recipe.train.seed)
     model, train = make_model(source), recipe.train
     assert model.preprocess is not None
-    # A resume must not choose again: the window decides the pixels, and so the weights.
+    # A resume must not choose again: the window decides the pixels, and so the weights. The same
+    # holds for the class sizes that weigh the loss.
+    model.class_counts = count_classes(recipe.objective, source)
     if resumed is None or not (known := resumed.provenance()):
         model.preprocess = with_window(model.preprocess, source.splits["train"], watch)
     else:
         model.preprocess = replace(model.preprocess, window=known.get("window"))
+        model.class_counts = known.get("class_counts") or model.class_counts
     for note in freeze_and_adapt(model.network, recipe.lora, train.freeze, train.seed):
         watch.note(note)
     check_patch_drop(recipe, model.network)
@@ -193,6 +199,14 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
     return source
 
 
+def count_classes(section: ObjectiveSection, source: Source) -> tuple[int, ...] | None:
+    """Training images per class, or None: the objective does not use them, or a stream has none."""
+    images: Any = source.splits["train"]
+    if not section.uses_class_counts or images.kind == "stream":
+        return None
+    return tuple(int(count) for count in images.class_counts())
+
+
 def make_loader(
     recipe: Recipe, source: Source, preprocess: Preprocess, accelerator: Any
 ) -> TrainLoader:
@@ -208,6 +222,7 @@ def make_loader(
         world_size=accelerator.num_processes,
         strict=recipe.data.strict,
         repeats=recipe.augment.repeats if source.splits["train"].kind == "images" else 1,
+        sampler=recipe.data.sampler if source.splits["train"].kind == "images" else "shuffle",
         augment=transform.settings,
         # A GPU copies from pinned memory while it computes.
         pin_memory=accelerator.device.type == "cuda",

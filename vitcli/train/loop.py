@@ -36,6 +36,7 @@ from vitcli.train.checkpoint import (
 )
 from vitcli.train.ema import averaged
 from vitcli.train.fsdp import unsharded
+from vitcli.train.objectives.class_losses import share_mean_weight
 from vitcli.train.param_groups import set_lr
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import schedule_factor
@@ -153,6 +154,7 @@ class Loop:
         accelerator, num_images = self.accelerator, len(batch.labels)
         network: Any = self.loaded.network
         image_size, network.patch_drop_rate = self._stage()
+        share_mean_weight(self.state.objective, batch, accelerator)
         while True:
             size = self._micro_batch_size(batch)
             metrics: dict[str, Tensor] = {}

@@ -1,6 +1,7 @@
 """From a command line to the recipe, and to the model that the run starts from."""
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -9,23 +10,24 @@ from typing import Any
 import torch
 
 from vitcli.config.recipe import check, lay_over, load_recipe, nest
-from vitcli.config.schema import ModelSection, Recipe, Settings
+from vitcli.config.schema import ModelSection, ObjectiveSection, Recipe, Settings
 from vitcli.data.source import Source
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, Run, finished_runs
-from vitcli.train.objectives import objective_class
+from vitcli.train.objectives import OBJECTIVES, objective_class, resolve_objective
 from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
-from vitcli.weights.edit import prepare_finetune
+from vitcli.weights.edit import match_classes, prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel, TargetScale
 from vitcli.weights.overrides import MODEL_KEYS, one_image_size, override_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
+MAX_NAMES = 5  # classes that an error lists
 TINY_SPREAD = 1e-14  # of the mean: less is rounding
 DROPOUT = ("dropout_rate", "drop_path_rate")
 
@@ -189,7 +191,7 @@ def head_of(recipe: Recipe, source: Source) -> tuple[tuple[str, ...], TargetScal
 def pretrained_model(
     recipe: Recipe, source: Source, watch: Watcher, *, verbose: bool = False
 ) -> LoadedModel:
-    """The MODEL of a recipe, with a new head for the classes of `source`.
+    """The MODEL of a recipe, with a head for the classes of `source`.
 
     Raises:
         VitcliError: it cannot be loaded, or a setting does not fit it.
@@ -215,13 +217,56 @@ def pretrained_model(
         **{key: given[key] for key in MODEL_KEYS if key in given},
     )
     require_preprocess(model)
-    # A head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head only.
     labels, scale = head_of(recipe, source)
-    model = prepare_finetune(model, labels)
+    keep = recipe.train.keep_head
+    if keep:
+        check_kept_head(model, labels, resolve_objective(recipe.objective, source.multi_label)[0])
+        scale = model.target_scale  # the head of a regression gives numbers in its own scale
+    # Else a head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head
+    # only.
+    model = prepare_finetune(model, labels, keep_head=keep)
     model.target_scale = scale
     note_load_report(model, watch, verbose=verbose)
     rates = {key: given[key] for key in DROPOUT if key in given}
     return with_dropout(model, rates) if rates else model
+
+
+def check_kept_head(model: LoadedModel, labels: Sequence[str], section: ObjectiveSection) -> None:
+    """Check that the head of `model` is trained for the classes `labels`, in any order.
+
+    Raises:
+        VitcliError: it is not, or the objective reads its outputs in another way.
+    """
+    new_head = "leave out `--keep-head`: a new head is made for the classes of the data"
+    if not model.head_trained or not model.labels:
+        raise VitcliError(
+            "`--keep-head`: this model has no trained head with class names", new_head
+        )
+    found = [match_classes([label], model.labels) for label in labels]
+    missing = [label for label, index in zip(labels, found, strict=True) if index is None]
+    known = {index[0] for index in found if index is not None}
+    extra = [label for i, label in enumerate(model.labels) if i not in known]
+    faults = {"the data has": missing, "only the model has": extra}
+    if texts := [f"{who} {_some(names)}" for who, names in faults.items() if names]:
+        raise VitcliError(
+            f"`--keep-head` needs the same classes in the data and in the model; "
+            f"{', and '.join(texts)}",
+            new_head,
+        )
+    wanted = objective_class(section.name).head_activation
+    if wanted != model.head_activation:
+        kinds = OBJECTIVES.items()
+        able = next(n for n, kind in kinds if kind.head_activation == model.head_activation)
+        raise VitcliError(
+            f"`--keep-head`: the head was trained with `{model.head_activation}` outputs, and the "
+            f"objective `{section.name}` has `{wanted}` outputs",
+            f"`--set objective.name={able}`, or leave out `--keep-head`",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return quoted(names[:MAX_NAMES]) + more
 
 
 def with_dropout(model: LoadedModel, rates: dict[str, Any]) -> LoadedModel:

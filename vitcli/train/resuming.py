@@ -177,9 +177,20 @@ def facts_of(loop: "Loop", source: Source, machine: dict[str, Any]) -> dict[str,
             **source.splitting,
         },
         "window": model.preprocess.window if model.preprocess else None,
+        **_facts_of_classes(loop),
         "parameters": num_parameters(model.network),
         **machine,
     }
+
+
+def _facts_of_classes(loop: "Loop") -> dict[str, Any]:
+    """The class sizes and the weights that the loss of a run has, if it has any."""
+    weights = getattr(getattr(loop.state.objective, "class_loss", None), "class_weights", None)
+    facts = {
+        "class_counts": loop.loaded.class_counts,
+        "class_weights": None if weights is None else weights.tolist(),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def num_parameters(model: nn.Module) -> int:

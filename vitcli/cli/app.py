@@ -7,6 +7,14 @@ import typer
 
 from vitcli import __version__
 from vitcli.cli import console, following
+from vitcli.cli.completion import (
+    complete_key,
+    complete_model,
+    complete_model_word,
+    complete_recipe,
+    complete_recipe_or_run,
+    complete_run,
+)
 from vitcli.cli.options import (
     EVALUATION,
     MACHINE,
@@ -14,6 +22,7 @@ from vitcli.cli.options import (
     OUTPUT,
     BenchOptions,
     Data,
+    Device,
     EvaluateOptions,
     FewshotOptions,
     ImageSize,
@@ -41,7 +50,6 @@ app = typer.Typer(
     epilog="First steps: `vitcli pretrain`, `vitcli fewshot --shots 5`, `vitcli finetune`, "
     "`vitcli predict image.jpg`.",
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -269,6 +277,7 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         out=options.out,
         processes=options.processes,
         precision=None if options.precision == "auto" else options.precision,
+        device=options.device,
         watch=console.Terminal(),
     )
     console.show(result, options.json, show.show_suite)
@@ -362,6 +371,7 @@ def plan(
             help="Name or file of a recipe, or a run directory.",
             metavar="RECIPE|RUN",
             show_default=False,
+            autocompletion=complete_recipe_or_run,
         ),
     ] = None,
     data: Data = None,
@@ -405,6 +415,7 @@ def bench(
             help="A MODEL; comma-separated for several. Default: the newest run, or `S/16`.",
             metavar="MODEL",
             show_default=False,
+            autocompletion=complete_model,
         ),
     ] = None,
     *,
@@ -452,6 +463,7 @@ def inspect(
             help="ResNet to compare with. Default: random weights, same number of parameters.",
         ),
     ] = None,
+    device: Device = None,
     out: Annotated[
         Path | None, option(OUTPUT, "--out", help="Folder for the pictures and numbers.")
     ] = None,
@@ -579,7 +591,12 @@ def check(
 
 @app.command(cls=SettingsCommand)
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more finished runs.", metavar="RUN")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Two or more finished runs.", metavar="RUN", autocompletion=complete_run
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """Compare runs: settings that differ, results, and a paired test.
@@ -597,7 +614,13 @@ def compare(
 @app.command(cls=SettingsCommand)
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Recipe to print.", metavar="NAME", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Recipe to print.",
+            metavar="NAME",
+            show_default=False,
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -615,6 +638,69 @@ def recipes(
             typer.echo(command.text(name), nl=False)
         return
     console.show(command.run(), json, show.show_recipes)
+
+
+@app.command(cls=SettingsCommand)
+def models(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Words to search for, or `fetch NAME`.",
+            metavar="[WORD]|fetch NAME",
+            show_default=False,
+            autocompletion=complete_model_word,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List public weights that `--model` finds by name, or download some.
+
+    Names of timm and repositories on the Hugging Face Hub work too, listed or not. `fetch`
+    downloads into the cache, whose folder you can copy to a machine without a network.
+
+    Example: `vitcli models dinov2`
+
+    or: `vitcli models fetch vit-s16-augreg`
+    """
+    from vitcli.cli.show import models as show
+    from vitcli.commands import models as command
+
+    words = words or []
+    if words[:1] != ["fetch"]:
+        found = command.run(words)
+        after = following.quoted(["models", "fetch", found.rows[0].public.name])
+        console.show(found, json, show.show_models, after)
+        return
+    if len(words) != 2:
+        raise VitcliError("`vitcli models fetch` takes one name", "`vitcli models` lists them")
+    fetched = command.fetch(words[1], console.Terminal())
+    after = following.quoted(["fewshot", "builtin:digits", "--model", fetched.name])
+    console.show(fetched, json, show.show_fetched, after)
+
+
+@app.command(cls=SettingsCommand)
+def settings(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Words in keys or meanings, or one whole key.",
+            metavar="[WORD]",
+            show_default=False,
+            autocompletion=complete_key,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the settings of recipes and `--set`: key, type, default, meaning.
+
+    Example: `vitcli settings warmup`
+
+    or: `vitcli settings optim.lr`
+    """
+    from vitcli.cli.show import settings as show
+    from vitcli.commands import settings as command
+
+    console.show(command.run(words or []), json, show.show_settings)
 
 
 @app.command(cls=SettingsCommand)

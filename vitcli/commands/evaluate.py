@@ -119,20 +119,16 @@ def run(
     """Measure one or several models on a labelled split.
 
     Args:
-        data: DATA; its `test` images, else its `validation` images, else all images. None uses
-            `builtin:digits`.
+        data: DATA (`test`, else `validation`, else all images); None: `builtin:digits`.
         model: MODEL with a trained head, or several; None uses the newest run that has one.
         settings: nested settings: `model.num_heads`, `preprocess.mean`, `data.label_column` …
-        labels: class names of the model, or a file with one name per line.
-        out: folder for the CSV file and the pictures; None makes `runs/MODEL-evaluate`. Each of
-            several models has its own folder in it.
-        real: file with the ReaL labels of ImageNet's validation images.
-        class_map: file that assigns classes of the model to classes of the data.
+        labels: class names of the model, or a file with one per line.
+        out: folder of the files, with one folder per model if there are several.
+        real, class_map: files: ReaL labels; classes of the model for classes of the data.
         calibrate: fit a temperature on the validation images (without these: on half of the
-            images), report the other images, and store the temperature with the weights: in a
-            weights file of our format, else in a copy in `out`.
-        thresholds: fit a threshold for each class of multi-label images on the images that
-            `calibrate` takes, and store them as it does: `f1`, `recall=0.95` or `precision=0.9`.
+            images), report the others, and store it in the weights file, else in a copy in `out`.
+        thresholds: fit a threshold per class on the same images, and store them in the same way:
+            `f1`, `recall=0.95` or `precision=0.9`.
         batch_size: images per forward pass.
         precision: `auto` is fp32, so that the metrics are the same on every machine.
         seed: seed of the half that is held out, and of the simulated calibration error.
@@ -347,11 +343,13 @@ def _fit(
         fit = replace(fit, temperature=calibrate(net, held_out, matching))
         request.watch.note(f"temperature {net.temperature:.4g}, {where}")
     if request.thresholds is not None:
+        # After the temperature: the thresholds are compared with calibrated probabilities.
         outputs = matching.first_outputs
         p = net.probabilities(torch.from_numpy(held_out.outputs)).numpy()[:, outputs]
         found = fit_thresholds(
             p, held_out.labels, request.thresholds, matching.classes, request.watch
         )
+        # Outputs that are no class of the data keep their threshold.
         values = np.array(net.thresholds or [THRESHOLD] * net.config.num_classes)
         values[outputs] = found
         net.thresholds = tuple(values.tolist())

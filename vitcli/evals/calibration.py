@@ -323,6 +323,7 @@ def store_fit(
         record: the images of the fit.
         temperature, thresholds: which of them were fitted.
     """
+    # The tensors of an own file stay as they are; only a copy is written as a whole.
     if vitcli_weights_file(model) != file:
         save_model(file, net)
     entries: dict[str, Any] = {}

@@ -78,6 +78,8 @@ def compare_errors(first: Numbers, second: Numbers) -> PairedError:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values of m tests, corrected so that all together err with a chance of 5 % (Holm, 1979)."""
+    # The smallest p-value counts m times, the next one m - 1 times, and so on. None falls below
+    # an earlier one, so that the order of the tests stays.
     m, adjusted, largest = len(p_values), [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (m - rank) * p_values[i]))

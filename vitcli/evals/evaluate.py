@@ -351,6 +351,7 @@ class Evaluator:
         fitted = self.fitted
         if fitted is None or fitted.rule is None:
             return None
+        # The previous decisions used the previous temperature, if there is a new one.
         before = self.net.temperature if fitted.temperature is None else fitted.temperature
         macro_f1, micro_f1 = decision_figures(
             self._probabilities(before), self.extracted.labels, self._thresholds(fitted.thresholds)
@@ -368,6 +369,7 @@ class Evaluator:
     def _column(self, totals: NDArray[np.float64], k: int) -> tuple[Floats, NDArray[np.bool_]]:
         """(n,) probabilities of class k, which may be several outputs, and (n,) its images."""
         logits = self.extracted.outputs[:, list(self.matching.outputs[k])].astype(np.float64)
+        # Exponentials of log-probabilities: the column of one class, without an (n, K) table.
         p = np.exp(logits / self.net.temperature - totals[:, None]).sum(axis=1)
         return p, self.extracted.labels == k
 

@@ -189,10 +189,12 @@ def mean_of_intervals(
         counts: (K,) images of each class; decide if no image makes a difference.
     """
     mean, number = whole.whole, len(limits)
+    # Each end has its own distance: an interval of a share near 1 is not symmetric.
     lows, highs = np.array(limits).T
     distances = np.stack([np.asarray(values) - lows, highs - np.asarray(values)])
     below, above = np.sqrt(np.square(distances).sum(axis=1)) / number
     variance = whole.variance
+    # The number of images whose simple share has the variance of the mean, if all K are equal.
     equal_variance = number**2 / float((1 / np.asarray(counts, dtype=np.float64)).sum())
     images = mean * (1 - mean) / variance if variance and 0 < mean < 1 else equal_variance
     low, high = wilson_interval(mean, images)

@@ -183,6 +183,7 @@ class ImagePredictor:
         ]
         nothing: list[Any] = [None] * len(mean)
         labels, scores, far = nothing, nothing, nothing
+        # In float64, as in the fit: a threshold lies midway between two probabilities.
         if net.thresholds is not None:
             reached = mean >= torch.tensor(net.thresholds, dtype=mean.dtype)
             labels = [[names[i] for i in row.nonzero()[:, 0].tolist()] for row in reached]

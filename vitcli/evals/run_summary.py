@@ -63,14 +63,17 @@ def rank_runs(
         results: figure -> its value in each run.
         compare: the paired comparison of two runs by their numbers, or why there is none.
     """
+    # A figure that one run lacks would rank the others only.
     known = {name: results.get(name, [None]) for name in RANKED_BY}
     metric = next((name for name, values in known.items() if None not in values), None)
     if metric is None:
         return "the runs have no accuracy, mean average precision or error in common"
     values = [float(value) for value in results[metric] if value is not None]
     sign = 1 if RANKED_BY[metric] else -1
+    # A stable sort: runs of equal value keep the order of the command line.
     order = sorted(range(len(runs)), key=lambda i: -sign * values[i])
     pairs = {pair: compare(*pair) for pair in combinations(range(len(runs)), 2)}
+    # Runs on other images have figures, too, but their order would say nothing.
     if reasons := [pair for pair in pairs.values() if isinstance(pair, str)]:
         return reasons[0]
     # All pairs and not only those with the best run: which one is best is seen from the same data.
@@ -155,6 +158,7 @@ def summarise_folds(runs: Sequence[FoldRun], differing: Sequence[str]) -> FoldSu
     Args:
         differing: settings in which the runs differ.
     """
+    # The first reason is the one that a user can act on: settings, then folds, then the data.
     first = runs[0]
     if others := sorted(set(differing) - FOLD_SETTINGS - {"data.folds", "data.split_seed"}):
         return f"the runs differ in `{'`, `'.join(others)}`, not only in their fold"
@@ -164,6 +168,7 @@ def summarise_folds(runs: Sequence[FoldRun], differing: Sequence[str]) -> FoldSu
         return (
             f"the folds were drawn with the seeds {first.seed} and {seeds[0]} (`data.split_seed`)"
         )
+    # A fold that counts twice, or not at all, would make the pooled accuracy that of other data.
     by_fold: dict[int, str] = {}
     for one in runs:
         if one.fold in by_fold:
@@ -180,6 +185,7 @@ def summarise_folds(runs: Sequence[FoldRun], differing: Sequence[str]) -> FoldSu
     table = {name: np.array([one.figures[name] for one in runs]) for name in names}
     accuracy, interval, total = None, None, int(numbers.sum())
     if "accuracy" in table:
+        # The figures are shares: a count of right images is whole again after rounding.
         right = np.rint(table["accuracy"] * numbers).sum()
         accuracy = float(right / total)
         interval = wilson_interval(accuracy, total)
@@ -191,6 +197,7 @@ def _other_data(runs: Sequence[FoldRun]) -> str | None:
     """Why the runs do not hold the parts of one dataset; None if they do."""
     first = runs[0]
     for one in runs[1:]:
+        # Runs of earlier versions have no list of images; then the number has to do.
         same = one.total == first.total
         if first.images is not None and one.images is not None:
             same = first.images == one.images

@@ -77,6 +77,7 @@ def fit_threshold(scores: Floats, targets: NDArray[Any], rule: ThresholdRule) ->
     Args:
         scores, targets: (n,) probabilities, and 0 or 1.
     """
+    # One sort gives recall and precision at every threshold.
     ranking = Ranking.of(scores, targets)
     if not ranking.positives:
         return None
@@ -85,10 +86,12 @@ def fit_threshold(scores: Floats, targets: NDArray[Any], rule: ThresholdRule) ->
     found = ranking.found[ends - 1]
     recall, precision = found / ranking.positives, found / ends
     if rule.name == "f1":
+        # 2 TP / (2 TP + FP + FN): the denominator is all decisions plus all images of the class.
         at = int(np.argmax(2 * found / (ends + ranking.positives)))
     else:
         share = recall if rule.name == "recall" else precision
         assert rule.wanted is not None
+        # 9 of 10 images are a recall of 0.9, whatever the division rounds to.
         reached = np.flatnonzero(share >= rule.wanted - 1e-12)
         if not len(reached):
             return None
@@ -122,6 +125,7 @@ def fit_thresholds(
             f"{len(failed)} of {len(names)} classes {cause} `{rule}` and keep the threshold "
             f"{THRESHOLD}: {', '.join(failed[:5])}{' …' if len(failed) > 5 else ''}"
         )
+    # The best threshold for 3 images is that of these 3 images.
     positives = targets.sum(axis=0, dtype=np.int64)
     if rare := int(((positives > 0) & (positives < MIN_POSITIVES)).sum()):
         watch.warn(
@@ -138,5 +142,6 @@ def decision_figures(
     metrics = multi_label_metrics(probabilities, targets, thresholds)
     names = [str(k) for k in range(targets.shape[1])]
     table = multi_label_per_class(probabilities, targets, metrics, names, thresholds)
+    # The same classes as in `class_averages`, so that before and after can be compared.
     known = [row["f1"] for row in table.values() if row["f1"] is not None]
     return float(np.mean(known)) if known else None, metrics.micro_f1

@@ -111,13 +111,16 @@ def main():
             pairs = zip(held_out, (validation, test), strict=True)
             values = [[measure(h, x, images.labels) for h in heads] for x, images in pairs]
             rows.append((np.array(values), sampler, settings))  # (2 splits, seeds, 3 figures)
-        best, sampler, settings = max(rows, key=lambda row: row[0][0, :, 0].mean())
-        shown = " ".join(f"{k}={v}" for k, v in settings.items()) or sampler
-        cells = [
-            f"{100 * column.mean():.1f} ± {100 * column.std(ddof=1):.1f}"
-            for column in [best[0, :, 0], *best[1].T]
-        ]
-        tell(f"| {name} | {shown} | {' | '.join(cells)} |")
+        best = max(rows, key=lambda row: row[0][0, :, 0].mean())
+        for row in rows:
+            values, sampler, settings = row
+            shown = " ".join(f"{k}={v}" for k, v in settings.items()) or sampler
+            cells = [
+                f"{100 * column.mean():.1f} ± {100 * column.std(ddof=1):.1f}"
+                for column in [values[0, :, 0], *values[1].T]
+            ]
+            mark = " (chosen)" if row is best and len(rows) > 1 else ""
+            tell(f"| {name} | {shown}{mark} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

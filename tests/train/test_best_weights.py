@@ -10,14 +10,17 @@ from sklearn.metrics import balanced_accuracy_score, f1_score
 from support.tiny import records, tiny_recipe, train_recipe
 from torch.nn.functional import cross_entropy
 
+from vitcli.commands import evaluate
 from vitcli.config.recipe import check
-from vitcli.config.schema import TrainSection
+from vitcli.config.schema import Recipe, TrainSection
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import best_weights
 from vitcli.train import loop as loop_module
 from vitcli.train.best_weights import BestWeights
 from vitcli.train.build import open_source
+from vitcli.train.resolve import pretrained_model
+from vitcli.train.session import train
 from vitcli.weights.load import load_model
 
 
@@ -49,6 +52,7 @@ def test_the_best_step_and_the_patience(metric, patience, values, best, over):
     assert (again.step, again.is_over) == (best, over)
 
 
+NAMES = ("model", "best", "last")
 # So high a rate that the loss of the validation images rises again.
 SETTINGS = {
     "data": {"validation_fraction": 0.2},
@@ -121,6 +125,36 @@ def test_a_run_that_is_killed_keeps_the_same_weights_and_stops_at_the_same_step(
     assert (again.best, again.steps) == (result.best, result.steps)
     for name in ("best.safetensors", "model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_the_run_exports_and_evaluates_its_best_weights(whole):
+    """Against a second evaluation of the exported file, which knows nothing of the run."""
+    out, result = whole
+    assert result.weights == {"name": "best", "step": result.best["step"]}
+    assert (result.figures["split"], result.figures["weights"]) == ("test", "best")
+    tensors = [load_model(out / f"{name}.safetensors").state_dict() for name in NAMES]
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    assert any(not torch.equal(tensors[0][key], tensors[2][key]) for key in tensors[0])
+    again = evaluate.run("builtin:digits", model=str(out), precision="fp32")
+    assert again.to_json()["top1"] == pytest.approx(result.figures["accuracy"])
+    assert result.validation["loss"] == result.best["value"]
+
+
+def test_adapters_belong_to_the_exported_weights(whole, tmp_path):
+    """Best weights with LoRA: the adapters beside them merge into the same weights."""
+    settings = tiny_recipe(**SETTINGS).model_dump(mode="json", exclude_none=True)
+    settings |= {"command": "finetune", "lora": {"rank": 2}, "model": {"name": str(whole[0])}}
+    recipe = check(Recipe, settings, "lora")
+    result = train(
+        recipe,
+        lambda source: pretrained_model(recipe, source, Quiet()),
+        out=tmp_path / "run",
+        resume=False,
+        watch=Quiet(),
+    )
+    assert result.weights["name"] == "best"
+    adapters = (tmp_path / "run/lora.safetensors").read_bytes()
+    assert adapters == (tmp_path / "run/best_lora.safetensors").read_bytes()
 
 
 def test_macro_figures_are_those_of_scikit_learn(whole):

@@ -16,6 +16,7 @@ from vitcli.data.numeric_labels import distribution, far_values, has_fractions, 
 from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
+from vitcli.data.splits import with_auto_validation
 from vitcli.errors import VitcliError, quoted
 from vitcli.files import make_folder, replacing
 from vitcli.inspection.dataset_report import dataset_page, draw_samples, output_files
@@ -381,6 +382,8 @@ def run(
 
 def _open_for_training(section: DataSection, data: str, numeric: bool) -> Source | VitcliError:
     """The splits and classes that a training run with these settings gets, or its error."""
+    if not data.startswith("builtin:"):  # these have recipes of their own
+        section = with_auto_validation(section)
     try:
         return open_data(section, data, numeric=numeric)
     except VitcliError as error:

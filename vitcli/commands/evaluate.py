@@ -211,8 +211,7 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
     if net.is_regression:
         _check_regression(net, model, request)
     source, images = choose_images(request.data, model, net, request.inference, watch)
-    for line in source.notes:
-        watch.note(line)
+    source.tell(watch)
     note_load_report(net, watch, verbose=request.verbose)
     if net.is_regression:
         if net.labels not in (None, source.classes):

@@ -176,8 +176,7 @@ def run(
     if net.preprocess is not None:
         net.preprocess = with_window(net.preprocess, source.split("train"), watch)
     set_representation(net, inference.fewshot.representation)
-    for line in source.notes:
-        watch.note(line)
+    source.tell(watch)
     note_load_report(net, watch, verbose=verbose)
     about = {"model": model, "representation": inference.fewshot.representation, "of": data}
     features = CachedFeatures(net, source.fingerprint, about, batch_size, precision, cache, watch)

@@ -226,8 +226,7 @@ def _choose_images(
     name = " ".join(printable(path) for path in given[:3]) + (" …" if len(given) > 3 else "")
     if len(given) == 1 and is_dataset(given[0]):
         source = open_data(inference.data, given[0], whole=True, labelled=False, watch=watch)
-        for line in source.notes:
-            watch.note(line)
+        source.tell(watch)
         splits = [split for split in ("test", "validation", "train") if split in source.splits]
         return NamedImages(source.split(*splits), name)
     return NamedImages(image_list(list(find_images(given))), name)

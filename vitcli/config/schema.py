@@ -233,8 +233,10 @@ class DataSection(Section):
         gt=0.0,
         lt=1.0,
     )
-    validation_fraction: float | None = setting(
-        None, "Fraction of the training images held out for validation.", gt=0.0, lt=1.0
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["auto"] | None = setting(
+        None,
+        "Fraction of the training images held out for validation; 0 for none, `auto` for a tenth "
+        "where the data has no validation split and enough images.",
     )
     folds: int | None = setting(None, "Number of cross-validation folds.", ge=2)
     fold: CountOrZero = setting(0, "Index of the fold that is held out, from 0.")
@@ -269,7 +271,7 @@ class DataSection(Section):
             raise ValueError("`fold` needs `folds`, the number of folds")
         if self.folds is not None and self.fold >= self.folds:
             raise ValueError(f"`fold` must be 0 to {self.folds - 1} with {self.folds} folds")
-        if self.folds is not None and self.validation_fraction is not None:
+        if self.folds is not None and self.validation_fraction not in (None, 0.0, "auto"):
             raise ValueError("give `folds` or `validation_fraction`, not both")
         if self.label_separator is not None and self.multi_label is False:
             raise ValueError("`label_separator` divides cells; remove `multi_label = false`")
@@ -601,9 +603,9 @@ class TrainSection(Section):
     )
     best_metric: str | None = setting(
         None,
-        "Keep the weights with the best value of this metric of the validation images in "
-        "best.safetensors: accuracy, balanced_accuracy, macro_f1, loss, map, micro_f1, "
-        "fewshot_accuracy, mae, rmse or r2.",
+        "Export the weights with the best value of this metric of the validation images: "
+        "accuracy, balanced_accuracy, macro_f1, loss, map, micro_f1, fewshot_accuracy, mae, rmse "
+        "or r2.",
     )
     patience: Count | None = setting(
         None, "Stop after this many evaluations in turn without a better `best_metric`."

@@ -107,13 +107,19 @@ def build_loop(
     # Validation uses the transform that is stored with the weights, training its own augmentation.
     loader = make_loader(recipe, source, model.preprocess, accelerator)
     evaluations: dict[str, Callable[..., Validation]] = {
-        name: partial(run_validation, model, source.splits[name], accelerator, watch, loader.broken)
+        name: partial(
+            run_validation,
+            images=source.splits[name],
+            accelerator=accelerator,
+            watch=watch,
+            broken=loader.broken,
+        )
         for name in held_out_splits(source)
         if model.config.num_classes > 0
     }
     if train.fewshot_shots is not None:
         first = next(iter(held_out_splits(source)), "")  # the one that is evaluated between steps
-        evaluations[first] = with_fewshot(evaluations.get(first), model, source, first, train)
+        evaluations[first] = with_fewshot(evaluations.get(first), source, first, train)
     return Loop(
         wrapped=wrapped,
         wrapped_optimizer=optimizer,
@@ -173,17 +179,16 @@ def _make_recorder(
     return Recorder(recipe, run, accelerator, watch, loader, peak_flops=peak, flops_per_image=flops)
 
 
-def open_source(recipe: Recipe, watch: Watcher) -> Source:
-    """Open the data of a recipe, and note what was decided about it.
+def open_source(recipe: Recipe, watch: Watcher, opened: Source | None = None) -> Source:
+    """Open the data of a recipe, unless they are `opened`; note what was decided about them.
 
     Raises:
         VitcliError: there is no such data, or no training split.
     """
     section = recipe.data
     numeric = objective_class(recipe.objective.name).regression
-    source = open_data(section, watch=watch, streams=True, numeric=numeric)
-    for note in source.notes:
-        watch.note(note)
+    source = opened or open_data(section, watch=watch, streams=True, numeric=numeric)
+    source.tell(watch)
     if "train" not in source.splits:
         raise VitcliError(
             f"`{section.name}` has no training images, only {', '.join(source.splits)}",

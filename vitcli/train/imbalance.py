@@ -13,7 +13,7 @@ from vitcli.errors import quoted
 from vitcli.train.objectives import objective_class
 
 IMBALANCED = 10.0  # ratio of the largest class to the smallest from which it is said
-# The setting that did best in recipes/RESULTS.md; for many labels that of Ridnik et al. (2021).
+# The method that did best in recipes/RESULTS.md; for many labels that of Ridnik et al. (2021).
 ONE_LABEL, MANY_LABELS = "objective.logit_adjustment=1", "objective.asymmetric_gammas=[0,4]"
 
 

@@ -1,21 +1,36 @@
 """From a command line to the recipe, and to the model that the run starts from."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitcli.config.recipe import check, lay_over, load_recipe, nest
+from vitcli import distributed
+from vitcli.config.recipe import check, flat_keys, lay_over, load_recipe, nest
 from vitcli.config.schema import ModelSection, ObjectiveSection, Recipe, Settings
-from vitcli.data.source import Source
+from vitcli.data.facts import measure_data
+from vitcli.data.image_set import ImageSet
+from vitcli.data.prefetch import default_workers
+from vitcli.data.source import Source, open_data
+from vitcli.data.splits import with_auto_validation
+from vitcli.devices import pick_device
 from vitcli.errors import VitcliError, quoted
 from vitcli.preprocess import Preprocess
-from vitcli.progress import Watcher
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import RUNS, Run, finished_runs
+from vitcli.train.defaults import (
+    Defaults,
+    MachineFacts,
+    best_metric,
+    choose_defaults,
+    is_scarce,
+    propose_model,
+)
 from vitcli.train.objectives import OBJECTIVES, objective_class, resolve_objective
 from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
@@ -32,14 +47,31 @@ TINY_SPREAD = 1e-14  # of the mean: less is rounding
 DROPOUT = ("dropout_rate", "drop_path_rate")
 
 
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What a training command runs.
+
+    Attributes:
+        name: of the recipe.
+        recipe: with all settings.
+        defaults: how the settings were chosen, if the user gave DATA and no recipe.
+        source: the data, if they were opened to choose the settings.
+    """
+
+    name: str
+    recipe: Recipe
+    defaults: Defaults | None = None
+    source: Source | None = None
+
+
 def pretrain_recipe(
     data: str | None,
     recipe: str | None,
     settings: Settings | None,
     watch: Watcher,
     resumed: Path | None = None,
-) -> tuple[str, Recipe]:
-    """The name of the recipe of a `pretrain` command, and the recipe with all settings.
+) -> ResolvedRun:
+    """The recipe of a `pretrain` command with all settings.
 
     Args:
         resumed: the run to resume, whose recipe is the default.
@@ -51,11 +83,13 @@ def pretrain_recipe(
     if data is not None:  # an argument wins over `--set`, as flags do
         lay_over(changes, nest("data.name", data))
     if recipe is None and resumed is not None and is_run(resumed):
-        return resumed.name, resumed_recipe(Run(resumed), changes, "pretrain")
+        return ResolvedRun(resumed.name, resumed_recipe(Run(resumed), changes, "pretrain"))
     resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
+    if recipe is None and data not in (None, FORMULA, DIGITS):
+        return _adapted(name, resolved, changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")
-    return name, resolved
+    return ResolvedRun(name, resolved)
 
 
 def finetune_recipe(
@@ -65,8 +99,8 @@ def finetune_recipe(
     settings: Settings | None,
     watch: Watcher,
     resumed: Path | None = None,
-) -> tuple[str, Recipe]:
-    """The name of the recipe of a `finetune` command, and the recipe with all settings.
+) -> ResolvedRun:
+    """The recipe of a `finetune` command with all settings.
 
     Args:
         resumed: the run to resume, whose recipe or model is the default.
@@ -80,17 +114,82 @@ def finetune_recipe(
     if model is not None:
         lay_over(changes, nest("model.name", model))
     if recipe is None and resumed is not None and is_run(resumed):
-        return resumed.name, resumed_recipe(Run(resumed), changes, "finetune")
+        return ResolvedRun(resumed.name, resumed_recipe(Run(resumed), changes, "finetune"))
     resolved = load_recipe(name, changes, "finetune")
     # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
-        default = newest_pretrained(resumed)
+        default = _default_model(resolved, resumed, data, watch)
         watch.note(f"no `--model` given: using {default}")
         lay_over(changes, nest("model.name", default))
         resolved = load_recipe(name, changes, "finetune")
+    if recipe is None and data not in (None, FORMULA, DIGITS):
+        return _adapted(name, resolved, changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using {resolved.data.name}")
-    return name, resolved
+    return ResolvedRun(name, resolved)
+
+
+def _default_model(recipe: Recipe, resumed: Path | None, data: str | None, watch: Watcher) -> str:
+    """The newest pretrained run; without one, the error proposes public weights for DATA."""
+    try:
+        return newest_pretrained(resumed)
+    except VitcliError as error:
+        if data in (None, DIGITS, FORMULA):
+            raise
+        train: Any = open_data(recipe.data, watch=watch, streams=True).splits.get("train")
+        images = len(train) if isinstance(train, ImageSet) else None
+        model = propose_model(images, this_machine())
+        raise VitcliError(
+            error.message, f"`vitcli finetune {shlex.quote(str(data))} --model {model}`"
+        ) from None
+
+
+def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> ResolvedRun:
+    """The recipe with the settings that suit the data and this machine; `changes` stay."""
+    given = flat_keys(changes)
+    section = recipe.data
+    if objective_class(recipe.objective.name).supervised:
+        section = with_auto_validation(section)
+    numeric = objective_class(recipe.objective.name).regression
+    source = open_data(section, watch=watch, streams=True, numeric=numeric)
+    if "train" not in source.splits:
+        return ResolvedRun(name, recipe, source=source)  # the error follows where it trains
+    own = recipe.command == "finetune" and _is_muon_run(Path(str(recipe.model.name)))
+    facts, machine = measure_data(source), this_machine()
+    chosen = choose_defaults(recipe.command, facts, machine, given, own_weights=own)
+    settings = chosen.settings
+    if section is not recipe.data:
+        fraction = source.splitting.get("validation_fraction", 0.0)
+        lay_over(settings, nest("data.validation_fraction", fraction))
+    # The accuracy of a fold must not choose its own weights.
+    chooses = "validation" in source.splits and section.folds is None
+    if chooses and "train.best_metric" not in given:
+        lay_over(settings, nest("train.best_metric", best_metric(chosen.data)))
+    lay_over(settings, changes)
+    adapted = _without_vit_settings(load_recipe(name, settings, recipe.command), changes, Quiet())
+    fixed = " (Ti/16 at 224 px)" if recipe.command == "pretrain" else ""
+    watch.note(f"defaults for {chosen.summary}; `--recipe {name}` takes fixed settings{fixed}")
+    if recipe.command == "pretrain" and is_scarce(chosen.data):
+        typed = shlex.quote(str(recipe.data.name))
+        watch.warn(
+            f"{chosen.data.images:,} images of {chosen.data.classes:,} classes are few for random "
+            f"weights; pretrained weights usually do better: `vitcli finetune {typed} --model "
+            f"{propose_model(chosen.data.images, chosen.machine)}`"
+        )
+    return ResolvedRun(name, adapted, chosen, source)
+
+
+def _is_muon_run(path: Path) -> bool:
+    if not is_run(path):
+        return False
+    with suppress(VitcliError):  # its weights may load all the same
+        return Run(path).recipe().optim.name == "muon"
+    return False
+
+
+def this_machine() -> MachineFacts:
+    """The facts about this machine that the defaults depend on; equal in all processes."""
+    return MachineFacts(pick_device().type, default_workers() + 1, distributed.world_size())
 
 
 def _without_vit_settings(recipe: Recipe, changes: Settings, watch: Watcher) -> Recipe:

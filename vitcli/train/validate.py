@@ -98,7 +98,6 @@ def run_validation(
 
 def with_fewshot(
     validate: Callable[..., Validation] | None,
-    model: LoadedModel,
     source: Source,
     split: str,
     section: TrainSection,
@@ -125,8 +124,8 @@ def with_fewshot(
     held_out, classes = source.splits[split], len(train.classes)
     drawn = train.subset(draw_shots(train.labels, section.fewshot_shots, 0, classes))
 
-    def both() -> Validation:
-        found = validate() if validate is not None else Validation({})
+    def both(model: LoadedModel) -> Validation:
+        found = validate(model) if validate is not None else Validation({})
         known, test = (extract(model, images) for images in (drawn, held_out))
         ridge = RidgePath(known.outputs, known.labels, classes).fit()
         accuracy = float((ridge.predict(test.outputs) == test.labels).mean())

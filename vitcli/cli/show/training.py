@@ -64,7 +64,7 @@ def show_trained(result: Any) -> None:
         name, value = result.best["metric"], result.best["value"]
         shown = f"{value:.4g}" if name in NO_SHARES else percent(value)
         rows.append((f"best validation {name}", f"{shown} at step {result.best['step']:,}"))
-        rows.append(("its weights", f"{result.run}/best.safetensors"))
+        rows.append(("weights", _which_weights(result)))
     if "best_fewshot_accuracy" in figures:
         best = f"{percent(figures['best_fewshot_accuracy'])} at step "
         last = percent(figures["fewshot_accuracy"])
@@ -79,6 +79,16 @@ def show_trained(result: Any) -> None:
     if result.broken:
         rows.append(("unreadable", f"{len(result.broken)} images, not used"))
     print_facts(f"{result.command}: {result.run}", rows)
+
+
+def _which_weights(result: Any) -> str:
+    """Which weights were evaluated, and where they are."""
+    if result.weights is None:  # a run of an earlier version
+        return f"the last in model.safetensors, the best in best.safetensors of {result.run}"
+    step = f"step {result.weights['step']:,}"
+    if result.weights["name"] == "best":
+        return f"best ({step}) in {result.run}/model.safetensors, last in last.safetensors"
+    return f"last ({step}), which are the best, in {result.run}/model.safetensors"
 
 
 def show_found_rate(result: Any) -> None:

@@ -51,10 +51,13 @@ def caches(tmp_path_factory) -> None:
 
 @pytest.fixture(autouse=True)
 def fast_runs(request, monkeypatch) -> None:
-    """A run draws no curves, which takes longer than a tiny run, except under `draws_curves`."""
-    session = sys.modules.get("vitcli.train.session")
-    if session and not request.node.get_closest_marker("draws_curves"):
-        monkeypatch.setattr(session, "draw_curves", lambda run: None)
+    """A run draws no pictures, which takes longer than a tiny run, except under `draws_curves`."""
+    if request.node.get_closest_marker("draws_curves"):
+        return
+    for name in ("vitcli.train.session", "vitcli.commands.evaluate"):
+        if module := sys.modules.get(name):
+            monkeypatch.setattr(module, "write_report", lambda *_: None)
+            monkeypatch.setattr(module, "draw_curves", lambda run: None, raising=False)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ ORDER = (
     "evals",
     "weights",
     "data",
+    "report",
     "run",
     "preprocess",
     "hub",

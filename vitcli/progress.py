@@ -68,6 +68,25 @@ class Quiet:
         return QuietBar()
 
 
+class NoteCollector:
+    """A watcher that also collects notes and warnings, for a report."""
+
+    def __init__(self, inner: Watcher) -> None:
+        self.inner = inner
+        self.lines: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
+        self.inner.note(message)
+
+    def warn(self, message: str) -> None:
+        self.lines.append(f"warning: {message}")
+        self.inner.warn(message)
+
+    def progress(self, label: str, total: int | None = None, done: int = 0) -> Bar:
+        return self.inner.progress(label, total, done)
+
+
 class Warnings(Quiet):
     """A watcher that passes on the warnings only."""
 

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from support.pages import check_page
 from support.pictures import photographs
+from support.watching import Told
 
 from vitcli.cli.main import run as vitcli
 from vitcli.commands import check
@@ -113,7 +115,7 @@ def test_the_command_line(faulty, tmp_path, capfd):
     assert json.loads(out)["sheet"] == str(sheet)
     assert "cut.png" in err
     with Image.open(sheet) as picture:
-        assert picture.height == 3 * 64  # a row for each class
+        assert picture.height == 30 + 3 * 112  # the title, and a row for each class
         assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 1000
     assert vitcli(["check", str(faulty)]) == 3
     out, _ = capfd.readouterr()
@@ -130,6 +132,35 @@ def test_data_with_one_class_or_without_labels_is_looked_at_too(tmp_path):
 def test_a_sheet_must_be_a_png(faulty):
     with pytest.raises(VitcliError, match=r"is not a \.png file"):
         check.run(str(faulty), out=faulty / "x.jpg")
+
+
+def test_a_folder_gets_a_report_with_every_fault(faulty, tmp_path):
+    out = tmp_path / "check"
+    found = check.run(str(faulty), out=out).to_json()
+    assert found["report"] == str(out / "report.html") and found["sheet"] == str(
+        out / "samples.png"
+    )
+    assert {path.name for path in out.iterdir()} == {"report.html", "samples.png"}
+    text = (out / "report.html").read_text()
+    page = check_page(text)
+    assert page.headings == [
+        "Problems", "Data and splits", "Leaks between splits", "Equal images with different labels",
+        "Exact copies", "Images that look the same", "Unreadable images", "Odd sizes", "Classes",
+        "Samples of the classes", "Provenance",
+    ]  # fmt: skip
+    for words in ("leak.jpg", "12 again.png", "13 copy.png", "cut off", "thin.png"):
+        assert words in page.text
+    for line in found["problems"]:
+        assert line.replace("`", "") in " ".join(page.text.split())
+    assert page.tags["img"] >= 2 + 2 + 4 + 2 + 3 * 6
+
+
+def test_a_report_that_fails_is_a_warning(faulty, tmp_path, monkeypatch):
+    watch = Told()
+    monkeypatch.setattr(check, "dataset_page", lambda *_: 1 / 0)
+    result = check.run(str(faulty), out=tmp_path / "check", watch=watch)
+    assert result.problems() and not (tmp_path / "check/report.html").exists()
+    assert any("report.html` is not written: ZeroDivisionError" in line for line in watch.lines)
 
 
 def test_real_sets(shared):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 from support.colours import COLOURS, colour_model
+from support.pages import check_page
+from support.watching import Told
 
 from vitcli.commands import evaluate
 from vitcli.errors import VitcliError
@@ -236,6 +238,47 @@ def test_a_real_model_and_real_images(shared, here):
     two = extract(load_model(folder / "hf"), images, output="logits")
     assert np.array_equal(one.outputs, two.outputs)
     assert np.mean(one.outputs.argmax(1) == one.labels) > 0.88
+
+
+@pytest.mark.draws_curves
+def test_the_report_shows_everything_and_the_table_lists_all_mistakes(photos, here):
+    hostile = "<script>alert(1)</script>"
+    for split in ("train", "test"):
+        (here / "photos" / split / "red").rename(here / "photos" / split / hostile.replace("/", ""))
+    name = hostile.replace("/", "")
+    model = colour_model("m.safetensors", ("green", "white", "blue", "red"))
+    watch = Told()
+    labels = ["green", "white", "blue", name]
+    result = evaluate.run(photos, model=model, labels=labels, out=Path("report"), watch=watch)
+    facts = result.to_json()
+    assert facts["report"] == "report/report.html" and facts["mistakes"] == "report/mistakes.csv"
+    with Path("report/mistakes.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert Path(row["path"]).is_file() and row["path"] == result.details.mistakes.worst[0].path
+    assert (row["label"], row["predicted"]) == (name, "green")
+    assert float(row["label_probability"]) < 0.5 < float(row["probability"])
+    text = Path("report/report.html").read_text()
+    page = check_page(text)
+    assert page.headings == [
+        "Figures", "Data and splits", "Confusion matrix", "Calibration", "Mistakes", "Classes",
+        "Provenance",
+    ]  # fmt: skip
+    assert text.count("<script>") == 1 and page.text.count(name) >= 4
+    assert "83.33 %" in page.text and all(
+        line.replace("`", "") in page.text for line in watch.notes
+    )
+    assert page.tags["svg"] == 1 and page.tags["img"] == 2  # the mistake, and its pair
+    assert set(result.files.values()) == {str(path) for path in Path("report").iterdir()}
+
+
+@pytest.mark.draws_curves
+def test_a_report_that_cannot_be_written_is_a_warning(photos, here, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluation_page", lambda *_: 1 / 0)
+    watch = Told()
+    model = colour_model("m.safetensors", ("green", "white", "blue", "red"))
+    result = evaluate.run(photos, model=model, out=Path("report"), watch=watch)
+    assert result.metrics.top1 == pytest.approx(5 / 6) and Path("report/confusion.csv").is_file()
+    assert "report.html` is not written" in watch.warnings[-1]
 
 
 def test_a_class_name_that_the_font_cannot_draw(tmp_path):

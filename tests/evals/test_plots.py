@@ -10,7 +10,8 @@ from PIL import Image
 
 from vitcli.data.contact_sheet import SheetRow, draw_sheet
 from vitcli.errors import printable
-from vitcli.evals.plots import save_figure, write_confusion
+from vitcli.evals.plots import write_confusion
+from vitcli.report.charts import save_figure
 
 NAMES = [
     "$x_{$",

@@ -6,8 +6,10 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from support.pages import check_page
 from support.tiny import records, tiny_recipe, train_recipe, weights, write_tiny
 
 import vitcli
@@ -22,6 +24,7 @@ from vitcli.train.build import open_source, start_accelerator
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.loop import step_seed
 from vitcli.train.objectives.classification import Softmax
+from vitcli.train.report import smooth
 from vitcli.train.signals import Stopped
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header
@@ -32,6 +35,7 @@ COMPLETE = {
     "metrics.jsonl",
     "log.txt",
     "curves.png",
+    "report.html",
     "checkpoints",
     "images.tsv",  # beyond the contract: the split of each image
     "model.safetensors",
@@ -73,6 +77,26 @@ def test_a_run_leaves_what_the_contract_says(tmp_path):
     assert model.labels == tuple("0123456789") and model.head_trained
     assert read_header(tmp_path / "run/model.safetensors")["recipe_hash"] == recipe.fingerprint()
     assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 8
+    text = (tmp_path / "run/report.html").read_text()
+    page = check_page(text)
+    assert page.headings == [
+        "Curves", "Figures", "Data and splits", "Confusion matrix", "Calibration", "Mistakes",
+        "Classes", "Recipe", "Provenance",
+    ]  # fmt: skip
+    assert f"{100 * result.figures['accuracy']:.2f} %" in page.text
+    assert (tmp_path / "run/recipe.toml").read_text().splitlines()[5] in page.text
+    wrong = round(359 * (1 - result.figures["accuracy"]))
+    assert f"{wrong} images are classified wrongly" in page.text and page.tags["svg"] == 4
+
+
+def test_smoothed_curves_keep_lines_straight():
+    """A mean of as many neighbours on both sides: a line stays, and noise becomes smaller."""
+    line = [0.5 * step - 3 for step in range(40)]
+    assert smooth(line, 7) == pytest.approx(line)
+    noise = np.random.default_rng(0).standard_normal(400)
+    found = np.array(smooth(noise.tolist(), 9))
+    assert found[20] == pytest.approx(noise[16:25].mean()) and found[0] == noise[0]
+    assert found[10:-10].std() < noise.std() / 2
 
 
 def test_the_resolved_recipe_repeats_the_run(tmp_path):

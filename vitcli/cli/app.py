@@ -476,7 +476,7 @@ def inspect(
     The figures: embedding filters, position similarity, mean attention distance per head, attention
     rollout per image, and translation equivariance and locality, compared with random weights and
     with a ResNet.
-    The folder holds `index.html`, PNG files, `inspect.json` and `figures.npz`.
+    The folder holds `report.html`, PNG files, `inspect.json` and `figures.npz`.
 
     Example: `vitcli inspect cat.jpg --model runs/finetune --out look/`
     """
@@ -564,7 +564,12 @@ def patchify(
 def check(
     data: Annotated[str, typer.Argument(help="Dataset to check.", metavar="DATA")],
     out: Annotated[
-        Path | None, option(OUTPUT, "--out", help="Draw samples of each class into this .png file.")
+        Path | None,
+        option(
+            OUTPUT,
+            "--out",
+            help="Folder for a report and samples, or a .png file for samples of each class.",
+        ),
     ] = None,
     set_: Set = None,
     json: Json = False,
@@ -574,7 +579,7 @@ def check(
     Every image is read once. Duplicates are found by content, so recompressed and resized copies
     are found too. Training images that are also test images are reported first.
 
-    Example: `vitcli check photos/ --out samples.png`
+    Example: `vitcli check photos/ --out check/`
     """
     from vitcli.cli.show import check as show
     from vitcli.commands import check as command

@@ -26,9 +26,8 @@ from vitcli.cost.bench import (
 from vitcli.cost.machine import system_memory
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.errors import VitcliError, printable, unknown
-from vitcli.evals.plots import save_figure
-from vitcli.files import replacing
 from vitcli.progress import Quiet, Watcher
+from vitcli.report.charts import BLUE, ORANGE, new_figure, save_atomically
 from vitcli.vit import Config, Network, from_config, parse_variant
 from vitcli.vit.macs import macs
 from vitcli.weights.load import load_model, newest_run
@@ -163,11 +162,13 @@ def run(
             measured = _measure(name, sized, case, against or [], limit, watch)
             rows += measured
             ratios += [_compare(measured[0], row) for row in measured[1:]]
+    label, threads = device.type, torch.get_num_threads()
+    if device.type == "cuda":
+        label = torch.cuda.get_device_name()
     if out is not None:
-        _draw_bars(rows, out)
-    label = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+        _draw_bars(rows, out, f"{label}, {threads} threads" if device.type == "cpu" else label)
     picture = None if out is None else str(out)
-    return BenchReport(label, torch.get_num_threads(), limit, tuple(rows), tuple(ratios), picture)
+    return BenchReport(label, threads, limit, tuple(rows), tuple(ratios), picture)
 
 
 def _default_model(watch: Watcher) -> str:
@@ -265,29 +266,32 @@ def _compare(ours: BenchRow, theirs: BenchRow) -> dict[str, Any]:
     }
 
 
-def _draw_bars(rows: list[BenchRow], path: Path) -> None:
-    """Draw images/s and largest batches as bars."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def _draw_bars(rows: list[BenchRow], path: Path, device: str) -> None:
+    """Draw images/s and largest batches as bars, with their values."""
     facts = [row.to_json() for row in rows]
-    figure = Figure(figsize=(11, 1.2 + 0.55 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 1.6 + 0.6 * len(rows))
+    figure.suptitle(f"{device}, batch size {rows[0].case.batch}", fontsize=10)
     panels = (
         ("images/s", ("forward_images_per_second", "training_images_per_second")),
         ("largest batch", ("largest_forward_batch", "largest_training_batch")),
     )
     for number, (title, keys) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, number)
-        for place, (key, label) in enumerate(zip(keys, ("forward", "training"), strict=True)):
+        series = zip(keys, ("forward", "training"), (BLUE, ORANGE), strict=True)
+        for place, (key, label, colour) in enumerate(series):
             heights = [i + 0.38 * place for i in range(len(facts))]
-            axes.barh(heights, [f[key] for f in facts], height=0.36, label=label)
+            values = [f[key] for f in facts]
+            bars = axes.barh(heights, values, height=0.36, label=label, color=colour)
+            texts = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values]
+            axes.bar_label(bars, texts, padding=3, fontsize=8)
         names = [printable(row.label) for row in rows] if number == 1 else []
         axes.set_yticks([i + 0.19 for i in range(len(facts))], names)
         axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.set_title(title)
+        # Labels of a logarithmic axis overlap where the values span less than a power of ten.
+        axes.margins(x=0.15)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(title)
         axes.grid(alpha=0.3, axis="x")
-        axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        save_figure(figure, temporary, dpi=110)
+        axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+    save_atomically(figure, path)

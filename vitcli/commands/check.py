@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from vitcli.config.recipe import load_data_check
 from vitcli.config.schema import DataSection, Settings
-from vitcli.data.contact_sheet import SheetRow, draw_sheet
 from vitcli.data.image_set import ImageSet, Integers, Numbers
 from vitcli.data.numeric_labels import distribution, far_values, has_fractions, label_values
 from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
 from vitcli.data.splits import with_auto_validation
-from vitcli.errors import VitcliError, printable, quoted
-from vitcli.files import replacing
-from vitcli.pixels import PixelFormat, Window
+from vitcli.errors import VitcliError, quoted
+from vitcli.files import make_folder, replacing
+from vitcli.inspection.dataset_report import dataset_page, draw_samples, output_files
+from vitcli.pixels import Window
 from vitcli.progress import Quiet, Watcher
+from vitcli.report.page import Page, write_report
 from vitcli.train.imbalance import IMBALANCED, ClassSizes
 from vitcli.train.objectives import objective_class
 
@@ -30,7 +30,6 @@ MAX_EXAMPLES = 5  # class names in one line
 TINY = 16  # px, of the shorter side
 ODD_ASPECT = 3.0
 FEW = 5  # images per class that few-shot evaluation and a split need at least
-SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 40, 64
 # (largest shorter side of the images, suggested patch size): 50 to 250 tokens, and small patches
 # for small images, because training on little data fails without them.
 PATCHES = ((20, 2), (48, 4), (128, 8))
@@ -50,6 +49,7 @@ class CheckResult:
         window: the window that training takes for them.
         groups: (n,) group numbers, equal for images that show the same.
         sheet: file of the contact sheet, or None.
+        report: file of the report, or None.
     """
 
     data: str
@@ -60,6 +60,7 @@ class CheckResult:
     sheet: str | None
     samples: SampleRange | None = None
     window: Window | None = None
+    report: str | None = None
 
     @cached_property
     def values(self) -> Numbers | None:
@@ -306,6 +307,7 @@ class CheckResult:
             "suggested": self.suggestion,
             "suggested_objective": None if self.values is None else "mse",
             "sheet": self.sheet,
+            "report": self.report,
         }
 
 
@@ -340,7 +342,7 @@ def run(
     Args:
         data: DATA, checked with all its splits.
         settings: nested settings, such as `data.label_column`.
-        out: a PNG file for samples of each class.
+        out: a folder for the report and the samples of each class, or a PNG file for the samples.
         workers: threads that read; None uses one per core.
         watch: receives progress.
 
@@ -351,8 +353,7 @@ def run(
     given = load_data_check(settings)
     section, window = given.data, given.preprocess.window
     numeric = objective_class(given.objective.name).regression
-    if out is not None and out.suffix.lower() != ".png":
-        raise VitcliError(f"`--out {out}` is not a .png file", "write `--out samples.png`")
+    sheet, page = output_files(out)
     open_whole = partial(open_data, section, data, whole=True, labelled=False, watch=watch)
     source: Source = open_whole(numeric=numeric)
     if not numeric and has_fractions(source):  # which no classifier takes
@@ -367,11 +368,16 @@ def run(
     scan = scan_dataset(source, window=window, workers=workers, watch=watch)
     watch.note("comparing images")
     groups = group_duplicates(scan.hashes, scan.thumbnails)
-    if out is not None:
-        with replacing(out) as temporary:
-            draw_samples(source, scan, window).save(temporary, format="PNG")
-    sheet = None if out is None else str(out)
-    return CheckResult(data, source, training, scan, groups, sheet, samples, window)
+    paths = [None if path is None else str(path) for path in (sheet, page)]
+    result = CheckResult(data, source, training, scan, groups, paths[0], samples, window, paths[1])
+    if sheet is not None:
+        if page is not None:
+            make_folder(page.parent)
+        with replacing(sheet) as temporary:
+            draw_samples(source, scan, window, f"samples of {data}").save(temporary, format="PNG")
+    if page is not None:
+        write_report(page, partial(_make_page, result), watch)
+    return result
 
 
 def _open_for_training(section: DataSection, data: str, numeric: bool) -> Source | VitcliError:
@@ -384,13 +390,12 @@ def _open_for_training(section: DataSection, data: str, numeric: bool) -> Source
         return error
 
 
-def draw_samples(source: Source, scan: DatasetScan, window: Window | None) -> Image.Image:
-    """A contact sheet of the first split with one row per class."""
-    images = next(iter(source.splits.values()))
-    rows = []
-    for label, name in enumerate(source.classes[:SHEET_ROWS]):
-        members = scan.index[(scan.split == 0) & (scan.label == label)]
-        chosen = members[:: max(1, len(members) // SHEET_COLUMNS)][:SHEET_COLUMNS]
-        rows.append(SheetRow(printable(name), [int(index) for index in chosen]))
-    read = partial(images.read, mode=PixelFormat("RGB", window))
-    return draw_sheet(rows, read, columns=SHEET_COLUMNS, side=SHEET_SIDE)
+def _make_page(result: CheckResult) -> Page:
+    """The report, with thumbnails of the images."""
+    groups: dict[str, Any] = {
+        **result.leaks,
+        "label_conflicts": result.conflicts,
+        "exact_duplicates": result.exact_duplicates,
+        "near_duplicates": result.near_duplicates,
+    }
+    return dataset_page(result.to_json(), groups, result.source, result.scan, result.window)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,12 @@ from vitcli.evals.features import Extracted, extract, rank_and_world_size
 from vitcli.evals.held_out import choose_images
 from vitcli.evals.plots import evaluation_files, write_evaluation_files
 from vitcli.evals.real_labels import read_real_labels, real_targets
+from vitcli.evals.report import evaluation_page
 from vitcli.evals.scoring import THRESHOLD
 from vitcli.evals.thresholds import ThresholdRule, fit_thresholds
 from vitcli.files import check_folder, make_folder
-from vitcli.progress import Quiet, Watcher
+from vitcli.progress import NoteCollector, Quiet, Watcher
+from vitcli.report.page import write_report
 from vitcli.run import new_output, run_stem
 from vitcli.weights.load import (
     load_model,
@@ -71,7 +74,7 @@ class EvaluationRequest:
     precision: str
     seed: int
     verbose: bool
-    watch: Watcher
+    watch: NoteCollector
 
 
 @dataclass
@@ -83,6 +86,7 @@ class LoadedTask:
         folder: folder of the files that the evaluation writes.
         weights_file: file that will hold what is fitted; None without `--calibrate` and
             `--thresholds`.
+        request: the options, with a watcher that collects the notes about this model.
     """
 
     model: str
@@ -92,6 +96,7 @@ class LoadedTask:
     matching: ClassMatching | None
     folder: Path
     weights_file: Path | None
+    request: EvaluationRequest
 
 
 def run(
@@ -152,7 +157,7 @@ def run(
         precision=precision,
         seed=seed,
         verbose=verbose,
-        watch=watch,
+        watch=NoteCollector(watch),  # each model gets its own
     )
     models = [model] if isinstance(model, str) else list(model or ())
     if not models:
@@ -164,7 +169,10 @@ def run(
     with new_output(out, stem) as root:
         folders = _output_folders(models, root)
         # Load and check every model before the first is evaluated: a mistake shows at once.
-        tasks = [_load(name, request, folder) for name, folder in zip(models, folders, strict=True)]
+        tasks = [
+            _load(name, replace(request, watch=NoteCollector(watch)), folder)
+            for name, folder in zip(models, folders, strict=True)
+        ]
         if len({task.net.is_regression for task in tasks}) > 1:
             raise VitcliError(
                 "some of these models predict classes and others numbers (regression)",
@@ -172,7 +180,7 @@ def run(
             )
         results = []
         while tasks:
-            results.append(_evaluate(tasks.pop(0), request))  # pop: frees the weights afterwards
+            results.append(_evaluate(tasks.pop(0)))  # pop: frees the weights afterwards
     return results[0] if len(results) == 1 else compare_models(data, results)
 
 
@@ -209,7 +217,7 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
         if net.labels not in (None, source.classes):
             name = (net.labels or ("",))[0]
             watch.warn(f"`{model}` predicts `{name}`, and the data have `{source.classes[0]}`")
-        return LoadedTask(model, net, source, images, None, folder, None)
+        return LoadedTask(model, net, source, images, None, folder, None, request)
     matching = match_outputs(net, source.classes, request.data, watch, request.class_map)
     if images.targets is not None:
         _check_multi_label(matching, source, request)
@@ -225,7 +233,8 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
     if request.calibrate or request.thresholds is not None:
         check_same_kind(net, images, model)
         file = temperature_file(model, not arguments and request.labels is None, folder)
-    return LoadedTask(model, net, source, matching.select(images), matching, folder, file)
+    chosen = matching.select(images)
+    return LoadedTask(model, net, source, chosen, matching, folder, file, request)
 
 
 def _check_regression(net: LoadedModel, model: str, request: EvaluationRequest) -> None:
@@ -260,11 +269,11 @@ def _check_multi_label(matching: ClassMatching, source: Source, request: Evaluat
         )
 
 
-def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
+def _evaluate(task: LoadedTask) -> Evaluation:
     """Evaluate one model and write its files."""
-    net, images, watch = task.net, task.images, request.watch
+    net, images, request, watch = task.net, task.images, task.request, task.request.watch
     if task.matching is None:
-        return _evaluate_numbers(task, request)
+        return _evaluate_numbers(task)
     fitted, record = None, None
     if task.weights_file is not None:
         split = split_for_calibration(task.source, images, task.matching, request.seed)
@@ -294,9 +303,7 @@ def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
     ).run()
     result = replace(result, files=evaluation_files(result, task.folder))
     if rank_and_world_size()[0] == 0:
-        if result.files:
-            make_folder(task.folder)
-            write_evaluation_files(result, images, require_preprocess(net).pixel_format)
+        _write(result, images, task)
         if fitted is not None and record is not None:
             # Last: if anything above fails, the weights file is unchanged.
             make_folder(fitted.file.parent)
@@ -309,6 +316,15 @@ def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
                 thresholds=request.thresholds is not None,
             )
     return result
+
+
+def _write(result: Evaluation, images: ImageSet, task: LoadedTask) -> None:
+    """Write the files of an evaluation, and the report, which shows them all."""
+    wanted = require_preprocess(task.net).pixel_format
+    make_folder(task.folder)
+    write_evaluation_files(result, images, wanted)
+    page = partial(evaluation_page, result, images, wanted, task.request.watch.lines)
+    write_report(Path(result.files["report"]), page, task.request.watch)
 
 
 def _fit(
@@ -341,9 +357,9 @@ def _fit(
     return fit
 
 
-def _evaluate_numbers(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
+def _evaluate_numbers(task: LoadedTask) -> Evaluation:
     """Evaluate a regression and write its files."""
-    images = task.images
+    images, request = task.images, task.request
     request.watch.note(f"evaluating {len(images):,} {images.name} images of {request.data}")
     result = evaluate_numbers(
         task.net,
@@ -356,8 +372,7 @@ def _evaluate_numbers(task: LoadedTask, request: EvaluationRequest) -> Evaluatio
     )
     result = replace(result, files=evaluation_files(result, task.folder))
     if rank_and_world_size()[0] == 0:
-        make_folder(task.folder)
-        write_evaluation_files(result, images, require_preprocess(task.net).pixel_format)
+        _write(result, images, task)
     return result
 
 

@@ -7,9 +7,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vitcli.decode import ImageError
 
-MARGIN = 160
-LINE_HEIGHT = 13  # px
-LETTER_WIDTH = 6.2  # px, mean
+MARGIN = 180  # px, for the titles of the rows
+FONT_SIZE, LINE_HEIGHT = 13, 16  # px
+LETTER_WIDTH = 7.4  # px, mean
+TITLE_HEIGHT = 30  # px, of the title of the sheet
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,12 @@ class SheetRow:
 
 
 def draw_sheet(
-    rows: Sequence[SheetRow], read: Callable[[int], Image.Image], *, columns: int, side: int
+    rows: Sequence[SheetRow],
+    read: Callable[[int], Image.Image],
+    *,
+    columns: int,
+    side: int,
+    title: str = "",
 ) -> Image.Image:
     """Draw the sheet; an image that cannot be read leaves its cell empty.
 
@@ -36,15 +42,21 @@ def draw_sheet(
         read: index in `SheetRow.images` -> image; its ImageErrors are ignored.
         columns: images per row.
         side: side of a cell in pixels.
+        title: text above all rows.
     """
     lines = max((c.count("\n") + 1 for row in rows for c in row.captions), default=0)
     step = side + lines * LINE_HEIGHT + (4 if lines else 0)
-    sheet = Image.new("RGB", (MARGIN + columns * side, max(1, len(rows)) * step), "white")
+    head = TITLE_HEIGHT if title else 0
+    size = MARGIN + columns * side, head + max(1, len(rows)) * step
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(10)
-    for y, row in enumerate(rows):
-        title = "\n".join(_cut(line, MARGIN - 12) for line in row.title.split("\n"))
-        pen.multiline_text((6, y * step + side // 2 - 6), title, fill="black", font=font)
+    font = ImageFont.load_default(FONT_SIZE)
+    if title:
+        pen.text((6, 7), _cut(title, size[0] - 12), fill="black", font=font)
+    for number, row in enumerate(rows):
+        top = head + number * step
+        name = "\n".join(_cut(line, MARGIN - 12) for line in row.title.split("\n"))
+        pen.multiline_text((6, top + side // 2 - 6), name, fill="black", font=font)
         for x, index in enumerate(row.images[:columns]):
             left = MARGIN + x * side
             try:
@@ -52,10 +64,10 @@ def draw_sheet(
             except ImageError:  # removed since the scan
                 continue
             small = ImageOps.contain(picture, (side - 2, side - 2))
-            sheet.paste(small, (left + 1, y * step + 1))
+            sheet.paste(small, (left + 1, top + 1))
             if row.captions:
                 text = "\n".join(_cut(line, side - 4) for line in row.captions[x].split("\n"))
-                pen.multiline_text((left + 2, y * step + side), text, fill="black", font=font)
+                pen.multiline_text((left + 2, top + side), text, fill="black", font=font)
     return sheet
 
 

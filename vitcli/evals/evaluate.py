@@ -100,7 +100,7 @@ class Evaluation:
         numbers: true and predicted numbers of a regression, else None.
         leave_out: mean average precision without each image; None for single-label images.
         worst: the images of a regression with the largest errors.
-        files: files that are written: `confusion`, `confusion_picture`, `reliability`, `mistakes`.
+        files: files that are written, see `evaluation_files`.
     """
 
     model: str
@@ -144,6 +144,7 @@ class Evaluation:
         if self.numbers is not None:
             found["target"] = self.numbers.name
             found |= {"worst": list(self.worst), "scatter": files.get("scatter")}
+            found |= {"mistakes": files.get("mistakes_table"), "report": files.get("report")}
             return found | {"unreadable": list(self.broken)}
         if details is not None:
             found |= details.calibration_error.to_json()
@@ -166,8 +167,9 @@ class Evaluation:
                 "confusion_picture": files.get("confusion_picture"),
                 "reliability_picture": files.get("reliability"),
                 "mistakes_picture": files.get("mistakes"),
+                "mistakes": files.get("mistakes_table"),
             }
-        return found | {"unreadable": list(self.broken)}
+        return found | {"unreadable": list(self.broken), "report": files.get("report")}
 
 
 def evaluate_numbers(
@@ -295,7 +297,9 @@ class Evaluator:
                 correct=scores.correct,
                 confusion=confusion_matrix(labels, predicted, num_columns)[:num_classes],
                 reliability=reliability_bins(scores.confidence, scores.correct),
-                mistakes=find_mistakes(scores, self.images, self.extracted, matching, names),
+                mistakes=find_mistakes(
+                    scores, self.images, self.extracted.indices, labels, matching.classes, names
+                ),
                 calibration_error=error,
                 display_names=dict(
                     zip(matching.classes, matching.display_names or (), strict=False)

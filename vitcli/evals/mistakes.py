@@ -1,8 +1,10 @@
-"""The worst mistakes of a classifier, and the classes that it confuses most often."""
+"""The mistakes of a classifier, and the classes that it confuses most often."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,14 @@ from PIL import Image
 from vitcli.data.contact_sheet import SheetRow, draw_sheet
 from vitcli.data.image_set import ImageSet
 from vitcli.errors import printable
-from vitcli.evals.class_matching import ClassMatching
-from vitcli.evals.features import Extracted
-from vitcli.evals.scoring import ImageScores
+from vitcli.evals.scoring import ImageScores, Ints
+from vitcli.files import replacing
 from vitcli.pixels import PixelFormat
 
 NUM_WORST = 24  # images
 NUM_PAIRS = 10  # pairs of classes
-NUM_COLUMNS, IMAGE_SIZE = 8, 112  # of the sheet; pixels per side
+NUM_COLUMNS, IMAGE_SIZE = 8, 160  # of the sheet; pixels per side
+CSV_COLUMNS = ("path", "label", "predicted", "probability", "label_probability")
 
 
 @dataclass(frozen=True)
@@ -54,52 +56,80 @@ class ConfusedPair:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """`worst`: wrong images by falling loss. `confused`: pairs of classes by falling count."""
+    """`wrong`: all wrong images by falling loss. `confused`: pairs of classes by falling count."""
 
-    worst: tuple[Mistake, ...]
+    wrong: tuple[Mistake, ...]
     confused: tuple[ConfusedPair, ...]
+
+    @property
+    def worst(self) -> tuple[Mistake, ...]:
+        """The first of `wrong`."""
+        return self.wrong[:NUM_WORST]
 
 
 def find_mistakes(
     scores: ImageScores,
     images: ImageSet,
-    extracted: Extracted,
-    matching: ClassMatching,
+    indices: Ints,
+    labels: Ints,
+    classes: Sequence[str],
     predicted: Sequence[str],
 ) -> Mistakes:
-    """Collect the misclassified images; `predicted` (n,) are the names of the predictions."""
-    labels, classes = extracted.labels, matching.classes
+    """Collect the misclassified images.
+
+    Args:
+        indices: (n,) index of each image in `images`.
+        labels: (n,) its class.
+        predicted: (n,) the names of the predictions.
+    """
     wrong = np.flatnonzero(~scores.correct)
     # The loss of a wrong answer is high where the model was sure: these are mislabelled images, or
     # the errors that matter most.
-    by_loss = wrong[np.argsort(-scores.loss[wrong], kind="stable")]
-
-    def mistake(row: int) -> Mistake:
-        index = int(extracted.indices[row])
-        return Mistake(
-            path=images.describe(index),
+    by_loss = wrong[np.argsort(-scores.loss[wrong], kind="stable")].tolist()
+    found = {
+        row: Mistake(
+            path=images.describe(int(indices[row])),
             true=classes[int(labels[row])],
             predicted=predicted[row],
             probability=float(scores.confidence[row]),
             true_probability=float(np.exp(-scores.loss[row])),
-            index=index,
+            index=int(indices[row]),
         )
-
-    pairs: dict[tuple[str, str], list[int]] = {}
-    for row in by_loss.tolist():
-        pairs.setdefault((classes[int(labels[row])], predicted[row]), []).append(row)
+        for row in by_loss
+    }
+    pairs: dict[tuple[str, str], list[Mistake]] = {}
+    for one in found.values():
+        pairs.setdefault((one.true, one.predicted), []).append(one)
     # Python's sort is stable, so pairs of equal count keep the order of their worst image.
     largest = sorted(pairs.items(), key=lambda item: -len(item[1]))[:NUM_PAIRS]
     number = {classes[k]: int(count) for k, count in enumerate(np.bincount(labels))}
     confused = [
-        ConfusedPair(true, name, len(rows), number[true], tuple(map(mistake, rows[:NUM_COLUMNS])))
-        for (true, name), rows in largest
+        ConfusedPair(true, name, len(some), number[true], tuple(some[:NUM_COLUMNS]))
+        for (true, name), some in largest
     ]
-    return Mistakes(tuple(mistake(int(row)) for row in by_loss[:NUM_WORST]), tuple(confused))
+    return Mistakes(tuple(found.values()), tuple(confused))
+
+
+def write_mistakes(path: Path, mistakes: Mistakes) -> None:
+    """Write all wrong images as CSV, the least probable label first, to correct labels by."""
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(CSV_COLUMNS)
+        for one in mistakes.wrong:
+            writer.writerow(
+                [one.path, one.true, one.predicted, one.probability, one.true_probability]
+            )
 
 
 def draw_mistakes(
-    mistakes: Mistakes, images: ImageSet, wanted: PixelFormat, display_names: Mapping[str, str]
+    mistakes: Mistakes,
+    images: ImageSet,
+    wanted: PixelFormat,
+    display_names: Mapping[str, str],
+    title: str,
 ) -> Image.Image:
     """Draw the images, each with its true class, its predicted class and the probability."""
 
@@ -109,14 +139,15 @@ def draw_mistakes(
         )
         return f"{true}\n-> {predicted}"
 
-    def row(title: str, some: Sequence[Mistake]) -> SheetRow:
+    def row(name: str, some: Sequence[Mistake]) -> SheetRow:
         captions = [f"{caption(one)}\n{100 * one.probability:.1f} %" for one in some]
-        return SheetRow(title, [one.index for one in some], captions)
+        return SheetRow(name, [one.index for one in some], captions)
 
     rows = []
     for start in range(0, len(mistakes.worst), NUM_COLUMNS):
-        title = "least probable\ntrue class" if start == 0 else ""
-        rows.append(row(title, mistakes.worst[start : start + NUM_COLUMNS]))
+        first = "least probable\ntrue class" if start == 0 else ""
+        rows.append(row(first, mistakes.worst[start : start + NUM_COLUMNS]))
     for pair in mistakes.confused:
         rows.append(row(f"{caption(pair)}\n{pair.images} of {pair.of} images", pair.examples))
-    return draw_sheet(rows, partial(images.read, mode=wanted), columns=NUM_COLUMNS, side=IMAGE_SIZE)
+    read = partial(images.read, mode=wanted)
+    return draw_sheet(rows, read, columns=NUM_COLUMNS, side=IMAGE_SIZE, title=title)

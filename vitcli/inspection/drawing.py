@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFilter
 Array = NDArray[Any]
 MIN_SIDE = 224  # px; smaller images are enlarged to about this size
 GAP = 2  # px between tiles
+# The range of a rollout that is shown, and the brightness of its lowest values.
+MASK_PERCENTILES, DARKEST = (5, 80), 0.2
 WHITE = (255, 255, 255)
 
 
@@ -30,10 +32,17 @@ def rollout_mask(rollout: Array, size: tuple[int, int], patch: float) -> Image.I
 
 
 def overlay_rollout(image: Image.Image, rollout: Array, patch: int) -> Image.Image:
-    """The image, dark where the rollout is low."""
+    """The image, dark where the rollout is low.
+
+    The rollout often has a single high peak, and a mask in proportion to it is nearly black. So the
+    range between two percentiles is stretched to `DARKEST` … 1.
+    """
     scale = image.width / (rollout.shape[1] * patch)
-    mask = rollout_mask(rollout, (image.height, image.width), patch * scale)
-    return Image.composite(image, Image.new("RGB", image.size), mask)
+    mask = np.asarray(rollout_mask(rollout, (image.height, image.width), patch * scale)) / 255
+    low, high = np.percentile(mask, MASK_PERCENTILES)
+    stretched = np.clip((mask - low) / (high - low), 0, 1) if high > low else mask
+    shade = DARKEST + (1 - DARKEST) * stretched  # (Y, X)
+    return Image.fromarray(np.rint(np.asarray(image) * shade[..., None]).astype(np.uint8))
 
 
 def enlarge(image: Image.Image, min_side: int = MIN_SIDE) -> Image.Image:

@@ -4,7 +4,6 @@ Each `add_…` function turns the numbers of one topic into a section of the pag
 for `figures.npz` and facts for JSON. Nothing is written before `Report.write`.
 """
 
-import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -13,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.errors import printable
-from vitcli.evals.plots import save_figure
 from vitcli.files import make_folder, replacing, write_text
 from vitcli.inspection import drawing
 from vitcli.inspection.attention import AttentionStatistics
@@ -32,65 +28,20 @@ from vitcli.inspection.embeddings import (
     similarity_means,
 )
 from vitcli.inspection.inductive_bias import BiasRow
+from vitcli.report.charts import save_figure, to_svg
+from vitcli.report.page import (
+    REPORT_FILE,
+    Block,
+    Page,
+    Paragraph,
+    Picture,
+    Section,
+    Table,
+    provenance_section,
+)
 from vitcli.vit import Network, VisionTransformer
 
-ARRAYS_FILE, FACTS_FILE, PAGE_FILE = "figures.npz", "inspect.json", "index.html"
-
-# All pictures are inside the page, so that it can be mailed and opens without a network.
-PAGE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title | printable }}</title><style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-img { max-width: 100%; height: auto; background: #fff; }
-figure { margin: 1rem 0; } figcaption { font-size: .9rem; opacity: .8; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
-  overflow-x: auto; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #8884; }
-th:first-child, td:first-child { text-align: left; }
-</style></head><body>
-<h1>{{ title | printable }}</h1><p>{{ summary | printable }}</p>
-{% for section in sections %}
-<section><h2>{{ section.title | printable }}</h2>
-{% if section.text %}<p>{{ section.text | printable }}</p>{% endif %}
-{% for caption, picture in section.pictures %}
-<figure><img src="data:image/png;base64,{{ picture | base64 }}" alt="{{ caption | printable }}">
-<figcaption>{{ caption | printable }}</figcaption></figure>
-{% endfor %}
-{% if section.table %}
-<table><thead><tr>{% for cell in section.table[0] %}<th>{{ cell | printable }}</th>{% endfor %}
-</tr></thead><tbody>
-{% for row in section.table[1:] %}
-<tr>{% for cell in row %}<td>{{ cell | printable }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody></table>
-{% endif %}
-</section>
-{% endfor %}
-</body></html>
-"""
-
-
-@dataclass(frozen=True)
-class ReportSection:
-    """A heading, a paragraph, (caption, PNG) pairs, and a table whose first row is its head."""
-
-    title: str
-    text: str = ""
-    pictures: Sequence[tuple[str, bytes]] = ()
-    table: Sequence[Sequence[Any]] = ()
-
-
-def render_page(title: str, summary: str, sections: Sequence[ReportSection]) -> str:
-    """The HTML page. All text is escaped: names of files and classes come from the user."""
-    environment = Environment(autoescape=True, trim_blocks=True)
-    environment.filters["printable"] = lambda value: printable(str(value))
-    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
-    template = environment.from_string(PAGE)
-    return template.render(title=title, summary=summary, sections=sections) + "\n"
+ARRAYS_FILE, FACTS_FILE = "figures.npz", "inspect.json"
 
 
 @dataclass
@@ -104,7 +55,7 @@ class Report:
 
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
-    sections: list[ReportSection] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
 
     def add(
         self,
@@ -114,20 +65,22 @@ class Report:
         table: Sequence[Sequence[Any]] = (),
     ) -> None:
         """Add a section; `pictures` are file name, caption, and a Pillow or matplotlib picture."""
-        captioned = []
+        blocks: list[Block] = [Paragraph(text)]
         for name, caption, picture in pictures:
-            file = io.BytesIO()
-            if isinstance(picture, Image.Image):
+            file, is_image = io.BytesIO(), isinstance(picture, Image.Image)
+            if is_image:
                 picture.save(file, format="PNG", optimize=True)
             else:
                 save_figure(picture, file)
             self.pictures[name] = file.getvalue()
-            captioned.append((caption, file.getvalue()))
-        self.sections.append(ReportSection(title, text, captioned, table))
+            blocks.append(Picture(file.getvalue() if is_image else to_svg(picture, name), caption))
+        if table:
+            blocks.append(Table(table[0], table[1:], sortable=False))
+        self.sections.append(Section(title, blocks))
 
     def files(self) -> list[str]:
         """The names of all files, the page first."""
-        return [PAGE_FILE, FACTS_FILE, ARRAYS_FILE, *self.pictures]
+        return [REPORT_FILE, FACTS_FILE, ARRAYS_FILE, *self.pictures]
 
     def write(self, folder: Path, facts: Mapping[str, Any], title: str, summary: str) -> None:
         """Write all files into `folder`, each atomically, the page last.
@@ -142,7 +95,8 @@ class Report:
         with replacing(folder / ARRAYS_FILE) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **self.arrays)
         write_text(folder / FACTS_FILE, json.dumps(facts, indent=1) + "\n")
-        write_text(folder / PAGE_FILE, render_page(title, summary, self.sections))
+        page = Page(title, summary, sections=[*self.sections, provenance_section()])
+        page.write(folder / REPORT_FILE)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Records of a run: metrics.jsonl, the progress bar and curves.png."""
+"""Records of a run: metrics.jsonl and the progress bar."""
 
 import math
 import time
@@ -10,7 +10,6 @@ from torch import Tensor
 from vitcli.config.schema import Recipe
 from vitcli.data.loader import TrainLoader
 from vitcli.devices import peak_memory
-from vitcli.files import replacing
 from vitcli.progress import Bar, Watcher
 from vitcli.run import Run
 from vitcli.train.agreement import mean_over_processes
@@ -22,16 +21,6 @@ from vitcli.train.meters import (
     slow_data_warning,
 )
 from vitcli.train.trackers import Track
-
-# The panels of curves.png.
-PANELS = {
-    "loss": ("train/loss", "validation/loss", "test/loss"),
-    "accuracy": ("train/accuracy", "validation/accuracy", "test/accuracy"),
-    "mean average precision": ("validation/map", "test/map"),
-    "mean absolute error": ("train/mae", "validation/mae", "test/mae"),
-    "R2": ("validation/r2", "test/r2"),
-    "learning rate": ("lr",),
-}
 
 
 @dataclass
@@ -128,34 +117,3 @@ class Recorder:
             return
         self._warned = True
         self.watch.warn(slow_data_warning(times, self.loader, str(self.recipe.data.name)))
-
-
-def draw_curves(run: Run) -> None:
-    """Plot the records of a run as curves.png; a panel without values is omitted."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    records = run.records()
-    panels = {
-        title: names
-        for title, names in PANELS.items()
-        if any(name in record for record in records for name in names)
-    }
-    if not panels:
-        return
-    # Not through pyplot, which would choose a backend for the whole process.
-    figure = Figure(figsize=(4.5 * len(panels), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for number, (title, names) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(1, len(panels), number)
-        for name in names:
-            points = [(r["step"], r[name]) for r in records if name in r]
-            if points:
-                marker = "o" if name.startswith(("validation/", "test/")) else None
-                axes.plot(*zip(*points, strict=True), label=name, marker=marker, linewidth=1.5)
-        axes.set_xlabel("step")
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    with replacing(run.path / "curves.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

@@ -21,6 +21,7 @@ from vitcli.errors import VitcliError
 from vitcli.evals.regression import regression_intervals
 from vitcli.files import exclusive, read_json, write_text
 from vitcli.progress import Logged, Quiet, Watcher
+from vitcli.report.page import REPORT_FILE, write_report
 from vitcli.run import (
     OUTCOMES,
     RUNS,
@@ -49,7 +50,7 @@ from vitcli.train.recorded_images import (
     record_images,
     rows_text,
 )
-from vitcli.train.recorder import draw_curves
+from vitcli.train.report import HeldOut, draw_curves, run_page
 from vitcli.train.resuming import (
     changes_length,
     check_resumable,
@@ -187,7 +188,7 @@ def train(
             loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
             record_changes(loop.run, loop.state.step, changed)
         loop.fit()
-        return finish(loop)
+        return finish(loop, source)
 
 
 def _run_to_resume(out: Path | None, recipe: Recipe, resume: bool) -> Run | None:
@@ -271,8 +272,8 @@ def errors_logged(loop: Loop, log: Logged, is_new: bool) -> Iterator[None]:
         raise outside from None
 
 
-def finish(loop: Loop) -> TrainResult:
-    """Evaluate, write weights and curves, and then the result, which marks the run as finished."""
+def finish(loop: Loop, source: Source) -> TrainResult:
+    """Evaluate, write weights and the report, and then the result, which marks a finished run."""
     recipe, run, accelerator, model = loop.recipe, loop.run, loop.accelerator, loop.loaded
     # The test images come last: their predictions are the `outcomes` that stay.
     chosen = evaluate_at_end(loop)
@@ -307,11 +308,17 @@ def finish(loop: Loop) -> TrainResult:
     if accelerator.is_main_process:
         if outcomes:  # `vitcli compare` pairs two runs image by image
             kind = torch.float64 if model.is_regression else torch.int64
-            columns = torch.tensor(outcomes, dtype=kind).unbind(dim=1)
+            columns = torch.tensor([one[:3] for one in outcomes], dtype=kind).unbind(dim=1)
             names = ("index", "target" if model.is_regression else "label", "predicted")
             save_tensors(run.path / OUTCOMES, dict(zip(names, columns, strict=True)))
         run.update_provenance({"steps": loop.total_steps})
         draw_curves(run)
+        held_out = None
+        if metrics and model.preprocess is not None:
+            split = list(loop.evaluations)[-1]
+            held_out = HeldOut(source.splits[split], outcomes, model.preprocess.pixel_format)
+        page = partial(run_page, run, result.to_json(), source, held_out)
+        write_report(run.path / REPORT_FILE, page, loop.watch)
         run.finish(result.to_json())
     accelerator.wait_for_everyone()
     return result

@@ -29,9 +29,9 @@ from vitcli.weights.loaded import LoadedModel
 
 EVAL_BATCH_SIZE = 256
 
-# Index of the image, its class and the predicted class; for a regression, its number and the
-# predicted one.
-Outcome = tuple[int, int, int] | tuple[int, float, float]
+# Index of the image, its class, the predicted class, the probability of the prediction, and that of
+# the class. For a regression: index, number, predicted number.
+Outcome = tuple[int, int, int, float, float] | tuple[int, float, float]
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,12 @@ def run_validation(
     outcomes: list[Outcome] = []
     for logits, batch in outputs:
         loss = _sum_of_losses(model, logits, batch.labels)
+        # As in `evaluate`: a softmax, also for a head of sigmoids.
+        shares = (logits / model.temperature).softmax(dim=1)
         predicted = logits.argmax(dim=1)
         correct = (predicted == batch.labels).sum()
-        columns = (batch.indices, batch.labels.cpu(), predicted.cpu())
+        chances = [shares.gather(1, which[:, None])[:, 0] for which in (predicted, batch.labels)]
+        columns = [batch.indices, *(c.cpu() for c in (batch.labels, predicted, *chances))]
         outcomes += list(zip(*(column.tolist() for column in columns), strict=True))
         sums += torch.stack([loss.double(), correct.double(), sums.new_tensor(len(logits))])
         hits = predicted[predicted == batch.labels]

@@ -46,6 +46,8 @@ def show_check(result: Any) -> None:
         rows.append(("suggested", said))
     if facts["sheet"]:
         rows.append(("sheet", facts["sheet"]))
+    if facts["report"]:
+        rows.append(("report", facts["report"]))
     print_facts(result.data, rows)
     splits = list(facts["splits"])
     classes = sorted(facts["classes"].items(), key=lambda item: item[1][splits[0]])

@@ -15,12 +15,20 @@ METHODS = {
     "fewshot": "few-shot",
     "pretrain": "few-shot after pretraining",
 }
+FILES = (
+    "confusion",
+    "confusion_picture",
+    "reliability",
+    "mistakes",
+    "mistakes_table",
+    "scatter",
+    "report",
+)
 AVERAGES = {
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
     "roc_auc": "ROC-AUC, one-vs-rest",
 }
-FILES = ("confusion", "confusion_picture", "reliability", "mistakes", "scatter")
 
 Rows = list[tuple[str, Any]]
 

@@ -25,7 +25,7 @@ def show_inspection(result: Any) -> None:
         head, *rows = bias_table(result.bias_rows)
         found = facts["inductive_bias"]
         print_table(f"inductive bias, {found['images']} images: {found['pictures']}", head, rows)
-    show_path("page", result.out / "index.html")
+    show_path("page", result.out / "report.html")
 
 
 def _show_weights(result: Any) -> None:

@@ -39,8 +39,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         VitcliError: the path cannot be written (no permission, disk full, a folder with content).
     """
     target = Path(path)
-    # Process numbers repeat on the machines and in the containers that share a disk.
-    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
+    temporary = temporary_path(target)
     try:
         yield temporary
         for file in [temporary, *temporary.rglob("*")]:
@@ -50,11 +49,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
         _sync(target.parent)
     except OSError as error:
-        if not target.parent.is_dir():
-            raise VitcliError(
-                f"cannot write `{target}`: `{target.parent}` is not a folder",
-                "create the folder first",
-            ) from error
+        _check_parent(target, error)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise VitcliError(
                 f"`{target}` exists already", "choose another path with `--out`"
@@ -69,6 +64,51 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def temporary_path(target: Path) -> Path:
+    """A free name beside `target`; `claimed` removes it after a kill."""
+    # Process numbers repeat on the machines and in the containers that share a disk.
+    return target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
+
+
+@contextmanager
+def claimed(path: Path, busy: Callable[[], VitcliError]) -> Iterator[None]:
+    """Hold a lock on the name `path`, and remove the temporary files that killed processes left.
+
+    Raises:
+        VitcliError: as `exclusive`.
+    """
+    with exclusive(path.with_name(f".{path.name[:80]}.lock"), busy):
+        remove_leftovers(path)
+        yield
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`replacing` for an output that the user has named; one command at a time writes it.
+
+    Raises:
+        VitcliError: as `replacing`, or another command writes the same path.
+    """
+    target = Path(path)
+
+    def busy() -> VitcliError:
+        return VitcliError(
+            f"another command is writing `{target}`", "wait for it, or choose another path"
+        )
+
+    _check_parent(target)
+    with claimed(target, busy), replacing(target) as temporary:
+        yield temporary
+
+
+def _check_parent(target: Path, error: OSError | None = None) -> None:
+    if not target.parent.is_dir():
+        raise VitcliError(
+            f"cannot write `{target}`: `{target.parent}` is not a folder",
+            "create the folder first",
+        ) from error
 
 
 def remove_leftovers(path: Path) -> None:

@@ -22,6 +22,7 @@ from vitcli.config.recipe import check, read_toml
 from vitcli.config.schema import DataSection, Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import (
+    claimed,
     is_url,
     make_folder,
     parse_json,
@@ -208,8 +209,9 @@ def check_free(path: Path) -> None:
         raise VitcliError(f"`{path}` exists already", hint)
 
 
-def create_run(path: Path, recipe: Recipe | str) -> Run:
-    """Create a run directory that contains the recipe (an object, or TOML text).
+@contextmanager
+def new_run(path: Path) -> Iterator[Run]:
+    """Yield a run directory under a temporary name, which becomes `path` when the block succeeds.
 
     Of several processes that create the same path at once, exactly one succeeds.
 
@@ -218,9 +220,19 @@ def create_run(path: Path, recipe: Recipe | str) -> Run:
     """
     check_free(path)
     make_folder(path.parent)
-    with replacing(path) as temporary:
+
+    def busy() -> VitcliError:
+        return VitcliError(f"`{path}` exists already", "choose another path with `--out`")
+
+    with claimed(path, busy), replacing(path) as temporary:
         temporary.mkdir()
-        Run(temporary).write_recipe(recipe)
+        yield Run(temporary)
+
+
+def create_run(path: Path, recipe: Recipe | str) -> Run:
+    """Create a run directory that contains the recipe (an object, or TOML text); see `new_run`."""
+    with new_run(path) as run:
+        run.write_recipe(recipe)
     return Run(path)
 
 

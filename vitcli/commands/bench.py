@@ -27,7 +27,7 @@ from vitcli.cost.machine import system_memory
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.errors import VitcliError, printable, unknown
 from vitcli.evals.plots import save_figure
-from vitcli.files import replacing
+from vitcli.files import writing
 from vitcli.progress import Quiet, Watcher
 from vitcli.vit import Config, Network, from_config, parse_variant
 from vitcli.vit.macs import macs
@@ -289,5 +289,5 @@ def _draw_bars(rows: list[BenchRow], path: Path) -> None:
         axes.set_title(title)
         axes.grid(alpha=0.3, axis="x")
         axes.legend(frameon=False)
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         save_figure(figure, temporary, dpi=110)

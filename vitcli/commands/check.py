@@ -19,7 +19,7 @@ from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError, printable, quoted
-from vitcli.files import replacing
+from vitcli.files import writing
 from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
 from vitcli.train.objectives import objective_class
@@ -359,7 +359,7 @@ def run(
     watch.note("comparing images")
     groups = group_duplicates(scan.hashes, scan.thumbnails)
     if out is not None:
-        with replacing(out) as temporary:
+        with writing(out) as temporary:
             draw_samples(source, scan, window).save(temporary, format="PNG")
     sheet = None if out is None else str(out)
     return CheckResult(data, source, training, scan, groups, sheet, samples, window)

@@ -15,7 +15,7 @@ from vitcli.evals.evaluate import Evaluation
 from vitcli.evals.mistakes import draw_mistakes
 from vitcli.evals.regression import PredictedNumbers
 from vitcli.evals.scoring import ReliabilityBins, SingleLabelMetrics
-from vitcli.files import replacing
+from vitcli.files import writing
 from vitcli.pixels import PixelFormat
 
 MAX_DRAWN_CLASSES = 100  # labels of a larger picture are not legible
@@ -62,7 +62,7 @@ def write_evaluation_files(result: Evaluation, images: ImageSet, wanted: PixelFo
     write_reliability(files["reliability"], diagrams)
     if "mistakes" in files:
         sheet = draw_mistakes(details.mistakes, images, wanted, details.display_names)
-        with replacing(files["mistakes"]) as temporary:
+        with writing(files["mistakes"]) as temporary:
             sheet.save(temporary, format="PNG")
 
 
@@ -84,7 +84,7 @@ def write_confusion(
     shown = {name: printable(text) for name, text in (display_names or {}).items()}
     shown = {name: shown.get(name, printable(name)) for name in {*columns, *classes}}
     with (
-        replacing(csv_file) as temporary,
+        writing(csv_file) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         writer = csv.writer(file)
@@ -111,7 +111,7 @@ def write_confusion(
                 colour = "white" if shares[i, j] > 0.5 else "black"
                 axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=7)
     figure.colorbar(drawn, ax=axes, label="share of the true class", shrink=0.7)
-    with replacing(picture) as temporary:
+    with writing(picture) as temporary:
         save_figure(figure, temporary)
 
 
@@ -125,7 +125,8 @@ def write_scatter(path: Path, numbers: PredictedNumbers) -> None:
     axes.axline((float(numbers.targets.mean()),) * 2, slope=1, color="grey", linestyle="--")
     axes.set_xlabel(f"true {numbers.name}")
     axes.set_ylabel(f"predicted {numbers.name}")
-    save_figure(figure, path)
+    with writing(path) as temporary:
+        save_figure(figure, temporary)
 
 
 def write_reliability(path: Path, diagrams: Sequence[tuple[str, ReliabilityBins, float]]) -> None:
@@ -154,7 +155,7 @@ def write_reliability(path: Path, diagrams: Sequence[tuple[str, ReliabilityBins,
         lower.bar(left, share, width, align="edge", color="#b0b0b0", edgecolor="white")
         lower.set_ylabel("share of images")
         lower.set_xlabel("confidence")
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         save_figure(figure, temporary)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vitcli.errors import printable
 from vitcli.evals.plots import save_figure
-from vitcli.files import make_folder, replacing, write_text
+from vitcli.files import make_folder, writing
 from vitcli.inspection import drawing
 from vitcli.inspection.attention import AttentionStatistics
 from vitcli.inspection.attention_distance import uniform_distance, uniform_local_share
@@ -137,12 +137,14 @@ class Report:
         """
         make_folder(folder)
         for name, content in self.pictures.items():
-            with replacing(folder / name) as temporary:
+            with writing(folder / name) as temporary:
                 temporary.write_bytes(content)
-        with replacing(folder / ARRAYS_FILE) as temporary, temporary.open("wb") as file:
+        with writing(folder / ARRAYS_FILE) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **self.arrays)
-        write_text(folder / FACTS_FILE, json.dumps(facts, indent=1) + "\n")
-        write_text(folder / PAGE_FILE, render_page(title, summary, self.sections))
+        page = render_page(title, summary, self.sections)
+        for name, text in ((FACTS_FILE, json.dumps(facts, indent=1) + "\n"), (PAGE_FILE, page)):
+            with writing(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,13 @@ def claimed(path: Path, busy: Callable[[], VitcliError]) -> Iterator[None]:
         yield
 
 
+def release_claim(path: Path) -> None:
+    """Remove the lock of a process that was killed after it had made `path`."""
+    if path.with_name(f".{path.name[:80]}.lock").is_file():
+        with suppress(VitcliError), claimed(path, lambda: VitcliError("it is in use")):
+            pass
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """`replacing` for an output that the user has named; one command at a time writes it.

@@ -28,6 +28,7 @@ from vitcli.files import (
     parse_json,
     parse_toml,
     read_json,
+    release_claim,
     release_unused,
     replacing,
     seal,
@@ -39,6 +40,8 @@ from vitcli.files import (
 
 RUNS = Path("runs")
 OUTCOMES = "outcomes.safetensors"  # per-image results of the last evaluation
+# Keys of provenance.json: changes of the length, and resumes that were not exact.
+EXTENSIONS, RESUMES = "extensions", "resumes"
 TAIL_BYTES = 2**16  # more than the last line of metrics.jsonl
 LIBRARIES = ("torch", "accelerate", "datasets", "numpy", "pillow", "safetensors")
 
@@ -202,6 +205,7 @@ def check_free(path: Path) -> None:
             "choose another path with `--out`",
         ) from None
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        release_claim(path)
         unfinished = Run(path).recipe_file.is_file() and not Run(path).finished
         hint = "choose another path with `--out`"
         if unfinished:

@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,14 +99,9 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         VitcliError: as `replacing`, or another command writes the same path.
     """
-    target = Path(path)
-
-    def busy() -> VitcliError:
-        return VitcliError(
-            f"another command is writing `{target}`", "wait for it, or choose another path"
-        )
-
+    target, hint = Path(path), "wait for it, or choose another path"
     _check_parent(target)
+    busy = partial(VitcliError, f"another command is writing `{target}`", hint)
     with claimed(target, busy), replacing(target) as temporary:
         yield temporary
 

@@ -40,7 +40,8 @@ from vitcli.data import image_set as sets
 from vitcli.data.augment.transform import TrainTransform, inception_box
 from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.image_set import ImageSet
-from vitcli.data.loader import TrainLoader, images_at
+from vitcli.data.loader import TrainLoader
+from vitcli.data.sampler import images_at
 from vitcli.data.source import Source, load_data
 from vitcli.decode import ImageError, read_image
 from vitcli.preprocess import Preprocess

@@ -8,11 +8,14 @@ import json
 import os
 import shutil
 import tarfile
+import tempfile
 import warnings
+import zlib
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,9 +27,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.mutations import HOSTILE, damaged_bytes, damaged_json, damaged_text, json_text
+from support.writing import written_paths
 
 from vitcli.cli.main import OS_HINTS
-from vitcli.commands import compare, patchify, predict
+from vitcli.commands import compare, patchify, predict, suite
 from vitcli.config.recipe import load_recipe, recipe_path
 from vitcli.config.schema import DataSection
 from vitcli.data.source import open_data
@@ -34,6 +38,8 @@ from vitcli.errors import VitcliError
 from vitcli.evals.class_matching import read_class_map
 from vitcli.evals.real_labels import read_real_labels
 from vitcli.evals.suite_file import load_suite
+from vitcli.files import unseal
+from vitcli.hub.models import shard_names
 from vitcli.preprocess import Preprocess
 from vitcli.run import Run
 from vitcli.train.checkpoint import load_checkpoint, save_checkpoint
@@ -54,12 +60,22 @@ hostile = settings(
 MAX_GROWTH = 1 << 20  # KiB
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """An empty current folder and an empty home, which stay empty."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("current", "home")]
+    monkeypatch.chdir(folders[0])
+    monkeypatch.setenv("HOME", str(folders[1]))
+    yield
+    assert not [path for folder in folders for path in folder.iterdir()]
+
+
 @contextmanager
 def one_error(folder: Path):
     """Allow a VitcliError, and an OSError that the command line words; watch memory and files."""
-    before = {p: p.stat().st_size for p in folder.rglob("*")}
+    before = _listing(folder)
     start = _reset_peak()
-    with warnings.catch_warnings(action="ignore"):
+    with only_writes(), warnings.catch_warnings(action="ignore"):
         try:
             yield
         except VitcliError as error:
@@ -67,7 +83,29 @@ def one_error(folder: Path):
         except OSError as error:
             assert error.errno in OS_HINTS, error
     assert _peak() - start < MAX_GROWTH
-    assert {p: p.stat().st_size for p in folder.rglob("*")} == before  # nothing is written
+    assert _listing(folder) == before  # nothing is written
+
+
+@contextmanager
+def only_writes(*outputs: Path):
+    """Allow no writing outside of `outputs`, the caches and the temporary folder.
+
+    The folders of the tests are in the temporary folder too, so only its own entries count.
+    """
+    caches = [os.environ[name] for name in ("VITCLI_CACHE", "HF_DATASETS_CACHE")]
+    allowed = [os.path.realpath(path) for path in (*caches, *outputs)]
+    with written_paths() as written:
+        yield
+    for path in written - {os.devnull}:
+        temporary = Path(path).parent == Path(tempfile.gettempdir()).resolve()
+        compiled = "__pycache__" in path  # by the first import of a module
+        assert temporary or compiled or any(f"{path}/".startswith(f"{a}/") for a in allowed), path
+
+
+def _listing(folder: Path):
+    """The files of a test and the entries beside its folder, where `../x` would be."""
+    facts = {p: (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*")}
+    return facts, set(folder.parent.iterdir())
 
 
 def _reset_peak() -> int:
@@ -139,6 +177,8 @@ def files(net, tmp_path_factory) -> Path:
     )  # fmt: skip
     shutil.make_archive(str(folder / "x"), "zip", _class_folders(folder / "classes", names))
     patchify.run(str(folder / "classes"), out=folder / "stored")
+    saved = datasets.Dataset.from_dict({"image": contents, "label": labels})
+    datasets.DatasetDict(train=saved).save_to_disk(folder / "saved")
     return folder
 
 
@@ -293,7 +333,9 @@ def test_stored_sets(files, tmp_path):
         shutil.copytree(files / "stored", folder, dirs_exist_ok=True)
         name = data.draw(st.sampled_from([*parts, "stored.json", "stored.json"]))
         if name == "stored.json":
-            (folder / name).write_text(data.draw(damaged_json(described)))
+            # Without a checksum, as earlier versions wrote it: the checks of the types remain.
+            values = described if data.draw(st.booleans()) else unseal(described)
+            (folder / name).write_text(data.draw(damaged_json(values)))
         else:
             (folder / name).write_bytes(data.draw(damaged_bytes((folder / name).read_bytes())))
         with one_error(tmp_path):
@@ -302,33 +344,71 @@ def test_stored_sets(files, tmp_path):
     check()
 
 
+def test_folders_of_save_to_disk(files, tmp_path):
+    folder = tmp_path / "saved"
+    parts = [p.relative_to(files / "saved") for p in (files / "saved").rglob("*") if p.is_file()]
+
+    @hostile
+    @given(st.data())
+    def check(data):
+        shutil.copytree(files / "saved", folder, dirs_exist_ok=True)
+        name = data.draw(st.sampled_from(parts))
+        whole = (folder / name).read_bytes()
+        if name.suffix == ".json":
+            damaged = data.draw(damaged_json(json.loads(whole))).encode()
+        else:
+            damaged = data.draw(damaged_bytes(whole))
+        (folder / name).write_bytes(damaged)
+        with one_error(tmp_path):
+            read_everything(folder)
+
+    check()
+
+
+SUITE = '[[tasks]]\nname = "a"\ndata = "builtin:digits"\nrecipe = "finetune_digits"\n'
+
+
+def read_suite_record(path):
+    suite._start_or_continue(path.parent, load_suite("shapes")[0], "m", {})
+
+
+def read_record_beside(path):
+    return read_split_record(path.with_name("m"))
+
+
 JSON_FILES = {
-    "class map": ({"cat": "tabby", "dog": [1, "poodle"]}, read_class_map),
-    "ReaL": ([[1, 2], [3], []], read_real_labels),
+    "class_map.json": ({"cat": "tabby", "dog": [1, "poodle"]}, read_class_map),
+    "real.json": ([[1, 2], [3], []], read_real_labels),
+    "model.safetensors.index.json": ({"weight_map": {"a": "x.safetensors"}}, shard_names),
+    suite.RECORD: ({"suite": {}, "model": "m", "settings": {}}, read_suite_record),
+    "m.split.json": (
+        {"weights": f"7-{zlib.crc32(b'weights'):08x}", "split": {"train": "A" * 64}},
+        read_record_beside,
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", JSON_FILES)
-def test_json_files(tmp_path, kind):
-    value, read = JSON_FILES[kind]
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_files(tmp_path, name):
+    value, read = JSON_FILES[name]
+    (tmp_path / "m").write_bytes(b"weights")
 
     @hostile
     @given(damaged_json(value) | damaged_text(json.dumps(value)))
     def check(damaged):
         content = damaged if isinstance(damaged, bytes) else damaged.encode()
-        (tmp_path / "x.json").write_bytes(content)
+        (tmp_path / name).write_bytes(content)
         with one_error(tmp_path):
-            read(tmp_path / "x.json")
+            read(tmp_path / name)
 
     check()
 
 
 def test_recipes_and_suites(tmp_path):
     recipe = recipe_path("pretrain_formula").read_text()
-    suite = '[[tasks]]\nname = "a"\ndata = "builtin:digits"\nrecipe = "finetune_digits"\n'
 
     @hostile
-    @given(damaged_text(recipe), damaged_text(suite))
+    @given(damaged_text(recipe), damaged_text(SUITE))
     def check(damaged, other):
         (tmp_path / "x.toml").write_bytes(damaged)
         with one_error(tmp_path):
@@ -347,6 +427,7 @@ def test_checkpoints(tmp_path):
     advance(whole, 1)
     good = save_checkpoint(tmp_path / "good", whole, keep=2)
     values = json.loads((good / "state.json").read_text())
+    plain = {key: value for key, value in unseal(values).items() if key != "files"}
     path = tmp_path / "bad" / good.name
 
     @hostile
@@ -354,8 +435,11 @@ def test_checkpoints(tmp_path):
     def check(data):
         shutil.copytree(good, path, dirs_exist_ok=True)
         name = data.draw(st.sampled_from(sorted(p.name for p in good.iterdir())))
+        if data.draw(st.booleans()):  # as earlier versions wrote it, without checksums
+            (path / "state.json").write_text(json.dumps(plain))
         if name == "state.json":
-            (path / name).write_text(data.draw(damaged_json(values)))
+            chosen = plain if data.draw(st.booleans()) else values
+            (path / name).write_text(data.draw(damaged_json(chosen)))
         else:
             (path / name).write_bytes(data.draw(damaged_bytes((good / name).read_bytes())))
         with one_error(tmp_path):
@@ -394,7 +478,11 @@ def test_resume_logs(files, tmp_path):
             damaged = "".join(f"{text}\n" for text in texts).encode()
         (tmp_path / "t.csv.part").write_bytes(damaged)
         output.unlink(missing_ok=True)
-        with warnings.catch_warnings(action="ignore"), suppress(VitcliError):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            suppress(VitcliError),
+            only_writes(tmp_path),
+        ):
             list(rows(True))
         assert {p.name for p in tmp_path.iterdir()} <= {
             "model.safetensors", "a0.png", "a1.png", "b0.png", "t.csv", "t.csv.part",

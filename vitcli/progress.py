@@ -68,6 +68,16 @@ class Quiet:
         return QuietBar()
 
 
+class Warnings(Quiet):
+    """A watcher that passes on the warnings only."""
+
+    def __init__(self, inner: Watcher) -> None:
+        self.inner = inner
+
+    def warn(self, message: str) -> None:
+        self.inner.warn(message)
+
+
 class Logged:
     """A watcher that also writes notes and warnings to a log file."""
 

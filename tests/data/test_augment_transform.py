@@ -20,7 +20,8 @@ from vitcli.data.augment.transform import (
     tensorflow_box,
 )
 from vitcli.data.image_set import ImageSet
-from vitcli.data.loader import TrainLoader, epoch_order
+from vitcli.data.loader import TrainLoader
+from vitcli.data.sampler import epoch_order
 from vitcli.decode import open_image, read_image
 from vitcli.errors import VitcliError
 from vitcli.preprocess import RESAMPLING, Preprocess

@@ -1,5 +1,6 @@
-"""An interrupted `patchify DATA --out FOLDER`: damaged rows and edited originals are made again."""
+"""`patchify DATA --out FOLDER`: damage is noticed in a finished store, and mended before that."""
 
+import json
 import os
 import shutil
 
@@ -12,6 +13,7 @@ from support.watching import Told
 from vitcli.data import decoded_cache
 from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.source import load_data
+from vitcli.errors import VitcliError
 
 
 def draw(path, seed):
@@ -74,3 +76,64 @@ def test_each_flipped_bit_of_an_unfinished_store_is_made_again(killed, tmp_path,
         shutil.rmtree(tmp_path / "copy")
 
     flips(part / name, check, places=17)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A finished store of 8 images with several labels each, in two splits."""
+    rows = ["path,labels,split"]
+    for number in range(8):
+        draw(tmp_path / f"{number}.bmp", number)
+        rows.append(f"{number}.bmp,{'a;b' if number % 3 else 'c'},{['train', 'test'][number % 2]}")
+    (tmp_path / "x.csv").write_text("\n".join(rows) + "\n")
+    write_decoded(load_data(str(tmp_path / "x.csv")), tmp_path / "s", side=6, workers=1)
+    return tmp_path / "s"
+
+
+def everything(folder):
+    source = load_data(str(folder))
+    splits = {
+        name: (
+            [images.read(i).tobytes() for i in range(len(images))],
+            images.labels.tolist(),
+            images.targets.tolist(),
+        )
+        for name, images in source.splits.items()
+    }
+    return source.classes, source.fingerprint, source.splitting, splits
+
+
+NAMES = [
+    f"{split}.{kind}" for split in ("train", "test") for kind in ("pixels", "index", "targets")
+]
+
+
+@pytest.mark.parametrize("name", ["stored.json", *NAMES])
+def test_each_flipped_bit_of_a_finished_store_is_noticed(finished, name):
+    assert {path.name for path in finished.iterdir()} == {"stored.json", *NAMES}
+    expected, noticed = everything(finished), []
+
+    def check(position):
+        try:
+            assert everything(finished) == expected, position
+        except VitcliError as error:
+            noticed.append(error)
+
+    flips(finished / name, check)
+    assert len(noticed) == 50 or name == "stored.json"  # in JSON, spaces mean nothing
+    assert len(noticed) > 40
+
+
+def test_a_store_of_an_earlier_version_has_fewer_checksums(finished):
+    expected, file = everything(finished), finished / "stored.json"
+    values = json.loads(file.read_text())
+    del values["checksum"], values["targets"]
+    file.write_text(json.dumps(values))
+    assert everything(finished) == expected
+
+
+def test_a_damaged_description_is_not_complete(finished, tmp_path):
+    file = finished / "stored.json"
+    file.write_text(file.read_text().replace("6", "7", 1))
+    with pytest.raises(VitcliError, match=r"stored\.json` is damaged"):
+        write_decoded(load_data(str(tmp_path / "x.csv")), finished, side=6, workers=1)

@@ -22,6 +22,7 @@ from vitcli.data.readers.decoded import INDEX
 from vitcli.data.source import load_data
 from vitcli.decode import ImageError, read_image
 from vitcli.errors import VitcliError
+from vitcli.files import unseal
 from vitcli.preprocess import Preprocess
 
 
@@ -96,7 +97,7 @@ def test_stopped_at_any_byte_it_goes_on_to_the_same_bytes(photos, tmp_path):
     for attempt in range(12):
         out = tmp_path / f"cut{attempt}"
         out.mkdir()
-        plan = json.loads(whole["stored.json"])
+        plan = unseal(json.loads(whole["stored.json"]))
         digests = plan.pop("index")
         assert set(digests) == {"train", "test"}
         (out / "storing.json").write_text(json.dumps(plan))
@@ -168,7 +169,7 @@ def test_damage_is_told(photos, tmp_path, what):
 def test_a_description_of_the_wrong_type(photos, tmp_path, value):
     stored(photos, tmp_path / "s")
     file = tmp_path / "s/stored.json"
-    described = json.loads(file.read_text())
+    described = unseal(json.loads(file.read_text()))  # as earlier versions wrote it
     for key in described:
         file.write_text(json.dumps({**described, key: value}))
         with suppress(VitcliError):  # a text is another valid source
@@ -190,7 +191,7 @@ def test_two_processes_do_not_write_into_one_set(photos, tmp_path):
     source, _ = stored(photos, tmp_path / "s")
     (tmp_path / "s/stored.json").rename(tmp_path / "s/described.json")
     plan = json.loads((tmp_path / "s/described.json").read_text())
-    del plan["index"]
+    plan = {key: value for key, value in unseal(plan).items() if key != "index"}
     (tmp_path / "s/storing.json").write_text(json.dumps(plan))
     with FileLock(tmp_path / "s/.lock"), pytest.raises(VitcliError, match="another process"):
         write_decoded(source, tmp_path / "s", side=48)

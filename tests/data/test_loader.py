@@ -12,8 +12,9 @@ from PIL import Image
 from vitcli.config.schema import AugmentSection
 from vitcli.data.augment.transform import TrainTransform, image_rng
 from vitcli.data.image_set import ArrayStore, ImageSet
-from vitcli.data.loader import TrainLoader, epoch_order, eval_batches, images_at
+from vitcli.data.loader import TrainLoader, eval_batches
 from vitcli.data.prefetch import default_workers
+from vitcli.data.sampler import epoch_order, images_at
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess

@@ -337,7 +337,9 @@ def test_several_labels_are_calibrated(trained, tmp_path):
     assert facts["intervals"]["map"] is None  # of 8 images
     assert "an interval needs 10 of each class" in facts["intervals"]["reasons"]["map"]
     row = facts["per_class"]["red"]
-    assert {"precision", "recall", "f1", "average_precision", "images"} == set(row)
+    figures = {"precision", "recall", "f1"}
+    intervals = {f"{name}_interval" for name in figures}
+    assert figures | intervals | {"average_precision", "roc_auc", "images"} == set(row)
 
 
 def test_two_models_of_several_labels(trained, tmp_path):

@@ -2,18 +2,25 @@
 
 import io
 import json
+import os
 import tarfile
 
 import datasets
 import numpy as np
 import pandas
 import pytest
+from huggingface_hub import constants
 from PIL import Image
+from support.flipping import flip, flips
 from support.tiny import vitcli
+from support.watching import Told
 
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
-from vitcli.hub.datasets import choose_files, parse_dataset
+from vitcli.hub import repository
+from vitcli.hub.datasets import choose_files, find_dataset, parse_dataset
+from vitcli.hub.repository import fetch_file
+from vitcli.hub.verified import VerifiedFiles
 
 
 def png(level):
@@ -173,6 +180,77 @@ def test_class_folders(pets):
     assert [levels(s) for s in data.splits.values()] == [[1, 2], [3]]
     assert data.notation == "hf:org/folders" and "3 images" in data.notes[0]
     assert "LICENSE" not in resolved(pets)
+
+
+def cached_file(hub, name):
+    return next((hub.home / "hub").glob(f"datasets--*/snapshots/*/{name}"))
+
+
+@pytest.mark.parametrize("name", ["README.md", "data/test-00000-of-00001.parquet"])
+def test_each_flipped_bit_in_the_cache_is_downloaded_again(pets, name):
+    load_data("hf:org/pets")
+    repo_files, _ = find_dataset("hf:org/pets")
+    path = cached_file(pets, name)
+    content = path.read_bytes()
+
+    def check(position):
+        told = Told()
+        with VerifiedFiles(repo_files.repository.folder) as verified:
+            assert fetch_file(repo_files, name, told, verified=verified) == path
+        assert path.read_bytes() == content and "is damaged in the cache" in told.warnings[0]
+
+    flips(path, check, places=25)
+
+
+def test_a_damaged_image_in_the_cache_is_downloaded_again(pets):
+    for label, level in (("cat", 5), ("dog", 6)):
+        (pets.root / f"datasets/org/folders/{label}").mkdir(parents=True)
+        (pets.root / f"datasets/org/folders/{label}/0.png").write_bytes(png(level))
+    load_data("hf:org/folders")
+    cached_file(pets, "dog/0.png").write_bytes(png(9))
+    told = Told()
+    assert levels(load_data("hf:org/folders", whole=True, watch=told).splits["train"]) == [5, 6]
+    assert len(told.warnings) == 1 and "`dog/0.png` of `hf:org/folders` is damaged" in told.lines[0]
+
+
+def test_files_that_have_not_changed_are_hashed_once(pets, monkeypatch):
+    hashed = []
+    real = repository._checksum_matches
+
+    def matches(files, path):
+        hashed.append(path)
+        return real(files, path)
+
+    monkeypatch.setattr(repository, "_checksum_matches", matches)
+
+    def now():
+        hashed.clear()
+        load_data("hf:org/pets")
+        return [path for path in hashed if path.endswith(".parquet")]
+
+    assert len(now()) == 3 and now() == []
+    touched = cached_file(pets, "data/test-*")
+    os.utime(touched, ns=(1, 1))
+    assert now() == ["data/test-00000-of-00001.parquet"] and now() == []
+    for record in (pets.home / "vitcli/verified").iterdir():
+        record.write_text('{"a": [')
+    assert len(now()) == 3
+
+
+def test_without_links_the_list_of_the_files_tells_the_checksum(pets, monkeypatch):
+    load_data("hf:org/pets")
+    for path in (pets.home / "hub").glob("datasets--*/snapshots/*/**/*"):
+        if path.is_symlink():
+            path.resolve().replace(path)
+    path = cached_file(pets, "data/test-*")
+    content = path.read_bytes()
+    flip(path, 100)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(VitcliError, match=r"is not in the cache, and HF_HUB_OFFLINE"):
+        load_data("hf:org/pets")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    load_data("hf:org/pets")
+    assert path.read_bytes() == content
 
 
 def described(data):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.flipping import flips
 
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
@@ -175,6 +176,26 @@ def test_a_damaged_row_is_noticed(photos, net, monkeypatch):
     assert counted.seen == 1
     np.testing.assert_allclose(after.outputs, before, atol=1e-5)  # alone in its batch now
     assert sum("1 rows in" in line and "damaged" in line for line in heard.lines) == 2
+
+
+def test_each_flipped_bit_is_noticed(photos, net, monkeypatch):
+    chosen = np.arange(6)
+    before = features(net, photos, chosen)
+    expected = [np.array(values) for values in (before.outputs, before.pixels)]
+    counted = Counted(net, monkeypatch)
+
+    def check(position):
+        counted.seen = 0
+        after = features(net, photos, chosen)
+        for values, wanted in zip((after.outputs, after.pixels), expected, strict=True):
+            changed = (values != wanted).any(axis=1)
+            assert changed.sum() <= counted.seen, position  # only rows that were computed again
+            np.testing.assert_allclose(values, wanted, atol=1e-5)
+
+    tables = Path(os.environ["VITCLI_CACHE"]) / "features"  # one of features, and one of pixels
+    for name, places in {"rows.f32": 12, "rows.sums": 10, "about.json": 3}.items():
+        for path in sorted(tables.glob(f"*/{name}")):
+            flips(path, check, places)
 
 
 def test_unreadable_images_are_tried_again(photos, net, monkeypatch):

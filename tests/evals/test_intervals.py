@@ -10,13 +10,13 @@ from sklearn.metrics import average_precision_score, f1_score
 from vitcli.evals.intervals import (
     LeaveOneOut,
     calibration_error,
-    leave_out_average_precision,
     leave_out_micro_f1,
     multi_label_intervals,
     paired_interval,
     single_label_intervals,
     wilson_interval,
 )
+from vitcli.evals.ranking import leave_out_average_precision
 from vitcli.evals.scoring import ImageScores, confidence_bins, expected_calibration_error
 
 

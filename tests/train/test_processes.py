@@ -19,7 +19,7 @@ from support.tiny import records, train_tiny, vitcli, write_tiny
 from vitcli import distributed as launch
 from vitcli.cli import main as cli
 from vitcli.commands import evaluate
-from vitcli.data.loader import images_at
+from vitcli.data.sampler import images_at
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet

@@ -30,7 +30,7 @@ from vitcli.evals.suite_file import (
     task_data,
     task_result,
 )
-from vitcli.files import exclusive, make_folder, read_json, write_text
+from vitcli.files import exclusive, make_folder, read_json, remove_leftovers, write_text
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import Run, new_output, run_stem
 from vitcli.weights.load import newest_run
@@ -161,6 +161,8 @@ def _run_tasks(
     watch: Watcher,
 ) -> SuiteResult:
     """Run every task that has no result yet, and write the results."""
+    for name in (RECORD, RESULT):
+        remove_leftovers(path / name)  # of a killed process; a folder with nothing else is new
     _start_or_continue(path, spec, model, changes)
     watch.note(f"suite `{spec.name}`: {len(spec.tasks)} tasks in `{path}`")
     results: dict[str, TaskResult] = {}
@@ -191,8 +193,8 @@ def _start_or_continue(path: Path, suite: Suite, model: str, settings: Settings)
     record = path / RECORD
     if any(entry.name != LOCK for entry in path.iterdir()):
         try:
-            known = read_json(record)
-        except (OSError, ValueError):
+            known = dict(read_json(record))
+        except (OSError, ValueError, TypeError):
             raise VitcliError(f"`{path}` exists already", "choose another `--out`") from None
         if known != wanted:
             differing = ", ".join(key for key in wanted if known.get(key) != wanted[key])

@@ -23,6 +23,7 @@ from vitcli.data.readers.decoded import (
     FORMAT,
     INDEX,
     PLAN,
+    REMAKE,
     pixel_ends,
     read_index,
     targets_file,
@@ -33,10 +34,13 @@ from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError, printable
 from vitcli.files import (
     exclusive,
+    file_checksum,
     make_folder,
     read_json,
     remove_leftovers,
     replacing,
+    seal,
+    unseal,
     write_text,
 )
 from vitcli.pixels import PixelFormat, Window
@@ -161,7 +165,10 @@ def _write_missing(
             f"cannot write `{printable(out)}`: {error.strerror or error}",
             "free some space and repeat the command, which continues where it stopped",
         ) from error
-    write_text(out / DESCRIPTION, json.dumps({**plan, "index": digests}, indent=1) + "\n")
+    about: dict[str, Any] = {**plan, "index": digests}
+    if source.multi_label:
+        about["targets"] = {name: file_checksum(targets_file(out, name)) for name in source.splits}
+    write_text(out / DESCRIPTION, json.dumps(seal(about), indent=1) + "\n")
     _remove_work_files(out, source)
     return counts, broken
 
@@ -197,9 +204,9 @@ def _read_plan(file: Path) -> dict[str, Any]:
     """The plan of a started or finished dataset; empty if it cannot be read."""
     try:
         plan = read_json(file)
+        return unseal(plan) if isinstance(plan, dict) else {}
     except (OSError, ValueError):
         return {}
-    return plan if isinstance(plan, dict) else {}
 
 
 def _check_folder(out: Path) -> None:
@@ -217,6 +224,8 @@ def _start(out: Path, plan: dict[str, Any]) -> None:
     """Write the plan, or check that the same dataset was started there."""
     shown = printable(out)
     if (out / DESCRIPTION).is_file():
+        if not _read_plan(out / DESCRIPTION):
+            raise VitcliError(f"`{shown}/{DESCRIPTION}` is damaged", REMAKE)
         raise VitcliError(f"`{shown}` holds another decoded dataset", OTHER_FOLDER)
     if (out / PLAN).is_file():
         if _read_plan(out / PLAN) != plan:

@@ -2,7 +2,7 @@
 
 A loader has no state to save. Everything random is a function of numbers that a checkpoint has:
 
-* order of the images: (seed, epoch)
+* order of the images: (seed, epoch), see `vitcli/data/sampler.py`
 * augmentation of an image: (seed, epoch, index, repeat)
 * mixup and cutmix of a batch: (seed, position)
 
@@ -14,7 +14,7 @@ the exception: it cannot start in its middle, so its order depends on the positi
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -34,47 +34,13 @@ from vitcli.data.image_set import (
     Stream,
 )
 from vitcli.data.prefetch import Prefetcher, Submit, default_workers
+from vitcli.data.sampler import make_sampler, repeated_positions
 from vitcli.decode import ImageError, open_image
 from vitcli.errors import VitcliError
 from vitcli.pixels import PixelFormat
 from vitcli.preprocess import Preprocess, as_array
 
 STREAM_PREFETCH = 2  # batches of a stream that are decoded ahead
-
-
-@lru_cache(maxsize=4)
-def epoch_order(num_images: int, seed: int, epoch: int) -> Integers:
-    """(n,) the order in which an epoch shows the images 0..n-1; a function of (seed, epoch)."""
-    order = np.random.default_rng((seed, epoch)).permutation(num_images)
-    order.flags.writeable = False  # callers share the cached array
-    return order
-
-
-def images_at(start: int, count: int, num_images: int, seed: int) -> tuple[Integers, Integers]:
-    """(count,) epochs and (count,) indices of the images at the positions start..start+count-1."""
-    epochs, offsets = np.divmod(np.arange(start, start + count, dtype=np.int64), num_images)
-    indices = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = epoch_order(num_images, seed, int(epoch))[offsets[here]]
-    return epochs, indices
-
-
-def repeated_positions(
-    start: int, count: int, batch_size: int, repeats: int
-) -> tuple[Integers, Integers]:
-    """Positions under repeated augmentation (Hoffer et al. 2020), `repeats` times in each batch.
-
-    The images of a batch come once in a row, then again in a row, so that mixing never pairs an
-    image with itself.
-
-    Returns:
-        (count,) the positions without repeats, and (count,) the number of earlier showings of the
-        image in its batch.
-    """
-    batch, offset = np.divmod(np.arange(start, start + count, dtype=np.int64), batch_size)
-    repeat, position = np.divmod(offset, batch_size // repeats)
-    return batch * (batch_size // repeats) + position, repeat
 
 
 class TrainLoader:
@@ -100,6 +66,7 @@ class TrainLoader:
         repeats: showings of each image in a batch, each with its own augmentation.
         augment: resolved `[augment]` settings for mixup and cutmix; None: no mixing.
         pin_memory: allocate pinned memory, from which a GPU copies in the background.
+        sampler: as `data.sampler`; it says which image is at which position.
 
     Attributes:
         broken: name -> reason of each unreadable image so far.
@@ -124,6 +91,7 @@ class TrainLoader:
         repeats: int = 1,
         augment: AugmentSettings = None,
         pin_memory: bool = False,
+        sampler: str = "shuffle",
     ) -> None:
         mixes = augment is not None and mixes_pairs(augment)
         check_batch(batch_size, world_size, repeats, mixes)
@@ -147,6 +115,7 @@ class TrainLoader:
         self.repeats = repeats
         self.augment = augment if mixes else None
         self.pin_memory = pin_memory
+        self.sampler = None if images.kind == "stream" else make_sampler(sampler, images, seed)
         self.broken: dict[str, str] = {}
         self._unreadable: dict[int, tuple[str, str]] = {}  # index -> name, reason
         self._lock = threading.Lock()
@@ -168,15 +137,16 @@ class TrainLoader:
             return Prefetcher(partial(self._draw_batch, images), starts, self.workers)
         return Prefetcher(partial(self._decode_batch, images), starts, self.workers)
 
-    def _local_images(self, start: int, num_images: int) -> tuple[Integers, Integers, Integers]:
-        """Epoch, index and number of earlier showings of this process's images in a batch."""
+    def _local_images(self, start: int) -> tuple[Integers, Integers, Integers]:
+        """Epoch, index and number of earlier showings in the batch of this process's images."""
+        assert self.sampler is not None
         size = self.batch_size // self.world_size
         first = start + self.rank * size
         if self.repeats == 1:
-            return *images_at(first, size, num_images, self.seed), np.zeros(size, dtype=np.int64)
+            return *self.sampler(first, size), np.zeros(size, dtype=np.int64)
         positions, repeat = repeated_positions(first, size, self.batch_size, self.repeats)
         low = int(positions.min())
-        epochs, indices = images_at(low, int(positions.max()) - low + 1, num_images, self.seed)
+        epochs, indices = self.sampler(low, int(positions.max()) - low + 1)
         return epochs[positions - low], indices[positions - low], repeat
 
     def _local_mix(self, start: int) -> Mix | None:
@@ -191,7 +161,7 @@ class TrainLoader:
 
     def _draw_batch(self, source: BatchSource, start: int, submit: Submit) -> Callable[[], Batch]:
         """A batch from a set that makes batches."""
-        epochs, indices, _ = self._local_images(start, len(source))
+        epochs, indices, _ = self._local_images(start)
         image_size = self.image_size
         assert image_size is not None
 
@@ -208,7 +178,7 @@ class TrainLoader:
         """A batch that is decoded and transformed image by image; the threads share its parts."""
         assert self.transform is not None
         transform, preprocess = self.transform, self.transform.preprocess
-        epochs, indices, repeat = self._local_images(start, len(source))
+        epochs, indices, repeat = self._local_images(start)
         shown = indices.copy()  # differs from `indices` where an image is replaced
         shape = (len(indices), preprocess.num_channels, *preprocess.image_size)
         images = allocate_images(shape, self.pin_memory)

@@ -1,6 +1,7 @@
 """Evaluate one model on one labelled split: metrics, intervals, calibration, mistakes."""
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,23 @@ from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
 from vitcli.evals.calibration import Calibration
+from vitcli.evals.class_averages import (
+    ClassAverages,
+    multi_label_averages,
+    single_label_averages,
+)
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
 from vitcli.evals.intervals import (
     CalibrationError,
     Intervals,
     LeaveOneOut,
-    add_recall_intervals,
     calibration_error,
-    leave_out_average_precision,
     multi_label_intervals,
     single_label_intervals,
 )
 from vitcli.evals.mistakes import NUM_WORST, Mistakes, find_mistakes
+from vitcli.evals.real_labels import RealAccuracy, real_accuracy
 from vitcli.evals.regression import (
     PredictedNumbers,
     RegressionMetrics,
@@ -30,7 +35,8 @@ from vitcli.evals.regression import (
     regression_metrics,
 )
 from vitcli.evals.scoring import (
-    NO_TARGET,
+    THRESHOLD,
+    Floats,
     ImageScores,
     MultiLabelMetrics,
     PerClass,
@@ -38,6 +44,7 @@ from vitcli.evals.scoring import (
     SingleLabelMetrics,
     confusion_matrix,
     expected_calibration_error,
+    log_total,
     multi_label_loss,
     multi_label_metrics,
     multi_label_per_class,
@@ -52,16 +59,6 @@ from vitcli.progress import Watcher
 from vitcli.weights.loaded import LoadedModel
 
 OTHER_CLASS = "(another class)"
-
-
-@dataclass(frozen=True)
-class RealAccuracy:
-    """Accuracy by the ReaL labels; images without a ReaL label are skipped."""
-
-    images: int
-    skipped: int
-    top1: float
-    top5: float
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,8 @@ class Evaluation:
     """Results of one model on every readable image of a split, each image counted once.
 
     Attributes:
-        per_class: class name -> precision, recall, F1, images; average precision if multi-label.
+        per_class: class name -> precision, recall, F1, ROC-AUC, average precision, images.
+        averages: figures averaged over classes; None for a regression.
         broken: descriptions of the images that could not be read.
         indices: (n,) images of the split that were measured.
         identity: identifies the split; evaluations with the same identity can be paired.
@@ -116,6 +114,7 @@ class Evaluation:
     indices: NDArray[np.int64]
     identity: str
     details: SingleLabelDetails | None = None
+    averages: ClassAverages | None = None
     leave_out: LeaveOneOut | None = None
     calibration: Calibration | None = None
     numbers: PredictedNumbers | None = None
@@ -136,6 +135,7 @@ class Evaluation:
             "data": self.data,
             "split": self.split,
             **self.metrics.to_json(),
+            **(self.averages.to_json() if self.averages is not None else {}),
             "temperature": self.temperature,
             "intervals": self.intervals.to_json(),
         }
@@ -271,7 +271,7 @@ class Evaluator:
         means: dict[str, Any] = {"top1_restricted": restricted}
         real = None
         if self.real is not None:
-            real, means["top1_real"] = _real_accuracy(logits, self.real)
+            real, means["top1_real"] = real_accuracy(logits, self.real)
         # Score the reported images under the old temperature as well, so that the gain is measured
         # on images that the fit has not seen.
         calibration, uncalibrated = None, None
@@ -282,12 +282,19 @@ class Evaluator:
             uncalibrated = reliability_bins(before.confidence, before.correct)
         names = self._predicted_names(scores, predicted)
         error = calibration_error(scores.confidence, scores.correct, self.seed)
+        averages = single_label_averages(
+            labels,
+            predicted,
+            matching.classes,
+            partial(self._column, log_total(logits, self.net.temperature)),
+            single_label_per_class(labels, predicted, matching.classes),
+            binary=num_classes == scores.num_outputs == 2,
+        )
         return {
             "metrics": single_label_metrics(scores, restricted),
-            "per_class": add_recall_intervals(
-                single_label_per_class(labels, predicted, matching.classes)
-            ),
-            "intervals": single_label_intervals(scores, means, error),
+            "averages": averages,
+            "per_class": averages.per_class,
+            "intervals": single_label_intervals(scores, means, error).merged(averages.intervals),
             "calibration": calibration,
             "details": SingleLabelDetails(
                 num_outputs=scores.num_outputs,
@@ -313,20 +320,34 @@ class Evaluator:
         probabilities = self._probabilities(self.net.temperature)
         targets = self.extracted.labels
         metrics = multi_label_metrics(probabilities, targets)
-        # `comparison` subtracts those of two models.
-        leave_out = leave_out_average_precision(probabilities, targets)
         calibration = None
         if self.fitted is not None:
             loss = multi_label_loss(self._probabilities(self.fitted.before), targets)
             calibration = self._calibration(self.fitted, loss, None)
         names = self.matching.classes
+        averages = multi_label_averages(
+            targets,
+            probabilities >= THRESHOLD,
+            names,
+            lambda k: (probabilities[:, k], targets[:, k]),
+            multi_label_per_class(probabilities, targets, metrics, names),
+        )
+        leave_out = averages.leave_out  # `comparison` subtracts those of two models
+        intervals = multi_label_intervals(probabilities, targets, leave_out, names)
         return {
             "metrics": metrics,
-            "per_class": multi_label_per_class(probabilities, targets, metrics, names),
-            "intervals": multi_label_intervals(probabilities, targets, leave_out, names),
+            "averages": averages,
+            "per_class": averages.per_class,
+            "intervals": intervals.merged(averages.intervals),
             "leave_out": leave_out,
             "calibration": calibration,
         }
+
+    def _column(self, totals: NDArray[np.float64], k: int) -> tuple[Floats, NDArray[np.bool_]]:
+        """(n,) probabilities of class k, which may be several outputs, and (n,) its images."""
+        logits = self.extracted.outputs[:, list(self.matching.outputs[k])].astype(np.float64)
+        p = np.exp(logits / self.net.temperature - totals[:, None]).sum(axis=1)
+        return p, self.extracted.labels == k
 
     def _probabilities(self, temperature: float) -> NDArray[np.float64]:
         """(n, K) of the data's classes, by the activation that the head was trained with."""
@@ -355,17 +376,3 @@ class Evaluator:
             classes[label] if label < len(classes) else labels[output]
             for label, output in zip(predicted.tolist(), scores.predicted.tolist(), strict=True)
         ]
-
-
-def _real_accuracy(
-    logits: NDArray[np.float32], real: NDArray[np.int64]
-) -> tuple[RealAccuracy, NDArray[np.float64]]:
-    """Accuracy by ReaL, and (n,) correctness of each image, NaN for one without a label."""
-    # Beyer et al. (2020), section 2: an image without a label is left out; a prediction is right
-    # if it is any of the labels.
-    labelled = (real != NO_TARGET).any(axis=1)
-    scores = score_logits(logits[labelled], real[labelled])
-    correct = np.full(len(real), np.nan)
-    correct[labelled] = scores.correct
-    top1, top5 = float(scores.correct.mean()), float(scores.top5_correct.mean())
-    return RealAccuracy(len(scores), int((~labelled).sum()), top1, top5), correct

@@ -4,7 +4,10 @@
 | --- | --- | --- |
 | a proportion, such as an accuracy | Wilson's score interval | Wilson (1927) |
 | a difference of two accuracies on the same images | adjusted Wald | Bonett and Price (2012) |
-| mean average precision, F1 | jackknife over images, on the logit scale | Efron and Stein (1981) |
+| precision, recall, F1 of a class | Wilson's, see `class_intervals` | Wilson (1927) |
+| their averages over classes | score, see `mean_of_intervals` | Zou and Donner (2008) |
+| ROC-AUC | jackknife over images, on the logit scale | DeLong et al. (1988) |
+| mean average precision, micro F1 | the same | Efron and Stein (1981) |
 | errors and R2 of numbers | BCa bootstrap, see `regression.py` | Efron (1987) |
 | calibration error | simulated, see `calibration_error` | Roelofs et al. (2022) |
 
@@ -14,13 +17,13 @@ no spread, and the other figures are biased upwards, in the data and once more i
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from vitcli.evals.scoring import ECE_BINS, THRESHOLD, ImageScores, PerClass, confidence_bins
+from vitcli.evals.scoring import ECE_BINS, THRESHOLD, ImageScores, confidence_bins
 
 Floats = NDArray[np.floating[Any]]
 Interval = tuple[float, float]
@@ -39,11 +42,13 @@ class Intervals:
     Attributes:
         of: name of a figure -> (low, high), or None if there are too few images.
         reasons: name of a figure without an interval -> the reason.
+        methods: name of a figure with an interval -> how the interval was computed.
         draws, seed: of the simulation for the calibration error.
     """
 
     of: Mapping[str, Interval | None]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    methods: Mapping[str, str] = field(default_factory=dict)
     draws: int = 0
     seed: int = 0
     level: float = LEVEL
@@ -52,10 +57,21 @@ class Intervals:
         """Plain values; each figure is a key."""
         facts: dict[str, Any] = {"level": self.level, "resamples": self.draws, "seed": self.seed}
         facts |= {name: None if pair is None else list(pair) for name, pair in self.of.items()}
+        missing = {name for name, pair in self.of.items() if pair is None}
+        facts["methods"] = {k: v for k, v in self.methods.items() if k not in missing}
         return facts | ({"reasons": dict(self.reasons)} if self.reasons else {})
 
+    def merged(self, others: "Intervals") -> "Intervals":
+        """These and further intervals; draws and seed are those of `self`."""
+        return replace(
+            self,
+            of={**self.of, **others.of},
+            reasons={**self.reasons, **others.reasons},
+            methods={**self.methods, **others.methods},
+        )
 
-def wilson_interval(share: float, n: int) -> Interval:
+
+def wilson_interval(share: float, n: float) -> Interval:
     """Wilson's score interval of a share in 0..1 of n images; NaN without images.
 
     `share` may also be a mean over several classifiers on the same n images. Their average has
@@ -71,14 +87,6 @@ def wilson_interval(share: float, n: int) -> Interval:
         max(0.0, middle - half) if share > 0 else 0.0,
         min(1.0, middle + half) if share < 1 else 1.0,
     )
-
-
-def add_recall_intervals(per_class: PerClass) -> PerClass:
-    """The same table with an interval of each recall, that is of the accuracy of the class."""
-    return {
-        name: row | {"recall_interval": list(wilson_interval(row["recall"], row["images"]))}
-        for name, row in per_class.items()
-    }
 
 
 def paired_interval(n: int, only_first: int, only_second: int) -> Interval:
@@ -114,20 +122,32 @@ class LeaveOneOut:
         """The difference of two figures on the same images."""
         return LeaveOneOut(self.whole - other.whole, self.without - other.without)
 
+    @property
+    def variance(self) -> float:
+        """Variance of the figure (Efron and Stein, 1981); 0 if no image makes a difference."""
+        n = len(self.without)
+        total = float(np.square(self.without - self.without.mean()).sum()) if n > 1 else 0.0
+        return (n - 1) / n * total if total >= 1e-20 else 0.0  # below: rounding
+
+    @property
+    def method(self) -> str:
+        """How `share_interval` computes the interval."""
+        return "jackknife" if self.variance else "wilson"
+
     def margin(self) -> float:
         """Half the width of the 95 % interval."""
         from scipy.stats import t
 
-        n = len(self.without)
+        n, variance = len(self.without), self.variance
+        if not variance:
+            return 0.0
         squares = np.square(self.without - self.without.mean())
         total = float(squares.sum())
-        if n < 2 or total < 1e-20:  # rounding
-            return 0.0
         # Few images carry most of the variance, namely those of a rare class. So the variance is
         # itself uncertain, and decides the degrees of freedom (Satterthwaite, 1946).
         spread = float(np.square(squares).sum()) - total**2 / n
         freedom = max(2 * total**2 / spread, 2.0) if spread > 0 else n - 1.0
-        return float(t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt((n - 1) / n * total))
+        return float(t.ppf((1 + LEVEL) / 2, freedom) * math.sqrt(variance))
 
     def difference_interval(self) -> Interval:
         """Interval of a difference in -1..1."""
@@ -136,7 +156,7 @@ class LeaveOneOut:
             return paired_interval(len(self.without), 0, 0)
         return max(-1.0, self.corrected - margin), min(1.0, self.corrected + margin)
 
-    def share_interval(self, labelled: int) -> Interval:
+    def share_interval(self, labelled: float) -> Interval:
         """Interval of a figure in 0..1; it is symmetric on the logit scale.
 
         Args:
@@ -152,53 +172,31 @@ class LeaveOneOut:
         return low, high
 
 
-def leave_out_average_precision(scores: Floats, targets: NDArray[Any]) -> LeaveOneOut:
-    """Mean average precision without each image, for an interval.
+def mean_of_intervals(
+    whole: LeaveOneOut, values: ArrayLike, limits: Sequence[Interval], counts: ArrayLike
+) -> Interval:
+    """Interval of the mean of K figures in 0..1 that have intervals; the wider end of two.
 
-    The precision at an image of the class counts that image half. scikit-learn counts it in full,
-    so that random scores of a rare class have an average precision far above its share of images;
-    without it, the precision at the top is not defined. The jackknife removes most of the rest.
+    * The distances of the K figures to their limits are added as squares (MOVER; Zou and Donner,
+      2008). This holds for few classes, also if all images of a rare one are right, whose variance
+      then looks like 0.
+    * Wilson's interval for as many images as a simple proportion of the same variance has (Franco
+      et al., 2019). This holds for many classes with few images each.
 
     Args:
-        scores, targets: (n, K) scores, and targets of 0 and 1. Classes with fewer than two images
-            do not take part.
+        whole: the mean, with its jackknife.
+        values, limits: (K,) the figures and their intervals.
+        counts: (K,) images of each class; decide if no image makes a difference.
     """
-    n = len(scores)
-    whole, without, count = 0.0, np.zeros(n), 0
-    for k in np.flatnonzero(targets.sum(axis=0) > 1):
-        average, others = _leave_out_one_class(scores[:, k], targets[:, k].astype(np.float64))
-        whole, without, count = whole + average, without + others, count + 1
-    return LeaveOneOut(whole / count, without / count) if count else LeaveOneOut(math.nan, without)
-
-
-def _leave_out_one_class(scores: Floats, targets: Floats) -> tuple[float, NDArray[np.float64]]:
-    """(n,), (n,) -> average precision, and (n,) that without each image."""
-    n, order = len(scores), np.argsort(-scores, kind="stable")
-    ranked, hit = scores[order], targets[order] > 0
-    # Equal scores share one threshold: each of them takes the precision at the last of them.
-    changes = np.flatnonzero(ranked[1:] != ranked[:-1]) + 1
-    starts, ends = np.append(0, changes), np.append(changes, n)
-    group = np.repeat(np.arange(len(starts)), ends - starts)
-    found = np.cumsum(hit)[ends - 1][group] - 0.5
-    seen = ends[group] - 0.5
-    total = int(hit.sum())
-
-    def sums(values: Floats) -> tuple[Floats, Floats]:
-        """Sums over the groups before that of each image, and over its own and later ones."""
-        before = np.append(0, np.cumsum(values))[starts][group]
-        return before, values.sum() - before
-
-    above, _ = sums(np.where(hit, found / seen, 0.0))
-    # Without an image, one fewer is seen at its own threshold and at every later one.
-    fewer = np.maximum(seen - 1, 0.5)
-    _, below_negative = sums(np.where(hit, found / fewer, 0.0))
-    lost = np.where(hit, np.maximum(found - 1, 0.0) / fewer, 0.0)
-    _, below_positive = sums(lost)
-    without = np.empty(n)
-    without[order] = np.where(
-        hit, (above + below_positive - lost) / max(total - 1, 1), (above + below_negative) / total
-    )
-    return float(np.where(hit, found / seen, 0.0).sum() / total), without
+    mean, number = whole.whole, len(limits)
+    lows, highs = np.array(limits).T
+    distances = np.stack([np.asarray(values) - lows, highs - np.asarray(values)])
+    below, above = np.sqrt(np.square(distances).sum(axis=1)) / number
+    variance = whole.variance
+    equal_variance = number**2 / float((1 / np.asarray(counts, dtype=np.float64)).sum())
+    images = mean * (1 - mean) / variance if variance and 0 < mean < 1 else equal_variance
+    low, high = wilson_interval(mean, images)
+    return max(0.0, min(low, mean - float(below))), min(1.0, max(high, mean + float(above)))
 
 
 def leave_out_micro_f1(probabilities: Floats, targets: NDArray[Any]) -> LeaveOneOut:
@@ -319,9 +317,10 @@ def single_label_intervals(
         known = np.asarray(values, dtype=np.float64)
         known = known[np.isfinite(known)]
         of[name] = wilson_interval(float(known.mean()) if len(known) else math.nan, len(known))
+    methods = {**dict.fromkeys(of, "wilson"), "ece": "simulation"}
     of["ece"] = error.interval
     reasons = {} if error.interval else {"ece": "too few images to simulate such an error"}
-    return Intervals(of, reasons, draws=NUM_DRAWS, seed=error.seed)
+    return Intervals(of, reasons, methods, NUM_DRAWS, error.seed)
 
 
 def multi_label_intervals(
@@ -329,12 +328,13 @@ def multi_label_intervals(
 ) -> Intervals:
     """Intervals of mean average precision and micro F1."""
     of: dict[str, Interval | None] = {"map": None}
-    labelled = int(targets.any(axis=1).sum())
-    of["micro_f1"] = leave_out_micro_f1(probabilities, targets).share_interval(labelled)
+    labelled, micro_f1 = int(targets.any(axis=1).sum()), leave_out_micro_f1(probabilities, targets)
+    of["micro_f1"] = micro_f1.share_interval(labelled)
     positives = targets.sum(axis=0, dtype=np.int64)
     present = np.flatnonzero(positives).tolist()
+    methods = {"map": leave_out.method, "micro_f1": micro_f1.method}
     if not present:
-        return Intervals(of, {"map": "no image has a label"})
+        return Intervals(of, {"map": "no image has a label"}, methods)
     rarest = min(present, key=lambda k: positives[k])
     if positives[rarest] < MIN_POSITIVES:
         return Intervals(
@@ -343,5 +343,6 @@ def multi_label_intervals(
                 "map": f"the class {names[rarest]} has {positives[rarest]} images, "
                 f"and an interval needs {MIN_POSITIVES} of each class"
             },
+            methods,
         )
-    return Intervals(of | {"map": leave_out.share_interval(labelled)})
+    return Intervals(of | {"map": leave_out.share_interval(labelled)}, methods=methods)

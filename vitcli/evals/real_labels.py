@@ -2,13 +2,14 @@
 
 import os
 import re
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
 from vitcli.errors import VitcliError
-from vitcli.evals.scoring import pad_targets
+from vitcli.evals.scoring import NO_TARGET, pad_targets, score_logits
 from vitcli.files import read_json
 
 FILE_NUMBER = re.compile(r"ILSVRC2012_val_(\d{8})", re.IGNORECASE)
@@ -74,3 +75,27 @@ def _file_name(images: ImageSet, index: int) -> str:
     """The file name; a generated image has none, so what errors call it."""
     file_name = getattr(images, "file_name", None)
     return (file_name and file_name(index)) or images.describe(index)
+
+
+@dataclass(frozen=True)
+class RealAccuracy:
+    """Accuracy by the ReaL labels; images without a ReaL label are skipped."""
+
+    images: int
+    skipped: int
+    top1: float
+    top5: float
+
+
+def real_accuracy(
+    logits: NDArray[np.float32], real: NDArray[np.int64]
+) -> tuple[RealAccuracy, NDArray[np.float64]]:
+    """Accuracy by ReaL, and (n,) correctness of each image, NaN for one without a label."""
+    # Beyer et al. (2020), section 2: an image without a label is left out; a prediction is right
+    # if it is any of the labels.
+    labelled = (real != NO_TARGET).any(axis=1)
+    scores = score_logits(logits[labelled], real[labelled])
+    correct = np.full(len(real), np.nan)
+    correct[labelled] = scores.correct
+    top1, top5 = float(scores.correct.mean()), float(scores.top5_correct.mean())
+    return RealAccuracy(len(scores), int((~labelled).sum()), top1, top5), correct

@@ -70,7 +70,7 @@ def regression_intervals(targets: Numbers, predicted: Numbers, seed: int = 0) ->
     without = _figures((sums.sum(axis=0) - sums) / (n - 1))
     of = {name: _bca(*parts) for name, *parts in zip(NAMES, whole, draws, without, strict=True)}
     reasons = {} if of["r2"] else {"r2": "all numbers are equal"}
-    return Intervals(of, reasons, draws=NUM_DRAWS, seed=seed)
+    return Intervals(of, reasons, dict.fromkeys(NAMES, "bca"), NUM_DRAWS, seed)
 
 
 def mae_difference_interval(first: Numbers, second: Numbers) -> Interval:

@@ -128,6 +128,14 @@ def log_softmax(z: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
+def log_total(logits: Floats, temperature: float) -> NDArray[np.float64]:
+    """(n, K) -> (n,): log of the sum of exp(logits / temperature), in float64."""
+    total = np.empty(len(logits))
+    for rows in row_blocks(*logits.shape):
+        total[rows] = _logsumexp(logits[rows].astype(np.float64) / temperature)
+    return total
+
+
 def _target_table(targets: ArrayLike) -> Ints:
     table = np.asarray(targets, dtype=np.int64)
     return table[:, None] if table.ndim == 1 else table
@@ -272,7 +280,10 @@ def multi_label_per_class(
     metrics: MultiLabelMetrics,
     names: Sequence[str],
 ) -> PerClass:
-    """Average precision (None without images), precision, recall, F1 at 0.5, number of images."""
+    """Average precision, precision, recall, F1 at 0.5, number of images, for each class.
+
+    Without an image of the class, all but the precision are None, and `undefined` says why.
+    """
     from sklearn.metrics import precision_recall_fscore_support
 
     decided, images = probabilities >= THRESHOLD, targets.sum(axis=0, dtype=np.int64)
@@ -283,9 +294,10 @@ def multi_label_per_class(
         name: {
             "average_precision": float(metrics.average_precision[k]) if images[k] else None,
             "precision": float(precision[k]),
-            "recall": float(recall[k]),
-            "f1": float(f1[k]),
+            "recall": float(recall[k]) if images[k] else None,
+            "f1": float(f1[k]) if images[k] else None,
             "images": int(images[k]),
+            **({} if images[k] else {"undefined": "no image has this label"}),
         }
         for k, name in enumerate(names)
     }

@@ -38,13 +38,13 @@ def fetch_model(source: str, watch: Watcher | None = None) -> tuple[Path, list[s
             weights = choose_weights(files.sizes, repository)
             for name in CONFIG_FILES:
                 if name in files.sizes:
-                    fetch_file(files, name, watch, max_bytes=SMALL_FILE, check_cached=True)
+                    fetch_file(files, name, watch, max_bytes=SMALL_FILE)
             if weights == INDEX:
-                path = fetch_file(files, INDEX, watch, max_bytes=SMALL_FILE, check_cached=True)
+                path = fetch_file(files, INDEX, watch, max_bytes=SMALL_FILE)
                 for name in shard_names(path):
-                    fetch_file(files, name, watch, check_cached=True)
+                    fetch_file(files, name, watch)
             else:
-                path = fetch_file(files, weights, watch, check_cached=True)
+                path = fetch_file(files, weights, watch)
     except OSError as error:
         raise cannot_write(str(repository), repository.folder, error) from error
     return path, [f"{repository}: {files.note}"]

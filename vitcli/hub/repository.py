@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from vitcli.errors import VitcliError, printable
 from vitcli.files import write_text
 from vitcli.hub.client import COMMIT, MEGA, TRUST_HINT, DownloadBar, install_checks, size_text
 from vitcli.hub.failures import ConnectionFailed, hub_errors, retrying
+from vitcli.hub.verified import VerifiedFiles
 from vitcli.progress import Quiet, Watcher
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -81,6 +82,7 @@ class RepoFiles:
 
     Attributes:
         sizes: path in the repository -> bytes; None if only the cache is known.
+        hashes: path -> SHA-256 of a large (LFS) file, git's SHA-1 of any other, where known.
         offline: why the cache was used instead of the Hub; None if the Hub has answered.
     """
 
@@ -88,6 +90,7 @@ class RepoFiles:
     commit: str
     sizes: Mapping[str, int | None]
     offline: str | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def snapshot(self) -> Path:
@@ -114,7 +117,7 @@ def list_files(repository: Repository) -> RepoFiles:
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
     install_checks()
-    commit, offline = repository.revision, None
+    commit, offline, hashes = repository.revision, None, {}
     try:
         if not COMMIT.fullmatch(commit):
             commit = retrying(lambda: _current_commit(repository))
@@ -132,6 +135,7 @@ def list_files(repository: Repository) -> RepoFiles:
             repository.repo_id, repo_type=repository.repo_type, revision=commit
         )
         sizes = dict(_checked_file(entry.path, entry.size, repository) for entry in entries)
+        hashes = {e.path: str(e.lfs.sha256 if e.lfs else e.blob_id) for e in entries}
     except CachedRepoTreeNotFoundError:  # another program has put files into the cache
         cached = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         sizes = dict.fromkeys(path.as_posix() for path in cached)
@@ -142,7 +146,7 @@ def list_files(repository: Repository) -> RepoFiles:
                 f"{f', and {offline}' if offline else ''}",
                 "run the command once with a connection to the Hub and a writable HF_HOME",
             ) from None
-    return RepoFiles(repository, commit, sizes, offline)
+    return RepoFiles(repository, commit, sizes, offline, hashes)
 
 
 def _download_tree(repository: Repository, commit: str, *, local: bool = False) -> Path:
@@ -223,16 +227,16 @@ def fetch_file(
     path: str,
     watch: Watcher | None = None,
     *,
-    check_cached: bool = False,
+    verified: VerifiedFiles | None = None,
     max_bytes: float = math.inf,
 ) -> Path:
-    """One file of a repository, in the Hub's cache.
+    """One file of a repository, in the Hub's cache, with the checksum that the Hub has given.
 
     Args:
         files: the repository.
         path: the file's path in it.
         watch: receives the progress.
-        check_cached: verify the checksum of a file that is in the cache already.
+        verified: files in the cache whose checksum need not be computed again.
         max_bytes: the largest size that makes sense for this file.
 
     Raises:
@@ -245,7 +249,11 @@ def fetch_file(
             f"`{path}` of `{repository}` is too large: {size_text(size)}", f"see {repository.url}"
         )
     if cached.is_file():
-        if not check_cached or _checksum_matches(files, path):
+        if verified is not None and cached in verified:
+            return cached
+        if _checksum_matches(files, path):
+            if verified is not None:
+                verified.add(cached)
             return cached
         watch.warn(f"`{path}` of `{repository}` is damaged in the cache: downloading it again")
         _remove(cached)
@@ -266,6 +274,8 @@ def fetch_file(
             f"`{path}` of `{repository}` is damaged: its SHA-256 differs from the Hub's",
             "try again; if this repeats, the server or a proxy changes the file",
         )
+    if verified is not None:
+        verified.add(cached)
     return cached
 
 
@@ -296,32 +306,23 @@ def _download(files: RepoFiles, path: str, watch: Watcher) -> None:
 def _checksum_matches(files: RepoFiles, path: str) -> bool:
     """Compare a cached file with its name in the cache, its ETag on the Hub.
 
-    That is the SHA-256 of a large (LFS) file, and git's SHA-1 of any other.
+    That is the SHA-256 of a large (LFS) file, and git's SHA-1 of any other. On a file system
+    without links, the list of the repository's files tells the same.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    cached, repository = files.snapshot / path, files.repository
-    if cached.is_symlink():
-        etag: str | None = cached.readlink().name  # to `blobs/ETAG`
-    elif files.offline:  # a file system without links, and nobody to ask
-        return True
-    else:
-        url = hf_hub_url(
-            repository.repo_id, path, repo_type=repository.repo_type, revision=files.commit
-        )
-        with hub_errors(repository, path):
-            etag = get_hf_file_metadata(url).etag
-    if etag and GIT_SHA1.fullmatch(etag):
+    cached = files.snapshot / path
+    linked = cached.readlink().name if cached.is_symlink() else None  # to `blobs/ETAG`
+    expected = linked or files.hashes.get(path, "")
+    if GIT_SHA1.fullmatch(expected):
         content = cached.read_bytes()
         blob = b"blob %d\0" % len(content) + content
-        return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == etag
-    if not etag or not SHA256.fullmatch(etag):
+        return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == expected
+    if not SHA256.fullmatch(expected):
         return True
     with cached.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == etag
+        return hashlib.file_digest(file, "sha256").hexdigest() == expected
 
 
 def _remove(cached: Path) -> None:
     """Delete a file of a snapshot and its content."""
-    for path in (cached.resolve(), cached.parent / cached.readlink(), cached):
+    for path in (cached.resolve(), cached):
         path.unlink(missing_ok=True)

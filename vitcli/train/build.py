@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from vitcli.config.schema import Recipe, Section
-from vitcli.data.augment.mixing import mixes_pairs
-from vitcli.data.augment.policies import POLICIES, PRESETS, changes_pixels
+from vitcli.data.augment.policies import POLICIES, PRESETS
 from vitcli.data.augment.transform import CROPS, TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
-from vitcli.data.image_set import BatchSource, ImageSet, Stream
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sample_range import with_window
 from vitcli.data.source import Source, open_data
@@ -26,6 +24,12 @@ from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.train.best_weights import best_weights
 from vitcli.train.checkpoint import TrainState
+from vitcli.train.compatibility import (
+    check_augment,
+    check_channels,
+    check_patch_drop,
+    check_smaller_sizes,
+)
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
 from vitcli.train.loop import Loop
@@ -38,13 +42,11 @@ from vitcli.train.objectives import (
     resolve_objective,
 )
 from vitcli.train.objectives.base import Objective
-from vitcli.train.objectives.mae import check_droppable
 from vitcli.train.objectives.regression import regression_notes
 from vitcli.train.optimizers import OPTIMIZERS, JointOptimizer, build_optimizers, find_optimizer
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import SCHEDULES, find_schedule
 from vitcli.train.validate import Validation, metric_names, run_validation, with_fewshot
-from vitcli.vit import Config, Network, ResNet
 from vitcli.vit.macs import macs
 from vitcli.weights.loaded import LoadedModel
 
@@ -326,75 +328,3 @@ def _unused(
     if changed:
         keys = ", ".join(f"`{table}.{key}`" for key in changed)
         yield f"{kind} `{section.name}` does not use {keys}"
-
-
-def check_augment(recipe: Recipe, images: ImageSet | BatchSource | Stream, processes: int) -> None:
-    """Check that `[augment]` fits the data, the objective and the batch."""
-    settings = resolve_augment(recipe.augment)
-    mixes = mixes_pairs(settings)
-    # Generated images come as whole batches with their variations.
-    # A plan without data trains on noise; its augmentation is not measured.
-    generated = images.kind == "batches" and recipe.data.name is not None
-    if generated and (changes_pixels(settings) or settings.repeats > 1):
-        raise VitcliError(
-            f"`{recipe.data.name}` generates whole batches, which `[augment]` cannot change",
-            "remove `augment.preset`, `policy`, the colour settings, `erase_rate` and `repeats`",
-        )
-    if images.kind == "stream" and settings.repeats > 1:
-        raise VitcliError("a stream cannot repeat images", "remove `augment.repeats`")
-    objective = objective_class(recipe.objective.name)
-    if mixes and (objective.regression or not objective.supervised):
-        raise VitcliError(
-            f"objective `{recipe.objective.name}` has no classes that mixup or cutmix could mix",
-            "`--set augment.mix_rate=0.0`",
-        )
-    micro = recipe.train.micro_batch_size
-    if mixes and micro is not None and micro % 2:
-        raise VitcliError(
-            f"`train.micro_batch_size` = {micro} is odd, and mixup or cutmix needs pairs of images",
-            f"`--set train.micro_batch_size={micro + 1}`",
-        )
-    check_batch(recipe.train.batch_size, processes, settings.repeats, mixes)
-
-
-def check_smaller_sizes(recipe: Recipe, config: Config) -> None:
-    """Check that the model accepts each image size of `train.smaller_sizes`."""
-    for side, _ in recipe.train.smaller_sizes:
-        try:
-            replace(config, image_size=(side, side))
-        except ValueError as error:
-            raise VitcliError(
-                f"`train.smaller_sizes` has {side} px, which the model does not accept: {error}",
-                "use multiples of the patch size",
-            ) from error
-
-
-def check_channels(recipe: Recipe, images: ImageSet | BatchSource | Stream, config: Config) -> None:
-    """Check that images that are drawn as tensors have the channels of the model."""
-    # A plan without data has noise of the right shape.
-    drawn = images.kind == "batches" and recipe.data.name is not None
-    if drawn and config.num_channels != 3:
-        channels = config.num_channels
-        raise VitcliError(
-            f"`{recipe.data.name}` draws RGB images, and the model takes {channels} channel",
-            "`--set model.num_channels=3`",
-        )
-
-
-def check_patch_drop(recipe: Recipe, network: Network) -> None:
-    """Check that `train.patch_drop_rate`, if set, works with the model and the objective."""
-    if not recipe.train.patch_drop_rate:
-        return
-    if isinstance(network, ResNet):
-        raise VitcliError("a ResNet has no patches to drop", "`--set train.patch_drop_rate=0.0`")
-    if objective_class(recipe.objective.name).masks_patches:
-        raise VitcliError(
-            f"objective `{recipe.objective.name}` masks patches and cannot drop others",
-            "`--set train.patch_drop_rate=0.0`; `objective.mask_rate` sets the masked fraction",
-        )
-    check_droppable(network.config, "`train.patch_drop_rate`")
-    if network.config.pool == "quadrants":
-        raise VitcliError(
-            "`train.patch_drop_rate` drops patches, and pool `quadrants` needs all of them",
-            "`--set model.pool=mean`",
-        )

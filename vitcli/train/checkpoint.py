@@ -243,7 +243,7 @@ def read_values(path: Path) -> dict[str, Any]:
         values = unseal(read_json(path / STATE))
     except (ValueError, TypeError) as error:
         raise ValueError(f"`{STATE}` is damaged: {error}") from error
-    for name, digest in values.pop(FILES, {}).items():
+    for name, digest in dict(values.pop(FILES, {})).items():
         if not (path / name).is_file():
             raise ValueError(f"`{name}` is missing")
         if file_checksum(path / name) != digest:

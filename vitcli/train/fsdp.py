@@ -126,7 +126,7 @@ class ShardReader:
         ]
         self.places: dict[str, list[tuple[Any, int]]] = {}  # name -> (file, first row), …
         for file in self.files:
-            places = parse_json((file.metadata() or {}).get(SHARDS, "{}"))
+            places = dict(parse_json((file.metadata() or {}).get(SHARDS, "{}")))
             for key in file.keys():  # noqa: SIM118  # not a mapping
                 self.places.setdefault(key, []).append((file, places.get(key, [0, 0])[0]))
 

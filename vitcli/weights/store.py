@@ -21,7 +21,7 @@ from torch import Tensor
 from vitcli.config.choices import Resize
 from vitcli.data.split_record import SplitRecord
 from vitcli.errors import VitcliError
-from vitcli.files import file_checksum, parse_json, replacing, write_text, writing
+from vitcli.files import file_checksum, parse_json, read_json, replacing, write_text, writing
 from vitcli.hub.models import shard_names
 from vitcli.preprocess import Preprocess
 from vitcli.run import check_free
@@ -325,7 +325,7 @@ def read_split_record(weights: Path) -> SplitRecord | None:
     if not file.is_file():
         return None
     with readable_values("record of the training images", file, "remove the file"):
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         return (
             SplitRecord.from_json(values["split"]) if values["weights"] == _mark(weights) else None
         )

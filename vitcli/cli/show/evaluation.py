@@ -15,6 +15,11 @@ METHODS = {
     "fewshot": "few-shot",
     "pretrain": "few-shot after pretraining",
 }
+AVERAGES = {
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "roc_auc": "ROC-AUC, one-vs-rest",
+}
 FILES = ("confusion", "confusion_picture", "reliability", "mistakes", "scatter")
 
 Rows = list[tuple[str, Any]]
@@ -60,6 +65,7 @@ def _single_label_rows(result: Any) -> Rows:
         rows.append(("top-1 among the data's classes", restricted))
     if result.details.num_outputs >= MIN_TOP5_CLASSES:
         rows.append(("top-5", with_interval(m.top5, of["top5"])))
+    rows += _average_rows(result, ("balanced_accuracy", "macro_f1", "roc_auc"))
     if real is not None:
         by_real = f"{with_interval(real.top1, of['top1_real'])}, {real.images:,} images"
         rows.append(("top-1 by ReaL labels", by_real))
@@ -82,7 +88,18 @@ def _multi_label_rows(result: Any) -> Rows:
         corrected = with_interval(result.leave_out.corrected, of["map"])
         rows.append(("without the bias of few images", corrected))
     rows.append(("micro F1 at 0.5", with_interval(m.micro_f1, of["micro_f1"])))
+    rows += _average_rows(result, ("macro_f1", "roc_auc"))
     return [*rows, ("loss", f"{m.loss:.4f}")]
+
+
+def _average_rows(result: Any, names: Sequence[str]) -> Rows:
+    """Figures averaged over classes with their intervals, or the reason why one is undefined."""
+    found, of, rows = result.averages, result.intervals.of, []
+    for name in names:
+        value, reason = found.values.get(name), found.undefined.get(name)
+        shown = f"undefined: {reason}" if value is None else with_interval(value, of.get(name))
+        rows.append((AVERAGES[name], shown))
+    return rows
 
 
 def _temperature_rows(result: Any) -> Rows:

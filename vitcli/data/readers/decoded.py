@@ -3,6 +3,8 @@
 The folder holds, for each split, the pixels of all images (`train.pixels`: RGB rows, memory-mapped
 and so shared by all processes), an index (`train.index`), the multi-hot targets if there are any
 (`train.targets`), and `stored.json`, which is written last. `data/decoded_cache.py` writes it.
+Every file has a checksum: `stored.json` those of itself, of the index and of the targets, and the
+index one for the pixels of each image.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ from vitcli.data.image_set import ImageSet, Integers, Pixels
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import ImageError
 from vitcli.errors import VitcliError, printable
-from vitcli.files import read_json
+from vitcli.files import file_checksum, read_json, unseal
 from vitcli.pixels import Window
 
 FORMAT = 1
@@ -49,6 +51,8 @@ class Description(BaseModel):
     classes: Annotated[list[InstanceOf[str]], Field(min_length=1)]
     splits: dict[Annotated[str, Field(pattern=r"^\w+$")], int]  # split -> images
     index: dict[str, str]  # split -> SHA-256 of its index
+    # split -> `checksum` of its multi-hot targets; None from earlier versions
+    targets: dict[str, str] | None = None
     source: InstanceOf[str]
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]+$")]
     multi_label: bool = False  # the first version has no such key
@@ -147,7 +151,9 @@ def load_decoded(request: DataRequest) -> Source:
         values = read_json(folder / DESCRIPTION)
         if isinstance(values, dict) and values.get("format") in NEWER:
             raise VitcliError(f"a newer vitcli has written `{shown}`", "update vitcli")
-        described = Description.model_validate(values)
+        described = Description.model_validate(
+            unseal(values) if isinstance(values, dict) else values
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise VitcliError(
@@ -166,7 +172,8 @@ def load_decoded(request: DataRequest) -> Source:
         skipped += int((~readable).sum())
         targets = None
         if described.multi_label:
-            targets = _read_targets(folder, name, (len(index), len(classes)))[readable]
+            digest = None if described.targets is None else described.targets.get(name, "")
+            targets = _read_targets(folder, name, (len(index), len(classes)), digest)[readable]
         store = PixelStore(folder, name, index[readable], described.window)
         labels = store.index["label"].astype(np.int64)
         sets[name] = ImageSet(name, classes, labels, store, targets=targets)
@@ -181,10 +188,12 @@ def load_decoded(request: DataRequest) -> Source:
     return make_source(request, sets, parts, notes)
 
 
-def _read_targets(folder: Path, split: str, shape: tuple[int, int]) -> Pixels:
+def _read_targets(folder: Path, split: str, shape: tuple[int, int], digest: str | None) -> Pixels:
     """(n, K) uint8: multi-hot targets."""
     file = targets_file(folder, split)
     try:
+        if digest not in (None, file_checksum(file)):
+            raise ValueError
         return np.fromfile(file, dtype=np.uint8).reshape(shape)
     except (OSError, ValueError):
         raise VitcliError(f"`{printable(file)}` is missing or damaged", REMAKE) from None

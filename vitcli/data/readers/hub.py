@@ -8,6 +8,7 @@ folders or a table such as `metadata.csv`.
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from vitcli.data.readers import READERS, find_reader, import_function
@@ -15,11 +16,14 @@ from vitcli.data.readers.parquet import read_parquet
 from vitcli.data.readers.tar import NAMES_FILES, read_names, read_shards
 from vitcli.data.source import DataRequest, Source, fingerprint
 from vitcli.data.splits import parse_slice
-from vitcli.hub.client import cannot_write, quiet_hub
+from vitcli.hub.client import cannot_write, quiet_hub, size_text
 from vitcli.hub.datasets import CONVERTED, DatasetFiles, find_dataset
 from vitcli.hub.repository import RepoFiles, fetch_file
+from vitcli.hub.verified import VerifiedFiles
+from vitcli.progress import Warnings
 
 DOWNLOAD_THREADS = 8  # for images in class folders
+NOTED_BYTES = 10**9  # a second or two of SHA-256
 
 
 def find_files(request: DataRequest) -> tuple[RepoFiles, DatasetFiles]:
@@ -77,17 +81,28 @@ def class_names_file(repo_files: RepoFiles) -> Path | None:
 def _download(
     repo_files: RepoFiles, kind: str, paths: Sequence[str], request: DataRequest
 ) -> list[Path]:
-    if kind != "folder":
-        return [fetch_file(repo_files, path, request.watch) for path in paths]
-    files = []
-    with (
-        request.watch.progress(f"{repo_files.repository}, files", len(paths)) as bar,
-        ThreadPoolExecutor(DOWNLOAD_THREADS) as threads,
-    ):
-        for file in threads.map(lambda path: fetch_file(repo_files, path), paths):
-            files.append(file)
-            bar.advance()
-    return files
+    with VerifiedFiles(repo_files.repository.folder) as verified:
+        cached = {path: repo_files.snapshot / path for path in paths}
+        new = [path for path, file in cached.items() if file.is_file() and file not in verified]
+        if (size := sum(repo_files.sizes[path] or 0 for path in new)) > NOTED_BYTES:
+            request.watch.note(
+                f"{request.shown}: verifying the checksums of {len(new):,} files in the cache "
+                f"({size_text(size)}), once"
+            )
+        if kind != "folder":
+            return [
+                fetch_file(repo_files, path, request.watch, verified=verified) for path in paths
+            ]
+        files, watch = [], Warnings(request.watch)
+        with (
+            request.watch.progress(f"{repo_files.repository}, files", len(paths)) as bar,
+            ThreadPoolExecutor(DOWNLOAD_THREADS) as threads,
+        ):
+            fetch = partial(fetch_file, repo_files, watch=watch, verified=verified)
+            for file in threads.map(fetch, paths):
+                files.append(file)
+                bar.advance()
+        return files
 
 
 def _read_folder(request: DataRequest, repo_files: RepoFiles, dataset: DatasetFiles) -> Source:

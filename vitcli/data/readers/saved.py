@@ -1,7 +1,9 @@
 """Folders that `save_to_disk` of Hugging Face `datasets` wrote: arrow files and their list."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from vitcli.data.image_set import ImageSet
 from vitcli.data.readers.parquet import (
@@ -19,6 +21,28 @@ from vitcli.hub.split_names import SPLIT_ALIASES
 SPLITS_FILE = "dataset_dict.json"  # of a `DatasetDict`
 STATE_FILE = "state.json"  # of a `Dataset`
 REWRITE = "write the dataset again with `save_to_disk`"
+Content = TypeVar("Content", bound=BaseModel)
+
+
+class ArrowFile(BaseModel):
+    filename: str
+
+
+class SavedState(BaseModel):
+    """The entries of `state.json` that are read."""
+
+    model_config = ConfigDict(strict=True)
+
+    files: list[ArrowFile] = Field(alias="_data_files")
+    fingerprint: str = Field(alias="_fingerprint")
+
+
+class SavedSplits(BaseModel):
+    """The content of `dataset_dict.json`."""
+
+    model_config = ConfigDict(strict=True)
+
+    splits: list[str]
 
 
 def is_saved(folder: Path) -> bool:
@@ -36,7 +60,7 @@ def load_saved(request: DataRequest) -> Source:
     root, notes = request.path, []
     folders = {"train": root}
     if (root / SPLITS_FILE).is_file():
-        names = [str(name) for name in _read(root / SPLITS_FILE, "splits")]
+        names = _read(root / SPLITS_FILE, SavedSplits).splits
         found = {SPLIT_ALIASES.get(name.lower()): root / Path(name).name for name in names}
         left = [name for name in names if name.lower() not in SPLIT_ALIASES]
         if left == names and len(names) == 1:
@@ -48,10 +72,11 @@ def load_saved(request: DataRequest) -> Source:
     splits: dict[str, ImageSet] = {}
     parts: list[bytes] = []
     for split, folder in folders.items():
-        files = [folder / Path(entry["filename"]).name for entry in _read(folder / STATE_FILE)]
+        state = _read(folder / STATE_FILE, SavedState)
+        files = [folder / Path(entry.filename).name for entry in state.files]
         tables = [_read_arrow(file) for file in files]
         splits |= _images(split, files, tables, request, notes, divide=len(folders) == 1)
-        parts += [str(_read(folder / STATE_FILE, "_fingerprint")).encode()]
+        parts += [state.fingerprint.encode()]
         parts += [table.num_rows.to_bytes(8, "little") for table in tables]
     return make_source(request, splits, parts, notes)
 
@@ -80,11 +105,12 @@ def _images(
     return divide_by_column(shown, images, table, columns[1], request, notes)
 
 
-def _read(file: Path, key: str = "_data_files") -> Any:
+def _read(file: Path, kind: type[Content]) -> Content:
     try:
-        return read_json(file)[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VitcliError(f"cannot read `{printable(file)}`: {error}", REWRITE) from None
+        return kind.model_validate(read_json(file))
+    except (OSError, ValueError) as error:  # pydantic's error is a ValueError of several lines
+        reason = printable(str(error).replace("\n", " "))
+        raise VitcliError(f"cannot read `{printable(file)}`: {reason}", REWRITE) from None
 
 
 def _read_arrow(file: Path) -> Any:

@@ -1,7 +1,8 @@
 """A hook of MkDocs that adds generated pages to the files in this folder.
 
 Generated: the start page from README.md, a page per command from the program's help, a page with
-every setting from the schema, and the texts that are elsewhere in the repository. Links are written
+every setting from the schema, a page per recipe from its file and from RESULTS.md, and the texts
+that are elsewhere in the repository. Links are written
 for the repository, and `site_links` rewrites them for the site.
 """
 
@@ -16,6 +17,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 ROOT = Path(__file__).parents[1]
 COMMANDS = "reference/commands"
 SETTINGS = "reference/settings.md"
+RECIPES = "reference/recipes"
+RESULTS = "recipes/RESULTS.md"
+FIELDS = r"(Follows|Run|Data|Cost|Expect|Then): "  # begin the facts in the header of a recipe
+NOT_MEASURED = "The run of this recipe has not been made and measured here."
 # Repository path -> address on the site, for texts outside of docs/.
 OTHER_TEXTS = {
     "README.md": "index.md",
@@ -93,6 +98,49 @@ def settings_page() -> str:
     return "\n".join(parts)
 
 
+def results_of(name: str, expected: str) -> list[str]:
+    """The sections of RESULTS.md about a recipe: its name is in their title, or the recipe's
+    header names them, as in `Expect: recipes/RESULTS.md, "Fine-tuning"`."""
+    text = (ROOT / RESULTS).read_text(encoding="utf-8")
+    _, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    named = re.findall(r'"([^"]+)"', expected)
+    titles = [(one.partition("\n")[0], one) for one in sections]
+    return [
+        one.strip()
+        for title, one in titles
+        if f"`{name}`" in title or any(title == n or title.startswith(f"{n} (") for n in named)
+    ]
+
+
+def recipe_pages() -> Iterator[tuple[str, str]]:
+    """(address, Markdown) of each recipe: its header, its cost, its results and its settings."""
+    from vitcli.commands.recipes import run, text
+    from vitcli.config.recipe import header, recipe_path
+
+    for row in run().rows:
+        file = text(row.name)
+        comment = [
+            line.removeprefix("#").removeprefix(" ")
+            for line in file.split("\ncommand")[0].split("\n")
+        ]
+        first = next((i for i, line in enumerate(comment) if re.match(FIELDS, line)), len(comment))
+        parts = [f"# {row.name}", "\n".join(comment[:first]).strip()]
+        if first < len(comment):
+            parts.append("\n".join(["```text", *comment[first:], "```"]))
+        if row.cost is None:
+            data = row.data or "DATA"
+            parts.append(
+                f"The cost depends on the data: `vitcli plan {row.name} {data}` prints it."
+            )
+        found = results_of(row.name, header(file).get("Expect", ""))
+        parts.append("## Results" if found else NOT_MEASURED)
+        parts += [f"### {one}" for one in found]
+        source = recipe_path(row.name).relative_to(ROOT).as_posix()
+        parts += [f"## Settings\n\nThis is [{source}]({source}):", f"```toml\n{file.strip()}\n```"]
+        address = f"{RECIPES}/{row.name}.md"
+        yield address, site_links("\n\n".join(parts) + "\n", "README.md", address)
+
+
 def pages() -> dict[str, str]:
     """Address -> Markdown of every generated page."""
     made = {
@@ -100,6 +148,7 @@ def pages() -> dict[str, str]:
         for path, address in OTHER_TEXTS.items()
     }
     made |= dict(command_pages())
+    made |= dict(recipe_pages())
     made[SETTINGS] = settings_page()
     return made
 
@@ -109,9 +158,9 @@ def address_of(path: str) -> str:
     return OTHER_TEXTS.get(path, path.removeprefix("docs/"))
 
 
-def site_links(text: str, path: str) -> str:
-    """Rewrite the relative links of the repository file `path` for its place on the site."""
-    here = posixpath.dirname(address_of(path))
+def site_links(text: str, path: str, address: str | None = None) -> str:
+    """Rewrite the relative links of the repository file `path` for `address` on the site."""
+    here = posixpath.dirname(address or address_of(path))
 
     def rewritten(match: re.Match[str]) -> str:
         target, anchor = match[1], match[2] or ""
@@ -130,12 +179,19 @@ def navigation(made: dict[str, str]) -> list[Any]:
         return [f"{name}/{p.name}" for p in sorted((ROOT / "docs" / name).glob("*.md"))]
 
     commands = [address for address in made if address.startswith(f"{COMMANDS}/")]
+    recipes = [address for address in made if address.startswith(f"{RECIPES}/")]
     return [
         "index.md",
         {"Tutorials": folder("tutorials")},
         {"How-to guides": folder("how-to")},
         {"Concepts": folder("concepts")},
-        {"Reference": [{"Commands": commands}, SETTINGS, "recipes/README.md"]},
+        {
+            "Reference": [
+                {"Commands": commands},
+                SETTINGS,
+                {"Recipes": ["recipes/README.md", *recipes]},
+            ]
+        },
         {"Results": ["recipes/RESULTS.md", "recipes/LOG.md"]},
         "comparison.md",
         "faq.md",

@@ -30,6 +30,30 @@ def test_every_command_has_a_page_with_its_options(site):
         assert f"vitcli {name}" in page
 
 
+def test_every_recipe_has_a_page_with_its_settings_and_its_results(site):
+    from vitcli.commands.recipes import run, text
+
+    made = dict(site.recipe_pages())
+    assert len(made) == len(run().rows)
+    for row in run().rows:
+        page = made[f"reference/recipes/{row.name}.md"]
+        assert text(row.name).strip() in page and (row.cost or "The cost depends") in page
+        assert ("## Results" in page) != (site.NOT_MEASURED in page)
+    # The figure is in RESULTS.md only; the name of its section is in the header of the recipe.
+    assert "99.26 ± 0.42 %" in made["reference/recipes/finetune_digits.md"]
+    assert site.NOT_MEASURED in made["reference/recipes/paper_vit_b16_i1k.md"]
+
+
+def test_the_results_that_a_recipe_names_exist(site):
+    from vitcli.commands.recipes import run, text
+    from vitcli.config.recipe import header
+
+    for row in run().rows:
+        expected = header(text(row.name)).get("Expect", "")
+        if expected.startswith("recipes/RESULTS.md"):
+            assert site.results_of(row.name, expected), row.name
+
+
 def test_links_of_the_site_lead_somewhere(site):
     """Every link of every page, generated or not, names another page or a file of recipes/."""
     made = site.pages()

@@ -4,9 +4,11 @@ import re
 import shlex
 import shutil
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from support.docs import commands
 
 from vitcli.cli.app import app
 from vitcli.cli.main import run
@@ -15,15 +17,6 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))
 TEXTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md", *DOCS)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def commands(text):
-    """Every `vitcli …` line in a code block, without comment and prompt."""
-    for block in re.findall(r"^```\n(.*?)^```", text, flags=re.S | re.M):
-        for line in block.splitlines():
-            line = line.removeprefix("$ ").partition(" #")[0].strip()
-            if line.startswith("vitcli "):
-                yield line
 
 
 ALL = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", *DOCS)]
@@ -38,15 +31,33 @@ def test_the_search_found_them():
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_every_command_line_is_understood(line):
+def test_every_command_line_is_understood(line, monkeypatch):
     from typer.main import get_command
 
     words = shlex.split(line)[1:]
+    if "--processes" in words:  # as one of the processes that it starts
+        number = int(words[words.index("--processes") + 1])
+        monkeypatch.setattr("vitcli.distributed.world_size", lambda: number)
     command = get_command(app)
     context = command.make_context("vitcli", words[:1], resilient_parsing=True)
     found = command.get_command(context, words[0])
     assert found is not None
     found.make_context(words[0], words[1:], parent=context)  # raises on an unknown option
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if "--set" in line or "--recipe" in line])
+def test_the_settings_and_recipes_of_every_command_line_exist(line):
+    from vitcli.config.recipe import load_data_check, load_recipe, parse_overrides
+
+    words = shlex.split(line)[1:]
+    pairs = list(pairwise(words))
+    settings = parse_overrides([value for flag, value in pairs if flag == "--set"])
+    recipe = next((value for flag, value in pairs if flag == "--recipe"), None)
+    if words[0] in ("pretrain", "finetune"):
+        name = recipe if recipe and not recipe.startswith("runs/") else words[0]
+        load_recipe(name, settings, words[0])
+    else:
+        load_data_check(settings)
 
 
 def test_the_first_two_commands_are_the_contracts():

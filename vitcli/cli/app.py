@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from vitcli import __version__
-from vitcli.cli import console
+from vitcli.cli import console, following
 from vitcli.cli.options import (
     EVALUATION,
     MACHINE,
@@ -62,7 +62,7 @@ def _root(
 
 @app.command(cls=SettingsCommand)
 @option_groups
-def pretrain(data: Data = None, *, training: TrainOptions) -> None:
+def pretrain(context: typer.Context, data: Data = None, *, training: TrainOptions) -> None:
     """Train a model from random weights.
 
     Without DATA, train for a few minutes on images drawn from formulas; nothing is downloaded.
@@ -71,12 +71,13 @@ def pretrain(data: Data = None, *, training: TrainOptions) -> None:
     """
     from vitcli.commands import pretrain as command
 
-    _train(command, training, settings_of(training), data=data)
+    _train(context, command, training, settings_of(training), data=data)
 
 
 @app.command(cls=SettingsCommand)
 @option_groups
 def finetune(
+    context: typer.Context,
     data: Data = None,
     model: ModelName = None,
     lora: Annotated[int | None, schema_option(MODEL, "lora.rank", "--lora")] = None,
@@ -93,10 +94,16 @@ def finetune(
     from vitcli.commands import finetune as command
 
     settings = settings_of(training, lora__rank=lora)
-    _train(command, training, settings, data=data, model=model, verbose=verbose)
+    _train(context, command, training, settings, data=data, model=model, verbose=verbose)
 
 
-def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **given: Any) -> None:
+def _train(
+    context: typer.Context,
+    command: Any,
+    training: TrainOptions,
+    settings: dict[str, Any],
+    **given: Any,
+) -> None:
     """Run `pretrain` or `finetune`, or only estimate its cost, or only find a learning rate."""
     from vitcli.cli.show import training as show
 
@@ -123,7 +130,8 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
         from vitcli.commands import find_lr
 
         rate = find_lr.run(**given, **shared, command=name, watch=console.Terminal())
-        console.show(rate, training.json, show.show_found_rate)
+        after = following.after_find_lr(context, rate)
+        console.show(rate, training.json, show.show_found_rate, after)
         return
     if training.dry_run:
         from vitcli.cli.show import cost as show_cost
@@ -136,7 +144,8 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
             compare=False,
             watch=console.Terminal(),
         )
-        console.show(result, training.json, show_cost.show_plan)
+        after = following.repeated(context, ("dry_run",))
+        console.show(result, training.json, show_cost.show_plan, after)
         return
     trained = command.run(
         **given,
@@ -146,7 +155,7 @@ def _train(command: Any, training: TrainOptions, settings: dict[str, Any], **giv
         track=training.track,
         watch=console.Terminal(),
     )
-    console.show(trained, training.json, show.show_trained)
+    console.show(trained, training.json, show.show_trained, following.after_training(trained))
     console.exit_if_unreadable(f"{name}: {reason}" for name, reason in trained.broken.items())
 
 
@@ -176,7 +185,7 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
         verbose=options.verbose,
         watch=console.Terminal(),
     )
-    console.show(result, options.json, show.show_fewshot)
+    console.show(result, options.json, show.show_fewshot, following.after_fewshot(result))
     console.exit_if_unreadable(result.broken)
 
 
@@ -337,12 +346,13 @@ def export(
         verbose=verbose,
         watch=console.Terminal(),
     )
-    console.show(result, json, show.show_export)
+    console.show(result, json, show.show_export, following.after_export(result))
 
 
 @app.command(cls=SettingsCommand)
 @option_groups
 def plan(
+    context: typer.Context,
     recipe: Annotated[
         str | None,
         typer.Argument(
@@ -380,7 +390,7 @@ def plan(
         prices=command.Prices(options.watts, options.kwh_price, options.hour_price),
         watch=console.Terminal(),
     )
-    console.show(result, options.json, show.show_plan)
+    console.show(result, options.json, show.show_plan, following.after_plan(context, result))
 
 
 @app.command(cls=SettingsCommand)

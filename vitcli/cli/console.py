@@ -49,12 +49,16 @@ err = Console(stderr=True, highlight=False)
 EXIT_UNREADABLE = 3  # done, but some inputs could not be read
 
 
-def show(result: Any, as_json: bool, draw: Callable[[Any], None]) -> None:
-    """Print a result as JSON, or let `draw` print it as tables."""
+def show(
+    result: Any, as_json: bool, draw: Callable[[Any], None], following: str | None = None
+) -> None:
+    """Print a result as JSON, or let `draw` print it as tables, and the command to run next."""
     if as_json:
         print_json(result.to_json())
-    else:
-        draw(result)
+        return
+    draw(result)
+    if following is not None:
+        show_next(following)
 
 
 def exit_if_unreadable(broken: Iterable[str]) -> None:
@@ -270,5 +274,10 @@ def _rgb(values: bytes, at: int) -> str:
 
 
 def show_next(command: str) -> None:
-    """Print the command that a user would run next."""
-    out.print(Text(f"next: {command}", style="dim"), soft_wrap=True)
+    """Print the command that a user would run next; `following` makes it."""
+    out.print(Text(f"next: {printable(command)}", style="dim"), soft_wrap=True)
+
+
+def show_path(name: str, path: Any) -> None:
+    """Print where a file or a folder is, on one line that is never folded."""
+    out.print(Text(f"{name}: {printable(str(path))}", style="dim"), soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.text import Text
 
 from vitcli.cli import console as report
-from vitcli.cli.console import print_facts, print_table, show_next
+from vitcli.cli.console import print_facts, print_table, show_path
 
 SI_UNITS = ((1e21, "zetta"), (1e18, "exa"), (1e15, "peta"), (1e12, "tera"), (1e9, "giga"))
 BYTE_UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -67,10 +67,6 @@ def show_plan(plan: Any) -> None:
         _show_changes(facts["changes"])
     for note in facts["notes"]:
         report.out.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
-    command = f"vitcli {facts['command']}"
-    if facts["recipe"]:
-        command += f" --recipe {facts['recipe']}"
-    show_next(command)
 
 
 def _run_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -255,7 +251,7 @@ def show_bench(result: Any) -> None:
         ]
         print_facts(f"{title}: vitcli compared with {row['against']}", rows)
     if facts["picture"]:
-        show_next(f"picture: {facts['picture']}")
+        show_path("picture", facts["picture"])
 
 
 def _bench_name(row: dict[str, Any]) -> str:

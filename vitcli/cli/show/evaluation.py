@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from vitcli.cli.console import MOST_CLASSES, percent, print_facts, print_table, show_next
+from vitcli.cli.console import MOST_CLASSES, percent, print_facts, print_table, show_path
 from vitcli.cli.show.training import number_rows, with_interval
 from vitcli.run import run_stem
 
@@ -257,7 +257,7 @@ def show_suite(result: Any) -> None:
     method = METHODS[facts["method"]]
     splits = "/".join(sorted({task["split"] for task in facts["tasks"].values() if task["split"]}))
     print_table(f"{facts['suite']}, {method}: {splits} accuracy in %", columns, rows)
-    show_next(f"each task is a run in {facts['run']}")
+    show_path("runs of the tasks", facts["run"])
 
 
 def percent_or_dash(share: float | None, unit: str = "") -> str:

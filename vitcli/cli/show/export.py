@@ -3,7 +3,7 @@
 from typing import Any
 
 from vitcli.cli import console as report
-from vitcli.cli.console import print_facts, show_next
+from vitcli.cli.console import print_facts
 
 
 def show_export(result: Any) -> None:
@@ -23,5 +23,3 @@ def show_export(result: Any) -> None:
     print_facts(f"{result.model} as {result.format}: {result.path}", rows)
     for note in result.notes:
         report.Terminal().note(note)
-    if result.format != "onnx" and result.head_trained:
-        show_next(f"vitcli predict image.jpg --model {result.path}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vitcli.cli.console import print_table, show_next
+from vitcli.cli.console import print_table
 from vitcli.evals.fewshot.methods import METHODS
 
 
@@ -38,8 +38,6 @@ def show_fewshot(result: Any) -> None:
     for shots, found in facts["shots"].items():
         if found.get("path", {}).get("accuracy"):
             _show_path(shots, found["path"])
-    if result.run:
-        show_next(f"vitcli predict image.jpg --model {result.run}")
 
 
 def _show_path(shots: str, path: Mapping[str, Any]) -> None:

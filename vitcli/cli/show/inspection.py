@@ -6,8 +6,7 @@ from typing import Any
 from PIL import Image
 
 from vitcli.cli import console as report
-from vitcli.cli.console import print_facts, print_picture, print_table, show_next
-from vitcli.errors import printable
+from vitcli.cli.console import print_facts, print_picture, print_table, show_path
 
 MAX_PICTURES = 3  # images drawn on the terminal
 
@@ -26,7 +25,7 @@ def show_inspection(result: Any) -> None:
         head, *rows = bias_table(result.bias_rows)
         found = facts["inductive_bias"]
         print_table(f"inductive bias, {found['images']} images: {found['pictures']}", head, rows)
-    show_next(f"open {printable(result.out / 'index.html')}")
+    show_path("page", result.out / "index.html")
 
 
 def _show_weights(result: Any) -> None:

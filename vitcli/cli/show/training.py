@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from vitcli.cli import console as report
-from vitcli.cli.console import percent, print_facts, show_next
+from vitcli.cli.console import percent, print_facts
 
 
 def with_interval(share: float, interval: Sequence[float] | None) -> str:
@@ -73,8 +73,6 @@ def show_trained(result: Any) -> None:
     if result.broken:
         rows.append(("unreadable", f"{len(result.broken)} images, not used"))
     print_facts(f"{result.command}: {result.run}", rows)
-    steps = {"pretrain": "vitcli fewshot --shots 5, or vitcli finetune"}
-    show_next(steps.get(result.command, "vitcli predict image.jpg"))
 
 
 def show_found_rate(result: Any) -> None:
@@ -89,8 +87,6 @@ def show_found_rate(result: Any) -> None:
         ("curve", f"{result.folder}/lr.png"),
     ]
     print_facts("learning-rate finder", rows)
-    muon = "" if result.matrix_lr is None else f" --set optim.matrix_lr={result.matrix_lr:.2g}"
-    show_next(f"the same command with --lr {result.lr:.2g}{muon}, without --find-lr")
 
 
 def show_recipes(result: Any) -> None:

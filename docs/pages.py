@@ -11,8 +11,7 @@ import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = "reference/commands"
@@ -64,36 +63,18 @@ def command_pages() -> Iterator[tuple[str, str]]:
         yield f"{COMMANDS}/{name}.md", page
 
 
-def type_name(kind: Any) -> str:
-    """A type of the schema in words, such as `int` or `'crop', 'squash' or 'pad'`."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return " or ".join(f"`{word}`" for word in arguments)
-    if origin in (Union, UnionType):
-        return " or ".join(type_name(one) for one in arguments if one is not type(None))
-    if origin is tuple:
-        return f"list of {type_name(arguments[0])}"
-    if origin is Annotated:
-        return type_name(arguments[0])
-    return str(kind.__name__)
-
-
 def settings_page() -> str:
     """Every setting of the recipe schema: key, type, default, help."""
+    from vitcli.commands.settings import setting_rows
     from vitcli.config.schema import SECTIONS
-    from vitcli.train.build import registered_names
 
-    # A setting whose values are the names in a registry.
-    names = {key: Literal[tuple(known)] for key, known in registered_names().items()}
     parts = ["# Settings\n", "Set a key with `--set section.key=value` or in a recipe.\n"]
     for name, section in SECTIONS.items():
         parts.append(f"## {name}\n\n{inspect.cleandoc(section.__doc__ or '')}\n")
         rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
-        for key, field in section.model_fields.items():
-            default = "" if field.default is None else f"`{field.default}`"
-            annotation = names.get(f"{name}.{key}", field.annotation)
-            kind, text = cell(type_name(annotation)), cell(field.description or "")
-            rows.append(f"| `{name}.{key}` | {kind} | {cell(default)} | {text} |")
+        for row in setting_rows([name]):
+            default = "" if row.default is None else cell(f"`{row.default}`")
+            rows.append(f"| `{row.key}` | {cell(row.type)} | {default} | {cell(row.meaning)} |")
         parts.append("\n".join(rows) + "\n")
     return "\n".join(parts)
 

@@ -95,6 +95,7 @@ COMMANDS = [
     "pretrain builtin:digits --steps 1 --set model.num_registers=1000000",
     "pretrain builtin:digits --steps 1 --set augment.crop=pad --set augment.crop_padding=1000000",
     "plan pretrain_formula --set model.image_size=1000000",
+    "check x-{0..99999}.tar",
     "check x-{0..99999999}.tar",
     "check x-{0..9999}{0..9999}.tar",
     f"check x-{'{a,b}' * 40}.tar",

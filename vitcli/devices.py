@@ -9,13 +9,51 @@ from typing import Any, Literal
 import torch
 
 from vitcli import distributed
-from vitcli.errors import VitcliError, unknown
+from vitcli.errors import VitcliError, printable, unknown
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+_chosen: torch.device | None = None  # `--device` of this command
+
+
+def available_devices() -> list[str]:
+    """The names that `--device` takes on this machine."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
+    return [*found, "mps"] if torch.backends.mps.is_available() else found
+
+
+def choose_device(name: str | None) -> None:
+    """Make `pick_device` return the device `name`; None restores the default.
+
+    Raises:
+        VitcliError: this machine has no such device, or several processes would share it.
+    """
+    global _chosen
+    if name is None:
+        _chosen = None
+        return
+    known = available_devices()
+    if name not in known:
+        raise VitcliError(
+            f"this machine has no device `{printable(name)}`",
+            f"use one of {', '.join(f'`{device}`' for device in known)}",
+        )
+    if (count := distributed.world_size()) > 1 and name not in ("cpu", "cuda"):
+        raise VitcliError(
+            f"`--device {name}` is one device, but there are {count} processes",
+            "remove `--processes`, or use `--device cpu` or `--device cuda` (a GPU per process)",
+        )
+    _chosen = torch.device(name)
+    if _chosen.type == "cuda" and _chosen.index is not None:
+        torch.cuda.set_device(_chosen)  # libraries that say `cuda` mean this one too
+
+
 def pick_device() -> torch.device:
-    """The GPU if PyTorch sees one, otherwise the CPU."""
+    """The device that the user chose, else the GPU if PyTorch sees one, otherwise the CPU."""
+    if _chosen is not None:
+        return _chosen
     if torch.cuda.is_available():
         return torch.device("cuda")
     # Accelerate cannot share an Apple GPU between processes.
@@ -38,7 +76,10 @@ def join_processes(device: torch.device) -> Any:
             f"{distributed.local_world_size()} processes for {count} GPU{'s' if count > 1 else ''}",
             f"use `--processes {count}`",
         )
-    return PartialState(cpu=device.type == "cpu")
+    state = PartialState(cpu=device.type == "cpu")
+    if device.index is not None:
+        state.device = device  # Accelerate says `cuda`; provenance.json names the GPU
+    return state
 
 
 PROBE_SIZE = (1024, 384)  # (rows, width) of the timed matrix product

@@ -101,12 +101,12 @@ class Run:
     def provenance(self) -> dict[str, Any]:
         """Return the recorded facts about machine and data; empty if there are none."""
         hint = "restore the file from a copy, or start a new run with another `--out`"
-        return _read_json(self.path / "provenance.json", hint)
+        return _read_json(self.path / "provenance.json", "data", hint)
 
     def result(self) -> dict[str, Any]:
         """Return the final results; empty if the run has not finished."""
         hint = "remove the file; a run without result.json counts as unfinished"
-        return _read_json(self.result_file, hint)
+        return _read_json(self.result_file, "figures", hint)
 
     def write_recipe(self, recipe: Recipe | str) -> None:
         """Write recipe.toml, with a checksum that a resume verifies."""
@@ -385,13 +385,16 @@ def _record_of(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record.get("seconds", 0.0), int | float) else None
 
 
-def _read_json(path: Path, hint: str) -> dict[str, Any]:
+def _read_json(path: Path, inner: str, hint: str) -> dict[str, Any]:
+    """The values of a record, in which `inner` is an object; {} without the file."""
     if not path.is_file():
         return {}
     try:
         values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
+        if not isinstance(values.get(inner, {}), dict):
+            raise ValueError(f"its `{inner}` is not a JSON object")
         return unseal(values)
     except (OSError, ValueError) as error:
         raise VitcliError(f"`{path}` is damaged: {error}", hint) from None

@@ -28,6 +28,8 @@ COMMANDS = (
     "evaluate",
     "export",
     "recipes",
+    "models",
+    "settings",
 )
 
 SLOW_TO_LOAD = {

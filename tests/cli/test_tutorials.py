@@ -15,7 +15,7 @@ PAGES = Path(__file__).parents[2] / "docs/tutorials"
 # Options of the pages that cost time or need another machine. Each is replaced by nothing.
 DROPPED = ("--epochs", "--budget", "--image-size", "--processes", "--device", "--track")
 TRAIN = ["--steps", "2", "--batch-size", "4"]
-MODEL = ["--set", "model.name=mu/8", "--set", "model.image_size=16"]
+MODEL = ["--set", "model.name=mu/8", "--set", "model.image_size=32"]
 # Commands that take longer than a page may, and have tests of their own. They are parsed only.
 ELSEWHERE = ("doctor", "bench", "paper_vit_b16_i1k", "--find-lr", "train.compile=true")
 
@@ -48,7 +48,7 @@ def smaller(line):
         while flag in words:
             at = words.index(flag)
             del words[at : at + 2]
-    if words[0] == "pretrain" and not any(w.startswith("runs/") for w in words[1:3]):
+    if words[0] == "pretrain" and words[1] != "--resume":
         words += [*TRAIN, *MODEL]
     elif words[0] == "finetune":
         words += TRAIN

@@ -100,7 +100,9 @@ def test_imbalance_and_small_classes_are_told(tmp_path):
         picture.save(folder / f"{i}.png")
     found = check.run(str(tmp_path / "photos"))
     assert found.imbalance == 10
-    assert any("10 times" in line for line in found.problems())
+    (line,) = [line for line in found.problems() if "10 times" in line]
+    assert "(`many` 40, `few` 4)" in line and "`--set objective.logit_adjustment=1`" in line
+    assert found.to_json()["suggested_setting"] == "objective.logit_adjustment=1"
     assert any("1 class has fewer than 5 images: `few`" in line for line in found.problems())
 
 
@@ -169,7 +171,7 @@ def test_images_without_a_label_are_no_class(tmp_path):
     found = check.run(data)
     assert list(found.to_json()["classes"]) == ["a", "b"]
     assert found.to_json()["splits"] == {"train": 10, "test": 2}
-    assert found.imbalance == 1
+    assert found.imbalance == 1 and found.to_json()["suggested_setting"] is None
     lines = found.problems()
     assert "2 images have no label" in lines
     assert not any("fewer than" in line for line in lines)

@@ -199,9 +199,13 @@ def test_what_cannot_be_read_is_named(pictures, capsys):
     assert not (pictures / "new").exists()
 
 
-def test_weights_that_are_no_numbers(pictures):
+@pytest.mark.parametrize(
+    "name", ["blocks.0.attn.qkv.weight", "pos_embed", "patch_embed.proj.weight"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(pictures, name, value):
     model = stored()
-    model.network.blocks[0].attn.qkv.weight.data[0, 0] = float("nan")
+    model.network.get_parameter(name).data[0, 0] = value
     save_model("m.safetensors", model)
     with pytest.raises(VitcliError, match="is not a number"):
         run(["p"], model="m.safetensors", out=pictures / "new")

@@ -52,6 +52,16 @@ def test_attention_pooling_is_planned(here):
     assert facts["parts"]["pooling"] > 0 and facts["memory_bytes"] > 0
 
 
+def test_sizes_that_the_model_does_not_take_are_an_error_and_no_proposal(capsys):
+    """Training refuses them; `plan` did not check them, nor did its larger patch: a traceback."""
+    words = ["plan", "pretrain_cifar10_small", "--no-probe", "--images", "9", "--steps", "2"]
+    words += ["--set", "model.image_size=32", "--set"]
+    facts = planned(capsys, *words, "model.name=mu/8")
+    assert "larger patch" not in {row["change"] for row in facts["changes"]}  # 16 px: 1x1 patch
+    assert cli.run([*words, "model.name=mu/16"]) == 2
+    assert "`train.smaller_sizes` has 16 px" in capsys.readouterr().err
+
+
 # The paper's table 2 and section 4.2: TPUv3-core-days, cores times days.
 JFT, I21K = 303e6, 14.2e6  # images
 CORE_DAYS = [("L/16", 14 * JFT, 680), ("H/14", 14 * JFT, 2500), ("L/16", 90 * I21K, 230)]

@@ -336,3 +336,11 @@ def test_the_same_crop_whether_a_file_is_read_whole_or_not():
         # Up to half a pixel apart, on slopes of up to 24 grey levels a pixel.
         assert np.abs(quick - whole).mean() < 6
         assert np.abs(quick - other).mean() > 15  # the comparison can tell
+
+
+def test_a_padding_that_hides_the_image_is_refused():
+    for size, padding in (((32, 48), 32), ((224, 224), 8000)):
+        with pytest.raises(VitcliError, match=r"crop_padding` = \d+ is not below the image size"):
+            TrainTransform(Preprocess(size), section(crop="pad", crop_padding=padding))
+    TrainTransform(Preprocess((32, 48)), section(crop="pad", crop_padding=31))
+    TrainTransform(Preprocess((32, 32)), section(crop="none", crop_padding=8000))

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from PIL import Image
+from support.watching import Told
 
 from vitcli.data import copies
 from vitcli.data.source import load_data
@@ -183,7 +184,9 @@ def test_given_splits_that_share_images(tmp_path):
     for split, numbers in (("train", range(12)), ("val", range(12, 16)), ("test", range(9, 17))):
         for i in numbers:
             picture(tmp_path / split / "ab"[i % 2] / f"{split}{i}.png", i)
-    notes = load_data(str(tmp_path)).notes
+    watch = Told()
+    load_data(str(tmp_path)).tell(watch)
+    notes = watch.warnings  # loud, because figures on these images are too high
     assert any("3 of 8 test images are exact copies of train images" in note for note in notes)
     assert any("4 of 8 test images are exact copies of validation images" in note for note in notes)
     assert {k: len(s) for k, s in load_data(str(tmp_path)).splits.items()} == {

@@ -318,6 +318,7 @@ def test_a_run_learns_several_labels(trained):
     found = evaluate.run(path, model=str(run))
     assert found.split == "test" and found.metrics.images == 16
     assert found.metrics.map == pytest.approx(result.figures["map"], abs=1e-6)
+    assert found.to_json()["macro_f1"] == pytest.approx(result.figures["macro_f1"])
     assert found.metrics.loss == pytest.approx(result.figures["loss"], rel=1e-4)
     facts = found.to_json()
     assert json.loads(json.dumps(facts)) == facts

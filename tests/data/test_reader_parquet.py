@@ -5,14 +5,17 @@ import json
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from vitcli.data.readers import parquet, parquet_table
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 
@@ -251,3 +254,57 @@ def test_rows_are_read_from_many_threads(shared):
     with ThreadPoolExecutor(8) as pool:
         for _ in range(4):
             assert list(pool.map(store.content, rows)) == alone
+
+
+def huge_cells(path, size, rows, **how):
+    cells = pa.array([bytes(size)] * rows)
+    if how.pop("struct", False):
+        cells = pa.StructArray.from_arrays([cells, pa.array(["x"] * rows)], ["bytes", "path"])
+    table = pa.table({"image": cells, "label": ["a", "b"] * (rows // 2)})
+    pq.write_table(table, path, compression="zstd", **how)
+    return path
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"use_dictionary": False},
+        {"dictionary_pagesize_limit": 1 << 30},
+        {"dictionary_pagesize_limit": 1 << 30, "struct": True},
+    ],
+)
+def test_cells_that_do_not_fit_into_memory_are_not_decoded(tmp_path, monkeypatch, how):
+    path = huge_cells(tmp_path / "x.parquet", 4 << 20, 20, **how)  # 80 MB in a few kB
+    assert path.stat().st_size < 100_000
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 << 20))
+    monkeypatch.setattr(parquet, "read_table", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(VitcliError, match=r"20 rows of column `image` take 0\.1 GB") as error:
+        load_data(str(path))
+    assert "row_group_size" in error.value.hint
+
+
+def test_one_cell_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_table, "MAX_CELL_BYTES", 1 << 20)
+    with pytest.raises(VitcliError, match="2 rows of column `image` take"):
+        load_data(str(huge_cells(tmp_path / "x.parquet", 2 << 20, 2, use_dictionary=False)))
+
+
+def test_repeated_images_are_measured_and_read(tmp_path, monkeypatch):
+    picture = png(5)
+    table = pa.table({"image": [picture] * 64, "label": ["a", "b"] * 32})
+    pq.write_table(table, tmp_path / "x.parquet")
+    memory = 2 * (64 * len(picture) + 4096)  # less than the first bound
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    assert len(load_data(str(tmp_path / "x.parquet"), whole=True).splits["train"]) == 64
+
+
+def test_images_that_fit_neither_the_disk_nor_memory(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", full)
+    path = huge_cells(tmp_path / "x.parquet", 1 << 20, 2, use_dictionary=False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    with pytest.raises(VitcliError, match=r"No space left.*do not fit into memory") as error:
+        parquet_table.read_table([path], ["image", "label"], [])
+    assert "HF_DATASETS_CACHE" in error.value.hint

@@ -81,3 +81,31 @@ def test_columns_that_are_missing(tmp_path):
     dataset([0, 1]).remove_columns("label").save_to_disk(tmp_path / "x")
     with pytest.raises(VitcliError, match="no label column"):
         load_data(str(tmp_path / "x"))
+
+
+def break_offsets(file, count):
+    """Point a text of an arrow file far outside of it."""
+    offsets = np.arange(count + 1, dtype="<i4").tobytes()  # of texts of one letter
+    content = file.read_bytes()
+    assert offsets in content
+    wrong = np.array([0, *[1 << 30] * count], dtype="<i4").tobytes()
+    file.write_bytes(content.replace(offsets, wrong))
+
+
+def test_a_damaged_offset_is_no_crash(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    images = [Image.new("L", (3, 2), i) for i in range(11)]
+    made = datasets.Dataset.from_dict(
+        {"image": images, "label": [*"abababababa"]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")}),
+    )
+    made.save_to_disk(tmp_path / "x")
+    break_offsets(next((tmp_path / "x").glob("*.arrow")), 11)
+    with pytest.raises(VitcliError, match=r"cannot read .*\.arrow`"):
+        load_data(str(tmp_path / "x"))
+    made.to_parquet(tmp_path / "x.parquet")
+    before = load_data(str(tmp_path / "x.parquet"), whole=True)
+    break_offsets(next((tmp_path / "cache").rglob("*.arrow")), 11)
+    after = load_data(str(tmp_path / "x.parquet"), whole=True)
+    assert pairs(after.splits["train"]) == pairs(before.splits["train"])
+    assert any("`datasets` cannot cache the images" in note for note in after.notes)

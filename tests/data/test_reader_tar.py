@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,3 +243,16 @@ def test_a_metadata_file_of_a_mask_is_no_label(tmp_path):
     write(tmp_path / "x.tar", members)
     data = load_data(str(tmp_path / "x.tar"), whole=True)
     assert len(data.splits["train"]) == 2 and data.classes == ("0", "1")
+
+
+def test_a_pattern_without_files_asks_for_some_of_them(tmp_path, monkeypatch):
+    asked, real = [], Path.is_file
+
+    def is_file(path):
+        asked.append(path)
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    with pytest.raises(VitcliError, match=r"x-0\.tar` and at least 999 more of 100000"):
+        load_data(f"{tmp_path}/x-{{0..99999}}.tar")
+    assert len(asked) < 2000

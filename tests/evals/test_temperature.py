@@ -19,7 +19,7 @@ from vitcli.preprocess import Preprocess
 from vitcli.weights.edit import fold_temperature, replace_head
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
-from vitcli.weights.store import read_header, save_model, set_temperature
+from vitcli.weights.store import read_header, save_model, update_header
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_too_few_images(here):
 
 def test_a_damaged_temperature(noisy, here):
     for value in (0.0, -1.0, "hot"):
-        set_temperature("m.safetensors", value)
+        update_header("m.safetensors", {"temperature": value})
         with pytest.raises(VitcliError, match=r"header of `m\.safetensors` is invalid"):
             load_model("m.safetensors")
 

@@ -51,6 +51,8 @@ VALUES: dict[str, list[Any]] = {
     "augment.mixup_alpha": [0.3],
     "augment.cutmix_alpha": [1.0],
     "objective.head_bias": [-2.0],
+    "objective.class_weights": ["balanced", "effective", [1.0, 3.0]],
+    "objective.asymmetric_gammas": [[0.0, 4.0]],
     "objective.decoder_dim": [16],
     "objective.teacher": ["weights.safetensors"],
     "optim.lr": [1e-3],
@@ -77,6 +79,7 @@ RESNET = {"model.name": "R26x1", "model.layers": [1, 1], "model.width": 0.5}
 STEM = {"model.stem": [1], "model.patch_size": 1}
 TOKENS = {"model.class_token": True, "model.distillation_token": True, "model.pool": "distilled"}
 DISTILL = {"objective.name": "distill", "objective.teacher": "weights.safetensors"}
+ASYMMETRIC = {"objective.name": "sigmoid"}
 NEEDS: dict[str, dict[str, Any]] = {
     "model.name=R26x1": RESNET,
     "model.layers": RESNET,
@@ -113,6 +116,9 @@ NEEDS: dict[str, dict[str, Any]] = {
     "objective.name=distill": DISTILL,
     "objective.teacher": DISTILL,
     "objective.head_bias": {"objective.name": "sigmoid"},
+    "objective.class_weights_beta": {"objective.class_weights": "effective"},
+    "objective.asymmetric_gammas": ASYMMETRIC,
+    "objective.asymmetric_clip": {**ASYMMETRIC, "objective.asymmetric_gammas": [0.0, 4.0]},
     "objective.name=mse": {"data.name": "numbers.csv"},
     "objective.name=descriptors": FORMULA,
     "objective.name=guided": FORMULA,

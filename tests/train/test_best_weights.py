@@ -6,18 +6,23 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from support.tiny import records, tiny_recipe, train_recipe
 from support.watching import Told
 from torch.nn.functional import cross_entropy
 
+from vitcli.commands import evaluate
 from vitcli.config.recipe import check
-from vitcli.config.schema import TrainSection
+from vitcli.config.schema import Recipe, TrainSection
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import best_weights
 from vitcli.train import loop as loop_module
 from vitcli.train.best_weights import BestWeights
 from vitcli.train.build import open_source
+from vitcli.train.resolve import pretrained_model
+from vitcli.train.session import train
 from vitcli.weights.load import load_model
 
 
@@ -62,6 +67,7 @@ def test_a_run_that_is_made_longer_counts_its_patience_from_there():
     assert over == [False, True] and found.step == 1
 
 
+NAMES = ("model", "best", "last")
 # So high a rate that the loss of the validation images rises again.
 SETTINGS = {
     "data": {"validation_fraction": 0.2},
@@ -164,6 +170,51 @@ def test_a_run_that_is_killed_keeps_the_same_weights_and_stops_at_the_same_step(
         assert (tmp_path / "run" / name).read_bytes() == (out / name).read_bytes()
 
 
+def test_the_run_exports_and_evaluates_its_best_weights(whole):
+    """Against a second evaluation of the exported file, which knows nothing of the run."""
+    out, result = whole
+    assert result.weights == {"name": "best", "step": result.best["step"]}
+    assert (result.figures["split"], result.figures["weights"]) == ("test", "best")
+    tensors = [load_model(out / f"{name}.safetensors").state_dict() for name in NAMES]
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    assert any(not torch.equal(tensors[0][key], tensors[2][key]) for key in tensors[0])
+    again = evaluate.run("builtin:digits", model=str(out), precision="fp32")
+    assert again.to_json()["top1"] == pytest.approx(result.figures["accuracy"])
+    assert result.validation["loss"] == result.best["value"]
+
+
+def test_adapters_belong_to_the_exported_weights(whole, tmp_path):
+    """Best weights with LoRA: the adapters beside them merge into the same weights."""
+    settings = tiny_recipe(**SETTINGS).model_dump(mode="json", exclude_none=True)
+    settings |= {"command": "finetune", "lora": {"rank": 2}, "model": {"name": str(whole[0])}}
+    recipe = check(Recipe, settings, "lora")
+    result = train(
+        recipe,
+        lambda source: pretrained_model(recipe, source, Quiet()),
+        out=tmp_path / "run",
+        resume=False,
+        watch=Quiet(),
+    )
+    assert result.weights["name"] == "best"
+    adapters = (tmp_path / "run/lora.safetensors").read_bytes()
+    assert adapters == (tmp_path / "run/best_lora.safetensors").read_bytes()
+
+
+def test_macro_figures_are_those_of_scikit_learn(whole):
+    out, result = whole
+    outcomes = load_file(out / "outcomes.safetensors")
+    truth, predicted = outcomes["label"].numpy(), outcomes["predicted"].numpy()
+    assert result.figures["balanced_accuracy"] == pytest.approx(
+        balanced_accuracy_score(truth, predicted), abs=1e-12
+    )
+    assert result.figures["macro_f1"] == pytest.approx(
+        f1_score(truth, predicted, average="macro"), abs=1e-12
+    )
+    assert result.figures["balanced_accuracy"] != result.figures["accuracy"]
+    found = [set(r) for r in records(out) if "validation/loss" in r]
+    assert all({"validation/balanced_accuracy", "validation/macro_f1"} <= keys for keys in found)
+
+
 def test_few_shot_accuracy_is_a_metric_and_the_run_goes_on_without_patience(tmp_path):
     recipe = tiny_recipe(
         objective={"name": "masked_patch"},
@@ -183,7 +234,15 @@ def test_few_shot_accuracy_is_a_metric_and_the_run_goes_on_without_patience(tmp_
         ({"train": {"best_metric": "accuracy"}}, "needs validation images"),
         (
             {"data": {"validation_fraction": 0.2}, "train": {"best_metric": "map"}},
-            "has loss, accuracy",
+            "has loss, accuracy, balanced_accuracy, macro_f1",
+        ),
+        (
+            {
+                "data": {"validation_fraction": 0.2},
+                "objective": {"name": "mse"},
+                "train": {"best_metric": "balanced_accuracy"},
+            },
+            "has loss, mae, rmse, r2",
         ),
         (
             {

@@ -33,6 +33,8 @@ RECIPES = {
     "two, mixed and repeated": {
         **PLAIN,
         "augment": {"preset": "medium2", "cutmix_alpha": 1.0, "erase_rate": 0.5, "repeats": 2},
+        "data": {"name": "builtin:digits", "sampler": "square_root"},
+        "objective": {"class_weights": [0.2, 5.0, *[1.0] * 8], "focal_gamma": 1.0},
         "train": {"steps": 10},
     },
     "whole": {"train": {"steps": 4, "batch_size": 24}, "model": {"embed_dim": 160, "mlp_dim": 640}},

@@ -314,6 +314,7 @@ def test_the_few_shot_accuracy_during_training(objective, tmp_path):
     assert set(logged) == {2, 4, 6}
     best = max(logged.values())
     assert figures["best_fewshot_accuracy"] == best == logged[figures["best_fewshot_step"]]
+    assert figures["fewshot_split"] == "test"
     assert ("accuracy" in figures) == (objective == "softmax")
     model = load_model(tmp_path / "run")
     source = open_source(recipe, Quiet())

@@ -72,9 +72,18 @@ def test_validation_images_are_never_called_test_images(photos, monkeypatch, cap
     show_trained(result)
     shown = capsys.readouterr().out
     assert "validation accuracy" in shown and "test accuracy" in shown
+    assert "test balanced accuracy" in shown
     evaluated = evaluate.run("photos", model="run", out=Path("e")).to_json()
     assert evaluated["split"] == "test"
     assert evaluated["top1"] == pytest.approx(written["figures"]["accuracy"])
+
+
+def test_the_best_error_of_a_regression_is_no_percentage(capsys):
+    best = {"split": "validation", "metric": "mae", "value": 3.25, "step": 7}
+    facts = {"seconds": 1.0, "images_per_second": 1.0, "figures": {}, "labels": 1, "best": best}
+    show_trained(TrainResult("r", "finetune", "d", "m", 1, 9, 9, **facts))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "best validation mae 3.25 at step 7" in shown and "%" not in shown
 
 
 def test_without_test_images_the_result_is_a_validation_accuracy(photos, capsys):

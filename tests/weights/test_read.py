@@ -34,12 +34,16 @@ def test_what_is_not_understood(here, given, words):
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
-        ("google/vit-base-patch16-224", "`hf:google/vit-base-patch16-224`"),
-        ("vit_tiny_patch16_224.augreg_in21k", "`hf:timm/vit_tiny_patch16_224.augreg_in21k`"),
+        ("google/vit-base-patch16-999", "`hf:google/vit-base-patch16-999`"),
+        (
+            "vit-s16-augrag",
+            "`vit-s16-augreg` (`hf:timm/vit_small_patch16_224.augreg_in21k_ft_in1k`)",
+        ),
         ("trained", f"`--model {Path('trained/checkpoint-10')}`"),
     ],
 )
 def test_hints_name_what_was_probably_meant(here, given, hint):
+    (here / "google").mkdir()  # so that `google/…` means a path
     for step in (5, 10):
         folder = here / f"trained/checkpoint-{step}"
         folder.mkdir(parents=True)

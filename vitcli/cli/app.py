@@ -7,6 +7,14 @@ import typer
 
 from vitcli import __version__
 from vitcli.cli import console, following
+from vitcli.cli.completion import (
+    complete_key,
+    complete_model,
+    complete_model_word,
+    complete_recipe,
+    complete_recipe_or_run,
+    complete_run,
+)
 from vitcli.cli.options import (
     EVALUATION,
     MACHINE,
@@ -14,6 +22,7 @@ from vitcli.cli.options import (
     OUTPUT,
     BenchOptions,
     Data,
+    Device,
     EvaluateOptions,
     FewshotOptions,
     ImageSize,
@@ -41,7 +50,6 @@ app = typer.Typer(
     epilog="First steps: `vitcli pretrain`, `vitcli fewshot --shots 5`, `vitcli finetune`, "
     "`vitcli predict image.jpg`.",
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -81,6 +89,7 @@ def finetune(
     data: Data = None,
     model: ModelName = None,
     lora: Annotated[int | None, schema_option(MODEL, "lora.rank", "--lora")] = None,
+    keep_head: Annotated[bool, schema_option(MODEL, "train.keep_head", "--keep-head")] = False,
     verbose: Verbose = False,
     *,
     training: TrainOptions,
@@ -93,7 +102,7 @@ def finetune(
     """
     from vitcli.commands import finetune as command
 
-    settings = settings_of(training, lora__rank=lora)
+    settings = settings_of(training, lora__rank=lora, train__keep_head=keep_head or None)
     _train(context, command, training, settings, data=data, model=model, verbose=verbose)
 
 
@@ -221,6 +230,7 @@ def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
         real=options.real,
         class_map=options.class_map,
         calibrate=options.calibrate,
+        thresholds=options.thresholds,
         batch_size=options.batch_size,
         precision=options.precision,
         seed=options.seed,
@@ -243,6 +253,7 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         "--class-map": options.class_map,
         "--real": options.real,
         "--calibrate": options.calibrate or None,
+        "--thresholds": options.thresholds,
         "--verbose": options.verbose or None,
         "--seed": options.seed if options.seed != EvaluateOptions.seed else None,
         "--batch-size": (
@@ -266,6 +277,7 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         out=options.out,
         processes=options.processes,
         precision=None if options.precision == "auto" else options.precision,
+        device=options.device,
         watch=console.Terminal(),
     )
     console.show(result, options.json, show.show_suite)
@@ -359,6 +371,7 @@ def plan(
             help="Name or file of a recipe, or a run directory.",
             metavar="RECIPE|RUN",
             show_default=False,
+            autocompletion=complete_recipe_or_run,
         ),
     ] = None,
     data: Data = None,
@@ -402,6 +415,7 @@ def bench(
             help="A MODEL; comma-separated for several. Default: the newest run, or `S/16`.",
             metavar="MODEL",
             show_default=False,
+            autocompletion=complete_model,
         ),
     ] = None,
     *,
@@ -449,6 +463,7 @@ def inspect(
             help="ResNet to compare with. Default: random weights, same number of parameters.",
         ),
     ] = None,
+    device: Device = None,
     out: Annotated[
         Path | None, option(OUTPUT, "--out", help="Folder for the pictures and numbers.")
     ] = None,
@@ -571,7 +586,12 @@ def check(
 
 @app.command(cls=SettingsCommand)
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more finished runs.", metavar="RUN")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Two or more finished runs.", metavar="RUN", autocompletion=complete_run
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """Compare runs: settings that differ, results, and a paired test.
@@ -589,7 +609,13 @@ def compare(
 @app.command(cls=SettingsCommand)
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Recipe to print.", metavar="NAME", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Recipe to print.",
+            metavar="NAME",
+            show_default=False,
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -607,6 +633,69 @@ def recipes(
             typer.echo(command.text(name), nl=False)
         return
     console.show(command.run(), json, show.show_recipes)
+
+
+@app.command(cls=SettingsCommand)
+def models(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Words to search for, or `fetch NAME`.",
+            metavar="[WORD]|fetch NAME",
+            show_default=False,
+            autocompletion=complete_model_word,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List public weights that `--model` finds by name, or download some.
+
+    Names of timm and repositories on the Hugging Face Hub work too, listed or not. `fetch`
+    downloads into the cache, whose folder you can copy to a machine without a network.
+
+    Example: `vitcli models dinov2`
+
+    or: `vitcli models fetch vit-s16-augreg`
+    """
+    from vitcli.cli.show import models as show
+    from vitcli.commands import models as command
+
+    words = words or []
+    if words[:1] != ["fetch"]:
+        found = command.run(words)
+        after = following.quoted(["models", "fetch", found.rows[0].public.name])
+        console.show(found, json, show.show_models, after)
+        return
+    if len(words) != 2:
+        raise VitcliError("`vitcli models fetch` takes one name", "`vitcli models` lists them")
+    fetched = command.fetch(words[1], console.Terminal())
+    after = following.quoted(["fewshot", "builtin:digits", "--model", fetched.name])
+    console.show(fetched, json, show.show_fetched, after)
+
+
+@app.command(cls=SettingsCommand)
+def settings(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Words in keys or meanings, or one whole key.",
+            metavar="[WORD]",
+            show_default=False,
+            autocompletion=complete_key,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the settings of recipes and `--set`: key, type, default, meaning.
+
+    Example: `vitcli settings warmup`
+
+    or: `vitcli settings optim.lr`
+    """
+    from vitcli.cli.show import settings as show
+    from vitcli.commands import settings as command
+
+    console.show(command.run(words or []), json, show.show_settings)
 
 
 @app.command(cls=SettingsCommand)

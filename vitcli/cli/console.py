@@ -8,11 +8,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, ProgressColumn, Task
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +23,8 @@ from vitcli.progress import Bar
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LONG_NAME = 20  # columns of the terminal; a longer column name may become a number
+NARROWEST = 12  # a wrapped column is still legible
 MOST_CLASSES = 20  # rows of a table of classes
 PLAIN_SECONDS = 20.0  # between two progress lines when stderr is not a terminal
 LOG_WIDTH = 200  # columns of such a line
@@ -234,23 +236,57 @@ def print_title(title: str) -> None:
 
 
 def print_facts(title: str, rows: Sequence[tuple[str, Any]]) -> None:
-    """Print a table of names and values."""
+    """Print a table of names and values; text that does not fit is wrapped, never cut."""
     print_title(title)
     table = Table(show_header=False, box=None, padding=(0, 2))
+    for _ in range(2):
+        table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(name, style="dim"), escape(printable(str(value))))
+        table.add_row(Text(printable(name), style="dim"), Text(printable(str(value))))
     out.print(table)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table with column names; all but the first column are right-aligned."""
+    """Print a table with column names; all but the first column are right-aligned.
+
+    Nothing is cut: column names that are too long become numbers with a legend, cells are wrapped,
+    and columns that do not fit beside each other stand below each other.
+    """
     print_title(title)
-    table = Table(box=None, padding=(0, 2))
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*(escape(printable(str(cell))) for cell in row))
-    out.print(table)
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
+    names = [printable(name) for name in columns]
+    widths = [max((cell_len(row[j]) for row in cells), default=0) for j in range(len(names))]
+    if _total_width(max(w, cell_len(n)) for w, n in zip(widths, names, strict=True)) > out.width:
+        for j in range(1, len(names)):
+            if cell_len(names[j]) > max(widths[j], LONG_NAME):
+                out.print(Text(f"  [{j}] {names[j]}", overflow="fold"))
+                names[j] = f"[{j}]"
+    widths = [max(w, cell_len(n)) for w, n in zip(widths, names, strict=True)]
+    for block in _column_blocks(widths, out.width):
+        table = Table(box=None, padding=(0, 2))
+        for j in block:
+            justify: Literal["left", "right"] = "left" if j == 0 else "right"
+            table.add_column(Text(names[j], overflow="fold"), justify=justify, overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(row[j]) for j in block))
+        out.print(table)
+
+
+def _total_width(widths: Iterable[int]) -> int:
+    """Columns of the terminal that a table needs, with its padding."""
+    return sum(width + 4 for width in widths)
+
+
+def _column_blocks(widths: Sequence[int], limit: int) -> list[list[int]]:
+    """Columns that are printed beside each other; the first column is in every block."""
+    least = [min(width, NARROWEST) for width in widths]
+    blocks, block = [], [0]
+    for j in range(1, len(widths)):
+        if len(block) > 1 and _total_width(least[k] for k in [*block, j]) > limit:
+            blocks.append(block)
+            block = [0]
+        block.append(j)
+    return [*blocks, block]
 
 
 def print_picture(image: "Image", width: int = 64) -> None:

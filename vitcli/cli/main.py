@@ -19,6 +19,7 @@ from types import FrameType
 from vitcli import distributed
 from vitcli.errors import VitcliError
 
+COMPLETION = "_VITCLI_COMPLETE"  # Typer's variable for `prog_name="vitcli"`
 EXIT_BUG, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 OS_HINTS = {
     errno.ENOSPC: "free some disk space",
@@ -41,6 +42,10 @@ def main() -> None:
         # Spinning OpenMP threads make two busy cores slower than one (recipes/LOG.md). OpenMP reads
         # this when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if COMPLETION in os.environ:  # the shell asks; no command runs
+            from vitcli.cli.app import app
+
+            app(prog_name="vitcli")
         distributed.record_start()
         distributed.join_slurm_job()
         if distributed.world_size() > 1:  # the launcher reports SIGTERM
@@ -80,7 +85,9 @@ def run(arguments: list[str]) -> int:
         return _report(error)
     except (KeyboardInterrupt, typer.Abort):
         return _end_interrupted()
-    except (BrokenPipeError, SystemExit):  # Typer and Rich turn the first into the second
+    except (BrokenPipeError, SystemExit) as end:  # Typer and Rich turn the first into the second
+        if getattr(end, "code", 1) in (0, None):  # `--show-completion`
+            return 0
         # The reader of the output (`| head`) has gone, so nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -7,6 +7,7 @@ of the recipe schema and shows the help of that key, so nothing is described twi
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -17,6 +18,7 @@ import typer
 from typer.core import TyperCommand
 
 from vitcli import distributed
+from vitcli.cli.completion import complete_assignment, complete_model, complete_recipe
 from vitcli.cost.hardware import HARDWARE
 from vitcli.data.readers import DATA_HELP
 from vitcli.errors import VitcliError
@@ -27,7 +29,7 @@ DATA, MODEL, TRAINING, EVALUATION = "Data", "Model", "Training", "Evaluation"
 SETTINGS, MACHINE, OUTPUT = "Settings", "Machine", "Output"
 # The panels of a help page, in this order.
 PANELS = (DATA, MODEL, TRAINING, EVALUATION, SETTINGS, MACHINE, OUTPUT)
-MODEL_FORMS = "A run, a weights file or folder, `hf:ORG/NAME`"
+MODEL_FORMS = "A run, a weights file or folder, a name from `vitcli models`, `hf:ORG/NAME`"
 NAMES = "; names: "
 SCHEMA = "schema:"  # marks a help text that `SettingsCommand` reads from the schema
 
@@ -193,6 +195,8 @@ def start_processes(context: typer.Context, number: int | None) -> int | None:
     """Start `number` processes with this command line, unless this process is one of them."""
     from vitcli.cli import console
 
+    if context.resilient_parsing:  # the shell asks for completions
+        return number
     arguments = context.find_root().obj or []
     if number is None or number == distributed.world_size():
         return number
@@ -213,6 +217,15 @@ def start_processes(context: typer.Context, number: int | None) -> int | None:
     raise typer.Exit(distributed.launch_processes(number, arguments, console.print_error))
 
 
+def use_device(context: typer.Context, name: str | None) -> str | None:
+    """Make the device `name` that of this command; torch is imported for a name only."""
+    if not context.resilient_parsing and (name is not None or "vitcli.devices" in sys.modules):
+        from vitcli import devices
+
+        devices.choose_device(name)
+    return name
+
+
 Data = Annotated[
     str | None,
     typer.Argument(
@@ -226,8 +239,9 @@ Set = Annotated[
     option(
         SETTINGS,
         "--set",
-        help="Override a setting: `section.key=value`. Repeatable.",
+        help="Override a setting (see `vitcli settings`): `section.key=value`. Repeatable.",
         metavar="KEY=VALUE",
+        autocompletion=complete_assignment,
     ),
 ]
 Json = Annotated[bool, option(OUTPUT, "--json", help="Print the result as JSON to stdout.")]
@@ -253,6 +267,16 @@ Processes = Annotated[
         min=1,
         help="Number of processes on this machine that share the work.",
         callback=start_processes,
+        is_eager=True,  # before `--device`, which needs torch
+    ),
+]
+Device = Annotated[
+    str | None,
+    option(
+        MACHINE,
+        "--device",
+        help="Device: cpu, cuda, cuda:1 or mps. Default: the GPU if there is one.",
+        callback=use_device,
     ),
 ]
 InferenceBatch = Annotated[
@@ -269,6 +293,7 @@ ModelName = Annotated[
         "-m",
         help=f"{MODEL_FORMS}, the URL of a weights file, or a variant such as `B/16`. Default: the "
         "newest run that fits.",
+        autocompletion=complete_model,
     ),
 ]
 TrainedModel = Annotated[
@@ -279,6 +304,7 @@ TrainedModel = Annotated[
         "-m",
         help=f"{MODEL_FORMS}, or the URL of a weights file. Default: the newest run with a "
         "trained head.",
+        autocompletion=complete_model,
     ),
 ]
 
@@ -288,7 +314,13 @@ class TrainOptions:
     """The options of `pretrain` and `finetune`."""
 
     recipe: Annotated[
-        str | None, option(TRAINING, "--recipe", help="Name or file of a recipe.")
+        str | None,
+        option(
+            TRAINING,
+            "--recipe",
+            help="Name or file of a recipe.",
+            autocompletion=complete_recipe,
+        ),
     ] = None
     epochs: Epochs = None
     steps: Steps = None
@@ -323,6 +355,7 @@ class TrainOptions:
     precision: Annotated[str | None, schema_option(MACHINE, "train.precision", "--precision")] = (
         None
     )
+    device: Device = None
     processes: Processes = None
     out: Out = None
     set_: Set = None
@@ -407,6 +440,7 @@ class BenchOptions:
         str | None,
         option(MODEL, "--against", help="Libraries to compare with: transformers, timm or both."),
     ] = None
+    device: Device = None
     precision: Annotated[
         str | None,
         option(
@@ -471,6 +505,7 @@ class FewshotOptions:
     seeds: Annotated[int | None, schema_option(EVALUATION, "fewshot.seeds", "--seeds")] = None
     batch_size: InferenceBatch = 128
     precision: InferencePrecision = "auto"
+    device: Device = None
     processes: Processes = None
     no_cache: Annotated[
         bool,
@@ -494,6 +529,7 @@ class EvaluateOptions:
             "-m",
             help=f"{MODEL_FORMS}, or the URL of a weights file. Repeat it to compare models in one "
             "table. Default: the newest run with a trained head.",
+            autocompletion=complete_model,
         ),
     ] = None
     image_size: ImageSize = None
@@ -533,6 +569,18 @@ class EvaluateOptions:
             "weights.",
         ),
     ] = False
+    thresholds: Annotated[
+        str | None,
+        option(
+            EVALUATION,
+            "--thresholds",
+            help="Fit a threshold per class of multi-label images, on the images that "
+            "`--calibrate` takes: the best F1 (`f1`), or the threshold that reaches "
+            "`recall=0.95` or `precision=0.9`. They are stored with the weights, and `predict` "
+            "gives `labels`.",
+            metavar="f1|recall=R|precision=P",
+        ),
+    ] = None
     seed: Annotated[
         int,
         option(
@@ -545,6 +593,7 @@ class EvaluateOptions:
     ] = 0
     batch_size: InferenceBatch = 128
     precision: InferencePrecision = "auto"
+    device: Device = None
     processes: Processes = None
     out: Annotated[
         Path | None, option(OUTPUT, "--out", help="Folder for the CSV files and plots.")
@@ -613,6 +662,7 @@ class PredictOptions:
     ] = None
     batch_size: InferenceBatch = 32
     precision: InferencePrecision = "auto"
+    device: Device = None
     csv: Annotated[
         Path | None, option(OUTPUT, "--csv", help="Save the results to this CSV file.")
     ] = None
@@ -642,7 +692,7 @@ class PredictOptions:
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `commands.predict.run`."""
         given = dict(vars(self))
-        for name in ("json", "set_"):
+        for name in ("json", "set_", "device"):
             del given[name]
         given["settings"] = settings_of(self)
         given["source"] = given.pop("from_")

@@ -18,16 +18,17 @@ from vitcli.data.numeric_labels import distribution, far_values, has_fractions, 
 from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
+from vitcli.data.splits import with_auto_validation
 from vitcli.errors import VitcliError, printable, quoted
 from vitcli.files import writing
 from vitcli.pixels import PixelFormat, Window
 from vitcli.progress import Quiet, Watcher
+from vitcli.train.imbalance import IMBALANCED, ClassSizes
 from vitcli.train.objectives import objective_class
 
 MAX_EXAMPLES = 5  # class names in one line
 TINY = 16  # px, of the shorter side
 ODD_ASPECT = 3.0
-IMBALANCED = 10.0  # ratio of the largest class to the smallest
 FEW = 5  # images per class that few-shot evaluation and a split need at least
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 40, 64
 # (largest shorter side of the images, suggested patch size): 50 to 250 tokens, and small patches
@@ -139,11 +140,15 @@ class CheckResult:
         return sum(int(s.class_counts()[classes.index("")]) for s in splits) if "" in classes else 0
 
     @property
+    def class_sizes(self) -> ClassSizes | None:
+        """The largest and the smallest class of the first split."""
+        counts = next(iter(self.counts.values()))
+        return ClassSizes.of(counts, self.source.classes, self.source.multi_label)
+
+    @property
     def imbalance(self) -> float:
         """Size of the largest class divided by that of the smallest, in the first split."""
-        counts = next(iter(self.counts.values()))
-        present = counts[counts > 0]
-        return float(present.max() / present.min()) if len(present) else 1.0
+        return self.class_sizes.ratio if self.class_sizes else 1.0
 
     @property
     def label_variants(self) -> list[list[str]]:
@@ -216,10 +221,8 @@ class CheckResult:
         ]
         if self.source.numeric:
             return [*lines, *self._number_problems()]
-        if self.imbalance >= IMBALANCED:
-            lines.append(
-                f"the largest class has {self.imbalance:.0f} times as many images as the smallest"
-            )
+        if self.class_sizes and self.imbalance >= IMBALANCED:
+            lines.append(self.class_sizes.describe())
         counts = next(iter(self.counts.values()))
         classes = zip(self.source.classes, counts, strict=True)
         if few := [name for name, count in classes if name and count < FEW]:
@@ -241,6 +244,11 @@ class CheckResult:
                 "`unknown`"
             )
         return lines
+
+    def _suggested_setting(self) -> str | None:
+        if self.source.numeric or self.class_sizes is None or self.imbalance < IMBALANCED:
+            return None
+        return self.class_sizes.setting
 
     def _training_json(self) -> dict[str, Any]:
         if isinstance(self.training, VitcliError):
@@ -288,6 +296,7 @@ class CheckResult:
                 for group in self.conflicts
             ],
             "imbalance": self.imbalance,
+            "suggested_setting": self._suggested_setting(),
             "label_variants": self.label_variants,
             "tiny": [self.name(int(row)) for row in self.tiny],
             "odd_aspect": [self.name(int(row)) for row in self.odd_aspect],
@@ -367,6 +376,8 @@ def run(
 
 def _open_for_training(section: DataSection, data: str, numeric: bool) -> Source | VitcliError:
     """The splits and classes that a training run with these settings gets, or its error."""
+    if not data.startswith("builtin:"):  # these have recipes of their own
+        section = with_auto_validation(section)
     try:
         return open_data(section, data, numeric=numeric)
     except VitcliError as error:

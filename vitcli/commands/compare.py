@@ -1,5 +1,6 @@
 """`vitcli compare`: settings and results of finished runs, with a paired test."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,15 @@ from safetensors.numpy import load_file
 from vitcli.config.recipe import flat_settings
 from vitcli.errors import VitcliError
 from vitcli.evals.comparison import Pair, compare_errors, compare_paired, pair_json
+from vitcli.evals.run_summary import (
+    FoldRun,
+    FoldSummary,
+    RunRanking,
+    rank_runs,
+    summarise_folds,
+)
 from vitcli.run import OUTCOMES, Run
+from vitcli.train.recorded_images import ROWS_FILE, read_rows
 from vitcli.weights.store import check_seal
 
 SEED_SETTINGS = {"train.seed"}  # runs that differ in nothing else are repetitions
@@ -30,6 +39,9 @@ class RunComparison:
             first run have its name in front.
         paired: for each run but the first, the test against the first, or why there is none.
         seeds: figure -> (mean, sample standard deviation), if the runs differ only in their seed.
+        ranking: the runs by their main figure with tests, or why there is no ranking; None for
+            repetitions and for folds, which are not compared with each other.
+        folds: the summary of cross-validation folds, or why there is none; None for other runs.
     """
 
     runs: tuple[str, ...]
@@ -38,6 +50,8 @@ class RunComparison:
     paired: list[Pair]
     seeds: dict[str, tuple[float, float]] = field(default_factory=dict)
     splits: tuple[str | None, ...] = ()
+    ranking: RunRanking | str | None = None
+    folds: FoldSummary | str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object of `compare --json`."""
@@ -53,6 +67,8 @@ class RunComparison:
             "splits": list(self.splits),
             "paired": pairs,
             "seeds": seeds,
+            "ranking": _json_or_reason(self.ranking),
+            "folds": _json_or_reason(self.folds),
         }
 
 
@@ -91,7 +107,57 @@ def run(paths: Sequence[Path]) -> RunComparison:
     first, *others = runs
     paired = [_compare(first, other) for other in others]
     names_of_runs = tuple(str(path) for path in paths)
-    return RunComparison(names_of_runs, settings, table, paired, seeds, tuple(splits))
+    folds = _fold_summary(runs, recipes, list(settings))
+    ranking = None
+    if folds is None and not seeds:
+        ranking = rank_runs(names_of_runs, table, lambda i, j: _compare(runs[i], runs[j]))
+    return RunComparison(
+        names_of_runs, settings, table, paired, seeds, tuple(splits), ranking, folds
+    )
+
+
+def _json_or_reason(found: RunRanking | FoldSummary | str | None) -> dict[str, Any] | None:
+    if isinstance(found, str):
+        return {"reason": found}
+    return None if found is None else found.to_json()
+
+
+def _fold_summary(
+    runs: Sequence[Run], recipes: Sequence[dict[str, Any]], differing: Sequence[str]
+) -> FoldSummary | str | None:
+    """The summary over folds; None unless every run holds out a fold, and not all the same one."""
+    found = [_fold_of(run, recipe) for run, recipe in zip(runs, recipes, strict=True)]
+    folds = [one for one in found if one is not None]
+    if len(folds) < len(runs) or len({one.fold for one in folds}) == 1:
+        return None
+    return summarise_folds(folds, differing)
+
+
+def _fold_of(run: Run, recipe: dict[str, Any]) -> FoldRun | None:
+    """The fold of a run; None if it holds out none."""
+    data = run.provenance().get("data", {})
+    if recipe.get("data.folds") is None or not {"fold", "images"} <= data.keys():
+        return None
+    # With a test split of its own, the fold is the validation split.
+    result = run.result()
+    split = "validation" if "validation" in data["images"] else "test"
+    both = (result.get("validation"), result.get("figures"))
+    figures: dict[str, Any] = next(
+        (one for one in both if one and one.get("split", split) == split), {}
+    )
+    if "images" not in figures:  # a run without a classifier has no figures of the fold
+        return None
+    rows = [row for row in read_rows(run.path / ROWS_FILE) if row.split in ("train", split)]
+    return FoldRun(
+        run=str(run.path),
+        folds=int(data["folds"]),
+        fold=int(data["fold"]),
+        seed=int(data["seed"]),
+        split=split,
+        figures=_numbers(figures),
+        total=sum(count for name, count in data["images"].items() if name in ("train", split)),
+        images=Counter(row.content for row in rows) or None,
+    )
 
 
 def reported_split(run: Run) -> str | None:

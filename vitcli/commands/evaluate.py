@@ -5,16 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.evals.calibration import (
+    CalibrationSplit,
+    Fit,
     calibrate,
     check_same_kind,
     split_for_calibration,
-    store_temperature,
+    store_fit,
     temperature_file,
     warn_if_calibrated_on,
 )
@@ -26,11 +31,13 @@ from vitcli.evals.class_matching import (
     read_class_map,
 )
 from vitcli.evals.comparison import ModelComparison, compare_models
-from vitcli.evals.evaluate import Evaluation, Evaluator, FittedTemperature, evaluate_numbers
+from vitcli.evals.evaluate import Evaluation, Evaluator, evaluate_numbers
 from vitcli.evals.features import Extracted, extract, rank_and_world_size
 from vitcli.evals.held_out import choose_images
 from vitcli.evals.plots import evaluation_files, write_evaluation_files
 from vitcli.evals.real_labels import read_real_labels, real_targets
+from vitcli.evals.scoring import THRESHOLD
+from vitcli.evals.thresholds import ThresholdRule, fit_thresholds
 from vitcli.files import check_folder, make_folder
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import new_output, run_stem
@@ -59,6 +66,7 @@ class EvaluationRequest:
     real: list[list[int]] | None
     class_map: ClassMap | None
     calibrate: bool
+    thresholds: ThresholdRule | None
     batch_size: int
     precision: str
     seed: int
@@ -73,7 +81,8 @@ class LoadedTask:
     Attributes:
         matching: None for a regression.
         folder: folder of the files that the evaluation writes.
-        weights_file: file that will hold the temperature; None without `--calibrate`.
+        weights_file: file that will hold what is fitted; None without `--calibrate` and
+            `--thresholds`.
     """
 
     model: str
@@ -95,6 +104,7 @@ def run(
     real: Path | None = None,
     class_map: Path | None = None,
     calibrate: bool = False,
+    thresholds: str | None = None,
     batch_size: int = 128,
     precision: str = "auto",
     seed: int = 0,
@@ -104,18 +114,16 @@ def run(
     """Measure one or several models on a labelled split.
 
     Args:
-        data: DATA; its `test` images, else its `validation` images, else all images. None uses
-            `builtin:digits`.
+        data: DATA (`test`, else `validation`, else all images); None: `builtin:digits`.
         model: MODEL with a trained head, or several; None uses the newest run that has one.
         settings: nested settings: `model.num_heads`, `preprocess.mean`, `data.label_column` …
-        labels: class names of the model, or a file with one name per line.
-        out: folder for the CSV file and the pictures; None makes `runs/MODEL-evaluate`. Each of
-            several models has its own folder in it.
-        real: file with the ReaL labels of ImageNet's validation images.
-        class_map: file that assigns classes of the model to classes of the data.
+        labels: class names of the model, or a file with one per line.
+        out: folder of the files, with one folder per model if there are several.
+        real, class_map: files: ReaL labels; classes of the model for classes of the data.
         calibrate: fit a temperature on the validation images (without these: on half of the
-            images), report the other images, and store the temperature with the weights: in a
-            weights file of our format, else in a copy in `out`.
+            images), report the others, and store it in the weights file, else in a copy in `out`.
+        thresholds: fit a threshold per class on the same images, and store them in the same way:
+            `f1`, `recall=0.95` or `precision=0.9`.
         batch_size: images per forward pass.
         precision: `auto` is fp32, so that the metrics are the same on every machine.
         seed: seed of the half that is held out, and of the simulated calibration error.
@@ -139,6 +147,7 @@ def run(
         real=None if real is None else read_real_labels(real),
         class_map=None if class_map is None else read_class_map(class_map),
         calibrate=calibrate,
+        thresholds=None if thresholds is None else ThresholdRule.parse(thresholds),
         batch_size=batch_size,
         precision=precision,
         seed=seed,
@@ -194,8 +203,7 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
     if net.is_regression:
         _check_regression(net, model, request)
     source, images = choose_images(request.data, model, net, request.inference, watch)
-    for line in source.notes:
-        watch.note(line)
+    source.tell(watch)
     note_load_report(net, watch, verbose=request.verbose)
     if net.is_regression:
         if net.labels not in (None, source.classes):
@@ -208,7 +216,13 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
     elif request.real is not None:
         imagenet_outputs(net)
     file = None
-    if request.calibrate:
+    if request.thresholds is not None and images.targets is None:
+        raise VitcliError(
+            f"`--thresholds` needs multi-label images, and those of `{request.data}` have one "
+            "label each",
+            "remove `--thresholds`; `predict --threshold` gives no label to uncertain images",
+        )
+    if request.calibrate or request.thresholds is not None:
         check_same_kind(net, images, model)
         file = temperature_file(model, not arguments and request.labels is None, folder)
     return LoadedTask(model, net, source, matching.select(images), matching, folder, file)
@@ -221,6 +235,7 @@ def _check_regression(net: LoadedModel, model: str, request: EvaluationRequest) 
         "--real": request.real,
         "--class-map": request.class_map,
         "--calibrate": request.calibrate or None,
+        "--thresholds": request.thresholds,
     }
     if flags := [flag for flag, value in given.items() if value is not None]:
         raise VitcliError(
@@ -253,13 +268,8 @@ def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
     fitted, record = None, None
     if task.weights_file is not None:
         split = split_for_calibration(task.source, images, task.matching, request.seed)
-        held_out = _logits(net, split.held_out, request, "images for the temperature")
-        before = calibrate(net, held_out, task.matching)
-        count, images, record = len(held_out.labels), split.reported, split.record
-        fitted = FittedTemperature(before, split.description, count, task.weights_file)
-        watch.note(
-            f"temperature {net.temperature:.4g}, fitted on {count:,} images: {split.description}"
-        )
+        images, record = split.reported, split.record
+        fitted = _fit(net, task.matching, split, task.weights_file, request)
     else:
         warn_if_calibrated_on(task.model, task.source, images, watch)
     watch.note(f"evaluating {len(images):,} {images.name} images of {request.data}")
@@ -290,8 +300,45 @@ def _evaluate(task: LoadedTask, request: EvaluationRequest) -> Evaluation:
         if fitted is not None and record is not None:
             # Last: if anything above fails, the weights file is unchanged.
             make_folder(fitted.file.parent)
-            store_temperature(net, task.model, fitted.file, record)
+            store_fit(
+                net,
+                task.model,
+                fitted.file,
+                record,
+                temperature=request.calibrate,
+                thresholds=request.thresholds is not None,
+            )
     return result
+
+
+def _fit(
+    net: LoadedModel,
+    matching: ClassMatching,
+    split: CalibrationSplit,
+    file: Path,
+    request: EvaluationRequest,
+) -> Fit:
+    """Fit the temperature, then the thresholds, on the images that are not reported."""
+    held_out = _logits(net, split.held_out, request, "images for the fit")
+    fit = Fit(split.description, len(held_out.labels), file, thresholds=net.thresholds)
+    where = f"fitted on {fit.images:,} images: {fit.split}"
+    if request.calibrate:
+        fit = replace(fit, temperature=calibrate(net, held_out, matching))
+        request.watch.note(f"temperature {net.temperature:.4g}, {where}")
+    if request.thresholds is not None:
+        # After the temperature: the thresholds are compared with calibrated probabilities.
+        outputs = matching.first_outputs
+        p = net.probabilities(torch.from_numpy(held_out.outputs)).numpy()[:, outputs]
+        found = fit_thresholds(
+            p, held_out.labels, request.thresholds, matching.classes, request.watch
+        )
+        # Outputs that are no class of the data keep their threshold.
+        values = np.array(net.thresholds or [THRESHOLD] * net.config.num_classes)
+        values[outputs] = found
+        net.thresholds = tuple(values.tolist())
+        fit = replace(fit, rule=request.thresholds)
+        request.watch.note(f"a threshold per class ({request.thresholds}), {where}")
+    return fit
 
 
 def _evaluate_numbers(task: LoadedTask, request: EvaluationRequest) -> Evaluation:

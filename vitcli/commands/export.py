@@ -138,6 +138,8 @@ def _export(net: LoadedModel, model: str, to: str, out: Path) -> Exported:
             written.rename(temporary)
     if temperature != 1.0:
         notes = [*notes, f"the temperature {temperature:.4g} is folded into the head"]
+    if net.thresholds is not None:
+        notes = [*notes, "the thresholds of the classes are left out: the layout has no place"]
     if net.is_regression:
         name = f"`{net.labels[0]}`" if net.labels else "the number"
         notes = [

@@ -14,6 +14,7 @@ from vitcli.config.recipe import load_inference
 from vitcli.config.schema import FewshotSection, Inference, Settings
 from vitcli.data.sample_range import with_window
 from vitcli.data.source import Source
+from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.evals.feature_cache import CachedFeatures
 from vitcli.evals.features import MAX_PIXEL_SIDE, Extracted, rank_and_world_size
@@ -175,8 +176,7 @@ def run(
     if net.preprocess is not None:
         net.preprocess = with_window(net.preprocess, source.split("train"), watch)
     set_representation(net, inference.fewshot.representation)
-    for line in source.notes:
-        watch.note(line)
+    source.tell(watch)
     note_load_report(net, watch, verbose=verbose)
     about = {"model": model, "representation": inference.fewshot.representation, "of": data}
     features = CachedFeatures(net, source.fingerprint, about, batch_size, precision, cache, watch)
@@ -297,6 +297,7 @@ def _store(
             {
                 "model": net.load_report.provenance() if net.load_report else None,
                 "data": {"name": source.notation, "fingerprint": source.fingerprint},
+                "device": str(pick_device()),
             }
         )
         save_model(run.weights_file, net.to("cpu"))

@@ -32,12 +32,12 @@ def run(
     """
     watch = watch or Quiet()
     if command == "pretrain":
-        name, resolved = pretrain_recipe(data, recipe, settings, watch)
-        make_model: MakeModel = partial(random_model, resolved)
+        resolved = pretrain_recipe(data, recipe, settings, watch)
+        make_model: MakeModel = partial(random_model, resolved.recipe)
     else:
-        name, resolved = finetune_recipe(data, model, recipe, settings, watch)
-        make_model = partial(pretrained_model, resolved, watch=watch)
+        resolved = finetune_recipe(data, model, recipe, settings, watch)
+        make_model = partial(pretrained_model, resolved.recipe, watch=watch)
     if out is not None:
         check_free(out)
-    with new_output(out, f"{Path(name).stem}-lr") as folder:
-        return find_rate(resolved, make_model, out=folder, watch=watch)
+    with new_output(out, f"{Path(resolved.name).stem}-lr") as folder:
+        return find_rate(resolved.recipe, make_model, resolved.source, out=folder, watch=watch)

@@ -26,7 +26,7 @@ def run(
         data: DATA; None takes that of the recipe, `builtin:digits` by default.
         model: MODEL; None takes the newest finished `pretrain` run.
         recipe: name or file of a recipe; None takes `finetune_digits` for the built-in digits,
-            and `finetune` for any other data.
+            and settings that suit DATA and the machine for any other data.
         settings: nested settings that override the recipe.
         out: the run directory; None creates `runs/RECIPE`, with a number if that exists.
         resume: resume the run in `out`, whose recipe is the default.
@@ -38,12 +38,14 @@ def run(
         Stopped: a signal came; the state is saved.
     """
     watch = watch or Quiet()
-    name, resolved = finetune_recipe(data, model, recipe, settings, watch, out if resume else None)
+    resolved = finetune_recipe(data, model, recipe, settings, watch, out if resume else None)
     return train(
-        resolved,
-        lambda source: pretrained_model(resolved, source, watch, verbose=verbose),
+        resolved.recipe,
+        lambda source: pretrained_model(resolved.recipe, source, watch, verbose=verbose),
+        opened=resolved.source,
+        defaults=resolved.defaults,
         out=out,
-        stem=Path(name).stem,
+        stem=Path(resolved.name).stem,
         resume=resume,
         watch=watch,
         track=track,

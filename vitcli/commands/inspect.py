@@ -125,6 +125,7 @@ def run(
     loaded = load_model(
         model, labels=labels, watch=watch, **load_settings(inference.model, inference.preprocess)
     )
+    _check_finite(loaded, str(model))
     baseline = _load_resnet(resnet, loaded, watch)
     if isinstance(loaded.network, ResNet):
         _check_resnet(model, with_bias, watch)
@@ -163,6 +164,16 @@ def _check_resnet(model: str, with_bias: bool, watch: Watcher) -> None:
     watch.warn(f"`{model}` is a ResNet, without patches: only filters and equivariance")
 
 
+def _check_finite(model: LoadedModel, name: str) -> None:
+    """Raise a VitcliError if a weight is NaN or infinite: singular values need numbers."""
+    for key, weight in model.network.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise VitcliError(
+                f"`{printable(name)}`: a value of `{printable(key)}` is not a number, or infinite",
+                "name other weights with `--model`, such as an earlier checkpoint of the run",
+            )
+
+
 def _load_resnet(
     resnet: str | None, model: LoadedModel, watch: Watcher
 ) -> tuple[str, LoadedModel] | None:
@@ -170,6 +181,7 @@ def _load_resnet(
     if resnet is None:
         return None
     found = load_model(resnet, watch=watch)
+    _check_finite(found, resnet)
     if not isinstance(found.network, ResNet):
         raise VitcliError(
             f"`--resnet {resnet}` is not a ResNet", "give `R50x1`, or weights of a ResNet"
@@ -214,8 +226,7 @@ def _choose_images(
     name = " ".join(printable(path) for path in given[:3]) + (" …" if len(given) > 3 else "")
     if len(given) == 1 and is_dataset(given[0]):
         source = open_data(inference.data, given[0], whole=True, labelled=False, watch=watch)
-        for line in source.notes:
-            watch.note(line)
+        source.tell(watch)
         splits = [split for split in ("test", "validation", "train") if split in source.splits]
         return NamedImages(source.split(*splits), name)
     return NamedImages(image_list(list(find_images(given))), name)

@@ -30,6 +30,7 @@ from vitcli.run import check_free
 from vitcli.train.build import check_names, open_source, start_accelerator
 from vitcli.train.objectives import objective_class
 from vitcli.train.resolve import (
+    ResolvedRun,
     finetune_recipe,
     newest_pretrained,
     pretrain_recipe,
@@ -57,8 +58,8 @@ class PlanTarget:
     model: str | None
     settings: Settings | None
 
-    def resolve(self, watch: Watcher) -> tuple[str, Recipe, RecipeHeader]:
-        """The name, the recipe that the training command would use, and its header."""
+    def resolve(self, watch: Watcher) -> tuple[ResolvedRun, RecipeHeader]:
+        """The recipe that the training command would use, and its header."""
         recipe, model, settings = self.recipe, self.model, self.settings
         if recipe is not None and (Path(recipe) / "recipe.toml").is_file():
             recipe = str(Path(recipe) / "recipe.toml")
@@ -74,21 +75,25 @@ class PlanTarget:
                 settings = {}
                 lay_over(settings, self.settings or {})
                 lay_over(settings, nest("model.name", model))
-            return *pretrain_recipe(self.data, recipe, settings, watch), stated
+            return pretrain_recipe(self.data, recipe, settings, watch), stated
         if model is None and recipe is not None:
             named = load_recipe(recipe, settings or {}).model.name
             model = None if named else _default_model(stated, watch)
-        return *finetune_recipe(self.data, model, recipe, settings, watch), stated
+        return finetune_recipe(self.data, model, recipe, settings, watch), stated
 
-    def without_budget(self) -> Recipe | None:
+    def without_budget(self, resolved: ResolvedRun) -> Recipe | None:
         """The recipe with its own number of steps, if the command line gives a budget."""
         train = (self.settings or {}).get("train", {})
         if "budget" not in train:
             return None
+        if resolved.defaults is not None:
+            length = {"budget": None, "epochs": resolved.defaults.epochs}
+            own = resolved.recipe.train.model_copy(update=length)
+            return resolved.recipe.model_copy(update={"train": own})
         rest = {key: value for key, value in train.items() if key != "budget"}
         settings = {**(self.settings or {}), "train": rest}
         with suppress(VitcliError):  # the recipe has no number of steps
-            recipe = replace(self, settings=settings).resolve(Quiet())[1]
+            recipe = replace(self, settings=settings).resolve(Quiet())[0].recipe
             return recipe if recipe.train.budget is None else None
         return None
 
@@ -137,16 +142,17 @@ def run(
     hardware = find_hardware(device) if device else []
     here = includes_this_machine(device)
     request = PlanTarget(recipe, data, command, model, settings)
-    name, resolved, stated = request.resolve(watch)
+    target, stated = request.resolve(watch)
+    name, resolved = target.name, target.recipe
     check_names(resolved)
-    own = request.without_budget()
+    own = request.without_budget(target)
     accelerator, precision = start_accelerator(resolved)
     if resolved.data.name is None:
         channels = resolved.model.num_channels or 3
         regression = objective_class(resolved.objective.name).regression
         source = noise_source(name, stated, images, classes, channels, watch, regression)
     else:
-        source = open_source(resolved, watch)
+        source = open_source(resolved, watch, target.source)
     torch.manual_seed(resolved.train.seed)
     base = base_memory() if pick_device().type == "cpu" else None
     make_model = partial(_make_model, source=source, weights=probing and here)

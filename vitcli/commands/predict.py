@@ -24,7 +24,7 @@ from vitcli.evals.finished_tables import ImageDigest, check_finished, is_recorde
 from vitcli.evals.ood import ReferenceStore
 from vitcli.evals.predictor import AbstainRules, ImagePredictor
 from vitcli.evals.resume_log import PredictionCounts, ResumeLog, is_finished, open_resume_log
-from vitcli.evals.writers import COLUMNS, NUMBER_COLUMNS, OutputFiles, PredictionRow
+from vitcli.evals.writers import COLUMNS, LABELS_COLUMN, NUMBER_COLUMNS, OutputFiles, PredictionRow
 from vitcli.preprocess import AnyImage
 from vitcli.progress import Bar, Quiet, Watcher
 from vitcli.weights.load import (
@@ -87,10 +87,10 @@ def predict(
             in `run`.
 
     Returns:
-        A dict for each image: `path`, `label`, `probability`, `top`, `error`; with a threshold
-        also `abstained`; with `ood` also `ood` and `ood_distance`. After a regression the keys are
-        `path`, `value` and `error`. `path` is None for an image in
-        memory without a file name.
+        A dict for each image: `path`, `label`, `probability`, `top`, `error`; `labels` if the
+        model has a threshold per class (`vitcli evaluate --thresholds`); with a threshold also
+        `abstained`; with `ood` also `ood` and `ood_distance`. After a regression the keys are
+        `path`, `value` and `error`. `path` is None for an image in memory without a file name.
 
     Raises:
         VitcliError: no such model, no trained head, or no such image.
@@ -300,7 +300,8 @@ def _rows(
             yield row
         if log is not None:
             columns = NUMBER_COLUMNS if predictor.net.is_regression else COLUMNS
-            outputs.write(log.rows, [*columns, *predictor.rules.columns])
+            labels = [LABELS_COLUMN] if predictor.net.thresholds is not None else []
+            outputs.write(log.rows, [*columns, *labels, *predictor.rules.columns])
             log.remove()
             record_tables(outputs.paths, decisive, images.hexdigest())
 

@@ -23,7 +23,7 @@ def run(
     Args:
         data: DATA; None takes that of the recipe. The default recipe needs no files.
         recipe: name or file of a recipe; None takes `pretrain_formula` for images generated from
-            formulas, and `pretrain` for any other data.
+            formulas, and settings that suit DATA and the machine for any other data.
         settings: nested settings that override the recipe.
         out: the run directory; None creates `runs/RECIPE`, with a number if that exists.
         resume: resume the run in `out`, whose recipe is the default.
@@ -34,12 +34,14 @@ def run(
         Stopped: a signal came; the state is saved.
     """
     watch = watch or Quiet()
-    name, resolved = pretrain_recipe(data, recipe, settings, watch, out if resume else None)
+    resolved = pretrain_recipe(data, recipe, settings, watch, out if resume else None)
     return train(
-        resolved,
-        lambda source: random_model(resolved, source),
+        resolved.recipe,
+        lambda source: random_model(resolved.recipe, source),
+        opened=resolved.source,
+        defaults=resolved.defaults,
         out=out,
-        stem=Path(name).stem,
+        stem=Path(resolved.name).stem,
         resume=resume,
         watch=watch,
         track=track,

@@ -103,6 +103,7 @@ def run(
     out: Path | None = None,
     processes: int | None = None,
     precision: str | None = None,
+    device: str | None = None,
     watch: Watcher | None = None,
 ) -> SuiteResult:
     """Run `finetune` or `fewshot` with a model on every task of a suite, or `pretrain` each task.
@@ -118,6 +119,7 @@ def run(
         out: folder of the runs; None makes `runs/MODEL-SUITE`.
         processes: processes of each task.
         precision: precision of each task.
+        device: device of each task.
 
     Raises:
         VitcliError: no such suite or model, or every task failed.
@@ -138,7 +140,8 @@ def run(
         model = newest_run(classifier=False)
         watch.note(f"no `--model` given: using {model}")
     stem = file.stem if spec.method == "pretrain" else f"{run_stem(model)}-{file.stem}"
-    options = [*_option("--processes", processes), *_option("--precision", precision)]
+    machine = {"--processes": processes, "--precision": precision, "--device": device}
+    options = [word for name, value in machine.items() for word in _option(name, value)]
     with new_output(out, stem) as path:
         make_folder(path)
         with exclusive(path / LOCK, partial(_busy, path)):

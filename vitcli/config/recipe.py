@@ -155,15 +155,10 @@ def check(
         if issubclass(kind, Inference):
             hint = f"the sections are `{'`, `'.join(kind.model_fields)}`"
         text = "; ".join(faults.values())
-        if not faults.keys() <= _keys(typed or {}):
+        if not faults.keys() <= flat_keys(typed or {}).keys():
             text = f"{origin}: {text}"
         hint = hint or f"correct it in {origin}; `vitcli recipes pretrain_formula` is an example"
         raise VitcliError(text, hint) from None
-
-
-def _keys(settings: Mapping[str, Any]) -> set[str]:
-    """The dotted names of nested settings."""
-    return set(_flat(settings))
 
 
 def _fault(kind: type[Section], error: Mapping[str, Any]) -> tuple[str, str]:
@@ -239,14 +234,15 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
 
 def flat_settings(recipe: Recipe) -> dict[str, Any]:
     """Dotted name -> plain value of every setting except the description."""
-    return _flat(recipe.model_dump(mode="json", exclude={"description"}))
+    return flat_keys(recipe.model_dump(mode="json", exclude={"description"}))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of nested settings."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flat_keys(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -42,6 +42,8 @@ DURATIONS = ("steps", "epochs", "images", "budget")
 Count = Annotated[int, Field(gt=0, le=10**9)]
 Images = Annotated[int, Field(gt=0, le=10**12)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
+ClassWeight = Annotated[float, Field(ge=0.0, le=1e6)]
+Gamma = Annotated[float, Field(ge=0.0, le=20.0)]  # exponent of a focusing factor
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # of NumPy
 Pixels = Annotated[int, Field(gt=0, le=8192)]
 Width = Annotated[int, Field(gt=0, le=10**5)]
@@ -231,12 +233,19 @@ class DataSection(Section):
         gt=0.0,
         lt=1.0,
     )
-    validation_fraction: float | None = setting(
-        None, "Fraction of the training images held out for validation.", gt=0.0, lt=1.0
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | Literal["auto"] | None = setting(
+        None,
+        "Fraction of the training images held out for validation; 0 for none, `auto` for a tenth "
+        "where the data has no validation split and enough images.",
     )
     folds: int | None = setting(None, "Number of cross-validation folds.", ge=2)
     fold: CountOrZero = setting(0, "Index of the fold that is held out, from 0.")
     split_seed: Seed = setting(0, "Random seed of the splits.")
+    sampler: Literal["shuffle", "class_balanced", "square_root"] = setting(
+        "shuffle",
+        "Training images of an epoch: each once (`shuffle`), every class equally often "
+        "(`class_balanced`), or in proportion to the square root of its size (`square_root`).",
+    )
     workers: Annotated[int, Field(ge=0, le=256)] | None = setting(
         None, "Threads that decode images. Default: by the number of CPU cores."
     )
@@ -253,11 +262,16 @@ class DataSection(Section):
     def _check_splits(self) -> Self:
         if self.classes is not None and not self.streaming:
             raise ValueError("`classes` names the classes of a stream; set `streaming` too")
+        if self.streaming and self.sampler != "shuffle":
+            raise ValueError(
+                f'a stream is read in its own order, which `sampler = "{self.sampler}"` cannot '
+                "choose; weigh the classes with `objective.class_weights`, or do not stream"
+            )
         if self.fold and self.folds is None:
             raise ValueError("`fold` needs `folds`, the number of folds")
         if self.folds is not None and self.fold >= self.folds:
             raise ValueError(f"`fold` must be 0 to {self.folds - 1} with {self.folds} folds")
-        if self.folds is not None and self.validation_fraction is not None:
+        if self.folds is not None and self.validation_fraction not in (None, 0.0, "auto"):
             raise ValueError("give `folds` or `validation_fraction`, not both")
         if self.label_separator is not None and self.multi_label is False:
             raise ValueError("`label_separator` divides cells; remove `multi_label = false`")
@@ -324,6 +338,35 @@ class ObjectiveSection(Section):
         None, "Initial bias of a new sigmoid head: -10 for ImageNet-21k, -6.9 for ImageNet-1k."
     )
     label_smoothing: float = setting(0.0, "Label smoothing.", ge=0.0, lt=1.0)
+    class_weights: Literal["balanced", "effective"] | tuple[ClassWeight, ...] | None = setting(
+        None,
+        "Weights of the classes in the loss: `balanced` (n / (K n_c) as in scikit-learn), "
+        "`effective` (class-balanced loss, Cui et al., 2019), or a list in the order of classes.",
+    )
+    class_weights_beta: float | None = setting(
+        None, "Beta of `effective` class weights. Default: 0.999.", ge=0.0, lt=1.0
+    )
+    focal_gamma: float | None = setting(
+        None, "Gamma of the focal loss (Lin et al., 2017), e.g. 2.", gt=0.0, le=20.0
+    )
+    asymmetric_gammas: tuple[Gamma, Gamma] | None = setting(
+        None,
+        "Gammas of the asymmetric loss for present and absent labels (Ridnik et al., 2021), e.g. "
+        "`[0, 4]`; for `sigmoid`.",
+    )
+    asymmetric_clip: float | None = setting(
+        None,
+        "Probability below which the asymmetric loss ignores an absent label. Default: 0.05.",
+        ge=0.0,
+        lt=1.0,
+    )
+    logit_adjustment: float | None = setting(
+        None,
+        "Tau of logit adjustment (Menon et al., 2021), e.g. 1: training adds tau times the "
+        "logarithm of the class frequencies to the logits.",
+        gt=0.0,
+        le=20.0,
+    )
     descriptor_weight: NonNegativeFloat = setting(1.0, "Weight of the descriptor loss in `guided`.")
     target: Literal["mean_color", "small_patch", "pixels"] = setting(
         "mean_color",
@@ -347,6 +390,28 @@ class ObjectiveSection(Section):
         0.5, "Weight of the teacher in the loss of `distill`.", gt=0.0, le=1.0
     )
     temperature: PositiveFloat = setting(1.0, "Temperature of soft distillation.")
+
+    @property
+    def uses_class_counts(self) -> bool:
+        """True if the loss depends on the number of training images per class."""
+        return isinstance(self.class_weights, str) or self.logit_adjustment is not None
+
+    @model_validator(mode="after")
+    def _check_class_losses(self) -> Self:
+        if isinstance(self.class_weights, tuple) and not any(self.class_weights):
+            raise ValueError("`class_weights` must have a weight above 0")
+        if self.class_weights_beta is not None and self.class_weights != "effective":
+            raise ValueError('`class_weights_beta` needs `class_weights = "effective"`')
+        if self.asymmetric_clip is not None and self.asymmetric_gammas is None:
+            raise ValueError("`asymmetric_clip` needs `asymmetric_gammas`, for example `[0, 4]`")
+        if self.focal_gamma is not None and self.asymmetric_gammas is not None:
+            raise ValueError("give `focal_gamma` or `asymmetric_gammas`, not both")
+        if isinstance(self.class_weights, str) and self.logit_adjustment is not None:
+            raise ValueError(
+                f'give `class_weights = "{self.class_weights}"` or `logit_adjustment`, not both: '
+                "each corrects the class sizes alone"
+            )
+        return self
 
 
 class OptimSection(Section):
@@ -500,6 +565,11 @@ class TrainSection(Section):
         "none",
         "Freeze `backbone` (all but the head) or `blocks:N` (embeddings and N blocks) in finetune.",
     )
+    keep_head: bool = setting(
+        False,
+        "Start from the trained head of the model, for data with the same classes in any order "
+        "(finetune).",
+    )
     activation_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, more time."
     )
@@ -533,8 +603,9 @@ class TrainSection(Section):
     )
     best_metric: str | None = setting(
         None,
-        "Keep the weights with the best value of this metric of the validation images in "
-        "best.safetensors: accuracy, loss, map, micro_f1, fewshot_accuracy, mae, rmse or r2.",
+        "Export the weights with the best value of this metric of the validation images: "
+        "accuracy, balanced_accuracy, macro_f1, loss, map, micro_f1, fewshot_accuracy, mae, rmse "
+        "or r2.",
     )
     patience: Count | None = setting(
         None,
@@ -648,6 +719,18 @@ class Recipe(Section):
             raise ValueError("`lora.rank` needs pretrained weights; use `vitcli finetune`")
         if self.command == "pretrain" and self.train.freeze != "none":
             raise ValueError("`train.freeze` needs pretrained weights; use `vitcli finetune`")
+        if self.command == "pretrain" and self.train.keep_head:
+            raise ValueError("`train.keep_head` needs pretrained weights; use `vitcli finetune`")
+        return self
+
+    @model_validator(mode="after")
+    def _check_class_sizes(self) -> Self:
+        if self.data.sampler != "shuffle" and self.objective.uses_class_counts:
+            key = "logit_adjustment" if self.objective.logit_adjustment else "class_weights"
+            raise ValueError(
+                f'give `data.sampler = "{self.data.sampler}"` or `objective.{key}`, not both: each '
+                "corrects the class sizes alone"
+            )
         return self
 
     def to_toml(self) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from vitcli.config.schema import Recipe
 from vitcli.train.budget import SCALE, stage_fractions
+from vitcli.train.compatibility import check_smaller_sizes
 from vitcli.train.lora import training_passes
 from vitcli.train.objectives.base import Objective
 from vitcli.vit import Config, ResNetConfig
@@ -32,7 +33,12 @@ class RunStage:
 
 
 def run_stages(recipe: Recipe, config: Config, objective: Objective) -> list[RunStage]:
-    """The stages of a run of `recipe`; the trainable weights of `objective` decide the backward."""
+    """The stages of a run of `recipe`; the trainable weights of `objective` decide the backward.
+
+    Raises:
+        VitcliError: the model does not accept a size in `train.smaller_sizes`.
+    """
+    check_smaller_sizes(recipe, config)
     stages = []
     for step, fraction in stage_fractions(recipe.train):
         side = recipe.train.side_at(step, SCALE)

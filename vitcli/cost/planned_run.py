@@ -19,7 +19,7 @@ from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.transform import resolve_augment
 from vitcli.data.prefetch import PREFETCH_BATCHES
 from vitcli.data.source import Source
-from vitcli.train.build import held_out_images
+from vitcli.train.build import count_classes, held_out_images
 from vitcli.train.lora import ADAPTER, freeze_and_adapt
 from vitcli.train.objectives import build_objective
 from vitcli.train.objectives.base import Objective
@@ -71,7 +71,8 @@ class PlannedRun:
         with torch.device("meta"):
             empty = from_config(self.config)
             freeze_and_adapt(empty, recipe.lora, recipe.train.freeze, recipe.train.seed)
-        model = replace(self.model, network=empty)
+        counts = count_classes(recipe.objective, self.source)
+        model = replace(self.model, network=empty, class_counts=counts)
         # The initial bias would be written into the head, which has no memory here.
         section = recipe.objective.model_copy(update={"head_bias": None})
         return build_objective(model, section, recipe.train.seed, self.source.multi_label)

@@ -93,9 +93,9 @@ def _evaluation_seconds(planned: PlannedRun, loop: Loop, step: float) -> float:
         return per_image * images
     loop.wrapped.eval()
     few = min(images, EVAL_BATCH_SIZE * loop.accelerator.num_processes)
-    validate(limit=few)  # warm-up
+    validate(loop.loaded, limit=few)  # warm-up
     start = time.perf_counter()
-    validate(limit=few)
+    validate(loop.loaded, limit=few)
     measured = time.perf_counter() - start
     loop.wrapped.train()
     return measured * images / few

@@ -74,6 +74,10 @@ class NoiseSet:
         """The name of an image in errors."""
         return f"noise image {index}"
 
+    def class_counts(self) -> Integers:
+        """(K,) images per class, as if all classes had equally many."""
+        return np.full(len(self.classes), max(1, self._size // len(self.classes)), np.int64)
+
     def batch(
         self,
         epochs: Integers,

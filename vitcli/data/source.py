@@ -67,6 +67,7 @@ class Source:
         classes: class names; the labels of every split index into them.
         fingerprint: a hash of names, sizes, labels and splits; it does not depend on the path.
         notes: messages for the user, one line each: what was split, skipped or assumed.
+        warnings: those of the notes that make figures unreliable.
         splitting: how the splits were made, as plain values for a run's record.
         layout: where the images of each class were found, such as `train/CLASS/*`; or empty.
     """
@@ -78,6 +79,12 @@ class Source:
     notes: tuple[str, ...] = ()
     splitting: Mapping[str, Any] = field(default_factory=dict)
     layout: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def tell(self, watch: Watcher) -> None:
+        """Print the notes; those that make figures unreliable are warnings."""
+        for note in self.notes:
+            (watch.warn if note in self.warnings else watch.note)(note)
 
     @property
     def multi_label(self) -> bool:
@@ -226,7 +233,7 @@ def make_source(
             "check its label column, or name another: `--set data.label_column=NAME`",
         )
     labels = {name: images.labels for name, images in aligned.items()}
-    groups, group_notes = _groups(request, aligned)
+    groups, group_notes, warnings = _groups(request, aligned)
     for name, units in (groups or {}).items():
         aligned[name].groups = units  # so that a later split, such as for calibration, keeps them
     assigned = split_images(labels, request.settings, shown, whole=request.whole, groups=groups)
@@ -243,13 +250,15 @@ def make_source(
     hashed += [s.values.tobytes() for s in cut.values() if s.values is not None]
     record = {"images": {name: len(images) for name, images in cut.items()}, **assigned.record}
     all_notes = (*notes, *group_notes, *assigned.notes)
-    return Source(shown, cut, base.classes, fingerprint(hashed), all_notes, record)
+    return Source(
+        shown, cut, base.classes, fingerprint(hashed), all_notes, record, warnings=warnings
+    )
 
 
 def _groups(
     request: DataRequest, splits: Mapping[str, ImageSet]
-) -> tuple[dict[str, Integers] | None, list[str]]:
-    """(split -> (n,) equal numbers for images that stay in one split, notes about them)."""
+) -> tuple[dict[str, Integers] | None, list[str], tuple[str, ...]]:
+    """Equal numbers for images that stay in one split, by split; notes; those that are warnings."""
     settings, shown = request.settings, request.shown
     grouped = all(images.groups is not None for images in splits.values())
     if settings.group_column is not None and not grouped:
@@ -259,16 +268,17 @@ def _groups(
         )
     divided = divides(splits, settings, whole=request.whole)
     if not request.labelled or not (divided or len(splits) > 1):
-        return None, []
+        return None, [], ()
     units = image_units(splits, request.watch, within=divided)
     notes = leak_notes(shown, units, splits) if units else []
+    leaks = tuple(notes)
     if units == {}:
         notes.append(
             f"{shown}: too many images have equal sizes to look for copies of train images in the "
             "other splits at the start; `vitcli check` does"
         )
     if not divided:
-        return None, notes
+        return None, notes, leaks
     if units is None:
         units = {name: np.arange(len(images)) for name, images in splits.items()}
     elif copies := sum(len(found) - len(np.unique(found)) for found in units.values()):
@@ -278,17 +288,18 @@ def _groups(
                 f"{shown}: all images of each class are copies of one image, so copies are in "
                 "train and test, and accuracy on test means nothing"
             )
-            return None, notes
+            return None, notes, (*leaks, notes[-1])
         notes.append(f"{shown}: {copies:,} {are} of other images; copies stay in the same split")
     if grouped:
-        groups = [images.groups for images in splits.values() if images.groups is not None]
-        sizes = [len(np.unique(numbers)) for numbers in groups]
+        known = [images.groups for images in splits.values() if images.groups is not None]
+        sizes = [len(np.unique(numbers)) for numbers in known]
         column = settings.group_column or GROUP_COLUMN
         notes.append(
             f"{shown}: images with the same `{column}` stay in the same split ({sum(sizes):,} "
             "groups)"
         )
-    return {name: join_groups(units[name], splits[name].groups) for name in splits}, notes
+    groups = {name: join_groups(units[name], splits[name].groups) for name in splits}
+    return groups, notes, leaks
 
 
 def _one_unit_per_class(images: ImageSet, units: Integers) -> bool:

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ T = TypeVar("T")
 MAX_EXPANDED = 300_000  # names that one notation may mean; LAION-5B has 231,349 shards
 
 MAX_DEPTH = 4  # folders within folders that are searched for shards or parquet files
+AUTO = "auto"
+VALIDATION_FRACTION, MIN_VALIDATION, MAX_VALIDATION = 0.1, 20, 5000  # of `auto`
 GROUP_COLUMN = "group"  # a column of this name is used without a setting
 BRACES = re.compile(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}")
 SLICE = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<first>\d+%?)?:(?P<last>\d+%?)?\])?")
@@ -139,11 +141,13 @@ class SplitIndices:
     groups: Mapping[str, Integers] = field(default_factory=dict)
 
 
-def divides(splits: Iterable[str], settings: DataSection, *, whole: bool = False) -> bool:
+def divides(splits: Collection[str], settings: DataSection, *, whole: bool = False) -> bool:
     """True if `split_images` divides the images of a split."""
     if settings.train_split is not None or settings.test_split is not None:
         return True
-    asked = settings.folds is not None or settings.validation_fraction is not None
+    fraction = settings.validation_fraction
+    cuts = "validation" not in splits if fraction == AUTO else bool(fraction)
+    asked = settings.folds is not None or cuts
     return not whole and (asked or set(splits) == {"train"})
 
 
@@ -179,7 +183,7 @@ def split_images(
     if whole:
         return found
     if "train" not in found.parts:
-        if settings.folds is not None or settings.validation_fraction is not None:
+        if settings.folds is not None or settings.validation_fraction not in (None, 0.0, AUTO):
             raise VitcliError(
                 f"`{shown}` has no training images, which `data.folds` and "
                 "`data.validation_fraction` divide",
@@ -191,7 +195,7 @@ def split_images(
         return found
     if set(found.parts) == {"train"} and settings.test_fraction > 0:
         _hold_out_test(found, labels, settings, shown)
-    if settings.validation_fraction is not None:
+    if settings.validation_fraction:
         _hold_out_validation(found, labels, settings, shown)
     return found
 
@@ -297,7 +301,7 @@ def _hold_out_fold(
 ) -> None:
     folds, fold, seed = settings.folds, settings.fold, settings.split_seed
     assert folds is not None
-    if settings.validation_fraction is not None or "validation" in found.parts:
+    if "validation" in found.parts:
         raise VitcliError(
             f"`data.folds` holds images out, but `{shown}` already has validation images",
             "remove `data.validation_fraction`, or name the images with `data.train_split`",
@@ -348,13 +352,18 @@ def _hold_out_validation(
     found: SplitIndices, labels: Mapping[str, Integers], settings: DataSection, shown: str
 ) -> None:
     fraction, seed = settings.validation_fraction, settings.split_seed
+    name, indices, own, groups = _train_part(found, labels)
+    if fraction == AUTO:
+        fraction = 0.0 if "validation" in found.parts else auto_fraction(own)
+        if not fraction:
+            found.record["validation_fraction"] = 0.0
+            return
     if "validation" in found.parts:
         raise VitcliError(
             f"`{shown}` already has validation images, and `data.validation_fraction` is set",
             "remove `data.validation_fraction`",
         )
-    assert fraction is not None
-    name, indices, own, groups = _train_part(found, labels)
+    assert isinstance(fraction, float)
     keep, held_out = stratified_split(own, fraction, seed, groups)
     found.parts["train"] = (name, indices[keep])
     found.record |= {"validation_fraction": fraction, "seed": seed}
@@ -363,8 +372,27 @@ def _hold_out_validation(
         found.parts = in_split_order(found.parts)
     found.notes.append(
         f"{shown}: {len(held_out):,} of {len(own):,} training images are held out for validation "
-        f"({fraction:.0%}{_of_classes(own)}, seed {seed})"
+        f"({100 * fraction:.3g}%{_of_classes(own)}, seed {seed})"
     )
+
+
+def with_auto_validation(section: DataSection) -> DataSection:
+    """The section with the validation fraction `auto`, unless it says how to hold images out."""
+    if section.streaming or section.folds is not None or section.validation_fraction is not None:
+        return section
+    return section.model_copy(update={"validation_fraction": AUTO})
+
+
+def auto_fraction(labels: Integers) -> float:
+    """The validation fraction `auto` for these training labels; 0 if there are too few images.
+
+    At least MIN_VALIDATION images, two per class on average; at most MAX_VALIDATION, for speed.
+    """
+    n, classes = len(labels), len(np.unique(labels))
+    held_out = min(VALIDATION_FRACTION * n, MAX_VALIDATION)
+    if held_out < max(MIN_VALIDATION, 2 * classes):
+        return 0.0
+    return round(held_out / n, 4)
 
 
 def _of_classes(labels: Integers) -> str:

@@ -37,7 +37,7 @@ from vitcli.data.readers.tar import (
     shard_splits,
 )
 from vitcli.data.source import DataRequest, Source, fingerprint
-from vitcli.data.splits import expand_braces
+from vitcli.data.splits import AUTO, expand_braces
 from vitcli.errors import VitcliError, printable
 from vitcli.hub.client import install_checks
 from vitcli.hub.datasets import DatasetFiles
@@ -238,6 +238,8 @@ def open_stream(request: DataRequest) -> Source:
         "split_column", "test_fold", "group_column",
     )  # fmt: skip
     values = {name: getattr(settings, name) for name in refused}
+    if values["validation_fraction"] in (0.0, AUTO):  # asks for no split that a stream lacks
+        values["validation_fraction"] = None
     # Not `in (None, False)`: the fold 0 is a value, and 0 == False.
     if given := [
         name for name, value in values.items() if value is not None and value is not False

@@ -15,15 +15,18 @@ from vitcli.errors import VitcliError
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
 from vitcli.evals.scoring import NO_TARGET, log_softmax, pad_targets, row_blocks, target_values
+from vitcli.evals.thresholds import ThresholdRule
 from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.read import vitcli_weights_file
-from vitcli.weights.store import read_header, save_model, set_temperature
+from vitcli.weights.store import read_header, save_model, update_header
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
+# Keys of the header of a weights file: the images of the fit.
+TEMPERATURE_RECORD, THRESHOLDS_RECORD = "fitted_on", "thresholds_fitted_on"
 MAX_TEMPERATURE = 1e4  # also limits the inverse
 # Half: the fit has one parameter, but the reported metrics need images, too.
 HELD_OUT_FRACTION = 0.5  # used for the fit if the data have no validation split
@@ -163,12 +166,30 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """What was fitted for this evaluation, on which images, and where it is stored.
+
+    Attributes:
+        temperature: the previous one; None if no new one was fitted.
+        thresholds: the previous decision of each image and class is made with them; None is 0.5.
+        rule: how the new thresholds were chosen; None if there are no new ones.
+    """
+
+    split: str
+    images: int
+    file: Path
+    temperature: float | None = None
+    thresholds: tuple[float, ...] | None = None
+    rule: ThresholdRule | None = None
+
+
+@dataclass(frozen=True)
 class CalibrationSplit:
     """Disjoint images for the fit and for the report.
 
     Attributes:
         description: names the held-out images, for the reader.
-        record: the same as plain values; stored with the temperature.
+        record: the same as plain values; stored with what is fitted.
     """
 
     held_out: ImageSet
@@ -191,7 +212,7 @@ def split_for_calibration(
         keep, aside = stratified_split(labels, HELD_OUT_FRACTION, seed, groups)
         if not len(aside):
             raise VitcliError(
-                f"`--calibrate` cannot hold out images: {len(images)} images are too few",
+                f"cannot hold out images for the fit: {len(images)} images are too few",
                 "use data with at least two images per class",
             )
         held_out, reported = images.subset(aside), images.subset(keep)
@@ -212,28 +233,44 @@ def check_same_kind(net: LoadedModel, images: ImageSet, model: str) -> None:
         return
     trained, given = ("single-label", "multi-label")[:: 1 if multi_label else -1]
     raise VitcliError(
-        f"`{model}` was trained on {trained} images, and these images are {given}; no temperature "
-        "fits both",
-        f"calibrate it on {trained} images",
+        f"`{model}` was trained on {trained} images, and these images are {given}; neither a "
+        "temperature nor thresholds fit both",
+        f"fit them on {trained} images",
     )
 
 
 def warn_if_calibrated_on(model: str, source: Source, images: ImageSet, watch: Watcher) -> None:
-    """Warn if the temperature of the model was fitted on some of the reported images."""
+    """Warn if the temperature or the thresholds were fitted on some of the reported images."""
     file = vitcli_weights_file(model)
-    record = (read_header(file) or {}).get("fitted_on") if file is not None else None
-    if not isinstance(record, dict):
-        return
-    if (record.get("fingerprint"), record.get("split")) == (source.fingerprint, images.name):
-        watch.warn(
-            f"the temperature of `{model}` was fitted on {record.get('images')} of these images, "
-            "so loss and calibration error are too good; `--calibrate` reports only the others"
-        )
+    header = (read_header(file) or {}) if file is not None else {}
+    for key, fitted, better in (
+        (
+            TEMPERATURE_RECORD,
+            "temperature of `{}` was",
+            "loss and calibration error are too good; `--calibrate`",
+        ),
+        (
+            THRESHOLDS_RECORD,
+            "thresholds of `{}` were",
+            "precision, recall and F1 are too good; `--thresholds`",
+        ),
+    ):
+        record = header.get(key)
+        if not isinstance(record, dict):
+            continue
+        if (record.get("fingerprint"), record.get("split")) == (source.fingerprint, images.name):
+            watch.warn(
+                f"the {fitted.format(model)} fitted on {record.get('images')} of these images, "
+                f"so {better} reports only the others"
+            )
 
 
 def calibrate(net: LoadedModel, held_out: Extracted, matching: ClassMatching) -> float:
     """Set `net.temperature` from the logits of held-out images; return the previous temperature."""
+    from scipy.special import expit, logit
+
     previous = net.temperature
+    thresholds = None if net.thresholds is None else np.array(net.thresholds)
     if held_out.labels.ndim == 2:
         # Sigmoids are independent: outputs for which there are no labels do not take part.
         logits = held_out.outputs[:, matching.first_outputs]
@@ -242,11 +279,15 @@ def calibrate(net: LoadedModel, held_out: Extracted, matching: ClassMatching) ->
         # A softmax depends on every output, also on those of classes that the data lack.
         targets = pad_targets(matching.outputs)[held_out.labels]
         net.temperature = fit_temperature(held_out.outputs, targets)
+    if thresholds is not None:
+        # The same logits reach the thresholds as before, so the decisions stay the same.
+        odds = logit(thresholds) * previous / net.temperature
+        net.thresholds = tuple(expit(odds).tolist())
     return previous
 
 
 def temperature_file(model: str, unchanged: bool, folder: Path) -> Path:
-    """Choose the weights file that will hold the temperature.
+    """Choose the weights file that will hold the temperature or the thresholds.
 
     This is the model's own file if it has our format and was loaded `unchanged`, that is without
     settings that override its header. Otherwise it is a copy in `folder`.
@@ -257,7 +298,8 @@ def temperature_file(model: str, unchanged: bool, folder: Path) -> Path:
     # With overriding settings, the file and the model are not the same: a temperature in the file
     # would be wrong for whoever loads it without these settings.
     copy = folder / "model.safetensors"
-    calibrated_copy = copy.is_file() and bool((read_header(copy) or {}).get("fitted_on"))
+    header = (read_header(copy) or {}) if copy.is_file() else {}
+    calibrated_copy = bool(header.get(TEMPERATURE_RECORD) or header.get(THRESHOLDS_RECORD))
     if copy.exists() and (not calibrated_copy or Run(folder).recipe_file.exists()):
         raise VitcliError(
             f"`{copy}` exists already; the calibrated copy of `{model}` would replace it",
@@ -266,8 +308,29 @@ def temperature_file(model: str, unchanged: bool, folder: Path) -> Path:
     return copy
 
 
-def store_temperature(net: LoadedModel, model: str, file: Path, record: Mapping[str, Any]) -> None:
-    """Write the temperature of `net`, which was loaded as `model`, into the weights file `file`."""
+def store_fit(
+    net: LoadedModel,
+    model: str,
+    file: Path,
+    record: Mapping[str, Any],
+    *,
+    temperature: bool,
+    thresholds: bool,
+) -> None:
+    """Write what was fitted of `net`, which was loaded as `model`, into the weights file `file`.
+
+    Args:
+        record: the images of the fit.
+        temperature, thresholds: which of them were fitted.
+    """
+    # The tensors of an own file stay as they are; only a copy is written as a whole.
     if vitcli_weights_file(model) != file:
         save_model(file, net)
-    set_temperature(file, net.temperature, record)
+    entries: dict[str, Any] = {}
+    if temperature:
+        entries = {"temperature": net.temperature, TEMPERATURE_RECORD: dict(record)}
+    if net.thresholds is not None:  # a new temperature moves them
+        entries["thresholds"] = list(net.thresholds)
+    if thresholds:
+        entries[THRESHOLDS_RECORD] = dict(record)
+    update_header(file, entries)

@@ -110,10 +110,13 @@ def single_label_averages(
     counts = np.bincount(labels, minlength=len(names))
     present = np.flatnonzero(counts).tolist()
     ranked = rank_classes(column, len(names))
+    # scikit-learn's macro average has 0 for a class that is only predicted. A model of 1,000
+    # classes predicts many that the data do not have, so only classes with images count here.
     of = _macro_intervals(labels, predicted, present)
     chosen = np.bincount(predicted, minlength=len(names))
     per_class = {names[k]: _with_intervals(per_class[names[k]], int(chosen[k])) for k in present}
     values = _macro_values(per_class, [names[k] for k in present])
+    # The same number; each has the name under which scikit-learn's users look for it.
     values = {"balanced_accuracy": values["macro_recall"], **values}
     of = {"balanced_accuracy": of["macro_recall"], **of}
     methods = {**dict.fromkeys(of, "score"), "per_class": "wilson"}
@@ -126,9 +129,12 @@ def single_label_averages(
         _with_rankings(per_class, names, ranked),
         ranked.leave_out,
     )
+    # Without another class there is no pair to rank, and an average precision is 1 by definition.
     if len(present) == 1:
         reason = f"all images are of the class `{names[present[0]]}`"
         return _undefined(found, dict.fromkeys(("roc_auc", "map"), reason))
+    # Both classes have the same area, up to ties: the probability of one is 1 minus that of the
+    # other. scikit-learn takes the second, so equal probabilities near 1 are tied in the same way.
     found = _with_areas(found, names, ranked, [1] if binary else present)
     return _with_average_precision(found, names, ranked, len(labels))
 
@@ -167,6 +173,7 @@ def multi_label_averages(
         values=_macro_values(per_class, [names[k] for k in present]),
         intervals=Intervals(of, methods=methods),
     )
+    # A label that every image has cannot be ranked against images without it.
     defined = [k for k in present if ranked.roc_auc[k] is not None]
     if not defined:
         return _undefined(found, {"roc_auc": "every image has every label that occurs"})
@@ -183,6 +190,7 @@ def class_intervals(right: int, images: int, chosen: int) -> dict[str, Interval 
         right, images, chosen: images of the class that are recognised, all of them, and images that
             are said to be of the class.
     """
+    # F1 grows with J, so the ends of the interval of J give those of F1.
     union = images + chosen - right
     low, high = wilson_interval(right / union, union) if union else (0.0, 1.0)
     return {
@@ -194,6 +202,7 @@ def class_intervals(right: int, images: int, chosen: int) -> dict[str, Interval 
 
 def _with_intervals(row: dict[str, Any], chosen: int) -> dict[str, Any]:
     """The figures of a class, and their intervals."""
+    # A whole number again: the table holds shares only.
     right = round(row["precision"] * chosen)
     found = class_intervals(right, row["images"], chosen)
     return row | {f"{name}_interval": pair and list(pair) for name, pair in found.items()}
@@ -221,6 +230,7 @@ def _with_areas(
     parts = [one for k in chosen if (one := ranked.roc_auc[k]) is not None]
     n = len(parts[0].without)
     whole = mean_leave_out(parts, n)
+    # The smaller side decides: 5 images of a class against 1,000 others say as little as 5.
     rarest = [min(int(ranked.positives[k]), n - int(ranked.positives[k])) for k in chosen]
     values = {**found.values, "roc_auc": whole.whole}
     least = int(np.argmin(rarest))
@@ -248,6 +258,7 @@ def _with_average_precision(
         reason = _too_few(names[rarest], count, n, count)
         added = Intervals({"map": None}, {"map": reason})
     else:
+        # Centred at the figure without the bias of few images, see `leave_out_average_precision`.
         pair = ranked.leave_out.share_interval(n)
         added = Intervals({"map": pair}, methods={"map": ranked.leave_out.method})
     return replace(found, values=values, intervals=found.intervals.merged(added))
@@ -263,6 +274,7 @@ def _too_few(name: str, few: int, n: int, positives: int) -> str:
 
 def _with_rankings(per_class: PerClass, names: Sequence[str], ranked: Ranked) -> PerClass:
     """The table with `roc_auc` and `average_precision` of each class."""
+    # The table may lack classes: single-label rows exist for classes with images only.
     number = {name: k for k, name in enumerate(names)}
     table = {}
     for name, row in per_class.items():
@@ -280,14 +292,15 @@ def _macro_intervals(
     """Intervals of macro precision, recall and F1 of single-label images."""
     size = int(max(labels.max(), predicted.max())) + 1
     cells, times = np.unique(labels * size + predicted, return_counts=True)
-    # Images of one cell of the confusion matrix are alike, so leave out one of each cell.
+    # Images of one cell of the confusion matrix are alike, so leave out one of each cell. It
+    # changes the figures of the true class (a) and of the predicted one (b), and no others.
     a, b = np.divmod(cells, size)
     hit = (a == b).astype(np.int64)
     images, chosen = (np.bincount(values, minlength=size) for values in (labels, predicted))
     right = np.bincount(labels[labels == predicted], minlength=size)
-    whole = _shares(right, images, chosen)
-    without_a = _shares(right[a] - hit, images[a] - 1, chosen[a] - hit)
-    without_b = _shares(right[b] - hit, images[b] - hit, chosen[b] - 1)
+    whole = class_shares(right, images, chosen)
+    without_a = class_shares(right[a] - hit, images[a] - 1, chosen[a] - hit)
+    without_b = class_shares(right[b] - hit, images[b] - hit, chosen[b] - 1)
     last = images[a] == 1  # its class has no image left, and leaves the mean
     count = np.maximum(len(present) - last, 1)
     results: dict[str, Interval | None] = {}
@@ -308,11 +321,12 @@ def _decision_intervals(
     """Intervals of macro precision, recall and F1 of (n, K) decisions; each class has images."""
     both = targets & decided
     right, images, chosen = (table.sum(axis=0) for table in (both, targets, decided))
-    whole = _shares(right, images, chosen)
-    without = _shares(right - both, images - targets, chosen - decided)
+    whole = class_shares(right, images, chosen)
+    without = class_shares(right - both, images - targets, chosen - decided)
     results: dict[str, Interval | None] = {}
     for name in MACRO:
         values = whole[name]
+        # Without its only image a class has no recall; the jackknife then leaves it as it is.
         rest = np.where(images > targets, without[name], values).mean(axis=1)
         table = _limits(name, right, images, chosen)
         mean = LeaveOneOut(float(values.mean()), rest)
@@ -320,7 +334,7 @@ def _decision_intervals(
     return results
 
 
-def _shares(right: Ints, images: Ints, chosen: Ints) -> dict[str, Floats]:
+def class_shares(right: Ints, images: Ints, chosen: Ints) -> dict[str, Floats]:
     """Precision, recall and F1 from counts; 0 where nothing is counted, as in scikit-learn."""
     pairs = {"precision": (right, chosen), "recall": (right, images)}
     pairs["f1"] = (2 * right, images + chosen)

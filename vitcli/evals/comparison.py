@@ -46,12 +46,16 @@ class PairedMap:
 
 @dataclass(frozen=True)
 class PairedError:
-    """Difference of two mean absolute errors (second minus first) and its 95 % interval."""
+    """Difference of two mean absolute errors (second minus first) and its 95 % interval.
+
+    `p_value` is that of Student's paired test of equal errors.
+    """
 
     images: int
     difference: float
     low: float
     high: float
+    p_value: float
     metric: str = "mae"
 
 
@@ -60,8 +64,27 @@ Pair = PairedAccuracy | PairedMap | PairedError | str
 
 def compare_errors(first: Numbers, second: Numbers) -> PairedError:
     """Compare (n,) absolute errors of two regressions on the same images."""
+    from scipy.stats import ttest_rel
+
     low, high = mae_difference_interval(first, second)
-    return PairedError(len(first), float(second.mean() - first.mean()), low, high)
+    difference = float(second.mean() - first.mean())
+    # Without spread the test divides by 0: equal changes of all images are certain, none are not.
+    if len(first) < 2 or not np.ptp(second - first):
+        p_value = 0.0 if len(first) > 1 and difference else 1.0
+    else:
+        p_value = float(ttest_rel(second, first).pvalue)
+    return PairedError(len(first), difference, low, high, p_value)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of m tests, corrected so that all together err with a chance of 5 % (Holm, 1979)."""
+    # The smallest p-value counts m times, the next one m - 1 times, and so on. None falls below
+    # an earlier one, so that the order of the tests stays.
+    m, adjusted, largest = len(p_values), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (m - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 def compare_paired(first: ArrayLike, second: ArrayLike) -> PairedAccuracy:

@@ -1,8 +1,8 @@
 """Evaluate one model on one labelled split: metrics, intervals, calibration, mistakes."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
-from vitcli.evals.calibration import Calibration
+from vitcli.evals.calibration import Calibration, Fit
 from vitcli.evals.class_averages import (
     ClassAverages,
     multi_label_averages,
@@ -55,6 +55,7 @@ from vitcli.evals.scoring import (
     single_label_metrics,
     single_label_per_class,
 )
+from vitcli.evals.thresholds import FittedThresholds, decision_figures
 from vitcli.progress import Watcher
 from vitcli.weights.loaded import LoadedModel
 
@@ -117,6 +118,7 @@ class Evaluation:
     averages: ClassAverages | None = None
     leave_out: LeaveOneOut | None = None
     calibration: Calibration | None = None
+    thresholds: FittedThresholds | None = None
     numbers: PredictedNumbers | None = None
     worst: tuple[dict[str, Any], ...] = ()
     files: dict[str, str] = field(default_factory=dict)
@@ -152,6 +154,8 @@ class Evaluation:
             found["real"] = asdict(details.real)
         if self.calibration is not None:
             found["calibration"] = asdict(self.calibration)
+        if self.thresholds is not None:
+            found["thresholds"] = asdict(self.thresholds)
         found["per_class"] = self.per_class
         if details is not None:
             found |= {
@@ -206,16 +210,6 @@ def evaluate_numbers(
 
 
 @dataclass(frozen=True)
-class FittedTemperature:
-    """A new temperature of a model: the one before, and where the new one comes from and goes."""
-
-    before: float
-    split: str
-    images: int
-    file: Path
-
-
-@dataclass(frozen=True)
 class Evaluator:
     """Turns the logits of a model on a split into an `Evaluation`.
 
@@ -223,7 +217,7 @@ class Evaluator:
         extracted: logits and labels; the labels index `matching.classes`.
         identity: see `Evaluation`.
         real: (n, M) right outputs by ReaL, -1 where there is none.
-        fitted: the temperature of `net`, if it was fitted for this evaluation.
+        fitted: what of `net` was fitted for this evaluation.
         seed: seed of the simulated calibration error.
     """
 
@@ -235,7 +229,7 @@ class Evaluator:
     data: str
     identity: str
     real: NDArray[np.int64] | None
-    fitted: FittedTemperature | None
+    fitted: Fit | None
     seed: int
     watch: Watcher
 
@@ -275,8 +269,8 @@ class Evaluator:
         # Score the reported images under the old temperature as well, so that the gain is measured
         # on images that the fit has not seen.
         calibration, uncalibrated = None, None
-        if self.fitted is not None:
-            before = score_logits(logits, targets, self.fitted.before)
+        if self.fitted is not None and self.fitted.temperature is not None:
+            before = score_logits(logits, targets, self.fitted.temperature)
             ece_before = expected_calibration_error(before.confidence, before.correct)
             calibration = self._calibration(self.fitted, float(before.loss.mean()), ece_before)
             uncalibrated = reliability_bins(before.confidence, before.correct)
@@ -318,22 +312,26 @@ class Evaluator:
                 "so only one class per image can be likely"
             )
         probabilities = self._probabilities(self.net.temperature)
-        targets = self.extracted.labels
-        metrics = multi_label_metrics(probabilities, targets)
+        targets, names = self.extracted.labels, self.matching.classes
+        thresholds = self._thresholds(self.net.thresholds)
+        metrics = multi_label_metrics(probabilities, targets, thresholds)
         calibration = None
-        if self.fitted is not None:
-            loss = multi_label_loss(self._probabilities(self.fitted.before), targets)
+        if self.fitted is not None and self.fitted.temperature is not None:
+            loss = multi_label_loss(self._probabilities(self.fitted.temperature), targets)
             calibration = self._calibration(self.fitted, loss, None)
-        names = self.matching.classes
+        per_class = multi_label_per_class(probabilities, targets, metrics, names, thresholds)
+        if self.net.thresholds is not None:
+            for row, threshold in zip(per_class.values(), thresholds.tolist(), strict=True):
+                row["threshold"] = threshold
         averages = multi_label_averages(
             targets,
-            probabilities >= THRESHOLD,
+            probabilities >= thresholds,
             names,
             lambda k: (probabilities[:, k], targets[:, k]),
-            multi_label_per_class(probabilities, targets, metrics, names),
+            per_class,
         )
         leave_out = averages.leave_out  # `comparison` subtracts those of two models
-        intervals = multi_label_intervals(probabilities, targets, leave_out, names)
+        intervals = multi_label_intervals(probabilities, targets, leave_out, names, thresholds)
         return {
             "metrics": metrics,
             "averages": averages,
@@ -341,11 +339,33 @@ class Evaluator:
             "intervals": intervals.merged(averages.intervals),
             "leave_out": leave_out,
             "calibration": calibration,
+            "thresholds": self._fitted_thresholds(),
         }
+
+    def _fitted_thresholds(self) -> FittedThresholds | None:
+        """The new thresholds, and the figures of the reported images under the previous ones."""
+        fitted = self.fitted
+        if fitted is None or fitted.rule is None:
+            return None
+        # The previous decisions used the previous temperature, if there is a new one.
+        before = self.net.temperature if fitted.temperature is None else fitted.temperature
+        macro_f1, micro_f1 = decision_figures(
+            self._probabilities(before), self.extracted.labels, self._thresholds(fitted.thresholds)
+        )
+        return FittedThresholds(
+            str(fitted.rule), fitted.split, fitted.images, macro_f1, micro_f1, str(fitted.file)
+        )
+
+    def _thresholds(self, stored: Sequence[float] | None) -> NDArray[np.float64]:
+        """(K,) thresholds of the data's classes."""
+        if stored is None:
+            return np.full(len(self.matching.classes), THRESHOLD)
+        return np.array(stored)[self.matching.first_outputs]
 
     def _column(self, totals: NDArray[np.float64], k: int) -> tuple[Floats, NDArray[np.bool_]]:
         """(n,) probabilities of class k, which may be several outputs, and (n,) its images."""
         logits = self.extracted.outputs[:, list(self.matching.outputs[k])].astype(np.float64)
+        # Exponentials of log-probabilities: the column of one class, without an (n, K) table.
         p = np.exp(logits / self.net.temperature - totals[:, None]).sum(axis=1)
         return p, self.extracted.labels == k
 
@@ -356,9 +376,7 @@ class Evaluator:
         p = z.sigmoid() if self.net.head_activation == "sigmoid" else z.softmax(dim=1)
         return np.asarray(p[:, self.matching.first_outputs].numpy())
 
-    def _calibration(
-        self, fitted: FittedTemperature, loss: float, error: float | None
-    ) -> Calibration:
+    def _calibration(self, fitted: Fit, loss: float, error: float | None) -> Calibration:
         return Calibration(
             temperature=self.net.temperature,
             split=fitted.split,

@@ -189,19 +189,23 @@ def mean_of_intervals(
         counts: (K,) images of each class; decide if no image makes a difference.
     """
     mean, number = whole.whole, len(limits)
+    # Each end has its own distance: an interval of a share near 1 is not symmetric.
     lows, highs = np.array(limits).T
     distances = np.stack([np.asarray(values) - lows, highs - np.asarray(values)])
     below, above = np.sqrt(np.square(distances).sum(axis=1)) / number
     variance = whole.variance
+    # The number of images whose simple share has the variance of the mean, if all K are equal.
     equal_variance = number**2 / float((1 / np.asarray(counts, dtype=np.float64)).sum())
     images = mean * (1 - mean) / variance if variance and 0 < mean < 1 else equal_variance
     low, high = wilson_interval(mean, images)
     return max(0.0, min(low, mean - float(below))), min(1.0, max(high, mean + float(above)))
 
 
-def leave_out_micro_f1(probabilities: Floats, targets: NDArray[Any]) -> LeaveOneOut:
-    """F1 of all decisions at a probability of 0.5, without each image."""
-    decided = probabilities >= THRESHOLD
+def leave_out_micro_f1(
+    probabilities: Floats, targets: NDArray[Any], thresholds: ArrayLike = THRESHOLD
+) -> LeaveOneOut:
+    """F1 of all decisions at a probability of 0.5, or at (K,) thresholds, without each image."""
+    decided = probabilities >= np.asarray(thresholds)
     hits = 2.0 * (decided & (targets == 1)).sum(axis=1)
     total = (decided.sum(axis=1) + targets.sum(axis=1)).astype(np.float64)
     rest = total.sum() - total
@@ -324,11 +328,18 @@ def single_label_intervals(
 
 
 def multi_label_intervals(
-    probabilities: Floats, targets: NDArray[Any], leave_out: LeaveOneOut, names: Sequence[str]
+    probabilities: Floats,
+    targets: NDArray[Any],
+    leave_out: LeaveOneOut,
+    names: Sequence[str],
+    thresholds: ArrayLike = THRESHOLD,
 ) -> Intervals:
     """Intervals of mean average precision and micro F1."""
     of: dict[str, Interval | None] = {"map": None}
-    labelled, micro_f1 = int(targets.any(axis=1).sum()), leave_out_micro_f1(probabilities, targets)
+    labelled, micro_f1 = (
+        int(targets.any(axis=1).sum()),
+        leave_out_micro_f1(probabilities, targets, thresholds),
+    )
     of["micro_f1"] = micro_f1.share_interval(labelled)
     positives = targets.sum(axis=0, dtype=np.int64)
     present = np.flatnonzero(positives).tolist()

@@ -195,8 +195,7 @@ class ReferenceStore:
         source = self._open_source(data)
         if stored is not None and stored.facts.get("fingerprint") == source.fingerprint:
             return stored
-        for line in source.notes:
-            self.watch.note(line)
+        source.tell(self.watch)
         if stored is not None:
             self.watch.note(f"replacing the OOD reference of {stored.facts.get('data')}")
         made = self._make(source, key)

@@ -56,8 +56,8 @@ def write_evaluation_files(result: Evaluation, images: ImageSet, wanted: PixelFo
     calibration = result.calibration
     if calibration is not None and calibration.ece_before is not None and details.uncalibrated:
         diagrams = [
-            ("before", details.uncalibrated, calibration.ece_before),
-            ("calibrated", details.reliability, metrics.ece),
+            (f"{result.split}, before", details.uncalibrated, calibration.ece_before),
+            (f"{result.split}, calibrated", details.reliability, metrics.ece),
         ]
     write_reliability(files["reliability"], diagrams)
     if "mistakes" in files:

@@ -16,7 +16,7 @@ from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.evals.features import autocast, check_finite
 from vitcli.evals.ood import OODReference
-from vitcli.evals.writers import PredictionRow
+from vitcli.evals.writers import LABELS_COLUMN, PredictionRow
 from vitcli.preprocess import AnyImage
 from vitcli.progress import Bar, QuietBar
 from vitcli.weights.loaded import LoadedModel
@@ -115,8 +115,9 @@ class ImagePredictor:
             predicted = iter(self._predict_batch(torch.stack(pixels)) if pixels else [])
             for path, image in batch:
                 if isinstance(image, Tensor):
-                    top, ood, distance = next(predicted)
+                    top, labels, ood, distance = next(predicted)
                     row: PredictionRow = {"path": path, **top[0], "top": top, "error": None}
+                    row |= {} if labels is None else {LABELS_COLUMN: labels}
                     yield self.rules.apply(row, ood, distance)
                 else:
                     empty: PredictionRow = {
@@ -124,6 +125,7 @@ class ImagePredictor:
                         "label": None,
                         "probability": None,
                         "top": [],
+                        **({} if self.net.thresholds is None else {LABELS_COLUMN: None}),
                     }
                     yield self.rules.apply({**empty, "error": image}, None, None)
             bar.advance(len(batch))
@@ -150,8 +152,13 @@ class ImagePredictor:
         values: list[float] = (total / self.transform.count).tolist()
         return values
 
-    def _predict_batch(self, pixels: Tensor) -> list[tuple[TopClasses, float | None, float | None]]:
-        """(B, crops, C, Y, X) uint8 -> top classes, OOD score and distance of each image."""
+    def _predict_batch(
+        self, pixels: Tensor
+    ) -> list[tuple[TopClasses, list[str] | None, float | None, float | None]]:
+        """(B, crops, C, Y, X) uint8 -> top classes, labels, OOD score and distance of each image.
+
+        The labels are the classes that reach their threshold; None for a model without thresholds.
+        """
         device = pick_device()
         preprocess, net, reference = self.transform.preprocess, self.net, self.rules.reference
         total: Tensor | None = None
@@ -166,17 +173,23 @@ class ImagePredictor:
             total = probabilities if total is None else total + probabilities
         assert total is not None
         # Average probabilities, not logits: a view with large logits would decide alone.
-        values, order = (total / self.transform.count).cpu().topk(self.top, dim=1)
+        mean = (total / self.transform.count).cpu()  # (B, K)
+        values, order = mean.topk(self.top, dim=1)
         check_finite(bool(values.isfinite().all()), net)
         names = net.labels or tuple(str(i) for i in range(net.config.num_classes))
         top_classes = [
             [{"label": names[i], "probability": p} for i, p in zip(*pair, strict=True)]
             for pair in zip(order.tolist(), values.tolist(), strict=True)
         ]
-        if distances is None or reference is None:
-            return [(top, None, None) for top in top_classes]
-        scores = reference.scores(distances).tolist()
-        return list(zip(top_classes, scores, distances.tolist(), strict=True))
+        nothing: list[Any] = [None] * len(mean)
+        labels, scores, far = nothing, nothing, nothing
+        # In float64, as in the fit: a threshold lies midway between two probabilities.
+        if net.thresholds is not None:
+            reached = mean >= torch.tensor(net.thresholds, dtype=mean.dtype)
+            labels = [[names[i] for i in row.nonzero()[:, 0].tolist()] for row in reached]
+        if distances is not None and reference is not None:
+            scores, far = reference.scores(distances).tolist(), distances.tolist()
+        return list(zip(top_classes, labels, scores, far, strict=True))
 
     def _decoded_batches(
         self, files: Iterable[AnyImage]

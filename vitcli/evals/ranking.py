@@ -35,6 +35,7 @@ class Ranking:
         """(n,) scores and (n,) targets of 0 and 1 -> their ranking."""
         n, order = len(scores), np.argsort(-scores, kind="stable")
         ranked = scores[order]
+        # The order inside a group must not matter: a sort could favour the images of the class.
         changes = np.flatnonzero(ranked[1:] != ranked[:-1]) + 1
         starts, ends = np.append(0, changes), np.append(changes, n)
         sizes = ends - starts
@@ -70,10 +71,11 @@ class Ranking:
         found = self.found
         above = np.append(0, np.cumsum(self.hit))[self.starts]  # images of the class, higher
         tied = found - above
+        # Each image has the pairs with all images of the other kind; `right` counts its share.
         others_tied = self.ends - self.starts - tied
         others_below = negatives - (self.ends - found)
         right = np.where(self.hit, others_below + others_tied / 2, above + tied / 2)
-        total = float(right[self.hit].sum())
+        total = float(right[self.hit].sum())  # every pair once, seen from the image of the class
         # Without the last image of a kind the figure is undefined; that image then changes nothing.
         left = np.where(self.hit, (positives - 1) * negatives, positives * (negatives - 1))
         area = total / (positives * negatives)
@@ -109,6 +111,7 @@ def mean_leave_out(parts: "list[LeaveOneOut]", n: int) -> LeaveOneOut:
     """The mean of figures on the same n images; NaN if there is none."""
     if not parts:
         return LeaveOneOut(math.nan, np.zeros(n))
+    # The jackknife is linear: the mean without an image is the mean of the figures without it.
     count = len(parts)
     total = np.zeros(n)
     for part in parts:

@@ -27,6 +27,7 @@ from vitcli.files import exclusive, parse_json
 SUFFIX = ".part"
 KINDS = {
     "path": str, "label": str, "error": str, "probability": float, "top": list,
+    "labels": list,
     "abstained": bool, "ood": float, "ood_distance": float, "value": float,
 }  # fmt: skip
 SETTINGS_KEY = "vitcli predict"  # the key of the first line

@@ -217,7 +217,7 @@ class MultiLabelMetrics:
 
     Attributes:
         map: mean average precision over the classes that have images.
-        micro_f1: F1 of all n x K decisions at a probability of 0.5.
+        micro_f1: F1 of all n x K decisions, at a probability of 0.5 or at thresholds per class.
         loss: binary cross-entropy in nats, summed over classes, mean over images.
         average_precision: (K,) average precision; NaN for a class that has no image.
     """
@@ -238,8 +238,10 @@ class MultiLabelMetrics:
         }
 
 
-def multi_label_metrics(probabilities: Floats, targets: NDArray[np.uint8]) -> MultiLabelMetrics:
-    """(n, K) probabilities and (n, K) targets of 0 and 1 -> metrics.
+def multi_label_metrics(
+    probabilities: Floats, targets: NDArray[np.uint8], thresholds: ArrayLike = THRESHOLD
+) -> MultiLabelMetrics:
+    """(n, K) probabilities and (n, K) targets of 0 and 1 -> metrics; (K,) thresholds.
 
     Average precision follows scikit-learn: the mean of the precision at each threshold, weighted
     by the recall that the threshold adds, without interpolation.
@@ -251,7 +253,7 @@ def multi_label_metrics(probabilities: Floats, targets: NDArray[np.uint8]) -> Mu
     average_precision = np.full(targets.shape[1], np.nan)
     for k in np.flatnonzero(positives):
         average_precision[k] = average_precision_score(targets[:, k], probabilities[:, k])
-    decided = probabilities >= THRESHOLD
+    decided = probabilities >= np.asarray(thresholds)
     hits = int((decided & (targets == 1)).sum())
     # F1 = 2 TP / (2 TP + FP + FN), and the denominator is all decisions plus all positives.
     total = int(decided.sum()) + int(positives.sum())
@@ -279,14 +281,16 @@ def multi_label_per_class(
     targets: NDArray[np.uint8],
     metrics: MultiLabelMetrics,
     names: Sequence[str],
+    thresholds: ArrayLike = THRESHOLD,
 ) -> PerClass:
-    """Average precision, precision, recall, F1 at 0.5, number of images, for each class.
+    """Average precision, precision, recall, F1 at the thresholds, number of images, per class.
 
     Without an image of the class, all but the precision are None, and `undefined` says why.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    decided, images = probabilities >= THRESHOLD, targets.sum(axis=0, dtype=np.int64)
+    decided = probabilities >= np.asarray(thresholds)
+    images = targets.sum(axis=0, dtype=np.int64)
     precision, recall, f1, _ = precision_recall_fscore_support(
         targets, decided, average=None, zero_division=0
     )

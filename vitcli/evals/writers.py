@@ -16,6 +16,7 @@ from vitcli.files import writing
 PredictionRow = dict[str, Any]
 WriteRow = Callable[[PredictionRow], object]
 COLUMNS = ("path", "label", "probability", "top", "error")
+LABELS_COLUMN = "labels"  # if the model has a threshold per class
 NUMBER_COLUMNS = ("path", "value", "error")  # of a regression
 # A row group is written at once: large enough to compress, small enough for memory.
 ROW_GROUP_SIZE = 4096  # rows of a parquet row group
@@ -73,11 +74,11 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
         writer.writeheader()
 
         def write(row: PredictionRow) -> None:
-            # `top` is a list, which a CSV cell can hold only as JSON. Booleans are as in JSON, and
-            # csv writes None as an empty cell.
+            # `top` and `labels` are lists, which a CSV cell can hold only as JSON. Booleans are as
+            # in JSON, and csv writes None as an empty cell.
             cells = {k: str(v).lower() if isinstance(v, bool) else v for k, v in row.items()}
-            if "top" in row:
-                cells["top"] = json.dumps(row["top"], ensure_ascii=False)
+            for name in {"top", "labels"} & row.keys():
+                cells[name] = json.dumps(row[name], ensure_ascii=False)
             writer.writerow({**cells, "path": _utf8(row["path"])})
 
         yield write
@@ -99,6 +100,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
         "probability": pa.float64(),
         "value": pa.float64(),
         "top": pa.list_(entry),
+        "labels": pa.list_(pa.string()),
         "abstained": pa.bool_(),
         "ood": pa.float64(),
         "ood_distance": pa.float64(),

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from vitcli.errors import VitcliError
@@ -28,6 +29,22 @@ class ConnectionFailed(VitcliError):
     def __init__(self, message: str, hint: str | None = None, *, temporary: bool = False) -> None:
         super().__init__(message, hint)
         self.temporary = temporary
+
+
+def fetch_elsewhere(error: ConnectionFailed, name: str, folder: Path) -> ConnectionFailed:
+    """`error` with the command that downloads weights where there is a network.
+
+    A temporary failure, such as a busy server, stays as it is.
+
+    Args:
+        name: the argument of `vitcli models fetch`.
+        folder: the folder of the cache that the weights belong in.
+    """
+    if error.temporary:
+        return error
+    command = f"`vitcli models fetch {name}`"
+    elsewhere = f"on a machine with a network run {command}, and copy its folder to `{folder}` here"
+    return ConnectionFailed(error.message, f"{error.hint}; or {elsewhere}")
 
 
 def retrying(attempt: Callable[[], T]) -> T:

@@ -18,7 +18,13 @@ from urllib.parse import quote, unquote, urlsplit
 from vitcli.errors import VitcliError
 from vitcli.files import read_json, replacing, write_text
 from vitcli.hub.client import DownloadBar, cannot_write, client, timeout_seconds
-from vitcli.hub.failures import BUSY, ConnectionFailed, connection_failure, retrying
+from vitcli.hub.failures import (
+    BUSY,
+    ConnectionFailed,
+    connection_failure,
+    fetch_elsewhere,
+    retrying,
+)
 from vitcli.progress import Quiet, Watcher
 
 SUFFIXES = (".npz", ".safetensors", ".pth", ".pt", ".bin")
@@ -60,7 +66,8 @@ def fetch_url(source: str, watch: Watcher | None = None) -> tuple[Path, list[str
             except ConnectionFailed as error:
                 if not cached:
                     message = f"cannot download `{_shown(url)}`: {error.message}"
-                    raise ConnectionFailed(message, error.hint) from error
+                    failure = ConnectionFailed(message, error.hint, temporary=error.temporary)
+                    raise fetch_elsewhere(failure, source, folder) from error
                 notes.append(f"`{_shown(url)}`: {error.message}; the cached copy is used")
                 facts = cached
     except OSError as error:

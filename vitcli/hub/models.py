@@ -6,6 +6,7 @@ from pathlib import Path
 from vitcli.errors import VitcliError
 from vitcli.files import read_json
 from vitcli.hub.client import cannot_write, quiet_hub
+from vitcli.hub.failures import ConnectionFailed, fetch_elsewhere
 from vitcli.hub.repository import (
     SMALL_FILE,
     Repository,
@@ -45,6 +46,8 @@ def fetch_model(source: str, watch: Watcher | None = None) -> tuple[Path, list[s
                     fetch_file(files, name, watch)
             else:
                 path = fetch_file(files, weights, watch)
+    except ConnectionFailed as error:
+        raise fetch_elsewhere(error, str(repository), repository.folder) from error
     except OSError as error:
         raise cannot_write(str(repository), repository.folder, error) from error
     return path, [f"{repository}: {files.note}"]

@@ -208,7 +208,9 @@ def _cached_commit(repository: Repository, failure: ConnectionFailed) -> str:
 
 def _not_cached(repository: Repository, failure: ConnectionFailed) -> ConnectionFailed:
     return ConnectionFailed(
-        f"`{repository}` is not in the cache, and {failure.message}", failure.hint
+        f"`{repository}` is not in the cache, and {failure.message}",
+        failure.hint,
+        temporary=failure.temporary,
     )
 
 

@@ -4,13 +4,15 @@ Section 4.3 of the paper uses "early-stopping, and report[s] the best validation
 during training"; Figure 4 reports the few-shot accuracy of these weights.
 
 Everything here is a function of the evaluations in metrics.jsonl, and of the step at which the run
-was made longer. So a run that resumes keeps the
-same weights, and stops at the same step, as one that was never interrupted. Three writes follow
+was made longer. So a run that resumes keeps the same weights, and stops at the same step, as one
+that was never interrupted. At the end of the run model.safetensors gets the best weights, and
+last.safetensors the last ones. Three writes follow
 each other at a new best value: the checkpoint, best.safetensors, and the record in metrics.jsonl. A
 resume after any of them repeats the others.
 """
 
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
+from vitcli.files import replacing
 from vitcli.train.checkpoint import TrainState
 from vitcli.train.ema import averaged
 from vitcli.train.fsdp import gather_tensors
-from vitcli.train.lora import merged
+from vitcli.train.lora import merged, save_adapters
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import save_model
 
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
     from vitcli.train.loop import Loop
     from vitcli.train.signals import SignalFlag
 
-BEST_FILE = "best.safetensors"
+BEST_FILE, LAST_FILE = "best.safetensors", "last.safetensors"
+ADAPTERS_FILE, BEST_ADAPTERS_FILE = "lora.safetensors", "best_lora.safetensors"
 SPLIT = "validation"  # never the test images: choosing by them would make their accuracy too high
 LOWER_IS_BETTER = ("loss", "mae", "rmse")
 
@@ -142,6 +146,12 @@ def write_weights(
                 save_model(path, trained, recipe_hash=recipe.fingerprint(), tensors=tensors)
 
 
+def write_adapters(path: Path, model: LoadedModel, state: TrainState, recipe: Recipe) -> None:
+    """Write the LoRA adapters, if there are any."""
+    with averaged(state.objective, state.ema):
+        save_adapters(path, model.network, recipe.lora, str(recipe.model.name))
+
+
 def keep_best(loop: "Loop", best: BestWeights | None, metrics: Mapping[str, float]) -> None:
     """Add an evaluation, and write the weights if none before was better."""
     step = loop.state.step
@@ -153,8 +163,85 @@ def keep_best(loop: "Loop", best: BestWeights | None, metrics: Mapping[str, floa
             loop.save()  # no resume begins before the best step, whose weights are the only copy
         is_main = loop.accelerator.is_main_process
         path = loop.run.path / BEST_FILE
+        if is_main:
+            adapters = loop.run.path / BEST_ADAPTERS_FILE
+            write_adapters(adapters, loop.loaded, loop.state, loop.recipe)
         write_weights(path, loop.loaded, loop.state, loop.recipe, is_main=is_main)
     best.values[step] = value
+
+
+@dataclass(frozen=True)
+class FinalEvaluation:
+    """The last evaluation of a run, and the weights that it chose.
+
+    Attributes:
+        weights: `best` if an earlier step is better on the validation images, else `last`.
+        step: the step of these weights.
+        metrics: their metrics on each held-out split, with its name; the test split comes last.
+    """
+
+    weights: str
+    step: int
+    metrics: list[dict[str, Any]]
+
+
+def evaluate_at_end(loop: "Loop") -> FinalEvaluation:
+    """Choose the weights on the validation images, and evaluate them once on the test images."""
+    names, step, best = list(loop.evaluations), loop.state.step, loop.best
+    found = {name: loop.evaluate(name) for name in names if name == SPLIT or best is None}
+    if best is None or best.step in (None, step):
+        found |= {name: loop.evaluate(name) for name in names if name not in found}
+        chosen = FinalEvaluation("last", step, [])
+    else:
+        from vitcli.weights.load import load_model
+
+        # The file has merged adapters, averaged and unsharded weights, as `predict` loads them.
+        model = load_model(loop.run.path / BEST_FILE)
+        model.network.to(loop.device)
+        if names[-1] == SPLIT:
+            found[SPLIT] = loop.measure(SPLIT, model)
+        else:
+            found[SPLIT] = _recorded(loop, best.step)
+            for name in names:
+                if name != SPLIT:
+                    found[name] = loop.measure(name, model)
+                    loop.log_metrics(name, found[name])
+        chosen = FinalEvaluation("best", best.step or 0, [])
+    chosen.metrics.extend({"split": n, "weights": chosen.weights, **found[n]} for n in names)
+    return chosen
+
+
+def _recorded(loop: "Loop", step: int | None) -> dict[str, float]:
+    """The metrics of the validation images at a step, from metrics.jsonl."""
+    prefix = f"{SPLIT}/"
+    records = (record for record in loop.run.records() if record.get("step") == step)
+    return {
+        name.removeprefix(prefix): value
+        for record in records
+        for name, value in record.items()
+        if name.startswith(prefix)
+    }
+
+
+def write_final_weights(loop: "Loop", weights: str) -> None:
+    """Write model.safetensors; if it has the `best` weights, the last ones are written beside it.
+
+    Every process must call this.
+    """
+    run, is_main = loop.run, loop.accelerator.is_main_process
+    last = run.path / LAST_FILE if weights == "best" else run.weights_file
+    write_weights(last, loop.loaded, loop.state, loop.recipe, is_main=is_main)
+    if not is_main:
+        return
+    write_adapters(run.path / ADAPTERS_FILE, loop.loaded, loop.state, loop.recipe)
+    if weights == "best":
+        copies = [(BEST_FILE, run.weights_file.name), (BEST_ADAPTERS_FILE, ADAPTERS_FILE)]
+        for source, target in copies:
+            if (run.path / source).is_file():
+                with replacing(run.path / target) as temporary:
+                    shutil.copyfile(run.path / source, temporary)
+    else:  # of an earlier end, before the run was extended
+        (run.path / LAST_FILE).unlink(missing_ok=True)
 
 
 def catch_up(loop: "Loop", best: BestWeights | None, signals: "SignalFlag") -> None:

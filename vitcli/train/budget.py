@@ -154,6 +154,7 @@ EVAL_BATCHES, EVAL_SECONDS = 3, 2.0
 TIMING_FRACTION = 0.1  # of the budget; after it, each stage is timed by one step only
 # The last checkpoint, weights, curves and the exit of the program: seconds, and steps.
 WRITING_SECONDS, WRITING_STEPS = 1.0, 1.0
+BETWEEN_FRACTION = 0.05  # of the budget, at most, for evaluations between steps
 EVAL_MARGIN = 1.15  # other work on the machine may make an evaluation slower than measured
 
 
@@ -163,16 +164,24 @@ class NoStepFits(VitcliError):
 
 @dataclass(frozen=True)
 class Budget:
-    """A time, turned into a number of steps and the deadline that keeps to it."""
+    """A time, turned into a number of steps and the deadline that keeps to it.
+
+    Attributes:
+        evaluations: number of evaluations between steps that the plan has time for.
+    """
 
     steps: int
     deadline: Deadline
+    evaluations: int = 0
 
 
-def plan_budget(loop: "Loop", seconds: float, held_out: tuple[int, int]) -> Budget:
+def plan_budget(
+    loop: "Loop", seconds: float, held_out: tuple[int, int], evaluations: int = 0
+) -> Budget:
     """The number of steps that fit into `seconds` from now, with the last evaluation.
 
     `held_out` is the number of images that are evaluated during training and once at the end.
+    At most `evaluations` evaluations between steps get time too, if they are cheap.
 
     Each stage of the run is timed on real batches. All rates are zero meanwhile, so that no weight
     moves, and the optimizer states are cleared afterwards.
@@ -194,8 +203,11 @@ def plan_budget(loop: "Loop", seconds: float, held_out: tuple[int, int]) -> Budg
     time_limit = time.monotonic() + TIMING_FRACTION * seconds
     costs = [time_steps_and_reset(loop, position, time_limit) for position, _ in stages]
     average = sum(share * cost for (_, share), cost in zip(stages, costs, strict=True))
-    reserve = WRITING_SECONDS + WRITING_STEPS * max(costs) + _evaluation_seconds(loop, held_out)
-    steps = int((at - time.monotonic() - reserve) / average)
+    last_evaluation = _evaluation_seconds(loop, held_out)
+    reserve = WRITING_SECONDS + WRITING_STEPS * max(costs) + last_evaluation
+    one = last_evaluation * held_out[0] / max(1, sum(held_out)) + WRITING_SECONDS  # it may save
+    evaluations = min(evaluations, int(BETWEEN_FRACTION * seconds / one))
+    steps = int((at - time.monotonic() - reserve - evaluations * one) / average)
     if steps < 1:
         raise NoStepFits(
             f"no step fits into the budget: one step takes {average:.2f} s, and starting and the "
@@ -206,7 +218,7 @@ def plan_budget(loop: "Loop", seconds: float, held_out: tuple[int, int]) -> Budg
     for (_, share), cost in zip(stages, costs, strict=True):
         begin += share
         ends.append((begin, cost))
-    return Budget(steps, Deadline(at, reserve, ends))
+    return Budget(steps, Deadline(at, reserve, ends), evaluations)
 
 
 def stage_fractions(train: TrainSection) -> list[tuple[int, float]]:
@@ -235,7 +247,7 @@ def _evaluation_seconds(loop: "Loop", held_out: tuple[int, int]) -> float:
     for few in (at_once, EVAL_BATCHES * at_once):
         few = min(few, held_out[0])
         start = time.perf_counter()
-        validate(limit=few)
+        validate(loop.loaded, limit=few)
         seconds = time.perf_counter() - start
         if max_over_processes(loop.accelerator, int(seconds > EVAL_SECONDS)):
             break

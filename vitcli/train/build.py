@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vitcli.config.schema import Recipe, Section
+from vitcli.config.schema import ObjectiveSection, Recipe, Section
 from vitcli.data.augment.policies import POLICIES, PRESETS
 from vitcli.data.augment.transform import CROPS, TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
@@ -28,10 +28,12 @@ from vitcli.train.compatibility import (
     check_augment,
     check_channels,
     check_patch_drop,
+    check_sampler,
     check_smaller_sizes,
 )
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import check_sharding, shard_module
+from vitcli.train.imbalance import imbalance_notes
 from vitcli.train.loop import Loop
 from vitcli.train.lora import freeze_and_adapt, training_passes
 from vitcli.train.objectives import (
@@ -74,18 +76,22 @@ def build_loop(
 
     # Cheap checks first: a wrong setting must not cost the time to load a model.
     check_augment(recipe, source.splits["train"], accelerator.num_processes)
-    for note in unused_settings(recipe, source.multi_label):
+    check_sampler(recipe, source.splits["train"])
+    for note in [*unused_settings(recipe, source.multi_label), *imbalance_notes(recipe, source)]:
         watch.note(note)
 
     # Model, trainable weights, objective. Every random draw starts from the seed of the recipe.
     set_seed(recipe.train.seed)
     model, train = make_model(source), recipe.train
     assert model.preprocess is not None
-    # A resume must not choose again: the window decides the pixels, and so the weights.
+    # A resume must not choose again: the window decides the pixels, and so the weights. The same
+    # holds for the class sizes that weigh the loss.
+    model.class_counts = count_classes(recipe.objective, source)
     if resumed is None or not (known := resumed.provenance()):
         model.preprocess = with_window(model.preprocess, source.splits["train"], watch)
     else:
         model.preprocess = replace(model.preprocess, window=known.get("window"))
+        model.class_counts = known.get("class_counts") or model.class_counts
     for note in freeze_and_adapt(model.network, recipe.lora, train.freeze, train.seed):
         watch.note(note)
     check_patch_drop(recipe, model.network)
@@ -101,13 +107,19 @@ def build_loop(
     # Validation uses the transform that is stored with the weights, training its own augmentation.
     loader = make_loader(recipe, source, model.preprocess, accelerator)
     evaluations: dict[str, Callable[..., Validation]] = {
-        name: partial(run_validation, model, source.splits[name], accelerator, watch, loader.broken)
+        name: partial(
+            run_validation,
+            images=source.splits[name],
+            accelerator=accelerator,
+            watch=watch,
+            broken=loader.broken,
+        )
         for name in held_out_splits(source)
         if model.config.num_classes > 0
     }
     if train.fewshot_shots is not None:
         first = next(iter(held_out_splits(source)), "")  # the one that is evaluated between steps
-        evaluations[first] = with_fewshot(evaluations.get(first), model, source, first, train)
+        evaluations[first] = with_fewshot(evaluations.get(first), source, first, train)
     return Loop(
         wrapped=wrapped,
         wrapped_optimizer=optimizer,
@@ -167,17 +179,16 @@ def _make_recorder(
     return Recorder(recipe, run, accelerator, watch, loader, peak_flops=peak, flops_per_image=flops)
 
 
-def open_source(recipe: Recipe, watch: Watcher) -> Source:
-    """Open the data of a recipe, and note what was decided about it.
+def open_source(recipe: Recipe, watch: Watcher, opened: Source | None = None) -> Source:
+    """Open the data of a recipe, unless they are `opened`; note what was decided about them.
 
     Raises:
         VitcliError: there is no such data, or no training split.
     """
     section = recipe.data
     numeric = objective_class(recipe.objective.name).regression
-    source = open_data(section, watch=watch, streams=True, numeric=numeric)
-    for note in source.notes:
-        watch.note(note)
+    source = opened or open_data(section, watch=watch, streams=True, numeric=numeric)
+    source.tell(watch)
     if "train" not in source.splits:
         raise VitcliError(
             f"`{section.name}` has no training images, only {', '.join(source.splits)}",
@@ -191,6 +202,14 @@ def open_source(recipe: Recipe, watch: Watcher) -> Source:
             "continues with another order of the images"
         )
     return source
+
+
+def count_classes(section: ObjectiveSection, source: Source) -> tuple[int, ...] | None:
+    """Training images per class, or None: the objective does not use them, or a stream has none."""
+    images: Any = source.splits["train"]
+    if not section.uses_class_counts or images.kind == "stream":
+        return None
+    return tuple(int(count) for count in images.class_counts())
 
 
 def make_loader(
@@ -208,6 +227,7 @@ def make_loader(
         world_size=accelerator.num_processes,
         strict=recipe.data.strict,
         repeats=recipe.augment.repeats if source.splits["train"].kind == "images" else 1,
+        sampler=recipe.data.sampler if source.splits["train"].kind == "images" else "shuffle",
         augment=transform.settings,
         # A GPU copies from pinned memory while it computes.
         pin_memory=accelerator.device.type == "cuda",

@@ -227,7 +227,9 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         if state.ema is not None:
             _read_into(state.ema.state_dict(), ShardReader(path, "ema"))
         state.restore(values)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, LookupError, RuntimeError, TypeError, ArithmeticError, SafetensorError
+    ) as error:  # fmt: skip
         raise VitcliError(f"cannot read checkpoint `{path}`: {error}", _way_out(path)) from error
 
 

@@ -45,6 +45,27 @@ def check_augment(recipe: Recipe, images: TrainImages, processes: int) -> None:
     check_batch(recipe.train.batch_size, processes, settings.repeats, mixes)
 
 
+def check_sampler(recipe: Recipe, images: TrainImages) -> None:
+    """Check that `data.sampler` has one class per image to choose by."""
+    several = getattr(images, "targets", None) is not None
+    faults = {
+        "numbers instead of classes": getattr(images, "values", None) is not None,
+        "several classes per image": several,
+        "classes of one size, because it draws its images": images.kind == "batches",
+    }
+    # A plan without data trains on noise.
+    if recipe.data.sampler == "shuffle" or recipe.data.name is None or not any(faults.values()):
+        return
+    found = next(text for text, applies in faults.items() if applies)
+    raise VitcliError(
+        f"`data.sampler={recipe.data.sampler}` chooses images by their class, and "
+        f"`{recipe.data.name}` has {found}",
+        "`--set objective.class_weights=balanced`, without `data.sampler`"
+        if several
+        else "remove `data.sampler`",
+    )
+
+
 def check_smaller_sizes(recipe: Recipe, config: Config) -> None:
     """Check that the model accepts each image size of `train.smaller_sizes`."""
     for side, _ in recipe.train.smaller_sizes:

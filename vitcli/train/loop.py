@@ -36,6 +36,7 @@ from vitcli.train.checkpoint import (
 )
 from vitcli.train.ema import averaged
 from vitcli.train.fsdp import unsharded
+from vitcli.train.objectives.class_losses import share_mean_weight
 from vitcli.train.param_groups import set_lr
 from vitcli.train.recorder import Recorder
 from vitcli.train.schedules import schedule_factor, step_seed
@@ -153,6 +154,7 @@ class Loop:
         accelerator, num_images = self.accelerator, len(batch.labels)
         network: Any = self.loaded.network
         image_size, network.patch_drop_rate = self._stage()
+        share_mean_weight(self.state.objective, batch, accelerator)
         while True:
             size = self._micro_batch_size(batch)
             metrics: dict[str, Tensor] = {}
@@ -351,15 +353,23 @@ class Loop:
         # `interrupting` is innermost: whenever a signal comes, the trained weights are put back.
         ema, objective = self.state.ema, self.state.objective
         with averaged(objective, ema), unsharded(objective), interrupting:
-            found = self.evaluations[split]()
+            metrics = self.measure(split, self.loaded)
         self.wrapped.train()
-        self.outcomes, metrics = found.outcomes, found.metrics
         if split == SPLIT:
             keep_best(self, self.best, metrics)
-        self.recorder.log(
-            {"step": self.state.step, **{f"{split}/{k}": v for k, v in metrics.items()}}
-        )
+        self.log_metrics(split, metrics)
         return metrics
+
+    def measure(self, split: str, model: LoadedModel) -> dict[str, float]:
+        """Metrics of `model` on a held-out split; its predictions become the `outcomes`."""
+        found = self.evaluations[split](model)
+        self.outcomes = found.outcomes
+        return found.metrics
+
+    def log_metrics(self, split: str, metrics: Mapping[str, float]) -> None:
+        """Record metrics of a held-out split at the current step."""
+        named = {f"{split}/{name}": value for name, value in metrics.items()}
+        self.recorder.log({"step": self.state.step, **named})
 
     def evaluate_between_steps(self, signals: SignalFlag) -> dict[str, float]:
         """Evaluate the first held-out split; a signal saves and raises `Stopped`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcli.config.schema import Recipe
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.files import make_folder, writing
 from vitcli.progress import Watcher
@@ -57,13 +58,21 @@ class FoundRate:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
 
-def find_rate(recipe: Recipe, make_model: MakeModel, *, out: Path, watch: Watcher) -> FoundRate:
+def find_rate(
+    recipe: Recipe,
+    make_model: MakeModel,
+    opened: Source | None = None,
+    *,
+    out: Path,
+    watch: Watcher,
+) -> FoundRate:
     """Try rates from 1/1000 to 30 times that of the recipe, each for one step.
 
     Batches, augmentation and precision are those at the start of the run; the weights are thrown
     away. All rates of a recipe rise together, that of Muon too.
 
     Args:
+        opened: the data of the recipe, if they are open.
         out: a new folder for the curve.
 
     Raises:
@@ -71,7 +80,7 @@ def find_rate(recipe: Recipe, make_model: MakeModel, *, out: Path, watch: Watche
     """
     began = time.monotonic()
     accelerator, _ = start_accelerator(recipe)
-    source = open_source(recipe, watch)
+    source = open_source(recipe, watch, opened)
     loop = build_loop(recipe, source, make_model, Run(out), accelerator, watch)
     loop.state.timeline = Timeline.of(FOREVER)
     factors, losses, smoothed = _run_test(loop, watch)

@@ -1,33 +1,67 @@
 """From a command line to the recipe, and to the model that the run starts from."""
 
 import math
+import shlex
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vitcli.config.recipe import check, lay_over, load_recipe, nest
-from vitcli.config.schema import ModelSection, Recipe, Settings
-from vitcli.data.source import Source
-from vitcli.errors import VitcliError
+from vitcli import distributed
+from vitcli.config.recipe import check, flat_keys, lay_over, load_recipe, nest
+from vitcli.config.schema import ModelSection, ObjectiveSection, Recipe, Settings
+from vitcli.data.facts import measure_data
+from vitcli.data.image_set import ImageSet
+from vitcli.data.prefetch import default_workers
+from vitcli.data.source import Source, open_data
+from vitcli.data.splits import with_auto_validation
+from vitcli.devices import pick_device
+from vitcli.errors import VitcliError, quoted
 from vitcli.preprocess import Preprocess
-from vitcli.progress import Watcher
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import RUNS, Run, finished_runs
-from vitcli.train.objectives import objective_class
+from vitcli.train.defaults import (
+    Defaults,
+    MachineFacts,
+    best_metric,
+    choose_defaults,
+    is_scarce,
+    propose_model,
+)
+from vitcli.train.objectives import OBJECTIVES, objective_class, resolve_objective
 from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
-from vitcli.weights.edit import prepare_finetune
+from vitcli.weights.edit import match_classes, prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel, TargetScale
 from vitcli.weights.overrides import MODEL_KEYS, one_image_size, override_preprocess
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
+MAX_NAMES = 5  # classes that an error lists
 TINY_SPREAD = 1e-14  # of the mean: less is rounding
 DROPOUT = ("dropout_rate", "drop_path_rate")
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What a training command runs.
+
+    Attributes:
+        name: of the recipe.
+        recipe: with all settings.
+        defaults: how the settings were chosen, if the user gave DATA and no recipe.
+        source: the data, if they were opened to choose the settings.
+    """
+
+    name: str
+    recipe: Recipe
+    defaults: Defaults | None = None
+    source: Source | None = None
 
 
 def pretrain_recipe(
@@ -36,8 +70,8 @@ def pretrain_recipe(
     settings: Settings | None,
     watch: Watcher,
     resumed: Path | None = None,
-) -> tuple[str, Recipe]:
-    """The name of the recipe of a `pretrain` command, and the recipe with all settings.
+) -> ResolvedRun:
+    """The recipe of a `pretrain` command with all settings.
 
     Args:
         resumed: the run to resume, whose recipe is the default.
@@ -49,11 +83,13 @@ def pretrain_recipe(
     if data is not None:  # an argument wins over `--set`, as flags do
         lay_over(changes, nest("data.name", data))
     if recipe is None and resumed is not None and is_run(resumed):
-        return resumed.name, resumed_recipe(Run(resumed), changes, "pretrain")
+        return ResolvedRun(resumed.name, resumed_recipe(Run(resumed), changes, "pretrain"))
     resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
+    if recipe is None and data not in (None, FORMULA, DIGITS):
+        return _adapted(name, resolved, changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")
-    return name, resolved
+    return ResolvedRun(name, resolved)
 
 
 def finetune_recipe(
@@ -63,8 +99,8 @@ def finetune_recipe(
     settings: Settings | None,
     watch: Watcher,
     resumed: Path | None = None,
-) -> tuple[str, Recipe]:
-    """The name of the recipe of a `finetune` command, and the recipe with all settings.
+) -> ResolvedRun:
+    """The recipe of a `finetune` command with all settings.
 
     Args:
         resumed: the run to resume, whose recipe or model is the default.
@@ -78,17 +114,82 @@ def finetune_recipe(
     if model is not None:
         lay_over(changes, nest("model.name", model))
     if recipe is None and resumed is not None and is_run(resumed):
-        return resumed.name, resumed_recipe(Run(resumed), changes, "finetune")
+        return ResolvedRun(resumed.name, resumed_recipe(Run(resumed), changes, "finetune"))
     resolved = load_recipe(name, changes, "finetune")
     # Loaded twice if needed: the default model must appear in the recipe that the run stores.
     if resolved.model.name is None:
-        default = newest_pretrained(resumed)
+        default = _default_model(resolved, resumed, data, watch)
         watch.note(f"no `--model` given: using {default}")
         lay_over(changes, nest("model.name", default))
         resolved = load_recipe(name, changes, "finetune")
+    if recipe is None and data not in (None, FORMULA, DIGITS):
+        return _adapted(name, resolved, changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using {resolved.data.name}")
-    return name, resolved
+    return ResolvedRun(name, resolved)
+
+
+def _default_model(recipe: Recipe, resumed: Path | None, data: str | None, watch: Watcher) -> str:
+    """The newest pretrained run; without one, the error proposes public weights for DATA."""
+    try:
+        return newest_pretrained(resumed)
+    except VitcliError as error:
+        if data in (None, DIGITS, FORMULA):
+            raise
+        train: Any = open_data(recipe.data, watch=watch, streams=True).splits.get("train")
+        images = len(train) if isinstance(train, ImageSet) else None
+        model = propose_model(images, this_machine())
+        raise VitcliError(
+            error.message, f"`vitcli finetune {shlex.quote(str(data))} --model {model}`"
+        ) from None
+
+
+def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> ResolvedRun:
+    """The recipe with the settings that suit the data and this machine; `changes` stay."""
+    given = flat_keys(changes)
+    section = recipe.data
+    if objective_class(recipe.objective.name).supervised:
+        section = with_auto_validation(section)
+    numeric = objective_class(recipe.objective.name).regression
+    source = open_data(section, watch=watch, streams=True, numeric=numeric)
+    if "train" not in source.splits:
+        return ResolvedRun(name, recipe, source=source)  # the error follows where it trains
+    own = recipe.command == "finetune" and _is_muon_run(Path(str(recipe.model.name)))
+    facts, machine = measure_data(source), this_machine()
+    chosen = choose_defaults(recipe.command, facts, machine, given, own_weights=own)
+    settings = chosen.settings
+    if section is not recipe.data:
+        fraction = source.splitting.get("validation_fraction", 0.0)
+        lay_over(settings, nest("data.validation_fraction", fraction))
+    # The accuracy of a fold must not choose its own weights.
+    chooses = "validation" in source.splits and section.folds is None
+    if chooses and "train.best_metric" not in given:
+        lay_over(settings, nest("train.best_metric", best_metric(chosen.data)))
+    lay_over(settings, changes)
+    adapted = _without_vit_settings(load_recipe(name, settings, recipe.command), changes, Quiet())
+    fixed = " (Ti/16 at 224 px)" if recipe.command == "pretrain" else ""
+    watch.note(f"defaults for {chosen.summary}; `--recipe {name}` takes fixed settings{fixed}")
+    if recipe.command == "pretrain" and is_scarce(chosen.data):
+        typed = shlex.quote(str(recipe.data.name))
+        watch.warn(
+            f"{chosen.data.images:,} images of {chosen.data.classes:,} classes are few for random "
+            f"weights; pretrained weights usually do better: `vitcli finetune {typed} --model "
+            f"{propose_model(chosen.data.images, chosen.machine)}`"
+        )
+    return ResolvedRun(name, adapted, chosen, source)
+
+
+def _is_muon_run(path: Path) -> bool:
+    if not is_run(path):
+        return False
+    with suppress(VitcliError):  # its weights may load all the same
+        return Run(path).recipe().optim.name == "muon"
+    return False
+
+
+def this_machine() -> MachineFacts:
+    """The facts about this machine that the defaults depend on; equal in all processes."""
+    return MachineFacts(pick_device().type, default_workers() + 1, distributed.world_size())
 
 
 def _without_vit_settings(recipe: Recipe, changes: Settings, watch: Watcher) -> Recipe:
@@ -189,7 +290,7 @@ def head_of(recipe: Recipe, source: Source) -> tuple[tuple[str, ...], TargetScal
 def pretrained_model(
     recipe: Recipe, source: Source, watch: Watcher, *, verbose: bool = False
 ) -> LoadedModel:
-    """The MODEL of a recipe, with a new head for the classes of `source`.
+    """The MODEL of a recipe, with a head for the classes of `source`.
 
     Raises:
         VitcliError: it cannot be loaded, or a setting does not fit it.
@@ -215,13 +316,56 @@ def pretrained_model(
         **{key: given[key] for key in MODEL_KEYS if key in given},
     )
     require_preprocess(model)
-    # A head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head only.
     labels, scale = head_of(recipe, source)
-    model = prepare_finetune(model, labels)
+    keep = recipe.train.keep_head
+    if keep:
+        check_kept_head(model, labels, resolve_objective(recipe.objective, source.multi_label)[0])
+        scale = model.target_scale  # the head of a regression gives numbers in its own scale
+    # Else a head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head
+    # only.
+    model = prepare_finetune(model, labels, keep_head=keep)
     model.target_scale = scale
     note_load_report(model, watch, verbose=verbose)
     rates = {key: given[key] for key in DROPOUT if key in given}
     return with_dropout(model, rates) if rates else model
+
+
+def check_kept_head(model: LoadedModel, labels: Sequence[str], section: ObjectiveSection) -> None:
+    """Check that the head of `model` is trained for the classes `labels`, in any order.
+
+    Raises:
+        VitcliError: it is not, or the objective reads its outputs in another way.
+    """
+    new_head = "leave out `--keep-head`: a new head is made for the classes of the data"
+    if not model.head_trained or not model.labels:
+        raise VitcliError(
+            "`--keep-head`: this model has no trained head with class names", new_head
+        )
+    found = [match_classes([label], model.labels) for label in labels]
+    missing = [label for label, index in zip(labels, found, strict=True) if index is None]
+    known = {index[0] for index in found if index is not None}
+    extra = [label for i, label in enumerate(model.labels) if i not in known]
+    faults = {"the data has": missing, "only the model has": extra}
+    if texts := [f"{who} {_some(names)}" for who, names in faults.items() if names]:
+        raise VitcliError(
+            f"`--keep-head` needs the same classes in the data and in the model; "
+            f"{', and '.join(texts)}",
+            new_head,
+        )
+    wanted = objective_class(section.name).head_activation
+    if wanted != model.head_activation:
+        kinds = OBJECTIVES.items()
+        able = next(n for n, kind in kinds if kind.head_activation == model.head_activation)
+        raise VitcliError(
+            f"`--keep-head`: the head was trained with `{model.head_activation}` outputs, and the "
+            f"objective `{section.name}` has `{wanted}` outputs",
+            f"`--set objective.name={able}`, or leave out `--keep-head`",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return quoted(names[:MAX_NAMES]) + more
 
 
 def with_dropout(model: LoadedModel, rates: dict[str, Any]) -> LoadedModel:

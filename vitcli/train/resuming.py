@@ -13,7 +13,7 @@ from vitcli.errors import VitcliError
 from vitcli.files import is_intact
 from vitcli.run import EXTENSIONS, RUNS, Run
 from vitcli.train.agreement import min_over_processes
-from vitcli.train.budget import Timeline, plan_budget
+from vitcli.train.budget import Budget, Timeline, plan_budget
 from vitcli.train.build import held_out_images
 from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
 from vitcli.train.lora import ADAPTER
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vitcli.train.loop import Loop
 
 NUM_EVALUATIONS = 5  # in a run without `train.eval_steps`
+EVALUATIONS = "evaluations"  # in provenance.json: the number of evaluations between steps
 LENGTH_KEYS = {f"train.{name}" for name in DURATIONS}
 # The data may have moved; their content is compared later.
 FREE_KEYS = {"data.name", "schedule.extension", *LENGTH_KEYS}
@@ -121,24 +122,28 @@ def choose_steps(
     num_images = 0 if train.epochs is None else len(source.splits["train"])
     total = train.total_steps(num_images)
     done = check_length(run, train, total) if extends else 0
+    # A budget has time for evaluations between steps only if the best weights need them.
+    between = NUM_EVALUATIONS - 1 if loop.best is not None or not train.budget else 0
+    if train.budget and known is not None:
+        between = run.provenance().get(EVALUATIONS, 0)
     if total is None and not extends:
         total = known
     if total is None:
         used = run.trained_seconds() if extends else 0.0
-        steps = remaining_budget(loop, started, source, used)
+        plan = remaining_budget(loop, started, source, used, between)
         # All processes make as many steps as the slowest of them has time for.
-        total = done + min_over_processes(loop.accelerator, steps)
+        total = done + min_over_processes(loop.accelerator, plan.steps)
+        between = min_over_processes(loop.accelerator, plan.evaluations)
         watch.note(f"budget {train.budget}: about {total} steps, measured on this machine")
     if known is None and is_main:
         facts = facts_of(loop, source, machine)
         facts["data"]["content"] = None if images is None else images.content
-        run.write_provenance({**facts, "steps": total})
+        run.write_provenance({**facts, "steps": total, EVALUATIONS: between})
     if extends and is_main:
         record_extension(run, loop.recipe, done, total)
     loop.accelerator.wait_for_everyone()  # all processes read the same provenance
     loop.state.timeline = Timeline.of(total)
-    # A budget reserves time for the last evaluation only; others must be asked for.
-    default = None if train.budget else max(1, total // NUM_EVALUATIONS)
+    default = max(1, total // (between + 1)) if between else None
     loop.eval_steps = train.eval_steps or default
     factor = loop.recipe.optim.rate_factor(train.batch_size)
     if factor != 1.0:
@@ -177,9 +182,20 @@ def facts_of(loop: "Loop", source: Source, machine: dict[str, Any]) -> dict[str,
             **source.splitting,
         },
         "window": model.preprocess.window if model.preprocess else None,
+        **_facts_of_classes(loop),
         "parameters": num_parameters(model.network),
         **machine,
     }
+
+
+def _facts_of_classes(loop: "Loop") -> dict[str, Any]:
+    """The class sizes and the weights that the loss of a run has, if it has any."""
+    weights = getattr(getattr(loop.state.objective, "class_loss", None), "class_weights", None)
+    facts = {
+        "class_counts": loop.loaded.class_counts,
+        "class_weights": None if weights is None else weights.tolist(),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -215,8 +231,10 @@ def check_length(run: Run, train: TrainSection, total: int | None) -> int:
     return done
 
 
-def remaining_budget(loop: "Loop", started: float, source: Source, used: float) -> int:
-    """Plan the rest of a budget, of which `used` seconds are over; returns its steps."""
+def remaining_budget(
+    loop: "Loop", started: float, source: Source, used: float, evaluations: int
+) -> Budget:
+    """Plan the rest of a budget, of which `used` seconds are over."""
     budget = parse_duration(loop.recipe.train.budget or "")
     left = budget - used - (time.monotonic() - started)
     if used and left <= 0:
@@ -225,9 +243,9 @@ def remaining_budget(loop: "Loop", started: float, source: Source, used: float) 
             f"`{loop.run.path}` has trained",
             "give a longer `--budget`",
         )
-    plan = plan_budget(loop, left, held_out_images(source))
+    plan = plan_budget(loop, left, held_out_images(source), evaluations)
     loop.deadline = plan.deadline
-    return plan.steps
+    return plan
 
 
 def record_extension(run: Run, recipe: Recipe, done: int, total: int) -> None:

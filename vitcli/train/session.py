@@ -16,6 +16,7 @@ import torch
 
 from vitcli import distributed
 from vitcli.config.schema import Recipe
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.evals.regression import regression_intervals
 from vitcli.files import exclusive, read_json, write_text
@@ -30,7 +31,7 @@ from vitcli.run import (
     of_first_process,
 )
 from vitcli.train.agreement import gather
-from vitcli.train.best_weights import write_weights
+from vitcli.train.best_weights import evaluate_at_end, write_final_weights
 from vitcli.train.budget import NoStepFits
 from vitcli.train.build import (
     MakeModel,
@@ -39,10 +40,9 @@ from vitcli.train.build import (
     start_accelerator,
 )
 from vitcli.train.checkpoint import list_checkpoints, step_of
-from vitcli.train.ema import averaged
+from vitcli.train.defaults import Defaults
 from vitcli.train.exactness import machine_facts, record_changes, use_threads, warn_of_changes
 from vitcli.train.loop import Loop
-from vitcli.train.lora import save_adapters
 from vitcli.train.recorded_images import (
     ROWS_FILE,
     check_same_data,
@@ -75,7 +75,9 @@ class TrainResult:
         figures: metrics of the test split, else of the validation split; `split` names it. Without
             both, those of the last training steps.
         validation: metrics of the validation split, if there is a test split as well.
-        best: metric, value and step of the weights in best.safetensors, with `train.best_metric`.
+        best: metric, value and step of the best evaluation, with `train.best_metric`.
+        weights: those in model.safetensors, which the figures belong to: `best` or `last`, and
+            their step.
         broken: images that could not be read, with the reason.
     """
 
@@ -94,6 +96,7 @@ class TrainResult:
     broken: dict[str, str] = field(default_factory=dict)
     validation: dict[str, Any] | None = None
     best: dict[str, Any] | None = None
+    weights: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -109,6 +112,8 @@ def train(
     resume: bool,
     watch: Watcher,
     track: str | None = None,
+    opened: Source | None = None,
+    defaults: Defaults | None = None,
 ) -> TrainResult:
     """Train as `recipe` says, in the run directory `out`.
 
@@ -116,6 +121,8 @@ def train(
         make_model: builds the model for the data.
         out: None takes `runs/STEM`, or the next number that is free when training starts.
         track: `tensorboard`, `wandb` or `trackio`, which receives every record.
+        opened: the data of the recipe, if they are open.
+        defaults: why the recipe has its settings, for provenance.json.
 
     Raises:
         VitcliError: bad input, a loss that is not finite, or a full disk.
@@ -147,7 +154,7 @@ def train(
     changed = warn_of_changes(old, facts, watch) if old is not None else []
     # Until the directory exists, nothing is written to its log.txt.
     log = Logged(watch if is_main else Quiet(), Path(os.devnull))
-    source = open_source(recipe, watch)
+    source = open_source(recipe, watch, opened)
     images = record_images(source, watch) if is_main else None
     if old is not None and is_main:
         check_same_data(old, source, images)
@@ -174,6 +181,8 @@ def train(
         if images is not None and old is None:
             write_text(loop.run.path / ROWS_FILE, rows_text(images.rows))
         choose_steps(loop, started, source, facts, images, extends=extends)
+        if is_main and old is None and defaults is not None:
+            loop.run.update_provenance({"defaults": defaults.to_json()})
         if is_main:
             loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
             record_changes(loop.run, loop.state.step, changed)
@@ -266,7 +275,8 @@ def finish(loop: Loop) -> TrainResult:
     """Evaluate, write weights and curves, and then the result, which marks the run as finished."""
     recipe, run, accelerator, model = loop.recipe, loop.run, loop.accelerator, loop.loaded
     # The test images come last: their predictions are the `outcomes` that stay.
-    metrics = [{"split": name, **loop.evaluate(name)} for name in loop.evaluations]
+    chosen = evaluate_at_end(loop)
+    metrics = chosen.metrics
     broken = dict(sorted(gather(list(loop.loader.broken.items()), accelerator)))
     if broken:
         loop.watch.warn(f"unreadable images, which were not used: {len(broken)}")
@@ -287,9 +297,10 @@ def finish(loop: Loop) -> TrainResult:
         labels=model.config.num_classes,
         broken=broken,
         best=None if loop.best is None else loop.best.to_json(),
+        weights={"name": chosen.weights, "step": chosen.step},
     )
     # Weights come before result.json: a run that is killed here evaluates again after a resume.
-    write_weights(run.weights_file, model, loop.state, recipe, is_main=accelerator.is_main_process)
+    write_final_weights(loop, chosen.weights)
     outcomes = sorted(gather(loop.outcomes, accelerator))
     if model.is_regression and outcomes:
         result.figures["intervals"] = regression_intervals(*np.array(outcomes).T[1:]).to_json()
@@ -300,11 +311,6 @@ def finish(loop: Loop) -> TrainResult:
             names = ("index", "target" if model.is_regression else "label", "predicted")
             save_tensors(run.path / OUTCOMES, dict(zip(names, columns, strict=True)))
         run.update_provenance({"steps": loop.total_steps})
-        model.eval()
-        model.head_trained = model.config.num_classes > 0
-        with averaged(loop.state.objective, loop.state.ema):
-            adapters = run.path / "lora.safetensors"
-            save_adapters(adapters, model.network, recipe.lora, str(recipe.model.name))
         draw_curves(run)
         run.finish(result.to_json())
     accelerator.wait_for_everyone()

@@ -16,11 +16,12 @@ from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
+from vitcli.evals.class_averages import class_shares
 from vitcli.evals.features import extract
 from vitcli.evals.fewshot.protocol import draw_shots
 from vitcli.evals.fewshot.ridge import RidgePath
 from vitcli.evals.regression import regression_metrics
-from vitcli.evals.scoring import multi_label_metrics
+from vitcli.evals.scoring import THRESHOLD, multi_label_metrics
 from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.train.agreement import gather
@@ -71,6 +72,8 @@ def run_validation(
         return _validate_numbers(model, images, outputs, accelerator)
     # Sums in fp64, because in fp32 a count stops to grow at 2^24.
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    # (3, K) per class: images that are recognised, images, images that are said to be of it.
+    counts = sums.new_zeros(3, model.config.num_classes)
     outcomes: list[Outcome] = []
     for logits, batch in outputs:
         loss = _sum_of_losses(model, logits, batch.labels)
@@ -79,16 +82,19 @@ def run_validation(
         columns = (batch.indices, batch.labels.cpu(), predicted.cpu())
         outcomes += list(zip(*(column.tolist() for column in columns), strict=True))
         sums += torch.stack([loss.double(), correct.double(), sums.new_tensor(len(logits))])
+        hits = predicted[predicted == batch.labels]
+        for row, classes in zip(counts, (hits, batch.labels, predicted), strict=True):
+            row += torch.bincount(classes, minlength=len(row))
     loss_sum, correct_sum, count = accelerator.reduce(sums, reduction="sum").tolist()
     if not count:
         raise _no_readable_image(images)
     metrics = {"loss": loss_sum / count, "accuracy": correct_sum / count, "images": count}
+    metrics |= _macro_metrics(*accelerator.reduce(counts, reduction="sum").cpu().numpy())
     return Validation(metrics, outcomes)
 
 
 def with_fewshot(
     validate: Callable[..., Validation] | None,
-    model: LoadedModel,
     source: Source,
     split: str,
     section: TrainSection,
@@ -115,8 +121,8 @@ def with_fewshot(
     held_out, classes = source.splits[split], len(train.classes)
     drawn = train.subset(draw_shots(train.labels, section.fewshot_shots, 0, classes))
 
-    def both() -> Validation:
-        found = validate() if validate is not None else Validation({})
+    def both(model: LoadedModel) -> Validation:
+        found = validate(model) if validate is not None else Validation({})
         known, test = (extract(model, images) for images in (drawn, held_out))
         ridge = RidgePath(known.outputs, known.labels, classes).fit()
         accuracy = float((ridge.predict(test.outputs) == test.labels).mean())
@@ -127,30 +133,38 @@ def with_fewshot(
 
 def metric_names(model: LoadedModel, multi_label: bool, section: TrainSection) -> list[str]:
     """The metrics of an evaluation between steps, except for the number of images."""
-    names = ["loss", "accuracy"]
+    names = ["loss", "accuracy", "balanced_accuracy", "macro_f1"]
     if model.is_regression:
         names = ["loss", "mae", "rmse", "r2"]
     elif multi_label:
-        names = ["loss", "map", "micro_f1"]
+        names = ["loss", "map", "micro_f1", "macro_f1"]
     fewshot = ["fewshot_accuracy"] if section.fewshot_shots is not None else []
     return [*(names if model.config.num_classes else []), *fewshot]
 
 
-def best_fewshot(run: Run) -> dict[str, float]:
-    """The best few-shot accuracy of all evaluations of a run, and its step; {} if there is none."""
+def best_fewshot(run: Run) -> dict[str, Any]:
+    """The last and the best few-shot accuracy of a run, with step and split; {} without any."""
     # The paper's early stopping: "the best validation accuracy achieved during training" (4.3).
     found = [
-        (value, record["step"])
+        (value, record["step"], name.split("/")[0])
         for record in run.records()
         for name, value in record.items()
         if name.endswith("/fewshot_accuracy")
     ]
     if not found:
         return {}
-    best = max(value for value, _ in found)
-    step = next(step for value, step in found if value == best)
-    last = found[-1][0]
-    return {"fewshot_accuracy": last, "best_fewshot_accuracy": best, "best_fewshot_step": step}
+    best = max(value for value, _, _ in found)
+    step = next(step for value, step, _ in found if value == best)
+    last, _, split = found[-1]
+    best_facts = {"best_fewshot_accuracy": best, "best_fewshot_step": step}
+    return {"fewshot_accuracy": last, **best_facts, "fewshot_split": split}
+
+
+def _macro_metrics(right: Any, images: Any, chosen: Any) -> dict[str, float]:
+    """Means over the classes with images, from counts (K,) as `class_shares` takes them."""
+    shares, present = class_shares(right, images, chosen), images > 0
+    names = {"balanced_accuracy": "recall", "macro_f1": "f1"}
+    return {name: float(shares[of][present].mean()) for name, of in names.items()}
 
 
 def _sum_of_losses(model: LoadedModel, logits: Tensor, labels: Tensor) -> Tensor:
@@ -186,12 +200,15 @@ def _validate_multi_label(
         parts = gather_object(parts)
     if not any(scores for scores, _, _ in parts):
         raise _no_readable_image(images)
-    found = multi_label_metrics(
-        np.concatenate([x for scores, _, _ in parts for x in scores]),
-        np.concatenate([x for _, targets, _ in parts for x in targets]),
-    )
+    probabilities = np.concatenate([x for scores, _, _ in parts for x in scores])
+    truth = np.concatenate([x for _, targets, _ in parts for x in targets])
+    found, decided = multi_label_metrics(probabilities, truth), probabilities >= THRESHOLD
     loss = sum(part[2] for part in parts) / found.images
-    return {"loss": loss, "map": found.map, "micro_f1": found.micro_f1, "images": found.images}
+    metrics = {"loss": loss, "map": found.map, "micro_f1": found.micro_f1, "images": found.images}
+    if truth.any():
+        counts = ((decided & (truth == 1)).sum(0), truth.sum(0, dtype=np.int64), decided.sum(0))
+        metrics["macro_f1"] = _macro_metrics(*counts)["macro_f1"]
+    return metrics
 
 
 def _validate_numbers(

@@ -132,7 +132,7 @@ def replace_head(
         status[name] = ("new", f"zero, {len(labels)} classes")
     model.labels = tuple(labels)
     model.head_activation, model.head_trained = "softmax", False
-    model.temperature, model.target_scale = 1.0, TargetScale()
+    model.temperature, model.target_scale, model.thresholds = 1.0, TargetScale(), None
 
 
 def _drop_pretraining_head(
@@ -234,6 +234,7 @@ def change_pool(model: LoadedModel, pool: str) -> None:
     network.head, network.pre_logits = nn.Identity(), nn.Identity()
     network.head_dist, network.attn_pool = None, None
     model.labels, model.head_trained, model.temperature = None, False, 1.0
+    model.thresholds = None
 
 
 def match_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int] | None:

@@ -4,7 +4,8 @@
 `vitcli export` come from it. If a layout has no entry for a property, it holds every value of the
 property, and reading the file back gives the same value.
 
-The temperature has no entry, because `vitcli export` divides the head by it before it writes.
+The temperature has no entry, because `vitcli export` divides the head by it before it writes. The
+thresholds of the classes have none, because no layout holds them: `vitcli export` says so.
 """
 
 from collections.abc import Callable, Collection

@@ -62,6 +62,7 @@ def build_model(
         preprocess=checkpoint.preprocess,
         head_activation=activation,
         temperature=checkpoint.temperature,
+        thresholds=checkpoint.thresholds,
         head_trained=checkpoint.head_trained and config.num_classes > 0,
         load_report=report,
         split_record=checkpoint.split_record,

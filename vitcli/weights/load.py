@@ -32,7 +32,7 @@ from vitcli.weights.timm.read_timm import missing_settings
 
 VARIANT_HINT = (
     "use a variant such as `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1` for random weights, or an "
-    "existing path or `hf:NAME` for trained weights"
+    "existing path, a name of `vitcli models` or `hf:NAME` for trained weights"
 )
 
 
@@ -56,8 +56,8 @@ def load_model(
     """Load any MODEL in evaluation mode, with its labels, preprocessing and load report.
 
     Args:
-        MODEL: a run directory, a weights file or folder, `hf:NAME` on the Hub, the URL of a weights
-            file, or a variant (random weights).
+        MODEL: a run directory, a weights file or folder, a name that `vitcli models` lists,
+            `hf:NAME` on the Hub, the URL of a weights file, or a variant (random weights).
         image_size: pixels, an int or (Y, X). A size that is not the file's resamples the positions.
         pool: a pooling of `ViTConfig` or an alias. One that is not the file's drops the head.
         position_resize: `bilinear` (corners aligned, the paper's code; default for Google files),

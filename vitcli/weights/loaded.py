@@ -54,7 +54,10 @@ class LoadedModel:
         head_activation: turns logits into probabilities. `sigmoid` treats each class alone, and
             `identity` means that the output is a number (regression).
         target_scale: turns the output of the network into that number.
+        class_counts: training images per class, while an objective that uses them is trained.
         temperature: divides the logits before the activation. Above 1, the model is less confident.
+        thresholds: for each output of a sigmoid head, the probability from which on its class
+            counts as predicted; None if they were not fitted.
         head_trained: True if the head has learned the classes, so that `predict` may use it.
         load_report: how each tensor was loaded, or None if the model was not loaded.
         split_record: the images that it was trained on and that were held out, or None if unknown.
@@ -69,6 +72,8 @@ class LoadedModel:
     load_report: LoadReport | None = None
     split_record: SplitRecord | None = None
     target_scale: TargetScale = TargetScale()
+    thresholds: tuple[float, ...] | None = None
+    class_counts: tuple[int, ...] | None = None
 
     @property
     def is_regression(self) -> bool:
@@ -184,6 +189,8 @@ def model_hash(model: LoadedModel, *, head: bool = True) -> str:
         probe = torch.linspace(-2, 2, model.config.num_classes)[None]  # (1, K)
         activate = model.target_scale.restore if model.is_regression else model.probabilities
         digest.update(_bytes(activate(probe)))
+        if model.thresholds is not None:
+            digest.update(_bytes(torch.tensor(model.thresholds, dtype=torch.float64)))
     return digest.hexdigest()
 
 

@@ -1,6 +1,5 @@
 """Find the weights of a MODEL, detect their layout and read them into a `Checkpoint`."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_hug
 from vitcli.weights.imagenet import SETS, imagenet_names
 from vitcli.weights.overrides import Overrides, override_preprocess
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
+from vitcli.weights.public import is_listed, resolve_name, similar_names
 from vitcli.weights.store import (
     Checkpoint,
     load_sharded_weights,
@@ -32,8 +32,8 @@ from vitcli.weights.timm.timm_names import is_bit, is_timm
 
 UNDERSTOOD = (
     "a MODEL is a run directory, a .safetensors file of vitcli or timm, a .pth file with a plain "
-    "state dict, a Hugging Face ViT folder, an official Google .npz, or a variant such "
-    "as `B/16`"
+    "state dict, a Hugging Face ViT folder, an official Google .npz, a variant such as `B/16`, "
+    "or a name that `vitcli models` lists"
 )
 
 
@@ -43,7 +43,7 @@ def read_checkpoint(
     """Read the checkpoint at `source`. A trained head of ImageNet's size gets ImageNet's names.
 
     Args:
-        source: a path, `hf:NAME`, or the URL of a weights file.
+        source: a path, a public name, `hf:NAME`, or the URL of a weights file.
         overrides: settings of the caller.
         watch: receives the progress of a download.
 
@@ -73,19 +73,32 @@ def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoin
     if not source:  # an empty path would be the current folder
         raise VitcliError("the MODEL is empty", hint=UNDERSTOOD)
     notes: list[str] = []
-    if source.startswith("hf:"):
-        path, notes = fetch_model(source, watch)
-    elif is_url(source):
-        path, notes = fetch_url(source, watch)
+    if source.startswith("hf:") or is_url(source) or not path.exists():
+        path, notes = fetch_public(source, watch)
     elif path.is_dir():
         path = _weights_in(path)
-    elif not path.exists():
-        raise VitcliError(f"no such model: `{source}`", hint=_hint_for(source))
     checkpoint = _read_file(path, source, overrides)
     checkpoint.notes[:0] = notes
     if checkpoint.split_record is None:
         checkpoint.split_record = read_split_record(path)
     return checkpoint
+
+
+def fetch_public(source: str, watch: Watcher | None = None) -> tuple[Path, list[str]]:
+    """Download weights by their name, `hf:NAME` or URL -> (file in a cache, notes).
+
+    Raises:
+        VitcliError: the name is unknown, or the download fails.
+    """
+    model = resolve_name(source)
+    try:
+        return (fetch_url if is_url(model) else fetch_model)(model, watch)
+    except VitcliError as error:
+        if model == source or is_listed(source):
+            raise
+        # The name may also be a misspelling, or a path that does not exist.
+        message = f"`{source}` is no path here, and {error.message}"
+        raise VitcliError(message, "; ".join([*similar_names(source), error.hint or ""])) from error
 
 
 def _read_file(path: Path, source: str, overrides: Overrides) -> Checkpoint:
@@ -221,15 +234,6 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     found = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdecimal()]
     found = [p for p in found if any(p.glob("*.safetensors")) or any(p.glob("*.bin"))]
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-
-
-def _hint_for(source: str) -> str:
-    """The notation that was probably meant by a model that does not exist here."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).parent.exists():
-        return f"for a repository on the Hugging Face Hub use `hf:{source}`"
-    if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+(\.\w+)?", source):  # a timm name
-        return f"for weights of timm on the Hugging Face Hub use `hf:timm/{source}`"
-    return UNDERSTOOD
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -51,6 +51,7 @@ class Checkpoint:
         activation: turns logits into probabilities; `identity` after a regression.
         target_scale: of a regression.
         temperature: divides the logits before the activation.
+        thresholds: as in `LoadedModel`.
         position_resize: method that resamples the positions; None for the layout's default.
         notes: assumptions about facts that the file does not state, one line each.
         split_record: which images were trained on and held out; None if the file does not say.
@@ -68,6 +69,7 @@ class Checkpoint:
     dropped_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     activation: HeadActivation = "softmax"
     temperature: float = 1.0
+    thresholds: tuple[float, ...] | None = None
     position_resize: Resize | None = None
     split_record: SplitRecord | None = None
     target_scale: TargetScale = field(default_factory=TargetScale)
@@ -101,6 +103,7 @@ def save_model(
         # The default is not written, so that the files of runs that do not set it stay the same.
         **({"position_resize": resize} if resize not in (None, DEFAULT_RESIZE) else {}),
         **({"temperature": model.temperature} if model.temperature != 1.0 else {}),
+        **({"thresholds": list(model.thresholds)} if model.thresholds is not None else {}),
         "recipe_hash": recipe_hash,
         **({"extra": dict(extra)} if extra else {}),
         **({"split": model.split_record.to_json()} if model.split_record is not None else {}),
@@ -286,6 +289,11 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         temperature = float(header.get("temperature", 1.0))
         if not 0 < temperature < float("inf"):
             raise ValueError(f"the temperature is {temperature}")
+        thresholds = header.get("thresholds")
+        if thresholds is not None:
+            thresholds = tuple(map(float, thresholds))
+            if len(thresholds) != config.num_classes or not all(0 <= t <= 1 for t in thresholds):
+                raise ValueError(f"{config.num_classes} classes have the thresholds {thresholds}")
         scale = TargetScale(**header.get("target", {}))
         if not (isfinite(scale.mean) and 0 < scale.std < inf):
             raise ValueError(f"the scale of the numbers is {scale}")
@@ -302,6 +310,7 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         activation=as_activation(header.get("activation")),
         target_scale=scale,
         temperature=temperature,
+        thresholds=thresholds,
         position_resize=resize,
         split_record=record,
     )
@@ -339,19 +348,13 @@ def _mark(weights: Path) -> str:
         return f"{size}-{zlib.crc32(file.read()):08x}"
 
 
-def set_temperature(
-    path: str | os.PathLike[str], temperature: float, fitted_on: Mapping[str, Any] | None = None
-) -> None:
-    """Store a temperature in the header of a weights file of vitcli; the tensors do not change.
-
-    Args:
-        fitted_on: the images that it was fitted on; `evaluate` warns if they are evaluated again.
+def update_header(path: str | os.PathLike[str], entries: Mapping[str, Any]) -> None:
+    """Set entries of the header of a weights file of vitcli; the tensors do not change.
 
     Raises:
         VitcliError: as `read_header`, or another program wrote the file, or it cannot be written.
     """
-    header = _own_header(path)
-    header |= {"temperature": temperature, "fitted_on": fitted_on and dict(fitted_on)}
+    header = {**_own_header(path), **entries}
     metadata = {"vitcli": json.dumps(header, sort_keys=True)}
     save_tensors(path, load_weights(path), metadata)
 

@@ -87,7 +87,9 @@ def _multi_label_rows(result: Any) -> Rows:
     else:
         corrected = with_interval(result.leave_out.corrected, of["map"])
         rows.append(("without the bias of few images", corrected))
-    rows.append(("micro F1 at 0.5", with_interval(m.micro_f1, of["micro_f1"])))
+    stored = any("threshold" in row for row in result.per_class.values())
+    place = "at the thresholds" if stored else "at 0.5"
+    rows.append((f"micro F1 {place}", with_interval(m.micro_f1, of["micro_f1"])))
     rows += _average_rows(result, ("macro_f1", "roc_auc"))
     return [*rows, ("loss", f"{m.loss:.4f}")]
 
@@ -104,13 +106,28 @@ def _average_rows(result: Any, names: Sequence[str]) -> Rows:
 
 def _temperature_rows(result: Any) -> Rows:
     """The temperature if it is not 1, and what a calibration changed."""
-    done = result.calibration
+    done, rows = result.calibration, _threshold_rows(result)
     if done is None:
-        return [("temperature", f"{result.temperature:.4g}")] if result.temperature != 1 else []
+        known = [("temperature", f"{result.temperature:.4g}")] if result.temperature != 1 else []
+        return known + rows
     error = "" if done.ece_before is None else f", calibration error {done.ece_before:.4f}"
     return [
         ("before calibration", f"loss {done.loss_before:.4f}{error}"),
         ("temperature", f"{done.temperature:.4g}, fitted on {done.images:,} images: {done.split}"),
+        ("stored in", done.stored),
+        *rows,
+    ]
+
+
+def _threshold_rows(result: Any) -> Rows:
+    """Where new thresholds come from, and what they changed."""
+    done = result.thresholds
+    if done is None:
+        return []
+    macro = "" if done.macro_f1_before is None else f", macro F1 {percent(done.macro_f1_before)}"
+    return [
+        ("before the thresholds", f"micro F1 {percent(done.micro_f1_before)}{macro}"),
+        ("thresholds", f"{done.rule}, fitted on {done.images:,} images: {done.split}"),
         ("stored in", done.stored),
     ]
 
@@ -140,7 +157,10 @@ def _show_single_label_classes(result: Any) -> None:
 
 
 def _show_multi_label_classes(result: Any) -> None:
-    keys = ("average_precision", "precision", "recall", "f1")
+    keys = ["average_precision", "precision", "recall", "f1"]
+    columns = ["class", "average precision", "precision", "recall", "F1"]
+    if any("threshold" in row for row in result.per_class.values()):
+        keys, columns = [*keys, "threshold"], [*columns, "threshold"]
     rows = [
         [name, *(f"{c[key]:.3f}" for key in keys), c["images"]]
         for name, c in result.per_class.items()
@@ -149,8 +169,7 @@ def _show_multi_label_classes(result: Any) -> None:
     many = len(rows) > MOST_CLASSES
     rows = sorted(rows, key=lambda row: row[1])[:MOST_CLASSES] if many else rows
     title = f"the {MOST_CLASSES} classes of lowest average precision" if many else ""
-    columns = ["class", "average precision", "precision", "recall", "F1", "images"]
-    print_table(title, columns, rows)
+    print_table(title, [*columns, "images"], rows)
 
 
 def _show_comparison(result: Any) -> None:
@@ -158,7 +177,7 @@ def _show_comparison(result: Any) -> None:
     models = result.models
     if all(one.numbers is not None for one in models):
         rows = [[one.model, *_number_cells(one)] for one in models]
-        print_table(result.data, ["model", "images", "MAE", "RMSE", "R2"], rows)
+        print_table(_data_and_split(result), ["model", "images", "MAE", "RMSE", "R2"], rows)
         _show_pairs(result)
         return
     single = all(one.details is not None for one in models)
@@ -183,8 +202,14 @@ def _show_comparison(result: Any) -> None:
         else:
             row += [percent(m.map), f"{m.loss:.4f}"]
         rows.append(row)
-    print_table(result.data, columns, rows)
+    print_table(_data_and_split(result), columns, rows)
     _show_pairs(result)
+
+
+def _data_and_split(result: Any) -> str:
+    """The title of a comparison: what the models were measured on."""
+    splits = dict.fromkeys(one.split for one in result.models)
+    return f"{result.data}: {' and '.join(splits)} images"
 
 
 def _number_cells(one: Any) -> list[str]:
@@ -205,7 +230,7 @@ def paired_rows(pair: Any, first: str, second: str) -> Rows:
         return [("no paired test", pair)]
     if getattr(pair, "metric", None) == "mae":
         shown = f"{pair.difference:+.4g}, 95 % interval {pair.low:+.4g} to {pair.high:+.4g}"
-        return [("difference of MAE", shown)]
+        return [("difference of MAE", shown), ("Student's p-value", f"{pair.p_value:.3g}")]
     interval = f"{100 * pair.low:+.2f} to {100 * pair.high:+.2f}"
     rows: Rows = [("difference", f"{100 * pair.difference:+.2f} points, 95 % interval {interval}")]
     if hasattr(pair, "p_value"):
@@ -228,11 +253,43 @@ def show_run_comparison(result: Any) -> None:
     splits = [["split", *(split or "-" for split in result.splits)]]
     print_table("results", columns, splits + results)
     first, *others = result.runs
-    for run, pair in zip(others, result.paired, strict=True):
-        print_facts(f"{run} compared with {first}", paired_rows(pair, first, run))
+    if result.folds is None:  # folds hold different images
+        for run, pair in zip(others, result.paired, strict=True):
+            print_facts(f"{run} compared with {first}", paired_rows(pair, first, run))
+    _show_ranking(result.ranking, result.splits[0])
+    _show_folds(result.folds)
     if result.seeds:
         rows = [(n, f"{mean:,.5g} ± {std:.2g}") for n, (mean, std) in result.seeds.items()]
-        print_facts(f"mean and std over {len(result.runs)} seeds of one recipe", rows)
+        measured = " and ".join(dict.fromkeys(split for split in result.splits if split))
+        title = f"mean and std over {len(result.runs)} seeds of one recipe"
+        print_facts(f"{title}, {measured} images" if measured else title, rows)
+
+
+def _show_ranking(ranking: Any, split: str | None) -> None:
+    """Print the runs from the best to the worst, and in words whether the difference is real."""
+    if isinstance(ranking, str):
+        print_facts("", [("no ranking", ranking)])
+    elif ranking is not None:
+        rows = [[one.run, f"{one.value:,.4g}", one.verdict or "best"] for one in ranking.runs]
+        print_table(
+            "ranking, best first",
+            ["run", f"{split or ''} {ranking.metric}".strip(), "tested"],
+            rows,
+        )
+        print_facts("", [("verdict", ranking.verdict)])
+
+
+def _show_folds(folds: Any) -> None:
+    """Print mean and spread over the folds, and the accuracy of all their images together."""
+    if isinstance(folds, str):
+        print_facts("", [("no summary over folds", folds)])
+    elif folds is not None:
+        rows = [(name, f"{mean:,.5g} ± {std:.2g}") for name, (mean, std) in folds.figures.items()]
+        if folds.accuracy is not None:
+            pooled = f"{with_interval(folds.accuracy, folds.interval)} of {folds.images:,} images"
+            rows.append(("accuracy of all folds together", pooled))
+        title = f"mean and std over the {folds.split} images of {folds.folds} folds"
+        print_facts(f"{title}, drawn with seed {folds.seed}", rows)
 
 
 def show_suite(result: Any) -> None:

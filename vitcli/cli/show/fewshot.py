@@ -11,7 +11,7 @@ def show_fewshot(result: Any) -> None:
     """Show the accuracy for each number of shots, beside that of raw pixels."""
 
     facts = result.to_json()
-    columns = ["shots", "this model", "95 % interval over test images"]
+    columns = ["shots", "this model", f"95 % interval over {result.split} images"]
     if facts["raw_pixels"]:
         size = facts["raw_pixels_size"]
         columns.append(f"raw pixels ({size[0]}x{size[1]})")
@@ -37,17 +37,17 @@ def show_fewshot(result: Any) -> None:
     print_table(title, columns, rows)
     for shots, found in facts["shots"].items():
         if found.get("path", {}).get("accuracy"):
-            _show_path(shots, found["path"])
+            _show_path(shots, found["path"], result.split)
 
 
-def _show_path(shots: str, path: Mapping[str, Any]) -> None:
-    """Show the accuracy of each l2 on images left out, which decides, and on the test images."""
+def _show_path(shots: str, path: Mapping[str, Any], split: str) -> None:
+    """Show the accuracy of each l2 on images left out, which decides, and on those of `split`."""
     rows = []
     for i, l2 in enumerate(path["l2"]):
         left_out = [100 * seed[i] for seed in path["left_out_accuracy"] if seed]
         mean = f"{sum(left_out) / len(left_out):.1f} %" if left_out else "-"
         rows.append([f"{l2:g}", mean, _accuracy_text(path["accuracy"][i])])
-    print_table(f"{_shots_text(shots)}, by l2", ["l2", "left-out images", "test images"], rows)
+    print_table(f"{_shots_text(shots)}, by l2", ["l2", "left-out images", f"{split} images"], rows)
 
 
 def _shots_text(shots: str) -> str:

@@ -21,6 +21,9 @@ def show_prediction(row: Mapping[str, Any]) -> None:
     parts: list[str | tuple[str, str]] = [(printable(str(row["path"])), "bold"), "  "]
     if row.get("abstained"):
         parts += [("no label", "yellow"), "; best classes: "]
+    if row.get("labels") is not None:
+        found = ", ".join(map(printable, row["labels"])) or "no class reaches its threshold"
+        parts += [(found, "bold"), "; most probable: "]
     parts.append(printable(classes))
     if row.get("ood") is not None:
         parts.append((f"  OOD score {row['ood']:.3f}", "dim"))

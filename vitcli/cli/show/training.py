@@ -8,6 +8,8 @@ from rich.text import Text
 from vitcli.cli import console as report
 from vitcli.cli.console import percent, print_facts
 
+NO_SHARES = ("loss", "mae", "rmse", "r2")  # metrics that are not shown in percent
+
 
 def with_interval(share: float, interval: Sequence[float] | None) -> str:
     """72.40 % (68.40 to 76.20): the 95 % interval is in parentheses."""
@@ -49,6 +51,8 @@ def show_trained(result: Any) -> None:
         if "accuracy" in found and "images" in found:
             shown = with_interval(found["accuracy"], accuracy_interval(found))
             rows.append((f"{split} accuracy", f"{shown} of {found['images']:,.0f} images"))
+        if "balanced_accuracy" in found:
+            rows.append((f"{split} balanced accuracy", percent(found["balanced_accuracy"])))
         if "mae" in found:
             errors = number_rows(found, found.get("intervals", {}))
             rows += [(f"{split} {name}", text) for name, text in errors]
@@ -58,13 +62,15 @@ def show_trained(result: Any) -> None:
             rows.append((f"{split} micro F1 at 0.5", percent(found["micro_f1"])))
     if result.best is not None:
         name, value = result.best["metric"], result.best["value"]
-        shown = f"{value:.4f}" if name == "loss" else percent(value)
+        shown = f"{value:.4g}" if name in NO_SHARES else percent(value)
         rows.append((f"best validation {name}", f"{shown} at step {result.best['step']:,}"))
-        rows.append(("its weights", f"{result.run}/best.safetensors"))
+        rows.append(("weights", _which_weights(result)))
     if "best_fewshot_accuracy" in figures:
         best = f"{percent(figures['best_fewshot_accuracy'])} at step "
         last = percent(figures["fewshot_accuracy"])
-        rows.append(("few-shot accuracy", f"{last}; best {best}{figures['best_fewshot_step']:,}"))
+        split = figures.get("fewshot_split", "")  # runs of earlier versions do not name it
+        name = f"{split} few-shot accuracy".strip()
+        rows.append((name, f"{last}; best {best}{figures['best_fewshot_step']:,}"))
     rows += [
         (name.removeprefix("train/"), f"{value:.4g}" if "mae" in name else f"{value:.4f}")
         for name, value in figures.items()
@@ -73,6 +79,16 @@ def show_trained(result: Any) -> None:
     if result.broken:
         rows.append(("unreadable", f"{len(result.broken)} images, not used"))
     print_facts(f"{result.command}: {result.run}", rows)
+
+
+def _which_weights(result: Any) -> str:
+    """Which weights were evaluated, and where they are."""
+    if result.weights is None:  # a run of an earlier version
+        return f"the last in model.safetensors, the best in best.safetensors of {result.run}"
+    step = f"step {result.weights['step']:,}"
+    if result.weights["name"] == "best":
+        return f"best ({step}) in {result.run}/model.safetensors, last in last.safetensors"
+    return f"last ({step}), which are the best, in {result.run}/model.safetensors"
 
 
 def show_found_rate(result: Any) -> None:

@@ -234,6 +234,13 @@ class TrainTransform:
                 f"`augment.resize_size` = {side} is below the image size of {smallest} px",
                 f"`--set augment.resize_size={round(RESIZE_FACTOR * smallest)}`, or remove it",
             )
+        padding = self.settings.crop_padding
+        if self.settings.crop == "pad" and padding >= smallest:
+            raise VitcliError(
+                f"`augment.crop_padding` = {padding} is not below the image size of {smallest} px, "
+                "so that some crops would show nothing of the image",
+                f"`--set augment.crop_padding={max(1, smallest // 8)}`, or remove it",
+            )
 
     def __call__(self, image: ImageInput, rng: Rng) -> Tensor:
         """A path, file, bytes or Pillow image -> (C, Y, X) uint8."""

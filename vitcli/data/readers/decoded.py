@@ -176,6 +176,10 @@ def load_decoded(request: DataRequest) -> Source:
             targets = _read_targets(folder, name, (len(index), len(classes)), digest)[readable]
         store = PixelStore(folder, name, index[readable], described.window)
         labels = store.index["label"].astype(np.int64)
+        if len(labels) and not -1 <= labels.min() <= labels.max() < len(classes):
+            raise VitcliError(
+                f"`{shown}/{DESCRIPTION}` is damaged: it names too few classes", REMAKE
+            )
         sets[name] = ImageSet(name, classes, labels, store, targets=targets)
     notes = [f"{shown}: decoded from {described.source}, shorter side at most {described.side} px"]
     if skipped:

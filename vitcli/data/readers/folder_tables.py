@@ -112,7 +112,7 @@ def _load(request: DataRequest, table: Path) -> Source:
 
 def _header(table: Path) -> Sequence[str]:
     if table.suffix.lower() == ".parquet":
-        from vitcli.data.readers.parquet import read_metadata
+        from vitcli.data.readers.parquet_table import read_metadata
 
         names: Sequence[str] = read_metadata(table).schema.to_arrow_schema().names
         return names

@@ -113,8 +113,11 @@ def _read_folder(request: DataRequest, repo_files: RepoFiles, dataset: DatasetFi
     load = import_function(READERS[find_reader(str(root))].load)
     source: Source = load(replace(request, notation=str(root)))
     mark = fingerprint([source.fingerprint.encode()])
-    notes = tuple(note.replace(str(root), request.shown) for note in source.notes)
-    return replace(source, notation=request.shown, fingerprint=mark, notes=notes)
+    notes, warnings = (
+        tuple(note.replace(str(root), request.shown) for note in told)
+        for told in (source.notes, source.warnings)
+    )
+    return replace(source, notation=request.shown, fingerprint=mark, notes=notes, warnings=warnings)
 
 
 def _notes(request: DataRequest, repo_files: RepoFiles, dataset: DatasetFiles) -> list[str]:

@@ -1,11 +1,8 @@
 """Parquet files as Hugging Face `datasets` writes them: one file, or a folder of them."""
 
-import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from hashlib import sha256
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,13 @@ from vitcli.data.readers.columns import (
     splits_of_rows,
 )
 from vitcli.data.readers.folder import walk_images
+from vitcli.data.readers.parquet_table import (
+    check_cells,
+    read_footer,
+    read_metadata,
+    read_table,
+    reading,
+)
 from vitcli.data.readers.path_cells import PathCells
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import files_with_suffix, in_split_order, split_of, splits_of
@@ -42,8 +46,6 @@ from vitcli.decode import ImageInput
 from vitcli.errors import VitcliError, printable
 from vitcli.hub.datasets import LABEL_TABLES
 from vitcli.hub.split_names import SPLITS
-
-FOOTER_TAIL = 8  # bytes: the length of the footer and the magic number
 
 
 class ParquetStore:
@@ -138,7 +140,7 @@ def read_parquet(
     for split, files in by_split.items():
         read = _read_split(split, files, request, notes, divide=len(by_split) == 1)
         splits |= read
-        parts += [_footer(file) for file in files]
+        parts += [read_footer(file) for file in files]
         parts += [name.encode() for name in next(iter(read.values())).classes]
     return make_source(request, splits, parts, notes)
 
@@ -186,7 +188,8 @@ def _read_split(
         find_column(printable(file), "image", image_column, present, ())
         find_column(printable(file), "label", label_column, present, ())
     wanted = [image_column, label_column, *dividing, *([] if group is None else [group])]
-    table = _read_table(files, list(dict.fromkeys(wanted)), notes)
+    check_cells(files, metadata, image_column)
+    table = read_table(files, list(dict.fromkeys(wanted)), notes)
     sizes = [(file, part.num_rows) for file, part in zip(files, metadata, strict=True)]
     columns = (image_column, label_column)
     images = images_of_table(split, table, sizes, columns, features, request, notes)
@@ -243,7 +246,7 @@ def images_of_table(
     images = _labelled(split, store, table.column(columns[1]), columns[1], names, request, notes)
     group = group_column(shown, table.column_names, settings)
     if group is not None and group not in columns:
-        with _reading(files[0][0]):
+        with reading(files[0][0]):
             images.groups = _group_numbers(table.column(group))[images._rows]
     return images
 
@@ -279,7 +282,7 @@ def _labelled(
 ) -> ImageSet:
     """The rows that have a label; `names` are class names, if the file holds them."""
     shown = printable(store.files[0])
-    with _reading(store.files[0]):
+    with reading(store.files[0]):
         lists = arrow_label_lists(column, shown, label_column, request.settings, notes)
         if lists is not None:
             classes, labels, targets = encode_arrow_lists(shown, lists, names)
@@ -304,75 +307,6 @@ def _group_numbers(column: Any) -> Integers:
     codes = values.indices.fill_null(-1).to_numpy().astype(np.int64)
     found: Integers = np.array(numbers, dtype=np.int64)[codes]  # -1 is the last entry
     return found
-
-
-def _read_table(files: Sequence[Path], columns: list[str], notes: list[str]) -> Any:
-    """These columns of all files, concatenated.
-
-    The columns are memory-mapped from the cache of `datasets`, which is written at the first read
-    and after a change of a file. If that fails, they are read into memory, with a note.
-    """
-    import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets.data_files import DataFilesDict, DataFilesList
-
-    # Given as lists, names with brackets or stars are not taken for patterns. The footer is part of
-    # the cache key, because the modification times of two files can be equal.
-    origins = [(str(file.stat().st_mtime_ns), sha256(_footer(file)).hexdigest()) for file in files]
-    paths = [str(file.absolute()) for file in files]
-    try:
-        with _quiet():
-            found = datasets.Dataset.from_parquet(
-                DataFilesDict(train=DataFilesList(paths, origins)), split="train", columns=columns
-            )
-        pa.default_memory_pool().release_unused()  # the buffers that the cache was written from
-        return found.data
-    except Exception as error:  # no space, permission or locks; an unknown type
-        reason = str(error.__cause__ or error) or type(error).__name__
-        note = (
-            f"`datasets` cannot cache the images ({printable(reason.splitlines()[0])}), so they "
-            "stay in memory"
-        )
-        if note not in notes:
-            notes.append(note)
-    tables = []
-    for file in files:
-        with _reading(file), file.open("rb") as opened:
-            tables.append(pq.read_table(opened, columns=columns))
-    with _reading(files[0]):
-        return pa.concat_tables(tables, promote_options="default")
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turn errors of pyarrow into errors that name the file."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise VitcliError(
-            f"cannot read `{printable(file)}` as parquet: {str(error).splitlines()[0]}",
-            "write the file again with `datasets` or pandas",
-        ) from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the bars, logs and warnings of `datasets`; its exceptions report failures."""
-    import datasets
-
-    level, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    with warnings.catch_warnings(action="ignore"):
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        datasets.disable_progress_bars()
-        try:
-            yield
-        finally:
-            datasets.logging.set_verbosity(level)
-            if bars:
-                datasets.enable_progress_bars()
 
 
 def features_of(schema: Any) -> dict[str, Any]:
@@ -406,21 +340,3 @@ def choose_columns(
         find_column(shown, "image", image_column, schema.names, IMAGE_COLUMNS),
         find_column(shown, "label", label_column, schema.names, LABEL_COLUMNS),
     )
-
-
-def read_metadata(file: Path) -> Any:
-    """The `pyarrow.parquet.FileMetaData`; the file's name need not be UTF-8."""
-    import pyarrow.parquet as pq
-
-    with _reading(file), file.open("rb") as opened:
-        return pq.read_metadata(opened)
-
-
-def _footer(file: Path) -> bytes:
-    """Size and footer (column sizes and statistics): a cheap fingerprint of a parquet file."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        opened.seek(max(0, size - FOOTER_TAIL))
-        length = int.from_bytes(opened.read(4), "little")
-        opened.seek(max(0, size - FOOTER_TAIL - length))
-        return size.to_bytes(8, "little") + opened.read()

@@ -76,7 +76,7 @@ def load_saved(request: DataRequest) -> Source:
         files = [folder / Path(entry.filename).name for entry in state.files]
         tables = [_read_arrow(file) for file in files]
         splits |= _images(split, files, tables, request, notes, divide=len(folders) == 1)
-        parts += [state.fingerprint.encode()]
+        parts += [state.fingerprint.encode("utf-8", "surrogatepass")]
         parts += [table.num_rows.to_bytes(8, "little") for table in tables]
     return make_source(request, splits, parts, notes)
 
@@ -119,8 +119,10 @@ def _read_arrow(file: Path) -> Any:
 
     try:
         # Not closed: the columns point into the mapped file.
-        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-    except (OSError, pa.ArrowException) as error:
+        table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+        table.validate(full=True)  # Arrow trusts the offsets in it, and a wrong one is a crash
+        return table
+    except (OSError, ValueError, pa.ArrowException) as error:  # a name that is not text
         raise VitcliError(
             f"cannot read `{printable(file)}`: {str(error).splitlines()[0]}", REWRITE
         ) from None

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,6 +36,7 @@ from vitcli.files import parse_json
 
 LABEL_ENDINGS = ("cls", "label", "txt", "json")  # in order of preference
 NAMES_FILES = ("classes.txt", "labels.txt")  # beside the shards: class names of numeric labels
+MAX_MISSING = 1000  # files that are looked for
 MAX_LABEL_BYTES = 1 << 20
 
 
@@ -47,14 +49,17 @@ def shard_files(notation: str) -> list[Path]:
     path = Path(notation)
     if path.is_dir():
         return files_with_suffix(path, ".tar")
-    files = [Path(name) for name in expand_braces(notation)]
-    if missing := [file for file in files if not file.is_file()]:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    names = list(expand_braces(notation))
+    # Some are enough: to ask for 100,000 files takes seconds.
+    missing = list(islice((name for name in names if not Path(name).is_file()), MAX_MISSING))
+    if missing:
+        some = "at least " if len(missing) == MAX_MISSING else ""
+        more = f" and {some}{len(missing) - 1} more" if len(missing) > 1 else ""
         raise VitcliError(
-            f"no such shard: `{printable(missing[0])}`{more} of {len(files)}",
+            f"no such shard: `{printable(missing[0])}`{more} of {len(names)}",
             "`x-{000..099}.tar` means 100 files, `x-000.tar` to `x-099.tar`",
         )
-    return files
+    return [Path(name) for name in names]
 
 
 def is_shard_folder(folder: Path) -> bool:

@@ -6,7 +6,7 @@ To add an objective, write its class in this package and enter it in `OBJECTIVES
 import torch
 
 from vitcli.config.schema import ObjectiveSection
-from vitcli.errors import VitcliError, unknown
+from vitcli.errors import VitcliError, quoted, unknown
 from vitcli.train.objectives.base import Objective
 from vitcli.train.objectives.classification import Sigmoid, Softmax
 from vitcli.train.objectives.descriptors import Descriptors, Guided
@@ -16,6 +16,8 @@ from vitcli.train.objectives.masked_patch import MaskedPatch
 from vitcli.train.objectives.regression import Mse
 from vitcli.weights.loaded import LoadedModel
 
+# Settings whose presence decides what is learned, so that no objective may ignore them.
+STRICT = ("head_bias", "class_weights", "focal_gamma", "asymmetric_gammas", "logit_adjustment")
 AUTO = "auto"  # `softmax`, or `sigmoid` if an image may have several labels
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -66,11 +68,13 @@ def resolve_objective(
             f"objective `{name}` takes one class per image, and these images have several labels",
             f"set `objective.name` to {able}",
         )
-    if section.head_bias is not None and "head_bias" not in objective.settings:
-        raise VitcliError(
-            f"`objective.head_bias` is for `sigmoid`, and the objective is `{name}`",
-            "remove it, or `--set objective.name=sigmoid`",
-        )
+    for key in STRICT:
+        if getattr(section, key) is not None and key not in objective.settings:
+            users = [known for known, kind in OBJECTIVES.items() if key in kind.settings]
+            raise VitcliError(
+                f"`objective.{key}` is for {quoted(users)}, and the objective is `{name}`",
+                f"remove it, or `--set objective.name={users[0]}`",
+            )
     return section.model_copy(update={"name": name}), [*notes, *objective.notes(section)]
 
 
@@ -90,4 +94,5 @@ def build_objective(
         objective: Objective = kind(model, section)
     if objective.supervised:
         model.head_activation = objective.head_activation
+        model.thresholds = None  # those of the head before this training
     return objective

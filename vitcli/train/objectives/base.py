@@ -29,6 +29,7 @@ class Objective(nn.Module):
         regression: True if it takes a number per image, and the head has one output for it.
         head_activation: `softmax` or `sigmoid`: turns the logits of the head into probabilities, in
             `predict` and in the validation loss. `identity`: the output is a number.
+        class_loss: the cross-entropy of an objective that learns classes; it weighs them.
         settings: the keys of `[objective]` that it reads.
         masks_patches: True if it chooses patches to hide, so that no others can be dropped.
         shapes_depend_on_data: True if tensors have sizes that only their content decides. `plan`
@@ -36,6 +37,7 @@ class Objective(nn.Module):
     """
 
     model: Any
+    class_loss: nn.Module
     encoder_prefix: ClassVar[str] = "model."
     supervised: ClassVar[bool]
     multi_label: ClassVar[bool] = False

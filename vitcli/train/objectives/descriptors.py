@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.base import Metrics, Objective, count_macs, main_class
+from vitcli.train.objectives.class_losses import CrossEntropy
 from vitcli.vit import Network, ResNet, ResNetConfig, ViTConfig
 from vitcli.weights.loaded import LoadedModel
 
@@ -85,12 +86,12 @@ class Guided(Objective):
 
     encoder_prefix = "descriptors.model."
     supervised = True
-    settings = frozenset({"label_smoothing", "descriptor_weight"})
+    settings = CrossEntropy.settings | {"descriptor_weight"}
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
         self.descriptors = Descriptors(model, section)
-        self.label_smoothing = section.label_smoothing
+        self.class_loss = CrossEntropy(model, section)
         self.weight = section.descriptor_weight
 
     @property
@@ -103,7 +104,7 @@ class Guided(Objective):
         """(B, C, Y, X), (B,) or (B, K) -> the weighted sum of both losses (), and metrics."""
         features = self.model.features(images)  # (B, 4 D)
         logits = self.model.classify(features).float()  # (B, K)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = self.class_loss(logits, labels)
         error = self.descriptors.error(features, images)
         accuracy = (logits.argmax(dim=1) == main_class(labels)).float().mean()
         total = loss + self.weight * error

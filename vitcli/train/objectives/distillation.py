@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.base import Metrics, Objective, main_class
+from vitcli.train.objectives.class_losses import CrossEntropy
 from vitcli.vit.macs import macs
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.loaded import LoadedModel
@@ -26,9 +27,9 @@ class Distill(Objective):
 
     supervised = True
     columns: Tensor
-    settings = frozenset(
-        {"label_smoothing", "teacher", "distillation", "distillation_weight", "temperature"}
-    )
+    settings = CrossEntropy.settings | {
+        "teacher", "distillation", "distillation_weight", "temperature"
+    }  # fmt: skip
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class Distill(Objective):
         teacher.network.requires_grad_(False)
         self.hard = section.distillation == "hard"
         self.weight, self.temperature = section.distillation_weight, section.temperature
-        self.label_smoothing = section.label_smoothing
+        self.class_loss = CrossEntropy(model, section)
         columns = teacher_columns(teacher, model.labels or (), section.teacher)
         self.register_buffer("columns", torch.tensor(columns), persistent=False)
 
@@ -93,7 +94,7 @@ class Distill(Objective):
         """(B, C, Y, X), (B,) or (B, K) shares -> the weighted sum of both losses (), metrics."""
         logits, distilled = self.logits(images)  # (B, K) each
         targets = self.teacher_logits(images)  # (B, K)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = self.class_loss(logits, labels)
         if self.hard:  # equation 3
             distillation = F.cross_entropy(distilled, targets.argmax(dim=1))
         else:  # equation 2; t^2 keeps the size of the gradients (Hinton et al., 2015)

@@ -1,0 +1,268 @@
+"""Default settings from the data: the pure function, the facts, and runs without a recipe."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.watching import Told
+
+from vitcli.commands import finetune, plan, pretrain
+from vitcli.config.recipe import flat_keys, load_recipe
+from vitcli.data.facts import DataFacts, may_flip, measure_data
+from vitcli.data.source import load_data
+from vitcli.data.splits import auto_fraction
+from vitcli.errors import VitcliError
+from vitcli.train.defaults import (
+    MachineFacts,
+    best_metric,
+    choose_defaults,
+    is_scarce,
+    propose_model,
+)
+from vitcli.vit.variants import parse_variant
+
+SIGNS = DataFacts(images=300, size=(100, 100), classes=6)
+CIFAR = DataFacts(images=50_000, size=(32, 32), classes=10)
+IMAGENET = DataFacts(images=1_281_167, size=(375, 500), classes=1000)
+CPU, GPU = MachineFacts("cpu", 2), MachineFacts("cuda", 16)
+
+
+def chosen(data, machine=CPU, command="pretrain", **given):
+    given = {key.replace("__", "."): value for key, value in given.items()}
+    return flat_keys(choose_defaults(command, data, machine, given).settings)
+
+
+@pytest.mark.parametrize(
+    ("data", "machine", "expected"),
+    [
+        (SIGNS, CPU, {"model.name": "Pico/8", "model.image_size": 64, "train.epochs": 300.0}),
+        (CIFAR, CPU, {"model.name": "Pico/4", "model.image_size": 32, "train.epochs": 10.0}),
+        (replace(CIFAR, size=(28, 28)), CPU, {"model.name": "Pico/4", "model.image_size": 28}),
+        (replace(SIGNS, size=(8, 8)), CPU, {"model.name": "Pico/2", "model.image_size": 8}),
+        (replace(SIGNS, size=(3000, 4000)), CPU, {"model.name": "Pico/8", "model.image_size": 64}),
+        (SIGNS, GPU, {"model.name": "Ti/8", "model.image_size": 96, "train.batch_size": 64}),
+        (CIFAR, GPU, {"model.name": "S/4", "model.image_size": 32, "train.epochs": 100.0}),
+        (IMAGENET, GPU, {"model.name": "B/16", "model.image_size": 224, "train.epochs": 60.0}),
+        (replace(SIGNS, may_flip=False), CPU, {"augment.flip_rate": 0.0}),
+        (replace(SIGNS, numeric=True), CPU, {"augment.flip_rate": 0.0, "augment.crop": "none"}),
+    ],
+)
+def test_settings_by_data_and_machine(data, machine, expected):
+    found = chosen(data, machine)
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_cifar_on_a_cpu_gets_the_settings_that_were_measured():
+    measured = flat_keys(load_recipe("pretrain_cifar10_small").model_dump(exclude_none=True))
+    found = chosen(CIFAR, train__budget="5m")
+    assert found["model.pool"] == measured["model.pool"]
+    for key in ("model.name", "objective.name", "train.batch_size", "augment.crop"):
+        assert found[key] == measured[key], key
+    assert found["train.smaller_sizes"] == [list(pair) for pair in measured["train.smaller_sizes"]]
+
+
+SIDES = (1, 8, 15, 20, 21, 28, 32, 48, 49, 64, 100, 128, 129, 224, 500, 5000)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("machine", [CPU, GPU])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"model.patch_size": 7},
+        {"model.name": "Ti/16"},
+        {"model.name": "R50x1"},
+        {"model.image_size": 30},
+        {"model.image_size": [24, 36]},
+        {"preprocess.image_size": 40},
+    ],
+)
+def test_every_choice_is_a_model_with_a_moderate_number_of_tokens(side, machine, given):
+    found = flat_keys(
+        choose_defaults("pretrain", replace(SIGNS, size=(side, side)), machine, given).settings
+    )
+    assert not found.keys() & given.keys()
+    values = {**found, **given}
+    size = values.get("preprocess.image_size", values["model.image_size"])
+    size = tuple(size) if isinstance(size, list) else (size, size)
+    settings = {"pool": values.get("model.pool", "mean"), "class_token": False}
+    if "model.patch_size" in values:
+        settings["patch_size"] = values["model.patch_size"]
+    if values["model.name"].startswith("R50x"):
+        settings = {}
+    config = parse_variant(values["model.name"], num_classes=6, image_size=size, **settings)
+    for small, _ in values.get("train.smaller_sizes", ()):
+        replace(config, image_size=(small, small))  # raises for a size that does not fit
+    if machine is CPU and not given:
+        assert 16 <= (config.image_size[0] // config.patch_size) ** 2 <= 144
+
+
+def test_what_the_user_gives_stays_and_the_rest_adapts():
+    assert chosen(SIGNS, model__image_size=96)["model.name"] == "Pico/8"
+    found = chosen(SIGNS, model__name="Ti/16", optim__lr=0.1, train__steps=5)
+    assert not found.keys() & {"model.name", "optim.lr", "train.steps", "train.epochs"}
+    assert found["model.image_size"] % 16 == 0
+    assert "objective.name" not in chosen(SIGNS, objective__name="sigmoid")
+    assert "model.pool" not in chosen(SIGNS, objective__name="mae")
+    assert "model.pool" not in chosen(SIGNS, train__patch_drop_rate=0.5)
+    assert chosen(SIGNS, replace(CPU, processes=3))["train.batch_size"] % 6 == 0
+    assert chosen(SIGNS, train__budget="2h")["model.name"] == "Nano/8"
+
+
+def test_finetune_of_few_photographs_of_own_weights_and_of_characters():
+    few = chosen(SIGNS, command="finetune")
+    assert (few["optim.name"], few["train.batch_size"], few["train.epochs"]) == ("sgd", 32, 10.0)
+    assert "model.name" not in few
+    assert "optim.name" not in chosen(CIFAR, command="finetune")
+    assert "optim.name" not in chosen(SIGNS, command="finetune", lora__rank=8)
+    own = flat_keys(choose_defaults("finetune", SIGNS, CPU, {}, own_weights=True).settings)
+    assert (own["optim.name"], own["train.epochs"]) == ("muon", 40.0)
+    signs = chosen(replace(SIGNS, may_flip=False), command="finetune")
+    assert (signs["augment.crop"], signs["augment.flip_rate"]) == ("pad", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("classes", "flips"),
+    [
+        (("daisy", "rose"), True),
+        (tuple("0123456789"), False),
+        (tuple("abc"), False),
+        (("turn_left", "turn_right", "stop"), False),
+        (("leftovers", "bread"), True),  # a word, not a part of one
+        (("10", "20", "30"), False),
+        (("a", "dog", "cat"), True),
+        ((), True),
+    ],
+)
+def test_class_names_that_forbid_a_flip(classes, flips):
+    assert may_flip(classes) is flips
+
+
+def test_the_validation_fraction_of_auto():
+    assert auto_fraction(np.repeat(np.arange(6), 50)) == 0.1
+    assert auto_fraction(np.repeat(np.arange(20), 1)) == 0.0
+    assert auto_fraction(np.repeat(np.arange(100), 10)) == 0.0  # one image per class says little
+    assert auto_fraction(np.zeros(1_000_000)) == 0.005
+    assert is_scarce(SIGNS)
+    assert not is_scarce(CIFAR)
+    assert best_metric(replace(SIGNS, multi_label=True)) == "map"
+
+
+def draw_photos(folder, per_class=40, side=24):
+    rng = np.random.default_rng(0)
+    for label in ("ash", "oak"):
+        place = folder / label
+        place.mkdir(parents=True)
+        for index in range(per_class):
+            pixels = rng.integers(0, 120, (side, side + 4, 3)) + 100 * (label == "oak")
+            Image.fromarray(pixels.astype(np.uint8)).save(place / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("defaults") / "my photos"
+    draw_photos(folder / "train", 120)
+    draw_photos(folder / "test", 8)
+    return folder
+
+
+def test_facts_come_from_headers(photos, monkeypatch):
+    def decoded(*_):
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr("vitcli.decode.LazyImage.whole", decoded)
+    facts = measure_data(load_data(photos))
+    assert facts == DataFacts(images=240, size=(24, 28), classes=2)
+    facts = measure_data(load_data("builtin:digits"))
+    assert (facts.images, facts.size, facts.may_flip) == (1438, (8, 8), False)
+
+
+TINY = {"model": {"embed_dim": 32, "depth": 1, "num_heads": 2, "mlp_dim": 64}}
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    out, watch = tmp_path_factory.mktemp("defaults") / "run", Told()
+    settings = {**TINY, "train": {"steps": 2, "precision": "fp32"}}
+    result = pretrain.run(str(photos), settings=settings, out=out, watch=watch)
+    return out, result, watch
+
+
+def test_a_run_without_a_recipe_says_records_and_repeats_its_choice(run, photos, tmp_path):
+    out, result, watch = run
+    said = " ".join(watch.notes)
+    assert "defaults for 216 training images of about 28x24 px, 2 classes: Pico/4 at 24 px" in said
+    assert "--recipe pretrain" in said
+    assert any(f"vitcli finetune '{photos}' --model " in text for text in watch.warnings)
+    assert result.validation["split"] == "validation"
+    assert result.figures["split"] == "test"
+    assert result.figures["weights"] == result.weights["name"]
+    facts = json.loads((out / "provenance.json").read_text())["defaults"]
+    assert facts["data"]["images"] == 216
+    assert facts["settings"]["model"]["image_size"] == 24
+    recipe = load_recipe(str(out / "recipe.toml"))
+    assert recipe.data.validation_fraction == 0.1
+    assert recipe.train.best_metric == "accuracy"
+    again = pretrain.run(recipe=str(out / "recipe.toml"), out=tmp_path / "again", watch=Told())
+    assert again.figures == result.figures
+    same = (tmp_path / "again/model.safetensors").read_bytes()
+    assert same == (out / "model.safetensors").read_bytes()
+
+
+def test_a_resume_does_not_look_at_the_data_again(run, photos, monkeypatch):
+    out, _, _ = run
+
+    def measured(*_, **__):
+        raise AssertionError("the defaults were chosen again")
+
+    monkeypatch.setattr("vitcli.train.resolve.choose_defaults", measured)
+    assert pretrain.run(str(photos), out=out, resume=True).already_finished
+
+
+def test_no_validation_images_if_the_user_says_so(photos, tmp_path):
+    settings = {**TINY, "train": {"steps": 1}, "data": {"validation_fraction": 0.0}}
+    result = pretrain.run(str(photos), settings=settings, out=tmp_path / "run")
+    assert (result.validation, result.best) == (None, None)
+    assert result.figures["split"] == "test"
+
+
+def test_finetune_without_a_recipe(run, photos, tmp_path):
+    watch = Told()
+    result = finetune.run(
+        str(photos),
+        model=str(run[0]),
+        settings={"train": {"steps": 1}},
+        out=tmp_path / "run",
+        watch=watch,
+    )
+    assert result.validation["split"] == "validation"
+    assert load_recipe(str(tmp_path / "run/recipe.toml")).optim.name == "muon"  # as the run
+    assert f"2 classes: {run[0]}, batch 32, 1 steps" in " ".join(watch.notes)
+
+
+def test_finetune_without_weights_names_the_command(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VitcliError, match="no finished `pretrain` run") as error:
+        finetune.run(str(photos))
+    model = "hf:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert propose_model(240, CPU) == model
+    assert f"`vitcli finetune '{photos}' --model hf:timm/vit_" in error.value.hint
+    assert propose_model(240, GPU) != propose_model(10**5, GPU) != model
+
+
+def test_a_plan_shows_the_same_choice(photos):
+    estimate = plan.run(None, str(photos), command="pretrain", probing=False, compare=False)
+    recipe = estimate.planned.recipe
+    assert (recipe.model.name, recipe.model.image_size) == ("Pico/4", 24)
+    assert recipe.train.epochs == 300.0
+
+
+@pytest.mark.parametrize("data", [None, "builtin:digits", "builtin:formula"])
+def test_shipped_data_keep_their_recipes(data):
+    estimate = plan.run(None, data, command="pretrain", probing=False, compare=False)
+    name = "pretrain" if data == "builtin:digits" else "pretrain_formula"
+    settings = {"data": {"name": data}} if data else {}
+    assert estimate.planned.recipe == load_recipe(name, settings)

@@ -21,6 +21,7 @@ from vitcli.files import (
     read_json,
     replacing,
     write_text,
+    writing,
 )
 
 
@@ -32,6 +33,19 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_output_removes_what_a_killed_command_has_left(tmp_path):
+    path, left = tmp_path / "a.txt", tmp_path / ".a.txt.0123456789ab.tmp"
+    for file in (left, tmp_path / ".a.txt.lock", tmp_path / ".b.txt.0123456789ab.tmp"):
+        file.touch()
+    with writing(path) as temporary:
+        temporary.write_text("new")
+        with pytest.raises(VitcliError, match="another command is writing"), writing(path):
+            pass
+    assert {file.name for file in tmp_path.iterdir()} == {"a.txt", ".b.txt.0123456789ab.tmp"}
+    with pytest.raises(VitcliError, match="is not a folder"), writing(tmp_path / "no/a.txt"):
+        pass
 
 
 def test_a_folder_replaces_an_empty_folder_only(tmp_path):

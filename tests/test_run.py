@@ -192,3 +192,11 @@ def test_a_message_is_one_line_of_the_log(tmp_path):
     Logged(Quiet(), tmp_path / "log.txt").warn("`a\nerror: b\x1b[2J\udcff` is odd")
     (line,) = (tmp_path / "log.txt").read_text(encoding="utf-8").splitlines()
     assert line.endswith(r" warning: `a\nerror: b\x1b[2J\xff` is odd")
+
+
+def test_a_lock_that_a_killed_command_has_left_beside_its_run_is_removed(tmp_path):
+    create_run(tmp_path / "a", recipe())
+    (tmp_path / ".a.lock").touch()
+    with pytest.raises(VitcliError, match="exists already"):
+        create_run(tmp_path / "a", recipe())
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -102,7 +102,7 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(scontrol, tmp_path):
 
 IN_A_COMMAND = """
 import os, signal, sys
-from vitcli.cli import console, main
+from vitcli.cli import app as commands, console, main
 number, again = int(sys.argv[1]), int(sys.argv[2])
 said = console.err.print
 
@@ -121,7 +121,7 @@ def print_slowly(*words, **how):
     said(*words, **how)
     hit()
 
-main.app, console.err.print = app, print_slowly
+commands.app, console.err.print = app, print_slowly
 main.main()
 """
 
@@ -147,6 +147,89 @@ def test_slurms_signal_outside_of_training_queues_the_job_again(scontrol):
 def test_ctrl_c_again_and_again_is_one_line():
     done = stopped_by(signal.SIGINT, again=5)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+AT_AN_IMPORT = """
+import os, signal, sys
+number, module = int(sys.argv[1]), sys.argv[2]
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), number)
+
+sys.meta_path.insert(0, Finder)
+sys.argv = ["vitcli", "--version"]
+from vitcli.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "vitcli.cli.options"])
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGINT, "interrupted\n"),
+        (signal.SIGTERM, "stopped by SIGTERM\n"),
+        (signal.SIGUSR1, "stopped by SIGUSR1\nrequeued job 7\n"),
+    ],
+)
+def test_a_signal_during_the_first_imports_is_handled(scontrol, number, said, module):
+    done = subprocess.run(
+        [sys.executable, "-c", AT_AN_IMPORT, str(int(number)), module],
+        env={**os.environ, "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", said)
+
+
+BEFORE_TRAINING = """
+import os, signal, sys, threading
+from vitcli import distributed
+from vitcli.cli import app as commands, main
+number, member = int(sys.argv[1]), sys.argv[2]
+
+def app(**_):
+    members = [{**os.environ, "RANK": str(rank)} for rank in range(2)]
+    team = distributed.LaunchedProcesses([sys.executable, "-c", member], members)
+    threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
+    return team.wait(print)
+
+commands.app = app
+main.main()
+"""
+DIES = "import time; time.sleep(60)"
+HANDLES = """
+import os, signal, sys, time
+def stop(number, frame):
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        print("stopped in process 0", file=sys.stderr, flush=True)
+    os._exit(0 if rank else 128 + number)
+signal.signal(signal.SIGUSR1, stop)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("member", "said", "requeued"),
+    [
+        (DIES, "stopped by SIGUSR1\nrequeued job 7\n", "requeue 7\n"),
+        (HANDLES, "stopped in process 0\n", None),  # it requeues too
+    ],
+)
+def test_slurms_signal_before_several_processes_handle_it(scontrol, member, said, requeued):
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE_TRAINING, str(int(signal.SIGUSR1)), member],
+        env={**os.environ, "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGUSR1, said), done.stdout
+    assert (scontrol.read_text() if scontrol.exists() else None) == requeued
 
 
 def test_a_task_of_a_suite_that_slurms_signal_stopped_has_not_failed():

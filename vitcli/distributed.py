@@ -135,6 +135,9 @@ class LaunchedProcesses:
                 signal.signal(number, handler)
         if failed is None:
             return 0
+        if self.received is not None and self.members[0].returncode not in (0, 128 + self.received):
+            # It ended before process 0 could handle it, so this process reports it.
+            signal.raise_signal(self.received)
         status = int(failed.returncode)
         if status >= 0:
             return status

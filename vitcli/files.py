@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,8 +40,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         VitcliError: the path cannot be written (no permission, disk full, a folder with content).
     """
     target = Path(path)
-    # Process numbers repeat on the machines and in the containers that share a disk.
-    temporary = target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
+    temporary = temporary_path(target)
     try:
         yield temporary
         for file in [temporary, *temporary.rglob("*")]:
@@ -50,11 +50,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
         _sync(target.parent)
     except OSError as error:
-        if not target.parent.is_dir():
-            raise VitcliError(
-                f"cannot write `{target}`: `{target.parent}` is not a folder",
-                "create the folder first",
-            ) from error
+        _check_parent(target, error)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise VitcliError(
                 f"`{target}` exists already", "choose another path with `--out`"
@@ -69,6 +65,53 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def temporary_path(target: Path) -> Path:
+    """A free name beside `target`; `claimed` removes it after a kill."""
+    # Process numbers repeat on the machines and in the containers that share a disk.
+    return target.with_name(f".{target.name[:80]}.{secrets.token_hex(6)}.tmp")
+
+
+@contextmanager
+def claimed(path: Path, busy: Callable[[], VitcliError]) -> Iterator[None]:
+    """Hold a lock on the name `path`, and remove the temporary files that killed processes left.
+
+    Raises:
+        VitcliError: as `exclusive`.
+    """
+    with exclusive(path.with_name(f".{path.name[:80]}.lock"), busy):
+        remove_leftovers(path)
+        yield
+
+
+def release_claim(path: Path) -> None:
+    """Remove the lock of a process that was killed after it had made `path`."""
+    if path.with_name(f".{path.name[:80]}.lock").is_file():
+        with suppress(VitcliError), claimed(path, lambda: VitcliError("it is in use")):
+            pass
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`replacing` for an output that the user has named; one command at a time writes it.
+
+    Raises:
+        VitcliError: as `replacing`, or another command writes the same path.
+    """
+    target, hint = Path(path), "wait for it, or choose another path"
+    _check_parent(target)
+    busy = partial(VitcliError, f"another command is writing `{target}`", hint)
+    with claimed(target, busy), replacing(target) as temporary:
+        yield temporary
+
+
+def _check_parent(target: Path, error: OSError | None = None) -> None:
+    if not target.parent.is_dir():
+        raise VitcliError(
+            f"cannot write `{target}`: `{target.parent}` is not a folder",
+            "create the folder first",
+        ) from error
 
 
 def remove_leftovers(path: Path) -> None:

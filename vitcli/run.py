@@ -22,11 +22,13 @@ from vitcli.config.recipe import check, read_toml
 from vitcli.config.schema import DataSection, Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import (
+    claimed,
     is_url,
     make_folder,
     parse_json,
     parse_toml,
     read_json,
+    release_claim,
     release_unused,
     replacing,
     seal,
@@ -38,6 +40,8 @@ from vitcli.files import (
 
 RUNS = Path("runs")
 OUTCOMES = "outcomes.safetensors"  # per-image results of the last evaluation
+# Keys of provenance.json: changes of the length, and resumes that were not exact.
+EXTENSIONS, RESUMES = "extensions", "resumes"
 TAIL_BYTES = 2**16  # more than the last line of metrics.jsonl
 LIBRARIES = ("torch", "accelerate", "datasets", "numpy", "pillow", "safetensors")
 
@@ -201,6 +205,7 @@ def check_free(path: Path) -> None:
             "choose another path with `--out`",
         ) from None
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        release_claim(path)
         unfinished = Run(path).recipe_file.is_file() and not Run(path).finished
         hint = "choose another path with `--out`"
         if unfinished:
@@ -208,8 +213,9 @@ def check_free(path: Path) -> None:
         raise VitcliError(f"`{path}` exists already", hint)
 
 
-def create_run(path: Path, recipe: Recipe | str) -> Run:
-    """Create a run directory that contains the recipe (an object, or TOML text).
+@contextmanager
+def new_run(path: Path) -> Iterator[Run]:
+    """Yield a run directory under a temporary name, which becomes `path` when the block succeeds.
 
     Of several processes that create the same path at once, exactly one succeeds.
 
@@ -218,9 +224,19 @@ def create_run(path: Path, recipe: Recipe | str) -> Run:
     """
     check_free(path)
     make_folder(path.parent)
-    with replacing(path) as temporary:
+
+    def busy() -> VitcliError:
+        return VitcliError(f"`{path}` exists already", "choose another path with `--out`")
+
+    with claimed(path, busy), replacing(path) as temporary:
         temporary.mkdir()
-        Run(temporary).write_recipe(recipe)
+        yield Run(temporary)
+
+
+def create_run(path: Path, recipe: Recipe | str) -> Run:
+    """Create a run directory that contains the recipe (an object, or TOML text); see `new_run`."""
+    with new_run(path) as run:
+        run.write_recipe(recipe)
     return Run(path)
 
 

@@ -232,6 +232,21 @@ def test_a_killed_export_is_repeated_and_leaves_nothing(to, taken, model, here, 
     assert left == {out.name, other.name}
 
 
+def test_what_was_not_compared_yet_is_not_there(model, here, monkeypatch):
+    """An export that is killed before its check leaves no output, so it can be repeated."""
+
+    def compare(net, to, written):
+        assert not out.exists() or not out.read_bytes()
+        return compared(net, to, written)
+
+    compared = export._compare
+    monkeypatch.setattr(export, "_compare", compare)
+    for to in READABLE:
+        out = here / f"{to}{FORMATS[to].suffix or ''}"
+        export.run(to, model="m.safetensors", out=out)
+        assert out.exists()
+
+
 def test_a_live_export_keeps_its_place(model, here):
     Path("x.npz").touch()
     with (

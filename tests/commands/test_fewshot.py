@@ -67,6 +67,21 @@ def test_the_classifier_is_a_run_that_predict_takes(weights, here):
     assert again.run == "runs/w-fewshot-2" and again.accuracies == result.accuracies
 
 
+def test_a_run_appears_with_all_its_files(weights, here, monkeypatch):
+    """A command that is killed while it writes leaves no run, so it can be repeated."""
+
+    def finish(run, result):
+        assert not (here / "out").exists()
+        finished(run, result)
+
+    finished = Run.finish
+    monkeypatch.setattr(Run, "finish", finish)
+    (here / ".out.0123456789ab.tmp").mkdir()
+    fewshot.run(model=weights, settings={"fewshot": {"shots": [1], "seeds": 1}}, out=here / "out")
+    assert Run(here / "out").finished
+    assert {path.name for path in here.iterdir()} == {"out", weights}
+
+
 def test_pooling_can_be_chosen(weights):
     result = fewshot.run(model=weights, settings={**SETTINGS, "model": {"pool": "gap"}})
     assert result.dim == 128 and load_model(result.run).config.pool == "mean"

@@ -350,6 +350,15 @@ def test_two_suites_in_one_folder(here, weights):
     assert not list(out.iterdir())
 
 
+def test_killed_before_its_first_file_it_starts(here, weights, inside):
+    write(here / "two.toml", FEWSHOT)
+    (here / "out").mkdir()
+    for name in (command.LOCK, f".{command.RECORD}.0123456789ab.tmp"):
+        (here / "out" / name).touch()
+    command.run("two.toml", model=weights, out=here / "out")
+    assert not list((here / "out").glob(".*"))
+
+
 @pytest.mark.slow
 def test_interrupted_it_goes_on(here, weights):
     recipe = finetune_recipe(here / "tiny.toml", train={"steps": 4000, "log_steps": 5})

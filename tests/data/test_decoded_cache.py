@@ -18,7 +18,7 @@ from support.pictures import photographs
 from vitcli.cli.main import run as vitcli
 from vitcli.data.decoded_cache import write_decoded
 from vitcli.data.loader import TrainLoader, eval_batches
-from vitcli.data.readers.decoded import INDEX
+from vitcli.data.readers.decoded import INDEX, PLAN
 from vitcli.data.source import load_data
 from vitcli.decode import ImageError, read_image
 from vitcli.errors import VitcliError
@@ -185,6 +185,16 @@ def test_what_is_stored_is_not_stored_again(photos, tmp_path):
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s").iterdir()}
     assert write_decoded(source, tmp_path / "s", side=48) == told
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "s").iterdir()} == before
+
+
+def test_what_a_kill_after_the_last_write_leaves_is_removed(photos, tmp_path):
+    out = tmp_path / "s"
+    stored(photos, out)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    for name in (".lock", "train.originals", PLAN, ".stored.json.0123456789ab.tmp"):
+        (out / name).write_text("{}")
+    stored(photos, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
 
 
 def test_two_processes_do_not_write_into_one_set(photos, tmp_path):

@@ -28,4 +28,7 @@ class Told(Quiet):
             def advance(self, n=1, **figures):
                 told[3] += n
 
+            def extend(self, total):
+                told[1] = total
+
         return Bar()

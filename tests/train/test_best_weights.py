@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import balanced_accuracy_score, f1_score
 from support.tiny import records, tiny_recipe, train_recipe
+from support.watching import Told
 from torch.nn.functional import cross_entropy
 
 from vitcli.commands import evaluate
@@ -52,6 +54,19 @@ def test_the_best_step_and_the_patience(metric, patience, values, best, over):
     assert (again.step, again.is_over) == (best, over)
 
 
+def test_a_run_that_is_made_longer_counts_its_patience_from_there():
+    found = BestWeights("loss", 2)
+    values = {1: 1.0, 2: 2.0, 3: 2.0}
+    found.restore([{"step": s, "validation/loss": v} for s, v in values.items()])
+    assert found.is_over
+    found.restore([{"step": s, "validation/loss": v} for s, v in values.items()], since=3)
+    over = []
+    for step in (4, 5):
+        found.values[step] = 3.0
+        over.append(found.is_over)
+    assert over == [False, True] and found.step == 1
+
+
 NAMES = ("model", "best", "last")
 # So high a rate that the loss of the validation images rises again.
 SETTINGS = {
@@ -85,6 +100,34 @@ def test_a_run_stops_and_keeps_its_best_weights(whole):
     with torch.no_grad():
         loss = cross_entropy(model(torch.stack(images)), torch.as_tensor(split.labels))
     assert float(loss) == pytest.approx(losses[best], rel=1e-4)
+
+
+def test_a_run_that_has_stopped_early_trains_longer_if_it_is_asked_to(whole, tmp_path, monkeypatch):
+    out, result = whole
+    longer = {**SETTINGS, "train": {**SETTINGS["train"], "steps": 60}}
+    again, told = tmp_path / "run", Told()
+    shutil.copytree(out, again)
+    found = train_recipe(again, tiny_recipe(**longer), resume=True, watch=told)
+    # Two more evaluations, unless one of them is the best so far.
+    assert found.steps >= result.steps + 4
+    (bar,) = (bar for bar in told.bars if bar[0] == "train")
+    assert bar[1] == bar[3] == found.steps < 60  # the progress bar ends where the run stopped
+    # An interruption after the change does not alter it.
+    killed, stop = tmp_path / "killed", loop_module.stop_early
+    shutil.copytree(out, killed)
+
+    def stop_or_die(loop, best):
+        if best.is_over:
+            raise KeyboardInterrupt
+        stop(loop, best)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_module, "stop_early", stop_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            train_recipe(killed, tiny_recipe(**longer), resume=True)
+    assert train_recipe(killed, tiny_recipe(**longer), resume=True).steps == found.steps
+    one, other = ((run / "model.safetensors").read_bytes() for run in (again, killed))
+    assert one == other
 
 
 @pytest.mark.parametrize("moment", ["before the file", "before the record", "before the stop"])

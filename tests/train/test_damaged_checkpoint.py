@@ -10,6 +10,7 @@ from support.tiny import train_tiny, weights
 
 from vitcli.config.schema import OptimSection
 from vitcli.errors import VitcliError
+from vitcli.run import Run
 from vitcli.train.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from vitcli.train.ema import Ema
 from vitcli.train.optimizers import build_optimizers
@@ -103,6 +104,37 @@ def test_the_way_out_is_the_newest_good_checkpoint_and_ends_with_the_same_bits(t
         shutil.rmtree(path)
     train_tiny(run, resume=True, **sections)
     assert weights(run) == expected
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A run whose last checkpoint, of step 8, is damaged; the one before is of step 4."""
+    run = tmp_path_factory.mktemp("damaged") / "run"
+    train_tiny(run, train={"checkpoint_steps": 4, "keep_checkpoints": 2})
+    flip(list_checkpoints(run / "checkpoints")[-1] / "module.safetensors", 5000)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({}, "and the result is the same"),
+        ({"extensions": [{"step": 4}]}, "and the result is the same"),  # it starts from there again
+        (
+            {"extensions": [{"step": 6}]},
+            "made longer at step 6, and its schedule changes at step 4",
+        ),
+        ({"resumes": [{"step": 2, "changed": ["torch 2.0 -> 2.1"]}]}, "not the same to the last"),
+        ({"device": "cuda:0"}, "not the same to the last bit"),
+    ],
+)
+def test_the_way_out_says_if_the_result_is_the_same(damaged, tmp_path, facts, words):
+    run = tmp_path / "run"
+    shutil.copytree(damaged, run)
+    Run(run).update_provenance(facts)
+    with pytest.raises(VitcliError) as caught:
+        load_checkpoint(list_checkpoints(run / "checkpoints")[-1], state())
+    assert "resumes from step 4" in caught.value.hint and words in caught.value.hint
 
 
 def test_without_an_older_one_the_run_starts_from_step_0(tmp_path):

@@ -9,9 +9,9 @@ import torch
 from support.tiny import train_tiny, vitcli, weights, write_tiny
 from support.watching import Told
 
-from vitcli.run import Run
+from vitcli.run import RESUMES, Run
 from vitcli.train.checkpoint import list_checkpoints
-from vitcli.train.exactness import RESUMES, bit_deciding, machine_facts, use_threads
+from vitcli.train.exactness import bit_deciding, machine_facts, use_threads
 
 CPU = torch.device("cpu")
 

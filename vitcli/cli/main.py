@@ -1,5 +1,8 @@
 """The entry point: signals, processes, and the exit status of a command line.
 
+Typer, Rich and the commands are imported inside of functions: their import takes most of the start,
+and a signal that comes meanwhile finds its handler installed.
+
 Exit status: 0 done, 1 a bug (traceback), 2 a user error, 3 done but some inputs were unreadable,
 130 interrupted, 143 terminated.
 """
@@ -13,11 +16,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-import typer
-
 from vitcli import distributed
-from vitcli.cli import console
-from vitcli.cli.app import app
 from vitcli.errors import VitcliError
 
 COMPLETION = "_VITCLI_COMPLETE"  # Typer's variable for `prog_name="vitcli"`
@@ -38,28 +37,39 @@ _timer: threading.Timer | None = None
 
 def main() -> None:
     """Run the command line of this process and exit with its status."""
-    # Spinning OpenMP threads make two busy cores slower than one (recipes/LOG.md). OpenMP reads
-    # this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if COMPLETION in os.environ:  # the shell asks; no command runs
-        app(prog_name="vitcli")
-    distributed.record_start()
-    distributed.join_slurm_job()
-    distributed.exit_with_launcher()
-    _open_streams()
-    signal.signal(signal.SIGINT, _interrupt)
-    if distributed.world_size() == 1:  # with several processes, the launcher reports SIGTERM
-        signal.signal(signal.SIGTERM, _interrupt)
-    if hasattr(signal, "SIGUSR1"):  # Slurm may send it before training or after the last step
-        signal.signal(signal.SIGUSR1, _interrupt)
     try:
+        _handle_signals()
+        # Spinning OpenMP threads make two busy cores slower than one (recipes/LOG.md). OpenMP reads
+        # this when torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if COMPLETION in os.environ:  # the shell asks; no command runs
+            from vitcli.cli.app import app
+
+            app(prog_name="vitcli")
+        distributed.record_start()
+        distributed.join_slurm_job()
+        if distributed.world_size() > 1:  # the launcher reports SIGTERM
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        distributed.exit_with_launcher()
+        _open_streams()
         distributed.exit_process(run(sys.argv[1:]))
     except KeyboardInterrupt:  # outside of the command itself
         distributed.exit_process(_end_interrupted())
 
 
+def _handle_signals() -> None:
+    # Slurm may send SIGUSR1 before training or after the last step.
+    for number in distributed.FORWARDED:
+        signal.signal(number, _interrupt)
+
+
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status."""
+    import typer
+
+    from vitcli.cli import console
+    from vitcli.cli.app import app
+
     if distributed.rank():
         console.mute()
     if warning := distributed.launch_warning():
@@ -74,8 +84,7 @@ def run(arguments: list[str]) -> int:
     except VitcliError as error:
         return _report(error)
     except (KeyboardInterrupt, typer.Abort):
-        status = _end_interrupted()
-        return status if distributed.rank() == 0 else 0
+        return _end_interrupted()
     except (BrokenPipeError, SystemExit) as end:  # Typer and Rich turn the first into the second
         if getattr(end, "code", 1) in (0, None):  # `--show-completion`
             return 0
@@ -121,9 +130,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _end_interrupted() -> int:
     """Say which signal stopped the command, requeue its Slurm job, and return the exit status."""
-    console.err.print(_interrupted())
+    _say(_interrupted())
     _requeue(_received)
-    return 128 + _received
+    # Process 0 reports it; a failure of another one would end process 0 meanwhile.
+    return 128 + _received if distributed.rank() == 0 else 0
 
 
 def _requeue(number: int) -> None:
@@ -131,7 +141,17 @@ def _requeue(number: int) -> None:
     if _timer is not None:
         _timer.cancel()  # `scontrol` may be slow
     if distributed.rank() == 0 and (message := distributed.requeue_slurm_job(number)):
+        _say(message)
+
+
+def _say(message: str) -> None:
+    """Print a line on stderr in process 0; Rich may not be imported yet."""
+    if distributed.rank():
+        return
+    if console := sys.modules.get("vitcli.cli.console"):
         console.err.print(message, soft_wrap=True)
+    else:
+        sys.stderr.write(f"{message}\n")
 
 
 def _interrupted() -> str:
@@ -150,6 +170,8 @@ def _open_streams() -> None:
 
 def _report(error: VitcliError) -> int:
     """Print a user error and return its exit status."""
+    from vitcli.cli import console
+
     distributed.wait_before_error(mistake=True)
     console.err.quiet = False
     console.print_error(error)
@@ -194,9 +216,6 @@ def _stopped_training(error: Exception) -> int | None:
     loop = sys.modules.get("vitcli.train.loop")
     if loop is None or not isinstance(error, loop.Stopped):
         return None
-    console.err.print(
-        f"{error}; to resume, run the same command with `--out {error.run} --resume`",
-        soft_wrap=True,
-    )
+    _say(f"{error}; to resume, run the same command with `--out {error.run} --resume`")
     _requeue(error.number)
     return 128 + error.number

@@ -18,7 +18,7 @@ from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
 from vitcli.data.source import Source, open_data
 from vitcli.data.splits import with_auto_validation
 from vitcli.errors import VitcliError, quoted
-from vitcli.files import make_folder, replacing
+from vitcli.files import make_folder, writing
 from vitcli.inspection.dataset_report import dataset_page, draw_samples, output_files
 from vitcli.pixels import Window
 from vitcli.progress import Quiet, Watcher
@@ -373,7 +373,7 @@ def run(
     if sheet is not None:
         if page is not None:
             make_folder(page.parent)
-        with replacing(sheet) as temporary:
+        with writing(sheet) as temporary:
             draw_samples(source, scan, window, f"samples of {data}").save(temporary, format="PNG")
     if page is not None:
         write_report(page, partial(_make_page, result), watch)

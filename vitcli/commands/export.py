@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Settings
 from vitcli.errors import VitcliError, unknown
-from vitcli.files import exclusive, release_unused, remove_leftovers, take_first
+from vitcli.files import claimed, release_unused, replacing, take_first, temporary_path
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_output, run_stem
 from vitcli.vit import ViTConfig
@@ -119,18 +120,22 @@ def run(
 
 
 def _export(net: LoadedModel, model: str, to: str, out: Path) -> Exported:
-    """Write the model, read it back, and compare."""
+    """Write the model, read it back, and compare; `out` appears when both agree."""
     temperature, folded = net.temperature, net.target_scale
     fold_temperature(net)
     fold_target_scale(net)
-    notes = resolve_name(f"vitcli.weights.{FORMATS[to].write}")(net, out)
-    try:
+    with _workspace(out) as written:
+        notes = resolve_name(f"vitcli.weights.{FORMATS[to].write}")(net, written)
         if to != "onnx":  # not a MODEL of any command
-            write_split_record(net, out / "model.safetensors" if out.is_dir() else out)
-        again, difference, scale = _compare(net, to, out)
-    except BaseException:
-        _remove(out)
-        raise
+            weights = written / "model.safetensors" if written.is_dir() else written
+            write_split_record(net, weights)
+        again, difference, scale = _compare(net, to, written)
+        # The file itself comes last: a killed export leaves no `out`, or a whole and checked one.
+        for path_of in (data_file, record_file):
+            if path_of(written).is_file():
+                path_of(written).replace(path_of(out))
+        with replacing(out) as temporary:
+            written.rename(temporary)
     if temperature != 1.0:
         notes = [*notes, f"the temperature {temperature:.4g} is folded into the head"]
     if net.thresholds is not None:
@@ -158,6 +163,25 @@ def _export(net: LoadedModel, model: str, to: str, out: Path) -> Exported:
     )
 
 
+@contextmanager
+def _workspace(out: Path) -> Iterator[Path]:
+    """Yield a path with the name of `out` in a temporary folder beside it."""
+    folder = temporary_path(out)
+    written = folder / out.name
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise VitcliError(
+            f"cannot write `{out}`: {error.strerror}", "choose another path with `--out`"
+        ) from error
+    try:
+        yield written
+    except VitcliError as error:
+        raise VitcliError(error.message.replace(str(written), str(out)), error.hint) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _newest() -> str:
     """The newest run with a trained head, or else the newest run."""
     with suppress(VitcliError):
@@ -179,7 +203,8 @@ def _check_place(out: Path, to: str) -> None:
             f"`--to {to}` writes a file; use for example `--out {out / 'model'}{suffix}`",
         )
     if suffix is None or not _is_empty_file(out):
-        check_free(out)
+        for path in (out, data_file(out)) if to == "onnx" else (out,):
+            check_free(path)
 
 
 def _is_empty_file(path: Path) -> bool:
@@ -201,7 +226,7 @@ def _place_taken(out: Path, *, is_new: bool, is_file: bool) -> Iterator[None]:
             f"cannot make `{out.parent}`: {error.strerror}", "choose another path with `--out`"
         ) from error
     try:
-        with _locked(out) if is_new else nullcontext():
+        with claimed(out, partial(_busy, out)) if is_new else nullcontext():
             if is_new and is_file and not _is_empty_file(out):
                 take_first([out], as_file=True)
             try:
@@ -217,20 +242,11 @@ def _place_taken(out: Path, *, is_new: bool, is_file: bool) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep other exports from `out`, and remove the temporary files of a killed one."""
-
-    def busy() -> VitcliError:
-        return VitcliError(
-            f"`{out}` exists already: another export writes it",
-            "wait for it, or choose another path with `--out`",
-        )
-
-    with exclusive(out.with_name(f".{out.name[:80]}.lock"), busy):
-        for path in (out, data_file(out), record_file(out)):
-            remove_leftovers(path)
-        yield
+def _busy(out: Path) -> VitcliError:
+    return VitcliError(
+        f"`{out}` exists already: another export writes it",
+        "wait for it, or choose another path with `--out`",
+    )
 
 
 def _compare(net: LoadedModel, to: str, out: Path) -> tuple[LoadedModel, float | None, float]:
@@ -275,14 +291,6 @@ def _files(out: Path) -> dict[str, int]:
         return {p.name: p.stat().st_size for p in sorted(out.iterdir())}
     paths = (out, data_file(out), record_file(out))
     return {p.name: p.stat().st_size for p in paths if p.is_file()}
-
-
-def _remove(out: Path) -> None:
-    if out.is_dir():
-        shutil.rmtree(out, ignore_errors=True)
-    else:
-        for path in (out, data_file(out), record_file(out)):
-            path.unlink(missing_ok=True)
 
 
 def _facts(net: LoadedModel) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from vitcli.evals.fewshot.ridge import L2Choice
 from vitcli.evals.held_out import open_known
 from vitcli.evals.intervals import wilson_interval
 from vitcli.progress import Quiet, Watcher
-from vitcli.run import check_free, create_run, new_output, run_stem
+from vitcli.run import check_free, new_output, new_run, run_stem
 from vitcli.weights.edit import replace_head
 from vitcli.weights.feature_layers import set_representation
 from vitcli.weights.load import load_model, load_settings, newest_run
@@ -289,14 +289,16 @@ def _store(
     recipe = {"command": "fewshot", **inference.model_dump(mode="json", exclude_none=True)}
     recipe["model"]["name"] = net.load_report.source if net.load_report else result.model
     recipe["data"]["name"] = source.notation
-    run = create_run(path, tomli_w.dumps(recipe))
-    run.write_provenance(
-        {
-            "model": net.load_report.provenance() if net.load_report else None,
-            "data": {"name": source.notation, "fingerprint": source.fingerprint},
-            "device": str(pick_device()),
-        }
-    )
-    save_model(run.weights_file, net.to("cpu"))
     named = replace(result, model=recipe["model"]["name"])
-    run.finish({"command": "fewshot", **named.to_json()})
+    # The directory appears with all its files, so that a killed command can be repeated.
+    with new_run(path) as run:
+        run.write_recipe(tomli_w.dumps(recipe))
+        run.write_provenance(
+            {
+                "model": net.load_report.provenance() if net.load_report else None,
+                "data": {"name": source.notation, "fingerprint": source.fingerprint},
+                "device": str(pick_device()),
+            }
+        )
+        save_model(run.weights_file, net.to("cpu"))
+        run.finish({"command": "fewshot", **named.to_json()})

@@ -14,7 +14,7 @@ from vitcli.data.sample_range import with_window
 from vitcli.data.source import load_data
 from vitcli.decode import IMAGE_SUFFIXES, read_image
 from vitcli.errors import VitcliError, printable
-from vitcli.files import replacing
+from vitcli.files import writing
 from vitcli.inspection.patch_files import read_patches, save_patches, store_token_set
 from vitcli.inspection.patch_grids import (
     PatchStatistics,
@@ -338,7 +338,7 @@ def _patchify_data(
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         picture.save(temporary, format="PNG")
 
 

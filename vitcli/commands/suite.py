@@ -30,7 +30,7 @@ from vitcli.evals.suite_file import (
     task_data,
     task_result,
 )
-from vitcli.files import exclusive, make_folder, read_json, write_text
+from vitcli.files import exclusive, make_folder, read_json, remove_leftovers, write_text
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import Run, new_output, run_stem
 from vitcli.weights.load import newest_run
@@ -164,6 +164,8 @@ def _run_tasks(
     watch: Watcher,
 ) -> SuiteResult:
     """Run every task that has no result yet, and write the results."""
+    for name in (RECORD, RESULT):
+        remove_leftovers(path / name)  # of a killed process; a folder with nothing else is new
     _start_or_continue(path, spec, model, changes)
     watch.note(f"suite `{spec.name}`: {len(spec.tasks)} tasks in `{path}`")
     results: dict[str, TaskResult] = {}

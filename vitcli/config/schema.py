@@ -608,7 +608,9 @@ class TrainSection(Section):
         "or r2.",
     )
     patience: Count | None = setting(
-        None, "Stop after this many evaluations in turn without a better `best_metric`."
+        None,
+        "Stop after this many evaluations in turn without a better `best_metric`. A run that is "
+        "made longer counts from there again.",
     )
     log_steps: Count = setting(20, "Steps between records in metrics.jsonl.")
     compile: bool = setting(False, "Compile the forward and backward pass with torch.compile.")

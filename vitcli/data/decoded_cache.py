@@ -37,6 +37,7 @@ from vitcli.files import (
     file_checksum,
     make_folder,
     read_json,
+    remove_leftovers,
     replacing,
     seal,
     unseal,
@@ -103,7 +104,7 @@ def write_decoded(
         "multi_label": source.multi_label,
         **({"window": list(window)} if window else {}),  # older versions write none
     }
-    if not _is_complete(out, plan):
+    if not _is_complete(out, plan) or _work_files(out, source):
         _check_folder(out)
         make_folder(out)
         with exclusive(out / LOCK, partial(_busy, out)):
@@ -111,6 +112,7 @@ def write_decoded(
                 _start(out, plan)
                 counts, broken = _write_missing(source, out, workers, watch, plan)
                 return DecodedCache(counts, _num_bytes(out), tuple(broken))
+            _remove_work_files(out, source)
     watch.note(f"{printable(out)}: already complete, nothing to do")
     counts, broken = _summary(source, out)[:2]
     return DecodedCache(counts, _num_bytes(out), tuple(broken))
@@ -167,10 +169,23 @@ def _write_missing(
     if source.multi_label:
         about["targets"] = {name: file_checksum(targets_file(out, name)) for name in source.splits}
     write_text(out / DESCRIPTION, json.dumps(seal(about), indent=1) + "\n")
-    (out / PLAN).unlink(missing_ok=True)
-    for name in source.splits:
-        _originals_file(out, name).unlink(missing_ok=True)
+    _remove_work_files(out, source)
     return counts, broken
+
+
+def _work_files(out: Path, source: Source) -> list[Path]:
+    """The files that a killed call has left; a finished dataset has none."""
+    files = [out / LOCK, out / PLAN, *(_originals_file(out, name) for name in source.splits)]
+    return [file for file in files if file.is_file()]
+
+
+def _remove_work_files(out: Path, source: Source) -> None:
+    """Remove what only an unfinished dataset needs; the caller holds the lock."""
+    for file in _work_files(out, source):
+        if file.name != LOCK:
+            file.unlink(missing_ok=True)
+    for name in (DESCRIPTION, PLAN, *(targets_file(out, split).name for split in source.splits)):
+        remove_leftovers(out / name)
 
 
 def _summary(source: Source, out: Path) -> tuple[dict[str, int], list[str], dict[str, str]]:

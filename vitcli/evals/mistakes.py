@@ -14,7 +14,7 @@ from vitcli.data.contact_sheet import SheetRow, draw_sheet
 from vitcli.data.image_set import ImageSet
 from vitcli.errors import printable
 from vitcli.evals.scoring import ImageScores, Ints
-from vitcli.files import replacing
+from vitcli.files import writing
 from vitcli.pixels import PixelFormat
 
 NUM_WORST = 24  # images
@@ -113,7 +113,7 @@ def find_mistakes(
 def write_mistakes(path: Path, mistakes: Mistakes) -> None:
     """Write all wrong images as CSV, the least probable label first, to correct labels by."""
     with (
-        replacing(path) as temporary,
+        writing(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         writer = csv.writer(file)

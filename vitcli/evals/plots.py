@@ -15,7 +15,7 @@ from vitcli.evals.intervals import Interval, wilson_interval
 from vitcli.evals.mistakes import draw_mistakes, write_mistakes
 from vitcli.evals.regression import PredictedNumbers
 from vitcli.evals.scoring import MultiLabelMetrics, ReliabilityBins, SingleLabelMetrics
-from vitcli.files import replacing
+from vitcli.files import writing
 from vitcli.pixels import PixelFormat
 from vitcli.report.charts import BLUE, GREY, LINE, new_figure, save_atomically
 from vitcli.report.page import REPORT_FILE
@@ -69,7 +69,7 @@ def write_evaluation_files(result: Evaluation, images: ImageSet, wanted: PixelFo
     if "mistakes" in files:
         write_mistakes(files["mistakes_table"], details.mistakes)
         sheet = draw_mistakes(details.mistakes, images, wanted, details.display_names, title)
-        with replacing(files["mistakes"]) as temporary:
+        with writing(files["mistakes"]) as temporary:
             sheet.save(temporary, format="PNG")
 
 
@@ -127,7 +127,7 @@ def write_confusion(
         title: text above the picture.
     """
     with (
-        replacing(csv_file) as temporary,
+        writing(csv_file) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         writer = csv.writer(file)
@@ -223,7 +223,7 @@ def _write_errors(path: Path, result: Evaluation, images: ImageSet) -> None:
     numbers = result.numbers
     assert numbers is not None
     with (
-        replacing(path) as temporary,
+        writing(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         writer = csv.writer(file)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcli.errors import VitcliError
-from vitcli.files import replacing
+from vitcli.files import writing
 
 # One object of `predict --json`: path, label, probability, top, error, and optional columns; or
 # path, value, error.
@@ -67,7 +67,7 @@ def _utf8(path: str) -> str:
 @contextmanager
 def _csv(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
     with (
-        replacing(path) as temporary,
+        writing(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         writer = csv.DictWriter(file, columns)
@@ -86,7 +86,7 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
 
 @contextmanager
 def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    with writing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         yield lambda row: file.write(json.dumps(row) + "\n")
 
 
@@ -109,7 +109,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
     schema = pa.schema([(name, types.get(name, pa.string())) for name in columns])
     group: list[PredictionRow] = []
     with (
-        replacing(path) as temporary,
+        writing(path) as temporary,
         temporary.open("wb") as file,
         pq.ParquetWriter(file, schema) as writer,
     ):

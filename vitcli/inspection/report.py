@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitcli.files import make_folder, replacing, write_text
+from vitcli.files import make_folder, writing
 from vitcli.inspection import drawing
 from vitcli.inspection.attention import AttentionStatistics
 from vitcli.inspection.attention_distance import uniform_distance, uniform_local_share
@@ -90,11 +90,12 @@ class Report:
         """
         make_folder(folder)
         for name, content in self.pictures.items():
-            with replacing(folder / name) as temporary:
+            with writing(folder / name) as temporary:
                 temporary.write_bytes(content)
-        with replacing(folder / ARRAYS_FILE) as temporary, temporary.open("wb") as file:
+        with writing(folder / ARRAYS_FILE) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **self.arrays)
-        write_text(folder / FACTS_FILE, json.dumps(facts, indent=1) + "\n")
+        with writing(folder / FACTS_FILE) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         page = Page(title, summary, sections=[*self.sections, provenance_section()])
         page.write(folder / REPORT_FILE)
 

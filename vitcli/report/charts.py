@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from vitcli.errors import printable
-from vitcli.files import replacing
+from vitcli.files import writing
 
 BLUE, ORANGE, GREEN, GREY, LINE = "#2f6db3", "#b9541a", "#2c8053", "#7d8590", "#b0b0b0"
 PAGE_COLOURS = {
@@ -50,7 +50,7 @@ def save_atomically(figure: Any, path: Path) -> None:
     Raises:
         VitcliError: the file cannot be written.
     """
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         save_figure(figure, temporary)
 
 

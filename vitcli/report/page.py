@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 from PIL import Image, ImageOps
 
 from vitcli.errors import VitcliError, printable
-from vitcli.files import write_text
+from vitcli.files import writing
 from vitcli.progress import Watcher
 from vitcli.run import describe_environment
 
@@ -173,7 +173,8 @@ class Page:
         Raises:
             VitcliError: the file cannot be written.
         """
-        write_text(path, self.render())
+        with writing(path) as temporary:
+            temporary.write_text(self.render(), encoding="utf-8")
 
 
 def write_report(path: Path, make: Callable[[], Page], watch: Watcher) -> None:

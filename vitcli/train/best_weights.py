@@ -3,9 +3,10 @@
 Section 4.3 of the paper uses "early-stopping, and report[s] the best validation accuracy achieved
 during training"; Figure 4 reports the few-shot accuracy of these weights.
 
-Everything here is a function of the evaluations in metrics.jsonl. So a run that resumes keeps the
-same weights, and stops at the same step, as one that was never interrupted. At the end of the run
-model.safetensors gets the best weights, and last.safetensors the last ones. Three writes follow
+Everything here is a function of the evaluations in metrics.jsonl, and of the step at which the run
+was made longer. So a run that resumes keeps the same weights, and stops at the same step, as one
+that was never interrupted. At the end of the run model.safetensors gets the best weights, and
+last.safetensors the last ones. Three writes follow
 each other at a new best value: the checkpoint, best.safetensors, and the record in metrics.jsonl. A
 resume after any of them repeats the others.
 """
@@ -45,11 +46,13 @@ class BestWeights:
         metric: name of the metric.
         patience: evaluations without a better value after which the run stops; None for never.
         values: step -> value of the metric; steps increase.
+        since: the step at which the run was made longer; the patience counts from there again.
     """
 
     metric: str
     patience: int | None = None
     values: dict[int, float] = field(default_factory=dict)
+    since: int = 0
 
     @property
     def step(self) -> int | None:
@@ -59,10 +62,15 @@ class BestWeights:
 
     @property
     def is_over(self) -> bool:
-        """True if the last `patience` evaluations were not better than one before them."""
+        """True if the last `patience` evaluations were not better than one before them.
+
+        Evaluations before `since` do not count: a run that has stopped early and is made longer
+        would stop again at once.
+        """
         if self.patience is None or self.step is None:
             return False
-        return sum(step > self.step for step in self.values) >= self.patience
+        start = max(self.step, self.since)
+        return sum(step > start for step in self.values) >= self.patience
 
     def is_better(self, value: float) -> bool:
         """True if `value` is better than all values so far; NaN never is."""
@@ -70,9 +78,9 @@ class BestWeights:
             return False
         return self.step is None or self._score(value) > self._score(self.values[self.step])
 
-    def restore(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Take over the evaluations in the records of a run."""
-        name = f"{SPLIT}/{self.metric}"
+    def restore(self, records: Iterable[Mapping[str, Any]], since: int = 0) -> None:
+        """Take over the evaluations in the records of a run that was made longer at `since`."""
+        name, self.since = f"{SPLIT}/{self.metric}", since
         self.values = {r["step"]: r[name] for r in records if name in r}
 
     def forget_after(self, step: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vitcli.errors import VitcliError
 from vitcli.files import file_checksum, read_json, replacing, seal, unseal, write_text
-from vitcli.run import Run
+from vitcli.run import EXTENSIONS, RESUMES, Run
 from vitcli.train.budget import Timeline
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import ShardReader, is_sharded, shard_like, write_shard
@@ -264,12 +264,29 @@ def _way_out(path: Path) -> str:
             continue
         return (
             f"`rm -r {shlex.join(map(str, bad))}`, then repeat the command: it resumes from step "
-            f"{step_of(older)}, and the result is the same"
+            f"{step_of(older)}, and {_same_result(Run(path.parents[1]), step_of(older))}"
         )
     return (
         f"there is no older good checkpoint: `rm -r {shlex.join(map(str, bad))}`, then repeat the "
         "command, which starts from step 0"
     )
+
+
+def _same_result(run: Run, step: int) -> str:
+    """Say if a run that resumes from `step` ends as it would have without the damage."""
+    try:
+        facts, recipe = run.provenance(), run.recipe()
+    except VitcliError:
+        return "repeats the steps from there"
+    if longer := [e["step"] for e in facts.get(EXTENSIONS, []) if e["step"] > step]:
+        return (
+            f"the result may differ: the run was made longer at step {longer[-1]}, and its "
+            f"schedule changes at step {step} instead"
+        )
+    on_gpu = not str(facts.get("device", "cpu")).startswith("cpu")
+    if facts.get(RESUMES) or recipe.data.streaming or (on_gpu and not recipe.train.deterministic):
+        return "the result is close to that without the damage, but not the same to the last bit"
+    return "the result is the same"
 
 
 def rewind(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from vitcli.progress import Watcher
-from vitcli.run import Run, describe_environment
+from vitcli.run import RESUMES, Run, describe_environment
 
 # Pixels come from Pillow and NumPy, sums from torch; Accelerate wraps precision and processes.
 LIBRARIES = ("torch", "numpy", "pillow", "accelerate")
-THREADS, RESUMES = "threads", "resumes"
+THREADS = "threads"
 
 
 def machine_facts(device: torch.device, precision: str, processes: int) -> dict[str, Any]:

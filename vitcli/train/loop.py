@@ -39,7 +39,7 @@ from vitcli.train.fsdp import unsharded
 from vitcli.train.objectives.class_losses import share_mean_weight
 from vitcli.train.param_groups import set_lr
 from vitcli.train.recorder import Recorder
-from vitcli.train.schedules import schedule_factor
+from vitcli.train.schedules import schedule_factor, step_seed
 from vitcli.train.signals import SignalFlag, SignalReceived, Stopped
 from vitcli.train.validate import Outcome, Validation
 from vitcli.weights.loaded import LoadedModel
@@ -271,10 +271,10 @@ class Loop:
             return
         if decision.saves:
             self.save()
-            self._saved_at = time.monotonic()
         if decision.evaluates:
             bar.advance(0, **self.evaluate_between_steps(signals))
             stop_early(self, self.best)
+            bar.extend(self.total_steps)
 
     def _stop_request(self, signals: SignalFlag) -> int | None:
         """The number of a signal, or `TIME_IS_UP`; None to go on."""
@@ -338,9 +338,8 @@ class Loop:
         self._fitted_stages.add(stage)
         if self.device.type == "cuda":
             self.gradients(batch, alone=True)
-            size = self.state.micro_batch_size or self.recipe.train.micro_batch_size
             self.state.micro_batch_size = min_over_processes(
-                self.accelerator, size or len(batch.labels)
+                self.accelerator, self._micro_batch_size(batch)
             )
 
     def evaluate(self, split: str, signals: SignalFlag | None = None) -> dict[str, float]:
@@ -389,12 +388,11 @@ class Loop:
         if max_over_processes(self.accelerator, int(not self.state.has_finite_weights())):
             text = f"the weights are not finite after step {self.state.step}"
             raise non_finite_error(text, self.run.checkpoints)
-        accelerator = self.accelerator
-        shards = accelerator.num_processes if self.recipe.train.fully_shard else 1
+        accelerator, train = self.accelerator, self.recipe.train
+        shards = accelerator.num_processes if train.fully_shard else 1
         writer = ShardWriter(accelerator.process_index, shards, accelerator.wait_for_everyone)
-        keep = self.recipe.train.keep_checkpoints
-        save_checkpoint(self.run.checkpoints, self.state, keep, writer)
-        self.saved_step = self.state.step
+        save_checkpoint(self.run.checkpoints, self.state, train.keep_checkpoints, writer)
+        self.saved_step, self._saved_at = self.state.step, time.monotonic()
 
     def _rewind(self, error: NonFiniteError) -> None:
         """Go back to the last checkpoint and continue with lower rates."""
@@ -409,10 +407,3 @@ class Loop:
             f"{error.message}: going back to step {self.state.step}, with "
             f"{self.state.lr_scale:g} of the learning rate"
         )
-
-
-def step_seed(seed: int, step: int, process: int) -> int:
-    """The random seed of update `step` (dropout, stochastic depth)."""
-    # Odd multipliers, as in splitmix64, keep the seeds of neighbours apart.
-    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + process * 0x94D049BB133111EB
-    return mixed & 0x7FFF_FFFF_FFFF_FFFF

@@ -11,7 +11,7 @@ from typing import Any
 from vitcli.config.schema import Recipe
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
-from vitcli.files import make_folder, replacing
+from vitcli.files import make_folder, writing
 from vitcli.progress import Watcher
 from vitcli.run import Run
 from vitcli.train.agreement import mean_over_processes, min_over_processes
@@ -211,7 +211,7 @@ def _write(found: FoundRate, out: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     make_folder(out.parent)
-    with replacing(out) as temporary:
+    with writing(out) as temporary:
         temporary.mkdir()
         text = json.dumps(found.to_json(), indent=2) + "\n"
         (temporary / "lr.json").write_text(text, encoding="utf-8")

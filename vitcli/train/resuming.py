@@ -11,7 +11,7 @@ from vitcli.config.schema import DURATIONS, Recipe, Settings, TrainSection, pars
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.files import is_intact
-from vitcli.run import RUNS, Run
+from vitcli.run import EXTENSIONS, RUNS, Run
 from vitcli.train.agreement import min_over_processes
 from vitcli.train.budget import Budget, Timeline, plan_budget
 from vitcli.train.build import held_out_images
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 NUM_EVALUATIONS = 5  # in a run without `train.eval_steps`
 EVALUATIONS = "evaluations"  # in provenance.json: the number of evaluations between steps
-EXTENSIONS = "extensions"  # in provenance.json: one entry per change of the length
 LENGTH_KEYS = {f"train.{name}" for name in DURATIONS}
 # The data may have moved; their content is compared later.
 FREE_KEYS = {"data.name", "schedule.extension", *LENGTH_KEYS}
@@ -166,7 +165,8 @@ def choose_steps(
         run.drop_records_after(loop.state.step)
     loop.accelerator.wait_for_everyone()  # all processes read the records that are left
     if loop.best is not None and run.metrics_file.is_file():
-        loop.best.restore(run.records())
+        extensions = run.provenance().get(EXTENSIONS, [])
+        loop.best.restore(run.records(), extensions[-1]["step"] if extensions else 0)
 
 
 def facts_of(loop: "Loop", source: Source, machine: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Learning-rate schedules: warm-up, then one of the curves in `SCHEDULES`.
+"""Functions of the step: learning-rate schedules, and the random seed.
+
+A schedule is a warm-up, then one of the curves in `SCHEDULES`.
 
 To add a schedule, write its curve here and enter it in `SCHEDULES`.
 """
@@ -112,3 +114,10 @@ def schedule_factor(section: ScheduleSection, step: float, total_steps: int) -> 
     factor = find_schedule(section).curve(section, step - warmup, total_steps - warmup, warmup)
     # min(1, step / warmup) as in the official code: the very first update has the rate 0.
     return factor * min(1.0, step / warmup) if warmup else factor
+
+
+def step_seed(seed: int, step: int, process: int) -> int:
+    """The random seed of update `step` (dropout, stochastic depth)."""
+    # Odd multipliers, as in splitmix64, keep the seeds of neighbours apart.
+    mixed = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + process * 0x94D049BB133111EB
+    return mixed & 0x7FFF_FFFF_FFFF_FFFF

@@ -21,7 +21,7 @@ from torch import Tensor
 from vitcli.config.choices import Resize
 from vitcli.data.split_record import SplitRecord
 from vitcli.errors import VitcliError
-from vitcli.files import file_checksum, parse_json, read_json, replacing, write_text
+from vitcli.files import file_checksum, parse_json, read_json, replacing, write_text, writing
 from vitcli.hub.models import shard_names
 from vitcli.preprocess import Preprocess
 from vitcli.run import check_free
@@ -117,8 +117,8 @@ def save_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file atomically; raises as `replacing` does."""
-    with replacing(path) as temporary:
+    """Write a safetensors file atomically; raises as `writing` does."""
+    with writing(path) as temporary:
         write_sealed_tensors(temporary, tensors, metadata)
 
 

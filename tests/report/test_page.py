@@ -22,9 +22,9 @@ from vitcli.report.page import (
     Listed,
     Matrix,
     Page,
+    PageSection,
     Paragraph,
     Picture,
-    Section,
     Table,
     command_line,
     provenance_section,
@@ -61,9 +61,9 @@ def everything(name):
         ),
         Code(name),
     ]
-    folded = Section(name, blocks, folded=True)
+    folded = PageSection(name, blocks, folded=True)
     facts = {"argv": ["vitcli", name], "vitcli": name, "libraries": {name: name}}
-    sections = [Section(name, blocks[:5]), folded, provenance_section(facts)]
+    sections = [PageSection(name, blocks[:5]), folded, provenance_section(facts)]
     return Page(name, name, [(name, name, name)], sections)
 
 
@@ -93,7 +93,7 @@ def test_charts_follow_the_colours_of_the_page():
 
 def test_a_table_has_numbers_to_sort_by():
     table = Table(["class", "accuracy", "images"], [["b", Cell("50 %", 0.5), 1200], ["a", None, 3]])
-    text = Page("t", sections=[Section("s", [table])]).render()
+    text = Page("t", sections=[PageSection("s", [table])]).render()
     assert '<td class="number" data-value="0.5">50 %</td>' in text
     assert '<td class="number" data-value="1200">1,200</td>' in text and "<td>-</td>" in text
 
@@ -174,7 +174,7 @@ def test_a_browser_shows_the_page(width, scheme, tmp_path):
     """No script of the user runs, the table sorts, nothing is wider than the screen."""
     page = everything(HOSTILE)
     page.title = "report"
-    page.sections[1] = Section("charts", page.sections[1].blocks)
+    page.sections[1] = PageSection("charts", page.sections[1].blocks)
     page.write(tmp_path / "report.html")
     url = (tmp_path / "report.html").as_uri()
     (tmp_path / "probe.html").write_text(PROBE.format(scheme=scheme, url=url, width=width))

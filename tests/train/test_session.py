@@ -22,9 +22,9 @@ from vitcli.progress import Quiet
 from vitcli.train import loop, resolve
 from vitcli.train.build import open_source, start_accelerator
 from vitcli.train.checkpoint import TrainState
-from vitcli.train.loop import step_seed
 from vitcli.train.objectives.classification import Softmax
 from vitcli.train.report import smooth
+from vitcli.train.schedules import step_seed
 from vitcli.train.signals import Stopped
 from vitcli.weights.load import load_model
 from vitcli.weights.store import read_header

@@ -349,8 +349,7 @@ def run(
     Raises:
         VitcliError: the data cannot be read, or `out` cannot be written.
     """
-    watch = watch or Quiet()
-    given = load_data_check(settings)
+    watch, given = watch or Quiet(), load_data_check(settings)
     section, window = given.data, given.preprocess.window
     numeric = objective_class(given.objective.name).regression
     sheet, page = output_files(out)
@@ -370,9 +369,9 @@ def run(
     groups = group_duplicates(scan.hashes, scan.thumbnails)
     paths = [None if path is None else str(path) for path in (sheet, page)]
     result = CheckResult(data, source, training, scan, groups, paths[0], samples, window, paths[1])
+    if page is not None:
+        make_folder(page.parent)
     if sheet is not None:
-        if page is not None:
-            make_folder(page.parent)
         with writing(sheet) as temporary:
             draw_samples(source, scan, window, f"samples of {data}").save(temporary, format="PNG")
     if page is not None:

@@ -173,15 +173,19 @@ def run(
             _load(name, replace(request, watch=NoteCollector(watch)), folder)
             for name, folder in zip(models, folders, strict=True)
         ]
-        if len({task.net.is_regression for task in tasks}) > 1:
-            raise VitcliError(
-                "some of these models predict classes and others numbers (regression)",
-                "evaluate them in separate commands",
-            )
+        _check_same_kind(tasks)
         results = []
         while tasks:
             results.append(_evaluate(tasks.pop(0)))  # pop: frees the weights afterwards
     return results[0] if len(results) == 1 else compare_models(data, results)
+
+
+def _check_same_kind(tasks: Sequence[LoadedTask]) -> None:
+    if len({task.net.is_regression for task in tasks}) > 1:
+        raise VitcliError(
+            "some of these models predict classes and others numbers (regression)",
+            "evaluate them in separate commands",
+        )
 
 
 def _output_folders(models: Sequence[str], root: Path) -> list[Path]:

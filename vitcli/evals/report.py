@@ -34,9 +34,9 @@ from vitcli.report.page import (
     Listed,
     Matrix,
     Page,
+    PageSection,
     Paragraph,
     Picture,
-    Section,
     Table,
     Thumbnail,
     provenance_section,
@@ -81,13 +81,16 @@ def evaluation_page(
         title=f"Evaluation of {run_stem(result.model)}",
         summary=f"{describe_result(result)}.",
         headline=headline_figures(figures, of),
-        sections=[Section("Figures", [figures_table(figures, of)]), _data_section(result, notes)],
+        sections=[
+            PageSection("Figures", [figures_table(figures, of)]),
+            _data_section(result, notes),
+        ],
     )
     details = result.details
     if result.numbers is not None:
         chart = to_svg(scatter_figure(result.numbers), "scatter")
         caption = "Predicted over true numbers. On the dashed line they are equal."
-        page.sections.append(Section("Predictions", [Picture(chart, caption)]))
+        page.sections.append(PageSection("Predictions", [Picture(chart, caption)]))
         page.sections.append(_largest_errors(result))
     if details is not None:
         names = [details.display_names.get(name, name) for name in result.confusion_columns]
@@ -153,7 +156,7 @@ def _interval_text(key: str, interval: Any) -> str:
     return f"{interval_text(interval)} %"
 
 
-def _data_section(result: Evaluation, notes: Sequence[str]) -> Section:
+def _data_section(result: Evaluation, notes: Sequence[str]) -> PageSection:
     rows = [
         ("data", result.data),
         ("split", f"{result.split}, {result.metrics.images:,} images"),
@@ -161,7 +164,7 @@ def _data_section(result: Evaluation, notes: Sequence[str]) -> Section:
         ("unreadable images", f"{len(result.broken):,}"),
         ("temperature", f"{result.temperature:.4g}"),
     ]
-    return Section("Data and splits", [Facts(rows), *notes_blocks([*notes, *result.broken])])
+    return PageSection("Data and splits", [Facts(rows), *notes_blocks([*notes, *result.broken])])
 
 
 def notes_blocks(notes: Sequence[str]) -> list[Block]:
@@ -172,7 +175,7 @@ def notes_blocks(notes: Sequence[str]) -> list[Block]:
 
 def confusion_section(
     confusion: NDArray[np.int64], rows: Sequence[str], columns: Sequence[str]
-) -> Section:
+) -> PageSection:
     """The matrix; of many classes only those with the most mistakes."""
     text = "Rows are true classes, columns predicted classes. The shade is the share of the row."
     shares, k = row_shares(confusion), len(rows)
@@ -195,10 +198,10 @@ def confusion_section(
         confusion[picked].tolist(),
         shares[picked].tolist(),
     )
-    return Section("Confusion matrix", [Paragraph(text), table])
+    return PageSection("Confusion matrix", [Paragraph(text), table])
 
 
-def calibration_section(diagrams: Sequence[Diagram], text: str) -> Section:
+def calibration_section(diagrams: Sequence[Diagram], text: str) -> PageSection:
     """The reliability diagrams with the intervals of their bins."""
     pictures = [
         Picture(
@@ -210,7 +213,7 @@ def calibration_section(diagrams: Sequence[Diagram], text: str) -> Section:
         "Bars are the accuracy of the images in each bin of confidence, lines their 95 % intervals "
         "(Wilson). A calibrated model is on the dashed diagonal."
     )
-    return Section("Calibration", [Paragraph(f"{text} {legend}"), Charts(pictures)])
+    return PageSection("Calibration", [Paragraph(f"{text} {legend}"), Charts(pictures)])
 
 
 def _calibration_text(result: Evaluation) -> str:
@@ -228,7 +231,7 @@ def _calibration_text(result: Evaluation) -> str:
 
 def mistakes_section(
     mistakes: Mistakes, read: Any, display_names: Mapping[str, str], csv_file: str = ""
-) -> Section:
+) -> PageSection:
     """The worst mistakes and the most confused pairs, with thumbnails.
 
     Args:
@@ -236,7 +239,7 @@ def mistakes_section(
         csv_file: the file with all mistakes.
     """
     if not mistakes.wrong:
-        return Section("Mistakes", [Paragraph("There is no mistake.")])
+        return PageSection("Mistakes", [Paragraph("There is no mistake.")])
     text = f"{len(mistakes.wrong):,} images are classified wrongly."
     if csv_file:
         text += f" `{csv_file}` lists all of them with their paths, to correct labels by."
@@ -257,7 +260,7 @@ def mistakes_section(
         title = f"{name(pair.true)} predicted as {name(pair.predicted)}"
         title += f": {pair.images:,} of {pair.of:,} images"
         blocks.append(Gallery(title, thumbnails(pair.examples[:PAIR_EXAMPLES])))
-    return Section("Mistakes", blocks)
+    return PageSection("Mistakes", blocks)
 
 
 def _mistake_thumbnail(one: Mistake, read: Any, name: Any) -> Thumbnail | None:
@@ -273,7 +276,7 @@ def _mistake_thumbnail(one: Mistake, read: Any, name: Any) -> Thumbnail | None:
     return thumbnail(image, lines, one.path)
 
 
-def class_section(per_class: PerClass, display_names: Mapping[str, str]) -> Section:
+def class_section(per_class: PerClass, display_names: Mapping[str, str]) -> PageSection:
     """A row for each class, with every figure that it has, and the interval of the figure."""
     every = dict.fromkeys(key for row in per_class.values() for key in row)
     keys = [key for key in every if not key.endswith("_interval")]
@@ -286,7 +289,7 @@ def class_section(per_class: PerClass, display_names: Mapping[str, str]) -> Sect
     ]
     head = ["class", *(key.replace("_", " ") for key in keys)]
     text = "A click on a column sorts by it. 95 % intervals are in parentheses."
-    return Section("Classes", [Paragraph(text), Table(head, rows)])
+    return PageSection("Classes", [Paragraph(text), Table(head, rows)])
 
 
 def _class_cell(value: float | None, interval: Sequence[float] | None) -> Any:
@@ -295,17 +298,17 @@ def _class_cell(value: float | None, interval: Sequence[float] | None) -> Any:
     return Cell(f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})", value)
 
 
-def _largest_errors(result: Evaluation) -> Section:
+def _largest_errors(result: Evaluation) -> PageSection:
     rows = [
         [one["path"], one["target"], one["value"], abs(one["value"] - one["target"])]
         for one in result.worst
     ]
     table = Table(["image", "true", "predicted", "error"], rows)
     text = "`mistakes.csv` lists all images by falling error."
-    return Section("Largest errors", [Paragraph(text), table])
+    return PageSection("Largest errors", [Paragraph(text), table])
 
 
-def recipe_section(run: Run, title: str = "Recipe") -> Section:
+def recipe_section(run: Run, title: str = "Recipe") -> PageSection:
     """The recipe of a run as it is stored."""
     text = run.recipe_file.read_text(encoding="utf-8", errors="backslashreplace")
-    return Section(title, [Code(text.rstrip())], folded=True)
+    return PageSection(title, [Code(text.rstrip())], folded=True)

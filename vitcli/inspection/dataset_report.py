@@ -22,8 +22,8 @@ from vitcli.report.page import (
     Gallery,
     Listed,
     Page,
+    PageSection,
     Paragraph,
-    Section,
     Table,
     Thumbnail,
     provenance_section,
@@ -79,17 +79,17 @@ def dataset_page(
         ("problems", f"{len(problems)}", "" if problems else "no problems found"),
     ]
     lines = Listed(problems) if problems else Paragraph("No problems found.")
-    page.sections = [Section("Problems", [lines]), _data_section(facts)]
+    page.sections = [PageSection("Problems", [lines]), _data_section(facts)]
     leaks = {key: found for key, found in groups.items() if key not in KINDS}
-    page.sections.append(Section("Leaks between splits", _leak_blocks(leaks, show)))
+    page.sections.append(PageSection("Leaks between splits", _leak_blocks(leaks, show)))
     for key, title in KINDS.items():
         found = groups.get(key, ())
         blocks = _group_blocks(found, show)
         count = Paragraph(f"{len(found):,} group{'s' * (len(found) != 1)} of images.")
-        page.sections.append(Section(title, [count, *blocks] if blocks else []))
+        page.sections.append(PageSection(title, [count, *blocks] if blocks else []))
     page.sections += [*_listed_sections(facts), _class_section(facts)]
     galleries = [Gallery(name, _thumbnails(rows, show)) for name, rows in samples.items()]
-    page.sections += [Section("Samples of the classes", galleries), provenance_section()]
+    page.sections += [PageSection("Samples of the classes", galleries), provenance_section()]
     return page
 
 
@@ -97,7 +97,7 @@ def _counts(splits: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in splits.items())
 
 
-def _data_section(facts: Mapping[str, Any]) -> Section:
+def _data_section(facts: Mapping[str, Any]) -> PageSection:
     rows: list[tuple[str, Any]] = [("splits", _counts(facts["splits"]))]
     rows += [("layout", facts["layout"])] if facts["layout"] else []
     training = facts["training"]
@@ -119,7 +119,7 @@ def _data_section(facts: Mapping[str, Any]) -> Section:
     blocks: list[Block] = [Facts(rows)]
     if notes := list(dict.fromkeys([*facts["notes"], *training.get("notes", ())])):
         blocks.append(Listed(notes))
-    return Section("Data and splits", blocks)
+    return PageSection("Data and splits", blocks)
 
 
 def _leak_blocks(leaks: Groups, show: Show) -> list[Block]:
@@ -151,7 +151,7 @@ def _thumbnails(rows: Sequence[int], show: Show) -> list[Thumbnail]:
     return [found for row in rows if (found := show(int(row))) is not None]
 
 
-def _listed_sections(facts: Mapping[str, Any]) -> list[Section]:
+def _listed_sections(facts: Mapping[str, Any]) -> list[PageSection]:
     """Images that cannot be read, and images of odd sizes."""
     broken = [[one["path"], one["reason"]] for one in facts["unreadable"]]
     odd = [[path, "a side is very short"] for path in facts["tiny"]]
@@ -161,17 +161,17 @@ def _listed_sections(facts: Mapping[str, Any]) -> list[Section]:
         blocks: list[Block] = [Table(["image", "reason"], rows[:MAX_LISTED])] if rows else []
         if len(rows) > MAX_LISTED:
             blocks.append(Paragraph(f"The first {MAX_LISTED} of {len(rows):,} are listed."))
-        sections.append(Section(title, blocks))
+        sections.append(PageSection(title, blocks))
     return sections
 
 
-def _class_section(facts: Mapping[str, Any]) -> Section:
+def _class_section(facts: Mapping[str, Any]) -> PageSection:
     splits = list(facts["splits"])
     rows = [
         [name, *(counts.get(split, 0) for split in splits)]
         for name, counts in facts["classes"].items()
     ]
-    return Section("Classes", [Table(["class", *splits], rows)] if rows else [])
+    return PageSection("Classes", [Table(["class", *splits], rows)] if rows else [])
 
 
 def sample_rows(

@@ -33,9 +33,9 @@ from vitcli.report.page import (
     REPORT_FILE,
     Block,
     Page,
+    PageSection,
     Paragraph,
     Picture,
-    Section,
     Table,
     provenance_section,
 )
@@ -55,7 +55,7 @@ class Report:
 
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
-    sections: list[Section] = field(default_factory=list)
+    sections: list[PageSection] = field(default_factory=list)
 
     def add(
         self,
@@ -76,7 +76,7 @@ class Report:
             blocks.append(Picture(file.getvalue() if is_image else to_svg(picture, name), caption))
         if table:
             blocks.append(Table(table[0], table[1:], sortable=False))
-        self.sections.append(Section(title, blocks))
+        self.sections.append(PageSection(title, blocks))
 
     def files(self) -> list[str]:
         """The names of all files, the page first."""

@@ -139,7 +139,7 @@ Block = Paragraph | Listed | Facts | Table | Matrix | Picture | Charts | Gallery
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A heading and its blocks; `folded` sections open with a click."""
 
     title: str
@@ -158,7 +158,7 @@ class Page:
     title: str
     summary: str = ""
     headline: Sequence[tuple[str, str, str]] = ()
-    sections: list[Section] = field(default_factory=list)
+    sections: list[PageSection] = field(default_factory=list)
 
     def render(self) -> str:
         """The HTML text."""
@@ -189,7 +189,7 @@ def write_report(path: Path, make: Callable[[], Page], watch: Watcher) -> None:
         watch.warn(f"`{path}` is not written: {reason}; all other results are complete")
 
 
-def provenance_section(known: Mapping[str, Any] | None = None) -> Section:
+def provenance_section(known: Mapping[str, Any] | None = None) -> PageSection:
     """The command, its time, the versions and the machine; `known` is a run's provenance."""
     facts = known or describe_environment()
     libraries = facts.get("libraries") or {}
@@ -202,7 +202,7 @@ def provenance_section(known: Mapping[str, Any] | None = None) -> Section:
         *((name, facts.get(name)) for name in ("cpu", "gpu", "device", "precision", "processes")),
     ]
     known_rows = [(name, value) for name, value in rows if value not in (None, "")]
-    return Section("Provenance", [Code(command_line(facts.get("argv"))), Facts(known_rows)])
+    return PageSection("Provenance", [Code(command_line(facts.get("argv"))), Facts(known_rows)])
 
 
 def command_line(argv: Sequence[str] | None) -> str:

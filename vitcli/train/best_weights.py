@@ -205,7 +205,7 @@ def evaluate_at_end(loop: "Loop") -> FinalEvaluation:
             for name in names:
                 if name != SPLIT:
                     found[name] = loop.measure(name, model)
-                    loop.log_metrics(name, found[name])
+                    loop.recorder.log_evaluation(loop.state.step, name, found[name])
         chosen = FinalEvaluation("best", best.step or 0, [])
     chosen.metrics.extend({"split": n, "weights": chosen.weights, **found[n]} for n in names)
     return chosen

@@ -216,8 +216,8 @@ class Loop:
 
     def _set_lr(self) -> float:
         """Set the rates of this step; returns the base rate."""
-        position = self.timeline.at(self.state.step)
-        factor = schedule_factor(self.recipe.schedule, position, self.timeline.planned)
+        position, planned = self.timeline.at(self.state.step), self.timeline.planned
+        factor = schedule_factor(self.recipe.schedule, position, planned)
         factor *= self.state.lr_scale * self.recipe.optim.rate_factor(self.recipe.train.batch_size)
         set_lr(self.state.optimizers, factor)
         return self.recipe.optim.lr * factor
@@ -293,9 +293,8 @@ class Loop:
         if self.deadline is None or not self.deadline.is_due(self.timeline, self.state.step):
             return
         # All processes make as many steps as the slowest of them has time for.
-        total = min_over_processes(
-            self.accelerator, self.deadline.total(self.timeline, self.state.step)
-        )
+        wanted = self.deadline.total(self.timeline, self.state.step)
+        total = min_over_processes(self.accelerator, wanted)
         if total == self.total_steps:
             return
         self.timeline.replan(self.state.step, total)
@@ -332,20 +331,16 @@ class Loop:
         A process that runs out of memory inside of a common backward pass would leave the others
         waiting for its gradients for ever.
         """
-        stage = self._stage()
-        if stage in self._fitted_stages or self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1 or (stage := self._stage()) in self._fitted_stages:
             return
         self._fitted_stages.add(stage)
         if self.device.type == "cuda":
             self.gradients(batch, alone=True)
-            self.state.micro_batch_size = min_over_processes(
-                self.accelerator, self._micro_batch_size(batch)
-            )
+            size = self._micro_batch_size(batch)
+            self.state.micro_batch_size = min_over_processes(self.accelerator, size)
 
     def evaluate(self, split: str, signals: SignalFlag | None = None) -> dict[str, float]:
-        """Log and return metrics of a held-out split, with averaged weights if there are any.
-
-        A signal raises `SignalReceived` if `signals` is given."""
+        """Log and return metrics of a split, with averaged weights; signals may interrupt it."""
         self.wrapped.eval()
         # Several processes must stop together, so they finish the evaluation first.
         alone = self.accelerator.num_processes == 1
@@ -357,7 +352,7 @@ class Loop:
         self.wrapped.train()
         if split == SPLIT:
             keep_best(self, self.best, metrics)
-        self.log_metrics(split, metrics)
+        self.recorder.log_evaluation(self.state.step, split, metrics)
         return metrics
 
     def measure(self, split: str, model: LoadedModel) -> dict[str, float]:
@@ -365,11 +360,6 @@ class Loop:
         found = self.evaluations[split](model)
         self.outcomes = found.outcomes
         return found.metrics
-
-    def log_metrics(self, split: str, metrics: Mapping[str, float]) -> None:
-        """Record metrics of a held-out split at the current step."""
-        named = {f"{split}/{name}": value for name, value in metrics.items()}
-        self.recorder.log({"step": self.state.step, **named})
 
     def evaluate_between_steps(self, signals: SignalFlag) -> dict[str, float]:
         """Evaluate the first held-out split; a signal saves and raises `Stopped`."""
@@ -396,9 +386,9 @@ class Loop:
 
     def _rewind(self, error: NonFiniteError) -> None:
         """Go back to the last checkpoint and continue with lower rates."""
+        is_main, limited = self.accelerator.is_main_process, self.deadline is not None
         # With a budget there is no time to repeat the steps that are lost.
-        has_deadline = self.deadline is not None
-        rewind(self.state, self.run, error, self.accelerator.is_main_process, has_deadline)
+        rewind(self.state, self.run, error, is_main, limited)
         if self.deadline is not None:
             self.deadline.forget()
         if self.best is not None:

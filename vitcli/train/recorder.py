@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,10 @@ class Recorder:
             self.run.log(record)
             if self.track is not None:
                 self.track(record)
+
+    def log_evaluation(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Write the metrics of a held-out split after `step` steps."""
+        self.log({"step": step, **{f"{split}/{name}": value for name, value in metrics.items()}})
 
     def add(self, metrics: dict[str, Tensor], lr: float) -> None:
         """Add the metrics and the rate of a step."""

@@ -48,9 +48,9 @@ from vitcli.report.page import (
     Charts,
     Facts,
     Page,
+    PageSection,
     Paragraph,
     Picture,
-    Section,
     provenance_section,
 )
 from vitcli.run import Run
@@ -116,8 +116,8 @@ def run_page(run: Run, result: Mapping[str, Any], source: Source, held_out: Held
         headline=headline_figures(figures, _intervals(figures)),
     )
     page.sections = [
-        Section("Curves", _charts(run)),
-        Section("Figures", _figure_blocks(measured, result)),
+        PageSection("Curves", _charts(run)),
+        PageSection("Figures", _figure_blocks(measured, result)),
         _data_section(run, result, source, known),
     ]
     if held_out is not None and held_out.outcomes:
@@ -212,7 +212,7 @@ def _figure_blocks(
 
 def _data_section(
     run: Run, result: Mapping[str, Any], source: Source, known: Mapping[str, Any]
-) -> Section:
+) -> PageSection:
     """How the splits were made, what they have in common, and what could not be read."""
     data = {k: v for k, v in known.get("data", {}).items() if v is not None}
     counts = data.pop("images", None) or {}
@@ -225,7 +225,7 @@ def _data_section(
     ]
     broken = [f"{path}: {reason}" for path, reason in result["broken"].items()]
     notes = notes_blocks([*source.notes, *_logged(run.path / "log.txt"), *broken])
-    return Section("Data and splits", [Facts([row for row in rows if row[1] != ""]), *notes])
+    return PageSection("Data and splits", [Facts([row for row in rows if row[1] != ""]), *notes])
 
 
 def _logged(file: Path) -> list[str]:
@@ -237,7 +237,7 @@ def _logged(file: Path) -> list[str]:
     return [line.partition(" ")[2] for line in lines]
 
 
-def _classifier_sections(held_out: HeldOut, split: str) -> list[Section]:
+def _classifier_sections(held_out: HeldOut, split: str) -> list[PageSection]:
     """Confusion, calibration, mistakes and classes, from the predictions of the last evaluation."""
     images, classes = held_out.images, held_out.images.classes
     columns = np.array(held_out.outcomes, dtype=np.float64).T
@@ -266,11 +266,13 @@ def _classifier_sections(held_out: HeldOut, split: str) -> list[Section]:
     ]
 
 
-def _number_sections(held_out: HeldOut, split: str) -> list[Section]:
+def _number_sections(held_out: HeldOut, split: str) -> list[PageSection]:
     """The predicted numbers of a regression."""
     _, targets, predicted = np.array(held_out.outcomes, dtype=np.float64).T
     numbers = PredictedNumbers(held_out.images.classes[0], targets, predicted)
     caption = (
         f"Predicted over true numbers of the {split} images. On the dashed line they are equal."
     )
-    return [Section("Predictions", [Picture(to_svg(scatter_figure(numbers), "scatter"), caption)])]
+    return [
+        PageSection("Predictions", [Picture(to_svg(scatter_figure(numbers), "scatter"), caption)])
+    ]

@@ -131,10 +131,7 @@ def train(
     """
     # A budget counts from the start of the program, imports included.
     started = distributed.started_at or time.monotonic()
-    if track is not None:
-        check_tracker(track)
-    if recipe.data.name is None:
-        raise VitcliError("the recipe names no data", "add DATA after the command")
+    _check_request(recipe, track)
     old = _run_to_resume(out, recipe, resume)
     extends = old is not None and changes_length(old, recipe)
     if old is not None and old.finished and not extends:
@@ -182,13 +179,25 @@ def train(
         if images is not None and old is None:
             write_text(loop.run.path / ROWS_FILE, rows_text(images.rows))
         choose_steps(loop, started, source, facts, images, extends=extends)
-        if is_main and old is None and defaults is not None:
-            loop.run.update_provenance({"defaults": defaults.to_json()})
         if is_main:
-            loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
-            record_changes(loop.run, loop.state.step, changed)
+            _record_start(loop, None if old else defaults, changed)
         loop.fit()
         return finish(loop, source)
+
+
+def _check_request(recipe: Recipe, track: str | None) -> None:
+    if track is not None:
+        check_tracker(track)
+    if recipe.data.name is None:
+        raise VitcliError("the recipe names no data", "add DATA after the command")
+
+
+def _record_start(loop: Loop, defaults: Defaults | None, changed: list[str]) -> None:
+    """Clear the run directory, and record why the settings were chosen and what has changed."""
+    if defaults is not None:
+        loop.run.update_provenance({"defaults": defaults.to_json()})
+    loop.run.remove_temporary_files()  # only under the lock: they may belong to a live run
+    record_changes(loop.run, loop.state.step, changed)
 
 
 def _run_to_resume(out: Path | None, recipe: Recipe, resume: bool) -> Run | None:

@@ -112,9 +112,9 @@ def _load(request: DataRequest, table: Path) -> Source:
 
 def _header(table: Path) -> Sequence[str]:
     if table.suffix.lower() == ".parquet":
-        from vitcli.data.readers.parquet_table import read_metadata
+        from vitcli.data.readers.parquet_table import read_parquet_metadata
 
-        names: Sequence[str] = read_metadata(table).schema.to_arrow_schema().names
+        names: Sequence[str] = read_parquet_metadata(table).schema.to_arrow_schema().names
         return names
     from vitcli.data.readers.table_text import read_text_table
 

@@ -29,17 +29,17 @@ from vitcli.data.readers.columns import (
     group_number,
     plain_cell,
     split_columns,
-    splits_of_rows,
 )
 from vitcli.data.readers.folder import walk_images
 from vitcli.data.readers.parquet_table import (
     check_cells,
     read_footer,
-    read_metadata,
+    read_parquet_metadata,
     read_table,
     reading,
 )
 from vitcli.data.readers.path_cells import PathCells
+from vitcli.data.readers.split_cells import splits_of_rows
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import files_with_suffix, in_split_order, split_of, splits_of
 from vitcli.decode import ImageInput
@@ -176,7 +176,7 @@ def _read_split(
 ) -> dict[str, ImageSet]:
     """Split -> images; several if `divide` is true and a column names the splits."""
     shown, settings = printable(files[0]), request.settings
-    metadata = [read_metadata(file) for file in files]
+    metadata = [read_parquet_metadata(file) for file in files]
     schema = metadata[0].schema.to_arrow_schema()
     features = features_of(schema)
     image_column, label_column = choose_columns(shown, schema, features, settings)

@@ -108,7 +108,7 @@ def read_table(files: Sequence[Path], columns: list[str], notes: list[str]) -> A
             notes.append(note)
     needed = sum(
         part.row_group(group).total_byte_size
-        for part in map(read_metadata, files)
+        for part in map(read_parquet_metadata, files)
         for group in range(part.num_row_groups)
     )
     if needed > MEMORY_FRACTION * (free := psutil.virtual_memory().available):
@@ -156,7 +156,7 @@ def _quiet() -> Iterator[None]:
                 datasets.enable_progress_bars()
 
 
-def read_metadata(file: Path) -> Any:
+def read_parquet_metadata(file: Path) -> Any:
     """The `pyarrow.parquet.FileMetaData`; the file's name need not be UTF-8."""
     import pyarrow.parquet as pq
 

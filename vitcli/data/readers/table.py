@@ -31,10 +31,10 @@ from vitcli.data.readers.columns import (
     choose_table_columns,
     group_number,
     known_columns,
-    splits_of_rows,
 )
 from vitcli.data.readers.folder import walk_images
 from vitcli.data.readers.path_cells import PathCells
+from vitcli.data.readers.split_cells import splits_of_rows
 from vitcli.data.readers.table_rows import TableRows
 from vitcli.data.readers.table_text import read_text_table
 from vitcli.data.source import DataRequest, Source, make_source

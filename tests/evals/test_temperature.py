@@ -84,7 +84,9 @@ def test_reporting_what_was_fitted_on_is_told(noisy, here):
     shutil.copytree("noisy/test", "noisy/validation")
     evaluate.run(noisy, model="m.safetensors", calibrate=True, watch=watch)
     evaluate.run(noisy, model="m.safetensors", watch=watch)  # the validation images are no others
-    assert len(watch.lines) == 1
+    fitted = [line for line in watch.lines if "was fitted" in line]
+    assert len(fitted) == 1
+    assert all("exact copies of validation" in line for line in watch.lines if line not in fitted)
 
 
 def test_validation_images_come_first(noisy, here):

@@ -129,6 +129,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "augment.resize_size": {"model.image_size": 16},
     "train.freeze=backbone": FINETUNE,
     "train.freeze=blocks:1": FINETUNE,
+    "train.keep_head=True": FINETUNE,
     "lora.rank": FINETUNE,
     "lora.alpha": LORA,
     "lora.targets": LORA,

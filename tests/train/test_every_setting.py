@@ -92,7 +92,7 @@ def files(tmp_path_factory):
     (folder / "classes.txt").write_text("\n".join(CLASSES))
     network = create_network("mu/4", num_classes=2, image_size=16, depth=2)
     preprocess = Preprocess((16, 16), mean=(0.5,), std=(0.5,))
-    model = LoadedModel(network, labels=CLASSES, preprocess=preprocess)
+    model = LoadedModel(network, labels=CLASSES, preprocess=preprocess, head_trained=True)
     save_model(folder / "weights.safetensors", model)
     return folder
 

@@ -161,6 +161,7 @@ def test_evaluate_counts_every_image_once(trained):
     assert done.returncode == 0, done.stderr
     names = {"confusion": "confusion.csv", "confusion_picture": "confusion.png"}
     names |= {"reliability_picture": "reliability.png", "mistakes_picture": "mistakes.png"}
+    names |= {"mistakes": "mistakes.csv", "report": "report.html"}
     there = {key: f"both/{name}" for key, name in names.items()}
     assert json.loads(done.stdout) == {**alone.to_json(), **there}
     assert {path.name for path in (folder / "both").iterdir()} == set(names.values())

@@ -24,6 +24,7 @@ MAX_FILE_BYTES = 256 << 20
 CHECKSUM = "checksum"  # the key of a JSON object that holds the checksum of the others
 CHECKSUM_LINE = "# Checksum of the lines above: "
 READ_BYTES = 4 << 20
+MAX_BITS = 1000  # of an integer; larger ones do not fit into a float
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 
 
@@ -139,7 +140,7 @@ def parse_json(text: str | bytes) -> Any:
     """A JSON value of any origin; its types are for the caller to check.
 
     Raises:
-        ValueError: the text is not JSON, not UTF-8, or nested more than `MAX_DEPTH` levels deep.
+        ValueError: it is not JSON or not UTF-8, or a value is too deep, or an integer too large.
     """
     try:
         return _checked_depth(json.loads(text))
@@ -249,6 +250,8 @@ def parse_toml(text: str) -> dict[str, Any]:
 def _checked_depth(value: T) -> T:
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
+        if any(isinstance(part, int) and part.bit_length() > MAX_BITS for part in level):
+            raise ValueError("it has an integer of more than 300 digits")
         level = [part for part in level if isinstance(part, dict | list)]
         if not level:
             return value

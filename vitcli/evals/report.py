@@ -49,8 +49,8 @@ MAX_PAIRS, PAIR_EXAMPLES = 5, 6  # pairs of confused classes with thumbnails
 HEADLINE = {
     "accuracy": "accuracy",
     "top1": "top-1 accuracy",
-    "map": "mean average precision",
     "balanced_accuracy": "balanced accuracy",
+    "map": "mean average precision",
     "mae": "mean absolute error",
     "rmse": "root mean squared error",
     "r2": "R2",
@@ -59,6 +59,10 @@ HEADLINE = {
     "micro_f1": "micro F1",
     "loss": "loss",
     "ece": "calibration error",
+    "macro_f1": "macro F1",
+    "roc_auc": "ROC-AUC",
+    "ece_if_calibrated": "calibration error of a calibrated model",
+    "ece_debiased": "calibration error without bias",
 }
 NO_SHARES = {"loss", "mae", "rmse", "r2", "images", "temperature"}  # all others are in 0..1
 
@@ -123,7 +127,7 @@ def headline_figures(
         if isinstance(value, int | float):
             interval = _interval_text(key, intervals.get(key))
             found.append(
-                (name, _value_text(key, value), f"95 % interval {interval}" if interval else "")
+                (name, value_text(key, value), f"95 % interval {interval}" if interval else "")
             )
     images = [("images", f"{int(figures['images']):,}", "")] if "images" in figures else []
     return found[:most] + images
@@ -132,7 +136,7 @@ def headline_figures(
 def figures_table(figures: Mapping[str, Any], intervals: Mapping[str, Any]) -> Table:
     """All figures of an evaluation that are numbers, with their 95 % intervals."""
     rows = [
-        [HEADLINE.get(key, key.replace("_", " ")), Cell(_value_text(key, value), value),
+        [HEADLINE.get(key, key.replace("_", " ")), Cell(value_text(key, value), value),
          _interval_text(key, intervals.get(key)) or "-"]
         for key, value in figures.items()
         if isinstance(value, int | float)
@@ -140,7 +144,8 @@ def figures_table(figures: Mapping[str, Any], intervals: Mapping[str, Any]) -> T
     return Table(["figure", "value", "95 % interval"], rows)
 
 
-def _value_text(key: str, value: float) -> str:
+def value_text(key: str, value: float) -> str:
+    """A figure with its unit: a share in percent, an error or a number as it is."""
     if key == "images":
         return f"{value:,.0f}"
     if key == "loss" or key.startswith("ece"):

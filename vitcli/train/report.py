@@ -1,6 +1,5 @@
 """The pictures and the report of a training run: curves.png and report.html."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from vitcli.evals.report import (
     mistakes_section,
     notes_blocks,
     recipe_section,
+    value_text,
 )
 from vitcli.evals.scoring import (
     ImageScores,
@@ -206,7 +206,9 @@ def _figure_blocks(
         ("speed", f"{result['images_per_second']:,.0f} images/s"),
     ]
     if best := result["best"]:
-        rows.append(("best weights", json.dumps(best)))
+        value = value_text(best["metric"], best["value"])
+        measured_on = f"{best['split']} {best['metric'].replace('_', ' ')} {value}"
+        rows.append(("best weights", f"step {best['step']}: {measured_on}"))
     return [*blocks, Facts(rows)]
 
 

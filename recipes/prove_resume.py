@@ -136,7 +136,7 @@ TIMES = {
     "data/wait_fraction",
 }
 SEALED = {"provenance.json": "checksum"}  # of a file whose times were removed
-# They say that the run was resumed, when, and how long it took; all other figures are in other files.
+# They hold times and say that the run was resumed. All other figures are in other files, too.
 LOGS = {"log.txt", "report.html"}
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link"}
 

@@ -40,9 +40,11 @@ def unknown(kind: str, name: str, known: Iterable[str], prefix: str = "") -> Vit
     return VitcliError(f"unknown {kind} `{prefix}{printable(name)}`", f"{meant}: {available}")
 
 
-def quoted(names: Iterable[str]) -> str:
-    """Names in one line: `a`, `b`."""
-    return ", ".join(f"`{printable(str(name))}`" for name in names)
+def quoted(names: Iterable[str], most: int | None = None) -> str:
+    """Names in one line: `a`, `b`; with `most`, the first ones and `and 3 more`."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if most is not None and len(names) > most else ""
+    return ", ".join(f"`{printable(str(name))}`" for name in names[:most]) + more
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

@@ -23,6 +23,7 @@ from vitcli.inspection.dataset_report import dataset_page, draw_samples, output_
 from vitcli.pixels import Window
 from vitcli.progress import Quiet, Watcher
 from vitcli.report.page import Page, write_report
+from vitcli.train.defaults import USUAL_SIZE, usual_patch
 from vitcli.train.imbalance import IMBALANCED, ClassSizes
 from vitcli.train.objectives import objective_class
 
@@ -30,10 +31,6 @@ MAX_EXAMPLES = 5  # class names in one line
 TINY = 16  # px, of the shorter side
 ODD_ASPECT = 3.0
 FEW = 5  # images per class that few-shot evaluation and a split need at least
-# (largest shorter side of the images, suggested patch size): 50 to 250 tokens, and small patches
-# for small images, because training on little data fails without them.
-PATCHES = ((20, 2), (48, 4), (128, 8))
-USUAL_SIZE, USUAL_PATCH = 224, 16
 
 
 @dataclass(frozen=True)
@@ -166,7 +163,7 @@ class CheckResult:
         if not len(self.scan):
             return {}
         side = int(np.median(self.scan.size.min(axis=1)))
-        patch = next((p for most, p in PATCHES if side <= most), USUAL_PATCH)
+        patch = usual_patch(side)
         size = min(USUAL_SIZE, max(patch, round(side / patch) * patch))
         return {"image_size": size, "patch_size": patch, "tokens": (size // patch) ** 2}
 

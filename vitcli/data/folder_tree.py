@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from vitcli.errors import printable
+from vitcli.errors import quoted
 from vitcli.hub.split_names import CONTAINERS, words_of
 
 PART_WORDS = {"batch", "chunk", "fold", "part", "shard"} | CONTAINERS - {
@@ -77,5 +77,4 @@ def is_numbered_parts(names: Sequence[str]) -> bool:
 
 def named(names: Sequence[str]) -> str:
     """The first names, and the number of the others."""
-    shown = ", ".join(f"`{printable(name)}`" for name in names[:MAX_NAMED])
-    return shown + (f" and {len(names) - MAX_NAMED:,} more" if len(names) > MAX_NAMED else "")
+    return quoted(names, MAX_NAMED)

@@ -4,6 +4,7 @@ A sampler has no state. A run that resumes asks for the positions from where it 
 several processes for its own part of them.
 """
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Protocol
 
@@ -43,12 +44,17 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> Integers:
 
 def images_at(start: int, count: int, num_images: int, seed: int) -> tuple[Integers, Integers]:
     """(count,) epochs and (count,) indices of the images at the positions start..start+count-1."""
-    epochs, offsets = np.divmod(np.arange(start, start + count, dtype=np.int64), num_images)
-    indices = np.empty(count, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = epoch_order(num_images, seed, int(epoch))[offsets[here]]
-    return epochs, indices
+    return _look_up(start, count, num_images, partial(epoch_order, num_images, seed))
+
+
+def _look_up(
+    start: int, count: int, size: int, draws: Callable[[int], Integers]
+) -> tuple[Integers, Integers]:
+    """(count,) epochs, and (…, count) draws at these positions; `draws(epoch)` is (…, size)."""
+    epochs, offsets = np.divmod(np.arange(start, start + count, dtype=np.int64), size)
+    # Epochs only grow, so that the parts follow each other.
+    parts = [draws(int(epoch))[..., offsets[epochs == epoch]] for epoch in np.unique(epochs)]
+    return epochs, np.concatenate(parts, axis=-1)
 
 
 class ClassSampler:
@@ -76,11 +82,7 @@ class ClassSampler:
 
     def __call__(self, start: int, count: int) -> tuple[Integers, Integers]:
         """See `Sampler`."""
-        epochs, offsets = np.divmod(np.arange(start, start + count, dtype=np.int64), self.size)
-        rounds, indices = np.empty_like(epochs), np.empty_like(epochs)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rounds[here], indices[here] = self.epoch(int(epoch))[:, offsets[here]]
+        _, (rounds, indices) = _look_up(start, count, self.size, self.epoch)
         return rounds, indices
 
     def drawn(self, epochs: int) -> Integers:

@@ -211,7 +211,7 @@ def command_line(argv: Sequence[str] | None) -> str:
     path = Path(program)
     # `python -m vitcli` has the path of __main__.py in place of a name.
     name = "vitcli" if path.name in ("vitcli", "__main__.py") else program
-    return " ".join(shlex.quote(word) for word in (name, *arguments))
+    return shlex.join([name, *arguments])
 
 
 def thumbnail(image: Image.Image, lines: Sequence[str], path: str) -> Thumbnail:

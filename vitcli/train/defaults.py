@@ -181,7 +181,7 @@ def _shape(
     if name is not None:
         patch = given.get("model.patch_size") or _stride(str(name))
         return str(name), fixed or _round_to(_largest(natural, patch, machine), patch), patch
-    patch = next((p for most, p in PATCHES if side <= most), USUAL_PATCH)
+    patch = usual_patch(side)
     if machine.is_slow and side > PATCHES[1][0]:
         patch = CPU_PATCH
     patch = given.get("model.patch_size") or patch
@@ -192,6 +192,12 @@ def _shape(
             patch = min(fits, key=lambda p: abs(p - patch), default=1)
     size = fixed or _round_to(_largest(natural, patch, machine), patch)
     return f"{_variant(data, machine, given)}/{patch}", size, patch
+
+
+def usual_patch(side: int) -> int:
+    """The patch side in px that suits images of this shorter side: 50 to 250 tokens."""
+    # Small patches for small images: training on little data fails without them.
+    return next((patch for most, patch in PATCHES if side <= most), USUAL_PATCH)
 
 
 def _largest(side: int, patch: int, machine: MachineFacts) -> int:

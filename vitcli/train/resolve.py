@@ -35,7 +35,7 @@ from vitcli.train.objectives import OBJECTIVES, objective_class, resolve_objecti
 from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
-from vitcli.weights.edit import match_classes, prepare_finetune
+from vitcli.weights.edit import find_classes, prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel, TargetScale
@@ -341,12 +341,12 @@ def check_kept_head(model: LoadedModel, labels: Sequence[str], section: Objectiv
         raise VitcliError(
             "`--keep-head`: this model has no trained head with class names", new_head
         )
-    found = [match_classes([label], model.labels) for label in labels]
+    found = find_classes(labels, model.labels)
     missing = [label for label, index in zip(labels, found, strict=True) if index is None]
-    known = {index[0] for index in found if index is not None}
+    known = set(found)
     extra = [label for i, label in enumerate(model.labels) if i not in known]
     faults = {"the data has": missing, "only the model has": extra}
-    if texts := [f"{who} {_some(names)}" for who, names in faults.items() if names]:
+    if texts := [f"{who} {quoted(names, MAX_NAMES)}" for who, names in faults.items() if names]:
         raise VitcliError(
             f"`--keep-head` needs the same classes in the data and in the model; "
             f"{', and '.join(texts)}",
@@ -361,11 +361,6 @@ def check_kept_head(model: LoadedModel, labels: Sequence[str], section: Objectiv
             f"objective `{section.name}` has `{wanted}` outputs",
             f"`--set objective.name={able}`, or leave out `--keep-head`",
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
-    return quoted(names[:MAX_NAMES]) + more
 
 
 def with_dropout(model: LoadedModel, rates: dict[str, Any]) -> LoadedModel:

@@ -240,6 +240,16 @@ def change_pool(model: LoadedModel, pool: str) -> None:
 def match_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int] | None:
     """Return the index in `known` of each name in `wanted`, or None if a name has no match.
 
+    Two names that match the same class have none, see `find_classes`.
+    """
+    indices = [i for i in find_classes(wanted, known) if i is not None]
+    is_exact = set(wanted) <= set(known)
+    return indices if is_exact or len(set(indices)) == len(wanted) else None
+
+
+def find_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """Return the index in `known` of each name in `wanted`; None for a name without a match.
+
     Exact names are tried first. Then case, `_`, `-`, spaces and the encoding of accents are
     ignored, and one of ImageNet's comma-separated synonyms is enough.
     """
@@ -250,9 +260,7 @@ def match_classes(wanted: Sequence[str], known: Sequence[str]) -> list[int] | No
     for i, name in enumerate(known):
         for synonym in {_plain(name), *map(_plain, name.split(","))}:
             loose[synonym] = None if synonym in loose else i  # two classes share the synonym
-    found = [exact.get(name, loose.get(_plain(name))) for name in wanted]
-    indices = [i for i in found if i is not None]
-    return indices if len(set(indices)) == len(wanted) else None
+    return [exact.get(name, loose.get(_plain(name))) for name in wanted]
 
 
 def _plain(name: str) -> str:

@@ -147,12 +147,11 @@ def resolve_class_weights(section: ObjectiveSection, model: LoadedModel) -> Tens
     if given is None:
         return None
     if not isinstance(given, str):
-        more = f" and {len(classes) - MAX_NAMES:,} more" * (len(classes) > MAX_NAMES)
         if len(given) != (expected := model.config.num_classes):
             raise VitcliError(
                 f"`objective.class_weights` has {len(given):,} weights, and the data has "
                 f"{expected:,} classes",
-                f"give one weight per class, in this order: {quoted(classes[:MAX_NAMES])}{more}",
+                f"give one weight per class, in this order: {quoted(classes, MAX_NAMES)}",
             )
         return torch.tensor(given)
     counts = _counts(model, f"class_weights={given}")

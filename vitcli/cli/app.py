@@ -162,6 +162,7 @@ def _train(
         **verbose,
         resume=training.resume,
         track=training.track,
+        check=not training.no_check,
         watch=console.Terminal(),
     )
     console.show(trained, training.json, show.show_trained, following.after_training(trained))
@@ -191,6 +192,7 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
         batch_size=options.batch_size,
         precision=options.precision,
         cache=not options.no_cache,
+        check=not options.no_check,
         verbose=options.verbose,
         watch=console.Terminal(),
     )
@@ -234,6 +236,7 @@ def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
         batch_size=options.batch_size,
         precision=options.precision,
         seed=options.seed,
+        check=not options.no_check,
         verbose=options.verbose,
         watch=console.Terminal(),
     )
@@ -278,6 +281,7 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         processes=options.processes,
         precision=None if options.precision == "auto" else options.precision,
         device=options.device,
+        check=not options.no_check,
         watch=console.Terminal(),
     )
     console.show(result, options.json, show.show_suite)

@@ -163,10 +163,11 @@ def warn_of_copies(
         sentences.append(f"{command} lists them")
         source = _told(source, watch, f"{shown}: {'. '.join(sentences)}", is_warning=True)
     if missing := sum(int((part["state"] == 0).sum()) for part in rows.values()):
-        later = "the next command on these data compares more, and " if cache.stored else ""
+        so_far = "are compared so far, " if cache.stored else "were compared in "
+        each = " per command" if cache.stored else ""
         note = (
-            f"{shown}: {total - missing:,} of {total:,} images were compared in {seconds:.3g} s; "
-            f"{later}{command} compares all"
+            f"{shown}: {total - missing:,} of {total:,} images {so_far}{seconds:.3g} s{each}; "
+            f"{command} compares all"
         )
         source = _told(source, watch, note)
     return source
@@ -261,7 +262,8 @@ class CopyFinder:
             like = origin or f"{self.names[first]} images"
             also = f" ({copies:,} exact copies)" if copies else ""
             sentences.append(
-                f"{count:,} of {len(images):,} {images.name} images look the same as {like}{also}, "
+                f"{count:,} of {len(images):,} {images.name} images "
+                f"look{'s' * (count == 1)} the same as {like}{also}, "
                 f"such as {self._names(pairs[chosen][0])}"
             )
         return [*sentences, "Figures on these images are too high"]

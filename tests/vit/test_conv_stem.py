@@ -100,7 +100,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 def test_default_channels_and_blocks():
-    assert parse_variant("Conv+Pico/4").depth == 4 and parse_variant("Conv+B/16").depth == 8
+    assert parse_variant("Conv+Pico/4").depth == 2 and parse_variant("Conv+B/16").depth == 4
     assert parse_variant("Conv+ViT-mu/4").depth == 1
     assert default_channels(192, 4) == (64, 192)  # hybrid B of recipes/LOG.md
     assert default_channels(192, 8) == (32, 64, 192)

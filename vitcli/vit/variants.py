@@ -96,7 +96,8 @@ def parse_variant(name: str, **settings: Any) -> Config:
     * `R+Ti/16`: the root of a ResNet (stride 4) and patches of 8x8 cells. As in the official code,
       a patch covers 32 px, in spite of the name.
     * `Conv+Pico/4`: a convolutional stem of stride 4 px, a power of two. A patch is one cell of its
-      feature map. The stem takes the place of a third of the blocks, so `Conv+Pico/4` has four.
+      feature map. The stem takes the place of the early blocks: a third of them remains, because
+      a shallow encoder learns more in minutes (recipes/LOG.md). So `Conv+Pico/4` has two blocks.
     * `Axial-B/32`: axial blocks and mean pooling, because rows and columns have no class token
       (appendix D.6).
     * `R50x1`: a BiT ResNet; the last number is a factor on all widths.
@@ -132,7 +133,7 @@ def parse_variant(name: str, **settings: Any) -> Config:
         values["stem"], values["patch_size"] = _stem(name, stem, int(patch))
     if conv:
         values["conv_stem"], values["patch_size"] = _conv_stem(name, variant, int(patch)), 1
-        values["depth"] -= variant.depth // 3
+        values["depth"] = max(1, variant.depth // 3)
     values.update(settings)
     values["pool"] = canonical_pool(values.get("pool", "token"))
     return ViTConfig.from_dict(values)

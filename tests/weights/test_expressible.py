@@ -76,6 +76,7 @@ VIT = {
         {"position": "sincos2d", "position_covers_prefix": False},
     ],
     "position_at": [{"position_at": "every"}, {"position_at": "shared"}],
+    "position_bias": [{"position_bias": "every"}, {"position_bias": "shared"}],
     "position_covers_prefix": [
         {"position_covers_prefix": False},
         {**TWO_HEADS, "position_covers_prefix": False},
@@ -115,6 +116,7 @@ VIT = {
         {**STEM, "pool": "map", "class_token": False},
     ],
     "stem_width": [{**STEM, "stem_width": 0.5}],
+    "conv_stem": [{"conv_stem": (8, 16), "patch_size": 2}],
     "stem_arithmetic": [{**STEM, "stem_arithmetic": kind} for kind in ("timm", "google")],
     "dropout_rate": [{"dropout_rate": 0.1}],
     "drop_path_rate": [{"drop_path_rate": 0.1}],

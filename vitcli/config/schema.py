@@ -31,6 +31,7 @@ from vitcli.config.choices import (
     Pool,
     Position,
     PositionAt,
+    PositionBias,
     Resize,
     ResizeMode,
     StemArithmetic,
@@ -117,6 +118,11 @@ class ModelSection(Section):
         "Where positions are added: `stem` (before the encoder), `every` (a table per block) or "
         "`shared` (one table for all blocks).",
     )
+    position_bias: PositionBias | None = setting(
+        None,
+        "Learned bias of the attention by 2-D offset (BEiT): `none`, `every` (a table per block) "
+        "or `shared` (one table).",
+    )
     position_covers_prefix: bool | None = setting(
         None, "Give the prefix tokens position embeddings too."
     )
@@ -141,6 +147,9 @@ class ModelSection(Section):
     stem_width: PositiveFloat | None = setting(None, "Width factor of the hybrid's ResNet stem.")
     stem_arithmetic: StemArithmetic | None = setting(
         None, "Padding and normalisation of the stem: Google's or timm's."
+    )
+    conv_stem: tuple[Width, ...] | None = setting(
+        None, "Feature maps per stage of a convolutional stem; each stage halves the image."
     )
     layers: tuple[Count, ...] | None = setting(None, "Units per stage of a ResNet.")
     width: PositiveFloat | None = setting(None, "Width factor of a ResNet.")
@@ -605,7 +614,7 @@ class TrainSection(Section):
         None,
         "Export the weights with the best value of this metric of the validation images: "
         "accuracy, balanced_accuracy, macro_f1, loss, map, micro_f1, fewshot_accuracy, mae, rmse "
-        "or r2.",
+        "or r2. The latest of equal ones is taken.",
     )
     patience: Count | None = setting(
         None,

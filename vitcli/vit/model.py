@@ -19,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from vitcli.config.choices import Resize
 from vitcli.vit.blocks import build_blocks
 from vitcli.vit.config import ViTConfig
+from vitcli.vit.conv_stem import ConvEmbed
 from vitcli.vit.hybrid import HybridEmbed, init_stem, lecun_normal
 from vitcli.vit.patches import PatchEmbed
 from vitcli.vit.pool import AttentionPool, PreLogits, pool_tokens
 from vitcli.vit.position import (
     DEFAULT_RESIZE,
     Grid,
+    OffsetBias,
     concatenate_axes,
     fixed_table,
     is_position,
@@ -40,8 +42,9 @@ class VisionTransformer(nn.Module):
         config: the settings that it was built from.
         position_resize: method that resamples the positions for images of another size.
         checkpoint_activations: in training, store only the input of each block (of each unit in a
-            hybrid's ResNet) and recompute the rest in the backward pass. This takes one more
-            forward pass and a fraction of the memory, and gives the same gradients.
+            hybrid's ResNet, of each stage of a convolutional stem) and recompute the rest in the
+            backward pass. This takes one more forward pass and a fraction of the memory, and gives
+            the same gradients.
         patch_drop_rate: fraction of the patches that training drops from each image at random
             (PatchDropout, Liu et al., 2022).
     """
@@ -67,6 +70,7 @@ class VisionTransformer(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.pos_drop = nn.Dropout(config.dropout_rate)
         self.norm_pre = nn.LayerNorm(d, eps=eps) if config.norm_before_blocks else nn.Identity()
+        self.rel_pos_bias = OffsetBias(config) if config.position_bias == "shared" else None
         self.blocks = build_blocks(config)
         after = config.norm_after_pool
         self.norm = nn.Identity() if after else nn.LayerNorm(d, eps=eps)
@@ -149,9 +153,13 @@ class VisionTransformer(nn.Module):
         uncovered = x.shape[1] - positions.shape[1]
         return x + nn.functional.pad(positions, (0, 0, uncovered, 0))
 
+    def shared_bias(self, grid: Grid) -> Tensor | None:
+        """(1, H, T, T), added to the scores of every attention; None without shared biases."""
+        return None if self.rel_pos_bias is None else self.rel_pos_bias(grid)
+
     def embed_patches(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D): projected patches of the image, or of the feature map."""
-        hybrid = isinstance(self.patch_embed, HybridEmbed)
+        hybrid = self.config.is_hybrid
         x: Tensor = (
             self.patch_embed(images, self._recompute()) if hybrid else self.patch_embed(images)
         )
@@ -197,10 +205,14 @@ class VisionTransformer(nn.Module):
         """(B, T, D) -> `count` x (B, T, D): outputs of the last blocks, after the final norm."""
         x = self.norm_pre(x)
         recompute, found = self._recompute(), []
+        bias = self.shared_bias(grid)
         for i, block in enumerate(self.blocks):
             if i:
                 x = self.add_positions(x, grid, i)
-            x = checkpoint(block, x, grid, use_reentrant=False) if recompute else block(x, grid)
+            if recompute:
+                x = checkpoint(block, x, grid, bias, use_reentrant=False)
+            else:
+                x = block(x, grid, bias)
             if i >= len(self.blocks) - count:
                 found.append(self.norm(x))
         return found
@@ -250,7 +262,9 @@ class VisionTransformer(nn.Module):
 
 
 def embedding(config: ViTConfig) -> nn.Module:
-    """The module (B, C, Y, X) -> (B, N, D): a patch projection, with a ResNet stem in hybrids."""
+    """The module (B, C, Y, X) -> (B, N, D): a patch projection, with a stem in hybrids."""
+    if config.conv_stem is not None:
+        return ConvEmbed(config)
     if config.stem is not None:
         return HybridEmbed(config)
     return PatchEmbed(config.num_channels, config.patch_size, config.embed_dim, config.patch_bias)

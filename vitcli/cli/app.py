@@ -672,13 +672,13 @@ def models(
     words = words or []
     if words[:1] != ["fetch"]:
         found = command.run(words)
-        after = following.quoted(["models", "fetch", found.rows[0].public.name])
+        after = following.command_line(["models", "fetch", found.rows[0].public.name])
         console.show(found, json, show.show_models, after)
         return
     if len(words) != 2:
         raise VitcliError("`vitcli models fetch` takes one name", "`vitcli models` lists them")
     fetched = command.fetch(words[1], console.Terminal())
-    after = following.quoted(["fewshot", "builtin:digits", "--model", fetched.name])
+    after = following.command_line(["fewshot", "builtin:digits", "--model", fetched.name])
     console.show(fetched, json, show.show_fetched, after)
 
 

@@ -336,12 +336,13 @@ def finish(loop: Loop, source: Source) -> TrainResult:
             names = ("index", "target" if model.is_regression else "label", "predicted")
             save_tensors(run.path / OUTCOMES, dict(zip(names, columns, strict=True)))
         run.update_provenance({"steps": loop.total_steps})
-        draw_curves(run)
+        records = run.records()
+        draw_curves(run, records)
         held_out = None
         if metrics and model.preprocess is not None:
             split = list(loop.evaluations)[-1]
             held_out = HeldOut(source.splits[split], outcomes, model.preprocess.pixel_format)
-        page = partial(run_page, run, result.to_json(), source, held_out)
+        page = partial(run_page, run, records, result.to_json(), source, held_out)
         write_report(run.path / REPORT_FILE, page, loop.watch)
         run.finish(result.to_json())
     accelerator.wait_for_everyone()

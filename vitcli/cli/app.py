@@ -662,6 +662,9 @@ def models(
     Names of timm and repositories on the Hugging Face Hub work too, listed or not. `fetch`
     downloads into the cache, whose folder you can copy to a machine without a network.
 
+    A name means the branch `main` of its repository, which can change. `NAME@COMMIT` pins one
+    commit, for `--model` and for `fetch`. Each load and `fetch` print the commit.
+
     Example: `vitcli models dinov2`
 
     or: `vitcli models fetch vit-s16-augreg`

@@ -38,7 +38,8 @@ def test_examples_and_defaults_are_accepted(name):
     [
         ("optim.lr", "float above 0", ()),
         ("train.seed", "int from 0 below 4,294,967,296", ()),
-        ("train.patch_drop_until", "float from 0 to 1", ()),
+        ("augment.flip_rate", "float from 0 to 1", ()),
+        ("train.patch_drop_until", "float above 0 up to 1", ()),
         (
             "train.precision",
             "`auto` or `fp32` or `bf16` or `fp16`",

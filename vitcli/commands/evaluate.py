@@ -170,19 +170,15 @@ def run(
         models = [name]
     stem = f"{run_stem(models[0])}-evaluate" if len(models) == 1 else "evaluate"
     with new_output(out, stem) as root:
-        folders = _output_folders(models, root)
         # Load and check every model before the first is evaluated: a mistake shows at once.
         tasks = [
             _load(name, replace(request, watch=NoteCollector(watch)), folder)
-            for name, folder in zip(models, folders, strict=True)
+            for name, folder in zip(models, _output_folders(models, root), strict=True)
         ]
         _check_same_kind(tasks)
-        if check and rank_and_world_size()[0] == 0:
-            evaluated = [(t.model, t.source, t.images, t.request.watch) for t in tasks]
-            warn_before_evaluation(evaluated)
-        results = []
-        while tasks:
-            results.append(_evaluate(tasks.pop(0)))  # pop: frees the weights afterwards
+        checked = tasks if check else []
+        warn_before_evaluation([(t.model, t.source, t.images, t.request.watch) for t in checked])
+        results = [_evaluate(tasks.pop(0)) for _ in range(len(tasks))]  # pop: frees the weights
     return results[0] if len(results) == 1 else compare_models(data, results)
 
 

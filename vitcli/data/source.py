@@ -207,7 +207,7 @@ def open_data(
 def make_source(
     request: DataRequest,
     splits: Mapping[str, ImageSet],
-    parts: Iterable[bytes],
+    parts: Iterable[bytes] | Any,
     notes: Sequence[str],
     target: str = "value",
 ) -> Source:
@@ -216,7 +216,7 @@ def make_source(
     Args:
         request: what the user asked for.
         splits: split name -> images; empty splits are dropped.
-        parts: content of the fingerprint; labels and splits are added here.
+        parts: content of the fingerprint, or its `hash_parts`; labels and splits are added here.
         notes: messages for the user.
         target: the name of the numbers if `request.numeric`.
 
@@ -224,10 +224,7 @@ def make_source(
         VitcliError: no images, only one class, a class without training images, or splits that
             cannot be made.
     """
-    shown, parts, division = request.shown, list(parts), None
-    if request.whole:
-        later = replace(request, whole=False, min_classes=DataRequest.min_classes)
-        division = partial(make_source, later, splits, parts, notes, target)
+    shown, given = request.shown, splits
     splits = {name: images for name, images in splits.items() if len(images)}
     if not splits:
         raise VitcliError(f"`{shown}` has no images", "give data with at least two classes")
@@ -267,14 +264,20 @@ def make_source(
             cut[name] = aligned[origin].subset(indices, name)
         elif name != origin:
             cut[name] = aligned[origin].subset(np.arange(len(aligned[origin])), name)
-    hashed = [*parts, *(name.encode() + s.labels.tobytes() for name, s in cut.items())]
+    digest = hash_parts(parts) if isinstance(parts, Iterable) else parts.copy()
+    division = None
+    if request.whole:
+        later = replace(request, whole=False, min_classes=DataRequest.min_classes)
+        division = partial(make_source, later, given, digest.copy(), notes, target)
+    hashed = [name.encode() + s.labels.tobytes() for name, s in cut.items()]
     hashed += [s.rows.tobytes() for s in cut.values()]
     hashed += [s.targets.tobytes() for s in cut.values() if s.targets is not None]
     hashed += [s.values.tobytes() for s in cut.values() if s.values is not None]
     record = {"images": {name: len(images) for name, images in cut.items()}, **assigned.record}
     all_notes = (*notes, *group_notes, *assigned.notes)
     return Source(
-        shown, cut, base.classes, fingerprint(hashed), all_notes, record, warnings=warnings,
+        shown, cut, base.classes, hash_parts(hashed, digest).hexdigest()[:16], all_notes, record,
+        warnings=warnings,
         division=division,
     )  # fmt: skip
 
@@ -334,11 +337,17 @@ def _one_unit_per_class(images: ImageSet, units: Integers) -> bool:
 
 def fingerprint(parts: Iterable[bytes]) -> str:
     """A short hash of the parts and of their lengths."""
-    digest = hashlib.sha256()
+    digest: str = hash_parts(parts).hexdigest()[:16]
+    return digest
+
+
+def hash_parts(parts: Iterable[bytes], digest: Any = None) -> Any:
+    """The SHA-256 object of the parts and of their lengths, after those in `digest`."""
+    digest = hashlib.sha256() if digest is None else digest
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
-    return digest.hexdigest()[:16]
+    return digest
 
 
 def _one_class_hint(request: DataRequest, only: str) -> str:

@@ -35,6 +35,7 @@ from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError, printable
 from vitcli.evals.feature_cache import code_hash, content_hash, file_stamps
 from vitcli.evals.feature_table import evict, feature_cache_folder, lack_of_space
+from vitcli.evals.features import rank_and_world_size
 from vitcli.files import replacing, write_text
 from vitcli.hub.split_names import SPLITS
 from vitcli.progress import Watcher
@@ -179,6 +180,8 @@ def warn_before_evaluation(tasks: Iterable[tuple[str, Source, ImageSet, Watcher]
     Args:
         tasks: MODEL, the data, the images to evaluate, and a watcher for each.
     """
+    if rank_and_world_size()[0] > 0:  # one process looks for all
+        return
     told: set[str] = set()
     for model, source, images, watch in tasks:
         if source.fingerprint not in told:

@@ -103,7 +103,6 @@ def build_loop(
     best = best_weights(recipe, held_out_splits(source), metrics)
     if best is not None and train.best_metric is None:
         watch.note(f"`train.patience` counts evaluations of `{best.metric}` on validation images")
-
     wrapped, optimizer, state = _prepare(objective, recipe, accelerator)
 
     # Validation uses the transform that is stored with the weights, training its own augmentation.

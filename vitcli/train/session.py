@@ -134,15 +134,13 @@ def train(
         VitcliError: bad input, a loss that is not finite, or a full disk.
         Stopped: a signal came; the state is saved.
     """
-    # A budget counts from the start of the program, imports included.
-    started = distributed.started_at or time.monotonic()
+    started = distributed.started_at or time.monotonic()  # a budget counts the imports too
     _check_request(recipe, track)
     old = _run_to_resume(out, recipe, resume)
     extends = old is not None and changes_length(old, recipe)
     if old is not None and old.finished and not extends:
         watch.note(f"`{old.path}` is already finished")
         return read_result(old)
-
     planned = Run(out or RUNS / stem)
     accelerator, precision = start_accelerator(
         recipe,
@@ -162,7 +160,6 @@ def train(
     if old is not None and is_main:
         check_same_data(old, source, images)
     loop = build_loop(recipe, source, make_model, planned, accelerator, log, old)
-
     if old is None:  # only now, so that bad settings and bad data leave no directory
         if resume:
             watch.note(f"nothing to resume at `{out}`: starting from step 0")

@@ -261,7 +261,8 @@ def load_folder(request: DataRequest) -> Source:
     label_splits(root, request.shown, layout, report.lists, notes)
     from_table = read_folder_tables(request, tree, report.tables, layout, notes)
     if from_table is not None:
-        return replace(from_table, notes=(*report.notes(request.shown), *from_table.notes))
+        skipped = report.notes(request.shown)
+        return from_table.adjusted(lambda found: replace(found, notes=(*skipped, *found.notes)))
 
     notes += unused_lists(request.shown, layout, report.lists)
 

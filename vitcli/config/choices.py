@@ -12,7 +12,8 @@ Position = Literal["learned", "learned2d", "relative", "sincos2d", "none"]
 PositionAt = Literal["stem", "every", "shared"]
 Resize = Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"]  # of positions
 MlpKind = Literal["gelu", "swiglu"]
-Gelu = Literal["exact", "tanh"]
+Gelu = Literal["exact", "tanh", "quick"]
+NormKind = Literal["layer", "rms"]
 StemArithmetic = Literal["google", "timm"]
 
 ResizeMode = Literal["crop", "squash", "pad"]

@@ -65,6 +65,7 @@ TEACHER = "DeiTForImageClassificationWithTeacher"
 GELUS: dict[str, Gelu] = {
     "gelu": "exact",
     "gelu_pytorch_tanh": "tanh",
+    "quick_gelu": "quick",
     "gelu_python": "exact",
     "gelu_new": "tanh",
     "gelu_fast": "tanh",

@@ -95,6 +95,11 @@ def test_spellings():
         ({"embed_dim": 15, "num_heads": 1, "position": "learned2d"}, "an even width, not 15"),
         ({"embed_dim": 6, "num_heads": 1, "position": "sincos2d"}, "4 divides, not 6"),
         ({"position": "relative", "position_at": "every"}, "`relative` is added nowhere"),
+        (
+            {"axial": True, "class_token": False, "pool": "mean", "position_bias": "shared"},
+            "axial blocks have no 2-D offsets",
+        ),
+        ({"position_bias": "blocks"}, "unknown position_bias `blocks`"),
         ({"position": "none", "position_at": "shared"}, "`none` is added nowhere"),
         ({"position": "sincos2d", "position_at": "every"}, "`position_at = shared`"),
         ({"stem": (3, 0)}, "each of one block or more"),

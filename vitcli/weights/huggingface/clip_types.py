@@ -141,7 +141,7 @@ def _naflex_settings(files: ModelFiles) -> Settings:
     files.described = {**files.described, "image_size": side * patch}
     kernel = files.tensors.get("patch_embed.proj.weight")
     if kernel is not None and kernel.ndim == 2 and not kernel.shape[1] % (patch * patch):
-        kernel = kernel.unflatten(1, (patch, patch, -1))  # (D, P, P, C)
+        kernel = kernel.reshape(len(kernel), patch, patch, -1)  # (D, P, P, C)
         files.tensors["patch_embed.proj.weight"] = kernel.permute(0, 3, 1, 2).contiguous()
     files.notes.append(
         f"SigLIP 2 NaFlex: images are resized to {side * patch}x{side * patch} px, without regard "

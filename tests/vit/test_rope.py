@@ -107,11 +107,11 @@ def test_dropping_patches_in_training_is_leaving_them_out(name):
     bias = torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)[:, None, None]
     for block in model.blocks:
         heads = block.attn.heads
-        block.attn.heads = lambda x, turn, heads=heads: (
-            *heads(x, turn)[:3],
+        block.attn.heads = lambda x, *given, heads=heads: (
+            *heads(x, *given)[:3],
             bias.expand(-1, 2, x.shape[1], -1),
         )
-        x = block(x, model.grid_of(images), turn)
+        x = block(x, model.grid_of(images), None, turn)
     torch.testing.assert_close(found, model.norm(x)[:, 0], atol=1e-5, rtol=0)
 
 
@@ -135,7 +135,7 @@ def test_model_in_training_draws_once_for_all_blocks(monkeypatch):
     model = small("rope, DINOv3").train()
     turns = []
     monkeypatch.setattr(
-        Attention, "forward", lambda self, x, turn=None: turns.append(turn) or self.proj(x)
+        Attention, "forward", lambda self, x, *given: turns.append(given[2]) or self.proj(x)
     )
     for _ in range(2):
         model(pictures(model))
@@ -152,7 +152,7 @@ def test_a_key_bias_that_is_absent_is_zero():
         state["qkv.bias"] = torch.cat([bare.q_bias, torch.zeros(24), bare.v_bias])
         full.load_state_dict(state)
         x = torch.randn(2, 16, 24)
-        torch.testing.assert_close(bare(x), full(x))
+        torch.testing.assert_close(bare(x, (3, 5)), full(x, (3, 5)))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,6 @@ def test_settings_that_contradict(settings, words):
 def test_a_model_with_rotary_positions_needs_the_rotation():
     attention = Attention(config(**DINOV3), 15)
     with pytest.raises(AssertionError):
-        attention(torch.randn(1, 16, 24))
+        attention(torch.randn(1, 16, 24), (3, 5))
     turn = Rotation(torch.ones(15, 6), torch.zeros(15, 6), "halves")
-    assert attention(torch.randn(1, 16, 24), turn).shape == (1, 16, 24)
+    assert attention(torch.randn(1, 16, 24), (3, 5), None, turn).shape == (1, 16, 24)

@@ -12,6 +12,7 @@ from vitcli.config.choices import (
     Pool,
     Position,
     PositionAt,
+    PositionBias,
     Rope,
     RopeDtype,
     RopePairs,
@@ -64,6 +65,9 @@ class ViTConfig:
         position_at: `stem`: add positions once, to the embedded patches. `every`: add them at the
             input of every block, from a table per block. `shared`: the same with one table. (Table
             8.)
+        position_bias: add a learned number per head and 2-D offset to the scores of the attention
+            (BEiT): `every` has a table for each block, `shared` one for all, `none` has none. It
+            goes with any `position`.
         position_covers_prefix: add positions to the prefix tokens too, as the paper does.
             big_vision and timm's `no_embed_class` do not.
         representation_size: width of the tanh layer before the head ("pre-logits", used in
@@ -121,6 +125,7 @@ class ViTConfig:
     num_registers: int = 0
     position: Position = "learned"
     position_at: PositionAt = "stem"
+    position_bias: PositionBias = "none"
     position_covers_prefix: bool = True
     representation_size: int | None = None
     qkv_bias: bool = True
@@ -238,6 +243,8 @@ class ViTConfig:
             raise ValueError(f"position `{kind}` is added nowhere: `position_at` must be `stem`")
         if at == "every" and kind == "sincos2d":
             raise ValueError("fixed positions are the same in every block: `position_at = shared`")
+        if self.position_bias != "none" and self.axial:
+            raise ValueError("axial blocks have no 2-D offsets: `position_bias = none`")
 
     def _check_rope(self) -> None:
         if self.rope is None:

@@ -84,7 +84,7 @@ def _named(model: LoadedModel, config: ViTConfig) -> dict[str, Tensor]:
     outside = {ours: prefix + theirs for theirs, ours in family.encoder.items()}
     outside |= {"head": head, "head_dist": "distillation_classifier"}
     block = written.block(config)
-    query, _, value = block["attn.qkv"]
+    query, _, value = tuple(block["attn.qkv"])
     named: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name == "pos_embed":

@@ -28,8 +28,13 @@ DROPPED = {
     r"(blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)|rope_embed\.periods": COMPUTED,
     r"(lm_head|local_cls_norm)\..*": "used only by self-supervised training",
 }
-DINOV3 = {"rope": "centred", "rope_theta": 100.0, "rope_pairs": "halves"}
-EVA02 = {"rope": "index", "rope_theta": 1e4, "rope_pairs": "neighbours", "rope_grid": (16, 16)}
+DINOV3: dict[str, Any] = {"rope": "centred", "rope_theta": 100.0, "rope_pairs": "halves"}
+EVA02: dict[str, Any] = {
+    "rope": "index",
+    "rope_theta": 1e4,
+    "rope_pairs": "neighbours",
+    "rope_grid": (16, 16),
+}
 # Architectures of timm 1.0.31 with rotary positions that we compute -> their settings.
 ROTARY: dict[str, dict[str, Any]] = {r"vit_\w+_dinov3(_|$)": DINOV3, r"eva02_": EVA02}
 # Arguments of the class -> the values that we compute.
@@ -121,9 +126,9 @@ def _assumed(tensors: Mapping[str, Tensor], source: str, notes: list[str]) -> di
     def any_name(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in names)
 
-    positions = any_name(r"(^|\.)pos_embed$")
+    positions = any_name(r"(^|\.)pos_embed$|relative_position_")  # the second is BEiT's
     if not positions and any_name(r"(^|\.)storage_tokens$|\.gamma_1$"):
-        settings: dict[str, Any] = dict(DINOV3)
+        settings = dict(DINOV3)
         periods = next((t for n, t in tensors.items() if n.endswith("rope_embed.periods")), None)
         if periods is not None:  # Meta's file, whose training had this setting
             settings |= {"rope_rescale": 2.0, "rope_dtype": _dtype_of(periods, source)}

@@ -56,6 +56,8 @@ def test_spellings():
         ({"projection_size": 0}, "projection_size is 0"),
         ({"norm_after_pool": True, "final_norm": False}, "needs the final norm"),
         ({"stem": (1,), "patch_size": 1, "patch_norm": True}, "norms of its own"),
+        ({"stem": (1,), "patch_size": 1, "crop_to_patches": True}, "rounds up"),
+        ({"image_size": (5, 40), "crop_to_patches": True}, "not a multiple of patch size"),
         ({"stem_arithmetic": "torch"}, "unknown stem_arithmetic `torch`"),
         ({"depth": 0}, "depth is 0"),
         ({"depth": 10**8}, "depth is 100000000, not a whole number from 1 to 1,000"),

@@ -14,6 +14,9 @@ from vitcli.config.choices import (
     Position,
     PositionAt,
     PositionBias,
+    Rope,
+    RopeDtype,
+    RopePairs,
     StemArithmetic,
 )
 from vitcli.vit.hybrid import stem_channels
@@ -91,6 +94,8 @@ class ViTConfig:
             nothing reads it.
         head_norm: divide the input of the head by its L2 norm, so that logits are cosines of the
             rows of the head (zero-shot heads).
+        crop_to_patches: images may have another size than whole patches: the rest at the right and
+            at the bottom is cut off, as by a convolution (SigLIP So400m/14 at 384 px).
         axial: each block attends along the rows, then along the columns (appendix D.6).
         stem: units in each stage of a ResNet in front of the patches (hybrids); `()` for its root
             alone, None for no ResNet.
@@ -98,6 +103,20 @@ class ViTConfig:
         stem_arithmetic: weight standardisation and GroupNorm epsilon of `google` or of `timm`.
         dropout_rate: dropout after the positions, the attention projection and both MLP layers.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        key_bias: with `qkv_bias`, the keys have a bias too. EVA-02 and DINOv3 have none.
+        attention_norm: a LayerNorm before the last projection of the attention (EVA-02-CLIP).
+        mlp_norm: a LayerNorm before the last layer of the MLP (EVA-02).
+        rope: rotary positions of the patches in queries and keys (`vit/rope.py`), in addition to
+            `position`. `centred`: the coordinates of an image go from -1 to 1 (DINOv3). `index`:
+            they count patches (EVA-02). None: no rotary positions.
+        rope_theta: ratio of the longest period to the shortest: 100 in DINOv3, 10,000 in EVA-02.
+        rope_pairs: the channels that are rotated together. `halves`: i and i + E/2 (DINOv3).
+            `neighbours`: 2 i and 2 i + 1 (EVA-02).
+        rope_grid: with `index`, the rows and columns to which every grid is scaled; None counts
+            patches.
+        rope_dtype: dtype to which the periods are rounded, because the weights were trained so.
+        rope_shift, rope_jitter, rope_rescale: in training, shift the coordinates by at most this
+            number, scale each axis, and scale both, by at most this factor or its inverse.
 
     Raises:
         ValueError: the network cannot be built with these settings.
@@ -136,12 +155,24 @@ class ViTConfig:
     patch_norm: bool = False
     projection_size: int | None = None
     head_norm: bool = False
+    crop_to_patches: bool = False
     axial: bool = False
     stem: tuple[int, ...] | None = None
     stem_width: float = 1.0
     stem_arithmetic: StemArithmetic = "google"
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
+    key_bias: bool = True
+    attention_norm: bool = False
+    mlp_norm: bool = False
+    rope: Rope | None = None
+    rope_theta: float = 100.0
+    rope_pairs: RopePairs = "halves"
+    rope_grid: tuple[int, int] | None = None
+    rope_dtype: RopeDtype = "fp32"
+    rope_shift: float | None = None
+    rope_jitter: float | None = None
+    rope_rescale: float | None = None
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -150,6 +181,7 @@ class ViTConfig:
         self._check_stem()
         self._check_tokens(*self.grid)
         self._check_positions()
+        self._check_rope()
 
     def _check_values(self) -> None:
         """Check each setting by itself, because it may come from a damaged file."""
@@ -179,6 +211,8 @@ class ViTConfig:
     def _check_stem(self) -> None:
         if self.stem is not None and self.patch_norm:
             raise ValueError("a ResNet stem has norms of its own: `patch_norm = false`")
+        if self.stem is not None and self.crop_to_patches:
+            raise ValueError("a ResNet stem rounds up: `crop_to_patches = false`")
         if self.stem is not None and (len(self.stem) > 4 or any(n < 1 for n in self.stem)):
             raise ValueError(
                 f"stem {self.stem}: up to four stages, each of one block or more; `()` is the root "
@@ -240,6 +274,36 @@ class ViTConfig:
         if self.position_bias != "none" and self.axial:
             raise ValueError("axial blocks have no 2-D offsets: `position_bias = none`")
 
+        if not (self.key_bias or self.qkv_bias):
+            raise ValueError("`key_bias = false` goes with `qkv_bias = true`")
+
+    def _check_rope(self) -> None:
+        if self.rope is None:
+            changed = [f.name for f in fields(self) if f.name.startswith("rope_")]
+            changed = [name for name in changed if getattr(self, name) != getattr(ViTConfig, name)]
+            if changed:
+                raise ValueError(f"{changed[0]} needs rotary positions (`rope`)")
+            return
+        if self.rope not in get_args(Rope):
+            known = ", ".join(f"`{choice}`" for choice in get_args(Rope))
+            raise ValueError(f"unknown rope `{self.rope}`; use one of {known}")
+        if (self.embed_dim // self.num_heads) % 4:
+            raise ValueError(
+                f"rotary positions need heads whose width 4 divides, not "
+                f"{self.embed_dim // self.num_heads}"
+            )
+        if self.axial:
+            raise ValueError("axial blocks have no rotary positions: remove `rope` or `axial`")
+        if self.rope_grid is not None and self.rope != "index":
+            raise ValueError(f"rope_grid goes with `rope = index`, not `{self.rope}`")
+        for side in self.rope_grid or ():
+            check_count("rope_grid", side, 1)
+        for key, least in (("rope_theta", 1), ("rope_jitter", 1), ("rope_rescale", 1)):
+            if (value := getattr(self, key)) is not None and not least <= value < math.inf:
+                raise ValueError(f"{key} is {value}, not a number from {least} on")
+        if self.rope_shift is not None and not 0 <= self.rope_shift < math.inf:
+            raise ValueError(f"rope_shift is {self.rope_shift}, not a number from 0 on")
+
     @property
     def stem_stride(self) -> int:
         """Side in pixels of a cell of the stem's feature map; 1 without a stem."""
@@ -258,7 +322,7 @@ class ViTConfig:
             ValueError: the patch size does not divide the image, or the feature map of the stem.
         """
         if self.stem is None:
-            return grid_size(image_size, self.patch_size)
+            return grid_size(self.cropped_size(image_size), self.patch_size)
         # The `SAME` padding of the official code rounds up in each halving.
         rows, cols = (-(-side // self.stem_stride) for side in image_size)
         if rows % self.patch_size or cols % self.patch_size:
@@ -267,6 +331,11 @@ class ViTConfig:
                 f"cells, which is not a multiple of patch size {self.patch_size}"
             )
         return rows // self.patch_size, cols // self.patch_size
+
+    def cropped_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(Y, X) of the pixels that the patches cover; smaller with `crop_to_patches` only."""
+        rows, cols = (side - side % self.patch_size for side in image_size)
+        return (rows, cols) if self.crop_to_patches and rows and cols else image_size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -325,8 +394,9 @@ class ViTConfig:
         if "image_size" in values:
             y, x = values["image_size"]
             values["image_size"] = (int(y), int(x))
-        if values.get("stem") is not None:  # JSON has no tuples
-            values["stem"] = tuple(int(blocks) for blocks in values["stem"])
+        for key in ("stem", "rope_grid"):
+            if values.get(key) is not None:  # JSON has no tuples
+                values[key] = tuple(int(count) for count in values[key])
         return cls(**values)
 
 

@@ -114,10 +114,7 @@ VIT = {
     "patch_norm": [{"patch_norm": True}],
     "projection_size": [{"projection_size": 24}, {"projection_size": 24, "num_classes": 0}],
     "head_norm": [{"head_norm": True}],
-    "crop_to_patches": [
-        {"crop_to_patches": True},
-        {"crop_to_patches": True, "image_size": (33, 39)},
-    ],
+    "crop_to_patches": [{"crop_to_patches": True}],
     "axial": [{**NO_TOKEN, "axial": True}],
     "stem": [
         {**STEM, "stem": (1, 1), "patch_size": 1, "stem_arithmetic": "timm"},
@@ -126,6 +123,7 @@ VIT = {
         {**STEM, "pool": "map", "class_token": False},
     ],
     "stem_width": [{**STEM, "stem_width": 0.5}],
+    "conv_stem": [{"conv_stem": (8, 16), "patch_size": 2}],
     "stem_arithmetic": [{**STEM, "stem_arithmetic": kind} for kind in ("timm", "google")],
     "dropout_rate": [{"dropout_rate": 0.1}, {**DINOV3, "dropout_rate": 0.1}],
     "drop_path_rate": [{"drop_path_rate": 0.1}, {**DINOV3, "drop_path_rate": 0.1}],

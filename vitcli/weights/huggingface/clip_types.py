@@ -92,7 +92,7 @@ CROPPED = {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 
 
 
 def _tower_settings(files: ModelFiles, defaults: Mapping[str, Any]) -> Settings:
-    """Fill the gaps of config.json, give the tensors the shapes of ours, and read what is common."""
+    """Fill the gaps of config.json, give the tensors our shapes, and read what is common."""
     files.described = {**defaults, **files.described}
     tensors = files.tensors
     if TEXT in files.dropped.values():

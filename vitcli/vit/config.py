@@ -260,6 +260,11 @@ class ViTConfig:
             raise ValueError("`key_bias = false` goes with `qkv_bias = true`")
 
     @property
+    def is_hybrid(self) -> bool:
+        """True if a stem makes a feature map, and the patches are cut from it."""
+        return self.stem is not None or self.conv_stem is not None
+
+    @property
     def stem_stride(self) -> int:
         """Side in pixels of a cell of the stem's feature map; 1 without a stem."""
         if self.conv_stem is not None:

@@ -1,4 +1,4 @@
-"""Folders of DINOv3: settings, image processor, and what is refused. Features: `test_families.py`."""
+"""Folders of DINOv3: settings, image processor, refusals. `test_families.py` has the features."""
 
 import json
 
@@ -96,6 +96,8 @@ def test_the_image_processor(gated, tmp_path):
     path.write_text(json.dumps({**PUBLIC, "size": {"height": 48, "width": 64}}))
     model = load_model(tmp_path)  # rotary positions fit every size
     assert model.preprocess.image_size == (48, 64) and model.config.image_size == (32, 32)
+    note = "images are 48x64 px, as in its preprocessor_config.json, not 32x32 px"
+    assert note in model.load_report.notes
     bare = {"image_processor_type": "DINOv3ViTImageProcessorFast"}  # the values of the class
     path.write_text(json.dumps(bare))
     p = load_model(tmp_path).preprocess

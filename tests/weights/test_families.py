@@ -106,7 +106,10 @@ def test_other_types_are_refused_by_name():
     auto = transformers.models.auto.modeling_auto
     known = set(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
     known |= {name for name in auto.MODEL_MAPPING_NAMES if re.search(r"vit|dino|clip|siglip", name)}
-    unknown = {name for name in known if "_text" not in name} - set(MODEL_TYPES) - set(NOT_READ)
+    known = {name for name in known if "_text" not in name} - {"vits"}  # which makes speech
+    others = r"beit|data2vec-vision|ijepa|vit_msn"  # in other tests
+    known = {name for name in known if not re.fullmatch(others, name)}
+    unknown = known - set(MODEL_TYPES) - set(NOT_READ)
     assert not unknown, f"neither read nor in NOT_READ: {sorted(unknown)}"
 
 

@@ -77,11 +77,8 @@ def config_of(row):
         classes = 1000 if row.accuracy else 0
         size = row.variant.partition("/")[0]
         settings |= {"mlp_dim": EVA_MLP[size], "mlp_norm": size in "BL"}
-    if row.family == "dinov3" and row.name.endswith(("plus", "7b16")):
-        settings |= {"mlp": "swiglu"}
-    if row.name == "dinov3-7b16":
-        settings |= {"embed_dim": 4096, "depth": 40, "num_heads": 32, "mlp_dim": 8192}
-        settings |= {"qkv_bias": False, "key_bias": True}
+    if row.family == "dinov3" and row.name.endswith("plus"):
+        settings |= {"mlp": "swiglu", "num_heads": {"S": 6, "H": 20}[row.variant[0]]}
     return parse_variant(
         row.variant, image_size=[row.image_size] * 2, num_classes=classes, **settings
     )

@@ -228,7 +228,7 @@ def _norm_kind(shape: TensorShapes) -> NormKind:
     return "rms" if plain and "blocks.0.norm2.bias" not in shape else "layer"
 
 
-def _attention_settings(shape: TensorShapes) -> dict[str, bool]:
+def _attention_settings(shape: TensorShapes) -> dict[str, Any]:
     """Return the settings of the attention that tensors show."""
     names = {n.removeprefix("blocks.0.attn.") for n in shape if n.startswith("blocks.0.attn.")}
     return {

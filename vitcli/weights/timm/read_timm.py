@@ -219,7 +219,7 @@ def _vit_config(
         ) from error
 
 
-def _attention_settings(shape: TensorShapes) -> dict[str, bool]:
+def _attention_settings(shape: TensorShapes) -> dict[str, Any]:
     """Return the settings of the attention that tensors show."""
     names = {n.removeprefix("blocks.0.attn.") for n in shape if n.startswith("blocks.0.attn.")}
     return {

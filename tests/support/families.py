@@ -96,8 +96,9 @@ class Family:
 def outputs(model: Any, images: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
     """Final tokens of the encoder; and the logits, else `pooler_output`, else the class token."""
     encoder = model if type(model).__name__.endswith("Model") else model.base_model
+    native = tuple(images.shape[2:]) == native_size(vars(encoder.config))
     if "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters:
-        extra["interpolate_pos_encoding"] = True
+        extra["interpolate_pos_encoding"] = not native  # it takes the stored grid as square
     out = encoder(images, **extra)
     if hasattr(model, "classifier") or hasattr(model, "cls_classifier"):
         known = inspect.signature(model.forward).parameters

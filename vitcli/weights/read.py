@@ -16,6 +16,7 @@ from vitcli.weights.google.npz import read_npz
 from vitcli.weights.google.read_google import read_google
 from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
+from vitcli.weights.open_clip import CONFIG, is_open_clip, read_open_clip
 from vitcli.weights.overrides import Overrides, override_preprocess
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
 from vitcli.weights.public import is_listed, resolve_name, similar_names
@@ -135,6 +136,8 @@ def _in_layout(
     tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
 ) -> Checkpoint:
     """Detect the layout by the names of `tensors`, and convert them to a checkpoint."""
+    if is_open_clip(tensors):
+        return read_open_clip(tensors, source, _json(path.parent / CONFIG), overrides)
     described = _json(path.parent / "config.json") or {}
     if is_huggingface(tensors):
         if "model_type" not in described:

@@ -68,6 +68,7 @@ def read_timm(
         if f"head.fc.{kind}" in found:  # (K, F, 1, 1) or (K,): a convolution on the pooled map
             head = found.pop(f"head.fc.{kind}")
             found[f"head.{kind}"] = head.flatten(1) if head.ndim == 4 else head
+    _unname_projection(found, dropped, hub_config, notes)
     shape = {name: tuple(tensor.shape) for name, tensor in found.items()}
     check_timm_names(shape, source)
     check_timm_shapes(shape, source)
@@ -101,6 +102,24 @@ def read_timm(
         # `write_timm` adds this key; timm itself leaves the activation to the caller.
         activation=as_activation((hub or {}).get("activation")),
     )
+
+
+def _unname_projection(
+    found: dict[str, Tensor], dropped: dict[str, str], hub: TimmHubConfig, notes: list[str]
+) -> None:
+    """Rename the head of timm's CLIP towers in place: it is the projection to text embeddings.
+
+    timm gives it a bias of zeros; a trained classifier has another bias, or class names.
+    """
+    head, bias = found.get("head.weight"), found.get("head.bias")
+    named = {"label_names", "labels"} & {*hub.described, *hub.pretrained}
+    if "norm_pre.weight" not in found or head is None or bias is None or named:
+        return
+    if head.any() and not bias.any():
+        found["projection.weight"] = found.pop("head.weight")
+        del found["head.bias"]
+        dropped["head.bias"] = "zero"
+        notes.append("the head is CLIP's projection to text embeddings, not a classifier")
 
 
 def _stages(shape: TensorShapes, prefix: str) -> tuple[int, ...]:
@@ -207,6 +226,8 @@ def _vit_config(
             final_norm=hub.arguments.get("final_norm", True) is not False,
             patch_bias="patch_embed.proj.bias" in shape,
             patch_norm="patch_embed.norm.weight" in shape,
+            projection_size=shape.get("projection.weight", (None,))[0],
+            crop_to_patches=stem is None and any(side % patch for side in size),
             stem=stem,
             stem_width=stem_width,
             stem_arithmetic="timm" if stem is not None else "google",
@@ -361,11 +382,14 @@ def _image_size(
             )
         return size, not hub.arguments.get("no_embed_class")
     count = shape["pos_embed"][1]
+    hybrid = any(name.startswith("patch_embed.backbone.") for name in shape)
     uncovered = bool(hub.arguments.get("no_embed_class"))
     counts = [(count, False)] if uncovered else [(count - prefix, True), (count, False)]
     for size in (hub.image_size, overrides.image_size):
         for n, covers in counts:
             if size and (size[0] // pixels) * (size[1] // pixels) == n:
+                if size == hub.image_size and not hybrid:
+                    return size, covers  # So400m/14 has 27x27 patches at 384 px
                 return (size[0] // pixels * pixels, size[1] // pixels * pixels), covers
     for n, covers in counts:
         if n > 0 and math.isqrt(n) ** 2 == n:

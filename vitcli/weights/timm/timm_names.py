@@ -26,7 +26,7 @@ KNOWN = re.compile(
     r"\.(weight|bias)"
     r"|blocks\.\d{1,6}\.(norm[12]|attn\.(qkv|proj|norm|[qk]_norm)|mlp\.(fc[12]|norm))"
     r"\.(weight|bias)"
-    r"|blocks\.\d{1,6}\.(ls[12]\.gamma|attn\.[qv]_bias)"
+    r"|projection\.weight|blocks\.\d{1,6}\.(ls[12]\.gamma|attn\.[qv]_bias)"
 )
 # Names that only models with other blocks have.
 OTHERS = re.compile(r"relative_position|rel_pos|rope|layers\.\d|stages\.|\bq_bias|network\.|window")
@@ -37,6 +37,7 @@ DIMENSIONS = {
     "dist_token": 3,
     "reg_token": 3,
     "head.weight": 2,
+    "projection.weight": 2,
     "pre_logits.fc.weight": 2,
     "patch_embed.proj.weight": 4,
     "patch_embed.backbone.stem.conv.weight": 4,

@@ -142,6 +142,11 @@ class ModelSection(Section):
     stem_arithmetic: StemArithmetic | None = setting(
         None, "Padding and normalisation of the stem: Google's or timm's."
     )
+    checkpoint_key: str | None = setting(
+        None,
+        "Which network to load from a file with several: its key or prefix, e.g. `student`. "
+        "Default: the averaged weights.",
+    )
     layers: tuple[Count, ...] | None = setting(None, "Units per stage of a ResNet.")
     width: PositiveFloat | None = setting(None, "Width factor of a ResNet.")
     dropout_rate: float | None = setting(None, "Dropout rate.", ge=0.0, lt=1.0)
@@ -151,7 +156,9 @@ class ModelSection(Section):
 
     def architecture(self) -> Settings:
         """The given keys that belong to the model's configuration; image sizes as (Y, X)."""
-        given = self.model_dump(exclude_none=True, exclude={"name", "position_resize"})
+        given = self.model_dump(
+            exclude_none=True, exclude={"name", "position_resize", "checkpoint_key"}
+        )
         if isinstance(given.get("image_size"), int):
             given["image_size"] = (given["image_size"], given["image_size"])
         return given

@@ -39,7 +39,7 @@ from vitcli.weights.edit import find_classes, prepare_finetune
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel, TargetScale
-from vitcli.weights.overrides import MODEL_KEYS, one_image_size, override_preprocess
+from vitcli.weights.overrides import MODEL_KEYS, one_image_size, override_preprocess, refuse_key
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
 MAX_NAMES = 5  # classes that an error lists
@@ -232,6 +232,7 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
     labels, scale = head_of(recipe, source)
     num_classes = len(labels) if supervised else 0
     settings = {"num_classes": num_classes, **section.architecture()}
+    refuse_key(section.checkpoint_key, "this run starts from random weights")
     if size := one_image_size(section.image_size, recipe.preprocess.image_size):
         settings["image_size"] = size
     try:

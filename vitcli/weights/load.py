@@ -25,6 +25,7 @@ from vitcli.weights.overrides import (
     as_size,
     one_image_size,
     override_preprocess,
+    refuse_key,
 )
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
@@ -49,6 +50,7 @@ def load_model(
     gelu: str | None = None,
     stem_arithmetic: StemArithmetic | None = None,
     patch_size: int | None = None,
+    checkpoint_key: str | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     watch: Watcher | None = None,
@@ -69,6 +71,7 @@ def load_model(
         stem_arithmetic: `google` or `timm`, for the ResNet of a hybrid.
         patch_size: pixels. A size that is not the file's resamples the patch projection (FlexiViT's
             pseudo-inverse) and the positions.
+        checkpoint_key: path or prefix of the network in a file with several, e.g. `student`.
         num_classes: add a new zero head with this many outputs; 0 removes the head.
         seed: random seed of a variant's weights.
         watch: receives the progress of a download.
@@ -93,10 +96,12 @@ def load_model(
         stem_arithmetic=stem_arithmetic,
         pool=pool,
         labels=read_labels(labels),
+        checkpoint_key=checkpoint_key,
         preprocess=settings,
     )
     method: Resize | None = position_resize  # type: ignore[assignment]  # checked above
     if is_variant(source) and not Path(source).exists():
+        refuse_key(checkpoint_key, f"`{source}` has random weights")
         model = _variant(source, overrides, seed, patch_size)
         if method is not None and isinstance(model.network, VisionTransformer):
             model.network.position_resize = method

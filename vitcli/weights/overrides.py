@@ -31,6 +31,7 @@ MODEL_KEYS = (
     "pool",
     "position_resize",
     "stem_arithmetic",
+    "checkpoint_key",
 )
 
 
@@ -45,6 +46,7 @@ class Overrides:
     stem_arithmetic: StemArithmetic | None = None
     pool: str | None = None
     labels: tuple[str, ...] | None = None
+    checkpoint_key: str | None = None
     preprocess: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,6 +71,14 @@ class Overrides:
         for key in self.preprocess:
             if key not in PREPROCESS_KEYS:
                 raise unknown("setting", key, PREPROCESS_KEYS, prefix="preprocess.")
+
+
+def refuse_key(key: str | None, reason: str) -> None:
+    """Raise a VitcliError if the caller chooses a network where there is no choice."""
+    if key is not None:
+        raise VitcliError(
+            f"`model.checkpoint_key` is set, but {reason}", hint="remove `model.checkpoint_key`"
+        )
 
 
 def as_size(value: Any, key: str = "model.image_size") -> tuple[int, int] | None:

@@ -1,10 +1,9 @@
 """Find the weights of a MODEL, detect their layout and read them into a `Checkpoint`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from vitcli.errors import VitcliError
 from vitcli.files import is_url, read_json
@@ -12,12 +11,13 @@ from vitcli.hub.http import fetch_url
 from vitcli.hub.models import INDEX, fetch_model
 from vitcli.progress import Watcher
 from vitcli.vit import ResNetConfig, ViTConfig
+from vitcli.weights.find_network import Containers, FoundNetwork, find_network
 from vitcli.weights.google.npz import read_npz
 from vitcli.weights.google.read_google import read_google
-from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_huggingface
+from vitcli.weights.huggingface.read_huggingface import read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
-from vitcli.weights.overrides import Overrides, override_preprocess
-from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
+from vitcli.weights.overrides import Overrides, override_preprocess, refuse_key
+from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle, own_tensors
 from vitcli.weights.public import is_listed, resolve_name, similar_names
 from vitcli.weights.store import (
     Checkpoint,
@@ -28,7 +28,6 @@ from vitcli.weights.store import (
     read_vitcli,
 )
 from vitcli.weights.timm.read_timm import read_timm
-from vitcli.weights.timm.timm_names import is_bit, is_timm
 
 UNDERSTOOD = (
     "a MODEL is a run directory, a .safetensors file of vitcli or timm, a .pth file with a plain "
@@ -76,7 +75,9 @@ def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoin
     if source.startswith("hf:") or is_url(source) or not path.exists():
         path, notes = fetch_public(source, watch)
     elif path.is_dir():
-        path = _weights_in(path)
+        folder, path = path, _weights_in(path)
+        if path.parent != folder:
+            notes = [f"`{source}` holds no weights: loaded its newest checkpoint, `{path.parent}`"]
     checkpoint = _read_file(path, source, overrides)
     checkpoint.notes[:0] = notes
     if checkpoint.split_record is None:
@@ -104,57 +105,72 @@ def fetch_public(source: str, watch: Watcher | None = None) -> tuple[Path, list[
 def _read_file(path: Path, source: str, overrides: Overrides) -> Checkpoint:
     """Read one file or its shards; `source` is the MODEL that the user named."""
     if path.suffix == ".npz":
+        refuse_key(overrides.checkpoint_key, f"`{source}` holds one network")
         return read_google(read_npz(path), source, overrides)
     if path.name.endswith(INDEX):
-        tensors = load_sharded_weights(path)
-    elif path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
+        return _read_containers({"": load_sharded_weights(path)}, path, source, overrides)
+    if path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
         raise VitcliError(f"`{source}` has an unsupported weights format", hint=UNDERSTOOD)
-    elif is_pickle(path) and path.suffix != ".safetensors":
-        tensors, notes = load_pickle(path)
-        checkpoint = _read_tensors(tensors, path, source, overrides)
-        checkpoint.notes[:0] = notes
-        return checkpoint
-    elif read_header(path) is not None:
+    if is_pickle(path) and path.suffix != ".safetensors":
+        return _read_containers(load_pickle(path), path, source, overrides)
+    if read_header(path) is not None:
+        refuse_key(overrides.checkpoint_key, f"`{source}` holds one network")
         return _with_overrides(read_vitcli(path), overrides)
-    else:
-        tensors = load_weights(path)
-    return _read_tensors(tensors, path, source, overrides)
+    return _read_containers({"": load_weights(path)}, path, source, overrides)
 
 
-def _read_tensors(
-    tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
+def _read_containers(
+    containers: Containers, path: Path, source: str, overrides: Overrides
 ) -> Checkpoint:
-    """Convert `tensors` from `path` to a checkpoint with the shapes of the dropped tensors."""
-    checkpoint = _in_layout(tensors, path, source, overrides)
-    left = [name for name in checkpoint.dropped if name in tensors]
-    checkpoint.dropped_shapes = {name: tuple(tensors[name].shape) for name in left}
-    return checkpoint
-
-
-def _in_layout(
-    tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
-) -> Checkpoint:
-    """Detect the layout by the names of `tensors`, and convert them to a checkpoint."""
+    """Find the network among the tensors of the file `path`, and convert it to a checkpoint."""
+    pickled = is_pickle(path) and path.suffix != ".safetensors"
+    network = find_network(
+        containers,
+        source,
+        overrides.checkpoint_key,
+        check=(lambda tensors: own_tensors(tensors, path)) if pickled else None,
+    )
     described = _json(path.parent / "config.json") or {}
-    if is_huggingface(tensors):
+    if network is None:
+        largest = max(containers.values(), key=len)
+        if "model_type" in described:
+            read_huggingface(largest, source, described, None, overrides)
+        shown = ", ".join(list(largest)[:4])
+        raise VitcliError(
+            f"`{source}` does not hold a Vision Transformer in a supported layout; its "
+            f"tensors are {shown}{' …' if len(largest) > 4 else ''}",
+            hint=UNDERSTOOD,
+        )
+    return read_network(network, path, source, overrides, described)
+
+
+def read_network(
+    network: FoundNetwork,
+    path: Path,
+    source: str,
+    overrides: Overrides,
+    described: Mapping[str, Any],
+) -> Checkpoint:
+    """Convert a network from the file `path` to a checkpoint; `described` is its config.json."""
+    if network.layout == "huggingface":
         if "model_type" not in described:
             raise VitcliError(
                 f"`{source}` has Hugging Face's layout, but there is no config.json next to it",
                 hint="use the folder that `save_pretrained` wrote",
             )
         processor = _json(path.parent / "preprocessor_config.json")
-        return read_huggingface(tensors, source, described, processor, overrides)
-    if "model_type" in described and not is_timm(tensors) and not is_bit(tensors):
-        read_huggingface(tensors, source, described, None, overrides)
-    if not is_timm(tensors) and not is_bit(tensors):
-        shown = ", ".join(list(tensors)[:4])
-        raise VitcliError(
-            f"`{source}` does not hold a Vision Transformer in a supported layout; its "
-            f"tensors are {shown}{' …' if len(tensors) > 4 else ''}",
-            hint=UNDERSTOOD,
-        )
-    hub = described if {"architecture", "pretrained_cfg"} & set(described) else None
-    return read_timm(tensors, source, hub, overrides)
+        checkpoint = read_huggingface(network.tensors, source, described, processor, overrides)
+    else:
+        hub = described if {"architecture", "pretrained_cfg"} & set(described) else None
+        checkpoint = read_timm(network, source, hub, overrides)
+    names = network.full_names
+    dropped = {names.get(name, name): reason for name, reason in checkpoint.dropped.items()}
+    checkpoint.dropped = dropped | network.dropped
+    checkpoint.dropped_shapes = {
+        name: network.shapes[name] for name in checkpoint.dropped if name in network.shapes
+    }
+    checkpoint.notes[:0] = network.notes
+    return checkpoint
 
 
 def _with_overrides(checkpoint: Checkpoint, overrides: Overrides) -> Checkpoint:
@@ -222,10 +238,8 @@ def _weights_in(folder: Path) -> Path:
             f"{', '.join(p.name for p in pickles[:4])}",
             hint="name one of these files",
         )
-    if inside := _newest_checkpoint(folder):
-        raise VitcliError(
-            f"`{folder}` holds no weights, but `{inside}` does", hint=f"use `--model {inside}`"
-        )
+    if newest := _newest_checkpoint(folder):
+        return _weights_in(newest)
     raise VitcliError(f"`{folder}` holds no weights", hint=UNDERSTOOD)
 
 

@@ -1,0 +1,272 @@
+"""Find the network in the content of a file: its container, its prefix, its layout and its head.
+
+Training programs store a state dict inside dictionaries and lists (containers such as `state_dict`
+or `model_ema`), and wrappers put a prefix before each name (`module.` of DataParallel, `model.` of
+Lightning). Both are one dotted path here. A network is found by the name of its patch projection,
+so containers and prefixes may have any name. Only the choice between several networks asks names.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vitcli.errors import VitcliError
+from vitcli.weights.find_head import HEAD_PARTS, find_head, fold_batch_norm
+from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
+from vitcli.weights.timm.timm_names import BIT_ROOT, BIT_UNIT, PATCHES
+
+Containers = Mapping[str, Mapping[str, Tensor]]  # path in the file -> name -> tensor
+
+
+@dataclass(frozen=True)
+class LayoutNames:
+    """The names by which a layout is detected.
+
+    Attributes:
+        anchor: a name that only networks of this layout have; what precedes it is the prefix.
+        heads: the layout's own heads. A head of another name gets the first of these names.
+        also: further names that the network must have.
+        width: a tensor whose first size is the width of the features; None for the anchor.
+        own_prefixes: prefixes that belong to the layout, which its reader removes itself.
+    """
+
+    anchor: str
+    heads: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    width: str | None = None
+    own_prefixes: tuple[str, ...] = ()
+
+
+LAYOUTS = {
+    "timm": LayoutNames(PATCHES, ("head", "head_dist")),
+    "bit": LayoutNames(BIT_ROOT, ("head.fc", "head"), also=(BIT_UNIT,), width="norm.weight"),
+    "huggingface": LayoutNames(
+        "embeddings.patch_embeddings.projection.weight",
+        ("classifier", "cls_classifier", "distillation_classifier"),
+        own_prefixes=tuple(sorted({family.prefix for family in MODEL_TYPES.values()})),
+    ),
+}
+# Modules that torch.compile, FSDP and activation checkpointing insert anywhere in a name.
+WRAPPERS = re.compile(
+    r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# Of several copies of one network, this part of the path is loaded, best first. Averaged weights
+# are evaluated in timm, DINO and I-JEPA; MoCo evaluates the query encoder.
+PREFERRED = (
+    r"(\w+_)?ema(_\w+)?|averaged_\w+|swa_\w+",
+    r"(\w+_)?teacher(_\w+)?",
+    r"target_encoder",
+    r"base_encoder|encoder_q",
+)
+BLOCKS = re.compile(r"\b(?:blocks|layers?|encoder_layer)[._]\d+")
+# Tensors that only training needs -> the reason for the load report.
+TRAINING_ONLY = {
+    r"mask_token|(.*\.)?decoder[_.].*": "used only by masked-image training",
+    r"(.*\.)?(predictor|projector|projection_head|(dino|ibot)_\w+)\..*": (
+        "used only by self-supervised training"
+    ),
+    r"(.*\.)?\w*(loss|criterion)(_\w+)?(\..*)?": "belongs to the loss",
+    r"(.*\.)?(normali[sz]e\w*|(pixel_|image_)?(mean|std))(\..*)?": "normalises the images",
+    r"(train|val|valid|validation|test)_\w+\..*|(.*\.)?\w*metrics?\..*": "belongs to a metric",
+    r"(optimizer|scheduler|teacher|student)\..*|n_averaged": "used only by training",
+    r"(.*\.)?total_(ops|params)": "written by a profiler",
+}
+
+
+@dataclass
+class FoundNetwork:
+    """One network of a file, under the names of its layout.
+
+    Attributes:
+        layout: a key of `LAYOUTS`.
+        tensors: the names of the layout -> tensors.
+        full_names: the names of the layout -> the names in the file.
+        shapes: names in the file -> shapes.
+        dropped: names in the file that are no part of the network -> the reason.
+        notes: the choices that were made, one line each.
+    """
+
+    layout: str
+    tensors: dict[str, Tensor]
+    full_names: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_network(
+    containers: Containers,
+    source: str,
+    key: str | None = None,
+    check: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> FoundNetwork | None:
+    """Return the network in a file, or None if there is none in a supported layout.
+
+    Args:
+        containers: the content of the file.
+        source: the name of the file in messages.
+        key: the container or the prefix to load, `model.checkpoint_key`; None for the averaged one.
+        check: checks the tensors of the network, before anything is computed with them.
+
+    Raises:
+        VitcliError: the file holds several networks and nothing says which one, or `key` fits none.
+    """
+    plain = {path: _without_wrappers(tensors, source) for path, tensors in containers.items()}
+    places = {
+        _joined(path, prefix): (path, prefix, layout)
+        for path, tensors in plain.items()
+        for layout in LAYOUTS
+        for prefix in _prefixes(tensors, layout)
+    }
+    if not places:
+        return None
+    sizes = {
+        place: {
+            name.removeprefix(prefix): tuple(tensor.shape)
+            for name, tensor in plain[path].items()
+            if name.startswith(prefix) and BLOCKS.search(name)
+        }
+        for place, (path, prefix, _) in places.items()
+    }
+    chosen, notes = _choose(sizes, source, key)
+    path, prefix, layout = places[chosen]
+    shapes = {name: tuple(tensor.shape) for name, tensor in plain[path].items()}
+    found = FoundNetwork(layout, {}, {}, shapes, notes=notes)
+    for name, tensor in plain[path].items():
+        if name.startswith(prefix):
+            bare = name.removeprefix(prefix)
+            found.tensors[bare], found.full_names[bare] = tensor, name
+        else:
+            found.dropped[name] = training_only(name) or f"outside `{prefix}`"
+    everything = {_joined(at, n): t for at, of in plain.items() for n, t in of.items()}
+    head = _take_head(found, everything, chosen, path, prefix)
+    for bare in [n for n in found.tensors if training_only(n)]:
+        del found.tensors[bare]
+        found.dropped[found.full_names.pop(bare)] = training_only(bare) or ""
+    if check is not None:
+        found.tensors = check(found.tensors)
+    if head is not None:
+        parts = {
+            part: found.tensors.pop(f"{head}.{part}")
+            for part in list(HEAD_PARTS)
+            if f"{head}.{part}" in found.tensors
+        }
+        found.tensors[f"{head}.weight"], found.tensors[f"{head}.bias"] = fold_batch_norm(parts)
+    return found
+
+
+def _take_head(
+    found: FoundNetwork, everything: Mapping[str, Tensor], chosen: str, path: str, prefix: str
+) -> str | None:
+    """Give a head of another name the layout's name, in place; return it, None if nothing is taken.
+
+    Args:
+        everything: path -> each tensor of the file.
+        chosen, path, prefix: the place of the network, its container and its prefix.
+    """
+    names = LAYOUTS[found.layout]
+    width = found.tensors.get(names.width or names.anchor)
+    if width is None or not width.ndim or any(f"{n}.weight" in found.tensors for n in names.heads):
+        return None
+    head = find_head(everything, chosen, width.shape[0])
+    if head is None:
+        return None
+    found.notes.append(head.note)
+    for place in [*head.parts.values(), *head.refused]:
+        name = place.removeprefix(f"{path}.") if path else place
+        found.tensors.pop(name.removeprefix(prefix), None)
+        found.full_names.pop(name.removeprefix(prefix), None)
+        found.dropped[name] = "part of a head that is not supported"
+    own = names.heads[0]
+    for part, place in head.parts.items():
+        name = place.removeprefix(f"{path}.") if path else place
+        found.tensors[f"{own}.{part}"] = everything[place]
+        if part in ("weight", "bias"):
+            del found.dropped[name]
+        else:
+            found.dropped[name] = "folded into the head"
+    return own if head.parts else None
+
+
+def training_only(name: str) -> str | None:
+    """Return the reason why only training needs the tensor `name`; None for any other tensor."""
+    matches = (why for pattern, why in TRAINING_ONLY.items() if re.fullmatch(pattern, name))
+    return next(matches, None)
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _without_wrappers(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    plain = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):
+        twice = next(n for n in tensors if WRAPPERS.search(n) and WRAPPERS.sub("", n) in tensors)
+        raise VitcliError(
+            f"`{source}` has two tensors for `{WRAPPERS.sub('', twice)}`, one of them `{twice}`",
+            hint="save the `state_dict()` of the model once, without the wrapper",
+        )
+    return plain
+
+
+def _prefixes(tensors: Mapping[str, Tensor], layout: str) -> list[str]:
+    """The prefixes of the networks in `layout` among the names of one container."""
+    names = LAYOUTS[layout]
+    found = []
+    for name in tensors:
+        prefix = name.removesuffix(names.anchor)
+        if prefix == name or not (prefix == "" or prefix.endswith(".")):
+            continue
+        # The ResNet in front of a hybrid is no network of its own.
+        if prefix.endswith("patch_embed.backbone.") or any(
+            prefix + n not in tensors for n in names.also
+        ):
+            continue
+        for own in names.own_prefixes:
+            if f".{prefix}".endswith(f".{own}"):
+                prefix = prefix.removesuffix(own)
+                break
+        found.append(prefix)
+    return list(dict.fromkeys(found))
+
+
+def _choose(
+    sizes: Mapping[str, Mapping[str, tuple[int, ...]]], source: str, key: str | None
+) -> tuple[str, list[str]]:
+    """Choose one of several networks, by the user's key or by `PREFERRED`; also return notes.
+
+    Args:
+        sizes: path and prefix of each network -> the shapes of its blocks.
+    """
+    setting = "--set model.checkpoint_key"
+    example = next((part for part in reversed(next(iter(sizes)).split(".")) if part), "")
+    hint = f"choose one, for example with `{setting}={example}`"
+    shown = " and ".join(f"`{place}`" if place else "no prefix" for place in sizes)
+    if key is not None:
+        inner = key.strip(".")
+        exact = [place for place in sizes if place.strip(".") == inner]
+        fits = exact or [p for p in sizes if inner and f".{inner}." in f".{p}"]
+        if len(fits) == 1:
+            return fits[0], []
+        count = "several networks fit" if fits else "no network fits"
+        one = len(sizes) == 1 and not next(iter(sizes))
+        raise VitcliError(
+            f"`model.checkpoint_key` is `{key}`, and {count}: `{source}` has "
+            + ("one network without a prefix" if one else f"networks under {shown}"),
+            hint="remove `model.checkpoint_key`" if one else "use one of these paths as the key",
+        )
+    if len(sizes) == 1:
+        return next(iter(sizes)), []
+    if any(shapes != next(iter(sizes.values())) for shapes in sizes.values()):
+        raise VitcliError(f"`{source}` holds networks of different sizes, under {shown}", hint=hint)
+    for pattern in PREFERRED:
+        wanted = [p for p in sizes if any(re.fullmatch(pattern, part) for part in p.split("."))]
+        if len(wanted) == 1:
+            others = " and ".join(f"`{p}`" if p else "no prefix" for p in sizes if p != wanted[0])
+            return wanted[0], [
+                f"loaded the weights under `{wanted[0]}`, not those under {others} (change with "
+                f"`{setting}=…`)"
+            ]
+    raise VitcliError(f"`{source}` holds {len(sizes)} networks, under {shown}", hint=hint)

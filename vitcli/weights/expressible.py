@@ -15,8 +15,9 @@ from typing import Any, Literal
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit import ViTConfig
-from vitcli.weights.huggingface.huggingface_names import closest_type, dino_mlp_ratio
+from vitcli.weights.huggingface.huggingface_names import closest_type
 from vitcli.weights.huggingface.processor import resized_size
+from vitcli.weights.huggingface.vit_types import dino_mlp_ratio
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.timm.timm_names import BIT_LAYERS, EPS, POOLS, STEMS
 

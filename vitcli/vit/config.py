@@ -80,6 +80,8 @@ class ViTConfig:
             `norm_pre`).
         norm_after_pool: apply the final LayerNorm to the pooled vector (timm's `fc_norm`).
         patch_bias: the patch projection has a bias.
+        patch_norm: a LayerNorm before and one after the patch projection (Dual PatchNorm, Kumar et
+            al., 2023).
         axial: each block attends along the rows, then along the columns (appendix D.6).
         stem: units in each stage of a ResNet in front of the patches (hybrids); `()` for its root
             alone, None for no ResNet.
@@ -120,6 +122,7 @@ class ViTConfig:
     norm_before_blocks: bool = False
     norm_after_pool: bool = False
     patch_bias: bool = True
+    patch_norm: bool = False
     axial: bool = False
     stem: tuple[int, ...] | None = None
     stem_width: float = 1.0
@@ -165,6 +168,8 @@ class ViTConfig:
                 f"stem {self.stem}: up to four stages, each of one block or more; `()` is the root "
                 "alone"
             )
+        if self.stem is not None and self.patch_norm:
+            raise ValueError("patch_norm normalises the pixels of a patch, and a hybrid has none")
         stem_channels(self.stem_width)  # complains of a width that cannot be built
 
     def _check_tokens(self, rows: int, cols: int) -> None:

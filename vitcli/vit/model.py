@@ -263,4 +263,6 @@ def embedding(config: ViTConfig) -> nn.Module:
     """The module (B, C, Y, X) -> (B, N, D): a patch projection, with a ResNet stem in hybrids."""
     if config.stem is not None:
         return HybridEmbed(config)
-    return PatchEmbed(config.num_channels, config.patch_size, config.embed_dim, config.patch_bias)
+    eps = config.norm_eps if config.patch_norm else None
+    sizes = config.num_channels, config.patch_size, config.embed_dim
+    return PatchEmbed(*sizes, bias=config.patch_bias, norm_eps=eps)

@@ -75,13 +75,25 @@ class PatchEmbed(nn.Module):
     """
 
     def __init__(
-        self, num_channels: int, patch_size: int, embed_dim: int, bias: bool = True
+        self,
+        num_channels: int,
+        patch_size: int,
+        embed_dim: int,
+        bias: bool = True,
+        norm_eps: float | None = None,
     ) -> None:
+        """`norm_eps` is the epsilon of a LayerNorm before and one after; None for no norms."""
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(num_channels, embed_dim, patch_size, stride=patch_size, bias=bias)
+        self.norm_pixels, self.norm = nn.Identity(), nn.Identity()
+        if norm_eps is not None:
+            self.norm_pixels = nn.LayerNorm(num_channels * patch_size**2, eps=norm_eps)
+            self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D)."""
         kernel = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C)
-        return F.linear(patchify(images, self.patch_size), kernel, self.proj.bias)  # (B, N, D)
+        patches = self.norm_pixels(patchify(images, self.patch_size))  # (B, N, P*P*C)
+        x: Tensor = self.norm(F.linear(patches, kernel, self.proj.bias))  # (B, N, D)
+        return x

@@ -332,6 +332,11 @@ def change_patch_size(
             "this model has no patches of pixels, because it begins with a ResNet",
             hint="remove `model.patch_size`",
         )
+    if network.config.patch_norm and patch_size != old:
+        raise VitcliError(
+            "this model normalises the pixels of a patch, so its patch size cannot change",
+            hint="remove `model.patch_size`",
+        )
     size = image_size or model.config.image_size
     try:
         config = replace(network.config, patch_size=patch_size, image_size=size)
@@ -340,14 +345,15 @@ def change_patch_size(
             f"`model.patch_size` = {patch_size} does not fit: {error}",
             hint="set `--set model.image_size=[Y,X]` to multiples of the patch size",
         ) from error
-    proj = network.patch_embed.proj
-    embed = PatchEmbed(config.num_channels, patch_size, config.embed_dim, config.patch_bias)
-    embed.proj.weight = nn.Parameter(resample_kernel(proj.weight.detach(), patch_size))
-    embed.proj.bias = proj.bias
-    network.patch_embed = embed
-    if model.load_report is not None and patch_size != old:
-        detail = f"{old}x{old} -> {patch_size}x{patch_size}, pseudo-inverse"
-        model.load_report.status["patch_embed.proj.weight"] = ("resampled", detail)
+    if patch_size != old:
+        proj = network.patch_embed.proj
+        embed = PatchEmbed(config.num_channels, patch_size, config.embed_dim, config.patch_bias)
+        embed.proj.weight = nn.Parameter(resample_kernel(proj.weight.detach(), patch_size))
+        embed.proj.bias = proj.bias
+        network.patch_embed = embed
+        if model.load_report is not None:
+            detail = f"{old}x{old} -> {patch_size}x{patch_size}, pseudo-inverse"
+            model.load_report.status["patch_embed.proj.weight"] = ("resampled", detail)
     resample_positions(network, config, model.load_report)
     if model.preprocess is not None and model.preprocess.image_size != size:
         model.preprocess = model.preprocess.resized_to(size)

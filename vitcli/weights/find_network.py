@@ -15,6 +15,7 @@ from torch import Tensor
 from vitcli.errors import VitcliError
 from vitcli.weights.find_head import HEAD_PARTS, find_head, fold_batch_norm
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
+from vitcli.weights.huggingface.read_huggingface import PATCHES as HUGGINGFACE_PATCHES
 from vitcli.weights.timm.timm_names import BIT_ROOT, BIT_UNIT, PATCHES
 
 Containers = Mapping[str, Mapping[str, Tensor]]  # path in the file -> name -> tensor
@@ -25,27 +26,36 @@ class LayoutNames:
     """The names by which a layout is detected.
 
     Attributes:
-        anchor: a name that only networks of this layout have; what precedes it is the prefix.
+        anchors: names of which a network of this layout has one; what precedes it is the prefix.
         heads: the layout's own heads. A head of another name gets the first of these names.
         also: further names that the network must have.
         width: a tensor whose first size is the width of the features; None for the anchor.
         own_prefixes: prefixes that belong to the layout, which its reader removes itself.
     """
 
-    anchor: str
+    anchors: tuple[str, ...]
     heads: tuple[str, ...]
     also: tuple[str, ...] = ()
     width: str | None = None
     own_prefixes: tuple[str, ...] = ()
 
 
+TYPES = MODEL_TYPES.values()
 LAYOUTS = {
-    "timm": LayoutNames(PATCHES, ("head", "head_dist")),
-    "bit": LayoutNames(BIT_ROOT, ("head.fc", "head"), also=(BIT_UNIT,), width="norm.weight"),
+    "timm": LayoutNames((PATCHES,), ("head", "head_dist")),
+    "bit": LayoutNames((BIT_ROOT,), ("head.fc", "head"), also=(BIT_UNIT,), width="norm.weight"),
     "huggingface": LayoutNames(
-        "embeddings.patch_embeddings.projection.weight",
-        ("classifier", "cls_classifier", "distillation_classifier"),
-        own_prefixes=tuple(sorted({family.prefix for family in MODEL_TYPES.values()})),
+        HUGGINGFACE_PATCHES,
+        tuple(dict.fromkeys(head for family in TYPES for head in family.heads)),
+        own_prefixes=tuple(dict.fromkeys(family.prefix for family in TYPES if family.prefix)),
+    ),
+    "torchvision": LayoutNames(
+        ("conv_proj.weight",), ("heads.head",), also=("encoder.pos_embedding",)
+    ),
+    "vit_pytorch": LayoutNames(
+        ("to_patch_embedding.2.weight", "to_patch_embedding.1.weight"),
+        ("mlp_head", "linear_head", "mlp_head.1", "linear_head.1"),
+        width="transformer.layers.0.0.norm.weight",
     ),
 }
 # Modules that torch.compile, FSDP and activation checkpointing insert anywhere in a name.
@@ -122,24 +132,24 @@ def find_network(
     }
     if not places:
         return None
-    sizes = {
-        place: {
-            name.removeprefix(prefix): tuple(tensor.shape)
-            for name, tensor in plain[path].items()
-            if name.startswith(prefix) and BLOCKS.search(name)
-        }
+    inside = {
+        place: _inside(plain[path], prefix, [p for at, p, _ in places.values() if at == path])
         for place, (path, prefix, _) in places.items()
     }
-    chosen, notes = _choose(sizes, source, key)
+    blocks = {
+        place: {n.removeprefix(places[place][1]): s for n, s in of.items() if BLOCKS.search(n)}
+        for place, of in inside.items()
+    }
+    chosen, notes = _choose(blocks, source, key)
     path, prefix, layout = places[chosen]
     shapes = {name: tuple(tensor.shape) for name, tensor in plain[path].items()}
-    found = FoundNetwork(layout, {}, {}, shapes, notes=notes)
-    for name, tensor in plain[path].items():
-        if name.startswith(prefix):
-            bare = name.removeprefix(prefix)
-            found.tensors[bare], found.full_names[bare] = tensor, name
-        else:
-            found.dropped[name] = training_only(name) or f"outside `{prefix}`"
+    full_names = {name.removeprefix(prefix): name for name in inside[chosen]}
+    tensors = {bare: plain[path][name] for bare, name in full_names.items()}
+    found = FoundNetwork(layout, tensors, full_names, shapes, notes=notes)
+    for name in plain[path]:
+        if name not in inside[chosen]:
+            where = f"outside `{prefix}`" if prefix else "belongs to another network"
+            found.dropped[name] = training_only(name) or where
     everything = {_joined(at, n): t for at, of in plain.items() for n, t in of.items()}
     head = _take_head(found, everything, chosen, path, prefix)
     for bare in [n for n in found.tensors if training_only(n)]:
@@ -167,8 +177,10 @@ def _take_head(
         chosen, path, prefix: the place of the network, its container and its prefix.
     """
     names = LAYOUTS[found.layout]
-    width = found.tensors.get(names.width or names.anchor)
-    if width is None or not width.ndim or any(f"{n}.weight" in found.tensors for n in names.heads):
+    ends = names.anchors if names.width is None else (names.width,)
+    shaped = (t for n, t in found.tensors.items() if n.endswith(ends) and t.ndim)
+    width = next(shaped, None)
+    if width is None or any(f"{head}.weight" in found.tensors for head in names.heads):
         return None
     head = find_head(everything, chosen, width.shape[0])
     if head is None:
@@ -216,9 +228,10 @@ def _prefixes(tensors: Mapping[str, Tensor], layout: str) -> list[str]:
     names = LAYOUTS[layout]
     found = []
     for name in tensors:
-        prefix = name.removesuffix(names.anchor)
-        if prefix == name or not (prefix == "" or prefix.endswith(".")):
+        anchor = next((a for a in names.anchors if f".{name}".endswith(f".{a}")), None)
+        if anchor is None:
             continue
+        prefix = name.removesuffix(anchor)
         # The ResNet in front of a hybrid is no network of its own.
         if prefix.endswith("patch_embed.backbone.") or any(
             prefix + n not in tensors for n in names.also
@@ -230,6 +243,15 @@ def _prefixes(tensors: Mapping[str, Tensor], layout: str) -> list[str]:
                 break
         found.append(prefix)
     return list(dict.fromkeys(found))
+
+
+def _inside(
+    tensors: Mapping[str, Tensor], prefix: str, prefixes: list[str]
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors behind `prefix`, without those of networks inside it."""
+    inner = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
+    names = [n for n in tensors if n.startswith(prefix) and not (inner and n.startswith(inner))]
+    return {name: tuple(tensors[name].shape) for name in names}
 
 
 def _choose(

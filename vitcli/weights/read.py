@@ -19,6 +19,8 @@ from vitcli.weights.imagenet import SETS, imagenet_names
 from vitcli.weights.overrides import Overrides, override_preprocess, refuse_key
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle, own_tensors
 from vitcli.weights.public import is_listed, resolve_name, similar_names
+from vitcli.weights.read_torchvision import read_torchvision
+from vitcli.weights.read_vit_pytorch import read_vit_pytorch
 from vitcli.weights.store import (
     Checkpoint,
     load_sharded_weights,
@@ -30,9 +32,9 @@ from vitcli.weights.store import (
 from vitcli.weights.timm.read_timm import read_timm
 
 UNDERSTOOD = (
-    "a MODEL is a run directory, a .safetensors file of vitcli or timm, a .pth file with a plain "
-    "state dict, a Hugging Face ViT folder, an official Google .npz, a variant such as `B/16`, "
-    "or a name that `vitcli models` lists"
+    "a MODEL is a run directory, a .safetensors or .pth file of vitcli, timm, transformers, "
+    "torchvision or vit-pytorch, a Hugging Face folder, an official Google .npz, a variant such as "
+    "`B/16`, or a name that `vitcli models` lists"
 )
 
 
@@ -160,6 +162,10 @@ def read_network(
             )
         processor = _json(path.parent / "preprocessor_config.json")
         checkpoint = read_huggingface(network.tensors, source, described, processor, overrides)
+    elif network.layout == "torchvision":
+        checkpoint = read_torchvision(network, source, overrides)
+    elif network.layout == "vit_pytorch":
+        checkpoint = read_vit_pytorch(network, source, overrides)
     else:
         hub = described if {"architecture", "pretrained_cfg"} & set(described) else None
         checkpoint = read_timm(network, source, hub, overrides)

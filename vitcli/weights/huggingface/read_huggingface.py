@@ -5,7 +5,7 @@ Everything that differs between model types is in their entries.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,11 +31,6 @@ PATCHES = tuple(
         if ours == "patch_embed.proj"
     }
 )
-
-
-def is_huggingface(names: Iterable[str]) -> bool:
-    """Return True for the tensor names of a Hugging Face ViT."""
-    return any(name.endswith(PATCHES) for name in names)
 
 
 def read_huggingface(

@@ -191,6 +191,7 @@ def _vit_config(
             norm_before_blocks="norm_pre.weight" in shape,
             norm_after_pool="fc_norm.weight" in shape and "norm.weight" not in shape,
             patch_bias="patch_embed.proj.bias" in shape,
+            patch_norm="patch_embed.norm_pixels.weight" in shape,
             stem=stem,
             stem_width=stem_width,
             stem_arithmetic="timm" if stem is not None else "google",

@@ -12,7 +12,7 @@ Position = Literal["learned", "learned2d", "relative", "sincos2d", "none"]
 PositionAt = Literal["stem", "every", "shared"]
 PositionBias = Literal["none", "every", "shared"]
 Resize = Literal[  # of positions
-    "bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain", "bicubic_aligned"
+    "bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain", "bicubic_aligned", "computed"
 ]
 MlpKind = Literal["gelu", "swiglu"]
 Gelu = Literal["exact", "tanh"]

@@ -91,6 +91,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+# Keys of `[model]` that belong to the loading of weights, not to the architecture.
+LOADING = ("position_resize", "checkpoint_key", "base_model")
+
+
 class ModelSection(Section):
     """The model. A key that is not given keeps the value of the variant `name`.
 
@@ -156,6 +160,9 @@ class ModelSection(Section):
         "Which network to load from a file with several: its key or prefix, e.g. `student`. "
         "Default: the averaged weights.",
     )
+    base_model: str | None = setting(
+        None, "The MODEL that a LoRA adapter of PEFT was trained on. Default: its config names it."
+    )
     layers: tuple[Count, ...] | None = setting(None, "Units per stage of a ResNet.")
     width: PositiveFloat | None = setting(None, "Width factor of a ResNet.")
     dropout_rate: float | None = setting(None, "Dropout rate.", ge=0.0, lt=1.0)
@@ -165,9 +172,7 @@ class ModelSection(Section):
 
     def architecture(self) -> Settings:
         """The given keys that belong to the model's configuration; image sizes as (Y, X)."""
-        given = self.model_dump(
-            exclude_none=True, exclude={"name", "position_resize", "checkpoint_key"}
-        )
+        given = self.model_dump(exclude_none=True, exclude={"name", *LOADING})
         if isinstance(given.get("image_size"), int):
             given["image_size"] = (given["image_size"], given["image_size"])
         return given

@@ -46,10 +46,13 @@ def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = DEFAULT_R
     * `bicubic`: antialiased, half-pixel centres (timm).
     * `bicubic_plain`: not antialiased (transformers, for ViT, DeiT and DINOv2).
     * `bicubic_aligned`: the corners of both grids are aligned (torchvision).
+    * `computed`: not resampled: `resample_table` computes fixed sin-cos positions for the new grid
+      (big_vision, SimpleViT).
     * `bilinear_antialiased`: timm, if it is asked for bilinear.
     """
     if old == new:
         return positions
+    assert method != "computed", "only fixed positions are computed"
     n, _, d = positions.shape
     grid = positions.reshape(n, *old, d).permute(0, 3, 1, 2).float()  # (n, D, rows, cols)
     mode = method.partition("_")[0]
@@ -213,6 +216,9 @@ def resample_table(
     if grid == config.grid:
         return table
     prefix, patches = table.tensor_split([config.num_covered_tokens], dim=1)
+    if method == "computed":
+        fixed = sincos2d(grid, config.embed_dim).to(table)  # (1, N, D)
+        return torch.cat([prefix, fixed], dim=1)
     return torch.cat([prefix, resample(patches, config.grid, grid, method)], dim=1)
 
 

@@ -25,6 +25,21 @@ from vitcli.weights.load_report import LoadReport, TensorStatus
 from vitcli.weights.loaded import LoadedModel, TargetScale
 
 
+def set_position_resize(network: VisionTransformer, method: Resize) -> None:
+    """Set the method that resamples the positions of `network` for images of another size.
+
+    Raises:
+        VitcliError: `computed`, but the positions are not fixed.
+    """
+    if method == "computed" and network.config.position != "sincos2d":
+        raise VitcliError(
+            f"`model.position_resize` is `computed`, but the positions are "
+            f"`{network.config.position}`, not `sincos2d`",
+            hint="use another method, for example `bicubic`",
+        )
+    network.position_resize = method
+
+
 def resize(model: LoadedModel, image_size: tuple[int, int]) -> None:
     """Change the image size in place: keep the patch size and resample the positions.
 

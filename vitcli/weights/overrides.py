@@ -32,6 +32,7 @@ MODEL_KEYS = (
     "position_resize",
     "stem_arithmetic",
     "checkpoint_key",
+    "base_model",
 )
 
 
@@ -47,6 +48,7 @@ class Overrides:
     pool: str | None = None
     labels: tuple[str, ...] | None = None
     checkpoint_key: str | None = None
+    base_model: str | None = None
     preprocess: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,12 +75,11 @@ class Overrides:
                 raise unknown("setting", key, PREPROCESS_KEYS, prefix="preprocess.")
 
 
-def refuse_key(key: str | None, reason: str) -> None:
-    """Raise a VitcliError if the caller chooses a network where there is no choice."""
-    if key is not None:
-        raise VitcliError(
-            f"`model.checkpoint_key` is set, but {reason}", hint="remove `model.checkpoint_key`"
-        )
+def refuse_file_keys(reason: str, **given: str | None) -> None:
+    """Raise a VitcliError if one of the settings about the parts of a file is given."""
+    for key, value in given.items():
+        if value is not None:
+            raise VitcliError(f"`model.{key}` is set, but {reason}", hint=f"remove `model.{key}`")
 
 
 def as_size(value: Any, key: str = "model.image_size") -> tuple[int, int] | None:

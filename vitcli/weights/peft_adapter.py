@@ -1,9 +1,9 @@
 """Read LoRA adapters that PEFT wrote, and merge them into the weights of their base model.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`. The names of its tensors are
-those of the model that was trained, between `base_model.model.` and `.lora_A.weight`. Transformers 4
-and 5 name the same layer differently in memory, so names are compared after translation. Source:
-peft 0.21, tuners/lora/layer.py and utils/save_and_load.py.
+those of the model that was trained, between `base_model.model.` and `.lora_A.weight`. Versions 4
+and 5 of transformers have different names in memory, so names are compared after translation.
+Source: peft 0.21, tuners/lora/layer.py and utils/save_and_load.py.
 """
 
 import re
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitcli.errors import VitcliError
@@ -132,15 +131,12 @@ def _alpha(config: Mapping[str, Any], module: str) -> float:
     return float(config.get("lora_alpha", 8))
 
 
-def merge_adapter(
-    adapter: LoraAdapter, network: FoundNetwork, place: Callable[[str], Any], source: str
-) -> None:
+def merge_adapter(adapter: LoraAdapter, network: FoundNetwork, place: Callable[[str], Any]) -> None:
     """Add the adapter to the tensors of its base model, in place.
 
     Args:
         network: the base model.
         place: a name -> a value that is equal for the names of one tensor.
-        source: the name of the adapter in messages.
 
     Raises:
         VitcliError: the adapter does not fit the base model.
@@ -156,7 +152,7 @@ def merge_adapter(
             tensors[own] = (tensors[own].double() + delta).float()
     if wrong:
         raise VitcliError(
-            f"the adapter `{source}` does not fit its base model, which lacks tensors for "
+            f"the adapter `{adapter.folder}` does not fit its base model, which lacks tensors for "
             f"{', '.join(wrong[:4])}",
             hint="set the model that it was trained on: `--set model.base_model=MODEL`",
         )

@@ -14,9 +14,18 @@ from vitcli.vit import ResNetConfig, ViTConfig
 from vitcli.weights.find_network import Containers, FoundNetwork, find_network
 from vitcli.weights.google.npz import read_npz
 from vitcli.weights.google.read_google import read_google
-from vitcli.weights.huggingface.read_huggingface import read_huggingface
+from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
+from vitcli.weights.huggingface.lone_weights import describe_weights
+from vitcli.weights.huggingface.read_huggingface import place_of, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
-from vitcli.weights.overrides import Overrides, override_preprocess, refuse_key
+from vitcli.weights.overrides import Overrides, override_preprocess, refuse_file_keys
+from vitcli.weights.peft_adapter import (
+    CONFIG,
+    LoraAdapter,
+    is_adapter,
+    merge_adapter,
+    read_adapter,
+)
 from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle, own_tensors
 from vitcli.weights.public import is_listed, resolve_name, similar_names
 from vitcli.weights.read_torchvision import read_torchvision
@@ -30,6 +39,7 @@ from vitcli.weights.store import (
     read_vitcli,
 )
 from vitcli.weights.timm.read_timm import read_timm
+from vitcli.weights.timm.timm_names import timm_name
 
 UNDERSTOOD = (
     "a MODEL is a run directory, a .safetensors or .pth file of vitcli, timm, transformers, "
@@ -69,21 +79,63 @@ def read_checkpoint(
     return checkpoint
 
 
-def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoint:
+def _read(
+    source: str,
+    overrides: Overrides,
+    watch: Watcher | None,
+    adapter: LoraAdapter | None = None,
+) -> Checkpoint:
     path = Path(source)
     if not source:  # an empty path would be the current folder
         raise VitcliError("the MODEL is empty", hint=UNDERSTOOD)
     notes: list[str] = []
     if source.startswith("hf:") or is_url(source) or not path.exists():
         path, notes = fetch_public(source, watch)
+    elif path.is_dir() and is_adapter(path):
+        return _read_adapted(path, source, overrides, watch, adapter)
     elif path.is_dir():
         folder, path = path, _weights_in(path)
         if path.parent != folder:
             notes = [f"`{source}` holds no weights: loaded its newest checkpoint, `{path.parent}`"]
-    checkpoint = _read_file(path, source, overrides)
+            if is_adapter(path.parent):
+                return _read_adapted(path.parent, source, overrides, watch, adapter)
+    checkpoint = _read_file(path, source, overrides, adapter)
     checkpoint.notes[:0] = notes
     if checkpoint.split_record is None:
         checkpoint.split_record = read_split_record(path)
+    return checkpoint
+
+
+def _read_adapted(
+    folder: Path,
+    source: str,
+    overrides: Overrides,
+    watch: Watcher | None,
+    outer: LoraAdapter | None,
+) -> Checkpoint:
+    """Read the base model of the adapter in `folder`, merged with the adapter."""
+    if outer is not None:
+        raise VitcliError(
+            f"the base model `{source}` of the adapter `{outer.folder}` is an adapter itself",
+            hint="merge it with PEFT: `model.merge_and_unload().save_pretrained(FOLDER)`",
+        )
+    adapter = read_adapter(folder)
+    base = overrides.base_model or adapter.base
+    if base is None:
+        raise VitcliError(
+            f"`{source}` is a LoRA adapter, and its {CONFIG} does not name the base model",
+            hint="name it: `--set model.base_model=MODEL`",
+        )
+    try:
+        checkpoint = _read(base, replace(overrides, base_model=None), watch, adapter)
+    except VitcliError as error:
+        raise VitcliError(
+            f"`{source}` is a LoRA adapter of `{base}`: {error.message}",
+            hint=error.hint
+            if overrides.base_model
+            else f"{error.hint}; another base model: `--set model.base_model=MODEL`",
+        ) from error
+    checkpoint.notes.insert(0, f"`{source}` is a LoRA adapter: loaded its base model `{base}`")
     return checkpoint
 
 
@@ -104,25 +156,39 @@ def fetch_public(source: str, watch: Watcher | None = None) -> tuple[Path, list[
         raise VitcliError(message, "; ".join([*similar_names(source), error.hint or ""])) from error
 
 
-def _read_file(path: Path, source: str, overrides: Overrides) -> Checkpoint:
+def _read_file(
+    path: Path, source: str, overrides: Overrides, adapter: LoraAdapter | None = None
+) -> Checkpoint:
     """Read one file or its shards; `source` is the MODEL that the user named."""
+    refuse_file_keys(f"`{source}` is no LoRA adapter", base_model=overrides.base_model)
+    own = path.suffix == ".safetensors" and read_header(path) is not None
+    if path.suffix == ".npz" or own:
+        key = overrides.checkpoint_key
+        refuse_file_keys(f"`{source}` holds one network", checkpoint_key=key)
+        if adapter is not None:
+            raise VitcliError(
+                f"an adapter of PEFT cannot be merged into `{source}`",
+                hint="use a base model in the layout of transformers or timm",
+            )
     if path.suffix == ".npz":
-        refuse_key(overrides.checkpoint_key, f"`{source}` holds one network")
         return read_google(read_npz(path), source, overrides)
     if path.name.endswith(INDEX):
-        return _read_containers({"": load_sharded_weights(path)}, path, source, overrides)
+        return _read_containers({"": load_sharded_weights(path)}, path, source, overrides, adapter)
     if path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
         raise VitcliError(f"`{source}` has an unsupported weights format", hint=UNDERSTOOD)
     if is_pickle(path) and path.suffix != ".safetensors":
-        return _read_containers(load_pickle(path), path, source, overrides)
+        return _read_containers(load_pickle(path), path, source, overrides, adapter)
     if read_header(path) is not None:
-        refuse_key(overrides.checkpoint_key, f"`{source}` holds one network")
         return _with_overrides(read_vitcli(path), overrides)
-    return _read_containers({"": load_weights(path)}, path, source, overrides)
+    return _read_containers({"": load_weights(path)}, path, source, overrides, adapter)
 
 
 def _read_containers(
-    containers: Containers, path: Path, source: str, overrides: Overrides
+    containers: Containers,
+    path: Path,
+    source: str,
+    overrides: Overrides,
+    adapter: LoraAdapter | None = None,
 ) -> Checkpoint:
     """Find the network among the tensors of the file `path`, and convert it to a checkpoint."""
     pickled = is_pickle(path) and path.suffix != ".safetensors"
@@ -143,7 +209,16 @@ def _read_containers(
             f"tensors are {shown}{' …' if len(largest) > 4 else ''}",
             hint=UNDERSTOOD,
         )
-    return read_network(network, path, source, overrides, described)
+    if adapter is None:
+        return read_network(network, path, source, overrides, described)
+    family = MODEL_TYPES.get(str(described.get("model_type")))
+    if network.layout == "huggingface" and family is not None:
+        merge_adapter(adapter, network, lambda name: place_of(name, family) or name)
+    else:
+        merge_adapter(adapter, network, timm_name)
+    beside = adapter.folder / path.name  # a Trainer saves the image processor with the adapter
+    processed = (adapter.folder / "preprocessor_config.json").is_file()
+    return read_network(network, beside if processed else path, source, overrides, described)
 
 
 def read_network(
@@ -156,10 +231,7 @@ def read_network(
     """Convert a network from the file `path` to a checkpoint; `described` is its config.json."""
     if network.layout == "huggingface":
         if "model_type" not in described:
-            raise VitcliError(
-                f"`{source}` has Hugging Face's layout, but there is no config.json next to it",
-                hint="use the folder that `save_pretrained` wrote",
-            )
+            described = describe_weights(network, source, overrides)
         processor = _json(path.parent / "preprocessor_config.json")
         checkpoint = read_huggingface(network.tensors, source, described, processor, overrides)
     elif network.layout == "torchvision":

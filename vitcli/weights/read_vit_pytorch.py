@@ -73,6 +73,7 @@ def read_vit_pytorch(network: FoundNetwork, source: str, overrides: Overrides) -
         config = replace(config, position="sincos2d", position_covers_prefix=False)
         checkpoint.config = config
         checkpoint.tensors["pos_embed"] = fixed_table(config)
+        checkpoint.position_resize = "computed"
     checkpoint.layout = "vit_pytorch"
     checkpoint.notes[:0] = notes
     return checkpoint

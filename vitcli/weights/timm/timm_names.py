@@ -59,6 +59,13 @@ RENAMED = {
 }
 
 
+def timm_name(name: str) -> str:
+    """The name that timm gives a tensor of code derived from timm."""
+    for pattern, replacement in RENAMED.items():
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name
+
+
 def timm_names(
     tensors: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
@@ -74,9 +81,7 @@ def timm_names(
         if PROJECTION_HEAD.fullmatch(full):
             dropped[full] = "used only by self-supervised training"
             continue
-        name = full
-        for pattern, replacement in RENAMED.items():
-            name = re.sub(f"^{pattern}", replacement, name)
+        name = timm_name(full)
         if name in found:
             raise VitcliError(
                 f"`{source}` has two tensors for `{name}`, one of them `{full}`", hint=CHECK_FILE

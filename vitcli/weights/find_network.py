@@ -263,7 +263,7 @@ def _choose(
         sizes: path and prefix of each network -> the shapes of its blocks.
     """
     setting = "--set model.checkpoint_key"
-    example = next((part for part in reversed(next(iter(sizes)).split(".")) if part), "")
+    example = next((place.strip(".") for place in sizes if place), "")
     hint = f"choose one, for example with `{setting}={example}`"
     shown = " and ".join(f"`{place}`" if place else "no prefix" for place in sizes)
     if key is not None:

@@ -161,5 +161,7 @@ def merge_adapter(adapter: LoraAdapter, network: FoundNetwork, place: Callable[[
     count = len([name for name in adapter.added if name.endswith(".weight")])
     note = f"merged the LoRA adapter of {count} layers (rank up to {adapter.rank})"
     if adapter.replaced:
-        note += f" and took {', '.join(f'`{name}`' for name in list(adapter.replaced)[:4])} from it"
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in adapter.replaced)
+        more = " …" if len(modules) > 4 else ""
+        note += f" and took {', '.join(f'`{m}`' for m in list(modules)[:4])}{more} from it"
     network.notes.append(note)

@@ -116,6 +116,17 @@ def test_a_new_head_replaces_that_of_the_base_and_its_pooler_goes(net):
     assert "and took `classifier` from it" in " ".join(model.load_report.notes)
 
 
+def test_trained_biases_replace_those_of_the_base(net):
+    """With `bias="all"`, PEFT also stores the head from before the training."""
+    tensors = adapt(net)
+    query = dict(net.named_modules())["vit.layers.1.attention.q_proj"]
+    torch.nn.init.normal_(query.bias)
+    tensors["base_model.model.vit.layers.1.attention.q_proj.base_layer.bias"] = query.bias
+    tensors["base_model.model.classifier.original_module.bias"] = torch.zeros(4)
+    write(tensors, bias="all")
+    check(net)
+
+
 def test_the_base_model_can_be_set_and_must_be_named(net):
     adapt(net, base_model_name_or_path=None)
     with pytest.raises(VitcliError, match="does not name the base model") as error:

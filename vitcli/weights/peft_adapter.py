@@ -72,7 +72,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
     replaced = {
         n.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", "."): t
         for n, t in tensors.items()
-        if n not in low
+        if n not in low and ".original_module." not in n  # the head before the training
     }
     return LoraAdapter(folder, str(base) if base else None, added, replaced, max(ranks, default=0))
 

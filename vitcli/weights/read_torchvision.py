@@ -5,7 +5,6 @@ models/vision_transformer.py.
 """
 
 import math
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from vitcli.weights.overrides import Overrides
 from vitcli.weights.store import Checkpoint
 from vitcli.weights.timm.read_timm import read_timm
 from vitcli.weights.timm.timm_config import IMAGENET
-from vitcli.weights.timm.timm_names import CHECK_FILE, KNOWN
+from vitcli.weights.timm.timm_names import CHECK_FILE, KNOWN, timm_name
 
 BLOCK = r"encoder\.layers\.encoder_layer_(\d+)\."
 NAMES = {  # theirs -> ours
@@ -35,8 +34,8 @@ NAMES = {  # theirs -> ours
 
 def read_torchvision(network: FoundNetwork, source: str, overrides: Overrides) -> Checkpoint:
     """Convert a network in torchvision's layout to a checkpoint; raises as `read_timm` does."""
-    renamed = {_translate(name): tensor for name, tensor in network.tensors.items()}
-    if foreign := [name for name in network.tensors if not KNOWN.fullmatch(_translate(name))]:
+    renamed = {timm_name(name, NAMES): tensor for name, tensor in network.tensors.items()}
+    if foreign := [name for name in network.tensors if not KNOWN.fullmatch(timm_name(name, NAMES))]:
         raise VitcliError(
             f"`{source}` does not fit a Vision Transformer of torchvision; not part of the model: "
             f"{', '.join(foreign[:6])}",
@@ -60,12 +59,6 @@ def read_torchvision(network: FoundNetwork, source: str, overrides: Overrides) -
     checkpoint.notes += notes
     checkpoint.layout, checkpoint.position_resize = "torchvision", "bicubic_aligned"
     return checkpoint
-
-
-def _translate(name: str) -> str:
-    for pattern, ours in NAMES.items():
-        name = re.sub(f"^{pattern}", ours, name)
-    return name
 
 
 def evaluation_transform(side: int, width: int, patch_size: int, *, swag: bool) -> dict[str, Any]:

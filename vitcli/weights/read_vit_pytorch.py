@@ -19,7 +19,7 @@ from vitcli.weights.find_network import FoundNetwork
 from vitcli.weights.overrides import Overrides
 from vitcli.weights.store import Checkpoint
 from vitcli.weights.timm.read_timm import read_timm
-from vitcli.weights.timm.timm_names import KNOWN
+from vitcli.weights.timm.timm_names import KNOWN, timm_name
 
 HEAD_WIDTH = 64  # the default of `dim_head`, which no tensor shows
 NAMES = {  # theirs -> ours
@@ -49,7 +49,7 @@ def read_vit_pytorch(network: FoundNetwork, source: str, overrides: Overrides) -
     found: dict[str, Tensor] = {}
     foreign = []
     for theirs, tensor in network.tensors.items():
-        name = _translate(theirs)
+        name = timm_name(theirs, NAMES)
         if name in found or not (KNOWN.fullmatch(name) or re.match(r"patch_embed\.[123]\.", name)):
             foreign.append(theirs)
         found[name] = tensor
@@ -77,12 +77,6 @@ def read_vit_pytorch(network: FoundNetwork, source: str, overrides: Overrides) -
     checkpoint.layout = "vit_pytorch"
     checkpoint.notes[:0] = notes
     return checkpoint
-
-
-def _translate(name: str) -> str:
-    for pattern, ours in NAMES.items():
-        name = re.sub(f"^{pattern}", ours, name)
-    return name
 
 
 def _rename_patches(found: dict[str, Tensor], source: str) -> None:

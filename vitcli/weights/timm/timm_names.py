@@ -59,9 +59,14 @@ RENAMED = {
 }
 
 
-def timm_name(name: str) -> str:
-    """The name that timm gives a tensor of code derived from timm."""
-    for pattern, replacement in RENAMED.items():
+def timm_name(name: str, renamed: Mapping[str, str] = RENAMED) -> str:
+    """timm's name of a tensor of another library.
+
+    Args:
+        renamed: patterns at the start of a name -> their replacements; those of code derived from
+            timm by default.
+    """
+    for pattern, replacement in renamed.items():
         name = re.sub(f"^{pattern}", replacement, name)
     return name
 

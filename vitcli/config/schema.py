@@ -157,11 +157,14 @@ class ModelSection(Section):
     )
     checkpoint_key: str | None = setting(
         None,
-        "Which network to load from a file with several: its key or prefix, e.g. `student`. "
+        "Key or prefix of the network to load from a file with several, e.g. `student`. "
         "Default: the averaged weights.",
     )
     base_model: str | None = setting(
-        None, "The MODEL that a LoRA adapter of PEFT was trained on. Default: its config names it."
+        None, "MODEL that a LoRA adapter of PEFT was trained on. Default: the one in its config."
+    )
+    conv_stem: tuple[Width, ...] | None = setting(
+        None, "Feature maps per stage of a convolutional stem; each stage halves the image."
     )
     layers: tuple[Count, ...] | None = setting(None, "Units per stage of a ResNet.")
     width: PositiveFloat | None = setting(None, "Width factor of a ResNet.")

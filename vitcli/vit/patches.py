@@ -86,7 +86,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(num_channels, embed_dim, patch_size, stride=patch_size, bias=bias)
-        self.norm_pixels, self.norm = nn.Identity(), nn.Identity()
+        self.norm_pixels: nn.Module = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
         if norm_eps is not None:
             self.norm_pixels = nn.LayerNorm(num_channels * patch_size**2, eps=norm_eps)
             self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)

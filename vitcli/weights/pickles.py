@@ -167,12 +167,13 @@ def _tensor_dictionaries(value: Any) -> dict[str, dict[str, Tensor]]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        is_list = isinstance(value, (list, tuple))
-        items = dict(enumerate(value)) if is_list else value if isinstance(value, Mapping) else {}
-        items = {str(k): v for k, v in items.items() if is_list or isinstance(k, str)}
-        tensors = {k: v for k, v in items.items() if isinstance(v, Tensor)}
-        if tensors and not is_list:
-            found[path] = tensors
+        items: dict[str, Any] = {}
+        if isinstance(value, Mapping):
+            items = {key: inner for key, inner in value.items() if isinstance(key, str)}
+            if tensors := {k: v for k, v in items.items() if isinstance(v, Tensor)}:
+                found[path] = tensors
+        elif isinstance(value, (list, tuple)):
+            items = {str(i): inner for i, inner in enumerate(value)}
         at = f"{path}." if path else ""
         left += [(at + k, v) for k, v in items.items() if isinstance(v, (Mapping, list, tuple))]
     return found

@@ -174,7 +174,7 @@ def test_other_adapters_are_refused_with_what_works(net, config, words):
             None,
             "another kind of LoRA",
         ),
-        ("vit.layers.0.attention.q_proj.lora_B.weight", (48, 3), "LoRA shapes"),
+        ("vit.layers.0.attention.q_proj.lora_B.weight", (48, 3), "and lora_B is"),
         (
             "base_model.model.vit.layers.0.attention.q_proj.lora_B.weight",
             (40, 2),

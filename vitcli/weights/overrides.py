@@ -115,7 +115,9 @@ def _is_count(value: Any) -> bool:
 def are_pictures(channels: int, notes: list[str]) -> bool:
     """Return True if images can have this number of channels; otherwise add a note."""
     if channels not in PICTURES:
-        notes.append(f"images have 1 or 3 channels, the model {channels}: it has no preprocessing")
+        notes.append(
+            f"image files have 1 or 3 channels, the model {channels}: no preprocessing is known"
+        )
     return channels in PICTURES
 
 

@@ -63,7 +63,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
         tensors = own_tensors(load_pickle(path).get("", {}), path)
     else:
         tensors = load_weights(path)
-    with readable_values(CONFIG, folder, "save the adapter again with `save_pretrained`"):
+    with readable_values(CONFIG, folder, "copy the folder again, or save the adapter again"):
         config = dict(read_json(folder / CONFIG))
         _check_kind(config, folder)
         low = {n: t for n, t in tensors.items() if ".lora_" in n}
@@ -102,8 +102,8 @@ def _products(
         module = name.removesuffix(".lora_A.weight")
         a, b = left.pop(name), left.pop(f"{module}.lora_B.weight", None)
         if b is None or a.ndim != b.ndim or a.ndim not in (2, 4) or a.shape[0] != b.shape[1]:
-            shapes = tuple(a.shape), tuple(b.shape) if b is not None else None
-            raise ValueError(f"`{module}` has the LoRA shapes {shapes[0]} and {shapes[1]}")
+            shape = tuple(b.shape) if b is not None else "missing"
+            raise ValueError(f"lora_A of `{module}` is {tuple(a.shape)}, and lora_B is {shape}")
         rank = a.shape[0]
         bare = module.removeprefix(PREFIX)
         scale = _alpha(config, bare) / (rank**0.5 if config.get("use_rslora") else rank)
@@ -152,8 +152,8 @@ def merge_adapter(adapter: LoraAdapter, network: FoundNetwork, place: Callable[[
             tensors[own] = (tensors[own].double() + delta).float()
     if wrong:
         raise VitcliError(
-            f"the adapter `{adapter.folder}` does not fit its base model, which lacks tensors for "
-            f"{', '.join(wrong[:4])}",
+            f"the adapter `{adapter.folder}` does not fit its base model, which has no tensors of "
+            f"these names and shapes: {', '.join(wrong[:4])}",
             hint="set the model that it was trained on: `--set model.base_model=MODEL`",
         )
     for name, tensor in adapter.replaced.items():

@@ -67,7 +67,8 @@ def read_checkpoint(
     if overrides.stem_arithmetic is not None:
         if not isinstance(config, ViTConfig) or config.stem is None:
             raise VitcliError(
-                "`model.stem_arithmetic` is set, but the model is not a hybrid", hint="remove it"
+                "`model.stem_arithmetic` is set, but the model is not a hybrid",
+                hint="remove `model.stem_arithmetic`",
             )
         checkpoint.config = replace(config, stem_arithmetic=overrides.stem_arithmetic)
     outputs = checkpoint.config.num_classes
@@ -256,17 +257,15 @@ def _with_overrides(checkpoint: Checkpoint, overrides: Overrides) -> Checkpoint:
     values: dict[str, Any] = {"num_heads": overrides.num_heads, "norm_eps": overrides.norm_eps}
     values["gelu"] = overrides.gelu
     given = {key: value for key, value in values.items() if value is not None}
+    keys = ", ".join(f"`model.{key}`" for key in given)
     if given and isinstance(checkpoint.config, ResNetConfig):
-        raise VitcliError(
-            f"a ResNet has no {', '.join(f'`model.{key}`' for key in given)}",
-            hint="remove it",
-        )
+        raise VitcliError(f"a ResNet has no {keys}", hint=f"remove {keys}")
     try:
         checkpoint.config = replace(checkpoint.config, **given)
     except ValueError as error:
         raise VitcliError(
-            f"the settings do not fit this model: {error}",
-            hint="remove these settings",
+            f"{keys} does not fit this model: {error}",
+            hint=f"remove {keys}, or use another value",
         ) from error
     config = checkpoint.config
     checkpoint.preprocess = override_preprocess(

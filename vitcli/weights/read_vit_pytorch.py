@@ -65,7 +65,7 @@ def read_vit_pytorch(network: FoundNetwork, source: str, overrides: Overrides) -
     heads, norm_eps = overrides.num_heads, overrides.norm_eps or 1e-5  # torch's default
     heads = heads or _assumed_heads(found, source, notes)
     if "cls_token" in found and overrides.pool not in (None, "token", "cls", "tok"):
-        notes.append("the head was trained on the class token: vit-pytorch's mean includes it")
+        notes.append("vit-pytorch's pool `mean` averages the class token too, this one does not")
     settings = replace(overrides, num_heads=heads, norm_eps=norm_eps)
     checkpoint = read_timm(replace(network, layout="timm", tensors=found), source, None, settings)
     config = checkpoint.config

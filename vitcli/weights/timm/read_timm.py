@@ -235,16 +235,17 @@ def _pool(
             whose = "the config.json of" if hub.pool else "`model.pool` does not fit"
             raise VitcliError(
                 f"{whose} `{source}`: {error}",
-                hint="correct it, or remove it" if hub.pool else "try another `--set model.pool=…`",
+                hint="correct `global_pool` in it, or remove this key"
+                if hub.pool
+                else "try another `--set model.pool=…`",
             ) from error
+    normed = "fc_norm.weight" in shape and "norm.weight" not in shape
+    assumed: Pool = "mean" if normed or "cls_token" not in shape else "token"
     if hub.pool == "":
-        notes.append("the config.json has no pooling (one logit per token): assumed a pooling")
-    if "cls_token" not in shape:
-        return "mean"
-    if "fc_norm.weight" in shape and "norm.weight" not in shape:
+        notes.append(f"the config.json has no pooling (a logit per token): assumed `{assumed}`")
+    elif normed and "cls_token" in shape:
         notes.append("assumed pool `mean`, because of `fc_norm` (change with `--set model.pool=…`)")
-        return "mean"
-    return "token"
+    return assumed
 
 
 def _num_heads(

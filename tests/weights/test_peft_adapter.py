@@ -195,6 +195,17 @@ def test_a_damaged_adapter_is_refused_by_name(net, name, shape, words):
     assert error.value.hint
 
 
+def test_the_file_itself_and_an_older_pickle(net):
+    tensors = adapt(net)
+    with torch.no_grad():
+        found = load_model("adapter/adapter_model.safetensors")(IMAGES)
+        Path("adapter/adapter_model.safetensors").unlink()
+        torch.save(tensors, "adapter/adapter_model.bin")
+        torch.save({"lr": 1.0}, "adapter/training_args.bin")
+        assert torch.equal(load_model("adapter")(IMAGES), found)
+        assert (found - net(IMAGES).logits).abs().max() < 5e-5
+
+
 def test_a_trainers_folder_with_an_adapter_in_its_checkpoint(net):
     adapt(net)
     Path("out").mkdir()

@@ -21,7 +21,6 @@ from vitcli.weights.pickles import load_pickle, own_tensors
 from vitcli.weights.store import load_weights, readable_values
 
 CONFIG = "adapter_config.json"
-FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 MERGE_HINT = "merge it with PEFT: `model.merge_and_unload().save_pretrained(FOLDER)`"
 # These initialisations change the weights of the base model, which the folder does not hold.
@@ -33,36 +32,36 @@ class LoraAdapter:
     """An adapter folder.
 
     Attributes:
-        folder: where it is.
+        path: its weights file.
         base: the MODEL that it was trained on; None if the folder does not say.
         added: names of the trained model -> what is added to these tensors.
         replaced: names of the trained model -> tensors that replace those of the base (a head).
         rank: the largest rank of its layers.
     """
 
-    folder: Path
+    path: Path
     base: str | None
     added: Mapping[str, Tensor]
     replaced: Mapping[str, Tensor]
     rank: int
 
 
-def is_adapter(folder: Path) -> bool:
-    """Return True for a folder of PEFT without whole weights in it."""
-    return (folder / CONFIG).is_file() and any((folder / name).is_file() for name in FILES)
+def is_adapter(path: Path) -> bool:
+    """Return True for the weights file of an adapter, with its config beside it."""
+    return path.stem == "adapter_model" and path.with_name(CONFIG).is_file()
 
 
-def read_adapter(folder: Path) -> LoraAdapter:
-    """Read the adapter in `folder`.
+def read_adapter(path: Path) -> LoraAdapter:
+    """Read the adapter with the weights file `path`.
 
     Raises:
         VitcliError: it is no LoRA, it is a kind of LoRA that is not supported, or it is damaged.
     """
-    path = next(folder / name for name in FILES if (folder / name).is_file())
-    if path.suffix == ".bin":
-        tensors = own_tensors(load_pickle(path).get("", {}), path)
-    else:
+    folder = path.parent
+    if path.suffix == ".safetensors":
         tensors = load_weights(path)
+    else:
+        tensors = own_tensors(load_pickle(path).get("", {}), path)
     with readable_values(CONFIG, folder, "copy the folder again, or save the adapter again"):
         config = dict(read_json(folder / CONFIG))
         _check_kind(config, folder)
@@ -74,7 +73,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
         for n, t in tensors.items()
         if n not in low and ".original_module." not in n  # the head before the training
     }
-    return LoraAdapter(folder, str(base) if base else None, added, replaced, max(ranks, default=0))
+    return LoraAdapter(path, str(base) if base else None, added, replaced, max(ranks, default=0))
 
 
 def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
@@ -152,7 +151,7 @@ def merge_adapter(adapter: LoraAdapter, network: FoundNetwork, place: Callable[[
             tensors[own] = (tensors[own].double() + delta).float()
     if wrong:
         raise VitcliError(
-            f"the adapter `{adapter.folder}` does not fit its base model, which has no tensors of "
+            f"the adapter `{adapter.path.parent}` does not fit its base model, which lacks tensors of "
             f"these names and shapes: {', '.join(wrong[:4])}",
             hint="set the model that it was trained on: `--set model.base_model=MODEL`",
         )

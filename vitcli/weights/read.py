@@ -92,15 +92,14 @@ def _read(
     notes: list[str] = []
     if source.startswith("hf:") or is_url(source) or not path.exists():
         path, notes = fetch_public(source, watch)
-    elif path.is_dir() and is_adapter(path):
-        return _read_adapted(path, source, overrides, watch, adapter)
     elif path.is_dir():
         folder, path = path, _weights_in(path)
         if path.parent != folder:
             notes = [f"`{source}` holds no weights: loaded its newest checkpoint, `{path.parent}`"]
-            if is_adapter(path.parent):
-                return _read_adapted(path.parent, source, overrides, watch, adapter)
-    checkpoint = _read_file(path, source, overrides, adapter)
+    if is_adapter(path):
+        checkpoint = _read_adapted(path, source, overrides, watch, adapter)
+    else:
+        checkpoint = _read_file(path, source, overrides, adapter)
     checkpoint.notes[:0] = notes
     if checkpoint.split_record is None:
         checkpoint.split_record = read_split_record(path)
@@ -108,19 +107,19 @@ def _read(
 
 
 def _read_adapted(
-    folder: Path,
+    path: Path,
     source: str,
     overrides: Overrides,
     watch: Watcher | None,
     outer: LoraAdapter | None,
 ) -> Checkpoint:
-    """Read the base model of the adapter in `folder`, merged with the adapter."""
+    """Read the base model of the adapter in the file `path`, merged with the adapter."""
     if outer is not None:
         raise VitcliError(
-            f"the base model `{source}` of the adapter `{outer.folder}` is an adapter itself",
+            f"the base model `{source}` of the adapter `{outer.path}` is an adapter itself",
             hint="merge it with PEFT: `model.merge_and_unload().save_pretrained(FOLDER)`",
         )
-    adapter = read_adapter(folder)
+    adapter = read_adapter(path)
     base = overrides.base_model or adapter.base
     if base is None:
         raise VitcliError(
@@ -217,8 +216,8 @@ def _read_containers(
         merge_adapter(adapter, network, lambda name: place_of(name, family) or name)
     else:
         merge_adapter(adapter, network, timm_name)
-    beside = adapter.folder / path.name  # a Trainer saves the image processor with the adapter
-    processed = (adapter.folder / "preprocessor_config.json").is_file()
+    beside = adapter.path  # a Trainer saves the image processor with the adapter
+    processed = adapter.path.with_name("preprocessor_config.json").is_file()
     return read_network(network, beside if processed else path, source, overrides, described)
 
 
@@ -306,7 +305,7 @@ def _weights_in(folder: Path) -> Path:
             hint=f"resume it: repeat the command with `--out {folder} --resume`",
         )
     pickles = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICKLE_SUFFIXES)
-    known = [p for p in pickles if p.stem in ("pytorch_model", "model")]
+    known = [p for p in pickles if p.stem in ("pytorch_model", "model", "adapter_model")]
     if len(known or pickles) == 1:
         return (known or pickles)[0]
     if pickles:

@@ -151,8 +151,8 @@ def merge_adapter(adapter: LoraAdapter, network: FoundNetwork, place: Callable[[
             tensors[own] = (tensors[own].double() + delta).float()
     if wrong:
         raise VitcliError(
-            f"the adapter `{adapter.path.parent}` does not fit its base model, which lacks tensors of "
-            f"these names and shapes: {', '.join(wrong[:4])}",
+            f"the adapter `{adapter.path.parent}` does not fit its base model, which lacks tensors "
+            f"of these names and shapes: {', '.join(wrong[:4])}",
             hint="set the model that it was trained on: `--set model.base_model=MODEL`",
         )
     for name, tensor in adapter.replaced.items():

@@ -220,6 +220,13 @@ def test_tensors_beside_the_network_are_reported_with_their_reason(here, net):
     assert {n: status[n] for n in reasons} == {n: ("dropped", why) for n, why in reasons.items()}
 
 
+def test_the_values_of_a_normalisation_in_front_of_the_network_are_named(here, net):
+    values = {"normalize.mean": torch.tensor([0.4, 0.5, 0.6]).reshape(1, 3, 1, 1)}
+    torch.save(prefixed("net.", net.state_dict()) | values, "w.pth")
+    notes = load_model("w.pth", num_heads=3).load_report.notes
+    assert any("`normalize.mean` [0.4, 0.5, 0.6]" in n and "`preprocess.mean`" in n for n in notes)
+
+
 def test_a_key_where_there_is_no_choice_is_an_error(here, net):
     with pytest.raises(VitcliError, match="has random weights"):
         load_model("Pico/8", checkpoint_key="model")

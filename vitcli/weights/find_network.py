@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from vitcli.errors import VitcliError
@@ -71,6 +72,7 @@ PREFERRED = (
     r"base_encoder|encoder_q",
 )
 BLOCKS = re.compile(r"\b(?:blocks|layers?|encoder_layer)[._]\d+")
+NORMALISES = "normalises the images"
 # Tensors that only training needs -> the reason for the load report.
 TRAINING_ONLY = {
     r"mask_token|(.*\.)?decoder[_.].*": "used only by masked-image training",
@@ -78,7 +80,7 @@ TRAINING_ONLY = {
         "used only by self-supervised training"
     ),
     r"(.*\.)?\w*(loss|criterion)(_\w+)?(\..*)?": "belongs to the loss",
-    r"(.*\.)?(normali[sz]e\w*|(pixel_|image_)?(mean|std))(\..*)?": "normalises the images",
+    r"(.*\.)?(normali[sz]e\w*|(pixel_|image_)?(mean|std))(\..*)?": NORMALISES,
     r"(train|val|valid|validation|test)_\w+\..*|(.*\.)?\w*metrics?\..*": "belongs to a metric",
     r"(optimizer|scheduler|teacher|student)\..*|n_averaged": "used only by training",
     r"(.*\.)?total_(ops|params)": "written by a profiler",
@@ -155,6 +157,7 @@ def find_network(
     for bare in [n for n in found.tensors if training_only(n)]:
         del found.tensors[bare]
         found.dropped[found.full_names.pop(bare)] = training_only(bare) or ""
+    _note_normalisation(found, plain[path])
     if check is not None:
         found.tensors = check(found.tensors)
     if head is not None:
@@ -200,6 +203,27 @@ def _take_head(
         else:
             found.dropped[name] = "folded into the head"
     return own if head.parts else None
+
+
+def _note_normalisation(found: FoundNetwork, tensors: Mapping[str, Tensor]) -> None:
+    """Say which values a module in front of the network would subtract and divide by."""
+    values = []
+    for name, reason in found.dropped.items():
+        tensor = tensors.get(name)
+        if reason != NORMALISES or tensor is None or tensor.is_meta:
+            continue
+        if (
+            tensor.layout == torch.strided
+            and tensor.is_floating_point()
+            and tensor.numel() in (1, 3)
+        ):
+            numbers = ", ".join(f"{x:g}" for x in tensor.flatten().tolist())
+            values.append(f"`{name}` [{numbers}]")
+    if values:
+        found.notes.append(
+            f"left out {' and '.join(values)}, which normalise the images: set `preprocess.mean` and "
+            "`preprocess.std` to these values"
+        )
 
 
 def training_only(name: str) -> str | None:

@@ -221,8 +221,8 @@ def _note_normalisation(found: FoundNetwork, tensors: Mapping[str, Tensor]) -> N
             values.append(f"`{name}` [{numbers}]")
     if values:
         found.notes.append(
-            f"left out {' and '.join(values)}, which normalise the images: set `preprocess.mean` and "
-            "`preprocess.std` to these values"
+            f"left out {' and '.join(values)}, which normalise the images: set `preprocess.mean` "
+            "and `preprocess.std` to these values"
         )
 
 

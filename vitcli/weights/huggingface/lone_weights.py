@@ -44,6 +44,7 @@ def describe_weights(network: FoundNetwork, source: str, overrides: Overrides) -
     mlp = next((t for n, t in names.items() if re.fullmatch(MLP, n)), None)
     if (
         kind is None
+        or "embeddings.cls_token" not in names  # I-JEPA has none
         or patches is None
         or table is None
         or mlp is None

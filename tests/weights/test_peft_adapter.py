@@ -170,7 +170,7 @@ def test_other_adapters_are_refused_with_what_works(net, config, words):
     ("name", "shape", "words"),
     [
         (
-            "base_model.model.vit.layers.9.attention.q_proj.lora_A.weight",
+            "vit.layers.9.attention.q_proj.lora_A.weight",
             None,
             "another kind of LoRA",
         ),

@@ -176,7 +176,7 @@ def test_other_adapters_are_refused_with_what_works(net, config, words):
         ),
         ("vit.layers.0.attention.q_proj.lora_B.weight", (48, 3), "and lora_B is"),
         (
-            "base_model.model.vit.layers.0.attention.q_proj.lora_B.weight",
+            "vit.layers.0.attention.q_proj.lora_B.weight",
             (40, 2),
             "does not fit its",
         ),

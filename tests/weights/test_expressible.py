@@ -108,6 +108,7 @@ VIT = {
     ],
     "norm_after_pool": [{"norm_after_pool": True}, {**TWO_HEADS, "norm_after_pool": True}],
     "patch_bias": [{"patch_bias": False}],
+    "pixel_norm": [{"pixel_norm": True}],
     "patch_norm": [{"patch_norm": True}],
     "axial": [{**NO_TOKEN, "axial": True}],
     "stem": [

@@ -31,7 +31,7 @@ def test_logits(here, version, options):
     model = load_model(save(net), image_size=32)
     assert (model(images) - net(images)).abs().max() < 1e-5
     assert model.load_report.layout == "vit_pytorch" and model.config.norm_eps == 1e-5
-    assert model.config.patch_norm == (version != "0.35")
+    assert model.config.pixel_norm == model.config.patch_norm == (version != "0.35")
     assert any("heads of width 64" in note for note in model.load_report.notes)
 
 
@@ -70,4 +70,4 @@ def test_a_patch_size_cannot_change_under_a_norm_of_its_pixels(here):
     with pytest.raises(VitcliError, match="normalises the pixels of a patch"):
         load_model(save(drawn(VitPytorchViT())), patch_size=4)
     model = load_model("vit.pt", patch_size=8, image_size=64)
-    assert model.config.patch_norm and model.config.grid == (8, 8)
+    assert model.config.pixel_norm and model.config.grid == (8, 8)

@@ -144,9 +144,10 @@ class ModelSection(Section):
     norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
     norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
     patch_bias: bool | None = setting(None, "Add a bias to the patch embedding.")
-    patch_norm: bool | None = setting(
-        None, "Add a layer norm before and after the patch embedding (Dual PatchNorm)."
+    pixel_norm: bool | None = setting(
+        None, "Normalise the pixels of a patch (Dual PatchNorm, with `patch_norm`)."
     )
+    patch_norm: bool | None = setting(None, "Add a norm after the patch embedding.")
     axial: bool | None = setting(
         None, "Use axial attention, within rows and within columns; also in a ResNet."
     )

@@ -75,22 +75,14 @@ class PatchEmbed(nn.Module):
     """
 
     def __init__(
-        self,
-        num_channels: int,
-        patch_size: int,
-        embed_dim: int,
-        bias: bool = True,
-        norm_eps: float | None = None,
+        self, num_channels: int, patch_size: int, embed_dim: int, bias: bool = True
     ) -> None:
-        """`norm_eps` is the epsilon of a LayerNorm before and one after; None for no norms."""
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(num_channels, embed_dim, patch_size, stride=patch_size, bias=bias)
+        # The norms before and after the projection, see `ViTConfig.pixel_norm` and `patch_norm`.
         self.norm_pixels: nn.Module = nn.Identity()
         self.norm: nn.Module = nn.Identity()
-        if norm_eps is not None:
-            self.norm_pixels = nn.LayerNorm(num_channels * patch_size**2, eps=norm_eps)
-            self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D)."""

@@ -347,7 +347,7 @@ def change_patch_size(
             "this model has no patches of pixels, because it begins with convolutions",
             hint="remove `model.patch_size`",
         )
-    if network.config.patch_norm and patch_size != old:
+    if network.config.pixel_norm and patch_size != old:
         raise VitcliError(
             "this model normalises the pixels of a patch, so its patch size cannot change",
             hint="remove `model.patch_size`",
@@ -365,6 +365,7 @@ def change_patch_size(
         embed = PatchEmbed(config.num_channels, patch_size, config.embed_dim, config.patch_bias)
         embed.proj.weight = nn.Parameter(resample_kernel(proj.weight.detach(), patch_size))
         embed.proj.bias = proj.bias
+        embed.norm = network.patch_embed.norm
         network.patch_embed = embed
         if model.load_report is not None:
             detail = f"{old}x{old} -> {patch_size}x{patch_size}, pseudo-inverse"

@@ -75,7 +75,6 @@ BLOCKS = re.compile(r"\b(?:blocks|layers?|encoder_layer)[._]\d+")
 NORMALISES = "normalises the images"
 # Tensors that only training needs -> the reason for the load report.
 TRAINING_ONLY = {
-    r"mask_token|(.*\.)?decoder[_.].*": "used only by masked-image training",
     r"(.*\.)?(predictor|projector|projection_head|(dino|ibot)_\w+)\..*": (
         "used only by self-supervised training"
     ),

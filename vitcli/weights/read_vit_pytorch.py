@@ -1,6 +1,6 @@
 """Read `ViT` and `SimpleViT` of lucidrains' vit-pytorch, and SimpleViT with register tokens.
 
-Versions differ: in 0.35 the patch projection has no LayerNorms (`patch_norm`); up to 1.2 the
+Versions differ: in 0.35 the patch projection has no LayerNorms; up to 1.2 the
 blocks have wrappers (`fn.`) and the final norm belongs to the head. All are read. Source:
 vit-pytorch 0.35.8, 1.2.0 and 1.26.14, vit.py and simple_vit.py.
 """

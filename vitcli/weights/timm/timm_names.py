@@ -47,8 +47,11 @@ DIMENSIONS = {
 # The tensors that identify a ViT and a BiT ResNet.
 PATCHES = "patch_embed.proj.weight"
 BIT_ROOT, BIT_UNIT = "stem.conv.weight", "stages.0.blocks.0.conv1.weight"
-# The heads of self-supervised training in code derived from timm.
-PROJECTION_HEAD = re.compile(r"head\.(mlp|last_layer|\d+)\b.*|fc\.\w+(\.\w+)?")
+# Tensors in code derived from timm that only training needs -> the reason for the load report.
+UNUSED = {
+    r"mask_token|(.*\.)?decoder[_.].*": "used only by masked-image training",
+    r"head\.(mlp|last_layer|\d+)\b.*|fc\.\w+(\.\w+)?": "used only by self-supervised training",
+}
 RENAMED = {
     # DINOv2 for FSDP writes blocks.CHUNK.BLOCK, and BLOCK counts through all chunks.
     r"blocks\.\d+\.(\d+)\.": r"blocks.\1.",
@@ -83,8 +86,8 @@ def timm_names(
     found: dict[str, Tensor] = {}
     notes: list[str] = []
     for full, tensor in tensors.items():
-        if PROJECTION_HEAD.fullmatch(full):
-            dropped[full] = "used only by self-supervised training"
+        if reason := next((why for p, why in UNUSED.items() if re.fullmatch(p, full)), None):
+            dropped[full] = reason
             continue
         name = timm_name(full)
         if name in found:

@@ -43,6 +43,7 @@ KINDS = {
         "image_size": (19, 25),
     },
     "no final norm": {"final_norm": False},
+    "pixel and patch norm": {"pixel_norm": True, "patch_norm": True},
     "distillation token": {"distillation_token": True},
     "distilled, one head": {"distillation_token": True, "pool": "distilled"},
     "distilled": {"distillation_token": True, "pool": "distilled", "distillation_head": True},

@@ -111,6 +111,7 @@ VIT = {
     "norm_after_pool": [{"norm_after_pool": True}, {**TWO_HEADS, "norm_after_pool": True}],
     "final_norm": [{"final_norm": False}],
     "patch_bias": [{"patch_bias": False}],
+    "pixel_norm": [{"pixel_norm": True}],
     "patch_norm": [{"patch_norm": True}],
     "projection_size": [{"projection_size": 24}, {"projection_size": 24, "num_classes": 0}],
     "head_norm": [{"head_norm": True}],

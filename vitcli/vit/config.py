@@ -87,6 +87,8 @@ class ViTConfig:
         final_norm: a norm between the last block and the pooling; the classifiers of CLIP in
             transformers have none.
         patch_bias: the patch projection has a bias.
+        pixel_norm: a LayerNorm of the pixels of a patch before their projection. With `patch_norm`
+            it is Dual PatchNorm (Kumar et al., 2023), which vit-pytorch has.
         patch_norm: a norm between the patch projection and the positions (AIMv2).
         projection_size: width of a projection without bias between the features and the head, into
             the space of text embeddings (CLIP); None for no such projection. Without a head,
@@ -153,6 +155,7 @@ class ViTConfig:
     norm_after_pool: bool = False
     final_norm: bool = True
     patch_bias: bool = True
+    pixel_norm: bool = False
     patch_norm: bool = False
     projection_size: int | None = None
     head_norm: bool = False
@@ -220,6 +223,8 @@ class ViTConfig:
                 f"stem {self.stem}: up to four stages, each of one block or more; `()` is the root "
                 "alone"
             )
+        if (self.pixel_norm or self.patch_norm) and (self.stem, self.conv_stem) != (None, None):
+            raise ValueError("a stem has norms of its own: no `pixel_norm` and no `patch_norm`")
         stem_channels(self.stem_width)  # complains of a width that cannot be built
         if self.conv_stem is None:
             return

@@ -293,6 +293,9 @@ def embedding(config: ViTConfig) -> nn.Module:
     if config.stem is not None:
         return HybridEmbed(config)
     embed = PatchEmbed(config.num_channels, config.patch_size, config.embed_dim, config.patch_bias)
+    if config.pixel_norm:
+        values = config.num_channels * config.patch_size**2
+        embed.norm_pixels = nn.LayerNorm(values, eps=config.norm_eps)
     if config.patch_norm:
         embed.norm = build_norm(config, config.embed_dim)
     return embed

@@ -5,25 +5,23 @@ reads. Source: open_clip's transformer.py, timm_model.py and model.py.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from vitcli.vit.variants import VARIANTS
+from vitcli.weights.find_network import FoundNetwork
 from vitcli.weights.overrides import Overrides
 from vitcli.weights.store import Checkpoint, readable_values
 from vitcli.weights.timm.read_timm import matching_variant, read_timm
 from vitcli.weights.timm.timm_config import CLIP
 
-CONFIG = "open_clip_config.json"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 REPAIR = "correct the file, or remove it and give `--set model.…` and `--set preprocess.…`"
-TEXT = "belongs to the text tower"
 OWN = "vit_open_clip"  # like timm's own towers of CLIP, it has the epsilon 1e-5
 OPENAI = "input_resolution"  # a number that only OpenAI's own files hold
-# The patch projection of open_clip's own tower, and of a tower of timm inside of open_clip.
-ANCHOR = re.compile(r"(?P<prefix>(?:.*\.)?)(?P<own>conv1\.weight|trunk\.patch_embed\.proj\.weight)")
 OUTSIDE = {
     "class_embedding": "cls_token",
     "positional_embedding": "pos_embed",
@@ -47,24 +45,14 @@ POOLS = {"tok": "token", "avg": "avg", "map": "map", "token": "token", "": None,
 CROP_MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
 
 
-def is_open_clip(names: Iterable[str]) -> bool:
-    """Return True for the tensor names of a vision tower of open_clip or OpenAI's CLIP."""
-    return _anchor(names) is not None
-
-
-def _anchor(names: Iterable[str]) -> tuple[str, bool] | None:
-    """Return the prefix of the tower's names, and True for a tower of timm; None if none is."""
-    known = set(names)
-    for name in known:
-        if (found := ANCHOR.fullmatch(name)) is not None:
-            prefix, trunk = found["prefix"], found["own"] != "conv1.weight"
-            if trunk or f"{prefix}class_embedding" in known:
-                return prefix, trunk
-    return None
+def is_open_clip(network: FoundNetwork) -> bool:
+    """Return True for a tower of open_clip, and for a tower of timm inside of open_clip."""
+    full = next(iter(network.full_names.values()), "")
+    return network.layout == "open_clip" or (".trunk." in f".{full}" and "visual." in full)
 
 
 def read_open_clip(
-    tensors: Mapping[str, Tensor],
+    network: FoundNetwork,
     source: str,
     described: Mapping[str, Any] | None,
     overrides: Overrides,
@@ -72,7 +60,7 @@ def read_open_clip(
     """Convert the vision tower of an open_clip file to a checkpoint.
 
     Args:
-        tensors: names -> tensors, with or without those of the text tower.
+        network: the tower and what else is in its file.
         source: the name of the file in messages.
         described: the `open_clip_config.json` in its folder, or None.
         overrides: the caller's settings, which override the files.
@@ -80,45 +68,32 @@ def read_open_clip(
     Raises:
         VitcliError: the tower is not a Vision Transformer that we compute, or a value is invalid.
     """
-    anchor = _anchor(tensors)
-    assert anchor is not None
-    prefix, trunk = anchor
-    found, dropped = _rename(tensors, prefix, trunk)
-    notes = ["the text tower of the file is left out"] if TEXT in dropped.values() else []
-    with readable_values(CONFIG, source, REPAIR):
-        hub = _hub_config(found, described, trunk, OPENAI in tensors, overrides, notes)
+    trunk = network.layout != "open_clip"
+    found = network.tensors if trunk else _renamed(network.tensors)
+    notes = ["the text tower of the file is left out"] if network.dropped else []
+    network.dropped = dict.fromkeys(network.dropped, "belongs to the text tower")
+    openai = any(name.endswith(OPENAI) for name in network.shapes)
+    with readable_values(OPEN_CLIP_CONFIG, source, REPAIR):
+        hub = _hub_config(found, described, trunk, openai, overrides, notes)
         vision = ((described or {}).get("model_cfg") or {}).get("vision_cfg") or {}
         eps = overrides.norm_eps or (vision.get("norm_kwargs") or {}).get("eps")
-    checkpoint = read_timm(found, source, hub, replace(overrides, norm_eps=eps))
+        overrides = replace(overrides, norm_eps=eps)
+    checkpoint = read_timm(replace(network, layout="timm", tensors=found), source, hub, overrides)
     checkpoint.layout = "open_clip"
-    checkpoint.dropped = dropped | checkpoint.dropped
     checkpoint.notes[:0] = notes
     return checkpoint
 
 
-def _rename(
-    tensors: Mapping[str, Tensor], prefix: str, trunk: bool
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tower's tensors under timm's names, and the dropped ones with the reason."""
-    found: dict[str, Tensor] = {}
-    dropped: dict[str, str] = {}
-    for full, tensor in tensors.items():
-        name = full.removeprefix(prefix)
-        if prefix and not full.startswith(prefix):
-            dropped[full] = TEXT
-        elif trunk and name == "head.proj.weight":
-            found["projection.weight"] = tensor
-        elif trunk:
-            found[name.removeprefix("trunk.")] = tensor
-        elif name == "proj" and tensor.ndim == 2:  # they multiply from the right
-            found["projection.weight"] = tensor.T.contiguous()  # (E, D)
-        else:
-            found[_own_name(name)] = tensor
-    shapes = {"cls_token": (1, 1, -1), "pos_embed": None}
-    for name, shape in () if trunk else shapes.items():
-        if name in found:
-            found[name] = found[name].reshape(shape) if shape else found[name][None]
-    return found, dropped
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of open_clip's own tower under timm's names, with timm's shapes."""
+    found = {_own_name(name): tensor for name, tensor in tensors.items()}
+    if "proj" in tensors:  # they multiply from the right
+        found["projection.weight"] = tensors["proj"].T.contiguous()  # (E, D)
+    if "cls_token" in found:
+        found["cls_token"] = found["cls_token"].reshape(1, 1, -1)
+    if "pos_embed" in found:
+        found["pos_embed"] = found["pos_embed"][None]  # (1, 1 + N, D)
+    return found
 
 
 def _own_name(name: str) -> str:
@@ -153,7 +128,7 @@ def _hub_config(
         arguments["act_layer"] = "quick_gelu" if quick else "gelu_tanh" if tanh else "gelu"
         if described is None and not quick and overrides.gelu is None:
             notes.append(
-                f"no {CONFIG}: assumed the exact GELU (for weights of OpenAI set "
+                f"no {OPEN_CLIP_CONFIG}: assumed the exact GELU (for weights of OpenAI set "
                 "`--set model.gelu=quick`)"
             )
     if vision.get("image_size") is not None:
@@ -162,7 +137,7 @@ def _hub_config(
     mean, std = ([0.5] * 3, [0.5] * 3) if siglip else CLIP
     if not {"mean", "std"} <= {*transform, *overrides.preprocess}:
         whose = "mean and std 0.5, those of SigLIP" if siglip else "CLIP's mean and std"
-        notes.append(f"no mean and std in {CONFIG}: assumed {whose}")
+        notes.append(f"no mean and std in {OPEN_CLIP_CONFIG}: assumed {whose}")
     mode = str(transform.get("resize_mode") or ("squash" if siglip else "shortest"))
     return {
         "architecture": name,

@@ -63,6 +63,11 @@ def read_huggingface(
         raise VitcliError(f"`{source}` is an unsupported `{model_type}` model", hint=hint)
     family = MODEL_TYPES[model_type]
     renamed, dropped = _rename(tensors, family)
+    if "patch_embed.proj.weight" not in renamed:  # the settings read its shape
+        raise VitcliError(
+            f"`{source}` does not fit a `{model_type}` model; missing: its patch projection",
+            hint=REPAIR,
+        )
     with readable_values("config.json", source, REPAIR):
         tower = described if family.section is None else described[family.section]
         files = ModelFiles(model_type, tower, renamed, source, overrides, dropped=dropped)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from vitcli.config.choices import Gelu, NormKind, Pool
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess

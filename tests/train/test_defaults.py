@@ -280,7 +280,7 @@ def test_finetune_without_weights_names_the_command(photos, tmp_path, monkeypatc
 def test_a_plan_shows_the_same_choice(photos):
     estimate = plan.run(None, str(photos), command="pretrain", probing=False, compare=False)
     recipe = estimate.planned.recipe
-    assert (recipe.model.name, recipe.model.image_size) == ("Pico/4", 24)
+    assert (recipe.model.name, recipe.model.image_size) == ("Conv+Pico/4", 24)
     assert recipe.train.epochs == 300.0
 
 

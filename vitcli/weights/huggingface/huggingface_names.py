@@ -14,10 +14,11 @@ native and at other image sizes, and it checks that no option of the type's conf
 from typing import Any
 
 from vitcli.vit.config import ViTConfig
+from vitcli.weights.huggingface.beit_types import BEIT_TYPES
 from vitcli.weights.huggingface.vit_types import VIT_TYPES
 from vitcli.weights.loaded import HeadActivation
 
-MODEL_TYPES = {**VIT_TYPES}
+MODEL_TYPES = {**VIT_TYPES, **BEIT_TYPES}
 # DeiT with a head for each of its two tokens; the logits are the mean of both.
 TEACHER = "DeiTForImageClassificationWithTeacher"
 # transformers' `problem_type` -> the activation of the head; without it, softmax.

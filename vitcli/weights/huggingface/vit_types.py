@@ -1,4 +1,4 @@
-"""ViT, DeiT, ViT-MAE and DINOv2 of transformers.
+"""ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA and DINOv2 of transformers.
 
 Files have the classic names (`encoder.layer.0.intermediate.dense`), which transformers writes by
 default, or the names that version 5 uses in memory (`layers.0.mlp.fc1`). We read both and write the
@@ -6,6 +6,7 @@ classic names.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -59,9 +60,9 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 CROPPED = {"do_center_crop": True, "crop_size": 224, "resample": 3}
 
 
-def _plain_settings(files: ModelFiles) -> Settings:
-    """The settings of ViT, DeiT and ViT-MAE."""
-    values = encoder_settings(files)
+def _plain_settings(files: ModelFiles, *, norm_eps: float = 1e-12) -> Settings:
+    """The settings of ViT, DeiT, ViT-MAE and ViT-MSN."""
+    values = encoder_settings(files, norm_eps=norm_eps)
     if "head_dist.weight" in files.tensors:
         values |= {"pool": "distilled", "distillation_head": True}
     values["distillation_token"] = "dist_token" in files.tensors
@@ -71,6 +72,13 @@ def _plain_settings(files: ModelFiles) -> Settings:
     pooler = files.tensors.get("pre_logits.fc.weight")
     values["representation_size"] = pooler.shape[0] if pooler is not None else None
     return values | _positions(files, values)
+
+
+def _ijepa_settings(files: ModelFiles) -> Settings:
+    """The settings of I-JEPA: no class token, and the mean of the patches is what its head reads."""
+    for name in ("pre_logits.fc.weight", "pre_logits.fc.bias"):
+        files.drop(name, "belongs to a pooler that reads the first patch")
+    return encoder_settings(files) | {"class_token": False, "pool": "mean"}
 
 
 def _dinov2_settings(files: ModelFiles, patch_size: int = 14) -> Settings:
@@ -142,6 +150,17 @@ def dino_mlp_ratio(config: ViTConfig) -> int | None:
     return next((r for r in (near, near - 1, near + 1) if swiglu_width(width, r) == hidden), None)
 
 
+_VIT = HuggingFaceType(
+    prefix="vit.",
+    backbone="ViTModel",
+    classifier="ViTForImageClassification",
+    settings=_plain_settings,
+    encoder=ENCODER,
+    block=BLOCK,
+    unused=UNUSED,
+    processor="ViTImageProcessor",
+    published={"resample": 2},
+)
 _DINOV2 = HuggingFaceType(
     prefix="dinov2.",
     backbone="Dinov2Model",
@@ -157,17 +176,7 @@ _DINOV2 = HuggingFaceType(
     any_size=True,  # Meta's config.json has 518 px, its image processor 224 px
 )
 VIT_TYPES = {
-    "vit": HuggingFaceType(
-        prefix="vit.",
-        backbone="ViTModel",
-        classifier="ViTForImageClassification",
-        settings=_plain_settings,
-        encoder=ENCODER,
-        block=BLOCK,
-        unused=UNUSED,
-        processor="ViTImageProcessor",
-        published={"resample": 2},
-    ),
+    "vit": _VIT,
     "deit": HuggingFaceType(
         prefix="deit.",
         backbone="DeiTModel",
@@ -191,15 +200,22 @@ VIT_TYPES = {
         # transformers antialiases positions only here, because the model was trained so.
         position_resize="bicubic",
     ),
-    "vit_mae": HuggingFaceType(
-        prefix="vit.",
-        backbone="ViTMAEModel",
-        classifier=None,
-        settings=_plain_settings,
-        encoder=ENCODER,
-        block=BLOCK,
-        unused=UNUSED,
-        processor="ViTImageProcessor",
+    "vit_mae": replace(
+        _VIT, backbone="ViTMAEModel", classifier=None, published={"resample": 2, **IMAGENET}
+    ),
+    "vit_msn": replace(
+        _VIT,
+        backbone="ViTMSNModel",
+        classifier="ViTMSNForImageClassification",
+        settings=partial(_plain_settings, norm_eps=1e-6),
+        published={"resample": 2, **IMAGENET},
+    ),
+    "ijepa": replace(
+        _VIT,
+        prefix="ijepa.",
+        backbone="IJepaModel",
+        classifier="IJepaForImageClassification",
+        settings=_ijepa_settings,
         published={"resample": 2, **IMAGENET},
     ),
 }

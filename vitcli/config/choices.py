@@ -14,6 +14,9 @@ PositionBias = Literal["none", "every", "shared"]
 Resize = Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"]  # of positions
 MlpKind = Literal["gelu", "swiglu"]
 Gelu = Literal["exact", "tanh"]
+Rope = Literal["centred", "index"]
+RopePairs = Literal["halves", "neighbours"]
+RopeDtype = Literal["fp32", "bf16"]
 StemArithmetic = Literal["google", "timm"]
 
 ResizeMode = Literal["crop", "squash", "pad"]

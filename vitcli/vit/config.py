@@ -13,6 +13,9 @@ from vitcli.config.choices import (
     Position,
     PositionAt,
     PositionBias,
+    Rope,
+    RopeDtype,
+    RopePairs,
     StemArithmetic,
 )
 from vitcli.vit.hybrid import stem_channels
@@ -87,6 +90,20 @@ class ViTConfig:
         stem_arithmetic: weight standardisation and GroupNorm epsilon of `google` or of `timm`.
         dropout_rate: dropout after the positions, the attention projection and both MLP layers.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        key_bias: with `qkv_bias`, the keys have a bias too. EVA-02 and DINOv3 have none.
+        attention_norm: a LayerNorm before the last projection of the attention (EVA-02-CLIP).
+        mlp_norm: a LayerNorm before the last layer of the MLP (EVA-02).
+        rope: rotary positions of the patches in queries and keys (`vit/rope.py`), in addition to
+            `position`. `centred`: the coordinates of an image go from -1 to 1 (DINOv3). `index`:
+            they count patches (EVA-02). None: no rotary positions.
+        rope_theta: ratio of the longest period to the shortest: 100 in DINOv3, 10,000 in EVA-02.
+        rope_pairs: the channels that are rotated together. `halves`: i and i + E/2 (DINOv3).
+            `neighbours`: 2 i and 2 i + 1 (EVA-02).
+        rope_grid: with `index`, the rows and columns to which every grid is scaled; None counts
+            patches.
+        rope_dtype: dtype to which the periods are rounded, because the weights were trained so.
+        rope_shift, rope_jitter, rope_rescale: in training, shift the coordinates by at most this
+            number, scale each axis, and scale both, by at most this factor or its inverse.
 
     Raises:
         ValueError: the network cannot be built with these settings.
@@ -126,6 +143,17 @@ class ViTConfig:
     stem_arithmetic: StemArithmetic = "google"
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
+    key_bias: bool = True
+    attention_norm: bool = False
+    mlp_norm: bool = False
+    rope: Rope | None = None
+    rope_theta: float = 100.0
+    rope_pairs: RopePairs = "halves"
+    rope_grid: tuple[int, int] | None = None
+    rope_dtype: RopeDtype = "fp32"
+    rope_shift: float | None = None
+    rope_jitter: float | None = None
+    rope_rescale: float | None = None
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -134,6 +162,7 @@ class ViTConfig:
         self._check_stem()
         self._check_tokens(*self.grid)
         self._check_positions()
+        self._check_rope()
 
     def _check_values(self) -> None:
         """Check each setting by itself, because it may come from a damaged file."""
@@ -216,6 +245,33 @@ class ViTConfig:
             raise ValueError("fixed positions are the same in every block: `position_at = shared`")
         if self.position_bias != "none" and self.axial:
             raise ValueError("axial blocks have no 2-D offsets: `position_bias = none`")
+
+    def _check_rope(self) -> None:
+        if self.rope is None:
+            changed = [f.name for f in fields(self) if f.name.startswith("rope_")]
+            changed = [name for name in changed if getattr(self, name) != getattr(ViTConfig, name)]
+            if changed:
+                raise ValueError(f"{changed[0]} needs rotary positions (`rope`)")
+            return
+        if self.rope not in get_args(Rope):
+            known = ", ".join(f"`{choice}`" for choice in get_args(Rope))
+            raise ValueError(f"unknown rope `{self.rope}`; use one of {known}")
+        if (self.embed_dim // self.num_heads) % 4:
+            raise ValueError(
+                f"rotary positions need heads whose width 4 divides, not "
+                f"{self.embed_dim // self.num_heads}"
+            )
+        if self.axial:
+            raise ValueError("axial blocks have no rotary positions: remove `rope` or `axial`")
+        if self.rope_grid is not None and self.rope != "index":
+            raise ValueError(f"rope_grid goes with `rope = index`, not `{self.rope}`")
+        for side in self.rope_grid or ():
+            check_count("rope_grid", side, 1)
+        for key, least in (("rope_theta", 1), ("rope_jitter", 1), ("rope_rescale", 1)):
+            if (value := getattr(self, key)) is not None and not least <= value < math.inf:
+                raise ValueError(f"{key} is {value}, not a number from {least} on")
+        if self.rope_shift is not None and not 0 <= self.rope_shift < math.inf:
+            raise ValueError(f"rope_shift is {self.rope_shift}, not a number from 0 on")
 
     @property
     def stem_stride(self) -> int:
@@ -301,8 +357,9 @@ class ViTConfig:
         if "image_size" in values:
             y, x = values["image_size"]
             values["image_size"] = (int(y), int(x))
-        if values.get("stem") is not None:  # JSON has no tuples
-            values["stem"] = tuple(int(blocks) for blocks in values["stem"])
+        for key in ("stem", "rope_grid"):
+            if values.get(key) is not None:  # JSON has no tuples
+                values[key] = tuple(int(count) for count in values[key])
         return cls(**values)
 
 

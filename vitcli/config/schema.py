@@ -28,6 +28,7 @@ from vitcli.config.choices import (
     Gelu,
     Interpolation,
     MlpKind,
+    NormKind,
     Pool,
     Position,
     PositionAt,
@@ -139,10 +140,19 @@ class ModelSection(Section):
     layer_scale: float | None = setting(None, "Initial value of LayerScale.")
     mlp: MlpKind | None = setting(None, "Kind of MLP.")
     gelu: Gelu | None = setting(None, "Form of GELU.")
-    norm_eps: PositiveFloat | None = setting(None, "Epsilon of the layer norms.")
+    norm: NormKind | None = setting(None, "Kind of norm.")
+    norm_eps: PositiveFloat | None = setting(None, "Epsilon of the norms.")
     norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
     norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
+    final_norm: bool | None = setting(None, "Add a norm after the last block.")
     patch_bias: bool | None = setting(None, "Add a bias to the patch embedding.")
+    patch_norm: bool | None = setting(None, "Normalise the patch embeddings.")
+    projection_size: Width | None = setting(
+        None, "Width of a projection without bias between features and head, as in CLIP."
+    )
+    head_norm: bool | None = setting(
+        None, "Divide the input of the head by its L2 norm, as zero-shot heads do."
+    )
     axial: bool | None = setting(
         None, "Use axial attention, within rows and within columns; also in a ResNet."
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, cast, get_args, get_origin
 from vitcli.config.choices import (
     Gelu,
     MlpKind,
+    NormKind,
     Pool,
     Position,
     PositionAt,
@@ -77,12 +78,22 @@ class ViTConfig:
         layer_scale: initial value of LayerScale; None for no LayerScale.
         mlp: `gelu`, or `swiglu`: silu(x1) * x2, where one projection of width 2 * mlp_dim gives
             both halves (DINOv2).
-        gelu: `exact`, or `tanh` for the approximation in the official code.
-        norm_eps: epsilon of all LayerNorms.
+        gelu: `exact`, `tanh` for the approximation in the official code, or `quick` for
+            x * sigmoid(1.702 x) (OpenAI's CLIP).
+        norm: `layer` for LayerNorm, or `rms` for RMSNorm (AIMv2), in all places.
+        norm_eps: epsilon of all norms.
         norm_before_blocks: a LayerNorm between the positions and the first block (CLIP; timm's
             `norm_pre`).
         norm_after_pool: apply the final LayerNorm to the pooled vector (timm's `fc_norm`).
+        final_norm: a norm between the last block and the pooling; the classifiers of CLIP in
+            transformers have none.
         patch_bias: the patch projection has a bias.
+        patch_norm: a norm between the patch projection and the positions (AIMv2).
+        projection_size: width of a projection without bias between the features and the head, into
+            the space of text embeddings (CLIP); None for no such projection. Without a head,
+            nothing reads it.
+        head_norm: divide the input of the head by its L2 norm, so that logits are cosines of the
+            rows of the head (zero-shot heads).
         axial: each block attends along the rows, then along the columns (appendix D.6).
         stem: units in each stage of a ResNet in front of the patches (hybrids); `()` for its root
             alone, None for no ResNet.
@@ -133,10 +144,15 @@ class ViTConfig:
     layer_scale: float | None = None
     mlp: MlpKind = "gelu"
     gelu: Gelu = "exact"
+    norm: NormKind = "layer"
     norm_eps: float = 1e-6
     norm_before_blocks: bool = False
     norm_after_pool: bool = False
+    final_norm: bool = True
     patch_bias: bool = True
+    patch_norm: bool = False
+    projection_size: int | None = None
+    head_norm: bool = False
     axial: bool = False
     stem: tuple[int, ...] | None = None
     stem_width: float = 1.0
@@ -178,8 +194,9 @@ class ViTConfig:
                 raise ValueError(f"{key} is {value!r}, not true or false")
         for side in self.image_size:
             check_count("image_size", side, 1)
-        if self.representation_size is not None:
-            check_count("representation_size", self.representation_size, 1)
+        for key in ("representation_size", "projection_size"):
+            if getattr(self, key) is not None:
+                check_count(key, getattr(self, key), 1)
         for key in ("dropout_rate", "drop_path_rate"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}, not a share from 0 on, below 1")
@@ -189,6 +206,8 @@ class ViTConfig:
             raise ValueError(f"layer_scale is {self.layer_scale}")
 
     def _check_stem(self) -> None:
+        if self.stem is not None and self.patch_norm:
+            raise ValueError("a ResNet stem has norms of its own: `patch_norm = false`")
         if self.stem is not None and (len(self.stem) > 4 or any(n < 1 for n in self.stem)):
             raise ValueError(
                 f"stem {self.stem}: up to four stages, each of one block or more; `()` is the root "
@@ -213,8 +232,12 @@ class ViTConfig:
             raise ValueError("the distillation token stands beside a class token")
         if self.distillation_head and pool != "distilled":
             raise ValueError(f"a distillation head needs pool `distilled`, not `{pool}`")
-        if self.distillation_head and self.representation_size:
-            raise ValueError("a distillation head has no pre-logits before it")
+        if self.distillation_head and (self.representation_size or self.projection_size):
+            raise ValueError("a distillation head has no pre-logits and no projection before it")
+        if self.distillation_head and self.head_norm:
+            raise ValueError("a distillation head reads its token as it is: `head_norm = false`")
+        if self.norm_after_pool and not self.final_norm:
+            raise ValueError("`norm_after_pool = true` needs the final norm (`final_norm = true`)")
         if self.axial and self.num_prefix_tokens:
             raise ValueError(
                 "axial blocks have rows and columns of patches only: `class_token = false`, no "
@@ -335,7 +358,8 @@ class ViTConfig:
     @property
     def head_dim(self) -> int:
         """Input width of `head`, and of `head_dist` if it exists."""
-        return self.feature_dim // 2 if self.distillation_head else self.feature_dim
+        width = self.projection_size or self.feature_dim
+        return width // 2 if self.distillation_head else width
 
     @property
     def min_parameters(self) -> int:

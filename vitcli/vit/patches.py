@@ -80,8 +80,10 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(num_channels, embed_dim, patch_size, stride=patch_size, bias=bias)
+        self.norm: nn.Module = nn.Identity()  # AIMv2's norm of the patches, as in timm
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D)."""
         kernel = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C)
-        return F.linear(patchify(images, self.patch_size), kernel, self.proj.bias)  # (B, N, D)
+        x: Tensor = F.linear(patchify(images, self.patch_size), kernel, self.proj.bias)
+        return self.norm(x)  # (B, N, D)

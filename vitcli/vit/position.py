@@ -14,13 +14,16 @@ DEFAULT_RESIZE: Resize = "bicubic"
 BIAS_TABLE = "relative_position_bias_table"
 
 
-def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tensor:
+def sincos2d(
+    grid: Grid, embed_dim: int, temperature: float = 10_000.0, *, inclusive: bool = True
+) -> Tensor:
     """(1, N, D): fixed sine and cosine embeddings of column and row.
 
     Source: posemb_sincos_2d in big_vision/models/vit.py.
 
     Each quarter of the width holds one of sin(x w), cos(x w), sin(y w), cos(y w), with
-    w_i = temperature^(-i / (D/4 - 1)).
+    w_i = temperature^(-i / (D/4 - 1)). With `inclusive = False` it is temperature^(-i / (D/4)), as
+    in MAE and AIMv2.
 
     Raises:
         ValueError: D is not a multiple of 4, or it is below 8.
@@ -29,7 +32,7 @@ def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tenso
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4: {embed_dim}")
     rows, cols = grid
     quarter = embed_dim // 4
-    omega = torch.arange(quarter, dtype=torch.float64) / (quarter - 1)
+    omega = torch.arange(quarter, dtype=torch.float64) / (quarter - inclusive)
     omega = temperature**-omega  # (D/4,)
     place = torch.arange(rows * cols, dtype=torch.float64)[:, None]  # (N, 1)
     y = place.div(cols, rounding_mode="floor") * omega  # (N, D/4)

@@ -75,6 +75,10 @@ def _has_stem(c: ViTConfig) -> bool:
     return c.stem is not None
 
 
+def _has_head(c: ViTConfig) -> bool:
+    return c.num_classes > 0
+
+
 def _distilled(c: ViTConfig) -> bool:
     return c.distillation_token
 
@@ -131,6 +135,11 @@ TIMM = (
             lambda c: c.norm_before_blocks),
     Lost("model.patch_bias", "timm's patch projection has a bias: the file holds zeros for it",
          (True,), lambda c: not c.norm_before_blocks),
+    Refused("model.norm", "its plain models have LayerNorm", ("layer",)),
+    Refused("model.patch_norm", "its plain models have no norm of the patches", (False,)),
+    Refused("model.projection_size", "timm's heads read the features", (None,), _has_head),
+    Lost("model.projection_size", "the projection to text embeddings is not stored", (None,)),
+    Refused("model.head_norm", "timm's heads do not normalise the features", (False,)),
     Refused("model.axial", "timm has no axial blocks", (False,)),
     Refused("model.stem", f"timm has the stages {', '.join(str(list(s)) for s in STEMS)} only",
             (None, *STEMS)),
@@ -192,6 +201,12 @@ HUGGINGFACE = (
     Refused("model.norm_before_blocks", "its models have no norm before the blocks", (False,)),
     Refused("model.norm_after_pool", "its models have the norm before pooling", (False,)),
     Refused("model.patch_bias", "its patch projection has a bias", (True,)),
+    Refused("model.norm", "its models have LayerNorm", ("layer",)),
+    Refused("model.patch_norm", "its models have no norm of the patches", (False,)),
+    Refused("model.projection_size", "its heads read the features", (None,), _has_head),
+    Lost("model.projection_size", "the projection to text embeddings is not stored", (None,)),
+    Refused("model.head_norm", "its heads do not normalise the features", (False,)),
+    Refused("model.final_norm", "its models have a norm after the last block", (True,)),
     Refused("model.axial", "it has no axial blocks", (False,)),
     Refused("model.stem", "its models have no ResNet stem", (None,)),
     Refused("resnet", "this layout is for Vision Transformers"),
@@ -257,6 +272,12 @@ GOOGLE = (
     Refused("model.norm_before_blocks", "the official code has no norm there", (False,)),
     Refused("model.norm_after_pool", "the official code has the norm before pooling", (False,)),
     Refused("model.patch_bias", "its patch projection has a bias", (True,)),
+    Refused("model.norm", "its models have LayerNorm", ("layer",)),
+    Refused("model.patch_norm", "its models have no norm of the patches", (False,)),
+    Refused("model.projection_size", "its heads read the features", (None,), _has_head),
+    Lost("model.projection_size", "the projection to text embeddings is not stored", (None,)),
+    Refused("model.head_norm", "its heads do not normalise the features", (False,)),
+    Refused("model.final_norm", "the official code has a norm after the last block", (True,)),
     Refused("model.axial", "the official checkpoints have no axial blocks", (False,)),
     Refused("model.stem_arithmetic", "Google's hybrids have other epsilons", ("google",), _has_stem,
             "--set model.stem_arithmetic=google"),

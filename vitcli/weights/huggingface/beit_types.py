@@ -1,7 +1,7 @@
 """BEiT, BEiT v2 and Data2Vec-vision of transformers.
 
-Their attention has a learned bias by 2-D offset (`vit.position.OffsetBias`) and no bias of the keys.
-BEiT v2 has the model type `beit` too.
+Their attention has a learned bias by 2-D offset (`vit.position.OffsetBias`), and the keys have no
+bias. BEiT v2 has the model type `beit` too.
 """
 
 from dataclasses import replace

@@ -15,10 +15,11 @@ from typing import Any
 
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface.beit_types import BEIT_TYPES
+from vitcli.weights.huggingface.clip_types import CLIP_TYPES
 from vitcli.weights.huggingface.vit_types import VIT_TYPES
 from vitcli.weights.loaded import HeadActivation
 
-MODEL_TYPES = {**VIT_TYPES, **BEIT_TYPES}
+MODEL_TYPES = {**VIT_TYPES, **BEIT_TYPES, **CLIP_TYPES}
 # DeiT with a head for each of its two tokens; the logits are the mean of both.
 TEACHER = "DeiTForImageClassificationWithTeacher"
 # transformers' `problem_type` -> the activation of the head; without it, softmax.

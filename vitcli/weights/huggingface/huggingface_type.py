@@ -19,6 +19,7 @@ Settings = dict[str, Any]  # fields of ViTConfig
 GELUS: dict[str, Gelu] = {
     "gelu": "exact",
     "gelu_pytorch_tanh": "tanh",
+    "quick_gelu": "quick",
     "gelu_python": "exact",
     "gelu_new": "tanh",
     "gelu_fast": "tanh",

@@ -75,7 +75,7 @@ def _plain_settings(files: ModelFiles, *, norm_eps: float = 1e-12) -> Settings:
 
 
 def _ijepa_settings(files: ModelFiles) -> Settings:
-    """The settings of I-JEPA: no class token, and the mean of the patches is what its head reads."""
+    """The settings of I-JEPA, which has no class token; its head reads the mean of the patches."""
     for name in ("pre_logits.fc.weight", "pre_logits.fc.bias"):
         files.drop(name, "belongs to a pooler that reads the first patch")
     return encoder_settings(files) | {"class_token": False, "pool": "mean"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitcli.config.choices import Gelu, Pool
+from vitcli.config.choices import Gelu, NormKind, Pool
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig, canonical_pool
@@ -192,7 +192,10 @@ def _vit_config(
             norm_eps=overrides.norm_eps or architecture_eps(hub),
             norm_before_blocks="norm_pre.weight" in shape,
             norm_after_pool="fc_norm.weight" in shape and "norm.weight" not in shape,
+            norm=_norm_kind(shape),
+            final_norm=hub.arguments.get("final_norm", True) is not False,
             patch_bias="patch_embed.proj.bias" in shape,
+            patch_norm="patch_embed.norm.weight" in shape,
             stem=stem,
             stem_width=stem_width,
             stem_arithmetic="timm" if stem is not None else "google",
@@ -203,6 +206,12 @@ def _vit_config(
         raise VitcliError(
             f"`{source}` is not a Vision Transformer: {error}", hint=CHECK_FILE
         ) from error
+
+
+def _norm_kind(shape: TensorShapes) -> NormKind:
+    """Return `rms` if the norms of the blocks have a scale and no bias."""
+    plain = "blocks.0.norm1.weight" in shape and "blocks.0.norm1.bias" not in shape
+    return "rms" if plain and "blocks.0.norm2.bias" not in shape else "layer"
 
 
 def _pool(

@@ -26,7 +26,6 @@ HALF: Moments = (0.5,), (0.5,)
 
 # Architectures with the tensors of a plain ViT -> the difference in their computation.
 OTHER_COMPUTATION = {
-    "quickgelu": "the activation x * sigmoid(1.702 x)",
     "_rpn_": "normalisation after the residual branches",
     "dinov3|eva|rope|_pe_": "rotary positions",
 }
@@ -41,6 +40,7 @@ NUM_HEADS = {
 }
 TANH_GELU = "patch32_siglip|giantopt_|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip"
 MEANS: dict[str, Moments] = {"deit|dino|mae|jepa|resnet": IMAGENET, "_clip_": CLIP}
+GELUS: dict[str, Gelu] = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 CROP_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
@@ -88,7 +88,6 @@ def read_hub_config(described: Mapping[str, Any] | None, source: str) -> TimmHub
                 "not its computation",
             )
     for key, supported in {
-        "final_norm": True,
         "pool_include_prefix": False,
         "scale_attn_norm": False,
         "scale_mlp_norm": False,
@@ -173,16 +172,17 @@ def architecture_gelu(hub: TimmHubConfig, source: str, *, gated: bool) -> Gelu:
         VitcliError: an unsupported activation.
     """
     act = hub.arguments.get("act_layer")
-    known: dict[str, Gelu] = {"gelu": "exact", "gelu_tanh": "tanh"}
     if act and gated and str(act).lower() in ("silu", "swish"):
         return "exact"
-    if act and (gated or str(act).lower() not in known):
+    if act and (gated or str(act).lower() not in GELUS):
         raise VitcliError(
             f"`{source}` has the unsupported activation `{act}`",
-            hint="supported: `silu` in a gated MLP, else `gelu` or `gelu_tanh`",
+            hint=f"supported: `silu` in a gated MLP, else {', '.join(f'`{a}`' for a in GELUS)}",
         )
     if act:
-        return known[str(act).lower()]
+        return GELUS[str(act).lower()]
+    if "quickgelu" in hub.architecture:
+        return "quick"
     return "tanh" if re.search(TANH_GELU, hub.architecture) else "exact"
 
 

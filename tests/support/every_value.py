@@ -108,6 +108,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "model.pool=map": {"model.class_token": False},
     "model.position_at=every": {"model.position": "learned"},
     "model.position_at=shared": {"model.position": "learned"},
+    "model.key_bias=False": {"model.qkv_bias": True},
     "model.rope_theta": {"model.rope": "centred"},
     "model.rope_pairs": {"model.rope": "index"},
     "model.rope_grid": {"model.rope": "index"},

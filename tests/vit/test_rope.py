@@ -168,6 +168,7 @@ def test_a_key_bias_that_is_absent_is_zero():
         ({"rope": "index", "rope_shift": -1.0}, "rope_shift is -1.0"),
         ({"rope_theta": 10.0}, "rope_theta needs rotary positions"),
         ({"rope": "index", "rope_dtype": "fp16"}, "unknown rope_dtype"),
+        ({"qkv_bias": False, "key_bias": False}, "goes with `qkv_bias = true`"),
     ],
 )
 def test_settings_that_contradict(settings, words):

@@ -269,6 +269,9 @@ class ViTConfig:
         if self.position_bias != "none" and self.axial:
             raise ValueError("axial blocks have no 2-D offsets: `position_bias = none`")
 
+        if not (self.key_bias or self.qkv_bias):
+            raise ValueError("`key_bias = false` goes with `qkv_bias = true`")
+
     def _check_rope(self) -> None:
         if self.rope is None:
             changed = [f.name for f in fields(self) if f.name.startswith("rope_")]

@@ -21,8 +21,8 @@ from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface.clip_types import MOMENTS
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
-from vitcli.weights.huggingface.huggingface_type import read_size
-from vitcli.weights.huggingface.vit_types import CROPPED, IMAGENET
+from vitcli.weights.huggingface.huggingface_type import IMAGENET, read_size
+from vitcli.weights.huggingface.vit_types import CROPPED
 from vitcli.weights.overrides import (
     Overrides,
     are_pictures,
@@ -46,6 +46,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": CLIP,
     "SiglipImageProcessor": {"size": 224, "resample": 3},
     "Siglip2ImageProcessor": {"size": 256, "resample": 2},  # which keeps the shape of the image
+    # It scales to 0 … 1 before it resizes, so its pixels are not rounded to grey levels between.
+    "DINOv3ViTImageProcessor": {"size": 224, "resample": 2, **IMAGENET},
 }
 
 

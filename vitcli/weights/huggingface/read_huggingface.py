@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitcli.errors import VitcliError
 from vitcli.vit.config import ViTConfig
-from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, PROBLEM_TYPES
+from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, NOT_READ, PROBLEM_TYPES
 from vitcli.weights.huggingface.huggingface_type import HuggingFaceType, ModelFiles
 from vitcli.weights.huggingface.processor import read_processor
 from vitcli.weights.overrides import Overrides
@@ -59,7 +59,8 @@ def read_huggingface(
     """
     model_type = str(described.get("model_type"))
     if model_type not in MODEL_TYPES:
-        raise VitcliError(f"`{source}` is an unsupported `{model_type}` model", hint=SUPPORTED)
+        hint = NOT_READ.get(model_type, SUPPORTED)
+        raise VitcliError(f"`{source}` is an unsupported `{model_type}` model", hint=hint)
     family = MODEL_TYPES[model_type]
     renamed, dropped = _rename(tensors, family)
     with readable_values("config.json", source, REPAIR):
@@ -96,12 +97,15 @@ def _rename(
     }
     renamed: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
-    stacks: dict[tuple[str, int], dict[int, str]] = {}
+    stacks: dict[tuple[str, int], dict[int, tuple[str, str]]] = {}
     for full, tensor in tensors.items():
         name = full.removeprefix(family.prefix)
         layer = LAYER.fullmatch(name)
         stem, end = _split(name)
         inner, _ = _split(layer[2] if layer else "")
+        inside = full
+        if layer and inner in family.block:
+            inside = f"blocks.{layer[1]}.{family.block[inner]}{end}"
         unused = (why for pattern, why in family.unused.items() if re.fullmatch(pattern, name))
         if _split(full)[0] in family.heads:
             renamed[family.heads[stem] + end] = tensor
@@ -111,16 +115,18 @@ def _rename(
             dropped[full] = reason
         elif layer and inner in parts:
             ours, index, size = parts[inner]
-            stacks.setdefault((f"blocks.{layer[1]}.{ours}{end}", size), {})[index] = full
-        elif layer and inner in family.block:
-            renamed[f"blocks.{layer[1]}.{family.block[inner]}{end}"] = tensor
+            stack = stacks.setdefault((f"blocks.{layer[1]}.{ours}{end}", size), {})
+            stack[index] = full, inside
         else:
-            renamed[full] = tensor  # the comparison with the model's names reports it
+            renamed[inside] = tensor  # the comparison with the model's names reports a wrong name
     for (ours, size), found in stacks.items():
         if len(found) == size:
-            renamed[ours] = torch.cat([tensors[found[i]] for i in sorted(found)])  # (3 D, D) …
+            renamed[ours] = torch.cat([tensors[found[i][0]] for i in sorted(found)])  # (3 D, D) …
+        elif ours.endswith("attn.qkv.bias") and sorted(found) == [0, 2]:  # keys without a bias
+            for index, bias in ((0, "q_bias"), (2, "v_bias")):
+                renamed[ours.replace("qkv.bias", bias)] = tensors[found[index][0]]
         else:
-            renamed |= {full: tensors[full] for full in found.values()}
+            renamed |= {inside: tensors[full] for full, inside in found.values()}
     return renamed, dropped
 
 

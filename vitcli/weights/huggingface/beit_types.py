@@ -7,7 +7,7 @@ bias. BEiT v2 has the model type `beit` too.
 from dataclasses import replace
 
 from vitcli.errors import VitcliError
-from vitcli.vit.position import BIAS_TABLE
+from vitcli.vit.position import BIAS_TABLE, BLOCK_BIAS, SHARED_BIAS, fold_shared_bias
 from vitcli.weights.huggingface.huggingface_type import (
     HuggingFaceType,
     ModelFiles,
@@ -16,13 +16,13 @@ from vitcli.weights.huggingface.huggingface_type import (
 )
 from vitcli.weights.huggingface.vit_types import BLOCK, ENCODER, UNUSED
 
-SHARED, OWN = f"rel_pos_bias.{BIAS_TABLE}", f"attn.rel_pos_bias.{BIAS_TABLE}"
+OWN = BLOCK_BIAS.removeprefix(".")
 # Classic names, and those of version 5 in memory.
 BEIT_ENCODER = {
     **ENCODER,
     "pooler.layernorm": "fc_norm",
-    f"encoder.relative_position_bias.{BIAS_TABLE}": SHARED,
-    f"shared_position_bias.{BIAS_TABLE}": SHARED,
+    f"encoder.relative_position_bias.{BIAS_TABLE}": SHARED_BIAS,
+    f"shared_position_bias.{BIAS_TABLE}": SHARED_BIAS,
 }
 BEIT_BLOCK = {
     **BLOCK,
@@ -56,7 +56,7 @@ def _beit_settings(files: ModelFiles) -> Settings:
         "qkv_bias": True,
         "layer_scale": scale if scale > 0 else None,
         "position": "learned" if "pos_embed" in tensors else "none",
-        "position_bias": _position_bias(files, values["depth"]),
+        "position_bias": _position_bias(files),
         "pool": "mean" if pooled else "token",
         # The norm of mean pooling belongs to the pooler. A masked-image model has no pooler: its
         # head reads tokens after a norm, which is the norm before our pooling.
@@ -65,18 +65,14 @@ def _beit_settings(files: ModelFiles) -> Settings:
     }
 
 
-def _position_bias(files: ModelFiles, depth: int) -> str:
+def _position_bias(files: ModelFiles) -> str:
     """Return ViTConfig's `position_bias`. A shared table is added to those of the blocks."""
-    own = files.flag("use_relative_position_bias", default=False)
-    shared = files.flag("use_shared_relative_position_bias", default=False)
-    if not own:
-        return "shared" if shared else "none"
-    if shared and (table := files.tensors.pop(SHARED, None)) is not None:
-        for name in [f"blocks.{i}.{OWN}" for i in range(depth)]:
-            if name in files.tensors and files.tensors[name].shape == table.shape:
-                files.tensors[name] = files.tensors[name].float() + table.float()
+    if fold_shared_bias(files.tensors):
         files.notes.append("added the shared attention bias to the bias of each block")
-    return "every"
+    if files.flag("use_relative_position_bias", default=False):
+        return "every"
+    shared = files.flag("use_shared_relative_position_bias", default=False)
+    return "shared" if shared else "none"
 
 
 _BEIT = HuggingFaceType(

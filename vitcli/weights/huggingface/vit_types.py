@@ -250,7 +250,17 @@ VIT_TYPES = {
         position_resize="bicubic",
     ),
     "vit_mae": replace(
-        _VIT, backbone="ViTMAEModel", classifier=None, published={"resample": 2, **IMAGENET}
+        _VIT,
+        backbone="ViTMAEModel",
+        classifier=None,
+        published={"resample": 2, **IMAGENET},
+        decoder={
+            "decoder.mask_token": "mask",
+            "pos_embed": "positions",
+            "embed": "entry",
+            "norm": "norm",
+            "pred": "exit",
+        },
     ),
     "vit_msn": replace(
         _VIT,

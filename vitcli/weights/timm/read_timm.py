@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vitcli.config.choices import Gelu, NormKind, Pool
+from vitcli.config.choices import Gelu, NormKind, Pool, PositionBias
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig, canonical_pool
+from vitcli.vit.position import BLOCK_BIAS, SHARED_BIAS, fold_shared_bias, num_offsets
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
 from vitcli.weights.loaded import as_activation
@@ -62,6 +63,8 @@ def read_timm(
     """
     found, dropped, notes = timm_names(tensors, source)
     unify_eva(found, dropped)
+    if fold_shared_bias(found):
+        notes.append("added the shared attention bias to the bias of each block")
     hub_config = read_hub_config(hub, source)
     bit = is_bit(tensors)
     for kind in ("weight", "bias") if bit else ():
@@ -195,6 +198,7 @@ def _vit_config(
             distillation_head=pool == "distilled" and "head_dist.weight" in shape,
             num_registers=registers,
             position="learned" if "pos_embed" in shape else "none",
+            position_bias=_position_bias(shape),
             position_covers_prefix=covers,
             representation_size=shape.get("pre_logits.fc.weight", (None,))[0],
             qkv_bias=bool({"blocks.0.attn.qkv.bias", "blocks.0.attn.q_bias"} & set(shape)),
@@ -223,6 +227,13 @@ def _vit_config(
         raise VitcliError(
             f"`{source}` is not a Vision Transformer: {error}", hint=CHECK_FILE
         ) from error
+
+
+def _position_bias(shape: TensorShapes) -> PositionBias:
+    """Return `position_bias`; `fold_shared_bias` has seen to it that there are no two kinds."""
+    if SHARED_BIAS in shape:
+        return "shared"
+    return "every" if any(name.endswith(BLOCK_BIAS) for name in shape) else "none"
 
 
 def _norm_kind(shape: TensorShapes) -> NormKind:
@@ -341,6 +352,9 @@ def _image_size(
     overrides: Overrides,
 ) -> tuple[tuple[int, int], bool]:
     """Return the (Y, X) of the stored positions, and True if they cover the prefix tokens."""
+    table = shape.get(SHARED_BIAS) or shape.get(f"blocks.0{BLOCK_BIAS}")
+    if "pos_embed" not in shape and table is not None:
+        return _size_of_offsets(table[0] - 3 * (prefix > 0), pixels, hub, source, overrides), True
     if "pos_embed" not in shape:
         size = overrides.image_size or hub.image_size
         if size is None:
@@ -364,5 +378,22 @@ def _image_size(
             return (math.isqrt(n) * pixels, math.isqrt(n) * pixels), covers
     raise VitcliError(
         f"`{source}` has {count} positions, which do not form a square grid",
+        hint=f"set `--set model.image_size=[Y,X]` in px; a patch is {pixels}x{pixels} px",
+    )
+
+
+def _size_of_offsets(
+    count: int, pixels: int, hub: TimmHubConfig, source: str, overrides: Overrides
+) -> tuple[int, int]:
+    """Return the (Y, X) of an image whose patches have this number of 2-D offsets (BEiT)."""
+    for size in (hub.image_size, overrides.image_size):
+        grid = (size[0] // pixels, size[1] // pixels) if size else (0, 0)
+        if min(grid) > 0 and num_offsets(grid) == count:
+            return grid[0] * pixels, grid[1] * pixels
+    side = (math.isqrt(max(count, 0)) + 1) // 2
+    if side > 0 and num_offsets((side, side)) == count:
+        return side * pixels, side * pixels
+    raise VitcliError(
+        f"`{source}` has an attention bias for {count} offsets, which do not form a square grid",
         hint=f"set `--set model.image_size=[Y,X]` in px; a patch is {pixels}x{pixels} px",
     )

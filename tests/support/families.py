@@ -106,7 +106,7 @@ class Family:
 
 def outputs(model: Any, images: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
     """Final tokens of the encoder; and the logits, else `pooler_output`, else the class token."""
-    encoder = model.base_model
+    encoder = model if type(model).__name__.endswith("Model") else model.base_model
     if "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters:
         extra["interpolate_pos_encoding"] = True
     out = encoder(images, **extra)
@@ -277,6 +277,38 @@ FAMILIES = {
             ("DINOv3ViTModel", {**DINOV3, "hidden_act": "gelu_pytorch_tanh"}),
         ],
     ),
+}
+
+
+# Public sizes that are too large for random weights here: compared by their shapes.
+LARGE = {
+    "dinov3_vit": [
+        {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+        {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, **GATED},
+        {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
+        {
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+        },
+        {
+            "hidden_size": 1280,
+            "num_attention_heads": 20,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            **GATED,
+        },
+        {
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 40,
+            "query_bias": False,
+            "value_bias": False,
+            **GATED,
+        },
+    ],
 }
 
 

@@ -86,6 +86,7 @@ KINDS = {
         "norm_after_pool": True,
     },
     "root": {**STEM, "stem": ()},
+    "conv stem": {"patch_size": 1, "conv_stem": (8, 12)},
     "hybrid": {**STEM, "stem": (1,), "stem_arithmetic": "timm", "stem_width": 0.5},
 }
 

@@ -75,7 +75,7 @@ def file_of(kind):
     tensors = random_tensors(shapes)
     if meta:
         mask = torch.cat([torch.ones(D), torch.zeros(D), torch.ones(D)])
-        tensors |= {f"blocks.{i}.attn.qkv.bias_mask": mask for i in range(DEPTH)}
+        tensors |= {f"blocks.{i}.attn.qkv.bias_mask": mask.clone() for i in range(DEPTH)}
         periods = 100 ** (torch.arange(E // 4) / (E // 4))
         tensors |= {
             "rope_embed.periods": periods.to(torch.bfloat16),

@@ -19,6 +19,7 @@ from vitcli.config.choices import (
     RopePairs,
     StemArithmetic,
 )
+from vitcli.vit.conv_stem import MAX_STAGES
 from vitcli.vit.hybrid import stem_channels
 from vitcli.vit.patches import grid_size
 
@@ -99,6 +100,8 @@ class ViTConfig:
             alone, None for no ResNet.
         stem_width: factor on the width of the ResNet, which starts with 64 channels.
         stem_arithmetic: weight standardisation and GroupNorm epsilon of `google` or of `timm`.
+        conv_stem: feature maps of each stage of a convolutional stem in front of the patches. Each
+            stage halves the image. None for no such stem.
         dropout_rate: dropout after the positions, the attention projection and both MLP layers.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         key_bias: with `qkv_bias`, the keys have a bias too. EVA-02 and DINOv3 have none.
@@ -157,6 +160,7 @@ class ViTConfig:
     stem: tuple[int, ...] | None = None
     stem_width: float = 1.0
     stem_arithmetic: StemArithmetic = "google"
+    conv_stem: tuple[int, ...] | None = None
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     key_bias: bool = True
@@ -214,6 +218,14 @@ class ViTConfig:
                 "alone"
             )
         stem_channels(self.stem_width)  # complains of a width that cannot be built
+        if self.conv_stem is None:
+            return
+        if self.stem is not None:
+            raise ValueError("a model has `stem` (a ResNet) or `conv_stem`, not both")
+        if not 1 <= len(self.conv_stem) <= MAX_STAGES:
+            raise ValueError(f"conv_stem {self.conv_stem}: one to {MAX_STAGES} stages")
+        for channels in self.conv_stem:
+            check_count("conv_stem", channels, 1)
 
     def _check_tokens(self, rows: int, cols: int) -> None:
         """Check that the tokens exist that the pooling and the blocks read."""
@@ -300,8 +312,15 @@ class ViTConfig:
             raise ValueError(f"rope_shift is {self.rope_shift}, not a number from 0 on")
 
     @property
+    def is_hybrid(self) -> bool:
+        """True if a stem makes a feature map, and the patches are cut from it."""
+        return self.stem is not None or self.conv_stem is not None
+
+    @property
     def stem_stride(self) -> int:
         """Side in pixels of a cell of the stem's feature map; 1 without a stem."""
+        if self.conv_stem is not None:
+            return int(2 ** len(self.conv_stem))
         # The root halves the image twice, and each stage after the first halves it once more.
         return 1 if self.stem is None else int(4 * 2 ** max(len(self.stem) - 1, 0))
 
@@ -316,9 +335,9 @@ class ViTConfig:
         Raises:
             ValueError: the patch size does not divide the image, or the feature map of the stem.
         """
-        if self.stem is None:
+        if not self.is_hybrid:
             return grid_size(image_size, self.patch_size)
-        # The `SAME` padding of the official code rounds up in each halving.
+        # The `SAME` padding of the official code rounds up in each halving, and so do max-pools.
         rows, cols = (-(-side // self.stem_stride) for side in image_size)
         if rows % self.patch_size or cols % self.patch_size:
             raise ValueError(
@@ -384,9 +403,9 @@ class ViTConfig:
         if "image_size" in values:
             y, x = values["image_size"]
             values["image_size"] = (int(y), int(x))
-        for key in ("stem", "rope_grid"):
-            if values.get(key) is not None:  # JSON has no tuples
-                values[key] = tuple(int(count) for count in values[key])
+        for key in ("stem", "conv_stem", "rope_grid"):  # JSON has no tuples
+            if values.get(key) is not None:
+                values[key] = tuple(int(number) for number in values[key])
         return cls(**values)
 
 

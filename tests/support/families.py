@@ -82,6 +82,10 @@ UNUSED = {
 }
 
 
+OTHER_SIZES = ((48, 48), (24, 40))
+AS_MANY = (16, 64)  # as many patches as 32x32, in another shape
+
+
 @dataclass(frozen=True)
 class Family:
     """The models of one type.
@@ -98,7 +102,7 @@ class Family:
     config: str
     sizes: str
     models: list[tuple[str, dict[str, Any]]]
-    other_sizes: tuple[tuple[int, int], ...] = ((48, 48), (24, 40))
+    other_sizes: tuple[tuple[int, int], ...] = OTHER_SIZES
     call: Callable[[Any, Tensor], tuple[Tensor | None, Tensor]] = field(
         default=lambda model, images: outputs(model, images)
     )
@@ -203,7 +207,8 @@ FAMILIES = {
             (
                 "Dinov2WithRegistersForImageClassification",
                 {**DINO, **CLASSES, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3},
-            ),
+                other_sizes=(*OTHER_SIZES, AS_MANY),
+    ),
         ],
     ),
     "vit_msn": Family(
@@ -240,6 +245,7 @@ FAMILIES = {
             ("BeitModel without pooler", {**VIT, **SHARED, "use_mean_pooling": False}),
             ("BeitForMaskedImageModeling", {**VIT, **SHARED, "vocab_size": 20}),
         ],
+        other_sizes=(*OTHER_SIZES, AS_MANY),
         call=beit_outputs,
     ),
     "data2vec-vision": Family(

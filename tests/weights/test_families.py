@@ -143,7 +143,7 @@ def test_the_page_lists_every_family(request):
     if request.config.getoption("--write-families"):
         PAGE.write_text(f"{before}{start}{table()}{end}{after}", encoding="utf-8")
         return
-    named = re.findall(r"^\| `(\w+)`", old, flags=re.MULTILINE)
+    named = re.findall(r"^\| `([\w-]+)`", old, flags=re.MULTILINE)
     assert named == list(FAMILIES), "run this file with --write-families"
     for value in re.findall(r"\d+e-\d+", old):
         assert float(value) < TOLERANCE

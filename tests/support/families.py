@@ -207,9 +207,9 @@ FAMILIES = {
             (
                 "Dinov2WithRegistersForImageClassification",
                 {**DINO, **CLASSES, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3},
-                other_sizes=(*OTHER_SIZES, AS_MANY),
-    ),
+            ),
         ],
+        other_sizes=(*OTHER_SIZES, AS_MANY),
     ),
     "vit_msn": Family(
         "ViTMSNConfig",

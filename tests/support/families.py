@@ -35,6 +35,8 @@ DINOV3 = {
 GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
 BEIT = {**VIT, **CLASSES, "use_relative_position_bias": True}
 SHARED = {"use_shared_relative_position_bias": True}
+# With a norm after the last block: tokens without LayerScale and without a norm are large.
+UNSCALED = {"use_mean_pooling": False, "layer_scale_init_value": 0.0}
 DECODER = {
     "decoder_num_hidden_layers": 1,
     "decoder_hidden_size": 32,
@@ -238,7 +240,7 @@ FAMILIES = {
             ("BeitForImageClassification", {**BEIT, **SHARED, "layer_norm_eps": 1e-3}),
             (
                 "BeitForImageClassification",
-                {**BEIT, "use_mean_pooling": False, "layer_scale_init_value": 0.0},
+                {**BEIT, **UNSCALED},
             ),
             ("BeitModel", {**VIT, "use_absolute_position_embeddings": True}),
             ("BeitModel", {**VIT, **SHARED, "hidden_act": "gelu_new", "use_mask_token": True}),
@@ -255,7 +257,7 @@ FAMILIES = {
             ("Data2VecVisionForImageClassification", BEIT),
             (
                 "Data2VecVisionForImageClassification",
-                {**BEIT, **SHARED, "layer_norm_eps": 1e-3, "layer_scale_init_value": 0.0},
+                {**BEIT, **SHARED, **UNSCALED, "layer_norm_eps": 1e-3},
             ),
             (
                 "Data2VecVisionModel",

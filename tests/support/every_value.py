@@ -97,6 +97,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "model.head_norm=True": {"model.distillation_head": False},
     "model.final_norm=False": {"model.norm_after_pool": False},
     "model.patch_norm=True": {"model.name": "mu/8"},
+    "model.crop_to_patches=True": {"model.name": "mu/8"},
     "model.name=R+mu/16": {"model.patch_size": 2, "model.stem": []},
     "model.stem": STEM,
     "model.stem_width": STEM,

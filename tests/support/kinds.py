@@ -39,6 +39,8 @@ KINDS = {
         "gelu": "quick",
         "projection_size": 6,
         "head_norm": True,
+        "crop_to_patches": True,
+        "image_size": (19, 25),
     },
     "no final norm": {"final_norm": False},
     "distillation token": {"distillation_token": True},

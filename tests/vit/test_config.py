@@ -56,6 +56,8 @@ def test_spellings():
         ({"projection_size": 0}, "projection_size is 0"),
         ({"norm_after_pool": True, "final_norm": False}, "needs the final norm"),
         ({"stem": (1,), "patch_size": 1, "patch_norm": True}, "norms of its own"),
+        ({"stem": (1,), "patch_size": 1, "crop_to_patches": True}, "rounds up"),
+        ({"image_size": (5, 40), "crop_to_patches": True}, "not a multiple of patch size"),
         ({"stem_arithmetic": "torch"}, "unknown stem_arithmetic `torch`"),
         ({"depth": 0}, "depth is 0"),
         ({"depth": 10**8}, "depth is 100000000, not a whole number from 1 to 1,000"),
@@ -142,7 +144,7 @@ def test_a_recipe_can_say_every_setting_of_a_model():
     section = ModelSection.model_fields
     assert {f.name for f in fields(ViTConfig)} - set(section) == {"num_classes"}
     choices = {f.name: get_args(f.type) for f in fields(ViTConfig) if get_origin(f.type) is Literal}
-    assert len(choices) == 7
+    assert len(choices) == 8
     for key, words in choices.items():
         given = {word for part in get_args(section[key].annotation) for word in get_args(part)}
         assert given == set(words) or key == "pool"  # which has other spellings too

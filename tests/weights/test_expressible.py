@@ -114,6 +114,7 @@ VIT = {
     "patch_norm": [{"patch_norm": True}],
     "projection_size": [{"projection_size": 24}, {"projection_size": 24, "num_classes": 0}],
     "head_norm": [{"head_norm": True}],
+    "crop_to_patches": [{"crop_to_patches": True}],
     "axial": [{**NO_TOKEN, "axial": True}],
     "stem": [
         {**STEM, "stem": (1, 1), "patch_size": 1, "stem_arithmetic": "timm"},

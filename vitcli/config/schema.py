@@ -153,6 +153,9 @@ class ModelSection(Section):
     head_norm: bool | None = setting(
         None, "Divide the input of the head by its L2 norm, as zero-shot heads do."
     )
+    crop_to_patches: bool | None = setting(
+        None, "Cut off the rest of images that whole patches do not cover, as a convolution does."
+    )
     axial: bool | None = setting(
         None, "Use axial attention, within rows and within columns; also in a ResNet."
     )

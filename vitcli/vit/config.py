@@ -95,6 +95,8 @@ class ViTConfig:
             nothing reads it.
         head_norm: divide the input of the head by its L2 norm, so that logits are cosines of the
             rows of the head (zero-shot heads).
+        crop_to_patches: images may have another size than whole patches: the rest at the right and
+            at the bottom is cut off, as by a convolution (SigLIP So400m/14 at 384 px).
         axial: each block attends along the rows, then along the columns (appendix D.6).
         stem: units in each stage of a ResNet in front of the patches (hybrids); `()` for its root
             alone, None for no ResNet.
@@ -156,6 +158,7 @@ class ViTConfig:
     patch_norm: bool = False
     projection_size: int | None = None
     head_norm: bool = False
+    crop_to_patches: bool = False
     axial: bool = False
     stem: tuple[int, ...] | None = None
     stem_width: float = 1.0
@@ -210,8 +213,10 @@ class ViTConfig:
             raise ValueError(f"layer_scale is {self.layer_scale}")
 
     def _check_stem(self) -> None:
-        if self.stem is not None and self.patch_norm:
-            raise ValueError("a ResNet stem has norms of its own: `patch_norm = false`")
+        if self.is_hybrid and self.patch_norm:
+            raise ValueError("a stem has norms of its own: `patch_norm = false`")
+        if self.is_hybrid and self.crop_to_patches:
+            raise ValueError("a stem rounds up: `crop_to_patches = false`")
         if self.stem is not None and (len(self.stem) > 4 or any(n < 1 for n in self.stem)):
             raise ValueError(
                 f"stem {self.stem}: up to four stages, each of one block or more; `()` is the root "
@@ -336,7 +341,7 @@ class ViTConfig:
             ValueError: the patch size does not divide the image, or the feature map of the stem.
         """
         if not self.is_hybrid:
-            return grid_size(image_size, self.patch_size)
+            return grid_size(self.cropped_size(image_size), self.patch_size)
         # The `SAME` padding of the official code rounds up in each halving, and so do max-pools.
         rows, cols = (-(-side // self.stem_stride) for side in image_size)
         if rows % self.patch_size or cols % self.patch_size:
@@ -345,6 +350,11 @@ class ViTConfig:
                 f"cells, which is not a multiple of patch size {self.patch_size}"
             )
         return rows // self.patch_size, cols // self.patch_size
+
+    def cropped_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(Y, X) of the pixels that the patches cover; smaller with `crop_to_patches` only."""
+        rows, cols = (side - side % self.patch_size for side in image_size)
+        return (rows, cols) if self.crop_to_patches and rows and cols else image_size
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -164,6 +164,9 @@ class VisionTransformer(nn.Module):
     def embed_patches(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D): projected patches of the image, or of the feature map."""
         hybrid = self.config.is_hybrid
+        if self.config.crop_to_patches:
+            rows, cols = self.config.cropped_size((images.shape[2], images.shape[3]))
+            images = images[:, :, :rows, :cols]
         x: Tensor = (
             self.patch_embed(images, self._recompute()) if hybrid else self.patch_embed(images)
         )

@@ -82,7 +82,6 @@ AIMV2 = {
     "intermediate_size": 2816,
     "num_hidden_layers": 24,
     "num_attention_heads": 8,
-    "hidden_act": "silu",
     "qkv_bias": False,
 }
 MOMENTS = {
@@ -92,8 +91,8 @@ MOMENTS = {
 CROPPED = {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": 3}
 
 
-def _prepare(files: ModelFiles, defaults: Mapping[str, Any]) -> None:
-    """Fill the gaps of config.json, and give tokens and positions the shapes of ours."""
+def _tower_settings(files: ModelFiles, defaults: Mapping[str, Any]) -> Settings:
+    """Fill the gaps of config.json, give the tensors our shapes, and read what is common."""
     files.described = {**defaults, **files.described}
     tensors = files.tensors
     if TEXT in files.dropped.values():
@@ -107,13 +106,17 @@ def _prepare(files: ModelFiles, defaults: Mapping[str, Any]) -> None:
             q, k, v = stacked.chunk(3)
             tensors[f"attn_pool.q.{end}"] = q.clone()
             tensors[f"attn_pool.kv.{end}"] = torch.cat([k, v])  # (2 D, D) or (2 D,)
+    values = encoder_settings(files)
+    projection = tensors.get("projection.weight")
+    values["projection_size"] = projection.shape[0] if projection is not None else None
+    # Their convolution cuts off what does not fill a patch: So400m/14 has 27x27 patches at 384 px.
+    rest = [side % values["patch_size"] for side in values["image_size"]]
+    values["crop_to_patches"] = any(rest)
+    return values
 
 
 def _clip_settings(files: ModelFiles) -> Settings:
-    _prepare(files, CLIP)
-    values = encoder_settings(files) | {"norm_before_blocks": True, "patch_bias": False}
-    projection = files.tensors.get("projection.weight")
-    values["projection_size"] = projection.shape[0] if projection is not None else None
+    values = _tower_settings(files, CLIP) | {"norm_before_blocks": True, "patch_bias": False}
     if "head.weight" in files.tensors:
         # transformers' classifier averages patches that no norm has seen.
         values |= {"pool": "mean", "final_norm": False}
@@ -123,8 +126,7 @@ def _clip_settings(files: ModelFiles) -> Settings:
 
 
 def _siglip_settings(files: ModelFiles) -> Settings:
-    _prepare(files, SIGLIP)
-    values = encoder_settings(files) | {"class_token": False, "pool": "map"}
+    values = _tower_settings(files, SIGLIP) | {"class_token": False, "pool": "map"}
     if "head.weight" in files.tensors:
         for name in [name for name in files.tensors if name.startswith("attn_pool.")]:
             files.drop(name, "belongs to a pooling that no head reads")
@@ -151,16 +153,14 @@ def _naflex_settings(files: ModelFiles) -> Settings:
 
 
 def _aimv2_settings(files: ModelFiles) -> Settings:
-    _prepare(files, AIMV2)
-    if (act := files.described["hidden_act"]) != "silu":
+    if (act := files.described.get("hidden_act", "silu")) != "silu":
         raise VitcliError(
             f"`{files.source}` has the unsupported activation `{act}`",
             hint="AIMv2 is supported with `silu`",
         )
     eps = files.fraction("rms_norm_eps", 1e-5)
     files.described = {**files.described, "hidden_act": "gelu", "layer_norm_eps": eps}
-    values = encoder_settings(files)
-    projection = files.tensors.get("projection.weight")
+    values = _tower_settings(files, AIMV2)
     pooled = files.flag("use_head", default=True)
     values |= {
         "norm": "rms",
@@ -168,7 +168,6 @@ def _aimv2_settings(files: ModelFiles) -> Settings:
         "mlp": "swiglu",
         "class_token": False,
         "pool": "map" if pooled else "mean",
-        "projection_size": projection.shape[0] if projection is not None else None,
     }
     _add_zero_biases(files, values)
     if pooled:

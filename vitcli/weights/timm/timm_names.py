@@ -23,7 +23,8 @@ CHECK_FILE = "check that the file holds a whole Vision Transformer or BiT ResNet
 # The names of a Vision Transformer in timm's layout, with all its options.
 KNOWN = re.compile(
     r"(cls|dist|reg)_token|pos_embed|patch_embed\.backbone\..*|attn_pool\..*"
-    r"|(norm|norm_pre|fc_norm|head|head_dist|patch_embed\.(proj|norm)|pre_logits\.fc)\.(weight|bias)"
+    r"|(norm|norm_pre|fc_norm|head|head_dist|patch_embed\.(proj|norm)|pre_logits\.fc)"
+    r"\.(weight|bias)"
     r"|blocks\.\d{1,6}\.(norm[12]|attn\.(qkv|proj|norm|[qk]_norm)|mlp\.(fc[12]|norm))"
     r"\.(weight|bias)"
     r"|blocks\.\d{1,6}\.(ls[12]\.gamma|attn\.[qv]_bias)"

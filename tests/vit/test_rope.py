@@ -163,6 +163,7 @@ def test_a_key_bias_that_is_absent_is_zero():
         ({"rope": "centred", "axial": True, "class_token": False, "pool": "mean"}, "axial blocks"),
         ({"rope": "centred", "rope_grid": (2, 2)}, "goes with `rope = index`"),
         ({"rope": "index", "rope_grid": (2, 0)}, "rope_grid"),
+        ({"rope": "index", "rope_grid": (2, 2, 2)}, "not rows and columns"),
         ({"rope": "index", "rope_theta": 0.5}, "rope_theta is 0.5"),
         ({"rope": "index", "rope_jitter": math.inf}, "rope_jitter is inf"),
         ({"rope": "index", "rope_shift": -1.0}, "rope_shift is -1.0"),

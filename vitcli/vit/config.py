@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral
 from typing import Any, Literal, Self, cast, get_args, get_origin
 
 from vitcli.config.choices import (
@@ -19,12 +18,11 @@ from vitcli.config.choices import (
     RopePairs,
     StemArithmetic,
 )
+from vitcli.vit.config_checks import LARGEST, check_count, check_rope
 from vitcli.vit.conv_stem import MAX_STAGES
 from vitcli.vit.hybrid import stem_channels
 from vitcli.vit.patches import grid_size
 
-# Above any sensible size, and small enough that torch's 64-bit byte counts do not overflow.
-LARGEST = 10**6
 # 512x512 patches: a side of 8192 px at patch size 16. `depth` costs time even without memory.
 LARGEST_OF = {"depth": 1000, "num_heads": 10**4, "num_registers": 1000}
 MAX_PATCHES = 512**2
@@ -185,7 +183,7 @@ class ViTConfig:
         self._check_stem()
         self._check_tokens(*self.grid)
         self._check_positions()
-        self._check_rope()
+        check_rope(self)
 
     def _check_values(self) -> None:
         """Check each setting by itself, because it may come from a damaged file."""
@@ -289,33 +287,6 @@ class ViTConfig:
         if not (self.key_bias or self.qkv_bias):
             raise ValueError("`key_bias = false` goes with `qkv_bias = true`")
 
-    def _check_rope(self) -> None:
-        if self.rope is None:
-            changed = [f.name for f in fields(self) if f.name.startswith("rope_")]
-            changed = [name for name in changed if getattr(self, name) != getattr(ViTConfig, name)]
-            if changed:
-                raise ValueError(f"{changed[0]} needs rotary positions (`rope`)")
-            return
-        if self.rope not in get_args(Rope):
-            known = ", ".join(f"`{choice}`" for choice in get_args(Rope))
-            raise ValueError(f"unknown rope `{self.rope}`; use one of {known}")
-        if (self.embed_dim // self.num_heads) % 4:
-            raise ValueError(
-                f"rotary positions need heads whose width 4 divides, not "
-                f"{self.embed_dim // self.num_heads}"
-            )
-        if self.axial:
-            raise ValueError("axial blocks have no rotary positions: remove `rope` or `axial`")
-        if self.rope_grid is not None and self.rope != "index":
-            raise ValueError(f"rope_grid goes with `rope = index`, not `{self.rope}`")
-        for side in self.rope_grid or ():
-            check_count("rope_grid", side, 1)
-        for key, least in (("rope_theta", 1), ("rope_jitter", 1), ("rope_rescale", 1)):
-            if (value := getattr(self, key)) is not None and not least <= value < math.inf:
-                raise ValueError(f"{key} is {value}, not a number from {least} on")
-        if self.rope_shift is not None and not 0 <= self.rope_shift < math.inf:
-            raise ValueError(f"rope_shift is {self.rope_shift}, not a number from 0 on")
-
     @property
     def is_hybrid(self) -> bool:
         """True if a stem makes a feature map, and the patches are cut from it."""
@@ -417,13 +388,6 @@ class ViTConfig:
             if values.get(key) is not None:
                 values[key] = tuple(int(number) for number in values[key])
         return cls(**values)
-
-
-def check_count(key: str, value: Any, least: int, largest: int = LARGEST) -> None:
-    """Raise a ValueError unless the setting `key` is an integer from `least` to `largest`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not least <= value <= largest:
-        raise ValueError(f"{key} is {value!r}, not a whole number from {least} to {largest:,}")
 
 
 def canonical_pool(name: str) -> Pool:

@@ -428,43 +428,22 @@ def sized(width: int, depth: int, heads: int, hidden: int, **more: Any) -> dict[
 
 
 # Public sizes that are too large for random weights here: compared by their shapes.
-_SIZES = {
-    "B": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
-    "L": {
-        "hidden_size": 1024,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-    },
-    "H": {
-        "hidden_size": 1280,
-        "num_attention_heads": 16,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-    },
-    "g": {
-        "hidden_size": 1408,
-        "num_attention_heads": 16,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 40,
-    },
-}
 _TUNED = {"use_relative_position_bias": True}
 LARGE = {
     "beit": [
-        {**_SIZES["B"], **_TUNED},
-        {**_SIZES["B"], **_TUNED, "image_size": 384},
-        {**_SIZES["L"], **_TUNED, "image_size": 512},
-        {**_SIZES["L"], **SHARED, "use_mask_token": True},
+        sized(768, 12, 12, 3072, **_TUNED),
+        sized(768, 12, 12, 3072, **_TUNED, image_size=384),
+        sized(1024, 24, 16, 4096, **_TUNED, image_size=512),
+        sized(1024, 24, 16, 4096, **SHARED, use_mask_token=True),
     ],
     "data2vec-vision": [
-        {**_SIZES["B"], **SHARED, "use_mean_pooling": False},
-        {**_SIZES["L"], **SHARED, "use_mean_pooling": False},
+        sized(768, 12, 12, 3072, **SHARED, use_mean_pooling=False),
+        sized(1024, 24, 16, 4096, **SHARED, use_mean_pooling=False),
     ],
     "ijepa": [
-        {**_SIZES["H"], "patch_size": 14},
-        {**_SIZES["H"], "image_size": 448},
-        _SIZES["g"],
+        sized(1280, 32, 16, 5120, patch_size=14),
+        sized(1280, 32, 16, 5120, image_size=448),
+        sized(1408, 40, 16, 6144),
     ],
     "dinov3_vit": [
         {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},

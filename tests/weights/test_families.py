@@ -75,7 +75,7 @@ OPTIONAL = r"mask_token|decoder\.|pooler\.dense|patch_embeddings"
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_half_folder_is_refused_in_words(name):
-    """Without any one tensor, with one of another shape, and with a config.json that contradicts."""
+    """Without any one tensor, with one of another shape, and with another config.json."""
     family = FAMILIES[name]
     theirs = random_model(family.models[0][0], family.config, family.models[0][1])
     tensors, described = theirs.state_dict(), theirs.config.to_dict()

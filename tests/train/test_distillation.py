@@ -157,13 +157,11 @@ def test_the_loss_of_features_is_their_angle(teacher):
     # Without stored features the teacher sees the images of the step, at its size.
     black = torch.full((1, 3, 8, 8), -1.0)
     torch.testing.assert_close(task.teacher_features(black), whole, atol=1e-5, rtol=0)
+    bare = built(CLASSES, 16, 0.4)
+    bare.network.head, bare.labels = torch.nn.Identity(), None
+    bare.network.config = replace(bare.config, num_classes=0)
+    save_model(Path(name), bare)
     with pytest.raises(VitcliError, match="has no head for classes") as error:
-        bare = built(CLASSES, 16, 0.4)
-        bare.network.head, bare.network.config = (
-            torch.nn.Identity(),
-            replace(bare.config, num_classes=0),
-        )
-        save_model(Path(name), bare)
         objective(name)
     assert "objective.distillation=features" in error.value.hint
 

@@ -54,10 +54,10 @@ class Objective(nn.Module):
         """Compute before the first step what depends on the training images."""
 
     def known(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Further arguments of `forward` that are known about the images of `batch`."""
+        """Further arguments of `forward` in this class: facts about the images of `batch`."""
         return ()
 
-    def forward(self, images: Tensor, labels: Tensor, *known: Tensor) -> tuple[Tensor, Metrics]:
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) -> the mean loss (), and metrics.
 
         The metrics hold `loss`. If the optimised sum has more terms, they hold it as `objective`.

@@ -248,9 +248,9 @@ def _match_model(
     made, read = (f"{y}x{x}" for y, x in (base.image_size, config.image_size))
     divided = all(side % config.patch_size == 0 for side in base.image_size)
     if MODEL_TYPES[model_type].any_size and divided:
+        resampled = "; its positions are resampled" if config.position == "learned" else ""
         notes.append(
-            f"images are {made} px, as in its preprocessor_config.json; the positions for {read} "
-            "px are resampled"
+            f"images are {made} px, as in its preprocessor_config.json, not {read} px{resampled}"
         )
         return base
     notes.append(

@@ -201,9 +201,6 @@ def _vit_config(
             position_bias=_position_bias(shape),
             position_covers_prefix=covers,
             representation_size=shape.get("pre_logits.fc.weight", (None,))[0],
-            qkv_bias=bool({"blocks.0.attn.qkv.bias", "blocks.0.attn.q_bias"} & set(shape)),
-            key_bias="blocks.0.attn.q_bias" not in shape,
-            qk_norm="blocks.0.attn.q_norm.weight" in shape,
             layer_scale=hub.layer_scale if "blocks.0.ls1.gamma" in shape else None,
             mlp="swiglu" if gated else "gelu",
             gelu=gelu,
@@ -219,7 +216,7 @@ def _vit_config(
             stem_arithmetic="timm" if stem is not None else "google",
             dropout_rate=hub.dropout_rate,
             drop_path_rate=hub.drop_path_rate,
-            attention_norm="blocks.0.attn.norm.weight" in shape,
+            **_attention_settings(shape),
             mlp_norm="blocks.0.mlp.norm.weight" in shape,
             **rotary,
         )
@@ -240,6 +237,17 @@ def _norm_kind(shape: TensorShapes) -> NormKind:
     """Return `rms` if the norms of the blocks have a scale and no bias."""
     plain = "blocks.0.norm1.weight" in shape and "blocks.0.norm1.bias" not in shape
     return "rms" if plain and "blocks.0.norm2.bias" not in shape else "layer"
+
+
+def _attention_settings(shape: TensorShapes) -> dict[str, bool]:
+    """Return the settings of the attention that tensors show."""
+    names = {n.removeprefix("blocks.0.attn.") for n in shape if n.startswith("blocks.0.attn.")}
+    return {
+        "qkv_bias": bool({"qkv.bias", "q_bias"} & names),
+        "key_bias": "q_bias" not in names,
+        "qk_norm": "q_norm.weight" in names,
+        "attention_norm": "norm.weight" in names,
+    }
 
 
 def _pool(

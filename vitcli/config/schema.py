@@ -156,6 +156,9 @@ class ModelSection(Section):
     crop_to_patches: bool | None = setting(
         None, "Cut off the rest of images that whole patches do not cover, as a convolution does."
     )
+    text_embeddings: str | None = setting(
+        None, "File with text embeddings of the classes: a zero-shot head on CLIP or SigLIP."
+    )
     axial: bool | None = setting(
         None, "Use axial attention, within rows and within columns; also in a ResNet."
     )

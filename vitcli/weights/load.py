@@ -31,6 +31,7 @@ from vitcli.weights.public import is_listed
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
 from vitcli.weights.timm.read_timm import missing_settings
+from vitcli.weights.zero_shot import set_zero_shot_head
 
 VARIANT_HINT = (
     "use a variant such as `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1` for random weights, or an "
@@ -51,6 +52,7 @@ def load_model(
     gelu: str | None = None,
     stem_arithmetic: StemArithmetic | None = None,
     patch_size: int | None = None,
+    text_embeddings: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     watch: Watcher | None = None,
@@ -71,6 +73,8 @@ def load_model(
         stem_arithmetic: `google` or `timm`, for the ResNet of a hybrid.
         patch_size: pixels. A size that is not the file's resamples the patch projection (FlexiViT's
             pseudo-inverse) and the positions.
+        text_embeddings: a file with text embeddings of the classes, which become the head of a
+            vision tower; see `weights.zero_shot`.
         num_classes: add a new zero head with this many outputs; 0 removes the head.
         seed: random seed of a variant's weights.
         watch: receives the progress of a download.
@@ -108,6 +112,8 @@ def load_model(
         change_pool(model, pool)
     if isinstance(preprocess, Preprocess):
         model.preprocess = preprocess
+    if text_embeddings is not None:
+        set_zero_shot_head(model, os.fspath(text_embeddings), overrides.labels)
     if num_classes is not None and num_classes != model.config.num_classes:
         replace_head(model, [str(i) for i in range(num_classes)])
         model.labels = None

@@ -31,6 +31,7 @@ MODEL_KEYS = (
     "pool",
     "position_resize",
     "stem_arithmetic",
+    "text_embeddings",
 )
 
 

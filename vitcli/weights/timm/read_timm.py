@@ -13,16 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from vitcli.config.choices import Gelu, NormKind, Pool, PositionBias
+from vitcli.config.choices import Gelu, NormKind, Pool
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig, canonical_pool
-from vitcli.vit.position import BLOCK_BIAS, SHARED_BIAS, fold_shared_bias, num_offsets
+from vitcli.vit.position import fold_shared_bias
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
 from vitcli.weights.loaded import as_activation
 from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
 from vitcli.weights.store import Checkpoint, readable_values
+from vitcli.weights.timm.beit import image_size_of_bias, offset_bias_kind
 from vitcli.weights.timm.eva import rotary_settings, unify_eva
 from vitcli.weights.timm.timm_config import (
     REPAIR,
@@ -198,7 +199,7 @@ def _vit_config(
             distillation_head=pool == "distilled" and "head_dist.weight" in shape,
             num_registers=registers,
             position="learned" if "pos_embed" in shape else "none",
-            position_bias=_position_bias(shape),
+            position_bias=offset_bias_kind(shape),
             position_covers_prefix=covers,
             representation_size=shape.get("pre_logits.fc.weight", (None,))[0],
             layer_scale=hub.layer_scale if "blocks.0.ls1.gamma" in shape else None,
@@ -224,13 +225,6 @@ def _vit_config(
         raise VitcliError(
             f"`{source}` is not a Vision Transformer: {error}", hint=CHECK_FILE
         ) from error
-
-
-def _position_bias(shape: TensorShapes) -> PositionBias:
-    """Return `position_bias`; `fold_shared_bias` has seen to it that there are no two kinds."""
-    if SHARED_BIAS in shape:
-        return "shared"
-    return "every" if any(name.endswith(BLOCK_BIAS) for name in shape) else "none"
 
 
 def _norm_kind(shape: TensorShapes) -> NormKind:
@@ -360,9 +354,9 @@ def _image_size(
     overrides: Overrides,
 ) -> tuple[tuple[int, int], bool]:
     """Return the (Y, X) of the stored positions, and True if they cover the prefix tokens."""
-    table = shape.get(SHARED_BIAS) or shape.get(f"blocks.0{BLOCK_BIAS}")
-    if "pos_embed" not in shape and table is not None:
-        return _size_of_offsets(table[0] - 3 * (prefix > 0), pixels, hub, source, overrides), True
+    if "pos_embed" not in shape and offset_bias_kind(shape) != "none":
+        sizes = hub.image_size, overrides.image_size
+        return image_size_of_bias(shape, pixels, prefix, sizes, source), True
     if "pos_embed" not in shape:
         size = overrides.image_size or hub.image_size
         if size is None:
@@ -386,22 +380,5 @@ def _image_size(
             return (math.isqrt(n) * pixels, math.isqrt(n) * pixels), covers
     raise VitcliError(
         f"`{source}` has {count} positions, which do not form a square grid",
-        hint=f"set `--set model.image_size=[Y,X]` in px; a patch is {pixels}x{pixels} px",
-    )
-
-
-def _size_of_offsets(
-    count: int, pixels: int, hub: TimmHubConfig, source: str, overrides: Overrides
-) -> tuple[int, int]:
-    """Return the (Y, X) of an image whose patches have this number of 2-D offsets (BEiT)."""
-    for size in (hub.image_size, overrides.image_size):
-        grid = (size[0] // pixels, size[1] // pixels) if size else (0, 0)
-        if min(grid) > 0 and num_offsets(grid) == count:
-            return grid[0] * pixels, grid[1] * pixels
-    side = (math.isqrt(max(count, 0)) + 1) // 2
-    if side > 0 and num_offsets((side, side)) == count:
-        return side * pixels, side * pixels
-    raise VitcliError(
-        f"`{source}` has an attention bias for {count} offsets, which do not form a square grid",
         hint=f"set `--set model.image_size=[Y,X]` in px; a patch is {pixels}x{pixels} px",
     )

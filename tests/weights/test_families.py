@@ -86,7 +86,7 @@ def test_a_half_folder_is_refused_in_words(name):
 
     read(tensors)
     first = [n for n in tensors if "layers.1." not in n and not re.search(OPTIONAL, n)]
-    assert len(first) > 18
+    assert len(first) > 15
     for key in first:
         rest = {n: t for n, t in tensors.items() if n != key}
         for half in (rest, {**tensors, key: torch.cat([tensors[key]] * 2)}):

@@ -32,7 +32,8 @@ PUBLISHED = {
     "eva02-l14-448": 305.08,
 }  # fmt: skip
 # Heads that have no weights of their own in the file, and what a family adds to the variant.
-BACKBONES = ("siglip", "dino", "dinov2", "dinov3", "mae")
+BACKBONES = ("siglip", "dino", "dinov2", "dinov3", "mae", "msn", "ijepa")
+BEIT = {"position": "none", "key_bias": False, "layer_scale": 0.1, "pool": "mean"}
 SETTINGS = {
     "deit3": {"layer_scale": 1e-6, "position_covers_prefix": False},
     "flexivit": {"position_covers_prefix": False},
@@ -46,6 +47,9 @@ SETTINGS = {
         "layer_scale": 1.0,
         "key_bias": False,
     },
+    "beit": BEIT,
+    "data2vec": BEIT,
+    "ijepa": {"pool": "mean", "class_token": False},
     "eva02": {
         "rope": "index",
         "mlp": "swiglu",
@@ -77,6 +81,11 @@ def config_of(row):
         classes = 1000 if row.accuracy else 0
         size = row.variant.partition("/")[0]
         settings |= {"mlp_dim": EVA_MLP[size], "mlp_norm": size in "BL"}
+    if row.family in ("beit", "data2vec"):
+        tuned = bool(row.accuracy) or row.name.endswith("ft1k")
+        classes = 1000 if tuned else 0
+        bias = "every" if tuned else "shared"
+        settings |= {"position_bias": bias, "norm_after_pool": tuned}
     if row.family == "dinov3" and row.name.endswith("plus"):
         settings |= {"mlp": "swiglu", "num_heads": {"S": 6, "H": 20}[row.variant[0]]}
     return parse_variant(
@@ -104,6 +113,9 @@ SAMPLE = [
     "deit-ti16-distilled",
     "dinov2-s14-reg",
     "siglip-b16",
+    "beit-b16",
+    "beit-b16-pt22k",
+    "ijepa-h14",
     "vit-ti16-augreg-in21k",
 ]
 

@@ -451,8 +451,15 @@ class ObjectiveSection(Section):
     decoder_heads: Count = setting(4, "Attention heads of the `mae` decoder.")
     norm_pixels: bool = setting(True, "Standardise the `mae` targets in each patch.")
     teacher: str | None = setting(None, "MODEL that teaches in `distill`.")
-    distillation: Literal["hard", "soft"] = setting(
-        "hard", "Learn the teacher's class (hard) or its probabilities (soft)."
+    distillation: Literal["hard", "soft", "features"] = setting(
+        "hard",
+        "Learn the teacher's class (hard), its probabilities (soft) or the direction of its "
+        "features (features), for which it needs no head.",
+    )
+    teacher_cache: bool = setting(
+        False,
+        "Compute the teacher once per image, without augmentation, and keep its features on the "
+        "disk.",
     )
     distillation_weight: float = setting(
         0.5, "Weight of the teacher in the loss of `distill`.", gt=0.0, le=1.0

@@ -157,6 +157,7 @@ def train(
     if old is not None and is_main:
         check_same_data(old, source, images)
     loop = build_loop(recipe, source, make_model, planned, accelerator, log, old)
+    loop.state.objective.prepare(source, log)
 
     if old is None:  # only now, so that bad settings and bad data leave no directory
         if resume:

@@ -11,7 +11,9 @@ from vitcli.vit.config import ViTConfig
 
 Grid = tuple[int, int]  # rows and columns of patches
 DEFAULT_RESIZE: Resize = "bicubic"
+# Names of the tables of an `OffsetBias`: the last part, of all blocks, and in a block.
 BIAS_TABLE = "relative_position_bias_table"
+SHARED_BIAS, BLOCK_BIAS = f"rel_pos_bias.{BIAS_TABLE}", f".attn.rel_pos_bias.{BIAS_TABLE}"
 
 
 def sincos2d(
@@ -194,6 +196,21 @@ def resample_bias(table: Tensor, old: Grid, new: Grid) -> Tensor:
     grid = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)
     offsets = grid.permute(0, 2, 3, 1).reshape(num_offsets(new), -1).to(table.dtype)
     return torch.cat([offsets, prefix])
+
+
+def fold_shared_bias(tensors: dict[str, Tensor]) -> bool:
+    """Add a shared table of `OffsetBias` to those of the blocks, in place; True if there are both.
+
+    A few files have both. A bias is linear in its table, so the sum computes the same.
+    """
+    shared = tensors.get(SHARED_BIAS)
+    own = [name for name in tensors if name.endswith(BLOCK_BIAS)]
+    if shared is None or any(tensors[name].shape != shared.shape for name in own) or not own:
+        return False
+    for name in own:
+        tensors[name] = tensors[name].float() + shared.float()
+    del tensors[SHARED_BIAS]
+    return True
 
 
 def resample_table(

@@ -67,6 +67,7 @@ def build_model(
         load_report=report,
         split_record=checkpoint.split_record,
         target_scale=checkpoint.target_scale,
+        decoder=checkpoint.decoder,
     )
     if image_size is not None:
         resize(model, image_size)

@@ -1,4 +1,4 @@
-"""ViT, DeiT, ViT-MAE and DINOv2 of transformers.
+"""ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA and DINOv2 of transformers.
 
 Files have the classic names (`encoder.layer.0.intermediate.dense`), which transformers writes by
 default, or the names that version 5 uses in memory (`layers.0.mlp.fc1`). We read both and write the
@@ -6,6 +6,7 @@ classic names.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -63,9 +64,9 @@ UNUSED = {r"embeddings\.mask_token|decoder\..*": MASKED_TRAINING}
 CROPPED = {"do_center_crop": True, "crop_size": 224, "resample": 3}
 
 
-def _plain_settings(files: ModelFiles) -> Settings:
-    """The settings of ViT, DeiT and ViT-MAE."""
-    values = encoder_settings(files)
+def _plain_settings(files: ModelFiles, *, norm_eps: float = 1e-12) -> Settings:
+    """The settings of ViT, DeiT, ViT-MAE and ViT-MSN."""
+    values = encoder_settings(files, norm_eps=norm_eps)
     if "head_dist.weight" in files.tensors:
         values |= {"pool": "distilled", "distillation_head": True}
     values["distillation_token"] = "dist_token" in files.tensors
@@ -75,6 +76,13 @@ def _plain_settings(files: ModelFiles) -> Settings:
     pooler = files.tensors.get("pre_logits.fc.weight")
     values["representation_size"] = pooler.shape[0] if pooler is not None else None
     return values | _positions(files, values)
+
+
+def _ijepa_settings(files: ModelFiles) -> Settings:
+    """The settings of I-JEPA, which has no class token; its head reads the mean of the patches."""
+    for name in ("pre_logits.fc.weight", "pre_logits.fc.bias"):
+        files.drop(name, "belongs to a pooler that reads the first patch")
+    return encoder_settings(files) | {"class_token": False, "pool": "mean"}
 
 
 def _dinov2_settings(files: ModelFiles, patch_size: int = 14) -> Settings:
@@ -184,6 +192,17 @@ def dino_mlp_ratio(config: ViTConfig) -> int | None:
 _WRITTEN = WrittenType(
     described=_described_vit, block=lambda config: {**VIT_BLOCK, "attn.qkv": QKV}
 )
+_VIT = HuggingFaceType(
+    prefix="vit.",
+    backbone="ViTModel",
+    classifier="ViTForImageClassification",
+    settings=_plain_settings,
+    encoder=ENCODER,
+    block=BLOCK,
+    unused=UNUSED,
+    processor="ViTImageProcessor",
+    published={"resample": 2},
+)
 _DINOV2 = HuggingFaceType(
     prefix="dinov2.",
     backbone="Dinov2Model",
@@ -205,18 +224,7 @@ _DINOV2 = HuggingFaceType(
     ),
 )
 VIT_TYPES = {
-    "vit": HuggingFaceType(
-        prefix="vit.",
-        backbone="ViTModel",
-        classifier="ViTForImageClassification",
-        settings=_plain_settings,
-        encoder=ENCODER,
-        block=BLOCK,
-        unused=UNUSED,
-        processor="ViTImageProcessor",
-        published={"resample": 2},
-        written=_WRITTEN,
-    ),
+    "vit": replace(_VIT, written=_WRITTEN),
     "deit": HuggingFaceType(
         prefix="deit.",
         backbone="DeiTModel",
@@ -241,15 +249,32 @@ VIT_TYPES = {
         # transformers antialiases positions only here, because the model was trained so.
         position_resize="bicubic",
     ),
-    "vit_mae": HuggingFaceType(
-        prefix="vit.",
+    "vit_mae": replace(
+        _VIT,
         backbone="ViTMAEModel",
         classifier=None,
-        settings=_plain_settings,
-        encoder=ENCODER,
-        block=BLOCK,
-        unused=UNUSED,
-        processor="ViTImageProcessor",
+        published={"resample": 2, **IMAGENET},
+        decoder={
+            "decoder.mask_token": "mask",
+            "pos_embed": "positions",
+            "embed": "entry",
+            "norm": "norm",
+            "pred": "exit",
+        },
+    ),
+    "vit_msn": replace(
+        _VIT,
+        backbone="ViTMSNModel",
+        classifier="ViTMSNForImageClassification",
+        settings=partial(_plain_settings, norm_eps=1e-6),
+        published={"resample": 2, **IMAGENET},
+    ),
+    "ijepa": replace(
+        _VIT,
+        prefix="ijepa.",
+        backbone="IJepaModel",
+        classifier="IJepaForImageClassification",
+        settings=_ijepa_settings,
         published={"resample": 2, **IMAGENET},
     ),
 }

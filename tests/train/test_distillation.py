@@ -109,7 +109,7 @@ def test_the_teacher_is_neither_trained_nor_stored(teacher):
 
 def test_what_cannot_be_is_said(teacher):
     name, net = teacher
-    with pytest.raises(VitcliError, match="does not know these classes: d"):
+    with pytest.raises(VitcliError, match="does not know these classes: `d`"):
         objective(name, built(("a", "d"), 8, 0.5))
     with pytest.raises(VitcliError, match="takes 3 channels, and the model 1"):
         objective(name, built(CLASSES, 8, 0.5, num_channels=1))

@@ -106,6 +106,8 @@ def test_the_table_is_sound():
         assert not is_variant(name) and name == name.lower() and len(name) <= 24
         assert (row.accuracy is None) or row.facts.evidence
         assert resolve_name(name) == row.source
+        if row.source.startswith("hf:"):
+            assert resolve_name(f"{name}@0123abc") == f"{row.source}@0123abc"
 
 
 SAMPLE = [

@@ -17,6 +17,7 @@ def run(
     out: Path | None = None,
     resume: bool = False,
     track: str | None = None,
+    check: bool = True,
     watch: Watcher | None = None,
 ) -> TrainResult:
     """Train a model from random weights, or the weights in `model.name` further without labels.
@@ -29,6 +30,7 @@ def run(
         out: the run directory; None creates `runs/RECIPE`, with a number if that exists.
         resume: resume the run in `out`, whose recipe is the default.
         track: `tensorboard`, `wandb` or `trackio`, which receives every record.
+        check: look for near copies between the splits, see `warn_of_copies`.
 
     Raises:
         VitcliError: bad input.
@@ -46,4 +48,5 @@ def run(
         resume=resume,
         watch=watch,
         track=track,
+        check=check,
     )

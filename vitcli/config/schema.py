@@ -684,8 +684,9 @@ class TrainSection(Section):
     )
     patience: Count | None = setting(
         None,
-        "Stop after this many evaluations in turn without a better `best_metric`. A run that is "
-        "made longer counts from there again.",
+        "Stop after this many evaluations in turn without a better `best_metric`. Default metric: "
+        "accuracy, map for several labels, rmse for numbers. A run that is made longer counts from "
+        "there again.",
     )
     log_steps: Count = setting(20, "Steps between records in metrics.jsonl.")
     compile: bool = setting(False, "Compile the forward and backward pass with torch.compile.")
@@ -709,8 +710,6 @@ class TrainSection(Section):
             named = " and ".join(f"`{name}`" for name in given) or "none"
             options = ", ".join(f"`{name}`" for name in DURATIONS)
             raise ValueError(f"give exactly one of {options}; given: {named}")
-        if self.patience is not None and self.best_metric is None:
-            raise ValueError("`patience` needs `best_metric`, for example `accuracy`")
         return self
 
     def side_at(self, step: float, total_steps: int) -> int | None:

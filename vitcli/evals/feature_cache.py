@@ -7,6 +7,7 @@ in any order and by any process: an interrupted extraction continues with the mi
 import hashlib
 import json
 import zlib
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,11 +52,11 @@ CODE = ["vit/*.py", "decode.py", "preprocess.py"]
 CODE += ["data/image_set.py", "data/readers/decoded.py"]
 
 
-def code_hash() -> str:
-    """Hash of the sources in `CODE`."""
+def code_hash(patterns: Iterable[str] = CODE) -> str:
+    """Hash of the sources that match."""
     digest = hashlib.sha256()
     package = Path(vitcli.__path__[0])
-    for path in sorted(path for pattern in CODE for path in package.glob(pattern)):
+    for path in sorted(path for pattern in patterns for path in package.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vitcli.config.choices import Resize
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.vit import Config, Network, ResNetConfig, VisionTransformer, ViTConfig, from_config
 from vitcli.vit.position import DEFAULT_RESIZE
 from vitcli.weights.edit import resize, set_position_resize
@@ -118,10 +118,7 @@ def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:
             if n in found and found[n] != expected[n]
         ],
     }
-    problems = []
-    for kind, names in groups.items():
-        more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
-        problems += [f"{kind}: {', '.join(names[:NUM_SHOWN])}{more}"] if names else []
+    problems = [f"{kind}: {quoted(names, NUM_SHOWN)}" for kind, names in groups.items() if names]
     if problems:
         raise VitcliError(
             f"`{source}` does not fit a plain Vision Transformer; {'; '.join(problems)}",

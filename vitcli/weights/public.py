@@ -162,15 +162,16 @@ def resolve_name(model: str) -> str:
     """The MODEL that a public name means; any other MODEL is returned as it is.
 
     A short name, a name of timm (with or without `timm/`, with or without its tag) and `ORG/NAME`
-    on the Hub are public names. A path that exists wins over all of them.
+    on the Hub are public names, also with `@REVISION`. A path that exists wins over all of them.
 
     Raises:
         VitcliError: the text is neither a path nor a public name.
     """
     if not model or model.startswith("hf:") or is_url(model) or Path(model).exists():
         return model
-    if (row := _known(model)) is not None:
-        return row.source
+    name, at, revision = model.partition("@")
+    if (row := _known(name)) is not None and (not at or row.source.startswith("hf:")):
+        return row.source + at + revision
     if TIMM_NAME.fullmatch(model):
         return f"hf:{TIMM}{model}"
     if HUB_NAME.fullmatch(model) and not _is_path(model):

@@ -17,7 +17,7 @@ from vitcli.config.schema import ObjectiveSection
 from vitcli.data.batch import Batch
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.evals.feature_cache import CachedFeatures
 from vitcli.progress import Watcher
 from vitcli.train.objectives.base import Metrics, Objective, main_class
@@ -252,10 +252,8 @@ def teacher_columns(teacher: LoadedModel, classes: Sequence[str], name: str) -> 
         )
     column = {label: i for i, label in enumerate(teacher.labels)}
     if missing := [label for label in classes if label not in column]:
-        more = f" and {len(missing) - MAX_NAMES} more" if len(missing) > MAX_NAMES else ""
         raise VitcliError(
-            f"the teacher `{name}` does not know these classes: "
-            f"{', '.join(missing[:MAX_NAMES])}{more}",
+            f"the teacher `{name}` does not know these classes: {quoted(missing, MAX_NAMES)}",
             "fine-tune the teacher on this data first: `vitcli finetune DATA --model TEACHER`",
         )
     return [column[label] for label in classes]

@@ -5,7 +5,7 @@ Everything that differs between model types is in their entries.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -163,7 +163,7 @@ def _decoder(
         return None
     names = replace(family, prefix="decoder.decoder_", encoder=family.decoder, unused={})
     renamed, _ = _rename(stored, names)
-    sizes = {
+    sizes: dict[str, Any] = {
         "embed_dim": files.count("decoder_hidden_size", 512),
         "depth": files.count("decoder_num_hidden_layers", 8),
         "num_heads": files.count("decoder_num_attention_heads", 16),

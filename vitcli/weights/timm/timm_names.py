@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import BIAS_TABLE, BLOCK_BIAS, SHARED_BIAS
 from vitcli.vit.resnet import ResNetConfig
@@ -142,10 +142,9 @@ def check_timm_names(shape: TensorShapes, source: str) -> None:
     if "blocks.0.mlp.fc1.weight" not in shape:
         return  # a ResNet, or a file for which the error about missing tensors is clearer
     if foreign := [name for name in shape if not KNOWN.fullmatch(name)]:
-        more = f" and {len(foreign) - 6} more" * (len(foreign) > 6)
         raise VitcliError(
             f"`{source}` does not fit a plain Vision Transformer; not part of the model: "
-            f"{', '.join(foreign[:6])}{more}",
+            f"{quoted(foreign, 6)}",
             hint=CHECK_FILE,
         )
 

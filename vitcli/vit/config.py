@@ -91,7 +91,8 @@ class ViTConfig:
         stem_width: factor on the width of the ResNet, which starts with 64 channels.
         stem_arithmetic: weight standardisation and GroupNorm epsilon of `google` or of `timm`.
         conv_stem: feature maps of each stage of a convolutional stem in front of the patches. Each
-            stage halves the image. None for no such stem.
+            stage halves the image; those before the last two are one strided convolution each.
+            None for no such stem.
         dropout_rate: dropout after the positions, the attention projection and both MLP layers.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         key_bias: with `qkv_bias`, the keys have a bias too. EVA-02 and DINOv3 have none.

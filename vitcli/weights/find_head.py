@@ -52,7 +52,7 @@ def find_head(everything: Mapping[str, Tensor], place: str, width: int) -> Found
             for name, paths in heads.items()
             if any(_is_linear(everything[path], width) for path in paths)
             # The attention pool of SigLIP is called `head` and belongs to the network.
-            and not any("attention" in path or "attn" in path for path in paths)
+            and not any(re.search("attention|attn", path[len(name) :]) for path in paths)
         }
         if fitting:
             return _checked(everything, fitting)

@@ -86,7 +86,8 @@ class Mae(Objective):
         prefix = model.config.num_prefix_tokens
         b, _, d = x.shape
         visible = x[:, prefix:][~hidden].reshape(b, -1, d)  # (B, V, D)
-        return model.encode(torch.cat([x[:, :prefix], visible], dim=1), grid)
+        kept = (~hidden).nonzero()[:, 1].reshape(b, -1)  # (B, V), the patches in this order
+        return model.encode(torch.cat([x[:, :prefix], visible], dim=1), grid, kept)
 
     def decode(self, x: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, V + prefix, D), (B, N) -> (B, N, P*P*C): pixels of all patches."""

@@ -211,7 +211,7 @@ def test_an_attention_pool_is_no_head(here, net):
     state = {n: t for n, t in net.state_dict().items() if not n.startswith("head.")}
     shapes = {"head.attention.in_proj_weight": (144, 48), "head.mlp_2.weight": (48, 48)}
     torch.save(state | {name: torch.ones(shape) for name, shape in shapes.items()}, "w.pth")
-    with pytest.raises(VitcliError, match=r"not part of the model: head\.attention"):
+    with pytest.raises(VitcliError, match=r"not part of the model: `head\.attention"):
         load_model("w.pth", num_heads=3)
 
 

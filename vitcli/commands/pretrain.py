@@ -1,10 +1,11 @@
-"""`vitcli pretrain`: random weights -> a run directory."""
+"""`vitcli pretrain`: random weights, or weights and images without labels -> a run directory."""
 
 from pathlib import Path
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.train.resolve import pretrain_recipe, random_model
+from vitcli.train.further import initial_model
+from vitcli.train.resolve import pretrain_recipe
 from vitcli.train.session import TrainResult, train
 
 
@@ -19,7 +20,7 @@ def run(
     check: bool = True,
     watch: Watcher | None = None,
 ) -> TrainResult:
-    """Train a model from random weights.
+    """Train a model from random weights, or the weights in `model.name` further without labels.
 
     Args:
         data: DATA; None takes that of the recipe. The default recipe needs no files.
@@ -39,7 +40,7 @@ def run(
     resolved = pretrain_recipe(data, recipe, settings, watch, out if resume else None)
     return train(
         resolved.recipe,
-        lambda source: random_model(resolved.recipe, source),
+        lambda source: initial_model(resolved.recipe, source, watch),
         opened=resolved.source,
         defaults=resolved.defaults,
         out=out,

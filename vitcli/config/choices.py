@@ -11,9 +11,15 @@ Pool = Literal["token", "mean", "quadrants", "map", "token_mean", "distilled"]
 Position = Literal["learned", "learned2d", "relative", "sincos2d", "none"]
 PositionAt = Literal["stem", "every", "shared"]
 PositionBias = Literal["none", "every", "shared"]
-Resize = Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"]  # of positions
+Resize = Literal[  # of positions
+    "bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain", "bicubic_aligned", "computed"
+]
 MlpKind = Literal["gelu", "swiglu"]
-Gelu = Literal["exact", "tanh"]
+Gelu = Literal["exact", "tanh", "quick"]
+NormKind = Literal["layer", "rms"]
+Rope = Literal["centred", "index"]
+RopePairs = Literal["halves", "neighbours"]
+RopeDtype = Literal["fp32", "bf16"]
 StemArithmetic = Literal["google", "timm"]
 
 ResizeMode = Literal["crop", "squash", "pad"]

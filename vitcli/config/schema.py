@@ -28,12 +28,16 @@ from vitcli.config.choices import (
     Gelu,
     Interpolation,
     MlpKind,
+    NormKind,
     Pool,
     Position,
     PositionAt,
     PositionBias,
     Resize,
     ResizeMode,
+    Rope,
+    RopeDtype,
+    RopePairs,
     StemArithmetic,
 )
 
@@ -91,6 +95,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+# Keys of `[model]` that belong to the loading of weights, not to the architecture.
+LOADING = ("position_resize", "checkpoint_key", "base_model")
+
+
 class ModelSection(Section):
     """The model. A key that is not given keeps the value of the variant `name`.
 
@@ -136,10 +144,28 @@ class ModelSection(Section):
     layer_scale: float | None = setting(None, "Initial value of LayerScale.")
     mlp: MlpKind | None = setting(None, "Kind of MLP.")
     gelu: Gelu | None = setting(None, "Form of GELU.")
-    norm_eps: PositiveFloat | None = setting(None, "Epsilon of the layer norms.")
+    norm: NormKind | None = setting(None, "Kind of norm.")
+    norm_eps: PositiveFloat | None = setting(None, "Epsilon of the norms.")
     norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
     norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
+    final_norm: bool | None = setting(None, "Add a norm after the last block.")
     patch_bias: bool | None = setting(None, "Add a bias to the patch embedding.")
+    pixel_norm: bool | None = setting(
+        None, "Normalise the pixels of a patch (Dual PatchNorm, with `patch_norm`)."
+    )
+    patch_norm: bool | None = setting(None, "Normalise the patch embeddings.")
+    projection_size: Width | None = setting(
+        None, "Width of a projection without bias between features and head, as in CLIP."
+    )
+    head_norm: bool | None = setting(
+        None, "Divide the input of the head by its L2 norm, as zero-shot heads do."
+    )
+    crop_to_patches: bool | None = setting(
+        None, "Cut off the rest of images that whole patches do not cover, as a convolution does."
+    )
+    text_embeddings: str | None = setting(
+        None, "File with text embeddings of the classes: a zero-shot head on CLIP or SigLIP."
+    )
     axial: bool | None = setting(
         None, "Use axial attention, within rows and within columns; also in a ResNet."
     )
@@ -147,6 +173,14 @@ class ModelSection(Section):
     stem_width: PositiveFloat | None = setting(None, "Width factor of the hybrid's ResNet stem.")
     stem_arithmetic: StemArithmetic | None = setting(
         None, "Padding and normalisation of the stem: Google's or timm's."
+    )
+    checkpoint_key: str | None = setting(
+        None,
+        "Key or prefix of the network to load from a file with several, e.g. `student`. "
+        "Default: the averaged weights.",
+    )
+    base_model: str | None = setting(
+        None, "MODEL that a LoRA adapter of PEFT was trained on. Default: the one in its config."
     )
     conv_stem: tuple[Width, ...] | None = setting(
         None, "Feature maps per stage of a convolutional stem; each stage halves the image."
@@ -157,10 +191,35 @@ class ModelSection(Section):
     drop_path_rate: float | None = setting(
         None, "Stochastic depth rate of the last block.", ge=0.0, lt=1.0
     )
+    key_bias: bool | None = setting(None, "With `qkv_bias`, add a bias to the keys too.")
+    attention_norm: bool | None = setting(None, "Normalise before the attention's projection.")
+    mlp_norm: bool | None = setting(None, "Normalise before the last layer of the MLP.")
+    rope: Rope | None = setting(
+        None,
+        "Rotate queries and keys by position (RoPE): coordinates from -1 to 1 (`centred`, DINOv3) "
+        "or numbers of patches (`index`, EVA-02).",
+    )
+    rope_theta: float | None = setting(None, "Longest RoPE period over the shortest.", ge=1.0)
+    rope_pairs: RopePairs | None = setting(
+        None, "Channels that RoPE rotates together: the `halves` of a head, or `neighbours`."
+    )
+    rope_grid: tuple[Count, Count] | None = setting(
+        None, "Rows and columns to which RoPE scales the numbers of the patches."
+    )
+    rope_dtype: RopeDtype | None = setting(None, "Dtype to which the RoPE periods are rounded.")
+    rope_shift: NonNegativeFloat | None = setting(
+        None, "Largest random shift of the RoPE coordinates in training."
+    )
+    rope_jitter: float | None = setting(
+        None, "Largest random factor per axis of the RoPE coordinates in training.", ge=1.0
+    )
+    rope_rescale: float | None = setting(
+        None, "Largest random factor of both RoPE coordinates in training.", ge=1.0
+    )
 
     def architecture(self) -> Settings:
         """The given keys that belong to the model's configuration; image sizes as (Y, X)."""
-        given = self.model_dump(exclude_none=True, exclude={"name", "position_resize"})
+        given = self.model_dump(exclude_none=True, exclude={"name", *LOADING})
         if isinstance(given.get("image_size"), int):
             given["image_size"] = (given["image_size"], given["image_size"])
         return given
@@ -392,8 +451,15 @@ class ObjectiveSection(Section):
     decoder_heads: Count = setting(4, "Attention heads of the `mae` decoder.")
     norm_pixels: bool = setting(True, "Standardise the `mae` targets in each patch.")
     teacher: str | None = setting(None, "MODEL that teaches in `distill`.")
-    distillation: Literal["hard", "soft"] = setting(
-        "hard", "Learn the teacher's class (hard) or its probabilities (soft)."
+    distillation: Literal["hard", "soft", "features"] = setting(
+        "hard",
+        "Learn the teacher's class (hard), its probabilities (soft) or the direction of its "
+        "features (features), for which it needs no head.",
+    )
+    teacher_cache: bool = setting(
+        False,
+        "Compute the teacher once per image, without augmentation, and keep its features on the "
+        "disk.",
     )
     distillation_weight: float = setting(
         0.5, "Weight of the teacher in the loss of `distill`.", gt=0.0, le=1.0

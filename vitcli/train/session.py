@@ -153,13 +153,13 @@ def train(
     use_threads(old, accelerator.device, watch)
     facts = machine_facts(accelerator.device, precision, accelerator.num_processes)
     changed = warn_of_changes(old, facts, watch) if old is not None else []
-    # Until the directory exists, nothing is written to its log.txt.
-    log = Logged(watch if is_main else Quiet(), Path(os.devnull))
+    log = Logged(watch if is_main else Quiet(), Path(os.devnull))  # log.txt follows below
     source = open_source(recipe, watch, opened)
     images = record_images(source, watch) if is_main else None
     if old is not None and is_main:
         check_same_data(old, source, images)
     loop = build_loop(recipe, source, make_model, planned, accelerator, log, old)
+    loop.state.objective.prepare(source, log)
     if old is None:  # only now, so that bad settings and bad data leave no directory
         if resume:
             watch.note(f"nothing to resume at `{out}`: starting from step 0")

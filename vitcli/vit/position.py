@@ -11,16 +11,21 @@ from vitcli.vit.config import ViTConfig
 
 Grid = tuple[int, int]  # rows and columns of patches
 DEFAULT_RESIZE: Resize = "bicubic"
+# Names of the tables of an `OffsetBias`: the last part, of all blocks, and in a block.
 BIAS_TABLE = "relative_position_bias_table"
+SHARED_BIAS, BLOCK_BIAS = f"rel_pos_bias.{BIAS_TABLE}", f".attn.rel_pos_bias.{BIAS_TABLE}"
 
 
-def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tensor:
+def sincos2d(
+    grid: Grid, embed_dim: int, temperature: float = 10_000.0, *, inclusive: bool = True
+) -> Tensor:
     """(1, N, D): fixed sine and cosine embeddings of column and row.
 
     Source: posemb_sincos_2d in big_vision/models/vit.py.
 
     Each quarter of the width holds one of sin(x w), cos(x w), sin(y w), cos(y w), with
-    w_i = temperature^(-i / (D/4 - 1)).
+    w_i = temperature^(-i / (D/4 - 1)). With `inclusive = False` it is temperature^(-i / (D/4)), as
+    in MAE and AIMv2.
 
     Raises:
         ValueError: D is not a multiple of 4, or it is below 8.
@@ -29,7 +34,7 @@ def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tenso
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4: {embed_dim}")
     rows, cols = grid
     quarter = embed_dim // 4
-    omega = torch.arange(quarter, dtype=torch.float64) / (quarter - 1)
+    omega = torch.arange(quarter, dtype=torch.float64) / (quarter - inclusive)
     omega = temperature**-omega  # (D/4,)
     place = torch.arange(rows * cols, dtype=torch.float64)[:, None]  # (N, 1)
     y = place.div(cols, rounding_mode="floor") * omega  # (N, D/4)
@@ -45,17 +50,22 @@ def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = DEFAULT_R
     * `bilinear`: the corners of both grids are aligned (scipy.ndimage.zoom in the paper's code).
     * `bicubic`: antialiased, half-pixel centres (timm).
     * `bicubic_plain`: not antialiased (transformers, for ViT, DeiT and DINOv2).
+    * `bicubic_aligned`: the corners of both grids are aligned (torchvision).
+    * `computed`: not resampled: `resample_table` computes fixed sin-cos positions for the new grid
+      (big_vision, SimpleViT).
     * `bilinear_antialiased`: timm, if it is asked for bilinear.
     """
     if old == new:
         return positions
+    assert method != "computed", "only fixed positions are computed"
     n, _, d = positions.shape
     grid = positions.reshape(n, *old, d).permute(0, 3, 1, 2).float()  # (n, D, rows, cols)
-    if method == "bilinear":
-        grid = F.interpolate(grid, size=new, mode="bilinear", align_corners=True)
+    mode = method.partition("_")[0]
+    if method in ("bilinear", "bicubic_aligned"):
+        grid = F.interpolate(grid, size=new, mode=mode, align_corners=True)
     else:
         # Antialiasing changes larger grids too: torch's cubic kernel then has a = -0.5, not -0.75.
-        mode, smooth = method.partition("_")[0], method != "bicubic_plain"
+        smooth = method != "bicubic_plain"
         grid = F.interpolate(grid, size=new, mode=mode, align_corners=False, antialias=smooth)
     grid = grid.permute(0, 2, 3, 1).reshape(n, new[0] * new[1], d)  # (n, M, D)
     return grid.to(positions.dtype)
@@ -188,6 +198,21 @@ def resample_bias(table: Tensor, old: Grid, new: Grid) -> Tensor:
     return torch.cat([offsets, prefix])
 
 
+def fold_shared_bias(tensors: dict[str, Tensor]) -> bool:
+    """Add a shared table of `OffsetBias` to those of the blocks, in place; True if there are both.
+
+    A few files have both. A bias is linear in its table, so the sum computes the same.
+    """
+    shared = tensors.get(SHARED_BIAS)
+    own = [name for name in tensors if name.endswith(BLOCK_BIAS)]
+    if shared is None or any(tensors[name].shape != shared.shape for name in own) or not own:
+        return False
+    for name in own:
+        tensors[name] = tensors[name].float() + shared.float()
+    del tensors[SHARED_BIAS]
+    return True
+
+
 def resample_table(
     name: str, table: Tensor, config: ViTConfig, grid: Grid, method: Resize = DEFAULT_RESIZE
 ) -> Tensor:
@@ -211,6 +236,9 @@ def resample_table(
     if grid == config.grid:
         return table
     prefix, patches = table.tensor_split([config.num_covered_tokens], dim=1)
+    if method == "computed":
+        fixed = sincos2d(grid, config.embed_dim).to(table)  # (1, N, D)
+        return torch.cat([prefix, fixed], dim=1)
     return torch.cat([prefix, resample(patches, config.grid, grid, method)], dim=1)
 
 

@@ -25,6 +25,21 @@ from vitcli.weights.load_report import LoadReport, TensorStatus
 from vitcli.weights.loaded import LoadedModel, TargetScale
 
 
+def set_position_resize(network: VisionTransformer, method: Resize) -> None:
+    """Set the method that resamples the positions of `network` for images of another size.
+
+    Raises:
+        VitcliError: `computed`, but the positions are not fixed.
+    """
+    if method == "computed" and network.config.position != "sincos2d":
+        raise VitcliError(
+            f"`model.position_resize` is `computed`, but the positions are "
+            f"`{network.config.position}`, not `sincos2d`",
+            hint="use another method, for example `bicubic`",
+        )
+    network.position_resize = method
+
+
 def resize(model: LoadedModel, image_size: tuple[int, int]) -> None:
     """Change the image size in place: keep the patch size and resample the positions.
 
@@ -118,21 +133,29 @@ def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:
 
 
 def replace_head(
-    model: LoadedModel, labels: Sequence[str], *, keep_pre_logits: bool = False
+    model: LoadedModel,
+    labels: Sequence[str],
+    *,
+    keep_pre_logits: bool = False,
+    keep_projection: bool = False,
 ) -> None:
     """Replace the head in place by a zero head for `labels` (section 3.2).
 
     This also removes the hidden layer of the pre-training head, which is "a little more robust than
     re-initialising the last layer" (appendix D.3). If there is a distilled head, the new head reads
-    both tokens: it can express everything that the mean of two heads can.
+    both tokens: it can express everything that the mean of two heads can. A projection to text
+    embeddings and the norm of a zero-shot head are removed too, unless `keep_projection`.
     """
     status = model.load_report.status if model.load_report else {}
     network = model.network
     if isinstance(network, VisionTransformer):
         _drop_pretraining_head(network, status, keep_pre_logits=keep_pre_logits)
+        if not keep_projection:
+            drop_projection(network, status)
     network.config = replace(network.config, num_classes=len(labels))
     device = next(network.parameters()).device
-    network.head = nn.Linear(network.config.feature_dim, len(labels), device=device)
+    width = getattr(network.config, "head_dim", network.config.feature_dim)
+    network.head = nn.Linear(width, len(labels), device=device)
     nn.init.zeros_(network.head.weight)
     nn.init.zeros_(network.head.bias)
     for name in ("head.weight", "head.bias"):
@@ -159,6 +182,16 @@ def _drop_pretraining_head(
         network.head_dist = None
         for name in ("head_dist.weight", "head_dist.bias"):
             status[name] = ("dropped", "the new head reads both tokens")
+
+
+def drop_projection(
+    network: VisionTransformer, status: dict[str, tuple[TensorStatus, str]]
+) -> None:
+    """Remove the projection to text embeddings and the norm of a zero-shot head, in place."""
+    if network.config.projection_size:
+        network.projection = nn.Identity()
+        status["projection.weight"] = ("dropped", "projects to text embeddings")
+    network.config = replace(network.config, projection_size=None, head_norm=False)
 
 
 def linear_head(model: LoadedModel) -> tuple[Tensor, Tensor] | None:
@@ -230,6 +263,8 @@ def change_pool(model: LoadedModel, pool: str) -> None:
     # A head that was trained on one pooling gives meaningless logits on another.
     status = model.load_report.status if model.load_report else {}
     going = ("head.", "head_dist.", "pre_logits.", "attn_pool.")
+    drop_projection(network, status)
+    config, new = network.config, replace(new, projection_size=None, head_norm=False)
     for name in [n for n in model.state_dict() if n.startswith(going)]:
         status[name] = ("dropped", f"belongs to pool `{config.pool}`, not `{wanted}`")
     if config.norm_after_pool and new.pooled_dim != config.pooled_dim:
@@ -306,7 +341,8 @@ def prepare_finetune(
     if pool is not None:
         change_pool(model, pool)
     old = linear_head(model) if rows is not None else None
-    replace_head(model, labels, keep_pre_logits=old is not None)
+    kept = old is not None
+    replace_head(model, labels, keep_pre_logits=kept, keep_projection=kept)
     head = model.network.head
     if old is not None and rows is not None and isinstance(head, nn.Linear):
         with torch.no_grad():
@@ -340,6 +376,11 @@ def change_patch_size(
             "this model has no patches of pixels, because it begins with convolutions",
             hint="remove `model.patch_size`",
         )
+    if network.config.pixel_norm and patch_size != old:
+        raise VitcliError(
+            "this model normalises the pixels of a patch, so its patch size cannot change",
+            hint="remove `model.patch_size`",
+        )
     size = image_size or model.config.image_size
     try:
         config = replace(network.config, patch_size=patch_size, image_size=size)
@@ -348,14 +389,16 @@ def change_patch_size(
             f"`model.patch_size` = {patch_size} does not fit: {error}",
             hint="set `--set model.image_size=[Y,X]` to multiples of the patch size",
         ) from error
-    proj = network.patch_embed.proj
-    embed = PatchEmbed(config.num_channels, patch_size, config.embed_dim, config.patch_bias)
-    embed.proj.weight = nn.Parameter(resample_kernel(proj.weight.detach(), patch_size))
-    embed.proj.bias = proj.bias
-    network.patch_embed = embed
-    if model.load_report is not None and patch_size != old:
-        detail = f"{old}x{old} -> {patch_size}x{patch_size}, pseudo-inverse"
-        model.load_report.status["patch_embed.proj.weight"] = ("resampled", detail)
+    if patch_size != old:
+        proj = network.patch_embed.proj
+        embed = PatchEmbed(config.num_channels, patch_size, config.embed_dim, config.patch_bias)
+        embed.proj.weight = nn.Parameter(resample_kernel(proj.weight.detach(), patch_size))
+        embed.proj.bias = proj.bias
+        embed.norm = network.patch_embed.norm
+        network.patch_embed = embed
+        if model.load_report is not None:
+            detail = f"{old}x{old} -> {patch_size}x{patch_size}, pseudo-inverse"
+            model.load_report.status["patch_embed.proj.weight"] = ("resampled", detail)
     resample_positions(network, config, model.load_report)
     if model.preprocess is not None and model.preprocess.image_size != size:
         model.preprocess = model.preprocess.resized_to(size)

@@ -8,13 +8,19 @@ from typing import Any, get_args
 from vitcli.config.choices import Resize, StemArithmetic
 from vitcli.config.schema import ModelSection, PreprocessSection
 from vitcli.errors import VitcliError
+from vitcli.files import is_url
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
 from vitcli.vit import VisionTransformer
 from vitcli.vit.position import DEFAULT_RESIZE
 from vitcli.vit.variants import is_variant
-from vitcli.weights.edit import change_patch_size, change_pool, replace_head
+from vitcli.weights.edit import (
+    change_patch_size,
+    change_pool,
+    replace_head,
+    set_position_resize,
+)
 from vitcli.weights.from_checkpoint import build_model
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel, create_model
@@ -25,10 +31,13 @@ from vitcli.weights.overrides import (
     as_size,
     one_image_size,
     override_preprocess,
+    refuse_file_keys,
 )
+from vitcli.weights.public import is_listed
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
 from vitcli.weights.timm.read_timm import missing_settings
+from vitcli.weights.zero_shot import set_zero_shot_head
 
 VARIANT_HINT = (
     "use a variant such as `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1` for random weights, or an "
@@ -49,6 +58,9 @@ def load_model(
     gelu: str | None = None,
     stem_arithmetic: StemArithmetic | None = None,
     patch_size: int | None = None,
+    checkpoint_key: str | None = None,
+    base_model: str | None = None,
+    text_embeddings: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     watch: Watcher | None = None,
@@ -60,15 +72,17 @@ def load_model(
             `hf:NAME` on the Hub, the URL of a weights file, or a variant (random weights).
         image_size: pixels, an int or (Y, X). A size that is not the file's resamples the positions.
         pool: a pooling of `ViTConfig` or an alias. One that is not the file's drops the head.
-        position_resize: `bilinear` (corners aligned, the paper's code; default for Google files),
-            `bicubic` (antialiased, timm; default for the rest), `bicubic_plain` (transformers) or
-            `bilinear_antialiased`; see `vit.position.resample`.
+        position_resize: a method of `vit.position.resample`. Default: that of the layout's library.
         labels: class names, or a text file with one name per line.
         preprocess: settings that replace those of the file, or a whole Preprocess.
         num_heads, norm_eps, gelu: settings that the tensors of a file do not show.
         stem_arithmetic: `google` or `timm`, for the ResNet of a hybrid.
         patch_size: pixels. A size that is not the file's resamples the patch projection (FlexiViT's
             pseudo-inverse) and the positions.
+        checkpoint_key: path or prefix of the network in a file with several, e.g. `student`.
+        base_model: the MODEL that a LoRA adapter of PEFT was trained on.
+        text_embeddings: a file with text embeddings of the classes, which become the head of a
+            vision tower; see `weights.zero_shot`.
         num_classes: add a new zero head with this many outputs; 0 removes the head.
         seed: random seed of a variant's weights.
         watch: receives the progress of a download.
@@ -93,19 +107,25 @@ def load_model(
         stem_arithmetic=stem_arithmetic,
         pool=pool,
         labels=read_labels(labels),
+        checkpoint_key=checkpoint_key,
+        base_model=base_model,
         preprocess=settings,
     )
     method: Resize | None = position_resize  # type: ignore[assignment]  # checked above
     if is_variant(source) and not Path(source).exists():
+        reason = f"`{source}` has random weights"
+        refuse_file_keys(reason, checkpoint_key=checkpoint_key, base_model=base_model)
         model = _variant(source, overrides, seed, patch_size)
         if method is not None and isinstance(model.network, VisionTransformer):
-            model.network.position_resize = method
+            set_position_resize(model.network, method)
     else:
         model = _stored(source, overrides, method, patch_size, watch)
     if pool is not None:
         change_pool(model, pool)
     if isinstance(preprocess, Preprocess):
         model.preprocess = preprocess
+    if text_embeddings is not None:
+        set_zero_shot_head(model, os.fspath(text_embeddings), overrides.labels)
     if num_classes is not None and num_classes != model.config.num_classes:
         replace_head(model, [str(i) for i in range(num_classes)])
         model.labels = None
@@ -123,9 +143,8 @@ def _stored(
 ) -> LoadedModel:
     """A model from a file, a folder or the network."""
     checkpoint = read_checkpoint(source, overrides, watch)
-    default: Resize = "bilinear" if checkpoint.layout == "google" else DEFAULT_RESIZE
     # The weights of a run remember the method that they were trained with.
-    method = method or checkpoint.position_resize or default
+    method = method or checkpoint.position_resize or DEFAULT_RESIZE
     # A new patch size changes the grid too, so the positions are resampled once, with it.
     size = overrides.image_size if patch_size is None else None
     model = build_model(checkpoint, source, image_size=size, position_resize=method)
@@ -252,6 +271,13 @@ def load_settings(model: ModelSection, preprocess: PreprocessSection) -> dict[st
     if settings := preprocess.model_dump(exclude_none=True):
         arguments["preprocess"] = settings
     return arguments
+
+
+def names_weights(name: str) -> bool:
+    """True if the MODEL `name` is weights that exist or are public, and not a variant."""
+    if is_variant(name) and not Path(name).exists():
+        return False
+    return name.startswith("hf:") or is_url(name) or is_listed(name) or Path(name).exists()
 
 
 def newest_run(*, classifier: bool, runs: Path = RUNS) -> str:

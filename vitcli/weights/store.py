@@ -27,7 +27,13 @@ from vitcli.preprocess import Preprocess
 from vitcli.run import check_free
 from vitcli.vit import Config, config_from_dict
 from vitcli.vit.position import DEFAULT_RESIZE
-from vitcli.weights.loaded import HeadActivation, LoadedModel, TargetScale, as_activation
+from vitcli.weights.loaded import (
+    HeadActivation,
+    LoadedModel,
+    PixelDecoder,
+    TargetScale,
+    as_activation,
+)
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
 FORMAT = 2  # of a regression, which versions that read format 1 only would take for a classifier
@@ -50,6 +56,7 @@ class Checkpoint:
         dropped_shapes: shapes of the dropped tensors.
         activation: turns logits into probabilities; `identity` after a regression.
         target_scale: of a regression.
+        decoder: that of a masked autoencoder.
         temperature: divides the logits before the activation.
         thresholds: as in `LoadedModel`.
         position_resize: method that resamples the positions; None for the layout's default.
@@ -73,6 +80,7 @@ class Checkpoint:
     position_resize: Resize | None = None
     split_record: SplitRecord | None = None
     target_scale: TargetScale = field(default_factory=TargetScale)
+    decoder: PixelDecoder | None = None
 
 
 def save_model(

@@ -5,7 +5,7 @@ their files add prefixes, training-only tensors and a few names of their own.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from vitcli.errors import VitcliError, quoted
 from vitcli.vit.config import ViTConfig
+from vitcli.vit.position import BIAS_TABLE, BLOCK_BIAS, SHARED_BIAS
 from vitcli.vit.resnet import ResNetConfig
+from vitcli.weights.timm import eva
 
 TensorShapes = Mapping[str, tuple[int, ...]]
 CHECK_FILE = "check that the file holds a whole Vision Transformer or BiT ResNet"
@@ -21,9 +23,12 @@ CHECK_FILE = "check that the file holds a whole Vision Transformer or BiT ResNet
 # The names of a Vision Transformer in timm's layout, with all its options.
 KNOWN = re.compile(
     r"(cls|dist|reg)_token|pos_embed|patch_embed\.backbone\..*|attn_pool\..*"
-    r"|(norm|norm_pre|fc_norm|head|head_dist|patch_embed\.proj|pre_logits\.fc)\.(weight|bias)"
-    r"|blocks\.\d{1,6}\.(norm[12]|attn\.(qkv|proj|[qk]_norm)|mlp\.fc[12])\.(weight|bias)"
-    r"|blocks\.\d{1,6}\.ls[12]\.gamma"
+    r"|(norm|norm_pre|fc_norm|head|head_dist|patch_embed\.(proj|norm|norm_pixels)|pre_logits\.fc)"
+    r"\.(weight|bias)"
+    r"|blocks\.\d{1,6}\.(norm[12]|attn\.(qkv|proj|norm|[qk]_norm)|mlp\.(fc[12]|norm))"
+    r"\.(weight|bias)"
+    r"|projection\.weight|blocks\.\d{1,6}\.(ls[12]\.gamma|attn\.[qv]_bias)"
+    rf"|(blocks\.\d{{1,6}}\.attn\.)?rel_pos_bias\.{BIAS_TABLE}"
 )
 # Names that only models with other blocks have.
 OTHERS = re.compile(r"relative_position|rel_pos|rope|layers\.\d|stages\.|\bq_bias|network\.|window")
@@ -34,6 +39,7 @@ DIMENSIONS = {
     "dist_token": 3,
     "reg_token": 3,
     "head.weight": 2,
+    "projection.weight": 2,
     "pre_logits.fc.weight": 2,
     "patch_embed.proj.weight": 4,
     "patch_embed.backbone.stem.conv.weight": 4,
@@ -41,21 +47,18 @@ DIMENSIONS = {
     "blocks.0.mlp.fc1.weight": 2,
     "blocks.0.mlp.fc2.weight": 2,
     "blocks.0.attn.q_norm.weight": 1,
+    f"blocks.0{BLOCK_BIAS}": 2,
+    SHARED_BIAS: 2,
 }
 
 # The tensors that identify a ViT and a BiT ResNet.
 PATCHES = "patch_embed.proj.weight"
 BIT_ROOT, BIT_UNIT = "stem.conv.weight", "stages.0.blocks.0.conv1.weight"
-# If a file holds several models, take the averaged weights; in MoCo v3, the query encoder.
-PREFERRED = ("teacher", "ema", "target_encoder", "base_encoder")
-# Tensors that only training needs -> the reason for the load report.
-TRAINING_ONLY = {
-    r"mask_token|decoder[_.].*|.*\.decoder[_.].*": "used only by masked-image training",
-    r"head\.(mlp|last_layer|\d+)\b.*|fc\.\w+(\.\w+)?|(predictor|projector|(dino|ibot)_\w+)\..*": (
-        "used only by self-supervised training"
-    ),
-    r"(optimizer|scheduler|criterion|loss|teacher|student)\..*|n_averaged": "used only by training",
-    r"(.*\.)?total_(ops|params)": "written by a profiler",
+# Tensors in code derived from timm that only training needs -> the reason for the load report.
+UNUSED = {
+    r"mask_token|(.*\.)?decoder[_.].*|cls_pt_layers\..*": "used only by masked-image training",
+    r"head\.(mlp|last_layer|\d+)\b.*|fc\.\w+(\.\w+)?": "used only by self-supervised training",
+    r"(.*\.)?relative_position_index": "only counts the offsets of BEiT",
 }
 RENAMED = {
     # DINOv2 for FSDP writes blocks.CHUNK.BLOCK, and BLOCK counts through all chunks.
@@ -64,19 +67,21 @@ RENAMED = {
     r"(blocks\.\d+\.mlp\.)w12\.": r"\1fc1.",  # DINOv2's SwiGLU, packed as ours
     r"(blocks\.\d+\.mlp\.)w3\.": r"\1fc2.",
     r"patch_embed\.backbone\.(conv|norm)\.": r"patch_embed.backbone.stem.\1.",  # R+Ti/16
+    rf"(blocks\.\d+\.attn\.){BIAS_TABLE}": rf"\1rel_pos_bias.{BIAS_TABLE}",
+    **eva.RENAMED,
 }
 
 
-def is_timm(names: Iterable[str]) -> bool:
-    """Return True for the tensor names of a ViT in timm's layout, with or without a prefix."""
-    return bool(_prefixes(names, PATCHES))
+def timm_name(name: str, renamed: Mapping[str, str] = RENAMED) -> str:
+    """timm's name of a tensor of another library.
 
-
-def is_bit(names: Iterable[str]) -> bool:
-    """Return True for the tensor names of a ResNet in timm's layout, with or without a prefix."""
-    names = list(names)
-    both = set(_prefixes(names, BIT_ROOT)) & set(_prefixes(names, BIT_UNIT))
-    return not is_timm(names) and bool(both)
+    Args:
+        renamed: patterns at the start of a name -> their replacements; those of code derived from
+            timm by default.
+    """
+    for pattern, replacement in renamed.items():
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name
 
 
 def timm_names(
@@ -85,57 +90,26 @@ def timm_names(
     """Return the tensors under timm's names, the dropped ones with the reason, and notes.
 
     Raises:
-        VitcliError: the file holds several models, or two tensors get the same name.
+        VitcliError: two tensors get the same name.
     """
-    anchor = PATCHES if is_timm(tensors) else BIT_ROOT
-    prefix, notes = _choose_prefix(_prefixes(tensors, anchor), source)
     dropped: dict[str, str] = {}
     found: dict[str, Tensor] = {}
+    notes: list[str] = []
     for full, tensor in tensors.items():
-        name = full.removeprefix(prefix)
-        if not full.startswith(prefix):
-            dropped[full] = _training_only(full) or f"outside `{prefix}`"
-        elif reason := _training_only(name):
+        if reason := next((why for p, why in UNUSED.items() if re.fullmatch(p, full)), None):
             dropped[full] = reason
-        else:
-            for pattern, replacement in RENAMED.items():
-                name = re.sub(f"^{pattern}", replacement, name)
-            if name in found:
-                raise VitcliError(
-                    f"`{source}` has two tensors for `{name}`, one of them `{full}`",
-                    hint=CHECK_FILE,
-                )
-            found[name] = tensor
+            continue
+        name = timm_name(full)
+        if name in found:
+            raise VitcliError(
+                f"`{source}` has two tensors for `{name}`, one of them `{full}`", hint=CHECK_FILE
+            )
+        found[name] = tensor
     _pack_swiglu(found)
     if "register_tokens" in found:
         notes.append("added the class token's position to the class token (DINOv2 with registers)")
         _fold_position(found)
     return found, dropped, notes
-
-
-def _prefixes(names: Iterable[str], anchor: str) -> list[str]:
-    before = [n.removesuffix(anchor) for n in names if n.endswith(anchor)]
-    return [prefix for prefix in before if not prefix or prefix.endswith(".")]
-
-
-def _choose_prefix(prefixes: list[str], source: str) -> tuple[str, list[str]]:
-    if len(prefixes) == 1:
-        return prefixes[0], []
-    for word in PREFERRED:
-        wanted = [prefix for prefix in prefixes if word in prefix]
-        if len(wanted) == 1:
-            others = ", ".join(f"`{p}`" for p in prefixes if p != wanted[0])
-            return wanted[0], [f"loaded the weights under `{wanted[0]}`, not those under {others}"]
-    shown = ", ".join(f"`{prefix}`" if prefix else "(no prefix)" for prefix in prefixes)
-    raise VitcliError(
-        f"`{source}` holds several models, with the prefixes {shown}",
-        hint="save the model that you need in a separate file",
-    )
-
-
-def _training_only(name: str) -> str | None:
-    matches = (why for pattern, why in TRAINING_ONLY.items() if re.fullmatch(pattern, name))
-    return next(matches, None)
 
 
 def _pack_swiglu(found: dict[str, Tensor]) -> None:

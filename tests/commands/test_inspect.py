@@ -313,3 +313,22 @@ def test_a_square_of_another_size_than_the_weights(pictures):
         ["p"], model="s.safetensors", settings={"model": {"image_size": 24}}, with_bias=False
     ).facts
     assert facts["grid"] == [6, 6] and facts["positions"]["grid"] == [6, 6]
+
+
+def test_a_few_bright_patches_do_not_make_the_others_black():
+    """As the corners of the last layers, which often take most of the attention."""
+    maps = np.linspace(0.2, 1, 196).reshape(1, 14, 14)
+    maps[0, [0, 0, -1, -1], [0, -1, 0, -1]] = 100
+    drawn = np.asarray(draw.draw_maps(maps, ["1"])).astype(int).sum(axis=2)
+    tile = drawn[3 : 14 * 7 : 7, 3 : 14 * 7 : 7]  # the middle of each patch, 7 px wide
+    brightness = np.delete(tile.ravel(), [0, 13, 182, 195])
+    assert brightness[-20:].mean() > 3 * max(1, brightness[:20].mean())
+    sparse = np.zeros((1, 14, 14))
+    sparse[0, 3, 3] = 1  # no percentile is above 0
+    assert np.asarray(draw.draw_maps(sparse, ["1"]))[3 * 7 + 3, 3 * 7 + 3].sum() > 500
+
+
+def test_captions_fit_under_their_tiles():
+    for name in ("12", "head 12", "a long name"):
+        assert draw._caption_font([name], 98).getlength(name) <= 98
+    assert draw._caption_font(["12"], 98).size == draw.CAPTION_SIZE

@@ -290,6 +290,7 @@ def _draw_bars(rows: list[BenchRow], path: Path, device: str) -> None:
         # Labels of a logarithmic axis overlap where the values span less than a power of ten.
         axes.margins(x=0.15)
         axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter("{x:,.6g}")
         axes.set_xlabel(title)
         axes.grid(alpha=0.3, axis="x")
         axes.set_axisbelow(True)

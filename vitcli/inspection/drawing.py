@@ -5,13 +5,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from vitcli.report.charts import BLUE
 
 Array = NDArray[Any]
 MIN_SIDE = 224  # px; smaller images are enlarged to about this size
 GAP = 2  # px between tiles
 # The range of a rollout that is shown, and the brightness of its lowest values.
 MASK_PERCENTILES, DARKEST = (5, 80), 0.2
+PEAK_PERCENTILE = 95  # of a map of attention: its 5 % brightest patches look the same
+CAPTION_SIZE = 20.0  # px, legible on a phone that shows a tile at half of its size
 WHITE = (255, 255, 255)
 
 
@@ -75,7 +79,8 @@ def apply_colormap(values: Array, low: float, high: float, name: str = "viridis"
 def draw_tiles(tiles: Array, columns: int, scale: int, names: Sequence[str] = ()) -> Image.Image:
     """(n, rows, cols, 3) uint8 -> the tiles, each enlarged by `scale`, with its name below."""
     n, rows, cols, _ = tiles.shape
-    caption = 12 if names else 0
+    font = _caption_font(names, cols * scale)
+    caption = round(1.3 * font.size) if names else 0
     width, height = cols * scale + GAP, rows * scale + GAP + caption
     lines = -(-n // columns)
     sheet = Image.new("RGB", (columns * width - GAP, lines * height - GAP), WHITE)
@@ -85,8 +90,17 @@ def draw_tiles(tiles: Array, columns: int, scale: int, names: Sequence[str] = ()
         picture = Image.fromarray(np.ascontiguousarray(tile))
         sheet.paste(picture.resize((cols * scale, rows * scale), Image.Resampling.NEAREST), (x, y))
         if names:
-            draw.text((x, y + rows * scale), names[number], fill=(60, 60, 60))
+            draw.text((x, y + rows * scale), names[number], (60, 60, 60), font)
     return sheet
+
+
+def _caption_font(names: Sequence[str], width: int) -> Any:
+    """The font of CAPTION_SIZE, or smaller, so that every name is at most `width` px wide."""
+    font: Any = ImageFont.load_default(CAPTION_SIZE)
+    longest = max((font.getlength(name) for name in names), default=0.0)
+    if longest > width:
+        font = ImageFont.load_default(max(8, CAPTION_SIZE * width / longest))
+    return font
 
 
 def tile_scale(side: int, target: int) -> int:
@@ -124,8 +138,13 @@ def tile_positions(count: int, limit: int) -> list[int]:
 
 
 def draw_maps(maps: Array, names: Sequence[str], columns: int = 6) -> Image.Image:
-    """(n, rows, cols) -> one tile per map, each divided by its maximum."""
-    peak = maps.max(axis=(1, 2), keepdims=True)
+    """(n, rows, cols) -> one tile per map, each divided by its PEAK_PERCENTILE.
+
+    A few patches, often in the corners, can take most of the attention. Divided by the maximum, all
+    others are black.
+    """
+    peak = np.percentile(maps, PEAK_PERCENTILE, axis=(1, 2), keepdims=True)
+    peak = np.where(peak > 0, peak, maps.max(axis=(1, 2), keepdims=True))
     tiles = apply_colormap(maps / np.maximum(peak, 1e-30), 0, 1, "inferno")
     return draw_tiles(tiles, min(columns, len(tiles)), tile_scale(max(maps.shape[1:]), 98), names)
 
@@ -137,15 +156,14 @@ def draw_distances(distance: Array, limit: float) -> Image.Image:
 
 def plot_distances(distance: Array, uniform: float, names: Sequence[str]) -> Any:
     """(L, H) in px -> a matplotlib figure like figure 11 of the paper."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     layers, heads = distance.shape
-    for head, line in enumerate(np.sort(distance, axis=1).T):
-        colour = matplotlib.colormaps["viridis"](head / max(heads, 2))
-        axes.scatter(np.arange(layers), line, s=14, color=colour)
+    # One colour, which the page makes lighter on a dark background.
+    places = np.repeat(np.arange(layers), heads)
+    axes.scatter(places, distance.ravel(), s=14, color=BLUE, alpha=0.8)
     axes.axhline(uniform, color="0.6", linewidth=1, linestyle="--", label="uniform attention")
     step = max(1, layers // 12)
     axes.set_xticks(range(0, layers, step), [names[i] for i in range(0, layers, step)])

@@ -37,6 +37,7 @@ from vitcli.report.page import (
     Paragraph,
     Picture,
     Table,
+    end_of_path,
     provenance_section,
 )
 from vitcli.vit import Network, VisionTransformer
@@ -235,14 +236,15 @@ def add_rollout(
                 drawing.hstack_images([image, overlay]),
             ),
             "layers": (
-                f"attention of the {source} in each layer, mean of the heads",
+                f"attention of the {source} in each layer, mean of the heads (each tile has its "
+                "own scale)",
                 drawing.draw_maps(maps.mean(axis=1), names),
             ),
             "heads": ("the heads of the last layer", drawing.draw_maps(maps[-1], heads)),
         }
         files = {kind: f"{one.stem}-{kind}.png" for kind in pictures}
         report.add(
-            one.name,
+            end_of_path(one.name),
             describe_classes(one.classes),
             [(files[kind], *captioned) for kind, captioned in pictures.items()],
         )

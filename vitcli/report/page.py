@@ -112,10 +112,8 @@ class Thumbnail:
 
     @property
     def short_path(self) -> str:
-        """The file and its folder, which fit under a thumbnail; `row 7 of` stays before them."""
-        row = re.match(r"(?:(?:row|image) \d+ of )?", self.path)
-        assert row is not None  # it matches nothing as well
-        return row[0] + "/".join(self.path[row.end() :].split("/")[-2:])
+        """The end of `path`, which fits under a thumbnail."""
+        return end_of_path(self.path)
 
 
 @dataclass(frozen=True)
@@ -212,6 +210,13 @@ def command_line(argv: Sequence[str] | None) -> str:
     # `python -m vitcli` has the path of __main__.py in place of a name.
     name = "vitcli" if path.name in ("vitcli", "__main__.py") else program
     return shlex.join([name, *arguments])
+
+
+def end_of_path(path: str) -> str:
+    """The file and its folder; `row 7 of` stays before them."""
+    row = re.match(r"(?:(?:row|image) \d+ of )?", path)
+    assert row is not None  # it matches nothing as well
+    return row[0] + "/".join(path[row.end() :].split("/")[-2:])
 
 
 def thumbnail(image: Image.Image, lines: Sequence[str], path: str) -> Thumbnail:

@@ -99,7 +99,7 @@ def _caption_font(names: Sequence[str], width: int) -> Any:
     font: Any = ImageFont.load_default(CAPTION_SIZE)
     longest = max((font.getlength(name) for name in names), default=0.0)
     if longest > width:
-        font = ImageFont.load_default(max(8, CAPTION_SIZE * width / longest))
+        font = ImageFont.load_default(max(8, int(CAPTION_SIZE * width / longest)))
     return font
 
 

@@ -15,6 +15,7 @@ from vitcli.vit.patches import PatchEmbed, resample_kernel
 from vitcli.vit.position import (
     BIAS_TABLE,
     Grid,
+    OffsetBias,
     attended_length,
     is_position,
     resample_offsets,
@@ -94,7 +95,7 @@ def resample_positions(
         learned = isinstance(old_table, nn.Parameter)
         module = network.get_submodule(owner)
         setattr(module, last, nn.Parameter(table) if learned else table)
-        if last == BIAS_TABLE:
+        if isinstance(module, OffsetBias):
             module.grid = new.grid
         if report is not None:
             detail = _describe_resampling(name, old.grid, new.grid, method)

@@ -195,7 +195,7 @@ def test_search():
         "dinov2-b14",
         "dinov2-b14-reg",
     ]
-    assert {row.family for row in search_models(["cc-by-nc"])} == {"mae"}
+    assert {row.family for row in search_models(["cc-by-nc"])} == {"ijepa", "mae"}
     with pytest.raises(VitcliError, match="no listed model contains `resnext`"):
         models.run(["resnext"])
 

@@ -337,5 +337,5 @@ def test_beit_under_the_names_of_timm(tmp_path, shared):
     with pytest.raises(VitcliError, match=r"44 offsets, which do not form|another shape"):
         load_model(path, **said)
     save_file({n: t for n, t in tensors.items() if not n.endswith("q_bias")}, path)
-    with pytest.raises(VitcliError, match=r"not part of the model: blocks\.0\.attn\.v_bias"):
+    with pytest.raises(VitcliError, match=r"not part of the model: `blocks\.0\.attn\.v_bias"):
         load_model(path, **said)

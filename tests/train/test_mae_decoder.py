@@ -58,7 +58,7 @@ def test_a_decoder_that_does_not_fit_is_refused(tmp_path):
     gone = "decoder.decoder_pred.bias"
     save_file({n: t for n, t in tensors.items() if n != gone}, tmp_path / "model.safetensors")
     section = ObjectiveSection(name="mae")
-    with pytest.raises(VitcliError, match=r"`its decoder` .*missing: exit\.bias"):
+    with pytest.raises(VitcliError, match=r"`its decoder` .*missing: `exit\.bias`"):
         Mae(load_model(tmp_path), section)
     save_file(tensors, tmp_path / "model.safetensors")
     path = tmp_path / "config.json"

@@ -242,6 +242,19 @@ def resample_table(
     return torch.cat([prefix, resample(patches, config.grid, grid, method)], dim=1)
 
 
+def describe_resampling(name: str, old: Grid, new: Grid, method: Resize) -> str:
+    """The load report's words on the position table `name`: old size, new size and method."""
+    if name.endswith(BIAS_TABLE):
+        return f"offsets of {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches, bilinear"
+    if name.endswith("rel_pos"):
+        before, after = attended_length(name, old), attended_length(name, new)
+        return f"offsets of {before} -> {after} patches, linear"
+    if name.endswith(("_x", "_y")):
+        side = 1 if name.endswith("_x") else 0
+        return f"{old[side]} -> {new[side]}, linear"
+    return f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}, {method}"
+
+
 def is_position(name: str) -> bool:
     """True if the tensor `name` of a network is a position table."""
     tables = rf"(block_)?pos_embed(_[xy])?|(.*\.)?rel_pos|(.*\.)?{BIAS_TABLE}"

@@ -13,10 +13,8 @@ from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, ViTConfig
 from vitcli.vit.config import canonical_pool
 from vitcli.vit.patches import PatchEmbed, resample_kernel
 from vitcli.vit.position import (
-    BIAS_TABLE,
-    Grid,
     OffsetBias,
-    attended_length,
+    describe_resampling,
     is_position,
     resample_offsets,
     resample_table,
@@ -98,22 +96,9 @@ def resample_positions(
         if isinstance(module, OffsetBias):
             module.grid = new.grid
         if report is not None:
-            detail = _describe_resampling(name, old.grid, new.grid, method)
+            detail = describe_resampling(name, old.grid, new.grid, method)
             report.status[name] = ("resampled", detail)
     network.config = new
-
-
-def _describe_resampling(name: str, old: Grid, new: Grid, method: Resize) -> str:
-    """Return the report's text on the position table `name`: old size, new size and method."""
-    if name.endswith(BIAS_TABLE):
-        return f"offsets of {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches, bilinear"
-    if name.endswith("rel_pos"):
-        before, after = attended_length(name, old), attended_length(name, new)
-        return f"offsets of {before} -> {after} patches, linear"
-    if name.endswith(("_x", "_y")):
-        side = 1 if name.endswith("_x") else 0
-        return f"{old[side]} -> {new[side]}, linear"
-    return f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}, {method}"
 
 
 def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:

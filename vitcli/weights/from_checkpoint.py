@@ -107,7 +107,9 @@ def check_depth(config: Config, num_tensors: int, source: str) -> None:
         )
 
 
-def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:
+def check_shapes(
+    found: Shapes, expected: Shapes, source: str, what: str = "a plain Vision Transformer"
+) -> None:
     """Raise one VitcliError that names every tensor which does not fit the network."""
     groups = {
         "missing": [n for n in expected if n not in found],
@@ -121,7 +123,7 @@ def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:
     problems = [f"{kind}: {quoted(names, NUM_SHOWN)}" for kind, names in groups.items() if names]
     if problems:
         raise VitcliError(
-            f"`{source}` does not fit a plain Vision Transformer; {'; '.join(problems)}",
+            f"`{source}` does not fit {what}; {'; '.join(problems)}",
             hint="check that the file has this architecture and is complete",
         )
 

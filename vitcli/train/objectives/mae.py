@@ -35,6 +35,7 @@ class Mae(Objective):
     )
     masks_patches = True
     shapes_depend_on_data = True
+    positions: Tensor | None
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
@@ -54,7 +55,8 @@ class Mae(Objective):
         side = config.pixels_per_patch
         self.exit = nn.Linear(width, side**2 * config.num_channels)
         self.width, self.grid = width, shape.grid
-        self.positions: Tensor | None = None  # those of a stored decoder; else they are computed
+        # Those of a stored decoder, which are fixed; `None` computes them.
+        self.register_buffer("positions", None, persistent=False)
         if stored is not None:
             self._load(stored.tensors)
 
@@ -66,11 +68,11 @@ class Mae(Objective):
         expected["mask"] = (1, 1, self.width)
         prefix = self.model.config.num_prefix_tokens
         expected["positions"] = (1, prefix + self.grid[0] * self.grid[1], self.width)
-        check_shapes({k: tuple(t.shape) for k, t in found.items()}, expected, "the MAE decoder")
-        positions = found.pop("positions")
+        shapes = {name: tuple(t.shape) for name, t in found.items()}
+        check_shapes(shapes, expected, "its decoder", what="the decoder that config.json describes")
+        self.positions = found.pop("positions")
         found["mask"] = found["mask"].flatten()
         self.load_state_dict(found, strict=False)
-        self.register_buffer("positions", positions, persistent=False)  # fixed, and in the weights
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X) -> the mean squared error () over hidden patches, and metrics."""

@@ -85,8 +85,8 @@ def _ijepa_settings(files: ModelFiles) -> Settings:
     return encoder_settings(files) | {"class_token": False, "pool": "mean"}
 
 
-def _dinov2_settings(files: ModelFiles, patch_size: int = 14) -> Settings:
-    """The settings of DINOv2, with and without registers."""
+def _dinov2_settings(files: ModelFiles, patch_size: int = 14, registers: int = 0) -> Settings:
+    """The settings of DINOv2; `registers` is their number if config.json does not have it."""
     values = encoder_settings(files, patch_size=patch_size, norm_eps=1e-6)
     ratio, width = files.described.get("mlp_ratio", 4), values["embed_dim"]
     if not 0 < ratio <= 1000:
@@ -96,15 +96,13 @@ def _dinov2_settings(files: ModelFiles, patch_size: int = 14) -> Settings:
         "mlp": "swiglu" if gated else "gelu",
         "mlp_dim": swiglu_width(width, ratio) if gated else int(width * ratio),
         "layer_scale": float(files.described.get("layerscale_value", 1.0)),
-        "num_registers": 0,
+        "num_registers": files.count("num_register_tokens", registers),
     }
     if "head.weight" in files.tensors:
         values["pool"] = "token_mean"
-    registers = files.tensors.get("reg_token")
-    if registers is not None and not registers.numel():
+    stored = files.tensors.get("reg_token")
+    if stored is not None and not stored.numel():
         files.drop("reg_token", "holds no registers")
-    elif registers is not None:
-        values["num_registers"] = files.count("num_register_tokens", 4)
     return values | _positions(files, values)
 
 
@@ -245,7 +243,7 @@ VIT_TYPES = {
         prefix="dinov2_with_registers.",
         backbone="Dinov2WithRegistersModel",
         classifier="Dinov2WithRegistersForImageClassification",
-        settings=lambda files: _dinov2_settings(files, patch_size=16),
+        settings=partial(_dinov2_settings, patch_size=16, registers=4),
         # transformers antialiases positions only here, because the model was trained so.
         position_resize="bicubic",
     ),

@@ -137,10 +137,10 @@ def test_coarse_labels_beside_the_fine_ones_are_named(tmp_path):
         pq.write_table(pa.table({"image": cells, **columns}), tmp_path / f"{split}.parquet")
     data = load_data(tmp_path)
     assert data.classes == tuple("abcd")
-    [note] = [note for note in data.notes if "coarse" in note]
+    [note] = [note for note in data.notes if "data.label_column=" in note]
     assert "labels are those of `fine_label`; `--set data.label_column=coarse_label`" in note
     other = load_data(tmp_path, label_column="coarse_label")
-    assert other.classes == ("x", "y") and not any("fine" in note for note in other.notes)
+    assert other.classes == ("x", "y") and not any("`fine_label`" in note for note in other.notes)
 
 
 def test_a_test_file_alone_is_a_test_set(tmp_path):

@@ -33,6 +33,7 @@ BASE = ViTConfig(
 HELD = {"timm": {}, "huggingface": {}, "google": {"gelu": "tanh"}}
 STEM = {"stem": (), "patch_size": 2, "image_size": (32, 64)}
 DINO = {"layer_scale": 0.5, "pool": "token_mean"}
+DINOV3 = {"rope": "centred", "position": "none", "layer_scale": 0.5, "num_classes": 0}
 NO_TOKEN = {"class_token": False, "pool": "mean"}
 TWO_HEADS = {"distillation_token": True, "pool": "distilled", "distillation_head": True}
 # Property -> other values, with the settings that they need.
@@ -96,7 +97,8 @@ VIT = {
         {**TWO_HEADS, "mlp": "swiglu"},
         {**STEM, "mlp": "swiglu"},
     ],
-    "gelu": [{"gelu": "tanh"}, {"gelu": "exact"}],
+    "gelu": [{"gelu": "tanh"}, {"gelu": "exact"}, {"gelu": "quick"}],
+    "norm": [{"norm": "rms"}],
     "norm_eps": [
         {"norm_eps": 1e-5},
         {"norm_eps": 3e-4},
@@ -107,9 +109,13 @@ VIT = {
         {"norm_before_blocks": True, "patch_bias": False},
     ],
     "norm_after_pool": [{"norm_after_pool": True}, {**TWO_HEADS, "norm_after_pool": True}],
+    "final_norm": [{"final_norm": False}],
     "patch_bias": [{"patch_bias": False}],
     "pixel_norm": [{"pixel_norm": True}],
     "patch_norm": [{"patch_norm": True}],
+    "projection_size": [{"projection_size": 24}, {"projection_size": 24, "num_classes": 0}],
+    "head_norm": [{"head_norm": True}],
+    "crop_to_patches": [{"crop_to_patches": True}],
     "axial": [{**NO_TOKEN, "axial": True}],
     "stem": [
         {**STEM, "stem": (1, 1), "patch_size": 1, "stem_arithmetic": "timm"},
@@ -120,8 +126,30 @@ VIT = {
     "stem_width": [{**STEM, "stem_width": 0.5}],
     "conv_stem": [{"conv_stem": (8, 16), "patch_size": 2}],
     "stem_arithmetic": [{**STEM, "stem_arithmetic": kind} for kind in ("timm", "google")],
-    "dropout_rate": [{"dropout_rate": 0.1}],
-    "drop_path_rate": [{"drop_path_rate": 0.1}],
+    "dropout_rate": [{"dropout_rate": 0.1}, {**DINOV3, "dropout_rate": 0.1}],
+    "drop_path_rate": [{"drop_path_rate": 0.1}, {**DINOV3, "drop_path_rate": 0.1}],
+    "key_bias": [{"key_bias": False}, {**DINOV3, "key_bias": False}],
+    "attention_norm": [{"attention_norm": True}],
+    "mlp_norm": [{"mlp_norm": True}, {"mlp_norm": True, "mlp": "swiglu"}],
+    "rope": [
+        DINOV3,
+        {**DINOV3, "num_registers": 2, "mlp": "swiglu", "qkv_bias": False},
+        {**DINOV3, "mlp": "swiglu", "gelu": "tanh", "image_size": (16, 40)},
+        {**DINOV3, "num_classes": 4},
+        {**DINOV3, "pool": "mean"},
+        {**DINOV3, "distillation_token": True},
+        {**DINOV3, "position_covers_prefix": False},
+        {**DINOV3, "representation_size": 8},
+        {**DINOV3, "rope": "index"},
+        {"rope": "centred"},
+    ],
+    "rope_theta": [{**DINOV3, "rope_theta": 50.0}],
+    "rope_pairs": [{**DINOV3, "rope_pairs": "neighbours"}],
+    "rope_grid": [{**DINOV3, "rope": "index", "rope_grid": (3, 5)}],
+    "rope_dtype": [{**DINOV3, "rope_dtype": "bf16"}],
+    "rope_shift": [{**DINOV3, "rope_shift": 0.5}],
+    "rope_jitter": [{**DINOV3, "rope_jitter": 1.25}],
+    "rope_rescale": [{**DINOV3, "rope_rescale": 2.0}],
 }
 RESNET = {
     "image_size": [{"image_size": (48, 32)}],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitcli.config.choices import Resize
-from vitcli.vit.blocks import build_blocks
+from vitcli.vit.blocks import build_blocks, build_norm
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.conv_stem import ConvEmbed
 from vitcli.vit.hybrid import HybridEmbed, init_stem, lecun_normal
@@ -33,6 +33,7 @@ from vitcli.vit.position import (
     resample_table,
     table_shapes,
 )
+from vitcli.vit.rope import Rotation, rotation
 
 
 class VisionTransformer(nn.Module):
@@ -55,7 +56,7 @@ class VisionTransformer(nn.Module):
         self.position_resize = position_resize
         self.checkpoint_activations = False
         self.patch_drop_rate = 0.0
-        d, eps = config.embed_dim, config.norm_eps
+        d = config.embed_dim
         self.patch_embed = embedding(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if config.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, d)) if config.distillation_token else None
@@ -69,16 +70,19 @@ class VisionTransformer(nn.Module):
             else:
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.pos_drop = nn.Dropout(config.dropout_rate)
-        self.norm_pre = nn.LayerNorm(d, eps=eps) if config.norm_before_blocks else nn.Identity()
+        self.norm_pre = build_norm(config, d) if config.norm_before_blocks else nn.Identity()
         self.rel_pos_bias = OffsetBias(config) if config.position_bias == "shared" else None
         self.blocks = build_blocks(config)
         after = config.norm_after_pool
-        self.norm = nn.Identity() if after else nn.LayerNorm(d, eps=eps)
+        final = config.final_norm and not after
+        self.norm = build_norm(config, d) if final else nn.Identity()
         self.attn_pool = AttentionPool(config) if config.pool == "map" else None
-        self.fc_norm = nn.LayerNorm(config.pooled_dim, eps=eps) if after else nn.Identity()
+        self.fc_norm = build_norm(config, config.pooled_dim) if after else nn.Identity()
         size = config.representation_size
         self.pre_logits = PreLogits(config.pooled_dim, size) if size else nn.Identity()
-        classes, width = config.num_classes, config.head_dim
+        classes, width, shared = config.num_classes, config.head_dim, config.projection_size
+        project = nn.Linear(config.feature_dim, shared, bias=False) if shared else nn.Identity()
+        self.projection = project
         self.head = nn.Linear(width, classes) if classes else nn.Identity()
         two = classes and config.distillation_head
         self.head_dist = nn.Linear(width, classes) if two else None
@@ -160,6 +164,9 @@ class VisionTransformer(nn.Module):
     def embed_patches(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D): projected patches of the image, or of the feature map."""
         hybrid = self.config.is_hybrid
+        if self.config.crop_to_patches:
+            rows, cols = self.config.cropped_size((images.shape[2], images.shape[3]))
+            images = images[:, :, :rows, :cols]
         x: Tensor = (
             self.patch_embed(images, self._recompute()) if hybrid else self.patch_embed(images)
         )
@@ -169,15 +176,23 @@ class VisionTransformer(nn.Module):
         """(B, C, Y, X) -> (B, T, D): class token, patches and positions (equation 1)."""
         return self.add_prefix(self.embed_patches(images), self.grid_of(images))
 
-    def drop_patches(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, V, D): each image loses a random `patch_drop_rate` of its patches."""
+    def drop_patches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> (B, V, D): each image loses a random `patch_drop_rate` of its patches.
+
+        The second result is the index of each kept patch, (B, V - prefix).
+        """
         # Positions are already added, so the order of the kept patches does not matter.
         prefix = self.config.num_prefix_tokens
         b, n, d = x.shape[0], x.shape[1] - prefix, x.shape[2]
         kept = max(1, n - round(self.patch_drop_rate * n))
         order = torch.rand(b, n, device=x.device).argsort(dim=1)[:, :kept]  # (B, kept)
         patches = x[:, prefix:].gather(1, order[..., None].expand(-1, -1, d))  # (B, kept, D)
-        return torch.cat([x[:, :prefix], patches], dim=1)
+        return torch.cat([x[:, :prefix], patches], dim=1), order
+
+    def rotation(self, grid: Grid, kept: Tensor | None = None) -> Rotation | None:
+        """The rotary positions of a forward pass, or None; `kept` (B, V) are the patches left."""
+        device = next(self.parameters()).device
+        return rotation(self.config, grid, device, training=self.training, kept=kept)
 
     def add_prefix(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) -> (B, T, D): patches with prefix tokens and positions (equation 1)."""
@@ -197,22 +212,28 @@ class VisionTransformer(nn.Module):
     def _recompute(self) -> bool:
         return self.checkpoint_activations and self.training and torch.is_grad_enabled()
 
-    def encode(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, T, D) -> (B, T, D): the blocks and the final norm (equations 2 to 4)."""
-        return self.encode_last(x, grid, 1)[0]
+    def encode(self, x: Tensor, grid: Grid, kept: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D): the blocks and the final norm (equations 2 to 4).
 
-    def encode_last(self, x: Tensor, grid: Grid, count: int) -> list[Tensor]:
+        `kept` (B, V) are the indices of the patches in `x`, if it has not all of them.
+        """
+        return self.encode_last(x, grid, 1, kept)[0]
+
+    def encode_last(
+        self, x: Tensor, grid: Grid, count: int, kept: Tensor | None = None
+    ) -> list[Tensor]:
         """(B, T, D) -> `count` x (B, T, D): outputs of the last blocks, after the final norm."""
         x = self.norm_pre(x)
+        turn = self.rotation(grid, kept)
         recompute, found = self._recompute(), []
         bias = self.shared_bias(grid)
         for i, block in enumerate(self.blocks):
             if i:
                 x = self.add_positions(x, grid, i)
             if recompute:
-                x = checkpoint(block, x, grid, bias, use_reentrant=False)
+                x = checkpoint(block, x, grid, bias, turn, use_reentrant=False)
             else:
-                x = block(x, grid, bias)
+                x = block(x, grid, bias, turn)
             if i >= len(self.blocks) - count:
                 found.append(self.norm(x))
         return found
@@ -223,10 +244,10 @@ class VisionTransformer(nn.Module):
 
     def tokens_last(self, images: Tensor, count: int) -> list[Tensor]:
         """(B, C, Y, X) -> `count` x (B, T, D): the tokens after each of the last blocks."""
-        x = self.embed(images)
+        x, kept = self.embed(images), None
         if self.training and self.patch_drop_rate:
-            x = self.drop_patches(x)
-        return self.encode_last(x, self.grid_of(images), count)
+            x, kept = self.drop_patches(x)
+        return self.encode_last(x, self.grid_of(images), count, kept)
 
     def pool(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, T, D) -> (B, F / pool_blocks): pooled output of one block, with pre-logits."""
@@ -249,8 +270,12 @@ class VisionTransformer(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, K): logits, or the features if there is no head."""
+        if not self.config.num_classes:
+            return features
         if self.head_dist is None:
-            logits: Tensor = self.head(features)
+            x = self.projection(features)  # (B, E)
+            x = nn.functional.normalize(x, dim=-1) if self.config.head_norm else x
+            logits: Tensor = self.head(x)
             return logits
         # DeiT (Touvron et al., 2021, section 3): each head reads its token; the mean classifies.
         token, distilled = features.chunk(2, dim=-1)  # (B, D) each
@@ -272,5 +297,5 @@ def embedding(config: ViTConfig) -> nn.Module:
         values = config.num_channels * config.patch_size**2
         embed.norm_pixels = nn.LayerNorm(values, eps=config.norm_eps)
     if config.patch_norm:
-        embed.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        embed.norm = build_norm(config, config.embed_dim)
     return embed

@@ -6,6 +6,7 @@ Everything that differs between model types is in their entries.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from vitcli.errors import VitcliError
 from vitcli.vit.config import ViTConfig
-from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, PROBLEM_TYPES
+from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, NOT_READ, PROBLEM_TYPES
 from vitcli.weights.huggingface.huggingface_type import HuggingFaceType, ModelFiles
 from vitcli.weights.huggingface.processor import read_processor
+from vitcli.weights.loaded import PixelDecoder
 from vitcli.weights.overrides import Overrides
 from vitcli.weights.store import Checkpoint, readable_values
 
@@ -54,14 +56,21 @@ def read_huggingface(
     """
     model_type = str(described.get("model_type"))
     if model_type not in MODEL_TYPES:
-        raise VitcliError(f"`{source}` is an unsupported `{model_type}` model", hint=SUPPORTED)
+        hint = NOT_READ.get(model_type, SUPPORTED)
+        raise VitcliError(f"`{source}` is an unsupported `{model_type}` model", hint=hint)
     family = MODEL_TYPES[model_type]
     renamed, dropped = _rename(tensors, family)
+    if "patch_embed.proj.weight" not in renamed:  # the settings read its shape
+        raise VitcliError(
+            f"`{source}` does not fit a `{model_type}` model; missing: its patch projection",
+            hint=REPAIR,
+        )
     with readable_values("config.json", source, REPAIR):
         tower = described if family.section is None else described[family.section]
         files = ModelFiles(model_type, tower, renamed, source, overrides, dropped=dropped)
         config = ViTConfig(**family.settings(files))
         labels = overrides.labels or _labels(described, config.num_classes)
+        decoder = _decoder(tensors, family, files, config)
     notes = files.notes
     with readable_values("preprocessor_config.json", source, REPAIR):
         preprocess = read_processor(config, model_type, processor, source, overrides, notes)
@@ -76,6 +85,7 @@ def read_huggingface(
         notes=notes,
         activation=PROBLEM_TYPES.get(described.get("problem_type"), "softmax"),
         position_resize=family.position_resize,
+        decoder=decoder,
     )
 
 
@@ -101,9 +111,21 @@ def _rename(
     for (ours, size), found in stacks.items():
         if len(found) == size:
             renamed[ours] = torch.cat([tensors[found[i]] for i in sorted(found)])  # (3 D, D) …
-        else:
-            renamed |= {full: tensors[full] for full in found.values()}
+        elif ours.endswith("attn.qkv.bias") and sorted(found) == [0, 2]:  # keys without a bias
+            for index, bias in ((0, "q_bias"), (2, "v_bias")):
+                renamed[ours.replace("qkv.bias", bias)] = tensors[found[index]]
+        else:  # an MLP without a gate, or a damaged file
+            for full in found.values():
+                renamed[_alone(full, family) or full] = tensors[full]
     return renamed, dropped
+
+
+def _alone(full: str, family: HuggingFaceType) -> str | None:
+    """Return our name of a tensor inside a block, outside of the stacks; None if it has none."""
+    layer = LAYER.fullmatch(full.removeprefix(family.prefix))
+    inner, end = _split(layer[2] if layer else "")
+    ours = family.block.get(inner)
+    return f"blocks.{layer[1]}.{ours}{end}" if layer and ours else None
 
 
 def place_of(full: str, family: HuggingFaceType) -> tuple[str, int, int] | None:
@@ -122,14 +144,33 @@ def place_of(full: str, family: HuggingFaceType) -> tuple[str, int, int] | None:
         for style in styles:
             if inner in style:
                 return f"blocks.{layer[1]}.{ours}{end}", style.index(inner), len(style)
-    ours_in_block = family.block.get(inner)
-    return (f"blocks.{layer[1]}.{ours_in_block}{end}", 0, 1) if ours_in_block else None
+    alone = _alone(full, family)
+    return None if alone is None else (alone, 0, 1)
 
 
 def _split(name: str) -> tuple[str, str]:
     """`layernorm.weight` -> `layernorm`, `.weight`; a name with another end -> itself, ``."""
     module, _, last = name.rpartition(".")
     return (module, f".{last}") if last in ("weight", "bias") else (name, "")
+
+
+def _decoder(
+    tensors: Mapping[str, Tensor], family: HuggingFaceType, files: ModelFiles, config: ViTConfig
+) -> PixelDecoder | None:
+    """Return the decoder of a masked autoencoder; None if the file has none."""
+    stored = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
+    if family.decoder is None or not stored:
+        return None
+    names = replace(family, prefix="decoder.decoder_", encoder=family.decoder, unused={})
+    renamed, _ = _rename(stored, names)
+    sizes: dict[str, Any] = {
+        "embed_dim": files.count("decoder_hidden_size", 512),
+        "depth": files.count("decoder_num_hidden_layers", 8),
+        "num_heads": files.count("decoder_num_attention_heads", 16),
+        "mlp_dim": files.count("decoder_intermediate_size", 2048),
+    }
+    shape = replace(config, **sizes, position="none", representation_size=None, num_classes=0)
+    return PixelDecoder(shape, renamed, files.flag("norm_pix_loss", default=False))
 
 
 def _labels(described: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""ViT, DeiT, ViT-MAE and DINOv2 of transformers.
+"""ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA and DINOv2 of transformers.
 
 Files have the classic names (`encoder.layer.0.intermediate.dense`), which transformers writes by
 default, or the names that version 5 uses in memory (`layers.0.mlp.fc1`). We read both and write the
@@ -6,6 +6,7 @@ classic names.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -14,11 +15,16 @@ from vitcli.vit.position import sincos2d
 from vitcli.weights.huggingface.huggingface_type import (
     ATTENTION,
     HEADS,
+    IMAGENET,
     MASKED_TRAINING,
+    QKV,
     STACKED,
     HuggingFaceType,
     ModelFiles,
     Settings,
+    WrittenType,
+    described_act,
+    described_sizes,
     encoder_settings,
 )
 
@@ -55,13 +61,12 @@ BLOCK = {theirs: ours for t in (VIT_BLOCK, DINO_BLOCK, SWIGLU_BLOCK) for ours, t
 BLOCK |= {**ATTENTION, "mlp.down_proj": "mlp.fc2"}
 UNUSED = {r"embeddings\.mask_token|decoder\..*": MASKED_TRAINING}
 
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 CROPPED = {"do_center_crop": True, "crop_size": 224, "resample": 3}
 
 
-def _plain_settings(files: ModelFiles) -> Settings:
-    """The settings of ViT, DeiT and ViT-MAE."""
-    values = encoder_settings(files)
+def _plain_settings(files: ModelFiles, *, norm_eps: float = 1e-12) -> Settings:
+    """The settings of ViT, DeiT, ViT-MAE and ViT-MSN."""
+    values = encoder_settings(files, norm_eps=norm_eps)
     if "head_dist.weight" in files.tensors:
         values |= {"pool": "distilled", "distillation_head": True}
     values["distillation_token"] = "dist_token" in files.tensors
@@ -73,8 +78,15 @@ def _plain_settings(files: ModelFiles) -> Settings:
     return values | _positions(files, values)
 
 
-def _dinov2_settings(files: ModelFiles, patch_size: int = 14) -> Settings:
-    """The settings of DINOv2, with and without registers."""
+def _ijepa_settings(files: ModelFiles) -> Settings:
+    """The settings of I-JEPA, which has no class token; its head reads the mean of the patches."""
+    for name in ("pre_logits.fc.weight", "pre_logits.fc.bias"):
+        files.drop(name, "belongs to a pooler that reads the first patch")
+    return encoder_settings(files) | {"class_token": False, "pool": "mean"}
+
+
+def _dinov2_settings(files: ModelFiles, patch_size: int = 14, registers: int = 0) -> Settings:
+    """The settings of DINOv2; `registers` is their number if config.json does not have it."""
     values = encoder_settings(files, patch_size=patch_size, norm_eps=1e-6)
     ratio, width = files.described.get("mlp_ratio", 4), values["embed_dim"]
     if not 0 < ratio <= 1000:
@@ -84,15 +96,13 @@ def _dinov2_settings(files: ModelFiles, patch_size: int = 14) -> Settings:
         "mlp": "swiglu" if gated else "gelu",
         "mlp_dim": swiglu_width(width, ratio) if gated else int(width * ratio),
         "layer_scale": float(files.described.get("layerscale_value", 1.0)),
-        "num_registers": 0,
+        "num_registers": files.count("num_register_tokens", registers),
     }
     if "head.weight" in files.tensors:
         values["pool"] = "token_mean"
-    registers = files.tensors.get("reg_token")
-    if registers is not None and not registers.numel():
+    stored = files.tensors.get("reg_token")
+    if stored is not None and not stored.numel():
         files.drop("reg_token", "holds no registers")
-    elif registers is not None:
-        values["num_registers"] = files.count("num_register_tokens", 4)
     return values | _positions(files, values)
 
 
@@ -128,6 +138,41 @@ def _positions(files: ModelFiles, values: Settings) -> Settings:
     return {}
 
 
+def _described(config: ViTConfig) -> Settings:
+    """The entries of config.json of ViT, DeiT and DINOv2."""
+    values = {
+        **described_sizes(config),
+        "hidden_act": described_act(config),
+        "hidden_dropout_prob": config.dropout_rate,
+        "attention_probs_dropout_prob": 0.0,
+        "qkv_bias": config.qkv_bias,
+    }
+    if config.representation_size:
+        values |= {"pooler_output_size": config.representation_size, "pooler_act": "tanh"}
+    return values
+
+
+def _described_vit(config: ViTConfig) -> Settings:
+    return {**_described(config), "intermediate_size": config.mlp_dim}
+
+
+def _described_dinov2(config: ViTConfig) -> Settings:
+    values = {
+        **_described(config),
+        "mlp_ratio": dino_mlp_ratio(config),
+        "use_swiglu_ffn": config.mlp == "swiglu",
+        "layerscale_value": config.layer_scale,
+    }
+    if config.num_registers:
+        values["num_register_tokens"] = config.num_registers
+    return values
+
+
+def _written_dinov2(config: ViTConfig) -> dict[str, str | tuple[str, ...]]:
+    block = SWIGLU_BLOCK if config.mlp == "swiglu" else DINO_BLOCK
+    return {**block, "attn.qkv": QKV}
+
+
 def swiglu_width(embed_dim: int, ratio: float) -> int:
     """Return the hidden width of DINOv2's SwiGLU: 2/3 of `ratio` widths, in steps of 8."""
     return (int(embed_dim * ratio * 2 / 3) + 7) // 8 * 8
@@ -142,6 +187,20 @@ def dino_mlp_ratio(config: ViTConfig) -> int | None:
     return next((r for r in (near, near - 1, near + 1) if swiglu_width(width, r) == hidden), None)
 
 
+_WRITTEN = WrittenType(
+    described=_described_vit, block=lambda config: {**VIT_BLOCK, "attn.qkv": QKV}
+)
+_VIT = HuggingFaceType(
+    prefix="vit.",
+    backbone="ViTModel",
+    classifier="ViTForImageClassification",
+    settings=_plain_settings,
+    encoder=ENCODER,
+    block=BLOCK,
+    unused=UNUSED,
+    processor="ViTImageProcessor",
+    published={"resample": 2},
+)
 _DINOV2 = HuggingFaceType(
     prefix="dinov2.",
     backbone="Dinov2Model",
@@ -155,19 +214,15 @@ _DINOV2 = HuggingFaceType(
     processor="BitImageProcessor",
     published={"size": {"shortest_edge": 256}, **CROPPED, **IMAGENET},
     any_size=True,  # Meta's config.json has 518 px, its image processor 224 px
+    written=WrittenType(
+        described=_described_dinov2,
+        block=_written_dinov2,
+        # For masked training; the classes with registers report it as missing.
+        empty=lambda token, _: {"embeddings.mask_token": torch.zeros_like(token[0])},
+    ),
 )
 VIT_TYPES = {
-    "vit": HuggingFaceType(
-        prefix="vit.",
-        backbone="ViTModel",
-        classifier="ViTForImageClassification",
-        settings=_plain_settings,
-        encoder=ENCODER,
-        block=BLOCK,
-        unused=UNUSED,
-        processor="ViTImageProcessor",
-        published={"resample": 2},
-    ),
+    "vit": replace(_VIT, written=_WRITTEN),
     "deit": HuggingFaceType(
         prefix="deit.",
         backbone="DeiTModel",
@@ -180,6 +235,7 @@ VIT_TYPES = {
         unused=UNUSED,
         processor="DeiTImageProcessor",
         published={"size": 256, **CROPPED, **IMAGENET},
+        written=_WRITTEN,
     ),
     "dinov2": _DINOV2,
     "dinov2_with_registers": replace(
@@ -187,19 +243,36 @@ VIT_TYPES = {
         prefix="dinov2_with_registers.",
         backbone="Dinov2WithRegistersModel",
         classifier="Dinov2WithRegistersForImageClassification",
-        settings=lambda files: _dinov2_settings(files, patch_size=16),
+        settings=partial(_dinov2_settings, patch_size=16, registers=4),
         # transformers antialiases positions only here, because the model was trained so.
         position_resize="bicubic",
     ),
-    "vit_mae": HuggingFaceType(
-        prefix="vit.",
+    "vit_mae": replace(
+        _VIT,
         backbone="ViTMAEModel",
         classifier=None,
-        settings=_plain_settings,
-        encoder=ENCODER,
-        block=BLOCK,
-        unused=UNUSED,
-        processor="ViTImageProcessor",
+        published={"resample": 2, **IMAGENET},
+        decoder={
+            "decoder.mask_token": "mask",
+            "pos_embed": "positions",
+            "embed": "entry",
+            "norm": "norm",
+            "pred": "exit",
+        },
+    ),
+    "vit_msn": replace(
+        _VIT,
+        backbone="ViTMSNModel",
+        classifier="ViTMSNForImageClassification",
+        settings=partial(_plain_settings, norm_eps=1e-6),
+        published={"resample": 2, **IMAGENET},
+    ),
+    "ijepa": replace(
+        _VIT,
+        prefix="ijepa.",
+        backbone="IJepaModel",
+        classifier="IJepaForImageClassification",
+        settings=_ijepa_settings,
         published={"resample": 2, **IMAGENET},
     ),
 }

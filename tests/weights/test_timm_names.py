@@ -122,7 +122,7 @@ def without(net, *names):
         (lambda s: {**s, "blocks.0.attn.relative_position_bias_table": torch.zeros(9, 3)},
          "not part of the model: blocks.0.attn.relative_position_bias_table"),
         (lambda s: {**s, "blocks.0.attn.q_bias": torch.zeros(48)},
-         "not part of the model: blocks.0.attn.q_bias"),
+         "missing: blocks.0.attn.v_bias"),
         (lambda s: {n.replace("norm1", "ln_1"): t for n, t in s.items()},
          "not part of the model: blocks.0.ln_1"),
         (lambda s: {n: t for n, t in s.items() if "norm2.bias" not in n},

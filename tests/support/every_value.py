@@ -137,6 +137,8 @@ NEEDS: dict[str, dict[str, Any]] = {
     "data.multi_label=True": {"data.name": "labels.csv"},
     "objective.name=distill": DISTILL,
     "objective.teacher": DISTILL,
+    "objective.teacher_cache=True": DISTILL,
+    "objective.distillation=features": DISTILL,
     "objective.head_bias": {"objective.name": "sigmoid"},
     "objective.class_weights_beta": {"objective.class_weights": "effective"},
     "objective.asymmetric_gammas": ASYMMETRIC,

@@ -33,6 +33,10 @@ DINOV3 = {
     "layerscale_value": 0.5,
 }
 GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
+BEIT = {**VIT, **CLASSES, "use_relative_position_bias": True}
+SHARED = {"use_shared_relative_position_bias": True}
+# With a norm after the last block: tokens without LayerScale and without a norm are large.
+UNSCALED = {"use_mean_pooling": False, "layer_scale_init_value": 0.0}
 DECODER = {
     "decoder_num_hidden_layers": 1,
     "decoder_hidden_size": 32,
@@ -40,6 +44,7 @@ DECODER = {
     "decoder_intermediate_size": 48,
 }
 TRAINING = "only training uses it"
+SEGMENTATION = "only segmentation uses it"
 BACKBONE = "only the backbone classes use it, which return feature maps"
 # Options that no model needs to change -> the reason.
 UNUSED = {
@@ -62,11 +67,29 @@ UNUSED = {
     "reshape_hidden_states": BACKBONE,
     "_out_features": BACKBONE,
     "_out_indices": BACKBONE,
+    **dict.fromkeys(
+        (
+            "add_fpn",
+            "auxiliary_channels",
+            "auxiliary_concat_input",
+            "auxiliary_loss_weight",
+            "auxiliary_num_convs",
+            "out_indices",
+            "pool_scales",
+            "semantic_loss_ignore_index",
+            "use_auxiliary_head",
+        ),
+        SEGMENTATION,
+    ),
     "num_channels": "the shape of the patch projection shows it",
     "pooler_act": "`test_huggingface.py` has another activation of the pooler",
     "proj_bias": "every public model has it; without it the file is refused",
     "mlp_bias": "every public model has it; without it the file is refused",
 }
+
+
+OTHER_SIZES = ((48, 48), (24, 40))
+AS_MANY = (16, 64)  # as many patches as 32x32, in another shape
 
 
 @dataclass(frozen=True)
@@ -87,7 +110,7 @@ class Family:
     sizes: str
     models: list[tuple[str, dict[str, Any]]]
     unused: Mapping[str, str] = field(default_factory=dict)
-    other_sizes: tuple[tuple[int, int], ...] = ((48, 48), (24, 40))
+    other_sizes: tuple[tuple[int, int], ...] = OTHER_SIZES
     call: Callable[[Any, Tensor], tuple[Tensor | None, Tensor]] = field(
         default=lambda model, images: outputs(model, images)
     )
@@ -106,6 +129,24 @@ def outputs(model: Any, images: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
         return out.last_hidden_state, whole.logits
     pooled = getattr(out, "pooler_output", None)
     return out.last_hidden_state, out.last_hidden_state[:, 0] if pooled is None else pooled
+
+
+def beit_outputs(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The head of a masked-image model reads tokens after a norm, which is our final norm.
+
+    A model without pooler and head has no features of its own; ours pool as its config says.
+    """
+    tokens, out = outputs(model, images)
+    masked = hasattr(model, "lm_head")
+    tokens = model.layernorm(tokens) if masked else tokens
+    bare = not hasattr(model, "classifier") and model.base_model.pooler is None
+    return tokens, tokens[:, 1:].mean(dim=1) if bare and model.config.use_mean_pooling else out
+
+
+def averaged(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """I-JEPA has no class token: its features are the mean of the patches."""
+    tokens, out = outputs(model, images)
+    return tokens, out if hasattr(model, "classifier") else tokens.mean(dim=1)
 
 
 def unshuffled(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,6 +268,64 @@ FAMILIES = {
                 {**DINO, **CLASSES, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3},
             ),
         ],
+        other_sizes=(*OTHER_SIZES, AS_MANY),
+    ),
+    "vit_msn": Family(
+        "ViTMSNConfig",
+        "S, B, L",
+        [
+            ("ViTMSNForImageClassification", {**VIT, **CLASSES}),
+            ("ViTMSNModel", {**VIT, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3}),
+            ("ViTMSNModel", {**VIT, "qkv_bias": False}),
+        ],
+    ),
+    "ijepa": Family(
+        "IJepaConfig",
+        "H, g",
+        [
+            ("IJepaForImageClassification", {**VIT, **CLASSES, "layer_norm_eps": 1e-3}),
+            ("IJepaModel", {**VIT, "qkv_bias": False, "hidden_act": "gelu_new"}),
+            ("IJepaModel", {**VIT, "pooler_output_size": 16}),
+        ],
+        call=averaged,
+    ),
+    "beit": Family(
+        "BeitConfig",
+        "B, L",
+        [
+            ("BeitForImageClassification", BEIT),
+            ("BeitForImageClassification", {**BEIT, **SHARED, "layer_norm_eps": 1e-3}),
+            (
+                "BeitForImageClassification",
+                {**BEIT, **UNSCALED},
+            ),
+            ("BeitModel", {**VIT, "use_absolute_position_embeddings": True}),
+            ("BeitModel", {**VIT, **SHARED, "hidden_act": "gelu_new", "use_mask_token": True}),
+            ("BeitModel without pooler", {**VIT, **SHARED, "use_mean_pooling": False}),
+            ("BeitForMaskedImageModeling", {**VIT, **SHARED, "vocab_size": 20}),
+        ],
+        other_sizes=(*OTHER_SIZES, AS_MANY),
+        call=beit_outputs,
+    ),
+    "data2vec-vision": Family(
+        "Data2VecVisionConfig",
+        "B, L",
+        [
+            ("Data2VecVisionForImageClassification", BEIT),
+            (
+                "Data2VecVisionForImageClassification",
+                {**BEIT, **SHARED, **UNSCALED, "layer_norm_eps": 1e-3},
+            ),
+            (
+                "Data2VecVisionModel",
+                {**VIT, **SHARED, "use_mean_pooling": False, "use_mask_token": True},
+            ),
+            (
+                "Data2VecVisionModel",
+                {**VIT, "use_absolute_position_embeddings": True, "hidden_act": "gelu_new"},
+            ),
+        ],
+        call=beit_outputs,
     ),
     "dinov3_vit": Family(
         "DINOv3ViTConfig",
@@ -330,7 +429,23 @@ def sized(width: int, depth: int, heads: int, hidden: int, **more: Any) -> dict[
 
 
 # Public sizes that are too large for random weights here: compared by their shapes.
+_TUNED = {"use_relative_position_bias": True}
 LARGE = {
+    "beit": [
+        sized(768, 12, 12, 3072, **_TUNED),
+        sized(768, 12, 12, 3072, **_TUNED, image_size=384),
+        sized(1024, 24, 16, 4096, **_TUNED, image_size=512),
+        sized(1024, 24, 16, 4096, **SHARED, use_mask_token=True),
+    ],
+    "data2vec-vision": [
+        sized(768, 12, 12, 3072, **SHARED, use_mean_pooling=False),
+        sized(1024, 24, 16, 4096, **SHARED, use_mean_pooling=False),
+    ],
+    "ijepa": [
+        sized(1280, 32, 16, 5120, patch_size=14),
+        sized(1280, 32, 16, 5120, image_size=448),
+        sized(1408, 40, 16, 6144),
+    ],
     "dinov3_vit": [
         {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
         {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, **GATED},

@@ -19,7 +19,7 @@ from support.families import (
 )
 
 from vitcli.errors import VitcliError
-from vitcli.weights.from_checkpoint import empty_network
+from vitcli.weights.from_checkpoint import build_model, empty_network
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, NOT_READ, TEACHER
 from vitcli.weights.huggingface.read_huggingface import read_huggingface
 from vitcli.weights.overrides import Overrides
@@ -68,6 +68,47 @@ def test_public_sizes_by_their_shapes(name):
         wanted = {key: t.shape for key, t in empty_network(found.config).state_dict().items()}
         assert {key: t.shape for key, t in found.tensors.items()} == wanted
         assert found.config.num_heads == settings["num_attention_heads"]
+
+
+DAMAGED = ("beit", "data2vec-vision", "ijepa", "vit_msn", "vit_mae", "dinov2_with_registers")
+OPTIONAL = r"mask_token|decoder\.|pooler\.dense|patch_embeddings"
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_half_folder_is_refused_in_words(name):
+    """Without any one tensor, with one of another shape, and with another config.json."""
+    family = FAMILIES[name]
+    theirs = random_model(family.models[0][0], family.config, family.models[0][1])
+    tensors, described = theirs.state_dict(), theirs.config.to_dict()
+
+    def read(tensors, **values):
+        found = read_huggingface(tensors, "folder", {**described, **values}, None, Overrides())
+        return build_model(found, "folder")
+
+    read(tensors)
+    first = [n for n in tensors if "layers.1." not in n and not re.search(OPTIONAL, n)]
+    assert len(first) > 15
+    for key in first:
+        rest = {n: t for n, t in tensors.items() if n != key}
+        for half in (rest, {**tensors, key: torch.cat([tensors[key]] * 2)}):
+            with pytest.raises(VitcliError, match=r"missing: |another shape|not part of|weights"):
+                read(half)
+    for key, value, words in (
+        ("hidden_size", 96, "another shape"),
+        ("num_hidden_layers", 3, "the weights have"),
+        ("image_size", 64, "another shape|missing"),
+        ("num_attention_heads", 5, "5 heads"),
+        ("hidden_act", "relu", "activation `relu`"),
+    ):
+        with pytest.raises(VitcliError, match=words):
+            read(tensors, **{key: value})
+
+
+def test_a_bias_of_oblong_images_is_refused():
+    theirs = random_model("BeitModel", "BeitConfig", {**FAMILIES["beit"].models[0][1]})
+    described = {**theirs.config.to_dict(), "image_size": [32, 16]}
+    with pytest.raises(VitcliError, match="images of 32x16 px, whose offsets transformers 4 and 5"):
+        read_huggingface(theirs.state_dict(), "folder", described, None, Overrides())
 
 
 def test_no_type_and_no_class_is_forgotten():
@@ -145,7 +186,7 @@ def test_the_page_lists_every_family(request):
     if request.config.getoption("--write-families"):
         PAGE.write_text(f"{before}{start}{table()}{end}{after}", encoding="utf-8")
         return
-    named = re.findall(r"^\| `(\w+)`", old, flags=re.MULTILINE)
+    named = re.findall(r"^\| `([\w-]+)`", old, flags=re.MULTILINE)
     assert named == list(FAMILIES), "run this file with --write-families"
     for value in re.findall(r"\d+e-\d+", old):
         assert float(value) < TOLERANCE

@@ -451,8 +451,15 @@ class ObjectiveSection(Section):
     decoder_heads: Count = setting(4, "Attention heads of the `mae` decoder.")
     norm_pixels: bool = setting(True, "Standardise the `mae` targets in each patch.")
     teacher: str | None = setting(None, "MODEL that teaches in `distill`.")
-    distillation: Literal["hard", "soft"] = setting(
-        "hard", "Learn the teacher's class (hard) or its probabilities (soft)."
+    distillation: Literal["hard", "soft", "features"] = setting(
+        "hard",
+        "Learn the teacher's class (hard), its probabilities (soft) or the direction of its "
+        "features (features), for which it needs no head.",
+    )
+    teacher_cache: bool = setting(
+        False,
+        "Compute the teacher once per image, without augmentation, and keep its features on the "
+        "disk.",
     )
     distillation_weight: float = setting(
         0.5, "Weight of the teacher in the loss of `distill`.", gt=0.0, le=1.0
@@ -677,8 +684,9 @@ class TrainSection(Section):
     )
     patience: Count | None = setting(
         None,
-        "Stop after this many evaluations in turn without a better `best_metric`. A run that is "
-        "made longer counts from there again.",
+        "Stop after this many evaluations in turn without a better `best_metric`. Default metric: "
+        "accuracy, map for several labels, rmse for numbers. A run that is made longer counts from "
+        "there again.",
     )
     log_steps: Count = setting(20, "Steps between records in metrics.jsonl.")
     compile: bool = setting(False, "Compile the forward and backward pass with torch.compile.")
@@ -702,8 +710,6 @@ class TrainSection(Section):
             named = " and ".join(f"`{name}`" for name in given) or "none"
             options = ", ".join(f"`{name}`" for name in DURATIONS)
             raise ValueError(f"give exactly one of {options}; given: {named}")
-        if self.patience is not None and self.best_metric is None:
-            raise ValueError("`patience` needs `best_metric`, for example `accuracy`")
         return self
 
     def side_at(self, step: float, total_steps: int) -> int | None:

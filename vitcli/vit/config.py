@@ -65,9 +65,8 @@ class ViTConfig:
         position_at: `stem`: add positions once, to the embedded patches. `every`: add them at the
             input of every block, from a table per block. `shared`: the same with one table. (Table
             8.)
-        position_bias: add a learned number per head and 2-D offset to the scores of the attention
-            (BEiT): `every` has a table for each block, `shared` one for all, `none` has none. It
-            goes with any `position`.
+        position_bias: add a learned number per head and 2-D offset to the attention scores (BEiT),
+            from a table per block (`every`) or from one (`shared`). It goes with any `position`.
         position_covers_prefix: add positions to the prefix tokens too, as the paper does.
             big_vision and timm's `no_embed_class` do not.
         representation_size: width of the tanh layer before the head ("pre-logits", used in
@@ -103,7 +102,8 @@ class ViTConfig:
         stem_width: factor on the width of the ResNet, which starts with 64 channels.
         stem_arithmetic: weight standardisation and GroupNorm epsilon of `google` or of `timm`.
         conv_stem: feature maps of each stage of a convolutional stem in front of the patches. Each
-            stage halves the image. None for no such stem.
+            stage halves the image; those before the last two are one strided convolution each.
+            None for no such stem.
         dropout_rate: dropout after the positions, the attention projection and both MLP layers.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         key_bias: with `qkv_bias`, the keys have a bias too. EVA-02 and DINOv3 have none.

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from vitcli.config.choices import Resize, StemArithmetic
 from vitcli.config.schema import ModelSection, PreprocessSection
 from vitcli.errors import VitcliError
+from vitcli.files import is_url
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
@@ -32,6 +33,7 @@ from vitcli.weights.overrides import (
     override_preprocess,
     refuse_file_keys,
 )
+from vitcli.weights.public import is_listed
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
 from vitcli.weights.timm.read_timm import missing_settings
@@ -269,6 +271,13 @@ def load_settings(model: ModelSection, preprocess: PreprocessSection) -> dict[st
     if settings := preprocess.model_dump(exclude_none=True):
         arguments["preprocess"] = settings
     return arguments
+
+
+def names_weights(name: str) -> bool:
+    """True if the MODEL `name` is weights that exist or are public, and not a variant."""
+    if is_variant(name) and not Path(name).exists():
+        return False
+    return name.startswith("hf:") or is_url(name) or is_listed(name) or Path(name).exists()
 
 
 def newest_run(*, classifier: bool, runs: Path = RUNS) -> str:

@@ -120,7 +120,7 @@ def _hub_config(
     vision, transform = model.get("vision_cfg") or {}, (described or {}).get("preprocess_cfg") or {}
     name = str(vision.get("timm_model_name") or "") if trunk else OWN
     pool = POOLS[str(vision.get("timm_pool" if trunk else "pool_type") or "")]
-    arguments = {} if trunk else {"num_heads": _num_heads(found, vision, notes)}
+    arguments: dict[str, Any] = {} if trunk else {"num_heads": _num_heads(found, vision, notes)}
     arguments |= {"global_pool": pool} if pool is not None else {}
     if not trunk:
         tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"

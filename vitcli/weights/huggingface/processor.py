@@ -40,6 +40,7 @@ CLIP = {"size": {"shortest_edge": 224}, **CROPPED, **MOMENTS}
 # The values that the classes use if the file does not have them.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": {"size": 224, "resample": 2},
+    "BeitImageProcessor": {"size": 224, "resample": 3, "crop_size": 224},
     "DeiTImageProcessor": {"size": 256, **CROPPED},
     "BitImageProcessor": CLIP,
     "CLIPImageProcessor": CLIP,

@@ -17,12 +17,14 @@ from vitcli.config.choices import Gelu, NormKind, Pool
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig, canonical_pool
+from vitcli.vit.position import fold_shared_bias
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
 from vitcli.weights.find_network import FoundNetwork
 from vitcli.weights.loaded import as_activation
 from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
 from vitcli.weights.store import Checkpoint, readable_values
+from vitcli.weights.timm.beit import image_size_of_bias, offset_bias_kind
 from vitcli.weights.timm.eva import rotary_settings, unify_eva
 from vitcli.weights.timm.timm_config import (
     REPAIR,
@@ -63,6 +65,8 @@ def read_timm(
     tensors, bit = network.tensors, network.layout == "bit"
     found, dropped, notes = timm_names(tensors, source)
     unify_eva(found, dropped)
+    if fold_shared_bias(found):
+        notes.append("added the shared attention bias to the bias of each block")
     hub_config = read_hub_config(hub, source)
     for kind in ("weight", "bias") if bit else ():
         if f"head.fc.{kind}" in found:  # (K, F, 1, 1) or (K,): a convolution on the pooled map
@@ -214,6 +218,7 @@ def _vit_config(
             distillation_head=pool == "distilled" and "head_dist.weight" in shape,
             num_registers=registers,
             position="learned" if "pos_embed" in shape else "none",
+            position_bias=offset_bias_kind(shape),
             position_covers_prefix=covers,
             representation_size=shape.get("pre_logits.fc.weight", (None,))[0],
             layer_scale=hub.layer_scale if "blocks.0.ls1.gamma" in shape else None,
@@ -372,6 +377,9 @@ def _image_size(
     overrides: Overrides,
 ) -> tuple[tuple[int, int], bool]:
     """Return the (Y, X) of the stored positions, and True if they cover the prefix tokens."""
+    if "pos_embed" not in shape and offset_bias_kind(shape) != "none":
+        sizes = hub.image_size, overrides.image_size
+        return image_size_of_bias(shape, pixels, prefix, sizes, source), True
     if "pos_embed" not in shape:
         size = overrides.image_size or hub.image_size
         if size is None:

@@ -43,7 +43,7 @@ NUM_HEADS = {
     "test_vit[34]$": 3,
 }
 TANH_GELU = "patch32_siglip|giantopt_|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip"
-MEANS: dict[str, Moments] = {"deit|dino|mae|jepa|resnet": IMAGENET, "_clip_|eva": CLIP}
+MEANS: dict[str, Moments] = {"deit|dino|mae|jepa|resnet|beitv2": IMAGENET, "_clip_|eva": CLIP}
 GELUS: dict[str, Gelu] = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 CROP_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
 
@@ -160,7 +160,7 @@ def architecture_heads(hub: TimmHubConfig, embed_dim: int) -> int | None:
     for pattern, heads in NUM_HEADS.items():
         if re.match(pattern, hub.architecture):
             return heads
-    plain = re.match(r"(vit|deit3?|flexivit|eva|eva02)_", hub.architecture)
+    plain = re.match(r"(vit|deit3?|flexivit|eva|eva02|beit|beitv2)_", hub.architecture)
     return embed_dim // 64 if plain and embed_dim % 64 == 0 else None
 
 
@@ -282,12 +282,14 @@ def assumed_preprocess(
     if channels not in PICTURES or not (variant or hub.architecture or sign):
         return None
     known = (pair for pattern, pair in MEANS.items() if re.search(pattern, hub.architecture))
-    pair = IMAGENET if sign else next(known, HALF)
+    beit = config.position_bias != "none"  # its pre-training has a `mask_token` too
+    pair = IMAGENET if sign and not beit else next(known, HALF)
     mean, std = pair = pair if channels == 3 else HALF
     crop = 0.9 if config.image_size == (224, 224) else 1.0
     if not {"mean", "std"} <= set(overrides.preprocess):
         name = {IMAGENET: "ImageNet's mean and std", CLIP: "CLIP's mean and std"}.get(pair)
-        whose = hub.architecture or (f"models with `{sign}`" if sign else f"ViT-{variant}")
+        whose = f"models with `{sign}`" if sign else f"ViT-{variant}"
+        whose = hub.architecture or ("BEiT, unlike BEiT v2" if beit else whose)
         notes.append(
             f"assumed {name or 'mean and std 0.5'}, bicubic resize and crop {crop}, as timm does "
             f"for {whose} (change with `--set preprocess.mean=…`)"

@@ -32,7 +32,17 @@ PUBLISHED = {
     "eva02-l14-448": 305.08,
 }  # fmt: skip
 # Heads that have no weights of their own in the file, and what a family adds to the variant.
-BACKBONES = ("clip-openai", "clip-laion", "siglip", "dino", "dinov2", "dinov3", "mae", "msn", "ijepa")
+BACKBONES = (
+    "clip-openai",
+    "clip-laion",
+    "siglip",
+    "dino",
+    "dinov2",
+    "dinov3",
+    "mae",
+    "msn",
+    "ijepa",
+)
 BEIT = {"position": "none", "key_bias": False, "layer_scale": 0.1, "pool": "mean"}
 SETTINGS = {
     "deit3": {"layer_scale": 1e-6, "position_covers_prefix": False},

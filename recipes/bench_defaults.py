@@ -10,6 +10,7 @@ JSON row per run, and a table at the end.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -74,7 +75,9 @@ TASKS = {
     ),
     "cifar10_small": Task("cifar10_small", (SMALL, (*SMALL, "--batch-size", "64"))),
     "flower_photos": Task("flower_photos", (PHOTOS, ("--recipe", "finetune_lora")), WEIGHTS),
-    "imagenette": Task("imagenette_val500", (PHOTOS, ("--recipe", "finetune_lora")), WEIGHTS),
+    "imagenette": Task(
+        "imagenette_val500/test.parquet", (PHOTOS, ("--recipe", "finetune_lora")), WEIGHTS
+    ),
     "signs": Task(
         "signs",
         (
@@ -160,6 +163,8 @@ def main() -> None:
             if name in made:
                 data = Path(folder, name)
                 made[name](data)
+            if name == "imagenette":  # without the name of a split, so that vitcli divides it
+                data = Path(shutil.copy(data, Path(folder, "imagenette.parquet")))
             if task.model is not None:
                 task = Task(task.data, task.by_hand, str(given.data / task.model))
             for budget in ["2 steps"] if given.tiny else given.budgets.split(","):

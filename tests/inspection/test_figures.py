@@ -181,7 +181,7 @@ def test_the_attention_is_that_of_the_forward_pass(kind):
             assert torch.allclose(attention.sum(-1), torch.ones(b, h, t), atol=1e-5)
             branch = block.norm1(x)
             lines = branch if block.along is None else split_lines(branch, grid, block.along)
-            inside = attention_weights(attn, lines)
+            inside = attention_weights(attn, lines, grid, model.shared_bias(grid))
             if block.along is not None:  # values of all patches, in the order of the picture
                 expected = join_lines(expected, grid, block.along)
                 own = inside.sum()

@@ -46,6 +46,9 @@ KINDS = {
     "learned2d, every": {"position": "learned2d", "position_at": "every"},
     "learned2d, shared": {"position": "learned2d", "position_at": "shared"},
     "relative": {"position": "relative", "num_registers": 1, "pool": "token_mean"},
+    "bias, every": {"position": "none", "position_bias": "every"},
+    "bias, shared": {"position_bias": "shared", "pool": "mean", "norm_after_pool": True},
+    "bias, no prefix": {"position_bias": "every", "pool": "mean", "class_token": False},
     "axial": {**AXIAL, "pool": "mean"},
     "axial, relative": {**AXIAL, "pool": "quadrants", "position": "relative"},
     "axial, 2-D, every, map": {

@@ -91,6 +91,11 @@ def test_spellings():
         ({"embed_dim": 15, "num_heads": 1, "position": "learned2d"}, "an even width, not 15"),
         ({"embed_dim": 6, "num_heads": 1, "position": "sincos2d"}, "4 divides, not 6"),
         ({"position": "relative", "position_at": "every"}, "`relative` is added nowhere"),
+        (
+            {"axial": True, "class_token": False, "pool": "mean", "position_bias": "shared"},
+            "axial blocks have no 2-D offsets",
+        ),
+        ({"position_bias": "blocks"}, "unknown position_bias `blocks`"),
         ({"position": "none", "position_at": "shared"}, "`none` is added nowhere"),
         ({"position": "sincos2d", "position_at": "every"}, "`position_at = shared`"),
         ({"stem": (3, 0)}, "each of one block or more"),
@@ -133,7 +138,7 @@ def test_a_recipe_can_say_every_setting_of_a_model():
     section = ModelSection.model_fields
     assert {f.name for f in fields(ViTConfig)} - set(section) == {"num_classes"}
     choices = {f.name: get_args(f.type) for f in fields(ViTConfig) if get_origin(f.type) is Literal}
-    assert len(choices) == 6
+    assert len(choices) == 7
     for key, words in choices.items():
         given = {word for part in get_args(section[key].annotation) for word in get_args(part)}
         assert given == set(words) or key == "pool"  # which has other spellings too

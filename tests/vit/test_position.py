@@ -8,6 +8,7 @@ import torch
 
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import (
+    OffsetBias,
     attended_length,
     concatenate_axes,
     is_position,
@@ -174,3 +175,33 @@ def test_which_tables_there_are():
     every = {"block_pos_embed_x": (3, 5, 4), "block_pos_embed_y": (3, 3, 4)}
     assert shapes(position="learned2d", position_at="every") == crossed | every
     assert shapes(position_at="every", depth=1) == shapes()
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (6, 2)])
+def test_the_offset_bias_is_that_of_beit(grid):
+    """transformers' own module, at its window and at others, with its three extra entries."""
+    pytest.importorskip("transformers")
+    from transformers import BeitConfig
+    from transformers.models.beit.modeling_beit import BeitRelativePositionBias
+
+    described = BeitConfig(image_size=64, patch_size=16, num_attention_heads=3, hidden_size=48)
+    theirs = BeitRelativePositionBias(described)
+    config = ViTConfig((64, 64), num_heads=3, embed_dim=48, position_bias="shared")
+    ours = OffsetBias(config)
+    torch.nn.init.normal_(theirs.relative_position_bias_table)
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(ours(grid), theirs(grid), rtol=0, atol=1e-6)
+
+
+def test_the_offset_bias_of_an_oblong_image():
+    """By the definition: one entry per (row offset, column offset), in row-major order."""
+    rows, cols, prefix = 2, 3, 2
+    bias = OffsetBias(ViTConfig((32, 48), num_registers=1, position_bias="every", num_heads=1))
+    bias.relative_position_bias_table.data = torch.arange(3.0 * 5 + 3)[:, None]
+    found = bias((rows, cols))[0, 0]
+    for i, j in np.ndindex(rows * cols, rows * cols):
+        down, right = i // cols - j // cols, i % cols - j % cols
+        assert found[prefix + i, prefix + j] == (down + 1) * 5 + right + 2
+    assert (found[:prefix, prefix:] == 15).all() and (found[prefix:, :prefix] == 16).all()
+    assert (found[:prefix, :prefix] == 17).all()

@@ -164,6 +164,13 @@ def test_a_resized_model_computes_what_it_would_at_that_size(name, grid):
         ("learned, every", dict.fromkeys(["pos_embed", "block_pos_embed"], "4x6 -> 4x9, bicubic")),
         ("learned2d", {"pos_embed_x": "6 -> 9, linear"}),
         ("relative", {"blocks.2.attn.rel_pos": "offsets of 24 -> 36 patches, linear"}),
+        (
+            "bias, every",
+            {
+                "blocks.2.attn.rel_pos_bias.relative_position_bias_table": "offsets of 4x6 -> 4x9 "
+                "patches, bilinear"
+            },
+        ),
         ("axial, relative", {"blocks.2.row.attn.rel_pos": "offsets of 6 -> 9 patches, linear"}),
     ],
 )

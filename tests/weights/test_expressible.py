@@ -76,6 +76,7 @@ VIT = {
         {"position": "sincos2d", "position_covers_prefix": False},
     ],
     "position_at": [{"position_at": "every"}, {"position_at": "shared"}],
+    "position_bias": [{"position_bias": "every"}, {"position_bias": "shared"}],
     "position_covers_prefix": [
         {"position_covers_prefix": False},
         {**TWO_HEADS, "position_covers_prefix": False},

@@ -63,6 +63,8 @@ MORE = {
     ),
     "shared-positions": ("Pico/8", {"position_at": "shared", "num_classes": 6}),
     "relative": ("Pico/8", {"position": "relative", "num_classes": 6}),
+    "bias": ("Pico/8", {"position_bias": "every", "position": "none", "num_classes": 6}),
+    "shared-bias": ("Pico/8", {"position_bias": "shared", "image_size": (32, 48)}),
     "axial": ("Pico/8", {"axial": True, "pool": "mean", "class_token": False, "num_classes": 6}),
     "hybrid": ("R26+S/32", {"image_size": 64, "num_classes": 6, "depth": 1}),
     "resnet": ("R50x1", {"image_size": 64, "num_classes": 6}),

@@ -10,6 +10,7 @@ from typing import Literal
 Pool = Literal["token", "mean", "quadrants", "map", "token_mean", "distilled"]
 Position = Literal["learned", "learned2d", "relative", "sincos2d", "none"]
 PositionAt = Literal["stem", "every", "shared"]
+PositionBias = Literal["none", "every", "shared"]
 Resize = Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"]  # of positions
 MlpKind = Literal["gelu", "swiglu"]
 Gelu = Literal["exact", "tanh"]

@@ -31,6 +31,7 @@ from vitcli.config.choices import (
     Pool,
     Position,
     PositionAt,
+    PositionBias,
     Resize,
     ResizeMode,
     StemArithmetic,
@@ -116,6 +117,11 @@ class ModelSection(Section):
         None,
         "Where positions are added: `stem` (before the encoder), `every` (a table per block) or "
         "`shared` (one table for all blocks).",
+    )
+    position_bias: PositionBias | None = setting(
+        None,
+        "Learned bias of the attention by 2-D offset (BEiT): `none`, `every` (a table per block) "
+        "or `shared` (one table).",
     )
     position_covers_prefix: bool | None = setting(
         None, "Give the prefix tokens position embeddings too."

@@ -46,6 +46,7 @@ class AttentionLayer:
 def attention_layers(model: VisionTransformer, images: Tensor) -> Iterator[AttentionLayer]:
     """(B, C, Y, X) -> the layers from first to last."""
     grid = model.grid_of(images)
+    bias = model.shared_bias(grid)
     x = model.norm_pre(model.embed(images))  # (B, T, D)
     for i, block in enumerate(model.blocks):
         if i:
@@ -57,8 +58,8 @@ def attention_layers(model: VisionTransformer, images: Tensor) -> Iterator[Atten
                 yield AttentionLayer(f"{i + 1} {part.along}s", attention, x)
         else:
             assert isinstance(block, Block)
-            attention = block_attention(block, x, grid)
-            x = block(x, grid)
+            attention = block_attention(block, x, grid, bias)
+            x = block(x, grid, bias)
             yield AttentionLayer(f"{i + 1}", attention, x)
 
 
@@ -68,18 +69,18 @@ def layer_names(model: VisionTransformer) -> list[str]:
     return [f"{i + 1}{part}" for i in range(model.config.depth) for part in parts]
 
 
-def block_attention(block: Block, x: Tensor, grid: Grid) -> Tensor:
+def block_attention(block: Block, x: Tensor, grid: Grid, bias: Tensor | None = None) -> Tensor:
     """(B, T, D), the input of the block -> (B, H, T, T)."""
     x = block.norm1(x)
     if block.along is None:
-        return attention_weights(block.attn, x)
-    lines = attention_weights(block.attn, split_lines(x, grid, block.along))
+        return attention_weights(block.attn, x, grid, bias)
+    lines = attention_weights(block.attn, split_lines(x, grid, block.along), grid)
     return expand_axial_attention(lines, grid, block.along)
 
 
-def attention_weights(attn: Attention, x: Tensor) -> Tensor:
+def attention_weights(attn: Attention, x: Tensor, grid: Grid, bias: Tensor | None = None) -> Tensor:
     """(B, T, D), after the norm -> (B, H, T, T): softmax(q k^T / sqrt(E) + bias)."""
-    q, k, _, bias = attn.heads(x)
+    q, k, _, bias = attn.heads(x, grid, bias)
     return softmax_scores(q, k, bias)
 
 

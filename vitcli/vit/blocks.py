@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcli.vit.config import ViTConfig
-from vitcli.vit.position import Grid, resample_offsets
+from vitcli.vit.position import Grid, OffsetBias, resample_offsets
 
 # Up to this many tokens the (T, T) scores of a CPU batch are small compared with the activations.
 MAX_EXPLICIT_TOKENS = 1024
@@ -55,14 +55,14 @@ def forced_attention(kind: Literal["fused", "explicit"] | None) -> Iterator[None
 
 
 def attend_explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`attend` as two batched matrix products around a softmax; bias (B, H, T, T)."""
+    """`attend` as two batched matrix products around a softmax; bias (B or 1, H, T, T)."""
     b, h, t, e = q.shape
     s = k.shape[2]
     # Scaling q touches T x E numbers; scaling the scores would touch T x T.
     q = (q * e**-0.5).reshape(b * h, t, e)  # (B*H, T, E)
     scores = torch.bmm(q, k.reshape(b * h, s, e).transpose(1, 2))  # (B*H, T, T)
     if bias is not None:
-        scores = scores + bias.reshape(b * h, t, s)
+        scores = (scores.reshape(b, h, t, s) + bias).flatten(0, 1)
     # Keep the dtype: autocast would copy the scores, the largest tensor of the block, to fp32.
     with torch.autocast(q.device.type, enabled=False):
         weights = scores.softmax(dim=-1)
@@ -91,11 +91,18 @@ class Attention(nn.Module):
         relative = config.position == "relative"
         offsets = 2 * num_patches - 1
         self.rel_pos = nn.Parameter(torch.zeros(offsets, head_dim)) if relative else None
+        self.rel_pos_bias = OffsetBias(config) if config.position_bias == "every" else None
         self.proj = nn.Linear(d, d)
         self.proj_drop = nn.Dropout(config.dropout_rate)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(B, T, D) -> queries, keys, values (B, H, T, E), and the bias (B, H, T, T) or None."""
+    def heads(
+        self, x: Tensor, grid: Grid, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(B, T, D) -> queries, keys, values (B, H, T, E), and the whole bias or None.
+
+        Args:
+            bias: (1, H, T, T), added to the scores by all blocks.
+        """
         b, t, d = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)  # (B, T, 3, H, E)
         # Views: the fused kernel takes strides, and returns gradients in the layout (B, T, H, E).
@@ -105,15 +112,17 @@ class Attention(nn.Module):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         # Under autocast LayerNorm returns fp32; the kernels want one dtype for q, k and v.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        bias = None
+        biases = [] if bias is None else [bias]
         if self.rel_pos is not None:
-            bias = relative_bias(q, self.rel_pos, self.num_prefix_tokens)
-        return q, k, v, bias
+            biases.append(relative_bias(q, self.rel_pos, self.num_prefix_tokens))
+        if self.rel_pos_bias is not None:
+            biases.append(self.rel_pos_bias(grid))
+        return q, k, v, sum(biases[1:], biases[0]).to(q.dtype) if biases else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, grid: Grid, bias: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); see `heads`."""
         b, t, d = x.shape
-        x = attend(*self.heads(x))  # (B, H, T, E)
+        x = attend(*self.heads(x, grid, bias))  # (B, H, T, E)
         x = x.transpose(1, 2).reshape(b, t, d)  # (B, T, D)
         x = self.proj_drop(self.proj(x))
         return x
@@ -218,13 +227,13 @@ class Block(nn.Module):
         self.ls2 = LayerScale(d, scale) if scale is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, grid: Grid, bias: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); `bias` (1, H, T, T) is added to the scores of the attention."""
         branch = self.norm1(x)
         if self.along is None:
-            branch = self.attn(branch)
+            branch = self.attn(branch, grid, bias)
         else:  # each row or column is a sequence of its own in the batch
-            branch = self.attn(split_lines(branch, grid, self.along))
+            branch = self.attn(split_lines(branch, grid, self.along), grid)
             branch = join_lines(branch, grid, self.along)
         x = x + self.drop_path1(self.ls1(branch))
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -260,7 +269,7 @@ class AxialBlock(nn.Module):
         self.row = Block(config, drop_path_rate, "row")
         self.column = Block(config, drop_path_rate, "column")
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, bias: None = None) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         return self.column(self.row(x, grid), grid)
 

@@ -6,7 +6,15 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from typing import Any, Literal, Self, cast, get_args, get_origin
 
-from vitcli.config.choices import Gelu, MlpKind, Pool, Position, PositionAt, StemArithmetic
+from vitcli.config.choices import (
+    Gelu,
+    MlpKind,
+    Pool,
+    Position,
+    PositionAt,
+    PositionBias,
+    StemArithmetic,
+)
 from vitcli.vit.hybrid import stem_channels
 from vitcli.vit.patches import grid_size
 
@@ -54,6 +62,9 @@ class ViTConfig:
         position_at: `stem`: add positions once, to the embedded patches. `every`: add them at the
             input of every block, from a table per block. `shared`: the same with one table. (Table
             8.)
+        position_bias: add a learned number per head and 2-D offset to the scores of the attention
+            (BEiT): `every` has a table for each block, `shared` one for all, `none` has none. It
+            goes with any `position`.
         position_covers_prefix: add positions to the prefix tokens too, as the paper does.
             big_vision and timm's `no_embed_class` do not.
         representation_size: width of the tanh layer before the head ("pre-logits", used in
@@ -97,6 +108,7 @@ class ViTConfig:
     num_registers: int = 0
     position: Position = "learned"
     position_at: PositionAt = "stem"
+    position_bias: PositionBias = "none"
     position_covers_prefix: bool = True
     representation_size: int | None = None
     qkv_bias: bool = True
@@ -202,6 +214,8 @@ class ViTConfig:
             raise ValueError(f"position `{kind}` is added nowhere: `position_at` must be `stem`")
         if at == "every" and kind == "sincos2d":
             raise ValueError("fixed positions are the same in every block: `position_at = shared`")
+        if self.position_bias != "none" and self.axial:
+            raise ValueError("axial blocks have no 2-D offsets: `position_bias = none`")
 
     @property
     def stem_stride(self) -> int:

@@ -25,6 +25,7 @@ from vitcli.vit.pool import AttentionPool, PreLogits, pool_tokens
 from vitcli.vit.position import (
     DEFAULT_RESIZE,
     Grid,
+    OffsetBias,
     concatenate_axes,
     fixed_table,
     is_position,
@@ -67,6 +68,7 @@ class VisionTransformer(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.pos_drop = nn.Dropout(config.dropout_rate)
         self.norm_pre = nn.LayerNorm(d, eps=eps) if config.norm_before_blocks else nn.Identity()
+        self.rel_pos_bias = OffsetBias(config) if config.position_bias == "shared" else None
         self.blocks = build_blocks(config)
         after = config.norm_after_pool
         self.norm = nn.Identity() if after else nn.LayerNorm(d, eps=eps)
@@ -149,6 +151,10 @@ class VisionTransformer(nn.Module):
         uncovered = x.shape[1] - positions.shape[1]
         return x + nn.functional.pad(positions, (0, 0, uncovered, 0))
 
+    def shared_bias(self, grid: Grid) -> Tensor | None:
+        """(1, H, T, T), added to the scores of every attention; None without shared biases."""
+        return None if self.rel_pos_bias is None else self.rel_pos_bias(grid)
+
     def embed_patches(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D): projected patches of the image, or of the feature map."""
         hybrid = isinstance(self.patch_embed, HybridEmbed)
@@ -197,10 +203,14 @@ class VisionTransformer(nn.Module):
         """(B, T, D) -> `count` x (B, T, D): outputs of the last blocks, after the final norm."""
         x = self.norm_pre(x)
         recompute, found = self._recompute(), []
+        bias = self.shared_bias(grid)
         for i, block in enumerate(self.blocks):
             if i:
                 x = self.add_positions(x, grid, i)
-            x = checkpoint(block, x, grid, use_reentrant=False) if recompute else block(x, grid)
+            if recompute:
+                x = checkpoint(block, x, grid, bias, use_reentrant=False)
+            else:
+                x = block(x, grid, bias)
             if i >= len(self.blocks) - count:
                 found.append(self.norm(x))
         return found

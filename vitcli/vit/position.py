@@ -4,13 +4,14 @@ import re
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitcli.config.choices import Resize
 from vitcli.vit.config import ViTConfig
 
 Grid = tuple[int, int]  # rows and columns of patches
 DEFAULT_RESIZE: Resize = "bicubic"
+BIAS_TABLE = "relative_position_bias_table"
 
 
 def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tensor:
@@ -122,20 +123,87 @@ def resample_offsets(table: Tensor, num_patches: int) -> Tensor:
     return resample_line(table[None], 2 * num_patches - 1)[0]
 
 
+class OffsetBias(nn.Module):
+    """A learned number per head and 2-D offset of query and key: the bias of BEiT's attention.
+
+    Bao et al., 2022, after T5. The table has (2 rows - 1) (2 cols - 1) entries for the offsets of
+    two patches, row-major from the largest negative one. With prefix tokens, three more follow:
+    for a prefix token that attends to a patch, for a patch that attends to a prefix token, and for
+    two prefix tokens. The names are those of timm and transformers.
+
+    Attributes:
+        grid: rows and columns of patches that the table is for.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.grid, self.num_prefix_tokens = config.grid, config.num_prefix_tokens
+        entries = num_offsets(config.grid) + (3 if self.num_prefix_tokens else 0)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(entries, config.num_heads))
+
+    def forward(self, grid: Grid) -> Tensor:
+        """The bias (1, H, T, T) for an image of `grid` patches."""
+        table = resample_bias(self.relative_position_bias_table, self.grid, grid)
+        index = offset_index(grid, self.num_prefix_tokens, table.device)  # (T, T)
+        return table[index].permute(2, 0, 1)[None]  # (1, H, T, T)
+
+
+def num_offsets(grid: Grid) -> int:
+    """Number of 2-D offsets between two patches of `grid`."""
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1)
+
+
+def offset_index(grid: Grid, num_prefix_tokens: int, device: torch.device | None = None) -> Tensor:
+    """(T, T): the entry of an `OffsetBias` table for each pair of query and key."""
+    rows, cols = grid
+    place = torch.arange(rows * cols, device=device)
+    y, x = place // cols, place % cols
+    down, right = y[:, None] - y + rows - 1, x[:, None] - x + cols - 1  # (N, N), both from 0
+    index = down * (2 * cols - 1) + right  # (N, N)
+    if not num_prefix_tokens:
+        return index
+    more, n = num_offsets(grid), rows * cols
+    to_prefix = index.new_full((n, num_prefix_tokens), more + 1)
+    among = index.new_full((num_prefix_tokens, num_prefix_tokens), more + 2)
+    from_prefix = index.new_full((num_prefix_tokens, n), more)
+    return torch.cat(
+        [torch.cat([among, from_prefix], dim=1), torch.cat([to_prefix, index], dim=1)]
+    )  # (T, T)
+
+
+def resample_bias(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """(entries, H) for the `old` grid -> (entries, H) for the `new` one.
+
+    Offsets are resampled bilinearly with half-pixel centres, as in transformers; the entries of the
+    prefix tokens do not change.
+    """
+    if old == new:
+        return table
+    shape = 2 * old[0] - 1, 2 * old[1] - 1
+    offsets, prefix = table.tensor_split([num_offsets(old)])
+    grid = offsets.reshape(1, *shape, -1).permute(0, 3, 1, 2).float()  # (1, H, 2 rows-1, 2 cols-1)
+    size = 2 * new[0] - 1, 2 * new[1] - 1
+    grid = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)
+    offsets = grid.permute(0, 2, 3, 1).reshape(num_offsets(new), -1).to(table.dtype)
+    return torch.cat([offsets, prefix])
+
+
 def resample_table(
     name: str, table: Tensor, config: ViTConfig, grid: Grid, method: Resize = DEFAULT_RESIZE
 ) -> Tensor:
     """Resample the position table `name` of a network to another grid.
 
     Args:
-        name: key of the state dict: `pos_embed`, `block_pos_embed`, with `_x` or `_y`, or
-            `blocks.0.attn.rel_pos` (see `is_position`).
+        name: key of the state dict: `pos_embed`, `block_pos_embed`, with `_x` or `_y`,
+            `blocks.0.attn.rel_pos`, or the table of an `OffsetBias` (see `is_position`).
         table: the entries of prefix tokens come first and do not change (section 3.2).
         method: method for whole tables; single axes are resampled linearly.
 
     Returns:
         A new table, or `table` itself if it already has the right size.
     """
+    if name.endswith(BIAS_TABLE):
+        return resample_bias(table, config.grid, grid)
     if name.endswith("rel_pos"):
         return resample_offsets(table, attended_length(name, grid))
     if name.endswith(("_x", "_y")):
@@ -148,7 +216,8 @@ def resample_table(
 
 def is_position(name: str) -> bool:
     """True if the tensor `name` of a network is a position table."""
-    return re.fullmatch(r"(block_)?pos_embed(_[xy])?|(.*\.)?rel_pos", name) is not None
+    tables = rf"(block_)?pos_embed(_[xy])?|(.*\.)?rel_pos|(.*\.)?{BIAS_TABLE}"
+    return re.fullmatch(tables, name) is not None
 
 
 def attended_length(name: str, grid: Grid) -> int:

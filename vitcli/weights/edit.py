@@ -13,7 +13,9 @@ from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, ViTConfig
 from vitcli.vit.config import canonical_pool
 from vitcli.vit.patches import PatchEmbed, resample_kernel
 from vitcli.vit.position import (
+    BIAS_TABLE,
     Grid,
+    OffsetBias,
     attended_length,
     is_position,
     resample_offsets,
@@ -76,7 +78,10 @@ def resample_positions(
         # Learned tables are parameters, fixed ones are buffers; the kind must not change.
         owner, _, last = name.rpartition(".")
         learned = isinstance(old_table, nn.Parameter)
-        setattr(network.get_submodule(owner), last, nn.Parameter(table) if learned else table)
+        module = network.get_submodule(owner)
+        setattr(module, last, nn.Parameter(table) if learned else table)
+        if isinstance(module, OffsetBias):
+            module.grid = new.grid
         if report is not None:
             detail = _describe_resampling(name, old.grid, new.grid, method)
             report.status[name] = ("resampled", detail)
@@ -85,6 +90,8 @@ def resample_positions(
 
 def _describe_resampling(name: str, old: Grid, new: Grid, method: Resize) -> str:
     """Return the report's text on the position table `name`: old size, new size and method."""
+    if name.endswith(BIAS_TABLE):
+        return f"offsets of {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches, bilinear"
     if name.endswith("rel_pos"):
         before, after = attended_length(name, old), attended_length(name, new)
         return f"offsets of {before} -> {after} patches, linear"

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit import ViTConfig
-from vitcli.weights.huggingface.huggingface_names import closest_type, dino_mlp_ratio
+from vitcli.weights.huggingface.huggingface_names import closest_type
 from vitcli.weights.huggingface.processor import resized_size
+from vitcli.weights.huggingface.vit_types import dino_mlp_ratio
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.timm.timm_names import BIT_LAYERS, EPS, POOLS, STEMS
 
@@ -115,6 +116,7 @@ TIMM = (
     Lost("model.position", "the fixed sin-cos positions become a table, which timm would train",
          ("learned", "none")),
     Refused("model.position_at", "timm adds positions before the first block only", ("stem",)),
+    Refused("model.position_bias", "timm's plain ViTs have none", ("none",)),
     Refused("model.position_covers_prefix", "DeiT adds positions to both of its tokens", (True,),
             _distilled),
     Refused("model.representation_size", "timm has no layer between pooling and head", (None,)),
@@ -175,6 +177,7 @@ HUGGINGFACE = (
     Refused("model.num_registers", "ViT and DeiT have no registers", (0,), _is_plain),
     Refused("model.position", "it adds one position table to the tokens", ("learned", "sincos2d")),
     Refused("model.position_at", "it adds positions before the first block only", ("stem",)),
+    Refused("model.position_bias", "ViT, DeiT and DINOv2 have none", ("none",)),
     Refused("model.position_covers_prefix", "DINOv2 adds registers after the positions", (False,),
             lambda c: closest_type(c) == "dinov2_with_registers"),
     Refused("model.representation_size", "DINOv2 has no layer between pooling and head", (None,),
@@ -240,6 +243,7 @@ GOOGLE = (
             _has_stem),
     Refused("model.position_at", "the official code adds positions before the first block only",
             ("stem",)),
+    Refused("model.position_bias", "the official code has none", ("none",)),
     Refused("model.position_covers_prefix", "the official hybrids give the class token a position",
             (True,), lambda c: _has_stem(c) and c.class_token),
     Refused("model.qkv_bias", "its query, key and value projections have a bias", (True,)),

@@ -122,9 +122,11 @@ class Mae(Objective):
 
 def check_droppable(config: ViTConfig, what: str) -> None:
     """Check that the encoder works without some of the patches."""
-    if config.axial or config.position == "relative" or config.position_at != "stem":
+    inside = config.position == "relative" or config.position_at != "stem"
+    if config.axial or inside or config.position_bias != "none":
         kind = "axial blocks" if config.axial else "positions inside the blocks"
         raise VitcliError(
             f"{what} drops patches, and {kind} need all of them",
-            "`--set model.position=learned --set model.position_at=stem`, without `model.axial`",
+            "`--set model.position=learned --set model.position_at=stem`, without `model.axial` "
+            "and `model.position_bias`",
         )

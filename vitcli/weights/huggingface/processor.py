@@ -20,10 +20,11 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
+from vitcli.weights.huggingface.huggingface_type import read_size
+from vitcli.weights.huggingface.vit_types import CROPPED, IMAGENET
 from vitcli.weights.overrides import (
     Overrides,
     are_pictures,
-    as_size,
     override_preprocess,
     per_channel,
 )
@@ -34,25 +35,15 @@ INTERPOLATIONS: dict[int, Interpolation] = {  # Pillow's number -> name
     2: "bilinear",
     3: "bicubic",
 }
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-CROPPED = {"do_center_crop": True, "crop_size": 224, "resample": 3}
 # The values that the classes use if the file does not have them.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": {"size": 224, "resample": 2},
     "DeiTImageProcessor": {"size": 256, **CROPPED},
     "BitImageProcessor": {"size": {"shortest_edge": 224}, **CROPPED, **CLIP},
-}
-# The values of the published weights of a type, assumed if there is no file.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "vit": {"resample": 2},
-    "vit_mae": {"resample": 2, **IMAGENET},
-    "deit": {"size": 256, **CROPPED, **IMAGENET},
-    "dinov2": {"size": {"shortest_edge": 256}, **CROPPED, **IMAGENET},
-    "dinov2_with_registers": {"size": {"shortest_edge": 256}, **CROPPED, **IMAGENET},
 }
 
 
@@ -171,12 +162,13 @@ def _published(
     config: ViTConfig, model_type: str, overrides: Overrides, notes: list[str]
 ) -> dict[str, Any]:
     """Return the processor of the published weights, for this model's image size."""
-    values = dict(PUBLISHED[model_type])
+    values = dict(MODEL_TYPES[model_type].published)
     rows, cols = config.image_size
     cropped = rows == cols and "crop_size" in values
     if cropped:  # the same fraction of the image
         edge = floor(rows * 256 / 224)
-        values["size"] = edge if model_type == "deit" else {"shortest_edge": edge}
+        by_edge = isinstance(values["size"], Mapping)
+        values["size"] = {"shortest_edge": edge} if by_edge else edge
         values["crop_size"] = rows
     else:
         values |= {"size": {"height": rows, "width": cols}, "do_center_crop": False}
@@ -244,24 +236,13 @@ def _geometry(
     )
 
 
-def read_size(value: Any, key: str = "size") -> tuple[int, int]:
-    """Convert a number of pixels or a pair to (Y, X); anything else is a ValueError."""
-    try:
-        size = as_size(value)
-    except VitcliError as error:
-        raise ValueError(f"`{key}` is {value}") from error
-    if size is None:
-        raise ValueError(f"`{key}` is null")
-    return size
-
-
 def _match_model(
     base: Preprocess, config: ViTConfig, model_type: str, notes: list[str]
 ) -> Preprocess:
     """Return the transform for a processor with another size than the model's config.json."""
     made, read = (f"{y}x{x}" for y, x in (base.image_size, config.image_size))
     divided = all(side % config.patch_size == 0 for side in base.image_size)
-    if MODEL_TYPES[model_type].dino and divided:  # DINOv2 takes any size; Meta's has 518 and 224
+    if MODEL_TYPES[model_type].any_size and divided:
         notes.append(
             f"images are {made} px, as in its preprocessor_config.json; the positions for {read} "
             "px are resampled"

@@ -14,19 +14,20 @@ from torch import Tensor
 from vitcli.vit import ViTConfig
 from vitcli.weights.expressible import check_expressible
 from vitcli.weights.huggingface.huggingface_names import (
-    DINO_BLOCK,
-    ENCODER,
-    GELUS,
     MODEL_TYPES,
     PROBLEM_TYPES,
-    QKV,
-    SWIGLU_BLOCK,
     TEACHER,
-    VIT_BLOCK,
     closest_type,
+)
+from vitcli.weights.huggingface.huggingface_type import GELUS, QKV
+from vitcli.weights.huggingface.processor import write_processor
+from vitcli.weights.huggingface.vit_types import (
+    DINO_BLOCK,
+    ENCODER,
+    SWIGLU_BLOCK,
+    VIT_BLOCK,
     dino_mlp_ratio,
 )
-from vitcli.weights.huggingface.processor import write_processor
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import write_folder
 
@@ -68,7 +69,7 @@ def _config_json(model: LoadedModel, config: ViTConfig) -> dict[str, Any]:
         "num_channels": config.num_channels,
         "qkv_bias": config.qkv_bias,
     }
-    if MODEL_TYPES[model_type].dino:
+    if model_type.startswith("dinov2"):
         values["mlp_ratio"] = dino_mlp_ratio(config)
         values["use_swiglu_ffn"] = config.mlp == "swiglu"
         values["layerscale_value"] = config.layer_scale
@@ -98,13 +99,14 @@ def _class_name(config: ViTConfig) -> str:
 
 def _named(model: LoadedModel, config: ViTConfig) -> dict[str, Tensor]:
     """Return the tensors under the classic names of transformers."""
-    family = MODEL_TYPES[closest_type(config)]
-    prefix = family.prefix if config.num_classes else ""
+    model_type = closest_type(config)
+    prefix = MODEL_TYPES[model_type].prefix if config.num_classes else ""
     head = "cls_classifier" if config.distillation_head else "classifier"
     outside = {ours: prefix + theirs for theirs, ours in ENCODER.items()}
     outside |= {"head": head, "head_dist": "distillation_classifier"}
     block = VIT_BLOCK
-    if family.dino:
+    dino = model_type.startswith("dinov2")
+    if dino:
         block = SWIGLU_BLOCK if config.mlp == "swiglu" else DINO_BLOCK
     named: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -120,7 +122,7 @@ def _named(model: LoadedModel, config: ViTConfig) -> dict[str, Tensor]:
                 named[f"{layer}{theirs}{inside.removeprefix('attn.qkv')}"] = part.clone()
         else:
             named[layer + _rename_module(inside, block)] = tensor
-    if family.dino:  # for masked training; the classes with registers report it as missing
+    if dino:  # for masked training; the classes with registers report it as missing
         token = named[f"{prefix}embeddings.cls_token"]
         named[f"{prefix}embeddings.mask_token"] = torch.zeros_like(token[0])
     return named

@@ -23,7 +23,7 @@ from vitcli.cost.memory import (
     step_memory,
     storage_bytes,
 )
-from vitcli.devices import is_out_of_memory
+from vitcli.devices import free_memory, is_out_of_memory
 from vitcli.errors import VitcliError, unknown
 from vitcli.progress import Watcher
 from vitcli.vit import ViTConfig
@@ -231,7 +231,7 @@ def _largest_tried(build: BuildModel, case: BenchCase, batch: int, training: boo
             p.grad = None
         with suppress(UnboundLocalError):
             del images
-        torch.cuda.empty_cache()
+        free_memory(case.device)
         batch = int(batch * 0.9)
     return 0
 

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitcli.config.schema import Recipe
+from vitcli.config.schema import CUDA_GRAPHS, Recipe
 from vitcli.data.augment.mixing import soft_targets
 from vitcli.data.batch import Batch, downsample, move_to_device
 from vitcli.data.loader import TrainLoader
-from vitcli.devices import is_out_of_memory
+from vitcli.devices import free_memory, is_out_of_memory
 from vitcli.errors import VitcliError
 from vitcli.progress import Bar, QuietBar, Watcher
 from vitcli.run import Run
 from vitcli.train.agreement import TIME_IS_UP, Decision, max_over_processes, min_over_processes
 from vitcli.train.best_weights import SPLIT, BestWeights, catch_up, keep_best, stop_early
-from vitcli.train.budget import Deadline, Timeline
+from vitcli.train.budget import Deadline, Timeline, compile_stages
 from vitcli.train.checkpoint import (
     NonFiniteError,
     ShardWriter,
@@ -109,6 +109,7 @@ class Loop:
         rewinds = self.recipe.train.on_nan == "rewind"
         if rewinds and not list_checkpoints(self.run.checkpoints):
             self.save()  # a rewind needs a checkpoint to go back to
+        compile_stages(self)
         with SignalFlag() as signals:
             while True:
                 try:
@@ -164,11 +165,12 @@ class Loop:
                 step_seed(self.recipe.train.seed, self.state.step, accelerator.process_index)
             )
             self.wrapped_optimizer.zero_grad(set_to_none=True)
+            if self.recipe.train.compile == CUDA_GRAPHS:  # may reuse the memory of the last step
+                torch.compiler.cudagraph_mark_step_begin()
             try:
                 for start in range(0, num_images, size):
                     part = batch.part(start, min(start + size, num_images)).to(self.device)
-                    # The last micro-batch may be smaller. Weighting each mean by its number of
-                    # images makes the sum of all the mean over the whole batch.
+                    # Weighted by the images, as the last part may be smaller: the sum is the mean.
                     weight = len(part.labels) / num_images
                     # Averaging over processes is slow, and once, with the last part, is enough.
                     is_last = start + size >= num_images and not alone
@@ -261,7 +263,7 @@ class Loop:
         """Log, save, stop or evaluate; `fit` saves after the last step."""
         step = self.state.step
         if decision.logs:
-            self.recorder.log_training(step, bar, is_full_image)
+            self.recorder.log_training(step, bar, is_full_image, decision.must_wait)
         if decision.changes_length:
             bar.extend(self.total_steps)
         if decision.signal is not None:  # in the last step too: the evaluation may take too long
@@ -313,8 +315,7 @@ class Loop:
         with it.
         """
         self.wrapped_optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device)
         old, smallest = self._micro_batch_size(batch), 2 if batch.mix else 1  # 2: pairs of mixup
         size = old // 2 - (old // 2) % smallest
         if size < smallest:

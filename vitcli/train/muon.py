@@ -48,10 +48,13 @@ class Muon(torch.optim.Muon):
         tall = [rows > columns for rows, columns in (p.shape for p in params)]
         wide = [u.mT if flip else u for u, flip in zip(nesterov, tall, strict=True)]
         updates = newton_schulz(torch.stack(wide).to(self.dtype), group["eps"]).unbind()
-        for p, update, flip in zip(params, updates, tall, strict=True):
-            p.mul_(1.0 - group["lr"] * group["weight_decay"])
-            rate = group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5
-            p.add_(update.mT if flip else update, alpha=-rate)
+        torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+        for flip in {*tall}:  # all of one orientation have one shape, and so one rate
+            these = [i for i, other in enumerate(tall) if other == flip]
+            rows, columns = params[these[0]].shape
+            rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+            moves = [updates[i].mT if flip else updates[i] for i in these]
+            torch._foreach_add_([params[i] for i in these], moves, alpha=-rate)
 
 
 def newton_schulz(x: Tensor, eps: float = 1e-7) -> Tensor:

@@ -32,8 +32,6 @@ class Objective(nn.Module):
         class_loss: the cross-entropy of an objective that learns classes; it weighs them.
         settings: the keys of `[objective]` that it reads.
         masks_patches: True if it chooses patches to hide, so that no others can be dropped.
-        shapes_depend_on_data: True if tensors have sizes that only their content decides. `plan`
-            cannot trace their memory on tensors without content.
     """
 
     model: Any
@@ -45,7 +43,6 @@ class Objective(nn.Module):
     head_activation: ClassVar[HeadActivation] = "softmax"
     settings: ClassVar[frozenset[str]] = frozenset()
     masks_patches: ClassVar[bool] = False
-    shapes_depend_on_data: ClassVar[bool] = False
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) -> the mean loss (), and metrics.

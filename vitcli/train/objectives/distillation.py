@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
+from vitcli.preprocess import per_channel
 from vitcli.train.objectives.base import Metrics, Objective, main_class
 from vitcli.train.objectives.class_losses import CrossEntropy
 from vitcli.vit.macs import macs
@@ -133,22 +134,17 @@ class Distill(Objective):
         Normalisation and size are changed from those of the student to those of the teacher.
         """
         teacher = self.teachers[0].to(images.device)
-        mine, theirs = self.preprocess, teacher.preprocess
+        mine, theirs, device = self.preprocess, teacher.preprocess, images.device
         assert mine is not None and theirs is not None
-        pixels = images.float() * _column(mine.std, images) + _column(mine.mean, images)
+        pixels = images.float() * per_channel(mine.std, device) + per_channel(mine.mean, device)
         if tuple(pixels.shape[2:]) != tuple(theirs.image_size):
             pixels = F.interpolate(
                 pixels, size=theirs.image_size, mode="bilinear", antialias=True, align_corners=False
             )
-        x = (pixels - _column(theirs.mean, images)) / _column(theirs.std, images)
+        x = (pixels - per_channel(theirs.mean, device)) / per_channel(theirs.std, device)
         # A calibrated teacher's probabilities are those after its own temperature.
         logits = teacher(x).float() / teacher.temperature  # (B, K of the teacher)
         return logits[:, self.columns]
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """One or C values -> (C or 1, 1, 1) on the device of `like`."""
-    return torch.tensor(values, device=like.device)[:, None, None]
 
 
 def teacher_columns(teacher: LoadedModel, classes: Sequence[str], name: str) -> list[int]:

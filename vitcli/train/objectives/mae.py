@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.base import Metrics, Objective, count_macs
-from vitcli.train.objectives.masked_patch import maskable, num_masked, random_mask
+from vitcli.train.objectives.masked_patch import maskable, num_masked, positions, random_mask, take
 from vitcli.vit import ResNetConfig, ViTConfig
 from vitcli.vit.blocks import Block
 from vitcli.vit.patches import patchify
@@ -29,7 +29,6 @@ class Mae(Objective):
         {"mask_rate", "decoder_depth", "decoder_dim", "decoder_heads", "norm_pixels"}
     )
     masks_patches = True
-    shapes_depend_on_data = True
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
         super().__init__()
@@ -73,9 +72,11 @@ class Mae(Objective):
         if self.norm_pixels:  # without the mean and contrast of each patch (table 1d of the paper)
             var, mean = torch.var_mean(targets, dim=-1, keepdim=True)
             targets = (targets - mean) / (var + NORM_EPS).sqrt()
-        loss = F.mse_loss(predicted[hidden].float(), targets[hidden])
+        places = positions(hidden, num_masked(rows * cols, self.mask_rate))  # (B, m)
+        targets = take(targets, places)  # (B * m, P*P*C)
+        loss = F.mse_loss(take(predicted, places).float(), targets)
         # The error of always predicting the mean patch: `explained` is the gain over it.
-        baseline = targets[hidden].var(dim=0, unbiased=False).mean()
+        baseline = targets.var(dim=0, unbiased=False).mean()
         explained = 1.0 - loss.detach() / baseline.clamp(min=1e-12)
         return loss, {"loss": loss.detach(), "explained": explained}
 
@@ -85,7 +86,7 @@ class Mae(Objective):
         x = model.add_prefix(model.embed_patches(images), grid)  # (B, T, D)
         prefix = model.config.num_prefix_tokens
         b, _, d = x.shape
-        visible = x[:, prefix:][~hidden].reshape(b, -1, d)  # (B, V, D)
+        visible = take(x[:, prefix:], self.visible(hidden)).view(b, -1, d)  # (B, V, D)
         return model.encode(torch.cat([x[:, :prefix], visible], dim=1), grid)
 
     def decode(self, x: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -93,14 +94,20 @@ class Mae(Objective):
         prefix = self.model.config.num_prefix_tokens
         x = self.entry(x)
         b, n = hidden.shape
-        tokens = self.mask.to(x.dtype).expand(b, n, self.width).clone()  # (B, N, W)
-        tokens[~hidden] = x[:, prefix:].reshape(-1, self.width)
+        tokens = self.mask.to(x.dtype).expand(b, n, self.width)  # (B, N, W)
+        places = self.visible(hidden)[..., None].expand(-1, -1, self.width)  # (B, V, W)
+        tokens = tokens.scatter(1, places, x[:, prefix:])
         tokens = tokens + sincos2d(grid, self.width).to(tokens)
         x = torch.cat([x[:, :prefix], tokens], dim=1)
         for block in self.decoder:
             x = block(x, grid)
         pixels: Tensor = self.exit(self.norm(x[:, prefix:]))
         return pixels
+
+    def visible(self, hidden: Tensor) -> Tensor:
+        """(B, N) hidden patches -> (B, V): the positions of the others, in order."""
+        n = hidden.shape[1]
+        return positions(~hidden, n - num_masked(n, self.mask_rate))
 
     @property
     def hidden_rate(self) -> float:

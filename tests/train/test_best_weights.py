@@ -31,7 +31,10 @@ from vitcli.weights.load import load_model
     [
         ("accuracy", None, [0.2, 0.5, 0.4, 0.1], 2, False),
         ("accuracy", 2, [0.2, 0.5, 0.4], 2, False),
-        ("accuracy", 2, [0.2, 0.5, 0.4, 0.5], 2, True),  # an equal value is not better
+        # The later of equal weights are kept, but an equal value does not prolong the run.
+        ("accuracy", 2, [0.2, 0.5, 0.4, 0.5], 4, True),
+        ("accuracy", 3, [0.2, 0.5, 0.5, 0.4], 3, False),
+        ("loss", 1, [1.0, 1.0], 2, True),
         ("loss", 1, [2.0, 1.0], 2, False),
         ("loss", 1, [2.0, 1.0, 1.5], 2, True),
         ("loss", 1, [math.nan, 1.0], 2, False),

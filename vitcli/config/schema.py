@@ -612,7 +612,7 @@ class TrainSection(Section):
         None,
         "Export the weights with the best value of this metric of the validation images: "
         "accuracy, balanced_accuracy, macro_f1, loss, map, micro_f1, fewshot_accuracy, mae, rmse "
-        "or r2.",
+        "or r2. The latest of equal ones is taken.",
     )
     patience: Count | None = setting(
         None,

@@ -56,27 +56,32 @@ class BestWeights:
 
     @property
     def step(self) -> int | None:
-        """The step of the best value, the earliest of equal ones; None before an evaluation."""
+        """The step of the best value, the latest of equal ones; None before an evaluation."""
+        # A few validation images give equal accuracies often, and the later weights have seen more
+        # images at a smaller rate.
         steps = [step for step, value in self.values.items() if not math.isnan(value)]
-        return max(steps, key=lambda step: self._score(self.values[step]), default=None)
+        return max(steps, key=lambda step: (self._score(self.values[step]), step), default=None)
 
     @property
     def is_over(self) -> bool:
         """True if the last `patience` evaluations were not better than one before them.
+
+        A value that only equals the best one does not start the count anew.
 
         Evaluations before `since` do not count: a run that has stopped early and is made longer
         would stop again at once.
         """
         if self.patience is None or self.step is None:
             return False
-        start = max(self.step, self.since)
+        best = self.values[self.step]
+        start = max(self.since, min(step for step, value in self.values.items() if value == best))
         return sum(step > start for step in self.values) >= self.patience
 
     def is_better(self, value: float) -> bool:
-        """True if `value` is better than all values so far; NaN never is."""
+        """True if no value so far is better than `value`; NaN is never the best."""
         if math.isnan(value):
             return False
-        return self.step is None or self._score(value) > self._score(self.values[self.step])
+        return self.step is None or self._score(value) >= self._score(self.values[self.step])
 
     def restore(self, records: Iterable[Mapping[str, Any]], since: int = 0) -> None:
         """Take over the evaluations in the records of a run that was made longer at `since`."""

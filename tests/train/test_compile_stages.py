@@ -6,7 +6,9 @@ from support.tiny import records, tiny_recipe, train_tiny
 from support.watching import Told
 from torch import nn
 
+from vitcli.errors import VitcliError
 from vitcli.train.loop import Loop
+from vitcli.train.objectives import Softmax
 
 TRAIN = {
     "steps": 6,
@@ -41,7 +43,7 @@ def test_no_step_of_a_run_compiles(compiled, tmp_path, monkeypatch):
     real, passes = Loop.step, []
 
     def step(self, batch):
-        passes.append(self._stage())
+        passes.append(self.stage())
         torch.compiler.set_stance("fail_on_recompile")
         return real(self, batch)
 
@@ -67,10 +69,25 @@ def test_a_step_that_records_graphs_begins_with_a_mark(compiled, tmp_path, monke
     monkeypatch.setattr(
         nn.Module, "compile", lambda module, *, dynamic, mode: compiled.append(mode)
     )
-    train = {"steps": 3, "micro_batch_size": 8, "compile": "reduce-overhead"}
-    train_tiny(tmp_path / "run", train=train)
+    train_tiny(tmp_path / "run", train={"steps": 3, "compile": "reduce-overhead"})
     assert compiled == ["reduce-overhead"]
-    assert len(marks) == 1 + 3  # a stage, and a mark per step, not per micro-batch
+    assert len(marks) == 1 + 3  # a stage and the steps
+
+
+def test_graphs_hold_one_pass_per_step(compiled, tmp_path, monkeypatch):
+    """torch fails where the gradients of a step are the sum of several recorded passes."""
+    graphs = {"steps": 3, "compile": "reduce-overhead"}
+    with pytest.raises(VitcliError, match="cannot have a `micro_batch_size`"):
+        tiny_recipe(train={**graphs, "micro_batch_size": 8})
+
+    def forward(self, images, labels):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nn.Module, "compile", lambda module, *, dynamic, mode: None)
+    monkeypatch.setattr(Softmax, "forward", forward)
+    with pytest.raises(VitcliError, match="out of memory with a micro-batch of 32") as error:
+        train_tiny(tmp_path / "run", train=graphs)
+    assert error.value.hint.endswith("or `--set train.compile=true`")
 
 
 def test_a_plain_run_does_not_mention_the_compiler(tmp_path):

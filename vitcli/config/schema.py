@@ -645,6 +645,9 @@ class TrainSection(Section):
             named = " and ".join(f"`{name}`" for name in given) or "none"
             options = ", ".join(f"`{name}`" for name in DURATIONS)
             raise ValueError(f"give exactly one of {options}; given: {named}")
+        if self.compile == CUDA_GRAPHS and self.micro_batch_size is not None:
+            # torch cannot yet: https://github.com/pytorch/pytorch/issues/169545
+            raise ValueError('`compile = "reduce-overhead"` cannot have a `micro_batch_size`')
         if self.patience is not None and self.best_metric is None:
             raise ValueError("`patience` needs `best_metric`, for example `accuracy`")
         return self

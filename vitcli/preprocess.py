@@ -60,7 +60,7 @@ RESAMPLING = {
 }
 
 
-def per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+def channel_tensor(values: Sequence[float], device: torch.device) -> Tensor:
     """C values -> (1, C, 1, 1) float32 on `device`."""
     # The device fills them in. `torch.tensor` would copy them from the host, and the host would
     # wait until a GPU has finished all earlier work.
@@ -248,7 +248,7 @@ class Preprocess:
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) uint8 on any device -> (B, C, Y, X) float32: (x / 255 - mean) / std."""
-        mean, std = (per_channel(values, images.device) for values in (self.mean, self.std))
+        mean, std = (channel_tensor(values, images.device) for values in (self.mean, self.std))
         # Batches are channels-last in memory. Writing into a contiguous tensor reorders them here,
         # at no extra cost.
         scaled = torch.empty(images.shape, device=images.device)

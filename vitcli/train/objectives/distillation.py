@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
-from vitcli.preprocess import per_channel
+from vitcli.preprocess import channel_tensor
 from vitcli.train.objectives.base import Metrics, Objective, main_class
 from vitcli.train.objectives.class_losses import CrossEntropy
 from vitcli.vit.macs import macs
@@ -136,12 +136,14 @@ class Distill(Objective):
         teacher = self.teachers[0].to(images.device)
         mine, theirs, device = self.preprocess, teacher.preprocess, images.device
         assert mine is not None and theirs is not None
-        pixels = images.float() * per_channel(mine.std, device) + per_channel(mine.mean, device)
+        pixels = images.float() * channel_tensor(mine.std, device) + channel_tensor(
+            mine.mean, device
+        )
         if tuple(pixels.shape[2:]) != tuple(theirs.image_size):
             pixels = F.interpolate(
                 pixels, size=theirs.image_size, mode="bilinear", antialias=True, align_corners=False
             )
-        x = (pixels - per_channel(theirs.mean, device)) / per_channel(theirs.std, device)
+        x = (pixels - channel_tensor(theirs.mean, device)) / channel_tensor(theirs.std, device)
         # A calibrated teacher's probabilities are those after its own temperature.
         logits = teacher(x).float() / teacher.temperature  # (B, K of the teacher)
         return logits[:, self.columns]

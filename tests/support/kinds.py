@@ -58,6 +58,7 @@ KINDS = {
         "position_at": "every",
     },
     "root": {**STEM, "stem": ()},
+    "conv stem": {"patch_size": 1, "conv_stem": (8, 12)},
     "hybrid": {**STEM, "stem": (1,), "stem_arithmetic": "timm", "stem_width": 0.5},
 }
 

@@ -187,13 +187,13 @@ def test_muon_has_the_matrices_of_the_blocks_only():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_tables_and_tokens_are_no_kernels_in_any_kind_of_model(name):
-    """Whatever the kind: kernels end in `weight`, and Muon's lie in blocks of the encoder."""
+    """Kernels end in `weight`, and Muon's lie in the blocks and the stages of a conv stem."""
     model = small(name)
     named = list(model.named_parameters())
     kernels = {n for n, p in named if is_kernel(n, p)}
     assert kernels == {n for n, p in named if n.endswith(".weight") and p.ndim > 1}
     hidden = {n for n, p in named if is_hidden_matrix(n, p)}
-    assert hidden == {n for n in kernels if n.startswith("blocks.")}
+    assert hidden == {n for n in kernels if n.startswith(("blocks.", "patch_embed.stages."))}
 
 
 def test_layers_have_their_rates():

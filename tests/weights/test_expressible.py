@@ -116,6 +116,7 @@ VIT = {
         {**STEM, "pool": "map", "class_token": False},
     ],
     "stem_width": [{**STEM, "stem_width": 0.5}],
+    "conv_stem": [{"conv_stem": (8, 16), "patch_size": 2}],
     "stem_arithmetic": [{**STEM, "stem_arithmetic": kind} for kind in ("timm", "google")],
     "dropout_rate": [{"dropout_rate": 0.1}],
     "drop_path_rate": [{"drop_path_rate": 0.1}],

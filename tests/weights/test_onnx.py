@@ -67,6 +67,7 @@ MORE = {
     "shared-bias": ("Pico/8", {"position_bias": "shared", "image_size": (32, 48)}),
     "axial": ("Pico/8", {"axial": True, "pool": "mean", "class_token": False, "num_classes": 6}),
     "hybrid": ("R26+S/32", {"image_size": 64, "num_classes": 6, "depth": 1}),
+    "conv-stem": ("Conv+Pico/4", {"image_size": 28, "num_classes": 6, "depth": 1}),
     "resnet": ("R50x1", {"image_size": 64, "num_classes": 6}),
 }
 

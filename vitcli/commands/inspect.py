@@ -208,7 +208,7 @@ def _describe(model: str, loaded: LoadedModel, chosen: NamedImages) -> dict[str,
         "source": None,
     }
     if isinstance(config, ViTConfig):
-        kind = "axial" if config.axial else "hybrid" if config.stem is not None else "vit"
+        kind = "axial" if config.axial else "hybrid" if config.is_hybrid else "vit"
         facts |= {"kind": kind, "grid": list(config.grid), "heads": config.num_heads}
     return facts
 

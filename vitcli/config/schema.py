@@ -149,6 +149,9 @@ class ModelSection(Section):
     stem_arithmetic: StemArithmetic | None = setting(
         None, "Padding and normalisation of the stem: Google's or timm's."
     )
+    conv_stem: tuple[Width, ...] | None = setting(
+        None, "Feature maps per stage of a convolutional stem; each stage halves the image."
+    )
     layers: tuple[Count, ...] | None = setting(None, "Units per stage of a ResNet.")
     width: PositiveFloat | None = setting(None, "Width factor of a ResNet.")
     dropout_rate: float | None = setting(None, "Dropout rate.", ge=0.0, lt=1.0)

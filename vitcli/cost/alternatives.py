@@ -114,7 +114,7 @@ def recipe_changes(recipe: Recipe, config: Config) -> Iterator[RecipeChange]:
     side, patch = min(config.image_size), config.pixels_per_patch
     if is_new and (name := smaller_variant(recipe)):
         yield from _change(recipe, "smaller model", "model.name", name)
-    if is_new and config.stem is None and side % (2 * patch) == 0:
+    if is_new and not config.is_hybrid and side % (2 * patch) == 0:
         yield from _change(recipe, "larger patch", "model.patch_size", 2 * patch)
     smaller = int(side * SMALLER_SIDE) // patch * patch
     if 2 * patch <= smaller < side and config.image_size[0] == config.image_size[1]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vitcli.inspection.attention_distance import grid_distances, grid_places
 from vitcli.vit import Network, VisionTransformer
+from vitcli.vit.conv_stem import ConvEmbed
 from vitcli.vit.hybrid import HybridEmbed, standardize
 from vitcli.vit.patches import PatchEmbed
 from vitcli.vit.position import Grid
@@ -37,6 +38,8 @@ def embedding_filters(model: Network) -> tuple[str, Tensor]:
         embed = model.patch_embed
         if isinstance(embed, PatchEmbed):
             return "patch embedding", embed.proj.weight.detach().double().cpu()
+        if isinstance(embed, ConvEmbed):
+            return "whitening layer of the stem", embed.root.weight.double().cpu()
         assert isinstance(embed, HybridEmbed)
         # The patch embedding of a hybrid reads feature maps, not pixels.
         conv: nn.Module = embed.backbone.stem.conv

@@ -14,6 +14,9 @@ NEWTON_SCHULZ_STEPS = 5
 class Muon(torch.optim.Muon):
     """torch's Muon, faster: matrices of equal shape in one batch, in the precision of the run.
 
+    A convolution kernel (F, C, Y, X) counts as a matrix (F, C * Y * X), as in airbench (Jordan,
+    2024).
+
     torch computes in bf16 everywhere. A processor without bf16 instructions takes 30 to 50 times as
     long for that as for fp32 (recipes/LOG.md).
 
@@ -23,6 +26,14 @@ class Muon(torch.optim.Muon):
 
     dtype = torch.float32
 
+    def __init__(
+        self, params: Any, lr: float, momentum: float, weight_decay: float, eps: float = 1e-7
+    ) -> None:
+        # The constructor of torch's Muon refuses convolution kernels; that of its base class
+        # does not.
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps}
+        torch.optim.Optimizer.__init__(self, params, settings)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient."""
@@ -30,7 +41,7 @@ class Muon(torch.optim.Muon):
             batches: dict[tuple[int, int], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    rows, columns = p.shape
+                    rows, columns = p.flatten(1).shape
                     batches.setdefault((min(rows, columns), max(rows, columns)), []).append(p)
             for params in batches.values():
                 self._update(params, group)
@@ -45,16 +56,18 @@ class Muon(torch.optim.Muon):
             averages.append(self.state[p]["momentum_buffer"])
         torch._foreach_lerp_(averages, gradients, 1.0 - group["momentum"])
         nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
-        tall = [rows > columns for rows, columns in (p.shape for p in params)]
-        wide = [u.mT if flip else u for u, flip in zip(nesterov, tall, strict=True)]
+        matrices = [u.flatten(1) for u in nesterov]
+        tall = [len(u) > u.shape[1] for u in matrices]
+        wide = [u.mT if flip else u for u, flip in zip(matrices, tall, strict=True)]
         updates = newton_schulz(torch.stack(wide).to(self.dtype), group["eps"]).unbind()
         torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
-        for flip in {*tall}:  # all of one orientation have one shape, and so one rate
-            these = [i for i, other in enumerate(tall) if other == flip]
-            rows, columns = params[these[0]].shape
+        for flip in {*tall}:  # all matrices of one orientation have one shape, and so one rate
+            moved = [p for p, other in zip(params, tall, strict=True) if other == flip]
+            found = [u.mT if flip else u for u, o in zip(updates, tall, strict=True) if o == flip]
+            rows, columns = found[0].shape
             rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-            moves = [updates[i].mT if flip else updates[i] for i in these]
-            torch._foreach_add_([params[i] for i in these], moves, alpha=-rate)
+            moves = [u.reshape(p.shape) for u, p in zip(found, moved, strict=True)]
+            torch._foreach_add_(moved, moves, alpha=-rate)
 
 
 def newton_schulz(x: Tensor, eps: float = 1e-7) -> Tensor:

@@ -36,7 +36,12 @@ def encoder_names(module: nn.Module) -> NamedParameters:
 
 
 def is_hidden_matrix(name: str, p: torch.Tensor) -> bool:
-    """True for matrices inside encoder blocks: Muon is not meant for the embedding and the head."""
+    """True for matrices of encoder blocks and kernels of a convolutional stem.
+
+    Muon trains these. It is not meant for the embedding and the head.
+    """
+    if name.startswith("patch_embed.stages."):
+        return p.ndim == 4
     # LoRA adapters are matrices too, but of low rank: orthogonalising them makes no sense.
     adapter = name.rpartition(".")[2].startswith("lora_")
     return p.ndim == 2 and not adapter and is_kernel(name, p) and name.startswith("blocks.")

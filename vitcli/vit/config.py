@@ -15,6 +15,7 @@ from vitcli.config.choices import (
     PositionBias,
     StemArithmetic,
 )
+from vitcli.vit.conv_stem import MAX_STAGES
 from vitcli.vit.hybrid import stem_channels
 from vitcli.vit.patches import grid_size
 
@@ -85,6 +86,8 @@ class ViTConfig:
             alone, None for no ResNet.
         stem_width: factor on the width of the ResNet, which starts with 64 channels.
         stem_arithmetic: weight standardisation and GroupNorm epsilon of `google` or of `timm`.
+        conv_stem: feature maps of each stage of a convolutional stem in front of the patches. Each
+            stage halves the image. None for no such stem.
         dropout_rate: dropout after the positions, the attention projection and both MLP layers.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
 
@@ -124,6 +127,7 @@ class ViTConfig:
     stem: tuple[int, ...] | None = None
     stem_width: float = 1.0
     stem_arithmetic: StemArithmetic = "google"
+    conv_stem: tuple[int, ...] | None = None
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
 
@@ -166,6 +170,14 @@ class ViTConfig:
                 "alone"
             )
         stem_channels(self.stem_width)  # complains of a width that cannot be built
+        if self.conv_stem is None:
+            return
+        if self.stem is not None:
+            raise ValueError("a model has `stem` (a ResNet) or `conv_stem`, not both")
+        if not 1 <= len(self.conv_stem) <= MAX_STAGES:
+            raise ValueError(f"conv_stem {self.conv_stem}: one to {MAX_STAGES} stages")
+        for channels in self.conv_stem:
+            check_count("conv_stem", channels, 1)
 
     def _check_tokens(self, rows: int, cols: int) -> None:
         """Check that the tokens exist that the pooling and the blocks read."""
@@ -218,8 +230,15 @@ class ViTConfig:
             raise ValueError("axial blocks have no 2-D offsets: `position_bias = none`")
 
     @property
+    def is_hybrid(self) -> bool:
+        """True if a stem makes a feature map, and the patches are cut from it."""
+        return self.stem is not None or self.conv_stem is not None
+
+    @property
     def stem_stride(self) -> int:
         """Side in pixels of a cell of the stem's feature map; 1 without a stem."""
+        if self.conv_stem is not None:
+            return int(2 ** len(self.conv_stem))
         # The root halves the image twice, and each stage after the first halves it once more.
         return 1 if self.stem is None else int(4 * 2 ** max(len(self.stem) - 1, 0))
 
@@ -234,9 +253,9 @@ class ViTConfig:
         Raises:
             ValueError: the patch size does not divide the image, or the feature map of the stem.
         """
-        if self.stem is None:
+        if not self.is_hybrid:
             return grid_size(image_size, self.patch_size)
-        # The `SAME` padding of the official code rounds up in each halving.
+        # The `SAME` padding of the official code rounds up in each halving, and so do max-pools.
         rows, cols = (-(-side // self.stem_stride) for side in image_size)
         if rows % self.patch_size or cols % self.patch_size:
             raise ValueError(
@@ -301,8 +320,9 @@ class ViTConfig:
         if "image_size" in values:
             y, x = values["image_size"]
             values["image_size"] = (int(y), int(x))
-        if values.get("stem") is not None:  # JSON has no tuples
-            values["stem"] = tuple(int(blocks) for blocks in values["stem"])
+        for key in ("stem", "conv_stem"):  # JSON has no tuples
+            if values.get(key) is not None:
+                values[key] = tuple(int(number) for number in values[key])
         return cls(**values)
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from vitcli.config.choices import Resize
 from vitcli.vit.blocks import build_blocks
 from vitcli.vit.config import ViTConfig
+from vitcli.vit.conv_stem import ConvEmbed
 from vitcli.vit.hybrid import HybridEmbed, init_stem, lecun_normal
 from vitcli.vit.patches import PatchEmbed
 from vitcli.vit.pool import AttentionPool, PreLogits, pool_tokens
@@ -41,8 +42,9 @@ class VisionTransformer(nn.Module):
         config: the settings that it was built from.
         position_resize: method that resamples the positions for images of another size.
         checkpoint_activations: in training, store only the input of each block (of each unit in a
-            hybrid's ResNet) and recompute the rest in the backward pass. This takes one more
-            forward pass and a fraction of the memory, and gives the same gradients.
+            hybrid's ResNet, of each stage of a convolutional stem) and recompute the rest in the
+            backward pass. This takes one more forward pass and a fraction of the memory, and gives
+            the same gradients.
         patch_drop_rate: fraction of the patches that training drops from each image at random
             (PatchDropout, Liu et al., 2022).
     """
@@ -157,7 +159,7 @@ class VisionTransformer(nn.Module):
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D): projected patches of the image, or of the feature map."""
-        hybrid = isinstance(self.patch_embed, HybridEmbed)
+        hybrid = self.config.is_hybrid
         x: Tensor = (
             self.patch_embed(images, self._recompute()) if hybrid else self.patch_embed(images)
         )
@@ -260,7 +262,9 @@ class VisionTransformer(nn.Module):
 
 
 def embedding(config: ViTConfig) -> nn.Module:
-    """The module (B, C, Y, X) -> (B, N, D): a patch projection, with a ResNet stem in hybrids."""
+    """The module (B, C, Y, X) -> (B, N, D): a patch projection, with a stem in hybrids."""
+    if config.conv_stem is not None:
+        return ConvEmbed(config)
     if config.stem is not None:
         return HybridEmbed(config)
     return PatchEmbed(config.num_channels, config.patch_size, config.embed_dim, config.patch_bias)

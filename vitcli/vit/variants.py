@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vitcli.vit.config import ViTConfig, canonical_pool
+from vitcli.vit.conv_stem import MAX_STAGES, default_channels
 from vitcli.vit.model import VisionTransformer
 from vitcli.vit.resnet import ResNet, ResNetConfig
 
@@ -60,6 +61,7 @@ RESNETS = {
 
 FORMS = (
     f"a size ({', '.join(VARIANTS)}), `/`, a patch size, as in `B/16`; `Axial-B/16`; "
+    "`Conv+Pico/4`; "
     f"`R50+B/16`, or `R50x1` (R{', R'.join(str(layers) for layers in RESNETS)}); `Axial-R50x0.5`"
 )
 
@@ -93,6 +95,9 @@ def parse_variant(name: str, **settings: Any) -> Config:
       the units of the fourth stage move to the third (section 4.1).
     * `R+Ti/16`: the root of a ResNet (stride 4) and patches of 8x8 cells. As in the official code,
       a patch covers 32 px, in spite of the name.
+    * `Conv+Pico/4`: a convolutional stem of stride 4 px, a power of two. A patch is one cell of its
+      feature map. The stem takes the place of the early blocks: a third of them remains, because
+      a shallow encoder learns more in minutes (recipes/LOG.md). So `Conv+Pico/4` has two blocks.
     * `Axial-B/32`: axial blocks and mean pooling, because rows and columns have no class token
       (appendix D.6).
     * `R50x1`: a BiT ResNet; the last number is a factor on all widths.
@@ -113,8 +118,9 @@ def parse_variant(name: str, **settings: Any) -> Config:
         layers, width, is_axial = parts
         values = {"layers": _units(name, layers), "width": width, "axial": is_axial}
         return ResNetConfig.from_dict(values | settings)
-    found = re.fullmatch(r"(?:(Axial)-|R(\d*)\+)?(?:ViT-)?([A-Za-z0-9]+)/(\d+)", name)
-    axial, stem, size, patch = found.groups() if found else (None, None, "", "")
+    form = r"(?:(Axial)-|R(\d*)\+|(Conv)\+)?(?:ViT-)?([A-Za-z0-9]+)/(\d+)"
+    found = re.fullmatch(form, name)
+    axial, stem, conv, size, patch = found.groups() if found else (None, None, None, "", "")
     variant = ONE_PATCH.get(name.removeprefix("ViT-")) or VARIANTS.get(size)
     if variant is None:
         close = next((v for v in VARIANTS if v.lower() == size.lower()), None)
@@ -125,6 +131,9 @@ def parse_variant(name: str, **settings: Any) -> Config:
         values.update(axial=True, class_token=False, pool="mean")
     if stem is not None:
         values["stem"], values["patch_size"] = _stem(name, stem, int(patch))
+    if conv:
+        values["conv_stem"], values["patch_size"] = _conv_stem(name, variant, int(patch)), 1
+        values["depth"] = max(1, variant.depth // 3)
     values.update(settings)
     values["pool"] = canonical_pool(values.get("pool", "token"))
     return ViTConfig.from_dict(values)
@@ -147,6 +156,15 @@ def _stem(name: str, layers: str, stride: int) -> tuple[tuple[int, ...], int]:
         return (), 8
     one, two, three, four = _units(name, int(layers))
     return ((one, two, three + four) if stride == 16 else (one, two, three, four)), 1
+
+
+def _conv_stem(name: str, size: Variant, stride: int) -> tuple[int, ...]:
+    """Return the feature maps of each stage of a convolutional stem."""
+    strides = [2**stages for stages in range(1, MAX_STAGES + 1)]
+    if stride not in strides:
+        known = ", ".join(f"`/{stride}`" for stride in strides)
+        raise ValueError(f"no model variant `{name}`: a convolutional stem ends in {known}")
+    return default_channels(size.embed_dim, stride)
 
 
 def config_from_dict(values: Mapping[str, Any]) -> Config:

@@ -319,7 +319,7 @@ def change_patch_size(
         image_size: (Y, X), or None to keep the model's.
 
     Raises:
-        VitcliError: the model has a ResNet stem, or the sizes do not divide.
+        VitcliError: the model has a stem, or the sizes do not divide.
     """
     network = model.network
     old = network.config.patch_size if isinstance(network, VisionTransformer) else None
@@ -329,7 +329,7 @@ def change_patch_size(
         network.patch_embed, PatchEmbed
     ):
         raise VitcliError(
-            "this model has no patches of pixels, because it begins with a ResNet",
+            "this model has no patches of pixels, because it begins with convolutions",
             hint="remove `model.patch_size`",
         )
     size = image_size or model.config.image_size

@@ -136,14 +136,14 @@ class Distill(Objective):
         teacher = self.teachers[0].to(images.device)
         mine, theirs, device = self.preprocess, teacher.preprocess, images.device
         assert mine is not None and theirs is not None
-        pixels = images.float() * channel_tensor(mine.std, device) + channel_tensor(
-            mine.mean, device
-        )
+        mean, std = (channel_tensor(values, device) for values in (mine.mean, mine.std))
+        pixels = images.float() * std + mean
         if tuple(pixels.shape[2:]) != tuple(theirs.image_size):
             pixels = F.interpolate(
                 pixels, size=theirs.image_size, mode="bilinear", antialias=True, align_corners=False
             )
-        x = (pixels - channel_tensor(theirs.mean, device)) / channel_tensor(theirs.std, device)
+        mean, std = (channel_tensor(values, device) for values in (theirs.mean, theirs.std))
+        x = (pixels - mean) / std
         # A calibrated teacher's probabilities are those after its own temperature.
         logits = teacher(x).float() / teacher.temperature  # (B, K of the teacher)
         return logits[:, self.columns]

@@ -1,0 +1,156 @@
+"""The convolutional stem of a hybrid: a few 3x3 convolutions in place of a patch projection.
+
+Early convolutions make a small ViT learn faster (Xiao et al., 2021; Hassani et al., 2021). The
+whitening first layer and the order inside a stage are those of airbench (Jordan, 2024), with
+LayerNorm in place of BatchNorm, so that an image does not depend on the others of its batch.
+Shape letters: see `model.py`; F is the number of feature maps.
+"""
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitcli.vit.hybrid import standardize
+
+if TYPE_CHECKING:
+    from vitcli.vit.config import ViTConfig
+
+MAX_STAGES = 6  # 64 px per token
+KERNEL = 3
+MAX_COMPONENTS = 16  # of the 27 of a 3x3 patch in colour; the others are mostly noise
+# Correlation of neighbouring pixels and of two colours of one pixel in photographs, and the
+# variance of pixels in -1 to 1. Only their order of magnitude matters.
+PIXEL_CORRELATION, COLOR_CORRELATION, PIXEL_VARIANCE = 0.95, 0.92, 0.25
+
+
+def default_channels(embed_dim: int, stride: int) -> tuple[int, ...]:
+    """Feature maps of each stage for a stem of `stride` pixels: a third of the next stage's.
+
+    The last stage has `embed_dim`. The others are multiples of 32, because that fills the vector
+    registers of a CPU.
+    """
+    stages = stride.bit_length() - 1
+    earlier = [max(32, round(embed_dim / 3**i / 32) * 32) for i in range(1, stages)]
+    return (*reversed(earlier), embed_dim)
+
+
+def cosine_basis(length: int) -> Tensor:
+    """(length, length) float64: the orthonormal discrete cosine basis, one vector per row."""
+    place = torch.arange(length, dtype=torch.float64)
+    basis = torch.cos(math.pi / length * place[:, None] * (place + 0.5))
+    return basis / torch.linalg.vector_norm(basis, dim=1, keepdim=True)
+
+
+def whitening_kernel(num_channels: int) -> Tensor:
+    """(F, C, 3, 3): filters that decorrelate the pixels of photographs, and their negatives.
+
+    The covariance of pixels falls exponentially with their distance. The cosine basis almost
+    diagonalises such a matrix (Ahmed et al., 1974), and the colours likewise. Each filter is
+    divided by its standard deviation; those of large variance come first. Filters from the
+    training images were not better (recipes/LOG.md), and these need no data.
+    """
+    line, colors = cosine_basis(KERNEL), cosine_basis(num_channels)
+    place = torch.arange(KERNEL, dtype=torch.float64)
+    of_pixels = PIXEL_CORRELATION ** (place[:, None] - place).abs()
+    of_colors = torch.full((num_channels, num_channels), COLOR_CORRELATION, dtype=torch.float64)
+    of_colors.fill_diagonal_(1.0)
+    on_line, on_colors = (
+        torch.einsum("ui,ij,uj->u", basis, covariance, basis)
+        for basis, covariance in ((line, of_pixels), (colors, of_colors))
+    )
+    filters = torch.einsum("ci,uy,vx->cuviyx", colors, line, line).reshape(
+        -1, *(num_channels, KERNEL, KERNEL)
+    )
+    variance = PIXEL_VARIANCE * torch.einsum("c,u,v->cuv", on_colors, on_line, on_line).flatten()
+    order = variance.argsort(descending=True, stable=True)[:MAX_COMPONENTS]
+    kernel = (filters / variance.sqrt()[:, None, None, None])[order].float()
+    # GELU removes negative values, so each filter is there with both signs.
+    return torch.cat([kernel, -kernel])
+
+
+class WhiteningConv(nn.Module):
+    """The first layer: fixed filters that decorrelate the pixels, and a learned bias."""
+
+    weight: Tensor
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.out_channels = 2 * min(MAX_COMPONENTS, num_channels * KERNEL**2)
+        # A buffer: stored with the weights, never trained. So no gradient of it is computed, which
+        # would be the most expensive one of the stem.
+        empty = torch.zeros(self.out_channels, num_channels, KERNEL, KERNEL)
+        # On the meta device the values come from a file later, so nothing is computed.
+        kernel = empty if empty.is_meta else whitening_kernel(num_channels)
+        self.register_buffer("weight", kernel)
+        self.bias = nn.Parameter(torch.zeros(self.out_channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, Y, X) -> (B, F, Y, X)."""
+        return F.conv2d(images, self.weight, self.bias, padding=KERNEL // 2)
+
+
+class StdConv2d(nn.Conv2d):
+    """A weight-standardised 3x3 convolution without bias that keeps the size of the map."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, KERNEL, padding=KERNEL // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, Y, X) -> (B, F', Y, X)."""
+        weight = standardize(self.weight, 1e-8, of_variance=True)
+        return F.conv2d(x, weight, padding=self.padding)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of each cell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, Y, X) -> (B, F, Y, X)."""
+        # In the channels-last layout both permutations are views.
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvStage(nn.Module):
+    """Convolution, 2x2 max-pool, norm and GELU; then a residual convolution, norm and GELU."""
+
+    def __init__(self, inputs: int, outputs: int, eps: float) -> None:
+        super().__init__()
+        self.conv1 = StdConv2d(inputs, outputs)
+        self.norm1 = LayerNorm2d(outputs, eps=eps)
+        self.conv2 = StdConv2d(outputs, outputs)
+        self.norm2 = LayerNorm2d(outputs, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, Y, X) -> (B, F', ceil(Y / 2), ceil(X / 2))."""
+        x = F.max_pool2d(self.conv1(x), 2, ceil_mode=True)
+        x = F.gelu(self.norm1(x))
+        return x + F.gelu(self.norm2(self.conv2(x)))
+
+
+class ConvEmbed(nn.Module):
+    """Convolutional stem and patch projection; replaces `PatchEmbed` in a hybrid."""
+
+    def __init__(self, config: "ViTConfig") -> None:
+        super().__init__()
+        assert config.conv_stem is not None
+        self.root = WhiteningConv(config.num_channels)
+        channels = (self.root.out_channels, *config.conv_stem)
+        self.stages = nn.ModuleList(
+            ConvStage(inputs, outputs, config.norm_eps) for inputs, outputs in pairwise(channels)
+        )
+        size, d = config.patch_size, config.embed_dim
+        self.proj = nn.Conv2d(channels[-1], d, size, stride=size, bias=config.patch_bias)
+
+    def forward(self, images: Tensor, recompute: bool = False) -> Tensor:
+        """(B, C, Y, X) -> (B, N, D); `recompute` checkpoints the activations of the stages."""
+        # The layout in which both the convolutions and the LayerNorms of a CPU are fastest.
+        x = F.gelu(self.root(images.contiguous(memory_format=torch.channels_last)))
+        for stage in self.stages:
+            x = checkpoint(stage, x, use_reentrant=False) if recompute else stage(x)
+        # Row-major, as `patchify` orders the patches of a plain ViT.
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)

@@ -36,7 +36,7 @@ def cuda_fault() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"PyTorch {torch.__version__} is built without CUDA"
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:  # the text names the version of the driver
         return str(error).partition("Please ")[0].strip().rstrip(".") or "CUDA cannot start"
     return f"PyTorch {torch.__version__} sees no GPU"
@@ -273,7 +273,7 @@ class FittingForward:
         while True:
             size = max(1, min(self.size or len(images), len(images)))
             try:
-                parts = [self.forward(part) for part in images.split(size)]
+                parts = [self.forward(part) for part in torch.split(images, size)]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
             except Exception as error:
                 if size == 1 or not is_out_of_memory(error):

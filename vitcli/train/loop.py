@@ -167,7 +167,7 @@ class Loop:
             )
             self.wrapped_optimizer.zero_grad(set_to_none=True)
             if self.recipe.train.compile == CUDA_GRAPHS:  # may reuse the memory of the last step
-                torch.compiler.cudagraph_mark_step_begin()
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             try:
                 for start in range(0, num_images, size):
                     part = batch.part(start, min(start + size, num_images)).to(self.device)

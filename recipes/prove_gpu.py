@@ -51,12 +51,20 @@ import torch
 from PIL import Image
 from torch import nn
 
+from vitcli.config.choices import Pool
 from vitcli.config.recipe import check as check_recipe
 from vitcli.config.schema import ModelSection, Recipe
 from vitcli.cost.bench import ClassificationStep, build_baseline
 from vitcli.cost.flops import macs
 from vitcli.cost.memory import StepShape, step_memory
-from vitcli.devices import allow_tf32, cuda_fault, is_out_of_memory, matrix_peak, pick_device
+from vitcli.devices import (
+    allow_tf32,
+    cuda_fault,
+    is_out_of_memory,
+    matrix_peak,
+    pick_device,
+    synchronize,
+)
 from vitcli.files import replacing
 from vitcli.train.optimizers import build_optimizers
 from vitcli.vit import create_network, parse_variant
@@ -257,11 +265,13 @@ def network_cases() -> list[tuple[str, int, dict[str, Any]]]:
         ("S/16", 224, {}),
         ("B/16", 224, {}),
         ("R+Ti/16", 224, {}),
+        ("Conv+Ti/16", 224, {}),
         ("R50x1", 128, {}),
         ("Axial-Ti/16", 224, {}),
         ("Ti/16", 224, {"pool": "map", "qk_norm": True}),
         ("Ti/16", 224, {"pool": "mean", "class_token": False, "num_registers": 4}),
     ]
+    cases += [("Ti/16", 224, {"depth": 4, "pool": pool}) for pool in literals(Pool)]
     for key, info in ModelSection.model_fields.items():
         for value in literals(info.annotation):
             if key not in ("num_channels", "position_resize", "stem_arithmetic"):
@@ -630,12 +640,6 @@ def alternate(
         for name, (step, _) in steps.items():
             seconds[name].append(run(step, numbers[name]))
     return {name: batch / statistics.median(seconds[name]) for name, (_, batch) in steps.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def feed(proof: Proof) -> None:

@@ -226,8 +226,7 @@ def matrix_peak(device: torch.device, precision: str) -> float:
 
     def work(x: torch.Tensor = x) -> None:
         x @ x
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
 
     times: list[float] = []
     while len(times) <= PEAK_RUNS and sum(times) < PEAK_SECONDS:  # the first one warms up
@@ -248,6 +247,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in OUT_OF_MEMORY)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU, which works behind the program, has done everything so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def free_memory(device: torch.device) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vitcli.config.schema import TrainSection
+from vitcli.devices import synchronize
 from vitcli.errors import VitcliError
 from vitcli.train.agreement import max_over_processes
 from vitcli.train.param_groups import set_lr
@@ -310,16 +311,14 @@ def time_steps_and_reset(
     begin, timed = time.perf_counter(), 0
     for number, batch in enumerate(loop.loader.batches(0, warmup + max_steps)):
         if number == warmup:
+            synchronize(loop.device)  # the warm-up does not count
             begin = time.perf_counter()
         loop.step(batch)
         timed = number + 1 - warmup
         # All processes must stop together: each step averages the gradients of all.
         if timed > 0 and max_over_processes(loop.accelerator, int(time.monotonic() > time_limit)):
             break
-    if loop.accelerator.device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
+    synchronize(loop.device)
     seconds = (time.perf_counter() - begin) / timed
     state.timeline, state.step = timeline, step
     for optimizer in state.optimizers:

@@ -83,6 +83,7 @@ def test_graphs_hold_one_pass_per_step(compiled, tmp_path, monkeypatch):
     def forward(self, images, labels):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     monkeypatch.setattr(nn.Module, "compile", lambda module, *, dynamic, mode: None)
     monkeypatch.setattr(Softmax, "forward", forward)
     with pytest.raises(VitcliError, match="out of memory with a micro-batch of 32") as error:

@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+# Bytecode is kept even where PYTHONDONTWRITEBYTECODE is set. Without it each process that a test
+# starts compiles the package, and pytest rewrites all test files once more.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 2))
 
 

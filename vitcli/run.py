@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -349,6 +350,7 @@ def package_version() -> str:
     return __version__
 
 
+@cache
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -356,6 +358,7 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache  # the code that was imported, even if the files change during a long run
 def _commit() -> str | None:
     """Return the git commit of this source tree, with `+` if it has changes; None outside git."""
     folder = Path(__file__).parents[1]

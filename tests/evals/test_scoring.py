@@ -147,3 +147,18 @@ def test_classes():
     assert found["b"]["recall"] == pytest.approx(2 / 3)
     counts = confusion_matrix(labels, predicted, 4)
     assert counts.tolist() == [[1, 0, 1, 0], [0, 2, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+def test_counts_of_classes_are_scikit_learns():
+    from sklearn import metrics
+
+    rng = np.random.default_rng(3)
+    labels, predicted = rng.integers(0, 5, 60), rng.integers(0, 8, 60)  # 5 to 7 have no images
+    counts = metrics.confusion_matrix(labels, predicted, labels=range(8))
+    assert np.array_equal(confusion_matrix(labels, predicted, 8), counts)
+    assert np.array_equal(confusion_matrix(labels, predicted, 6), counts[:6, :6])
+    theirs = metrics.precision_recall_fscore_support(
+        labels, predicted, labels=range(5), zero_division=0
+    )
+    found = single_label_per_class(labels, predicted, tuple("abcdefgh"))
+    assert [tuple(row.values()) for row in found.values()] == list(zip(*theirs, strict=True))

@@ -96,6 +96,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "model.distillation_head=True": TOKENS,
     "model.pool=distilled": TOKENS,
     "model.pool=map": {"model.class_token": False},
+    "model.position_resize=computed": {"model.position": "sincos2d"},
     "model.position_at=every": {"model.position": "learned"},
     "model.position_at=shared": {"model.position": "learned"},
     "model.pool_blocks": {"model.pool": "mean", "model.depth": 2},
@@ -143,6 +144,8 @@ ELSEWHERE = {
     "train.fully_shard=True": "tests/train/test_fsdp.py",
     "train.best_metric": "tests/train/test_best_weights.py",  # needs validation images
     "train.patience": "tests/train/test_best_weights.py",
+    "model.checkpoint_key": "tests/weights/test_find_network.py",  # needs a file of two networks
+    "model.base_model": "tests/weights/test_peft_adapter.py",  # needs an adapter
 }
 RIVALS = [
     {"train.steps", "train.epochs", "train.images"},

@@ -33,6 +33,7 @@ KINDS = {
         "gelu": "tanh",
         "qkv_bias": False,
     },
+    "pixel and patch norm": {"pixel_norm": True, "patch_norm": True},
     "distillation token": {"distillation_token": True},
     "distilled, one head": {"distillation_token": True, "pool": "distilled"},
     "distilled": {"distillation_token": True, "pool": "distilled", "distillation_head": True},

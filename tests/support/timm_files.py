@@ -1,12 +1,15 @@
 """Small models for the tests of timm's layout, and reading their tensors without a file."""
 
+from pathlib import Path
+
 import torch
 
 from vitcli.vit import VisionTransformer, ViTConfig
+from vitcli.weights.find_network import find_network
 from vitcli.weights.from_checkpoint import build_model
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.overrides import Overrides
-from vitcli.weights.timm.read_timm import read_timm
+from vitcli.weights.read import read_network
 
 
 def tiny(**options) -> LoadedModel:
@@ -26,4 +29,5 @@ def tiny(**options) -> LoadedModel:
 def read(tensors, **said):
     """What `load_model` does with a file of these tensors."""
     hub = said.pop("hub", None)
-    return build_model(read_timm(tensors, "w", hub, Overrides(**said)), "w")
+    network = find_network({"": tensors}, "w")
+    return build_model(read_network(network, Path("w"), "w", Overrides(**said), hub or {}), "w")

@@ -131,6 +131,8 @@ def test_what_each_option_adds_in_parameters():
         (("mlp", "swiglu"),): 12 * (d * mlp + mlp),
         (("norm_before_blocks", True),): 2 * d,
         (("patch_bias", False),): -d,
+        (("pixel_norm", True),): 2 * 16 * 16 * 3,
+        (("patch_norm", True),): 2 * d,
         (("axial", True), ("class_token", False), ("pool", "mean")): 12 * block - 2 * d,
         (("num_classes", 10), ("pool", "token_mean")): 2 * d * 10 + 10,
     }

@@ -108,6 +108,8 @@ VIT = {
     ],
     "norm_after_pool": [{"norm_after_pool": True}, {**TWO_HEADS, "norm_after_pool": True}],
     "patch_bias": [{"patch_bias": False}],
+    "pixel_norm": [{"pixel_norm": True}],
+    "patch_norm": [{"patch_norm": True}],
     "axial": [{**NO_TOKEN, "axial": True}],
     "stem": [
         {**STEM, "stem": (1, 1), "patch_size": 1, "stem_arithmetic": "timm"},

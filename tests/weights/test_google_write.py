@@ -225,6 +225,8 @@ IMPOSSIBLE = {
     "qk_norm": {"qk_norm": True},
     "qkv_bias": {"qkv_bias": False},
     "patch_bias": {"patch_bias": False},
+    "pixel_norm": {"pixel_norm": True},
+    "patch_norm": {"patch_norm": True},
     "mlp": {"mlp": "swiglu"},
     "pool": {"pool": "quadrants", "class_token": False},
     "class_token": {"pool": "mean"},

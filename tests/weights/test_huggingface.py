@@ -135,7 +135,7 @@ def test_channels_that_are_not_pictures(tmp_path):
     )  # fmt: skip
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     model = load_model(tmp_path, preprocess={"mean": 0.5, "std": 0.5})
-    assert model.preprocess is None and "images have 1 or 3 channels" in " ".join(
+    assert model.preprocess is None and "image files have 1 or 3 channels" in " ".join(
         model.load_report.notes
     )
 

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -39,18 +37,25 @@ def test_what_is_not_understood(here, given, words):
             "vit-s16-augrag",
             "`vit-s16-augreg` (`hf:timm/vit_small_patch16_224.augreg_in21k_ft_in1k`)",
         ),
-        ("trained", f"`--model {Path('trained/checkpoint-10')}`"),
     ],
 )
 def test_hints_name_what_was_probably_meant(here, given, hint):
     (here / "google").mkdir()  # so that `google/…` means a path
-    for step in (5, 10):
-        folder = here / f"trained/checkpoint-{step}"
-        folder.mkdir(parents=True)
-        save_model(folder / "model.safetensors", create_model("Pico/8"))
     with pytest.raises(VitcliError, match=r"no such model|holds no weights") as error:
         load_model(given)
     assert hint in error.value.hint
+
+
+def test_a_folder_of_checkpoints_loads_the_newest_one(here):
+    for step in (5, 10, 9):
+        (here / f"trained/checkpoint-{step}").mkdir(parents=True)
+        model = create_model("Pico/8", seed=step)
+        save_model(here / f"trained/checkpoint-{step}/model.safetensors", model)
+    (here / "trained/checkpoint-11").mkdir()  # saving it was interrupted
+    back = load_model("trained")
+    kernel = create_model("Pico/8", seed=10).network.patch_embed.proj.weight
+    assert torch.equal(back.network.patch_embed.proj.weight, kernel)
+    assert "loaded its newest checkpoint, `trained/checkpoint-10`" in back.load_report.notes[0]
 
 
 def test_a_run_that_did_not_finish(here):

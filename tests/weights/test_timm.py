@@ -279,7 +279,7 @@ def test_channels_that_are_not_pictures(channels, described, tmp_path):
         model = load_model(tmp_path, num_heads=3, preprocess=preprocess)
         assert model.preprocess is None
         notes = " ".join(model.load_report.notes)
-        assert f"images have 1 or 3 channels, the model {channels}" in notes
+        assert f"image files have 1 or 3 channels, the model {channels}" in notes
         images = torch.randn(1, channels, 32, 32)
         torch.testing.assert_close(model(images), net(images))
         with pytest.raises(VitcliError, match=f"reads {channels} channels, not grey or RGB"):

@@ -105,7 +105,7 @@ def test_student_and_teacher_with_their_heads():
     assert "loaded the weights under `teacher.backbone.`" in back.load_report.notes[0]
     assert back.preprocess.mean == (0.485, 0.456, 0.406)  # DINO's files use ImageNet's
     two = {n.replace("teacher", "other"): t for n, t in state.items()}
-    with pytest.raises(VitcliError, match="holds several models"):
+    with pytest.raises(VitcliError, match=r"holds 2 networks, under `student\.backbone\.` and"):
         read(two, num_heads=3)
 
 

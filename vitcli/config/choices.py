@@ -11,7 +11,9 @@ Pool = Literal["token", "mean", "quadrants", "map", "token_mean", "distilled"]
 Position = Literal["learned", "learned2d", "relative", "sincos2d", "none"]
 PositionAt = Literal["stem", "every", "shared"]
 PositionBias = Literal["none", "every", "shared"]
-Resize = Literal["bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain"]  # of positions
+Resize = Literal[  # of positions
+    "bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain", "bicubic_aligned", "computed"
+]
 MlpKind = Literal["gelu", "swiglu"]
 Gelu = Literal["exact", "tanh"]
 StemArithmetic = Literal["google", "timm"]

@@ -92,6 +92,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+# Keys of `[model]` that belong to the loading of weights, not to the architecture.
+LOADING = ("position_resize", "checkpoint_key", "base_model")
+
+
 class ModelSection(Section):
     """The model. A key that is not given keeps the value of the variant `name`.
 
@@ -141,6 +145,10 @@ class ModelSection(Section):
     norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
     norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
     patch_bias: bool | None = setting(None, "Add a bias to the patch embedding.")
+    pixel_norm: bool | None = setting(
+        None, "Normalise the pixels of a patch (Dual PatchNorm, with `patch_norm`)."
+    )
+    patch_norm: bool | None = setting(None, "Add a norm after the patch embedding.")
     axial: bool | None = setting(
         None, "Use axial attention, within rows and within columns; also in a ResNet."
     )
@@ -148,6 +156,14 @@ class ModelSection(Section):
     stem_width: PositiveFloat | None = setting(None, "Width factor of the hybrid's ResNet stem.")
     stem_arithmetic: StemArithmetic | None = setting(
         None, "Padding and normalisation of the stem: Google's or timm's."
+    )
+    checkpoint_key: str | None = setting(
+        None,
+        "Key or prefix of the network to load from a file with several, e.g. `student`. "
+        "Default: the averaged weights.",
+    )
+    base_model: str | None = setting(
+        None, "MODEL that a LoRA adapter of PEFT was trained on. Default: the one in its config."
     )
     conv_stem: tuple[Width, ...] | None = setting(
         None, "Feature maps per stage of a convolutional stem; each stage halves the image."
@@ -161,7 +177,7 @@ class ModelSection(Section):
 
     def architecture(self) -> Settings:
         """The given keys that belong to the model's configuration; image sizes as (Y, X)."""
-        given = self.model_dump(exclude_none=True, exclude={"name", "position_resize"})
+        given = self.model_dump(exclude_none=True, exclude={"name", *LOADING})
         if isinstance(given.get("image_size"), int):
             given["image_size"] = (given["image_size"], given["image_size"])
         return given

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ MAX_IMAGES = 200_000  # above, reading every image before training would take mi
 # Of a larger file, evenly spaced blocks are hashed. Compressed images are different almost
 # everywhere after an edit, and a set of large photographs need not be read twice.
 WHOLE_BYTES, NUM_BLOCKS, BLOCK_BYTES = 2**17, 16, 2**13
+KEYS_PER_JOB = 32  # a job of a thread takes longer than the hash of a small image
 NEW = -1
 
 Keys = NDArray[Any]
@@ -38,11 +40,15 @@ Keys = NDArray[Any]
 
 def image_keys(images: ImageSet) -> Keys:
     """(n,) of KEY: hashes of the content and of the path, or of the row, of each image."""
-    keys = np.zeros(len(images), dtype=KEY)
-    workers = default_workers() or 1
-    for index, content in enumerate(map_in_order(content_key(images), range(len(images)), workers)):
-        keys[index] = content, _hash(images.path_name(index), 4)
-    return keys
+    key = content_key(images)
+
+    def keys_from(start: int) -> list[tuple[int, int]]:
+        rows = range(start, min(start + KEYS_PER_JOB, len(images)))
+        return [(key(row), _hash(images.path_name(row), 4)) for row in rows]
+
+    starts = range(0, len(images), KEYS_PER_JOB)
+    parts = map_in_order(keys_from, starts, default_workers() or 1)
+    return np.array(list(chain.from_iterable(parts)), dtype=KEY)
 
 
 def content_key(images: ImageSet) -> Callable[[int], int]:

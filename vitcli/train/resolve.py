@@ -35,11 +35,16 @@ from vitcli.train.objectives import OBJECTIVES, objective_class, resolve_objecti
 from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
-from vitcli.weights.edit import find_classes, prepare_finetune
+from vitcli.weights.edit import find_classes, prepare_finetune, set_position_resize
 from vitcli.weights.load import load_model, require_preprocess
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel, TargetScale
-from vitcli.weights.overrides import MODEL_KEYS, one_image_size, override_preprocess
+from vitcli.weights.overrides import (
+    MODEL_KEYS,
+    one_image_size,
+    override_preprocess,
+    refuse_file_keys,
+)
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
 MAX_NAMES = 5  # classes that an error lists
@@ -232,6 +237,8 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
     labels, scale = head_of(recipe, source)
     num_classes = len(labels) if supervised else 0
     settings = {"num_classes": num_classes, **section.architecture()}
+    keys = {"checkpoint_key": section.checkpoint_key, "base_model": section.base_model}
+    refuse_file_keys("this run starts from random weights", **keys)
     if size := one_image_size(section.image_size, recipe.preprocess.image_size):
         settings["image_size"] = size
     try:
@@ -251,7 +258,7 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
             raise VitcliError(
                 "a ResNet has no positions to resample", "remove `model.position_resize`"
             )
-        network.position_resize = section.position_resize
+        set_position_resize(network, section.position_resize)
     size, channels = network.config.image_size, network.config.num_channels
     # Mean and standard deviation 0.5 give inputs in -1 to 1, as in the paper's code.
     base = Preprocess(image_size=size, mean=(0.5,), std=(0.5,), num_channels=channels)

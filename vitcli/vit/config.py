@@ -81,6 +81,9 @@ class ViTConfig:
             `norm_pre`).
         norm_after_pool: apply the final LayerNorm to the pooled vector (timm's `fc_norm`).
         patch_bias: the patch projection has a bias.
+        pixel_norm: a LayerNorm of the pixels of a patch before their projection. With `patch_norm`
+            it is Dual PatchNorm (Kumar et al., 2023), which vit-pytorch has.
+        patch_norm: a norm between the patch projection and the positions.
         axial: each block attends along the rows, then along the columns (appendix D.6).
         stem: units in each stage of a ResNet in front of the patches (hybrids); `()` for its root
             alone, None for no ResNet.
@@ -123,6 +126,8 @@ class ViTConfig:
     norm_before_blocks: bool = False
     norm_after_pool: bool = False
     patch_bias: bool = True
+    pixel_norm: bool = False
+    patch_norm: bool = False
     axial: bool = False
     stem: tuple[int, ...] | None = None
     stem_width: float = 1.0
@@ -169,6 +174,8 @@ class ViTConfig:
                 f"stem {self.stem}: up to four stages, each of one block or more; `()` is the root "
                 "alone"
             )
+        if (self.pixel_norm or self.patch_norm) and (self.stem, self.conv_stem) != (None, None):
+            raise ValueError("a stem has norms of its own: no `pixel_norm` and no `patch_norm`")
         stem_channels(self.stem_width)  # complains of a width that cannot be built
         if self.conv_stem is None:
             return

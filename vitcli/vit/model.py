@@ -267,4 +267,10 @@ def embedding(config: ViTConfig) -> nn.Module:
         return ConvEmbed(config)
     if config.stem is not None:
         return HybridEmbed(config)
-    return PatchEmbed(config.num_channels, config.patch_size, config.embed_dim, config.patch_bias)
+    embed = PatchEmbed(config.num_channels, config.patch_size, config.embed_dim, config.patch_bias)
+    if config.pixel_norm:
+        values = config.num_channels * config.patch_size**2
+        embed.norm_pixels = nn.LayerNorm(values, eps=config.norm_eps)
+    if config.patch_norm:
+        embed.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+    return embed

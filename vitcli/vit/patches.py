@@ -80,8 +80,13 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(num_channels, embed_dim, patch_size, stride=patch_size, bias=bias)
+        # The norms before and after the projection, see `ViTConfig.pixel_norm` and `patch_norm`.
+        self.norm_pixels: nn.Module = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D)."""
         kernel = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C)
-        return F.linear(patchify(images, self.patch_size), kernel, self.proj.bias)  # (B, N, D)
+        patches = self.norm_pixels(patchify(images, self.patch_size))  # (B, N, P*P*C)
+        x: Tensor = self.norm(F.linear(patches, kernel, self.proj.bias))  # (B, N, D)
+        return x

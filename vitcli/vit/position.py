@@ -45,17 +45,22 @@ def resample(positions: Tensor, old: Grid, new: Grid, method: Resize = DEFAULT_R
     * `bilinear`: the corners of both grids are aligned (scipy.ndimage.zoom in the paper's code).
     * `bicubic`: antialiased, half-pixel centres (timm).
     * `bicubic_plain`: not antialiased (transformers, for ViT, DeiT and DINOv2).
+    * `bicubic_aligned`: the corners of both grids are aligned (torchvision).
+    * `computed`: not resampled: `resample_table` computes fixed sin-cos positions for the new grid
+      (big_vision, SimpleViT).
     * `bilinear_antialiased`: timm, if it is asked for bilinear.
     """
     if old == new:
         return positions
+    assert method != "computed", "only fixed positions are computed"
     n, _, d = positions.shape
     grid = positions.reshape(n, *old, d).permute(0, 3, 1, 2).float()  # (n, D, rows, cols)
-    if method == "bilinear":
-        grid = F.interpolate(grid, size=new, mode="bilinear", align_corners=True)
+    mode = method.partition("_")[0]
+    if method in ("bilinear", "bicubic_aligned"):
+        grid = F.interpolate(grid, size=new, mode=mode, align_corners=True)
     else:
         # Antialiasing changes larger grids too: torch's cubic kernel then has a = -0.5, not -0.75.
-        mode, smooth = method.partition("_")[0], method != "bicubic_plain"
+        smooth = method != "bicubic_plain"
         grid = F.interpolate(grid, size=new, mode=mode, align_corners=False, antialias=smooth)
     grid = grid.permute(0, 2, 3, 1).reshape(n, new[0] * new[1], d)  # (n, M, D)
     return grid.to(positions.dtype)
@@ -211,6 +216,9 @@ def resample_table(
     if grid == config.grid:
         return table
     prefix, patches = table.tensor_split([config.num_covered_tokens], dim=1)
+    if method == "computed":
+        fixed = sincos2d(grid, config.embed_dim).to(table)  # (1, N, D)
+        return torch.cat([prefix, fixed], dim=1)
     return torch.cat([prefix, resample(patches, config.grid, grid, method)], dim=1)
 
 

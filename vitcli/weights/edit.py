@@ -25,6 +25,21 @@ from vitcli.weights.load_report import LoadReport, TensorStatus
 from vitcli.weights.loaded import LoadedModel, TargetScale
 
 
+def set_position_resize(network: VisionTransformer, method: Resize) -> None:
+    """Set the method that resamples the positions of `network` for images of another size.
+
+    Raises:
+        VitcliError: `computed`, but the positions are not fixed.
+    """
+    if method == "computed" and network.config.position != "sincos2d":
+        raise VitcliError(
+            f"`model.position_resize` is `computed`, but the positions are "
+            f"`{network.config.position}`, not `sincos2d`",
+            hint="use another method, for example `bicubic`",
+        )
+    network.position_resize = method
+
+
 def resize(model: LoadedModel, image_size: tuple[int, int]) -> None:
     """Change the image size in place: keep the patch size and resample the positions.
 
@@ -332,6 +347,11 @@ def change_patch_size(
             "this model has no patches of pixels, because it begins with convolutions",
             hint="remove `model.patch_size`",
         )
+    if network.config.pixel_norm and patch_size != old:
+        raise VitcliError(
+            "this model normalises the pixels of a patch, so its patch size cannot change",
+            hint="remove `model.patch_size`",
+        )
     size = image_size or model.config.image_size
     try:
         config = replace(network.config, patch_size=patch_size, image_size=size)
@@ -340,14 +360,16 @@ def change_patch_size(
             f"`model.patch_size` = {patch_size} does not fit: {error}",
             hint="set `--set model.image_size=[Y,X]` to multiples of the patch size",
         ) from error
-    proj = network.patch_embed.proj
-    embed = PatchEmbed(config.num_channels, patch_size, config.embed_dim, config.patch_bias)
-    embed.proj.weight = nn.Parameter(resample_kernel(proj.weight.detach(), patch_size))
-    embed.proj.bias = proj.bias
-    network.patch_embed = embed
-    if model.load_report is not None and patch_size != old:
-        detail = f"{old}x{old} -> {patch_size}x{patch_size}, pseudo-inverse"
-        model.load_report.status["patch_embed.proj.weight"] = ("resampled", detail)
+    if patch_size != old:
+        proj = network.patch_embed.proj
+        embed = PatchEmbed(config.num_channels, patch_size, config.embed_dim, config.patch_bias)
+        embed.proj.weight = nn.Parameter(resample_kernel(proj.weight.detach(), patch_size))
+        embed.proj.bias = proj.bias
+        embed.norm = network.patch_embed.norm
+        network.patch_embed = embed
+        if model.load_report is not None:
+            detail = f"{old}x{old} -> {patch_size}x{patch_size}, pseudo-inverse"
+            model.load_report.status["patch_embed.proj.weight"] = ("resampled", detail)
     resample_positions(network, config, model.load_report)
     if model.preprocess is not None and model.preprocess.image_size != size:
         model.preprocess = model.preprocess.resized_to(size)

@@ -11,7 +11,7 @@ from vitcli.config.choices import Resize
 from vitcli.errors import VitcliError
 from vitcli.vit import Config, Network, ResNetConfig, VisionTransformer, ViTConfig, from_config
 from vitcli.vit.position import DEFAULT_RESIZE
-from vitcli.weights.edit import resize
+from vitcli.weights.edit import resize, set_position_resize
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import Checkpoint
@@ -44,7 +44,7 @@ def build_model(
     check_depth(config, len(shapes), source)
     network = empty_network(config)
     if isinstance(network, VisionTransformer):
-        network.position_resize = position_resize
+        set_position_resize(network, position_resize)
     tensors = _as_float32(checkpoint.tensors, source)
     expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
     check_shapes({name: tuple(t.shape) for name, t in tensors.items()}, expected, source)

@@ -14,7 +14,12 @@ from vitcli.run import RUNS, finished_runs
 from vitcli.vit import VisionTransformer
 from vitcli.vit.position import DEFAULT_RESIZE
 from vitcli.vit.variants import is_variant
-from vitcli.weights.edit import change_patch_size, change_pool, replace_head
+from vitcli.weights.edit import (
+    change_patch_size,
+    change_pool,
+    replace_head,
+    set_position_resize,
+)
 from vitcli.weights.from_checkpoint import build_model
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel, create_model
@@ -25,6 +30,7 @@ from vitcli.weights.overrides import (
     as_size,
     one_image_size,
     override_preprocess,
+    refuse_file_keys,
 )
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
@@ -49,6 +55,8 @@ def load_model(
     gelu: str | None = None,
     stem_arithmetic: StemArithmetic | None = None,
     patch_size: int | None = None,
+    checkpoint_key: str | None = None,
+    base_model: str | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     watch: Watcher | None = None,
@@ -60,15 +68,15 @@ def load_model(
             `hf:NAME` on the Hub, the URL of a weights file, or a variant (random weights).
         image_size: pixels, an int or (Y, X). A size that is not the file's resamples the positions.
         pool: a pooling of `ViTConfig` or an alias. One that is not the file's drops the head.
-        position_resize: `bilinear` (corners aligned, the paper's code; default for Google files),
-            `bicubic` (antialiased, timm; default for the rest), `bicubic_plain` (transformers) or
-            `bilinear_antialiased`; see `vit.position.resample`.
+        position_resize: a method of `vit.position.resample`. Default: that of the layout's library.
         labels: class names, or a text file with one name per line.
         preprocess: settings that replace those of the file, or a whole Preprocess.
         num_heads, norm_eps, gelu: settings that the tensors of a file do not show.
         stem_arithmetic: `google` or `timm`, for the ResNet of a hybrid.
         patch_size: pixels. A size that is not the file's resamples the patch projection (FlexiViT's
             pseudo-inverse) and the positions.
+        checkpoint_key: path or prefix of the network in a file with several, e.g. `student`.
+        base_model: the MODEL that a LoRA adapter of PEFT was trained on.
         num_classes: add a new zero head with this many outputs; 0 removes the head.
         seed: random seed of a variant's weights.
         watch: receives the progress of a download.
@@ -93,13 +101,17 @@ def load_model(
         stem_arithmetic=stem_arithmetic,
         pool=pool,
         labels=read_labels(labels),
+        checkpoint_key=checkpoint_key,
+        base_model=base_model,
         preprocess=settings,
     )
     method: Resize | None = position_resize  # type: ignore[assignment]  # checked above
     if is_variant(source) and not Path(source).exists():
+        reason = f"`{source}` has random weights"
+        refuse_file_keys(reason, checkpoint_key=checkpoint_key, base_model=base_model)
         model = _variant(source, overrides, seed, patch_size)
         if method is not None and isinstance(model.network, VisionTransformer):
-            model.network.position_resize = method
+            set_position_resize(model.network, method)
     else:
         model = _stored(source, overrides, method, patch_size, watch)
     if pool is not None:
@@ -123,9 +135,8 @@ def _stored(
 ) -> LoadedModel:
     """A model from a file, a folder or the network."""
     checkpoint = read_checkpoint(source, overrides, watch)
-    default: Resize = "bilinear" if checkpoint.layout == "google" else DEFAULT_RESIZE
     # The weights of a run remember the method that they were trained with.
-    method = method or checkpoint.position_resize or default
+    method = method or checkpoint.position_resize or DEFAULT_RESIZE
     # A new patch size changes the grid too, so the positions are resampled once, with it.
     size = overrides.image_size if patch_size is None else None
     model = build_model(checkpoint, source, image_size=size, position_resize=method)

@@ -31,6 +31,8 @@ MODEL_KEYS = (
     "pool",
     "position_resize",
     "stem_arithmetic",
+    "checkpoint_key",
+    "base_model",
 )
 
 
@@ -45,6 +47,8 @@ class Overrides:
     stem_arithmetic: StemArithmetic | None = None
     pool: str | None = None
     labels: tuple[str, ...] | None = None
+    checkpoint_key: str | None = None
+    base_model: str | None = None
     preprocess: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,6 +73,13 @@ class Overrides:
         for key in self.preprocess:
             if key not in PREPROCESS_KEYS:
                 raise unknown("setting", key, PREPROCESS_KEYS, prefix="preprocess.")
+
+
+def refuse_file_keys(reason: str, **given: str | None) -> None:
+    """Raise a VitcliError if one of the settings about the parts of a file is given."""
+    for key, value in given.items():
+        if value is not None:
+            raise VitcliError(f"`model.{key}` is set, but {reason}", hint=f"remove `model.{key}`")
 
 
 def as_size(value: Any, key: str = "model.image_size") -> tuple[int, int] | None:
@@ -104,7 +115,9 @@ def _is_count(value: Any) -> bool:
 def are_pictures(channels: int, notes: list[str]) -> bool:
     """Return True if images can have this number of channels; otherwise add a note."""
     if channels not in PICTURES:
-        notes.append(f"images have 1 or 3 channels, the model {channels}: it has no preprocessing")
+        notes.append(
+            f"image files have 1 or 3 channels, the model {channels}: no preprocessing is known"
+        )
     return channels in PICTURES
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import warnings
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,27 +28,6 @@ CONVERT_HINT = (
 # Largest ratio of the bytes of all tensors to the bytes of the file. A file stores shared weights
 # once (12 blocks in ALBERT). In a larger ratio, one number is expanded over a large shape.
 MAX_EXPANSION = 16
-MAX_WRAPPINGS = 8
-# Keys under which programs store the state dict, best first. Averaged weights are evaluated (timm,
-# DINO, I-JEPA), so they come first; a student comes last.
-WRAPPINGS = (
-    "state_dict_ema",
-    "model_ema",
-    "ema",
-    "ema_state_dict",
-    "teacher",
-    "target_encoder",
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "network",
-    "module",
-    "weights",
-    "params",
-    "encoder",
-    "student",
-)
 
 
 def is_pickle(path: str | os.PathLike[str]) -> bool:
@@ -79,24 +59,45 @@ def _start(path: Path) -> bytes:
         return stream.read(9)
 
 
-def load_pickle(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the state dict in a file of `torch.save`, and notes on which one was chosen.
+def load_pickle(path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors in a file of `torch.save`: path of the dictionary -> name -> tensor.
 
-    A zip archive is memory-mapped. Tensors that share memory are copied.
+    `{"state_dict": {…}, "ema": {…}}` has the paths `state_dict` and `ema`, a list has the paths
+    `0`, `1` …, and the path of a plain state dict is empty. A zip archive is memory-mapped. Call
+    `own_tensors` before you compute with the tensors.
 
     Raises:
-        VitcliError: the file holds code, a whole module or no state dict, it is truncated, or its
-            tensors are sparse, quantised or far larger than the file.
+        VitcliError: the file holds code, a whole module or no state dict, or it is truncated.
     """
     path = Path(path)
-    tensors, notes = _state_dict(_unpickled(path), str(path))
+    value = _unpickled(path)
+    if found := _tensor_dictionaries(value):
+        return found
+    if not isinstance(value, Mapping):
+        raise VitcliError(
+            f"`{path}` holds a {type(value).__name__}, not a state dict",
+            hint="save `model.state_dict()`",
+        )
+    keys = ", ".join(f"`{printable(str(k))}`" for k in list(value)[:6]) or "none"
+    raise VitcliError(
+        f"`{path}` holds no state dict; its keys are {keys}",
+        hint="save the tensors of the model: `torch.save(model.state_dict(), PATH)`",
+    )
+
+
+def own_tensors(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Check tensors of the pickle `path`, and copy those that share memory.
+
+    Raises:
+        VitcliError: tensors are sparse, quantised or far larger than the file.
+    """
     if wrong := [f"{name} ({_kind(t)})" for name, t in tensors.items() if _kind(t)]:
         raise VitcliError(
             f"`{path}` holds tensors that are not dense weights: {', '.join(wrong[:5])}",
             hint="use the dense float32 file",
         )
     _check_size(tensors, path)
-    return _own_memory(tensors), notes
+    return _own_memory(tensors)
 
 
 def _unpickled(path: Path) -> Any:
@@ -156,37 +157,26 @@ def _refusal(path: Path, words: str) -> VitcliError:
     )
 
 
-def _state_dict(value: Any, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the state dict inside the content of a file, and a note on which one was chosen."""
-    trail: list[str] = []
-    notes: list[str] = []
-    while isinstance(value, Mapping):
-        inner = [k for k in WRAPPINGS if isinstance(value.get(k), Mapping) and value[k]]
-        if not inner:
-            break
-        value, others = value[inner[0]], inner[1:]
-        trail.append(inner[0])
-        if len(trail) > MAX_WRAPPINGS:  # a dictionary that contains itself has no end
-            raise VitcliError(
-                f"`{source}` nests its state dict in more than {MAX_WRAPPINGS} dictionaries",
-                hint="save `model.state_dict()`",
-            )
-        if others:
-            ignored = ", ".join(f"`{name}`" for name in others)
-            notes.append(f"loaded the weights under `{'.'.join(trail)}`, not those under {ignored}")
-    if isinstance(value, Tensor) or not isinstance(value, Mapping):
-        kind = type(value).__name__
-        raise VitcliError(
-            f"`{source}` holds a {kind}, not a state dict", hint="save `model.state_dict()`"
-        )
-    tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    if not tensors:
-        keys = ", ".join(f"`{printable(str(k))}`" for k in list(value)[:6]) or "none"
-        raise VitcliError(
-            f"`{source}` holds no state dict; its keys are {keys}",
-            hint="store the tensors at the top level, or under `model` or `state_dict`",
-        )
-    return tensors, notes
+def _tensor_dictionaries(value: Any) -> dict[str, dict[str, Tensor]]:
+    """Return path -> tensors of each dictionary in the content of a file, each one once."""
+    found: dict[str, dict[str, Tensor]] = {}
+    seen: set[int] = set()  # a dictionary may contain itself, or have two keys in its parent
+    left: deque[tuple[str, Any]] = deque([("", value)])
+    while left:
+        path, value = left.popleft()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        items: dict[str, Any] = {}
+        if isinstance(value, Mapping):
+            items = {key: inner for key, inner in value.items() if isinstance(key, str)}
+            if tensors := {k: v for k, v in items.items() if isinstance(v, Tensor)}:
+                found[path] = tensors
+        elif isinstance(value, (list, tuple)):
+            items = {str(i): inner for i, inner in enumerate(value)}
+        at = f"{path}." if path else ""
+        left += [(at + k, v) for k, v in items.items() if isinstance(v, (Mapping, list, tuple))]
+    return found
 
 
 def _kind(tensor: Tensor) -> str | None:

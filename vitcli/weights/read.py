@@ -1,10 +1,9 @@
 """Find the weights of a MODEL, detect their layout and read them into a `Checkpoint`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from vitcli.errors import VitcliError
 from vitcli.files import is_url, read_json
@@ -12,13 +11,25 @@ from vitcli.hub.http import fetch_url
 from vitcli.hub.models import INDEX, fetch_model
 from vitcli.progress import Watcher
 from vitcli.vit import ResNetConfig, ViTConfig
+from vitcli.weights.find_network import Containers, FoundNetwork, find_network
 from vitcli.weights.google.npz import read_npz
 from vitcli.weights.google.read_google import read_google
-from vitcli.weights.huggingface.read_huggingface import is_huggingface, read_huggingface
+from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
+from vitcli.weights.huggingface.lone_weights import describe_weights
+from vitcli.weights.huggingface.read_huggingface import place_of, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
-from vitcli.weights.overrides import Overrides, override_preprocess
-from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle
+from vitcli.weights.overrides import Overrides, override_preprocess, refuse_file_keys
+from vitcli.weights.peft_adapter import (
+    CONFIG,
+    LoraAdapter,
+    is_adapter,
+    merge_adapter,
+    read_adapter,
+)
+from vitcli.weights.pickles import PICKLE_SUFFIXES, is_pickle, load_pickle, own_tensors
 from vitcli.weights.public import is_listed, resolve_name, similar_names
+from vitcli.weights.read_torchvision import read_torchvision
+from vitcli.weights.read_vit_pytorch import read_vit_pytorch
 from vitcli.weights.store import (
     Checkpoint,
     load_sharded_weights,
@@ -28,12 +39,12 @@ from vitcli.weights.store import (
     read_vitcli,
 )
 from vitcli.weights.timm.read_timm import read_timm
-from vitcli.weights.timm.timm_names import is_bit, is_timm
+from vitcli.weights.timm.timm_names import timm_name
 
 UNDERSTOOD = (
-    "a MODEL is a run directory, a .safetensors file of vitcli or timm, a .pth file with a plain "
-    "state dict, a Hugging Face ViT folder, an official Google .npz, a variant such as `B/16`, "
-    "or a name that `vitcli models` lists"
+    "a MODEL is a run directory, a .safetensors or .pth file of vitcli, timm, transformers, "
+    "torchvision or vit-pytorch, a Hugging Face folder, an official Google .npz, a variant such as "
+    "`B/16`, or a name that `vitcli models` lists"
 )
 
 
@@ -56,7 +67,8 @@ def read_checkpoint(
     if overrides.stem_arithmetic is not None:
         if not isinstance(config, ViTConfig) or config.stem is None:
             raise VitcliError(
-                "`model.stem_arithmetic` is set, but the model is not a hybrid", hint="remove it"
+                "`model.stem_arithmetic` is set, but the model is not a hybrid",
+                hint="remove `model.stem_arithmetic`",
             )
         checkpoint.config = replace(config, stem_arithmetic=overrides.stem_arithmetic)
     outputs = checkpoint.config.num_classes
@@ -68,7 +80,12 @@ def read_checkpoint(
     return checkpoint
 
 
-def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoint:
+def _read(
+    source: str,
+    overrides: Overrides,
+    watch: Watcher | None,
+    adapter: LoraAdapter | None = None,
+) -> Checkpoint:
     path = Path(source)
     if not source:  # an empty path would be the current folder
         raise VitcliError("the MODEL is empty", hint=UNDERSTOOD)
@@ -76,11 +93,49 @@ def _read(source: str, overrides: Overrides, watch: Watcher | None) -> Checkpoin
     if source.startswith("hf:") or is_url(source) or not path.exists():
         path, notes = fetch_public(source, watch)
     elif path.is_dir():
-        path = _weights_in(path)
-    checkpoint = _read_file(path, source, overrides)
+        folder, path = path, _weights_in(path)
+        if path.parent != folder:
+            notes = [f"`{source}` holds no weights: loaded its newest checkpoint, `{path.parent}`"]
+    if is_adapter(path):
+        checkpoint = _read_adapted(path, source, overrides, watch, adapter)
+    else:
+        checkpoint = _read_file(path, source, overrides, adapter)
     checkpoint.notes[:0] = notes
     if checkpoint.split_record is None:
         checkpoint.split_record = read_split_record(path)
+    return checkpoint
+
+
+def _read_adapted(
+    path: Path,
+    source: str,
+    overrides: Overrides,
+    watch: Watcher | None,
+    outer: LoraAdapter | None,
+) -> Checkpoint:
+    """Read the base model of the adapter in the file `path`, merged with the adapter."""
+    if outer is not None:
+        raise VitcliError(
+            f"the base model `{source}` of the adapter `{outer.path}` is an adapter itself",
+            hint="merge it with PEFT: `model.merge_and_unload().save_pretrained(FOLDER)`",
+        )
+    adapter = read_adapter(path)
+    base = overrides.base_model or adapter.base
+    if base is None:
+        raise VitcliError(
+            f"`{source}` is a LoRA adapter, and its {CONFIG} does not name the base model",
+            hint="name it: `--set model.base_model=MODEL`",
+        )
+    try:
+        checkpoint = _read(base, replace(overrides, base_model=None), watch, adapter)
+    except VitcliError as error:
+        raise VitcliError(
+            f"`{source}` is a LoRA adapter of `{base}`: {error.message}",
+            hint=error.hint
+            if overrides.base_model
+            else f"{error.hint}; another base model: `--set model.base_model=MODEL`",
+        ) from error
+    checkpoint.notes.insert(0, f"`{source}` is a LoRA adapter: loaded its base model `{base}`")
     return checkpoint
 
 
@@ -101,60 +156,99 @@ def fetch_public(source: str, watch: Watcher | None = None) -> tuple[Path, list[
         raise VitcliError(message, "; ".join([*similar_names(source), error.hint or ""])) from error
 
 
-def _read_file(path: Path, source: str, overrides: Overrides) -> Checkpoint:
+def _read_file(
+    path: Path, source: str, overrides: Overrides, adapter: LoraAdapter | None = None
+) -> Checkpoint:
     """Read one file or its shards; `source` is the MODEL that the user named."""
+    refuse_file_keys(f"`{source}` is no LoRA adapter", base_model=overrides.base_model)
+    own = path.suffix == ".safetensors" and read_header(path) is not None
+    if path.suffix == ".npz" or own:
+        key = overrides.checkpoint_key
+        refuse_file_keys(f"`{source}` holds one network", checkpoint_key=key)
+        if adapter is not None:
+            raise VitcliError(
+                f"an adapter of PEFT cannot be merged into `{source}`",
+                hint="use a base model in the layout of transformers or timm",
+            )
     if path.suffix == ".npz":
         return read_google(read_npz(path), source, overrides)
     if path.name.endswith(INDEX):
-        tensors = load_sharded_weights(path)
-    elif path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
+        return _read_containers({"": load_sharded_weights(path)}, path, source, overrides, adapter)
+    if path.suffix in (".npy", ".onnx", ".msgpack", ".toml", ".json"):
         raise VitcliError(f"`{source}` has an unsupported weights format", hint=UNDERSTOOD)
-    elif is_pickle(path) and path.suffix != ".safetensors":
-        tensors, notes = load_pickle(path)
-        checkpoint = _read_tensors(tensors, path, source, overrides)
-        checkpoint.notes[:0] = notes
-        return checkpoint
-    elif read_header(path) is not None:
+    if is_pickle(path) and path.suffix != ".safetensors":
+        return _read_containers(load_pickle(path), path, source, overrides, adapter)
+    if read_header(path) is not None:
         return _with_overrides(read_vitcli(path), overrides)
-    else:
-        tensors = load_weights(path)
-    return _read_tensors(tensors, path, source, overrides)
+    return _read_containers({"": load_weights(path)}, path, source, overrides, adapter)
 
 
-def _read_tensors(
-    tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
+def _read_containers(
+    containers: Containers,
+    path: Path,
+    source: str,
+    overrides: Overrides,
+    adapter: LoraAdapter | None = None,
 ) -> Checkpoint:
-    """Convert `tensors` from `path` to a checkpoint with the shapes of the dropped tensors."""
-    checkpoint = _in_layout(tensors, path, source, overrides)
-    left = [name for name in checkpoint.dropped if name in tensors]
-    checkpoint.dropped_shapes = {name: tuple(tensors[name].shape) for name in left}
-    return checkpoint
-
-
-def _in_layout(
-    tensors: dict[str, Tensor], path: Path, source: str, overrides: Overrides
-) -> Checkpoint:
-    """Detect the layout by the names of `tensors`, and convert them to a checkpoint."""
+    """Find the network among the tensors of the file `path`, and convert it to a checkpoint."""
+    pickled = is_pickle(path) and path.suffix != ".safetensors"
+    network = find_network(
+        containers,
+        source,
+        overrides.checkpoint_key,
+        check=(lambda tensors: own_tensors(tensors, path)) if pickled else None,
+    )
     described = _json(path.parent / "config.json") or {}
-    if is_huggingface(tensors):
-        if "model_type" not in described:
-            raise VitcliError(
-                f"`{source}` has Hugging Face's layout, but there is no config.json next to it",
-                hint="use the folder that `save_pretrained` wrote",
-            )
-        processor = _json(path.parent / "preprocessor_config.json")
-        return read_huggingface(tensors, source, described, processor, overrides)
-    if "model_type" in described and not is_timm(tensors) and not is_bit(tensors):
-        read_huggingface(tensors, source, described, None, overrides)
-    if not is_timm(tensors) and not is_bit(tensors):
-        shown = ", ".join(list(tensors)[:4])
+    if network is None:
+        largest = max(containers.values(), key=len)
+        if "model_type" in described:
+            read_huggingface(largest, source, described, None, overrides)
+        shown = ", ".join(list(largest)[:4])
         raise VitcliError(
             f"`{source}` does not hold a Vision Transformer in a supported layout; its "
-            f"tensors are {shown}{' …' if len(tensors) > 4 else ''}",
+            f"tensors are {shown}{' …' if len(largest) > 4 else ''}",
             hint=UNDERSTOOD,
         )
-    hub = described if {"architecture", "pretrained_cfg"} & set(described) else None
-    return read_timm(tensors, source, hub, overrides)
+    if adapter is None:
+        return read_network(network, path, source, overrides, described)
+    family = MODEL_TYPES.get(str(described.get("model_type")))
+    if network.layout == "huggingface" and family is not None:
+        merge_adapter(adapter, network, lambda name: place_of(name, family) or name)
+    else:
+        merge_adapter(adapter, network, timm_name)
+    beside = adapter.path  # a Trainer saves the image processor with the adapter
+    processed = adapter.path.with_name("preprocessor_config.json").is_file()
+    return read_network(network, beside if processed else path, source, overrides, described)
+
+
+def read_network(
+    network: FoundNetwork,
+    path: Path,
+    source: str,
+    overrides: Overrides,
+    described: Mapping[str, Any],
+) -> Checkpoint:
+    """Convert a network from the file `path` to a checkpoint; `described` is its config.json."""
+    if network.layout == "huggingface":
+        if "model_type" not in described:
+            described = describe_weights(network, source, overrides)
+        processor = _json(path.parent / "preprocessor_config.json")
+        checkpoint = read_huggingface(network.tensors, source, described, processor, overrides)
+    elif network.layout == "torchvision":
+        checkpoint = read_torchvision(network, source, overrides)
+    elif network.layout == "vit_pytorch":
+        checkpoint = read_vit_pytorch(network, source, overrides)
+    else:
+        hub = described if {"architecture", "pretrained_cfg"} & set(described) else None
+        checkpoint = read_timm(network, source, hub, overrides)
+    names = network.full_names
+    dropped = {names.get(name, name): reason for name, reason in checkpoint.dropped.items()}
+    checkpoint.dropped = dropped | network.dropped
+    checkpoint.dropped_shapes = {
+        name: network.shapes[name] for name in checkpoint.dropped if name in network.shapes
+    }
+    checkpoint.notes[:0] = network.notes
+    return checkpoint
 
 
 def _with_overrides(checkpoint: Checkpoint, overrides: Overrides) -> Checkpoint:
@@ -162,17 +256,15 @@ def _with_overrides(checkpoint: Checkpoint, overrides: Overrides) -> Checkpoint:
     values: dict[str, Any] = {"num_heads": overrides.num_heads, "norm_eps": overrides.norm_eps}
     values["gelu"] = overrides.gelu
     given = {key: value for key, value in values.items() if value is not None}
+    keys = ", ".join(f"`model.{key}`" for key in given)
     if given and isinstance(checkpoint.config, ResNetConfig):
-        raise VitcliError(
-            f"a ResNet has no {', '.join(f'`model.{key}`' for key in given)}",
-            hint="remove it",
-        )
+        raise VitcliError(f"a ResNet has no {keys}", hint=f"remove {keys}")
     try:
         checkpoint.config = replace(checkpoint.config, **given)
     except ValueError as error:
         raise VitcliError(
-            f"the settings do not fit this model: {error}",
-            hint="remove these settings",
+            f"{keys} does not fit this model: {error}",
+            hint=f"remove {keys}, or use another value",
         ) from error
     config = checkpoint.config
     checkpoint.preprocess = override_preprocess(
@@ -213,7 +305,7 @@ def _weights_in(folder: Path) -> Path:
             hint=f"resume it: repeat the command with `--out {folder} --resume`",
         )
     pickles = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICKLE_SUFFIXES)
-    known = [p for p in pickles if p.stem in ("pytorch_model", "model")]
+    known = [p for p in pickles if p.stem in ("pytorch_model", "model", "adapter_model")]
     if len(known or pickles) == 1:
         return (known or pickles)[0]
     if pickles:
@@ -222,10 +314,8 @@ def _weights_in(folder: Path) -> Path:
             f"{', '.join(p.name for p in pickles[:4])}",
             hint="name one of these files",
         )
-    if inside := _newest_checkpoint(folder):
-        raise VitcliError(
-            f"`{folder}` holds no weights, but `{inside}` does", hint=f"use `--model {inside}`"
-        )
+    if newest := _newest_checkpoint(folder):
+        return _weights_in(newest)
     raise VitcliError(f"`{folder}` holds no weights", hint=UNDERSTOOD)
 
 

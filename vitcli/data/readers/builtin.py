@@ -1,13 +1,17 @@
 """Images that scikit-learn carries: `builtin:digits`, and two photographs for demonstrations.
 
 `china.jpg` and `flower.jpg` are CC BY 2.0; scikit-learn's `datasets/images/README.txt` names their
-authors. They are read from the installed package.
+authors. The files are read from the installed package. An import of `sklearn.datasets` takes 3 s of
+a CPU, because it loads scipy.stats and pandas too.
 """
 
+import gzip
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from vitcli.data.image_set import ArrayStore, ImageSet
@@ -26,11 +30,10 @@ def load_digits(request: DataRequest) -> Source:
     A stratified fifth is the test split, for every seed. The last 360 images would be a harder
     test, because other people wrote them.
     """
-    from sklearn.datasets import load_digits as sklearn_digits
-
     notation = request.notation
-    images, labels = sklearn_digits(return_X_y=True)
-    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # (n, Y, X)
+    table = digits_table()
+    pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # (n, Y, X)
+    labels = table[:, -1].astype(np.int64)
     classes = [str(digit) for digit in range(10)]
     store = ArrayStore(notation, pixels)
     train, test = stratified_split(labels, DIGITS_TEST_FRACTION, 0)
@@ -43,6 +46,15 @@ def load_digits(request: DataRequest) -> Source:
         f"({len(train):,} train, {len(test):,} test)"
     ]
     return make_source(request, splits, [pixels.tobytes()], notes)
+
+
+@cache
+def digits_table() -> NDArray[np.float64]:
+    """(1797, 65) as `sklearn.datasets.load_digits` reads it: 64 pixels, 0 to 16, and the label."""
+    with gzip.open(sklearn_datasets() / "data" / "digits.csv.gz", "rt", encoding="ascii") as file:
+        table = np.loadtxt(file, delimiter=",")
+    table.flags.writeable = False  # the callers share it
+    return table
 
 
 class HalvesStore:
@@ -67,11 +79,15 @@ class HalvesStore:
 
 def sklearn_photographs() -> ImageSet | None:
     """Four halves of two photographs; None if this scikit-learn does not carry them."""
-    spec = find_spec("sklearn")  # its folder, without an import that takes a second
-    roots = spec.submodule_search_locations if spec is not None else None
-    folder = Path(next(iter(roots or ()), "")) / "datasets" / "images"
-    files = [folder / name for name in PHOTOGRAPHS]
+    files = [sklearn_datasets() / "images" / name for name in PHOTOGRAPHS]
     if not all(file.is_file() for file in files):
         return None
     store = HalvesStore(files)
     return ImageSet("images", ("",), np.zeros(len(store), dtype=np.int64), store)
+
+
+def sklearn_datasets() -> Path:
+    """The folder of scikit-learn's data, found without an import of scikit-learn."""
+    spec = find_spec("sklearn")
+    roots = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(roots or ()), "")) / "datasets"

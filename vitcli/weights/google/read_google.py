@@ -86,6 +86,7 @@ def read_google(archive: NpzContents, source: str, overrides: Overrides) -> Chec
     if known.cut and known.positions:
         dropped[f"{names[known.positions]} (first row)"] = "for a missing class token"
     labels, notes = _labels(comment, config.num_classes)
+    fixed = isinstance(config, ViTConfig) and config.position == "sincos2d"
     return Checkpoint(
         config=config,
         tensors=tensors,
@@ -96,6 +97,8 @@ def read_google(archive: NpzContents, source: str, overrides: Overrides) -> Chec
         activation=as_activation(comment.get("activation")),
         dropped=dropped,
         notes=[*known.notes, *notes],
+        # big_vision computes fixed positions for the size at hand; the paper's code resamples.
+        position_resize="computed" if fixed else "bilinear",
     )
 
 

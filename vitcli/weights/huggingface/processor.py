@@ -249,6 +249,7 @@ def _match_model(
         )
         return base
     notes.append(
-        f"its preprocessor_config.json gives {made} px, the model reads {read} px: resized to that"
+        f"its preprocessor_config.json makes images of {made} px, and the model reads {read} px: "
+        "images are resized to the size of the model"
     )
     return base.resized_to(config.image_size)

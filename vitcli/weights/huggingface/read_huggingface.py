@@ -5,7 +5,7 @@ Everything that differs between model types is in their entries.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,11 +31,6 @@ PATCHES = tuple(
         if ours == "patch_embed.proj"
     }
 )
-
-
-def is_huggingface(names: Iterable[str]) -> bool:
-    """Return True for the tensor names of a Hugging Face ViT."""
-    return any(name.endswith(PATCHES) for name in names)
 
 
 def read_huggingface(
@@ -88,40 +83,47 @@ def _rename(
     tensors: Mapping[str, Tensor], family: HuggingFaceType
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Rename to our names; return the tensors, and dropped names with the reasons."""
-    parts = {  # theirs -> (ours, index in the stack, size of the stack)
-        name: (ours, index, len(style))
-        for ours, styles in family.stacked.items()
-        for style in styles
-        for index, name in enumerate(style)
-    }
     renamed: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
     stacks: dict[tuple[str, int], dict[int, str]] = {}
     for full, tensor in tensors.items():
         name = full.removeprefix(family.prefix)
-        layer = LAYER.fullmatch(name)
-        stem, end = _split(name)
-        inner, _ = _split(layer[2] if layer else "")
         unused = (why for pattern, why in family.unused.items() if re.fullmatch(pattern, name))
-        if _split(full)[0] in family.heads:
-            renamed[family.heads[stem] + end] = tensor
-        elif stem in family.encoder:
-            renamed[family.encoder[stem] + end] = tensor
-        elif reason := next(unused, None):
+        place = place_of(full, family)
+        if place is None and (reason := next(unused, None)):
             dropped[full] = reason
-        elif layer and inner in parts:
-            ours, index, size = parts[inner]
-            stacks.setdefault((f"blocks.{layer[1]}.{ours}{end}", size), {})[index] = full
-        elif layer and inner in family.block:
-            renamed[f"blocks.{layer[1]}.{family.block[inner]}{end}"] = tensor
-        else:
+        elif place is None:
             renamed[full] = tensor  # the comparison with the model's names reports it
+        elif place[2] == 1:
+            renamed[place[0]] = tensor
+        else:
+            stacks.setdefault((place[0], place[2]), {})[place[1]] = full
     for (ours, size), found in stacks.items():
         if len(found) == size:
             renamed[ours] = torch.cat([tensors[found[i]] for i in sorted(found)])  # (3 D, D) …
         else:
             renamed |= {full: tensors[full] for full in found.values()}
     return renamed, dropped
+
+
+def place_of(full: str, family: HuggingFaceType) -> tuple[str, int, int] | None:
+    """Return (our name, index in our stack of tensors, size of the stack); None if unknown."""
+    name = full.removeprefix(family.prefix)
+    stem, end = _split(name)
+    if _split(full)[0] in family.heads:
+        return family.heads[stem] + end, 0, 1
+    if stem in family.encoder:
+        return family.encoder[stem] + end, 0, 1
+    layer = LAYER.fullmatch(name)
+    inner, _ = _split(layer[2] if layer else "")
+    if layer is None or any(re.fullmatch(pattern, name) for pattern in family.unused):
+        return None
+    for ours, styles in family.stacked.items():
+        for style in styles:
+            if inner in style:
+                return f"blocks.{layer[1]}.{ours}{end}", style.index(inner), len(style)
+    ours_in_block = family.block.get(inner)
+    return (f"blocks.{layer[1]}.{ours_in_block}{end}", 0, 1) if ours_in_block else None
 
 
 def _split(name: str) -> tuple[str, str]:

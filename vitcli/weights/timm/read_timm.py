@@ -10,14 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from vitcli.config.choices import Gelu, Pool
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig, canonical_pool
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
+from vitcli.weights.find_network import FoundNetwork
 from vitcli.weights.loaded import as_activation
 from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
 from vitcli.weights.store import Checkpoint
@@ -36,19 +35,18 @@ from vitcli.weights.timm.timm_names import (
     TensorShapes,
     check_timm_names,
     check_timm_shapes,
-    is_bit,
     not_plain,
     timm_names,
 )
 
 
 def read_timm(
-    tensors: Mapping[str, Tensor], source: str, hub: Mapping[str, Any] | None, overrides: Overrides
+    network: FoundNetwork, source: str, hub: Mapping[str, Any] | None, overrides: Overrides
 ) -> Checkpoint:
-    """Convert tensors in timm's layout to a checkpoint.
+    """Convert a network in timm's layout to a checkpoint.
 
     Args:
-        tensors: names -> tensors, as in the file.
+        network: the network and what else is in its file.
         source: the name of the file in messages.
         hub: the Hub `config.json` in its folder, if there is one.
         overrides: the caller's settings, which override everything else.
@@ -57,9 +55,9 @@ def read_timm(
         VitcliError: the tensors are not those of a supported model, or the number of heads is
             unknown.
     """
+    tensors, bit = network.tensors, network.layout == "bit"
     found, dropped, notes = timm_names(tensors, source)
     hub_config = read_hub_config(hub, source)
-    bit = is_bit(tensors)
     for kind in ("weight", "bias") if bit else ():
         if f"head.fc.{kind}" in found:  # (K, F, 1, 1) or (K,): a convolution on the pooled map
             head = found.pop(f"head.fc.{kind}")
@@ -80,7 +78,7 @@ def read_timm(
     base, labels = hub_preprocess_and_labels(hub_config, config, source, notes)
     if base is None and isinstance(config, ViTConfig):
         variant = matching_variant(config.embed_dim, config.depth, config.mlp_dim)
-        sign = find_facebook_tensor(shape, dropped)
+        sign = find_facebook_tensor(shape, network.dropped | dropped)
         base = assumed_preprocess(config, variant, hub_config, sign, overrides, notes)
     elif base is None and config.num_channels in PICTURES:
         base = Preprocess(
@@ -193,6 +191,8 @@ def _vit_config(
             norm_before_blocks="norm_pre.weight" in shape,
             norm_after_pool="fc_norm.weight" in shape and "norm.weight" not in shape,
             patch_bias="patch_embed.proj.bias" in shape,
+            pixel_norm="patch_embed.norm_pixels.weight" in shape,
+            patch_norm="patch_embed.norm.weight" in shape,
             stem=stem,
             stem_width=stem_width,
             stem_arithmetic="timm" if stem is not None else "google",
@@ -236,16 +236,17 @@ def _pool(
             whose = "the config.json of" if hub.pool else "`model.pool` does not fit"
             raise VitcliError(
                 f"{whose} `{source}`: {error}",
-                hint="correct it, or remove it" if hub.pool else "try another `--set model.pool=…`",
+                hint="correct `global_pool` in it, or remove this key"
+                if hub.pool
+                else "try another `--set model.pool=…`",
             ) from error
+    normed = "fc_norm.weight" in shape and "norm.weight" not in shape
+    assumed: Pool = "mean" if normed or "cls_token" not in shape else "token"
     if hub.pool == "":
-        notes.append("the config.json has no pooling (one logit per token): assumed a pooling")
-    if "cls_token" not in shape:
-        return "mean"
-    if "fc_norm.weight" in shape and "norm.weight" not in shape:
+        notes.append(f"the config.json has no pooling (a logit per token): assumed `{assumed}`")
+    elif normed and "cls_token" in shape:
         notes.append("assumed pool `mean`, because of `fc_norm` (change with `--set model.pool=…`)")
-        return "mean"
-    return "token"
+    return assumed
 
 
 def _num_heads(

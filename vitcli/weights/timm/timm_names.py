@@ -5,7 +5,7 @@ their files add prefixes, training-only tensors and a few names of their own.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ CHECK_FILE = "check that the file holds a whole Vision Transformer or BiT ResNet
 # The names of a Vision Transformer in timm's layout, with all its options.
 KNOWN = re.compile(
     r"(cls|dist|reg)_token|pos_embed|patch_embed\.backbone\..*|attn_pool\..*"
-    r"|(norm|norm_pre|fc_norm|head|head_dist|patch_embed\.proj|pre_logits\.fc)\.(weight|bias)"
+    r"|(norm|norm_pre|fc_norm|head|head_dist|pre_logits\.fc)\.(weight|bias)"
+    r"|patch_embed\.(proj|norm|norm_pixels)\.(weight|bias)"
     r"|blocks\.\d{1,6}\.(norm[12]|attn\.(qkv|proj|[qk]_norm)|mlp\.fc[12])\.(weight|bias)"
     r"|blocks\.\d{1,6}\.ls[12]\.gamma"
 )
@@ -46,16 +47,10 @@ DIMENSIONS = {
 # The tensors that identify a ViT and a BiT ResNet.
 PATCHES = "patch_embed.proj.weight"
 BIT_ROOT, BIT_UNIT = "stem.conv.weight", "stages.0.blocks.0.conv1.weight"
-# If a file holds several models, take the averaged weights; in MoCo v3, the query encoder.
-PREFERRED = ("teacher", "ema", "target_encoder", "base_encoder")
-# Tensors that only training needs -> the reason for the load report.
-TRAINING_ONLY = {
-    r"mask_token|decoder[_.].*|.*\.decoder[_.].*": "used only by masked-image training",
-    r"head\.(mlp|last_layer|\d+)\b.*|fc\.\w+(\.\w+)?|(predictor|projector|(dino|ibot)_\w+)\..*": (
-        "used only by self-supervised training"
-    ),
-    r"(optimizer|scheduler|criterion|loss|teacher|student)\..*|n_averaged": "used only by training",
-    r"(.*\.)?total_(ops|params)": "written by a profiler",
+# Tensors in code derived from timm that only training needs -> the reason for the load report.
+UNUSED = {
+    r"mask_token|(.*\.)?decoder[_.].*": "used only by masked-image training",
+    r"head\.(mlp|last_layer|\d+)\b.*|fc\.\w+(\.\w+)?": "used only by self-supervised training",
 }
 RENAMED = {
     # DINOv2 for FSDP writes blocks.CHUNK.BLOCK, and BLOCK counts through all chunks.
@@ -67,16 +62,16 @@ RENAMED = {
 }
 
 
-def is_timm(names: Iterable[str]) -> bool:
-    """Return True for the tensor names of a ViT in timm's layout, with or without a prefix."""
-    return bool(_prefixes(names, PATCHES))
+def timm_name(name: str, renamed: Mapping[str, str] = RENAMED) -> str:
+    """timm's name of a tensor of another library.
 
-
-def is_bit(names: Iterable[str]) -> bool:
-    """Return True for the tensor names of a ResNet in timm's layout, with or without a prefix."""
-    names = list(names)
-    both = set(_prefixes(names, BIT_ROOT)) & set(_prefixes(names, BIT_UNIT))
-    return not is_timm(names) and bool(both)
+    Args:
+        renamed: patterns at the start of a name -> their replacements; those of code derived from
+            timm by default.
+    """
+    for pattern, replacement in renamed.items():
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name
 
 
 def timm_names(
@@ -85,57 +80,26 @@ def timm_names(
     """Return the tensors under timm's names, the dropped ones with the reason, and notes.
 
     Raises:
-        VitcliError: the file holds several models, or two tensors get the same name.
+        VitcliError: two tensors get the same name.
     """
-    anchor = PATCHES if is_timm(tensors) else BIT_ROOT
-    prefix, notes = _choose_prefix(_prefixes(tensors, anchor), source)
     dropped: dict[str, str] = {}
     found: dict[str, Tensor] = {}
+    notes: list[str] = []
     for full, tensor in tensors.items():
-        name = full.removeprefix(prefix)
-        if not full.startswith(prefix):
-            dropped[full] = _training_only(full) or f"outside `{prefix}`"
-        elif reason := _training_only(name):
+        if reason := next((why for p, why in UNUSED.items() if re.fullmatch(p, full)), None):
             dropped[full] = reason
-        else:
-            for pattern, replacement in RENAMED.items():
-                name = re.sub(f"^{pattern}", replacement, name)
-            if name in found:
-                raise VitcliError(
-                    f"`{source}` has two tensors for `{name}`, one of them `{full}`",
-                    hint=CHECK_FILE,
-                )
-            found[name] = tensor
+            continue
+        name = timm_name(full)
+        if name in found:
+            raise VitcliError(
+                f"`{source}` has two tensors for `{name}`, one of them `{full}`", hint=CHECK_FILE
+            )
+        found[name] = tensor
     _pack_swiglu(found)
     if "register_tokens" in found:
         notes.append("added the class token's position to the class token (DINOv2 with registers)")
         _fold_position(found)
     return found, dropped, notes
-
-
-def _prefixes(names: Iterable[str], anchor: str) -> list[str]:
-    before = [n.removesuffix(anchor) for n in names if n.endswith(anchor)]
-    return [prefix for prefix in before if not prefix or prefix.endswith(".")]
-
-
-def _choose_prefix(prefixes: list[str], source: str) -> tuple[str, list[str]]:
-    if len(prefixes) == 1:
-        return prefixes[0], []
-    for word in PREFERRED:
-        wanted = [prefix for prefix in prefixes if word in prefix]
-        if len(wanted) == 1:
-            others = ", ".join(f"`{p}`" for p in prefixes if p != wanted[0])
-            return wanted[0], [f"loaded the weights under `{wanted[0]}`, not those under {others}"]
-    shown = ", ".join(f"`{prefix}`" if prefix else "(no prefix)" for prefix in prefixes)
-    raise VitcliError(
-        f"`{source}` holds several models, with the prefixes {shown}",
-        hint="save the model that you need in a separate file",
-    )
-
-
-def _training_only(name: str) -> str | None:
-    matches = (why for pattern, why in TRAINING_ONLY.items() if re.fullmatch(pattern, name))
-    return next(matches, None)
 
 
 def _pack_swiglu(found: dict[str, Tensor]) -> None:

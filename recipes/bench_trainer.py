@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-RECIPE = "pretrain_cifar10_small"
+RECIPE = "speedrun_plain"
 VARIANT, SIDE, PATCH = "Pico/4", 32, 4
 THEIR_LR, THEIR_BATCH, WARMUP = 1e-3, 128, 0.05
 EVAL_IMAGES = 2000  # of the test set, for theirs; ours looks at all of it

@@ -18,6 +18,14 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 2))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-families",
+        action="store_true",
+        help="write the differences that test_families.py measures into docs/how-to/families.md",
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Run the whole suite in as many processes as there are cores, four at most.

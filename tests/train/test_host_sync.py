@@ -122,6 +122,7 @@ OBJECTIVES = {
     "sigmoid": {},
     "softmax weighted": {"class_weights": "balanced", "focal_gamma": 2.0},
     "softmax adjusted": {"logit_adjustment": 1.0},
+    "mae rope": {"decoder_dim": 16, "decoder_heads": 2, "decoder_depth": 1},
     "mae": {"decoder_dim": 16, "decoder_heads": 2, "decoder_depth": 1, "norm_pixels": True},
     "masked_patch mean_color": {"target": "mean_color"},
     "masked_patch pixels": {"target": "pixels"},
@@ -139,10 +140,11 @@ def test_no_objective_waits(words, tmp_path, monkeypatch, host_copies, teacher):
         settings = {"teacher": teacher}
     takes_shares = name in ("softmax", "sigmoid", "guided", "distill")
     quadrants = {"pool": "quadrants", "image_size": 16}
+    rotary = {"position": "none", "rope": "centred"}
     recipe = tiny_recipe(
         train={**QUIET, "micro_batch_size": 12},
         objective={"name": name, **settings},
-        model=quadrants if name in ("descriptors", "guided") else {},
+        model=quadrants if name in ("descriptors", "guided") else rotary if "rope" in words else {},
         augment=MIXED if takes_shares else {},
     )
     make_steps(on_gpu(recipe, tmp_path, monkeypatch))

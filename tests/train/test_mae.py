@@ -31,6 +31,22 @@ def test_the_encoder_sees_visible_patches_only():
     assert not torch.allclose(task.encode(other, hidden)[0], x[0])
 
 
+def test_rotary_positions_are_those_of_the_visible_patches(monkeypatch):
+    task = objective(model(rope="centred", position="none"))
+    hidden = torch.ones(2, 16, dtype=torch.bool)
+    hidden[0, [3, 7, 8]], hidden[1, [0, 1, 15]] = False, False
+    turns = []
+    real = task.model.blocks[0].forward
+    monkeypatch.setattr(
+        task.model.blocks[0], "forward", lambda *given: turns.append(given[3]) or real(*given)
+    )
+    task.encode(smooth(2, torch.Generator().manual_seed(0)), hidden)
+    whole = task.model.rotation((4, 4))
+    for i, places in enumerate(([3, 7, 8], [0, 1, 15])):
+        assert torch.equal(turns[0].cos[i, 0], whole.cos[places])
+        assert torch.equal(turns[0].sin[i, 0], whole.sin[places])
+
+
 @pytest.mark.parametrize("normalised", [True, False])
 def test_the_loss_equals_numpy(normalised):
     task = objective(norm_pixels=normalised).eval()

@@ -31,7 +31,9 @@ class Stored:
         return sum(size for size, _ in self.kept.values())
 
 
-@pytest.mark.parametrize("name", ["plain", "all of today", "learned2d, every", "axial", "hybrid"])
+@pytest.mark.parametrize(
+    "name", ["plain", "all of today", "learned2d, every", "rope, DINOv3", "axial", "hybrid"]
+)
 def test_recomputed_activations_give_the_same_gradients_from_less_memory(name):
     found = {}
     for again in (False, True):

@@ -138,7 +138,7 @@ def test_a_recipe_can_say_every_setting_of_a_model():
     section = ModelSection.model_fields
     assert {f.name for f in fields(ViTConfig)} - set(section) == {"num_classes"}
     choices = {f.name: get_args(f.type) for f in fields(ViTConfig) if get_origin(f.type) is Literal}
-    assert len(choices) == 7
+    assert len(choices) == 9
     for key, words in choices.items():
         given = {word for part in get_args(section[key].annotation) for word in get_args(part)}
         assert given == set(words) or key == "pool"  # which has other spellings too

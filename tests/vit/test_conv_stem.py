@@ -10,7 +10,13 @@ from sklearn.datasets import load_sample_images
 
 from vitcli.train.muon import Muon
 from vitcli.vit import VisionTransformer, ViTConfig, create_network, parse_variant
-from vitcli.vit.conv_stem import ConvStage, cosine_basis, default_channels, whitening_kernel
+from vitcli.vit.conv_stem import (
+    ConvStage,
+    StridedStage,
+    cosine_basis,
+    default_channels,
+    whitening_kernel,
+)
 
 
 def tiny(**settings):
@@ -75,6 +81,9 @@ def test_a_stage_is_its_definition():
     )
     wanted = wanted + F.gelu(norm(conv(wanted, stage.conv2)))
     torch.testing.assert_close(stage(x), wanted, rtol=1e-4, atol=1e-4)
+    early = StridedStage(3, 5, 1e-6)
+    wanted = F.gelu(norm(conv(x, early.conv1)[:, :, ::2, ::2]))
+    torch.testing.assert_close(early(x), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

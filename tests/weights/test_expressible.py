@@ -33,6 +33,7 @@ BASE = ViTConfig(
 HELD = {"timm": {}, "huggingface": {}, "google": {"gelu": "tanh"}}
 STEM = {"stem": (), "patch_size": 2, "image_size": (32, 64)}
 DINO = {"layer_scale": 0.5, "pool": "token_mean"}
+DINOV3 = {"rope": "centred", "position": "none", "layer_scale": 0.5, "num_classes": 0}
 NO_TOKEN = {"class_token": False, "pool": "mean"}
 TWO_HEADS = {"distillation_token": True, "pool": "distilled", "distillation_head": True}
 # Property -> other values, with the settings that they need.
@@ -120,8 +121,30 @@ VIT = {
     "stem_width": [{**STEM, "stem_width": 0.5}],
     "conv_stem": [{"conv_stem": (8, 16), "patch_size": 2}],
     "stem_arithmetic": [{**STEM, "stem_arithmetic": kind} for kind in ("timm", "google")],
-    "dropout_rate": [{"dropout_rate": 0.1}],
-    "drop_path_rate": [{"drop_path_rate": 0.1}],
+    "dropout_rate": [{"dropout_rate": 0.1}, {**DINOV3, "dropout_rate": 0.1}],
+    "drop_path_rate": [{"drop_path_rate": 0.1}, {**DINOV3, "drop_path_rate": 0.1}],
+    "key_bias": [{"key_bias": False}, {**DINOV3, "key_bias": False}],
+    "attention_norm": [{"attention_norm": True}],
+    "mlp_norm": [{"mlp_norm": True}, {"mlp_norm": True, "mlp": "swiglu"}],
+    "rope": [
+        DINOV3,
+        {**DINOV3, "num_registers": 2, "mlp": "swiglu", "qkv_bias": False},
+        {**DINOV3, "mlp": "swiglu", "gelu": "tanh", "image_size": (16, 40)},
+        {**DINOV3, "num_classes": 4},
+        {**DINOV3, "pool": "mean"},
+        {**DINOV3, "distillation_token": True},
+        {**DINOV3, "position_covers_prefix": False},
+        {**DINOV3, "representation_size": 8},
+        {**DINOV3, "rope": "index"},
+        {"rope": "centred"},
+    ],
+    "rope_theta": [{**DINOV3, "rope_theta": 50.0}],
+    "rope_pairs": [{**DINOV3, "rope_pairs": "neighbours"}],
+    "rope_grid": [{**DINOV3, "rope": "index", "rope_grid": (3, 5)}],
+    "rope_dtype": [{**DINOV3, "rope_dtype": "bf16"}],
+    "rope_shift": [{**DINOV3, "rope_shift": 0.5}],
+    "rope_jitter": [{**DINOV3, "rope_jitter": 1.25}],
+    "rope_rescale": [{**DINOV3, "rope_rescale": 2.0}],
 }
 RESNET = {
     "image_size": [{"image_size": (48, 32)}],

@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.families import CLASSES, VIT, random_model
 
 from vitcli.errors import VitcliError
 from vitcli.weights.load import load_model
 
-CASES = {"deit_distilled", "dinov2_reg", "vit_cls", "vit_cls_lowvar", "vit_cls_newkeys", "vit_mim"}
+REFERENCES = {
+    "deit_distilled",
+    "dinov2_reg",
+    "vit_cls",
+    "vit_cls_lowvar",
+    "vit_cls_newkeys",
+    "vit_mim",
+}
 
 
 def copied(shared, name, tmp_path):
@@ -44,8 +52,8 @@ def hidden_states(model, images):
 
 def test_every_reference_case(shared):
     cases = sorted(p.parent for p in (shared / "reference/hf_vit").glob("*/io.npz"))
-    assert len(cases) >= len(CASES)
-    assert {p.name for p in cases} >= CASES
+    assert len(cases) >= len(REFERENCES)
+    assert {p.name for p in cases} >= REFERENCES
     compared = 0
     for folder in cases:
         io = np.load(folder / "io.npz")
@@ -154,117 +162,13 @@ def test_trained_weights_classify(shared):
         torch.testing.assert_close(ours(images), timm(images), atol=1e-5, rtol=1e-5)
 
 
-# Every class, fresh from transformers -----------------------------------------------------------
-
-SIZES = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "image_size": 32,
-    "patch_size": 8,
-    "num_labels": 5,
-}
-VIT = {**SIZES, "intermediate_size": 80}
-DINO = {**SIZES, "mlp_ratio": 2, "layerscale_value": 0.5}
-CLASSES = [
-    ("ViTForImageClassification", "ViTConfig", VIT),
-    ("ViTForImageClassification", "ViTConfig", {**VIT, "qkv_bias": False, "image_size": [16, 24]}),
-    ("ViTModel", "ViTConfig", {**VIT, "hidden_act": "gelu_new", "pooler_output_size": 16}),
-    ("ViTModel", "ViTConfig", {**VIT, "hidden_act": "gelu_accurate"}),
-    ("ViTModel without pooler", "ViTConfig", {**VIT, "layer_norm_eps": 1e-3}),
-    ("ViTModel without pooler", "ViTConfig", {**VIT, "hidden_act": "gelu_python_tanh"}),
-    ("ViTForMaskedImageModeling", "ViTConfig", {**VIT, "encoder_stride": 8}),
-    ("DeiTModel", "DeiTConfig", VIT),
-    ("DeiTModel without pooler", "DeiTConfig", VIT),
-    ("DeiTForImageClassification", "DeiTConfig", VIT),
-    ("DeiTForImageClassificationWithTeacher", "DeiTConfig", VIT),
-    ("DeiTForMaskedImageModeling", "DeiTConfig", {**VIT, "encoder_stride": 8}),
-    ("Dinov2Model", "Dinov2Config", DINO),
-    ("Dinov2Model", "Dinov2Config", {**DINO, "use_mask_token": False, "qkv_bias": False}),
-    ("Dinov2ForImageClassification", "Dinov2Config", DINO),
-    ("Dinov2ForImageClassification", "Dinov2Config", {**DINO, "use_swiglu_ffn": True}),
-    ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {**DINO, "use_swiglu_ffn": True}),
-    ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {**DINO, "num_register_tokens": 0}),
-    ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", DINO),
-    ("ViTMAEModel", "ViTMAEConfig", {**VIT, "mask_ratio": 0.0}),
-    (
-        "ViTMAEForPreTraining",
-        "ViTMAEConfig",
-        {
-            **VIT,
-            "mask_ratio": 0.0,
-            "decoder_num_hidden_layers": 1,
-            "decoder_hidden_size": 32,
-            "decoder_num_attention_heads": 2,
-            "decoder_intermediate_size": 48,
-        },
-    ),
-]
-
-
-def fresh(cls, config, settings, seed=0):
-    """A model of transformers whose every tensor is random and counts."""
-    transformers = pytest.importorskip("transformers")
-    name, _, bare = cls.partition(" ")
-    described = getattr(transformers, config)(**settings, attn_implementation="eager")
-    theirs = getattr(transformers, name)(
-        described, **({"add_pooling_layer": False} if bare else {})
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in theirs.named_parameters():
-            if "position_embeddings" in key and "ViTMAE" in name:
-                continue  # fixed
-            grown = torch.randn(parameter.shape, generator=generator) * 0.3
-            parameter.copy_(grown + (1.0 if key.endswith("norm.weight") else 0.0))
-    return theirs.eval()
-
-
-def outputs(theirs, images):
-    """The final tokens; and logits or pooled features, or None."""
-    kind = theirs.config.model_type
-    extra = {}
-    if kind == "vit_mae":  # it shuffles by this
-        grid = theirs.config.image_size // theirs.config.patch_size
-        extra["noise"] = torch.arange(grid**2)[None].repeat(len(images), 1).float()
-    encoder = theirs.base_model
-    out = encoder(images, **extra)
-    pooled = None if kind == "vit_mae" else out.pooler_output
-    if hasattr(theirs, "classifier") or hasattr(theirs, "cls_classifier"):
-        return out.last_hidden_state, theirs(images).logits
-    return out.last_hidden_state, pooled
-
-
-@pytest.mark.parametrize("classic", [True, False], ids=["classic", "in-memory"])
-@pytest.mark.parametrize(("cls", "config", "settings"), CLASSES)
-def test_every_class_as_transformers_writes_it(tmp_path, cls, config, settings, classic):
-    theirs = fresh(cls, config, settings)
-    theirs.save_pretrained(tmp_path, save_original_format=classic)
-    model = load_model(tmp_path)
-    size = settings["image_size"]
-    images = torch.randn(2, 3, *(size if isinstance(size, list) else (size, size)))
-    with torch.no_grad():
-        tokens, out = outputs(theirs, images)
-        torch.testing.assert_close(model.network.tokens(images), tokens, atol=5e-5, rtol=0)
-        expected = out if out is not None else tokens[:, 0]
-        torch.testing.assert_close(model(images), expected, atol=5e-5, rtol=0)
-    assert bool(model.config.num_classes) == ("ForImageClassification" in cls)
-    assert not model.load_report.names("new")
-
-
-def test_the_classes_are_all_there():
-    """What the module says it reads, of every type that it knows, has been compared."""
-    from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, TEACHER
-
-    wanted = {f.backbone for f in MODEL_TYPES.values()} | {
-        f.classifier for f in MODEL_TYPES.values()
-    }
-    assert wanted - {None} | {TEACHER} <= {cls.partition(" ")[0] for cls, _, _ in CLASSES}
+# Files, tables, labels, errors ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["shards", "pickle"])
 def test_other_containers(tmp_path, form):
-    theirs = fresh("ViTForImageClassification", "ViTConfig", VIT)
+    pytest.importorskip("transformers")
+    theirs = random_model("ViTForImageClassification", "ViTConfig", {**VIT, **CLASSES})
     if form == "shards":
         theirs.save_pretrained(tmp_path, max_shard_size="40KB")
         assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -279,11 +183,9 @@ def test_other_containers(tmp_path, form):
         torch.testing.assert_close(model(images), theirs(images).logits, atol=5e-5, rtol=0)
 
 
-# Tables, labels, errors -------------------------------------------------------------------------
-
-
 def test_rows_of_zeros_cover_nothing(tmp_path):
-    theirs = fresh("ViTForImageClassification", "ViTConfig", VIT)
+    pytest.importorskip("transformers")
+    theirs = random_model("ViTForImageClassification", "ViTConfig", {**VIT, **CLASSES})
     with torch.no_grad():
         theirs.vit.embeddings.position_embeddings[:, :1] = 0
     theirs.save_pretrained(tmp_path)
@@ -308,7 +210,7 @@ def test_names_that_transformers_puts_in(shared, tmp_path):
         load_model(folder)
 
 
-@pytest.mark.parametrize("kind", ["vit-hybrid", "beit", None])
+@pytest.mark.parametrize("kind", ["vit-hybrid", "depth_anything", None])
 def test_other_models_are_refused(shared, tmp_path, kind):
     folder = copied(shared, "vit_cls", tmp_path)
     edit(folder / "config.json", model_type=kind)

@@ -33,6 +33,7 @@ PREPROCESSES = [
     Preprocess((16, 16), "crop", resize_size=20, interpolation="nearest"),
     Preprocess((16, 16), "crop", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 ]
+DINOV3 = {"rope": "centred", "position": "none", "layer_scale": 0.5}
 DINO = {"layer_scale": 0.1, "pool": "token_mean", "num_classes": 3}
 CONFIGS = {
     "ViTForImageClassification": [
@@ -79,6 +80,12 @@ CONFIGS = {
     ],
     "Dinov2WithRegistersModel": [
         {"layer_scale": 0.5, "num_registers": 4, "position_covers_prefix": False}
+    ],
+    "DINOv3ViTModel": [
+        {**DINOV3, "key_bias": False, "num_registers": 4, "norm_eps": 1e-5, "rope_rescale": 2.0},
+        {**DINOV3, "key_bias": False, "mlp": "swiglu", "image_size": (16, 8)},
+        {**DINOV3, "qkv_bias": False, "mlp": "swiglu", "num_registers": 2, "rope_theta": 50.0},
+        {**DINOV3, "gelu": "tanh", "rope_shift": 0.5, "rope_jitter": 1.5, "drop_path_rate": 0.1},
     ],
 }
 GRID = [(cls, settings) for cls, several in CONFIGS.items() for settings in several]

@@ -65,6 +65,20 @@ MORE = {
     "relative": ("Pico/8", {"position": "relative", "num_classes": 6}),
     "bias": ("Pico/8", {"position_bias": "every", "position": "none", "num_classes": 6}),
     "shared-bias": ("Pico/8", {"position_bias": "shared", "image_size": (32, 48)}),
+    "rope": (
+        "Pico/8",
+        {
+            "rope": "centred",
+            "position": "none",
+            "image_size": (32, 48),
+            "num_registers": 2,
+            "key_bias": False,
+        },
+    ),
+    "rope-by-index": (
+        "Pico/8",
+        {"rope": "index", "rope_pairs": "neighbours", "rope_grid": (3, 3), "mlp_norm": True},
+    ),
     "axial": ("Pico/8", {"axial": True, "pool": "mean", "class_token": False, "num_classes": 6}),
     "hybrid": ("R26+S/32", {"image_size": 64, "num_classes": 6, "depth": 1}),
     "conv-stem": ("Conv+Pico/4", {"image_size": 28, "num_classes": 6, "depth": 1}),

@@ -28,17 +28,34 @@ PUBLISHED = {
     "vit-b32-sam": 88.22, "deit-ti16-distilled": 5.91, "deit-b16-distilled-384": 87.63,
     "deit3-m16": 38.85, "deit3-h14": 632.13, "flexivit-s16": 22.06, "clip-b32-384": 88.30,
     "clip-l14-336": 304.53, "clip-h14-336": 632.46, "bit-r50x1": 25.55, "bit-r101x1": 44.54,
-    "bit-r50x3": 217.32,
+    "bit-r50x3": 217.32, "eva02-ti14-336": 5.76, "eva02-s14-336": 22.13, "eva02-b14-448": 87.12,
+    "eva02-l14-448": 305.08,
 }  # fmt: skip
 # Heads that have no weights of their own in the file, and what a family adds to the variant.
-BACKBONES = ("siglip", "dino", "dinov2", "mae")
+BACKBONES = ("siglip", "dino", "dinov2", "dinov3", "mae")
 SETTINGS = {
     "deit3": {"layer_scale": 1e-6, "position_covers_prefix": False},
     "flexivit": {"position_covers_prefix": False},
     "clip": {"norm_before_blocks": True, "patch_bias": False},
     "siglip": {"pool": "map", "class_token": False},
     "dinov2": {"layer_scale": 1e-5},
+    "dinov3": {
+        "rope": "centred",
+        "position": "none",
+        "num_registers": 4,
+        "layer_scale": 1.0,
+        "key_bias": False,
+    },
+    "eva02": {
+        "rope": "index",
+        "mlp": "swiglu",
+        "key_bias": False,
+        "pool": "mean",
+        "norm_after_pool": True,
+    },
 }
+# Hidden widths of EVA-02, 2/3 of 4 times the width.
+EVA_MLP = {"Ti": 512, "S": 1024, "B": 2048, "L": 2730}
 
 
 def config_of(row):
@@ -56,6 +73,12 @@ def config_of(row):
         settings |= {"num_registers": 4, "position_covers_prefix": False}
     if row.name.startswith("dinov2-g14"):
         settings |= {"embed_dim": 1536, "mlp_dim": 4096, "num_heads": 24, "mlp": "swiglu"}
+    if row.family == "eva02":
+        classes = 1000 if row.accuracy else 0
+        size = row.variant.partition("/")[0]
+        settings |= {"mlp_dim": EVA_MLP[size], "mlp_norm": size in "BL"}
+    if row.family == "dinov3" and row.name.endswith("plus"):
+        settings |= {"mlp": "swiglu", "num_heads": {"S": 6, "H": 20}[row.variant[0]]}
     return parse_variant(
         row.variant, image_size=[row.image_size] * 2, num_classes=classes, **settings
     )

@@ -23,6 +23,10 @@ from vitcli.weights.timm.timm_config import architecture_heads, read_hub_config
         ("deit3_huge_patch14_224", 1280, 16),
         ("deit_small_distilled_patch16_224", 384, 6),
         ("vit_betwixt_patch16_reg4_gap_256", 640, 10),
+        ("vit_huge_plus_patch16_dinov3.lvd1689m", 1280, 20),
+        ("vit_7b_patch16_dinov3.lvd1689m", 4096, 32),
+        ("eva_giant_patch14_224.clip_ft_in1k", 1408, 16),
+        ("eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", 1024, 16),
         ("resnet50", 2048, None),
     ],
 )
@@ -36,6 +40,7 @@ def test_architectures_say_epsilon_and_gelu():
         ("vit_base_patch16_224.x", 1e-6, "exact"),
         ("vit_base_patch16_clip_224.openai", 1e-5, "exact"),
         ("vit_so400m_patch16_siglip_256", 1e-6, "tanh"),
+        ("eva02_base_patch16_clip_224.merged2b", 1e-6, "exact"),
     ):
         back = read(net.state_dict(), hub={"architecture": architecture}, num_heads=3)
         assert (back.config.norm_eps, back.config.gelu) == (eps, gelu)
@@ -49,7 +54,9 @@ def test_architectures_say_epsilon_and_gelu():
     [
         ({"architecture": "vit_base_patch16_rpn_224"}, "after the residual"),
         ({"architecture": "vit_base_patch32_clip_quickgelu_224"}, "1.702"),
-        ({"architecture": "vit_base_patch16_dinov3"}, "rotary"),
+        ({"architecture": "vit_medium_patch16_rope_reg1_gap_256"}, "rotary"),
+        ({"architecture": "vit_pe_core_base_patch16_224"}, "rotary"),
+        ({"architecture": "eva02_enormous_patch14_clip_224"}, "after the residual"),
         ({"architecture": "x", "model_args": {"act_layer": "quick_gelu"}}, "`quick_gelu`"),
         ({"architecture": "x", "model_args": {"pool_include_prefix": True}}, "pool_include_prefix"),
         ({"architecture": "x", "model_args": {"global_pool": "avgmax"}}, "avgmax"),

@@ -140,10 +140,3 @@ def test_another_architecture_is_named(tmp_path, change, words):
     with pytest.raises(VitcliError, match=words) as error:
         load_model(tmp_path / "w.safetensors", num_heads=3)
     assert error.value.hint
-
-
-def test_rotary_positions_are_refused():
-    net = tiny(position="none", layer_scale=1e-5)
-    state = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", n): t for n, t in net.state_dict().items()}
-    with pytest.raises(VitcliError, match="rotary"):
-        read(state)

@@ -16,6 +16,9 @@ Resize = Literal[  # of positions
 ]
 MlpKind = Literal["gelu", "swiglu"]
 Gelu = Literal["exact", "tanh"]
+Rope = Literal["centred", "index"]
+RopePairs = Literal["halves", "neighbours"]
+RopeDtype = Literal["fp32", "bf16"]
 StemArithmetic = Literal["google", "timm"]
 
 ResizeMode = Literal["crop", "squash", "pad"]

@@ -34,6 +34,9 @@ from vitcli.config.choices import (
     PositionBias,
     Resize,
     ResizeMode,
+    Rope,
+    RopeDtype,
+    RopePairs,
     StemArithmetic,
 )
 
@@ -173,6 +176,31 @@ class ModelSection(Section):
     dropout_rate: float | None = setting(None, "Dropout rate.", ge=0.0, lt=1.0)
     drop_path_rate: float | None = setting(
         None, "Stochastic depth rate of the last block.", ge=0.0, lt=1.0
+    )
+    key_bias: bool | None = setting(None, "With `qkv_bias`, add a bias to the keys too.")
+    attention_norm: bool | None = setting(None, "Normalise before the attention's projection.")
+    mlp_norm: bool | None = setting(None, "Normalise before the last layer of the MLP.")
+    rope: Rope | None = setting(
+        None,
+        "Rotate queries and keys by position (RoPE): coordinates from -1 to 1 (`centred`, DINOv3) "
+        "or numbers of patches (`index`, EVA-02).",
+    )
+    rope_theta: float | None = setting(None, "Longest RoPE period over the shortest.", ge=1.0)
+    rope_pairs: RopePairs | None = setting(
+        None, "Channels that RoPE rotates together: the `halves` of a head, or `neighbours`."
+    )
+    rope_grid: tuple[Count, Count] | None = setting(
+        None, "Rows and columns to which RoPE scales the numbers of the patches."
+    )
+    rope_dtype: RopeDtype | None = setting(None, "Dtype to which the RoPE periods are rounded.")
+    rope_shift: NonNegativeFloat | None = setting(
+        None, "Largest random shift of the RoPE coordinates in training."
+    )
+    rope_jitter: float | None = setting(
+        None, "Largest random factor per axis of the RoPE coordinates in training.", ge=1.0
+    )
+    rope_rescale: float | None = setting(
+        None, "Largest random factor of both RoPE coordinates in training.", ge=1.0
     )
 
     def architecture(self) -> Settings:

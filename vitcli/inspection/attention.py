@@ -20,6 +20,7 @@ from vitcli.inspection.rollout import extend_rollout, source_attention
 from vitcli.vit.blocks import Attention, AxialBlock, Axis, Block, split_lines
 from vitcli.vit.model import VisionTransformer
 from vitcli.vit.position import Grid
+from vitcli.vit.rope import Rotation
 
 ATTENTION_BYTES = 64 * 2**20  # limit for the weights of one layer; it decides the batch size
 MAX_BATCH_SIZE = 32
@@ -48,6 +49,7 @@ def attention_layers(model: VisionTransformer, images: Tensor) -> Iterator[Atten
     grid = model.grid_of(images)
     bias = model.shared_bias(grid)
     x = model.norm_pre(model.embed(images))  # (B, T, D)
+    turn = model.rotation(grid)
     for i, block in enumerate(model.blocks):
         if i:
             x = model.add_positions(x, grid, i)
@@ -58,8 +60,8 @@ def attention_layers(model: VisionTransformer, images: Tensor) -> Iterator[Atten
                 yield AttentionLayer(f"{i + 1} {part.along}s", attention, x)
         else:
             assert isinstance(block, Block)
-            attention = block_attention(block, x, grid, bias)
-            x = block(x, grid, bias)
+            attention = block_attention(block, x, grid, bias, turn)
+            x = block(x, grid, bias, turn)
             yield AttentionLayer(f"{i + 1}", attention, x)
 
 
@@ -69,18 +71,26 @@ def layer_names(model: VisionTransformer) -> list[str]:
     return [f"{i + 1}{part}" for i in range(model.config.depth) for part in parts]
 
 
-def block_attention(block: Block, x: Tensor, grid: Grid, bias: Tensor | None = None) -> Tensor:
+def block_attention(
+    block: Block, x: Tensor, grid: Grid, bias: Tensor | None = None, turn: Rotation | None = None
+) -> Tensor:
     """(B, T, D), the input of the block -> (B, H, T, T)."""
     x = block.norm1(x)
     if block.along is None:
-        return attention_weights(block.attn, x, grid, bias)
+        return attention_weights(block.attn, x, grid, bias, turn)
     lines = attention_weights(block.attn, split_lines(x, grid, block.along), grid)
     return expand_axial_attention(lines, grid, block.along)
 
 
-def attention_weights(attn: Attention, x: Tensor, grid: Grid, bias: Tensor | None = None) -> Tensor:
+def attention_weights(
+    attn: Attention,
+    x: Tensor,
+    grid: Grid,
+    bias: Tensor | None = None,
+    turn: Rotation | None = None,
+) -> Tensor:
     """(B, T, D), after the norm -> (B, H, T, T): softmax(q k^T / sqrt(E) + bias)."""
-    q, k, _, bias = attn.heads(x, grid, bias)
+    q, k, _, bias = attn.heads(x, grid, bias, turn)
     return softmax_scores(q, k, bias)
 
 

@@ -19,12 +19,15 @@ USUAL_PATCH, USUAL_SIZE = 16, 224
 CPU_PATCH, CPU_SIZE = 8, 64  # of larger images on a CPU: 64 tokens
 MIN_GRID = 6  # patches per side from which a run may begin with smaller images
 LONG_BUDGET = 3600.0  # core-seconds of a CPU that a model wider than Pico can use
+LONG_HYBRID_BUDGET = 1000.0  # the same for a hybrid: recipes/LOG.md, 2026-11-28
 # Images below which random weights rarely do well: in all, and per class.
 FEW_IMAGES, FEW_PER_CLASS = 1000, 100
 SGD_IMAGES = 2000  # fewer images are fine-tuned by SGD, as in the paper
 # Settings of the user that leave the choice of the pooling open. A chosen model keeps mean pooling,
 # which every export has; objective `guided` needs four pooled quadrants.
 PLAIN_MODEL = {"image_size", "num_channels", "dropout_rate", "drop_path_rate"}
+# Objectives that hide patches: the convolutions of a stem would show a part of each hidden one.
+MASKING = {"masked_patch", "mae"}
 PLAIN_OBJECTIVE = {"label_smoothing", "descriptor_weight"}
 
 
@@ -191,7 +194,16 @@ def _shape(
             fits = [p for p in range(2, min(sides) + 1) if not any(s % p for s in sides)]
             patch = min(fits, key=lambda p: abs(p - patch), default=1)
     size = fixed or _round_to(_largest(natural, patch, machine), patch)
-    return f"{_variant(data, machine, given)}/{patch}", size, patch
+    hybrid = _suits_hybrid(machine, given, patch)
+    name = f"{_variant(data, machine, given, hybrid)}/{patch}"
+    return f"Conv+{name}" if hybrid else name, size, patch
+
+
+def _suits_hybrid(machine: MachineFacts, given: Mapping[str, Any], patch: int) -> bool:
+    """True if a convolutional stem suits: it learns more in the minutes that a CPU has."""
+    chosen = {key.partition(".")[2] for key in given if key.startswith("model.")}
+    masks = given.get("objective.name") in MASKING
+    return machine.is_slow and chosen <= PLAIN_MODEL and not masks and patch in (2, 4, 8, 16)
 
 
 def usual_patch(side: int) -> int:
@@ -212,10 +224,10 @@ def _round_to(side: int, patch: int) -> int:
     return max(unit, round(side / unit) * unit)
 
 
-def _variant(data: DataFacts, machine: MachineFacts, given: Mapping[str, Any]) -> str:
+def _variant(data: DataFacts, machine: MachineFacts, given: Mapping[str, Any], hybrid: bool) -> str:
     if machine.is_slow:
         budget = parse_duration(str(given.get("train.budget", "1s"))) * machine.cores
-        return "Nano" if budget > LONG_BUDGET else "Pico"
+        return "Nano" if budget > (LONG_HYBRID_BUDGET if hybrid else LONG_BUDGET) else "Pico"
     images = data.images or 10**6
     return "Ti" if images < 20_000 else "S" if images < 200_000 else "B"
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import Grid, OffsetBias, resample_offsets
+from vitcli.vit.rope import Rotation, rotate
 
 # Up to this many tokens the (T, T) scores of a CPU batch are small compared with the activations.
 MAX_EXPLICIT_TOKENS = 1024
@@ -83,7 +84,12 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.num_prefix_tokens = config.num_prefix_tokens
         head_dim = d // config.num_heads
-        self.qkv = nn.Linear(d, 3 * d, bias=config.qkv_bias)
+        self.has_rope = config.rope is not None
+        self.qkv = nn.Linear(d, 3 * d, bias=config.qkv_bias and config.key_bias)
+        # Without a key bias the other two have timm's names in EVA-02, DINOv3 and BEiT.
+        apart = config.qkv_bias and not config.key_bias
+        self.q_bias = nn.Parameter(torch.zeros(d)) if apart else None
+        self.v_bias = nn.Parameter(torch.zeros(d)) if apart else None
         eps = config.norm_eps
         # Normalised queries and keys keep the attention logits bounded (ViT-22B, Dehghani 2023).
         self.q_norm = nn.LayerNorm(head_dim, eps=eps) if config.qk_norm else nn.Identity()
@@ -92,19 +98,25 @@ class Attention(nn.Module):
         offsets = 2 * num_patches - 1
         self.rel_pos = nn.Parameter(torch.zeros(offsets, head_dim)) if relative else None
         self.rel_pos_bias = OffsetBias(config) if config.position_bias == "every" else None
+        self.norm = nn.LayerNorm(d, eps=eps) if config.attention_norm else nn.Identity()
         self.proj = nn.Linear(d, d)
         self.proj_drop = nn.Dropout(config.dropout_rate)
 
     def heads(
-        self, x: Tensor, grid: Grid, bias: Tensor | None = None
+        self, x: Tensor, grid: Grid, bias: Tensor | None = None, turn: Rotation | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(B, T, D) -> queries, keys, values (B, H, T, E), and the whole bias or None.
 
         Args:
             bias: (1, H, T, T), added to the scores by all blocks.
+            turn: rotates queries and keys; a model with rotary positions needs it.
         """
+        assert (turn is not None) == self.has_rope
         b, t, d = x.shape
-        qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, d // self.num_heads)  # (B, T, 3, H, E)
+        qkv = self.qkv(x)
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = qkv.reshape(b, t, 3, self.num_heads, d // self.num_heads)  # (B, T, 3, H, E)
         # Views: the fused kernel takes strides, and returns gradients in the layout (B, T, H, E).
         # `unbind` of this axis joins the three in one copy; of a permuted tensor it needs two.
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, E)
@@ -112,6 +124,8 @@ class Attention(nn.Module):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         # Under autocast LayerNorm returns fp32; the kernels want one dtype for q, k and v.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         biases = [] if bias is None else [bias]
         if self.rel_pos is not None:
             biases.append(relative_bias(q, self.rel_pos, self.num_prefix_tokens))
@@ -119,12 +133,14 @@ class Attention(nn.Module):
             biases.append(self.rel_pos_bias(grid))
         return q, k, v, sum(biases[1:], biases[0]).to(q.dtype) if biases else None
 
-    def forward(self, x: Tensor, grid: Grid, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, grid: Grid, bias: Tensor | None = None, turn: Rotation | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D); see `heads`."""
         b, t, d = x.shape
-        x = attend(*self.heads(x, grid, bias))  # (B, H, T, E)
+        x = attend(*self.heads(x, grid, bias, turn))  # (B, H, T, E)
         x = x.transpose(1, 2).reshape(b, t, d)  # (B, T, D)
-        x = self.proj_drop(self.proj(x))
+        x = self.proj_drop(self.proj(self.norm(x)))
         return x
 
 
@@ -145,35 +161,52 @@ def relative_bias(q: Tensor, table: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """Two dense layers with a GELU between them, and dropout after each (section 3.1, B.1)."""
+    """Two dense layers with a GELU between them, and dropout after each (section 3.1, B.1).
 
-    def __init__(self, width: int, hidden: int, gelu: str, dropout_rate: float = 0.0) -> None:
+    `norm_eps` adds a LayerNorm before the second layer.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        gelu: str,
+        dropout_rate: float = 0.0,
+        norm_eps: float | None = None,
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.act = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, eps=norm_eps)
         self.fc2 = nn.Linear(hidden, width)
         self.drop = nn.Dropout(dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        x = self.drop(self.act(self.fc1(x)))
+        x = self.norm(self.drop(self.act(self.fc1(x))))
         x = self.drop(self.fc2(x))
         return x
 
 
 class SwiGlu(nn.Module):
-    """silu(x1) * x2 between two dense layers (Shazeer, 2020); one projection gives x1 and x2."""
+    """silu(x1) * x2 between two dense layers (Shazeer, 2020); one projection gives x1 and x2.
 
-    def __init__(self, width: int, hidden: int, dropout_rate: float = 0.0) -> None:
+    `norm_eps` adds a LayerNorm before the second layer (EVA-02).
+    """
+
+    def __init__(
+        self, width: int, hidden: int, dropout_rate: float = 0.0, norm_eps: float | None = None
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, 2 * hidden)
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, eps=norm_eps)
         self.fc2 = nn.Linear(hidden, width)
         self.drop = nn.Dropout(dropout_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         gate, x = self.fc1(x).chunk(2, dim=-1)
-        x = self.drop(F.silu(gate) * x)
+        x = self.norm(self.drop(F.silu(gate) * x))
         x = self.drop(self.fc2(x))
         return x
 
@@ -227,11 +260,13 @@ class Block(nn.Module):
         self.ls2 = LayerScale(d, scale) if scale is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, grid: Grid, bias: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); `bias` (1, H, T, T) is added to the scores of the attention."""
+    def forward(
+        self, x: Tensor, grid: Grid, bias: Tensor | None = None, turn: Rotation | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); see `Attention.heads` for `bias` and `turn`."""
         branch = self.norm1(x)
         if self.along is None:
-            branch = self.attn(branch, grid, bias)
+            branch = self.attn(branch, grid, bias, turn)
         else:  # each row or column is a sequence of its own in the batch
             branch = self.attn(split_lines(branch, grid, self.along), grid)
             branch = join_lines(branch, grid, self.along)
@@ -242,9 +277,11 @@ class Block(nn.Module):
 
 def build_mlp(config: ViTConfig) -> nn.Module:
     """The MLP of a block, as configured."""
+    width, hidden, dropout = config.embed_dim, config.mlp_dim, config.dropout_rate
+    norm_eps = config.norm_eps if config.mlp_norm else None
     if config.mlp == "swiglu":
-        return SwiGlu(config.embed_dim, config.mlp_dim, config.dropout_rate)
-    return Mlp(config.embed_dim, config.mlp_dim, config.gelu, config.dropout_rate)
+        return SwiGlu(width, hidden, dropout, norm_eps)
+    return Mlp(width, hidden, config.gelu, dropout, norm_eps)
 
 
 def split_lines(x: Tensor, grid: Grid, along: Axis) -> Tensor:
@@ -269,7 +306,7 @@ class AxialBlock(nn.Module):
         self.row = Block(config, drop_path_rate, "row")
         self.column = Block(config, drop_path_rate, "column")
 
-    def forward(self, x: Tensor, grid: Grid, bias: None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, bias: None = None, turn: None = None) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         return self.column(self.row(x, grid), grid)
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral
 from typing import Any, Literal, Self, cast, get_args, get_origin
 
 from vitcli.config.choices import (
@@ -13,14 +12,16 @@ from vitcli.config.choices import (
     Position,
     PositionAt,
     PositionBias,
+    Rope,
+    RopeDtype,
+    RopePairs,
     StemArithmetic,
 )
+from vitcli.vit.config_checks import LARGEST, check_count, check_rope
 from vitcli.vit.conv_stem import MAX_STAGES
 from vitcli.vit.hybrid import stem_channels
 from vitcli.vit.patches import grid_size
 
-# Above any sensible size, and small enough that torch's 64-bit byte counts do not overflow.
-LARGEST = 10**6
 # 512x512 patches: a side of 8192 px at patch size 16. `depth` costs time even without memory.
 LARGEST_OF = {"depth": 1000, "num_heads": 10**4, "num_registers": 1000}
 MAX_PATCHES = 512**2
@@ -90,9 +91,24 @@ class ViTConfig:
         stem_width: factor on the width of the ResNet, which starts with 64 channels.
         stem_arithmetic: weight standardisation and GroupNorm epsilon of `google` or of `timm`.
         conv_stem: feature maps of each stage of a convolutional stem in front of the patches. Each
-            stage halves the image. None for no such stem.
+            stage halves the image; those before the last two are one strided convolution each.
+            None for no such stem.
         dropout_rate: dropout after the positions, the attention projection and both MLP layers.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        key_bias: with `qkv_bias`, the keys have a bias too. EVA-02 and DINOv3 have none.
+        attention_norm: a LayerNorm before the last projection of the attention (EVA-02-CLIP).
+        mlp_norm: a LayerNorm before the last layer of the MLP (EVA-02).
+        rope: rotary positions of the patches in queries and keys (`vit/rope.py`), in addition to
+            `position`. `centred`: the coordinates of an image go from -1 to 1 (DINOv3). `index`:
+            they count patches (EVA-02). None: no rotary positions.
+        rope_theta: ratio of the longest period to the shortest: 100 in DINOv3, 10,000 in EVA-02.
+        rope_pairs: the channels that are rotated together. `halves`: i and i + E/2 (DINOv3).
+            `neighbours`: 2 i and 2 i + 1 (EVA-02).
+        rope_grid: with `index`, the rows and columns to which every grid is scaled; None counts
+            patches.
+        rope_dtype: dtype to which the periods are rounded, because the weights were trained so.
+        rope_shift, rope_jitter, rope_rescale: in training, shift the coordinates by at most this
+            number, scale each axis, and scale both, by at most this factor or its inverse.
 
     Raises:
         ValueError: the network cannot be built with these settings.
@@ -135,6 +151,17 @@ class ViTConfig:
     conv_stem: tuple[int, ...] | None = None
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
+    key_bias: bool = True
+    attention_norm: bool = False
+    mlp_norm: bool = False
+    rope: Rope | None = None
+    rope_theta: float = 100.0
+    rope_pairs: RopePairs = "halves"
+    rope_grid: tuple[int, int] | None = None
+    rope_dtype: RopeDtype = "fp32"
+    rope_shift: float | None = None
+    rope_jitter: float | None = None
+    rope_rescale: float | None = None
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -143,6 +170,7 @@ class ViTConfig:
         self._check_stem()
         self._check_tokens(*self.grid)
         self._check_positions()
+        check_rope(self)
 
     def _check_values(self) -> None:
         """Check each setting by itself, because it may come from a damaged file."""
@@ -236,6 +264,9 @@ class ViTConfig:
         if self.position_bias != "none" and self.axial:
             raise ValueError("axial blocks have no 2-D offsets: `position_bias = none`")
 
+        if not (self.key_bias or self.qkv_bias):
+            raise ValueError("`key_bias = false` goes with `qkv_bias = true`")
+
     @property
     def is_hybrid(self) -> bool:
         """True if a stem makes a feature map, and the patches are cut from it."""
@@ -327,17 +358,10 @@ class ViTConfig:
         if "image_size" in values:
             y, x = values["image_size"]
             values["image_size"] = (int(y), int(x))
-        for key in ("stem", "conv_stem"):  # JSON has no tuples
+        for key in ("stem", "conv_stem", "rope_grid"):  # JSON has no tuples
             if values.get(key) is not None:
                 values[key] = tuple(int(number) for number in values[key])
         return cls(**values)
-
-
-def check_count(key: str, value: Any, least: int, largest: int = LARGEST) -> None:
-    """Raise a ValueError unless the setting `key` is an integer from `least` to `largest`."""
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or not least <= value <= largest:
-        raise ValueError(f"{key} is {value!r}, not a whole number from {least} to {largest:,}")
 
 
 def canonical_pool(name: str) -> Pool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vitcli.vit.config import ViTConfig
 
 MAX_STAGES = 6  # 64 px per token
+WHOLE_STAGES = 2  # the last ones; those before them are strided convolutions
 KERNEL = 3
 MAX_COMPONENTS = 16  # of the 27 of a 3x3 patch in colour; the others are mostly noise
 # Correlation of neighbouring pixels and of two colours of one pixel in photographs, and the
@@ -95,15 +96,15 @@ class WhiteningConv(nn.Module):
 
 
 class StdConv2d(nn.Conv2d):
-    """A weight-standardised 3x3 convolution without bias that keeps the size of the map."""
+    """A weight-standardised 3x3 convolution without bias; stride 1 keeps the size of the map."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, KERNEL, padding=KERNEL // 2, bias=False)
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, KERNEL, stride, padding=KERNEL // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, F, Y, X) -> (B, F', Y, X)."""
+        """(B, F, Y, X) -> (B, F', ceil(Y / stride), ceil(X / stride))."""
         weight = standardize(self.weight, 1e-8, of_variance=True)
-        return F.conv2d(x, weight, padding=self.padding)
+        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -132,6 +133,19 @@ class ConvStage(nn.Module):
         return x + F.gelu(self.norm2(self.conv2(x)))
 
 
+class StridedStage(nn.Module):
+    """A convolution of stride 2, norm and GELU: an early stage, whose map is large."""
+
+    def __init__(self, inputs: int, outputs: int, eps: float) -> None:
+        super().__init__()
+        self.conv1 = StdConv2d(inputs, outputs, stride=2)
+        self.norm1 = LayerNorm2d(outputs, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, Y, X) -> (B, F', ceil(Y / 2), ceil(X / 2))."""
+        return F.gelu(self.norm1(self.conv1(x)))
+
+
 class ConvEmbed(nn.Module):
     """Convolutional stem and patch projection; replaces `PatchEmbed` in a hybrid."""
 
@@ -140,8 +154,11 @@ class ConvEmbed(nn.Module):
         assert config.conv_stem is not None
         self.root = WhiteningConv(config.num_channels)
         channels = (self.root.out_channels, *config.conv_stem)
+        # On maps of 64 px and more a whole stage would take most of the time of a small model.
+        early = len(config.conv_stem) - WHOLE_STAGES
         self.stages = nn.ModuleList(
-            ConvStage(inputs, outputs, config.norm_eps) for inputs, outputs in pairwise(channels)
+            (StridedStage if i < early else ConvStage)(inputs, outputs, config.norm_eps)
+            for i, (inputs, outputs) in enumerate(pairwise(channels))
         )
         size, d = config.patch_size, config.embed_dim
         self.proj = nn.Conv2d(channels[-1], d, size, stride=size, bias=config.patch_bias)

@@ -33,6 +33,7 @@ from vitcli.vit.position import (
     resample_table,
     table_shapes,
 )
+from vitcli.vit.rope import Rotation, rotation
 
 
 class VisionTransformer(nn.Module):
@@ -169,15 +170,23 @@ class VisionTransformer(nn.Module):
         """(B, C, Y, X) -> (B, T, D): class token, patches and positions (equation 1)."""
         return self.add_prefix(self.embed_patches(images), self.grid_of(images))
 
-    def drop_patches(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, V, D): each image loses a random `patch_drop_rate` of its patches."""
+    def drop_patches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> (B, V, D): each image loses a random `patch_drop_rate` of its patches.
+
+        The second result is the index of each kept patch, (B, V - prefix).
+        """
         # Positions are already added, so the order of the kept patches does not matter.
         prefix = self.config.num_prefix_tokens
         b, n, d = x.shape[0], x.shape[1] - prefix, x.shape[2]
         kept = max(1, n - round(self.patch_drop_rate * n))
         order = torch.rand(b, n, device=x.device).argsort(dim=1)[:, :kept]  # (B, kept)
         patches = x[:, prefix:].gather(1, order[..., None].expand(-1, -1, d))  # (B, kept, D)
-        return torch.cat([x[:, :prefix], patches], dim=1)
+        return torch.cat([x[:, :prefix], patches], dim=1), order
+
+    def rotation(self, grid: Grid, kept: Tensor | None = None) -> Rotation | None:
+        """The rotary positions of a forward pass, or None; `kept` (B, V) are the patches left."""
+        device = next(self.parameters()).device
+        return rotation(self.config, grid, device, training=self.training, kept=kept)
 
     def add_prefix(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, N, D) -> (B, T, D): patches with prefix tokens and positions (equation 1)."""
@@ -197,22 +206,28 @@ class VisionTransformer(nn.Module):
     def _recompute(self) -> bool:
         return self.checkpoint_activations and self.training and torch.is_grad_enabled()
 
-    def encode(self, x: Tensor, grid: Grid) -> Tensor:
-        """(B, T, D) -> (B, T, D): the blocks and the final norm (equations 2 to 4)."""
-        return self.encode_last(x, grid, 1)[0]
+    def encode(self, x: Tensor, grid: Grid, kept: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D): the blocks and the final norm (equations 2 to 4).
 
-    def encode_last(self, x: Tensor, grid: Grid, count: int) -> list[Tensor]:
+        `kept` (B, V) are the indices of the patches in `x`, if it has not all of them.
+        """
+        return self.encode_last(x, grid, 1, kept)[0]
+
+    def encode_last(
+        self, x: Tensor, grid: Grid, count: int, kept: Tensor | None = None
+    ) -> list[Tensor]:
         """(B, T, D) -> `count` x (B, T, D): outputs of the last blocks, after the final norm."""
         x = self.norm_pre(x)
+        turn = self.rotation(grid, kept)
         recompute, found = self._recompute(), []
         bias = self.shared_bias(grid)
         for i, block in enumerate(self.blocks):
             if i:
                 x = self.add_positions(x, grid, i)
             if recompute:
-                x = checkpoint(block, x, grid, bias, use_reentrant=False)
+                x = checkpoint(block, x, grid, bias, turn, use_reentrant=False)
             else:
-                x = block(x, grid, bias)
+                x = block(x, grid, bias, turn)
             if i >= len(self.blocks) - count:
                 found.append(self.norm(x))
         return found
@@ -223,10 +238,10 @@ class VisionTransformer(nn.Module):
 
     def tokens_last(self, images: Tensor, count: int) -> list[Tensor]:
         """(B, C, Y, X) -> `count` x (B, T, D): the tokens after each of the last blocks."""
-        x = self.embed(images)
+        x, kept = self.embed(images), None
         if self.training and self.patch_drop_rate:
-            x = self.drop_patches(x)
-        return self.encode_last(x, self.grid_of(images), count)
+            x, kept = self.drop_patches(x)
+        return self.encode_last(x, self.grid_of(images), count, kept)
 
     def pool(self, x: Tensor, grid: Grid) -> Tensor:
         """(B, T, D) -> (B, F / pool_blocks): pooled output of one block, with pre-logits."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitcli.config.choices import StemArithmetic
 from vitcli.vit.axial_resnet import WIDENING, AxialAttention, AxialReplacement
-from vitcli.vit.config import check_count
+from vitcli.vit.config_checks import check_count
 from vitcli.vit.hybrid import GROUPS, init_stem, standardize, stem_channels
 from vitcli.vit.position import Grid
 

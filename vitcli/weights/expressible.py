@@ -67,8 +67,12 @@ def _is_dino(c: ViTConfig) -> bool:
     return closest_type(c).startswith("dinov2")
 
 
+def _is_dinov3(c: ViTConfig) -> bool:
+    return closest_type(c) == "dinov3_vit"
+
+
 def _is_plain(c: ViTConfig) -> bool:
-    return not _is_dino(c)
+    return not _is_dino(c) and not _is_dinov3(c)
 
 
 def _has_stem(c: ViTConfig) -> bool:
@@ -97,6 +101,7 @@ def _untrained_head(model: LoadedModel) -> bool:
     return model.config.num_classes > 0 and not model.head_trained
 
 
+EVA = "timm has it in its class Eva, which vitcli reads and does not write"
 # fmt: off
 TIMM = (
     Refused("model.pool", "timm has no such pooling", POOLS),
@@ -134,6 +139,10 @@ TIMM = (
     Refused("model.pixel_norm", "timm does not normalise the pixels of a patch", (False,)),
     Refused("model.patch_norm", "timm's ViT does not normalise the patches", (False,)),
     Refused("model.axial", "timm has no axial blocks", (False,)),
+    Refused("model.key_bias", EVA, (True,)),
+    Refused("model.attention_norm", EVA, (False,)),
+    Refused("model.mlp_norm", EVA, (False,)),
+    Refused("model.rope", EVA, (None,)),
     Refused("model.stem", f"timm has the stages {', '.join(str(list(s)) for s in STEMS)} only",
             (None, *STEMS)),
     Refused("model.stem", "timm has hybrids without a distillation token only", (None,),
@@ -172,29 +181,41 @@ HUGGINGFACE = (
             lambda c: _is_dino(c) and c.num_classes > 0),
     Refused("model.pool", "DINOv2 without a head gives the class token", ("token",),
             lambda c: _is_dino(c) and not c.num_classes),
+    Refused("model.num_classes", "DINOv3 in transformers has no head", (0,), _is_dinov3),
+    Refused("model.pool", "DINOv3 gives the class token", ("token",), _is_dinov3),
+    Refused("model.distillation_token", "DINOv3 has none", (False,), _is_dinov3),
     Refused("model.pool", "ViT and DeiT read the class token", ("token", "distilled"), _is_plain),
     Refused("model.pool", "DeiT has a head for each of the two tokens, not one for both", (),
             lambda c: c.pool == "distilled" and not c.distillation_head),
     Refused("model.pool_blocks", "its heads read the last block only", (1,)),
     Refused("model.class_token", "its models have a class token", (True,)),
     Refused("model.num_registers", "ViT and DeiT have no registers", (0,), _is_plain),
-    Refused("model.position", "it adds one position table to the tokens", ("learned", "sincos2d")),
+    Refused("model.position", "it adds one position table to the tokens", ("learned", "sincos2d"),
+            lambda c: not _is_dinov3(c)),
+    Refused("model.position", "DINOv3 has rotary positions only", ("none",), _is_dinov3),
     Refused("model.position_at", "it adds positions before the first block only", ("stem",)),
     Refused("model.position_bias", "ViT, DeiT and DINOv2 have none", ("none",)),
     Refused("model.position_covers_prefix", "DINOv2 adds registers after the positions", (False,),
             lambda c: closest_type(c) == "dinov2_with_registers"),
-    Refused("model.representation_size", "DINOv2 has no layer between pooling and head", (None,),
-            _is_dino),
+    Refused("model.representation_size", "DINO has no layer between pooling and head", (None,),
+            lambda c: not _is_plain(c)),
     Refused("model.representation_size", "its classifiers have no layer before the head", (None,),
             lambda c: c.num_classes > 0),
     Refused("model.qk_norm", "its models do not normalise queries and keys", (False,)),
     Refused("model.layer_scale", "ViT and DeiT have no LayerScale", (None,), _is_plain),
-    Refused("model.layer_scale", "DINOv2 has LayerScale", (),
-            lambda c: _is_dino(c) and c.layer_scale is None),
+    Refused("model.layer_scale", "DINO has LayerScale", (),
+            lambda c: not _is_plain(c) and c.layer_scale is None),
     Refused("model.mlp", "ViT and DeiT have no SwiGLU", ("gelu",), _is_plain),
     Refused("model.norm_before_blocks", "its models have no norm before the blocks", (False,)),
     Refused("model.norm_after_pool", "its models have the norm before pooling", (False,)),
     Refused("model.patch_bias", "its patch projection has a bias", (True,)),
+    Refused("model.key_bias", "keys of ViT, DeiT and DINOv2 have a bias if queries have one",
+            (True,), lambda c: not _is_dinov3(c)),
+    Refused("model.attention_norm", "its models do not normalise there", (False,)),
+    Refused("model.mlp_norm", "its models do not normalise there", (False,)),
+    Refused("model.rope", "DINOv3 has centred coordinates", (None, "centred")),
+    Refused("model.rope_pairs", "DINOv3 pairs the halves of a head", ("halves",)),
+    Refused("model.rope_dtype", "DINOv3 in transformers has fp32 periods", ("fp32",)),
     Refused("model.pixel_norm", "it does not normalise the pixels of a patch", (False,)),
     Refused("model.patch_norm", "it does not normalise the patches", (False,)),
     Refused("model.axial", "it has no axial blocks", (False,)),
@@ -218,7 +239,13 @@ HUGGINGFACE = (
          "for the class token", (True,),
          lambda c: c.position == "sincos2d" and not c.num_registers),
     Lost("model.drop_path_rate", "`drop_path_rate`, which only training uses, is not stored",
-         (0.0,)),
+         (0.0,), lambda c: not _is_dinov3(c)),
+    Lost("model.dropout_rate", "`dropout_rate`, which only training uses, is not stored",
+         (0.0,), _is_dinov3),
+    Lost("model.gelu", "a gated MLP has no GELU: `model.gelu` is not stored", ("exact",),
+         lambda c: _is_dinov3(c) and c.mlp == "swiglu"),
+    Lost("model.position_covers_prefix", "DINOv3 has no position table: "
+         "`model.position_covers_prefix` is not stored", (True,), _is_dinov3),
     Lost("model.num_channels", "`pipeline` opens images in colour: give this model grey arrays "
          "instead", (), lambda c: c.num_channels == 1),
     Lost("preprocess", "no preprocessing is known, so none is written: `pipeline` needs it", (),
@@ -263,6 +290,10 @@ GOOGLE = (
     Refused("model.norm_before_blocks", "the official code has no norm there", (False,)),
     Refused("model.norm_after_pool", "the official code has the norm before pooling", (False,)),
     Refused("model.patch_bias", "its patch projection has a bias", (True,)),
+    Refused("model.key_bias", "its keys have a bias", (True,)),
+    Refused("model.attention_norm", "the official code has no norm there", (False,)),
+    Refused("model.mlp_norm", "the official code has no norm there", (False,)),
+    Refused("model.rope", "the official code has no rotary positions", (None,)),
     Refused("model.pixel_norm", "it does not normalise the pixels of a patch", (False,)),
     Refused("model.patch_norm", "the official code has no norm there", (False,)),
     Refused("model.axial", "the official checkpoints have no axial blocks", (False,)),

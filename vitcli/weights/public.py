@@ -20,7 +20,7 @@ TIMM = "timm/"
 TIMM_RESULTS = "pytorch-image-models 0173a139, results/results-imagenet.csv"
 WEIGHTS_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".npy")
 # Architectures of timm with the tensors that `weights/timm` reads.
-TIMM_NAME = re.compile(r"(vit|deit3?|flexivit|resnetv2)_[a-z0-9_]+\.\w+")
+TIMM_NAME = re.compile(r"(vit|deit3?|flexivit|resnetv2|eva(02)?)_[a-z0-9_]+\.\w+")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
@@ -65,6 +65,11 @@ FAMILIES = {
         "DINOv2: LVD-142M without labels",
         "facebookresearch/dinov2 e203621e, README.md",
         protocol="linear probe",
+    ),
+    "dinov3": Family("DINOv3: LVD-1689M without labels", None, licence="dinov3-license"),
+    "eva02": Family(
+        "EVA-02: masked images of ImageNet-22k or Merged-38M, some fine-tuned on ImageNet",
+        licence="mit",
     ),
     "mae": Family("MAE: ImageNet-1k without labels", None, licence="cc-by-nc-4.0"),
     "bit": Family("BiT ResNets: ImageNet-21k (`in21k`), or fine-tuned on ImageNet-1k"),

@@ -86,8 +86,9 @@ class Mae(Objective):
         x = model.add_prefix(model.embed_patches(images), grid)  # (B, T, D)
         prefix = model.config.num_prefix_tokens
         b, _, d = x.shape
-        visible = take(x[:, prefix:], self.visible(hidden)).view(b, -1, d)  # (B, V, D)
-        return model.encode(torch.cat([x[:, :prefix], visible], dim=1), grid)
+        kept = self.visible(hidden)  # (B, V)
+        visible = take(x[:, prefix:], kept).view(b, -1, d)  # (B, V, D)
+        return model.encode(torch.cat([x[:, :prefix], visible], dim=1), grid, kept)
 
     def decode(self, x: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, V + prefix, D), (B, N) -> (B, N, P*P*C): pixels of all patches."""

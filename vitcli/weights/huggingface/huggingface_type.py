@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitcli.config.choices import Gelu, Resize
 from vitcli.errors import VitcliError
+from vitcli.vit.config import ViTConfig
 from vitcli.weights.overrides import Overrides, as_size
 
 Settings = dict[str, Any]  # fields of ViTConfig
@@ -25,6 +26,7 @@ GELUS: dict[str, Gelu] = {
     "gelu_accurate": "tanh",
     "gelu_python_tanh": "tanh",
 }
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 MASKED_TRAINING = "used only by masked-image training"
 # The head of a classifier, which never has the prefix of the encoder: theirs -> ours.
 HEADS = {"classifier": "head"}
@@ -84,6 +86,23 @@ class ModelFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WrittenType:
+    """How `write_huggingface` writes a model type.
+
+    Attributes:
+        described: gives config.json, without the labels, the class and the type.
+        block: gives the names inside a block, ours -> theirs; a tuple for stacked tensors.
+        layer: the name of the list of blocks.
+        empty: gives the tensors of the class that our model lacks, for the class token.
+    """
+
+    described: Callable[[ViTConfig], Settings]
+    block: Callable[[ViTConfig], Mapping[str, str | tuple[str, ...]]]
+    layer: str = "encoder.layer."
+    empty: Callable[[Tensor, ViTConfig], dict[str, Tensor]] = lambda token, config: {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class HuggingFaceType:
     """One `model_type` of transformers.
 
@@ -102,6 +121,7 @@ class HuggingFaceType:
         published: the image processor of the published weights, assumed if the folder has none.
         any_size: the image size of the processor may differ from that of config.json.
         position_resize: transformers' arithmetic for positions of another image size.
+        written: how the type is written; None for a type that is only read.
     """
 
     backbone: str
@@ -118,23 +138,25 @@ class HuggingFaceType:
     published: Mapping[str, Any]
     any_size: bool = False
     position_resize: Resize = "bicubic_plain"
+    written: WrittenType | None = None
 
 
 def encoder_settings(
-    files: ModelFiles, *, patch_size: int = 16, norm_eps: float = 1e-12
+    files: ModelFiles, *, patch_size: int = 16, norm_eps: float = 1e-12, act: str | None = None
 ) -> Settings:
     """Return the fields of ViTConfig that the model types share; pool `token`.
 
     Args:
         files: the folder; its tensors have our names.
         patch_size, norm_eps: transformers' values if config.json does not have them.
+        act: the activation, if it is not the `hidden_act` of config.json.
 
     Raises:
         VitcliError: the activation or the form of the patches is not supported.
         ValueError: config.json contradicts the tensors, or a value is invalid.
     """
     described, tensors, overrides = files.described, files.tensors, files.overrides
-    act = described.get("hidden_act", "gelu")
+    act = act or described.get("hidden_act", "gelu")
     if act not in GELUS and overrides.gelu is None:
         raise VitcliError(
             f"`{files.source}` has the unsupported activation `{act}`",
@@ -176,6 +198,25 @@ def _check_counts(files: ModelFiles) -> None:
     for key, default, found in (("num_hidden_layers", 12, depth), ("num_channels", 3, channels)):
         if (value := files.count(key, default)) != found:
             raise ValueError(f"`{key}` is {value}, the weights have {found}")
+
+
+def described_sizes(config: ViTConfig) -> Settings:
+    """Return the entries of config.json that all types share."""
+    rows, cols = config.image_size
+    return {
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "layer_norm_eps": config.norm_eps,
+        "image_size": rows if rows == cols else [rows, cols],
+        "patch_size": config.patch_size,
+        "num_channels": config.num_channels,
+    }
+
+
+def described_act(config: ViTConfig) -> str:
+    """Return transformers' name of the activation."""
+    return next(name for name, gelu in GELUS.items() if gelu == config.gelu)
 
 
 def read_size(value: Any, key: str = "size") -> tuple[int, int]:

@@ -20,8 +20,8 @@ from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
-from vitcli.weights.huggingface.huggingface_type import read_size
-from vitcli.weights.huggingface.vit_types import CROPPED, IMAGENET
+from vitcli.weights.huggingface.huggingface_type import IMAGENET, read_size
+from vitcli.weights.huggingface.vit_types import CROPPED
 from vitcli.weights.overrides import (
     Overrides,
     are_pictures,
@@ -44,6 +44,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": {"size": 224, "resample": 2},
     "DeiTImageProcessor": {"size": 256, **CROPPED},
     "BitImageProcessor": {"size": {"shortest_edge": 224}, **CROPPED, **CLIP},
+    # It scales to 0 … 1 before it resizes, so its pixels are not rounded to grey levels between.
+    "DINOv3ViTImageProcessor": {"size": 224, "resample": 2, **IMAGENET},
 }
 
 
@@ -243,9 +245,9 @@ def _match_model(
     made, read = (f"{y}x{x}" for y, x in (base.image_size, config.image_size))
     divided = all(side % config.patch_size == 0 for side in base.image_size)
     if MODEL_TYPES[model_type].any_size and divided:
+        resampled = "; its positions are resampled" if config.position == "learned" else ""
         notes.append(
-            f"images are {made} px, as in its preprocessor_config.json; the positions for {read} "
-            "px are resampled"
+            f"images are {made} px, as in its preprocessor_config.json, not {read} px{resampled}"
         )
         return base
     notes.append(

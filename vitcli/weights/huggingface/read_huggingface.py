@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitcli.errors import VitcliError
 from vitcli.vit.config import ViTConfig
-from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, PROBLEM_TYPES
+from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, NOT_READ, PROBLEM_TYPES
 from vitcli.weights.huggingface.huggingface_type import HuggingFaceType, ModelFiles
 from vitcli.weights.huggingface.processor import read_processor
 from vitcli.weights.overrides import Overrides
@@ -54,9 +54,15 @@ def read_huggingface(
     """
     model_type = str(described.get("model_type"))
     if model_type not in MODEL_TYPES:
-        raise VitcliError(f"`{source}` is an unsupported `{model_type}` model", hint=SUPPORTED)
+        hint = NOT_READ.get(model_type, SUPPORTED)
+        raise VitcliError(f"`{source}` is an unsupported `{model_type}` model", hint=hint)
     family = MODEL_TYPES[model_type]
     renamed, dropped = _rename(tensors, family)
+    if "patch_embed.proj.weight" not in renamed:  # the settings read its shape
+        raise VitcliError(
+            f"`{source}` does not fit a `{model_type}` model; missing: its patch projection",
+            hint=REPAIR,
+        )
     with readable_values("config.json", source, REPAIR):
         tower = described if family.section is None else described[family.section]
         files = ModelFiles(model_type, tower, renamed, source, overrides, dropped=dropped)
@@ -101,9 +107,21 @@ def _rename(
     for (ours, size), found in stacks.items():
         if len(found) == size:
             renamed[ours] = torch.cat([tensors[found[i]] for i in sorted(found)])  # (3 D, D) …
-        else:
-            renamed |= {full: tensors[full] for full in found.values()}
+        elif ours.endswith("attn.qkv.bias") and sorted(found) == [0, 2]:  # keys without a bias
+            for index, bias in ((0, "q_bias"), (2, "v_bias")):
+                renamed[ours.replace("qkv.bias", bias)] = tensors[found[index]]
+        else:  # an MLP without a gate, or a damaged file
+            for full in found.values():
+                renamed[_alone(full, family) or full] = tensors[full]
     return renamed, dropped
+
+
+def _alone(full: str, family: HuggingFaceType) -> str | None:
+    """Return our name of a tensor inside a block, outside of the stacks; None if it has none."""
+    layer = LAYER.fullmatch(full.removeprefix(family.prefix))
+    inner, end = _split(layer[2] if layer else "")
+    ours = family.block.get(inner)
+    return f"blocks.{layer[1]}.{ours}{end}" if layer and ours else None
 
 
 def place_of(full: str, family: HuggingFaceType) -> tuple[str, int, int] | None:
@@ -122,8 +140,8 @@ def place_of(full: str, family: HuggingFaceType) -> tuple[str, int, int] | None:
         for style in styles:
             if inner in style:
                 return f"blocks.{layer[1]}.{ours}{end}", style.index(inner), len(style)
-    ours_in_block = family.block.get(inner)
-    return (f"blocks.{layer[1]}.{ours_in_block}{end}", 0, 1) if ours_in_block else None
+    alone = _alone(full, family)
+    return None if alone is None else (alone, 0, 1)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -14,11 +14,16 @@ from vitcli.vit.position import sincos2d
 from vitcli.weights.huggingface.huggingface_type import (
     ATTENTION,
     HEADS,
+    IMAGENET,
     MASKED_TRAINING,
+    QKV,
     STACKED,
     HuggingFaceType,
     ModelFiles,
     Settings,
+    WrittenType,
+    described_act,
+    described_sizes,
     encoder_settings,
 )
 
@@ -55,7 +60,6 @@ BLOCK = {theirs: ours for t in (VIT_BLOCK, DINO_BLOCK, SWIGLU_BLOCK) for ours, t
 BLOCK |= {**ATTENTION, "mlp.down_proj": "mlp.fc2"}
 UNUSED = {r"embeddings\.mask_token|decoder\..*": MASKED_TRAINING}
 
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 CROPPED = {"do_center_crop": True, "crop_size": 224, "resample": 3}
 
 
@@ -128,6 +132,41 @@ def _positions(files: ModelFiles, values: Settings) -> Settings:
     return {}
 
 
+def _described(config: ViTConfig) -> Settings:
+    """The entries of config.json of ViT, DeiT and DINOv2."""
+    values = {
+        **described_sizes(config),
+        "hidden_act": described_act(config),
+        "hidden_dropout_prob": config.dropout_rate,
+        "attention_probs_dropout_prob": 0.0,
+        "qkv_bias": config.qkv_bias,
+    }
+    if config.representation_size:
+        values |= {"pooler_output_size": config.representation_size, "pooler_act": "tanh"}
+    return values
+
+
+def _described_vit(config: ViTConfig) -> Settings:
+    return {**_described(config), "intermediate_size": config.mlp_dim}
+
+
+def _described_dinov2(config: ViTConfig) -> Settings:
+    values = {
+        **_described(config),
+        "mlp_ratio": dino_mlp_ratio(config),
+        "use_swiglu_ffn": config.mlp == "swiglu",
+        "layerscale_value": config.layer_scale,
+    }
+    if config.num_registers:
+        values["num_register_tokens"] = config.num_registers
+    return values
+
+
+def _written_dinov2(config: ViTConfig) -> dict[str, str | tuple[str, ...]]:
+    block = SWIGLU_BLOCK if config.mlp == "swiglu" else DINO_BLOCK
+    return {**block, "attn.qkv": QKV}
+
+
 def swiglu_width(embed_dim: int, ratio: float) -> int:
     """Return the hidden width of DINOv2's SwiGLU: 2/3 of `ratio` widths, in steps of 8."""
     return (int(embed_dim * ratio * 2 / 3) + 7) // 8 * 8
@@ -142,6 +181,9 @@ def dino_mlp_ratio(config: ViTConfig) -> int | None:
     return next((r for r in (near, near - 1, near + 1) if swiglu_width(width, r) == hidden), None)
 
 
+_WRITTEN = WrittenType(
+    described=_described_vit, block=lambda config: {**VIT_BLOCK, "attn.qkv": QKV}
+)
 _DINOV2 = HuggingFaceType(
     prefix="dinov2.",
     backbone="Dinov2Model",
@@ -155,6 +197,12 @@ _DINOV2 = HuggingFaceType(
     processor="BitImageProcessor",
     published={"size": {"shortest_edge": 256}, **CROPPED, **IMAGENET},
     any_size=True,  # Meta's config.json has 518 px, its image processor 224 px
+    written=WrittenType(
+        described=_described_dinov2,
+        block=_written_dinov2,
+        # For masked training; the classes with registers report it as missing.
+        empty=lambda token, _: {"embeddings.mask_token": torch.zeros_like(token[0])},
+    ),
 )
 VIT_TYPES = {
     "vit": HuggingFaceType(
@@ -167,6 +215,7 @@ VIT_TYPES = {
         unused=UNUSED,
         processor="ViTImageProcessor",
         published={"resample": 2},
+        written=_WRITTEN,
     ),
     "deit": HuggingFaceType(
         prefix="deit.",
@@ -180,6 +229,7 @@ VIT_TYPES = {
         unused=UNUSED,
         processor="DeiTImageProcessor",
         published={"size": 256, **CROPPED, **IMAGENET},
+        written=_WRITTEN,
     ),
     "dinov2": _DINOV2,
     "dinov2_with_registers": replace(

@@ -19,15 +19,8 @@ from vitcli.weights.huggingface.huggingface_names import (
     TEACHER,
     closest_type,
 )
-from vitcli.weights.huggingface.huggingface_type import GELUS, QKV
+from vitcli.weights.huggingface.huggingface_type import WrittenType
 from vitcli.weights.huggingface.processor import write_processor
-from vitcli.weights.huggingface.vit_types import (
-    DINO_BLOCK,
-    ENCODER,
-    SWIGLU_BLOCK,
-    VIT_BLOCK,
-    dino_mlp_ratio,
-)
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import write_folder
 
@@ -52,33 +45,12 @@ def write_huggingface(model: LoadedModel, out: Path) -> list[str]:
 
 def _config_json(model: LoadedModel, config: ViTConfig) -> dict[str, Any]:
     model_type = closest_type(config)
-    rows, cols = config.image_size
     values: dict[str, Any] = {
         "architectures": [_class_name(config)],
         "model_type": model_type,
         "dtype": str(model.state_dict()["cls_token"].dtype).removeprefix("torch."),
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "hidden_act": next(name for name, gelu in GELUS.items() if gelu == config.gelu),
-        "hidden_dropout_prob": config.dropout_rate,
-        "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": config.norm_eps,
-        "image_size": rows if rows == cols else [rows, cols],
-        "patch_size": config.patch_size,
-        "num_channels": config.num_channels,
-        "qkv_bias": config.qkv_bias,
+        **_written(model_type).described(config),
     }
-    if model_type.startswith("dinov2"):
-        values["mlp_ratio"] = dino_mlp_ratio(config)
-        values["use_swiglu_ffn"] = config.mlp == "swiglu"
-        values["layerscale_value"] = config.layer_scale
-    else:
-        values["intermediate_size"] = config.mlp_dim
-    if config.num_registers:
-        values["num_register_tokens"] = config.num_registers
-    if config.representation_size:
-        values |= {"pooler_output_size": config.representation_size, "pooler_act": "tanh"}
     if config.num_classes:
         # transformers' own default names, which we read as "no names".
         labels = model.labels or tuple(f"LABEL_{i}" for i in range(config.num_classes))
@@ -90,6 +62,12 @@ def _config_json(model: LoadedModel, config: ViTConfig) -> dict[str, Any]:
     return values
 
 
+def _written(model_type: str) -> WrittenType:
+    written = MODEL_TYPES[model_type].written
+    assert written is not None, model_type  # `closest_type` returns types that we write
+    return written
+
+
 def _class_name(config: ViTConfig) -> str:
     family = MODEL_TYPES[closest_type(config)]
     if config.distillation_head:
@@ -99,15 +77,14 @@ def _class_name(config: ViTConfig) -> str:
 
 def _named(model: LoadedModel, config: ViTConfig) -> dict[str, Tensor]:
     """Return the tensors under the classic names of transformers."""
-    model_type = closest_type(config)
-    prefix = MODEL_TYPES[model_type].prefix if config.num_classes else ""
+    family = MODEL_TYPES[closest_type(config)]
+    written = _written(closest_type(config))
+    prefix = family.prefix if config.num_classes else ""
     head = "cls_classifier" if config.distillation_head else "classifier"
-    outside = {ours: prefix + theirs for theirs, ours in ENCODER.items()}
+    outside = {ours: prefix + theirs for theirs, ours in family.encoder.items()}
     outside |= {"head": head, "head_dist": "distillation_classifier"}
-    block = VIT_BLOCK
-    dino = model_type.startswith("dinov2")
-    if dino:
-        block = SWIGLU_BLOCK if config.mlp == "swiglu" else DINO_BLOCK
+    block = written.block(config)
+    query, _, value = tuple(block["attn.qkv"])
     named: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name == "pos_embed":
@@ -116,16 +93,18 @@ def _named(model: LoadedModel, config: ViTConfig) -> dict[str, Tensor]:
             named[_rename_module(name, outside)] = tensor
             continue
         _, i, inside = name.split(".", 2)
-        layer = f"{prefix}encoder.layer.{i}."
-        if inside.startswith("attn.qkv."):
-            for theirs, part in zip(QKV, tensor.chunk(3), strict=True):
-                named[f"{layer}{theirs}{inside.removeprefix('attn.qkv')}"] = part.clone()
+        layer = f"{prefix}{written.layer}{i}."
+        module, _, last = inside.rpartition(".")
+        theirs = block.get(inside) or block.get(module, "")
+        if last in ("q_bias", "v_bias"):
+            named[f"{layer}{query if last == 'q_bias' else value}.bias"] = tensor
+        elif isinstance(theirs, tuple):
+            for part, chunk in zip(theirs, tensor.chunk(len(theirs)), strict=True):
+                named[f"{layer}{part}.{last}"] = chunk.clone()
         else:
-            named[layer + _rename_module(inside, block)] = tensor
-    if dino:  # for masked training; the classes with registers report it as missing
-        token = named[f"{prefix}embeddings.cls_token"]
-        named[f"{prefix}embeddings.mask_token"] = torch.zeros_like(token[0])
-    return named
+            named[layer + theirs + ("" if inside in block else f".{last}")] = tensor
+    token = named[f"{prefix}embeddings.cls_token"]
+    return named | {prefix + n: t for n, t in written.empty(token, config).items()}
 
 
 def _rename_module(name: str, names: Mapping[str, str]) -> str:

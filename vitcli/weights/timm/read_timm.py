@@ -8,6 +8,7 @@ pooling, preprocessing and class names. These come from the caller's settings, e
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from vitcli.config.choices import Gelu, Pool
@@ -19,8 +20,10 @@ from vitcli.vit.variants import VARIANTS
 from vitcli.weights.find_network import FoundNetwork
 from vitcli.weights.loaded import as_activation
 from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
-from vitcli.weights.store import Checkpoint
+from vitcli.weights.store import Checkpoint, readable_values
+from vitcli.weights.timm.eva import rotary_settings, unify_eva
 from vitcli.weights.timm.timm_config import (
+    REPAIR,
     TimmHubConfig,
     architecture_eps,
     architecture_gelu,
@@ -57,6 +60,7 @@ def read_timm(
     """
     tensors, bit = network.tensors, network.layout == "bit"
     found, dropped, notes = timm_names(tensors, source)
+    unify_eva(found, dropped)
     hub_config = read_hub_config(hub, source)
     for kind in ("weight", "bias") if bit else ():
         if f"head.fc.{kind}" in found:  # (K, F, 1, 1) or (K,): a convolution on the pooled map
@@ -64,17 +68,14 @@ def read_timm(
             found[f"head.{kind}"] = head.flatten(1) if head.ndim == 4 else head
     shape = {name: tuple(tensor.shape) for name, tensor in found.items()}
     check_timm_names(shape, source)
-    if not bit and "pos_embed" not in shape and any("gamma_" in name for name in tensors):
-        raise VitcliError(
-            f"`{source}` has no `pos_embed`, but tensor names of a model with rotary positions",
-            hint="EVA and DINOv3 are not supported",
-        )
     check_timm_shapes(shape, source)
     config: ViTConfig | ResNetConfig
     if bit:
         config = _bit_config(shape, source, hub_config, overrides, notes)
     else:
-        config = _vit_config(shape, source, hub_config, overrides, notes)
+        with readable_values("config.json", source, REPAIR):
+            rotary = rotary_settings(tensors, hub_config, source, notes)
+        config = _vit_config(shape, source, hub_config, overrides, notes, rotary)
     base, labels = hub_preprocess_and_labels(hub_config, config, source, notes)
     if base is None and isinstance(config, ViTConfig):
         variant = matching_variant(config.embed_dim, config.depth, config.mlp_dim)
@@ -135,7 +136,12 @@ def _bit_config(
 
 
 def _vit_config(
-    shape: TensorShapes, source: str, hub: TimmHubConfig, overrides: Overrides, notes: list[str]
+    shape: TensorShapes,
+    source: str,
+    hub: TimmHubConfig,
+    overrides: Overrides,
+    notes: list[str],
+    rotary: Mapping[str, Any],
 ) -> ViTConfig:
     wanted = ["patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"]
     if missing := [name for name in wanted if name not in shape]:
@@ -162,6 +168,11 @@ def _vit_config(
         notes.append("assumed epsilon 1e-6 (for models of CLIP set `--set model.norm_eps=1e-5`)")
     pool = _pool(shape, width, hub, source, overrides, notes)
     pixels = patch if stem is None else patch * 4 * 2 ** max(len(stem) - 1, 0)
+    dinov3 = rotary.get("rope") == "centred"
+    assumed = dinov3 and not hub.architecture
+    if dinov3 and not (overrides.image_size or hub.image_size):
+        overrides = replace(overrides, image_size=(14 * pixels, 14 * pixels))
+        notes.append(f"assumed images of {14 * pixels}x{14 * pixels} px, as DINOv3's authors")
     size, covers = _image_size(shape, pixels, prefix, hub, source, overrides)
     gelu: Gelu = overrides.gelu or architecture_gelu(hub, source, gated=gated)  # type: ignore[assignment]
     try:
@@ -171,7 +182,9 @@ def _vit_config(
             num_channels=channels,
             embed_dim=width,
             depth=depth,
-            num_heads=_num_heads(shape, (width, depth, mlp_dim), hub, source, overrides, notes),
+            num_heads=_num_heads(
+                shape, (width, depth, mlp_dim), hub, source, overrides, notes, dinov3
+            ),
             mlp_dim=mlp_dim,
             num_classes=shape.get("head.weight", (0,))[0],
             pool=pool,
@@ -182,12 +195,10 @@ def _vit_config(
             position="learned" if "pos_embed" in shape else "none",
             position_covers_prefix=covers,
             representation_size=shape.get("pre_logits.fc.weight", (None,))[0],
-            qkv_bias="blocks.0.attn.qkv.bias" in shape,
-            qk_norm="blocks.0.attn.q_norm.weight" in shape,
             layer_scale=hub.layer_scale if "blocks.0.ls1.gamma" in shape else None,
             mlp="swiglu" if gated else "gelu",
             gelu=gelu,
-            norm_eps=overrides.norm_eps or architecture_eps(hub),
+            norm_eps=overrides.norm_eps or (1e-5 if assumed else architecture_eps(hub)),
             norm_before_blocks="norm_pre.weight" in shape,
             norm_after_pool="fc_norm.weight" in shape and "norm.weight" not in shape,
             patch_bias="patch_embed.proj.bias" in shape,
@@ -198,11 +209,25 @@ def _vit_config(
             stem_arithmetic="timm" if stem is not None else "google",
             dropout_rate=hub.dropout_rate,
             drop_path_rate=hub.drop_path_rate,
+            **_attention_settings(shape),
+            mlp_norm="blocks.0.mlp.norm.weight" in shape,
+            **rotary,
         )
     except ValueError as error:
         raise VitcliError(
             f"`{source}` is not a Vision Transformer: {error}", hint=CHECK_FILE
         ) from error
+
+
+def _attention_settings(shape: TensorShapes) -> dict[str, Any]:
+    """Return the settings of the attention that tensors show."""
+    names = {n.removeprefix("blocks.0.attn.") for n in shape if n.startswith("blocks.0.attn.")}
+    return {
+        "qkv_bias": bool({"qkv.bias", "q_bias"} & names),
+        "key_bias": "q_bias" not in names,
+        "qk_norm": "q_norm.weight" in names,
+        "attention_norm": "norm.weight" in names,
+    }
 
 
 def _pool(
@@ -256,6 +281,7 @@ def _num_heads(
     source: str,
     overrides: Overrides,
     notes: list[str],
+    dinov3: bool,
 ) -> int:
     """Find it in the caller's settings, config.json, QK-norm, architecture, then variant."""
     heads = overrides.num_heads or hub.num_heads
@@ -263,6 +289,9 @@ def _num_heads(
         heads = sizes[0] // shape["blocks.0.attn.q_norm.weight"][0]
     if not heads and (heads := architecture_heads(hub, sizes[0])):
         notes.append(f"assumed {heads} heads, as in timm's {hub.architecture}")
+    if not heads and dinov3:  # its H+ has the sizes of ViT-H, and other heads
+        heads = 32 if sizes[0] == 4096 else sizes[0] // 64
+        notes.append(f"assumed {heads} heads, as DINOv3's authors")
     if not heads and (name := matching_variant(*sizes)):
         heads = VARIANTS[name].num_heads
         notes.append(f"assumed {heads} heads, as in ViT-{name}")

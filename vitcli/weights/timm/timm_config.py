@@ -28,11 +28,15 @@ HALF: Moments = (0.5,), (0.5,)
 OTHER_COMPUTATION = {
     "quickgelu": "the activation x * sigmoid(1.702 x)",
     "_rpn_": "normalisation after the residual branches",
-    "dinov3|eva|rope|_pe_": "rotary positions",
+    "eva02_enormous": "normalisation after the residual branches",
+    "_rope_|_pe_|lingbot|sapiens": "other rotary positions than EVA-02 and DINOv3",
 }
 # Numbers of heads, for the architectures whose heads are not 64 wide.
 NUM_HEADS = {
     "vit_base_patch16_gap": 16,
+    "vit_huge_plus_.*dinov3": 20,
+    "vit_7b_": 32,
+    "eva_giant_": 16,
     "vit_(huge|gigantic|so400m|giantopt)_": 16,
     "vit_giant_(?!.*(dinov2|tipsv2|radio))": 16,
     "deit3_huge_": 16,
@@ -40,7 +44,7 @@ NUM_HEADS = {
     "test_vit[34]$": 3,
 }
 TANH_GELU = "patch32_siglip|giantopt_|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip"
-MEANS: dict[str, Moments] = {"deit|dino|mae|jepa|resnet": IMAGENET, "_clip_": CLIP}
+MEANS: dict[str, Moments] = {"deit|dino|mae|jepa|resnet": IMAGENET, "_clip_|eva": CLIP}
 CROP_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
@@ -157,13 +161,14 @@ def architecture_heads(hub: TimmHubConfig, embed_dim: int) -> int | None:
     for pattern, heads in NUM_HEADS.items():
         if re.match(pattern, hub.architecture):
             return heads
-    plain = re.match(r"(vit|deit3?|flexivit)_", hub.architecture)
+    plain = re.match(r"(vit|deit3?|flexivit|eva|eva02)_", hub.architecture)
     return embed_dim // 64 if plain and embed_dim % 64 == 0 else None
 
 
 def architecture_eps(hub: TimmHubConfig) -> float:
-    """Return the epsilon of the LayerNorms: 1e-6 in timm, 1e-5 in its CLIP models."""
-    return 1e-5 if "_clip_" in hub.architecture and not hub.arguments.get("norm_layer") else 1e-6
+    """Return the epsilon of the LayerNorms: 1e-6 in timm, 1e-5 in its CLIP models and DINOv3."""
+    other = re.match(r"vit_\w+_(clip|dinov3)(_|$)", hub.architecture)
+    return 1e-5 if other and not hub.arguments.get("norm_layer") else 1e-6
 
 
 def architecture_gelu(hub: TimmHubConfig, source: str, *, gated: bool) -> Gelu:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vitcli.errors import VitcliError
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.resnet import ResNetConfig
+from vitcli.weights.timm import eva
 
 TensorShapes = Mapping[str, tuple[int, ...]]
 CHECK_FILE = "check that the file holds a whole Vision Transformer or BiT ResNet"
@@ -23,8 +24,9 @@ KNOWN = re.compile(
     r"(cls|dist|reg)_token|pos_embed|patch_embed\.backbone\..*|attn_pool\..*"
     r"|(norm|norm_pre|fc_norm|head|head_dist|pre_logits\.fc)\.(weight|bias)"
     r"|patch_embed\.(proj|norm|norm_pixels)\.(weight|bias)"
-    r"|blocks\.\d{1,6}\.(norm[12]|attn\.(qkv|proj|[qk]_norm)|mlp\.fc[12])\.(weight|bias)"
-    r"|blocks\.\d{1,6}\.ls[12]\.gamma"
+    r"|blocks\.\d{1,6}\.(norm[12]|attn\.(qkv|proj|norm|[qk]_norm)|mlp\.(fc[12]|norm))"
+    r"\.(weight|bias)"
+    r"|blocks\.\d{1,6}\.(ls[12]\.gamma|attn\.[qv]_bias)"
 )
 # Names that only models with other blocks have.
 OTHERS = re.compile(r"relative_position|rel_pos|rope|layers\.\d|stages\.|\bq_bias|network\.|window")
@@ -59,6 +61,7 @@ RENAMED = {
     r"(blocks\.\d+\.mlp\.)w12\.": r"\1fc1.",  # DINOv2's SwiGLU, packed as ours
     r"(blocks\.\d+\.mlp\.)w3\.": r"\1fc2.",
     r"patch_embed\.backbone\.(conv|norm)\.": r"patch_embed.backbone.stem.\1.",  # R+Ti/16
+    **eva.RENAMED,
 }
 
 

@@ -1,0 +1,150 @@
+"""Every model type that vitcli reads, against transformers: no type and no option is forgotten.
+
+`pytest tests/weights/test_families.py --write-families` writes the measured differences into the
+table of `docs/how-to/families.md`.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support.families import (
+    FAMILIES,
+    LARGE,
+    UNUSED,
+    differences,
+    native_size,
+    random_model,
+)
+
+from vitcli.errors import VitcliError
+from vitcli.weights.from_checkpoint import empty_network
+from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, NOT_READ, TEACHER
+from vitcli.weights.huggingface.read_huggingface import read_huggingface
+from vitcli.weights.overrides import Overrides
+
+transformers = pytest.importorskip("transformers")
+
+PAGE = Path(__file__).parents[2] / "docs/how-to/families.md"
+TOLERANCE = 5e-5
+CASES = [
+    pytest.param(name, cls, settings, id=f"{name}-{i}")
+    for name, family in FAMILIES.items()
+    for i, (cls, settings) in enumerate(family.models)
+]
+# (model type, native) -> kind -> the largest difference; filled by the tests, read by the last.
+MEASURED: dict[tuple[str, bool], dict[str, float]] = {}
+
+
+@pytest.mark.parametrize("classic", [True, False], ids=["classic", "in-memory"])
+@pytest.mark.parametrize(("name", "cls", "settings"), CASES)
+def test_a_family_is_what_transformers_computes(tmp_path, name, cls, settings, classic):
+    family = FAMILIES[name]
+    theirs = random_model(cls, family.config, settings)
+    assert theirs.config.model_type == name or name in theirs.config.model_type
+    theirs.save_pretrained(tmp_path, save_original_format=classic)
+    native = native_size(settings)
+    for size in (native, *(family.other_sizes if classic else ())):
+        found = differences(tmp_path, family, theirs, size, size == native)
+        assert max(found.values()) < TOLERANCE, (size, found)
+        worst = MEASURED.setdefault((name, size == native), {})
+        for kind, value in found.items():
+            worst[kind] = max(worst.get(kind, 0.0), value)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_public_sizes_by_their_shapes(name):
+    """On the meta device, without memory: every tensor finds its place in our network."""
+    family = FAMILIES[name]
+    for settings in LARGE[name]:
+        config = getattr(transformers, family.config)(**settings, num_register_tokens=4)
+        with torch.device("meta"):
+            theirs = getattr(transformers, MODEL_TYPES[name].backbone)(config)
+        tensors = theirs.state_dict()
+        found = read_huggingface(tensors, "folder", config.to_dict(), None, Overrides())
+        wanted = {key: t.shape for key, t in empty_network(found.config).state_dict().items()}
+        assert {key: t.shape for key, t in found.tensors.items()} == wanted
+        assert found.config.num_heads == settings["num_attention_heads"]
+
+
+def test_no_type_and_no_class_is_forgotten():
+    assert set(FAMILIES) == set(MODEL_TYPES)
+    compared = {cls.partition(" ")[0] for f in FAMILIES.values() for cls, _ in f.models}
+    for family in MODEL_TYPES.values():
+        assert {family.backbone, family.classifier} - {None} <= compared
+    assert TEACHER in compared
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_option_is_forgotten(name):
+    """Each option of the configuration is changed by a model, or `UNUSED` says why not."""
+    family = FAMILIES[name]
+    shared = set(vars(transformers.PretrainedConfig()))
+    config = getattr(transformers, family.config)
+    default = config()
+    options = {key for key in vars(default) if key not in shared and key != "stage_names"}
+    changed = {
+        key
+        for _, settings in family.models
+        for key, value in settings.items()
+        if getattr(default, key, None) != value
+    }
+    assert options - changed - set(UNUSED) == set()
+
+
+def test_other_types_are_refused_by_name():
+    """A Vision Transformer of transformers is read, or the error names the nearest thing."""
+    assert not set(NOT_READ) & set(MODEL_TYPES)
+    patches = {"embeddings.patch_embeddings.projection.weight": torch.zeros(8, 3, 4, 4)}
+    for model_type, hint in NOT_READ.items():
+        assert model_type in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+        with pytest.raises(VitcliError) as error:
+            read_huggingface(patches, "folder", {"model_type": model_type}, None, Overrides())
+        assert f"`{model_type}`" in error.value.message and hint in error.value.hint
+    auto = transformers.models.auto.modeling_auto
+    known = set(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    known |= {name for name in auto.MODEL_MAPPING_NAMES if re.search(r"vit|dino|clip|siglip", name)}
+    known = {name for name in known if "_text" not in name} - {"vits"}  # which makes speech
+    others = r"clip(_vision_model)?|siglip.*|beit|data2vec-vision|ijepa|vit_msn"  # in other tests
+    known = {name for name in known if not re.fullmatch(others, name)}
+    unknown = known - set(MODEL_TYPES) - set(NOT_READ)
+    assert not unknown, f"neither read nor in NOT_READ: {sorted(unknown)}"
+
+
+def number(value):
+    """`2e-06`, or nothing for a kind that the family does not have."""
+    return "" if value is None else f"{value:.0e}"
+
+
+def table():
+    """The table of the page, from the differences that the tests above have measured."""
+    rows = [
+        "| model type | classes of transformers | sizes | native: features | logits | "
+        "other sizes: features | logits |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, family in FAMILIES.items():
+        classes = sorted({cls.partition(" ")[0] for cls, _ in family.models})
+        cells = [f"`{name}`", ", ".join(f"`{cls}`" for cls in classes), family.sizes]
+        for native in (True, False):
+            worst = MEASURED[name, native]
+            cells += [number(worst.get("features")), number(worst.get("logits"))]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_page_lists_every_family(request):
+    """The page has a row per type with the differences; `--write-families` writes them."""
+    text = PAGE.read_text(encoding="utf-8")
+    start, end = "<!-- families -->\n", "<!-- end of families -->"
+    before, _, rest = text.partition(start)
+    old, _, after = rest.partition(end)
+    if request.config.getoption("--write-families"):
+        PAGE.write_text(f"{before}{start}{table()}{end}{after}", encoding="utf-8")
+        return
+    named = re.findall(r"^\| `(\w+)`", old, flags=re.MULTILINE)
+    assert named == list(FAMILIES), "run this file with --write-families"
+    for value in re.findall(r"\d+e-\d+", old):
+        assert float(value) < TOLERANCE
+    assert all(f"`{name}`" in after for name in NOT_READ)

@@ -25,6 +25,7 @@ OTHER_TEXTS = {
     "README.md": "index.md",
     "recipes/README.md": "recipes/README.md",
     "recipes/RESULTS.md": "recipes/RESULTS.md",
+    "recipes/RECORDS.md": "recipes/RECORDS.md",
     "recipes/LOG.md": "recipes/LOG.md",
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
@@ -173,7 +174,7 @@ def navigation(made: dict[str, str]) -> list[Any]:
                 {"Recipes": ["recipes/README.md", *recipes]},
             ]
         },
-        {"Results": ["recipes/RESULTS.md", "recipes/LOG.md"]},
+        {"Results": ["recipes/RESULTS.md", "recipes/RECORDS.md", "recipes/LOG.md"]},
         "comparison.md",
         "faq.md",
         {"Project": ["CONTRIBUTING.md", "CHANGELOG.md"]},

@@ -69,7 +69,7 @@ def fast_runs(request, monkeypatch) -> None:
     for name in ("vitcli.train.session", "vitcli.commands.evaluate"):
         if module := sys.modules.get(name):
             monkeypatch.setattr(module, "write_report", lambda *_: None)
-            monkeypatch.setattr(module, "draw_curves", lambda run: None, raising=False)
+            monkeypatch.setattr(module, "draw_curves", lambda *_: None, raising=False)
 
 
 @pytest.fixture

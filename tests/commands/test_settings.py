@@ -38,6 +38,7 @@ def test_examples_and_defaults_are_accepted(name):
     [
         ("optim.lr", "float above 0", ()),
         ("train.seed", "int from 0 below 4,294,967,296", ()),
+        ("train.patch_drop_until", "float from 0 to 1", ()),
         (
             "train.precision",
             "`auto` or `fp32` or `bf16` or `fp16`",
@@ -51,6 +52,12 @@ def test_types_in_words(key, kind, choices):
     assert (ROWS[key].type, ROWS[key].choices) == (kind, choices)
     assert "adamw" in ROWS["optim.name"].choices  # a registry's names
     assert ROWS["objective.name"].example == "objective.name=softmax"
+
+
+def test_bounds_are_written_as_ranges():
+    for row in ROWS.values():
+        assert ".0" not in row.type
+        assert not ("from" in row.type and "up to" in row.type)
 
 
 def test_words_and_one_key(capfd):

@@ -13,8 +13,8 @@ from vitcli.data.scan import (
     MAX_BITS,
     MIN_CORRELATION,
     group_duplicates,
-    perceptual_hash,
-    thumbnail,
+    halved,
+    perceptual_hashes,
 )
 
 
@@ -23,9 +23,8 @@ def grey(image):
 
 
 def groups_of(images):
-    small = [grey(image) for image in images]
-    hashes = np.array([perceptual_hash(g) for g in small], dtype=np.uint64)
-    return group_duplicates(hashes, np.stack([thumbnail(g) for g in small]))
+    small = np.stack([grey(image) for image in images])
+    return group_duplicates(perceptual_hashes(small), halved(small))
 
 
 def test_the_hash_is_that_of_scipys_cosine_transform():
@@ -35,7 +34,9 @@ def test_the_hash_is_that_of_scipys_cosine_transform():
         low = dctn(picture.astype(float), type=2)[:8, :8].ravel()
         above = low > np.median(low[1:])
         above[0] = False
-        assert perceptual_hash(picture) == sum(1 << i for i in np.flatnonzero(above).tolist())
+        assert perceptual_hashes(picture[None])[0] == sum(
+            1 << i for i in np.flatnonzero(above).tolist()
+        )
 
 
 def test_groups_are_those_of_all_pairs():

@@ -37,6 +37,18 @@ def test_folders_in_the_order_of_whole_paths(tree):
     assert next(iter(find_images(["p/"]))) == f"p/{found[0]}"
 
 
+def test_files_of_a_folder_that_are_no_images_by_name_are_told(tree):
+    (tree / "a/photo").write_bytes(b"x")
+    files = find_images(["p", "p/a.jpg", "p/ab*"])
+    for _ in range(2):  # a second iteration, which counts in the background, adds nothing
+        images = list(files)
+    assert "p/a/photo" not in images
+    assert list(files.skipped) == ["p"]
+    assert (
+        "p: skipped files that are not images: 1 .txt, 1 no suffix; `--from" in files.skipped["p"]
+    )
+
+
 def test_circles_are_walked_once_and_links_to_nowhere_listed(tree):
     (tree / "a/again").symlink_to("..")
     (tree / "gone.png").symlink_to("nowhere")

@@ -129,6 +129,20 @@ def test_parquet_rows_without_a_label_are_left_out(tmp_path):
     assert "skipped 2 rows without a label" in data.notes[0]
 
 
+def test_coarse_labels_beside_the_fine_ones_are_named(tmp_path):
+    """As in CIFAR-100."""
+    for split in ("train", "test"):
+        cells = [{"bytes": png(value), "path": None} for value in range(4)]
+        columns = {"fine_label": list("abcd"), "coarse_label": list("xxyy")}
+        pq.write_table(pa.table({"image": cells, **columns}), tmp_path / f"{split}.parquet")
+    data = load_data(tmp_path)
+    assert data.classes == tuple("abcd")
+    [note] = [note for note in data.notes if "coarse" in note]
+    assert "labels are those of `fine_label`; `--set data.label_column=coarse_label`" in note
+    other = load_data(tmp_path, label_column="coarse_label")
+    assert other.classes == ("x", "y") and not any("fine" in note for note in other.notes)
+
+
 def test_a_test_file_alone_is_a_test_set(tmp_path):
     path = write_parquet(tmp_path / "test.parquet", [0, 1], [0, 1])
     assert list(load_data(path).splits) == ["test"]

@@ -188,6 +188,14 @@ def test_the_fingerprint_follows_content_and_not_the_place(tmp_path):
     assert load_data(str(two)).fingerprint != first
 
 
+def test_the_folder_of_unlabelled_images_of_cvat_is_told(tmp_path):
+    for name in ("cat", "dog", "no_label"):
+        paint(tmp_path / name / "a.png")
+    data = load_data(str(tmp_path), whole=True)
+    assert "no_label" in data.classes
+    assert any("`no_label` is read as a class" in note for note in data.notes)
+
+
 def test_pictures_without_classes_serve_where_no_labels_are_needed(tmp_path):
     paint(tmp_path / "a.png")
     paint(tmp_path / "b.png")

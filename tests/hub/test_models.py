@@ -19,6 +19,7 @@ from support.tiny import vitcli
 from support.watching import Told
 
 from vitcli.cli.main import run
+from vitcli.commands import models
 from vitcli.errors import VitcliError
 from vitcli.hub.models import fetch_model
 from vitcli.weights.load import load_model
@@ -127,6 +128,17 @@ def test_revisions(hub):
         assert model.config.depth == depth
         assert any(note.endswith(f"commit {commit}") for note in model.load_report.notes)
         assert model.load_report.provenance()["name"] == notation
+
+
+def test_a_fetched_commit_stays_when_main_moves(hub):
+    """`vitcli models` lists the branch `main`; what `fetch` prints pins it."""
+    fetched = models.fetch("org/ours", Told())
+    commit = hub.commit("org/ours")
+    assert any(commit in note for note in fetched.notes)
+    write_model(hub.root / "models/org/ours/model.safetensors", depth=2)
+    assert models.fetch(f"hf:org/ours@{commit}", Told()).path == fetched.path
+    assert load_model(f"hf:org/ours@{commit}").config.depth == 1
+    assert load_model("hf:org/ours").config.depth == 2
 
 
 def test_a_new_commit_is_seen(hub):

@@ -7,7 +7,7 @@ differences into `docs/how-to/families.md`.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,10 @@ DINOV3 = {
     "layerscale_value": 0.5,
 }
 GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
+BEIT = {**VIT, **CLASSES, "use_relative_position_bias": True}
+SHARED = {"use_shared_relative_position_bias": True}
+# With a norm after the last block: tokens without LayerScale and without a norm are large.
+UNSCALED = {"use_mean_pooling": False, "layer_scale_init_value": 0.0}
 DECODER = {
     "decoder_num_hidden_layers": 1,
     "decoder_hidden_size": 32,
@@ -40,10 +44,15 @@ DECODER = {
     "decoder_intermediate_size": 48,
 }
 TRAINING = "only training uses it"
+SEGMENTATION = "only segmentation uses it"
 BACKBONE = "only the backbone classes use it, which return feature maps"
 # Options that no model needs to change -> the reason.
 UNUSED = {
     "initializer_range": "the weights come from the file",
+    "initializer_factor": "the weights come from the file",
+    "projection_dim": "the shape of the projection shows it",
+    "logit_scale_init_value": "belongs to the text tower",
+    "max_logit_scale": "belongs to the text tower",
     "hidden_dropout_prob": TRAINING,
     "attention_probs_dropout_prob": TRAINING,
     "attention_dropout": TRAINING,
@@ -58,11 +67,29 @@ UNUSED = {
     "reshape_hidden_states": BACKBONE,
     "_out_features": BACKBONE,
     "_out_indices": BACKBONE,
+    **dict.fromkeys(
+        (
+            "add_fpn",
+            "auxiliary_channels",
+            "auxiliary_concat_input",
+            "auxiliary_loss_weight",
+            "auxiliary_num_convs",
+            "out_indices",
+            "pool_scales",
+            "semantic_loss_ignore_index",
+            "use_auxiliary_head",
+        ),
+        SEGMENTATION,
+    ),
     "num_channels": "the shape of the patch projection shows it",
     "pooler_act": "`test_huggingface.py` has another activation of the pooler",
     "proj_bias": "every public model has it; without it the file is refused",
     "mlp_bias": "every public model has it; without it the file is refused",
 }
+
+
+OTHER_SIZES = ((48, 48), (24, 40))
+AS_MANY = (16, 64)  # as many patches as 32x32, in another shape
 
 
 @dataclass(frozen=True)
@@ -73,6 +100,7 @@ class Family:
         config: the class of the configuration in transformers.
         sizes: the public sizes, for the table in the docs.
         models: (class, settings); a class followed by ` without pooler` gets no pooling layer.
+        unused: as `UNUSED`, for this type.
         other_sizes: image sizes that are not those of the configuration, and that transformers
             supports.
         call: images, model -> final tokens (or None), and features or logits.
@@ -81,7 +109,8 @@ class Family:
     config: str
     sizes: str
     models: list[tuple[str, dict[str, Any]]]
-    other_sizes: tuple[tuple[int, int], ...] = ((48, 48), (24, 40))
+    unused: Mapping[str, str] = field(default_factory=dict)
+    other_sizes: tuple[tuple[int, int], ...] = OTHER_SIZES
     call: Callable[[Any, Tensor], tuple[Tensor | None, Tensor]] = field(
         default=lambda model, images: outputs(model, images)
     )
@@ -90,8 +119,9 @@ class Family:
 def outputs(model: Any, images: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
     """Final tokens of the encoder; and the logits, else `pooler_output`, else the class token."""
     encoder = model if type(model).__name__.endswith("Model") else model.base_model
+    native = tuple(images.shape[2:]) == native_size(vars(encoder.config))
     if "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters:
-        extra["interpolate_pos_encoding"] = True
+        extra["interpolate_pos_encoding"] = not native  # it takes the stored grid as square
     out = encoder(images, **extra)
     if hasattr(model, "classifier") or hasattr(model, "cls_classifier"):
         known = inspect.signature(model.forward).parameters
@@ -101,11 +131,79 @@ def outputs(model: Any, images: Tensor, **extra: Any) -> tuple[Tensor, Tensor]:
     return out.last_hidden_state, out.last_hidden_state[:, 0] if pooled is None else pooled
 
 
+def beit_outputs(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The head of a masked-image model reads tokens after a norm, which is our final norm.
+
+    A model without pooler and head has no features of its own; ours pool as its config says.
+    """
+    tokens, out = outputs(model, images)
+    masked = hasattr(model, "lm_head")
+    tokens = model.layernorm(tokens) if masked else tokens
+    bare = not hasattr(model, "classifier") and model.base_model.pooler is None
+    return tokens, tokens[:, 1:].mean(dim=1) if bare and model.config.use_mean_pooling else out
+
+
+def averaged(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """I-JEPA has no class token: its features are the mean of the patches."""
+    tokens, out = outputs(model, images)
+    return tokens, out if hasattr(model, "classifier") else tokens.mean(dim=1)
+
+
 def unshuffled(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """ViT-MAE shuffles the patches by `noise`."""
     patch = model.config.patch_size
     n = (images.shape[2] // patch) * (images.shape[3] // patch)
     return outputs(model, images, noise=torch.arange(n)[None].repeat(len(images), 1).float())
+
+
+def tower_outputs(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """As `outputs` for the towers of CLIP and its kin; without pooling, the mean of the patches."""
+    tower = getattr(model, "vision_model", model)
+    given: dict[str, Any] = {"pixel_values": images}
+    if "spatial_shapes" in inspect.signature(tower.forward).parameters:
+        given = as_naflex(images, tower.config.patch_size)
+    if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
+        given["interpolate_pos_encoding"] = True
+    out = tower(**given)
+    if hasattr(model, "classifier"):
+        return out.last_hidden_state, model(**given).logits
+    tokens = out.last_hidden_state
+    # CLIP normalises the class token only, we all tokens.
+    tokens = tower.post_layernorm(tokens) if hasattr(tower, "pre_layrnorm") else tokens
+    return tokens, tokens.mean(dim=1) if out.pooler_output is None else out.pooler_output
+
+
+def as_naflex(images: Tensor, patch: int) -> dict[str, Any]:
+    """(B, C, Y, X) -> the arguments of SigLIP 2, whose images are lists of flat patches."""
+    rows, cols = (side // patch for side in images.shape[2:])
+    patches = images.unflatten(3, (cols, patch)).unflatten(2, (rows, patch))
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, N, P * P * C)
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
+        "spatial_shapes": torch.tensor([[rows, cols]] * len(images)),
+    }
+
+
+# The text tower of a model with two towers, which vitcli leaves out.
+TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 30,
+    "max_position_embeddings": 6,
+    "eos_token_id": 29,
+}
+FLEX = {key: value for key, value in VIT.items() if key != "image_size"} | {"num_patches": 16}
+NORM = {"hidden_act": "gelu", "layer_norm_eps": 1e-3}
+
+
+def both(vision: dict[str, Any], projection: int | None = None) -> dict[str, Any]:
+    """The settings of a model with two towers, whose embeddings have the width `projection`."""
+    shared = {} if projection is None else {"projection_dim": projection}
+    text = TEXT if projection else {**TEXT, "projection_size": vision["hidden_size"]}
+    return {"vision_config": vision, "text_config": text, **shared}
 
 
 FAMILIES = {
@@ -170,6 +268,64 @@ FAMILIES = {
                 {**DINO, **CLASSES, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3},
             ),
         ],
+        other_sizes=(*OTHER_SIZES, AS_MANY),
+    ),
+    "vit_msn": Family(
+        "ViTMSNConfig",
+        "S, B, L",
+        [
+            ("ViTMSNForImageClassification", {**VIT, **CLASSES}),
+            ("ViTMSNModel", {**VIT, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3}),
+            ("ViTMSNModel", {**VIT, "qkv_bias": False}),
+        ],
+    ),
+    "ijepa": Family(
+        "IJepaConfig",
+        "H, g",
+        [
+            ("IJepaForImageClassification", {**VIT, **CLASSES, "layer_norm_eps": 1e-3}),
+            ("IJepaModel", {**VIT, "qkv_bias": False, "hidden_act": "gelu_new"}),
+            ("IJepaModel", {**VIT, "pooler_output_size": 16}),
+        ],
+        call=averaged,
+    ),
+    "beit": Family(
+        "BeitConfig",
+        "B, L",
+        [
+            ("BeitForImageClassification", BEIT),
+            ("BeitForImageClassification", {**BEIT, **SHARED, "layer_norm_eps": 1e-3}),
+            (
+                "BeitForImageClassification",
+                {**BEIT, **UNSCALED},
+            ),
+            ("BeitModel", {**VIT, "use_absolute_position_embeddings": True}),
+            ("BeitModel", {**VIT, **SHARED, "hidden_act": "gelu_new", "use_mask_token": True}),
+            ("BeitModel without pooler", {**VIT, **SHARED, "use_mean_pooling": False}),
+            ("BeitForMaskedImageModeling", {**VIT, **SHARED, "vocab_size": 20}),
+        ],
+        other_sizes=(*OTHER_SIZES, AS_MANY),
+        call=beit_outputs,
+    ),
+    "data2vec-vision": Family(
+        "Data2VecVisionConfig",
+        "B, L",
+        [
+            ("Data2VecVisionForImageClassification", BEIT),
+            (
+                "Data2VecVisionForImageClassification",
+                {**BEIT, **SHARED, **UNSCALED, "layer_norm_eps": 1e-3},
+            ),
+            (
+                "Data2VecVisionModel",
+                {**VIT, **SHARED, "use_mean_pooling": False, "use_mask_token": True},
+            ),
+            (
+                "Data2VecVisionModel",
+                {**VIT, "use_absolute_position_embeddings": True, "hidden_act": "gelu_new"},
+            ),
+        ],
+        call=beit_outputs,
     ),
     "dinov3_vit": Family(
         "DINOv3ViTConfig",
@@ -186,11 +342,110 @@ FAMILIES = {
             ("DINOv3ViTModel", {**DINOV3, "hidden_act": "gelu_pytorch_tanh"}),
         ],
     ),
+    "clip_vision_model": Family(
+        "CLIPVisionConfig",
+        "B, L, H, g, bigG",
+        [
+            ("CLIPVisionModel", VIT),
+            ("CLIPVisionModel", {**VIT, **NORM}),
+            ("CLIPVisionModelWithProjection", {**VIT, "projection_dim": 20}),
+        ],
+        call=tower_outputs,
+    ),
+    "clip": Family(
+        "CLIPConfig",
+        "B, L, H, g, bigG",
+        [
+            ("CLIPModel", both(VIT, 20)),
+            ("CLIPForImageClassification", {**both(VIT, 20), **CLASSES}),
+        ],
+        call=tower_outputs,
+    ),
+    "siglip_vision_model": Family(
+        "SiglipVisionConfig",
+        "B, L, So400m, g-opt",
+        [
+            ("SiglipVisionModel", VIT),
+            ("SiglipVisionModel", {**VIT, "image_size": 37}),  # cut to 32 px, as So400m/14 at 384
+            ("SiglipVisionModel", {**VIT, **NORM, "vision_use_head": False}),
+        ],
+        call=tower_outputs,
+    ),
+    "siglip": Family(
+        "SiglipConfig",
+        "B, L, So400m, g-opt; SigLIP 2 of a fixed size too",
+        [("SiglipModel", both(VIT)), ("SiglipForImageClassification", {**both(VIT), **CLASSES})],
+        call=tower_outputs,
+    ),
+    "siglip2_vision_model": Family(
+        "Siglip2VisionConfig",
+        "B, So400m (NaFlex)",
+        [
+            ("Siglip2VisionModel", FLEX),
+            ("Siglip2VisionModel", {**FLEX, **NORM, "vision_use_head": False}),
+        ],
+        call=tower_outputs,
+    ),
+    "siglip2": Family(
+        "Siglip2Config",
+        "B, So400m (NaFlex)",
+        [
+            ("Siglip2Model", both(FLEX)),
+            ("Siglip2ForImageClassification", {**both(FLEX), **CLASSES}),
+        ],
+        call=tower_outputs,
+    ),
+    "aimv2_vision_model": Family(
+        "Aimv2VisionConfig",
+        "L, H, 1B, 3B",
+        [
+            ("Aimv2VisionModel", VIT),
+            ("Aimv2VisionModel", {**VIT, "qkv_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3}),
+            ("Aimv2VisionModel", {**VIT, "use_head": False, "is_native": True}),
+        ],
+        {"hidden_act": "every public model has SiLU; with another one the file is refused"},
+        other_sizes=(),  # transformers resamples none
+        call=tower_outputs,
+    ),
+    "aimv2": Family(
+        "Aimv2Config",
+        "L",
+        [("Aimv2Model", both(VIT, 20))],
+        other_sizes=(),
+        call=tower_outputs,
+    ),
 }
 
 
+def sized(width: int, depth: int, heads: int, hidden: int, **more: Any) -> dict[str, Any]:
+    """The settings of a public size."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "intermediate_size": hidden,
+        **more,
+    }
+
+
 # Public sizes that are too large for random weights here: compared by their shapes.
+_TUNED = {"use_relative_position_bias": True}
 LARGE = {
+    "beit": [
+        sized(768, 12, 12, 3072, **_TUNED),
+        sized(768, 12, 12, 3072, **_TUNED, image_size=384),
+        sized(1024, 24, 16, 4096, **_TUNED, image_size=512),
+        sized(1024, 24, 16, 4096, **SHARED, use_mask_token=True),
+    ],
+    "data2vec-vision": [
+        sized(768, 12, 12, 3072, **SHARED, use_mean_pooling=False),
+        sized(1024, 24, 16, 4096, **SHARED, use_mean_pooling=False),
+    ],
+    "ijepa": [
+        sized(1280, 32, 16, 5120, patch_size=14),
+        sized(1280, 32, 16, 5120, image_size=448),
+        sized(1408, 40, 16, 6144),
+    ],
     "dinov3_vit": [
         {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
         {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, **GATED},
@@ -218,6 +473,24 @@ LARGE = {
             **GATED,
         },
     ],
+    "clip_vision_model": [
+        sized(768, 12, 12, 3072, patch_size=16, image_size=224),
+        sized(1024, 24, 16, 4096, patch_size=14, image_size=336),
+        sized(1280, 32, 16, 5120, patch_size=14, image_size=224),
+        sized(1408, 40, 16, 6144, patch_size=14, image_size=224),
+        sized(1664, 48, 16, 8192, patch_size=14, image_size=224),
+    ],
+    "siglip_vision_model": [
+        sized(1024, 24, 16, 4096, patch_size=16, image_size=256),
+        sized(1152, 27, 16, 4304, patch_size=14, image_size=384),
+        sized(1536, 40, 16, 6144, patch_size=16, image_size=256),
+    ],
+    "aimv2_vision_model": [
+        sized(1024, 24, 8, 2816, image_size=224),
+        sized(1536, 24, 12, 4096, image_size=336),
+        sized(2048, 24, 16, 5632, image_size=448),
+        sized(3072, 24, 24, 8448, image_size=224),
+    ],
 }
 
 
@@ -242,7 +515,7 @@ def random_model(cls: str, config: str, settings: dict[str, Any], seed: int = 0)
 
 def native_size(settings: dict[str, Any]) -> tuple[int, int]:
     """The (Y, X) of the configuration."""
-    size = settings.get("image_size", 32)
+    size = settings.get("vision_config", settings).get("image_size", 32)
     return (size[0], size[1]) if isinstance(size, list) else (size, size)
 
 

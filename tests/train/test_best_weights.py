@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from vitcli.commands import evaluate
 from vitcli.config.recipe import check
-from vitcli.config.schema import Recipe, TrainSection
+from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
 from vitcli.train import best_weights
@@ -262,9 +262,21 @@ def test_errors_come_before_the_run(sections, words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_patience_needs_a_metric():
-    with pytest.raises(VitcliError, match="`patience` needs `best_metric`"):
-        check(TrainSection, {"steps": 1, "patience": 2}, "tiny")
+@pytest.mark.parametrize(
+    ("names", "metric"),
+    [
+        (["loss", "accuracy", "balanced_accuracy", "macro_f1"], "accuracy"),
+        (["loss", "map", "micro_f1", "macro_f1"], "map"),
+        (["loss", "mae", "rmse", "r2"], "rmse"),
+        (["fewshot_accuracy"], "fewshot_accuracy"),
+    ],
+)
+def test_patience_alone_takes_the_usual_metric_of_the_labels(names, metric):
+    recipe = tiny_recipe(train={"patience": 2})
+    found = best_weights.best_weights(recipe, ["validation", "test"], names)
+    assert (found.metric, found.patience) == (metric, 2)
+    with pytest.raises(VitcliError, match=r"`train\.patience=2` needs validation images"):
+        best_weights.best_weights(recipe, ["test"], names)
 
 
 @pytest.mark.parametrize(("metric", "best"), [("mae", 2), ("rmse", 2), ("r2", 1)])

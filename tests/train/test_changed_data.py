@@ -14,10 +14,11 @@ from support.watching import Told
 
 from vitcli.commands import evaluate, export, fewshot
 from vitcli.config.recipe import nest
-from vitcli.config.schema import Inference
-from vitcli.data.source import load_data
+from vitcli.config.schema import DataSection, Inference
+from vitcli.data.source import load_data, open_data
 from vitcli.data.split_record import NEW, SplitRecord, image_keys
 from vitcli.errors import VitcliError
+from vitcli.evals import held_out as held_out_images
 from vitcli.evals.held_out import choose_images
 from vitcli.evals.ood import ReferenceStore
 from vitcli.progress import Quiet
@@ -98,6 +99,27 @@ def test_added_and_removed_images_do_not_change_what_is_held_out(trained, photos
     assert drawn - trained - {"ant/00.bmp", "bee/zz.bmp"}
     result = evaluate.run("photos", model="run", out=Path("report"))
     assert (result.split, result.metrics.images) == ("test", len(trained - {"cat/2.bmp"}))
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_data_are_opened_once(edited, trained, photos, monkeypatch):
+    """Before, a record of the splits made `evaluate` and `fewshot` list and read the data twice."""
+    opened = []
+    monkeypatch.setattr(
+        held_out_images,
+        "open_data",
+        lambda *given, **options: opened.append(given) or open_data(*given, **options),
+    )
+    if edited:
+        change(photos)
+    held_out()
+    assert len(opened) == 1
+    source = held_out_images.open_known(DataSection(), "photos", load_model("run"), Quiet())
+    assert len(opened) == 2
+    if not edited:
+        usual = load_data("photos")
+        assert (source.fingerprint, source.layout) == (usual.fingerprint, usual.layout)
+        assert source.notes == usual.notes
 
 
 def test_the_weights_alone_and_exports_know_it_too(trained, photos):

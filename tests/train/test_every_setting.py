@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 import random
 import tarfile
 import warnings
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 from support import every_value
 from support.every_value import (
     ELSEWHERE,
@@ -94,6 +97,8 @@ def files(tmp_path_factory):
     preprocess = Preprocess((16, 16), mean=(0.5,), std=(0.5,))
     model = LoadedModel(network, labels=CLASSES, preprocess=preprocess, head_trained=True)
     save_model(folder / "weights.safetensors", model)
+    embeddings = {"text_embeddings": torch.eye(2, network.config.head_dim)}
+    save_file(embeddings, folder / "text.safetensors", {"labels": json.dumps(CLASSES)})
     return folder
 
 

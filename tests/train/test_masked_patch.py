@@ -12,10 +12,10 @@ from vitcli.train.objectives.masked_patch import (
     MASKED,
     OTHER,
     MaskedPatch,
+    chosen_positions,
     color_classes,
     most_frequent_fraction,
     num_masked,
-    positions,
     random_mask,
     take,
 )
@@ -71,7 +71,7 @@ def test_the_chosen_rows_are_those_of_a_boolean_index():
     torch.manual_seed(0)
     x = torch.randn(5, 12, 3)
     chosen = random_mask(5, 12, 0.4, x.device)
-    places = positions(chosen, num_masked(12, 0.4))
+    places = chosen_positions(chosen, num_masked(12, 0.4))
     assert torch.equal(take(x, places), x[chosen])
 
 

@@ -51,7 +51,13 @@ def test_spellings():
         ({"position": "rotary"}, "unknown position `rotary`; use one of `learned`, `learned2d`"),
         ({"position_at": "first"}, "unknown position_at `first`"),
         ({"mlp": "relu"}, "unknown mlp `relu`; use one of `gelu`, `swiglu`"),
-        ({"gelu": "quick"}, "unknown gelu `quick`"),
+        ({"gelu": "quicker"}, "unknown gelu `quicker`"),
+        ({"norm": "batch"}, "unknown norm `batch`; use one of `layer`, `rms`"),
+        ({"projection_size": 0}, "projection_size is 0"),
+        ({"norm_after_pool": True, "final_norm": False}, "needs the final norm"),
+        ({"stem": (1,), "patch_size": 1, "patch_norm": True}, "norms of its own"),
+        ({"stem": (1,), "patch_size": 1, "crop_to_patches": True}, "rounds up"),
+        ({"image_size": (5, 40), "crop_to_patches": True}, "not a multiple of patch size"),
         ({"stem_arithmetic": "torch"}, "unknown stem_arithmetic `torch`"),
         ({"depth": 0}, "depth is 0"),
         ({"depth": 10**8}, "depth is 100000000, not a whole number from 1 to 1,000"),
@@ -138,7 +144,7 @@ def test_a_recipe_can_say_every_setting_of_a_model():
     section = ModelSection.model_fields
     assert {f.name for f in fields(ViTConfig)} - set(section) == {"num_classes"}
     choices = {f.name: get_args(f.type) for f in fields(ViTConfig) if get_origin(f.type) is Literal}
-    assert len(choices) == 9
+    assert len(choices) == 10
     for key, words in choices.items():
         given = {word for part in get_args(section[key].annotation) for word in get_args(part)}
         assert given == set(words) or key == "pool"  # which has other spellings too

@@ -148,7 +148,7 @@ def test_a_file_of_ours(tmp_path):
     # A header that says another architecture than the tensors have.
     model.network.config = replace(model.config, layers=(1, 1))
     save_model(tmp_path / "lies.safetensors", model)
-    with pytest.raises(VitcliError, match=r"not part of the model: stages\.0\.blocks\.1"):
+    with pytest.raises(VitcliError, match=r"not part of the model: `stages\.0\.blocks\.1"):
         load_model(tmp_path / "lies.safetensors")
 
 

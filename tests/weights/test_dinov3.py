@@ -74,7 +74,7 @@ def test_a_half_folder_is_refused_in_words(gated):
         ({"proj_bias": False}, "`proj_bias` is false"),
         ({"mlp_bias": False}, "`mlp_bias` is false"),
         ({"query_bias": False}, "query and value have a bias, or neither"),
-        ({"key_bias": True}, "missing: blocks.0.attn.qkv.bias"),
+        ({"key_bias": True}, "missing: `blocks.0.attn.qkv.bias`"),
         ({"rope_theta": 0.5}, "rope_theta is 0.5"),
         ({"rope_theta": "warm"}, "config.json of `folder` is invalid"),
         ({"pos_embed_rescale": 0.5}, "rope_rescale is 0.5"),

@@ -54,9 +54,16 @@ def test_rows_of_known_classes_are_kept_by_name(model):
     assert model.head_trained and model.config.representation_size == 20
 
 
-def test_unknown_classes_get_a_zero_head_all_the_same(model):
-    prepare_finetune(model, ["eel", "fox"], keep_head=True)
-    assert not model.network.head.weight.any() and not model.head_trained
+def test_a_head_that_cannot_be_kept_is_an_error_and_changes_nothing(model):
+    """Before, a new head of zeros was made without a word."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(VitcliError, match="does not know `fox`"):
+        prepare_finetune(model, ["eel", "fox"], pool="mean", keep_head=True)
+    model.head_trained = False
+    with pytest.raises(VitcliError, match="is not trained"):
+        prepare_finetune(model, ["eel", "cat"], keep_head=True)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_there_and_back_keeps_the_prefix(model):

@@ -97,7 +97,8 @@ VIT = {
         {**TWO_HEADS, "mlp": "swiglu"},
         {**STEM, "mlp": "swiglu"},
     ],
-    "gelu": [{"gelu": "tanh"}, {"gelu": "exact"}],
+    "gelu": [{"gelu": "tanh"}, {"gelu": "exact"}, {"gelu": "quick"}],
+    "norm": [{"norm": "rms"}],
     "norm_eps": [
         {"norm_eps": 1e-5},
         {"norm_eps": 3e-4},
@@ -108,9 +109,13 @@ VIT = {
         {"norm_before_blocks": True, "patch_bias": False},
     ],
     "norm_after_pool": [{"norm_after_pool": True}, {**TWO_HEADS, "norm_after_pool": True}],
+    "final_norm": [{"final_norm": False}],
     "patch_bias": [{"patch_bias": False}],
     "pixel_norm": [{"pixel_norm": True}],
     "patch_norm": [{"patch_norm": True}],
+    "projection_size": [{"projection_size": 24}, {"projection_size": 24, "num_classes": 0}],
+    "head_norm": [{"head_norm": True}],
+    "crop_to_patches": [{"crop_to_patches": True}],
     "axial": [{**NO_TOKEN, "axial": True}],
     "stem": [
         {**STEM, "stem": (1, 1), "patch_size": 1, "stem_arithmetic": "timm"},

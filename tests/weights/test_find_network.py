@@ -207,6 +207,14 @@ def test_a_head_that_does_not_fit_is_left_out_with_a_note(here, net, extra, word
     assert all(back.load_report.status[name][0] == "dropped" for name in extra)
 
 
+def test_an_attention_pool_is_no_head(here, net):
+    state = {n: t for n, t in net.state_dict().items() if not n.startswith("head.")}
+    shapes = {"head.attention.in_proj_weight": (144, 48), "head.mlp_2.weight": (48, 48)}
+    torch.save(state | {name: torch.ones(shape) for name, shape in shapes.items()}, "w.pth")
+    with pytest.raises(VitcliError, match=r"not part of the model: `head\.attention"):
+        load_model("w.pth", num_heads=3)
+
+
 def test_tensors_beside_the_network_are_reported_with_their_reason(here, net):
     reasons = {
         "criterion.pos_weight": "belongs to the loss",

@@ -267,7 +267,7 @@ def test_tensors_without_their_partner_are_named(shared, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["vit.encoder.layer.0.attention.attention.key.weight"]
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(VitcliError, match=r"missing: blocks\.0\.attn\.qkv\.weight") as error:
+    with pytest.raises(VitcliError, match=r"missing: `blocks\.0\.attn\.qkv\.weight") as error:
         load_model(folder)
     assert "attention.attention.query.weight" in error.value.message
 

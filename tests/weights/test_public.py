@@ -32,7 +32,8 @@ PUBLISHED = {
     "eva02-l14-448": 305.08,
 }  # fmt: skip
 # Heads that have no weights of their own in the file, and what a family adds to the variant.
-BACKBONES = ("siglip", "dino", "dinov2", "dinov3", "mae")
+BACKBONES = ("siglip", "dino", "dinov2", "dinov3", "mae", "msn", "ijepa")
+BEIT = {"position": "none", "key_bias": False, "layer_scale": 0.1, "pool": "mean"}
 SETTINGS = {
     "deit3": {"layer_scale": 1e-6, "position_covers_prefix": False},
     "flexivit": {"position_covers_prefix": False},
@@ -46,6 +47,9 @@ SETTINGS = {
         "layer_scale": 1.0,
         "key_bias": False,
     },
+    "beit": BEIT,
+    "data2vec": BEIT,
+    "ijepa": {"pool": "mean", "class_token": False},
     "eva02": {
         "rope": "index",
         "mlp": "swiglu",
@@ -77,6 +81,11 @@ def config_of(row):
         classes = 1000 if row.accuracy else 0
         size = row.variant.partition("/")[0]
         settings |= {"mlp_dim": EVA_MLP[size], "mlp_norm": size in "BL"}
+    if row.family in ("beit", "data2vec"):
+        tuned = bool(row.accuracy) or row.name.endswith("ft1k")
+        classes = 1000 if tuned else 0
+        bias = "every" if tuned else "shared"
+        settings |= {"position_bias": bias, "norm_after_pool": tuned}
     if row.family == "dinov3" and row.name.endswith("plus"):
         settings |= {"mlp": "swiglu", "num_heads": {"S": 6, "H": 20}[row.variant[0]]}
     return parse_variant(
@@ -97,6 +106,8 @@ def test_the_table_is_sound():
         assert not is_variant(name) and name == name.lower() and len(name) <= 24
         assert (row.accuracy is None) or row.facts.evidence
         assert resolve_name(name) == row.source
+        if row.source.startswith("hf:"):
+            assert resolve_name(f"{name}@0123abc") == f"{row.source}@0123abc"
 
 
 SAMPLE = [
@@ -104,6 +115,9 @@ SAMPLE = [
     "deit-ti16-distilled",
     "dinov2-s14-reg",
     "siglip-b16",
+    "beit-b16",
+    "beit-b16-pt22k",
+    "ijepa-h14",
     "vit-ti16-augreg-in21k",
 ]
 
@@ -181,7 +195,7 @@ def test_search():
         "dinov2-b14",
         "dinov2-b14-reg",
     ]
-    assert {row.family for row in search_models(["cc-by-nc"])} == {"mae"}
+    assert {row.family for row in search_models(["cc-by-nc"])} == {"ijepa", "mae"}
     with pytest.raises(VitcliError, match="no listed model contains `resnext`"):
         models.run(["resnext"])
 

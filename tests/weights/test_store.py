@@ -127,7 +127,7 @@ def test_foreign_tensors_are_named(model, tmp_path):
     save_file(tensors, path, metadata=header)
     with pytest.raises(VitcliError) as error:
         load_model(path)
-    for words in ("missing: norm.bias", "not part of the model: conv1.weight", "(4, 128)"):
+    for words in ("missing: `norm.bias`", "not part of the model: `conv1.weight`", "(4, 128)"):
         assert words in error.value.message
 
 

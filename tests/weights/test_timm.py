@@ -284,3 +284,58 @@ def test_channels_that_are_not_pictures(channels, described, tmp_path):
         torch.testing.assert_close(model(images), net(images))
         with pytest.raises(VitcliError, match=f"reads {channels} channels, not grey or RGB"):
             require_preprocess(model)
+
+
+BEIT_NAMES = {
+    "beit.": "", "embeddings.cls_token": "cls_token",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj", "pooler.layernorm": "fc_norm",
+    "layers.": "blocks.", "layernorm_before": "norm1", "layernorm_after": "norm2",
+    "attention.o_proj": "attn.proj", "lambda_": "gamma_", "classifier": "head",
+    "attention.q_proj.bias": "attn.q_bias", "attention.v_proj.bias": "attn.v_bias",
+    "shared_position_bias": "rel_pos_bias",
+    ".relative_position_bias.relative_position_bias_table": ".attn.relative_position_bias_table",
+}  # fmt: skip
+
+
+def beit_of_timm(theirs):
+    """The tensors of transformers' BEiT under the names of timm's class Beit."""
+    found = {}
+    for name, tensor in theirs.state_dict().items():
+        for old, new in BEIT_NAMES.items():
+            name = name.replace(old, new)
+        found[name] = tensor
+    for i in range(2):
+        parts = [found.pop(f"blocks.{i}.attention.{p}_proj.weight") for p in "qkv"]
+        found[f"blocks.{i}.attn.qkv.weight"] = torch.cat(parts)
+        found[f"blocks.{i}.attn.relative_position_index"] = torch.zeros(17, 17, dtype=torch.long)
+    return found
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "own and shared"])
+def test_beit_under_the_names_of_timm(tmp_path, shared):
+    pytest.importorskip("transformers")
+    from support.families import BEIT, SHARED, random_model
+
+    settings = {**BEIT, **(SHARED if shared else {}), "layer_norm_eps": 1e-6}
+    theirs = random_model("BeitForImageClassification", "BeitConfig", settings)
+    tensors = beit_of_timm(theirs)
+    path = tmp_path / "w.safetensors"
+    save_file(tensors, path)
+    said = {"num_heads": 3, "preprocess": {"mean": 0.5, "std": 0.5}}
+    model = load_model(path, **said)
+    assert (model.config.image_size, model.config.pool) == ((32, 32), "mean")
+    for size in ((32, 32), (48, 24)):
+        model, images = load_model(path, image_size=size, **said), torch.randn(2, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), theirs(images).logits, atol=5e-5, rtol=0)
+    described = {"architecture": "beitv2_base_patch16_224", "pretrained_cfg": {}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert load_model(path, num_heads=3).preprocess.mean == (0.485, 0.456, 0.406)
+    (tmp_path / "config.json").unlink()
+    name = "blocks.0.attn.relative_position_bias_table"
+    save_file({**tensors, name: tensors[name][:-5].clone()}, path)
+    with pytest.raises(VitcliError, match=r"44 offsets, which do not form|another shape"):
+        load_model(path, **said)
+    save_file({n: t for n, t in tensors.items() if not n.endswith("q_bias")}, path)
+    with pytest.raises(VitcliError, match=r"not part of the model: `blocks\.0\.attn\.v_bias"):
+        load_model(path, **said)

@@ -162,6 +162,7 @@ def _train(
         **verbose,
         resume=training.resume,
         track=training.track,
+        check=not training.no_check,
         watch=console.Terminal(),
     )
     console.show(trained, training.json, show.show_trained, following.after_training(trained))
@@ -191,6 +192,7 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
         batch_size=options.batch_size,
         precision=options.precision,
         cache=not options.no_cache,
+        check=not options.no_check,
         verbose=options.verbose,
         watch=console.Terminal(),
     )
@@ -234,6 +236,7 @@ def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
         batch_size=options.batch_size,
         precision=options.precision,
         seed=options.seed,
+        check=not options.no_check,
         verbose=options.verbose,
         watch=console.Terminal(),
     )
@@ -278,6 +281,7 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         processes=options.processes,
         precision=None if options.precision == "auto" else options.precision,
         device=options.device,
+        check=not options.no_check,
         watch=console.Terminal(),
     )
     console.show(result, options.json, show.show_suite)
@@ -658,6 +662,9 @@ def models(
     Names of timm and repositories on the Hugging Face Hub work too, listed or not. `fetch`
     downloads into the cache, whose folder you can copy to a machine without a network.
 
+    A name means the branch `main` of its repository, which can change. `NAME@COMMIT` pins one
+    commit, for `--model` and for `fetch`. Each load and `fetch` print the commit.
+
     Example: `vitcli models dinov2`
 
     or: `vitcli models fetch vit-s16-augreg`
@@ -668,13 +675,13 @@ def models(
     words = words or []
     if words[:1] != ["fetch"]:
         found = command.run(words)
-        after = following.quoted(["models", "fetch", found.rows[0].public.name])
+        after = following.command_line(["models", "fetch", found.rows[0].public.name])
         console.show(found, json, show.show_models, after)
         return
     if len(words) != 2:
         raise VitcliError("`vitcli models fetch` takes one name", "`vitcli models` lists them")
     fetched = command.fetch(words[1], console.Terminal())
-    after = following.quoted(["fewshot", "builtin:digits", "--model", fetched.name])
+    after = following.command_line(["fewshot", "builtin:digits", "--model", fetched.name])
     console.show(fetched, json, show.show_fetched, after)
 
 

@@ -37,7 +37,7 @@ PLANNED = (
 )
 
 
-def quoted(words: Sequence[Any]) -> str:
+def command_line(words: Sequence[Any]) -> str:
     """The words of a command as a shell reads them."""
     return shlex.join(["vitcli", *map(str, words)])
 
@@ -72,7 +72,7 @@ def repeated(context: Any, without: Collection[str], *more: str) -> str:
     """The command of `context` again, without some of its options, and with `more`."""
     data = context.params.get("data")
     options = typed_options(context, without=(*without, "json"))
-    return quoted([context.command.name, *([data] if data else []), *options, *more])
+    return command_line([context.command.name, *([data] if data else []), *options, *more])
 
 
 def after_find_lr(context: Any, found: Any) -> str:
@@ -99,7 +99,7 @@ def after_plan(context: Any, estimate: Any) -> str | None:
         words += ["--model", recipe.model.name]
     elif model := context.params["model"]:
         words += ["--set", f"model.name={model}"]
-    return quoted([*words, *typed_options(context, only=PLANNED)])
+    return command_line([*words, *typed_options(context, only=PLANNED)])
 
 
 def after_training(result: Any) -> str:
@@ -108,11 +108,11 @@ def after_training(result: Any) -> str:
     if result.labels:
         return _evaluation(result.data, run, run, result.run)
     if result.data == "builtin:formula":
-        return quoted(["fewshot", "builtin:digits", "--model", run, "--shots", 5])
+        return command_line(["fewshot", "builtin:digits", "--model", run, "--shots", 5])
     settings = _reading_settings(run)
     if _has_one_class_each(run):
-        return quoted(["fewshot", result.data, "--model", run, "--shots", 5, *settings])
-    return quoted(["inspect", result.data, "--model", run, *settings])
+        return command_line(["fewshot", result.data, "--model", run, "--shots", 5, *settings])
+    return command_line(["inspect", result.data, "--model", run, *settings])
 
 
 def after_fewshot(result: Any) -> str | None:
@@ -139,7 +139,7 @@ def _evaluation(data: str, model: Any, run: Path | None, out: Any) -> str:
     """`evaluate` with the settings that read the data of `run`, and a folder for the report."""
     report = f"{str(out).rstrip('/')}-report"
     settings = [] if run is None else _reading_settings(run)
-    return quoted(["evaluate", data, "--model", model, "--out", report, *settings])
+    return command_line(["evaluate", data, "--model", model, "--out", report, *settings])
 
 
 def _reading_settings(run: Path) -> list[str]:

@@ -250,6 +250,15 @@ Steps = Annotated[int | None, schema_option(TRAINING, "train.steps", "--steps")]
 Budget = Annotated[str | None, schema_option(TRAINING, "train.budget", "--budget")]
 TrainBatch = Annotated[int | None, schema_option(TRAINING, "train.batch_size", "--batch-size")]
 ImageSize = Annotated[int | None, schema_option(MODEL, "model.image_size", "--image-size")]
+NoCheck = Annotated[
+    bool,
+    option(
+        DATA,
+        "--no-check",
+        help="Do not look for near copies between the splits, nor for equal training images with "
+        "different labels.",
+    ),
+]
 Labels = Annotated[
     Path | None, option(MODEL, "--labels", help="File with class names, one per line.")
 ]
@@ -352,6 +361,7 @@ class TrainOptions:
     image_size: ImageSize = None
     streaming: Annotated[bool, schema_option(DATA, "data.streaming", "--streaming")] = False
     strict: Annotated[bool, schema_option(DATA, "data.strict", "--strict")] = False
+    no_check: NoCheck = False
     precision: Annotated[str | None, schema_option(MACHINE, "train.precision", "--precision")] = (
         None
     )
@@ -511,6 +521,7 @@ class FewshotOptions:
         bool,
         option(MACHINE, "--no-cache", help="Do not read or write the feature cache on disk."),
     ] = False
+    no_check: NoCheck = False
     out: Out = None
     set_: Set = None
     verbose: Verbose = False
@@ -581,6 +592,7 @@ class EvaluateOptions:
             metavar="f1|recall=R|precision=P",
         ),
     ] = None
+    no_check: NoCheck = False
     seed: Annotated[
         int,
         option(

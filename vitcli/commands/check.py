@@ -14,7 +14,13 @@ from vitcli.config.schema import DataSection, Settings
 from vitcli.data.image_set import ImageSet, Integers, Numbers
 from vitcli.data.numeric_labels import distribution, far_values, has_fractions, label_values
 from vitcli.data.sample_range import SampleRange, measure_samples
-from vitcli.data.scan import DatasetScan, group_duplicates, scan_dataset
+from vitcli.data.scan import (
+    DatasetScan,
+    group_duplicates,
+    leaked_pairs,
+    repeated_rows,
+    scan_dataset,
+)
 from vitcli.data.source import Source, open_data
 from vitcli.data.splits import with_auto_validation
 from vitcli.errors import VitcliError, quoted
@@ -82,30 +88,26 @@ class CheckResult:
     def exact_duplicates(self) -> list[Integers]:
         """Groups of rows with equal stored bytes."""
         _, which = np.unique(self.scan.digest, return_inverse=True)
-        return _repeated_rows(which)
+        return repeated_rows(which)
 
     @cached_property
     def near_duplicates(self) -> list[Integers]:
         """Groups of rows that show the same, but not all with equal bytes."""
         digests = self.scan.digest
-        return [g for g in _repeated_rows(self.groups) if len(np.unique(digests[g])) > 1]
+        return [g for g in repeated_rows(self.groups) if len(np.unique(digests[g])) > 1]
 
     @cached_property
     def duplicates(self) -> list[Integers]:
         """All groups of rows that show the same."""
-        return _repeated_rows(self.groups)
+        return repeated_rows(self.groups)
 
     @cached_property
     def leaks(self) -> dict[str, list[list[int]]]:
         """`train -> test` -> pairs of rows that show the same, one pair per leaked image."""
         found: dict[str, list[list[int]]] = {}
-        for group in self.duplicates:
-            split = self.scan.split[group]
-            first = int(split.min())
-            origin = int(group[split == first][0])
-            for later in np.unique(split)[1:]:
-                key = f"{self.scan.splits[first]} -> {self.scan.splits[int(later)]}"
-                found.setdefault(key, []).extend([origin, int(r)] for r in group[split == later])
+        for pair in leaked_pairs(self.scan.split, self.groups).tolist():
+            first, later = (self.scan.splits[int(self.scan.split[row])] for row in pair)
+            found.setdefault(f"{first} -> {later}", []).append(pair)
         return found
 
     @cached_property
@@ -311,13 +313,6 @@ class CheckResult:
 def counted(count: int, one: str, more: str) -> str:
     """`1 image is …` or `2 images are …`."""
     return f"{count:,} {one if count == 1 else more}"
-
-
-def _repeated_rows(which: Integers) -> list[Integers]:
-    """The rows of each number that occurs more than once, in the order of their first row."""
-    order = np.argsort(which, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(which[order])) + 1)
-    return sorted((g for g in groups if len(g) > 1), key=lambda g: int(g[0]))
 
 
 def _min_median_max(values: Integers) -> dict[str, int] | None:

@@ -35,6 +35,7 @@ from vitcli.evals.comparison import ModelComparison, compare_models
 from vitcli.evals.evaluate import Evaluation, Evaluator, evaluate_numbers
 from vitcli.evals.features import Extracted, extract, rank_and_world_size
 from vitcli.evals.held_out import choose_images
+from vitcli.evals.near_copies import warn_before_evaluation
 from vitcli.evals.plots import evaluation_files, write_evaluation_files
 from vitcli.evals.real_labels import read_real_labels, real_targets
 from vitcli.evals.report import evaluation_page
@@ -113,6 +114,7 @@ def run(
     batch_size: int = 128,
     precision: str = "auto",
     seed: int = 0,
+    check: bool = True,
     verbose: bool = False,
     watch: Watcher | None = None,
 ) -> Evaluation | ModelComparison:
@@ -132,6 +134,7 @@ def run(
         batch_size: images per forward pass.
         precision: `auto` is fp32, so that the metrics are the same on every machine.
         seed: seed of the half that is held out, and of the simulated calibration error.
+        check: look for near copies of training images.
         verbose: report how each tensor was loaded.
 
     Raises:
@@ -174,6 +177,9 @@ def run(
             for name, folder in zip(models, folders, strict=True)
         ]
         _check_same_kind(tasks)
+        if check and rank_and_world_size()[0] == 0:
+            evaluated = [(t.model, t.source, t.images, t.request.watch) for t in tasks]
+            warn_before_evaluation(evaluated)
         results = []
         while tasks:
             results.append(_evaluate(tasks.pop(0)))  # pop: frees the weights afterwards
@@ -264,13 +270,7 @@ def _check_multi_label(matching: ClassMatching, source: Source, request: Evaluat
             f"`--real` needs single-label images, and those of `{request.data}` are multi-label",
             "remove `--real`",
         )
-    complete = len(matching.classes) == len(source.classes)
-    if not complete or any(len(outputs) > 1 for outputs in matching.outputs):
-        raise VitcliError(
-            f"the images of `{request.data}` are multi-label, so each class needs exactly one "
-            "class of the model",
-            "name every class in `--class-map` once",
-        )
+    matching.check_one_to_one(source.classes, request.data)
 
 
 def _evaluate(task: LoadedTask) -> Evaluation:

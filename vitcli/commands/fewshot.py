@@ -23,6 +23,7 @@ from vitcli.evals.fewshot.methods import METHODS, check_method
 from vitcli.evals.fewshot.ridge import L2Choice
 from vitcli.evals.held_out import open_known
 from vitcli.evals.intervals import wilson_interval
+from vitcli.evals.near_copies import warn_of_copies
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_output, new_run, run_stem
 from vitcli.weights.edit import replace_head
@@ -138,6 +139,7 @@ def run(
     batch_size: int = 128,
     precision: str = "auto",
     cache: bool = True,
+    check: bool = True,
     verbose: bool = False,
     watch: Watcher | None = None,
 ) -> FewshotResult:
@@ -154,6 +156,7 @@ def run(
         batch_size: images per forward pass.
         precision: `auto` is fp32.
         cache: read and write the feature cache.
+        check: look for near copies between the splits, see `warn_of_copies`.
         verbose: report how each tensor was loaded.
 
     Raises:
@@ -177,6 +180,8 @@ def run(
         net.preprocess = with_window(net.preprocess, source.split("train"), watch)
     set_representation(net, inference.fewshot.representation)
     source.tell(watch)
+    if check and rank_and_world_size()[0] == 0:
+        warn_of_copies(source, watch, cached=cache)
     note_load_report(net, watch, verbose=verbose)
     about = {"model": model, "representation": inference.fewshot.representation, "of": data}
     features = CachedFeatures(net, source.fingerprint, about, batch_size, precision, cache, watch)

@@ -8,8 +8,9 @@ from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free, new_output
 from vitcli.train.build import MakeModel
+from vitcli.train.further import initial_model
 from vitcli.train.lr_finder import FoundRate, find_rate
-from vitcli.train.resolve import finetune_recipe, pretrain_recipe, pretrained_model, random_model
+from vitcli.train.resolve import finetune_recipe, pretrain_recipe, pretrained_model
 
 
 def run(
@@ -33,7 +34,7 @@ def run(
     watch = watch or Quiet()
     if command == "pretrain":
         resolved = pretrain_recipe(data, recipe, settings, watch)
-        make_model: MakeModel = partial(random_model, resolved.recipe)
+        make_model: MakeModel = partial(initial_model, resolved.recipe, watch=watch)
     else:
         resolved = finetune_recipe(data, model, recipe, settings, watch)
         make_model = partial(pretrained_model, resolved.recipe, watch=watch)

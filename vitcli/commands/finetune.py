@@ -17,6 +17,7 @@ def run(
     out: Path | None = None,
     resume: bool = False,
     track: str | None = None,
+    check: bool = True,
     verbose: bool = False,
     watch: Watcher | None = None,
 ) -> TrainResult:
@@ -31,6 +32,7 @@ def run(
         out: the run directory; None creates `runs/RECIPE`, with a number if that exists.
         resume: resume the run in `out`, whose recipe is the default.
         track: `tensorboard`, `wandb` or `trackio`, which receives every record.
+        check: look for near copies between the splits, see `warn_of_copies`.
         verbose: report how each tensor was loaded.
 
     Raises:
@@ -49,4 +51,5 @@ def run(
         resume=resume,
         watch=watch,
         track=track,
+        check=check,
     )

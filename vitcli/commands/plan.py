@@ -28,6 +28,7 @@ from vitcli.files import parse_toml
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import check_free
 from vitcli.train.build import check_names, open_source, start_accelerator
+from vitcli.train.further import initial_model
 from vitcli.train.objectives import objective_class
 from vitcli.train.resolve import (
     ResolvedRun,
@@ -38,6 +39,7 @@ from vitcli.train.resolve import (
     random_model,
 )
 from vitcli.train.resuming import is_run
+from vitcli.weights.load import names_weights
 from vitcli.weights.loaded import LoadedModel
 
 __all__ = ["CostEstimate", "Prices", "run"]
@@ -208,6 +210,8 @@ def _make_model(recipe: Recipe, source: Source, weights: bool, watch: Watcher) -
     """The model of the run; without weights if no step will be made with it."""
     if recipe.command == "finetune":
         return pretrained_model(recipe, source, watch)
+    if names_weights(str(recipe.model.name)):
+        return initial_model(recipe, source, watch)
     empty = random_model(recipe, source, empty=True)
     parameters = sum(p.numel() for p in empty.network.parameters())
     if not weights or (pick_device().type == "cpu" and parameters > MAX_CPU_PARAMETERS):

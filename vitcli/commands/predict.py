@@ -298,6 +298,8 @@ def _rows(
                 log.add(row)
             counts.add(row)
             yield row
+        for line in files.skipped.values():
+            watch.note(line)
         if log is not None:
             columns = NUMBER_COLUMNS if predictor.net.is_regression else COLUMNS
             labels = [LABELS_COLUMN] if predictor.net.thresholds is not None else []

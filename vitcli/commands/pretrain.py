@@ -1,10 +1,11 @@
-"""`vitcli pretrain`: random weights -> a run directory."""
+"""`vitcli pretrain`: random weights, or weights and images without labels -> a run directory."""
 
 from pathlib import Path
 
 from vitcli.config.schema import Settings
 from vitcli.progress import Quiet, Watcher
-from vitcli.train.resolve import pretrain_recipe, random_model
+from vitcli.train.further import initial_model
+from vitcli.train.resolve import pretrain_recipe
 from vitcli.train.session import TrainResult, train
 
 
@@ -16,9 +17,10 @@ def run(
     out: Path | None = None,
     resume: bool = False,
     track: str | None = None,
+    check: bool = True,
     watch: Watcher | None = None,
 ) -> TrainResult:
-    """Train a model from random weights.
+    """Train a model from random weights, or the weights in `model.name` further without labels.
 
     Args:
         data: DATA; None takes that of the recipe. The default recipe needs no files.
@@ -28,6 +30,7 @@ def run(
         out: the run directory; None creates `runs/RECIPE`, with a number if that exists.
         resume: resume the run in `out`, whose recipe is the default.
         track: `tensorboard`, `wandb` or `trackio`, which receives every record.
+        check: look for near copies between the splits, see `warn_of_copies`.
 
     Raises:
         VitcliError: bad input.
@@ -37,7 +40,7 @@ def run(
     resolved = pretrain_recipe(data, recipe, settings, watch, out if resume else None)
     return train(
         resolved.recipe,
-        lambda source: random_model(resolved.recipe, source),
+        lambda source: initial_model(resolved.recipe, source, watch),
         opened=resolved.source,
         defaults=resolved.defaults,
         out=out,
@@ -45,4 +48,5 @@ def run(
         resume=resume,
         watch=watch,
         track=track,
+        check=check,
     )

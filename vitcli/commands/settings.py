@@ -106,8 +106,11 @@ def _type(node: dict[str, Any]) -> str:
         if items := node.get("prefixItems"):
             return f"list of {len(items)}: {', '.join(_type(item) for item in items)}"
         return f"list of {_type(node['items'])}"
-    bounds = [f"{word} {node[key]:,}" for key, word in BOUNDS.items() if key in node]
-    return " ".join([TYPES[node["type"]], *bounds])
+    bounds = " ".join(f"{word} {node[key]:,.12g}" for key, word in BOUNDS.items() if key in node)
+    # Two closed ends are a range: `from 0 to 1`.
+    if "minimum" in node:
+        bounds = bounds.replace("up to", "to")
+    return f"{TYPES[node['type']]} {bounds}".strip()
 
 
 def _choices(node: dict[str, Any]) -> tuple[Any, ...]:

@@ -104,6 +104,7 @@ def run(
     processes: int | None = None,
     precision: str | None = None,
     device: str | None = None,
+    check: bool = True,
     watch: Watcher | None = None,
 ) -> SuiteResult:
     """Run `finetune` or `fewshot` with a model on every task of a suite, or `pretrain` each task.
@@ -120,6 +121,7 @@ def run(
         processes: processes of each task.
         precision: precision of each task.
         device: device of each task.
+        check: look for near copies in the data of each task.
 
     Raises:
         VitcliError: no such suite or model, or every task failed.
@@ -142,6 +144,7 @@ def run(
     stem = file.stem if spec.method == "pretrain" else f"{run_stem(model)}-{file.stem}"
     machine = {"--processes": processes, "--precision": precision, "--device": device}
     options = [word for name, value in machine.items() for word in _option(name, value)]
+    options += [] if check else ["--no-check"]
     with new_output(out, stem) as path:
         make_folder(path)
         with exclusive(path / LOCK, partial(_busy, path)):
@@ -268,6 +271,7 @@ class TaskRunner:
             run.remove()
             data = task_data(self.suite.fewshot_data or self._data, self.file)
             command = ["fewshot", data, "--model", str(pretrained.path), "--out", str(run.path)]
+            command += [word for word in self.options if word == "--no-check"]
             run_command([*command, "--shots", str(self.suite.shots)], self.task.name, self.watch)
         return run
 

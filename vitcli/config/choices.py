@@ -15,7 +15,8 @@ Resize = Literal[  # of positions
     "bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain", "bicubic_aligned", "computed"
 ]
 MlpKind = Literal["gelu", "swiglu"]
-Gelu = Literal["exact", "tanh"]
+Gelu = Literal["exact", "tanh", "quick"]
+NormKind = Literal["layer", "rms"]
 Rope = Literal["centred", "index"]
 RopePairs = Literal["halves", "neighbours"]
 RopeDtype = Literal["fp32", "bf16"]

@@ -28,6 +28,7 @@ from vitcli.config.choices import (
     Gelu,
     Interpolation,
     MlpKind,
+    NormKind,
     Pool,
     Position,
     PositionAt,
@@ -144,14 +145,28 @@ class ModelSection(Section):
     layer_scale: float | None = setting(None, "Initial value of LayerScale.")
     mlp: MlpKind | None = setting(None, "Kind of MLP.")
     gelu: Gelu | None = setting(None, "Form of GELU.")
-    norm_eps: PositiveFloat | None = setting(None, "Epsilon of the layer norms.")
+    norm: NormKind | None = setting(None, "Kind of norm.")
+    norm_eps: PositiveFloat | None = setting(None, "Epsilon of the norms.")
     norm_before_blocks: bool | None = setting(None, "Add a layer norm before the first block.")
     norm_after_pool: bool | None = setting(None, "Normalise after pooling instead of before.")
+    final_norm: bool | None = setting(None, "Add a norm after the last block.")
     patch_bias: bool | None = setting(None, "Add a bias to the patch embedding.")
     pixel_norm: bool | None = setting(
         None, "Normalise the pixels of a patch (Dual PatchNorm, with `patch_norm`)."
     )
-    patch_norm: bool | None = setting(None, "Add a norm after the patch embedding.")
+    patch_norm: bool | None = setting(None, "Normalise the patch embeddings.")
+    projection_size: Width | None = setting(
+        None, "Width of a projection without bias between features and head, as in CLIP."
+    )
+    head_norm: bool | None = setting(
+        None, "Divide the input of the head by its L2 norm, as zero-shot heads do."
+    )
+    crop_to_patches: bool | None = setting(
+        None, "Cut off the rest of images that whole patches do not cover, as a convolution does."
+    )
+    text_embeddings: str | None = setting(
+        None, "File with text embeddings of the classes: a zero-shot head on CLIP or SigLIP."
+    )
     axial: bool | None = setting(
         None, "Use axial attention, within rows and within columns; also in a ResNet."
     )
@@ -437,8 +452,15 @@ class ObjectiveSection(Section):
     decoder_heads: Count = setting(4, "Attention heads of the `mae` decoder.")
     norm_pixels: bool = setting(True, "Standardise the `mae` targets in each patch.")
     teacher: str | None = setting(None, "MODEL that teaches in `distill`.")
-    distillation: Literal["hard", "soft"] = setting(
-        "hard", "Learn the teacher's class (hard) or its probabilities (soft)."
+    distillation: Literal["hard", "soft", "features"] = setting(
+        "hard",
+        "Learn the teacher's class (hard), its probabilities (soft) or the direction of its "
+        "features (features), for which it needs no head.",
+    )
+    teacher_cache: bool = setting(
+        False,
+        "Compute the teacher once per image, without augmentation, and keep its features on the "
+        "disk.",
     )
     distillation_weight: float = setting(
         0.5, "Weight of the teacher in the loss of `distill`.", gt=0.0, le=1.0
@@ -663,8 +685,9 @@ class TrainSection(Section):
     )
     patience: Count | None = setting(
         None,
-        "Stop after this many evaluations in turn without a better `best_metric`. A run that is "
-        "made longer counts from there again.",
+        "Stop after this many evaluations in turn without a better `best_metric`. Default metric: "
+        "accuracy, map for several labels, rmse for numbers. A run that is made longer counts from "
+        "there again.",
     )
     log_steps: Count = setting(20, "Steps between records in metrics.jsonl.")
     compile: bool | Literal["reduce-overhead"] = setting(
@@ -695,8 +718,6 @@ class TrainSection(Section):
         if self.compile == CUDA_GRAPHS and self.micro_batch_size is not None:
             # torch cannot yet: https://github.com/pytorch/pytorch/issues/169545
             raise ValueError('`compile = "reduce-overhead"` cannot have a `micro_batch_size`')
-        if self.patience is not None and self.best_metric is None:
-            raise ValueError("`patience` needs `best_metric`, for example `accuracy`")
         return self
 
     def side_at(self, step: float, total_steps: int) -> int | None:

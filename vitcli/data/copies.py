@@ -2,7 +2,7 @@
 
 Copies have equal stored bytes. Only images with equal keys (the size of a file) are read: first a
 part from the middle, and all of it if the parts are equal too. Nothing is decoded. Copies that were
-scaled or recompressed are found by `vitcli check`.
+scaled or recompressed are found by `vitcli check`, and by `vitcli/evals/near_copies.py`.
 """
 
 import hashlib

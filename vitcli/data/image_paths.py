@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vitcli.data.readers import DATA_SUFFIXES
-from vitcli.data.readers.folder import walk_images
+from vitcli.data.readers.folder import WalkReport, walk_images
 from vitcli.errors import VitcliError, printable
 from vitcli.files import is_url
 from vitcli.preprocess import AnyImage
@@ -35,6 +35,8 @@ class ImagePaths:
     Attributes:
         total: the number of paths, if it is known without a search.
         repeatable: True if a second iteration is possible; stdin can be read only once.
+        skipped: folder -> a line about its files that are no images by their names; it is complete
+            after an iteration.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ImagePaths:
         self.repeatable = self.source != STDIN
         plain = self.source is None and not any(map(_expands, self.paths))
         self.total = len(self.paths) if plain else None
+        self.skipped: dict[str, str] = {}
         self._peeked: list[AnyImage] = []
         self._rest: Iterator[AnyImage] | None = None
 
@@ -67,11 +70,11 @@ class ImagePaths:
 
     def _iterate(self) -> Iterator[AnyImage]:
         for path in self.paths:
-            yield from expand_path(path) if isinstance(path, str) else (path,)
+            yield from expand_path(path, self.skipped) if isinstance(path, str) else (path,)
         if self.source is not None:
             with _list_file(self.source) as stream:
                 for path in read_path_list(stream):
-                    yield from expand_path(path)
+                    yield from expand_path(path, self.skipped)
 
 
 def find_images(
@@ -116,12 +119,21 @@ def _no_images(found: ImagePaths) -> VitcliError:
     return VitcliError("no images given", f"{PATHS_HINT}, or `--from FILE`")
 
 
-def expand_path(path: str) -> Iterator[str]:
-    """The images of a file, folder or glob; a path that does not exist yields itself."""
+def expand_path(path: str, skipped: dict[str, str] | None = None) -> Iterator[str]:
+    """The images of a file, folder or glob; a path that does not exist yields itself.
+
+    Args:
+        skipped: receives a line for a folder with files that are no images by their names.
+    """
     if os.path.isdir(path):  # noqa: PTH112
-        before = str(Path(path) / "x")[:-1]
-        for name in walk_images(Path(path), strict=False):
+        before, report = str(Path(path) / "x")[:-1], WalkReport()
+        for name in walk_images(Path(path), report, strict=False):
             yield before + name
+        if report.other and skipped is not None:
+            skipped[path] = (
+                f"{report.describe_other(printable(path))}; `--from FILE` with a list of paths "
+                "reads any file"
+            )
     elif _expands(path):
         matches = sorted(glob.glob(path, recursive=True), key=os.fsencode)
         yield from [match for match in matches if Path(match).is_file()] or [path]

@@ -8,8 +8,9 @@ Nothing is decoded here.
 import hashlib
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class Source:
         fingerprint: a hash of names, sizes, labels and splits; it does not depend on the path.
         notes: messages for the user, one line each: what was split, skipped or assumed.
         warnings: those of the notes that make figures unreliable.
+        division: makes the source that `divided` gives, if the data were opened in one piece.
         splitting: how the splits were made, as plain values for a run's record.
         layout: where the images of each class were found, such as `train/CLASS/*`; or empty.
     """
@@ -81,6 +83,23 @@ class Source:
     splitting: Mapping[str, Any] = field(default_factory=dict)
     layout: str = ""
     warnings: tuple[str, ...] = ()
+    division: "Callable[[], Source] | None" = field(default=None, compare=False, repr=False)
+
+    def divided(self) -> "Source":
+        """The same data with the splits that the settings ask for, as without `whole=True`.
+
+        The data are not opened again.
+
+        Raises:
+            VitcliError: such splits cannot be made.
+        """
+        return self if self.division is None else self.division()
+
+    def adjusted(self, change: "Callable[[Source], Source]") -> "Source":
+        """`change(self)`; the divided source is changed too."""
+        divide = self.division
+        later = None if divide is None else lambda: divide().adjusted(change)
+        return replace(change(self), division=later)
 
     def tell(self, watch: Watcher) -> None:
         """Print the notes; those that make figures unreliable are warnings."""
@@ -205,7 +224,10 @@ def make_source(
         VitcliError: no images, only one class, a class without training images, or splits that
             cannot be made.
     """
-    shown = request.shown
+    shown, parts, division = request.shown, list(parts), None
+    if request.whole:
+        later = replace(request, whole=False, min_classes=DataRequest.min_classes)
+        division = partial(make_source, later, splits, parts, notes, target)
     splits = {name: images for name, images in splits.items() if len(images)}
     if not splits:
         raise VitcliError(f"`{shown}` has no images", "give data with at least two classes")
@@ -252,8 +274,9 @@ def make_source(
     record = {"images": {name: len(images) for name, images in cut.items()}, **assigned.record}
     all_notes = (*notes, *group_notes, *assigned.notes)
     return Source(
-        shown, cut, base.classes, fingerprint(hashed), all_notes, record, warnings=warnings
-    )
+        shown, cut, base.classes, fingerprint(hashed), all_notes, record, warnings=warnings,
+        division=division,
+    )  # fmt: skip
 
 
 def _groups(

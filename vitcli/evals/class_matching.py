@@ -52,6 +52,20 @@ class ClassMatching:
         """(K,) the first output of each class."""
         return np.array([one[0] for one in self.outputs], dtype=np.int64)
 
+    def check_one_to_one(self, classes: Sequence[str], data: str) -> None:
+        """Check that each class of multi-label data has exactly one output, which they need.
+
+        Raises:
+            VitcliError: it has not.
+        """
+        complete = len(self.classes) == len(classes)
+        if not complete or any(len(outputs) > 1 for outputs in self.outputs):
+            raise VitcliError(
+                f"the images of `{data}` are multi-label, so each class needs exactly one class "
+                "of the model",
+                "name every class in `--class-map` once",
+            )
+
     def select(self, images: ImageSet) -> ImageSet:
         """The images of the evaluated classes, labelled with these classes."""
         if len(self.data_indices) == len(images.classes):

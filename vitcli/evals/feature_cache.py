@@ -7,6 +7,7 @@ in any order and by any process: an interrupted extraction continues with the mi
 import hashlib
 import json
 import zlib
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,11 +52,11 @@ CODE = ["vit/*.py", "decode.py", "preprocess.py"]
 CODE += ["data/image_set.py", "data/readers/decoded.py"]
 
 
-def code_hash() -> str:
-    """Hash of the sources in `CODE`."""
+def code_hash(patterns: Iterable[str] = CODE) -> str:
+    """Hash of the sources that match."""
     digest = hashlib.sha256()
     package = Path(vitcli.__path__[0])
-    for path in sorted(path for pattern in CODE for path in package.glob(pattern)):
+    for path in sorted(path for pattern in patterns for path in package.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -102,6 +103,7 @@ class CachedFeatures:
         data: fingerprint of the data.
         about: further entries of `about.json`.
         use_cache: False neither reads nor writes the cache.
+        half: store bfloat16, which `rows_of` returns; a teacher needs no more.
     """
 
     model: LoadedModel
@@ -111,6 +113,7 @@ class CachedFeatures:
     precision: str = "auto"
     use_cache: bool = True
     watch: Watcher = field(default_factory=Quiet)
+    half: bool = False
     _weights: str | None = None
     _used: set[Path] = field(default_factory=set)
     _added: bool = False
@@ -145,6 +148,36 @@ class CachedFeatures:
         tables = [self._table(images, "features", dims[0])]
         tables += [self._table(images, "pixels", dims[1])] if with_pixels else []
         return self._fill_and_read(tables, images, indices, label)
+
+    def rows_of(self, images: ImageSet, *, label: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """(n, F) bits of bfloat16 on the disk, and (n,) True for the images that could be read.
+
+        The rows are mapped: only those that are used are in memory.
+
+        Raises:
+            VitcliError: the features cannot be stored.
+        """
+        indices = np.arange(len(images), dtype=np.int64)
+        if launch.local_world_size() != launch.world_size():
+            raise VitcliError(
+                "several machines cannot share features on one disk",
+                "use one machine, or compute the teacher in each step: "
+                "`--set objective.teacher_cache=false`",
+            )
+        folder, dim = feature_cache_folder(), self.model.config.feature_dim
+        first = rank_and_world_size()[0] == 0
+        reason = _from_rank_0(lack_of_space(folder, len(indices) * dim * 2) if first else None)
+        if reason:
+            raise VitcliError(
+                f"features cannot be stored in `{folder}`: {reason}",
+                "free some space, or move the cache with the variable VITCLI_CACHE",
+            )
+        table = self._table(images, "features", dim)
+        found = self._fill_and_read([table], images, indices, label)
+        self.report()
+        present = np.zeros(len(images), dtype=np.bool_)
+        present[found.indices] = True
+        return table.read(indices), present
 
     def report(self) -> None:
         """Say where new features are cached, and evict old tables."""
@@ -269,12 +302,15 @@ class CachedFeatures:
                 "precision": resolve_precision(precision, device),
                 "device": device.type,
             }
+        if self.half:
+            facts["stored"] = "bf16"
         # The name of the folder is a hash of everything that decides the content.
         values = json.dumps({"format": FORMAT, **facts}, sort_keys=True, default=str)
         name = hashlib.sha256(values.encode()).hexdigest()[:32]
         folder = feature_cache_folder() / name
         self._used.add(folder)
-        return FeatureTable(folder, len(images), dim, {**self.about, **facts})
+        about = {**self.about, **facts}
+        return FeatureTable(folder, len(images), dim, about, half=self.half)
 
     def _num_pixel_values(self) -> int:
         """Values of one image in the raw-pixel baseline."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vitcli.errors import VitcliError
@@ -27,20 +28,25 @@ HINT = "disable the cache with `--no-cache`, or move it with the variable VITCLI
 
 
 class FeatureTable:
-    """A (rows, dim) float32 table in a folder. Any subset of the rows may be present.
+    """A (rows, dim) table in a folder. Any subset of the rows may be present.
 
     `rows.f32` is a sparse file of the whole table, `rows.sums` has a CRC-32 checksum and a stamp
-    for each row, and `about.json` describes the table for a person.
+    for each row, and `about.json` describes the table for a person. With `half` the file is
+    `rows.bf16`, and `read` returns the bits of bfloat16 as int16, because NumPy has no such type.
     """
 
-    def __init__(self, folder: Path, rows: int, dim: int, about: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, rows: int, dim: int, about: Mapping[str, Any], *, half: bool = False
+    ) -> None:
         self.folder, self.rows, self.dim, self.about = folder, rows, dim, about
+        self.file, self.dtype = ("rows.bf16", "<i2") if half else ("rows.f32", "<f4")
 
     def create(self) -> None:
         """Create the files that do not exist yet, and note the time of use."""
         with self._write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name, width in (("rows.f32", self.dim * 4), ("rows.sums", ROW_CHECK.itemsize)):
+            row = self.dim * np.dtype(self.dtype).itemsize
+            for name, width in ((self.file, row), ("rows.sums", ROW_CHECK.itemsize)):
                 # Append mode creates the file but never truncates one that has rows.
                 with self._path(name).open("ab") as file:
                     if file.tell() != self.rows * width:
@@ -66,20 +72,22 @@ class FeatureTable:
 
     def write(self, indices: Ints, values: NDArray[np.float32], stamps: NDArray[np.uint32]) -> None:
         """Set the rows `indices` to `values` (n, dim)."""
-        values = np.ascontiguousarray(values, dtype="<f4")
+        records = np.ascontiguousarray(values, dtype="<f4")
+        if self.dtype == "<i2":
+            records = torch.from_numpy(records).bfloat16().view(torch.int16).numpy()
         checks = np.empty(len(indices), dtype=ROW_CHECK)
-        checks["checksum"] = [zlib.crc32(row.data) for row in values]
+        checks["checksum"] = [zlib.crc32(row.data) for row in records]
         checks["stamp"] = stamps
         # Values first: after a kill between both writes, the old checksum does not fit the new
         # row, and the row counts as missing.
         with self._write_errors():
-            for name, records in (("rows.f32", values), ("rows.sums", checks)):
+            for name, part in ((self.file, records), ("rows.sums", checks)):
                 with self._path(name).open("r+b") as file:
                     for first, last in _consecutive(indices):
-                        file.seek(int(indices[first]) * records[0].nbytes)
-                        file.write(records[first:last].tobytes())
+                        file.seek(int(indices[first]) * part[0].nbytes)
+                        file.write(part[first:last].tobytes())
 
-    def read(self, indices: Ints) -> NDArray[np.float32]:
+    def read(self, indices: Ints) -> NDArray[Any]:
         """Return (n, dim): mapped from the disk if the indices are consecutive, else copied."""
         # Features of ImageNet-21k take tens of GB. A map reads only the rows that are used.
         table = self._table()
@@ -119,9 +127,9 @@ class FeatureTable:
                 f"rows that are already cached stay valid; {HINT}",
             ) from error
 
-    def _table(self) -> NDArray[np.float32]:
+    def _table(self) -> NDArray[Any]:
         shape = self.rows, self.dim
-        return np.memmap(self._path("rows.f32"), dtype="<f4", mode="r", shape=shape)
+        return np.memmap(self._path(self.file), dtype=self.dtype, mode="r", shape=shape)
 
     def _path(self, name: str) -> Path:
         return self.folder / name

@@ -1,7 +1,9 @@
 """Choose images that a model was not trained on."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,7 @@ def choose_images(
         if known.held_out is not None:
             # The usual split has the fingerprint that runs and feature caches know.
             with suppress(VitcliError):
-                usual = open_data(section, data, numeric=numeric)
+                usual = whole.divided()
                 if same_splits(usual, known.source):
                     return usual, usual.splits[known.held_out]
             watch.note(f"{data}: {known.describe(net.split_record)}")
@@ -51,9 +53,15 @@ def choose_images(
     run = Run(Path(model))
     recorded = run.provenance().get("data", {}).get("fingerprint")
     if run.recipe_file.is_file():
-        for split in (section, run.data_section()):
+        own = run.data_section()
+        openers: list[Callable[[], Source]] = [whole.divided]
+        if own is None:
+            openers.append(lambda: whole)
+        elif own.model_copy(update={"name": section.name}) != section:
+            openers.append(partial(open_data, own, data, numeric=numeric))
+        for opened in openers:
             with suppress(VitcliError):  # the data of the run may have other columns and splits
-                source = open_data(split, data, numeric=numeric) if split is not None else whole
+                source = opened()
                 if source.fingerprint == recorded:
                     return source, source.split("test", "validation", "train")
     if set(whole.splits) != {"train"}:
@@ -79,10 +87,10 @@ def open_known(
     So no image that the model was trained on becomes a test image. Other data are split as the
     settings say.
     """
-    source = open_data(section, data, labelled=labelled, watch=watch)
     if net.split_record is None:
-        return source
+        return open_data(section, data, labelled=labelled, watch=watch)
     whole = open_data(section, data, whole=True, labelled=labelled, watch=watch)
+    source = whole.divided()
     known = known_images(whole, net.split_record, watch)
     if known is None:
         return source

@@ -74,10 +74,13 @@ def find_mistakes(
     labels: Ints,
     classes: Sequence[str],
     predicted: Sequence[str],
+    *,
+    most: int | None = None,
 ) -> Mistakes:
     """Collect the misclassified images.
 
     Args:
+        most: describe only so many of `wrong`; None describes all.
         indices: (n,) index of each image in `images`.
         labels: (n,) its class.
         predicted: (n,) the names of the predictions.
@@ -86,8 +89,9 @@ def find_mistakes(
     # The loss of a wrong answer is high where the model was sure: these are mislabelled images, or
     # the errors that matter most.
     by_loss = wrong[np.argsort(-scores.loss[wrong], kind="stable")].tolist()
-    found = {
-        row: Mistake(
+
+    def mistake(row: int) -> Mistake:
+        return Mistake(
             path=images.describe(int(indices[row])),
             true=classes[int(labels[row])],
             predicted=predicted[row],
@@ -95,19 +99,18 @@ def find_mistakes(
             true_probability=float(np.exp(-scores.loss[row])),
             index=int(indices[row]),
         )
-        for row in by_loss
-    }
-    pairs: dict[tuple[str, str], list[Mistake]] = {}
-    for one in found.values():
-        pairs.setdefault((one.true, one.predicted), []).append(one)
+
+    pairs: dict[tuple[str, str], list[int]] = {}
+    for row in by_loss:
+        pairs.setdefault((classes[int(labels[row])], predicted[row]), []).append(row)
     # Python's sort is stable, so pairs of equal count keep the order of their worst image.
     largest = sorted(pairs.items(), key=lambda item: -len(item[1]))[:NUM_PAIRS]
     number = {classes[k]: int(count) for k, count in enumerate(np.bincount(labels))}
     confused = [
-        ConfusedPair(true, name, len(some), number[true], tuple(some[:NUM_COLUMNS]))
-        for (true, name), some in largest
+        ConfusedPair(true, name, len(rows), number[true], tuple(map(mistake, rows[:NUM_COLUMNS])))
+        for (true, name), rows in largest
     ]
-    return Mistakes(tuple(found.values()), tuple(confused))
+    return Mistakes(tuple(map(mistake, by_loss[:most])), tuple(confused))
 
 
 def write_mistakes(path: Path, mistakes: Mistakes) -> None:

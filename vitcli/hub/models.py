@@ -20,7 +20,12 @@ WHOLE = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 # `save_pretrained` writes several files above its `max_shard_size`, and this index of them.
 INDEX = "model.safetensors.index.json"
-CONFIG_FILES = ("config.json", "preprocessor_config.json", "adapter_config.json")
+CONFIG_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "adapter_config.json",
+    "open_clip_config.json",
+)
 
 
 def fetch_model(source: str, watch: Watcher | None = None) -> tuple[Path, list[str]]:

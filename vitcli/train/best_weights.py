@@ -22,6 +22,7 @@ from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.files import replacing
 from vitcli.train.checkpoint import TrainState
+from vitcli.train.defaults import DEFAULT_METRICS
 from vitcli.train.ema import averaged
 from vitcli.train.fsdp import gather_tensors
 from vitcli.train.lora import merged, save_adapters
@@ -114,17 +115,23 @@ def best_weights(recipe: Recipe, splits: Iterable[str], metrics: list[str]) -> B
             evaluated between steps.
     """
     train = recipe.train
-    if train.best_metric is None:
+    metric = train.best_metric
+    if metric is None and train.patience is None:
         return None
     if SPLIT not in splits:
+        key = "train.patience" if metric is None else "train.best_metric"
         raise VitcliError(
-            f"`train.best_metric={train.best_metric}` needs validation images, and the data has "
-            "none: weights that are chosen on test images look better than they are",
-            "`--set data.validation_fraction=0.1`, or remove `train.best_metric`",
+            f"`{key}={train.patience if metric is None else metric}` needs validation images, and "
+            "the data has none: weights that are chosen on test images look better than they are",
+            f"`--set data.validation_fraction=0.1`, or remove `{key}`",
         )
-    if train.best_metric not in metrics:
+    if metric is None:  # a network without a head has only few-shot accuracy, if any
+        metric = next(
+            (name for name in (*DEFAULT_METRICS, *metrics) if name in metrics), "accuracy"
+        )
+    if metric not in metrics:
         raise VitcliError(
-            f"`train.best_metric` is `{train.best_metric}`, and an evaluation of this run has "
+            f"`train.best_metric` is `{metric}`, and an evaluation of this run has "
             f"{', '.join(metrics) or 'no metrics'}",
             "use one of these; `--set train.fewshot_shots=5` adds `fewshot_accuracy`",
         )
@@ -133,7 +140,7 @@ def best_weights(recipe: Recipe, splits: Iterable[str], metrics: list[str]) -> B
             "`train.patience` counts evaluations, and a run with a budget has one, at its end",
             "`--set train.eval_steps=N`",
         )
-    return BestWeights(train.best_metric, train.patience)
+    return BestWeights(metric, train.patience)
 
 
 def write_weights(

@@ -108,6 +108,8 @@ def build_loop(
     model.network.checkpoint_activations = train.activation_checkpointing
     metrics = metric_names(model, source.multi_label, train)
     best = best_weights(recipe, held_out_splits(source), metrics)
+    if best is not None and train.best_metric is None:
+        watch.note(f"`train.patience` counts evaluations of `{best.metric}` on validation images")
 
     wrapped, optimizer, state = _prepare(objective, recipe, accelerator)
 

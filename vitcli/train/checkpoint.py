@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitcli.errors import VitcliError
 from vitcli.files import file_checksum, read_json, replacing, seal, unseal, write_text
@@ -24,6 +24,7 @@ from vitcli.run import EXTENSIONS, RESUMES, Run
 from vitcli.train.budget import Timeline
 from vitcli.train.ema import Ema
 from vitcli.train.fsdp import ShardReader, is_sharded, shard_like, write_shard
+from vitcli.train.objectives.base import Objective
 
 MAX_REWINDS, REWIND_FACTOR = 3, 0.5
 STATE, FILES = "state.json", "files"  # the key: name of each other file -> its checksum
@@ -75,7 +76,7 @@ class TrainState:
         lr_scale: the factor on all rates after those rewinds.
     """
 
-    objective: nn.Module
+    objective: Objective
     optimizers: Sequence[torch.optim.Optimizer]
     ema: Ema | None = None
     scaler: Any = None

@@ -115,9 +115,13 @@ def propose_model(images: int | None, machine: MachineFacts) -> str:
     return "vit-s16-augreg" if images is not None and images < FEW_IMAGES else "vit-b16-augreg"
 
 
+# Of numbers, of several labels per image, of one label: `train.best_metric` if none is given.
+DEFAULT_METRICS = ("rmse", "map", "accuracy")
+
+
 def best_metric(data: DataFacts) -> str:
     """The metric of the validation images that chooses the weights."""
-    return "rmse" if data.numeric else "map" if data.multi_label else "accuracy"
+    return DEFAULT_METRICS[0 if data.numeric else 1 if data.multi_label else 2]
 
 
 def _may_flip(data: DataFacts) -> bool:

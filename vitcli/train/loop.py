@@ -178,7 +178,8 @@ class Loop:
                     with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
                         images, targets = self.inputs(part)
                         images = downsample(images, image_size)
-                        loss, values = self.wrapped(images, targets)
+                        known = self.state.objective.known(part)
+                        loss, values = self.wrapped(images, targets, *known)
                         accelerator.backward(loss * weight)
                     for name, value in values.items():
                         metrics[name] = metrics.get(name, 0.0) + value.detach() * weight

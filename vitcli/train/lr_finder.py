@@ -82,6 +82,7 @@ def find_rate(
     accelerator, _ = start_accelerator(recipe)
     source = open_source(recipe, watch, opened)
     loop = build_loop(recipe, source, make_model, Run(out), accelerator, watch)
+    loop.state.objective.prepare(source, watch)
     loop.state.timeline = Timeline.of(FOREVER)
     factors, losses, smoothed = _run_test(loop, watch)
     chosen, lowest = suggest_lr(factors, smoothed)

@@ -11,7 +11,7 @@ import numpy as np
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source
 from vitcli.evals.intervals import wilson_interval
-from vitcli.evals.mistakes import find_mistakes
+from vitcli.evals.mistakes import NUM_WORST, find_mistakes
 from vitcli.evals.plots import add_title, scatter_figure, share_text
 from vitcli.evals.regression import PredictedNumbers
 from vitcli.evals.report import (
@@ -65,6 +65,7 @@ PANELS = {
     "R2": ("validation/r2", "test/r2"),
     "learning rate": ("lr",),
 }
+Records = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN, "lr": GREY}
 SMOOTHED_SHARE = 20  # the window is 1 / 20 of the records
 CURVES_CAPTION = (
@@ -82,9 +83,8 @@ class HeldOut:
     wanted: PixelFormat
 
 
-def draw_curves(run: Run) -> None:
+def draw_curves(run: Run, records: Records) -> None:
     """Plot the records of a run as curves.png; a panel without values is omitted."""
-    records = run.records()
     panels = _panels(records)
     if not panels:
         return
@@ -95,10 +95,17 @@ def draw_curves(run: Run) -> None:
     save_atomically(figure, run.path / "curves.png")
 
 
-def run_page(run: Run, result: Mapping[str, Any], source: Source, held_out: HeldOut | None) -> Page:
+def run_page(
+    run: Run,
+    records: Records,
+    result: Mapping[str, Any],
+    source: Source,
+    held_out: HeldOut | None,
+) -> Page:
     """The page of a training run.
 
     Args:
+        records: those of the run.
         result: the content of result.json.
         held_out: None without held-out images, and for images with several labels.
     """
@@ -116,7 +123,7 @@ def run_page(run: Run, result: Mapping[str, Any], source: Source, held_out: Held
         headline=headline_figures(figures, _intervals(figures)),
     )
     page.sections = [
-        PageSection("Curves", _charts(run)),
+        PageSection("Curves", _charts(records)),
         PageSection("Figures", _figure_blocks(measured, result)),
         _data_section(run, result, source, known),
     ]
@@ -166,8 +173,8 @@ def _draw_panel(
         axes.legend(frameon=False, fontsize=8)
 
 
-def _charts(run: Run) -> list[Block]:
-    records, pictures = run.records(), []
+def _charts(records: Records) -> list[Block]:
+    pictures = []
     for title, names in _panels(records).items():
         figure = new_figure(4.5, 3.2)
         _draw_panel(figure.subplots(), title, names, records)
@@ -250,7 +257,7 @@ def _classifier_sections(held_out: HeldOut, split: str) -> list[PageSection]:
     # Accuracy among the five highest is not part of the predictions, and no section shows it.
     scores = ImageScores(len(classes), predicted, confidence, correct, correct * 1.0, loss)
     names = [classes[k] for k in predicted.tolist()]
-    mistakes = find_mistakes(scores, images, indices, labels, classes, names)
+    mistakes = find_mistakes(scores, images, indices, labels, classes, names, most=NUM_WORST)
     per_class = {
         name: row | {"recall_interval": wilson_interval(row["recall"], row["images"])}
         for name, row in single_label_per_class(labels, predicted, classes).items()

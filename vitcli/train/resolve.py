@@ -36,7 +36,7 @@ from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet
 from vitcli.weights.edit import find_classes, prepare_finetune, set_position_resize
-from vitcli.weights.load import load_model, require_preprocess
+from vitcli.weights.load import load_model, names_weights, require_preprocess
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel, TargetScale
 from vitcli.weights.overrides import (
@@ -198,13 +198,17 @@ def this_machine() -> MachineFacts:
 
 
 def _without_vit_settings(recipe: Recipe, changes: Settings, watch: Watcher) -> Recipe:
-    """Remove the ViT settings of a recipe if `changes` replace its model by a ResNet."""
+    """Remove the ViT settings of a recipe if `changes` replace its model by a ResNet or weights."""
     given = changes.get("model", {})
-    if not is_resnet(name := str(given.get("name"))):
+    name = str(given.get("name"))
+    resnet = is_resnet(name)
+    if not resnet and not names_weights(name):
         return recipe
-    values = recipe.model.model_dump(exclude_none=True)
-    if foreign := sorted(set(values) - {"name", "image_size", "num_channels", *given}):
-        watch.note(f"`{name}` is a ResNet: the recipe's {', '.join(foreign)} do not apply")
+    values, kept = recipe.model.model_dump(exclude_none=True), {"name", *given}
+    kept |= {"image_size", "num_channels"} if resnet else set()
+    if foreign := sorted(set(values) - kept):
+        what = "a ResNet" if resnet else "trained weights"
+        watch.note(f"`{name}` is {what}: the recipe's {', '.join(foreign)} do not apply")
     model = check(ModelSection, {k: v for k, v in values.items() if k not in foreign}, name)
     return recipe.model_copy(update={"model": model})
 
@@ -308,6 +312,26 @@ def pretrained_model(
             f"objective `{name}` trains no head for the classes, and `finetune` needs one",
             f"`vitcli pretrain {recipe.data.name} --set objective.name={name}` trains without one",
         )
+    model = stored_model(recipe, watch)
+    labels, scale = head_of(recipe, source)
+    keep = recipe.train.keep_head
+    if keep:
+        check_kept_head(model, labels, resolve_objective(recipe.objective, source.multi_label)[0])
+        scale = model.target_scale  # the head of a regression gives numbers in its own scale
+    # Else a head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head
+    # only.
+    model = prepare_finetune(model, labels, keep_head=keep)
+    model.target_scale = scale
+    note_load_report(model, watch, verbose=verbose)
+    return with_given_dropout(model, recipe)
+
+
+def stored_model(recipe: Recipe, watch: Watcher, **more: Any) -> LoadedModel:
+    """The MODEL of a recipe as it is stored, with the settings that weights leave open.
+
+    Args:
+        more: further arguments of `load_model`.
+    """
     section = recipe.model
     given = section.model_dump(exclude_none=True, exclude={"name"})
     if foreign := sorted(set(given) - {*MODEL_KEYS, *DROPOUT}):
@@ -321,20 +345,10 @@ def pretrained_model(
         seed=recipe.train.seed,
         watch=watch,
         **{key: given[key] for key in MODEL_KEYS if key in given},
+        **more,
     )
     require_preprocess(model)
-    labels, scale = head_of(recipe, source)
-    keep = recipe.train.keep_head
-    if keep:
-        check_kept_head(model, labels, resolve_objective(recipe.objective, source.multi_label)[0])
-        scale = model.target_scale  # the head of a regression gives numbers in its own scale
-    # Else a head of zeros, as in the paper (appendix B.1.1): the first gradients reach the head
-    # only.
-    model = prepare_finetune(model, labels, keep_head=keep)
-    model.target_scale = scale
-    note_load_report(model, watch, verbose=verbose)
-    rates = {key: given[key] for key in DROPOUT if key in given}
-    return with_dropout(model, rates) if rates else model
+    return model
 
 
 def check_kept_head(model: LoadedModel, labels: Sequence[str], section: ObjectiveSection) -> None:
@@ -368,6 +382,13 @@ def check_kept_head(model: LoadedModel, labels: Sequence[str], section: Objectiv
             f"objective `{section.name}` has `{wanted}` outputs",
             f"`--set objective.name={able}`, or leave out `--keep-head`",
         )
+
+
+def with_given_dropout(model: LoadedModel, recipe: Recipe) -> LoadedModel:
+    """The model with the dropout rates of the recipe, if it has some."""
+    given = recipe.model.model_dump(exclude_none=True)
+    rates = {key: given[key] for key in DROPOUT if key in given}
+    return with_dropout(model, rates) if rates else model
 
 
 def with_dropout(model: LoadedModel, rates: dict[str, Any]) -> LoadedModel:

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from vitcli import distributed
-from vitcli.config.schema import Recipe
+from vitcli.config.schema import Recipe, parse_duration
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
+from vitcli.evals.near_copies import SECONDS, warn_of_copies
 from vitcli.evals.regression import regression_intervals
 from vitcli.files import exclusive, read_json, write_text
 from vitcli.progress import Logged, Quiet, Watcher
@@ -44,6 +45,7 @@ from vitcli.train.checkpoint import list_checkpoints, step_of
 from vitcli.train.defaults import Defaults
 from vitcli.train.exactness import machine_facts, record_changes, use_threads, warn_of_changes
 from vitcli.train.loop import Loop
+from vitcli.train.objectives import objective_class
 from vitcli.train.recorded_images import (
     ROWS_FILE,
     check_same_data,
@@ -64,6 +66,7 @@ from vitcli.train.validate import best_fewshot
 from vitcli.weights.store import save_tensors
 
 LOCK, HOLDER = ".lock", ".holder.json"
+CHECK_FRACTION = 0.1  # of a time budget, at most, goes into the check for copies
 
 
 @dataclass
@@ -113,6 +116,7 @@ def train(
     resume: bool,
     watch: Watcher,
     track: str | None = None,
+    check: bool = True,
     opened: Source | None = None,
     defaults: Defaults | None = None,
 ) -> TrainResult:
@@ -122,6 +126,7 @@ def train(
         make_model: builds the model for the data.
         out: None takes `runs/STEM`, or the next number that is free when training starts.
         track: `tensorboard`, `wandb` or `trackio`, which receives every record.
+        check: look for near copies between the splits, see `warn_of_copies`.
         opened: the data of the recipe, if they are open.
         defaults: why the recipe has its settings, for provenance.json.
 
@@ -157,6 +162,7 @@ def train(
     if old is not None and is_main:
         check_same_data(old, source, images)
     loop = build_loop(recipe, source, make_model, planned, accelerator, log, old)
+    loop.state.objective.prepare(source, log)
 
     if old is None:  # only now, so that bad settings and bad data leave no directory
         if resume:
@@ -178,11 +184,21 @@ def train(
     ):
         if images is not None and old is None:
             write_text(loop.run.path / ROWS_FILE, rows_text(images.rows))
+        if check and is_main:
+            source = _check_copies(recipe, source, log if old is None else Quiet())
         choose_steps(loop, started, source, facts, images, extends=extends)
         if is_main:
             _record_start(loop, None if old else defaults, changed)
         loop.fit()
         return finish(loop, source)
+
+
+def _check_copies(recipe: Recipe, source: Source, watch: Watcher) -> Source:
+    budget, limit = recipe.train.budget, SECONDS
+    if budget is not None:
+        limit = min(limit, CHECK_FRACTION * parse_duration(budget))
+    labels = objective_class(recipe.objective.name).supervised
+    return warn_of_copies(source, watch, labels=labels, seconds=limit)
 
 
 def _check_request(recipe: Recipe, track: str | None) -> None:
@@ -321,12 +337,13 @@ def finish(loop: Loop, source: Source) -> TrainResult:
             names = ("index", "target" if model.is_regression else "label", "predicted")
             save_tensors(run.path / OUTCOMES, dict(zip(names, columns, strict=True)))
         run.update_provenance({"steps": loop.total_steps})
-        draw_curves(run)
+        records = run.records()
+        draw_curves(run, records)
         held_out = None
         if metrics and model.preprocess is not None:
             split = list(loop.evaluations)[-1]
             held_out = HeldOut(source.splits[split], outcomes, model.preprocess.pixel_format)
-        page = partial(run_page, run, result.to_json(), source, held_out)
+        page = partial(run_page, run, records, result.to_json(), source, held_out)
         write_report(run.path / REPORT_FILE, page, loop.watch)
         run.finish(result.to_json())
     accelerator.wait_for_everyone()

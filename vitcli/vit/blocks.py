@@ -70,6 +70,20 @@ def attend_explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None)
     return torch.bmm(weights, v.reshape(b * h, s, e)).reshape(b, h, t, e)
 
 
+def build_norm(config: ViTConfig, width: int) -> nn.Module:
+    """The norm over the last dimension, as configured."""
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(width, eps=config.norm_eps)
+
+
+class QuickGelu(nn.Module):
+    """x * sigmoid(1.702 x): OpenAI's CLIP was trained with this approximation of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return x * torch.sigmoid(1.702 * x)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (appendix A) with one fused projection to q, k and v.
 
@@ -90,15 +104,14 @@ class Attention(nn.Module):
         apart = config.qkv_bias and not config.key_bias
         self.q_bias = nn.Parameter(torch.zeros(d)) if apart else None
         self.v_bias = nn.Parameter(torch.zeros(d)) if apart else None
-        eps = config.norm_eps
         # Normalised queries and keys keep the attention logits bounded (ViT-22B, Dehghani 2023).
-        self.q_norm = nn.LayerNorm(head_dim, eps=eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_dim, eps=eps) if config.qk_norm else nn.Identity()
+        self.q_norm = build_norm(config, head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = build_norm(config, head_dim) if config.qk_norm else nn.Identity()
         relative = config.position == "relative"
         offsets = 2 * num_patches - 1
         self.rel_pos = nn.Parameter(torch.zeros(offsets, head_dim)) if relative else None
         self.rel_pos_bias = OffsetBias(config) if config.position_bias == "every" else None
-        self.norm = nn.LayerNorm(d, eps=eps) if config.attention_norm else nn.Identity()
+        self.norm = build_norm(config, d) if config.attention_norm else nn.Identity()
         self.proj = nn.Linear(d, d)
         self.proj_drop = nn.Dropout(config.dropout_rate)
 
@@ -122,7 +135,7 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, E)
         if uses_explicit_attention(q):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        # Under autocast LayerNorm returns fp32; the kernels want one dtype for q, k and v.
+        # Under autocast norms return fp32; the kernels want one dtype for q, k and v.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
@@ -176,7 +189,8 @@ class Mlp(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU(approximate="tanh" if gelu == "tanh" else "none")
+        approximate = "tanh" if gelu == "tanh" else "none"
+        self.act = QuickGelu() if gelu == "quick" else nn.GELU(approximate=approximate)
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, eps=norm_eps)
         self.fc2 = nn.Linear(hidden, width)
         self.drop = nn.Dropout(dropout_rate)
@@ -251,11 +265,11 @@ class Block(nn.Module):
         self.along = along
         # Patches that attend to each other: a row has one patch for each column.
         num_patches = {"row": cols, "column": rows, None: rows * cols}[along]
-        self.norm1 = nn.LayerNorm(d, eps=config.norm_eps)
+        self.norm1 = build_norm(config, d)
         self.attn = Attention(config, num_patches)
         self.ls1 = LayerScale(d, scale) if scale is not None else nn.Identity()
         self.drop_path1 = DropPath(drop_path_rate)
-        self.norm2 = nn.LayerNorm(d, eps=config.norm_eps)
+        self.norm2 = build_norm(config, d)
         self.mlp = build_mlp(config)
         self.ls2 = LayerScale(d, scale) if scale is not None else nn.Identity()
         self.drop_path2 = DropPath(drop_path_rate)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, cast, get_args, get_origin
 from vitcli.config.choices import (
     Gelu,
     MlpKind,
+    NormKind,
     Pool,
     Position,
     PositionAt,
@@ -64,9 +65,8 @@ class ViTConfig:
         position_at: `stem`: add positions once, to the embedded patches. `every`: add them at the
             input of every block, from a table per block. `shared`: the same with one table. (Table
             8.)
-        position_bias: add a learned number per head and 2-D offset to the scores of the attention
-            (BEiT): `every` has a table for each block, `shared` one for all, `none` has none. It
-            goes with any `position`.
+        position_bias: add a learned number per head and 2-D offset to the attention scores (BEiT),
+            from a table per block (`every`) or from one (`shared`). It goes with any `position`.
         position_covers_prefix: add positions to the prefix tokens too, as the paper does.
             big_vision and timm's `no_embed_class` do not.
         representation_size: width of the tanh layer before the head ("pre-logits", used in
@@ -76,15 +76,26 @@ class ViTConfig:
         layer_scale: initial value of LayerScale; None for no LayerScale.
         mlp: `gelu`, or `swiglu`: silu(x1) * x2, where one projection of width 2 * mlp_dim gives
             both halves (DINOv2).
-        gelu: `exact`, or `tanh` for the approximation in the official code.
-        norm_eps: epsilon of all LayerNorms.
+        gelu: `exact`, `tanh` for the approximation in the official code, or `quick` for
+            x * sigmoid(1.702 x) (OpenAI's CLIP).
+        norm: `layer` for LayerNorm, or `rms` for RMSNorm (AIMv2), in all places.
+        norm_eps: epsilon of all norms.
         norm_before_blocks: a LayerNorm between the positions and the first block (CLIP; timm's
             `norm_pre`).
         norm_after_pool: apply the final LayerNorm to the pooled vector (timm's `fc_norm`).
+        final_norm: a norm between the last block and the pooling; the classifiers of CLIP in
+            transformers have none.
         patch_bias: the patch projection has a bias.
         pixel_norm: a LayerNorm of the pixels of a patch before their projection. With `patch_norm`
             it is Dual PatchNorm (Kumar et al., 2023), which vit-pytorch has.
-        patch_norm: a norm between the patch projection and the positions.
+        patch_norm: a norm between the patch projection and the positions (AIMv2).
+        projection_size: width of a projection without bias between the features and the head, into
+            the space of text embeddings (CLIP); None for no such projection. Without a head,
+            nothing reads it.
+        head_norm: divide the input of the head by its L2 norm, so that logits are cosines of the
+            rows of the head (zero-shot heads).
+        crop_to_patches: images may have another size than whole patches: the rest at the right and
+            at the bottom is cut off, as by a convolution (SigLIP So400m/14 at 384 px).
         axial: each block attends along the rows, then along the columns (appendix D.6).
         stem: units in each stage of a ResNet in front of the patches (hybrids); `()` for its root
             alone, None for no ResNet.
@@ -138,12 +149,17 @@ class ViTConfig:
     layer_scale: float | None = None
     mlp: MlpKind = "gelu"
     gelu: Gelu = "exact"
+    norm: NormKind = "layer"
     norm_eps: float = 1e-6
     norm_before_blocks: bool = False
     norm_after_pool: bool = False
+    final_norm: bool = True
     patch_bias: bool = True
     pixel_norm: bool = False
     patch_norm: bool = False
+    projection_size: int | None = None
+    head_norm: bool = False
+    crop_to_patches: bool = False
     axial: bool = False
     stem: tuple[int, ...] | None = None
     stem_width: float = 1.0
@@ -186,8 +202,9 @@ class ViTConfig:
                 raise ValueError(f"{key} is {value!r}, not true or false")
         for side in self.image_size:
             check_count("image_size", side, 1)
-        if self.representation_size is not None:
-            check_count("representation_size", self.representation_size, 1)
+        for key in ("representation_size", "projection_size"):
+            if getattr(self, key) is not None:
+                check_count(key, getattr(self, key), 1)
         for key in ("dropout_rate", "drop_path_rate"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}, not a share from 0 on, below 1")
@@ -197,6 +214,10 @@ class ViTConfig:
             raise ValueError(f"layer_scale is {self.layer_scale}")
 
     def _check_stem(self) -> None:
+        if self.is_hybrid and self.patch_norm:
+            raise ValueError("a stem has norms of its own: `patch_norm = false`")
+        if self.is_hybrid and self.crop_to_patches:
+            raise ValueError("a stem rounds up: `crop_to_patches = false`")
         if self.stem is not None and (len(self.stem) > 4 or any(n < 1 for n in self.stem)):
             raise ValueError(
                 f"stem {self.stem}: up to four stages, each of one block or more; `()` is the root "
@@ -231,8 +252,12 @@ class ViTConfig:
             raise ValueError("the distillation token stands beside a class token")
         if self.distillation_head and pool != "distilled":
             raise ValueError(f"a distillation head needs pool `distilled`, not `{pool}`")
-        if self.distillation_head and self.representation_size:
-            raise ValueError("a distillation head has no pre-logits before it")
+        if self.distillation_head and (self.representation_size or self.projection_size):
+            raise ValueError("a distillation head has no pre-logits and no projection before it")
+        if self.distillation_head and self.head_norm:
+            raise ValueError("a distillation head reads its token as it is: `head_norm = false`")
+        if self.norm_after_pool and not self.final_norm:
+            raise ValueError("`norm_after_pool = true` needs the final norm (`final_norm = true`)")
         if self.axial and self.num_prefix_tokens:
             raise ValueError(
                 "axial blocks have rows and columns of patches only: `class_token = false`, no "
@@ -292,7 +317,7 @@ class ViTConfig:
             ValueError: the patch size does not divide the image, or the feature map of the stem.
         """
         if not self.is_hybrid:
-            return grid_size(image_size, self.patch_size)
+            return grid_size(self.cropped_size(image_size), self.patch_size)
         # The `SAME` padding of the official code rounds up in each halving, and so do max-pools.
         rows, cols = (-(-side // self.stem_stride) for side in image_size)
         if rows % self.patch_size or cols % self.patch_size:
@@ -301,6 +326,11 @@ class ViTConfig:
                 f"cells, which is not a multiple of patch size {self.patch_size}"
             )
         return rows // self.patch_size, cols // self.patch_size
+
+    def cropped_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(Y, X) of the pixels that the patches cover; smaller with `crop_to_patches` only."""
+        rows, cols = (side - side % self.patch_size for side in image_size)
+        return (rows, cols) if self.crop_to_patches and rows and cols else image_size
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -336,7 +366,8 @@ class ViTConfig:
     @property
     def head_dim(self) -> int:
         """Input width of `head`, and of `head_dist` if it exists."""
-        return self.feature_dim // 2 if self.distillation_head else self.feature_dim
+        width = self.projection_size or self.feature_dim
+        return width // 2 if self.distillation_head else width
 
     @property
     def min_parameters(self) -> int:

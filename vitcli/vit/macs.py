@@ -16,6 +16,7 @@ PARTS = {
     "mlp": "mlp",
     "attn_pool": "pooling",
     "pre_logits": "head",
+    "projection": "head",
     "head": "head",
     "head_dist": "head",
 }

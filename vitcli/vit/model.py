@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitcli.config.choices import Resize
-from vitcli.vit.blocks import build_blocks
+from vitcli.vit.blocks import build_blocks, build_norm
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.conv_stem import ConvEmbed
 from vitcli.vit.hybrid import HybridEmbed, init_stem, lecun_normal
@@ -56,7 +56,7 @@ class VisionTransformer(nn.Module):
         self.position_resize = position_resize
         self.checkpoint_activations = False
         self.patch_drop_rate = 0.0
-        d, eps = config.embed_dim, config.norm_eps
+        d = config.embed_dim
         self.patch_embed = embedding(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d)) if config.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, d)) if config.distillation_token else None
@@ -70,16 +70,19 @@ class VisionTransformer(nn.Module):
             else:
                 self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
         self.pos_drop = nn.Dropout(config.dropout_rate)
-        self.norm_pre = nn.LayerNorm(d, eps=eps) if config.norm_before_blocks else nn.Identity()
+        self.norm_pre = build_norm(config, d) if config.norm_before_blocks else nn.Identity()
         self.rel_pos_bias = OffsetBias(config) if config.position_bias == "shared" else None
         self.blocks = build_blocks(config)
         after = config.norm_after_pool
-        self.norm = nn.Identity() if after else nn.LayerNorm(d, eps=eps)
+        final = config.final_norm and not after
+        self.norm = build_norm(config, d) if final else nn.Identity()
         self.attn_pool = AttentionPool(config) if config.pool == "map" else None
-        self.fc_norm = nn.LayerNorm(config.pooled_dim, eps=eps) if after else nn.Identity()
+        self.fc_norm = build_norm(config, config.pooled_dim) if after else nn.Identity()
         size = config.representation_size
         self.pre_logits = PreLogits(config.pooled_dim, size) if size else nn.Identity()
-        classes, width = config.num_classes, config.head_dim
+        classes, width, shared = config.num_classes, config.head_dim, config.projection_size
+        project = nn.Linear(config.feature_dim, shared, bias=False) if shared else nn.Identity()
+        self.projection = project
         self.head = nn.Linear(width, classes) if classes else nn.Identity()
         two = classes and config.distillation_head
         self.head_dist = nn.Linear(width, classes) if two else None
@@ -161,6 +164,9 @@ class VisionTransformer(nn.Module):
     def embed_patches(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) -> (B, N, D): projected patches of the image, or of the feature map."""
         hybrid = self.config.is_hybrid
+        if self.config.crop_to_patches:
+            rows, cols = self.config.cropped_size((images.shape[2], images.shape[3]))
+            images = images[:, :, :rows, :cols]
         x: Tensor = (
             self.patch_embed(images, self._recompute()) if hybrid else self.patch_embed(images)
         )
@@ -264,8 +270,12 @@ class VisionTransformer(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """(B, F) -> (B, K): logits, or the features if there is no head."""
+        if not self.config.num_classes:
+            return features
         if self.head_dist is None:
-            logits: Tensor = self.head(features)
+            x = self.projection(features)  # (B, E)
+            x = nn.functional.normalize(x, dim=-1) if self.config.head_norm else x
+            logits: Tensor = self.head(x)
             return logits
         # DeiT (Touvron et al., 2021, section 3): each head reads its token; the mean classifies.
         token, distilled = features.chunk(2, dim=-1)  # (B, D) each
@@ -287,5 +297,5 @@ def embedding(config: ViTConfig) -> nn.Module:
         values = config.num_channels * config.patch_size**2
         embed.norm_pixels = nn.LayerNorm(values, eps=config.norm_eps)
     if config.patch_norm:
-        embed.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        embed.norm = build_norm(config, config.embed_dim)
     return embed

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vitcli.vit.blocks import Mlp, attend
+from vitcli.vit.blocks import Mlp, attend, build_norm
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import Grid
 
@@ -44,7 +44,7 @@ class AttentionPool(nn.Module):
         self.q = nn.Linear(d, d)
         self.kv = nn.Linear(d, 2 * d)
         self.proj = nn.Linear(d, d)
-        self.norm = nn.LayerNorm(d, eps=config.norm_eps)
+        self.norm = build_norm(config, d)
         self.mlp = Mlp(d, config.mlp_dim, config.gelu)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,16 +11,21 @@ from vitcli.vit.config import ViTConfig
 
 Grid = tuple[int, int]  # rows and columns of patches
 DEFAULT_RESIZE: Resize = "bicubic"
+# Names of the tables of an `OffsetBias`: the last part, of all blocks, and in a block.
 BIAS_TABLE = "relative_position_bias_table"
+SHARED_BIAS, BLOCK_BIAS = f"rel_pos_bias.{BIAS_TABLE}", f".attn.rel_pos_bias.{BIAS_TABLE}"
 
 
-def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tensor:
+def sincos2d(
+    grid: Grid, embed_dim: int, temperature: float = 10_000.0, *, inclusive: bool = True
+) -> Tensor:
     """(1, N, D): fixed sine and cosine embeddings of column and row.
 
     Source: posemb_sincos_2d in big_vision/models/vit.py.
 
     Each quarter of the width holds one of sin(x w), cos(x w), sin(y w), cos(y w), with
-    w_i = temperature^(-i / (D/4 - 1)).
+    w_i = temperature^(-i / (D/4 - 1)). With `inclusive = False` it is temperature^(-i / (D/4)), as
+    in MAE and AIMv2.
 
     Raises:
         ValueError: D is not a multiple of 4, or it is below 8.
@@ -29,7 +34,7 @@ def sincos2d(grid: Grid, embed_dim: int, temperature: float = 10_000.0) -> Tenso
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4: {embed_dim}")
     rows, cols = grid
     quarter = embed_dim // 4
-    omega = torch.arange(quarter, dtype=torch.float64) / (quarter - 1)
+    omega = torch.arange(quarter, dtype=torch.float64) / (quarter - inclusive)
     omega = temperature**-omega  # (D/4,)
     place = torch.arange(rows * cols, dtype=torch.float64)[:, None]  # (N, 1)
     y = place.div(cols, rounding_mode="floor") * omega  # (N, D/4)
@@ -193,6 +198,21 @@ def resample_bias(table: Tensor, old: Grid, new: Grid) -> Tensor:
     return torch.cat([offsets, prefix])
 
 
+def fold_shared_bias(tensors: dict[str, Tensor]) -> bool:
+    """Add a shared table of `OffsetBias` to those of the blocks, in place; True if there are both.
+
+    A few files have both. A bias is linear in its table, so the sum computes the same.
+    """
+    shared = tensors.get(SHARED_BIAS)
+    own = [name for name in tensors if name.endswith(BLOCK_BIAS)]
+    if shared is None or any(tensors[name].shape != shared.shape for name in own) or not own:
+        return False
+    for name in own:
+        tensors[name] = tensors[name].float() + shared.float()
+    del tensors[SHARED_BIAS]
+    return True
+
+
 def resample_table(
     name: str, table: Tensor, config: ViTConfig, grid: Grid, method: Resize = DEFAULT_RESIZE
 ) -> Tensor:
@@ -220,6 +240,19 @@ def resample_table(
         fixed = sincos2d(grid, config.embed_dim).to(table)  # (1, N, D)
         return torch.cat([prefix, fixed], dim=1)
     return torch.cat([prefix, resample(patches, config.grid, grid, method)], dim=1)
+
+
+def describe_resampling(name: str, old: Grid, new: Grid, method: Resize) -> str:
+    """The load report's words on the position table `name`: old size, new size and method."""
+    if name.endswith(BIAS_TABLE):
+        return f"offsets of {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches, bilinear"
+    if name.endswith("rel_pos"):
+        before, after = attended_length(name, old), attended_length(name, new)
+        return f"offsets of {before} -> {after} patches, linear"
+    if name.endswith(("_x", "_y")):
+        side = 1 if name.endswith("_x") else 0
+        return f"{old[side]} -> {new[side]}, linear"
+    return f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}, {method}"
 
 
 def is_position(name: str) -> bool:

@@ -8,15 +8,13 @@ from torch import Tensor, nn
 
 from vitcli.config.choices import Resize
 from vitcli.data.labels import label_text
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, ViTConfig
 from vitcli.vit.config import canonical_pool
 from vitcli.vit.patches import PatchEmbed, resample_kernel
 from vitcli.vit.position import (
-    BIAS_TABLE,
-    Grid,
     OffsetBias,
-    attended_length,
+    describe_resampling,
     is_position,
     resample_offsets,
     resample_table,
@@ -98,22 +96,9 @@ def resample_positions(
         if isinstance(module, OffsetBias):
             module.grid = new.grid
         if report is not None:
-            detail = _describe_resampling(name, old.grid, new.grid, method)
+            detail = describe_resampling(name, old.grid, new.grid, method)
             report.status[name] = ("resampled", detail)
     network.config = new
-
-
-def _describe_resampling(name: str, old: Grid, new: Grid, method: Resize) -> str:
-    """Return the report's text on the position table `name`: old size, new size and method."""
-    if name.endswith(BIAS_TABLE):
-        return f"offsets of {old[0]}x{old[1]} -> {new[0]}x{new[1]} patches, bilinear"
-    if name.endswith("rel_pos"):
-        before, after = attended_length(name, old), attended_length(name, new)
-        return f"offsets of {before} -> {after} patches, linear"
-    if name.endswith(("_x", "_y")):
-        side = 1 if name.endswith("_x") else 0
-        return f"{old[side]} -> {new[side]}, linear"
-    return f"{old[0]}x{old[1]} -> {new[0]}x{new[1]}, {method}"
 
 
 def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:
@@ -133,21 +118,29 @@ def resized_config(config: ViTConfig, image_size: tuple[int, int]) -> ViTConfig:
 
 
 def replace_head(
-    model: LoadedModel, labels: Sequence[str], *, keep_pre_logits: bool = False
+    model: LoadedModel,
+    labels: Sequence[str],
+    *,
+    keep_pre_logits: bool = False,
+    keep_projection: bool = False,
 ) -> None:
     """Replace the head in place by a zero head for `labels` (section 3.2).
 
     This also removes the hidden layer of the pre-training head, which is "a little more robust than
     re-initialising the last layer" (appendix D.3). If there is a distilled head, the new head reads
-    both tokens: it can express everything that the mean of two heads can.
+    both tokens: it can express everything that the mean of two heads can. A projection to text
+    embeddings and the norm of a zero-shot head are removed too, unless `keep_projection`.
     """
     status = model.load_report.status if model.load_report else {}
     network = model.network
     if isinstance(network, VisionTransformer):
         _drop_pretraining_head(network, status, keep_pre_logits=keep_pre_logits)
+        if not keep_projection:
+            drop_projection(network, status)
     network.config = replace(network.config, num_classes=len(labels))
     device = next(network.parameters()).device
-    network.head = nn.Linear(network.config.feature_dim, len(labels), device=device)
+    width = getattr(network.config, "head_dim", network.config.feature_dim)
+    network.head = nn.Linear(width, len(labels), device=device)
     nn.init.zeros_(network.head.weight)
     nn.init.zeros_(network.head.bias)
     for name in ("head.weight", "head.bias"):
@@ -174,6 +167,16 @@ def _drop_pretraining_head(
         network.head_dist = None
         for name in ("head_dist.weight", "head_dist.bias"):
             status[name] = ("dropped", "the new head reads both tokens")
+
+
+def drop_projection(
+    network: VisionTransformer, status: dict[str, tuple[TensorStatus, str]]
+) -> None:
+    """Remove the projection to text embeddings and the norm of a zero-shot head, in place."""
+    if network.config.projection_size:
+        network.projection = nn.Identity()
+        status["projection.weight"] = ("dropped", "projects to text embeddings")
+    network.config = replace(network.config, projection_size=None, head_norm=False)
 
 
 def linear_head(model: LoadedModel) -> tuple[Tensor, Tensor] | None:
@@ -245,6 +248,8 @@ def change_pool(model: LoadedModel, pool: str) -> None:
     # A head that was trained on one pooling gives meaningless logits on another.
     status = model.load_report.status if model.load_report else {}
     going = ("head.", "head_dist.", "pre_logits.", "attn_pool.")
+    drop_projection(network, status)
+    config, new = network.config, replace(new, projection_size=None, head_norm=False)
     for name in [n for n in model.state_dict() if n.startswith(going)]:
         status[name] = ("dropped", f"belongs to pool `{config.pool}`, not `{wanted}`")
     if config.norm_after_pool and new.pooled_dim != config.pooled_dim:
@@ -303,17 +308,26 @@ def prepare_finetune(
         labels: class names of the data, in the order of its labels.
         image_size: (Y, X), or None to keep the model's.
         pool: a new pooling, or None to keep the model's.
-        keep_head: if the trained head knows all of `labels` by name, keep its rows and the hidden
+        keep_head: keep the rows of the trained head for `labels`, matched by name, and the hidden
             layer before it.
 
     Raises:
-        VitcliError: the patch size does not divide the image size, or the pooling does not fit.
+        VitcliError: the patch size does not divide the image size, the pooling does not fit, or the
+            head that is to be kept is not trained or does not know all of `labels`.
     """
+    rows = match_classes(labels, model.labels) if keep_head and model.labels else None
+    if keep_head and (rows is None or not model.head_trained):
+        missing = [name for name in labels if name not in (model.labels or ())]
+        lacking = f"does not know {quoted(missing, 5)}" if missing else "is not trained"
+        raise VitcliError(
+            f"the head of the model cannot be kept: it {lacking}",
+            "leave out `keep_head`: a new head is made for the classes of the data",
+        )
     if pool is not None:
         change_pool(model, pool)
-    rows = match_classes(labels, model.labels) if keep_head and model.labels else None
-    old = linear_head(model) if rows is not None and model.head_trained else None
-    replace_head(model, labels, keep_pre_logits=old is not None)
+    old = linear_head(model) if rows is not None else None
+    kept = old is not None
+    replace_head(model, labels, keep_pre_logits=kept, keep_projection=kept)
     head = model.network.head
     if old is not None and rows is not None and isinstance(head, nn.Linear):
         with torch.no_grad():

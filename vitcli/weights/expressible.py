@@ -79,6 +79,10 @@ def _has_stem(c: ViTConfig) -> bool:
     return c.stem is not None
 
 
+def _has_head(c: ViTConfig) -> bool:
+    return c.num_classes > 0
+
+
 def _distilled(c: ViTConfig) -> bool:
     return c.distillation_token
 
@@ -137,7 +141,12 @@ TIMM = (
     Lost("model.patch_bias", "timm's patch projection has a bias: the file holds zeros for it",
          (True,), lambda c: not c.norm_before_blocks),
     Refused("model.pixel_norm", "timm does not normalise the pixels of a patch", (False,)),
-    Refused("model.patch_norm", "timm's ViT does not normalise the patches", (False,)),
+    Refused("model.norm", "its plain models have LayerNorm", ("layer",)),
+    Refused("model.patch_norm", "its plain models have no norm of the patches", (False,)),
+    Refused("model.projection_size", "timm's heads read the features", (None,), _has_head),
+    Lost("model.projection_size", "the projection to text embeddings is not stored", (None,)),
+    Refused("model.head_norm", "timm's heads do not normalise the features", (False,)),
+    Refused("model.crop_to_patches", "its images have whole patches", (False,)),
     Refused("model.axial", "timm has no axial blocks", (False,)),
     Refused("model.key_bias", EVA, (True,)),
     Refused("model.attention_norm", EVA, (False,)),
@@ -209,6 +218,13 @@ HUGGINGFACE = (
     Refused("model.norm_before_blocks", "its models have no norm before the blocks", (False,)),
     Refused("model.norm_after_pool", "its models have the norm before pooling", (False,)),
     Refused("model.patch_bias", "its patch projection has a bias", (True,)),
+    Refused("model.pixel_norm", "it does not normalise the pixels of a patch", (False,)),
+    Refused("model.norm", "its models have LayerNorm", ("layer",)),
+    Refused("model.patch_norm", "its models have no norm of the patches", (False,)),
+    Refused("model.projection_size", "its heads read the features", (None,), _has_head),
+    Lost("model.projection_size", "the projection to text embeddings is not stored", (None,)),
+    Refused("model.head_norm", "its heads do not normalise the features", (False,)),
+    Refused("model.final_norm", "its models have a norm after the last block", (True,)),
     Refused("model.key_bias", "keys of ViT, DeiT and DINOv2 have a bias if queries have one",
             (True,), lambda c: not _is_dinov3(c)),
     Refused("model.attention_norm", "its models do not normalise there", (False,)),
@@ -216,8 +232,7 @@ HUGGINGFACE = (
     Refused("model.rope", "DINOv3 has centred coordinates", (None, "centred")),
     Refused("model.rope_pairs", "DINOv3 pairs the halves of a head", ("halves",)),
     Refused("model.rope_dtype", "DINOv3 in transformers has fp32 periods", ("fp32",)),
-    Refused("model.pixel_norm", "it does not normalise the pixels of a patch", (False,)),
-    Refused("model.patch_norm", "it does not normalise the patches", (False,)),
+    Refused("model.crop_to_patches", "its images have whole patches", (False,)),
     Refused("model.axial", "it has no axial blocks", (False,)),
     Refused("model.stem", "its models have no ResNet stem", (None,)),
     Refused("model.conv_stem", "its models have no convolutional stem", (None,)),
@@ -290,12 +305,18 @@ GOOGLE = (
     Refused("model.norm_before_blocks", "the official code has no norm there", (False,)),
     Refused("model.norm_after_pool", "the official code has the norm before pooling", (False,)),
     Refused("model.patch_bias", "its patch projection has a bias", (True,)),
+    Refused("model.pixel_norm", "it does not normalise the pixels of a patch", (False,)),
+    Refused("model.norm", "its models have LayerNorm", ("layer",)),
+    Refused("model.patch_norm", "its models have no norm of the patches", (False,)),
+    Refused("model.projection_size", "its heads read the features", (None,), _has_head),
+    Lost("model.projection_size", "the projection to text embeddings is not stored", (None,)),
+    Refused("model.head_norm", "its heads do not normalise the features", (False,)),
+    Refused("model.final_norm", "the official code has a norm after the last block", (True,)),
     Refused("model.key_bias", "its keys have a bias", (True,)),
     Refused("model.attention_norm", "the official code has no norm there", (False,)),
     Refused("model.mlp_norm", "the official code has no norm there", (False,)),
     Refused("model.rope", "the official code has no rotary positions", (None,)),
-    Refused("model.pixel_norm", "it does not normalise the pixels of a patch", (False,)),
-    Refused("model.patch_norm", "the official code has no norm there", (False,)),
+    Refused("model.crop_to_patches", "its images have whole patches", (False,)),
     Refused("model.axial", "the official checkpoints have no axial blocks", (False,)),
     Refused("model.stem_arithmetic", "Google's hybrids have other epsilons", ("google",), _has_stem,
             "--set model.stem_arithmetic=google"),

@@ -7,7 +7,7 @@ from torch import nn
 
 from vitcli.errors import VitcliError
 from vitcli.vit import ResNet, VisionTransformer
-from vitcli.weights.edit import change_pool
+from vitcli.weights.edit import change_pool, drop_projection
 from vitcli.weights.load_report import LoadReport
 from vitcli.weights.loaded import LoadedModel
 
@@ -70,6 +70,7 @@ def _drop_pre_logits(model: LoadedModel, network: VisionTransformer) -> None:
     for name in [n for n in model.state_dict() if n.startswith(going)]:
         status[name] = ("dropped", "belongs to another representation")
     network.head, network.head_dist, network.pre_logits = nn.Identity(), None, nn.Identity()
+    drop_projection(network, status)
     model.labels, model.head_trained = None, False
 
 

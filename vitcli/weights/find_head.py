@@ -51,6 +51,8 @@ def find_head(everything: Mapping[str, Tensor], place: str, width: int) -> Found
             name: paths
             for name, paths in heads.items()
             if any(_is_linear(everything[path], width) for path in paths)
+            # The attention pool of SigLIP is called `head` and belongs to the network.
+            and not any(re.search("attention|attn", path[len(name) :]) for path in paths)
         }
         if fitting:
             return _checked(everything, fitting)

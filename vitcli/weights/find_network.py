@@ -32,6 +32,7 @@ class LayoutNames:
         also: further names that the network must have.
         width: a tensor whose first size is the width of the features; None for the anchor.
         own_prefixes: prefixes that belong to the layout, which its reader removes itself.
+        poolings: tensors of an attention pool that the layout calls `head`; it is no classifier.
     """
 
     anchors: tuple[str, ...]
@@ -39,6 +40,7 @@ class LayoutNames:
     also: tuple[str, ...] = ()
     width: str | None = None
     own_prefixes: tuple[str, ...] = ()
+    poolings: tuple[str, ...] = ()
 
 
 TYPES = MODEL_TYPES.values()
@@ -49,6 +51,10 @@ LAYOUTS = {
         HUGGINGFACE_PATCHES,
         tuple(dict.fromkeys(head for family in TYPES for head in family.heads)),
         own_prefixes=tuple(dict.fromkeys(family.prefix for family in TYPES if family.prefix)),
+        poolings=("head.probe", "head.cls_token"),
+    ),
+    "open_clip": LayoutNames(
+        ("conv1.weight",), ("head",), also=("class_embedding",), width="ln_post.weight"
     ),
     "torchvision": LayoutNames(
         ("conv_proj.weight",), ("heads.head",), also=("encoder.pos_embedding",)
@@ -182,6 +188,8 @@ def _take_head(
     ends = names.anchors if names.width is None else (names.width,)
     shaped = (t for n, t in found.tensors.items() if n.endswith(ends) and t.ndim)
     width = next(shaped, None)
+    if names.poolings and any(name.endswith(names.poolings) for name in found.tensors):
+        return None
     if width is None or any(f"{head}.weight" in found.tensors for head in names.heads):
         return None
     head = find_head(everything, chosen, width.shape[0])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vitcli.config.choices import Resize
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.vit import Config, Network, ResNetConfig, VisionTransformer, ViTConfig, from_config
 from vitcli.vit.position import DEFAULT_RESIZE
 from vitcli.weights.edit import resize, set_position_resize
@@ -67,6 +67,7 @@ def build_model(
         load_report=report,
         split_record=checkpoint.split_record,
         target_scale=checkpoint.target_scale,
+        decoder=checkpoint.decoder,
     )
     if image_size is not None:
         resize(model, image_size)
@@ -106,7 +107,9 @@ def check_depth(config: Config, num_tensors: int, source: str) -> None:
         )
 
 
-def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:
+def check_shapes(
+    found: Shapes, expected: Shapes, source: str, what: str = "a plain Vision Transformer"
+) -> None:
     """Raise one VitcliError that names every tensor which does not fit the network."""
     groups = {
         "missing": [n for n in expected if n not in found],
@@ -117,13 +120,10 @@ def check_shapes(found: Shapes, expected: Shapes, source: str) -> None:
             if n in found and found[n] != expected[n]
         ],
     }
-    problems = []
-    for kind, names in groups.items():
-        more = f" and {len(names) - NUM_SHOWN} more" if len(names) > NUM_SHOWN else ""
-        problems += [f"{kind}: {', '.join(names[:NUM_SHOWN])}{more}"] if names else []
+    problems = [f"{kind}: {quoted(names, NUM_SHOWN)}" for kind, names in groups.items() if names]
     if problems:
         raise VitcliError(
-            f"`{source}` does not fit a plain Vision Transformer; {'; '.join(problems)}",
+            f"`{source}` does not fit {what}; {'; '.join(problems)}",
             hint="check that the file has this architecture and is complete",
         )
 

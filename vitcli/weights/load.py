@@ -8,6 +8,7 @@ from typing import Any, get_args
 from vitcli.config.choices import Resize, StemArithmetic
 from vitcli.config.schema import ModelSection, PreprocessSection
 from vitcli.errors import VitcliError
+from vitcli.files import is_url
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
 from vitcli.run import RUNS, finished_runs
@@ -32,9 +33,11 @@ from vitcli.weights.overrides import (
     override_preprocess,
     refuse_file_keys,
 )
+from vitcli.weights.public import is_listed
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
 from vitcli.weights.timm.read_timm import missing_settings
+from vitcli.weights.zero_shot import set_zero_shot_head
 
 VARIANT_HINT = (
     "use a variant such as `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1` for random weights, or an "
@@ -57,6 +60,7 @@ def load_model(
     patch_size: int | None = None,
     checkpoint_key: str | None = None,
     base_model: str | None = None,
+    text_embeddings: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     watch: Watcher | None = None,
@@ -77,6 +81,8 @@ def load_model(
             pseudo-inverse) and the positions.
         checkpoint_key: path or prefix of the network in a file with several, e.g. `student`.
         base_model: the MODEL that a LoRA adapter of PEFT was trained on.
+        text_embeddings: a file with text embeddings of the classes, which become the head of a
+            vision tower; see `weights.zero_shot`.
         num_classes: add a new zero head with this many outputs; 0 removes the head.
         seed: random seed of a variant's weights.
         watch: receives the progress of a download.
@@ -118,6 +124,8 @@ def load_model(
         change_pool(model, pool)
     if isinstance(preprocess, Preprocess):
         model.preprocess = preprocess
+    if text_embeddings is not None:
+        set_zero_shot_head(model, os.fspath(text_embeddings), overrides.labels)
     if num_classes is not None and num_classes != model.config.num_classes:
         replace_head(model, [str(i) for i in range(num_classes)])
         model.labels = None
@@ -263,6 +271,13 @@ def load_settings(model: ModelSection, preprocess: PreprocessSection) -> dict[st
     if settings := preprocess.model_dump(exclude_none=True):
         arguments["preprocess"] = settings
     return arguments
+
+
+def names_weights(name: str) -> bool:
+    """True if the MODEL `name` is weights that exist or are public, and not a variant."""
+    if is_variant(name) and not Path(name).exists():
+        return False
+    return name.startswith("hf:") or is_url(name) or is_listed(name) or Path(name).exists()
 
 
 def newest_run(*, classifier: bool, runs: Path = RUNS) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitcli.data.split_record import SplitRecord
 from vitcli.preprocess import Preprocess
-from vitcli.vit import Config, Network, create_network
+from vitcli.vit import Config, Network, ViTConfig, create_network
 from vitcli.weights.load_report import LoadReport
 
 # `identity` is that of regression: the output is the number, up to `TargetScale`.
@@ -40,6 +40,21 @@ class TargetScale:
         return outputs.double() * self.std + self.mean
 
 
+@dataclass(frozen=True)
+class PixelDecoder:
+    """The decoder of a masked autoencoder, as a weights file holds it; objective `mae` trains it.
+
+    Attributes:
+        config: width, depth, heads and MLP of the decoder; the rest is that of the encoder.
+        tensors: `entry`, `mask`, `positions` (1, 1 + N, W), `blocks.I`, `norm` and `exit`.
+        norm_pixels: the targets are standardised in each patch.
+    """
+
+    config: ViTConfig
+    tensors: Mapping[str, Tensor]
+    norm_pixels: bool
+
+
 @dataclass(eq=False)
 class LoadedModel:
     """A network, and the facts that a weights file holds about its use.
@@ -61,6 +76,7 @@ class LoadedModel:
         head_trained: True if the head has learned the classes, so that `predict` may use it.
         load_report: how each tensor was loaded, or None if the model was not loaded.
         split_record: the images that it was trained on and that were held out, or None if unknown.
+        decoder: that of a masked autoencoder, for further pre-training; None for other weights.
     """
 
     network: Network
@@ -74,6 +90,7 @@ class LoadedModel:
     target_scale: TargetScale = TargetScale()
     thresholds: tuple[float, ...] | None = None
     class_counts: tuple[int, ...] | None = None
+    decoder: PixelDecoder | None = None
 
     @property
     def is_regression(self) -> bool:

@@ -33,6 +33,7 @@ MODEL_KEYS = (
     "stem_arithmetic",
     "checkpoint_key",
     "base_model",
+    "text_embeddings",
 )
 
 
@@ -53,7 +54,8 @@ class Overrides:
 
     def __post_init__(self) -> None:
         if self.gelu is not None and self.gelu not in get_args(Gelu):
-            raise VitcliError(f"`model.gelu` is `{self.gelu}`", hint="use `exact` or `tanh`")
+            known = ", ".join(f"`{kind}`" for kind in get_args(Gelu))
+            raise VitcliError(f"`model.gelu` is `{self.gelu}`", hint=f"use one of {known}")
         if self.stem_arithmetic not in (None, *get_args(StemArithmetic)):
             raise VitcliError(
                 f"`model.stem_arithmetic` is `{self.stem_arithmetic}`",

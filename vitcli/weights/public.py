@@ -20,7 +20,7 @@ TIMM = "timm/"
 TIMM_RESULTS = "pytorch-image-models 0173a139, results/results-imagenet.csv"
 WEIGHTS_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".npy")
 # Architectures of timm with the tensors that `weights/timm` reads.
-TIMM_NAME = re.compile(r"(vit|deit3?|flexivit|resnetv2|eva(02)?)_[a-z0-9_]+\.\w+")
+TIMM_NAME = re.compile(r"(vit|deit3?|flexivit|resnetv2|eva(02)?|beit(v2)?)_[a-z0-9_]+\.\w+")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
@@ -70,6 +70,16 @@ FAMILIES = {
     "eva02": Family(
         "EVA-02: masked images of ImageNet-22k or Merged-38M, some fine-tuned on ImageNet",
         licence="mit",
+    ),
+    "beit": Family(
+        "BEiT and BEiT v2: masked images (`pt22k`), fine-tuned on ImageNet-22k and ImageNet-1k"
+    ),
+    "data2vec": Family("Data2Vec-vision: ImageNet-1k without labels, or fine-tuned (`ft1k`)", None),
+    "msn": Family("MSN: ImageNet-1k without labels", None),
+    "ijepa": Family(
+        "I-JEPA: ImageNet-1k or ImageNet-22k (`in22k`) without labels",
+        None,
+        licence="cc-by-nc-4.0",
     ),
     "mae": Family("MAE: ImageNet-1k without labels", None, licence="cc-by-nc-4.0"),
     "bit": Family("BiT ResNets: ImageNet-21k (`in21k`), or fine-tuned on ImageNet-1k"),
@@ -152,15 +162,16 @@ def resolve_name(model: str) -> str:
     """The MODEL that a public name means; any other MODEL is returned as it is.
 
     A short name, a name of timm (with or without `timm/`, with or without its tag) and `ORG/NAME`
-    on the Hub are public names. A path that exists wins over all of them.
+    on the Hub are public names, also with `@REVISION`. A path that exists wins over all of them.
 
     Raises:
         VitcliError: the text is neither a path nor a public name.
     """
     if not model or model.startswith("hf:") or is_url(model) or Path(model).exists():
         return model
-    if (row := _known(model)) is not None:
-        return row.source
+    name, at, revision = model.partition("@")
+    if (row := _known(name)) is not None and (not at or row.source.startswith("hf:")):
+        return row.source + at + revision
     if TIMM_NAME.fullmatch(model):
         return f"hf:{TIMM}{model}"
     if HUB_NAME.fullmatch(model) and not _is_path(model):

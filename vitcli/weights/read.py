@@ -18,6 +18,7 @@ from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
 from vitcli.weights.huggingface.lone_weights import describe_weights
 from vitcli.weights.huggingface.read_huggingface import place_of, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
+from vitcli.weights.open_clip import OPEN_CLIP_CONFIG, is_open_clip, read_open_clip
 from vitcli.weights.overrides import Overrides, override_preprocess, refuse_file_keys
 from vitcli.weights.peft_adapter import (
     CONFIG,
@@ -238,6 +239,9 @@ def read_network(
         checkpoint = read_torchvision(network, source, overrides)
     elif network.layout == "vit_pytorch":
         checkpoint = read_vit_pytorch(network, source, overrides)
+    elif is_open_clip(network):
+        clip = _json(path.parent / OPEN_CLIP_CONFIG)
+        checkpoint = read_open_clip(network, source, clip, overrides)
     else:
         hub = described if {"architecture", "pretrained_cfg"} & set(described) else None
         checkpoint = read_timm(network, source, hub, overrides)

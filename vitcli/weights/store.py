@@ -27,7 +27,8 @@ from vitcli.preprocess import Preprocess
 from vitcli.run import check_free
 from vitcli.vit import Config, config_from_dict
 from vitcli.vit.position import DEFAULT_RESIZE
-from vitcli.weights.loaded import HeadActivation, LoadedModel, TargetScale, as_activation
+from vitcli.weights import loaded
+from vitcli.weights.loaded import HeadActivation, LoadedModel, PixelDecoder, TargetScale
 from vitcli.weights.pickles import CONVERT_HINT, is_pickle
 
 FORMAT = 2  # of a regression, which versions that read format 1 only would take for a classifier
@@ -46,10 +47,9 @@ class Checkpoint:
         tensors: timm's names -> tensors.
         layout: `vitcli`, `timm`, `huggingface` or `google`.
         head_trained: False for a backbone and for a head that was never trained.
-        dropped: tensors of the file that the model does not use -> the reason.
-        dropped_shapes: shapes of the dropped tensors.
+        dropped, dropped_shapes: unused tensors of the file -> the reason, and the shape.
         activation: turns logits into probabilities; `identity` after a regression.
-        target_scale: of a regression.
+        target_scale, decoder: of a regression, and of a masked autoencoder.
         temperature: divides the logits before the activation.
         thresholds: as in `LoadedModel`.
         position_resize: method that resamples the positions; None for the layout's default.
@@ -73,6 +73,7 @@ class Checkpoint:
     position_resize: Resize | None = None
     split_record: SplitRecord | None = None
     target_scale: TargetScale = field(default_factory=TargetScale)
+    decoder: PixelDecoder | None = None
 
 
 def save_model(
@@ -307,7 +308,7 @@ def read_vitcli(path: str | os.PathLike[str]) -> Checkpoint:
         head_trained=bool(header.get("head_trained")),
         recipe_hash=header.get("recipe_hash"),
         # Old files do not store the activation; all of them were trained with softmax.
-        activation=as_activation(header.get("activation")),
+        activation=loaded.as_activation(header.get("activation")),
         target_scale=scale,
         temperature=temperature,
         thresholds=thresholds,

@@ -155,6 +155,8 @@ def choose_table_columns(
     used = {image, *splits, group, *hints, *known_columns(table.header, INDEX_COLUMNS)}
     rest = [name for name in table.header if name not in used]
     labels, one_hot = _label_columns(shown, table, head, settings, rest, notes, labelled)
+    if len(labels) == 1:
+        note_coarser(shown, labels[0], table.header, settings, notes)
     return Columns(image, labels, one_hot, tuple(s for s in splits if s not in labels), group)
 
 
@@ -248,6 +250,21 @@ def _label_columns(
     raise VitcliError(
         f"`{shown}` has no label column with a known name (it has {quoted(table.header)})", hint
     )
+
+
+def note_coarser(
+    shown: str, chosen: str, header: Sequence[str], settings: DataSection, notes: list[str]
+) -> None:
+    """Add a note if fine labels were chosen and there are coarse ones (as in CIFAR-100)."""
+    coarse = chosen.replace("fine", "coarse")
+    if settings.label_column is not None or coarse == chosen or coarse not in header:
+        return
+    line = (
+        f"{shown}: the labels are those of `{chosen}`; `--set data.label_column={coarse}` takes "
+        "the coarser ones"
+    )
+    if line not in notes:
+        notes.append(line)
 
 
 def flag_value(cell: Any) -> bool | None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -32,6 +33,7 @@ SYSTEM_NAMES = frozenset({
     "network trash folder", "recycler", "system volume information", "temporary items", "thumbs.db",
 })
 # fmt: on
+NO_LABEL = "no_label"  # the folder of CVAT's "ImageNet" format for images without a label
 # A folder with one of these files is an output of a command, or a virtual environment of Python.
 OUTPUT_FILES = frozenset(
     {
@@ -120,14 +122,18 @@ class WalkReport:
         if self.loops:
             found.append(f"{shown}: skipped links to a folder above them: {named(self.loops)}")
         if self.other:
-            counts = [f"{count} {suffix}" for suffix, count in sorted(self.other.items())]
-            found.append(f"{shown}: skipped files that are not images: {', '.join(counts)}")
+            found.append(self.describe_other(shown))
         if self.without_suffix:
             files = "file" if self.without_suffix == 1 else "files"
             found.append(f"{shown}: {self.without_suffix:,} {files} without an image suffix: DICOM")
         if (self.without_suffix or self.dicom) and not can_read_dicom():
             found.append(f"{shown}: DICOM images need pydicom: `pip install 'vitcli[medical]'`")
         return found
+
+    def describe_other(self, shown: str) -> str:
+        """A line about the files that are not images, by their suffixes."""
+        counts = [f"{count} {suffix}" for suffix, count in sorted(self.other.items())]
+        return f"{shown}: skipped files that are not images: {', '.join(counts)}"
 
 
 def image_files(folder: Path) -> tuple[list[str], Counter[str]]:
@@ -325,6 +331,12 @@ def source_of_layout(
         if not paths:
             continue
         names = list(classes)
+        notes += [
+            f"{shown}: `{name}` is read as a class; annotation tools such as CVAT put images "
+            "without a label there: move it out of the folder to leave them out"
+            for name in names
+            if name.casefold() == NO_LABEL
+        ]
         labels = np.repeat(np.arange(len(names)), [len(found) for found in classes.values()])
         splits[split] = ImageSet(split, names, labels, store_of(images.base, paths))
         parts += [parts_of(split, images.base, paths), [name.encode() for name in names]]
@@ -337,7 +349,7 @@ def source_of_layout(
             f"formats: {suffixes}",
         )
     source = make_source(request, splits, chain.from_iterable(parts), notes)
-    return replace(source, layout=layout.rule)
+    return source.adjusted(partial(replace, layout=layout.rule))
 
 
 def _no_classes_hint(request: DataRequest, tables: Sequence[str]) -> str:

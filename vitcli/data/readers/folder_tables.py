@@ -59,7 +59,11 @@ def read_folder_tables(
     if left := [split for split in layout.splits if "" not in chosen and split not in chosen]:
         said += f"; there is no table for {named(left)}, which is not used"
     rule = ", ".join(sorted(chosen.values()))
-    return replace(source, notes=(said, *source.notes), layout=rule, notation=request.shown)
+    return source.adjusted(
+        lambda found: replace(
+            found, notes=(said, *found.notes), layout=rule, notation=request.shown
+        )
+    )
 
 
 def _choose(tree: Folder, tables: Sequence[str]) -> dict[str, str]:

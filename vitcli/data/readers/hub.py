@@ -61,15 +61,14 @@ def load_hub(request: DataRequest, without: str | None = None) -> Source:
         raise cannot_write(request.shown, repository.folder, error) from error
     if dataset.kind == "folder":
         source = _read_folder(request, repo_files, dataset)
-        source = replace(source, notes=(*notes, *source.notes))
+        source = source.adjusted(lambda found: replace(found, notes=(*notes, *found.notes)))
     elif dataset.kind == "parquet":
         source = read_parquet(request, files, notes)
     else:
         source = read_shards(request, files, notes, read_names(names) if names else None)
-    record = {**source.splitting, "repository": repository.repo_id, "commit": repo_files.commit}
-    return replace(
-        source, splitting=record | ({"config": dataset.config} if dataset.config else {})
-    )
+    record = {"repository": repository.repo_id, "commit": repo_files.commit}
+    record |= {"config": dataset.config} if dataset.config else {}
+    return source.adjusted(lambda found: replace(found, splitting={**found.splitting, **record}))
 
 
 def class_names_file(repo_files: RepoFiles) -> Path | None:
@@ -112,12 +111,18 @@ def _read_folder(request: DataRequest, repo_files: RepoFiles, dataset: DatasetFi
         root = root / "data"
     load = import_function(READERS[find_reader(str(root))].load)
     source: Source = load(replace(request, notation=str(root)))
-    mark = fingerprint([source.fingerprint.encode()])
-    notes, warnings = (
-        tuple(note.replace(str(root), request.shown) for note in told)
-        for told in (source.notes, source.warnings)
-    )
-    return replace(source, notation=request.shown, fingerprint=mark, notes=notes, warnings=warnings)
+
+    def placeless(found: Source) -> Source:
+        mark = fingerprint([found.fingerprint.encode()])
+        notes, warnings = (
+            tuple(note.replace(str(root), request.shown) for note in told)
+            for told in (found.notes, found.warnings)
+        )
+        return replace(
+            found, notation=request.shown, fingerprint=mark, notes=notes, warnings=warnings
+        )
+
+    return source.adjusted(placeless)
 
 
 def _notes(request: DataRequest, repo_files: RepoFiles, dataset: DatasetFiles) -> list[str]:

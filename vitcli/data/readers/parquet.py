@@ -27,6 +27,7 @@ from vitcli.data.readers.columns import (
     find_column,
     group_column,
     group_number,
+    note_coarser,
     plain_cell,
     split_columns,
 )
@@ -180,6 +181,7 @@ def _read_split(
     schema = metadata[0].schema.to_arrow_schema()
     features = features_of(schema)
     image_column, label_column = choose_columns(shown, schema, features, settings)
+    note_coarser(request.shown, label_column, schema.names, settings, notes)
     group = group_column(shown, schema.names, settings)
     dividing = split_columns(shown, schema.names, settings) if divide else ()
     dividing = tuple(name for name in dividing if name != label_column)

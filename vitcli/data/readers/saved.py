@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from vitcli.data.image_set import ImageSet
+from vitcli.data.readers.columns import note_coarser
 from vitcli.data.readers.parquet import (
     choose_columns,
     divide_by_column,
@@ -98,6 +99,7 @@ def _images(
     features = features_of(table.schema)
     shown = printable(files[0])
     columns = choose_columns(shown, table.schema, features, request.settings)
+    note_coarser(request.shown, columns[1], table.schema.names, request.settings, notes)
     rows = [(file, one.num_rows) for file, one in zip(files, tables, strict=True)]
     images = images_of_table(split, table, rows, columns, features, request, notes)
     if not divide:

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitcli.config.schema import ObjectiveSection
+from vitcli.data.batch import Batch
+from vitcli.data.source import Source
+from vitcli.progress import Watcher
 from vitcli.vit import ResNetConfig, ViTConfig
 from vitcli.weights.loaded import HeadActivation
 
@@ -43,6 +46,13 @@ class Objective(nn.Module):
     head_activation: ClassVar[HeadActivation] = "softmax"
     settings: ClassVar[frozenset[str]] = frozenset()
     masks_patches: ClassVar[bool] = False
+
+    def prepare(self, source: Source, watch: Watcher) -> None:
+        """Compute before the first step what depends on the training images."""
+
+    def known(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Further arguments of `forward` in this class: facts about the images of `batch`."""
+        return ()
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Metrics]:
         """(B, C, Y, X), (B,) or (B, K) -> the mean loss (), and metrics.

@@ -64,7 +64,9 @@ class MaskedPatch(Objective):
         x = model.embed_patches(images)  # (B, N, D)
         chosen = random_mask(x.shape[0], x.shape[1], self.mask_rate, x.device)  # (B, N)
         x = model.encode(model.add_prefix(self.corrupt(x, chosen), grid), grid)  # (B, T, D)
-        places = positions(chosen, num_masked(chosen.shape[1], self.mask_rate))  # (B, m), M = B m
+        places = chosen_positions(
+            chosen, num_masked(chosen.shape[1], self.mask_rate)
+        )  # (B, m), M = B m
         x = take(x[:, model.config.num_prefix_tokens :], places)  # (M, D)
         predicted = self.predict(x).float()
         side = model.config.pixels_per_patch
@@ -148,7 +150,7 @@ def random_mask(b: int, n: int, rate: float, device: torch.device) -> Tensor:
     return order.argsort(dim=1) < num_masked(n, rate)
 
 
-def positions(chosen: Tensor, count: int) -> Tensor:
+def chosen_positions(chosen: Tensor, count: int) -> Tensor:
     """(B, N) booleans, `count` of them true in each row -> (B, count): where, in order."""
     # `nonzero` and boolean indices make the host wait for a GPU, to learn how many there are. Here
     # the number is known, so that shapes are static.

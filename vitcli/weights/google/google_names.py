@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.weights.google.npz import WEIGHTS
@@ -313,8 +313,7 @@ def present_names(
 def not_official(source: str, missing: Collection[str], foreign: Collection[str]) -> VitcliError:
     """Return the error for another architecture, with the missing and the unexpected names."""
     shown = [
-        f"{kind}: {', '.join(f'`{n}`' for n in list(names)[:6])}"
-        + (f" and {len(names) - 6} more" * (len(names) > 6))
+        f"{kind}: {quoted(names, 6)}"
         for kind, names in {"missing": missing, "not part of one": foreign}.items()
         if names
     ]

@@ -14,11 +14,13 @@ native and at other image sizes, and it checks that no option of the type's conf
 from typing import Any
 
 from vitcli.vit.config import ViTConfig
+from vitcli.weights.huggingface.beit_types import BEIT_TYPES
+from vitcli.weights.huggingface.clip_types import CLIP_TYPES
 from vitcli.weights.huggingface.dinov3_types import DINOV3_TYPES
 from vitcli.weights.huggingface.vit_types import VIT_TYPES
 from vitcli.weights.loaded import HeadActivation
 
-MODEL_TYPES = {**VIT_TYPES, **DINOV3_TYPES}
+MODEL_TYPES = {**VIT_TYPES, **DINOV3_TYPES, **BEIT_TYPES, **CLIP_TYPES}
 # Types of transformers that we do not read -> the nearest thing that works. None has a plain ViT
 # as its encoder, or few people fine-tune it; `docs/how-to/families.md` has the table behind this.
 _PLAIN = "use a plain Vision Transformer of about its size, e.g. `vit-s16-augreg`"

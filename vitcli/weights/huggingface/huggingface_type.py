@@ -20,6 +20,7 @@ Settings = dict[str, Any]  # fields of ViTConfig
 GELUS: dict[str, Gelu] = {
     "gelu": "exact",
     "gelu_pytorch_tanh": "tanh",
+    "quick_gelu": "quick",
     "gelu_python": "exact",
     "gelu_new": "tanh",
     "gelu_fast": "tanh",
@@ -121,6 +122,7 @@ class HuggingFaceType:
         published: the image processor of the published weights, assumed if the folder has none.
         any_size: the image size of the processor may differ from that of config.json.
         position_resize: transformers' arithmetic for positions of another image size.
+        decoder: names of a decoder for pixels, theirs -> ours outside of its blocks.
         written: how the type is written; None for a type that is only read.
     """
 
@@ -138,6 +140,7 @@ class HuggingFaceType:
     published: Mapping[str, Any]
     any_size: bool = False
     position_resize: Resize = "bicubic_plain"
+    decoder: Mapping[str, str] | None = None
     written: WrittenType | None = None
 
 

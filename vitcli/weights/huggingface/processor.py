@@ -19,6 +19,7 @@ from vitcli.config.choices import Interpolation
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig
+from vitcli.weights.huggingface.clip_types import MOMENTS
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
 from vitcli.weights.huggingface.huggingface_type import IMAGENET, read_size
 from vitcli.weights.huggingface.vit_types import CROPPED
@@ -35,15 +36,16 @@ INTERPOLATIONS: dict[int, Interpolation] = {  # Pillow's number -> name
     2: "bilinear",
     3: "bicubic",
 }
-CLIP = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+CLIP = {"size": {"shortest_edge": 224}, **CROPPED, **MOMENTS}
 # The values that the classes use if the file does not have them.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": {"size": 224, "resample": 2},
+    "BeitImageProcessor": {"size": 224, "resample": 3, "crop_size": 224},
     "DeiTImageProcessor": {"size": 256, **CROPPED},
-    "BitImageProcessor": {"size": {"shortest_edge": 224}, **CROPPED, **CLIP},
+    "BitImageProcessor": CLIP,
+    "CLIPImageProcessor": CLIP,
+    "SiglipImageProcessor": {"size": 224, "resample": 3},
+    "Siglip2ImageProcessor": {"size": 256, "resample": 2},  # which keeps the shape of the image
     # It scales to 0 … 1 before it resizes, so its pixels are not rounded to grey levels between.
     "DINOv3ViTImageProcessor": {"size": 224, "resample": 2, **IMAGENET},
 }
@@ -80,7 +82,7 @@ def read_processor(
     else:
         kind = _processor_class(model_type, processor, notes)
         values = {**DEFAULTS[kind], **processor}
-        if kind == "BitImageProcessor" and isinstance(values["size"], int):
+        if DEFAULTS[kind] is CLIP and isinstance(values["size"], int):
             values["size"] = {"shortest_edge": values["size"]}
     interpolation = INTERPOLATIONS.get(values.get("resample", 2))
     if interpolation is None:
@@ -152,8 +154,6 @@ def _processor_class(model_type: str, processor: Mapping[str, Any], notes: list[
         return default
     kind = str(named).replace("FeatureExtractor", "ImageProcessor")
     kind = kind.removesuffix("Fast").removesuffix("Pil")
-    if kind == "CLIPImageProcessor":  # the same steps and defaults
-        return "BitImageProcessor"
     if kind not in DEFAULTS:
         notes.append(f"unknown image processor `{named}`: assumed to be a `{default}`")
         return default
@@ -168,16 +168,19 @@ def _published(
     rows, cols = config.image_size
     cropped = rows == cols and "crop_size" in values
     if cropped:  # the same fraction of the image
-        edge = floor(rows * 256 / 224)
-        by_edge = isinstance(values["size"], Mapping)
+        size = values["size"]
+        by_edge = isinstance(size, Mapping)
+        edge = floor(rows * (size["shortest_edge"] if by_edge else size) / values["crop_size"])
         values["size"] = {"shortest_edge": edge} if by_edge else edge
         values["crop_size"] = rows
     else:
         values |= {"size": {"height": rows, "width": cols}, "do_center_crop": False}
     if config.num_channels != 3:
         values = {key: value for key, value in values.items() if key not in IMAGENET}
+    known = {tuple(IMAGENET["image_mean"]): "ImageNet's", tuple(MOMENTS["image_mean"]): "CLIP's"}
     if not {"mean", "std"} <= set(overrides.preprocess):
-        mean = "ImageNet's mean and std" if "image_mean" in values else "mean and std 0.5"
+        whose = known.get(tuple(values.get("image_mean", ())))
+        mean = f"{whose} mean and std" if whose else "mean and std 0.5"
         how = "centre crop" if cropped else "resize to the image size"
         notes.append(
             f"no preprocessor_config.json: assumed {mean} and {how}, as in the published "

@@ -6,6 +6,7 @@ Everything that differs between model types is in their entries.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES, NOT_READ, PROBLEM_TYPES
 from vitcli.weights.huggingface.huggingface_type import HuggingFaceType, ModelFiles
 from vitcli.weights.huggingface.processor import read_processor
+from vitcli.weights.loaded import PixelDecoder
 from vitcli.weights.overrides import Overrides
 from vitcli.weights.store import Checkpoint, readable_values
 
@@ -68,6 +70,7 @@ def read_huggingface(
         files = ModelFiles(model_type, tower, renamed, source, overrides, dropped=dropped)
         config = ViTConfig(**family.settings(files))
         labels = overrides.labels or _labels(described, config.num_classes)
+        decoder = _decoder(tensors, family, files, config)
     notes = files.notes
     with readable_values("preprocessor_config.json", source, REPAIR):
         preprocess = read_processor(config, model_type, processor, source, overrides, notes)
@@ -82,6 +85,7 @@ def read_huggingface(
         notes=notes,
         activation=PROBLEM_TYPES.get(described.get("problem_type"), "softmax"),
         position_resize=family.position_resize,
+        decoder=decoder,
     )
 
 
@@ -148,6 +152,25 @@ def _split(name: str) -> tuple[str, str]:
     """`layernorm.weight` -> `layernorm`, `.weight`; a name with another end -> itself, ``."""
     module, _, last = name.rpartition(".")
     return (module, f".{last}") if last in ("weight", "bias") else (name, "")
+
+
+def _decoder(
+    tensors: Mapping[str, Tensor], family: HuggingFaceType, files: ModelFiles, config: ViTConfig
+) -> PixelDecoder | None:
+    """Return the decoder of a masked autoencoder; None if the file has none."""
+    stored = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
+    if family.decoder is None or not stored:
+        return None
+    names = replace(family, prefix="decoder.decoder_", encoder=family.decoder, unused={})
+    renamed, _ = _rename(stored, names)
+    sizes: dict[str, Any] = {
+        "embed_dim": files.count("decoder_hidden_size", 512),
+        "depth": files.count("decoder_num_hidden_layers", 8),
+        "num_heads": files.count("decoder_num_attention_heads", 16),
+        "mlp_dim": files.count("decoder_intermediate_size", 2048),
+    }
+    shape = replace(config, **sizes, position="none", representation_size=None, num_classes=0)
+    return PixelDecoder(shape, renamed, files.flag("norm_pix_loss", default=False))
 
 
 def _labels(described: Mapping[str, Any], num_classes: int) -> tuple[str, ...] | None:

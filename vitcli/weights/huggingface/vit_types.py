@@ -1,4 +1,4 @@
-"""ViT, DeiT, ViT-MAE and DINOv2 of transformers.
+"""ViT, DeiT, ViT-MAE, ViT-MSN, I-JEPA and DINOv2 of transformers.
 
 Files have the classic names (`encoder.layer.0.intermediate.dense`), which transformers writes by
 default, or the names that version 5 uses in memory (`layers.0.mlp.fc1`). We read both and write the
@@ -6,6 +6,7 @@ classic names.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -63,9 +64,9 @@ UNUSED = {r"embeddings\.mask_token|decoder\..*": MASKED_TRAINING}
 CROPPED = {"do_center_crop": True, "crop_size": 224, "resample": 3}
 
 
-def _plain_settings(files: ModelFiles) -> Settings:
-    """The settings of ViT, DeiT and ViT-MAE."""
-    values = encoder_settings(files)
+def _plain_settings(files: ModelFiles, *, norm_eps: float = 1e-12) -> Settings:
+    """The settings of ViT, DeiT, ViT-MAE and ViT-MSN."""
+    values = encoder_settings(files, norm_eps=norm_eps)
     if "head_dist.weight" in files.tensors:
         values |= {"pool": "distilled", "distillation_head": True}
     values["distillation_token"] = "dist_token" in files.tensors
@@ -77,8 +78,15 @@ def _plain_settings(files: ModelFiles) -> Settings:
     return values | _positions(files, values)
 
 
-def _dinov2_settings(files: ModelFiles, patch_size: int = 14) -> Settings:
-    """The settings of DINOv2, with and without registers."""
+def _ijepa_settings(files: ModelFiles) -> Settings:
+    """The settings of I-JEPA, which has no class token; its head reads the mean of the patches."""
+    for name in ("pre_logits.fc.weight", "pre_logits.fc.bias"):
+        files.drop(name, "belongs to a pooler that reads the first patch")
+    return encoder_settings(files) | {"class_token": False, "pool": "mean"}
+
+
+def _dinov2_settings(files: ModelFiles, patch_size: int = 14, registers: int = 0) -> Settings:
+    """The settings of DINOv2; `registers` is their number if config.json does not have it."""
     values = encoder_settings(files, patch_size=patch_size, norm_eps=1e-6)
     ratio, width = files.described.get("mlp_ratio", 4), values["embed_dim"]
     if not 0 < ratio <= 1000:
@@ -88,15 +96,13 @@ def _dinov2_settings(files: ModelFiles, patch_size: int = 14) -> Settings:
         "mlp": "swiglu" if gated else "gelu",
         "mlp_dim": swiglu_width(width, ratio) if gated else int(width * ratio),
         "layer_scale": float(files.described.get("layerscale_value", 1.0)),
-        "num_registers": 0,
+        "num_registers": files.count("num_register_tokens", registers),
     }
     if "head.weight" in files.tensors:
         values["pool"] = "token_mean"
-    registers = files.tensors.get("reg_token")
-    if registers is not None and not registers.numel():
+    stored = files.tensors.get("reg_token")
+    if stored is not None and not stored.numel():
         files.drop("reg_token", "holds no registers")
-    elif registers is not None:
-        values["num_registers"] = files.count("num_register_tokens", 4)
     return values | _positions(files, values)
 
 
@@ -184,6 +190,17 @@ def dino_mlp_ratio(config: ViTConfig) -> int | None:
 _WRITTEN = WrittenType(
     described=_described_vit, block=lambda config: {**VIT_BLOCK, "attn.qkv": QKV}
 )
+_VIT = HuggingFaceType(
+    prefix="vit.",
+    backbone="ViTModel",
+    classifier="ViTForImageClassification",
+    settings=_plain_settings,
+    encoder=ENCODER,
+    block=BLOCK,
+    unused=UNUSED,
+    processor="ViTImageProcessor",
+    published={"resample": 2},
+)
 _DINOV2 = HuggingFaceType(
     prefix="dinov2.",
     backbone="Dinov2Model",
@@ -205,18 +222,7 @@ _DINOV2 = HuggingFaceType(
     ),
 )
 VIT_TYPES = {
-    "vit": HuggingFaceType(
-        prefix="vit.",
-        backbone="ViTModel",
-        classifier="ViTForImageClassification",
-        settings=_plain_settings,
-        encoder=ENCODER,
-        block=BLOCK,
-        unused=UNUSED,
-        processor="ViTImageProcessor",
-        published={"resample": 2},
-        written=_WRITTEN,
-    ),
+    "vit": replace(_VIT, written=_WRITTEN),
     "deit": HuggingFaceType(
         prefix="deit.",
         backbone="DeiTModel",
@@ -237,19 +243,36 @@ VIT_TYPES = {
         prefix="dinov2_with_registers.",
         backbone="Dinov2WithRegistersModel",
         classifier="Dinov2WithRegistersForImageClassification",
-        settings=lambda files: _dinov2_settings(files, patch_size=16),
+        settings=partial(_dinov2_settings, patch_size=16, registers=4),
         # transformers antialiases positions only here, because the model was trained so.
         position_resize="bicubic",
     ),
-    "vit_mae": HuggingFaceType(
-        prefix="vit.",
+    "vit_mae": replace(
+        _VIT,
         backbone="ViTMAEModel",
         classifier=None,
-        settings=_plain_settings,
-        encoder=ENCODER,
-        block=BLOCK,
-        unused=UNUSED,
-        processor="ViTImageProcessor",
+        published={"resample": 2, **IMAGENET},
+        decoder={
+            "decoder.mask_token": "mask",
+            "pos_embed": "positions",
+            "embed": "entry",
+            "norm": "norm",
+            "pred": "exit",
+        },
+    ),
+    "vit_msn": replace(
+        _VIT,
+        backbone="ViTMSNModel",
+        classifier="ViTMSNForImageClassification",
+        settings=partial(_plain_settings, norm_eps=1e-6),
+        published={"resample": 2, **IMAGENET},
+    ),
+    "ijepa": replace(
+        _VIT,
+        prefix="ijepa.",
+        backbone="IJepaModel",
+        classifier="IJepaForImageClassification",
+        settings=_ijepa_settings,
         published={"resample": 2, **IMAGENET},
     ),
 }

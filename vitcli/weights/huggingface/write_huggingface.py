@@ -89,6 +89,8 @@ def _named(model: LoadedModel, config: ViTConfig) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if name == "pos_embed":
             tensor = _with_prefix_rows(tensor, config)
+        if name == "projection.weight":
+            continue  # without a head nothing reads it
         if not name.startswith("blocks."):
             named[_rename_module(name, outside)] = tensor
             continue

@@ -11,16 +11,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vitcli.config.choices import Gelu, Pool
+from torch import Tensor
+
+from vitcli.config.choices import Gelu, NormKind, Pool
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig, canonical_pool
+from vitcli.vit.position import fold_shared_bias
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
 from vitcli.weights.find_network import FoundNetwork
 from vitcli.weights.loaded import as_activation
 from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
 from vitcli.weights.store import Checkpoint, readable_values
+from vitcli.weights.timm.beit import image_size_of_bias, offset_bias_kind
 from vitcli.weights.timm.eva import rotary_settings, unify_eva
 from vitcli.weights.timm.timm_config import (
     REPAIR,
@@ -61,11 +65,14 @@ def read_timm(
     tensors, bit = network.tensors, network.layout == "bit"
     found, dropped, notes = timm_names(tensors, source)
     unify_eva(found, dropped)
+    if fold_shared_bias(found):
+        notes.append("added the shared attention bias to the bias of each block")
     hub_config = read_hub_config(hub, source)
     for kind in ("weight", "bias") if bit else ():
         if f"head.fc.{kind}" in found:  # (K, F, 1, 1) or (K,): a convolution on the pooled map
             head = found.pop(f"head.fc.{kind}")
             found[f"head.{kind}"] = head.flatten(1) if head.ndim == 4 else head
+    _unname_projection(found, dropped, hub_config, notes)
     shape = {name: tuple(tensor.shape) for name, tensor in found.items()}
     check_timm_names(shape, source)
     check_timm_shapes(shape, source)
@@ -99,6 +106,24 @@ def read_timm(
         # `write_timm` adds this key; timm itself leaves the activation to the caller.
         activation=as_activation((hub or {}).get("activation")),
     )
+
+
+def _unname_projection(
+    found: dict[str, Tensor], dropped: dict[str, str], hub: TimmHubConfig, notes: list[str]
+) -> None:
+    """Rename the head of timm's CLIP towers in place: it is the projection to text embeddings.
+
+    timm gives it a bias of zeros; a trained classifier has another bias, or class names.
+    """
+    head, bias = found.get("head.weight"), found.get("head.bias")
+    named = {"label_names", "labels"} & {*hub.described, *hub.pretrained}
+    if "norm_pre.weight" not in found or head is None or bias is None or named:
+        return
+    if head.any() and not bias.any():
+        found["projection.weight"] = found.pop("head.weight")
+        del found["head.bias"]
+        dropped["head.bias"] = "zero"
+        notes.append("the head is CLIP's projection to text embeddings, not a classifier")
 
 
 def _stages(shape: TensorShapes, prefix: str) -> tuple[int, ...]:
@@ -193,6 +218,7 @@ def _vit_config(
             distillation_head=pool == "distilled" and "head_dist.weight" in shape,
             num_registers=registers,
             position="learned" if "pos_embed" in shape else "none",
+            position_bias=offset_bias_kind(shape),
             position_covers_prefix=covers,
             representation_size=shape.get("pre_logits.fc.weight", (None,))[0],
             layer_scale=hub.layer_scale if "blocks.0.ls1.gamma" in shape else None,
@@ -201,9 +227,13 @@ def _vit_config(
             norm_eps=overrides.norm_eps or (1e-5 if assumed else architecture_eps(hub)),
             norm_before_blocks="norm_pre.weight" in shape,
             norm_after_pool="fc_norm.weight" in shape and "norm.weight" not in shape,
+            norm=_norm_kind(shape),
+            final_norm=hub.arguments.get("final_norm", True) is not False,
             patch_bias="patch_embed.proj.bias" in shape,
             pixel_norm="patch_embed.norm_pixels.weight" in shape,
             patch_norm="patch_embed.norm.weight" in shape,
+            projection_size=shape.get("projection.weight", (None,))[0],
+            crop_to_patches=stem is None and any(side % patch for side in size),
             stem=stem,
             stem_width=stem_width,
             stem_arithmetic="timm" if stem is not None else "google",
@@ -217,6 +247,12 @@ def _vit_config(
         raise VitcliError(
             f"`{source}` is not a Vision Transformer: {error}", hint=CHECK_FILE
         ) from error
+
+
+def _norm_kind(shape: TensorShapes) -> NormKind:
+    """Return `rms` if the norms of the blocks have a scale and no bias."""
+    plain = "blocks.0.norm1.weight" in shape and "blocks.0.norm1.bias" not in shape
+    return "rms" if plain and "blocks.0.norm2.bias" not in shape else "layer"
 
 
 def _attention_settings(shape: TensorShapes) -> dict[str, Any]:
@@ -341,6 +377,9 @@ def _image_size(
     overrides: Overrides,
 ) -> tuple[tuple[int, int], bool]:
     """Return the (Y, X) of the stored positions, and True if they cover the prefix tokens."""
+    if "pos_embed" not in shape and offset_bias_kind(shape) != "none":
+        sizes = hub.image_size, overrides.image_size
+        return image_size_of_bias(shape, pixels, prefix, sizes, source), True
     if "pos_embed" not in shape:
         size = overrides.image_size or hub.image_size
         if size is None:
@@ -353,11 +392,14 @@ def _image_size(
             )
         return size, not hub.arguments.get("no_embed_class")
     count = shape["pos_embed"][1]
+    hybrid = any(name.startswith("patch_embed.backbone.") for name in shape)
     uncovered = bool(hub.arguments.get("no_embed_class"))
     counts = [(count, False)] if uncovered else [(count - prefix, True), (count, False)]
     for size in (hub.image_size, overrides.image_size):
         for n, covers in counts:
             if size and (size[0] // pixels) * (size[1] // pixels) == n:
+                if size == hub.image_size and not hybrid:
+                    return size, covers  # So400m/14 has 27x27 patches at 384 px
                 return (size[0] // pixels * pixels, size[1] // pixels * pixels), covers
     for n, covers in counts:
         if n > 0 and math.isqrt(n) ** 2 == n:

@@ -26,7 +26,6 @@ HALF: Moments = (0.5,), (0.5,)
 
 # Architectures with the tensors of a plain ViT -> the difference in their computation.
 OTHER_COMPUTATION = {
-    "quickgelu": "the activation x * sigmoid(1.702 x)",
     "_rpn_": "normalisation after the residual branches",
     "eva02_enormous": "normalisation after the residual branches",
     "_rope_|_pe_|lingbot|sapiens": "other rotary positions than EVA-02 and DINOv3",
@@ -44,7 +43,8 @@ NUM_HEADS = {
     "test_vit[34]$": 3,
 }
 TANH_GELU = "patch32_siglip|giantopt_|large_patch16_siglip_(gap_)?512|so400m_patch16_siglip"
-MEANS: dict[str, Moments] = {"deit|dino|mae|jepa|resnet": IMAGENET, "_clip_|eva": CLIP}
+MEANS: dict[str, Moments] = {"deit|dino|mae|jepa|resnet|beitv2": IMAGENET, "_clip_|eva": CLIP}
+GELUS: dict[str, Gelu] = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 CROP_MODES: dict[str, ResizeMode] = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
@@ -92,7 +92,6 @@ def read_hub_config(described: Mapping[str, Any] | None, source: str) -> TimmHub
                 "not its computation",
             )
     for key, supported in {
-        "final_norm": True,
         "pool_include_prefix": False,
         "scale_attn_norm": False,
         "scale_mlp_norm": False,
@@ -161,7 +160,7 @@ def architecture_heads(hub: TimmHubConfig, embed_dim: int) -> int | None:
     for pattern, heads in NUM_HEADS.items():
         if re.match(pattern, hub.architecture):
             return heads
-    plain = re.match(r"(vit|deit3?|flexivit|eva|eva02)_", hub.architecture)
+    plain = re.match(r"(vit|deit3?|flexivit|eva|eva02|beit|beitv2)_", hub.architecture)
     return embed_dim // 64 if plain and embed_dim % 64 == 0 else None
 
 
@@ -178,16 +177,17 @@ def architecture_gelu(hub: TimmHubConfig, source: str, *, gated: bool) -> Gelu:
         VitcliError: an unsupported activation.
     """
     act = hub.arguments.get("act_layer")
-    known: dict[str, Gelu] = {"gelu": "exact", "gelu_tanh": "tanh"}
     if act and gated and str(act).lower() in ("silu", "swish"):
         return "exact"
-    if act and (gated or str(act).lower() not in known):
+    if act and (gated or str(act).lower() not in GELUS):
         raise VitcliError(
             f"`{source}` has the unsupported activation `{act}`",
-            hint="supported: `silu` in a gated MLP, else `gelu` or `gelu_tanh`",
+            hint=f"supported: `silu` in a gated MLP, else {', '.join(f'`{a}`' for a in GELUS)}",
         )
     if act:
-        return known[str(act).lower()]
+        return GELUS[str(act).lower()]
+    if "quickgelu" in hub.architecture:
+        return "quick"
     return "tanh" if re.search(TANH_GELU, hub.architecture) else "exact"
 
 
@@ -282,12 +282,14 @@ def assumed_preprocess(
     if channels not in PICTURES or not (variant or hub.architecture or sign):
         return None
     known = (pair for pattern, pair in MEANS.items() if re.search(pattern, hub.architecture))
-    pair = IMAGENET if sign else next(known, HALF)
+    beit = config.position_bias != "none"  # its pre-training has a `mask_token` too
+    pair = IMAGENET if sign and not beit else next(known, HALF)
     mean, std = pair = pair if channels == 3 else HALF
     crop = 0.9 if config.image_size == (224, 224) else 1.0
     if not {"mean", "std"} <= set(overrides.preprocess):
         name = {IMAGENET: "ImageNet's mean and std", CLIP: "CLIP's mean and std"}.get(pair)
-        whose = hub.architecture or (f"models with `{sign}`" if sign else f"ViT-{variant}")
+        whose = f"models with `{sign}`" if sign else f"ViT-{variant}"
+        whose = hub.architecture or ("BEiT, unlike BEiT v2" if beit else whose)
         notes.append(
             f"assumed {name or 'mean and std 0.5'}, bicubic resize and crop {crop}, as timm does "
             f"for {whose} (change with `--set preprocess.mean=…`)"

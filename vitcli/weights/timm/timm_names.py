@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.vit.config import ViTConfig
+from vitcli.vit.position import BIAS_TABLE, BLOCK_BIAS, SHARED_BIAS
 from vitcli.vit.resnet import ResNetConfig
 from vitcli.weights.timm import eva
 
@@ -22,11 +23,12 @@ CHECK_FILE = "check that the file holds a whole Vision Transformer or BiT ResNet
 # The names of a Vision Transformer in timm's layout, with all its options.
 KNOWN = re.compile(
     r"(cls|dist|reg)_token|pos_embed|patch_embed\.backbone\..*|attn_pool\..*"
-    r"|(norm|norm_pre|fc_norm|head|head_dist|pre_logits\.fc)\.(weight|bias)"
-    r"|patch_embed\.(proj|norm|norm_pixels)\.(weight|bias)"
+    r"|(norm|norm_pre|fc_norm|head|head_dist|patch_embed\.(proj|norm|norm_pixels)|pre_logits\.fc)"
+    r"\.(weight|bias)"
     r"|blocks\.\d{1,6}\.(norm[12]|attn\.(qkv|proj|norm|[qk]_norm)|mlp\.(fc[12]|norm))"
     r"\.(weight|bias)"
-    r"|blocks\.\d{1,6}\.(ls[12]\.gamma|attn\.[qv]_bias)"
+    r"|projection\.weight|blocks\.\d{1,6}\.(ls[12]\.gamma|attn\.[qv]_bias)"
+    rf"|(blocks\.\d{{1,6}}\.attn\.)?rel_pos_bias\.{BIAS_TABLE}"
 )
 # Names that only models with other blocks have.
 OTHERS = re.compile(r"relative_position|rel_pos|rope|layers\.\d|stages\.|\bq_bias|network\.|window")
@@ -37,6 +39,7 @@ DIMENSIONS = {
     "dist_token": 3,
     "reg_token": 3,
     "head.weight": 2,
+    "projection.weight": 2,
     "pre_logits.fc.weight": 2,
     "patch_embed.proj.weight": 4,
     "patch_embed.backbone.stem.conv.weight": 4,
@@ -44,6 +47,8 @@ DIMENSIONS = {
     "blocks.0.mlp.fc1.weight": 2,
     "blocks.0.mlp.fc2.weight": 2,
     "blocks.0.attn.q_norm.weight": 1,
+    f"blocks.0{BLOCK_BIAS}": 2,
+    SHARED_BIAS: 2,
 }
 
 # The tensors that identify a ViT and a BiT ResNet.
@@ -51,8 +56,9 @@ PATCHES = "patch_embed.proj.weight"
 BIT_ROOT, BIT_UNIT = "stem.conv.weight", "stages.0.blocks.0.conv1.weight"
 # Tensors in code derived from timm that only training needs -> the reason for the load report.
 UNUSED = {
-    r"mask_token|(.*\.)?decoder[_.].*": "used only by masked-image training",
+    r"mask_token|(.*\.)?decoder[_.].*|cls_pt_layers\..*": "used only by masked-image training",
     r"head\.(mlp|last_layer|\d+)\b.*|fc\.\w+(\.\w+)?": "used only by self-supervised training",
+    r"(.*\.)?relative_position_index": "only counts the offsets of BEiT",
 }
 RENAMED = {
     # DINOv2 for FSDP writes blocks.CHUNK.BLOCK, and BLOCK counts through all chunks.
@@ -61,6 +67,7 @@ RENAMED = {
     r"(blocks\.\d+\.mlp\.)w12\.": r"\1fc1.",  # DINOv2's SwiGLU, packed as ours
     r"(blocks\.\d+\.mlp\.)w3\.": r"\1fc2.",
     r"patch_embed\.backbone\.(conv|norm)\.": r"patch_embed.backbone.stem.\1.",  # R+Ti/16
+    rf"(blocks\.\d+\.attn\.){BIAS_TABLE}": rf"\1rel_pos_bias.{BIAS_TABLE}",
     **eva.RENAMED,
 }
 
@@ -135,10 +142,9 @@ def check_timm_names(shape: TensorShapes, source: str) -> None:
     if "blocks.0.mlp.fc1.weight" not in shape:
         return  # a ResNet, or a file for which the error about missing tensors is clearer
     if foreign := [name for name in shape if not KNOWN.fullmatch(name)]:
-        more = f" and {len(foreign) - 6} more" * (len(foreign) > 6)
         raise VitcliError(
             f"`{source}` does not fit a plain Vision Transformer; not part of the model: "
-            f"{', '.join(foreign[:6])}{more}",
+            f"{quoted(foreign, 6)}",
             hint=CHECK_FILE,
         )
 

@@ -15,7 +15,7 @@ from vitcli.vit.config import ViTConfig
 from vitcli.weights.expressible import check_expressible
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.store import write_folder
-from vitcli.weights.timm.timm_config import CROP_MODES
+from vitcli.weights.timm.timm_config import CROP_MODES, GELUS
 from vitcli.weights.timm.timm_names import POOLS, bit_architecture, vit_architecture
 
 
@@ -76,7 +76,7 @@ def vit_arguments(config: ViTConfig) -> dict[str, Any]:
     ratio = hidden / config.embed_dim
     if int(config.embed_dim * ratio) != hidden:  # timm rounds down
         ratio = (hidden + 0.5) / config.embed_dim
-    gelu = {"exact": "gelu", "tanh": "gelu_tanh"}[config.gelu]
+    gelu = next(name for name, kind in GELUS.items() if kind == config.gelu)
     arguments = {
         "img_size": list(config.image_size),
         "patch_size": config.patch_size,
@@ -91,6 +91,7 @@ def vit_arguments(config: ViTConfig) -> dict[str, Any]:
         "no_embed_class": not config.position_covers_prefix,
         "reg_tokens": config.num_registers,
         "pre_norm": config.norm_before_blocks,
+        "final_norm": config.final_norm,
         "fc_norm": config.norm_after_pool,
         "global_pool": POOLS[config.pool],
         "act_layer": "silu" if config.mlp == "swiglu" else gelu,
@@ -131,6 +132,7 @@ def crop_pct(preprocess: Preprocess) -> float:
 def _named(model: LoadedModel) -> dict[str, Tensor]:
     """Return the state dict in timm's names and shapes."""
     tensors, config = dict(model.state_dict()), model.config
+    tensors.pop("projection.weight", None)  # without a head nothing reads it
     if not isinstance(config, ViTConfig):
         if "head.weight" in tensors:
             tensors["head.fc.weight"] = tensors.pop("head.weight")[:, :, None, None]  # (K, F, 1, 1)

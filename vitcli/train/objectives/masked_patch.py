@@ -64,9 +64,8 @@ class MaskedPatch(Objective):
         x = model.embed_patches(images)  # (B, N, D)
         chosen = random_mask(x.shape[0], x.shape[1], self.mask_rate, x.device)  # (B, N)
         x = model.encode(model.add_prefix(self.corrupt(x, chosen), grid), grid)  # (B, T, D)
-        places = chosen_positions(
-            chosen, num_masked(chosen.shape[1], self.mask_rate)
-        )  # (B, m), M = B m
+        count = num_masked(chosen.shape[1], self.mask_rate)  # m; M is B m
+        places = chosen_positions(chosen, count)  # (B, m)
         x = take(x[:, model.config.num_prefix_tokens :], places)  # (M, D)
         predicted = self.predict(x).float()
         side = model.config.pixels_per_patch

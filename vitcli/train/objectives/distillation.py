@@ -113,7 +113,10 @@ class Distill(Objective):
             indices = batch.indices.numpy()
             assert self.present[indices].all(), "the loader replaces images that cannot be read"
             rows = torch.from_numpy(np.asarray(self.rows[indices])).view(torch.bfloat16).float()
-        rows = rows.to(batch.images.device)
+        device = batch.images.device
+        if device.type == "cuda":  # from other memory the copy would wait for the queued steps
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True)
         return (rows if batch.mix is None else batch.mix.targets(rows),)
 
     @property

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from sklearn.datasets import load_digits
 
-SMALL = ("--recipe", "pretrain_cifar10_small")
+SMALL = ("--recipe", "speedrun_plain")
 PHOTOS = ("--recipe", "finetune_photos_small")
 WEIGHTS = "weights/vit_tiny_patch16_224_in1k"
 # Sides of the polygon, colours of the border and of the inside.

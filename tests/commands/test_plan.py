@@ -54,7 +54,7 @@ def test_attention_pooling_is_planned(here):
 
 def test_sizes_that_the_model_does_not_take_are_an_error_and_no_proposal(capsys):
     """Training refuses them; `plan` did not check them, nor did its larger patch: a traceback."""
-    words = ["plan", "pretrain_cifar10_small", "--no-probe", "--images", "9", "--steps", "2"]
+    words = ["plan", "speedrun_plain", "--no-probe", "--images", "9", "--steps", "2"]
     words += ["--set", "model.image_size=32", "--set"]
     facts = planned(capsys, *words, "model.name=mu/8")
     assert "larger patch" not in {row["change"] for row in facts["changes"]}  # 16 px: 1x1 patch

@@ -88,6 +88,6 @@ def test_pretrain_goes_on_with_the_weights_and_their_decoder(tmp_path):
     assert after.config == before.config and len(records(out)) >= 2
     moved = (after.state_dict()["cls_token"] - before.state_dict()["cls_token"]).abs().max()
     assert 0 < moved < 0.1
-    supervised = [*arguments[:2], "--set", f"model.name={weights}", "--out", str(tmp_path / "x")]
-    result = CliRunner().invoke(app, supervised)
+    arguments[5] = str(tmp_path / "other")
+    result = CliRunner().invoke(app, [*arguments, "--set", "objective.name=softmax"])
     assert result.exit_code and "without labels" in str(result.exception)

@@ -24,6 +24,7 @@ PREFIXES = (
     "module.", "_orig_mod.", "model.", "backbone.", "base_encoder.", "encoder.", "net.", "student.",
 )  # fmt: skip
 HEADS = ("head", "fc", "head.1", "classifier.1", "heads.head", "linear", "classifier")
+ENDS = ("weight", "bias")
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -52,12 +53,34 @@ def peer(module: torch.nn.Module) -> tuple[dict, torch.Tensor]:
     return module.state_dict(), module(IMAGES)
 
 
+def open_clip(folder: Path) -> tuple[dict, torch.Tensor]:
+    """A tower, whose bare file `test_open_clip.py` compares with transformers."""
+    d = 48
+    shapes = {"class_embedding": (d,), "positional_embedding": (17, d), "proj": (d, 20)}
+    shapes |= {"conv1.weight": (d, 3, 8, 8)}
+    shapes |= {f"{norm}.{end}": (d,) for norm in ("ln_pre", "ln_post") for end in ENDS}
+    inside = {"ln_1": (d,), "ln_2": (d,), "attn.out_proj": (d, d), "mlp.c_fc": (80, d)}
+    inside |= {"mlp.c_proj": (d, 80)}
+    for block in ("transformer.resblocks.0", "transformer.resblocks.1"):
+        shapes |= {f"{block}.{name}.weight": shape for name, shape in inside.items()}
+        shapes |= {f"{block}.{name}.bias": shape[:1] for name, shape in inside.items()}
+        shapes |= {
+            f"{block}.attn.in_proj_weight": (3 * d, d),
+            f"{block}.attn.in_proj_bias": (3 * d,),
+        }
+    generator = torch.Generator().manual_seed(0)
+    state = {n: 0.3 * torch.randn(s, generator=generator) for n, s in shapes.items()}
+    torch.save(state, folder / "bare.pth")
+    return state, load_model(folder / "bare.pth", num_heads=3)(IMAGES)
+
+
 KINDS = {
     "timm": lambda folder: timm(),
     "hybrid": lambda folder: timm(stem=(1, 1), stem_width=0.5, patch_size=2),
     "bit": lambda folder: bit(),
     "huggingface": huggingface,
     "torchvision": lambda folder: peer(TorchvisionViT()),
+    "open_clip": open_clip,
     "vit_pytorch": lambda folder: peer(VitPytorchViT(width=96, heads=3)),
 }
 LAYOUT_OF = {"hybrid": "timm"}

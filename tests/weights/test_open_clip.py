@@ -100,6 +100,7 @@ def test_a_tower_of_timm_inside(tmp_path):
     """SigLIP in open_clip: the names of timm under `visual.trunk.`."""
     ours = create_model("mu/8", image_size=32, pool="map", class_token=False, gelu="tanh", seed=1)
     state = {f"visual.trunk.{name}": t for name, t in ours.state_dict().items()}
+    state["visual.head.proj.weight"] = torch.randn(6, 32)
     state |= {"text.token_embedding.weight": torch.zeros(3, 4), "logit_bias": torch.zeros(1)}
     vision = {"image_size": 32, "timm_model_name": "vit_base_patch32_siglip_256"}
     model = load_model(write(tmp_path, state, {"vision_cfg": {**vision, "timm_pool": "map"}}, {}),
@@ -107,6 +108,8 @@ def test_a_tower_of_timm_inside(tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model.features(images), ours.features(images))
+    assert model.config.num_classes == 0
+    assert torch.equal(model.network.projection.weight, state["visual.head.proj.weight"])
     assert (model.preprocess.mean, model.preprocess.resize_mode) == ((0.5,) * 3, "squash")
     assert any("those of SigLIP" in note for note in model.load_report.notes)
 

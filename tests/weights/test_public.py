@@ -32,12 +32,24 @@ PUBLISHED = {
     "eva02-l14-448": 305.08,
 }  # fmt: skip
 # Heads that have no weights of their own in the file, and what a family adds to the variant.
-BACKBONES = ("siglip", "dino", "dinov2", "dinov3", "mae", "msn", "ijepa")
+BACKBONES = (
+    "clip-openai",
+    "clip-laion",
+    "siglip",
+    "dino",
+    "dinov2",
+    "dinov3",
+    "mae",
+    "msn",
+    "ijepa",
+)
 BEIT = {"position": "none", "key_bias": False, "layer_scale": 0.1, "pool": "mean"}
 SETTINGS = {
     "deit3": {"layer_scale": 1e-6, "position_covers_prefix": False},
     "flexivit": {"position_covers_prefix": False},
     "clip": {"norm_before_blocks": True, "patch_bias": False},
+    "clip-openai": {"norm_before_blocks": True, "patch_bias": False},
+    "clip-laion": {"norm_before_blocks": True, "patch_bias": False},
     "siglip": {"pool": "map", "class_token": False},
     "dinov2": {"layer_scale": 1e-5},
     "dinov3": {
@@ -77,6 +89,8 @@ def config_of(row):
         settings |= {"num_registers": 4, "position_covers_prefix": False}
     if row.name.startswith("dinov2-g14"):
         settings |= {"embed_dim": 1536, "mlp_dim": 4096, "num_heads": 24, "mlp": "swiglu"}
+    if row.family in ("clip-openai", "clip-laion"):
+        settings["projection_size"] = {"B": 512, "L": 768, "H": 1024}[row.variant[0]]
     if row.family == "eva02":
         classes = 1000 if row.accuracy else 0
         size = row.variant.partition("/")[0]
@@ -115,6 +129,8 @@ SAMPLE = [
     "deit-ti16-distilled",
     "dinov2-s14-reg",
     "siglip-b16",
+    "siglip2-b16-naflex",
+    "clip-openai-b32",
     "beit-b16",
     "beit-b16-pt22k",
     "ijepa-h14",

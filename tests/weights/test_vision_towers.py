@@ -7,75 +7,22 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.families import FLEX, VIT, both, random_model
 
 from vitcli.errors import VitcliError
+from vitcli.weights.feature_layers import set_representation
 from vitcli.weights.load import load_model
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-}
-TEXT = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "vocab_size": 30,
-    "max_position_embeddings": 6,
-    "eos_token_id": 29,
-}
-FLEX = {key: value for key, value in SIZES.items() if key != "image_size"} | {"num_patches": 16}
 NAMES = {"clip": "CLIP", "siglip": "Siglip", "siglip2": "Siglip2", "aimv2": "Aimv2"}
-
-
-def randomised(model, seed=0):
-    """Give every parameter a random value that counts."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if not name.startswith("logit"):
-                scale = 1.0 if p.ndim == 1 and "norm" in name and name.endswith("weight") else 0.0
-                p.copy_(scale + 0.3 * torch.randn(p.shape, generator=generator))
-    return model.eval()
 
 
 def tower(kind, **settings):
     """A vision model of transformers alone."""
-    sizes = FLEX if kind == "siglip2" else SIZES
-    config = getattr(transformers, f"{NAMES[kind]}VisionConfig")(**{**sizes, **settings})
-    return randomised(getattr(transformers, f"{NAMES[kind]}VisionModel")(config))
-
-
-def both_towers(kind, cls="Model", vision=None, **settings):
-    """A model of transformers with a text tower, or a classifier with its config."""
-    sizes = {**(FLEX if kind == "siglip2" else SIZES), **(vision or {})}
-    text = {**TEXT, **({"projection_size": 32} if "siglip" in kind else {})}
-    config = getattr(transformers, f"{NAMES[kind]}Config")(
-        vision_config=sizes, text_config=text, **settings
-    )
-    return randomised(getattr(transformers, f"{NAMES[kind]}{cls}")(config))
-
-
-def as_naflex(images, patch=8):
-    """(B, C, Y, X) -> the arguments of SigLIP 2, whose images are patches of one length."""
-    rows, cols = (side // patch for side in images.shape[2:])
-    patches = images.unflatten(3, (cols, patch)).unflatten(2, (rows, patch))
-    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-    return {
-        "pixel_values": patches,
-        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long),
-        "spatial_shapes": torch.tensor([[rows, cols]] * len(images)),
-    }
-
-
-def arguments(kind, images, **others):
-    return as_naflex(images) if kind == "siglip2" else {"pixel_values": images, **others}
+    sizes = FLEX if kind == "siglip2" else VIT
+    name = NAMES[kind]
+    return random_model(f"{name}VisionModel", f"{name}VisionConfig", {**sizes, **settings})
 
 
 def images_of(*size):
@@ -86,52 +33,17 @@ def assert_close(ours, theirs):
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
 
 
-TOWERS = [
-    ("clip", {}),
-    ("clip", {"hidden_act": "gelu", "layer_norm_eps": 1e-3}),
-    ("siglip", {}),
-    ("siglip", {"vision_use_head": False}),
-    ("siglip2", {}),
-    ("aimv2", {}),
-    ("aimv2", {"qkv_bias": True, "mlp_bias": True}),
-    ("aimv2", {"use_head": False, "is_native": True}),
-]
-
-
-@pytest.mark.parametrize(("kind", "settings"), TOWERS)
-@pytest.mark.parametrize("prefix", ["", "vision_model."])
-def test_features_of_a_tower(tmp_path, kind, settings, prefix):
-    """Files of transformers 4 have a prefix before all names."""
-    theirs = tower(kind, **settings)
-    theirs.save_pretrained(tmp_path)
-    if prefix:
-        tensors = load_file(tmp_path / "model.safetensors")
-        renamed = {f"{prefix}{name.removeprefix(prefix)}": t for name, t in tensors.items()}
-        save_file(renamed, tmp_path / "model.safetensors")
-    model = load_model(tmp_path)
-    images = images_of(32, 32)
-    with torch.no_grad():
-        out = theirs(**arguments(kind, images))
-        tokens = model.network.tokens(images)
-        last = out.last_hidden_state
-        assert_close(tokens, theirs.post_layernorm(last) if kind == "clip" else last)
-        expected = out.pooler_output if out.pooler_output is not None else last.mean(dim=1)
-        assert_close(model.features(images), expected)
-        assert_close(model(images), expected)
-    assert model.config.num_classes == 0 and not model.head_trained
-    assert not model.load_report.names("new")
-
-
-@pytest.mark.parametrize("size", [(40, 40), (24, 48)])
-@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2"])
-def test_another_resolution(tmp_path, kind, size):
+@pytest.mark.parametrize("kind", NAMES)
+def test_files_of_transformers_4_have_a_prefix(tmp_path, kind):
     theirs = tower(kind)
     theirs.save_pretrained(tmp_path)
-    images = images_of(*size)
-    model = load_model(tmp_path, image_size=size)
-    with torch.no_grad():
-        expected = theirs(**arguments(kind, images, interpolate_pos_encoding=True))
-        assert_close(model.features(images), expected.pooler_output)
+    expected = load_model(tmp_path).state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    renamed = {f"vision_model.{n.removeprefix('vision_model.')}": t for n, t in tensors.items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    found = load_model(tmp_path).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_native_resolution_of_aimv2(tmp_path):
@@ -143,41 +55,35 @@ def test_native_resolution_of_aimv2(tmp_path):
         assert_close(load_model(tmp_path, image_size=(24, 48)).features(images), expected)
 
 
-@pytest.mark.parametrize("kind", NAMES)
-def test_a_text_tower_is_left_out(tmp_path, kind):
-    theirs = both_towers(kind)
+@pytest.mark.parametrize(("kind", "projection"), [("clip", 20), ("siglip", None), ("aimv2", 20)])
+def test_a_text_tower_is_left_out(tmp_path, kind, projection):
+    name = NAMES[kind]
+    theirs = random_model(f"{name}Model", f"{name}Config", both(VIT, projection))
     theirs.save_pretrained(tmp_path)
     model = load_model(tmp_path)
     images = images_of(32, 32)
     with torch.no_grad():
-        expected = theirs.vision_model(**arguments(kind, images)).pooler_output
-        assert_close(model.features(images), expected)
-        embedded = theirs.get_image_features(**arguments(kind, images)).pooler_output
+        embedded = theirs.get_image_features(images).pooler_output
         assert_close(model.network.projection(model.features(images)), embedded)
     assert "the text tower of the file is left out" in model.load_report.notes
-    assert model.config.projection_size == (None if "siglip" in kind else 512)
+    assert model.config.projection_size == projection
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2"])
-def test_a_classifier_of_a_tower(tmp_path, kind):
-    theirs = both_towers(kind, "ForImageClassification", id2label={0: "cat", 1: "dog", 2: "owl"})
-    theirs.save_pretrained(tmp_path)
-    model = load_model(tmp_path)
+def test_representations_for_few_shot(tmp_path):
+    """Class token, mean of the patches, or both; SigLIP has no class token."""
     images = images_of(32, 32)
-    with torch.no_grad():
-        assert_close(model(images), theirs(**arguments(kind, images)).logits)
-    assert model.labels == ("cat", "dog", "owl") and model.head_trained
-
-
-def test_an_image_embedding_is_a_projection_of_the_features(tmp_path):
-    config = transformers.CLIPVisionConfig(**SIZES, projection_dim=20)
-    theirs = randomised(transformers.CLIPVisionModelWithProjection(config))
-    theirs.save_pretrained(tmp_path)
-    model = load_model(tmp_path)
-    images = images_of(32, 32)
-    with torch.no_grad():
-        embedded = model.network.projection(model.features(images))
-        assert_close(embedded, theirs(images).image_embeds)
+    for kind, fits in (("clip", {"cls": 1, "mean": 1, "token_mean": 2}), ("siglip", {"mean": 1})):
+        tower(kind).save_pretrained(tmp_path / kind)
+        tokens = load_model(tmp_path / kind).network.tokens(images)
+        for name, count in fits.items():
+            model = load_model(tmp_path / kind)
+            set_representation(model, name)
+            features = model.features(images)
+            assert features.shape == (2, count * 48)
+            mean = tokens[:, kind == "clip" :].mean(dim=1)
+            assert_close(features[:, -48:], tokens[:, 0] if name == "cls" else mean)
+    with pytest.raises(VitcliError, match="needs the class token"):
+        set_representation(load_model(tmp_path / "siglip"), "cls")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +138,7 @@ def test_a_damaged_or_half_fitting_file_is_refused_in_words(tmp_path, kind):
                 load_model(tmp_path)
     save_file(tensors, tmp_path / "model.safetensors")
     described = json.loads((tmp_path / "config.json").read_text())
-    for key, value in (("hidden_size", 64), ("num_hidden_layers", 3), ("hidden_act", "relu")):
+    for key, value in (("hidden_size", 96), ("num_hidden_layers", 3), ("hidden_act", "relu")):
         (tmp_path / "config.json").write_text(json.dumps({**described, key: value}))
         with pytest.raises(VitcliError, match=r"of another shape|the weights have|activation"):
             load_model(tmp_path)

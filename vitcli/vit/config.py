@@ -214,8 +214,8 @@ class ViTConfig:
             raise ValueError(f"layer_scale is {self.layer_scale}")
 
     def _check_stem(self) -> None:
-        if self.is_hybrid and self.patch_norm:
-            raise ValueError("a stem has norms of its own: `patch_norm = false`")
+        if self.is_hybrid and (self.pixel_norm or self.patch_norm):
+            raise ValueError("a stem has norms of its own: no `pixel_norm` and no `patch_norm`")
         if self.is_hybrid and self.crop_to_patches:
             raise ValueError("a stem rounds up: `crop_to_patches = false`")
         if self.stem is not None and (len(self.stem) > 4 or any(n < 1 for n in self.stem)):
@@ -223,8 +223,6 @@ class ViTConfig:
                 f"stem {self.stem}: up to four stages, each of one block or more; `()` is the root "
                 "alone"
             )
-        if (self.pixel_norm or self.patch_norm) and (self.stem, self.conv_stem) != (None, None):
-            raise ValueError("a stem has norms of its own: no `pixel_norm` and no `patch_norm`")
         stem_channels(self.stem_width)  # complains of a width that cannot be built
         if self.conv_stem is None:
             return

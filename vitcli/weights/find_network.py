@@ -54,7 +54,10 @@ LAYOUTS = {
         poolings=("head.probe", "head.cls_token"),
     ),
     "open_clip": LayoutNames(
-        ("conv1.weight",), ("head",), also=("class_embedding",), width="ln_post.weight"
+        ("conv1.weight",),
+        ("head",),
+        also=("class_embedding", "positional_embedding"),
+        width="ln_post.weight",
     ),
     "torchvision": LayoutNames(
         ("conv_proj.weight",), ("heads.head",), also=("encoder.pos_embedding",)

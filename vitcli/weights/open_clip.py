@@ -69,7 +69,11 @@ def read_open_clip(
         VitcliError: the tower is not a Vision Transformer that we compute, or a value is invalid.
     """
     trunk = network.layout != "open_clip"
-    found = network.tensors if trunk else _renamed(network.tensors)
+    found = dict(network.tensors) if trunk else _renamed(network.tensors)
+    if trunk and "head.weight" in found:  # `visual.head.proj`, which was taken for a classifier
+        found["projection.weight"] = found.pop("head.weight")
+        del found["head.bias"]
+        network.notes = [note for note in network.notes if not note.startswith("took ")]
     notes = ["the text tower of the file is left out"] if network.dropped else []
     network.dropped = dict.fromkeys(network.dropped, "belongs to the text tower")
     openai = any(name.endswith(OPENAI) for name in network.shapes)

@@ -55,6 +55,8 @@ FAMILIES = {
     "deit3": Family("DeiT III: ImageNet-1k, or ImageNet-22k (`in22k`) and ImageNet-1k"),
     "flexivit": Family("FlexiViT: ImageNet-1k"),
     "clip": Family("CLIP vision towers, fine-tuned on ImageNet-12k and ImageNet-1k"),
+    "clip-openai": Family("OpenAI's CLIP: 400 million images with texts", None, licence="mit"),
+    "clip-laion": Family("open_clip: LAION-2B images with texts", None, licence="mit"),
     "siglip": Family("SigLIP and SigLIP 2 vision towers: WebLI", None),
     "dino": Family(
         "DINO: ImageNet-1k without labels",

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.progress import Quiet
 from vitcli.run import create_run
 from vitcli.train.build import build_loop, open_source, start_accelerator
+from vitcli.train.resolve import random_model
 from vitcli.vit import VisionTransformer, ViTConfig, parse_variant
 
 CASES = [("S/16", 224, 16), ("Nano/4", 32, 128), ("Nano/8", 32, 128)]

@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import Recipe
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet
+from vitcli.train.resolve import random_model
 from vitcli.train.session import train
 
 BASE: dict[str, dict[str, Any]] = {

@@ -1,7 +1,10 @@
 """The device and the precision of a computation."""
 
+import os
+import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
@@ -17,9 +20,57 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _chosen: torch.device | None = None  # `--device` of this command
 
 
+class UnusedGpuWarning(UserWarning):
+    """This machine has a GPU that PyTorch cannot use."""
+
+
+def sees_gpu() -> bool:
+    """True if PyTorch can use an NVIDIA or AMD GPU."""
+    with warnings.catch_warnings():  # torch warns of an old driver; `cuda_fault` has the reason
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+def cuda_fault() -> str:
+    """Why PyTorch sees no GPU, in words."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:  # the text names the version of the driver
+        return str(error).partition("Please ")[0].strip().rstrip(".") or "CUDA cannot start"
+    return f"PyTorch {torch.__version__} sees no GPU"
+
+
+def hides_gpu() -> bool:
+    """True if this machine seems to have an NVIDIA GPU, and PyTorch does not see it."""
+    return not sees_gpu() and shutil.which("nvidia-smi") is not None
+
+
+@cache
+def warn_of_unused_gpu() -> None:
+    """Warn, once, if PyTorch does not see the GPU of this machine and the user did not hide it."""
+    if hides_gpu() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        text = f"{cuda_fault()}, so the CPU computes; `vitcli doctor` shows what to do"
+        warnings.warn(text, UnusedGpuWarning, stacklevel=3)
+
+
+def _no_device(name: str) -> str:
+    """The reason why this machine lacks a device that others have, or nothing."""
+    if name == "mps":
+        built = torch.backends.mps.is_built()
+        return ": PyTorch sees no Apple GPU" if built else ": this PyTorch is built without MPS"
+    if not name.startswith("cuda"):
+        return ""
+    if not sees_gpu():
+        return f": {cuda_fault()}"
+    count = torch.cuda.device_count()
+    return f": PyTorch sees {count} GPU{'s' * (count > 1)}"
+
+
 def available_devices() -> list[str]:
     """The names that `--device` takes on this machine."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = torch.cuda.device_count() if sees_gpu() else 0
     found = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
     return [*found, "mps"] if torch.backends.mps.is_available() else found
 
@@ -37,7 +88,7 @@ def choose_device(name: str | None) -> None:
     known = available_devices()
     if name not in known:
         raise VitcliError(
-            f"this machine has no device `{printable(name)}`",
+            f"this machine has no device `{printable(name)}`{_no_device(name)}",
             f"use one of {', '.join(f'`{device}`' for device in known)}",
         )
     if (count := distributed.world_size()) > 1 and name not in ("cpu", "cuda"):
@@ -54,11 +105,12 @@ def pick_device() -> torch.device:
     """The device that the user chose, else the GPU if PyTorch sees one, otherwise the CPU."""
     if _chosen is not None:
         return _chosen
-    if torch.cuda.is_available():
+    if sees_gpu():
         return torch.device("cuda")
     # Accelerate cannot share an Apple GPU between processes.
     if torch.backends.mps.is_available() and distributed.world_size() == 1:
         return torch.device("mps")
+    warn_of_unused_gpu()
     return torch.device("cpu")
 
 
@@ -66,7 +118,7 @@ def join_processes(device: torch.device) -> Any:
     """Join the processes of this command: Accelerate's `PartialState`.
 
     Raises:
-        VitcliError: there are more processes than GPUs.
+        VitcliError: there are more processes than GPUs, or nothing connects them.
     """
     from accelerate import PartialState
 
@@ -76,10 +128,26 @@ def join_processes(device: torch.device) -> Any:
             f"{distributed.local_world_size()} processes for {count} GPU{'s' if count > 1 else ''}",
             f"use `--processes {count}`",
         )
+    if device.type == "cuda" and distributed.world_size() > 1 and not _has_nccl():
+        raise VitcliError(
+            f"PyTorch {torch.__version__} has no NCCL, which connects the processes of GPUs",
+            "use one process, `--device cpu`, or a PyTorch for Linux with CUDA",
+        )
     state = PartialState(cpu=device.type == "cpu")
     if device.index is not None:
         state.device = device  # Accelerate says `cuda`; provenance.json names the GPU
     return state
+
+
+def _has_nccl() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_nccl_available()
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let matrix products and convolutions of fp32 numbers use TF32, or not."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    # torch allows it for convolutions by default, which have 10 bits of the mantissa then.
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 PROBE_SIZE = (1024, 384)  # (rows, width) of the timed matrix product
@@ -115,7 +183,7 @@ def _product(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
     return lambda: torch.nn.functional.linear(x, w)
 
 
-def _seconds(work: Callable[[], torch.Tensor]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -152,22 +220,26 @@ def matrix_peak(device: torch.device, precision: str) -> float:
     """
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     size = PEAK_SIZE.get(device.type, 2048)
-    x = torch.ones(size, size, dtype=dtypes[precision], device=device)
+    # Random numbers: products of equal ones need less power, and a GPU then has a higher clock.
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(size, size, device=device, generator=generator).to(dtypes[precision])
 
-    def work() -> torch.Tensor:
-        y = x @ x
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return y
+    def work(x: torch.Tensor = x) -> None:
+        x @ x
+        synchronize(device)
 
     times: list[float] = []
     while len(times) <= PEAK_RUNS and sum(times) < PEAK_SECONDS:  # the first one warms up
         times.append(_seconds(work))
+    del x, work
+    free_memory(device)
+    if device.type == "cuda":  # `peak_memory` is that of the run, without this measurement
+        torch.cuda.reset_peak_memory_stats(device)
     return 2.0 * size**3 / min(times)
 
 
 # The message of torch's allocator on a CPU. On a GPU torch raises an exception of its own.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "_alloc_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -175,6 +247,70 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in OUT_OF_MEMORY)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU, which works behind the program, has done everything so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def free_memory(device: torch.device) -> None:
+    """Give the memory that torch's allocator holds for later back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+class FittingForward:
+    """A forward pass that continues with parts of a batch when memory runs out.
+
+    Only for passes whose rows do not depend on each other.
+    """
+
+    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.forward = forward
+        self.size: int | None = None  # images that fit, once memory has run out
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, ...) -> (B, ...)."""
+        while True:
+            size = max(1, min(self.size or len(images), len(images)))
+            try:
+                parts = [self.forward(part) for part in torch.split(images, size)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except Exception as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+            # Not in the handler: there the exception still holds the tensors of the failed pass.
+            parts, self.size = [], size // 2
+            free_memory(images.device)
+
+
+# The beginning of what CUDA and NCCL say -> what to do; the message of torch follows it.
+DEVICE_FAULTS = {
+    "no kernel image is available": "this PyTorch has no kernels for this GPU: install one that "
+    "has, or use `--device cpu`",
+    "driver on your system is too old": "update the NVIDIA driver, install a PyTorch for an older "
+    "CUDA, or use `--device cpu`",
+    "driver version is insufficient": "update the NVIDIA driver, install a PyTorch for an older "
+    "CUDA, or use `--device cpu`",
+    "ECC error": "`nvidia-smi` shows the state of the GPU; `--resume` continues a training run",
+    "busy or unavailable": "another program uses this GPU: wait for it, or use another `--device`",
+    "NCCL": "see the lines of NCCL with `NCCL_DEBUG=WARN`; one process does not need it",
+}
+
+
+def device_fault(error: BaseException) -> VitcliError | None:
+    """The error for a fault of the GPU or of its driver; None for other exceptions."""
+    text = str(error)
+    hint = next((hint for sign, hint in DEVICE_FAULTS.items() if sign in text), None)
+    if hint is None or not isinstance(error, RuntimeError):
+        return None
+    return VitcliError(text.strip().splitlines()[0], hint)
 
 
 def peak_memory(device: torch.device) -> int:

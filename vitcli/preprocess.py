@@ -28,6 +28,7 @@ twice the resized side changed six photographs of 2 to 108 megapixels by 0.1 to 
 average (19 at most) and the probabilities of a ViT-Ti/16 by at most 0.01.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import floor, isfinite
 from typing import Any, Literal, Self, get_args, get_origin
@@ -57,6 +58,13 @@ RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+def channel_tensor(values: Sequence[float], device: torch.device) -> Tensor:
+    """C values -> (1, C, 1, 1) float32 on `device`."""
+    # The device fills them in. `torch.tensor` would copy them from the host, and the host would
+    # wait until a GPU has finished all earlier work.
+    return torch.cat([torch.full((1,), v, device=device) for v in values]).view(1, -1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -240,8 +248,7 @@ class Preprocess:
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, C, Y, X) uint8 on any device -> (B, C, Y, X) float32: (x / 255 - mean) / std."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)  # (1, C, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)  # (1, C, 1, 1)
+        mean, std = (channel_tensor(values, images.device) for values in (self.mean, self.std))
         # Batches are channels-last in memory. Writing into a contiguous tensor reorders them here,
         # at no extra cost.
         scaled = torch.empty(images.shape, device=images.device)

@@ -8,9 +8,10 @@ import torch
 
 from vitcli.cli import main as cli
 from vitcli.commands import bench
-from vitcli.cost.bench import build_baseline
+from vitcli.cost import bench as cost
+from vitcli.cost.bench import BenchCase, build_baseline
 from vitcli.errors import VitcliError
-from vitcli.vit import parse_variant
+from vitcli.vit import from_config, parse_variant
 
 TINY = ("bench", "mu/8", "--image-size", "16", "--batch-size", "2", "--seconds", "0.01")
 
@@ -27,6 +28,8 @@ def test_beside_transformers_in_one_run(here, capsys):
         assert row["latency_ms"]["p50"] <= row["latency_ms"]["p90"] <= row["latency_ms"]["p99"]
         assert row["forward_memory_bytes"] < row["training_memory_bytes"] < 2**30
         assert row["largest_forward_batch"] > row["largest_training_batch"] > 2
+        work = 2 * row["macs_per_image"] * row["forward_images_per_second"]
+        assert row["forward_mfu"] == pytest.approx(work / row["peak_flops"]) and work > 0
     (ratio,) = facts["ratios"]
     assert ratio["forward"]["least"] <= ratio["forward"]["median"] <= ratio["forward"]["largest"]
     assert (here / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -45,6 +48,28 @@ def test_the_largest_batch_grows_with_the_memory(here, capsys):
         found.append(json.loads(capsys.readouterr().out)["rows"][0])
     small, large = (row["largest_forward_batch"] for row in found)
     assert 1.9 * small < large < 2.6 * small  # the weights are there only once
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_largest_batch_is_tried_without_a_crash(training, monkeypatch):
+    """On a GPU the estimate may be too high; a try that runs out of memory is followed by less."""
+    tried, limit = [], 57
+
+    def work(model, images, case):
+        def call():
+            tried.append(len(images))
+            if len(images) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return call
+
+    monkeypatch.setattr(cost, "_training" if training else "_forward", work)
+    case = BenchCase((3, 8, 8), 4, "fp32", "auto", torch.device("cpu"), 0.1)
+    config = parse_variant("Pico/4", image_size=(8, 8), depth=1)
+    assert cost._largest_tried(lambda: from_config(config), case, 100, training) == tried[-1]
+    assert 0.9 * limit <= tried[-1] <= limit and tried[0] == 100
+    limit = 0
+    assert cost._largest_tried(lambda: from_config(config), case, 100, training) == 0
 
 
 def test_mistakes(here, capsys):

@@ -18,6 +18,7 @@ HEALTHY = {
         "device": "cpu",
         "precision": "bf16",
         "gpu_without_torch": False,
+        "gpu_fault": "PyTorch sees no GPU",
         "instructions": "AVX512",
         "cores": 2.0,
         "memory_free_bytes": 16 * doctor.GIB,

@@ -16,7 +16,6 @@ from support.tiny import tiny_recipe, vitcli
 from support.watching import Told
 
 from vitcli.commands import check, evaluate, finetune, predict
-from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import AugmentSection, ObjectiveSection
 from vitcli.data.augment.transform import TrainTransform
 from vitcli.data.decoded_cache import write_decoded
@@ -28,6 +27,7 @@ from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet
 from vitcli.train.build import unused_settings
 from vitcli.train.objectives import build_objective, resolve_objective
+from vitcli.train.resolve import random_model
 from vitcli.train.session import train
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model

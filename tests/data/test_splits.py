@@ -11,7 +11,6 @@ from PIL import Image
 from support.tiny import tiny_recipe
 
 from vitcli.commands import evaluate
-from vitcli.commands.pretrain import random_model
 from vitcli.config.recipe import check
 from vitcli.config.schema import DataSection, Recipe
 from vitcli.data.readers.parquet import parquet_splits
@@ -23,6 +22,7 @@ from vitcli.errors import VitcliError
 from vitcli.hub.datasets import choose_files
 from vitcli.hub.split_names import file_splits
 from vitcli.progress import Quiet
+from vitcli.train.resolve import random_model
 from vitcli.train.session import train
 
 

@@ -162,7 +162,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 # Too slow for rows, or not for one process: the file that trains with the value.
 ELSEWHERE = {
     "train.budget": "tests/train/test_budget.py",
-    "train.compile=True": "tests/vit/test_compile.py",
+    "train.compile": "tests/train/test_compile_stages.py",
     "train.precision=fp16": "tests/test_devices.py",  # needs a GPU
     "train.fully_shard=True": "tests/train/test_fsdp.py",
     "train.best_metric": "tests/train/test_best_weights.py",  # needs validation images

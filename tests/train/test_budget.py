@@ -1,15 +1,17 @@
 """A run as long as the time it is given."""
 
 import json
+import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from support.tiny import records, tiny_recipe, train_recipe
 
 from vitcli.errors import VitcliError
-from vitcli.train import loop
-from vitcli.train.budget import Budget, Deadline, stage_fractions
+from vitcli.train import budget, loop
+from vitcli.train.budget import Budget, Deadline, Timeline, stage_fractions
 from vitcli.train.signals import Stopped
 
 SETTINGS = {"train": {"steps": None, "budget": "8s", "smaller_sizes": [[4, 0.5]]}}
@@ -162,3 +164,27 @@ def test_a_run_that_goes_back_makes_the_steps_that_there_is_time_for(tmp_path, m
     # Back from step 8 of 12 to the start: four more; and no rate below zero on the way.
     rates = [r["lr"] for r in records(tmp_path / "run") if "lr" in r]
     assert result.steps == len(rates) == 4 and min(rates) >= 0
+
+
+def test_steps_of_a_gpu_are_timed_without_those_of_the_warm_up(monkeypatch):
+    """The program queues steps of a second and goes on; only `synchronize` waits for them."""
+    now, queued = [0.0], [0.0]
+
+    def synchronize(device):
+        now[0], queued[0] = now[0] + queued[0], 0.0
+
+    def step(batch):
+        queued[0] += 1.0
+
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(budget, "synchronize", synchronize)
+    run = SimpleNamespace(
+        state=SimpleNamespace(timeline=Timeline.of(10), step=3, optimizers=[]),
+        wrapped=SimpleNamespace(train=lambda: None),
+        loader=SimpleNamespace(batches=lambda start, count: iter(range(count))),
+        accelerator=SimpleNamespace(num_processes=1),
+        device="cuda",
+        step=step,
+    )
+    assert budget.time_steps_and_reset(run, 0, math.inf) == pytest.approx(1.0)
+    assert (run.state.timeline.total, run.state.step) == (10, 3)

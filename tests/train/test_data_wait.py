@@ -8,7 +8,6 @@ import torch
 from support.tiny import records, tiny_recipe
 from support.watching import Told
 
-from vitcli.commands.pretrain import random_model
 from vitcli.config.schema import AugmentSection
 from vitcli.data import image_set as sets
 from vitcli.data.augment.transform import TrainTransform
@@ -17,6 +16,7 @@ from vitcli.data.loader import TrainLoader
 from vitcli.preprocess import Preprocess
 from vitcli.train import meters
 from vitcli.train.meters import StepTimes, WaitTimer, is_filling_cache, slow_data_warning
+from vitcli.train.resolve import random_model
 from vitcli.train.session import train
 
 

@@ -124,3 +124,19 @@ def test_what_cannot_be_shared_out(sections, processes, words):
     sections["train"] = {"fully_shard": True, **sections.get("train", {})}
     with pytest.raises(VitcliError, match=words):
         check_sharding(tiny_recipe(**sections), processes)
+
+
+def test_one_process_of_a_launcher_trains_on_its_device(tmp_path):
+    """FSDP2 with a group of one process: the same weights as without it."""
+    settings = {"optim": {"name": "adamw"}, "train": {"steps": 3, "ema_decay": None}}
+    train_tiny(tmp_path / "plain", **settings)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        sharded = {**settings, "train": {**settings["train"], "fully_shard": True}}
+        train_tiny(tmp_path / "sharded", **sharded)
+    finally:
+        torch.distributed.destroy_process_group()
+    found, wanted = (load_model(tmp_path / n).state_dict() for n in ("sharded", "plain"))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)

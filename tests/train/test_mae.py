@@ -33,6 +33,7 @@ def test_the_encoder_sees_visible_patches_only():
 
 def test_rotary_positions_are_those_of_the_visible_patches(monkeypatch):
     task = objective(model(rope="centred", position="none"))
+    task.mask_rate = 13 / 16
     hidden = torch.ones(2, 16, dtype=torch.bool)
     hidden[0, [3, 7, 8]], hidden[1, [0, 1, 15]] = False, False
     turns = []
@@ -72,6 +73,7 @@ def test_a_token_is_drawn_at_its_place():
     """The decoder gets each visible token where its patch was: swapped places, swapped pictures."""
     task = objective().eval()
     images = smooth(1, torch.Generator().manual_seed(3))
+    task.mask_rate = 15 / 16
     hidden = torch.ones(1, 16, dtype=torch.bool)
     hidden[0, 5] = False
     x = task.encode(images, hidden)

@@ -39,6 +39,7 @@ def test_loss_and_pixels_are_those_of_transformers(tmp_path, settings, classic):
     theirs.save_pretrained(tmp_path, save_original_format=classic)
     model = load_model(tmp_path)
     task = Mae(model, ObjectiveSection(name="mae")).eval()
+    task.mask_rate = theirs.config.mask_ratio
     images = torch.randn(2, 3, 32, 32)
     noise = torch.rand(2, 16)
     with torch.no_grad():
@@ -49,7 +50,9 @@ def test_loss_and_pixels_are_those_of_transformers(tmp_path, settings, classic):
         loss = (predicted - targets)[hidden].square().mean()
         torch.testing.assert_close(loss, out.loss, atol=5e-5, rtol=0)
         larger = torch.randn(1, 3, 48, 40)
-        assert task.reconstruct(larger, torch.zeros(1, 30, dtype=torch.bool))[0].shape[1] == 30
+        task.mask_rate = 0.5
+        hidden = torch.arange(30)[None] % 2 == 0
+        assert task.reconstruct(larger, hidden)[0].shape[1] == 30
 
 
 def test_a_decoder_that_does_not_fit_is_refused(tmp_path):

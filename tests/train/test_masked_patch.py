@@ -12,9 +12,12 @@ from vitcli.train.objectives.masked_patch import (
     MASKED,
     OTHER,
     MaskedPatch,
+    chosen_positions,
     color_classes,
     most_frequent_fraction,
+    num_masked,
     random_mask,
+    take,
 )
 from vitcli.train.signals import Stopped
 
@@ -62,6 +65,14 @@ def test_exactly_half_is_corrupted_of_each_image():
     assert random_mask(3, 4, 0.01, torch.device("cpu")).sum(dim=1).tolist() == [1, 1, 1]
     # A masked autoencoder needs a patch to see.
     assert random_mask(3, 4, 0.99, torch.device("cpu")).sum(dim=1).tolist() == [3, 3, 3]
+
+
+def test_the_chosen_rows_are_those_of_a_boolean_index():
+    torch.manual_seed(0)
+    x = torch.randn(5, 12, 3)
+    chosen = random_mask(5, 12, 0.4, x.device)
+    places = chosen_positions(chosen, num_masked(12, 0.4))
+    assert torch.equal(take(x, places), x[chosen])
 
 
 def test_eighty_ten_ten():
@@ -158,7 +169,7 @@ def test_it_learns_the_colours_of_smooth_images():
 
 
 def test_chance_is_the_share_of_the_commonest():
-    assert float(most_frequent_fraction(torch.tensor([[3, 3], [1, 2]]))) == 0.5
+    assert float(most_frequent_fraction(torch.tensor([[3, 3], [1, 2]]), 4)) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,15 @@ def test_newton_schulz_moves_singular_values_only(shape):
     assert not newton_schulz(torch.zeros(*shape)).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_matrices_moves_as_each_of_them_alone(dtype):
+    torch.manual_seed(0)
+    gradients = torch.randn(6, 16, 64, dtype=dtype)
+    alone = torch.cat([newton_schulz(one[None]) for one in gradients])
+    atol = 1e-5 if dtype == torch.float32 else 0.04  # a few of the last of 8 bits
+    torch.testing.assert_close(newton_schulz(gradients), alone, rtol=0, atol=atol)
+
+
 def two_steps(make_optimizer):
     """The parameters after two steps; the last one gets no gradient in the second."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitcli.vit.blocks import (
     Attention,
@@ -193,3 +194,30 @@ def test_swiglu_equals_its_formula():
     x2 = x @ mlp.fc1.weight[12:].T + mlp.fc1.bias[12:]
     expected = (x1 * x1.sigmoid() * x2) @ mlp.fc2.weight.T + mlp.fc2.bias
     torch.testing.assert_close(mlp(x), expected)
+
+
+class Copies(TorchDispatchMode):
+    """The operations that move numbers from one place to another."""
+
+    NAMES = ("clone", "copy_", "_to_copy", "stack", "cat", "constant_pad_nd")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), words=None):
+        name = function.overloadpacket.__name__
+        self.found += [name] if name in self.NAMES else []
+        return function(*arguments, **(words or {}))
+
+
+def test_fused_attention_copies_nothing_forward_and_once_backward():
+    """Queries, keys and values are views of one projection; their gradients are joined once."""
+    attention = Attention(ViTConfig(**SMALL), 16)
+    x = torch.randn(2, 17, 8, requires_grad=True)
+    with Copies() as copies:
+        y = attention(x, (4, 4))
+    assert copies.found == []
+    with Copies() as copies:
+        y.sum().backward()
+    assert copies.found == ["stack"]

@@ -13,8 +13,10 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from vitcli import distributed
 from vitcli.errors import VitcliError
@@ -33,6 +35,7 @@ INTERRUPT_SECONDS = 3.0  # how long an interrupted command may take to clean up
 # The first signal, and the timer that ends the process; both stay unset outside of a signal.
 _received = signal.SIGINT
 _timer: threading.Timer | None = None
+_python_warning = warnings.showwarning
 
 
 def main() -> None:
@@ -72,6 +75,7 @@ def run(arguments: list[str]) -> int:
 
     if distributed.rank():
         console.mute()
+    warnings.showwarning = _show_warning
     if warning := distributed.launch_warning():
         console.Terminal().warn(warning)
     try:
@@ -95,6 +99,7 @@ def run(arguments: list[str]) -> int:
         if (stopped := _stopped_training(error)) is not None:
             return distributed.agree_on_status(stopped)
         mistake = _usage_error(error) or _os_error(error) or _memory_error(error)
+        mistake = mistake or _device_error(error)
         if mistake is not None:
             return _report(mistake)
         distributed.wait_before_error(mistake=False)
@@ -209,6 +214,25 @@ def _memory_error(error: Exception) -> VitcliError | None:
         f"out of memory: {reason.splitlines()[0].partition('. Error code')[0]}",
         "use a smaller batch, image size or model",
     )
+
+
+def _device_error(error: Exception) -> VitcliError | None:
+    """The error for a fault of the GPU or of its driver; None for other exceptions."""
+    devices = sys.modules.get("vitcli.devices")
+    found: VitcliError | None = devices.device_fault(error) if devices else None
+    return found
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], *place: Any, **words: Any
+) -> None:
+    """Print a warning of the devices as the commands print theirs, and others as Python does."""
+    from vitcli.cli import console
+
+    if category.__name__ == "UnusedGpuWarning":
+        console.Terminal().warn(str(message))
+    else:
+        _python_warning(message, category, *place, **words)
 
 
 def _stopped_training(error: Exception) -> int | None:

@@ -24,7 +24,7 @@ from vitcli.cost.bench import (
     run_bench,
 )
 from vitcli.cost.machine import system_memory
-from vitcli.devices import pick_device, resolve_precision
+from vitcli.devices import matrix_peak, pick_device, resolve_precision
 from vitcli.errors import VitcliError, printable, unknown
 from vitcli.progress import Quiet, Watcher
 from vitcli.report.charts import BLUE, ORANGE, new_figure, save_atomically
@@ -39,7 +39,12 @@ USABLE_MEMORY = 0.8  # of the free memory, without `--memory`
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One library in one setting."""
+    """One library in one setting.
+
+    Attributes:
+        macs: of a forward pass of one image.
+        peak: FLOP/s of large matrix products on this device.
+    """
 
     library: str
     model: str
@@ -47,10 +52,12 @@ class BenchRow:
     macs: int
     case: BenchCase
     result: BenchResult
+    peak: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values in images/s, milliseconds and bytes."""
+        """Plain values in images/s, milliseconds and bytes; `mfu` are fractions of the peak."""
         case, result = self.case, self.result
+        per_flop = self.macs / self.peak
         return {
             "library": self.library,
             "model": self.model,
@@ -62,6 +69,10 @@ class BenchRow:
             "attention": case.attention,
             "forward_images_per_second": statistics.median(result.forward),
             "training_images_per_second": statistics.median(result.training),
+            "peak_flops": self.peak,
+            # Two operations per multiply-add, and a backward pass takes twice a forward pass.
+            "forward_mfu": 2 * per_flop * statistics.median(result.forward),
+            "training_mfu": 6 * per_flop * statistics.median(result.training),
             "rounds": {"forward": len(result.forward), "training": len(result.training)},
             "latency_ms": {f"p{p}": float(np.percentile(result.latency, p)) for p in PERCENTILES},
             "latency_samples": len(result.latency),
@@ -242,8 +253,9 @@ def _measure(
         library: sum(p.numel() for p in build().parameters()) for library, build in builders.items()
     }
     results = run_bench(builders, case, limit, watch)
+    peak = matrix_peak(case.device, case.precision)
     return [
-        BenchRow(library, name, counts[library], macs(config), case, result)
+        BenchRow(library, name, counts[library], macs(config), case, result, peak)
         for library, result in results.items()
     ]
 

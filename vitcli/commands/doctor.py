@@ -16,7 +16,13 @@ import psutil
 import torch
 
 from vitcli.cost import machine
-from vitcli.devices import pick_device, resolve_precision
+from vitcli.devices import (
+    cuda_fault,
+    hides_gpu,
+    pick_device,
+    resolve_precision,
+    sees_gpu,
+)
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import LIBRARIES, package_version
@@ -107,8 +113,8 @@ def check_devices() -> dict[str, Any]:
         "device": str(device),
         "precision": resolve_precision("auto", device),
         "gpus": machine.gpu_facts(),
-        "gpu_without_torch": not torch.cuda.is_available()
-        and shutil.which("nvidia-smi") is not None,
+        "gpu_without_torch": hides_gpu(),
+        "gpu_fault": None if sees_gpu() else cuda_fault(),
         "cpu": machine.cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": machine.usable_cores(),
@@ -181,8 +187,10 @@ def _installation_problems(versions: dict[str, Any], devices: dict[str, Any]) ->
     torch_version = versions["torch"]
     if devices["gpu_without_torch"]:
         yield Finding(
-            f"torch {torch_version} does not see the NVIDIA GPU of this machine",
-            "install a CUDA build of torch (`pip install torch` on Linux) and a matching driver",
+            f"torch {torch_version} does not see the NVIDIA GPU of this machine: "
+            f"{devices['gpu_fault']}",
+            "update the NVIDIA driver, or install a build of torch for its CUDA version "
+            "(`nvidia-smi` shows it)",
         )
     if versions.get("torchvision_imports") is False:
         yield Finding(

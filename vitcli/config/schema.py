@@ -54,6 +54,7 @@ Pixels = Annotated[int, Field(gt=0, le=8192)]
 Width = Annotated[int, Field(gt=0, le=10**5)]
 Depth = Annotated[int, Field(gt=0, le=1000)]
 Size = Pixels | tuple[Pixels, Pixels]
+CUDA_GRAPHS = "reduce-overhead"  # the mode of torch.compile that records them
 LION_BETAS = (0.9, 0.99)  # of its authors (Chen et al., 2023, algorithm 2)
 
 
@@ -689,7 +690,11 @@ class TrainSection(Section):
         "there again.",
     )
     log_steps: Count = setting(20, "Steps between records in metrics.jsonl.")
-    compile: bool = setting(False, "Compile the forward and backward pass with torch.compile.")
+    compile: bool | Literal["reduce-overhead"] = setting(
+        False,
+        "Compile the forward and backward pass with torch.compile. `reduce-overhead` also records "
+        "CUDA graphs: for small models on a GPU, whose kernels take less time than their launch.",
+    )
     tf32: bool = setting(False, "Let a GPU use TF32 for fp32 matrix products.")
     deterministic: bool = setting(
         False, "Use only kernels that compute the same bits each time; slower on a GPU."
@@ -710,6 +715,9 @@ class TrainSection(Section):
             named = " and ".join(f"`{name}`" for name in given) or "none"
             options = ", ".join(f"`{name}`" for name in DURATIONS)
             raise ValueError(f"give exactly one of {options}; given: {named}")
+        if self.compile == CUDA_GRAPHS and self.micro_batch_size is not None:
+            # torch cannot yet: https://github.com/pytorch/pytorch/issues/169545
+            raise ValueError('`compile = "reduce-overhead"` cannot have a `micro_batch_size`')
         return self
 
     def side_at(self, step: float, total_steps: int) -> int | None:

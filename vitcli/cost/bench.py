@@ -23,7 +23,7 @@ from vitcli.cost.memory import (
     step_memory,
     storage_bytes,
 )
-from vitcli.devices import is_out_of_memory
+from vitcli.devices import free_memory, is_out_of_memory, synchronize
 from vitcli.errors import VitcliError, unknown
 from vitcli.progress import Watcher
 from vitcli.vit import ViTConfig
@@ -61,11 +61,6 @@ class BenchCase:
         """A context in which the models use this precision."""
         dtype = AUTOCAST_DTYPES.get(self.precision, torch.bfloat16)
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "fp32")
-
-    def synchronize(self) -> None:
-        """Wait for a GPU, which works asynchronously."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
@@ -140,7 +135,7 @@ def _forward(model: nn.Module, images: Tensor, case: BenchCase) -> Callable[[], 
         model.eval()
         with torch.inference_mode(), case.autocast():
             model(images)
-        case.synchronize()
+        synchronize(case.device)
 
     return call
 
@@ -157,7 +152,7 @@ def _training(model: nn.Module, images: Tensor, case: BenchCase) -> Callable[[],
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        case.synchronize()
+        synchronize(case.device)
 
     return call
 
@@ -231,7 +226,7 @@ def _largest_tried(build: BuildModel, case: BenchCase, batch: int, training: boo
             p.grad = None
         with suppress(UnboundLocalError):
             del images
-        torch.cuda.empty_cache()
+        free_memory(case.device)
         batch = int(batch * 0.9)
     return 0
 

@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from vitcli.devices import synchronize
 from vitcli.vit.blocks import attend_explicit, uses_explicit_attention
 
 MATRIX_SIDE = 1024
@@ -91,8 +92,7 @@ def attention_seconds(device: torch.device, dtype: torch.dtype) -> dict[str, flo
     def timed(attention: Callable[..., Tensor]) -> float:
         def work() -> None:
             attention(q, k, v).sum().backward()  # type: ignore[no-untyped-call]
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
 
         return best_seconds(work)
 

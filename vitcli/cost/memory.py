@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from vitcli.config.schema import Recipe
 from vitcli.train.ema import Ema
-from vitcli.train.objectives import objective_class
 from vitcli.train.optimizers import build_optimizers
 from vitcli.vit.blocks import forced_attention
 
@@ -204,45 +203,17 @@ class StepShape:
 MakeObjective = Callable[[], nn.Module]
 
 
-def step_memory(make_objective: MakeObjective, recipe: Recipe, shape: StepShape) -> StepMemory:
-    """The memory of a step of `recipe`, traced on tensors without content.
+def step_memory(
+    make_objective: MakeObjective, recipe: Recipe, shape: StepShape, *, fake: bool = True
+) -> StepMemory:
+    """The memory of a step of `recipe`: two steps as the training loop makes them.
 
-    Objectives with boolean masks have sizes that depend on the content. Their step runs for real
-    with one and with two images, and the result is extrapolated.
+    They have micro-batches, clipping, optimizer and average. The second step counts, because
+    optimizers allocate their state in the first. Buffers inside of kernels are not seen.
 
     Args:
         make_objective: builds the objective on any device; the trace replaces its weights.
-    """
-    fake = not objective_class(recipe.objective.name).shapes_depend_on_data
-    if fake or shape.micro_batch < 3:
-        return trace_step(make_objective, recipe, shape, fake=fake)
-    parts = shape.num_micro_batches
-    one, two = (
-        trace_step(
-            make_objective, recipe, replace(shape, micro_batch=n, batch=n * parts), fake=False
-        )
-        for n in (1, 2)
-    )
-
-    def extrapolate(a: int, b: int) -> int:
-        return a + (b - a) * (shape.micro_batch - 1)
-
-    activations = extrapolate(one.activations, two.activations)
-    # With one or two images the peak may be that of the gradients, which does not grow with the
-    # batch. Between forward and backward pass, all activations of the micro-batch are alive.
-    between_passes = two.between_steps + activations + (two.gradients if parts > 1 else 0)
-    peak = max(extrapolate(one.gradient_peak, two.gradient_peak), between_passes)
-    # Nothing says which blocks of the whole micro-batch are small.
-    return replace(two, activations=activations, gradient_peak=peak, small_peak=peak)
-
-
-def trace_step(
-    make_objective: MakeObjective, recipe: Recipe, shape: StepShape, *, fake: bool = True
-) -> StepMemory:
-    """Trace two steps as the training loop makes them: micro-batches, clipping, optimizer, average.
-
-    The second step counts, because optimizers allocate their state in the first. Buffers inside of
-    kernels are not seen. `fake` traces tensors without content.
+        fake: trace tensors without content.
     """
     objective = make_objective()
     with (

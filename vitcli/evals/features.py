@@ -15,7 +15,13 @@ from vitcli import distributed as launch
 from vitcli.data.batch import move_to_device
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
-from vitcli.devices import join_processes, pick_device, resolve_precision
+from vitcli.devices import (
+    FittingForward,
+    allow_tf32,
+    join_processes,
+    pick_device,
+    resolve_precision,
+)
 from vitcli.errors import VitcliError
 from vitcli.progress import Quiet, Watcher
 from vitcli.weights.load import require_preprocess
@@ -124,6 +130,7 @@ def extract_batches(
         "logits": model.network,
         "pixels": _pixel_features,
     }
+    compute = FittingForward(forward[output])
     batches = eval_batches(
         images,
         preprocess,
@@ -137,7 +144,7 @@ def extract_batches(
         x = preprocess.normalize(batch.images)  # (B, C, Y, X)
         with torch.inference_mode(), autocast(precision, device):
             # A batch without a readable image still reports which images are broken.
-            y = forward[output](x) if len(batch.labels) else x.flatten(1)
+            y = compute(x) if len(batch.labels) else x.flatten(1)
         # Check every batch: one NaN makes a mean, a covariance or a ridge solution NaN.
         check_finite(bool(y.isfinite().all()), model)
         yield Extracted(
@@ -199,6 +206,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     """The context that computes in `precision`."""
     # Unlike in training, `auto` is fp32: a metric must not depend on the machine. bf16 is two to
     # three times as fast where the hardware has it; it changes a few predictions in 10,000.
+    allow_tf32(False)
     resolved = "fp32" if precision == "auto" else resolve_precision(precision, device)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return nullcontext() if resolved == "fp32" else torch.autocast(device.type, dtypes[resolved])

@@ -27,6 +27,11 @@ class Decision:
     logs: bool
     changes_length: bool
 
+    @property
+    def must_wait(self) -> bool:
+        """True if the records of all steps must be written now."""
+        return self.saves or self.evaluates or self.is_last
+
 
 def mean_over_processes(accelerator: Any, metrics: dict[str, float]) -> dict[str, float]:
     """The mean of each metric over all processes."""

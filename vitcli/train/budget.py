@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vitcli.config.schema import TrainSection
+from vitcli.devices import synchronize
 from vitcli.errors import VitcliError
 from vitcli.train.agreement import max_over_processes
 from vitcli.train.param_groups import set_lr
@@ -237,6 +238,33 @@ def stage_fractions(train: TrainSection) -> list[tuple[int, float]]:
     return stages
 
 
+def compile_stages(loop: "Loop") -> None:
+    """Make a pass of each stage that is left, so that it is compiled before the run starts.
+
+    Otherwise each change of the image size or of the patch dropout would stop the run for as long
+    as the compiler takes. A stage that does not fit into memory gets its micro-batch here. No
+    weight moves.
+    """
+    train, state = loop.recipe.train, loop.state
+    if not train.compile or state.step >= loop.total_steps:
+        return
+    done, end, left = loop.timeline.at(state.step) / loop.timeline.planned, 0.0, []
+    for position, fraction in stage_fractions(train):
+        end += fraction
+        left += [position] if end > done else []
+    loop.watch.note(
+        f"compiling the training step{f' for {len(left)} stages' if len(left) > 1 else ''}"
+    )
+    batch = next(iter(loop.loader.batches(0, 1))).to(loop.device)
+    timeline, step = state.timeline, state.step
+    loop.wrapped.train()
+    for position in left:
+        state.timeline, state.step = Timeline.of(SCALE), position
+        loop.gradients(batch)
+    state.timeline, state.step = timeline, step
+    loop.wrapped_optimizer.zero_grad(set_to_none=True)
+
+
 def _evaluation_seconds(loop: "Loop", held_out: tuple[int, int]) -> float:
     """The seconds of the last evaluation, on all held-out images, extrapolated from a few."""
     validate = next(iter(loop.evaluations.values()), None)
@@ -283,16 +311,14 @@ def time_steps_and_reset(
     begin, timed = time.perf_counter(), 0
     for number, batch in enumerate(loop.loader.batches(0, warmup + max_steps)):
         if number == warmup:
+            synchronize(loop.device)  # the warm-up does not count
             begin = time.perf_counter()
         loop.step(batch)
         timed = number + 1 - warmup
         # All processes must stop together: each step averages the gradients of all.
         if timed > 0 and max_over_processes(loop.accelerator, int(time.monotonic() > time_limit)):
             break
-    if loop.accelerator.device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
+    synchronize(loop.device)
     seconds = (time.perf_counter() - begin) / timed
     state.timeline, state.step = timeline, step
     for optimizer in state.optimizers:

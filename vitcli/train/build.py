@@ -9,14 +9,21 @@ from typing import Any
 
 import torch
 
-from vitcli.config.schema import ObjectiveSection, Recipe, Section
+from vitcli.config.schema import CUDA_GRAPHS, ObjectiveSection, Recipe, Section
 from vitcli.data.augment.policies import POLICIES, PRESETS
 from vitcli.data.augment.transform import CROPS, TrainTransform, resolve_augment
 from vitcli.data.batch import check_batch
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sample_range import with_window
 from vitcli.data.source import Source, open_data
-from vitcli.devices import Precision, join_processes, matrix_peak, pick_device, resolve_precision
+from vitcli.devices import (
+    Precision,
+    allow_tf32,
+    join_processes,
+    matrix_peak,
+    pick_device,
+    resolve_precision,
+)
 from vitcli.errors import VitcliError
 from vitcli.evals.fewshot.methods import METHODS
 from vitcli.preprocess import Preprocess
@@ -146,7 +153,8 @@ def _prepare(objective: Objective, recipe: Recipe, accelerator: Any) -> tuple[An
     optimizers = build_optimizers(objective, recipe.optim, accelerator.mixed_precision)
     if train.compile:
         # In place, so that parameter names stay. Static shapes: there are few image sizes.
-        objective.compile(dynamic=False)
+        mode = train.compile if train.compile == CUDA_GRAPHS else None
+        objective.compile(dynamic=False, mode=mode)
     if train.fully_shard:
         # FSDP2 already moves and synchronises; Accelerate adds only its precision (no DDP wrapper).
         wrapped = accelerator.prepare_model(objective, evaluation_mode=True)
@@ -290,7 +298,7 @@ def start_accelerator(
         # cuBLAS reads it when the first matrix product runs; it is exact with a fixed workspace.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.train.deterministic)
-    torch.set_float32_matmul_precision("high" if recipe.train.tf32 else "highest")
+    allow_tf32(recipe.train.tf32)
     check_batch(recipe.train.batch_size, accelerator.num_processes)
     check_sharding(recipe, accelerator.num_processes)
     return accelerator, precision

@@ -27,7 +27,8 @@ def check_sharding(recipe: Recipe, processes: int) -> None:
     """Check that `train.fully_shard`, if set, works with the rest of the recipe."""
     if not recipe.train.fully_shard:
         return
-    if processes == 1:
+    # A launcher may start one process, in which FSDP works on its one device.
+    if processes == 1 and not torch.distributed.is_initialized():
         raise VitcliError(
             "`train.fully_shard` needs several processes, and there is one",
             "add `--processes N`, or remove `train.fully_shard`",

@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitcli.config.schema import Recipe
+from vitcli.config.schema import CUDA_GRAPHS, Recipe
 from vitcli.data.augment.mixing import soft_targets
 from vitcli.data.batch import Batch, downsample, move_to_device
 from vitcli.data.loader import TrainLoader
 from vitcli.devices import is_out_of_memory
-from vitcli.errors import VitcliError
 from vitcli.progress import Bar, QuietBar, Watcher
 from vitcli.run import Run
 from vitcli.train.agreement import TIME_IS_UP, Decision, max_over_processes, min_over_processes
 from vitcli.train.best_weights import SPLIT, BestWeights, catch_up, keep_best, stop_early
-from vitcli.train.budget import Deadline, Timeline
+from vitcli.train.budget import Deadline, Timeline, compile_stages
 from vitcli.train.checkpoint import (
     NonFiniteError,
     ShardWriter,
@@ -36,6 +35,7 @@ from vitcli.train.checkpoint import (
 )
 from vitcli.train.ema import averaged
 from vitcli.train.fsdp import unsharded
+from vitcli.train.micro_batch import fit_micro_batch, halve_micro_batch, micro_batch_size
 from vitcli.train.objectives.class_losses import share_mean_weight
 from vitcli.train.param_groups import set_lr
 from vitcli.train.recorder import Recorder
@@ -62,6 +62,7 @@ class Loop:
         deadline: of a run with a budget, else None.
         best: the best evaluation so far, if the recipe asks to keep its weights.
         saved_step: of the last checkpoint that this process wrote, or None.
+        fitted_stages: those whose micro-batch several processes have agreed on.
     """
 
     wrapped: nn.Module
@@ -82,7 +83,7 @@ class Loop:
     saved_step: int | None = None
     _ddp_is_warm: bool = False
     _saved_at: float = 0.0
-    _fitted_stages: set[tuple[Any, ...]] = field(default_factory=set)
+    fitted_stages: set[tuple[Any, ...]] = field(default_factory=set)
 
     @property
     def timeline(self) -> Timeline:
@@ -109,13 +110,14 @@ class Loop:
         rewinds = self.recipe.train.on_nan == "rewind"
         if rewinds and not list_checkpoints(self.run.checkpoints):
             self.save()  # a rewind needs a checkpoint to go back to
+        compile_stages(self)
         with SignalFlag() as signals:
             while True:
                 try:
                     catch_up(self, self.best, signals)
                     with self._start() as bar:
                         for batch in self._batches():
-                            lr, is_full_image = self._set_lr(), self._stage() == (None, 0.0)
+                            lr, is_full_image = self._set_lr(), self.stage() == (None, 0.0)
                             self._count_step(self.step(batch), lr)
                             decision = self._decide(signals)
                             self._act(decision, is_full_image, bar, signals)
@@ -130,7 +132,7 @@ class Loop:
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step on this process's part of a batch; returns its metrics."""
-        self._fit_micro_batch(batch)
+        fit_micro_batch(self, batch)
         if not self._ddp_is_warm and self.accelerator.num_processes > 2:
             # DDP regroups its gradient buckets after the first pass. Three or more summands are
             # then added in another order, and sums of floats depend on it. With one pass for
@@ -153,10 +155,10 @@ class Loop:
         """
         accelerator, num_images = self.accelerator, len(batch.labels)
         network: Any = self.loaded.network
-        image_size, network.patch_drop_rate = self._stage()
+        image_size, network.patch_drop_rate = self.stage()
         share_mean_weight(self.state.objective, batch, accelerator)
         while True:
-            size = self._micro_batch_size(batch)
+            size = micro_batch_size(self, batch)
             metrics: dict[str, Tensor] = {}
             # Dropout masks are a function of (seed, step, process): a retry or a resume draws the
             # same ones.
@@ -164,11 +166,12 @@ class Loop:
                 step_seed(self.recipe.train.seed, self.state.step, accelerator.process_index)
             )
             self.wrapped_optimizer.zero_grad(set_to_none=True)
+            if self.recipe.train.compile == CUDA_GRAPHS:  # may reuse the memory of the last step
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             try:
                 for start in range(0, num_images, size):
                     part = batch.part(start, min(start + size, num_images)).to(self.device)
-                    # The last micro-batch may be smaller. Weighting each mean by its number of
-                    # images makes the sum of all the mean over the whole batch.
+                    # Weighted by the images, as the last part may be smaller: the sum is the mean.
                     weight = len(part.labels) / num_images
                     # Averaging over processes is slow, and once, with the last part, is enough.
                     is_last = start + size >= num_images and not alone
@@ -185,7 +188,7 @@ class Loop:
                 if not is_out_of_memory(error):
                     raise
             # Not in the handler: there the exception still holds the tensors of the failed pass.
-            self._halve_micro_batch(batch)
+            halve_micro_batch(self, batch)
 
     def inputs(self, part: Batch) -> tuple[Tensor, Tensor]:
         """Normalised images (B, C, Y, X) and labels (B,); after mixing, targets (B, K)."""
@@ -223,7 +226,7 @@ class Loop:
         set_lr(self.state.optimizers, factor)
         return self.recipe.optim.lr * factor
 
-    def _stage(self) -> tuple[int | None, float]:
+    def stage(self) -> tuple[int | None, float]:
         """(image size or None, patch dropout rate) of this step: they decide its memory."""
         train, planned = self.recipe.train, self.timeline.planned
         position = self.timeline.at(self.state.step)
@@ -262,7 +265,7 @@ class Loop:
         """Log, save, stop or evaluate; `fit` saves after the last step."""
         step = self.state.step
         if decision.logs:
-            self.recorder.log_training(step, bar, is_full_image)
+            self.recorder.log_training(step, bar, is_full_image, decision.must_wait)
         if decision.changes_length:
             bar.extend(self.total_steps)
         if decision.signal is not None:  # in the last step too: the evaluation may take too long
@@ -301,44 +304,6 @@ class Loop:
         self.timeline.replan(self.state.step, total)
         if self.accelerator.is_main_process:
             self.run.log({"step": self.state.step, "event": "settle", "steps": total})
-
-    def _micro_batch_size(self, batch: Batch) -> int:
-        num_images = len(batch.labels)
-        size = self.state.micro_batch_size or self.recipe.train.micro_batch_size or num_images
-        return min(size, num_images)
-
-    def _halve_micro_batch(self, batch: Batch) -> None:
-        """Halve the micro-batch after memory ran out.
-
-        The size is part of the state, because dropout masks depend on it: a resumed run starts
-        with it.
-        """
-        self.wrapped_optimizer.zero_grad(set_to_none=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        old, smallest = self._micro_batch_size(batch), 2 if batch.mix else 1  # 2: pairs of mixup
-        size = old // 2 - (old // 2) % smallest
-        if size < smallest:
-            raise VitcliError(
-                f"out of memory with a micro-batch of {old} image{'s' * (old > 1)}",
-                "use a smaller model or image size, or `--set train.activation_checkpointing=true`",
-            ) from None
-        self.state.micro_batch_size = size
-        self.watch.warn(f"out of memory with a micro-batch of {old} images: continuing with {size}")
-
-    def _fit_micro_batch(self, batch: Batch) -> None:
-        """With several GPUs, find a micro-batch that fits in a pass by each process alone.
-
-        A process that runs out of memory inside of a common backward pass would leave the others
-        waiting for its gradients for ever.
-        """
-        if self.accelerator.num_processes == 1 or (stage := self._stage()) in self._fitted_stages:
-            return
-        self._fitted_stages.add(stage)
-        if self.device.type == "cuda":
-            self.gradients(batch, alone=True)
-            size = self._micro_batch_size(batch)
-            self.state.micro_batch_size = min_over_processes(self.accelerator, size)
 
     def evaluate(self, split: str, signals: SignalFlag | None = None) -> dict[str, float]:
         """Log and return metrics of a split, with averaged weights; signals may interrupt it."""

@@ -17,13 +17,35 @@ WINDOW_STEPS, WINDOW_SECONDS = 20, 10.0  # a warning looks at no less than this
 MAX_WAIT_FRACTION = 0.2  # of the time; more is a warning
 
 
+# A moment on the clock of a device: seconds, or a CUDA event. A program runs ahead of its GPU, so
+# that the clock of the CPU says nothing about the GPU's work.
+Mark = Any
+
+
+def mark(device: torch.device) -> Mark:
+    """This moment on `device`: on a GPU, when the work so far is done."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """Seconds from one moment to another; waits for the second."""
+    if isinstance(start, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
+
+
 @dataclass
 class AverageMeter:
     """Sums the metrics of the steps since the last record, on the device that computes them."""
 
+    started: Mark
     sums: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
-    started: float = field(default_factory=time.perf_counter)
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Add the metrics of one step."""
@@ -32,9 +54,11 @@ class AverageMeter:
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def means(self) -> dict[str, float]:
-        """The mean of each metric; waits for the device."""
-        return {name: float(value) / self.steps for name, value in self.sums.items()}
+    def copy_sums(self) -> Tensor:
+        """The sums (M,) on their way to the CPU; they are there when a later `mark` is passed."""
+        sums = torch.stack([*self.sums.values()])
+        # From a GPU to pinned memory. Other devices have no mark that says when it is there.
+        return sums.to("cpu", non_blocking=sums.is_cuda)
 
 
 @dataclass
@@ -60,39 +84,42 @@ class StepTimes:
 class WaitTimer:
     """Measures the wait for each batch and the work on it; time between steps counts as neither.
 
-    On a GPU the marks are CUDA events. The program runs ahead of the GPU, so that the clock of the
-    CPU says nothing: a wait is the time in which the GPU has nothing to do.
+    On a GPU a wait is the time in which it has nothing to do.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._current: tuple[Any, Any] = (None, None)
-        self._marks: list[tuple[Any, Any, Any]] = []  # batch requested, batch ready, step done
+        self._current: tuple[Mark, Mark] = (None, None)
+        self._marks: list[tuple[Mark, Mark, Mark]] = []  # batch requested, batch ready, step done
         self._steps = 0
         self._window = StepTimes()
 
     def over(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield the batches; call `step_done` after the step of each."""
         while True:
-            requested = self._mark()
+            requested = mark(self.device)
             batch = next(batches, None)
             if batch is None:
                 return
-            self._current = requested, self._mark()
+            self._current = requested, mark(self.device)
             yield batch
 
     def step_done(self) -> None:
         """Note that the step on the last batch is finished or queued on the GPU."""
         self._steps += 1
         if self._steps > WARMUP_STEPS:
-            self._marks.append((*self._current, self._mark()))
+            self._marks.append((*self._current, mark(self.device)))
 
-    def read(self) -> StepTimes:
-        """The times of the steps since the last call, without those of the warm-up."""
+    def take(self) -> list[tuple[Mark, Mark, Mark]]:
+        """The marks of the steps since the last call, without those of the warm-up."""
+        marks, self._marks = self._marks, []
+        return marks
+
+    def read(self, marks: list[tuple[Mark, Mark, Mark]] | None = None) -> StepTimes:
+        """The times of the steps of `marks`; default: those since the last `take`."""
         times = StepTimes()
-        for requested, ready, done in self._marks:
-            times += StepTimes(self._seconds(requested, ready), self._seconds(ready, done), 1)
-        self._marks.clear()
+        for requested, ready, done in self.take() if marks is None else marks:
+            times += StepTimes(seconds_between(requested, ready), seconds_between(ready, done), 1)
         self._window += times
         return times
 
@@ -103,19 +130,6 @@ class WaitTimer:
             return None
         self._window = StepTimes()
         return window if window.wait_fraction > MAX_WAIT_FRACTION else None
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def _seconds(self, start: Any, end: Any) -> float:
-        if isinstance(start, float):
-            return float(end - start)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
 
 
 def is_filling_cache(loader: TrainLoader, seen: int) -> bool:

@@ -60,11 +60,14 @@ class Muon(torch.optim.Muon):
         tall = [len(u) > u.shape[1] for u in matrices]
         wide = [u.mT if flip else u for u, flip in zip(matrices, tall, strict=True)]
         updates = newton_schulz(torch.stack(wide).to(self.dtype), group["eps"]).unbind()
-        for p, update, flip in zip(params, updates, tall, strict=True):
-            p.mul_(1.0 - group["lr"] * group["weight_decay"])
-            update = update.mT if flip else update
-            rate = group["lr"] * max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-            p.add_(update.reshape(p.shape), alpha=-rate)
+        torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+        for flip in {*tall}:  # all matrices of one orientation have one shape, and so one rate
+            moved = [p for p, other in zip(params, tall, strict=True) if other == flip]
+            found = [u.mT if flip else u for u, o in zip(updates, tall, strict=True) if o == flip]
+            rows, columns = found[0].shape
+            rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+            moves = [u.reshape(p.shape) for u, p in zip(found, moved, strict=True)]
+            torch._foreach_add_(moved, moves, alpha=-rate)
 
 
 def newton_schulz(x: Tensor, eps: float = 1e-7) -> Tensor:

@@ -1,7 +1,7 @@
 """Records of a run: metrics.jsonl and the progress bar."""
 
 import math
-import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,17 +11,56 @@ from torch import Tensor
 from vitcli.config.schema import Recipe
 from vitcli.data.loader import TrainLoader
 from vitcli.devices import peak_memory
+from vitcli.errors import VitcliError
 from vitcli.progress import Bar, Watcher
 from vitcli.run import Run
 from vitcli.train.agreement import mean_over_processes
 from vitcli.train.checkpoint import non_finite_error
 from vitcli.train.meters import (
     AverageMeter,
+    Mark,
     WaitTimer,
     is_filling_cache,
+    mark,
+    seconds_between,
     slow_data_warning,
 )
 from vitcli.train.trackers import Track
+
+# A scaler halves its factor whenever fp16 gradients overflow, and skips the step. Below this value,
+# that of fairseq, the run ends; otherwise it would skip every step.
+MIN_LOSS_SCALE = 1e-4
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The steps between two records, whose figures may still be on their way from the device.
+
+    Attributes:
+        step, lr: of the last step.
+        meter: the number of steps, and when they began.
+        sums: (M,) of the metrics; valid after `ended`.
+        marks: of the `WaitTimer`.
+    """
+
+    step: int
+    lr: float
+    meter: AverageMeter
+    sums: Tensor
+    ended: Mark
+    marks: list[tuple[Mark, Mark, Mark]]
+    memory_mb: int
+    is_full_image: bool
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return self.meter.steps
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric; call it when `ended` is passed."""
+        found = zip(self.meter.sums, self.sums.tolist(), strict=True)
+        return {name: total / self.steps for name, total in found}
 
 
 @dataclass
@@ -45,8 +84,9 @@ class Recorder:
     flops_per_image: float = 0.0
     first_step: int = 0
     lr: float = 0.0
-    meter: AverageMeter = field(default_factory=AverageMeter)
+    meter: AverageMeter = field(init=False)
     timer: WaitTimer = field(init=False)
+    _pending: deque["Interval"] = field(default_factory=deque)
     _warned: bool = False
 
     def __post_init__(self) -> None:
@@ -56,7 +96,8 @@ class Recorder:
         """Start to count at `step`."""
         self.first_step = step
         self.timer = WaitTimer(self.accelerator.device)
-        self.meter = AverageMeter()
+        self.meter = AverageMeter(mark(self.accelerator.device))
+        self._pending.clear()
 
     def log(self, record: dict[str, Any]) -> None:
         """Write a record to metrics.jsonl and to the tracker."""
@@ -75,28 +116,55 @@ class Recorder:
         self.lr = lr
         self.timer.step_done()
 
-    def log_training(self, step: int, bar: Bar, is_full_image: bool) -> None:
+    def log_training(self, step: int, bar: Bar, is_full_image: bool, wait: bool = True) -> None:
         """Log the mean metrics since the last record, and show them beside the progress bar.
 
         Args:
             is_full_image: `flops_per_image` holds for this step, so it has an `mfu`.
+            wait: write the record now. Otherwise, on a GPU, it is written at the next call: the
+                figures arrive meanwhile, and the loop does not wait for the GPU.
         """
-        batch_size, meter = self.recipe.train.batch_size, self.meter
+        meter, device = self.meter, self.accelerator.device
+        sums = meter.copy_sums()  # before the mark, which waits for the copy too
+        self._pending.append(
+            Interval(
+                step,
+                self.lr,
+                meter,
+                sums,
+                mark(device),
+                self.timer.take(),
+                round(peak_memory(device) / 2**20),
+                is_full_image,
+            )
+        )
+        self.meter = AverageMeter(mark(device))
+        while len(self._pending) > (0 if wait or not self.runs_ahead else 1):
+            self._write(self._pending.popleft(), bar)
+
+    @property
+    def runs_ahead(self) -> bool:
+        """True if steps are queued on the device, and the program goes on meanwhile."""
+        return bool(self.accelerator.device.type == "cuda")
+
+    def _write(self, interval: "Interval", bar: Bar) -> None:
+        """Wait for the figures of an interval, check them and write the record."""
+        batch_size, step, num_steps = self.recipe.train.batch_size, interval.step, interval.steps
+        seconds = seconds_between(interval.meter.started, interval.ended)
         # Means over all processes, so that all of them see a loss that is not finite and stop.
-        metrics = mean_over_processes(self.accelerator, meter.means())
-        seconds = time.perf_counter() - meter.started
-        images_per_second = meter.steps * batch_size / seconds
+        metrics = mean_over_processes(self.accelerator, interval.means())
+        images_per_second = num_steps * batch_size / seconds
         # Before the record is written: a run that rewinds repeats these steps.
         # Every metric counts: an objective of two terms may report one of them as its loss.
         for name in sorted(metrics, key=lambda name: name != "loss"):
             if not math.isfinite(metrics[name]):
-                steps = f"steps {step - meter.steps + 1} to {step}"
+                steps = f"steps {step - num_steps + 1} to {step}"
                 text = f"the {name} is not finite ({metrics[name]}) in {steps}"
                 raise non_finite_error(text, self.run.checkpoints)
-        times = self.timer.read()
+        times = self.timer.read(interval.marks)
         waits = {"data/wait_fraction": round(times.wait_fraction, 4)} if times.steps else {}
-        used: dict[str, float] = {"memory_mb": round(peak_memory(self.accelerator.device) / 2**20)}
-        if self.peak_flops and self.flops_per_image and is_full_image:
+        used: dict[str, float] = {"memory_mb": interval.memory_mb, **self._loss_scale()}
+        if self.peak_flops and self.flops_per_image and interval.is_full_image:
             used["mfu"] = round(images_per_second * self.flops_per_image / self.peak_flops, 4)
         self.log(
             {
@@ -104,15 +172,30 @@ class Recorder:
                 "images": step * batch_size,
                 "seconds": round(seconds, 4),
                 **{f"train/{name}": value for name, value in metrics.items()},
-                "lr": self.lr,
+                "lr": interval.lr,
                 "images_per_second": round(images_per_second, 2),
                 **used,
                 **waits,
             }
         )
         self._warn_about_data((step - self.first_step) * batch_size)
-        bar.advance(meter.steps, **metrics, images_per_second=images_per_second, **used)
-        self.meter = AverageMeter()
+        bar.advance(num_steps, **metrics, images_per_second=images_per_second, **used)
+
+    def _loss_scale(self) -> dict[str, float]:
+        """The factor on the loss in fp16, {} in other precisions.
+
+        Raises:
+            VitcliError: it fell below its minimum: the gradients overflow at any scale.
+        """
+        if (scaler := self.accelerator.scaler) is None:
+            return {}
+        scale = float(scaler.get_scale())
+        if scale < MIN_LOSS_SCALE:
+            raise VitcliError(
+                f"the fp16 gradients overflow in every step, even with a loss scale of {scale:.1g}",
+                "use `--precision bf16` or `--precision fp32`, or a lower `--lr`",
+            )
+        return {"loss_scale": scale}
 
     def _warn_about_data(self, seen: int) -> None:
         """Warn once if the model waits for images that could come faster."""

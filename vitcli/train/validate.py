@@ -15,6 +15,7 @@ from vitcli.data.batch import Batch, move_to_device
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
 from vitcli.data.source import Source
+from vitcli.devices import FittingForward
 from vitcli.errors import VitcliError
 from vitcli.evals.class_averages import class_shares
 from vitcli.evals.features import extract
@@ -255,13 +256,14 @@ def _outputs(
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )
+    compute = FittingForward(model.network)
     with watch.progress(images.name, len(images)) as bar:
         for batch in move_to_device(batches, accelerator.device):
             broken.update(batch.broken)
             if not len(batch):  # every image of it is broken
                 continue
             with accelerator.autocast():
-                logits = model.network(preprocess.normalize(batch.images)).float()  # (B, K)
+                logits = compute(preprocess.normalize(batch.images)).float()  # (B, K)
             yield logits, batch
             bar.advance(len(logits))  # after the `yield`: the caller is done with the batch
 

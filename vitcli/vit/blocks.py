@@ -129,11 +129,12 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
             qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = qkv.reshape(b, t, 3, self.num_heads, d // self.num_heads)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, E)
-        if uses_explicit_attention(qkv):
-            qkv = qkv.contiguous()  # one copy for q, k and v; the fused kernel takes strides
-        q, k, v = qkv.unbind(0)
+        qkv = qkv.reshape(b, t, 3, self.num_heads, d // self.num_heads)  # (B, T, 3, H, E)
+        # Views: the fused kernel takes strides, and returns gradients in the layout (B, T, H, E).
+        # `unbind` of this axis joins the three in one copy; of a permuted tensor it needs two.
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, T, E)
+        if uses_explicit_attention(q):
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         # Under autocast norms return fp32; the kernels want one dtype for q, k and v.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if turn is not None:

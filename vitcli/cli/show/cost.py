@@ -214,12 +214,13 @@ def show_bench(result: Any) -> None:
     names = [_bench_name(row) for row in facts["rows"]]
     print_table(
         f"{facts['device']}{threads}; medians, batch size {batch}, latency in ms",
-        ["", "forward img/s", "train img/s", "p50 / p90 / p99"],
+        ["", "forward img/s", "train img/s", "MFU", "p50 / p90 / p99"],
         [
             [
                 name,
                 format_number(row["forward_images_per_second"]),
                 format_number(row["training_images_per_second"]),
+                f"{row['forward_mfu']:.0%} / {row['training_mfu']:.0%}",
                 " / ".join(format_number(value) for value in row["latency_ms"].values()),
             ]
             for name, row in zip(names, facts["rows"], strict=True)

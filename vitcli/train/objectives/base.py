@@ -35,8 +35,6 @@ class Objective(nn.Module):
         class_loss: the cross-entropy of an objective that learns classes; it weighs them.
         settings: the keys of `[objective]` that it reads.
         masks_patches: True if it chooses patches to hide, so that no others can be dropped.
-        shapes_depend_on_data: True if tensors have sizes that only their content decides. `plan`
-            cannot trace their memory on tensors without content.
     """
 
     model: Any
@@ -48,7 +46,6 @@ class Objective(nn.Module):
     head_activation: ClassVar[HeadActivation] = "softmax"
     settings: ClassVar[frozenset[str]] = frozenset()
     masks_patches: ClassVar[bool] = False
-    shapes_depend_on_data: ClassVar[bool] = False
 
     def prepare(self, source: Source, watch: Watcher) -> None:
         """Compute before the first step what depends on the training images."""

@@ -19,6 +19,7 @@ from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError, quoted
 from vitcli.evals.feature_cache import CachedFeatures
+from vitcli.preprocess import channel_tensor
 from vitcli.progress import Watcher
 from vitcli.train.objectives.base import Metrics, Objective, main_class
 from vitcli.train.objectives.class_losses import CrossEntropy
@@ -112,7 +113,10 @@ class Distill(Objective):
             indices = batch.indices.numpy()
             assert self.present[indices].all(), "the loader replaces images that cannot be read"
             rows = torch.from_numpy(np.asarray(self.rows[indices])).view(torch.bfloat16).float()
-        rows = rows.to(batch.images.device)
+        device = batch.images.device
+        if device.type == "cuda":  # from other memory the copy would wait for the queued steps
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True)
         return (rows if batch.mix is None else batch.mix.targets(rows),)
 
     @property
@@ -182,15 +186,16 @@ class Distill(Objective):
         Normalisation and size are changed from those of the student to those of the teacher.
         """
         teacher = self.teachers[0].to(images.device)
-        mine, theirs = self.preprocess, teacher.preprocess
+        mine, theirs, device = self.preprocess, teacher.preprocess, images.device
         assert mine is not None and theirs is not None
-        pixels = images.float() * _column(mine.std, images) + _column(mine.mean, images)
+        mean, std = (channel_tensor(values, device) for values in (mine.mean, mine.std))
+        pixels = images.float() * std + mean
         if tuple(pixels.shape[2:]) != tuple(theirs.image_size):
             pixels = F.interpolate(
                 pixels, size=theirs.image_size, mode="bilinear", antialias=True, align_corners=False
             )
-        x = (pixels - _column(theirs.mean, images)) / _column(theirs.std, images)
-        return teacher.features(x)
+        mean, std = (channel_tensor(values, device) for values in (theirs.mean, theirs.std))
+        return teacher.features((pixels - mean) / std)
 
     @torch.no_grad()
     def teacher_logits(self, features: Tensor) -> Tensor:
@@ -236,11 +241,6 @@ def check_teacher(teacher: LoadedModel, model: LoadedModel, section: ObjectiveSe
             "probabilities that sum to 1",
             "`--set objective.distillation=hard`, or use a teacher trained with `softmax`",
         )
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """One or C values -> (C or 1, 1, 1) on the device of `like`."""
-    return torch.tensor(values, device=like.device)[:, None, None]
 
 
 def teacher_columns(teacher: LoadedModel, classes: Sequence[str], name: str) -> list[int]:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from vitcli.config.schema import ObjectiveSection
 from vitcli.errors import VitcliError
 from vitcli.train.objectives.base import Metrics, Objective, count_macs
-from vitcli.train.objectives.masked_patch import maskable, num_masked, random_mask
+from vitcli.train.objectives.masked_patch import (
+    chosen_positions,
+    maskable,
+    num_masked,
+    random_mask,
+    take,
+)
 from vitcli.vit import ResNetConfig, ViTConfig
 from vitcli.vit.blocks import Block
 from vitcli.vit.patches import patchify
@@ -34,7 +40,6 @@ class Mae(Objective):
         {"mask_rate", "decoder_depth", "decoder_dim", "decoder_heads", "norm_pixels"}
     )
     masks_patches = True
-    shapes_depend_on_data = True
     positions: Tensor | None
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
@@ -79,9 +84,11 @@ class Mae(Objective):
         rows, cols = self.model.grid_of(images)
         hidden = random_mask(len(images), rows * cols, self.mask_rate, images.device)  # (B, N)
         predicted, targets = self.reconstruct(images, hidden)
-        loss = F.mse_loss(predicted[hidden].float(), targets[hidden])
+        places = chosen_positions(hidden, num_masked(rows * cols, self.mask_rate))  # (B, m)
+        targets = take(targets, places)  # (B * m, P*P*C)
+        loss = F.mse_loss(take(predicted, places).float(), targets)
         # The error of always predicting the mean patch: `explained` is the gain over it.
-        baseline = targets[hidden].var(dim=0, unbiased=False).mean()
+        baseline = targets.var(dim=0, unbiased=False).mean()
         explained = 1.0 - loss.detach() / baseline.clamp(min=1e-12)
         return loss, {"loss": loss.detach(), "explained": explained}
 
@@ -99,13 +106,17 @@ class Mae(Objective):
         return predicted, targets
 
     def encode(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """(B, C, Y, X), (B, N) -> (B, V + prefix, D): the tokens of the visible patches."""
+        """(B, C, Y, X), (B, N) -> (B, V + prefix, D): the tokens of the visible patches.
+
+        `hidden` hides the fraction `mask_rate` of each image.
+        """
         model, grid = self.model, self.model.grid_of(images)
         x = model.add_prefix(model.embed_patches(images), grid)  # (B, T, D)
         prefix = model.config.num_prefix_tokens
         b, _, d = x.shape
-        visible = x[:, prefix:][~hidden].reshape(b, -1, d)  # (B, V, D)
-        kept = (~hidden).nonzero()[:, 1].reshape(b, -1)  # (B, V), the patches in this order
+        n = hidden.shape[1]
+        kept = chosen_positions(~hidden, n - num_masked(n, self.mask_rate))  # (B, V)
+        visible = take(x[:, prefix:], kept).view(b, -1, d)  # (B, V, D)
         return model.encode(torch.cat([x[:, :prefix], visible], dim=1), grid, kept)
 
     def decode(self, x: Tensor, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -113,8 +124,9 @@ class Mae(Objective):
         prefix = self.model.config.num_prefix_tokens
         x = self.entry(x)
         b, n = hidden.shape
-        tokens = self.mask.to(x.dtype).expand(b, n, self.width).clone()  # (B, N, W)
-        tokens[~hidden] = x[:, prefix:].reshape(-1, self.width)
+        tokens = self.mask.to(x.dtype).expand(b, n, self.width)  # (B, N, W)
+        places = chosen_positions(~hidden, x.shape[1] - prefix)  # (B, V)
+        tokens = tokens.scatter(1, places[..., None].expand(-1, -1, self.width), x[:, prefix:])
         x = self._add_positions(torch.cat([x[:, :prefix], tokens], dim=1), grid)
         for block in self.decoder:
             x = block(x, grid)

@@ -33,7 +33,6 @@ class MaskedPatch(Objective):
     supervised = False
     settings = frozenset({"target", "mask_rate"})
     masks_patches = True
-    shapes_depend_on_data = True
     scale: Tensor
 
     def __init__(self, model: LoadedModel, section: ObjectiveSection) -> None:
@@ -65,11 +64,13 @@ class MaskedPatch(Objective):
         x = model.embed_patches(images)  # (B, N, D)
         chosen = random_mask(x.shape[0], x.shape[1], self.mask_rate, x.device)  # (B, N)
         x = model.encode(model.add_prefix(self.corrupt(x, chosen), grid), grid)  # (B, T, D)
-        x = x[:, model.config.num_prefix_tokens :][chosen]  # (M, D)
+        count = num_masked(chosen.shape[1], self.mask_rate)  # m; M is B m
+        places = chosen_positions(chosen, count)  # (B, m)
+        x = take(x[:, model.config.num_prefix_tokens :], places)  # (M, D)
         predicted = self.predict(x).float()
         side = model.config.pixels_per_patch
         if self.target == "pixels":
-            targets = patchify(images, side)[chosen].float()  # (M, P*P*C)
+            targets = take(patchify(images, side), places).float()  # (M, P*P*C)
             loss = F.mse_loss(predicted, targets)
             # The error of always predicting the mean patch: `explained` is the gain over it.
             baseline = ((targets - targets.mean(0)) ** 2).mean()
@@ -78,12 +79,12 @@ class MaskedPatch(Objective):
         mean, std = self.scale.unbind()
         pixels = images.float() * std + mean
         cells = side if self.target == "mean_color" else side // SMALL_PATCH
-        classes = color_classes(pixels, side, cells)[chosen]  # (M, cells of a patch)
+        classes = take(color_classes(pixels, side, cells), places)  # (M, cells of a patch)
         predicted = predicted.reshape(-1, NUM_BINS ** images.shape[1])  # (M * cells, 8^C)
         loss = F.cross_entropy(predicted, classes.flatten())
         accuracy = (predicted.argmax(dim=1) == classes.flatten()).float().mean()
         # Many patches share a colour, so accuracy says little without that of a constant guess.
-        chance = most_frequent_fraction(classes)
+        chance = most_frequent_fraction(classes, NUM_BINS ** images.shape[1])
         return loss, {"loss": loss.detach(), "accuracy": accuracy, "chance": chance}
 
     def corrupt(self, x: Tensor, chosen: Tensor) -> Tensor:
@@ -148,6 +149,18 @@ def random_mask(b: int, n: int, rate: float, device: torch.device) -> Tensor:
     return order.argsort(dim=1) < num_masked(n, rate)
 
 
+def chosen_positions(chosen: Tensor, count: int) -> Tensor:
+    """(B, N) booleans, `count` of them true in each row -> (B, count): where, in order."""
+    # `nonzero` and boolean indices make the host wait for a GPU, to learn how many there are. Here
+    # the number is known, so that shapes are static.
+    return chosen.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def take(x: Tensor, places: Tensor) -> Tensor:
+    """(B, N, D), (B, m) -> (B * m, D): the rows at `places`."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)
+
+
 def color_classes(pixels: Tensor, side: int, cell: int) -> Tensor:
     """(B, C, Y, X) in 0..1 -> (B, N, (side / cell)^2): the class of each cell's mean colour.
 
@@ -165,6 +178,8 @@ def color_classes(pixels: Tensor, side: int, cell: int) -> Tensor:
     return patchify(classes, side // cell)
 
 
-def most_frequent_fraction(classes: Tensor) -> Tensor:
+def most_frequent_fraction(classes: Tensor, num_classes: int) -> Tensor:
     """(any shape) class numbers -> (): the fraction of the most frequent class."""
-    return classes.flatten().bincount().max().float() / classes.numel()
+    flat = classes.flatten()
+    counts = flat.new_zeros(num_classes).scatter_add_(0, flat, torch.ones_like(flat))
+    return counts.max().float() / classes.numel()

@@ -679,9 +679,9 @@ class TrainSection(Section):
     )
     best_metric: str | None = setting(
         None,
-        "Export the weights with the best value of this metric of the validation images: "
-        "accuracy, balanced_accuracy, macro_f1, loss, map, micro_f1, fewshot_accuracy, mae, rmse "
-        "or r2. The latest of equal ones is taken.",
+        "Export the weights with the best (latest of equal) value of this metric on validation "
+        "images: accuracy, balanced_accuracy, macro_f1, loss, map, micro_f1, fewshot_accuracy, mae, "
+        "rmse or r2.",
     )
     patience: Count | None = setting(
         None,

@@ -680,8 +680,8 @@ class TrainSection(Section):
     best_metric: str | None = setting(
         None,
         "Export the weights with the best (latest of equal) value of this metric on validation "
-        "images: accuracy, balanced_accuracy, macro_f1, loss, map, micro_f1, fewshot_accuracy, mae, "
-        "rmse or r2.",
+        "images: accuracy, balanced_accuracy, macro_f1, loss, map, micro_f1, fewshot_accuracy, "
+        "mae, rmse or r2.",
     )
     patience: Count | None = setting(
         None,

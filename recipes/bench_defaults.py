@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from sklearn.datasets import load_digits
 
-SMALL = ("--recipe", "speedrun_plain")
+PLAIN = ("--recipe", "speedrun_plain")
+HYBRID = ("--recipe", "pretrain_cifar10_small")
 PHOTOS = ("--recipe", "finetune_photos_small")
 WEIGHTS = "weights/vit_tiny_patch16_224_in1k"
 # Sides of the polygon, colours of the border and of the inside.
@@ -56,24 +57,23 @@ class Task:
 
 
 NO_FLIP = {"augment__flip_rate": 0.0}
-TASKS = {
+SIXTEEN = {"model__image_size": 16, **NO_FLIP}
+TASKS = {  # a plain ViT and a hybrid for each set without weights
     "digits": Task(
         "digits",
         (
-            (
-                *SMALL,
-                *set_to(model__image_size=16, model__patch_size=2, train__smaller_sizes=[]),
-                *set_to(**NO_FLIP),
-            ),
-            (*SMALL, *set_to(model__image_size=8, model__patch_size=2, train__smaller_sizes=[]),
-             *set_to(augment__crop_padding=1, **NO_FLIP)),
+            (*PLAIN, *set_to(**SIXTEEN, model__patch_size=2, train__smaller_sizes=[])),
+            (*HYBRID, *set_to(**SIXTEEN, model__name="Conv+Pico/2", train__batch_size=32)),
         ),
     ),
     "fashion_mnist": Task(
         "fashion_mnist",
-        ((*SMALL, *set_to(augment__crop_padding=2)), (*SMALL, "--batch-size", "64")),
+        (
+            (*PLAIN, *set_to(augment__crop_padding=2)),
+            (*HYBRID, *set_to(model__name="Conv+Pico/4", train__batch_size=64)),
+        ),
     ),
-    "cifar10_small": Task("cifar10_small", (SMALL, (*SMALL, "--batch-size", "64"))),
+    "cifar10_small": Task("cifar10_small", ((*PLAIN, "--batch-size", "64"), HYBRID)),
     "flower_photos": Task("flower_photos", (PHOTOS, ("--recipe", "finetune_lora")), WEIGHTS),
     "imagenette": Task(
         "imagenette_val500/test.parquet", (PHOTOS, ("--recipe", "finetune_lora")), WEIGHTS
@@ -81,9 +81,9 @@ TASKS = {
     "signs": Task(
         "signs",
         (
-            (*SMALL, "--batch-size", "32"),
-            (*SMALL, "--batch-size", "32", *set_to(model__image_size=64, model__patch_size=8),
-             *set_to(train__smaller_sizes=[[32, 0.4], [48, 0.7]])),
+            (*PLAIN, "--batch-size", "32"),
+            (*HYBRID, "--batch-size", "32", *set_to(model__name="Conv+Pico/8"),
+             *set_to(model__image_size=64)),
         ),
     ),
 }  # fmt: skip

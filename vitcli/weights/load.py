@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from vitcli.config.choices import Resize, StemArithmetic
 from vitcli.config.schema import ModelSection, PreprocessSection
@@ -29,6 +29,7 @@ from vitcli.weights.overrides import (
     PICTURES,
     Overrides,
     as_size,
+    missing_settings,
     one_image_size,
     override_preprocess,
     refuse_file_keys,
@@ -36,7 +37,6 @@ from vitcli.weights.overrides import (
 from vitcli.weights.public import is_listed
 from vitcli.weights.read import read_checkpoint
 from vitcli.weights.store import read_header
-from vitcli.weights.timm.read_timm import missing_settings
 from vitcli.weights.zero_shot import set_zero_shot_head
 
 VARIANT_HINT = (
@@ -91,11 +91,7 @@ def load_model(
         VitcliError: the model cannot be found or read, or a setting is missing.
     """
     source = os.fspath(MODEL)
-    if position_resize not in (None, *get_args(Resize)):
-        raise VitcliError(
-            f"`model.position_resize` is `{position_resize}`",
-            hint=f"use one of {', '.join(f'`{method}`' for method in get_args(Resize))}",
-        )
+    method = _resize_method(position_resize)
     if num_classes is not None and num_classes < 0:
         raise VitcliError(f"`num_classes` is {num_classes}", hint="use an integer from 0 on")
     size, settings = _preprocess_settings(image_size, preprocess)
@@ -111,7 +107,6 @@ def load_model(
         base_model=base_model,
         preprocess=settings,
     )
-    method: Resize | None = position_resize  # type: ignore[assignment]  # checked above
     if is_variant(source) and not Path(source).exists():
         reason = f"`{source}` has random weights"
         refuse_file_keys(reason, checkpoint_key=checkpoint_key, base_model=base_model)
@@ -132,6 +127,16 @@ def load_model(
     if overrides.labels is not None:
         _set_labels(model, overrides.labels)
     return model
+
+
+def _resize_method(name: str | None) -> Resize | None:
+    """The checked `model.position_resize`."""
+    if name not in (None, *get_args(Resize)):
+        raise VitcliError(
+            f"`model.position_resize` is `{name}`",
+            hint=f"use one of {', '.join(f'`{method}`' for method in get_args(Resize))}",
+        )
+    return cast(Resize | None, name)
 
 
 def _stored(

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vitcli.vit.variants import VARIANTS
 from vitcli.weights.find_network import FoundNetwork
-from vitcli.weights.overrides import Overrides
+from vitcli.weights.overrides import Overrides, matching_variant
 from vitcli.weights.store import Checkpoint, readable_values
-from vitcli.weights.timm.read_timm import matching_variant, read_timm
+from vitcli.weights.timm.read_timm import read_timm
 from vitcli.weights.timm.timm_config import CLIP
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"

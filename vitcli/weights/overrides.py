@@ -8,6 +8,7 @@ from typing import Any, get_args
 from vitcli.config.choices import Gelu, StemArithmetic
 from vitcli.errors import VitcliError, unknown
 from vitcli.preprocess import Preprocess
+from vitcli.vit.variants import VARIANTS
 
 PREPROCESS_KEYS = (
     "resize_mode",
@@ -166,3 +167,23 @@ def override_preprocess(
             f"these preprocessing settings do not fit: {error}",
             hint="change `--set preprocess.…`",
         ) from error
+
+
+def missing_settings(source: str, keys: list[str]) -> VitcliError:
+    """Return the error for a file that lacks the settings `keys` and matches no variant."""
+    example = {"model.num_heads": "4", "model.image_size": "224"}
+    settings = " ".join(f"--set {key}={example.get(key, '0.5')}" for key in keys)
+    return VitcliError(
+        f"`{source}` does not contain {', '.join(f'`{key}`' for key in keys)}, there is no "
+        "config.json in its folder, and its shapes match no variant",
+        hint=f"add for example `{settings}`",
+    )
+
+
+def matching_variant(embed_dim: int, depth: int, mlp_dim: int) -> str | None:
+    """Return the published variant of these sizes. Files of our own sizes have a header."""
+    for name, v in VARIANTS.items():
+        sizes = v.embed_dim, v.depth, v.mlp_dim
+        if sizes == (embed_dim, depth, mlp_dim) and name not in ("Pico", "Nano", "mu"):
+            return name
+    return None

@@ -7,8 +7,7 @@ from typing import Any
 from vitcli.errors import VitcliError
 from vitcli.vit.variants import VARIANTS
 from vitcli.weights.find_network import FoundNetwork
-from vitcli.weights.overrides import Overrides
-from vitcli.weights.timm.read_timm import matching_variant, missing_settings
+from vitcli.weights.overrides import Overrides, matching_variant, missing_settings
 
 # A name that only one model type has, the rarest first. Other types need their config.json.
 SIGNS = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitcli.config.choices import Gelu, NormKind, Pool
+from vitcli.config.choices import Gelu, Pool
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig, canonical_pool
@@ -22,7 +22,13 @@ from vitcli.vit.resnet import ResNetConfig
 from vitcli.vit.variants import VARIANTS
 from vitcli.weights.find_network import FoundNetwork
 from vitcli.weights.loaded import as_activation
-from vitcli.weights.overrides import PICTURES, Overrides, override_preprocess
+from vitcli.weights.overrides import (
+    PICTURES,
+    Overrides,
+    matching_variant,
+    missing_settings,
+    override_preprocess,
+)
 from vitcli.weights.store import Checkpoint, readable_values
 from vitcli.weights.timm.beit import image_size_of_bias, offset_bias_kind
 from vitcli.weights.timm.eva import rotary_settings, unify_eva
@@ -211,36 +217,22 @@ def _vit_config(
                 shape, (width, depth, mlp_dim), hub, source, overrides, notes, dinov3
             ),
             mlp_dim=mlp_dim,
-            num_classes=shape.get("head.weight", (0,))[0],
             pool=pool,
-            class_token="cls_token" in shape,
-            distillation_token="dist_token" in shape,
             distillation_head=pool == "distilled" and "head_dist.weight" in shape,
             num_registers=registers,
-            position="learned" if "pos_embed" in shape else "none",
-            position_bias=offset_bias_kind(shape),
             position_covers_prefix=covers,
-            representation_size=shape.get("pre_logits.fc.weight", (None,))[0],
             layer_scale=hub.layer_scale if "blocks.0.ls1.gamma" in shape else None,
             mlp="swiglu" if gated else "gelu",
             gelu=gelu,
             norm_eps=overrides.norm_eps or (1e-5 if assumed else architecture_eps(hub)),
-            norm_before_blocks="norm_pre.weight" in shape,
-            norm_after_pool="fc_norm.weight" in shape and "norm.weight" not in shape,
-            norm=_norm_kind(shape),
             final_norm=hub.arguments.get("final_norm", True) is not False,
-            patch_bias="patch_embed.proj.bias" in shape,
-            pixel_norm="patch_embed.norm_pixels.weight" in shape,
-            patch_norm="patch_embed.norm.weight" in shape,
-            projection_size=shape.get("projection.weight", (None,))[0],
             crop_to_patches=stem is None and any(side % patch for side in size),
             stem=stem,
             stem_width=stem_width,
             stem_arithmetic="timm" if stem is not None else "google",
             dropout_rate=hub.dropout_rate,
             drop_path_rate=hub.drop_path_rate,
-            **_attention_settings(shape),
-            mlp_norm="blocks.0.mlp.norm.weight" in shape,
+            **_shown_settings(shape),
             **rotary,
         )
     except ValueError as error:
@@ -249,20 +241,30 @@ def _vit_config(
         ) from error
 
 
-def _norm_kind(shape: TensorShapes) -> NormKind:
-    """Return `rms` if the norms of the blocks have a scale and no bias."""
-    plain = "blocks.0.norm1.weight" in shape and "blocks.0.norm1.bias" not in shape
-    return "rms" if plain and "blocks.0.norm2.bias" not in shape else "layer"
-
-
-def _attention_settings(shape: TensorShapes) -> dict[str, Any]:
-    """Return the settings of the attention that tensors show."""
-    names = {n.removeprefix("blocks.0.attn.") for n in shape if n.startswith("blocks.0.attn.")}
+def _shown_settings(shape: TensorShapes) -> dict[str, Any]:
+    """Return the settings that the presence and the sizes of single tensors show."""
+    block = {n.removeprefix("blocks.0.") for n in shape if n.startswith("blocks.0.")}
+    # A norm with a scale and without a bias is RMSNorm.
+    rms = "norm1.weight" in block and not {"norm1.bias", "norm2.bias"} & block
     return {
-        "qkv_bias": bool({"qkv.bias", "q_bias"} & names),
-        "key_bias": "q_bias" not in names,
-        "qk_norm": "q_norm.weight" in names,
-        "attention_norm": "norm.weight" in names,
+        "num_classes": shape.get("head.weight", (0,))[0],
+        "class_token": "cls_token" in shape,
+        "distillation_token": "dist_token" in shape,
+        "position": "learned" if "pos_embed" in shape else "none",
+        "position_bias": offset_bias_kind(shape),
+        "representation_size": shape.get("pre_logits.fc.weight", (None,))[0],
+        "qkv_bias": bool({"attn.qkv.bias", "attn.q_bias"} & block),
+        "key_bias": "attn.q_bias" not in block,
+        "qk_norm": "attn.q_norm.weight" in block,
+        "attention_norm": "attn.norm.weight" in block,
+        "mlp_norm": "mlp.norm.weight" in block,
+        "norm": "rms" if rms else "layer",
+        "norm_before_blocks": "norm_pre.weight" in shape,
+        "norm_after_pool": "fc_norm.weight" in shape and "norm.weight" not in shape,
+        "patch_bias": "patch_embed.proj.bias" in shape,
+        "pixel_norm": "patch_embed.norm_pixels.weight" in shape,
+        "patch_norm": "patch_embed.norm.weight" in shape,
+        "projection_size": shape.get("projection.weight", (None,))[0],
     }
 
 
@@ -346,26 +348,6 @@ def _num_heads(
             hint="give the number of heads that the model was trained with",
         )
     return int(heads)
-
-
-def missing_settings(source: str, keys: list[str]) -> VitcliError:
-    """Return the error for a file that lacks the settings `keys` and matches no variant."""
-    example = {"model.num_heads": "4", "model.image_size": "224"}
-    settings = " ".join(f"--set {key}={example.get(key, '0.5')}" for key in keys)
-    return VitcliError(
-        f"`{source}` does not contain {', '.join(f'`{key}`' for key in keys)}, there is no "
-        "config.json in its folder, and its shapes match no variant",
-        hint=f"add for example `{settings}`",
-    )
-
-
-def matching_variant(embed_dim: int, depth: int, mlp_dim: int) -> str | None:
-    """Return the published variant of these sizes. Files of our own sizes have a header."""
-    for name, v in VARIANTS.items():
-        sizes = v.embed_dim, v.depth, v.mlp_dim
-        if sizes == (embed_dim, depth, mlp_dim) and name not in ("Pico", "Nano", "mu"):
-            return name
-    return None
 
 
 def _image_size(

@@ -5,13 +5,14 @@ import pytest
 from vitcli.config.recipe import (
     check,
     differing_keys,
+    flat_keys,
     lay_over,
     load_inference,
     load_recipe,
     parse_overrides,
     read_toml,
 )
-from vitcli.config.schema import Inference, Recipe, parse_duration
+from vitcli.config.schema import SECTIONS, Inference, Recipe, parse_duration
 from vitcli.errors import VitcliError
 
 SMALL = {"command": "pretrain", "train": {"steps": 10}}
@@ -76,6 +77,30 @@ def test_overrides_are_toml_or_plain_strings():
         "model": {"name": "B/16"},
         "data": {"strict": True, "name": "a=b"},
     }
+
+
+TEXTS = [
+    f"{section}.{name}"
+    for section, kind in SECTIONS.items()
+    for name, field in kind.model_fields.items()
+    if field.annotation in (str, str | None)
+]
+
+
+@pytest.mark.parametrize("key", [*TEXTS, "description"])
+def test_a_string_setting_takes_any_literal(key):
+    """A label column `1`, a container `0`, a folder `2026-01-31`: none needs quotes."""
+    for value in ("1", "1.50", "true", "2026-01-31", "[1, 2]", "inf", "{}", "1e3"):
+        assert flat_keys(parse_overrides([f"{key}={value}"])) == {key: value}
+    assert flat_keys(parse_overrides([f'{key}="1"'])) == {key: "1"}
+
+
+def test_a_number_as_a_name_reaches_the_recipe():
+    settings = {"command": "finetune", "train": {"steps": 1}}
+    lay_over(settings, parse_overrides(["model.checkpoint_key=1", "data.label_column=0"]))
+    made = check(Recipe, settings, "recipe `x`")
+    assert (made.model.checkpoint_key, made.data.label_column) == ("1", "0")
+    assert len(TEXTS) > 15
 
 
 @pytest.mark.parametrize("text", ["train.epochs", "=3", "train.=3"])

@@ -12,9 +12,10 @@ import torch
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit import ResNet, ResNetConfig, VisionTransformer, ViTConfig
-from vitcli.weights.expressible import EXPRESSIBLE, Lost, Refused, find_limits
+from vitcli.weights.expressible import EXPRESSIBLE, find_limits
 from vitcli.weights.google.write_google import write_google
 from vitcli.weights.huggingface.write_huggingface import write_huggingface
+from vitcli.weights.limit import Lost, Refused
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.timm.write_timm import write_timm
@@ -38,7 +39,11 @@ NO_TOKEN = {"class_token": False, "pool": "mean"}
 TWO_HEADS = {"distillation_token": True, "pool": "distilled", "distillation_head": True}
 # Property -> other values, with the settings that they need.
 VIT = {
-    "image_size": [{"image_size": (16, 40)}, {**DINO, "image_size": (16, 40)}],
+    "image_size": [
+        {"image_size": (16, 40)},
+        {**DINO, "image_size": (16, 40)},
+        {**NO_TOKEN, "image_size": (16, 40)},
+    ],
     "patch_size": [{"patch_size": 4}],
     "num_channels": [{"num_channels": 1}, {"num_channels": 4}],
     "embed_dim": [{"embed_dim": 36}, {"embed_dim": 51, "mlp_dim": 77}],
@@ -50,7 +55,12 @@ VIT = {
         {"layer_scale": 0.5, "num_classes": 0},
         {**DINO, "num_classes": 0},
     ],
-    "pool": [{"pool": pool} for pool in ("mean", "quadrants", "map", "token_mean")],
+    "pool": [{"pool": pool} for pool in ("mean", "quadrants", "map", "token_mean")]
+    + [
+        {**NO_TOKEN, "pool": pool, "num_classes": classes}
+        for pool in ("mean", "map", "quadrants")
+        for classes in (0, 4)
+    ],
     "pool_blocks": [{"pool_blocks": 2}],
     "class_token": [
         NO_TOKEN,
@@ -69,12 +79,14 @@ VIT = {
         {**DINO, "num_registers": 2},
         {**DINO, "num_registers": 2, "position_covers_prefix": False},
         {**TWO_HEADS, "num_registers": 1},
+        {**NO_TOKEN, "num_registers": 2},
     ],
     "position": [
         *({"position": kind} for kind in ("learned2d", "relative", "sincos2d", "none")),
         {**TWO_HEADS, "position": "none"},
         {**STEM, "position": "sincos2d"},
         {"position": "sincos2d", "position_covers_prefix": False},
+        *({**NO_TOKEN, "position": kind} for kind in ("sincos2d", "none")),
     ],
     "position_at": [{"position_at": "every"}, {"position_at": "shared"}],
     "position_bias": [{"position_bias": "every"}, {"position_bias": "shared"}],
@@ -87,10 +99,16 @@ VIT = {
         {"representation_size": 24},
         {"representation_size": 24, "num_classes": 0},
         {**DINO, "representation_size": 24},
+        {**NO_TOKEN, "representation_size": 24, "num_classes": 0},
     ],
-    "qkv_bias": [{"qkv_bias": False}],
+    "qkv_bias": [{"qkv_bias": False}, {**NO_TOKEN, "qkv_bias": False}],
     "qk_norm": [{"qk_norm": True}],
-    "layer_scale": [{"layer_scale": 0.5}, DINO, {**TWO_HEADS, "layer_scale": 0.5}],
+    "layer_scale": [
+        {"layer_scale": 0.5},
+        DINO,
+        {**TWO_HEADS, "layer_scale": 0.5},
+        {**NO_TOKEN, "layer_scale": 0.5},
+    ],
     "mlp": [
         {"mlp": "swiglu"},
         {**DINO, "mlp": "swiglu", "mlp_dim": 128},
@@ -115,7 +133,11 @@ VIT = {
     "patch_norm": [{"patch_norm": True}],
     "projection_size": [{"projection_size": 24}, {"projection_size": 24, "num_classes": 0}],
     "head_norm": [{"head_norm": True}],
-    "crop_to_patches": [{"crop_to_patches": True}],
+    "crop_to_patches": [
+        {"crop_to_patches": True},
+        {**NO_TOKEN, "crop_to_patches": True},
+        {**NO_TOKEN, "crop_to_patches": True, "image_size": (37, 37)},
+    ],
     "axial": [{**NO_TOKEN, "axial": True}],
     "stem": [
         {**STEM, "stem": (1, 1), "patch_size": 1, "stem_arithmetic": "timm"},
@@ -126,7 +148,7 @@ VIT = {
     "stem_width": [{**STEM, "stem_width": 0.5}],
     "conv_stem": [{"conv_stem": (8, 16), "patch_size": 2}],
     "stem_arithmetic": [{**STEM, "stem_arithmetic": kind} for kind in ("timm", "google")],
-    "dropout_rate": [{"dropout_rate": 0.1}, {**DINOV3, "dropout_rate": 0.1}],
+    "dropout_rate": [{**base, "dropout_rate": 0.1} for base in ({}, DINOV3, NO_TOKEN)],
     "drop_path_rate": [{"drop_path_rate": 0.1}, {**DINOV3, "drop_path_rate": 0.1}],
     "key_bias": [{"key_bias": False}, {**DINOV3, "key_bias": False}],
     "attention_norm": [{"attention_norm": True}],
@@ -137,6 +159,7 @@ VIT = {
         {**DINOV3, "mlp": "swiglu", "gelu": "tanh", "image_size": (16, 40)},
         {**DINOV3, "num_classes": 4},
         {**DINOV3, "pool": "mean"},
+        {**DINOV3, **NO_TOKEN},
         {**DINOV3, "distillation_token": True},
         {**DINOV3, "position_covers_prefix": False},
         {**DINOV3, "representation_size": 8},

@@ -34,6 +34,7 @@ PREPROCESSES = [
     Preprocess((16, 16), "crop", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 ]
 DINOV3 = {"rope": "centred", "position": "none", "layer_scale": 0.5}
+SIGLIP = {"class_token": False, "pool": "map", "gelu": "tanh", "norm_eps": 1e-6}
 DINO = {"layer_scale": 0.1, "pool": "token_mean", "num_classes": 3}
 CONFIGS = {
     "ViTForImageClassification": [
@@ -86,6 +87,15 @@ CONFIGS = {
         {**DINOV3, "key_bias": False, "mlp": "swiglu", "image_size": (16, 8)},
         {**DINOV3, "qkv_bias": False, "mlp": "swiglu", "num_registers": 2, "rope_theta": 50.0},
         {**DINOV3, "gelu": "tanh", "rope_shift": 0.5, "rope_jitter": 1.5, "drop_path_rate": 0.1},
+    ],
+    "SiglipVisionModel": [
+        SIGLIP,
+        {**SIGLIP, "image_size": (18, 18), "crop_to_patches": True},  # as So400m/14 at 384 px
+        {**SIGLIP, "pool": "mean", "gelu": "exact", "num_channels": 1},
+    ],
+    "SiglipForImageClassification": [
+        {**SIGLIP, "pool": "mean", "num_classes": 3},
+        {**SIGLIP, "pool": "mean", "num_classes": 1, "num_heads": 4, "gelu": "quick"},
     ],
 }
 GRID = [(cls, settings) for cls, several in CONFIGS.items() for settings in several]
@@ -141,7 +151,9 @@ def test_transformers_computes_the_same_and_we_read_it_back(tmp_path, seed, cls,
                 ours.network.tokens(images), out.last_hidden_state, atol=5e-5, rtol=0
             )
             expected = out.pooler_output
-            expected = out.last_hidden_state[:, 0] if expected is None else expected
+            if expected is None:  # DINOv2's class token, or SigLIP without its pooling
+                tokens = out.last_hidden_state
+                expected = tokens[:, 0] if ours.config.class_token else tokens.mean(dim=1)
         torch.testing.assert_close(ours(images), expected, atol=5e-5, rtol=0)
 
     back = load_model(folder)
@@ -201,8 +213,16 @@ def test_random_combinations_come_back(tmp_path, seed):
     ("settings", "named"),
     [
         (
-            {"pool": "mean", "class_token": False},
-            ["`model.class_token` = false", "`model.pool` = mean"],
+            {"pool": "map", "class_token": False, "num_classes": 3},
+            ["`siglip` cannot express `model.pool` = map (SigLIP with a head reads the mean"],
+        ),
+        (
+            {"pool": "quadrants", "class_token": False, "image_size": (16, 8)},
+            ["`model.image_size` = [16, 8]", "`model.pool` = quadrants"],
+        ),
+        (
+            {"pool": "map", "class_token": False, "layer_scale": 0.1, "qkv_bias": False},
+            ["`siglip_vision_model`", "`model.layer_scale` = 0.1", "`model.qkv_bias` = false"],
         ),
         ({"pool": "mean"}, ["`model.pool` = mean"]),
         ({"pool": "quadrants"}, ["`model.pool` = quadrants"]),

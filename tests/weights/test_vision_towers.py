@@ -11,6 +11,7 @@ from support.families import FLEX, VIT, both, random_model
 
 from vitcli.errors import VitcliError
 from vitcli.weights.feature_layers import set_representation
+from vitcli.weights.huggingface.write_huggingface import write_huggingface
 from vitcli.weights.load import load_model
 
 transformers = pytest.importorskip("transformers")
@@ -53,6 +54,34 @@ def test_native_resolution_of_aimv2(tmp_path):
     with torch.no_grad():
         expected = theirs(images).pooler_output
         assert_close(load_model(tmp_path, image_size=(24, 48)).features(images), expected)
+
+
+@pytest.mark.parametrize("size", [32, 37])  # 37 px are cut to 32
+def test_a_folder_of_siglip_survives_the_way_through(tmp_path, size):
+    """Theirs -> ours -> theirs: tensors, config.json, features and pixels."""
+    theirs = tower("siglip", image_size=size)
+    theirs.save_pretrained(tmp_path / "theirs")
+    processor = transformers.SiglipImageProcessorPil(size={"height": size, "width": size})
+    processor.save_pretrained(tmp_path / "theirs")
+    write_huggingface(load_model(tmp_path / "theirs"), tmp_path / "ours")
+    back = transformers.AutoModel.from_pretrained(tmp_path / "ours")
+    assert type(back) is type(theirs)
+    before, after = theirs.state_dict(), back.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    said, written = (
+        json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("theirs", "ours")
+    )
+    assert {key: said[key] for key in written} == written
+    images = images_of(size, size)
+    with torch.no_grad():
+        expected = theirs(images).pooler_output
+        assert_close(back.eval()(images).pooler_output, expected)
+        assert_close(load_model(tmp_path / "ours").features(images), expected)
+    picture = Image.fromarray((np.arange(60 * 90 * 3) % 251).astype(np.uint8).reshape(60, 90, 3))
+    found = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours", use_fast=False)
+    pixels = [one(picture, return_tensors="np")["pixel_values"] for one in (found, processor)]
+    np.testing.assert_allclose(*pixels, atol=2e-6)
 
 
 @pytest.mark.parametrize(("kind", "projection"), [("clip", 20), ("siglip", None), ("aimv2", 20)])

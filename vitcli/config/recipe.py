@@ -7,11 +7,20 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from vitcli.config.schema import DURATIONS, DataCheck, Inference, Recipe, Section, Settings
+from vitcli.config.schema import (
+    DURATIONS,
+    SECTIONS,
+    DataCheck,
+    Inference,
+    Recipe,
+    Section,
+    Settings,
+)
 from vitcli.errors import VitcliError, nearest, unknown
 from vitcli.files import parse_toml
 
@@ -69,7 +78,8 @@ def read_toml(path: Path) -> Settings:
 def parse_overrides(assignments: Iterable[str]) -> Settings:
     """`["train.epochs=3", "preprocess.mean=[0.5,0.5,0.5]"]` -> nested settings.
 
-    A value is parsed as TOML. A value that is not TOML is a string, so names need no quotes.
+    A value is parsed as TOML. A value that is not TOML is a string, so names need no quotes. A
+    setting that takes strings only also takes `1` and `true` as names.
 
     Raises:
         VitcliError: an entry has no `=` or no section.
@@ -86,8 +96,20 @@ def parse_overrides(assignments: Iterable[str]) -> Settings:
             parsed: Any = parse_toml(f"value = {value}")["value"]
         except ValueError:
             parsed = value
+        if not isinstance(parsed, str) and _takes_text_only(key.strip()):
+            parsed = value.strip()
         lay_over(settings, nest(key.strip(), parsed))
     return settings
+
+
+def _takes_text_only(key: str) -> bool:
+    """True for a setting such as `data.label_column`, of type `str` or `str | None`."""
+    section, _, name = key.partition(".")
+    fields = SECTIONS[section].model_fields if section in SECTIONS else Recipe.model_fields
+    field = fields.get(name if section in SECTIONS else key)
+    kind = None if field is None else field.annotation
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return str in kinds and set(kinds) <= {str, NoneType}
 
 
 def nest(key: str, value: Any) -> Settings:

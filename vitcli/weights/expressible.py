@@ -8,9 +8,7 @@ The temperature has no entry, because `vitcli export` divides the head by it bef
 thresholds of the classes have none, because no layout holds them: `vitcli export` says so.
 """
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
@@ -18,49 +16,11 @@ from vitcli.vit import ViTConfig
 from vitcli.weights.huggingface.huggingface_names import closest_type
 from vitcli.weights.huggingface.processor import resized_size
 from vitcli.weights.huggingface.vit_types import dino_mlp_ratio
+from vitcli.weights.limit import Lost, Refused, owner_and_value
 from vitcli.weights.loaded import LoadedModel
 from vitcli.weights.timm.timm_names import BIT_LAYERS, EPS, POOLS, STEMS
 
 Layout = Literal["timm", "huggingface", "google"]
-
-
-def _always(_: Any) -> bool:
-    return True
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A value that a layout cannot hold.
-
-    Attributes:
-        key: the property: `model.`, `resnet.` or `preprocess.` and a field of ViTConfig,
-            ResNetConfig or Preprocess; else an attribute of the model.
-        text: for an error, the reason; for a note, the whole sentence.
-        only: the values that the layout holds; with () the limit applies to every value.
-        when: restricts the limit to some owners of the property.
-        remedy: the option that gives a model which the layout can hold.
-        effect: the effect of `remedy`.
-    """
-
-    key: str
-    text: str
-    only: Collection[Any] = ()
-    when: Callable[[Any], bool] = _always
-    remedy: str = ""
-    effect: str = "changes the logits slightly"
-
-    def applies(self, model: LoadedModel) -> bool:
-        """Return True if `model` has the property, with a value that the layout cannot hold."""
-        owner, value = owner_and_value(model, self.key)
-        return owner is not None and value not in self.only and self.when(owner)
-
-
-class Refused(Limit):
-    """A limit that makes writing the model an error."""
-
-
-class Lost(Limit):
-    """A limit that the user gets a note about: the model is written without this value."""
 
 
 def _is_dino(c: ViTConfig) -> bool:
@@ -71,8 +31,16 @@ def _is_dinov3(c: ViTConfig) -> bool:
     return closest_type(c) == "dinov3_vit"
 
 
+def _is_siglip(c: ViTConfig) -> bool:
+    return closest_type(c).startswith("siglip")
+
+
 def _is_plain(c: ViTConfig) -> bool:
-    return not _is_dino(c) and not _is_dinov3(c)
+    return closest_type(c) in ("vit", "deit")
+
+
+def _is_basic(c: ViTConfig) -> bool:
+    return _is_plain(c) or _is_siglip(c)
 
 
 def _has_stem(c: ViTConfig) -> bool:
@@ -182,8 +150,8 @@ TIMM = (
          _untrained_head),
 )
 HUGGINGFACE = (
-    Refused("model.image_size", "DINOv2 in transformers takes the position grid as square", (),
-            lambda c: _is_dino(c) and c.image_size[0] != c.image_size[1]),
+    Refused("model.image_size", "DINOv2 and SigLIP in transformers have a square grid of positions",
+            (), lambda c: (_is_dino(c) or _is_siglip(c)) and len(set(c.image_size)) > 1),
     Refused("model.mlp_dim", "DINOv2 in transformers derives it from a whole `mlp_ratio`", (),
             lambda c: _is_dino(c) and dino_mlp_ratio(c) is None),
     Refused("model.pool", "DINOv2 with a head reads `token_mean`", ("token_mean",),
@@ -196,25 +164,32 @@ HUGGINGFACE = (
     Refused("model.pool", "ViT and DeiT read the class token", ("token", "distilled"), _is_plain),
     Refused("model.pool", "DeiT has a head for each of the two tokens, not one for both", (),
             lambda c: c.pool == "distilled" and not c.distillation_head),
+    Refused("model.pool", "SigLIP with a head reads the mean of the patches", ("mean",),
+            lambda c: _is_siglip(c) and c.num_classes > 0),
+    Refused("model.pool", "SigLIP pools by attention or takes the mean", ("map", "mean"),
+            _is_siglip),
+    Lost("model.pool", "transformers gives no `pooler_output` for this model: take the mean of its "
+         "`last_hidden_state`", ("map",), lambda c: _is_siglip(c) and not c.num_classes),
+    Refused("model.qkv_bias", "SigLIP's projections have a bias", (True,), _is_siglip),
     Refused("model.pool_blocks", "its heads read the last block only", (1,)),
-    Refused("model.class_token", "its models have a class token", (True,)),
-    Refused("model.num_registers", "ViT and DeiT have no registers", (0,), _is_plain),
+    Refused("model.class_token", "DINOv3 has a class token", (True,), _is_dinov3),
+    Refused("model.num_registers", "ViT, DeiT and SigLIP have no registers", (0,), _is_basic),
     Refused("model.position", "it adds one position table to the tokens", ("learned", "sincos2d"),
             lambda c: not _is_dinov3(c)),
     Refused("model.position", "DINOv3 has rotary positions only", ("none",), _is_dinov3),
     Refused("model.position_at", "it adds positions before the first block only", ("stem",)),
-    Refused("model.position_bias", "ViT, DeiT and DINOv2 have none", ("none",)),
+    Refused("model.position_bias", "its models have none", ("none",)),
     Refused("model.position_covers_prefix", "DINOv2 adds registers after the positions", (False,),
             lambda c: closest_type(c) == "dinov2_with_registers"),
-    Refused("model.representation_size", "DINO has no layer between pooling and head", (None,),
-            lambda c: not _is_plain(c)),
+    Refused("model.representation_size", "DINO and SigLIP have no layer between pooling and head",
+            (None,), lambda c: not _is_plain(c)),
     Refused("model.representation_size", "its classifiers have no layer before the head", (None,),
             lambda c: c.num_classes > 0),
     Refused("model.qk_norm", "its models do not normalise queries and keys", (False,)),
-    Refused("model.layer_scale", "ViT and DeiT have no LayerScale", (None,), _is_plain),
+    Refused("model.layer_scale", "ViT, DeiT and SigLIP have no LayerScale", (None,), _is_basic),
     Refused("model.layer_scale", "DINO has LayerScale", (),
-            lambda c: not _is_plain(c) and c.layer_scale is None),
-    Refused("model.mlp", "ViT and DeiT have no SwiGLU", ("gelu",), _is_plain),
+            lambda c: not _is_basic(c) and c.layer_scale is None),
+    Refused("model.mlp", "ViT, DeiT and SigLIP have no SwiGLU", ("gelu",), _is_basic),
     Refused("model.norm_before_blocks", "its models have no norm before the blocks", (False,)),
     Refused("model.norm_after_pool", "its models have the norm before pooling", (False,)),
     Refused("model.patch_bias", "its patch projection has a bias", (True,)),
@@ -225,21 +200,24 @@ HUGGINGFACE = (
     Lost("model.projection_size", "the projection to text embeddings is not stored", (None,)),
     Refused("model.head_norm", "its heads do not normalise the features", (False,)),
     Refused("model.final_norm", "its models have a norm after the last block", (True,)),
-    Refused("model.key_bias", "keys of ViT, DeiT and DINOv2 have a bias if queries have one",
+    Refused("model.key_bias", "its keys have a bias if the queries have one",
             (True,), lambda c: not _is_dinov3(c)),
     Refused("model.attention_norm", "its models do not normalise there", (False,)),
     Refused("model.mlp_norm", "its models do not normalise there", (False,)),
     Refused("model.rope", "DINOv3 has centred coordinates", (None, "centred")),
     Refused("model.rope_pairs", "DINOv3 pairs the halves of a head", ("halves",)),
     Refused("model.rope_dtype", "DINOv3 in transformers has fp32 periods", ("fp32",)),
-    Refused("model.crop_to_patches", "its images have whole patches", (False,)),
+    Refused("model.crop_to_patches", "its images have whole patches", (False,),
+            lambda c: not _is_siglip(c)),
+    Lost("model.crop_to_patches", "the images have whole patches: `model.crop_to_patches` is not "
+         "stored", (False,), lambda c: not any(y % c.patch_size for y in c.image_size)),
     Refused("model.axial", "it has no axial blocks", (False,)),
     Refused("model.stem", "its models have no ResNet stem", (None,)),
     Refused("model.conv_stem", "its models have no convolutional stem", (None,)),
     Refused("resnet", "this layout is for Vision Transformers"),
     Refused("preprocess.resize_mode", "no image processor of transformers pads",
-            ("crop", "squash"), _always, "--set preprocess.resize_mode=squash",
-            "distorts the images"),
+            ("crop", "squash"), remedy="--set preprocess.resize_mode=squash",
+            effect="distorts the images"),
     Refused("preprocess.resize_mode", "no image processor of transformers cuts out an oblong",
             ("squash",), lambda p: len(set(resized_size(p))) > 1,
             "--set preprocess.resize_mode=squash", "distorts the images"),
@@ -250,13 +228,17 @@ HUGGINGFACE = (
     Lost("model.num_classes", "transformers adds a random pooler to a backbone unless you load it "
          "with `add_pooling_layer=False`", (),
          lambda c: _is_plain(c) and not c.num_classes and not c.representation_size),
+    Lost("model.position", "the fixed positions become a table, which transformers would train",
+         ("learned",), _is_siglip),
+    Lost("model.position_covers_prefix", "SigLIP has no class token: "
+         "`model.position_covers_prefix` is not stored", (True,), _is_siglip),
     Lost("model.position_covers_prefix", "the fixed positions are read back with a row of zeros "
          "for the class token", (True,),
          lambda c: c.position == "sincos2d" and not c.num_registers),
     Lost("model.drop_path_rate", "`drop_path_rate`, which only training uses, is not stored",
          (0.0,), lambda c: not _is_dinov3(c)),
     Lost("model.dropout_rate", "`dropout_rate`, which only training uses, is not stored",
-         (0.0,), _is_dinov3),
+         (0.0,), lambda c: _is_dinov3(c) or _is_siglip(c)),
     Lost("model.gelu", "a gated MLP has no GELU: `model.gelu` is not stored", ("exact",),
          lambda c: _is_dinov3(c) and c.mlp == "swiglu"),
     Lost("model.position_covers_prefix", "DINOv3 has no position table: "
@@ -364,17 +346,6 @@ def check_expressible(model: LoadedModel, layout: Layout) -> list[str]:
         hint = f"`{' '.join(limit.remedy for limit in refused)}` {effects}; {hint}"
     shown = ", ".join(f"{_show(model, limit.key)} ({limit.text})" for limit in refused)
     raise VitcliError(f"{name} cannot express {shown}", hint=hint)
-
-
-def owner_and_value(model: LoadedModel, key: str) -> tuple[Any, Any]:
-    """Return the object that has the property `key` (None if the model has none), and its value."""
-    part, _, field = key.partition(".")
-    owner: Any = model
-    if part in ("model", "resnet"):
-        owner = model.config if isinstance(model.config, ViTConfig) == (part == "model") else None
-    elif field:
-        owner = model.preprocess
-    return owner, getattr(owner, field or part, None)
 
 
 def _show(model: LoadedModel, key: str) -> str:

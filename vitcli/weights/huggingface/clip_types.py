@@ -11,18 +11,24 @@ from math import isqrt
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vitcli.errors import VitcliError
+from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.weights.huggingface.huggingface_type import (
     HEADS,
     HuggingFaceType,
     ModelFiles,
     Settings,
+    WrittenType,
+    described_act,
+    described_sizes,
     encoder_settings,
     read_size,
 )
 
+VISION = "vision_config"  # the section of config.json about the tower
 TEXT = "belongs to the text tower"
 UNUSED = {
     r"(text_model|text_projection)\..*|logit_(scale|bias)": TEXT,
@@ -136,6 +142,31 @@ def _siglip_settings(files: ModelFiles) -> Settings:
     return values
 
 
+def _described_siglip(config: ViTConfig) -> Settings:
+    """The entries of config.json; a head reads the mean of the patches, a backbone either."""
+    tower = {
+        **described_sizes(config),
+        "hidden_act": described_act(config),
+        "intermediate_size": config.mlp_dim,
+        "attention_dropout": 0.0,
+        "vision_use_head": config.pool == "map",
+    }
+    if not config.num_classes:
+        return tower
+    return {VISION: {"model_type": "siglip_vision_model", **tower}}
+
+
+def _siglip_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors in SigLIP's shapes, the reverse of `_tower_settings`."""
+    tensors = dict(tensors)
+    tensors["pos_embed.weight"] = tensors.pop("pos_embed")[0]  # (N, D)
+    for end in ("weight", "bias"):
+        if (query := tensors.pop(f"attn_pool.q.{end}", None)) is not None:
+            stacked = torch.cat([query, tensors.pop(f"attn_pool.kv.{end}")])  # (3 D, D) or (3 D,)
+            tensors[f"attn_pool.qkv.{end}"] = stacked
+    return tensors
+
+
 def _naflex_settings(files: ModelFiles) -> Settings:
     """SigLIP 2 in its NaFlex form, for images of one size."""
     side = isqrt(files.count("num_patches", 256))
@@ -241,6 +272,13 @@ _SIGLIP = replace(
     heads=HEADS,
     processor="SiglipImageProcessor",
     published={"resample": 3},
+    written=WrittenType(
+        described=_described_siglip,
+        block=lambda _: {**{ours: theirs for theirs, ours in BLOCK.items()}, "attn.qkv": QKV},
+        layer="encoder.layers.",
+        tensors=_siglip_tensors,
+        always_prefixed=True,
+    ),
 )
 _NAFLEX = replace(
     _SIGLIP,
@@ -249,6 +287,7 @@ _NAFLEX = replace(
     processor="Siglip2ImageProcessor",
     published={"resample": 2},
     position_resize="bilinear_antialiased",
+    written=None,
 )
 _AIMV2 = replace(
     _CLIP,
@@ -258,7 +297,6 @@ _AIMV2 = replace(
     block=AIMV2_BLOCK,
     stacked=AIMV2_STACKED,
 )
-VISION = "vision_config"
 CLIP_TYPES = {
     "clip_vision_model": _CLIP,
     "clip": replace(

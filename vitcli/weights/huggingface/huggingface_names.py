@@ -102,6 +102,8 @@ def closest_type(config: ViTConfig) -> str:
     """Return the `model_type` that comes closest to `config`, of those that we write."""
     if config.rope is not None:
         return "dinov3_vit"
+    if not config.class_token:
+        return "siglip" if config.num_classes else "siglip_vision_model"
     if config.distillation_token:
         return "deit"
     if config.num_registers:

@@ -94,13 +94,17 @@ class WrittenType:
         described: gives config.json, without the labels, the class and the type.
         block: gives the names inside a block, ours -> theirs; a tuple for stacked tensors.
         layer: the name of the list of blocks.
+        tensors: gives our tensors in the shapes of the type.
         empty: gives the tensors of the class that our model lacks, for the class token.
+        always_prefixed: a file without a head also has the prefix of the encoder's names.
     """
 
     described: Callable[[ViTConfig], Settings]
     block: Callable[[ViTConfig], Mapping[str, str | tuple[str, ...]]]
     layer: str = "encoder.layer."
+    tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors
     empty: Callable[[Tensor, ViTConfig], dict[str, Tensor]] = lambda token, config: {}
+    always_prefixed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

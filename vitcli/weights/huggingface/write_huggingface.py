@@ -48,7 +48,7 @@ def _config_json(model: LoadedModel, config: ViTConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "architectures": [_class_name(config)],
         "model_type": model_type,
-        "dtype": str(model.state_dict()["cls_token"].dtype).removeprefix("torch."),
+        "dtype": str(model.state_dict()["patch_embed.proj.weight"].dtype).removeprefix("torch."),
         **_written(model_type).described(config),
     }
     if config.num_classes:
@@ -79,16 +79,17 @@ def _named(model: LoadedModel, config: ViTConfig) -> dict[str, Tensor]:
     """Return the tensors under the classic names of transformers."""
     family = MODEL_TYPES[closest_type(config)]
     written = _written(closest_type(config))
-    prefix = family.prefix if config.num_classes else ""
+    prefix = family.prefix if config.num_classes or written.always_prefixed else ""
     head = "cls_classifier" if config.distillation_head else "classifier"
     outside = {ours: prefix + theirs for theirs, ours in family.encoder.items()}
     outside |= {"head": head, "head_dist": "distillation_classifier"}
     block = written.block(config)
     query, _, value = tuple(block["attn.qkv"])
     named: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        if name == "pos_embed":
-            tensor = _with_prefix_rows(tensor, config)
+    tensors = model.state_dict()
+    if "pos_embed" in tensors:
+        tensors["pos_embed"] = _with_prefix_rows(tensors["pos_embed"], config)
+    for name, tensor in written.tensors(tensors).items():
         if name == "projection.weight":
             continue  # without a head nothing reads it
         if not name.startswith("blocks."):
@@ -105,8 +106,9 @@ def _named(model: LoadedModel, config: ViTConfig) -> dict[str, Tensor]:
                 named[f"{layer}{part}.{last}"] = chunk.clone()
         else:
             named[layer + theirs + ("" if inside in block else f".{last}")] = tensor
-    token = named[f"{prefix}embeddings.cls_token"]
-    return named | {prefix + n: t for n, t in written.empty(token, config).items()}
+    token = tensors.get("cls_token")
+    empty = {} if token is None else written.empty(token, config)
+    return named | {prefix + n: t for n, t in empty.items()}
 
 
 def _rename_module(name: str, names: Mapping[str, str]) -> str:
@@ -122,7 +124,7 @@ def _with_prefix_rows(table: Tensor, config: ViTConfig) -> Tensor:
 
     The prefix is the class token and DeiT's distillation token; registers never have a row.
     """
-    if config.position_covers_prefix:
+    if config.position_covers_prefix or not config.class_token:
         return table
     rows = table.new_zeros(1, 1 + config.distillation_token, table.shape[2])
     return torch.cat([rows, table], dim=1)

@@ -107,10 +107,8 @@ class CheckResult:
 
     @cached_property
     def leaks(self) -> dict[str, list[list[int]]]:
-        """`train -> test` -> pairs of rows that show the same, one pair per leaked image.
-
-        The pairs in two splits of the data come first, then those in splits that training makes.
-        """
+        """`train -> test` -> pairs of rows that show the same, one pair per leaked image."""
+        # First those in two splits of the data, then those in splits that training makes.
         found: dict[str, list[list[int]]] = {}
         told: set[int] = set()
         made = self.training_split, tuple(self.training_splits)

@@ -56,17 +56,19 @@ class ConfusedPair:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The misclassified images of an evaluation.
+    """The misclassified images.
 
     Attributes:
-        wrong: all wrong images by falling loss.
+        wrong: those that are described, by falling loss.
         confused: the first `NUM_PAIRS` pairs of classes by falling count.
+        count: number of all misclassified images.
         num_pairs: number of all pairs.
     """
 
     wrong: tuple[Mistake, ...]
     confused: tuple[ConfusedPair, ...]
-    num_pairs: int = 0
+    count: int
+    num_pairs: int
 
     @property
     def worst(self) -> tuple[Mistake, ...]:
@@ -117,7 +119,8 @@ def find_mistakes(
         ConfusedPair(true, name, len(rows), number[true], tuple(map(mistake, rows[:NUM_COLUMNS])))
         for (true, name), rows in largest
     ]
-    return Mistakes(tuple(map(mistake, by_loss[:most])), tuple(confused), len(pairs))
+    found = tuple(map(mistake, by_loss[:most])), tuple(confused)
+    return Mistakes(*found, count=len(by_loss), num_pairs=len(pairs))
 
 
 def write_mistakes(path: Path, mistakes: Mistakes) -> None:

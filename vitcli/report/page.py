@@ -158,8 +158,8 @@ class Page:
     title: str
     summary: str = ""
     headline: Sequence[tuple[str, str, str]] = ()
-    warnings: Sequence[str] = ()
     sections: list[PageSection] = field(default_factory=list)
+    warnings: Sequence[str] = ()
 
     def render(self) -> str:
         """The HTML text."""

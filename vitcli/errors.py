@@ -48,6 +48,11 @@ def quoted(names: Iterable[str], most: int | None = None) -> str:
     return ", ".join(f"`{printable(str(name))}`" for name in names[:most]) + more
 
 
+def counted(count: int, one: str, more: str) -> str:
+    """`1 image is …` or `2 images are …`."""
+    return f"{count:,} {one if count == 1 else more}"
+
+
 def nearest(word: str, words: Iterable[str]) -> str | None:
     """Return the entry of `words` that is most similar to `word`, or None if none is close."""
     from difflib import get_close_matches

@@ -1,6 +1,7 @@
 """`vitcli check` on folders with faults that the test has put there."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from support.watching import Told
 from vitcli.cli.main import run as vitcli
 from vitcli.commands import check
 from vitcli.errors import VitcliError
+from vitcli.evals.near_copies import warn_of_copies
+from vitcli.train import resolve
+from vitcli.train.defaults import MachineFacts
 
 
 @pytest.fixture
@@ -65,12 +69,11 @@ def test_every_fault_is_found_and_nothing_else(faulty):
     (broken,) = found["unreadable"]
     assert broken["path"].endswith("cut.png")
     assert "cut off" in broken["reason"]
-    assert found["suggested"] == {"image_size": 96, "patch_size": 8, "tokens": 144}
     text = "\n".join(found["problems"])
     for words in (
         "1 test image is also in train (train -> test)",
         "1 image cannot be read",
-        "1 group of equal images has different labels",
+        "1 group of images that look the same has different labels",
         "2 images are exact copies of others",
         "`Dog`, `dog`",
     ):
@@ -120,7 +123,9 @@ def test_the_command_line(faulty, tmp_path, capfd):
     assert vitcli(["check", str(faulty)]) == 3
     out, _ = capfd.readouterr()
     assert "1 test image is also in train" in out
-    assert "suggested" in out
+    assert "pretrain uses" in out
+    (conflict,) = [line for line in out.splitlines() if "different labels: " in line]
+    assert "12 again.png (cat) = " in conflict and "12.png (dog)" in conflict
 
 
 def test_data_with_one_class_or_without_labels_is_looked_at_too(tmp_path):
@@ -144,8 +149,9 @@ def test_a_folder_gets_a_report_with_every_fault(faulty, tmp_path):
     text = (out / "report.html").read_text()
     page = check_page(text)
     assert page.headings == [
-        "Problems", "Data and splits", "Leaks between splits", "Equal images with different labels",
-        "Exact copies", "Images that look the same", "Unreadable images", "Odd sizes", "Classes",
+        "Problems", "Data and splits", "Leaks between splits",
+        "Images that look the same, with different labels", "Exact copies",
+        "Images that look the same", "Unreadable images", "Odd sizes", "Classes",
         "Samples of the classes", "Provenance",
     ]  # fmt: skip
     for words in ("leak.jpg", "12 again.png", "13 copy.png", "cut off", "thin.png"):
@@ -168,7 +174,6 @@ def test_real_sets(shared):
     flowers = check.run(str(shared / "data/flower_photos")).to_json()
     assert [len(group) for group in flowers["exact_duplicates"]] == [2]
     assert flowers["leaks"] == {}
-    assert flowers["suggested"]["patch_size"] == 16
 
 
 def small(folder, *paths):
@@ -194,6 +199,101 @@ def test_what_training_makes_of_the_data(tmp_path):
         "train": 6,
         "test": 4,
     }
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("side", [32, 100, 300])
+def test_the_sizes_are_those_of_pretrain(tmp_path, monkeypatch, device, side):
+    for i, picture in enumerate(photographs(4)):
+        (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        picture.resize((side, side)).save(tmp_path / f"photos/{'ab'[i % 2]}/{i}.png")
+    for module in (check, resolve):
+        monkeypatch.setattr(module, "this_machine", lambda: MachineFacts(device, 2))
+    data = str(tmp_path / "photos")
+    model = resolve.pretrain_recipe(data, None, None, Told()).recipe.model
+    found = check.run(data).to_json()["suggested"]
+    assert found["image_size"] == model.image_size
+    assert found["patch_size"] == int(model.name.rpartition("/")[2])
+    assert found["tokens"] == (model.image_size // found["patch_size"]) ** 2
+
+
+@pytest.fixture
+def untidy(tmp_path):
+    """Near copies with other labels, without splits; 2 unreadable images, and a missing one."""
+    pictures = list(photographs(30))
+    rows = ["path,label"]
+    for i, picture in enumerate([*pictures, *pictures[:20]]):
+        picture.resize((90 + i, 90 + i)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{['cat', 'dog'][(i + (i >= 30)) % 2]}")
+    for i in (28, 29):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    (tmp_path / "labels.csv").write_text("\n".join([*rows, "gone.png,cat"]))
+    return str(tmp_path / "labels.csv")
+
+
+def test_leaks_in_the_splits_that_training_makes(untidy, tmp_path):
+    result = check.run(untidy, out=tmp_path / "check")
+    made, pairs = result.training.splits, result.leaks["train -> test"]
+    held = {made["test"].describe(i) for i in range(len(made["test"]))}
+    number = {result.name(row): i for i, group in enumerate(result.duplicates) for row in group}
+    trained = {number.get(made["train"].describe(i)) for i in range(len(made["train"]))}
+    expected = {name for name in held if number.get(name, -1) in trained}
+    assert {result.name(later) for _, later in pairs} == expected and expected
+    assert all(result.name(first) not in held for first, _ in pairs)
+    line = f"{len(pairs)} test image"
+    assert any(text.startswith(line) and "(train -> test)" in text for text in result.problems())
+    page = " ".join(check_page((tmp_path / "check/report.html").read_text()).text.split())
+    assert "No image is in two splits" not in page
+    told = Told()
+    warn_of_copies(result.training, told, cached=False)
+    [warning] = [text for text in told.warnings if "look" in text]
+    assert f"{len(pairs)} of {len(held)} test images look" in warning
+    assert "unreliable" in warning and "too high" not in warning
+    # Its count of conflicts is that of `check` within the training images.
+    within = re.search(r"in (\d+) groups look the same and have different", warning)[1]
+    assert any(f"({within} of them within the training images)" in t for t in result.problems())
+
+
+def test_a_copy_in_given_splits_is_told_once(faulty):
+    """The validation images that training would hold out too are searched, but not twice."""
+    result = check.run(str(faulty), settings={"data": {"validation_fraction": 0.3}})
+    later = [pair[1] for pairs in result.leaks.values() for pair in pairs]
+    assert "train -> test" in result.leaks and len(later) == len(set(later))
+    assert "validation" in result.training.splits
+
+
+def test_unreadable_images_and_a_missing_validation_split_are_said(untidy, capfd):
+    found = check.run(untidy).to_json()
+    assert sum(found["training"]["unreadable"].values()) == 3
+    assert vitcli(["check", untidy]) == 3
+    out, err = capfd.readouterr()
+    out = " ".join(out.split())
+    counts = ", ".join(
+        f"{n} {name} ({found['training']['unreadable'][name]} unreadable)"
+        for name, n in found["training"]["splits"].items()
+    )
+    assert f"training uses {counts}; too few images for validation" in out
+    assert "images 51, no split" in out
+    assert "1 of 51 images does not exist" in err
+
+
+def test_more_groups_than_shown_are_counted(untidy, capfd):
+    groups = len(check.run(untidy).near_duplicates)
+    vitcli(["check", untidy])
+    out, _ = capfd.readouterr()
+    assert f"near duplicates: and {groups - 3} more groups of images; `--out check/` shows" in out
+
+
+def test_what_stops_training_has_its_remedy(tmp_path, capfd):
+    nested = small(tmp_path / "nested", *(f"all/{c}/{i}.png" for c in "ab" for i in range(3)))
+    small(tmp_path / "nested", "all/c.png")
+    flat = small(tmp_path / "flat", "1.png", "2.png")
+    for data in (nested, flat):
+        result = check.run(data, settings={"data": {"class_level": "top"}})
+        assert result.training.hint and result.training.hint in result.problems()[0]
+    capfd.readouterr()
+    assert vitcli(["check", flat]) == 0
+    assert "class" not in {line.split()[0] for line in capfd.readouterr()[0].splitlines() if line}
 
 
 def test_images_without_a_label_are_no_class(tmp_path):

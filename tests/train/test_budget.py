@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from support.tiny import records, tiny_recipe, train_recipe
+from support.watching import Told
 
 from vitcli.errors import VitcliError
 from vitcli.train import budget, loop
 from vitcli.train.budget import Budget, Deadline, Timeline, stage_fractions
 from vitcli.train.signals import Stopped
+from vitcli.vit.variants import parse_variant
 
 SETTINGS = {"train": {"steps": None, "budget": "8s", "smaller_sizes": [[4, 0.5]]}}
 
@@ -188,3 +190,39 @@ def test_steps_of_a_gpu_are_timed_without_those_of_the_warm_up(monkeypatch):
     )
     assert budget.time_steps_and_reset(run, 0, math.inf) == pytest.approx(1.0)
     assert (run.state.timeline.total, run.state.step) == (10, 3)
+
+
+@pytest.mark.parametrize(
+    ("steps", "images", "words"),
+    [
+        (
+            4,
+            270,
+            ["4 steps are 0.47 epochs of 270", "`--budget 12m` for 3 epochs", "image_size=112"],
+        ),
+        (1, 270, ["1 step is 0.12 epochs"]),
+        (9, 270, []),  # more than an epoch
+        (300, 10**6, []),  # steps enough
+    ],
+)
+def test_a_budget_of_too_few_steps_is_said(steps, images, words):
+    """A step of 27 s: three epochs of 270 images are 25.3 steps, 21.3 more than the 4 of 2 min."""
+    watch = Told()
+    run = SimpleNamespace(
+        recipe=tiny_recipe(train={"steps": None, "budget": "2m", "batch_size": 32}),
+        loaded=SimpleNamespace(network=SimpleNamespace(config=parse_variant("Ti/16"))),
+        watch=watch,
+    )
+    plan = Budget(steps, Deadline(0.0, 0.0, [(0.5, 20.0), (1.0, 34.0)]))
+    budget.warn_of_few_steps(run, steps, plan, images)
+    assert len(watch.warnings) == bool(words)
+    assert all(word in watch.warnings[0] for word in words)
+
+
+def test_a_run_with_a_small_budget_warns_before_it_trains(tmp_path, monkeypatch):
+    few = Budget(2, Deadline(time.monotonic() + 1e6, 0.0, [(1.0, 1e-3)]))
+    monkeypatch.setattr("vitcli.train.resuming.plan_budget", lambda *_: few)
+    watch = Told()
+    train_recipe(tmp_path / "run", tiny_recipe(train={"steps": None, "budget": "9m"}), watch=watch)
+    lines = [line for line in watch.warnings if "too few to learn from" in line]
+    assert len(lines) == 1 and "2 steps are" in lines[0]

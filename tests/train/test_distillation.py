@@ -186,6 +186,8 @@ def test_a_teacher_is_computed_once_per_image(tmp_path, monkeypatch):
     )
     first, again = Told(), Told()
     train_recipe(tmp_path / "whole", recipe, watch=first)
+    said = " ".join(first.lines)  # `pretrain` has no `--no-cache`
+    assert "disable with `--set objective.teacher_cache=false`" in said
     rows = next((tmp_path / "cache").rglob("rows.bf16"))
     source = load_data("builtin:digits")
     images = source.splits["train"]

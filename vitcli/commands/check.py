@@ -1,6 +1,6 @@
 """`vitcli check`: find problems of a dataset before training on it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from vitcli.config.recipe import load_data_check
 from vitcli.config.schema import DataSection, Settings
+from vitcli.data.facts import measure_data
 from vitcli.data.image_set import ImageSet, Integers, Numbers
-from vitcli.data.numeric_labels import distribution, far_values, has_fractions, label_values
+from vitcli.data.labels import spelling_variants
+from vitcli.data.numeric_labels import distribution, has_fractions, label_values, number_problems
 from vitcli.data.sample_range import SampleRange, measure_samples
 from vitcli.data.scan import (
     DatasetScan,
@@ -20,18 +22,20 @@ from vitcli.data.scan import (
     leaked_pairs,
     repeated_rows,
     scan_dataset,
+    split_numbers,
 )
 from vitcli.data.source import Source, open_data
 from vitcli.data.splits import with_auto_validation
-from vitcli.errors import VitcliError, quoted
+from vitcli.errors import VitcliError, counted, quoted
 from vitcli.files import make_folder, writing
 from vitcli.inspection.dataset_report import dataset_page, draw_samples, output_files
 from vitcli.pixels import Window
 from vitcli.progress import Quiet, Watcher
 from vitcli.report.page import Page, write_report
-from vitcli.train.defaults import USUAL_SIZE, usual_patch
+from vitcli.train.defaults import default_size
 from vitcli.train.imbalance import IMBALANCED, ClassSizes
 from vitcli.train.objectives import objective_class
+from vitcli.train.resolve import this_machine
 
 MAX_EXAMPLES = 5  # class names in one line
 TINY = 16  # px, of the shorter side
@@ -46,7 +50,7 @@ class CheckResult:
     Attributes:
         data: DATA as the user wrote it.
         source: its splits and classes.
-        training: what a training run makes of the data, or the error that it stops with.
+        training: the splits that a training run makes of the data, or the error that it stops with.
         scan: the facts about each readable image; a "row" below is a row of it.
         samples: the wide samples of the training images; None if they have 8 bits.
         window: the window that training takes for them.
@@ -104,11 +108,28 @@ class CheckResult:
     @cached_property
     def leaks(self) -> dict[str, list[list[int]]]:
         """`train -> test` -> pairs of rows that show the same, one pair per leaked image."""
+        # First those in two splits of the data, then those in splits that training makes.
         found: dict[str, list[list[int]]] = {}
-        for pair in leaked_pairs(self.scan.split, self.groups).tolist():
-            first, later = (self.scan.splits[int(self.scan.split[row])] for row in pair)
-            found.setdefault(f"{first} -> {later}", []).append(pair)
+        told: set[int] = set()
+        made = self.training_split, tuple(self.training_splits)
+        for numbers, names in ((self.scan.split, self.scan.splits), made):
+            pairs = [p for p in leaked_pairs(numbers, self.groups).tolist() if p[1] not in told]
+            for pair in pairs:
+                first, later = (names[int(numbers[row])] for row in pair)
+                found.setdefault(f"{first} -> {later}", []).append(pair)
+            told |= {later for _, later in pairs}
         return found
+
+    @property
+    def training_splits(self) -> Mapping[str, ImageSet]:
+        """The splits that training makes; empty if it stops."""
+        return {} if isinstance(self.training, VitcliError) else self.training.splits
+
+    @cached_property
+    def training_split(self) -> Integers:
+        """(n,) the place of the split in `training_splits` of each row; -1: in none."""
+        names = ((self._split_of(row).name, self.name(row)) for row in range(len(self.scan)))
+        return split_numbers(names, self.training_splits)
 
     @cached_property
     def conflicts(self) -> list[Integers]:
@@ -129,8 +150,8 @@ class CheckResult:
     @cached_property
     def counts(self) -> dict[str, NDArray[np.int64]]:
         """Split -> (K,) images per class, including unreadable images; 0 for the class `""`."""
-        labelled = np.array([name != "" for name in self.source.classes])
-        return {k: images.class_counts() * labelled for k, images in self.source.splits.items()}
+        named = np.array([name != "" for name in self.source.classes])
+        return {k: images.class_counts() * named for k, images in self.source.splits.items()}
 
     @property
     def unlabelled(self) -> int:
@@ -153,27 +174,23 @@ class CheckResult:
     @property
     def label_variants(self) -> list[list[str]]:
         """Groups of class names that differ only in case, spaces, `_` or `-`."""
-        by_form: dict[str, list[str]] = {}
-        for name in self.source.classes:
-            form = "".join(c for c in name.casefold() if c.isalnum()) or name.strip()
-            by_form.setdefault(form, []).append(name)
-        return [names for names in by_form.values() if len(names) > 1]
+        return spelling_variants(self.source.classes)
 
-    @property
+    @cached_property
     def suggestion(self) -> dict[str, int]:
-        """A suitable image size and patch size, and the number of tokens."""
-        if not len(self.scan):
+        """The image size and patch size of `pretrain` here, and the number of tokens."""
+        source = self.source if isinstance(self.training, VitcliError) else self.training
+        if not len(self.scan) or "train" not in source.splits:
             return {}
-        side = int(np.median(self.scan.size.min(axis=1)))
-        patch = usual_patch(side)
-        size = min(USUAL_SIZE, max(patch, round(side / patch) * patch))
+        size, patch = default_size(measure_data(source), this_machine())
         return {"image_size": size, "patch_size": patch, "tokens": (size // patch) ** 2}
 
     def problems(self) -> list[str]:
         """One line per kind of problem, the most serious first."""
         lines = []
         if isinstance(self.training, VitcliError):
-            lines.append(f"training stops: {self.training.message}")
+            words = filter(None, (self.training.message, self.training.hint))
+            lines.append(f"training stops: {'; '.join(words)}")
         if not len(self.scan):
             lines.append("no image can be read")
         if self.samples and self.samples.is_dark:
@@ -185,13 +202,14 @@ class CheckResult:
             first, _, later = key.partition(" -> ")
             found = counted(len(pairs), f"{later} image is", f"{later} images are")
             lines.append(f"{found} also in {first} ({key}): accuracy on {later} is unreliable")
+        inside = self._conflicts_in_training()
         kinds = [
             (self.unlabelled, "image has no label", "images have no label"),
             (len(self.scan.unreadable), "image cannot be read", "images cannot be read"),
             (
                 len(self.conflicts),
-                "group of equal images has different labels",
-                "groups of equal images have different labels",
+                f"group of images that look the same has different labels{inside}",
+                f"groups of images that look the same have different labels{inside}",
             ),
             (
                 sum(len(group) - 1 for group in self.exact_duplicates),
@@ -220,7 +238,7 @@ class CheckResult:
             for names in self.label_variants[:MAX_EXAMPLES]
         ]
         if self.source.numeric:
-            return [*lines, *self._number_problems()]
+            return lines if self.values is None else [*lines, *number_problems(self.values)]
         if self.class_sizes and self.imbalance >= IMBALANCED:
             lines.append(self.class_sizes.describe())
         counts = next(iter(self.counts.values()))
@@ -230,20 +248,13 @@ class CheckResult:
             lines.append(f"{found} fewer than {FEW} images: {quoted(few[:MAX_EXAMPLES])}")
         return lines
 
-    def _number_problems(self) -> list[str]:
-        lines: list[str] = []
-        if self.values is None:
-            return lines
-        far = far_values(self.values)
-        if self.values.min() == self.values.max():
-            lines.append(f"all numbers are {self.values[0]:.6g}, so there is nothing to learn")
-        if len(far):
-            found = counted(len(far), "number is", "numbers are")
-            lines.append(
-                f"{found} far from all others, such as {far[0]:.6g}; remove them if they mean "
-                "`unknown`"
-            )
-        return lines
+    def _conflicts_in_training(self) -> str:
+        """The number of conflicts that training reports, which looks at its own images only."""
+        train = [group[self.training_split[group] == 0] for group in self.conflicts]
+        count = sum(len({self.label(int(row)) for row in g} - {""}) > 1 for g in train)
+        if count == len(self.conflicts) or "train" not in self.training_splits:
+            return ""
+        return f" ({count:,} of them within the training images)"
 
     def _suggested_setting(self) -> str | None:
         if self.source.numeric or self.class_sizes is None or self.imbalance < IMBALANCED:
@@ -256,8 +267,15 @@ class CheckResult:
         return {
             "splits": {name: len(images) for name, images in self.training.splits.items()},
             "classes": len(self.training.classes),
+            "unreadable": self._unreadable_in_training(),
             "notes": list(self.training.notes),
         }
+
+    def _unreadable_in_training(self) -> dict[str, int]:
+        names = [("", name) for name, _ in self.scan.unreadable]
+        numbers = split_numbers(names, self.training_splits)
+        counts = np.bincount(numbers[numbers >= 0], minlength=len(self.training_splits))
+        return dict(zip(self.training_splits, counts.tolist(), strict=True))
 
     def _samples_json(self) -> dict[str, Any] | None:
         if self.samples is None:
@@ -272,7 +290,7 @@ class CheckResult:
 
     def to_json(self) -> dict[str, Any]:
         """The object of `check --json`."""
-        scan, size = self.scan, self.scan.size
+        scan = self.scan
         return {
             "data": self.data,
             "images": len(scan) + len(scan.unreadable),
@@ -300,25 +318,14 @@ class CheckResult:
             "label_variants": self.label_variants,
             "tiny": [self.name(int(row)) for row in self.tiny],
             "odd_aspect": [self.name(int(row)) for row in self.odd_aspect],
-            "height": _min_median_max(size[:, 0]),
-            "width": _min_median_max(size[:, 1]),
+            "height": scan.side_range(0),
+            "width": scan.side_range(1),
             "samples": self._samples_json(),
             "suggested": self.suggestion,
             "suggested_objective": None if self.values is None else "mse",
             "sheet": self.sheet,
             "report": self.report,
         }
-
-
-def counted(count: int, one: str, more: str) -> str:
-    """`1 image is …` or `2 images are …`."""
-    return f"{count:,} {one if count == 1 else more}"
-
-
-def _min_median_max(values: Integers) -> dict[str, int] | None:
-    if not len(values):
-        return None
-    return {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
 
 
 def run(

@@ -161,8 +161,8 @@ def leak_notes(
                 example = printable(sets[later].describe(int(leaked[0])))
                 notes.append(
                     f"{shown}: {len(leaked):,} of {len(units[later]):,} {later} images are exact "
-                    f"copies of {first} images, such as `{example}`: figures on {later} are too "
-                    f"high; `vitcli check {shlex.quote(shown)}` lists them"
+                    f"copies of {first} images, such as `{example}`: figures on {later} are "
+                    f"unreliable; `vitcli check {shlex.quote(shown)}` lists them"
                 )
             notes += _group_leak(shown, sets[first], sets[later])
     return notes

@@ -369,3 +369,12 @@ def encode_arrow(
     index_of_code = np.zeros(len(distinct), dtype=np.int64)
     index_of_code[used] = indices
     return rows, index_of_code[codes[rows]], classes
+
+
+def spelling_variants(classes: Iterable[str]) -> list[list[str]]:
+    """Groups of class names that differ only in case, spaces, `_` or `-`."""
+    by_form: dict[str, list[str]] = {}
+    for name in classes:
+        form = "".join(c for c in name.casefold() if c.isalnum()) or name.strip()
+        by_form.setdefault(form, []).append(name)
+    return [names for names in by_form.values() if len(names) > 1]

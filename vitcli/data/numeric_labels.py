@@ -9,7 +9,7 @@ import numpy as np
 
 from vitcli.data.image_set import ImageSet, Numbers
 from vitcli.data.labels import label_text
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, counted, printable
 
 if TYPE_CHECKING:
     from vitcli.data.source import DataRequest, Source
@@ -143,3 +143,16 @@ def far_values(values: Numbers) -> Numbers:
     low, high = np.quantile(values, (0.25, 0.75))
     far = FAR_VALUE * float(high - low)
     return np.sort(values[(values < low - far) | (values > high + far)]) if far else values[:0]
+
+
+def number_problems(values: Numbers) -> list[str]:
+    """Sentences about numbers that cannot be learned or stand apart."""
+    lines, far = [], far_values(values)
+    if values.min() == values.max():
+        lines.append(f"all numbers are {values[0]:.6g}, so there is nothing to learn")
+    if len(far):
+        found = counted(len(far), "number is", "numbers are")
+        lines.append(
+            f"{found} far from all others, such as {far[0]:.6g}; remove them if they mean `unknown`"
+        )
+    return lines

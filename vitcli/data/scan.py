@@ -7,7 +7,7 @@ slightly recoloured or grey are found; cropped, mirrored and rotated copies are 
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -185,6 +185,13 @@ class DatasetScan:
     def __len__(self) -> int:
         return len(self.split)
 
+    def side_range(self, axis: int) -> dict[str, int] | None:
+        """Minimum, median and maximum of the heights (0) or widths (1); None without images."""
+        side = self.size[:, axis]
+        if not len(side):
+            return None
+        return {"min": int(side.min()), "median": int(np.median(side)), "max": int(side.max())}
+
 
 def repeated_rows(which: Integers) -> list[Integers]:
     """The rows of each number that occurs more than once, in the order of their first row."""
@@ -197,14 +204,34 @@ def leaked_pairs(split: Integers, groups: Integers) -> Integers:
     """(m, 2) rows that show the same in two splits: the first of a group, and each later one.
 
     Args:
-        split: (n,) numbers that do not decrease.
+        split: (n,) numbers; -1: in no split.
         groups: (n,) from `group_duplicates`.
     """
-    _, first, which = np.unique(groups, return_index=True, return_inverse=True)
-    origin = first[which]
-    later = np.flatnonzero(split > split[origin])
-    pairs: Integers = np.stack([origin[later], later], axis=1)
+    rows = np.argsort(split, kind="stable")
+    rows = rows[split[rows] >= 0]
+    _, first, which = np.unique(groups[rows], return_index=True, return_inverse=True)
+    origin = rows[first[which]]
+    later = split[rows] > split[origin]
+    pairs: Integers = np.stack([origin[later], rows[later]], axis=1)
     return pairs[np.argsort(pairs[:, 0], kind="stable")]
+
+
+def split_numbers(names: Iterable[tuple[str, str]], splits: Mapping[str, ImageSet]) -> Integers:
+    """(n,) the place in `splits` of the split that holds each image; -1: none does.
+
+    Args:
+        names: (n,) split and name of each image. A table may name one file in two splits: its
+            images are in the split of the same name.
+    """
+    found: dict[str, int] = {}
+    own: dict[tuple[str, str], int] = {}
+    for number, (split, images) in enumerate(splits.items()):
+        for index in range(len(images)):
+            name = images.describe(index)
+            found.setdefault(name, number)
+            own[split, name] = number
+    numbers = [own.get((split, name), found.get(name, -1)) for split, name in names]
+    return np.array(numbers, dtype=np.int64)
 
 
 def scan_dataset(

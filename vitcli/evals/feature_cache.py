@@ -23,7 +23,7 @@ from vitcli.data.image_set import ImageSet
 from vitcli.devices import pick_device, resolve_precision
 from vitcli.errors import VitcliError
 from vitcli.evals.feature_table import (
-    HINT,
+    SWITCHES,
     FeatureTable,
     evict,
     feature_cache_folder,
@@ -184,7 +184,8 @@ class CachedFeatures:
         if self._added and rank_and_world_size()[0] == 0:
             total = size_text(evict(self._used))
             folder = feature_cache_folder()
-            self.watch.note(f"cached features in `{folder}` ({total}); disable with `--no-cache`")
+            off = SWITCHES[self.half]
+            self.watch.note(f"cached features in `{folder}` ({total}); disable with {off}")
 
     def _fill_and_read(
         self, tables: list[FeatureTable], images: ImageSet, indices: Ints, label: str
@@ -236,7 +237,8 @@ class CachedFeatures:
             raise no_image_readable(len(indices), broken)
         if lost := len(indices) - int(present.sum()) - len(unique):
             raise VitcliError(
-                f"cannot read back {lost} rows that were written to `{tables[0].folder}`", HINT
+                f"cannot read back {lost} rows that were written to `{tables[0].folder}`",
+                tables[0].hint,
             )
         rows = indices[present]
         pixels = tables[1].read(rows) if len(tables) > 1 else None

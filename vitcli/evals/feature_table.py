@@ -24,7 +24,8 @@ Ints = NDArray[np.int64]
 MAX_CACHE_BYTES = 20 * 10**9  # a larger cache loses its least recently used tables
 MAX_DISK_FRACTION = 0.9  # largest fraction of the free disk space that new rows may take
 ROW_CHECK = np.dtype([("checksum", "<u4"), ("stamp", "<u4")])
-HINT = "disable the cache with `--no-cache`, or move it with the variable VITCLI_CACHE"
+# What a user types to do without the cache; training keeps half-precision features of a teacher.
+SWITCHES = {False: "`--no-cache`", True: "`--set objective.teacher_cache=false`"}
 
 
 class FeatureTable:
@@ -40,6 +41,8 @@ class FeatureTable:
     ) -> None:
         self.folder, self.rows, self.dim, self.about = folder, rows, dim, about
         self.file, self.dtype = ("rows.bf16", "<i2") if half else ("rows.f32", "<f4")
+        off = SWITCHES[half]
+        self.hint = f"disable the cache with {off}, or move it with the variable VITCLI_CACHE"
 
     def create(self) -> None:
         """Create the files that do not exist yet, and note the time of use."""
@@ -124,7 +127,7 @@ class FeatureTable:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise VitcliError(
                 f"cannot write cached features to `{self.folder}`: {reason}",
-                f"rows that are already cached stay valid; {HINT}",
+                f"rows that are already cached stay valid; {self.hint}",
             ) from error
 
     def _table(self) -> NDArray[Any]:

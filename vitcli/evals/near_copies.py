@@ -269,7 +269,7 @@ class CopyFinder:
                 f"look{'s' * (count == 1)} the same as {like}{also}, "
                 f"such as {self._names(pairs[chosen][0])}"
             )
-        return [*sentences, "Figures on these images are too high"]
+        return [*sentences, "Figures on these images are unreliable"]
 
     def conflicts(self, split: str) -> list[str]:
         """A sentence about images of a split that look the same and have different labels."""

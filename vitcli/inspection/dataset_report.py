@@ -37,7 +37,7 @@ SHEET_FILE = "samples.png"
 REPORT_CLASSES, REPORT_SAMPLES = 30, 6  # in the report: classes, and images of each
 SHEET_COLUMNS, SHEET_ROWS, SHEET_SIDE = 8, 40, 112  # of the contact sheet; px
 KINDS = {
-    "label_conflicts": "Equal images with different labels",
+    "label_conflicts": "Images that look the same, with different labels",
     "exact_duplicates": "Exact copies",
     "near_duplicates": "Images that look the same",
 }
@@ -115,7 +115,7 @@ def _data_section(facts: Mapping[str, Any]) -> PageSection:
         rows.append(("samples", f"{found['bits']} bits, window {low:g} to {high:g}"))
     if found := facts["suggested"]:
         size, patch = found["image_size"], found["patch_size"]
-        rows.append(("suggested", f"image size {size} px, patch size {patch} px"))
+        rows.append(("pretrain uses", f"image size {size} px, patch size {patch} px"))
     blocks: list[Block] = [Facts(rows)]
     if notes := list(dict.fromkeys([*facts["notes"], *training.get("notes", ())])):
         blocks.append(Listed(notes))
@@ -128,7 +128,8 @@ def _leak_blocks(leaks: Groups, show: Show) -> list[Block]:
     blocks: list[Block] = []
     for key, pairs in leaks.items():
         first, _, later = key.partition(" -> ")
-        blocks.append(Paragraph(f"{len(pairs):,} {later} images are also in {first}."))
+        are = "images look" if len(pairs) > 1 else "image looks"
+        blocks.append(Paragraph(f"{len(pairs):,} {later} {are} the same as {first} images."))
         blocks += _group_blocks(pairs, show)
     return blocks
 

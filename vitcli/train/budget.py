@@ -4,17 +4,19 @@
 plan with the clock, and its `Timeline` moves the schedule so that it ends with the last step.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vitcli.config.schema import TrainSection
+from vitcli.config.schema import TrainSection, parse_duration
 from vitcli.devices import synchronize
 from vitcli.errors import VitcliError
 from vitcli.train.agreement import max_over_processes
 from vitcli.train.param_groups import set_lr
 from vitcli.train.validate import EVAL_BATCH_SIZE
+from vitcli.vit.config import ViTConfig
 
 if TYPE_CHECKING:
     from vitcli.train.loop import Loop
@@ -138,6 +140,10 @@ class Deadline:
         """Seconds that the end of the run takes, given how slow the machine is now."""
         return self.reserve * max(1.0, self._slowdown)
 
+    def seconds_per_step(self) -> float:
+        """The mean over the stages, as measured."""
+        return self._cost(0.0, 1.0)
+
     def _cost(self, start: float, end: float) -> float:
         """The integral of the seconds per step from `start` to `end`, both fractions of the run."""
         cost, begin = 0.0, 0.0
@@ -156,6 +162,9 @@ TIMING_FRACTION = 0.1  # of the budget; after it, each stage is timed by one ste
 # The last checkpoint, weights, curves and the exit of the program: seconds, and steps.
 WRITING_SECONDS, WRITING_STEPS = 1.0, 1.0
 BETWEEN_FRACTION = 0.05  # of the budget, at most, for evaluations between steps
+# A run of less than an epoch is too short, unless it makes ENOUGH_STEPS. `finetune` chooses at
+# least USEFUL_EPOCHS. A grid of SMALL_GRID patches per side still shows the parts of an object.
+ENOUGH_STEPS, USEFUL_EPOCHS, SMALL_GRID = 200, 3, 6
 EVAL_MARGIN = 1.15  # other work on the machine may make an evaluation slower than measured
 
 
@@ -220,6 +229,30 @@ def plan_budget(
         begin += share
         ends.append((begin, cost))
     return Budget(steps, Deadline(at, reserve, ends), evaluations)
+
+
+def warn_of_few_steps(loop: "Loop", total: int, plan: Budget, num_images: int) -> None:
+    """Warn if a budget ends before the model has seen the training images once.
+
+    Many steps are enough for a model, however few of the images they see.
+    """
+    train = loop.recipe.train
+    epochs = total * train.batch_size / num_images
+    if epochs >= 1.0 or total >= ENOUGH_STEPS or train.budget is None:
+        return
+    missing = USEFUL_EPOCHS * num_images / train.batch_size - total
+    needed = parse_duration(train.budget) + missing * plan.deadline.seconds_per_step()
+    ways = f"use `--budget {math.ceil(needed / 60)}m` for {USEFUL_EPOCHS} epochs"
+    config = loop.loaded.network.config
+    rows, columns = config.grid if isinstance(config, ViTConfig) else (0, 0)
+    if rows == columns >= 2 * SMALL_GRID:
+        stride = config.image_size[0] // rows
+        ways += f", or smaller images: `--set model.image_size={rows // 2 * stride}`"
+    steps = "1 step is" if total == 1 else f"{total:,} steps are"
+    loop.watch.warn(
+        f"budget {train.budget}: {steps} {epochs:.2g} epochs of {num_images:,} training images, "
+        f"too few to learn from; {ways}"
+    )
 
 
 def stage_fractions(train: TrainSection) -> list[tuple[int, float]]:

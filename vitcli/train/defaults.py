@@ -188,7 +188,7 @@ def _shape(
     if name is not None:
         patch = given.get("model.patch_size") or _stride(str(name))
         return str(name), fixed or _round_to(_largest(natural, patch, machine), patch), patch
-    patch = usual_patch(side)
+    patch = _usual_patch(side)
     if machine.is_slow and side > PATCHES[1][0]:
         patch = CPU_PATCH
     patch = given.get("model.patch_size") or patch
@@ -210,7 +210,13 @@ def _suits_hybrid(machine: MachineFacts, given: Mapping[str, Any], patch: int) -
     return machine.is_slow and chosen <= PLAIN_MODEL and not masks and patch in (2, 4, 8, 16)
 
 
-def usual_patch(side: int) -> int:
+def default_size(data: DataFacts, machine: MachineFacts) -> tuple[int, int]:
+    """(image size, patch size) in px that `pretrain` takes if the user gives none."""
+    _, size, patch = _shape(data, machine, {})
+    return size, patch
+
+
+def _usual_patch(side: int) -> int:
     """The patch side in px that suits images of this shorter side: 50 to 250 tokens."""
     # Small patches for small images: training on little data fails without them.
     return next((patch for most, patch in PATCHES if side <= most), USUAL_PATCH)

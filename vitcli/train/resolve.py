@@ -178,8 +178,8 @@ def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> Re
         typed = shlex.quote(str(recipe.data.name))
         watch.warn(
             f"{chosen.data.images:,} images of {chosen.data.classes:,} classes are few for random "
-            f"weights; pretrained weights usually do better: `vitcli finetune {typed} --model "
-            f"{propose_model(chosen.data.images, chosen.machine)}`"
+            "weights; for photographs, pretrained weights usually do better: `vitcli finetune "
+            f"{typed} --model {propose_model(chosen.data.images, chosen.machine)}`"
         )
     return ResolvedRun(name, adapted, chosen, source)
 

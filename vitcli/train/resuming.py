@@ -13,7 +13,7 @@ from vitcli.errors import VitcliError
 from vitcli.files import is_intact
 from vitcli.run import EXTENSIONS, RUNS, Run
 from vitcli.train.agreement import min_over_processes
-from vitcli.train.budget import Budget, Timeline, plan_budget
+from vitcli.train.budget import Budget, Timeline, plan_budget, warn_of_few_steps
 from vitcli.train.build import held_out_images
 from vitcli.train.checkpoint import list_checkpoints, load_checkpoint, step_of
 from vitcli.train.lora import ADAPTER
@@ -135,6 +135,9 @@ def choose_steps(
         total = done + min_over_processes(loop.accelerator, plan.steps)
         between = min_over_processes(loop.accelerator, plan.evaluations)
         watch.note(f"budget {train.budget}: about {total} steps, measured on this machine")
+        trained: Any = source.splits["train"]
+        if trained.kind != "stream":  # its length is unknown
+            warn_of_few_steps(loop, total, plan, len(trained))
     if known is None and is_main:
         facts = facts_of(loop, source, machine)
         facts["data"]["content"] = None if images is None else images.content

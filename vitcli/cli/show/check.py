@@ -1,5 +1,6 @@
 """Print the result of check."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.text import Text
@@ -17,7 +18,7 @@ def show_check(result: Any) -> None:
     """Print splits, sizes and classes of a dataset, and the problems found."""
     facts = result.to_json()
     rows: list[tuple[str, Any]] = [
-        ("images", ", ".join(f"{n:,} {name}" for name, n in facts["splits"].items())),
+        ("images", _image_counts(facts["splits"])),
     ]
     if not result.source.numeric:
         rows.append(("classes", len(facts["classes"])))
@@ -29,8 +30,8 @@ def show_check(result: Any) -> None:
         rows.append(("to predict them", "vitcli finetune … --set objective.name=mse"))
     if facts["layout"]:
         rows.append(("layout", facts["layout"]))
-    if training := facts["training"].get("splits"):
-        rows.append(("training uses", ", ".join(f"{n:,} {name}" for name, n in training.items())))
+    if "splits" in facts["training"]:
+        rows.append(("training uses", _training_uses(result, facts["training"])))
     for name in ("height", "width"):
         if found := facts[name]:
             rows.append((name, f"{found['min']} to {found['max']}, median {found['median']}"))
@@ -39,11 +40,8 @@ def show_check(result: Any) -> None:
         seen = f"{found['min']:g} to {found['max']:g} in {found['images']} images"
         rows.append(("samples", f"{found['bits']} bits, {seen}; window {low:g} to {high:g}"))
     if hint := facts["suggested"]:
-        said = (
-            f"--set model.image_size={hint['image_size']} --set model.patch_size="
-            f"{hint['patch_size']} ({hint['tokens']} tokens)"
-        )
-        rows.append(("suggested", said))
+        sizes = f"image size {hint['image_size']} px, patch size {hint['patch_size']} px"
+        rows.append(("pretrain uses", f"{sizes} ({hint['tokens']} tokens)"))
     if facts["sheet"]:
         rows.append(("sheet", facts["sheet"]))
     if facts["report"]:
@@ -53,19 +51,44 @@ def show_check(result: Any) -> None:
     classes = sorted(facts["classes"].items(), key=lambda item: item[1][splits[0]])
     if len(classes) > MOST_CLASSES:
         classes = [*classes[: MOST_CLASSES // 2], *classes[-MOST_CLASSES // 2 :]]
-    if not result.source.numeric:
+    if classes and not result.source.numeric:
         print_table("", ["class", *splits], [[k, *(v[s] for s in splits)] for k, v in classes])
     report.print_title("problems" if facts["problems"] else "no problems found")
     for line in facts["problems"]:
         report.out.print(Text(f"  {printable(line)}"), soft_wrap=True)
-    for title, pairs in facts["leaks"].items():
-        for names in pairs[:MOST_EXAMPLES]:
-            shown = " = ".join(printable(name) for name in names)
-            report.out.print(Text(f"    {title}: {shown}", style="dim"), soft_wrap=True)
-    for kind in ("exact_duplicates", "near_duplicates"):
-        for names in facts[kind][:MOST_EXAMPLES]:
-            shown = " = ".join(printable(name) for name in names[:MOST_NAMES])
-            shown += f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
-            report.out.print(
-                Text(f"    {kind.replace('_', ' ')}: {shown}", style="dim"), soft_wrap=True
-            )
+    conflicts = [[f"{i['path']} ({i['label']})" for i in g] for g in facts["label_conflicts"]]
+    for title, groups in (
+        *facts["leaks"].items(),
+        ("different labels", conflicts),
+        ("exact duplicates", facts["exact_duplicates"]),
+        ("near duplicates", facts["near_duplicates"]),
+    ):
+        _print_groups(title, groups, result.report is None)
+
+
+def _print_groups(title: str, groups: Sequence[Sequence[str]], propose: bool) -> None:
+    """Print the first groups of images that look the same, and how many others there are."""
+    for names in groups[:MOST_EXAMPLES]:
+        shown = " = ".join(printable(name) for name in names[:MOST_NAMES])
+        shown += f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+        report.out.print(Text(f"    {title}: {shown}", style="dim"), soft_wrap=True)
+    if len(groups) > MOST_EXAMPLES:
+        more = f"    {title}: and {len(groups) - MOST_EXAMPLES:,} more groups of images"
+        more += "; `--out check/` shows them" if propose else ""
+        report.out.print(Text(more, style="dim"), soft_wrap=True)
+
+
+def _image_counts(splits: Mapping[str, int]) -> str:
+    """`300 train, 600 test`; `525, no split` for data that training divides."""
+    if list(splits) == ["train"]:
+        return f"{splits['train']:,}, no split"
+    return ", ".join(f"{n:,} {name}" for name, n in splits.items())
+
+
+def _training_uses(result: Any, training: Mapping[str, Any]) -> str:
+    """`166 train (3 unreadable), 42 test; too few images for validation`."""
+    lost = {k: f" ({n:,} unreadable)" if n else "" for k, n in training["unreadable"].items()}
+    parts = [f"{n:,} {name}{lost[name]}" for name, n in training["splits"].items()]
+    few = "validation" not in training["splits"]
+    few = few and result.training.splitting.get("validation_fraction") == 0.0
+    return ", ".join(parts) + "; too few images for validation" * few

@@ -346,7 +346,8 @@ def _mention_doubts(
     missing = np.flatnonzero(store.content_keys(np.arange(len(store))) < 0)
     if len(missing):
         notes.append(
-            f"{shown}: {len(missing):,} of {len(store):,} images do not exist, such as "
+            f"{shown}: {len(missing):,} of {len(store):,} images "
+            f"do{'es' * (len(missing) == 1)} not exist, such as "
             f"`{store.describe(int(missing[0]))}`"
         )
     if 2 * classes > len(store) and len(store) >= FEW_ROWS:

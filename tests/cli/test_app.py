@@ -102,6 +102,13 @@ def test_help_answers_at_once():
     [
         (["pretrain", "--epoch", "3"], "No such option: --epoch", "see `vitcli pretrain --help`"),
         (["train"], "No such command 'train'", "see `vitcli --help`"),
+        (
+            ["finetune", "data", "model=weights", "batch_size=3", "train.seed=1"],
+            "(model=weights batch_size=3 train.seed=1)",
+            "write `--model weights --batch-size 3 --set train.seed=1`",
+        ),
+        (["evaluate", "data", "--json", "true"], "(true)", "takes no value: remove `true`"),
+        (["finetune", "data", "--budget", "3"], "'3' is not a duration", "train.budget` explains"),
         (["predict"], "Missing argument", "see `vitcli predict --help`"),
         (
             ["pretrain", "--recipe", "pretrain_formla"],

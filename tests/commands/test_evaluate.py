@@ -263,6 +263,8 @@ def test_the_report_shows_everything_and_the_table_lists_all_mistakes(photos, he
         "Figures", "Data and splits", "Confusion matrix", "Calibration", "Mistakes", "Classes",
         "Provenance",
     ]  # fmt: skip
+    assert "top-5" not in page.text and "among the data's classes" not in page.text  # 4 classes
+    assert page.text.count("temperature") == 1
     assert text.count("<script>") == 1 and page.text.count(name) >= 4
     assert "83.33 %" in page.text and all(
         line.replace("`", "") in page.text for line in watch.notes

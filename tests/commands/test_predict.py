@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import os
 import subprocess
@@ -11,8 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from vitcli.cli.main import run as command_line
 from vitcli.commands import predict
 from vitcli.data.image_paths import find_images
+from vitcli.data.image_set import FileStore, ImageSet
+from vitcli.data.split_record import SplitRecord, image_keys
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.weights.loaded import create_model
@@ -173,6 +177,11 @@ def test_tables(model, pictures):
         assert text["label"] == (row["label"] or "") and kept["top"] == row["top"]
         assert kept["probability"] == row["probability"]
         assert json.loads(text["top"]) == row["top"]
+        for number, one in enumerate(row["top"][1:], 2):
+            assert text[f"label_{number}"] == one["label"]
+            assert float(text[f"probability_{number}"]) == one["probability"]
+        assert row["top"] or not (text["label_2"] or text["probability_2"])
+    assert "label_2" not in stored[0] and "label_6" not in table[0]
     assert any(r"\xff" in text["path"] for text in table)
     assert sorted(p.name for p in Path().iterdir()) == ["m.safetensors", "p", "t.csv", "t.parquet"]
 
@@ -204,6 +213,60 @@ def test_light_imports():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"datasets", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "matplotlib"}
     assert not heavy & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"csv_file": "new.xlsx"}, "--csv new.csv"),
+        ({"csv_file": "new.jsonl"}, "--csv new.csv"),
+        ({"jsonl_file": "new.CSV"}, "--jsonl new.jsonl"),
+        ({"parquet_file": "new.csv"}, "--parquet new.parquet"),
+    ],
+)
+def test_a_name_of_another_format_is_refused(given, named):
+    with pytest.raises(VitcliError, match="the name ends in") as caught:
+        predict.run(["p"], **{name: Path(path) for name, path in given.items()})
+    assert named in caught.value.hint
+
+
+def test_the_last_line_counts_and_says_that_a_file_was_replaced(model, pictures, capfd):
+    (pictures / "bad.png").write_bytes(b"no image")
+    assert command_line(["predict", "p", "-m", "m.safetensors", "--csv", "t.csv"]) == 3
+    assert "4 images, 1 unreadable, written to t.csv\n" in capfd.readouterr().err
+    assert command_line(["predict", "p/b.png", "-m", "m.safetensors", "--csv", "t.csv"]) == 0
+    assert capfd.readouterr().err.endswith("1 image, 0 unreadable, written to t.csv (replaced)\n")
+
+
+def test_a_prediction_of_training_images_says_so(model, pictures, capfd):
+    root = Path("p").resolve()
+    names = ["a.jpg", "b.png"]
+    trained = ImageSet("train", ("ant",), np.zeros(2, int), FileStore(root, map(str.encode, names)))
+    model.split_record = SplitRecord({"train": image_keys(trained)})
+    save_model("m.safetensors", model)
+    assert command_line(["predict", "p", "-m", "m.safetensors"]) == 0
+    assert "2 of the 3 images are training images of `m.safetensors`" in capfd.readouterr().err
+    (pictures / names[0]).unlink()
+    Image.new("RGB", (9, 9), "pink").save(pictures / names[1])  # another image under this name
+    assert command_line(["predict", "p", "-m", "m.safetensors"]) == 0
+    assert "training images" not in capfd.readouterr().err
+
+
+def test_a_line_fits_into_a_terminal(monkeypatch):
+    from rich.console import Console
+
+    from vitcli.cli import console
+    from vitcli.cli.show.prediction import show_prediction
+
+    top = [{"label": f"class {n}", "probability": 0.2} for n in range(5)]
+    row = {"path": "a.png", "label": "class 0", "probability": 0.2, "top": top, "error": None}
+    for width, last in ((80, "class 3 20.0 % …"), (200, "class 4 20.0 %"), (10, "20.0 % …")):
+        screen = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+        monkeypatch.setattr(console, "out", screen)
+        show_prediction(row)
+        line = screen.file.getvalue().rstrip("\n")
+        assert line.endswith(last) and "class 0 20.0 %" in line
+        assert len(line) <= max(width, len("a.png  class 0 20.0 % …"))
 
 
 def test_tables_of_any_name_and_not_in_the_place_of_a_folder(model, pictures):

@@ -9,6 +9,7 @@ from vitcli.config.recipe import (
     lay_over,
     load_inference,
     load_recipe,
+    nest,
     parse_overrides,
     read_toml,
 )
@@ -43,6 +44,21 @@ def test_all_mistakes_are_reported_together_with_the_nearest_names():
     assert "`train.seed` = -1" in message
     assert "`optim.lr_scaling` = 'cubic'" in message and "'linear'" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lr", "`optim.lr`"),
+        ("epoch", "`train.epochs`"),
+        ("train.lr", "`optim.lr`"),
+        ("patch_size", "`model.patch_size`"),
+        ("name", "`model.name` or"),
+    ],
+)
+def test_an_unknown_setting_may_be_the_last_part_of_a_known_one(name, meant):
+    with pytest.raises(VitcliError, match=rf"\(did you mean {meant}"):
+        load_recipe("pretrain_formula", nest(name, 1))
 
 
 @pytest.mark.parametrize("train", [{}, {"steps": 1, "epochs": 2}, {"epochs": 1, "images": 5}])
@@ -149,6 +165,10 @@ def test_budgets_are_durations():
         7200,
         65,
     ]
+    spelled = ("3min", "3 min", "3 minutes", "180 sec", "180S", "1 h 30 min", "1hour30minutes")
+    assert [parse_duration(text) for text in spelled] == [180] * 5 + [5400] * 2
+    with pytest.raises(ValueError, match="write for example `3m` for minutes"):
+        parse_duration("3")
     for text in ("", "10", "m", "1.5h", "-3m", "0s"):
         with pytest.raises(ValueError, match="is not a duration"):
             parse_duration(text)
@@ -171,7 +191,7 @@ def test_an_error_in_a_typed_setting_does_not_blame_the_recipe(typed, text):
     with pytest.raises(VitcliError) as caught:
         load_recipe("pretrain_formula", typed)
     assert caught.value.message.startswith(text)
-    assert "vitcli recipes pretrain_formula" in caught.value.hint
+    assert caught.value.hint == f"`vitcli settings {text.split('`')[1]}` explains it"
 
 
 def test_smaller_sizes_by_share_of_the_run():

@@ -419,6 +419,24 @@ def test_notations_that_mean_nothing(notation, words):
     assert "builtin:digits" in str(caught.value.hint) or "too long" in words
 
 
+def test_a_path_that_does_not_exist_gets_a_short_hint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flowers").mkdir()
+    (tmp_path / "flowers/labels.csv").touch()
+    hints = {
+        "flower/": "did you mean `flowers/`?",
+        "flowers/lables.csv": "did you mean `flowers/labels.csv`?",
+        "data=flowers": "DATA has no `data=`: write `flowers`",
+    }
+    for notation, hint in hints.items():
+        with pytest.raises(VitcliError) as caught:
+            load_data(notation)
+        assert caught.value.hint == hint
+    with pytest.raises(VitcliError) as caught:
+        load_data("nowhere")
+    assert len(caught.value.hint) < 300 and "docs/how-to/data.md" in caught.value.hint
+
+
 def test_a_picture_is_no_data(tmp_path):
     paint(tmp_path / "a.png")
     with pytest.raises(VitcliError, match=r"unsupported data format: `.*a\.png`"):

@@ -32,6 +32,9 @@ def test_only_the_mistakes_that_are_shown_are_described():
     assert len(all_of.wrong) == int((~correct).sum())
     losses = [-np.log(one.true_probability) for one in all_of.wrong]
     assert np.all(np.diff(losses) <= 1e-12)
+    wrong_pairs = {(int(true), name) for true, name in zip(labels, names, strict=True)}
+    right = {(true, name) for true, name in wrong_pairs if classes[true] == name}
+    assert all_of.num_pairs == len(wrong_pairs - right)
     for pair in all_of.confused:  # brute force
         both = (labels == classes.index(pair.true)) & (predicted == classes.index(pair.predicted))
         assert (pair.images, pair.of) == (both.sum(), (labels == classes.index(pair.true)).sum())

@@ -312,7 +312,7 @@ def test_what_is_chosen(hub):
         (["dino.pth", "sub/model.npz"], "dino.pth"),
     ):
         assert choose_weights(files, repository) == chosen
-    with pytest.raises(VitcliError, match=r"holds 2 weights files: a.npz, b.npz") as error:
+    with pytest.raises(VitcliError, match=r"holds 2 weights files: `a.npz`, `b.npz`") as error:
         choose_weights(["a.npz", "b.npz"], repository)
     assert error.value.hint.endswith("/org/x/resolve/main/a.npz`")
     with pytest.raises(

@@ -11,7 +11,7 @@ from support.pages import check_page
 from support.watching import Told
 
 from vitcli.evals.mistakes import Mistakes
-from vitcli.evals.report import confusion_section, mistakes_section
+from vitcli.evals.report import confusion_section, mistakes_section, notes_blocks, warnings_of
 from vitcli.report.charts import new_figure, to_svg
 from vitcli.report.page import (
     Cell,
@@ -98,6 +98,21 @@ def test_a_table_has_numbers_to_sort_by():
     assert '<td class="number" data-value="1200">1,200</td>' in text and "<td>-</td>" in text
 
 
+def test_only_a_long_table_scrolls_in_a_box_of_its_own():
+    for rows, boxes in ((30, 0), (31, 1)):
+        table = Table(["row"], [[str(row)] for row in range(rows)])
+        text = Page("t", sections=[PageSection("s", [table])]).render()
+        assert text.count('<div class="scroll tall"') == boxes
+
+
+def test_warnings_are_at_the_top_and_not_among_the_notes():
+    lines = ["a note", "warning: 2 images `leak`", "warning: 2 images `leak`"]
+    page = Page("t", warnings=warnings_of(lines), sections=[PageSection("s", notes_blocks(lines))])
+    text = page.render()
+    assert text.count("leak") == 1 and "2 images <code>leak</code>" in text
+    assert text.index("leak") < text.index("<main>") < text.index("a note")
+
+
 def test_of_many_classes_the_most_confused_are_shown():
     confusion = np.diag(np.full(50, 10))
     confusion[7, 31] = 5
@@ -126,7 +141,7 @@ def test_the_path_under_a_thumbnail(path, short):
 
 
 def test_without_mistakes_there_are_no_pictures():
-    (block,) = mistakes_section(Mistakes((), (), 0), None, {}).blocks
+    (block,) = mistakes_section(Mistakes((), (), 0, 0), None, {}).blocks
     assert block.text == "There is no mistake."
 
 

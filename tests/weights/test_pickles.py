@@ -264,7 +264,7 @@ def test_the_file_stays_as_it_is(net, here):
 def test_several_in_a_folder(net, here):
     save(net.state_dict(), "a.pth")
     save(net.state_dict(), "b.pth")
-    assert "holds 2 weights files: a.pth, b.pth" in refused(".").message
+    assert "holds 2 weights files: `a.pth`, `b.pth`" in refused(".").message
     save(net.state_dict(), "pytorch_model.bin")  # the one that libraries name so goes first
     assert load_model(".", num_heads=4).config == net.config
 

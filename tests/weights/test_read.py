@@ -68,7 +68,7 @@ def test_a_run_that_did_not_finish(here):
 def test_several_weights_files(here):
     for name in ("one", "two"):
         save_file({"x": torch.zeros(1)}, f"{name}.safetensors")
-    with pytest.raises(VitcliError, match="holds 2 weights files: one"):
+    with pytest.raises(VitcliError, match="holds 2 weights files: `one"):
         load_model(".")
 
 

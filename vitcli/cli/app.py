@@ -316,6 +316,7 @@ def predict(
     from vitcli.cli.show import prediction as show
     from vitcli.commands import predict as command
 
+    tables = {path: path.exists() for path in options.tables}
     rows = command.run(images or [], watch=console.Terminal(), **options.arguments())
     for row in rows:
         if options.json:
@@ -324,7 +325,7 @@ def predict(
             show.show_prediction(row)
         if row["error"] is not None:
             console.print_error(VitcliError(f"{row['path']}: {row['error']}"))
-    show.show_counts(rows.counts, options.abstains)
+    show.show_counts(rows.counts, options.abstains, tables)
     if rows.failed:
         raise typer.Exit(console.EXIT_UNREADABLE)
 

@@ -10,6 +10,7 @@ Exit status: 0 done, 1 a bug (traceback), 2 a user error, 3 done but some inputs
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -193,7 +194,25 @@ def _usage_error(error: Exception) -> VitcliError | None:
         return None
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "vitcli"
-    return VitcliError(message(), f"see `{command} --help`")
+    return VitcliError(message(), _extra_hint(message(), context) or f"see `{command} --help`")
+
+
+def _extra_hint(message: str, context: Any) -> str | None:
+    """What to type for arguments too many: `model=weights` means `--model weights`."""
+    extra = re.search(r"unexpected extra argument\S* \((.*)\)$", message)
+    if extra is None or context is None:
+        return None
+    flags = {flag for parameter in context.command.params for flag in parameter.opts}
+    words = []
+    for word in extra[1].split():
+        key, equals, value = word.partition("=")
+        if equals and (flag := f"--{key.replace('_', '-')}") in flags:
+            words.append(f"{flag} {value}")
+        elif equals and "." in key and "--set" in flags:
+            words.append(f"--set {word}")
+        elif word.lower() in ("true", "false", "yes", "no", "on", "off"):
+            return f"a switch takes no value: remove `{word}`; see `{context.command_path} --help`"
+    return f"settings are flags: write `{' '.join(words)}`" if words else None
 
 
 def _os_error(error: Exception) -> VitcliError | None:

@@ -701,6 +701,11 @@ class PredictOptions:
         """Whether some images may get no label."""
         return self.threshold is not None or self.ood_threshold is not None
 
+    @property
+    def tables(self) -> list[Path]:
+        """The output files."""
+        return [path for path in (self.csv, self.jsonl, self.parquet) if path is not None]
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `commands.predict.run`."""
         given = dict(vars(self))

@@ -18,6 +18,7 @@ from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
 from vitcli.data.augment.test_time import TTATransform
 from vitcli.data.image_paths import ImagePaths, find_images
+from vitcli.data.split_record import trained_on
 from vitcli.devices import pick_device
 from vitcli.errors import VitcliError
 from vitcli.evals.finished_tables import ImageDigest, check_finished, is_recorded, record_tables
@@ -201,7 +202,8 @@ def run(
         return Predictions(iter(()), counts)
     net, top = net.to(pick_device()), min(top, net.config.num_classes)
     predictor = ImagePredictor(net, transform, rules, top, batch_size, precision)
-    return Predictions(_rows(predictor, files, outputs, decisive, resume, counts, watch), counts)
+    rows = _rows(predictor, name, files, outputs, decisive, resume, counts, watch)
+    return Predictions(rows, counts)
 
 
 def _with_reference(
@@ -263,6 +265,7 @@ def _check_options(top: int, batch_size: int, outputs: OutputFiles, resume: bool
 
 def _rows(
     predictor: ImagePredictor,
+    name: str,
     files: ImagePaths,
     outputs: OutputFiles,
     decisive: Mapping[str, Any],
@@ -293,17 +296,26 @@ def _rows(
             Thread(target=_count_files, args=(files, bar), daemon=True).start()
         made = predictor.rows(todo, bar)
         stack.callback(made.close)
+        is_known, trained = trained_on(predictor.net.split_record), 0
         for row in islice(made, repeated, None):
+            trained += is_known(row["path"])
             if log is not None:
                 log.add(row)
             counts.add(row)
             yield row
         for line in files.skipped.values():
             watch.note(line)
+        if trained:
+            watch.note(
+                f"{trained:,} of the {counts.count:,} images are training images of `{name}`, so "
+                "these predictions are better than on new images; `vitcli evaluate` measures "
+                "held-out images"
+            )
         if log is not None:
             columns = NUMBER_COLUMNS if predictor.net.is_regression else COLUMNS
             labels = [LABELS_COLUMN] if predictor.net.thresholds is not None else []
-            outputs.write(log.rows, [*columns, *labels, *predictor.rules.columns])
+            top = 1 if predictor.net.is_regression else predictor.top
+            outputs.write(log.rows, [*columns, *labels, *predictor.rules.columns], top)
             log.remove()
             record_tables(outputs.paths, decisive, images.hexdigest())
 

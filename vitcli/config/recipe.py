@@ -5,7 +5,7 @@ Precedence: the defaults of the schema, the recipe file, then `--set section.key
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -179,6 +179,8 @@ def check(
         text = "; ".join(faults.values())
         if not faults.keys() <= flat_keys(typed or {}).keys():
             text = f"{origin}: {text}"
+        elif kind is Recipe and (known := [k for k in faults if k in _dotted_names(kind)]):
+            hint = f"`vitcli settings {known[0]}` explains it"  # the recipe has no part in it
         hint = hint or f"correct it in {origin}; `vitcli recipes pretrain_formula` is an example"
         raise VitcliError(text, hint) from None
 
@@ -191,11 +193,9 @@ def _fault(kind: type[Section], error: Mapping[str, Any]) -> tuple[str, str]:
         parts.pop()  # pydantic appends the union member that it tried
     name = ".".join(parts)
     if error["type"] == "extra_forbidden":
-        close = nearest(name, names) or nearest(parts[-1], [n.rpartition(".")[2] for n in names])
-        full = next((n for n in names if n == close or n.endswith(f".{close}")), None)
-        return name, f"there is no setting `{name}`" + (
-            f" (did you mean `{full}`?)" if full else ""
-        )
+        meant = _similar_settings(name, names)
+        text = f"there is no setting `{name}`"
+        return name, f"{text} (did you mean {meant}?)" if meant else text
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "missing":
         return name, f"`{name}` is missing"
@@ -205,6 +205,18 @@ def _fault(kind: type[Section], error: Mapping[str, Any]) -> tuple[str, str]:
         return name, f"{value}{' ' if is_scalar else ': '}{message}" if name else message
     message = re.sub(r"^Input should be", "must be", message)
     return name, f"{value} {message[:1].lower()}{message[1:]}"
+
+
+def _similar_settings(name: str, names: Sequence[str]) -> str:
+    """The settings that `name` may mean, in a row; `lr` means `optim.lr` rather than `lora`."""
+    last = name.rpartition(".")[2]
+    own = [known.rpartition(".")[2] for known in names]
+    full = [known for known, one in zip(names, own, strict=True) if one == last]
+    close = nearest(name, names) if "." in name else None
+    close = close or nearest(last, own) or nearest(name, names)
+    full = full or [known for known in names if close == known]
+    full = full or [n for n, one in zip(names, own, strict=True) if one == close][:1]
+    return " or ".join(f"`{one}`" for one in full[:3])
 
 
 def _dotted_names(kind: type[Section], prefix: str = "") -> list[str]:

@@ -64,16 +64,19 @@ def setting(default: Any, help: str, **bounds: Any) -> Any:
 
 
 def parse_duration(text: str) -> float:
-    """`90s`, `10m`, `1h30m` -> seconds.
+    """`90s`, `10m`, `3 min`, `1h30m` -> seconds.
 
     Raises:
         ValueError: the text has another form, or the duration is zero.
     """
-    found = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,9})s)?", text.strip())
+    hours, minutes = r"(?:(\d{1,6})h(?:ours?)?)?", r"(?:(\d{1,6})m(?:in(?:utes?)?)?)?"
+    seconds_ = r"(?:(\d{1,9})s(?:ec(?:onds?)?)?)?"
+    found = re.fullmatch(hours + minutes + seconds_, text.replace(" ", "").lower())
     parts = [int(part or 0) for part in found.groups()] if found else []
     seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
     if not seconds:
-        raise ValueError("is not a duration; write for example `90s`, `10m` or `1h30m`")
+        number = f"`{text.strip()}m` for minutes" if text.strip().isdigit() else "`90s`, `10m`"
+        raise ValueError(f"is not a duration; write for example {number} or `1h30m`")
     return float(seconds)
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from vitcli.data.readers import DATA_SUFFIXES
 from vitcli.data.readers.folder import WalkReport, walk_images
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, nearest_path, printable, quoted
 from vitcli.files import is_url
 from vitcli.preprocess import AnyImage
 
@@ -100,8 +100,10 @@ def find_images(
             "a list of paths",
         )
     if len(peeked) < MAX_MISSING and not any(map(os.path.exists, peeked)):
-        shown = ", ".join(f"`{printable(path)}`" for path in peeked[:3])
-        raise VitcliError(f"no such image: {shown}", PATHS_HINT)
+        shown = quoted(peeked, 3)
+        close = nearest_path(peeked[0])
+        hint = f"did you mean `{printable(close)}`?" if close else PATHS_HINT
+        raise VitcliError(f"no such image: {shown}", hint)
     return found
 
 

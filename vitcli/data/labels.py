@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vitcli.config.schema import DataSection
 from vitcli.data.image_set import Integers
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 
 # Missing cells as pandas and NumPy (`nan`), Python (`None`), SQL and Excel write them. `NA` and
 # `none` stay labels, because people write them.
@@ -102,7 +102,7 @@ def merged_note(shown: str, values: Iterable[Any]) -> list[str]:
     if not merged:
         return []
     extra = sum(len(forms) - 1 for forms in merged.values())
-    names = ", ".join(f"`{name}`" for name in sorted(merged)[:MAX_SHOWN])
+    names = quoted(sorted(merged), MAX_SHOWN)
     return [
         f"{shown}: merged {extra} spelling{'s' if extra > 1 else ''} of labels that differ only in "
         f"blanks or in the encoding of accents ({names})"

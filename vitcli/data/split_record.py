@@ -63,6 +63,20 @@ def content_key(images: ImageSet) -> Callable[[int], int]:
     return key
 
 
+def trained_on(record: "SplitRecord | None") -> Callable[[Any], bool]:
+    """A function that tells whether a path is a training image of `record`, by its content."""
+    known: Any = () if record is None else record.splits.get("train", np.empty(0, KEY))["content"]
+    contents = set(map(int, known))
+
+    def is_known(path: Any) -> bool:
+        try:
+            return bool(contents) and _hash(_sample(Path(path)), 8) in contents
+        except (OSError, TypeError, ValueError):  # a URL, or an image in memory
+            return False
+
+    return is_known
+
+
 def _sample(content: Any) -> bytes:
     """The bytes that stand for an image: all of a small one, and blocks of a large one."""
     if isinstance(content, Image.Image):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
-from vitcli.errors import VitcliError, nearest
+from vitcli.errors import VitcliError, nearest, quoted
 from vitcli.files import parse_json
 from vitcli.progress import Watcher
 from vitcli.weights.edit import match_classes
@@ -129,12 +129,11 @@ def match_outputs(
         )
     # All or nothing: a partial match would silently drop images of the other classes.
     missing = [name for name in classes if match_classes([name], net.labels) is None]
-    shown = ", ".join(f"`{name}`" for name in missing[:3])
-    known = ", ".join(f"`{name}`" for name in net.labels[:3])
     raise VitcliError(
-        f"the model lacks {len(missing)} of the {len(classes)} classes of `{data}`: {shown}",
-        hint=f"the model has {known} …; rename its outputs with `--labels FILE` (one class per "
-        "line), or assign classes with `--class-map FILE`",
+        f"the model lacks {len(missing)} of the {len(classes)} classes of `{data}`: "
+        f"{quoted(missing, 3)}",
+        hint=f"the model has {quoted(net.labels, 3)}; rename its outputs with "
+        "`--labels FILE` (one class per line), or assign classes with `--class-map FILE`",
     )
 
 
@@ -181,10 +180,10 @@ def _match_by_map(
             outputs = [find(wanted, unknown) for wanted in class_map[key]]
             found[number] = tuple(dict.fromkeys(i for i in outputs if i is not None))
     if unknown:
-        shown = ", ".join(f"`{name}`" for name in unknown[:3])
         near = nearest(unknown[0], list(net.labels or ()))
         raise VitcliError(
-            f"`--class-map` names {len(unknown)} classes that the model does not have: {shown}",
+            f"`--class-map` names {len(unknown)} classes that the model does not have: "
+            f"{quoted(unknown, 3)}",
             f"did you mean `{near}`?" if near else MAP_HINT,
         )
     if not found:

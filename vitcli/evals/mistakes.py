@@ -60,13 +60,15 @@ class Mistakes:
 
     Attributes:
         wrong: those that are described, by falling loss.
-        confused: pairs of classes by falling count.
+        confused: the first `NUM_PAIRS` pairs of classes by falling count.
         count: number of all misclassified images.
+        num_pairs: number of all pairs.
     """
 
     wrong: tuple[Mistake, ...]
     confused: tuple[ConfusedPair, ...]
     count: int
+    num_pairs: int
 
     @property
     def worst(self) -> tuple[Mistake, ...]:
@@ -117,7 +119,8 @@ def find_mistakes(
         ConfusedPair(true, name, len(rows), number[true], tuple(map(mistake, rows[:NUM_COLUMNS])))
         for (true, name), rows in largest
     ]
-    return Mistakes(tuple(map(mistake, by_loss[:most])), tuple(confused), len(by_loss))
+    found = tuple(map(mistake, by_loss[:most])), tuple(confused)
+    return Mistakes(*found, count=len(by_loss), num_pairs=len(pairs))
 
 
 def write_mistakes(path: Path, mistakes: Mistakes) -> None:

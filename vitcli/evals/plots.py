@@ -77,7 +77,7 @@ def describe_result(result: Evaluation) -> str:
     """Model, data, the main figure and the number of images: the title of every picture."""
     metrics, where = result.metrics, f"{printable(result.model)} on {printable(result.data)}"
     if isinstance(metrics, SingleLabelMetrics):
-        figure = f"top-1 {share_text(metrics.top1, result.intervals.of.get('top1'))}"
+        figure = f"accuracy {share_text(metrics.top1, result.intervals.of.get('top1'))}"
     elif isinstance(metrics, MultiLabelMetrics):
         figure = f"mean average precision {share_text(metrics.map)}"
     else:

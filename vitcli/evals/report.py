@@ -21,7 +21,7 @@ from vitcli.evals.plots import (
     row_shares,
     scatter_figure,
 )
-from vitcli.evals.scoring import PerClass
+from vitcli.evals.scoring import MIN_TOP5_CLASSES, PerClass
 from vitcli.pixels import PixelFormat
 from vitcli.report.charts import to_svg
 from vitcli.report.page import (
@@ -46,15 +46,16 @@ from vitcli.run import Run, run_stem
 
 MAX_MATRIX_CLASSES = 20  # a larger table is not legible
 MAX_PAIRS, PAIR_EXAMPLES = 5, 6  # pairs of confused classes with thumbnails
+WARNING = "warning: "  # at the start of a recorded line (`vitcli.progress`)
 HEADLINE = {
     "accuracy": "accuracy",
-    "top1": "top-1 accuracy",
+    "top1": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "map": "mean average precision",
     "mae": "mean absolute error",
     "rmse": "root mean squared error",
     "r2": "R2",
-    "top1_restricted": "top-1 among the data's classes",
+    "top1_restricted": "accuracy among the data's classes",
     "top5": "top-5 accuracy",
     "micro_f1": "micro F1",
     "loss": "loss",
@@ -78,13 +79,14 @@ def evaluation_page(
         notes: notes and warnings of the command, among them those about splits and copies.
     """
     facts = result.to_json()
-    figures = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+    figures = _worth_showing(facts, None if result.details is None else result.details.num_outputs)
     # The interval of the calibration error is that of its value without bias, see `Calibration`.
     of = {key: pair for key, pair in result.intervals.of.items() if key != "ece"}
     page = Page(
         title=f"Evaluation of {run_stem(result.model)}",
         summary=f"{describe_result(result)}.",
         headline=headline_figures(figures, of),
+        warnings=warnings_of(notes),
         sections=[
             PageSection("Figures", [figures_table(figures, of)]),
             _data_section(result, notes),
@@ -115,6 +117,17 @@ def evaluation_page(
     return page
 
 
+def _worth_showing(facts: Mapping[str, Any], num_outputs: int | None) -> dict[str, Any]:
+    """The numbers of `evaluate --json` that tell something: no repetition, no certain 100 %."""
+    found = {key: value for key, value in facts.items() if isinstance(value, int | float)}
+    del found["temperature"]  # no measurement; it is with the data
+    if num_outputs is not None and num_outputs < MIN_TOP5_CLASSES:
+        found.pop("top5", None)
+    if found.get("top1_restricted") == found.get("top1"):
+        found.pop("top1_restricted", None)
+    return found
+
+
 def headline_figures(
     figures: Mapping[str, Any], intervals: Mapping[str, Any], most: int = 4
 ) -> list[tuple[str, str, str]]:
@@ -122,8 +135,8 @@ def headline_figures(
     found = []
     for key, name in HEADLINE.items():
         value = figures.get(key)
-        if key == "top1_restricted" and value == figures.get("top1"):
-            continue
+        if key == "map" and figures.keys() & {"accuracy", "top1"}:
+            continue  # the main figure of images with several labels only
         if isinstance(value, int | float):
             interval = _interval_text(key, intervals.get(key))
             found.append(
@@ -173,9 +186,15 @@ def _data_section(result: Evaluation, notes: Sequence[str]) -> PageSection:
 
 
 def notes_blocks(notes: Sequence[str]) -> list[Block]:
-    """The notes of a command, each once."""
-    lines = list(dict.fromkeys(notes))
-    return [Paragraph("Notes and warnings of the command:"), Listed(lines)] if lines else []
+    """The notes of a command without its warnings, each once."""
+    lines = [line for line in dict.fromkeys(notes) if not line.startswith(WARNING)]
+    return [Paragraph("Notes of the command:"), Listed(lines)] if lines else []
+
+
+def warnings_of(notes: Sequence[str]) -> list[str]:
+    """The warnings among the lines of a watcher, each once; a page shows them at its top."""
+    found = [line.removeprefix(WARNING) for line in notes if line.startswith(WARNING)]
+    return list(dict.fromkeys(found))
 
 
 def confusion_section(
@@ -259,7 +278,10 @@ def mistakes_section(
     title = "Worst mistakes: the label has the lowest probability"
     blocks.append(Gallery(title, thumbnails(mistakes.worst)))
     rows = [[name(p.true), name(p.predicted), p.images, p.of] for p in mistakes.confused]
-    blocks.append(Paragraph("Pairs of classes that are confused most often:"))
+    text = "Pairs of classes that are confused most often"
+    if mistakes.num_pairs > len(rows):
+        text += f", {len(rows)} of {mistakes.num_pairs:,}"
+    blocks.append(Paragraph(f"{text}:"))
     blocks.append(Table(["label", "predicted", "images", "of"], rows))
     for pair in mistakes.confused[:MAX_PAIRS]:
         title = f"{name(pair.true)} predicted as {name(pair.predicted)}"

@@ -20,6 +20,7 @@ PerClass = dict[str, dict[str, Any]]
 BLOCK_VALUES = 2**22  # logits that are converted to float64 at a time
 NO_TARGET = -1  # fills up rows of a target table that have fewer right outputs than others
 ECE_BINS = 15  # Guo et al. (2017), table 1
+MIN_TOP5_CLASSES = 6  # with fewer classes top-5 accuracy is 100 % for any model
 THRESHOLD = 0.5  # probability from which a multi-label class counts as predicted
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.evals.intervals import MIN_POSITIVES
 from vitcli.evals.ranking import Ranking
 from vitcli.evals.scoring import THRESHOLD, Floats, multi_label_metrics, multi_label_per_class
@@ -123,7 +123,7 @@ def fit_thresholds(
         cause = "have no image or no threshold with" if rule.wanted else "have no image for"
         watch.warn(
             f"{len(failed)} of {len(names)} classes {cause} `{rule}` and keep the threshold "
-            f"{THRESHOLD}: {', '.join(failed[:5])}{' …' if len(failed) > 5 else ''}"
+            f"{THRESHOLD}: {quoted(failed, 5)}"
         )
     # The best threshold for 3 images is that of these 3 images.
     positives = targets.sum(axis=0, dtype=np.int64)

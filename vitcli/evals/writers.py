@@ -18,6 +18,9 @@ WriteRow = Callable[[PredictionRow], object]
 COLUMNS = ("path", "label", "probability", "top", "error")
 LABELS_COLUMN = "labels"  # if the model has a threshold per class
 NUMBER_COLUMNS = ("path", "value", "error")  # of a regression
+# Endings that say which format a file has; another format under such a name would mislead.
+FORMAT_OF = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet", ".tsv": "tsv"}
+FORMAT_OF |= dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet")
 # A row group is written at once: large enough to compress, small enough for memory.
 ROW_GROUP_SIZE = 4096  # rows of a parquet row group
 
@@ -31,6 +34,14 @@ class OutputFiles:
     parquet: Path | None = None
 
     def __post_init__(self) -> None:
+        for kind in ("csv", "jsonl", "parquet"):
+            path = getattr(self, kind)
+            if path is not None and FORMAT_OF.get(path.suffix.lower(), kind) != kind:
+                raise VitcliError(
+                    f"`--{kind} {path}`: the name ends in `{path.suffix}`, but the file would be "
+                    f"{kind}",
+                    f"use `--{kind} {path.with_suffix('.' + kind)}`",
+                )
         for path in self.paths:
             if path.is_dir():
                 raise VitcliError(
@@ -49,12 +60,18 @@ class OutputFiles:
         """All wanted files, in a fixed order."""
         return [path for path in (self.csv, self.jsonl, self.parquet) if path is not None]
 
-    def write(self, rows: Callable[[], Iterable[PredictionRow]], columns: Sequence[str]) -> None:
-        """Write every file atomically; `rows` is called once for each file."""
+    def write(
+        self, rows: Callable[[], Iterable[PredictionRow]], columns: Sequence[str], top: int = 1
+    ) -> None:
+        """Write every file atomically; `rows` is called once for each file.
+
+        A CSV has two further columns for each class after the best one, up to the `top`-th.
+        """
         writers = ((_csv, self.csv), (_jsonl, self.jsonl), (_parquet, self.parquet))
+        ranked = [f"{name}_{n}" for n in range(2, top + 1) for name in ("label", "probability")]
         for writer, path in writers:
             if path is not None:
-                with writer(path, columns) as write_row:
+                with writer(path, [*columns, *ranked] if writer is _csv else columns) as write_row:
                     for row in rows():  # read again from the log: no list of all rows
                         write_row(row)
 
@@ -79,6 +96,9 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[WriteRow]:
             cells = {k: str(v).lower() if isinstance(v, bool) else v for k, v in row.items()}
             for name in {"top", "labels"} & row.keys():
                 cells[name] = json.dumps(row[name], ensure_ascii=False)
+            # A spreadsheet cannot read JSON.
+            for number, one in enumerate((row.get("top") or [])[1:], 2):
+                cells |= {f"{name}_{number}": one[name] for name in ("label", "probability")}
             writer.writerow({**cells, "path": _utf8(row["path"])})
 
         yield write

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vitcli.decode import IMAGE_SUFFIXES
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.hub.repository import (
     SMALL_FILE,
     RepoFiles,
@@ -87,7 +87,7 @@ def find_dataset(notation: str, wanted: Sequence[str] = ()) -> tuple[RepoFiles, 
             return converted
     if chosen is None:
         script = " and a script, which vitcli never executes" if has_script else ""
-        shown = ", ".join(f"`{path}`" for path in paths[:6]) or "no files"
+        shown = quoted(paths, 6) or "no files"
         raise VitcliError(
             f"`{repository}` holds no images in a supported format; it holds {shown}{script}",
             "vitcli reads parquet, WebDataset shards and class folders; download other formats "
@@ -238,7 +238,7 @@ def _choose_config(
     config: str | None,
     shown: str,
 ) -> str:
-    names = ", ".join(f"`{name}`" for name in list(configs)[:10])
+    names = quoted(configs, 10)
     if config is not None:
         if config in configs:
             return config

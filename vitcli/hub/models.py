@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.files import read_json
 from vitcli.hub.client import cannot_write, quiet_hub
 from vitcli.hub.failures import ConnectionFailed, fetch_elsewhere
@@ -78,10 +78,10 @@ def choose_weights(paths: Collection[str], repository: Repository) -> str:
             return found[0]
         if found:
             raise VitcliError(
-                f"`{repository}` holds {len(found)} weights files: {', '.join(found[:4])}",
+                f"`{repository}` holds {len(found)} weights files: {quoted(found, 4)}",
                 f"give the URL of one: `{repository.url}/resolve/{repository.revision}/{found[0]}`",
             )
-    shown = ", ".join(f"`{path}`" for path in top[:6]) or "no files"
+    shown = quoted(top, 6) or "no files"
     raise VitcliError(
         f"`{repository}` holds no weights in a supported format; it holds {shown}",
         "vitcli reads model.safetensors, pytorch_model.bin, or a single .npz",

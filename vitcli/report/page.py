@@ -66,6 +66,7 @@ class Table:
     rows: Sequence[Sequence[Any]]
     sortable: bool = True
     kind: ClassVar[str] = "table"
+    limited: ClassVar[int] = 30  # rows; a longer table scrolls in a box of its own
 
     @property
     def cells(self) -> list[list[Cell]]:
@@ -151,18 +152,24 @@ class Page:
 
     Attributes:
         headline: (name, value, remark) of the most important figures.
+        warnings: lines that a reader must see before the figures.
     """
 
     title: str
     summary: str = ""
     headline: Sequence[tuple[str, str, str]] = ()
     sections: list[PageSection] = field(default_factory=list)
+    warnings: Sequence[str] = ()
 
     def render(self) -> str:
         """The HTML text."""
         shown = [section for section in self.sections if section.blocks]
         return _template().render(
-            title=self.title, summary=self.summary, headline=self.headline, sections=shown
+            title=self.title,
+            summary=self.summary,
+            headline=self.headline,
+            warnings=self.warnings,
+            sections=shown,
         )
 
     def write(self, path: Path) -> None:

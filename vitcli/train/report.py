@@ -24,6 +24,7 @@ from vitcli.evals.report import (
     notes_blocks,
     recipe_section,
     value_text,
+    warnings_of,
 )
 from vitcli.evals.scoring import (
     ImageScores,
@@ -69,9 +70,10 @@ Records = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 COLOURS = {"train": BLUE, "validation": ORANGE, "test": GREEN, "lr": GREY}
 SMOOTHED_SHARE = 20  # the window is 1 / 20 of the records
 CURVES_CAPTION = (
-    "Points are evaluations of all held-out images. The faint line is the mean of the training "
-    "steps since the last record, on augmented images and while the weights change."
+    "Points are evaluations of all held-out images. The line of training is the mean of the steps "
+    "since the last record, on augmented images and while the weights change."
 )
+SMOOTHED_CAPTION = "The faint line has every record, the strong line is smoothed."
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def run_page(
             f"{result['images']:,} images. The figures are those of the {split} images."
         ),
         headline=headline_figures(figures, _intervals(figures)),
+        warnings=warnings_of(_logged(run.path / "log.txt")),
     )
     page.sections = [
         PageSection("Curves", _charts(records)),
@@ -158,7 +161,7 @@ def _draw_panel(
         steps, values = zip(*((r["step"], r[name]) for r in records if name in r), strict=True)
         kind = name.partition("/")[0]
         style: dict[str, Any] = {"color": COLOURS[kind], "linewidth": 1.5}
-        width = len(values) // SMOOTHED_SHARE
+        width = _window(len(values))
         if kind == "train" and width > 1:
             axes.plot(steps, values, label="train", **{**style, "alpha": 0.35, "linewidth": 1})
             label = f"train, smoothed over {width // 2 * 2 + 1} records"
@@ -179,7 +182,14 @@ def _charts(records: Records) -> list[Block]:
         figure = new_figure(4.5, 3.2)
         _draw_panel(figure.subplots(), title, names, records)
         pictures.append(Picture(to_svg(figure, title), f"{title} of the run"))
-    return [Paragraph(CURVES_CAPTION), Charts(pictures)] if pictures else []
+    count = sum("train/loss" in record for record in records)
+    caption = f"{CURVES_CAPTION} {SMOOTHED_CAPTION}" if _window(count) > 1 else CURVES_CAPTION
+    return [Paragraph(caption), Charts(pictures)] if pictures else []
+
+
+def _window(count: int) -> int:
+    """Number of records that the smoothed line averages; none if it is below 2."""
+    return count // SMOOTHED_SHARE
 
 
 def _describe_last(run: Run, records: Sequence[Mapping[str, Any]]) -> str:
@@ -225,6 +235,8 @@ def _data_section(
     """How the splits were made, what they have in common, and what could not be read."""
     data = {k: v for k, v in known.get("data", {}).items() if v is not None}
     counts = data.pop("images", None) or {}
+    for hash_ in ("fingerprint", "content"):  # provenance.json has them, for a resume
+        data.pop(hash_, None)
     rows = [
         ("data", data.pop("name", result["data"])),
         ("classes", f"{len(source.classes):,}"),

@@ -131,7 +131,7 @@ def check_shapes(
 def _as_float32(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     if wrong := [f"{n} ({t.dtype})" for n, t in tensors.items() if not t.is_floating_point()]:
         raise VitcliError(
-            f"`{source}` holds tensors that are not floating-point: {', '.join(wrong[:5])}",
+            f"`{source}` holds tensors that are not floating-point: {quoted(wrong, 5)}",
             hint="quantised weights are not supported: use the float32 file",
         )
     return {name: tensor.float() for name, tensor in tensors.items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.files import read_json
 from vitcli.weights.find_network import FoundNetwork
 from vitcli.weights.pickles import load_pickle, own_tensors
@@ -113,7 +113,7 @@ def _products(
             added[f"{bare}.bias"] = scale * bias.double()
         ranks.append(rank)
     if left or not added:
-        shown = ", ".join(list(left)[:3]) or "no tensors of LoRA"
+        shown = quoted(left, 3) or "no tensors of LoRA"
         raise VitcliError(
             f"`{folder}` is another kind of LoRA than `lora_A` and `lora_B` in linear layers and "
             f"convolutions: it holds {shown}",
@@ -152,7 +152,7 @@ def merge_adapter(adapter: LoraAdapter, network: FoundNetwork, place: Callable[[
     if wrong:
         raise VitcliError(
             f"the adapter `{adapter.path.parent}` does not fit its base model, which lacks tensors "
-            f"of these names and shapes: {', '.join(wrong[:4])}",
+            f"of these names and shapes: {quoted(wrong, 4)}",
             hint="set the model that it was trained on: `--set model.base_model=MODEL`",
         )
     for name, tensor in adapter.replaced.items():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, printable, quoted
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar", ".joblib")
 ZIP = b"PK\x03\x04"
@@ -78,7 +78,7 @@ def load_pickle(path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
             f"`{path}` holds a {type(value).__name__}, not a state dict",
             hint="save `model.state_dict()`",
         )
-    keys = ", ".join(f"`{printable(str(k))}`" for k in list(value)[:6]) or "none"
+    keys = quoted(value, 6) or "none"
     raise VitcliError(
         f"`{path}` holds no state dict; its keys are {keys}",
         hint="save the tensors of the model: `torch.save(model.state_dict(), PATH)`",
@@ -93,7 +93,7 @@ def own_tensors(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """
     if wrong := [f"{name} ({_kind(t)})" for name, t in tensors.items() if _kind(t)]:
         raise VitcliError(
-            f"`{path}` holds tensors that are not dense weights: {', '.join(wrong[:5])}",
+            f"`{path}` holds tensors that are not dense weights: {quoted(wrong, 5)}",
             hint="use the dense float32 file",
         )
     _check_size(tensors, path)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.files import is_url, read_json
 from vitcli.hub.http import fetch_url
 from vitcli.hub.models import INDEX, fetch_model
@@ -300,7 +300,7 @@ def _weights_in(folder: Path) -> Path:
         return files[0]
     if files:
         raise VitcliError(
-            f"`{folder}` holds {len(files)} weights files: {', '.join(p.name for p in files[:4])}",
+            f"`{folder}` holds {len(files)} weights files: {quoted((p.name for p in files), 4)}",
             hint="name one of these files",
         )
     if (folder / "recipe.toml").is_file():
@@ -315,7 +315,7 @@ def _weights_in(folder: Path) -> Path:
     if pickles:
         raise VitcliError(
             f"`{folder}` holds {len(pickles)} weights files: "
-            f"{', '.join(p.name for p in pickles[:4])}",
+            f"{quoted((p.name for p in pickles), 4)}",
             hint="name one of these files",
         )
     if newest := _newest_checkpoint(folder):

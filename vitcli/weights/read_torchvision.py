@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.weights.find_network import FoundNetwork
 from vitcli.weights.overrides import Overrides
 from vitcli.weights.store import Checkpoint
@@ -38,7 +38,7 @@ def read_torchvision(network: FoundNetwork, source: str, overrides: Overrides) -
     if foreign := [name for name in network.tensors if not KNOWN.fullmatch(timm_name(name, NAMES))]:
         raise VitcliError(
             f"`{source}` does not fit a Vision Transformer of torchvision; not part of the model: "
-            f"{', '.join(foreign[:6])}",
+            f"{quoted(foreign, 6)}",
             hint=CHECK_FILE,
         )
     patches, table = renamed["patch_embed.proj.weight"], renamed["pos_embed"]

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import fixed_table
 from vitcli.weights.find_network import FoundNetwork
@@ -56,7 +56,7 @@ def read_vit_pytorch(network: FoundNetwork, source: str, overrides: Overrides) -
     if foreign:
         raise VitcliError(
             f"`{source}` is another architecture of vit-pytorch; not part of its `ViT` and "
-            f"`SimpleViT`: {', '.join(foreign[:6])}",
+            f"`SimpleViT`: {quoted(foreign, 6)}",
             hint=WORKING,
         )
     _rename_patches(found, source)

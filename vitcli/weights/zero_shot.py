@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.files import parse_json
 from vitcli.vit import VisionTransformer
 from vitcli.weights.load_report import LoadReport
@@ -84,7 +84,7 @@ def _embeddings(tensors: dict[str, Tensor], path: str | Path) -> Tensor:
     """(K, E) float32 rows of length 1."""
     rows = tensors.get(EMBEDDINGS)
     if rows is None or rows.ndim != 2 or not rows.numel() or not rows.is_floating_point():
-        shown = ", ".join(f"{name} {tuple(t.shape)}" for name, t in list(tensors.items())[:4])
+        shown = quoted((f"{name} {tuple(t.shape)}" for name, t in tensors.items()), 4)
         raise VitcliError(f"`{path}` holds no text embeddings, but {shown}", hint=CONTENT)
     rows = rows.float()
     lengths = rows.norm(dim=1, keepdim=True)  # (K, 1)

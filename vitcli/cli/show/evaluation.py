@@ -6,9 +6,9 @@ from typing import Any
 
 from vitcli.cli.console import MOST_CLASSES, percent, print_facts, print_table, show_path
 from vitcli.cli.show.training import number_rows, with_interval
+from vitcli.evals.scoring import MIN_TOP5_CLASSES
 from vitcli.run import run_stem
 
-MIN_TOP5_CLASSES = 6  # with fewer classes top-5 is 100 % of any images
 MAX_PAIRS = 5  # pairs of confused classes
 METHODS = {
     "finetune": "fine-tuning",
@@ -62,29 +62,31 @@ def _show_worst_numbers(result: Any) -> None:
         for one in result.worst[:MAX_PAIRS]
     ]
     name = result.numbers.name
-    print_table("largest errors", ["image", f"true {name}", f"predicted {name}"], rows)
+    print_table(
+        f"the {len(rows)} largest errors", ["image", f"true {name}", f"predicted {name}"], rows
+    )
 
 
 def _single_label_rows(result: Any) -> Rows:
     m, of, real = result.metrics, result.intervals.of, result.details.real
-    rows: Rows = [("top-1", with_interval(m.top1, of["top1"]))]
+    rows: Rows = [("accuracy", with_interval(m.top1, of["top1"]))]
     if m.top1_restricted != m.top1:
         restricted = with_interval(m.top1_restricted, of["top1_restricted"])
-        rows.append(("top-1 among the data's classes", restricted))
+        rows.append(("accuracy among the data's classes", restricted))
     if result.details.num_outputs >= MIN_TOP5_CLASSES:
-        rows.append(("top-5", with_interval(m.top5, of["top5"])))
+        rows.append(("top-5 accuracy", with_interval(m.top5, of["top5"])))
     rows += _average_rows(result, ("balanced_accuracy", "macro_f1", "roc_auc"))
     if real is not None:
         by_real = f"{with_interval(real.top1, of['top1_real'])}, {real.images:,} images"
-        rows.append(("top-1 by ReaL labels", by_real))
+        rows.append(("accuracy by ReaL labels", by_real))
     rows.append(("loss", f"{m.loss:.4f}"))
     error, interval = result.details.calibration_error, of["ece"]
-    shown = f"{m.ece:.4f}; a calibrated model shows {error.if_calibrated:.4f} on these images"
     spread = f"no interval: {result.intervals.reasons.get('ece')}"
     if interval is not None:
         spread = f"{interval[0]:.4f} to {interval[1]:.4f}"
-    corrected = f"{error.debiased:.4f} ({spread})"
-    return [*rows, ("calibration error", shown), ("without the bias of few images", corrected)]
+    # A few images show an error even for a calibrated model.
+    shown = f"{m.ece:.4f}; corrected for {m.images:,} images {error.debiased:.4f} ({spread})"
+    return [*rows, ("calibration error", shown)]
 
 
 def _multi_label_rows(result: Any) -> Rows:
@@ -161,7 +163,10 @@ def _show_single_label_classes(result: Any) -> None:
     print_table(title, columns, lowest if many else rows)
     if pairs := result.details.mistakes.confused[:MAX_PAIRS]:
         cells = [[display(p.true), display(p.predicted), f"{p.images} of {p.of}"] for p in pairs]
-        print_table("most often confused", ["true", "predicted", "images"], cells)
+        total = result.details.mistakes.num_pairs
+        title = "most often confused"
+        title += f": {len(pairs)} of {total:,} pairs of classes" if total > len(pairs) else ""
+        print_table(title, ["true", "predicted", "images"], cells)
 
 
 def _show_multi_label_classes(result: Any) -> None:
@@ -194,7 +199,7 @@ def _show_comparison(result: Any) -> None:
     top5 = single and any(m.details.num_outputs >= MIN_TOP5_CLASSES for m in models)
     columns = ["model", "images"]
     if single:
-        columns += ["top-1"] + ["among the data's"] * restricted + ["ReaL"] * real
+        columns += ["accuracy"] + ["among the data's"] * restricted + ["ReaL"] * real
         columns += ["top-5"] * top5 + ["loss", "calibration error"]
     else:
         columns += ["mean average precision", "loss"]

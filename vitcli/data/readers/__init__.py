@@ -12,7 +12,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from vitcli.errors import VitcliError, printable, unknown
+from vitcli.errors import VitcliError, nearest_path, printable, unknown
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ READERS = {
 }
 DATA_SUFFIXES = frozenset(suffix for reader in READERS.values() for suffix in reader.suffixes)
 DATA_HELP = ", ".join(f"`{reader.example}`" for reader in READERS.values())
-_KINDS = "; ".join(f"`{reader.example}`: {reader.help}" for reader in READERS.values())
+_KINDS = f"DATA is one of: {DATA_HELP}; docs/how-to/data.md explains each"
 
 
 def find_reader(notation: str) -> str:
@@ -118,9 +118,7 @@ def find_reader(notation: str) -> str:
     if notation.startswith("builtin:"):
         raise unknown("dataset", notation, (key for key in READERS if key.startswith("builtin:")))
     if not notation:  # Path("") would be the current folder
-        raise VitcliError(
-            "DATA is an empty string", f"the current folder is `.`; DATA is one of: {_KINDS}"
-        )
+        raise VitcliError("DATA is an empty string", f"the current folder is `.`; {_KINDS}")
     path = Path(notation)
     if path.is_dir():
         accepting = (key for key, reader in READERS.items() if _accepts(reader, path))
@@ -131,7 +129,7 @@ def find_reader(notation: str) -> str:
             continue
         if path.is_file() or (reader.several and re.search(r"[{,]", notation)):
             return key
-        raise VitcliError(f"no such file: `{shown}`", f"DATA is one of: {_KINDS}")
+        raise VitcliError(f"no such file: `{shown}`", _meant(notation))
     if re.search(r"\.(tar\.\w+|tgz)$", notation):
         raise VitcliError(
             f"`{shown}` is a compressed tar file",
@@ -141,7 +139,15 @@ def find_reader(notation: str) -> str:
     if path.is_symlink() and not path.exists():
         target = printable(path.readlink())
         fault = f"it is a link to `{target}`, which does not lead to a file or a folder"
-    raise VitcliError(f"{fault}: `{shown}`", f"DATA is one of: {_KINDS}")
+    raise VitcliError(f"{fault}: `{shown}`", _KINDS if path.exists() else _meant(notation))
+
+
+def _meant(notation: str) -> str:
+    """The hint for a path that does not exist."""
+    if notation.startswith("data="):
+        return f"DATA has no `data=`: write `{printable(notation.removeprefix('data='))}`"
+    close = nearest_path(notation)
+    return f"did you mean `{printable(close)}`?" if close else _KINDS
 
 
 def expand_home(notation: str) -> str:

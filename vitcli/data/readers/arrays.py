@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vitcli.data.image_set import ArrayStore, ImageSet, Integers, Pixels
 from vitcli.data.labels import encode_labels, multi_hot
 from vitcli.data.source import DataRequest, Source, make_source
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, quoted
 from vitcli.hub.split_names import SPLIT_ALIASES, SPLITS
 
 IMAGE_WORDS = frozenset({"image", "images", "img", "imgs", "x", "data", "pixels"})
@@ -65,7 +65,7 @@ def _read(path: Path, shown: str) -> tuple[Arrays, Arrays, list[str] | None]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files if _meaning(key) is not None}
             names = next((archive[key] for key in NAME_KEYS if key in archive.files), None)
-            present = ", ".join(f"`{printable(key)}`" for key in archive.files[:8]) or "nothing"
+            present = quoted(archive.files, 8) or "nothing"
     except Exception as error:  # a damaged archive may raise anything
         objects = "pickle" in str(error)
         raise VitcliError(

@@ -129,7 +129,7 @@ def _hold_out(
         holding = [name for name in holding if "fold" in plain_name(name)] or holding
     if not holding:
         found = sorted({cell for column in cells.values() for cell in column if cell})
-        has = f"it has {quoted(found[:MAX_SHOWN])}" if found else "it has no such column"
+        has = f"it has {quoted(found, MAX_SHOWN)}" if found else "it has no such column"
         raise VitcliError(
             f"`{shown}` has no fold `{settings.test_fold}` ({has})",
             "name the column and one of its cells: `--set data.split_column=NAME --set "

@@ -249,7 +249,7 @@ def _labels_of(
     columns = tables[0].columns
     if request.numeric and columns.one_hot:
         raise VitcliError(
-            f"`{shown}` has {len(columns.labels)} columns of labels, {quoted(columns.labels[:3])}, "
+            f"`{shown}` has {len(columns.labels)} columns of labels, {quoted(columns.labels, 3)}, "
             "and objective `mse` learns one number per image",
             f"name one column: `--set data.label_column={columns.labels[0]}`",
         )
@@ -258,7 +258,7 @@ def _labels_of(
         name = ", ".join(columns.labels)
         return cells, label_splitter(shown, name, cells, settings, notes) if name else None
     several = sum(len(cell) != 1 for cell in cells)
-    found = f"{shown}: {len(columns.labels)} columns of 0 and 1, {quoted(columns.labels[:3])} …"
+    found = f"{shown}: {len(columns.labels)} columns of 0 and 1, {quoted(columns.labels, 3)}"
     if several == 0 and not settings.multi_label:
         notes.append(f"{found}, are the classes; each row has exactly one 1")
         return [cell[0] for cell in cells], None

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitcli.config.schema import FewshotSection
 from vitcli.data.image_set import ImageSet
+from vitcli.errors import quoted
 from vitcli.evals.features import Extracted
 from vitcli.evals.fewshot.arrays import Floats, Ints
 from vitcli.evals.fewshot.knn import NearestNeighbors
@@ -201,9 +202,9 @@ def draw_all(
     counts = np.bincount(train.labels, minlength=num_classes)
     most = max((s for s in section.shots if isinstance(s, int)), default=0)
     if short := [name for name, n in zip(train.classes, counts, strict=True) if n < most]:
-        shown = ", ".join(short[:3]) + (" …" if len(short) > 3 else "")
         watch.warn(
-            f"{len(short)} classes have fewer than {most} images; all of them are used: {shown}"
+            f"{len(short)} classes have fewer than {most} images; all of them are used: "
+            f"{quoted(short, 3)}"
         )
     return {
         (shots, seed): draw_shots(train.labels, shots, seed, num_classes)

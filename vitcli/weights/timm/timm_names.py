@@ -164,8 +164,8 @@ def check_timm_shapes(shape: TensorShapes, source: str) -> None:
 
 def not_plain(source: str, shape: TensorShapes, kind: str, missing: list[str]) -> VitcliError:
     """Return the error for another architecture, with the missing and the unexpected tensors."""
-    others = [f"`{name}`" for name in shape if OTHERS.search(name)]
-    shown = f"; it has {', '.join(others[:3])}" if others else ""
+    others = [name for name in shape if OTHERS.search(name)]
+    shown = f"; it has {quoted(others, 3)}" if others else ""
     names = ", ".join(f"`{name}`" for name in missing)
     return VitcliError(f"`{source}` is not a plain {kind}: no {names}{shown}", hint=CHECK_FILE)
 

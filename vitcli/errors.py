@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 
 class VitcliError(Exception):
@@ -53,6 +54,29 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 
     found = get_close_matches(word, list(words), n=1, cutoff=0.6)
     return found[0] if found else None
+
+
+def nearest_path(path: str | os.PathLike[str]) -> str | None:
+    """Return the existing path that is most similar to `path`, or None; a folder ends with `/`.
+
+    A wrong parent folder is corrected too: `flower/labels.csv` -> `flowers/labels.csv`.
+    """
+    path = Path(path)
+    try:
+        parent = path.parent
+        if not parent.is_dir():
+            if parent == path or (close := nearest_path(parent)) is None:
+                return None
+            parent = Path(close)
+        found = parent / path.name
+        if not found.exists():
+            names = (name for name in os.listdir(parent) if name != path.name)  # noqa: PTH208
+            if (name := nearest(path.name, names)) is None:
+                return None
+            found = parent / name
+        return f"{found}/" if found.is_dir() else str(found)
+    except (OSError, ValueError):  # not permitted, or not a possible path
+        return None
 
 
 def printable(text: str | bytes | os.PathLike[str]) -> str:

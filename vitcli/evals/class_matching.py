@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,10 +132,15 @@ def match_outputs(
     missing = [name for name in classes if match_classes([name], net.labels) is None]
     shown = ", ".join(f"`{name}`" for name in missing[:3])
     known = ", ".join(f"`{name}`" for name in net.labels[:3])
+    remedy = "rename its outputs with `--labels FILE` (one class per line)"
+    if len(missing) == len(classes):  # it was trained on other data
+        remedy = (
+            "name another with `--model`, or train it on these: "
+            f"`vitcli finetune {shlex.quote(data)} --model MODEL`"
+        )
     raise VitcliError(
         f"the model lacks {len(missing)} of the {len(classes)} classes of `{data}`: {shown}",
-        hint=f"the model has {known} …; rename its outputs with `--labels FILE` (one class per "
-        "line), or assign classes with `--class-map FILE`",
+        hint=f"the model has {known} …; {remedy}; or assign classes with `--class-map FILE`",
     )
 
 

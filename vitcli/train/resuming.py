@@ -134,7 +134,9 @@ def choose_steps(
         # All processes make as many steps as the slowest of them has time for.
         total = done + min_over_processes(loop.accelerator, plan.steps)
         between = min_over_processes(loop.accelerator, plan.evaluations)
-        watch.note(f"budget {train.budget}: about {total} steps, measured on this machine")
+        watch.note(
+            f"budget {train.budget}: about {total} steps, adapted to the speed of this machine"
+        )
     if known is None and is_main:
         facts = facts_of(loop, source, machine)
         facts["data"]["content"] = None if images is None else images.content

@@ -180,8 +180,8 @@ def test_a_damaged_row_is_noticed(photos, net, monkeypatch):
 
 def test_each_flipped_bit_is_noticed(photos, net, monkeypatch):
     chosen = np.arange(6)
-    before = features(net, photos, chosen)
-    expected = [np.array(values) for values in (before.outputs, before.pixels)]
+    found = features(net, photos, chosen)
+    expected = [np.array(values) for values in (found.outputs, found.pixels)]
     counted = Counted(net, monkeypatch)
 
     def check(position):
@@ -193,9 +193,17 @@ def test_each_flipped_bit_is_noticed(photos, net, monkeypatch):
             np.testing.assert_allclose(values, wanted, atol=1e-5)
 
     tables = Path(os.environ["VITCLI_CACHE"]) / "features"  # one of features, and one of pixels
+    before = {path: path.read_bytes() for path in tables.glob("*/*")}
+
+    def check_and_restore(position):
+        check(position)
+        # A row that is computed again, in another batch, may differ in its last bits.
+        for path, content in before.items():
+            path.write_bytes(content)
+
     for name, places in {"rows.f32": 12, "rows.sums": 10, "about.json": 3}.items():
         for path in sorted(tables.glob(f"*/{name}")):
-            flips(path, check, places)
+            flips(path, check_and_restore, places)
 
 
 def test_unreadable_images_are_tried_again(photos, net, monkeypatch):

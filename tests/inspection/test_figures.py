@@ -181,14 +181,18 @@ def test_the_attention_is_that_of_the_forward_pass(kind):
             assert torch.allclose(attention.sum(-1), torch.ones(b, h, t), atol=1e-5)
             branch = block.norm1(x)
             lines = branch if block.along is None else split_lines(branch, grid, block.along)
-            inside = attention_weights(attn, lines, grid, model.shared_bias(grid))
+            turn = model.rotation(grid)
+            inside = attention_weights(attn, lines, grid, model.shared_bias(grid), turn)
             if block.along is not None:  # values of all patches, in the order of the picture
                 expected = join_lines(expected, grid, block.along)
                 own = inside.sum()
                 assert torch.allclose(attention.sum(), own, rtol=1e-5)
             d = branch.shape[-1]
-            v = attn.qkv(branch).reshape(b, t, 3, h, d // h)[:, :, 2].transpose(1, 2)
-            ours = attn.proj((attention @ v).transpose(1, 2).reshape(b, t, d))
+            v = attn.qkv(branch).reshape(b, t, 3, d)[:, :, 2]
+            if attn.v_bias is not None:  # queries and values have a bias, keys have none
+                v = v + attn.v_bias
+            v = v.reshape(b, t, h, d // h).transpose(1, 2)
+            ours = attn.proj(attn.norm((attention @ v).transpose(1, 2).reshape(b, t, d)))
             assert torch.allclose(ours, expected, atol=1e-4), (kind, layer.name)
         tokens = model.norm(whole[-1].output)
         assert torch.allclose(model.classify(model.pool(tokens, grid)), expected_logits, atol=1e-4)

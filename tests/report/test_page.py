@@ -126,7 +126,7 @@ def test_the_path_under_a_thumbnail(path, short):
 
 
 def test_without_mistakes_there_are_no_pictures():
-    (block,) = mistakes_section(Mistakes((), ()), None, {}).blocks
+    (block,) = mistakes_section(Mistakes((), (), 0), None, {}).blocks
     assert block.text == "There is no mistake."
 
 

@@ -20,7 +20,7 @@ BOUNDS = {
     "maximum": "up to",
 }
 # Values of which one fits any setting without a default.
-EXAMPLES = (True, 0.1, 16, 1, "TEXT", "10m", [0.1], [16], [0.1, 0.9], [[16, 0.5]])
+EXAMPLES = (True, 0.1, 16, 1, "TEXT", "10m", [0.1], [16], [16, 16], [0.1, 0.9], [[16, 0.5]])
 
 
 @dataclass(frozen=True)

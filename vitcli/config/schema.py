@@ -685,9 +685,8 @@ class TrainSection(Section):
     )
     patience: Count | None = setting(
         None,
-        "Stop after this many evaluations in turn without a better `best_metric`. Default metric: "
-        "accuracy, map for several labels, rmse for numbers. A run that is made longer counts from "
-        "there again.",
+        "Stop after this many evaluations in turn without a better `best_metric` (default: "
+        "accuracy, map for several labels, rmse for numbers). Extending a run restarts the count.",
     )
     log_steps: Count = setting(20, "Steps between records in metrics.jsonl.")
     compile: bool | Literal["reduce-overhead"] = setting(

@@ -56,10 +56,17 @@ class ConfusedPair:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """`wrong`: all wrong images by falling loss. `confused`: pairs of classes by falling count."""
+    """The misclassified images.
+
+    Attributes:
+        wrong: those that are described, by falling loss.
+        confused: pairs of classes by falling count.
+        count: number of all misclassified images.
+    """
 
     wrong: tuple[Mistake, ...]
     confused: tuple[ConfusedPair, ...]
+    count: int
 
     @property
     def worst(self) -> tuple[Mistake, ...]:
@@ -110,7 +117,7 @@ def find_mistakes(
         ConfusedPair(true, name, len(rows), number[true], tuple(map(mistake, rows[:NUM_COLUMNS])))
         for (true, name), rows in largest
     ]
-    return Mistakes(tuple(map(mistake, by_loss[:most])), tuple(confused))
+    return Mistakes(tuple(map(mistake, by_loss[:most])), tuple(confused), len(by_loss))
 
 
 def write_mistakes(path: Path, mistakes: Mistakes) -> None:

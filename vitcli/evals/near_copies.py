@@ -273,8 +273,9 @@ class CopyFinder:
 
     def conflicts(self, split: str) -> list[str]:
         """A sentence about images of a split that look the same and have different labels."""
-        number = self.names.index(split)
-        rows = np.flatnonzero(self.split == number)
+        if split not in self.names:
+            return []
+        rows = np.flatnonzero(self.split == self.names.index(split))
         groups = [rows[group] for group in repeated_rows(self.groups[rows])]
         groups = [group for group in groups if len(self._labels(group) - {""}) > 1]
         if not groups:

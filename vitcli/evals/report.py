@@ -245,7 +245,7 @@ def mistakes_section(
     """
     if not mistakes.wrong:
         return PageSection("Mistakes", [Paragraph("There is no mistake.")])
-    text = f"{len(mistakes.wrong):,} images are classified wrongly."
+    text = f"{mistakes.count:,} images are classified wrongly."
     if csv_file:
         text += f" `{csv_file}` lists all of them with their paths, to correct labels by."
     blocks: list[Block] = [Paragraph(text)]

@@ -213,8 +213,8 @@ def show_bench(result: Any) -> None:
     batch = facts["rows"][0]["batch_size"]
     names = [_bench_name(row) for row in facts["rows"]]
     print_table(
-        f"{facts['device']}{threads}; medians, batch size {batch}, latency in ms",
-        ["", "forward img/s", "train img/s", "MFU", "p50 / p90 / p99"],
+        f"{facts['device']}{threads}, batch size {batch}: images/s, latency p50 / p90 / p99 in ms",
+        ["", "forward", "training", "MFU", "latency"],
         [
             [
                 name,

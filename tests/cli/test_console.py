@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import typer
 from PIL import Image
 from rich.console import Console
 
@@ -75,18 +76,46 @@ def test_no_live_bar_without_a_terminal(capfd, monkeypatch):
         assert isinstance(bar, report.PlainBar)
         bar.advance(3, loss=1.25, accuracy=0.5, images_per_second=99.6)
     err = capfd.readouterr().err
-    assert err == "train 7/10  70%  0:00 (0:00 left)  loss 1.250  acc 50.0%  100 img/s\n"
+    assert err == "train 7/10  70%  0:00 (0:00 left)  loss 1.250  train acc 50.0%  100 img/s\n"
+
+
+def test_the_last_line_of_a_plain_bar_says_that_all_is_done(capfd, monkeypatch):
+    monkeypatch.setattr(report, "err", Console(stderr=True, highlight=False))
+    with report.PlainBar("train", 247, 0) as bar:
+        monkeypatch.setattr(report, "PLAIN_SECONDS", 0.0)
+        bar.advance(240)
+        monkeypatch.setattr(report, "PLAIN_SECONDS", 20.0)
+        bar.advance(8)
+        bar.extend(248)
+    with report.PlainBar("short", 2, 0) as bar:  # a short bar prints nothing
+        bar.advance(2)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["train 240/247", "train 248/248"]
+
+
+def test_unreadable_inputs_come_before_the_result(capfd):
+    drawn = []
+    with pytest.raises(typer.Exit) as left:
+        report.show(3, False, drawn.append, "vitcli check x", (f"{name} is cut" for name in "ab"))
+    shown = capfd.readouterr()
+    assert left.value.exit_code == 3 and drawn == [3]
+    assert shown.err.splitlines() == ["error: a is cut", "error: b is cut"]
+    assert shown.out == "next: vitcli check x\n"
 
 
 FIGURES = {"loss": 0.5123, "accuracy": 0.811, "images_per_second": 1124.4, "mfu": 0.37}
-FIGURES |= {"validation_accuracy": 0.675, "memory_mb": 1640.0}
+FIGURES |= {"validation_accuracy": 0.675, "validation_step": 11_000, "memory_mb": 1640.0}
 
 
 @pytest.mark.parametrize(
     ("width", "figures"),
     [
-        (200, "  loss 0.512  acc 81.1%  validation 67.5%  1124 img/s  MFU 37%  1,640 MB"),
-        (80, "  loss 0.512  acc 81.1%"),
+        (
+            200,
+            "  loss 0.512  train acc 81.1%  validation 67.5% at step 11,000  1124 img/s  MFU 37%"
+            "  1,640 MB",
+        ),
+        (80, "  loss 0.512  train acc 81.1%"),
         (50, ""),
     ],
 )

@@ -25,15 +25,15 @@ MAE += ["--set", "objective.decoder_dim=32"]
 CASES = {
     "classifier": (
         ["pretrain", FOLDER, *TRAIN, "--out", "runs/new one"],
-        ["evaluate", FOLDER, "--model", "runs/new one", "--out", "runs/new one-report"],
+        ["evaluate", FOLDER, "--model", "runs/new one", "--out", "reports/new one"],
     ),
     "table": (
         ["pretrain", "table.csv", *TRAIN, "--out", "runs/t", *ROOT],
-        ["evaluate", "table.csv", "--model", "runs/t", "--out", "runs/t-report", *ROOT],
+        ["evaluate", "table.csv", "--model", "runs/t", "--out", "reports/t", *ROOT],
     ),
     "finetune": (
         ["finetune", FOLDER, "--model", "runs/t", "--steps", "1", "--out", "runs/f"],
-        ["evaluate", FOLDER, "--model", "runs/f", "--out", "runs/f-report"],
+        ["evaluate", FOLDER, "--model", "runs/f", "--out", "reports/f"],
     ),
     "formula": (
         ["pretrain", "--out", "runs/formula", *ONE_STEP, "--set", "model.name=mu/8"],
@@ -49,11 +49,11 @@ CASES = {
     ),
     "fewshot": (
         ["fewshot", FOLDER, "--model", "runs/mae", "--out", "runs/few"],
-        ["evaluate", FOLDER, "--model", "runs/few", "--out", "runs/few-report"],
+        ["evaluate", FOLDER, "--model", "runs/few", "--out", "reports/few"],
     ),
     "export": (
         ["export", "--model", "runs/t", "--to", "timm", "--out", "t timm"],
-        ["evaluate", "table.csv", "--model", "t timm", "--out", "t timm-report", *ROOT],
+        ["evaluate", "table.csv", "--model", "t timm", "--out", "reports/t timm", *ROOT],
     ),
     "dry run": (
         ["pretrain", FOLDER, "--dry-run", "--lr", "0.01", *TRAIN, "--out", "runs/dry"],

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from support.tiny import train_tiny
+from support.watching import Told
 
 from vitcli.cli import main as exits
 from vitcli.commands import compare
@@ -88,6 +89,13 @@ def test_mistakes(runs, tmp_path):
         compare.run([runs["one"]])
     with pytest.raises(VitcliError, match="is not a run"):
         compare.run([runs["one"], tmp_path])
+
+
+def test_folders_that_are_not_runs_are_left_out_with_a_note(runs, tmp_path):
+    told = Told()
+    found = compare.run([runs["one"], tmp_path, runs["two"]], told)
+    assert found.runs == (str(runs["one"]), str(runs["two"]))
+    assert any(tmp_path.name in line and "not runs" in line for line in told.lines)
 
 
 def test_a_few_shot_run_is_named_as_such(runs, tmp_path):

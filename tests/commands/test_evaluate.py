@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from vitcli.commands import evaluate
 from vitcli.errors import VitcliError
 from vitcli.evals.plots import write_confusion
 from vitcli.preprocess import Preprocess
+from vitcli.run import create_run
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
@@ -105,6 +108,20 @@ def test_names_that_do_not_match(photos, here):
     model = colour_model("m.safetensors", ("red", "green", "cyan"))
     with pytest.raises(VitcliError, match="lacks 1 of the 3 classes of `photos`: `blue`"):
         evaluate.run(photos, model=model)
+
+
+def test_the_run_that_knows_the_classes_is_chosen(photos, here):
+    """A run without the classes is newer than the one that has them."""
+    for name, labels in (("fits", ("red", "green", "blue")), ("letters", ("a", "b", "c"))):
+        run = create_run(Path("runs") / name, 'command = "fewshot"\n')
+        shutil.copy(colour_model("m.safetensors", labels), run.weights_file)
+        run.finish({"command": "fewshot"})
+    os.utime("runs/fits/result.json", (1, 1))
+    assert evaluate.run("photos").model == "runs/fits"
+    with pytest.raises(VitcliError, match="lacks 3 of the 3 classes of `photos`") as error:
+        evaluate.run("photos", model="runs/letters")
+    assert "`vitcli finetune photos --model MODEL`" in error.value.hint
+    assert "`a`" in error.value.hint
 
 
 def test_broken_images(photos, here):

@@ -277,6 +277,13 @@ def test_finetune_without_weights_names_the_command(photos, tmp_path, monkeypatc
     assert {propose_model(n, m) for n in (240, 10**5) for m in (CPU, GPU)} <= set(listed)
 
 
+def test_a_wrong_model_is_reported_before_the_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VitcliError, match="no such model: `vit_tiny`") as error:
+        finetune.run("missing", model="vit_tiny")
+    assert "`vit-ti16-augreg`" in error.value.hint
+
+
 def test_a_plan_shows_the_same_choice(photos):
     estimate = plan.run(None, str(photos), command="pretrain", probing=False, compare=False)
     recipe = estimate.planned.recipe

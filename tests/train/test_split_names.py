@@ -72,7 +72,8 @@ def test_validation_images_are_never_called_test_images(photos, monkeypatch, cap
     show_trained(result)
     shown = capsys.readouterr().out
     assert "validation accuracy" in shown and "test accuracy" in shown
-    assert "test balanced accuracy" in shown
+    assert "test balanced accuracy" in shown and "test loss" in shown
+    assert "run/report.html" in shown and Path("run/report.html").is_file()
     evaluated = evaluate.run("photos", model="run", out=Path("e")).to_json()
     assert evaluated["split"] == "test"
     assert evaluated["top1"] == pytest.approx(written["figures"]["accuracy"])

@@ -4,10 +4,13 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+from support.watching import Told
 
 from vitcli.weights.edit import match_classes
 from vitcli.weights.imagenet import imagenet_names
 from vitcli.weights.load import load_model
+from vitcli.weights.load_report import UNNAMED, LoadReport, note_load_report
+from vitcli.weights.loaded import create_model
 
 # Index -> what any list of ImageNet-1k has there.
 ANCHORS = {
@@ -71,3 +74,14 @@ def test_a_thousand_outputs_without_names(shared):
         path, num_heads=3, gelu="exact", preprocess={"mean": 0.5, "std": 0.5}, labels=own
     )
     assert named.labels == tuple(own) and note not in named.load_report.notes
+
+
+def test_a_new_head_needs_no_names():
+    net = create_model("mu/4", num_classes=2, image_size=8)
+    notes = [f"1000 {UNNAMED}: assumed", "assumed 3 heads"]
+    net.load_report = LoadReport(source="x", layout="timm", notes=notes)
+    for new_head in (True, False):
+        told = Told()
+        note_load_report(net, told, new_head=new_head)
+        assert any(UNNAMED in line for line in told.notes) is not new_head
+        assert "assumed 3 heads" in told.notes

@@ -13,9 +13,9 @@ from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
 
-def make_run(name, *, trained, command="finetune", age=0):
+def make_run(name, *, trained, command="finetune", age=0, labels=("a", "b")):
     net = create_model("Pico/8", num_classes=2, image_size=16, depth=1)
-    net.head_trained, net.labels = trained, ("a", "b")
+    net.head_trained, net.labels = trained, labels
     from pathlib import Path
 
     run = create_run(Path("runs") / name, 'command = "finetune"\n')
@@ -56,6 +56,16 @@ def test_the_newest_run_that_fits(here):
     assert newest_run(classifier=False) == "runs/pre"
     (here / "runs/few/model.safetensors").write_bytes(b"cut")
     assert newest_run(classifier=True) == "runs/old"
+
+
+def test_the_newest_run_that_knows_the_classes(here):
+    make_run("flowers", trained=True, age=20, labels=("daisy", "tulip"))
+    make_run("letters", trained=True)
+    assert newest_run(classifier=True, classes=lambda: ("Daisy", "tulip")) == "runs/flowers"
+    assert newest_run(classifier=True, classes=lambda: ("b",)) == "runs/letters"
+    # No run knows them: the newest one, and the error of `evaluate` says so.
+    assert newest_run(classifier=True, classes=lambda: ("b", "daisy")) == "runs/letters"
+    assert newest_run(classifier=True, classes=lambda: ()) == "runs/letters"
 
 
 def test_labels(here):

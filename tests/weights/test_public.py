@@ -16,7 +16,13 @@ from vitcli.errors import VitcliError
 from vitcli.vit.macs import macs
 from vitcli.vit.variants import from_config, is_variant, parse_variant
 from vitcli.weights.load import load_model
-from vitcli.weights.public import FAMILIES, public_models, resolve_name, search_models
+from vitcli.weights.public import (
+    FAMILIES,
+    public_models,
+    resolve_name,
+    search_models,
+    similar_names,
+)
 
 TABLE = public_models()
 TI = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -204,6 +210,33 @@ def test_paths_are_not_names(here, given):
     (here / "google").mkdir()
     with pytest.raises(VitcliError, match="no such model"):
         resolve_name(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("runs/flower", "did you mean `runs/flowers/`?"),
+        ("run/flower/", "did you mean `runs/flowers/`?"),
+        ("runs/flowers/model.safetensor", "did you mean `runs/flowers/model.safetensors`?"),
+        ("vit_tiny/", "`vit-ti16-augreg`"),
+        ("vit_tiny", "`vit-ti16-augreg`"),
+        ("resnet50", "`R50x1` (random weights)"),
+        ("resnet50", "`bit-r50x1`"),
+    ],
+)
+def test_a_misspelt_model_is_guessed(here, given, meant):
+    write_model(here / "runs/flowers/model.safetensors")
+    assert meant in " ".join(similar_names(given))
+
+
+def test_a_misspelt_run_is_not_taken_for_a_repository(here):
+    write_model(here / "runs/flowers/model.safetensors")
+    with pytest.raises(VitcliError) as error:
+        resolve_name("runs/flower")
+    assert error.value.hint == "did you mean `runs/flowers/`?"
+    with pytest.raises(VitcliError) as error:
+        resolve_name("runs/z")
+    assert "hf:runs" not in error.value.hint
 
 
 def test_search():

@@ -165,8 +165,13 @@ def _train(
         check=not training.no_check,
         watch=console.Terminal(),
     )
-    console.show(trained, training.json, show.show_trained, following.after_training(trained))
-    console.exit_if_unreadable(f"{name}: {reason}" for name, reason in trained.broken.items())
+    console.show(
+        trained,
+        training.json,
+        show.show_trained,
+        following.after_training(trained),
+        broken=(f"{name}: {reason}" for name, reason in trained.broken.items()),
+    )
 
 
 @app.command(cls=SettingsCommand)
@@ -179,7 +184,7 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
 
     Example: `vitcli fewshot photos/ --model runs/pretrain_formula --shots 1,5,10 --l2 auto`
 
-    or: `vitcli fewshot photos/ --model vit_tiny/ --shots all --method logistic`
+    or: `vitcli fewshot photos/ --model weights/ --shots all --method logistic`
     """
     from vitcli.cli.show import fewshot as show
     from vitcli.commands import fewshot as command
@@ -196,8 +201,13 @@ def fewshot(data: Data = None, *, options: FewshotOptions) -> None:
         verbose=options.verbose,
         watch=console.Terminal(),
     )
-    console.show(result, options.json, show.show_fewshot, following.after_fewshot(result))
-    console.exit_if_unreadable(result.broken)
+    console.show(
+        result,
+        options.json,
+        show.show_fewshot,
+        following.after_fewshot(result),
+        broken=result.broken,
+    )
 
 
 @app.command(cls=SettingsCommand)
@@ -240,8 +250,7 @@ def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
         verbose=options.verbose,
         watch=console.Terminal(),
     )
-    console.show(result, options.json, show.show_evaluation)
-    console.exit_if_unreadable(result.broken)
+    console.show(result, options.json, show.show_evaluation, broken=result.broken)
 
 
 def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> None:
@@ -284,8 +293,12 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         check=not options.no_check,
         watch=console.Terminal(),
     )
-    console.show(result, options.json, show.show_suite)
-    console.exit_if_unreadable(f"{name}: {reason}" for name, reason in result.failed.items())
+    console.show(
+        result,
+        options.json,
+        show.show_suite,
+        broken=(f"{name}: {reason}" for name, reason in result.failed.items()),
+    )
 
 
 @app.command(cls=SettingsCommand)
@@ -500,8 +513,7 @@ def inspect(
         verbose=verbose,
         watch=console.Terminal(),
     )
-    console.show(result, json, show.show_inspection)
-    console.exit_if_unreadable(result.broken)
+    console.show(result, json, show.show_inspection, broken=result.broken)
 
 
 @app.command(cls=SettingsCommand)
@@ -561,8 +573,7 @@ def patchify(
         reconstruct=reconstruct,
         watch=console.Terminal(),
     )
-    console.show(result, json, show.show_patches)
-    console.exit_if_unreadable(result.broken)
+    console.show(result, json, show.show_patches, broken=result.broken)
 
 
 @app.command(cls=SettingsCommand)
@@ -590,8 +601,12 @@ def check(
     from vitcli.commands import check as command
 
     result = command.run(data, settings=settings_of(set_=set_), out=out, watch=console.Terminal())
-    console.show(result, json, show.show_check)
-    console.exit_if_unreadable(f"{name}: {reason}" for name, reason in result.scan.unreadable)
+    console.show(
+        result,
+        json,
+        show.show_check,
+        broken=(f"{name}: {reason}" for name, reason in result.scan.unreadable),
+    )
 
 
 @app.command(cls=SettingsCommand)
@@ -613,7 +628,7 @@ def compare(
     from vitcli.cli.show import evaluation as show
     from vitcli.commands import compare as command
 
-    console.show(command.run(runs), json, show.show_run_comparison)
+    console.show(command.run(runs, console.Terminal()), json, show.show_run_comparison)
 
 
 @app.command(cls=SettingsCommand)

@@ -31,7 +31,7 @@ LOG_WIDTH = 200  # columns of such a line
 # The figures of a progress line, the most important first: a narrow terminal shows only these.
 SHOWN = {
     "loss": "loss {:.3f}",
-    "accuracy": "acc {:.1%}",
+    "accuracy": "train acc {:.1%}",
     "mae": "MAE {:.4g}",
     "validation_accuracy": "validation {:.1%}",
     "test_accuracy": "test {:.1%}",
@@ -52,22 +52,27 @@ EXIT_UNREADABLE = 3  # done, but some inputs could not be read
 
 
 def show(
-    result: Any, as_json: bool, draw: Callable[[Any], None], following: str | None = None
+    result: Any,
+    as_json: bool,
+    draw: Callable[[Any], None],
+    following: str | None = None,
+    broken: Iterable[str] = (),
 ) -> None:
-    """Print a result as JSON, or let `draw` print it as tables, and the command to run next."""
-    if as_json:
-        print_json(result.to_json())
-        return
-    draw(result)
-    if following is not None:
-        show_next(following)
+    """Print a result as JSON, or let `draw` print it as tables, and the command to run next.
 
-
-def exit_if_unreadable(broken: Iterable[str]) -> None:
-    """Print each input that could not be read, and exit with status 3 if there is any."""
+    Args:
+        broken: the inputs that could not be read. They are printed first, as errors, and the
+            command exits with status 3 if there is any.
+    """
     lines = list(broken)
     for line in lines:
         print_error(VitcliError(line))
+    if as_json:
+        print_json(result.to_json())
+    else:
+        draw(result)
+        if following is not None:
+            show_next(following)
     if lines:
         raise typer.Exit(EXIT_UNREADABLE)
 
@@ -107,6 +112,9 @@ def progress_text(
     for name, form in SHOWN.items():
         if name in figures:
             longer = f"{line}  {form.format(figures[name])}"
+            # The weights have changed since an evaluation, so its step belongs to the figure.
+            if (step := figures.get(f"{name.partition('_')[0]}_step")) is not None:
+                longer += f" at step {step:,.0f}"
             if len(longer) > width:
                 break
             line = longer
@@ -187,12 +195,14 @@ class PlainBar:
         self.label, self.total, self.done, self.first = label, total, done, done
         self.figures: dict[str, float] = {}
         self.started = self.printed = time.monotonic()
+        self.shown: int | None = None  # `done` of the last line
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        return None
+        if self.shown not in (None, self.done) and self.done == self.total:
+            self._print(time.monotonic())
 
     def extend(self, total: int) -> None:
         self.total = total
@@ -201,9 +211,11 @@ class PlainBar:
         self.done += n
         self.figures |= figures
         now = time.monotonic()
-        if now - self.printed < PLAIN_SECONDS:
-            return
-        self.printed, elapsed = now, now - self.started
+        if now - self.printed >= PLAIN_SECONDS:
+            self._print(now)
+
+    def _print(self, now: float) -> None:
+        self.printed, self.shown, elapsed = now, self.done, now - self.started
         line = progress_text(
             self.label, self.done, self.total, self.first, elapsed, self.figures, LOG_WIDTH
         )

@@ -137,7 +137,7 @@ def after_export(result: Any) -> str | None:
 
 def _evaluation(data: str, model: Any, run: Path | None, out: Any) -> str:
     """`evaluate` with the settings that read the data of `run`, and a folder for the report."""
-    report = f"{str(out).rstrip('/')}-report"
+    report = f"reports/{Path(out).name}"  # not among the runs, which `compare runs/*` reads
     settings = [] if run is None else _reading_settings(run)
     return command_line(["evaluate", data, "--model", model, "--out", report, *settings])
 

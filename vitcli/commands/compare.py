@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vitcli.config.recipe import flat_settings
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.evals.comparison import Pair, compare_errors, compare_paired, pair_json
 from vitcli.evals.run_summary import (
     FoldRun,
@@ -20,6 +20,7 @@ from vitcli.evals.run_summary import (
     rank_runs,
     summarise_folds,
 )
+from vitcli.progress import Quiet, Watcher
 from vitcli.run import OUTCOMES, Run
 from vitcli.train.recorded_images import ROWS_FILE, read_rows
 from vitcli.weights.store import check_seal
@@ -72,17 +73,22 @@ class RunComparison:
         }
 
 
-def run(paths: Sequence[Path]) -> RunComparison:
+def run(paths: Sequence[Path], watch: Watcher | None = None) -> RunComparison:
     """Compare settings and results of runs, and test each run against the first.
 
     Args:
-        paths: two or more finished runs of `pretrain` or `finetune`.
+        paths: two or more finished runs of `pretrain` or `finetune`. A note names the paths that
+            are not runs; they are left out, so that `runs/*` can be compared.
 
     Raises:
         VitcliError: fewer than two runs, or a run that has not finished.
     """
     if len(paths) < 2:
         raise VitcliError("`compare` needs at least two runs", "give two or more run directories")
+    others = [path for path in paths if not Run(path).recipe_file.is_file()]
+    if others and len(paths) - len(others) >= 2:
+        paths = [path for path in paths if path not in others]
+        (watch or Quiet()).note(f"left out, because they are not runs: {quoted(others, 3)}")
     runs = [_finished_run(path) for path in paths]
     recipes = [flat_settings(found.recipe()) for found in runs]
     keys = sorted({key for recipe in recipes for key in recipe})

@@ -12,7 +12,7 @@ import torch
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
 from vitcli.data.image_set import ImageSet
-from vitcli.data.source import Source
+from vitcli.data.source import Source, open_data
 from vitcli.errors import VitcliError
 from vitcli.evals.calibration import (
     CalibrationSplit,
@@ -164,7 +164,10 @@ def run(
     )
     models = [model] if isinstance(model, str) else list(model or ())
     if not models:
-        name = inference.model.name or newest_run(classifier=True)
+        renamed = labels is not None or class_map is not None
+        opened = partial(open_data, inference.data, data, whole=True, min_classes=1, streams=True)
+        classes = None if renamed else lambda: opened().classes
+        name = inference.model.name or newest_run(classifier=True, classes=classes)
         if inference.model.name is None:
             watch.note(f"no `--model` given: using {name}")
         models = [name]
@@ -262,10 +265,8 @@ def _check_regression(net: LoadedModel, model: str, request: EvaluationRequest) 
 def _check_multi_label(matching: ClassMatching, source: Source, request: EvaluationRequest) -> None:
     """Raise a VitcliError for options that multi-label images do not have."""
     if request.real is not None:
-        raise VitcliError(
-            f"`--real` needs single-label images, and those of `{request.data}` are multi-label",
-            "remove `--real`",
-        )
+        fault = f"`--real` needs single-label images, and `{request.data}` is multi-label"
+        raise VitcliError(fault, "remove `--real`")
     matching.check_one_to_one(source.classes, request.data)
 
 

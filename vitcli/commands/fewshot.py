@@ -182,7 +182,7 @@ def run(
     source.tell(watch)
     if check and rank_and_world_size()[0] == 0:
         warn_of_copies(source, watch, cached=cache)
-    note_load_report(net, watch, verbose=verbose)
+    note_load_report(net, watch, verbose=verbose, new_head=True)
     about = {"model": model, "representation": inference.fewshot.representation, "of": data}
     features = CachedFeatures(net, source.fingerprint, about, batch_size, precision, cache, watch)
     result, head = _measure(features, source, inference.fewshot, watch)

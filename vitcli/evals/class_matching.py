@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,11 +130,17 @@ def match_outputs(
         )
     # All or nothing: a partial match would silently drop images of the other classes.
     missing = [name for name in classes if match_classes([name], net.labels) is None]
+    remedy = "rename its outputs with `--labels FILE` (one class per line)"
+    if len(missing) == len(classes):  # it was trained on other data
+        remedy = (
+            "name another with `--model`, or train it on these: "
+            f"`vitcli finetune {shlex.quote(data)} --model MODEL`"
+        )
     raise VitcliError(
         f"the model lacks {len(missing)} of the {len(classes)} classes of `{data}`: "
         f"{quoted(missing, 3)}",
-        hint=f"the model has {quoted(net.labels, 3)}; rename its outputs with "
-        "`--labels FILE` (one class per line), or assign classes with `--class-map FILE`",
+        hint=f"the model has {quoted(net.labels, 3)}; {remedy}; or assign classes with "
+        "`--class-map FILE`",
     )
 
 

@@ -333,7 +333,8 @@ class Loop:
         split = next(iter(self.evaluations), None)
         try:
             metrics = self.evaluate(split, signals) if split else {}
-            return {f"{split}_{name}": value for name, value in metrics.items()}
+            figures = {f"{split}_{name}": value for name, value in metrics.items()}
+            return {**figures, f"{split}_step": self.state.step} if split else figures
         except SignalReceived as received:
             self.save()
             raise Stopped(received.number, self.state.step, str(self.run.path)) from None

@@ -34,7 +34,7 @@ from vitcli.train.defaults import (
 from vitcli.train.objectives import OBJECTIVES, objective_class, resolve_objective
 from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
-from vitcli.vit.variants import is_resnet
+from vitcli.vit.variants import is_resnet, is_variant
 from vitcli.weights.edit import find_classes, prepare_finetune, set_position_resize
 from vitcli.weights.load import load_model, names_weights, require_preprocess
 from vitcli.weights.load_report import note_load_report
@@ -45,6 +45,7 @@ from vitcli.weights.overrides import (
     override_preprocess,
     refuse_file_keys,
 )
+from vitcli.weights.public import resolve_name
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
 MAX_NAMES = 5  # classes that an error lists
@@ -127,6 +128,8 @@ def finetune_recipe(
         watch.note(f"no `--model` given: using {default}")
         lay_over(changes, nest("model.name", default))
         resolved = load_recipe(name, changes, "finetune")
+    elif not is_variant(resolved.model.name):
+        resolve_name(resolved.model.name)  # a wrong name is reported before the data are read
     if recipe is None and data not in (None, FORMULA, DIGITS):
         return _adapted(name, resolved, changes, watch)
     if data is None and recipe is None:
@@ -322,7 +325,7 @@ def pretrained_model(
     # only.
     model = prepare_finetune(model, labels, keep_head=keep)
     model.target_scale = scale
-    note_load_report(model, watch, verbose=verbose)
+    note_load_report(model, watch, verbose=verbose, new_head=not keep)
     return with_given_dropout(model, recipe)
 
 

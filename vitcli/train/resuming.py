@@ -134,7 +134,9 @@ def choose_steps(
         # All processes make as many steps as the slowest of them has time for.
         total = done + min_over_processes(loop.accelerator, plan.steps)
         between = min_over_processes(loop.accelerator, plan.evaluations)
-        watch.note(f"budget {train.budget}: about {total} steps, measured on this machine")
+        watch.note(
+            f"budget {train.budget}: about {total} steps, adapted to the speed of this machine"
+        )
         trained: Any = source.splits["train"]
         if trained.kind != "stream":  # its length is unknown
             warn_of_few_steps(loop, total, plan, len(trained))

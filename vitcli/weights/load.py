@@ -1,7 +1,8 @@
 """Load a model from everything that `--model` accepts."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -18,6 +19,7 @@ from vitcli.vit.variants import is_variant
 from vitcli.weights.edit import (
     change_patch_size,
     change_pool,
+    match_classes,
     replace_head,
     set_position_resize,
 )
@@ -285,27 +287,35 @@ def names_weights(name: str) -> bool:
     return name.startswith("hf:") or is_url(name) or is_listed(name) or Path(name).exists()
 
 
-def newest_run(*, classifier: bool, runs: Path = RUNS) -> str:
+def newest_run(
+    *,
+    classifier: bool,
+    classes: Callable[[], Sequence[str]] | None = None,
+    runs: Path = RUNS,
+) -> str:
     """Return the path of the newest finished run of a kind.
 
     Args:
         classifier: True for a run with a trained head, including `fewshot` runs; False for a
             training run.
+        classes: returns class names. It is called if there are several runs, and the newest one
+            that knows all of these classes is preferred.
         runs: the folder of runs.
 
     Raises:
         VitcliError: there is no such run.
     """
-    for run in finished_runs(runs):
-        try:
-            header = read_header(run.weights_file) or {}
-            command = run.result().get("command")
-        except VitcliError:
-            continue
-        is_classifier = bool(header.get("head_trained"))
-        is_training_run = bool(header) and command != "fewshot"
-        if is_classifier if classifier else is_training_run:
-            return str(run.path)
+    found = _runs_of_kind(classifier, runs)
+    newest = next(found, None)
+    if newest is not None:
+        others = [] if classes is None else list(found)
+        if classes is None or not others:
+            return newest[0]
+        wanted: Sequence[str] = ()
+        with suppress(VitcliError):  # loading the data reports it
+            wanted = classes()
+        fitting = (path for path, labels in [newest, *others] if match_classes(wanted, labels))
+        return next(fitting, newest[0])
     if classifier:
         raise VitcliError(
             f"there is no run with a trained head under `{runs}/`",
@@ -315,3 +325,17 @@ def newest_run(*, classifier: bool, runs: Path = RUNS) -> str:
         f"there is no finished run under `{runs}/`",
         hint="run `vitcli pretrain` (a few minutes), or name weights with `--model`",
     )
+
+
+def _runs_of_kind(classifier: bool, runs: Path) -> Iterator[tuple[str, Sequence[str]]]:
+    """(path, class names) of the finished runs of a kind, newest first."""
+    for run in finished_runs(runs):
+        try:
+            header = read_header(run.weights_file) or {}
+            command = run.result().get("command")
+        except VitcliError:
+            continue
+        is_classifier = bool(header.get("head_trained"))
+        is_training_run = bool(header) and command != "fewshot"
+        if is_classifier if classifier else is_training_run:
+            yield str(run.path), header.get("labels") or ()

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 TensorStatus = Literal["loaded", "resampled", "new", "dropped"]
 
+UNNAMED = "outputs have no names"  # a note of `read`, which a new head makes pointless
+
 
 @dataclass
 class LoadReport:
@@ -68,12 +70,20 @@ class LoadReport:
         ]
 
 
-def note_load_report(model: "LoadedModel", watch: Watcher, *, verbose: bool = False) -> None:
-    """Write notes and a summary of the load report; `verbose` adds a line for each tensor."""
+def note_load_report(
+    model: "LoadedModel", watch: Watcher, *, verbose: bool = False, new_head: bool = False
+) -> None:
+    """Write notes and a summary of the load report.
+
+    Args:
+        verbose: add a line for each tensor.
+        new_head: the head of the file was replaced, so its class names do not matter.
+    """
     report = model.load_report
     if report is None:
         return
-    for line in [*report.notes, report.line(), *(report.table(model) if verbose else ())]:
+    notes = [line for line in report.notes if not (new_head and UNNAMED in line)]
+    for line in [*notes, report.line(), *(report.table(model) if verbose else ())]:
         watch.note(line)
 
 

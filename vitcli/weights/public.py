@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, nearest_path, printable
 from vitcli.files import is_url
 
 TABLE = Path(__file__).with_name("public_models.csv")
@@ -21,6 +21,7 @@ TIMM_RESULTS = "pytorch-image-models 0173a139, results/results-imagenet.csv"
 WEIGHTS_SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".npy")
 # Architectures of timm with the tensors that `weights/timm` reads.
 TIMM_NAME = re.compile(r"(vit|deit3?|flexivit|resnetv2|eva(02)?|beit(v2)?)_[a-z0-9_]+\.\w+")
+RESNET = re.compile(r"resnet(?:v2_)?(50|101|152)")  # names of torchvision and timm
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
@@ -210,25 +211,39 @@ def _is_path(model: str) -> bool:
 
 
 def similar_names(model: str) -> list[str]:
-    """At most one sentence: the public names that are similar, with `hf:` spelled out."""
+    """At most one sentence: the path and the public names that are similar, `hf:` spelled out."""
     from difflib import get_close_matches
 
+    near = nearest_path(model)
+    found = [] if near is None else [f"`{printable(near)}`"]
+    model = model.lower().rstrip("/")
+    if resnet := RESNET.fullmatch(model):
+        found.append(f"`R{resnet[1]}x1` (random weights)")
+        model = f"bit-r{resnet[1]}x1"
     rows = public_models().values()
     names = [*public_models(), *(row.source.removeprefix("hf:") for row in rows)]
     if "/" not in model:
         names += [row.model.removeprefix(TIMM) for row in rows]
-    found = []
-    for name in get_close_matches(model.lower(), names, n=3, cutoff=0.6):
+    # `vit_tiny` is the start of a name. A similarity alone does not find it.
+    started = [name for name in names if len(model) > 3 and name.startswith(model)][:1]
+    started = [row.name for row in map(_known, started) if row]
+    for name in list(dict.fromkeys([*started, *get_close_matches(model, names, n=3)]))[:3]:
         row = _known(name)
         found.append(f"`{name}` (`{row.source}`)" if row else f"`{name}`")
+    if len(found) == 1 and near is not None:
+        return [f"did you mean {found[0]}?"]
     return [f"similar names: {', '.join(found)}; `vitcli models` lists all"] if found else []
 
 
 def _hint_for(model: str) -> str:
     """The hint for a MODEL that is neither a path nor a public name."""
-    if HUB_NAME.fullmatch(model) and not model.lower().endswith(WEIGHTS_SUFFIXES):
+    from vitcli.run import RUNS
+
+    similar = similar_names(model)
+    hub = HUB_NAME.fullmatch(model) and not model.lower().endswith(WEIGHTS_SUFFIXES)
+    if not similar and hub and Path(model).parent != RUNS:
         return f"for a repository on the Hugging Face Hub use `hf:{model}`"
-    return "; ".join(similar_names(model)) or (
+    return "; ".join(similar) or (
         "a MODEL is a run directory, a weights file or folder, `hf:ORG/NAME`, a URL, a variant "
         "such as `B/16`, or a name that `vitcli models` lists"
     )

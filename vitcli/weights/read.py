@@ -18,6 +18,7 @@ from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
 from vitcli.weights.huggingface.lone_weights import describe_weights
 from vitcli.weights.huggingface.read_huggingface import place_of, read_huggingface
 from vitcli.weights.imagenet import SETS, imagenet_names
+from vitcli.weights.load_report import UNNAMED
 from vitcli.weights.open_clip import OPEN_CLIP_CONFIG, is_open_clip, read_open_clip
 from vitcli.weights.overrides import Overrides, override_preprocess, refuse_file_keys
 from vitcli.weights.peft_adapter import (
@@ -75,9 +76,7 @@ def read_checkpoint(
     outputs = checkpoint.config.num_classes
     if checkpoint.labels is None and checkpoint.head_trained and outputs in SETS:
         checkpoint.labels = imagenet_names(outputs)
-        checkpoint.notes.append(
-            f"{outputs} outputs have no names: assumed the classes of {SETS[outputs][0]}"
-        )
+        checkpoint.notes.append(f"{outputs} {UNNAMED}: assumed the classes of {SETS[outputs][0]}")
     return checkpoint
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vitcli.cli.console import print_table
+from vitcli.cli.console import print_table, show_path
 from vitcli.evals.fewshot.methods import METHODS
 
 
@@ -35,6 +35,8 @@ def show_fewshot(result: Any) -> None:
         f"{result.dim} features"
     )
     print_table(title, columns, rows)
+    if result.run:
+        show_path("classifier of seed 0 and the most shots, stored in", result.run)
     for shots, found in facts["shots"].items():
         if found.get("path", {}).get("accuracy"):
             _show_path(shots, found["path"], result.split)

@@ -1,12 +1,14 @@
 """Print the results of pretrain, finetune and recipes."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
 from vitcli.cli import console as report
 from vitcli.cli.console import percent, print_facts
+from vitcli.report.page import REPORT_FILE
 
 NO_SHARES = ("loss", "mae", "rmse", "r2")  # metrics that are not shown in percent
 
@@ -44,7 +46,7 @@ def show_trained(result: Any) -> None:
         ("model", f"{result.model}, {result.parameters:,} parameters"),
         ("data", result.data),
         ("steps", f"{result.steps:,} ({result.images:,} images)"),
-        ("time", f"{result.seconds:.0f} s, {result.images_per_second:.0f} images/s"),
+        ("training time", f"{result.seconds:.0f} s, {result.images_per_second:.0f} images/s"),
     ]
     for found in filter(None, (result.validation, figures)):
         split = found.get("split", "test")  # runs of earlier versions do not name it
@@ -71,13 +73,19 @@ def show_trained(result: Any) -> None:
         split = figures.get("fewshot_split", "")  # runs of earlier versions do not name it
         name = f"{split} few-shot accuracy".strip()
         rows.append((name, f"{last}; best {best}{figures['best_fewshot_step']:,}"))
+    held_out = figures.get("split", "test")
     rows += [
-        (name.removeprefix("train/"), f"{value:.4g}" if "mae" in name else f"{value:.4f}")
+        (
+            f"{held_out} loss" if name == "loss" else name.replace("/", " "),
+            f"{value:.4g}" if "mae" in name else f"{value:.4f}",
+        )
         for name, value in figures.items()
         if name == "loss" or name.startswith("train/")
     ]
     if result.broken:
         rows.append(("unreadable", f"{len(result.broken)} images, not used"))
+    if (page := Path(result.run) / REPORT_FILE).is_file():
+        rows.append(("report", page))
     print_facts(f"{result.command}: {result.run}", rows)
 
 
@@ -87,8 +95,8 @@ def _which_weights(result: Any) -> str:
         return f"the last in model.safetensors, the best in best.safetensors of {result.run}"
     step = f"step {result.weights['step']:,}"
     if result.weights["name"] == "best":
-        return f"best ({step}) in {result.run}/model.safetensors, last in last.safetensors"
-    return f"last ({step}), which are the best, in {result.run}/model.safetensors"
+        return f"{result.run}/model.safetensors: the best ({step}); last.safetensors: the last step"
+    return f"{result.run}/model.safetensors: the last step ({step}), which is the best"
 
 
 def show_found_rate(result: Any) -> None:

@@ -85,10 +85,11 @@ def run(paths: Sequence[Path], watch: Watcher | None = None) -> RunComparison:
     """
     if len(paths) < 2:
         raise VitcliError("`compare` needs at least two runs", "give two or more run directories")
-    others = [path for path in paths if not Run(path).recipe_file.is_file()]
-    if others and len(paths) - len(others) >= 2:
-        paths = [path for path in paths if path not in others]
-        (watch or Quiet()).note(f"left out, because they are not runs: {quoted(others, 3)}")
+    foreign = [path for path in paths if not Run(path).recipe_file.is_file()]
+    if foreign and len(paths) - len(foreign) >= 2:
+        paths = [path for path in paths if path not in foreign]
+        names = quoted(map(str, foreign), 3)
+        (watch or Quiet()).note(f"left out, because they are not runs: {names}")
     runs = [_finished_run(path) for path in paths]
     recipes = [flat_settings(found.recipe()) for found in runs]
     keys = sorted({key for recipe in recipes for key in recipe})
@@ -102,8 +103,8 @@ def run(paths: Sequence[Path], watch: Watcher | None = None) -> RunComparison:
         {**_numbers(r), **_held_out_figures(r.get("figures", {}), split, splits[0])}
         for r, split in zip(results, splits, strict=True)
     ]
-    names = [*dict.fromkeys(name for found in figures for name in found)]
-    table = {name: [found.get(name) for found in figures] for name in names}
+    columns = [*dict.fromkeys(name for found in figures for name in found)]
+    table = {name: [found.get(name) for found in figures] for name in columns}
     seeds: dict[str, tuple[float, float]] = {}
     if set(settings) == SEED_SETTINGS:
         for name, values in table.items():

@@ -254,8 +254,11 @@ class CopyFinder:
             origin: the images of the first split, in words.
         """
         pairs = leaked_pairs(self.split, self.groups)
-        digests = self.rows["digest"]
-        exact = digests[pairs[:, 0]] == digests[pairs[:, 1]]
+        digests, later_split = self.rows["digest"], self.split[pairs[:, 1]]
+        exact = np.zeros(len(pairs), dtype=np.bool_)
+        for split in np.unique(later_split):  # the partner of a pair need not be the exact copy
+            own = later_split == split
+            exact[own] = np.isin(digests[pairs[own, 1]], digests[self.split < split])
         if not len(pairs) or (exact_known and exact.all()):
             return []
         sentences = []

@@ -126,16 +126,14 @@ def run(
         settings: nested settings: `model.num_heads`, `preprocess.mean`, `data.label_column` …
         labels: class names of the model, or a file with one per line.
         out: folder of the files, with one folder per model if there are several.
-        real, class_map: files: ReaL labels; classes of the model for classes of the data.
+        real, class_map: files of ReaL labels, and of the model's classes for the data's classes.
         calibrate: fit a temperature on the validation images (without these: on half of the
             images), report the others, and store it in the weights file, else in a copy in `out`.
         thresholds: fit a threshold per class on the same images, and store them in the same way:
             `f1`, `recall=0.95` or `precision=0.9`.
-        batch_size: images per forward pass.
-        precision: `auto` is fp32, so that the metrics are the same on every machine.
+        batch_size, precision: images per forward pass; `auto` is fp32 on every machine.
         seed: seed of the half that is held out, and of the simulated calibration error.
-        check: look for near copies of training images.
-        verbose: report how each tensor was loaded.
+        check, verbose: look for near copies of training images; report how tensors were loaded.
 
     Raises:
         VitcliError: bad input, an untrained head, or classes that do not match.
@@ -146,8 +144,7 @@ def run(
     inference = load_inference(settings)
     data = inference.data.name if data is None else data
     if data is None:
-        data = DEFAULT_DATA
-        watch.note(f"no DATA given: using {data}")
+        watch.note(f"no DATA given: using {(data := DEFAULT_DATA)}")
     request = EvaluationRequest(
         data=data,
         inference=inference,

@@ -154,8 +154,7 @@ def run(
         settings: nested settings: `model.num_heads`, `preprocess.mean` …
         labels: class names of the model, or a file with one name per line.
         top: number of classes in `top`; more than the model has give all classes.
-        batch_size: images per forward pass.
-        precision: `auto` is fp32.
+        batch_size, precision: images per forward pass; `auto` is fp32.
         threshold: an image whose highest probability is lower gets no label: `abstained` is true.
         ood: report the out-of-distribution score: the share of held-out in-distribution images
             whose features are nearer to the training images (`vitcli.evals.ood`).

@@ -79,22 +79,20 @@ def load_model(
         preprocess: settings that replace those of the file, or a whole Preprocess.
         num_heads, norm_eps, gelu: settings that the tensors of a file do not show.
         stem_arithmetic: `google` or `timm`, for the ResNet of a hybrid.
-        patch_size: pixels. A size that is not the file's resamples the patch projection (FlexiViT's
-            pseudo-inverse) and the positions.
+        patch_size: pixels; another than the file's resamples projection (FlexiViT) and positions.
         checkpoint_key: path or prefix of the network in a file with several, e.g. `student`.
         base_model: the MODEL that a LoRA adapter of PEFT was trained on.
         text_embeddings: a file with text embeddings of the classes, which become the head of a
             vision tower; see `weights.zero_shot`.
         num_classes: add a new zero head with this many outputs; 0 removes the head.
-        seed: random seed of a variant's weights.
-        watch: receives the progress of a download.
+        seed, watch: random seed of a variant's weights; receives the progress of a download.
 
     Raises:
         VitcliError: the model cannot be found or read, or a setting is missing.
     """
     source = os.fspath(MODEL)
     method = _resize_method(position_resize)
-    if num_classes is not None and num_classes < 0:
+    if (num_classes or 0) < 0:
         raise VitcliError(f"`num_classes` is {num_classes}", hint="use an integer from 0 on")
     size, settings = _preprocess_settings(image_size, preprocess)
     overrides = Overrides(

@@ -241,8 +241,8 @@ def _hint_for(model: str) -> str:
 
     similar = similar_names(model)
     hub = HUB_NAME.fullmatch(model) and not model.lower().endswith(WEIGHTS_SUFFIXES)
-    if not similar and hub and Path(model).parent != RUNS:
-        return f"for a repository on the Hugging Face Hub use `hf:{model}`"
+    if hub and Path(model).parent != RUNS:
+        similar.append(f"for a repository on the Hugging Face Hub use `hf:{model}`")
     return "; ".join(similar) or (
         "a MODEL is a run directory, a weights file or folder, `hf:ORG/NAME`, a URL, a variant "
         "such as `B/16`, or a name that `vitcli models` lists"

@@ -188,7 +188,7 @@ def test_of_several_path_columns_the_one_that_exists(tmp_path):
 def test_images_that_do_not_exist_are_counted(tmp_path):
     path = write(tmp_path, "path,label\n" + ROWS + "cat/7.png,cat\n")
     notes = load_data(path, whole=True).notes
-    assert any("1 of 5 images do not exist, such as" in note for note in notes)
+    assert any("1 of 5 images does not exist, such as" in note for note in notes)
 
 
 def test_a_column_that_holds_no_classes(tmp_path):

@@ -75,6 +75,11 @@ def _untrained_head(model: LoadedModel) -> bool:
 
 EVA = "timm has it in its class Eva, which vitcli reads and does not write"
 # fmt: off
+# Limits of several layouts.
+NO_WINDOW = Lost("preprocess.window", "the window of 16-bit, 32-bit and float images, which is {}, "
+                 "is not stored: map such images to 8 bits with it first", (None,))
+NO_PROJECTION = Lost("model.projection_size", "the projection to text embeddings is not stored",
+                     (None,))
 TIMM = (
     Refused("model.pool", "timm has no such pooling", POOLS),
     Refused("model.pool", "DeiT with a distillation token reads both tokens", ("distilled",),
@@ -112,7 +117,7 @@ TIMM = (
     Refused("model.norm", "its plain models have LayerNorm", ("layer",)),
     Refused("model.patch_norm", "its plain models have no norm of the patches", (False,)),
     Refused("model.projection_size", "timm's heads read the features", (None,), _has_head),
-    Lost("model.projection_size", "the projection to text embeddings is not stored", (None,)),
+    NO_PROJECTION,
     Refused("model.head_norm", "timm's heads do not normalise the features", (False,)),
     Refused("model.crop_to_patches", "its images have whole patches", (False,)),
     Refused("model.axial", "timm has no axial blocks", (False,)),
@@ -137,8 +142,7 @@ TIMM = (
          "timm rounds an odd crop margin to even: some crops move by 1 px", ("even",)),
     Lost("preprocess.antialias", "timm smooths images that it shrinks, this model does not",
          (True,)),
-    Lost("preprocess.window", "the window of 16-bit, 32-bit and float images, which is {}, is not "
-         "stored: map such images to 8 bits with it first", (None,)),
+    NO_WINDOW,
     Lost("preprocess.border", "timm does not cut a border off its images", (0,)),
     Refused("preprocess.resize_size", "timm stores it as a fraction of a square crop", (),
             _resize_that_timm_lacks, "--set preprocess.crop_fraction=…", "replaces the resize"),
@@ -197,7 +201,7 @@ HUGGINGFACE = (
     Refused("model.norm", "its models have LayerNorm", ("layer",)),
     Refused("model.patch_norm", "its models have no norm of the patches", (False,)),
     Refused("model.projection_size", "its heads read the features", (None,), _has_head),
-    Lost("model.projection_size", "the projection to text embeddings is not stored", (None,)),
+    NO_PROJECTION,
     Refused("model.head_norm", "its heads do not normalise the features", (False,)),
     Refused("model.final_norm", "its models have a norm after the last block", (True,)),
     Refused("model.key_bias", "its keys have a bias if the queries have one",
@@ -247,8 +251,7 @@ HUGGINGFACE = (
          "instead", (), lambda c: c.num_channels == 1),
     Lost("preprocess", "no preprocessing is known, so none is written: `pipeline` needs it", (),
          lambda model: model.preprocess is None),
-    Lost("preprocess.window", "the window of 16-bit, 32-bit and float images, which is {}, is not "
-         "stored: map such images to 8 bits with it first", (None,)),
+    NO_WINDOW,
     Lost("preprocess.crop_rounding", "transformers rounds an odd crop margin down: some crops move "
          "by 1 px (avoid it with `--set preprocess.crop_rounding=down`)", ("down",),
          lambda p: p.resize_mode != "squash" or resized_size(p) != p.image_size),
@@ -291,7 +294,7 @@ GOOGLE = (
     Refused("model.norm", "its models have LayerNorm", ("layer",)),
     Refused("model.patch_norm", "its models have no norm of the patches", (False,)),
     Refused("model.projection_size", "its heads read the features", (None,), _has_head),
-    Lost("model.projection_size", "the projection to text embeddings is not stored", (None,)),
+    NO_PROJECTION,
     Refused("model.head_norm", "its heads do not normalise the features", (False,)),
     Refused("model.final_norm", "the official code has a norm after the last block", (True,)),
     Refused("model.key_bias", "its keys have a bias", (True,)),

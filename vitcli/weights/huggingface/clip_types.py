@@ -17,7 +17,9 @@ from vitcli.errors import VitcliError
 from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.weights.huggingface.huggingface_type import (
+    CLIP_PROCESSOR,
     HEADS,
+    NEW_QKV,
     HuggingFaceType,
     ModelFiles,
     Settings,
@@ -76,7 +78,7 @@ AIMV2_BLOCK = {
     "ffn.down_proj": "mlp.fc2",
 }
 AIMV2_STACKED = {
-    "attn.qkv": (("attention.q_proj", "attention.k_proj", "attention.v_proj"),),
+    "attn.qkv": (NEW_QKV,),
     "mlp.fc1": (("ffn.gate_proj", "ffn.up_proj"),),
 }
 # transformers' values for keys that config.json does not have; its files leave these out.
@@ -90,11 +92,6 @@ AIMV2 = {
     "num_attention_heads": 8,
     "qkv_bias": False,
 }
-MOMENTS = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-CROPPED = {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224, "resample": 3}
 
 
 def _tower_settings(files: ModelFiles, defaults: Mapping[str, Any]) -> Settings:
@@ -263,7 +260,7 @@ _CLIP = HuggingFaceType(
     heads={**HEADS, **PROJECTION},
     unused=UNUSED,
     processor="CLIPImageProcessor",
-    published={**CROPPED, **MOMENTS},
+    published=CLIP_PROCESSOR,
 )
 _SIGLIP = replace(
     _CLIP,

@@ -8,6 +8,7 @@ from vitcli.vit.config import ViTConfig
 from vitcli.weights.huggingface.huggingface_type import (
     IMAGENET,
     MASKED_TRAINING,
+    NEW_QKV,
     STACKED,
     HuggingFaceType,
     ModelFiles,
@@ -18,7 +19,6 @@ from vitcli.weights.huggingface.huggingface_type import (
     encoder_settings,
 )
 
-QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 GATED = ("mlp.gate_proj", "mlp.up_proj")
 BLOCK = {
     "norm1": "norm1",
@@ -49,9 +49,7 @@ def _settings(files: ModelFiles) -> Settings:
     for key in ("proj_bias", "mlp_bias"):
         if not files.flag(key, default=True):
             raise ValueError(f"`{key}` is false, which no public model has")
-    registers = files.tensors.get("reg_token")
-    if registers is not None and not registers.numel():
-        files.drop("reg_token", "holds no registers")
+    files.drop_empty_registers()
     augmented = {ours: described.get(theirs) for theirs, ours in AUGMENTED.items()}
     if "pos_embed_rescale" not in described:
         augmented["rope_rescale"] = 2.0
@@ -107,7 +105,7 @@ def _described(config: ViTConfig) -> Settings:
 def _written_block(config: ViTConfig) -> dict[str, str | tuple[str, ...]]:
     """Ours -> theirs; a tuple for the parts of a stacked tensor."""
     names: dict[str, str | tuple[str, ...]] = {ours: theirs for theirs, ours in BLOCK.items()}
-    names["attn.qkv"] = QKV
+    names["attn.qkv"] = NEW_QKV
     if config.mlp == "swiglu":
         names["mlp.fc1"] = GATED
     return names

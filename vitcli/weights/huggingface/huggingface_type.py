@@ -35,8 +35,15 @@ HEADS = {"classifier": "head"}
 ATTENTION = {"attention.output.dense": "attn.proj", "attention.o_proj": "attn.proj"}
 # Ours -> the tensors of theirs that we stack into one, in this order; classic and new names.
 QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
-STACKED: dict[str, tuple[tuple[str, ...], ...]] = {
-    "attn.qkv": (QKV, ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+NEW_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+STACKED: dict[str, tuple[tuple[str, ...], ...]] = {"attn.qkv": (QKV, NEW_QKV)}
+# Of image processors: a crop of the centre, and what those of CLIP have by default.
+CROPPED = {"do_center_crop": True, "crop_size": 224, "resample": 3}
+CLIP_PROCESSOR: dict[str, Any] = {
+    "size": {"shortest_edge": 224},
+    **CROPPED,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 
 
@@ -84,6 +91,12 @@ class ModelFiles:
         """Remove the tensor `name`, if it exists; the load report gives the reason."""
         if self.tensors.pop(name, None) is not None:
             self.dropped[name] = reason
+
+    def drop_empty_registers(self) -> None:
+        """Remove a tensor of no register tokens, which transformers writes."""
+        stored = self.tensors.get("reg_token")
+        if stored is not None and not stored.numel():
+            self.drop("reg_token", "holds no registers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,13 @@ from vitcli.config.choices import Interpolation
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.vit.config import ViTConfig
-from vitcli.weights.huggingface.clip_types import MOMENTS
 from vitcli.weights.huggingface.huggingface_names import MODEL_TYPES
-from vitcli.weights.huggingface.huggingface_type import IMAGENET, read_size
-from vitcli.weights.huggingface.vit_types import CROPPED
+from vitcli.weights.huggingface.huggingface_type import (
+    CLIP_PROCESSOR,
+    CROPPED,
+    IMAGENET,
+    read_size,
+)
 from vitcli.weights.overrides import (
     Overrides,
     are_pictures,
@@ -36,14 +39,13 @@ INTERPOLATIONS: dict[int, Interpolation] = {  # Pillow's number -> name
     2: "bilinear",
     3: "bicubic",
 }
-CLIP = {"size": {"shortest_edge": 224}, **CROPPED, **MOMENTS}
 # The values that the classes use if the file does not have them.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": {"size": 224, "resample": 2},
     "BeitImageProcessor": {"size": 224, "resample": 3, "crop_size": 224},
     "DeiTImageProcessor": {"size": 256, **CROPPED},
-    "BitImageProcessor": CLIP,
-    "CLIPImageProcessor": CLIP,
+    "BitImageProcessor": CLIP_PROCESSOR,
+    "CLIPImageProcessor": CLIP_PROCESSOR,
     "SiglipImageProcessor": {"size": 224, "resample": 3},
     "Siglip2ImageProcessor": {"size": 256, "resample": 2},  # which keeps the shape of the image
     # It scales to 0 … 1 before it resizes, so its pixels are not rounded to grey levels between.
@@ -82,7 +84,7 @@ def read_processor(
     else:
         kind = _processor_class(model_type, processor, notes)
         values = {**DEFAULTS[kind], **processor}
-        if DEFAULTS[kind] is CLIP and isinstance(values["size"], int):
+        if DEFAULTS[kind] is CLIP_PROCESSOR and isinstance(values["size"], int):
             values["size"] = {"shortest_edge": values["size"]}
     interpolation = INTERPOLATIONS.get(values.get("resample", 2))
     if interpolation is None:
@@ -177,7 +179,10 @@ def _published(
         values |= {"size": {"height": rows, "width": cols}, "do_center_crop": False}
     if config.num_channels != 3:
         values = {key: value for key, value in values.items() if key not in IMAGENET}
-    known = {tuple(IMAGENET["image_mean"]): "ImageNet's", tuple(MOMENTS["image_mean"]): "CLIP's"}
+    known = {
+        tuple(IMAGENET["image_mean"]): "ImageNet's",
+        tuple(CLIP_PROCESSOR["image_mean"]): "CLIP's",
+    }
     if not {"mean", "std"} <= set(overrides.preprocess):
         whose = known.get(tuple(values.get("image_mean", ())))
         mean = f"{whose} mean and std" if whose else "mean and std 0.5"

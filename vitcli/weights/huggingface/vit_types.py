@@ -14,6 +14,7 @@ from vitcli.vit.config import ViTConfig
 from vitcli.vit.position import sincos2d
 from vitcli.weights.huggingface.huggingface_type import (
     ATTENTION,
+    CROPPED,
     HEADS,
     IMAGENET,
     MASKED_TRAINING,
@@ -61,8 +62,6 @@ BLOCK = {theirs: ours for t in (VIT_BLOCK, DINO_BLOCK, SWIGLU_BLOCK) for ours, t
 BLOCK |= {**ATTENTION, "mlp.down_proj": "mlp.fc2"}
 UNUSED = {r"embeddings\.mask_token|decoder\..*": MASKED_TRAINING}
 
-CROPPED = {"do_center_crop": True, "crop_size": 224, "resample": 3}
-
 
 def _plain_settings(files: ModelFiles, *, norm_eps: float = 1e-12) -> Settings:
     """The settings of ViT, DeiT, ViT-MAE and ViT-MSN."""
@@ -100,9 +99,7 @@ def _dinov2_settings(files: ModelFiles, patch_size: int = 14, registers: int = 0
     }
     if "head.weight" in files.tensors:
         values["pool"] = "token_mean"
-    stored = files.tensors.get("reg_token")
-    if stored is not None and not stored.numel():
-        files.drop("reg_token", "holds no registers")
+    files.drop_empty_registers()
     return values | _positions(files, values)
 
 
@@ -223,16 +220,13 @@ _DINOV2 = HuggingFaceType(
 )
 VIT_TYPES = {
     "vit": replace(_VIT, written=_WRITTEN),
-    "deit": HuggingFaceType(
+    "deit": replace(
+        _VIT,
         prefix="deit.",
         backbone="DeiTModel",
         classifier="DeiTForImageClassification",
-        settings=_plain_settings,
-        encoder=ENCODER,
-        block=BLOCK,
         # Two heads, one for each of the two tokens; the logits are the mean of both.
         heads={**HEADS, "cls_classifier": "head", "distillation_classifier": "head_dist"},
-        unused=UNUSED,
         processor="DeiTImageProcessor",
         published={"size": 256, **CROPPED, **IMAGENET},
         written=_WRITTEN,

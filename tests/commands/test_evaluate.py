@@ -18,6 +18,7 @@ from vitcli.errors import VitcliError
 from vitcli.evals.plots import write_confusion
 from vitcli.preprocess import Preprocess
 from vitcli.run import create_run
+from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
@@ -313,3 +314,18 @@ def test_a_place_that_is_a_file_is_refused_before_the_work(photos, here):
         with pytest.raises(VitcliError, match=r"`report\.txt` is not a folder"):
             evaluate.run("no such data", model="no such model", out=out)
     assert (here / "report.txt").read_text() == "mine"
+
+
+def test_the_data_are_opened_once(photos, monkeypatch):
+    """For several models, and to find the newest run that knows the classes."""
+    labels, opened = ("red", "green", "blue"), []
+    for name in ("one", "two"):
+        run = create_run(Path("runs", name), 'command = "finetune"\n')
+        save_model(run.weights_file, load_model(colour_model("m.safetensors", labels)))
+        run.finish({"command": "finetune"})
+    own = evaluate.open_whole
+    monkeypatch.setattr(evaluate, "open_whole", lambda *given: opened.append(1) or own(*given))
+    for models in (None, ["runs/one", "runs/two"]):
+        opened.clear()
+        evaluate.run(photos, model=models)
+        assert opened == [1], models

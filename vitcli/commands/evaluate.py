@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
 from vitcli.data.image_set import ImageSet
-from vitcli.data.source import Source, open_data
+from vitcli.data.source import Source
 from vitcli.errors import VitcliError
 from vitcli.evals.calibration import (
     CalibrationSplit,
@@ -34,7 +34,7 @@ from vitcli.evals.class_matching import (
 from vitcli.evals.comparison import ModelComparison, compare_models
 from vitcli.evals.evaluate import Evaluation, Evaluator, evaluate_numbers
 from vitcli.evals.features import Extracted, extract, rank_and_world_size
-from vitcli.evals.held_out import choose_images
+from vitcli.evals.held_out import choose_images, open_whole
 from vitcli.evals.near_copies import warn_before_evaluation
 from vitcli.evals.plots import evaluation_files, write_evaluation_files
 from vitcli.evals.real_labels import read_real_labels, real_targets
@@ -76,6 +76,13 @@ class EvaluationRequest:
     seed: int
     verbose: bool
     watch: NoteCollector
+    whole: list[Source] = field(default_factory=list)  # shared by all models, see `opened`
+
+    def opened(self) -> Source:
+        """DATA with classes; it is opened once."""
+        if not self.whole:
+            self.whole.append(open_whole(self.inference.data, self.data, self.watch))
+        return self.whole[0]
 
 
 @dataclass
@@ -161,9 +168,8 @@ def run(
     )
     models = [model] if isinstance(model, str) else list(model or ())
     if not models:
-        renamed = labels is not None or class_map is not None
-        opened = partial(open_data, inference.data, data, whole=True, min_classes=1, streams=True)
-        classes = None if renamed else lambda: opened().classes
+        own_names = labels is None and class_map is None
+        classes = (lambda: request.opened().classes) if own_names else None
         name = inference.model.name or newest_run(classifier=True, classes=classes)
         if inference.model.name is None:
             watch.note(f"no `--model` given: using {name}")
@@ -176,8 +182,8 @@ def run(
             for name, folder in zip(models, _output_folders(models, root), strict=True)
         ]
         _check_same_kind(tasks)
-        checked = tasks if check else []
-        warn_before_evaluation([(t.model, t.source, t.images, t.request.watch) for t in checked])
+        if check:
+            warn_before_evaluation((t.model, t.source, t.images, t.request.watch) for t in tasks)
         results = [_evaluate(tasks.pop(0)) for _ in range(len(tasks))]  # pop: frees the weights
     return results[0] if len(results) == 1 else compare_models(data, results)
 
@@ -216,7 +222,9 @@ def _load(model: str, request: EvaluationRequest, folder: Path) -> LoadedTask:
         )
     if net.is_regression:
         _check_regression(net, model, request)
-    source, images = choose_images(request.data, model, net, request.inference, watch)
+    # A stream is read once, and numbers are other data than classes.
+    opened = None if net.is_regression or request.inference.data.streaming else request.opened()
+    source, images = choose_images(request.data, model, net, request.inference, watch, opened)
     source.tell(watch)
     note_load_report(net, watch, verbose=request.verbose)
     if net.is_regression:

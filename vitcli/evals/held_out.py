@@ -19,22 +19,33 @@ from vitcli.run import Run
 from vitcli.weights.loaded import LoadedModel
 
 
+def open_whole(section: DataSection, data: str, watch: Watcher, *, numeric: bool = False) -> Source:
+    """Open data for an evaluation: without splits that the data do not have."""
+    # `open_data` would hold a part out. A single class of the model's can be evaluated, too.
+    return open_data(
+        section, data, whole=True, min_classes=1, watch=watch, streams=True, numeric=numeric
+    )
+
+
 def choose_images(
-    data: str, model: str, net: LoadedModel, inference: Inference, watch: Watcher
+    data: str,
+    model: str,
+    net: LoadedModel,
+    inference: Inference,
+    watch: Watcher,
+    opened: Source | None = None,
 ) -> tuple[Source, ImageSet]:
     """The test images of the data, else the validation images, else all images.
 
     Images that the model was trained on would give too high an accuracy. If the weights record
     their training images, choose those of the data that were held out, or that are new. Runs of
     earlier versions record a fingerprint of their data and splits, which serves unchanged data.
+
+    Args:
+        opened: the data from `open_whole`; None opens them.
     """
-    section = inference.data
-    # `whole` keeps data without a test split in one piece; `open_data` would hold a part out.
-    # A single class of the model's can be evaluated, too.
-    numeric = net.is_regression
-    whole = open_data(
-        section, data, whole=True, min_classes=1, watch=watch, streams=True, numeric=numeric
-    )
+    section, numeric = inference.data, net.is_regression
+    whole = opened or open_whole(section, data, watch, numeric=numeric)
     if section.streaming:
         return whole, whole.split("test", "validation")
     # The record in the weights comes first: it finds each image by its content, so it holds after
@@ -59,9 +70,9 @@ def choose_images(
             openers.append(lambda: whole)
         elif own.model_copy(update={"name": section.name}) != section:
             openers.append(partial(open_data, own, data, numeric=numeric))
-        for opened in openers:
+        for opener in openers:
             with suppress(VitcliError):  # the data of the run may have other columns and splits
-                source = opened()
+                source = opener()
                 if source.fingerprint == recorded:
                     return source, source.split("test", "validation", "train")
     if set(whole.splits) != {"train"}:

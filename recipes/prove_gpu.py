@@ -406,7 +406,7 @@ def one_process(proof: Proof, name: str, flags: list[str]) -> None:
     port = str(29500 + len(name))
     done = proof.process("-c", BACKEND, *words, **ALONE, MASTER_PORT=port)
     backend = done.stdout.split()[-1:] or [done.stderr[-300:]]
-    wanted = "nccl" if proof.device.type == "cuda" else "none"
+    wanted = "nccl" if proof.device.type == "cuda" else "gloo"
     passed = done.returncode == 0 and backend[0] == wanted
     proof.row(f"training: {name}, one process, connected by", backend[0], passed=passed)
 

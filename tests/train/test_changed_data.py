@@ -92,7 +92,10 @@ def test_added_and_removed_images_do_not_change_what_is_held_out(trained, photos
     change(photos)
     told = Told()
     assert held_out(watch=told) == trained - {"cat/2.bmp"}
-    assert "2 new images" in told.notes[-1] and "1 held-out images of the run" in told.notes[-1]
+    assert (
+        "2 new images" in told.notes[-1]
+        and "1 held-out image of the run is missing" in told.notes[-1]
+    )
     assert not told.warnings
     test = load_data("photos").splits["test"]  # without the record, training images would count
     drawn = {Path(test.describe(i)).relative_to("photos").as_posix() for i in range(len(test))}

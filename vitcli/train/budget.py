@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vitcli.config.schema import TrainSection, parse_duration
 from vitcli.devices import synchronize
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, counted
 from vitcli.train.agreement import max_over_processes
 from vitcli.train.param_groups import set_lr
 from vitcli.train.validate import EVAL_BATCH_SIZE
@@ -248,7 +248,7 @@ def warn_of_few_steps(loop: "Loop", total: int, plan: Budget, num_images: int) -
     if rows == columns >= 2 * SMALL_GRID:
         stride = config.image_size[0] // rows
         ways += f", or smaller images: `--set model.image_size={rows // 2 * stride}`"
-    steps = "1 step is" if total == 1 else f"{total:,} steps are"
+    steps = counted(total, "step is", "steps are")
     loop.watch.warn(
         f"budget {train.budget}: {steps} {epochs:.2g} epochs of {num_images:,} training images, "
         f"too few to learn from; {ways}"

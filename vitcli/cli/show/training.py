@@ -83,7 +83,7 @@ def show_trained(result: Any) -> None:
         if name == "loss" or name.startswith("train/")
     ]
     if result.broken:
-        rows.append(("unreadable", f"{len(result.broken)} images, not used"))
+        rows.append(("unreadable", f"{counted(len(result.broken), 'image', 'images')}, not used"))
     if (page := Path(result.run) / REPORT_FILE).is_file():
         rows.append(("report", page))
     print_facts(f"{result.command}: {result.run}", rows)

@@ -213,7 +213,20 @@ def test_the_validation_fraction_of_auto():
     assert auto_fraction(np.zeros(1_000_000)) == 0.005
     assert is_scarce(SIGNS)
     assert not is_scarce(CIFAR)
-    assert best_metric(replace(SIGNS, multi_label=True)) == "map"
+
+
+@pytest.mark.parametrize(
+    ("data", "images", "metric"),
+    [
+        (SIGNS, 30, "loss"),
+        (SIGNS, 500, "accuracy"),
+        (CIFAR, None, "accuracy"),  # a stream has no length
+        (replace(SIGNS, multi_label=True), 30, "map"),
+        (replace(SIGNS, numeric=True), 30, "rmse"),
+    ],
+)
+def test_the_metric_that_chooses_the_weights(data, images, metric):
+    assert best_metric(data, images) == metric
 
 
 def draw_photos(folder, per_class=40, side=24):
@@ -270,7 +283,7 @@ def test_a_run_without_a_recipe_says_records_and_repeats_its_choice(run, photos,
     assert facts["settings"]["model"]["image_size"] == 24
     recipe = load_recipe(str(out / "recipe.toml"))
     assert recipe.data.validation_fraction == 0.1
-    assert recipe.train.best_metric == "accuracy"
+    assert recipe.train.best_metric == "loss"  # 24 validation images
     again = pretrain.run(recipe=str(out / "recipe.toml"), out=tmp_path / "again", watch=Told())
     assert again.figures == result.figures
     same = (tmp_path / "again/model.safetensors").read_bytes()

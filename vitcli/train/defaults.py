@@ -135,11 +135,18 @@ def propose_model(images: int | None, machine: MachineFacts) -> str:
 
 # Of numbers, of several labels per image, of one label: `train.best_metric` if none is given.
 DEFAULT_METRICS = ("rmse", "map", "accuracy")
+# Validation images below which the loss chooses: one standard error of the accuracy is then more
+# than 1.3 points at 90 %, and a single image decides (recipes/LOG.md, 2026-11-28).
+FEW_VALIDATION_IMAGES = 500
 
 
-def best_metric(data: DataFacts) -> str:
-    """The metric of the validation images that chooses the weights."""
-    return DEFAULT_METRICS[0 if data.numeric else 1 if data.multi_label else 2]
+def best_metric(data: DataFacts, validation_images: int | None) -> str:
+    """The metric of the validation images that chooses the weights; None if not counted."""
+    if data.numeric or data.multi_label:
+        return DEFAULT_METRICS[0 if data.numeric else 1]
+    if validation_images is not None and validation_images < FEW_VALIDATION_IMAGES:
+        return "loss"
+    return DEFAULT_METRICS[2]
 
 
 def _may_flip(data: DataFacts) -> bool:

@@ -144,9 +144,8 @@ def _default_model(recipe: Recipe, resumed: Path | None, data: str | None, watch
     except VitcliError as error:
         if data in (None, DIGITS, FORMULA):
             raise
-        train: Any = open_data(recipe.data, watch=watch, streams=True).splits.get("train")
-        images = len(train) if isinstance(train, ImageSet) else None
-        model = propose_model(images, this_machine())
+        train = open_data(recipe.data, watch=watch, streams=True).splits.get("train")
+        model = propose_model(_count(train), this_machine())
         raise VitcliError(
             error.message, f"`vitcli finetune {shlex.quote(str(data))} --model {model}`"
         ) from None
@@ -176,7 +175,8 @@ def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> Re
     # The accuracy of a fold must not choose its own weights.
     chooses = "validation" in source.splits and section.folds is None
     if chooses and "train.best_metric" not in given:
-        lay_over(settings, nest("train.best_metric", best_metric(chosen.data)))
+        metric = best_metric(chosen.data, _count(source.splits["validation"]))
+        lay_over(settings, nest("train.best_metric", metric))
     lay_over(settings, changes)
     adapted = _without_vit_settings(load_recipe(name, settings, recipe.command), changes, Quiet())
     fixed = " (Ti/16 at 224 px)" if recipe.command == "pretrain" else ""
@@ -189,6 +189,10 @@ def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> Re
             f"{typed} --model {propose_model(chosen.data.images, chosen.machine)}`"
         )
     return ResolvedRun(name, adapted, chosen, source)
+
+
+def _count(images: object) -> int | None:
+    return len(images) if isinstance(images, ImageSet) else None  # a stream is not counted
 
 
 def _is_muon_run(path: Path) -> bool:

@@ -117,7 +117,7 @@ def test_what_the_user_gives_stays_and_the_rest_adapts():
     assert chosen(SIGNS, train__budget="2h")["model.name"] == "Conv+Nano/8"
 
 
-TI = parse_variant("Ti/16", num_classes=1000, image_size=224)
+TI = parse_variant("Ti/16", num_classes=1000, image_size=(224, 224))
 
 
 def fine_tuned_at(data, machine=CPU, weights=TI, **given):
@@ -150,8 +150,8 @@ def test_small_images_are_fine_tuned_at_a_smaller_size_where_a_cpu_lacks_time():
         (CIFAR, GPU, {}),
         (CIFAR, CPU, {"model__image_size": 224}),
         (CIFAR, CPU, {"preprocess__image_size": 224}),
-        (CIFAR, CPU, {"weights": parse_variant("Ti/4", image_size=32)}),
-        (CIFAR, CPU, {"weights": parse_variant("R50x1", image_size=224)}),
+        (CIFAR, CPU, {"weights": parse_variant("Ti/4", image_size=(32, 32))}),
+        (CIFAR, CPU, {"weights": parse_variant("R50x1", image_size=(224, 224))}),
         (CIFAR, CPU, {"weights": parse_variant("Ti/16", image_size=(224, 192))}),
         (CIFAR, CPU, {"weights": None}),
     ],

@@ -230,8 +230,8 @@ class CheckResult:
             f"class names that differ only in case or punctuation: {quoted(names)}"
             for names in self.label_variants[:MAX_EXAMPLES]
         ]
-        if (more := len(self.label_variants) - MAX_EXAMPLES) > 0:
-            lines[-1] += f"; and {counted(more, 'more group', 'more groups')} of names"
+        if (left := len(self.label_variants) - MAX_EXAMPLES) > 0:
+            lines[-1] += f"; and {counted(left, 'more group', 'more groups')} of names"
         if self.source.numeric:
             return lines if self.values is None else [*lines, *number_problems(self.values)]
         if self.class_sizes and self.imbalance >= IMBALANCED:

@@ -191,9 +191,9 @@ def label_splitter(
             counts[cell] += 1
     if lists:
         if setting is False:
+            one, more = f"cell of `{column}` is a list", f"cells of `{column}` are lists"
             raise VitcliError(
-                f"`{shown}`: column `{column}` has lists ({counted(lists, 'cell', 'cells')}), but "
-                "`data.multi_label` is false",
+                f"`{shown}`: {counted(lists, one, more)}, but `data.multi_label` is false",
                 "remove `data.multi_label=false`; objective `mse` takes one number per image",
             )
         notes.append(f"{shown}: multi-label data, because `{column}` holds lists")

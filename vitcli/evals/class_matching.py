@@ -107,9 +107,11 @@ def match_outputs(
         # Numbers go first: text order has `10` before `2`.
         indices = _match_numbers(net, classes, data, watch)
         if indices is None:
+            first = ", ".join(f"{i} is `{name}`" for i, name in enumerate(classes[:3]))
+            more = f" and {num_outputs - 3:,} more" if num_outputs > 3 else ""
             watch.note(
                 f"the model has no class names; its {num_outputs} outputs are taken in the data's "
-                f"order: {quoted(classes, 3)}; another order: `--labels FILE`"
+                f"order: {first}{more}; another order: `--labels FILE`"
             )
             indices = range(num_outputs)
     display_names = None

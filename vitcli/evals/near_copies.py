@@ -267,9 +267,9 @@ class CopyFinder:
             images, count, copies = self.sets[later], int(chosen.sum()), int(exact[chosen].sum())
             like = origin or f"{self.names[first]} images"
             also = f" ({counted(copies, 'exact copy', 'exact copies')})" if copies else ""
-            looks = [f"{images.name} images {verb}" for verb in ("looks", "look")]
+            one, more = f"{images.name} images looks", f"{images.name} images look"
             sentences.append(
-                f"{counted(count, *looks, len(images))} the same as {like}{also}, "
+                f"{counted(count, one, more, len(images))} the same as {like}{also}, "
                 f"such as {self._names(pairs[chosen][0])}"
             )
         return [*sentences, "Figures on these images are unreliable"]

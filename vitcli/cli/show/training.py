@@ -59,8 +59,8 @@ def show_trained(result: Any) -> None:
             errors = number_rows(found, found.get("intervals", {}))
             rows += [(f"{split} {name}", text) for name, text in errors]
         if "map" in found:
-            counted = f"{percent(found['map'])} of {found['images']:,.0f} images"
-            rows.append((f"{split} mean average precision", counted))
+            share = f"{percent(found['map'])} of {found['images']:,.0f} images"
+            rows.append((f"{split} mean average precision", share))
             rows.append((f"{split} micro F1 at 0.5", percent(found["micro_f1"])))
     if result.best is not None:
         name, value = result.best["metric"], result.best["value"]

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from vitcli.cli import console as report
 from vitcli.cli.console import percent, print_facts
+from vitcli.errors import counted
 from vitcli.report.page import REPORT_FILE
 
 NO_SHARES = ("loss", "mae", "rmse", "r2")  # metrics that are not shown in percent

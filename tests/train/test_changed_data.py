@@ -245,11 +245,11 @@ def stop_after_one_step(photos):
 
 
 CHANGES = {
-    "1 image added (ant/new.bmp)": lambda p: noise(p / "ant/new.bmp", 1),
-    "1 image removed (cat/4.bmp)": lambda p: (p / "cat/4.bmp").unlink(),
-    "1 image edited or exchanged (bee/2.bmp)": lambda p: noise(p / "bee/2.bmp", 1),
-    "2 images edited or exchanged (ant/1.bmp, ant/2.bmp)": lambda p: exchange(p / "ant"),
-    "1 image renamed or moved to another class (bee/x.bmp)": lambda p: (p / "ant/0.bmp").rename(
+    "1 image added (`ant/new.bmp`)": lambda p: noise(p / "ant/new.bmp", 1),
+    "1 image removed (`cat/4.bmp`)": lambda p: (p / "cat/4.bmp").unlink(),
+    "1 image edited or exchanged (`bee/2.bmp`)": lambda p: noise(p / "bee/2.bmp", 1),
+    "2 images edited or exchanged (`ant/1.bmp`, `ant/2.bmp`)": lambda p: exchange(p / "ant"),
+    "1 image renamed or moved to another class (`bee/x.bmp`)": lambda p: (p / "ant/0.bmp").rename(
         p / "bee/x.bmp"
     ),
 }
@@ -280,7 +280,7 @@ def test_a_resume_on_relabelled_rows(photos, here):
     Path("run/result.json").unlink()
     rows[0] = rows[0].replace(",ant", ",bee")
     Path("t.csv").write_text("\n".join(["path,label", *rows]))
-    with pytest.raises(VitcliError, match=r"1 image relabelled \(photos/ant/0.bmp\)"):
+    with pytest.raises(VitcliError, match=r"1 image relabelled \(`photos/ant/0.bmp`\)"):
         go(resume=True, data={"name": "t.csv"})
 
 

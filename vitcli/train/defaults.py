@@ -342,11 +342,12 @@ def _summary(data: DataFacts, values: Mapping[str, Any]) -> str:
     if data.size is not None:
         facts += f" of about {data.size[1]}x{data.size[0]} px"
     kind = "numbers" if data.numeric else f"{data.classes:,} classes"
-    parts = [str(values["model.name"])] if "model.name" in values else []
+    model = [str(values["model.name"])] if "model.name" in values else []
     if "model.image_size" in values:
         size = values["model.image_size"]
         shown = "x".join(map(str, size[::-1])) if isinstance(size, list) else size
-        parts[-1:] = [f"{parts[-1]} at {shown} px"]
+        model.append(f"at {shown} px")
+    parts = [" ".join(model)] if model else []
     parts.append(f"batch {values['train.batch_size']}")
     for name in DURATIONS:
         if (value := values.get(f"train.{name}")) is not None:

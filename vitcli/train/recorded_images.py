@@ -107,7 +107,7 @@ def read_rows(file: Path) -> tuple[ImageRow, ...]:
 
 
 def describe_changes(before: tuple[ImageRow, ...], now: tuple[ImageRow, ...]) -> list[str]:
-    """What is different, such as `2 images added (cat/9.png, cat/10.png)`; empty if unknown."""
+    """What is different, such as "2 images added (`cat/9.png`, `cat/10.png`)"; empty if unknown."""
     old, new = ({row.path: row for row in rows} for rows in (before, now))
     lost, gained = [p for p in old if p not in new], [p for p in new if p not in old]
     # A path that is gone and a new path with the same content are one renamed image. Copies share

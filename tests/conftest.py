@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,19 @@ def pytest_cmdline_main(config):
         cores = os.cpu_count() or 1
         config.option.numprocesses = min(4, cores)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // min(4, cores))))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Spare the garbage collector what is imported here: it took half a second to go through it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            import torch._dynamo  # noqa: F401 - the first optimizer of a process loads it
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -75,15 +75,33 @@ def caches(tmp_path_factory) -> None:
         loaded.HF_DATASETS_CACHE = folder
 
 
-@pytest.fixture(autouse=True)
-def fast_runs(request, monkeypatch) -> None:
-    """A run draws no pictures, which takes longer than a tiny run, except under `draws_curves`."""
-    if request.node.get_closest_marker("draws_curves"):
-        return
+def draw_nothing(*_) -> None:
+    """In the place of functions that take longer than a tiny run."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawing():
+    """The patches that keep runs from drawing, those of fixtures that tests share too."""
+    with pytest.MonkeyPatch.context() as patches:
+        leave_out(patches)
+        yield patches
+
+
+def leave_out(patches) -> None:
+    """Patch what has been imported until now."""
     for name in ("vitcli.train.session", "vitcli.commands.evaluate"):
-        if module := sys.modules.get(name):
-            monkeypatch.setattr(module, "write_report", lambda *_: None)
-            monkeypatch.setattr(module, "draw_curves", lambda *_: None, raising=False)
+        for function in ("write_report", "draw_curves"):
+            if getattr(sys.modules.get(name), function, draw_nothing) is not draw_nothing:
+                patches.setattr(sys.modules[name], function, draw_nothing)
+
+
+@pytest.fixture(autouse=True)
+def fast_runs(request, drawing) -> None:
+    """A run draws no pictures, except under `draws_curves`."""
+    if request.node.get_closest_marker("draws_curves"):
+        drawing.undo()
+    else:
+        leave_out(drawing)
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_a_dry_run_trains_and_writes_nothing(here, capsys):
 
 
 def test_a_budget_is_turned_into_steps(here, capsys):
-    recipe = tiny(here)
+    recipe = tiny(here, train={"eval_steps": None})
     arguments = ("plan", recipe, "--budget", "20s", "--watts", 100, "--kwh-price", 0.3)
     facts = planned(capsys, *arguments, "--hour-price", 2)
     assert facts["steps"] > 8 and facts["seconds"] <= 20

@@ -15,6 +15,7 @@ from vitcli.data.source import load_data
 from vitcli.data.splits import auto_fraction
 from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.train.defaults import (
     MachineFacts,
     best_metric,
@@ -22,7 +23,7 @@ from vitcli.train.defaults import (
     is_scarce,
     propose_model,
 )
-from vitcli.train.resolve import finetune_recipe, pretrained_model
+from vitcli.train.resolve import finetune_recipe, pretrain_recipe, pretrained_model
 from vitcli.vit.variants import parse_variant
 from vitcli.weights.loaded import create_model
 from vitcli.weights.public import public_models
@@ -369,7 +370,6 @@ def test_a_plan_shows_the_same_choice(photos):
 
 @pytest.mark.parametrize("data", [None, "builtin:digits", "builtin:formula"])
 def test_shipped_data_keep_their_recipes(data):
-    estimate = plan.run(None, data, command="pretrain", probing=False, compare=False)
     name = "pretrain" if data == "builtin:digits" else "pretrain_formula"
     settings = {"data": {"name": data}} if data else {}
-    assert estimate.planned.recipe == load_recipe(name, settings)
+    assert pretrain_recipe(data, None, None, Quiet()).recipe == load_recipe(name, settings)

@@ -247,7 +247,7 @@ def _thread_problems(
         names = " ".join(malloc["variables"])
         yield Finding(
             f"with {names} vitcli does not let malloc keep freed memory, and a training step may "
-            "take up to a fifth longer",
+            "wait for new pages (8 % of its time in a measurement)",
             f"`unset {names}`, unless its value lets malloc keep freed memory",
         )
     if devices["instructions"] in ("DEFAULT", "NO AVX"):

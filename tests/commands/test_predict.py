@@ -212,7 +212,26 @@ def test_light_imports():
     code = "import sys, vitcli.commands.predict; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"datasets", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "matplotlib"}
+    heavy |= {
+        "transformers",
+        "huggingface_hub",
+        "jinja2",
+        "sympy",
+        "torch._dynamo",
+        "torch._inductor",
+    }
     assert not heavy & set(done.stdout.split())
+
+
+def test_imports_cause_no_full_garbage_collection():
+    """The command line raises the threshold before it imports torch, and only the third one."""
+    code = (
+        "import gc; from vitcli.cli import main; before = gc.get_threshold(); "
+        "main._collect_rarely(); assert gc.get_threshold()[:2] == before[:2]; "
+        "import vitcli.commands.predict; print(gc.get_stats()[2]['collections'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +264,7 @@ def test_a_prediction_of_training_images_says_so(model, pictures, capfd):
     model.split_record = SplitRecord({"train": image_keys(trained)})
     save_model("m.safetensors", model)
     assert command_line(["predict", "p", "-m", "m.safetensors"]) == 0
-    assert "2 of the 3 images are training images of `m.safetensors`" in capfd.readouterr().err
+    assert "2 of 3 images are training images of `m.safetensors`" in capfd.readouterr().err
     (pictures / names[0]).unlink()
     Image.new("RGB", (9, 9), "pink").save(pictures / names[1])  # another image under this name
     assert command_line(["predict", "p", "-m", "m.safetensors"]) == 0

@@ -14,6 +14,7 @@ from vitcli.data.facts import DataFacts, may_flip, measure_data
 from vitcli.data.source import load_data
 from vitcli.data.splits import auto_fraction
 from vitcli.errors import VitcliError
+from vitcli.progress import Quiet
 from vitcli.train.defaults import (
     MachineFacts,
     best_metric,
@@ -21,6 +22,7 @@ from vitcli.train.defaults import (
     is_scarce,
     propose_model,
 )
+from vitcli.train.resolve import pretrain_recipe
 from vitcli.vit.variants import parse_variant
 from vitcli.weights.public import public_models
 
@@ -349,7 +351,6 @@ def test_a_plan_shows_the_same_choice(photos):
 
 @pytest.mark.parametrize("data", [None, "builtin:digits", "builtin:formula"])
 def test_shipped_data_keep_their_recipes(data):
-    estimate = plan.run(None, data, command="pretrain", probing=False, compare=False)
     name = "pretrain" if data == "builtin:digits" else "pretrain_formula"
     settings = {"data": {"name": data}} if data else {}
-    assert estimate.planned.recipe == load_recipe(name, settings)
+    assert pretrain_recipe(data, None, None, Quiet()).recipe == load_recipe(name, settings)

@@ -802,7 +802,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--cifar10", help="DATA for the time to accuracy")
     parser.add_argument(
-        "--cifar10-recipe", default="pretrain_cifar10_small", help="recipe of the time to accuracy"
+        "--cifar10-recipe", default="speedrun_gpu", help="recipe of the time to accuracy"
     )
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas")
     parser.add_argument("--seconds", type=float, default=460.0, help="time of all sections")

@@ -48,9 +48,10 @@ def quoted(names: Iterable[str], most: int | None = None) -> str:
     return ", ".join(f"`{printable(str(name))}`" for name in names[:most]) + more
 
 
-def counted(count: int, one: str, more: str) -> str:
-    """`1 image is …` or `2 images are …`."""
-    return f"{count:,} {one if count == 1 else more}"
+def counted(count: int, one: str, more: str, of: int | None = None) -> str:
+    """`1 image is …` or `2 images are …`; with `of`, `1 of 9 …` before the word for the count."""
+    share = f" of {of:,}" if of is not None else ""
+    return f"{count:,}{share} {one if count == 1 else more}"
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

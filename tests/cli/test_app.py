@@ -17,6 +17,7 @@ from support.tiny import write_tiny
 from vitcli import __version__
 from vitcli.cli.main import run
 from vitcli.commands import pretrain
+from vitcli.data.readers import READERS
 from vitcli.weights.store import load_weights
 
 COMMANDS = (
@@ -30,6 +31,12 @@ COMMANDS = (
     "recipes",
     "models",
     "settings",
+    "plan",
+    "bench",
+    "inspect",
+    "check",
+    "compare",
+    "doctor",
 )
 
 SLOW_TO_LOAD = {
@@ -78,6 +85,22 @@ def test_help_has_a_worked_example(command, capfd):
     status, out, _ = call(capfd, command, "--help")
     assert status == 0
     assert f"Example: vitcli {command}" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("words", [[], *([command] for command in COMMANDS)])
+def test_help_shows_no_type_beside_a_switch_and_not_its_own_name(words, capfd):
+    status, out, _ = call(capfd, *words, "--help")
+    assert status == 0
+    assert "bool" not in out
+    assert not any(f"({word})" in out for word in words)
+
+
+def test_help_names_the_formats_and_the_report(capfd):
+    for command in ("evaluate", "check", "inspect"):
+        text = " ".join(call(capfd, command, "--help")[1].replace("│", " ").split())
+        assert "Folder for report.html" in text
+        named = [reader.example in text for reader in READERS.values()]
+        assert all(named) or command == "inspect"
 
 
 def test_version(capfd):

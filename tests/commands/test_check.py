@@ -317,6 +317,7 @@ def test_what_training_refuses_is_a_problem(tmp_path):
     assert "training stops: " in found["problems"][0]
     assert "class `c` is in `test` but not in `train`" in found["training"]["error"]
     assert found["training"]["hint"]
+    assert vitcli(["check", data]) == 0  # all images can be read
     for paths in (("a/1.png", "a/2.png"), ("1.png", "2.png")):
         data = small(tmp_path / f"x{len(paths[0])}", *paths)
         assert check.run(data).problems()[0].startswith("training stops: ")

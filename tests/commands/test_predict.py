@@ -245,7 +245,7 @@ def test_a_prediction_of_training_images_says_so(model, pictures, capfd):
     model.split_record = SplitRecord({"train": image_keys(trained)})
     save_model("m.safetensors", model)
     assert command_line(["predict", "p", "-m", "m.safetensors"]) == 0
-    assert "2 of the 3 images are training images of `m.safetensors`" in capfd.readouterr().err
+    assert "2 of 3 images are training images of `m.safetensors`" in capfd.readouterr().err
     (pictures / names[0]).unlink()
     Image.new("RGB", (9, 9), "pink").save(pictures / names[1])  # another image under this name
     assert command_line(["predict", "p", "-m", "m.safetensors"]) == 0

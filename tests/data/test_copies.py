@@ -146,7 +146,7 @@ def test_a_class_of_one_image_stays_in_train(tmp_path):
         picture(tmp_path / "b" / f"{i}.png", 10 * i)
     data = load_data(str(tmp_path))
     assert np.bincount(data.splits["test"].labels).tolist() == [0, 2]
-    assert any("1 of 2 classes have no test images" in note for note in data.notes)
+    assert any("1 of 2 classes has no test images" in note for note in data.notes)
 
 
 def test_classes_of_one_image_each_are_divided_with_a_note(tmp_path):
@@ -302,7 +302,7 @@ def test_groups_in_given_splits(tmp_path):
         picture(tmp_path / f"{i}.png", i)
     (tmp_path / "x.csv").write_text("path,label,group,split\n" + "\n".join(rows))
     notes = load_data(str(tmp_path / "x.csv")).notes
-    assert any("1 of 2 groups of the test images are also in train" in note for note in notes)
+    assert any("1 of 2 groups of the test images is also in train" in note for note in notes)
 
 
 @pytest.mark.parametrize("notation", ["builtin:digits", "folder", "table"])

@@ -243,14 +243,14 @@ LAYOUTS = {
     "a logo beside a wrapper": (
         [*under("Garbage classification/Garbage classification"), "logo.png"],
         {"train": classes_of("Garbage classification/Garbage classification")},
-        ("skipped 1 images beside `Garbage classification/`",),
+        ("skipped 1 image beside `Garbage classification/`",),
     ),
     "a dataset and a testset": (
         [*under("simpsons_dataset"), "kaggle_simpson_testset/kaggle_simpson_testset/1.png"],
         {"train": classes_of("simpsons_dataset")},
         (
             "`simpsons_dataset` is the train split, because `kaggle_simpson_testset` beside it",
-            "skipped 1 images outside class folders",
+            "skipped 1 image outside class folders",
         ),
     ),
     "folds": (
@@ -266,7 +266,7 @@ LAYOUTS = {
     "Tiny ImageNet": (
         ["train/n01/images/1.png", "train/n02/images/1.png", "val/images/1.png", "val/val.txt"],
         {"train": {n: {f"train/{n}/images/1.png"} for n in ("n01", "n02")}},
-        ("skipped 1 images outside class folders",),
+        ("skipped 1 image outside class folders",),
     ),
     "ILSVRC": (
         under("ILSVRC/Data/CLS-LOC/train", "ILSVRC/Data/CLS-LOC/val"),
@@ -688,8 +688,8 @@ def test_a_home_folder(tmp_path, monkeypatch):
         (["cat/", "dog/"], "has no images"),
         ([".git/1.png", "@eaDir/2.png"], "has no images"),
         (["readme.txt"], "has no images"),
-        (["test/1.png"], r"test/?` has 1 images but no class folders"),
-        (["train/images/1.png"], r"train/images/?` has 1 images but no class folders"),
+        (["test/1.png"], r"test/?` has 1 image but no class folders"),
+        (["train/images/1.png"], r"train/images/?` has 1 image but no class folders"),
         (["cat/1.png"], "only one class: `cat`"),
         (["train/cat/1.png", "test/cat/1.png"], "only one class: `cat`"),
     ],

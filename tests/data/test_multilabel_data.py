@@ -80,7 +80,7 @@ def test_a_column_of_labels_with_semicolons(tmp_path):
     assert "4 cells of `labels` contain `;`" in data.notes[0]
     single = load_data(write_csv(tmp_path, CELLS), whole=True, multi_label=False)
     assert not single.multi_label and "red;green" in single.classes
-    assert "1 rows without path or label" in single.notes[0]
+    assert "1 row without path or label" in single.notes[0]
 
 
 def test_other_columns_are_taken_apart_only_when_asked(tmp_path):

@@ -123,9 +123,9 @@ def test_the_splits_keep_each_number_with_its_image(tmp_path):
     ("cells", "message"),
     [
         (["0.5", "young", "2", "old"], "2 of 4 labels in `age` are not numbers, such as `young`"),
-        (["0.5", "inf", "2"], "1 of 3 labels in `age` are not numbers, such as `inf`"),
-        (["0.5", "1e999", "2"], "not numbers, such as `1e999`"),
-        (['"1,234"', "17", "18"], "not numbers, such as `1,234`"),  # a thousand, or 1.234
+        (["0.5", "inf", "2"], "1 of 3 labels in `age` is not a number, such as `inf`"),
+        (["0.5", "1e999", "2"], "not a number, such as `1e999`"),
+        (['"1,234"', "17", "18"], "not a number, such as `1,234`"),  # a thousand, or 1.234
     ],
 )
 def test_what_is_no_number_is_named(tmp_path, cells, message):

@@ -119,7 +119,7 @@ def test_labels_in_json_names_beside_and_unlabelled_samples(tmp_path):
     source = load_data(str(tmp_path / "x.tar"), label_column="kind", whole=True)
     assert source.classes == ("cat", "dog")
     assert source.splits["train"].labels.tolist() == [0, 1, 0, 1]
-    assert any("1 samples without a label" in note for note in source.notes)
+    assert any("1 sample without a label" in note for note in source.notes)
     numbered = [(f"{i}.jpg", content[i]) for i in range(2)] + [("0.cls", b"0")]
     pairs = sorted([*numbered, ("1.cls", b"1")])
     write(tmp_path / "y.tar", pairs)
@@ -219,7 +219,7 @@ def test_names_with_dots(tmp_path):
         name = images.describe(i).partition(":")[2]
         assert images.content(i) == by_name[name]
     (note,) = [note for note in data.notes if "last dot" in note]
-    assert "the names of 4 samples end at the last dot, such as `d/a.v1`" in note
+    assert "4 sample names end at the last dot, such as `d/a.v1`" in note
 
 
 def test_a_stream_reads_names_with_dots_alike(tmp_path):

@@ -53,7 +53,7 @@ def test_an_archive_is_the_folder_that_it_extracts_to(archive, tmp_path):
     assert zipped.layout == folder.layout
     assert contents(zipped) == contents(folder) and len(contents(zipped)) == 5
     assert zipped.fingerprint == folder.fingerprint
-    for word in ("`.DS_Store`, `__MACOSX`", "1 .txt", "1 images outside class folders"):
+    for word in ("`.DS_Store`, `__MACOSX`", "1 .txt", "1 image outside class folders"):
         assert any(word in note for note in zipped.notes)
 
 

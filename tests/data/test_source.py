@@ -142,7 +142,7 @@ def test_what_lies_around_is_left_out(tmp_path):
     assert "skipped `empty`, a folder without images" in notes
     assert "system folders and hidden files: `._*`, `.git`, `.hidden.png`, `Thumbs.db`" in notes
     assert "not images: 1 .txt" in notes
-    assert "skipped 1 images outside class folders" in notes
+    assert "skipped 1 image outside class folders" in notes
 
 
 def test_links(tmp_path):

@@ -118,7 +118,7 @@ def test_class_maps_of_every_kind(tmp_path, imagenet):
     assert found.classes == ("alarm_clock", "backpack", "banana", "bills_money")
     assert found.outputs == ((409, 530), (414,), (954,), (0, 7))
     assert found.data_indices.tolist() == [0, 1, 2, 3]
-    assert notes.lines == ["1 of 5 classes are not in the class map and are left out"]
+    assert notes.lines == ["1 of 5 classes is not in the class map and left out"]
     rows = write(tmp_path / "map.csv", "alarm_clock,409\nalarm_clock,digital clock\n")
     assert match_outputs(imagenet, classes, "x", notes, rows).outputs == ((409, 530),)
 

@@ -264,7 +264,7 @@ def test_the_whole_command_keeps_to_the_budget(monkeypatch, seconds, step, image
             ["4 steps are 0.47 epochs of 270", "`--budget 12m` for 3 epochs", "image_size=112"],
         ),
         (1, 270, ["1 step is 0.12 epochs"]),
-        (9, 270, []),  # more than an epoch
+        (9, 270, []),  # more than an epoch, see below
         (300, 10**6, []),  # steps enough
     ],
 )
@@ -280,6 +280,8 @@ def test_a_budget_of_too_few_steps_is_said(steps, images, words):
     budget.warn_of_few_steps(run, steps, plan, images)
     assert len(watch.warnings) == bool(words)
     assert all(word in watch.warnings[0] for word in words)
+    short = 1.0 <= 32 * steps / images < 3.0
+    assert ["more usually give" in line for line in watch.notes] == [True] * short
 
 
 def test_a_run_with_a_small_budget_warns_before_it_trains(tmp_path, monkeypatch):

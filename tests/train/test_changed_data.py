@@ -92,7 +92,10 @@ def test_added_and_removed_images_do_not_change_what_is_held_out(trained, photos
     change(photos)
     told = Told()
     assert held_out(watch=told) == trained - {"cat/2.bmp"}
-    assert "2 new images" in told.notes[-1] and "1 held-out images of the run" in told.notes[-1]
+    assert (
+        "2 new images" in told.notes[-1]
+        and "1 held-out image of the run is missing" in told.notes[-1]
+    )
     assert not told.warnings
     test = load_data("photos").splits["test"]  # without the record, training images would count
     drawn = {Path(test.describe(i)).relative_to("photos").as_posix() for i in range(len(test))}
@@ -242,11 +245,11 @@ def stop_after_one_step(photos):
 
 
 CHANGES = {
-    "1 image added (ant/new.bmp)": lambda p: noise(p / "ant/new.bmp", 1),
-    "1 image removed (cat/4.bmp)": lambda p: (p / "cat/4.bmp").unlink(),
-    "1 image edited or exchanged (bee/2.bmp)": lambda p: noise(p / "bee/2.bmp", 1),
-    "2 images edited or exchanged (ant/1.bmp, ant/2.bmp)": lambda p: exchange(p / "ant"),
-    "1 image renamed or moved to another class (bee/x.bmp)": lambda p: (p / "ant/0.bmp").rename(
+    "1 image added (`ant/new.bmp`)": lambda p: noise(p / "ant/new.bmp", 1),
+    "1 image removed (`cat/4.bmp`)": lambda p: (p / "cat/4.bmp").unlink(),
+    "1 image edited or exchanged (`bee/2.bmp`)": lambda p: noise(p / "bee/2.bmp", 1),
+    "2 images edited or exchanged (`ant/1.bmp`, `ant/2.bmp`)": lambda p: exchange(p / "ant"),
+    "1 image renamed or moved to another class (`bee/x.bmp`)": lambda p: (p / "ant/0.bmp").rename(
         p / "bee/x.bmp"
     ),
 }
@@ -277,7 +280,7 @@ def test_a_resume_on_relabelled_rows(photos, here):
     Path("run/result.json").unlink()
     rows[0] = rows[0].replace(",ant", ",bee")
     Path("t.csv").write_text("\n".join(["path,label", *rows]))
-    with pytest.raises(VitcliError, match=r"1 image relabelled \(photos/ant/0.bmp\)"):
+    with pytest.raises(VitcliError, match=r"1 image relabelled \(`photos/ant/0.bmp`\)"):
         go(resume=True, data={"name": "t.csv"})
 
 

@@ -117,6 +117,49 @@ def test_what_the_user_gives_stays_and_the_rest_adapts():
     assert chosen(SIGNS, train__budget="2h")["model.name"] == "Conv+Nano/8"
 
 
+TI = parse_variant("Ti/16", num_classes=1000, image_size=(224, 224))
+
+
+def fine_tuned_at(data, machine=CPU, weights=TI, **given):
+    """The image size of `finetune`; None: that of the weights."""
+    given = {key.replace("__", "."): value for key, value in given.items()}
+    found = choose_defaults("finetune", data, machine, given, weights=weights)
+    assert ("no time for" in found.summary) == ("model" in found.settings)
+    return flat_keys(found.settings).get("model.image_size")
+
+
+def test_small_images_are_fine_tuned_at_a_smaller_size_where_a_cpu_lacks_time():
+    one = replace(CPU, cores=1)
+    sizes = [fine_tuned_at(SIGNS, one, train__budget=f"{s}s") or 224 for s in range(10, 900, 10)]
+    assert sizes[0] == 112 and sizes[-1] == 224 and sizes == sorted(sizes)
+    assert len(set(sizes)) > 4 and all(size % 16 == 0 for size in sizes)
+    # Twice the cores have the time of twice the budget.
+    assert fine_tuned_at(SIGNS, CPU, train__budget="60s") == fine_tuned_at(
+        SIGNS, one, train__budget="120s"
+    )
+    assert fine_tuned_at(SIGNS) is None  # without a budget there is time enough
+    assert fine_tuned_at(CIFAR) == 96
+
+
+@pytest.mark.parametrize(
+    ("data", "machine", "given"),
+    [
+        (replace(CIFAR, size=(375, 500)), CPU, {}),  # photographs are larger than the model's size
+        (replace(CIFAR, size=(224, 224)), CPU, {}),
+        (replace(CIFAR, size=None), CPU, {}),
+        (CIFAR, GPU, {}),
+        (CIFAR, CPU, {"model__image_size": 224}),
+        (CIFAR, CPU, {"preprocess__image_size": 224}),
+        (CIFAR, CPU, {"weights": parse_variant("Ti/4", image_size=(32, 32))}),
+        (CIFAR, CPU, {"weights": parse_variant("R50x1", image_size=(224, 224))}),
+        (CIFAR, CPU, {"weights": parse_variant("Ti/16", image_size=(224, 192))}),
+        (CIFAR, CPU, {"weights": None}),
+    ],
+)
+def test_the_size_of_the_weights_stays(data, machine, given):
+    assert fine_tuned_at(data, machine, **given) in (None, given.get("model__image_size"))
+
+
 def test_a_cpu_gets_a_hybrid_unless_the_user_shapes_the_model_or_patches_are_hidden():
     assert "train.smaller_sizes" not in chosen(CIFAR)
     assert chosen(CIFAR)["objective.name"] == "guided"
@@ -170,7 +213,20 @@ def test_the_validation_fraction_of_auto():
     assert auto_fraction(np.zeros(1_000_000)) == 0.005
     assert is_scarce(SIGNS)
     assert not is_scarce(CIFAR)
-    assert best_metric(replace(SIGNS, multi_label=True)) == "map"
+
+
+@pytest.mark.parametrize(
+    ("data", "images", "metric"),
+    [
+        (SIGNS, 30, "loss"),
+        (SIGNS, 500, "accuracy"),
+        (CIFAR, None, "accuracy"),  # a stream has no length
+        (replace(SIGNS, multi_label=True), 30, "map"),
+        (replace(SIGNS, numeric=True), 30, "rmse"),
+    ],
+)
+def test_the_metric_that_chooses_the_weights(data, images, metric):
+    assert best_metric(data, images) == metric
 
 
 def draw_photos(folder, per_class=40, side=24):
@@ -227,7 +283,7 @@ def test_a_run_without_a_recipe_says_records_and_repeats_its_choice(run, photos,
     assert facts["settings"]["model"]["image_size"] == 24
     recipe = load_recipe(str(out / "recipe.toml"))
     assert recipe.data.validation_fraction == 0.1
-    assert recipe.train.best_metric == "accuracy"
+    assert recipe.train.best_metric == "loss"  # 24 validation images
     again = pretrain.run(recipe=str(out / "recipe.toml"), out=tmp_path / "again", watch=Told())
     assert again.figures == result.figures
     same = (tmp_path / "again/model.safetensors").read_bytes()
@@ -262,7 +318,7 @@ def test_finetune_without_a_recipe(run, photos, tmp_path):
     )
     assert result.validation["split"] == "validation"
     assert load_recipe(str(tmp_path / "run/recipe.toml")).optim.name == "muon"  # as the run
-    assert f"2 classes: {run[0]}, batch 32, 1 steps" in " ".join(watch.notes)
+    assert f"2 classes: {run[0]}, batch 32, 1 step" in " ".join(watch.notes)
 
 
 def test_finetune_without_weights_names_the_command(photos, tmp_path, monkeypatch):

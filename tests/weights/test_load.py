@@ -74,7 +74,7 @@ def test_labels(here):
     assert load_model(run.path, labels="names.txt").labels == ("cat", "dog")
     with pytest.raises(VitcliError, match="3 class names for a head with 2 outputs"):
         load_model(run.path, labels=["a", "b", "c"])
-    with pytest.raises(VitcliError, match="same name: a"):
+    with pytest.raises(VitcliError, match="same name: `a`"):
         load_model(run.path, labels=["a", "a"])
     with pytest.raises(VitcliError, match="cannot read the class names"):
         load_model(run.path, labels="missing.txt")

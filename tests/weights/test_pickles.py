@@ -166,7 +166,7 @@ def test_torchscript_is_refused(here):
         ([torch.ones(3)], "holds a list, not a state dict"),
         ({"epoch": 3, "loss": 0.5}, "holds no state dict; its keys are `epoch`, `loss`"),
         ({}, "holds no state dict; its keys are none"),
-        ({"conv1.weight": torch.ones(3)}, "its tensors are conv1.weight"),
+        ({"conv1.weight": torch.ones(3)}, "its tensors are `conv1.weight`"),
     ],
 )
 def test_no_state_dict(here, value, words):

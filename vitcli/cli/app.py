@@ -16,11 +16,13 @@ from vitcli.cli.completion import (
     complete_run,
 )
 from vitcli.cli.options import (
+    DATASET,
     EVALUATION,
     MACHINE,
     MODEL,
     OUTPUT,
     BenchOptions,
+    CommandGroup,
     Data,
     Device,
     EvaluateOptions,
@@ -46,6 +48,7 @@ from vitcli.weights.formats import FORMATS
 
 app = typer.Typer(
     name="vitcli",
+    cls=CommandGroup,
     help="Train, evaluate and use Vision Transformers.",
     epilog="First steps: `vitcli pretrain`, `vitcli fewshot --shots 5`, `vitcli finetune`, "
     "`vitcli predict image.jpg`.",
@@ -73,7 +76,8 @@ def _root(
 def pretrain(context: typer.Context, data: Data = None, *, training: TrainOptions) -> None:
     """Train a model from random weights.
 
-    Without DATA, train for a few minutes on images drawn from formulas; nothing is downloaded.
+    Images with labels give a classifier for their classes. Without DATA, train for a few minutes
+    on images drawn from formulas; nothing is downloaded.
 
     Example: `vitcli pretrain photos/ --recipe pretrain --epochs 30 --out runs/photos`
     """
@@ -94,7 +98,7 @@ def finetune(
     *,
     training: TrainOptions,
 ) -> None:
-    """Fine-tune pretrained weights on labelled images, at the same or a higher resolution.
+    """Fine-tune pretrained weights on labelled images, at the same or another resolution.
 
     `--set objective.name=mse` learns a number per image, such as an age, instead of classes.
 
@@ -442,7 +446,7 @@ def bench(
     """Benchmark a model: throughput, latency, memory, and the largest batch that fits.
 
     Measurements alternate between the models, so that load affects all equally. Peak memory is the
-    sum of live tensors, on a CPU with the overhead of the allocator.
+    sum of live tensors. On a CPU it includes the overhead of the allocator.
 
     Example: `vitcli bench S/16 --image-size 224,384 --against transformers --out bench.png`
     """
@@ -470,7 +474,10 @@ def inspect(
     bias: Annotated[
         bool,
         option(
-            EVALUATION, "--bias/--no-bias", help="Measure the inductive bias.", show_default=True
+            EVALUATION,
+            "--bias/--no-bias",
+            help="Measure the inductive bias: translation equivariance and locality.",
+            show_default=True,
         ),
     ] = True,
     resnet: Annotated[
@@ -483,7 +490,8 @@ def inspect(
     ] = None,
     device: Device = None,
     out: Annotated[
-        Path | None, option(OUTPUT, "--out", help="Folder for the pictures and numbers.")
+        Path | None,
+        option(OUTPUT, "--out", help="Folder for `report.html`, the pictures and the numbers."),
     ] = None,
     set_: Set = None,
     verbose: Verbose = False,
@@ -491,9 +499,10 @@ def inspect(
 ) -> None:
     """Draw the paper's figures for a model, with their numbers.
 
-    The figures: embedding filters, position similarity, mean attention distance per head, attention
-    rollout per image, and translation equivariance and locality, compared with random weights and
-    with a ResNet.
+    The figures are embedding filters, position similarity, mean attention distance per head, and
+    attention rollout per image. Translation equivariance and locality are compared with random
+    weights and with a ResNet.
+
     The folder holds `report.html`, PNG files, `inspect.json` and `figures.npz`.
 
     Example: `vitcli inspect cat.jpg --model runs/finetune --out look/`
@@ -578,13 +587,14 @@ def patchify(
 
 @app.command(cls=SettingsCommand)
 def check(
-    data: Annotated[str, typer.Argument(help="Dataset to check.", metavar="DATA")],
+    data: Annotated[str, typer.Argument(help=DATASET, metavar="DATA")],
     out: Annotated[
         Path | None,
         option(
             OUTPUT,
             "--out",
-            help="Folder for a report and samples, or a .png file for samples of each class.",
+            help="Folder for `report.html` and samples of each class, or a .png file for the "
+            "samples.",
         ),
     ] = None,
     set_: Set = None,
@@ -621,7 +631,8 @@ def compare(
 ) -> None:
     """Compare runs: settings that differ, results, and a paired test.
 
-    The test is McNemar's exact test. It and the interval need runs evaluated on the same images.
+    The paired test is McNemar's exact test. The test and the confidence interval of the difference
+    need runs that were evaluated on the same images.
 
     Example: `vitcli compare runs/finetune runs/finetune-2`
     """

@@ -92,7 +92,7 @@ def progress_text(
     figures: Mapping[str, float],
     width: int,
 ) -> str:
-    """`train 120/400  30%  0:36 (1:24 left)  loss 1.234  acc 56.7%`.
+    """`train 120/400  30%  0:36 (1:24 left)  loss 1.234  train acc 56.7%`.
 
     Figures that do not fit into `width` columns are left out, the least important first.
 

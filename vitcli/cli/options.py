@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from vitcli import distributed
 from vitcli.cli.completion import complete_assignment, complete_model, complete_recipe
@@ -31,6 +31,7 @@ SETTINGS, MACHINE, OUTPUT = "Settings", "Machine", "Output"
 PANELS = (DATA, MODEL, TRAINING, EVALUATION, SETTINGS, MACHINE, OUTPUT)
 MODEL_FORMS = "A run, a weights file or folder, a name from `vitcli models`, `hf:ORG/NAME`"
 NAMES = "; names: "
+DATASET = f"Dataset: {DATA_HELP}."
 SCHEMA = "schema:"  # marks a help text that `SettingsCommand` reads from the schema
 
 
@@ -65,7 +66,22 @@ def listed(names: Iterable[str], last: str = "or") -> str:
     return f"{', '.join(others)} {last} {final}"
 
 
-class SettingsCommand(TyperCommand):
+class PlainFlags:
+    """A command whose help shows no type beside its switches, which take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in found:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return found
+
+
+class CommandGroup(PlainFlags, TyperGroup):
+    """`vitcli` itself."""
+
+
+class SettingsCommand(PlainFlags, TyperCommand):
     """A command that fills in help texts from the schema when its help is shown.
 
     The schema needs pydantic, which takes longer to import than all of `vitcli --help`.
@@ -87,7 +103,7 @@ def fill_help(command: Any) -> None:
         text = getattr(parameter, "help", None)
         if text and text.startswith(SCHEMA):
             key, _, names = text.removeprefix(SCHEMA).partition(NAMES)
-            sentence = help_of(key)
+            sentence = help_of(key).replace(f" ({command.name})", "")  # it is known here
             parameter.help = f"{sentence.removesuffix('.')}: {names}." if names else sentence
 
 
@@ -229,7 +245,7 @@ def use_device(context: typer.Context, name: str | None) -> str | None:
 Data = Annotated[
     str | None,
     typer.Argument(
-        help=f"Dataset: {DATA_HELP}.",
+        help=DATASET,
         metavar="DATA",
         show_default=False,
     ),
@@ -292,7 +308,13 @@ InferenceBatch = Annotated[
     int, option(MACHINE, "--batch-size", min=1, help="Images per forward pass.", show_default=True)
 ]
 InferencePrecision = Annotated[
-    str, option(MACHINE, "--precision", help="auto (fp32), fp32, bf16 or fp16.", show_default=True)
+    str,
+    option(
+        MACHINE,
+        "--precision",
+        help="Precision: auto (fp32), fp32, bf16 or fp16.",
+        show_default=True,
+    ),
 ]
 ModelName = Annotated[
     str | None,
@@ -443,7 +465,8 @@ class BenchOptions:
         option(
             MODEL,
             "--attention",
-            help="auto, fused (PyTorch's kernel) or explicit; comma-separated for several.",
+            help="Attention: auto, fused (PyTorch's kernel) or explicit; comma-separated for "
+            "several.",
         ),
     ] = None
     against: Annotated[
@@ -454,7 +477,9 @@ class BenchOptions:
     precision: Annotated[
         str | None,
         option(
-            MACHINE, "--precision", help="auto, fp32, bf16 or fp16; comma-separated for several."
+            MACHINE,
+            "--precision",
+            help="Precision: auto, fp32, bf16 or fp16; comma-separated for several.",
         ),
     ] = None
     batch_size: Annotated[
@@ -588,7 +613,7 @@ class EvaluateOptions:
             help="Fit a threshold per class of multi-label images, on the images that "
             "`--calibrate` takes: the best F1 (`f1`), or the threshold that reaches "
             "`recall=0.95` or `precision=0.9`. They are stored with the weights, and `predict` "
-            "gives `labels`.",
+            "gives the classes above them as `labels`.",
             metavar="f1|recall=R|precision=P",
         ),
     ] = None
@@ -608,7 +633,8 @@ class EvaluateOptions:
     device: Device = None
     processes: Processes = None
     out: Annotated[
-        Path | None, option(OUTPUT, "--out", help="Folder for the CSV files and plots.")
+        Path | None,
+        option(OUTPUT, "--out", help="Folder for `report.html`, the CSV files and the plots."),
     ] = None
     set_: Set = None
     verbose: Verbose = False

@@ -211,32 +211,27 @@ class CheckResult:
                 f"group of images that look the same has different labels{inside}",
                 f"groups of images that look the same have different labels{inside}",
             ),
-            (
-                sum(len(group) - 1 for group in self.exact_duplicates),
-                "image is an exact copy of another",
-                "images are exact copies of others",
-            ),
-            (
-                sum(len(group) - 1 for group in self.near_duplicates),
-                "image looks the same as another",
-                "images look the same as others",
-            ),
-            (
-                len(self.tiny),
-                f"image has a side below {TINY} px",
-                f"images have a side below {TINY} px",
-            ),
-            (
-                len(self.odd_aspect),
-                f"image has an aspect ratio above {ODD_ASPECT:g}",
-                f"images have an aspect ratio above {ODD_ASPECT:g}",
-            ),
         ]
         lines += [counted(count, one, more) for count, one, more in kinds if count]
+        for groups, one, more in (
+            (self.exact_duplicates, "is an exact copy of another", "are exact copies of others"),
+            (self.near_duplicates, "looks the same as another", "look the same as others"),
+        ):
+            if count := sum(len(group) - 1 for group in groups):
+                there = f" ({counted(len(groups), 'group', 'groups')})" if count > 1 else ""
+                lines.append(counted(count, f"image {one}", f"images {more}") + there)
+        for rows, what in (
+            (self.tiny, f"a side below {TINY} px"),
+            (self.odd_aspect, f"an aspect ratio above {ODD_ASPECT:g}"),
+        ):
+            if len(rows):
+                lines.append(f"{counted(len(rows), 'image has', 'images have')} {what}")
         lines += [
             f"class names that differ only in case or punctuation: {quoted(names)}"
             for names in self.label_variants[:MAX_EXAMPLES]
         ]
+        if (left := len(self.label_variants) - MAX_EXAMPLES) > 0:
+            lines[-1] += f"; and {counted(left, 'more group', 'more groups')} of names"
         if self.source.numeric:
             return lines if self.values is None else [*lines, *number_problems(self.values)]
         if self.class_sizes and self.imbalance >= IMBALANCED:
@@ -245,7 +240,7 @@ class CheckResult:
         classes = zip(self.source.classes, counts, strict=True)
         if few := [name for name, count in classes if name and count < FEW]:
             found = counted(len(few), "class has", "classes have")
-            lines.append(f"{found} fewer than {FEW} images: {quoted(few[:MAX_EXAMPLES])}")
+            lines.append(f"{found} fewer than {FEW} images: {quoted(few, MAX_EXAMPLES)}")
         return lines
 
     def _conflicts_in_training(self) -> str:

@@ -20,7 +20,7 @@ from vitcli.data.augment.test_time import TTATransform
 from vitcli.data.image_paths import ImagePaths, find_images
 from vitcli.data.split_record import trained_on
 from vitcli.devices import pick_device
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, counted
 from vitcli.evals.finished_tables import ImageDigest, check_finished, is_recorded, record_tables
 from vitcli.evals.ood import ReferenceStore
 from vitcli.evals.predictor import AbstainRules, ImagePredictor
@@ -305,10 +305,10 @@ def _rows(
         for line in files.skipped.values():
             watch.note(line)
         if trained:
+            one, more = "images is a training image", "images are training images"
             watch.note(
-                f"{trained:,} of the {counts.count:,} images are training images of `{name}`, so "
-                "these predictions are better than on new images; `vitcli evaluate` measures "
-                "held-out images"
+                f"{counted(trained, one, more, counts.count)} of `{name}`: predictions of them are "
+                "better than of new images; `vitcli evaluate` measures held-out images"
             )
         if log is not None:
             columns = NUMBER_COLUMNS if predictor.net.is_regression else COLUMNS
@@ -348,8 +348,8 @@ def _note_interruption(
     """After an exception, say where the rows are."""
     if kind is not None and counts.count:
         watch.note(
-            f"{counts.count:,} rows are in `{log.path}`; repeat the command with `--resume` to "
-            "continue"
+            f"{counted(counts.count, 'row is', 'rows are')} in `{log.path}`; repeat the command "
+            "with `--resume` to continue"
         )
 
 

@@ -706,8 +706,8 @@ class TrainSection(Section):
     )
     on_nan: Literal["stop", "rewind"] = setting(
         "stop",
-        "If the loss becomes NaN or infinite: `stop`, or `rewind`: go back to the last checkpoint "
-        "and halve the learning rate, at most three times.",
+        "Reaction to a loss that is NaN or infinite: `stop` the run, or `rewind` it to the last "
+        "checkpoint and halve the learning rate, at most three times.",
     )
 
     @model_validator(mode="after")

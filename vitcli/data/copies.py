@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vitcli.data.image_set import ImageSet, Integers
-from vitcli.errors import printable
+from vitcli.errors import counted, printable
 from vitcli.progress import Watcher
 
 PART_BYTES = 4096
@@ -159,10 +159,13 @@ def leak_notes(
             leaked = np.flatnonzero(np.isin(units[later], units[first]))
             if len(leaked):
                 example = printable(sets[later].describe(int(leaked[0])))
+                one, more = (
+                    f"{later} images {are}" for are in ("is an exact copy", "are exact copies")
+                )
                 notes.append(
-                    f"{shown}: {len(leaked):,} of {len(units[later]):,} {later} images are exact "
-                    f"copies of {first} images, such as `{example}`: figures on {later} are "
-                    f"unreliable; `vitcli check {shlex.quote(shown)}` lists them"
+                    f"{shown}: {counted(len(leaked), one, more, len(units[later]))} of {first} "
+                    f"images, such as `{example}`: figures on {later} are unreliable; "
+                    f"`vitcli check {shlex.quote(shown)}` lists them"
                 )
             notes += _group_leak(shown, sets[first], sets[later])
     return notes
@@ -174,7 +177,7 @@ def _group_leak(shown: str, first: ImageSet, later: ImageSet) -> Iterable[str]:
     groups = np.unique(later.groups[later.groups >= 0])
     shared = np.isin(groups, first.groups)
     if shared.any():
+        one, more = (f"groups of the {later.name} images {are}" for are in ("is", "are"))
         yield (
-            f"{shown}: {int(shared.sum()):,} of {len(groups):,} groups of the {later.name} images "
-            f"are also in {first.name}"
+            f"{shown}: {counted(int(shared.sum()), one, more, len(groups))} also in {first.name}"
         )

@@ -31,7 +31,7 @@ from vitcli.data.readers.decoded import (
 from vitcli.data.source import Source
 from vitcli.data.split_record import content_key, image_keys
 from vitcli.decode import ImageError, open_image
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, counted, printable
 from vitcli.files import (
     exclusive,
     file_checksum,
@@ -143,8 +143,8 @@ def _write_missing(
         before = sum(intact.values())
         if lost := sum(_complete_rows(out, name) for name in source.splits) - before:
             watch.warn(
-                f"{lost:,} stored images are made again: an image before them is damaged, or its "
-                "original has changed since"
+                f"{counted(lost, 'stored image is', 'stored images are')} made again: a stored "
+                "image is damaged, or its original has changed since"
             )
         if before:
             watch.note(f"continuing at image {before:,} of {total:,}")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vitcli.config.schema import DataSection
 from vitcli.data.image_set import Integers
-from vitcli.errors import VitcliError, quoted
+from vitcli.errors import VitcliError, counted, quoted
 
 # Missing cells as pandas and NumPy (`nan`), Python (`None`), SQL and Excel write them. `NA` and
 # `none` stay labels, because people write them.
@@ -29,6 +29,7 @@ PLURAL_COLUMN = re.compile(
 )
 BRACKETED = re.compile(r"\[.*\]|\{.*['\",].*\}|\(.*['\",].*\)", re.DOTALL)
 QUOTED = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""")
+CONTAIN = (("cell", "contains"), ("cells", "contain"))
 MAX_SHOWN = 3  # examples in a note
 
 MultiHot = NDArray[np.uint8]
@@ -117,7 +118,9 @@ def tidy_notes(shown: str, values: Iterable[Any]) -> list[str]:
         by_form.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(name)
     notes = merged_note(shown, values)
     if similar := [names for names in by_form.values() if len(names) > 1]:
-        groups = "; ".join(", ".join(f"`{n}`" for n in names) for names in similar[:MAX_SHOWN])
+        groups = "; ".join(quoted(names) for names in similar[:MAX_SHOWN])
+        if (more := len(similar) - MAX_SHOWN) > 0:
+            groups += f"; and {counted(more, 'more group', 'more groups')}"
         notes.append(
             f"{shown}: labels that differ only in case are different classes: {groups}; correct "
             "the table if they are one"
@@ -188,9 +191,9 @@ def label_splitter(
             counts[cell] += 1
     if lists:
         if setting is False:
+            one, more = f"cell of `{column}` is a list", f"cells of `{column}` are lists"
             raise VitcliError(
-                f"`{shown}`: {lists:,} cells of `{column}` are lists, but `data.multi_label` is "
-                "false",
+                f"`{shown}`: {counted(lists, one, more)}, but `data.multi_label` is false",
                 "remove `data.multi_label=false`; objective `mse` takes one number per image",
             )
         notes.append(f"{shown}: multi-label data, because `{column}` holds lists")
@@ -213,10 +216,15 @@ def _find_separator(
     containing = {
         s: sum(count for cell, count in counts.items() if s in cell.strip()) for s in SEPARATORS
     }
+
+    def holding(mark: str) -> str:
+        one, more = (f"{cells} of `{column}` {verb}" for cells, verb in CONTAIN)
+        return f"{counted(containing[mark], one, more)} `{mark}`"
+
     for separator in SEPARATORS:
         if containing[separator] and _separates(counts, separator, plural):
             notes.append(
-                f"{shown}: {containing[separator]:,} cells of `{column}` contain `{separator}`: "
+                f"{shown}: {holding(separator)}: "
                 "multi-label data, and an empty cell is an image without labels (for one class "
                 "per cell: `--set data.multi_label=false`)"
             )
@@ -227,8 +235,8 @@ def _find_separator(
     if present:
         way = "multi_label=true" if present != " " else "label_separator=' '"
         notes.append(
-            f"{shown}: {containing[present]:,} cells of `{column}` contain `{present}`: each cell "
-            f"is one class name (for several labels per cell: `--set data.{way}`)"
+            f"{shown}: {holding(present)}: each cell is one class name (for several labels per "
+            f"cell: `--set data.{way}`)"
         )
     return None
 

@@ -13,7 +13,7 @@ from vitcli.data.folder_tree import Folder, is_numbered_parts, named
 from vitcli.data.labels import label_text, merged_note, sorted_classes
 from vitcli.data.masks import drop_masks
 from vitcli.data.splits import in_split_order
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, counted, printable
 from vitcli.hub.split_names import (
     CONTAINERS,
     SPLITS,
@@ -137,9 +137,8 @@ def _unwrap(
         if beside and (notes is None or not child.folders):
             break
         if beside and notes is not None:
-            notes.append(
-                f"{shown}: skipped {len(beside):,} images beside `{printable(child.path)}`"
-            )
+            skipped = counted(len(beside), "image", "images")
+            notes.append(f"{shown}: skipped {skipped} beside `{printable(child.path)}`")
         folder = child
     if notes is not None and folder is not first:
         notes.append(f"{shown}: the data are in `{printable(folder.path)}`")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from vitcli.data.folder_tree import Folder, named
-from vitcli.errors import printable
+from vitcli.errors import counted, printable
 from vitcli.hub.split_names import CONTAINERS, folder_split, is_container, words_of
 
 IMAGE_WORDS = frozenset({
@@ -27,9 +27,9 @@ def drop_masks(root: Folder, shown: str, notes: list[str]) -> None:
     if folders:
         notes.append(f"{shown}: skipped masks: {named(folders)}")
     if files:
+        one, more = "mask file beside its image", "mask files beside their images"
         notes.append(
-            f"{shown}: skipped {len(files):,} mask files beside their images, such as "
-            f"`{printable(files[0])}`"
+            f"{shown}: skipped {counted(len(files), one, more)}, such as `{printable(files[0])}`"
         )
 
 

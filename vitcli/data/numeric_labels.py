@@ -60,8 +60,9 @@ def with_numbers(shown: str, images: ImageSet, name: str) -> ImageSet:
     if words := np.flatnonzero(~np.isfinite(values) & (images.labels >= 0)).tolist():
         example = images.classes[images.labels[words[0]]]
         raise VitcliError(
-            f"`{shown}`: {len(words):,} of {len(images):,} labels in `{name}` are not numbers, "
-            f"such as `{printable(example)}`",
+            f"`{shown}`: {counted(len(words), 'labels', 'labels', len(images))} in `{name}` "
+            f"{'is not a number' if len(words) == 1 else 'are not numbers'}, such as "
+            f"`{printable(example)}`",
             "correct them, or name a column of numbers: `--set data.label_column=NAME`",
         )
     return images.with_values(name, values)

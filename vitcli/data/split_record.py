@@ -22,6 +22,7 @@ from vitcli.data.image_set import ImageSet
 from vitcli.data.prefetch import default_workers, map_in_order
 from vitcli.data.source import Source, fingerprint
 from vitcli.decode import ImageError
+from vitcli.errors import counted
 from vitcli.hub.split_names import SPLITS
 from vitcli.progress import Watcher
 
@@ -189,9 +190,10 @@ class KnownImages:
         count, before = len(self.source.splits[name]), len(record.splits[name])
         line = f"{count:,} images that the model's training run held out ({name} split)"
         if new := self.count(NEW):
-            line += f"; {new:,} new images, which the run did not have, are in no split"
-        if before > count:
-            line += f"; {before - count:,} held-out images of the run are missing"
+            line += f"; {counted(new, 'new image is', 'new images are')} in no split"
+        if lost := before - count:
+            line += f"; {counted(lost, 'held-out image', 'held-out images')} of the run"
+            line += f" {'is' if lost == 1 else 'are'} missing"
         return line
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from vitcli.config.schema import DataSection
 from vitcli.data.stratify import Integers, fold_of, spread_slice, stratified_split
-from vitcli.errors import VitcliError, printable, unknown
+from vitcli.errors import VitcliError, counted, printable, unknown
 from vitcli.hub.split_names import (
     SPLITS,
     file_splits,
@@ -24,7 +24,6 @@ from vitcli.hub.split_names import (
 
 T = TypeVar("T")
 MAX_EXPANDED = 300_000  # names that one notation may mean; LAION-5B has 231,349 shards
-
 MAX_DEPTH = 4  # folders within folders that are searched for shards or parquet files
 AUTO = "auto"
 VALIDATION_FRACTION, MIN_VALIDATION, MAX_VALIDATION = 0.1, 20, 5000  # of `auto`
@@ -255,8 +254,7 @@ def _take_slices(
                 f"`data.{role}_split` = `{text}` selects none of the {n:,} images of `{part.name}`",
                 "choose a larger slice",
             )
-        own = found.groups.get(part.name)
-        indices = spread_slice(labels[part.name], seed, first, last, own)
+        indices = spread_slice(labels[part.name], seed, first, last, found.groups.get(part.name))
         if part.name in taken and len(np.intersect1d(taken[part.name], indices)):
             raise VitcliError(
                 f"`{settings.train_split}` and `{text}` share images",
@@ -335,16 +333,17 @@ def _hold_out_test(
     if len(held_out):
         found.parts["test"] = (name, indices[held_out])
     found.record |= {"test_fraction": fraction, "seed": seed}
+    held = counted(len(held_out), "images is", "images are", len(own))
     found.notes.append(
-        f"{shown}: the data has no test split, so {len(held_out):,} of {len(own):,} images are "
-        f"held out for testing ({fraction:.0%}{_of_classes(own)}, seed {seed})"
+        f"{shown}: the data has no test split, so {held} held out for testing "
+        f"({fraction:.0%}{_of_classes(own)}, seed {seed})"
     )
     classes, counts = np.unique(own, return_counts=True)
     undivided = np.setdiff1d(classes[counts > 1], own[held_out])
     if groups is not None and len(undivided):
         found.notes.append(
-            f"{shown}: {len(undivided):,} of {len(classes):,} classes have no test images, because "
-            "their images are copies of one image or belong to too few groups"
+            f"{shown}: {counted(len(undivided), 'classes has', 'classes have', len(classes))} no "
+            "test images, because the images are copies of one image or belong to too few groups"
         )
 
 
@@ -370,8 +369,9 @@ def _hold_out_validation(
     if len(held_out):
         found.parts["validation"] = (name, indices[held_out])
         found.parts = in_split_order(found.parts)
+    held = counted(len(held_out), "training images is", "training images are", len(own))
     found.notes.append(
-        f"{shown}: {len(held_out):,} of {len(own):,} training images are held out for validation "
+        f"{shown}: {held} held out for validation "
         f"({100 * fraction:.3g}%{_of_classes(own)}, seed {seed})"
     )
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source
 from vitcli.data.stratify import stratified_split
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, counted
 from vitcli.evals.class_matching import ClassMatching
 from vitcli.evals.features import Extracted
 from vitcli.evals.scoring import NO_TARGET, log_softmax, pad_targets, row_blocks, target_values
@@ -212,7 +212,8 @@ def split_for_calibration(
         keep, aside = stratified_split(labels, HELD_OUT_FRACTION, seed, groups)
         if not len(aside):
             raise VitcliError(
-                f"cannot hold out images for the fit: {len(images)} images are too few",
+                "cannot hold out images for the fit: "
+                f"{counted(len(images), 'image is', 'images are')} too few",
                 "use data with at least two images per class",
             )
         held_out, reported = images.subset(aside), images.subset(keep)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
-from vitcli.errors import VitcliError, nearest, quoted
+from vitcli.errors import VitcliError, counted, nearest, quoted
 from vitcli.files import parse_json
 from vitcli.progress import Watcher
 from vitcli.weights.edit import match_classes
@@ -108,9 +108,10 @@ def match_outputs(
         indices = _match_numbers(net, classes, data, watch)
         if indices is None:
             first = ", ".join(f"{i} is `{name}`" for i, name in enumerate(classes[:3]))
+            more = f" and {num_outputs - 3:,} more" if num_outputs > 3 else ""
             watch.note(
                 f"the model has no class names; its {num_outputs} outputs are taken in the data's "
-                f"order: {first} …; another order: `--labels FILE`"
+                f"order: {first}{more}; another order: `--labels FILE`"
             )
             indices = range(num_outputs)
     display_names = None
@@ -198,7 +199,8 @@ def _match_by_map(
             f"`--class-map` names none of the classes of `{data}`, such as `{classes[0]}`", MAP_HINT
         )
     if left := len(classes) - len(found):
-        watch.note(f"{left} of {len(classes)} classes are not in the class map and are left out")
+        absent = counted(left, "classes is", "classes are", len(classes))
+        watch.note(f"{absent} not in the class map and left out")
     indices = np.array(list(found), dtype=np.int64)
     return ClassMatching(tuple(classes[i] for i in found), tuple(found.values()), indices)
 

@@ -21,7 +21,7 @@ import vitcli
 from vitcli import distributed as launch
 from vitcli.data.image_set import ImageSet
 from vitcli.devices import pick_device, resolve_precision
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, counted
 from vitcli.evals.feature_table import (
     SWITCHES,
     FeatureTable,
@@ -204,7 +204,8 @@ class CachedFeatures:
             )
             todo = missing[0]
             if done := len(indices) - int(todo.sum()):
-                self.watch.note(f"{label}: {done:,} of {len(indices):,} features are cached")
+                cached = counted(done, "features is", "features are", len(indices))
+                self.watch.note(f"{label}: {cached} cached")
             with self.watch.progress(label, len(indices), done) as bar:
                 broken += self._compute(tables, images, indices[todo], stamps[todo], bar)
             if len(tables) > 1 and (rest := missing[1] & ~todo).any():
@@ -248,7 +249,8 @@ class CachedFeatures:
         valid, damaged = table.find_valid(indices, stamps)
         if damaged:
             self.watch.warn(
-                f"{damaged} rows in `{table.folder}` are damaged and are computed again"
+                f"{counted(damaged, 'damaged row', 'damaged rows')} in `{table.folder}`: computed "
+                "again"
             )
         return ~valid
 

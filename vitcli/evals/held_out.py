@@ -12,7 +12,7 @@ from vitcli.config.schema import DataSection, Inference
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source, open_data
 from vitcli.data.split_record import NEW, KnownImages, known_images
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, counted
 from vitcli.hub.split_names import SPLITS
 from vitcli.progress import Watcher
 from vitcli.run import Run
@@ -112,8 +112,8 @@ def open_known(
         return replace(known.source, notes=(*whole.notes, note))
     if trained := known.count(SPLITS.index("train")):
         watch.warn(
-            f"the model was trained on {trained:,} images of {source.notation}, and none of the "
-            "others was held out: an accuracy on them may be too high"
+            f"the model was trained on {counted(trained, 'image', 'images')} of {source.notation}, "
+            "and none of the others was held out: an accuracy on them may be too high"
         )
     return source
 

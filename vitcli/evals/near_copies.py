@@ -32,7 +32,7 @@ from vitcli.data.scan import (
     scan_images,
 )
 from vitcli.data.source import Source, open_data
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, counted, printable
 from vitcli.evals.feature_cache import code_hash, content_hash, file_stamps
 from vitcli.evals.feature_table import evict, feature_cache_folder, lack_of_space
 from vitcli.evals.features import rank_and_world_size
@@ -266,10 +266,10 @@ class CopyFinder:
             chosen = (self.split[pairs] == (first, later)).all(axis=1)
             images, count, copies = self.sets[later], int(chosen.sum()), int(exact[chosen].sum())
             like = origin or f"{self.names[first]} images"
-            also = f" ({copies:,} exact copies)" if copies else ""
+            also = f" ({counted(copies, 'exact copy', 'exact copies')})" if copies else ""
+            one, more = f"{images.name} images looks", f"{images.name} images look"
             sentences.append(
-                f"{count:,} of {len(images):,} {images.name} images "
-                f"look{'s' * (count == 1)} the same as {like}{also}, "
+                f"{counted(count, one, more, len(images))} the same as {like}{also}, "
                 f"such as {self._names(pairs[chosen][0])}"
             )
         return [*sentences, "Figures on these images are unreliable"]
@@ -285,8 +285,8 @@ class CopyFinder:
             return []
         count = sum(map(len, groups))
         return [
-            f"{count:,} {split} images in {len(groups):,} group{'s' * (len(groups) > 1)} look the "
-            f"same and have different labels, such as {self._names(groups[0][:2], label=True)}"
+            f"{count:,} {split} images in {counted(len(groups), 'group', 'groups')} look the same "
+            f"and have different labels, such as {self._names(groups[0][:2], label=True)}"
         ]
 
     def _labels(self, rows: Integers) -> set[str]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet
 from vitcli.decode import ImageError
+from vitcli.errors import counted
 from vitcli.evals.evaluate import Evaluation
 from vitcli.evals.mistakes import Mistake, Mistakes
 from vitcli.evals.plots import (
@@ -264,7 +265,7 @@ def mistakes_section(
     """
     if not mistakes.wrong:
         return PageSection("Mistakes", [Paragraph("There is no mistake.")])
-    text = f"{mistakes.count:,} images are classified wrongly."
+    text = f"{counted(mistakes.count, 'image is', 'images are')} classified wrongly."
     if csv_file:
         text += f" `{csv_file}` lists all of them with their paths, to correct labels by."
     blocks: list[Block] = [Paragraph(text)]

@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, counted, printable
 from vitcli.evals.writers import COLUMNS, NUMBER_COLUMNS, OutputFiles, PredictionRow
 from vitcli.files import exclusive, parse_json
 
@@ -205,7 +205,7 @@ def _check_not_forgotten(path: Path, settings: Mapping[str, Any]) -> None:
         rows = sum(line.endswith(b"\n") for line in file)
     if rows and found.get(SETTINGS_KEY) == settings:
         raise VitcliError(
-            f"`{path}` has {rows:,} rows of this command, which was interrupted",
+            f"`{path}` has {counted(rows, 'row', 'rows')} of this command, which was interrupted",
             f"continue with `--resume`, or remove `{path}` to start again",
         )
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from vitcli.errors import VitcliError, quoted
+from vitcli.errors import VitcliError, counted, quoted
 from vitcli.evals.intervals import MIN_POSITIVES
 from vitcli.evals.ranking import Ranking
 from vitcli.evals.scoring import THRESHOLD, Floats, multi_label_metrics, multi_label_per_class
@@ -120,17 +120,18 @@ def fit_thresholds(
         fit_threshold(probabilities[:, k], targets[:, k], rule) for k in range(targets.shape[1])
     ]
     if failed := [name for name, value in zip(names, found, strict=True) if value is None]:
-        cause = "have no image or no threshold with" if rule.wanted else "have no image for"
+        cause = "no image or no threshold with" if rule.wanted else "no image for"
+        keeping = counted(len(failed), "classes keeps", "classes keep", len(names))
         watch.warn(
-            f"{len(failed)} of {len(names)} classes {cause} `{rule}` and keep the threshold "
-            f"{THRESHOLD}: {quoted(failed, 5)}"
+            f"{keeping} the threshold {THRESHOLD}, because there is {cause} `{rule}`: "
+            f"{quoted(failed, 5)}"
         )
     # The best threshold for 3 images is that of these 3 images.
     positives = targets.sum(axis=0, dtype=np.int64)
     if rare := int(((positives > 0) & (positives < MIN_POSITIVES)).sum()):
         watch.warn(
-            f"{rare} of {len(names)} classes have fewer than {MIN_POSITIVES} images for the fit of "
-            "a threshold, so theirs are uncertain"
+            f"{counted(rare, 'classes has', 'classes have', len(names))} fewer than "
+            f"{MIN_POSITIVES} images for the fit of a threshold, which is uncertain then"
         )
     return [THRESHOLD if value is None else value for value in found]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vitcli.config.schema import TrainSection, parse_duration
 from vitcli.devices import synchronize
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, counted
 from vitcli.train.agreement import max_over_processes
 from vitcli.train.param_groups import set_lr
 from vitcli.train.validate import eval_batch_size
@@ -162,8 +162,9 @@ TIMING_FRACTION = 0.05  # of the budget; after it, each stage is timed by one st
 # The last checkpoint, weights, curves, report and the exit of the program: seconds, and steps.
 WRITING_SECONDS, WRITING_STEPS = 2.5, 1.0
 BETWEEN_FRACTION = 0.05  # of the budget, at most, for evaluations between steps
-# A run of less than an epoch is too short, unless it makes ENOUGH_STEPS. `finetune` chooses at
-# least USEFUL_EPOCHS. A grid of SMALL_GRID patches per side still shows the parts of an object.
+# A run of less than an epoch is too short, unless it makes ENOUGH_STEPS. A longer one gains up to
+# USEFUL_EPOCHS, the fewest that `finetune` chooses. A grid of SMALL_GRID patches per side still
+# shows the parts of an object.
 ENOUGH_STEPS, USEFUL_EPOCHS, SMALL_GRID = 200, 3, 6
 EVAL_MARGIN = 1.15  # other work on the machine may make an evaluation slower than measured
 
@@ -232,13 +233,13 @@ def plan_budget(
 
 
 def warn_of_few_steps(loop: "Loop", total: int, plan: Budget, num_images: int) -> None:
-    """Warn if a budget ends before the model has seen the training images once.
+    """Say if a budget is shorter than USEFUL_EPOCHS; below one epoch it is a warning.
 
     Many steps are enough for a model, however few of the images they see.
     """
     train = loop.recipe.train
     epochs = total * train.batch_size / num_images
-    if epochs >= 1.0 or total >= ENOUGH_STEPS or train.budget is None:
+    if epochs >= USEFUL_EPOCHS or total >= ENOUGH_STEPS or train.budget is None:
         return
     missing = USEFUL_EPOCHS * num_images / train.batch_size - total
     needed = parse_duration(train.budget) + missing * plan.deadline.seconds_per_step()
@@ -248,11 +249,12 @@ def warn_of_few_steps(loop: "Loop", total: int, plan: Budget, num_images: int) -
     if rows == columns >= 2 * SMALL_GRID:
         stride = config.image_size[0] // rows
         ways += f", or smaller images: `--set model.image_size={rows // 2 * stride}`"
-    steps = "1 step is" if total == 1 else f"{total:,} steps are"
-    loop.watch.warn(
-        f"budget {train.budget}: {steps} {epochs:.2g} epochs of {num_images:,} training images, "
-        f"too few to learn from; {ways}"
-    )
+    steps = counted(total, "step is", "steps are")
+    line = f"budget {train.budget}: {steps} {epochs:.2g} epochs of {num_images:,} training images"
+    if epochs < 1.0:
+        loop.watch.warn(f"{line}, too few to learn from; {ways}")
+    else:
+        loop.watch.note(f"{line}; more usually give a higher accuracy: {ways}")
 
 
 def stage_fractions(train: TrainSection) -> list[tuple[int, float]]:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.files import file_checksum, read_json, replacing, seal, unseal, write_text
 from vitcli.run import EXTENSIONS, RESUMES, Run
 from vitcli.train.budget import Timeline
@@ -331,7 +331,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _read_into(tensors: dict[str, Tensor], reader: ShardReader) -> None:
     """Overwrite `tensors`, whose names must be those of the file."""
     if missing := tensors.keys() ^ set(reader.names()):
-        raise KeyError(f"{', '.join(sorted(missing)[:3])} exist on one side only")
+        raise KeyError(f"only one side has {quoted(sorted(missing), 3)}")
     # In place, so that optimizers, EMA and compiled code keep pointing to the same tensors.
     for name, tensor in tensors.items():
         local: Any = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]

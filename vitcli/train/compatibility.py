@@ -1,19 +1,23 @@
 """Checks of a recipe against the data and the model, before anything is trained."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from vitcli.config.schema import Recipe
+from vitcli.config.schema import ObjectiveSection, Recipe
 from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.policies import changes_pixels
 from vitcli.data.augment.transform import resolve_augment
 from vitcli.data.batch import check_batch
 from vitcli.data.image_set import BatchSource, ImageSet, Stream
-from vitcli.errors import VitcliError
-from vitcli.train.objectives import objective_class
+from vitcli.errors import VitcliError, quoted
+from vitcli.train.objectives import OBJECTIVES, objective_class
 from vitcli.train.objectives.mae import check_droppable
 from vitcli.vit import Config, Network, ResNet
+from vitcli.weights.edit import find_classes
+from vitcli.weights.loaded import LoadedModel
 
 TrainImages = ImageSet | BatchSource | Stream
+MAX_NAMES = 5  # classes that an error lists
 
 
 def check_augment(recipe: Recipe, images: TrainImages, processes: int) -> None:
@@ -106,4 +110,37 @@ def check_patch_drop(recipe: Recipe, network: Network) -> None:
         raise VitcliError(
             "`train.patch_drop_rate` drops patches, and pool `quadrants` needs all of them",
             "`--set model.pool=mean`",
+        )
+
+
+def check_kept_head(model: LoadedModel, labels: Sequence[str], section: ObjectiveSection) -> None:
+    """Check that the head of `model` is trained for the classes `labels`, in any order.
+
+    Raises:
+        VitcliError: it is not, or the objective reads its outputs in another way.
+    """
+    new_head = "leave out `--keep-head`: a new head is made for the classes of the data"
+    if not model.head_trained or not model.labels:
+        raise VitcliError(
+            "`--keep-head`: this model has no trained head with class names", new_head
+        )
+    found = find_classes(labels, model.labels)
+    missing = [label for label, index in zip(labels, found, strict=True) if index is None]
+    known = set(found)
+    extra = [label for i, label in enumerate(model.labels) if i not in known]
+    faults = {"the data has": missing, "only the model has": extra}
+    if texts := [f"{who} {quoted(names, MAX_NAMES)}" for who, names in faults.items() if names]:
+        raise VitcliError(
+            f"`--keep-head` needs the same classes in the data and in the model; "
+            f"{', and '.join(texts)}",
+            new_head,
+        )
+    wanted = objective_class(section.name).head_activation
+    if wanted != model.head_activation:
+        kinds = OBJECTIVES.items()
+        able = next(n for n, kind in kinds if kind.head_activation == model.head_activation)
+        raise VitcliError(
+            f"`--keep-head`: the head was trained with `{model.head_activation}` outputs, and the "
+            f"objective `{section.name}` has `{wanted}` outputs",
+            f"`--set objective.name={able}`, or leave out `--keep-head`",
         )

@@ -12,6 +12,8 @@ from typing import Any
 from vitcli.config.recipe import lay_over, nest
 from vitcli.config.schema import DURATIONS, Settings, parse_duration
 from vitcli.data.facts import DataFacts
+from vitcli.vit import Config, ViTConfig
+from vitcli.vit.macs import BACKWARD, macs
 
 # (largest shorter side in px, patch side): above the last one the patch has USUAL_PATCH pixels.
 PATCHES = ((20, 2), (48, 4), (128, 8))
@@ -23,6 +25,12 @@ LONG_HYBRID_BUDGET = 1000.0  # the same for a hybrid: recipes/LOG.md, 2026-11-28
 # Images below which random weights rarely do well: in all, and per class.
 FEW_IMAGES, FEW_PER_CLASS = 1000, 100
 SGD_IMAGES = 2000  # fewer images are fine-tuned by SGD, as in the paper
+# Small images are fine-tuned at a smaller size if a CPU has no time for this many epochs at the
+# size of the weights: recipes/LOG.md, 2026-11-28.
+ENOUGH_EPOCHS, SMALLEST_GRID = 3, 6
+CORE_MACS = 24e9  # multiply-adds that a core trains per second, forward and backward together
+TRAINING_FRACTION = 0.5  # of a budget, at least; the start and the evaluations take the rest
+PATIENCE = 1200.0  # seconds that a run without a budget may train
 # Settings of the user that leave the choice of the pooling open. A chosen model keeps mean pooling,
 # which every export has; objective `guided` needs four pooled quadrants.
 PLAIN_MODEL = {"image_size", "num_channels", "dropout_rate", "drop_path_rate"}
@@ -78,18 +86,22 @@ def choose_defaults(
     given: Mapping[str, Any],
     *,
     own_weights: bool = False,
+    weights: Config | None = None,
 ) -> Defaults:
     """The settings of `pretrain` or `finetune` for some data; those in `given` stay as they are.
 
     Args:
         given: the settings of the user by their dotted names.
         own_weights: fine-tune a run of `pretrain` that Muon trained.
+        weights: the model that `finetune` starts from.
     """
     given = {key: value for key, value in given.items() if value is not None}
     if command == "pretrain":
         wanted = _pretrain(data, machine, given)
     else:
         wanted = _finetune(data, machine, given, own_weights)
+        if size := _smaller_size(data, machine, given, weights):
+            wanted["model.image_size"] = size
     wanted["augment.flip_rate"] = 0.5 if _may_flip(data) else 0.0
     epochs = wanted["train.epochs"]
     if any(f"train.{name}" in given for name in DURATIONS) or data.images is None:
@@ -98,7 +110,13 @@ def choose_defaults(
     settings: Settings = {}
     for key, value in chosen.items():
         lay_over(settings, nest(key, value))
-    return Defaults(settings, data, machine, _summary(data, {**chosen, **given}), epochs)
+    summary = _summary(data, {**chosen, **given})
+    if command == "finetune" and weights is not None and "model.image_size" in chosen:
+        summary += (
+            f" (smaller than the {weights.image_size[0]} px of the weights, at which this CPU has "
+            f"no time for {ENOUGH_EPOCHS} epochs)"
+        )
+    return Defaults(settings, data, machine, summary, epochs)
 
 
 def is_scarce(data: DataFacts) -> bool:
@@ -117,11 +135,18 @@ def propose_model(images: int | None, machine: MachineFacts) -> str:
 
 # Of numbers, of several labels per image, of one label: `train.best_metric` if none is given.
 DEFAULT_METRICS = ("rmse", "map", "accuracy")
+# Validation images below which the loss chooses: one standard error of the accuracy is then more
+# than 1.3 points at 90 %, and a single image decides (recipes/LOG.md, 2026-11-28).
+FEW_VALIDATION_IMAGES = 500
 
 
-def best_metric(data: DataFacts) -> str:
-    """The metric of the validation images that chooses the weights."""
-    return DEFAULT_METRICS[0 if data.numeric else 1 if data.multi_label else 2]
+def best_metric(data: DataFacts, validation_images: int | None) -> str:
+    """The metric of the validation images that chooses the weights; None if not counted."""
+    if data.numeric or data.multi_label:
+        return DEFAULT_METRICS[0 if data.numeric else 1]
+    if validation_images is not None and validation_images < FEW_VALIDATION_IMAGES:
+        return "loss"
+    return DEFAULT_METRICS[2]
 
 
 def _may_flip(data: DataFacts) -> bool:
@@ -175,6 +200,36 @@ def _finetune(
     elif not data.may_flip:  # characters: a small part of one may be another
         wanted |= {"augment.crop": "pad", "augment.crop_padding": 4}
     return wanted
+
+
+def _smaller_size(
+    data: DataFacts, machine: MachineFacts, given: Mapping[str, Any], weights: Config | None
+) -> int | None:
+    """The largest image side in px that has time for ENOUGH_EPOCHS; None keeps that of the weights.
+
+    Images are never made smaller than they are, nor than SMALLEST_GRID patches.
+    """
+    if not isinstance(weights, ViTConfig) or data.size is None:
+        return None
+    (full, other), patch = weights.image_size, weights.pixels_per_patch
+    smallest = patch * max(SMALLEST_GRID, -(-min(data.size) // patch))
+    if full != other or smallest >= full or not may_shrink(data, machine, given):
+        return None
+    budget = given.get("train.budget")
+    seconds = TRAINING_FRACTION * parse_duration(str(budget)) if budget else PATIENCE
+    work = BACKWARD * macs(weights) * (data.images or 10**6)  # of an epoch
+    epochs = seconds * machine.cores * CORE_MACS / work
+    # The work per image grows with its area.
+    sizes = [s for s in range(full, smallest, -patch) if epochs * (full / s) ** 2 >= ENOUGH_EPOCHS]
+    size = max(sizes, default=smallest)
+    return size if size < full else None
+
+
+def may_shrink(data: DataFacts, machine: MachineFacts, given: Mapping[str, Any]) -> bool:
+    """True if `finetune` may train at a smaller size than that of the weights."""
+    fixed = given.keys() & {"model.image_size", "preprocess.image_size", "model.patch_size"}
+    small = data.size is not None and min(data.size) < USUAL_SIZE
+    return small and machine.is_slow and not fixed
 
 
 def _shape(
@@ -287,13 +342,15 @@ def _summary(data: DataFacts, values: Mapping[str, Any]) -> str:
     if data.size is not None:
         facts += f" of about {data.size[1]}x{data.size[0]} px"
     kind = "numbers" if data.numeric else f"{data.classes:,} classes"
-    parts = [str(values["model.name"])] if "model.name" in values else []
+    model = [str(values["model.name"])] if "model.name" in values else []
     if "model.image_size" in values:
         size = values["model.image_size"]
         shown = "x".join(map(str, size[::-1])) if isinstance(size, list) else size
-        parts[-1:] = [f"{parts[-1]} at {shown} px"]
+        model.append(f"at {shown} px")
+    parts = [" ".join(model)] if model else []
     parts.append(f"batch {values['train.batch_size']}")
     for name in DURATIONS:
         if (value := values.get(f"train.{name}")) is not None:
-            parts.append(f"budget {value}" if name == "budget" else f"{value:,.10g} {name}")
+            unit = name.removesuffix("s") if value == 1 else name
+            parts.append(f"budget {value}" if name == "budget" else f"{value:,.10g} {unit}")
     return f"{facts}, {kind}: {', '.join(parts)}"

@@ -11,7 +11,7 @@ from vitcli.data.batch import targets_of
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source, fingerprint
 from vitcli.data.split_record import MAX_IMAGES, SplitRecord, image_keys
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, counted, printable, quoted
 from vitcli.progress import Watcher
 from vitcli.run import Run
 
@@ -107,7 +107,7 @@ def read_rows(file: Path) -> tuple[ImageRow, ...]:
 
 
 def describe_changes(before: tuple[ImageRow, ...], now: tuple[ImageRow, ...]) -> list[str]:
-    """What is different, such as `2 images added (cat/9.png, cat/10.png)`; empty if unknown."""
+    """What is different, such as "2 images added (`cat/9.png`, `cat/10.png`)"; empty if unknown."""
     old, new = ({row.path: row for row in rows} for rows in (before, now))
     lost, gained = [p for p in old if p not in new], [p for p in new if p not in old]
     # A path that is gone and a new path with the same content are one renamed image. Copies share
@@ -138,15 +138,10 @@ def describe_changes(before: tuple[ImageRow, ...], now: tuple[ImageRow, ...]) ->
     if not any(kinds.values()):
         kinds["in another split"] = [p for p in kept if old[p].split != new[p].split]
     return [
-        f"{len(paths):,} image{'s' * (len(paths) > 1)} {kind} ({_examples(paths)})"
+        f"{counted(len(paths), 'image', 'images')} {kind} ({quoted(paths, NUM_EXAMPLES)})"
         for kind, paths in kinds.items()
         if paths
     ]
-
-
-def _examples(paths: list[str]) -> str:
-    more = ", …" if len(paths) > NUM_EXAMPLES else ""
-    return ", ".join(paths[:NUM_EXAMPLES]) + more
 
 
 def check_same_data(run: Run, source: Source, images: RecordedImages | None) -> None:

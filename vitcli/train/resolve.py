@@ -2,7 +2,6 @@
 
 import math
 import shlex
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,30 +11,32 @@ import torch
 
 from vitcli import distributed
 from vitcli.config.recipe import check, flat_keys, lay_over, load_recipe, nest
-from vitcli.config.schema import ModelSection, ObjectiveSection, Recipe, Settings
+from vitcli.config.schema import ModelSection, Recipe, Settings
 from vitcli.data.facts import measure_data
 from vitcli.data.image_set import ImageSet
 from vitcli.data.prefetch import default_workers
 from vitcli.data.source import Source, open_data
 from vitcli.data.splits import with_auto_validation
 from vitcli.devices import pick_device
-from vitcli.errors import VitcliError, quoted
+from vitcli.errors import VitcliError
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import RUNS, Run, finished_runs
+from vitcli.train.compatibility import check_kept_head
 from vitcli.train.defaults import (
     Defaults,
     MachineFacts,
     best_metric,
     choose_defaults,
     is_scarce,
+    may_shrink,
     propose_model,
 )
-from vitcli.train.objectives import OBJECTIVES, objective_class, resolve_objective
+from vitcli.train.objectives import objective_class, resolve_objective
 from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
 from vitcli.vit.variants import is_resnet, is_variant
-from vitcli.weights.edit import find_classes, prepare_finetune, set_position_resize
+from vitcli.weights.edit import prepare_finetune, set_position_resize
 from vitcli.weights.load import load_model, names_weights, require_preprocess
 from vitcli.weights.load_report import note_load_report
 from vitcli.weights.loaded import LoadedModel, TargetScale
@@ -48,7 +49,6 @@ from vitcli.weights.overrides import (
 from vitcli.weights.public import resolve_name
 
 FORMULA, DIGITS = "builtin:formula", "builtin:digits"
-MAX_NAMES = 5  # classes that an error lists
 TINY_SPREAD = 1e-14  # of the mean: less is rounding
 DROPOUT = ("dropout_rate", "drop_path_rate")
 
@@ -144,9 +144,8 @@ def _default_model(recipe: Recipe, resumed: Path | None, data: str | None, watch
     except VitcliError as error:
         if data in (None, DIGITS, FORMULA):
             raise
-        train: Any = open_data(recipe.data, watch=watch, streams=True).splits.get("train")
-        images = len(train) if isinstance(train, ImageSet) else None
-        model = propose_model(images, this_machine())
+        train = open_data(recipe.data, watch=watch, streams=True).splits.get("train")
+        model = propose_model(_count(train), this_machine())
         raise VitcliError(
             error.message, f"`vitcli finetune {shlex.quote(str(data))} --model {model}`"
         ) from None
@@ -163,8 +162,12 @@ def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> Re
     if "train" not in source.splits:
         return ResolvedRun(name, recipe, source=source)  # the error follows where it trains
     own = recipe.command == "finetune" and _is_muon_run(Path(str(recipe.model.name)))
-    facts, machine = measure_data(source), this_machine()
-    chosen = choose_defaults(recipe.command, facts, machine, given, own_weights=own)
+    facts, machine, weights = measure_data(source), this_machine(), None
+    if recipe.command == "finetune" and may_shrink(facts, machine, given):
+        weights = stored_model(recipe, watch).config
+    chosen = choose_defaults(
+        recipe.command, facts, machine, given, own_weights=own, weights=weights
+    )
     settings = chosen.settings
     if section is not recipe.data:
         fraction = source.splitting.get("validation_fraction", 0.0)
@@ -172,7 +175,8 @@ def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> Re
     # The accuracy of a fold must not choose its own weights.
     chooses = "validation" in source.splits and section.folds is None
     if chooses and "train.best_metric" not in given:
-        lay_over(settings, nest("train.best_metric", best_metric(chosen.data)))
+        metric = best_metric(chosen.data, _count(source.splits["validation"]))
+        lay_over(settings, nest("train.best_metric", metric))
     lay_over(settings, changes)
     adapted = _without_vit_settings(load_recipe(name, settings, recipe.command), changes, Quiet())
     fixed = " (Ti/16 at 224 px)" if recipe.command == "pretrain" else ""
@@ -185,6 +189,10 @@ def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> Re
             f"{typed} --model {propose_model(chosen.data.images, chosen.machine)}`"
         )
     return ResolvedRun(name, adapted, chosen, source)
+
+
+def _count(images: object) -> int | None:
+    return len(images) if isinstance(images, ImageSet) else None  # a stream is not counted
 
 
 def _is_muon_run(path: Path) -> bool:
@@ -352,39 +360,6 @@ def stored_model(recipe: Recipe, watch: Watcher, **more: Any) -> LoadedModel:
     )
     require_preprocess(model)
     return model
-
-
-def check_kept_head(model: LoadedModel, labels: Sequence[str], section: ObjectiveSection) -> None:
-    """Check that the head of `model` is trained for the classes `labels`, in any order.
-
-    Raises:
-        VitcliError: it is not, or the objective reads its outputs in another way.
-    """
-    new_head = "leave out `--keep-head`: a new head is made for the classes of the data"
-    if not model.head_trained or not model.labels:
-        raise VitcliError(
-            "`--keep-head`: this model has no trained head with class names", new_head
-        )
-    found = find_classes(labels, model.labels)
-    missing = [label for label, index in zip(labels, found, strict=True) if index is None]
-    known = set(found)
-    extra = [label for i, label in enumerate(model.labels) if i not in known]
-    faults = {"the data has": missing, "only the model has": extra}
-    if texts := [f"{who} {quoted(names, MAX_NAMES)}" for who, names in faults.items() if names]:
-        raise VitcliError(
-            f"`--keep-head` needs the same classes in the data and in the model; "
-            f"{', and '.join(texts)}",
-            new_head,
-        )
-    wanted = objective_class(section.name).head_activation
-    if wanted != model.head_activation:
-        kinds = OBJECTIVES.items()
-        able = next(n for n, kind in kinds if kind.head_activation == model.head_activation)
-        raise VitcliError(
-            f"`--keep-head`: the head was trained with `{model.head_activation}` outputs, and the "
-            f"objective `{section.name}` has `{wanted}` outputs",
-            f"`--set objective.name={able}`, or leave out `--keep-head`",
-        )
 
 
 def with_given_dropout(model: LoadedModel, recipe: Recipe) -> LoadedModel:

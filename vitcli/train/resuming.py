@@ -9,7 +9,7 @@ from torch import nn
 from vitcli.config.recipe import check, differing_keys, lay_over, read_toml
 from vitcli.config.schema import DURATIONS, Recipe, Settings, TrainSection, parse_duration
 from vitcli.data.source import Source
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, counted
 from vitcli.files import is_intact
 from vitcli.run import EXTENSIONS, RUNS, Run
 from vitcli.train.agreement import min_over_processes
@@ -135,7 +135,8 @@ def choose_steps(
         total = done + min_over_processes(loop.accelerator, plan.steps)
         between = min_over_processes(loop.accelerator, plan.evaluations)
         watch.note(
-            f"budget {train.budget}: about {total} steps, adapted to the speed of this machine"
+            f"budget {train.budget}: about {counted(total, 'step', 'steps')}, adapted to the speed "
+            "of this machine"
         )
         trained: Any = source.splits["train"]
         if trained.kind != "stream":  # its length is unknown
@@ -158,7 +159,8 @@ def choose_steps(
             f"{train.batch_size} it becomes {optim.lr * factor:g}"
         )
     watch.note(
-        f"run `{run.path}`: {total} steps of {train.batch_size} images, {machine['precision']}"
+        f"run `{run.path}`: {counted(total, 'step', 'steps')} of {train.batch_size} images, "
+        f"{machine['precision']}"
     )
     if found := list_checkpoints(run.checkpoints):
         load_checkpoint(found[-1], loop.state)
@@ -228,9 +230,11 @@ def check_length(run: Run, train: TrainSection, total: int | None) -> int:
     done = step_of(found[-1]) if found else 0
     if total is not None and total < done:
         key = next(name for name in DURATIONS if getattr(train, name) is not None)
-        given = f"`--{key} {getattr(train, key):g}`" + (f" ({total:,} steps)" * (key != "steps"))
+        given = f"`--{key} {getattr(train, key):g}`" + (
+            f" ({counted(total, 'step', 'steps')})" * (key != "steps")
+        )
         raise VitcliError(
-            f"{given} is less than the {done:,} steps that `{run.path}` has made",
+            f"{given} is less than the {counted(done, 'step', 'steps')} that `{run.path}` has made",
             f"give a larger `--{key}`, or start a new run with another `--out`",
         )
     return done

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 from vitcli.config.choices import Resize, StemArithmetic
 from vitcli.config.schema import ModelSection, PreprocessSection
-from vitcli.errors import VitcliError
+from vitcli.errors import VitcliError, quoted
 from vitcli.files import is_url
 from vitcli.preprocess import Preprocess
 from vitcli.progress import Watcher
@@ -214,9 +214,9 @@ def read_labels(labels: Sequence[str] | str | os.PathLike[str] | None) -> tuple[
             ) from error
         labels = [line.strip() for line in text.splitlines() if line.strip()]
     names = tuple(str(name) for name in labels)
-    if twice := sorted({name for name in names if names.count(name) > 1})[:3]:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
         raise VitcliError(
-            f"two classes have the same name: {', '.join(twice)}",
+            f"two classes have the same name: {quoted(twice, 3)}",
             hint="give each class a different name",
         )
     return names

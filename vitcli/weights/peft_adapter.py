@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitcli.errors import VitcliError, quoted
+from vitcli.errors import VitcliError, counted, quoted
 from vitcli.files import read_json
 from vitcli.weights.find_network import FoundNetwork
 from vitcli.weights.pickles import load_pickle, own_tensors
@@ -158,9 +158,9 @@ def merge_adapter(adapter: LoraAdapter, network: FoundNetwork, place: Callable[[
     for name, tensor in adapter.replaced.items():
         tensors[names.get(place(name), name)] = tensor
     count = len([name for name in adapter.added if name.endswith(".weight")])
-    note = f"merged the LoRA adapter of {count} layers (rank up to {adapter.rank})"
+    layers = counted(count, "layer", "layers")
+    note = f"merged the LoRA adapter of {layers} (rank up to {adapter.rank})"
     if adapter.replaced:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in adapter.replaced)
-        more = " …" if len(modules) > 4 else ""
-        note += f" and took {', '.join(f'`{m}`' for m in list(modules)[:4])}{more} from it"
+        note += f" and took {quoted(modules, 4)} from it"
     network.notes.append(note)

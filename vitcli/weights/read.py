@@ -203,10 +203,9 @@ def _read_containers(
         largest = max(containers.values(), key=len)
         if "model_type" in described:
             read_huggingface(largest, source, described, None, overrides)
-        shown = ", ".join(list(largest)[:4])
         raise VitcliError(
             f"`{source}` does not hold a Vision Transformer in a supported layout; its "
-            f"tensors are {shown}{' …' if len(largest) > 4 else ''}",
+            f"tensors are {quoted(largest, 4)}",
             hint=UNDERSTOOD,
         )
     if adapter is None:

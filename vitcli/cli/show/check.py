@@ -7,7 +7,7 @@ from rich.text import Text
 
 from vitcli.cli import console as report
 from vitcli.cli.console import MOST_CLASSES, print_facts, print_table
-from vitcli.errors import printable
+from vitcli.errors import counted, printable
 
 MOST_EXAMPLES = 3  # examples of each kind of finding
 NUMBERS = ("labels as numbers", "numbers")
@@ -37,7 +37,8 @@ def show_check(result: Any) -> None:
             rows.append((name, f"{found['min']} to {found['max']}, median {found['median']}"))
     if found := facts["samples"]:
         low, high = found["window"]
-        seen = f"{found['min']:g} to {found['max']:g} in {found['images']} images"
+        of = counted(found["images"], "image", "images")
+        seen = f"{found['min']:g} to {found['max']:g} in {of}"
         rows.append(("samples", f"{found['bits']} bits, {seen}; window {low:g} to {high:g}"))
     if hint := facts["suggested"]:
         sizes = f"image size {hint['image_size']} px, patch size {hint['patch_size']} px"
@@ -73,7 +74,8 @@ def _print_groups(title: str, groups: Sequence[Sequence[str]], propose: bool) ->
         shown += f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
         report.out.print(Text(f"    {title}: {shown}", style="dim"), soft_wrap=True)
     if len(groups) > MOST_EXAMPLES:
-        more = f"    {title}: and {len(groups) - MOST_EXAMPLES:,} more groups of images"
+        left = counted(len(groups) - MOST_EXAMPLES, "more group", "more groups")
+        more = f"    {title}: and {left} of images"
         more += "; `--out check/` shows them" if propose else ""
         report.out.print(Text(more, style="dim"), soft_wrap=True)
 

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from vitcli.cli import console as report
 from vitcli.cli.console import percent, print_facts
+from vitcli.errors import counted
 from vitcli.report.page import REPORT_FILE
 
 NO_SHARES = ("loss", "mae", "rmse", "r2")  # metrics that are not shown in percent
@@ -59,8 +60,8 @@ def show_trained(result: Any) -> None:
             errors = number_rows(found, found.get("intervals", {}))
             rows += [(f"{split} {name}", text) for name, text in errors]
         if "map" in found:
-            counted = f"{percent(found['map'])} of {found['images']:,.0f} images"
-            rows.append((f"{split} mean average precision", counted))
+            share = f"{percent(found['map'])} of {found['images']:,.0f} images"
+            rows.append((f"{split} mean average precision", share))
             rows.append((f"{split} micro F1 at 0.5", percent(found["micro_f1"])))
     if result.best is not None:
         name, value = result.best["metric"], result.best["value"]
@@ -83,7 +84,7 @@ def show_trained(result: Any) -> None:
         if name == "loss" or name.startswith("train/")
     ]
     if result.broken:
-        rows.append(("unreadable", f"{len(result.broken)} images, not used"))
+        rows.append(("unreadable", f"{counted(len(result.broken), 'image', 'images')}, not used"))
     if (page := Path(result.run) / REPORT_FILE).is_file():
         rows.append(("report", page))
     print_facts(f"{result.command}: {result.run}", rows)

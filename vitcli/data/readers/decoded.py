@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, Strict, Validatio
 from vitcli.data.image_set import ImageSet, Integers, Pixels
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.decode import ImageError
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, counted, printable
 from vitcli.files import file_checksum, read_json, unseal
 from vitcli.pixels import Window
 
@@ -183,7 +183,8 @@ def load_decoded(request: DataRequest) -> Source:
         sets[name] = ImageSet(name, classes, labels, store, targets=targets)
     notes = [f"{shown}: decoded from {described.source}, shorter side at most {described.side} px"]
     if skipped:
-        notes.append(f"{shown}: {skipped:,} unreadable images were skipped")
+        lost = counted(skipped, "unreadable image was", "unreadable images were")
+        notes.append(f"{shown}: {lost} skipped")
     parts = [described.fingerprint.encode(), str(described.side).encode()]
     if described.window is not None:
         low, high = described.window

@@ -21,7 +21,7 @@ from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import split_of
 from vitcli.decode import IMAGE_SUFFIXES
 from vitcli.dicom import can_read_dicom, is_dicom_file
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, counted, printable
 from vitcli.hub.datasets import LABEL_TABLES
 
 # fmt: off
@@ -317,7 +317,8 @@ def source_of_layout(
             classes[""] = images.loose
         elif images.loose and (not usable or (split == "train" and not classes)):
             raise VitcliError(
-                f"`{shown}` has {len(images.loose):,} images but no class folders",
+                f"`{shown}` has {counted(len(images.loose), 'image', 'images')} but no class "
+                "folders",
                 _no_classes_hint(request, tables),
             )
         elif tables and is_numbered_parts(list(classes)):
@@ -327,7 +328,8 @@ def source_of_layout(
                 _no_classes_hint(request, tables),
             )
         elif images.loose:
-            notes.append(f"{shown}: skipped {len(images.loose):,} images outside class folders")
+            skipped = counted(len(images.loose), "image", "images")
+            notes.append(f"{shown}: skipped {skipped} outside class folders")
         paths = [path.removeprefix(images.base) for found in classes.values() for path in found]
         if not paths:
             continue

@@ -44,7 +44,7 @@ from vitcli.data.readers.split_cells import splits_of_rows
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import files_with_suffix, in_split_order, split_of, splits_of
 from vitcli.decode import ImageInput
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, counted, printable
 from vitcli.hub.datasets import LABEL_TABLES
 from vitcli.hub.split_names import SPLITS
 
@@ -297,7 +297,8 @@ def _labelled(
     missing = None if request.numeric and names is None else -1  # -1 can be a measured number
     rows, labels, classes = encode_arrow(shown, values, names, missing)
     if left := len(values) - len(rows):
-        notes.append(f"{shown}: skipped {left:,} rows without a label{missing_texts(distinct)}")
+        skipped = counted(left, "row", "rows")
+        notes.append(f"{shown}: skipped {skipped} without a label{missing_texts(distinct)}")
     images = ImageSet(split, classes, labels, store, rows)
     return with_numbers(shown, images, label_column) if request.numeric else images
 

@@ -39,7 +39,7 @@ from vitcli.data.readers.table_rows import TableRows
 from vitcli.data.readers.table_text import read_text_table
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import expand_braces, split_of
-from vitcli.errors import VitcliError, printable, quoted
+from vitcli.errors import VitcliError, counted, printable, quoted
 from vitcli.hub.split_names import SPLITS, is_container, split_words
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl")
@@ -176,7 +176,8 @@ def _assemble(request: DataRequest, tables: Sequence[TableRows], notes: list[str
     skipped = sum(table.without_path for table in tables) + int((~is_kept).sum())
     if skipped:
         missing = "path" if split else "path or label"
-        notes.append(f"{shown}: skipped {skipped:,} rows without {missing}{missing_texts(cells)}")
+        rows = counted(skipped, "row", "rows")
+        notes.append(f"{shown}: skipped {rows} without {missing}{missing_texts(cells)}")
     kept = np.flatnonzero(is_kept)
     if not len(kept):
         columns = tables[0].columns
@@ -264,7 +265,8 @@ def _labels_of(
         return [cell[0] for cell in cells], None
     if settings.multi_label is False:
         raise VitcliError(
-            f"`{shown}`: {several:,} rows do not have exactly one 1 in the columns "
+            f"`{shown}`: {counted(several, 'row does', 'rows do')} not have exactly one 1 in the "
+            "columns "
             f"{quoted(columns.labels)}, but `data.multi_label` is false",
             "remove `data.multi_label=false`",
         )
@@ -346,9 +348,8 @@ def _mention_doubts(
     missing = np.flatnonzero(store.content_keys(np.arange(len(store))) < 0)
     if len(missing):
         notes.append(
-            f"{shown}: {len(missing):,} of {len(store):,} images "
-            f"do{'es' * (len(missing) == 1)} not exist, such as "
-            f"`{store.describe(int(missing[0]))}`"
+            f"{shown}: {counted(len(missing), 'images does', 'images do', len(store))} not exist, "
+            f"such as `{store.describe(int(missing[0]))}`"
         )
     if 2 * classes > len(store) and len(store) >= FEW_ROWS:
         notes.append(

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from vitcli.data.readers.folder import is_image_name
 from vitcli.decode import IMAGE_SUFFIXES
-from vitcli.errors import VitcliError, printable, quoted
+from vitcli.errors import VitcliError, counted, printable, quoted
 from vitcli.files import parse_json
 
 SEPARATORS = "\t,;|"
@@ -161,8 +161,8 @@ def _records(path: Path, notes: list[str]) -> Iterator[list[str]]:
                     "write a header and one row per image, separated by commas; close each quote",
                 ) from None
         if lines.comments:
-            counted = "1 line" if lines.comments == 1 else f"{lines.comments:,} lines"
-            notes.append(f"{printable(path)}: skipped {counted} that start with `#`")
+            skipped = counted(lines.comments, "line that starts", "lines that start")
+            notes.append(f"{printable(path)}: skipped {skipped} with `#`")
 
 
 def find_separator(sample: Sequence[str]) -> str | None:

@@ -31,7 +31,7 @@ from vitcli.data.readers.folder import image_files
 from vitcli.data.source import DataRequest, Source, make_source
 from vitcli.data.splits import expand_braces, files_with_suffix, in_split_order, splits_of
 from vitcli.decode import IMAGE_SUFFIXES, ImageError
-from vitcli.errors import VitcliError, printable
+from vitcli.errors import VitcliError, counted, printable
 from vitcli.files import parse_json
 
 LABEL_ENDINGS = ("cls", "label", "txt", "json")  # in order of preference
@@ -185,11 +185,13 @@ def read_shards(
         index = index_shards(files, settings.label_column, request.labelled)
         notes += index.notes
         if index.unlabelled:
-            notes.append(f"{shown}: skipped {index.unlabelled:,} samples without a label")
+            skipped = counted(index.unlabelled, "sample", "samples")
+            notes.append(f"{shown}: skipped {skipped} without a label")
         if index.dotted:
             notes.append(
-                f"{shown}: the names of {len(index.dotted):,} samples end at the last dot, such as "
-                f"`{printable(index.dotted[0])}`, because up to the first dot they have no label"
+                f"{shown}: {counted(len(index.dotted), 'sample name ends', 'sample names end')} at "
+                f"the last dot, such as `{printable(index.dotted[0])}`, because the part up to the "
+                "first dot has no label"
             )
         targets = None
         divide = label_splitter(shown, "label", index.labels, settings, notes)

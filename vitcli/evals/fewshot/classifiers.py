@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitcli.config.schema import FewshotSection
 from vitcli.data.image_set import ImageSet
-from vitcli.errors import quoted
+from vitcli.errors import counted, quoted
 from vitcli.evals.features import Extracted
 from vitcli.evals.fewshot.arrays import Floats, Ints
 from vitcli.evals.fewshot.knn import NearestNeighbors
@@ -203,8 +203,8 @@ def draw_all(
     most = max((s for s in section.shots if isinstance(s, int)), default=0)
     if short := [name for name, n in zip(train.classes, counts, strict=True) if n < most]:
         watch.warn(
-            f"{len(short)} classes have fewer than {most} images; all of them are used: "
-            f"{quoted(short, 3)}"
+            f"{counted(len(short), 'class has', 'classes have')} fewer than {most} images, which "
+            f"are all used: {quoted(short, 3)}"
         )
     return {
         (shots, seed): draw_shots(train.labels, shots, seed, num_classes)

@@ -272,8 +272,9 @@ def _convert(
     if known.cut and "pos_embed" in tensors:
         tensors["pos_embed"] = tensors["pos_embed"][:, 1:]
     if faults:
+        faults[4:] = [f"and {len(faults) - 4:,} more"] * (len(faults) > 4)
         raise VitcliError(
-            f"`{source}` is damaged: {'; '.join(faults[:4])}", hint="copy or download it again"
+            f"`{source}` is damaged: {'; '.join(faults)}", hint="copy or download it again"
         )
     if isinstance(config, ViTConfig) and config.position == "sincos2d":
         table = sincos2d(config.grid, config.embed_dim)

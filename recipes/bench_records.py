@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two steps of a tiny model")
     parser.add_argument("flags", nargs="*", help="settings of the run, after `--`")
     add_json_option(parser)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     flags = [*(VALIDATION if given.validation else ()), *given.flags]
     if given.tiny:
         flags += [*TINY, "--set", f"model.name={TINY_MODELS[given.track]}"]

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="settings of ours, after `--`")
     parser.add_argument("--theirs", type=Path, help=argparse.SUPPRESS)
     add_json_option(parser)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.theirs:
         train_theirs(given)
         return

@@ -61,7 +61,7 @@ def main() -> None:
                 ("s", [run.seconds for run in runs]),
                 ("CPU-s", [run.cpu_seconds for run in runs]),
             ):
-                given.json.add(f"cold start of {name}", values, unit, "lower")
+                given.json.add(f"cold start of {name}, {unit}", values, unit, "lower")
                 sys.stdout.write(
                     f"{name:8} {statistics.median(values):6.2f} {unit:5} "
                     f"({min(values):.2f} to {max(values):.2f})\n"

@@ -63,7 +63,7 @@ def train(given: argparse.Namespace, flags: list[str], seed: int, folder: Path) 
     done = run_vitcli(*words, "--no-check", "--out", out, "--json")
     result = json.loads(done.output)
     found = result["figures"]
-    return {
+    row = {
         "track": given.track,
         "seed": seed,
         "accuracy": found["accuracy"],
@@ -76,6 +76,12 @@ def train(given: argparse.Namespace, flags: list[str], seed: int, folder: Path) 
         "seconds": round(done.seconds, 1),
         "cpu_seconds": round(done.cpu_seconds, 1),
     }
+    if given.tta is not None:
+        flags = [*(VALIDATION if given.validation else ()), "--tta", given.tta, "--no-check"]
+        words = ["evaluate", given.data, "--model", out, "--out", folder / f"report-{seed}"]
+        evaluated = json.loads(run_vitcli(*words, *flags, "--json").output)
+        row |= {"tta": given.tta, "tta_accuracy": evaluated["top1"]}
+    return row
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -91,6 +97,9 @@ def markdown(given: argparse.Namespace, rows: list[dict[str, Any]], about: dict[
     accuracy = f"{mean_and_spread(accuracies)} % ({each})"
     if given.validation:
         accuracy += " on validation images"
+    if given.tta is not None:
+        with_tta = mean_and_spread([row["tta_accuracy"] for row in rows])
+        accuracy += f"; {with_tta} % with `--tta {given.tta}`"
     minutes = None if given.flop else parse_duration(given.budget) / 60
     goals = GOALS.get(int(minutes or 0))
     goal = f"{goals[TRACKS.index(given.track)]} %" if goals and not given.validation else ""
@@ -118,11 +127,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of runs")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--validation", action="store_true", help="choose on training images")
+    parser.add_argument("--tta", choices=["flip"], help="also evaluate with mirror images")
     parser.add_argument("--new", default="", help="the last cell of the row")
     parser.add_argument("--tiny", action="store_true", help="two steps of a tiny model")
     parser.add_argument("flags", nargs="*", help="settings of the run, after `--`")
     add_json_option(parser)
-    given = parser.parse_intermixed_args()
+    given = parser.parse_args()
     flags = [*(VALIDATION if given.validation else ()), *given.flags]
     if given.tiny:
         flags += [*TINY, "--set", f"model.name={TINY_MODELS[given.track]}"]

@@ -12,7 +12,6 @@ import atexit
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -102,6 +101,8 @@ def launch_processes(
 
 
 def _free_port() -> int:
+    import socket  # most commands start without it
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

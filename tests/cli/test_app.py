@@ -42,6 +42,7 @@ COMMANDS = (
 SLOW_TO_LOAD = {
     *("torch", "numpy", "scipy", "sklearn", "pandas", "pyarrow", "matplotlib", "PIL"),
     *("accelerate", "datasets", "transformers", "huggingface_hub"),
+    *("psutil", "asyncio", "http", "ssl", "jinja2", "yaml"),
 }
 FATES = ("loaded ", "resampled ", "new ", "dropped ")
 
@@ -117,7 +118,9 @@ def test_help_answers_at_once():
         done = subprocess.run(
             [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
         )
-        assert not SLOW_TO_LOAD & set(done.stderr.split())
+        # Typer itself loads pydantic where it converts a value.
+        unneeded = {"pydantic", "email", "socket"} if words == ["--help"] else set()
+        assert not (SLOW_TO_LOAD | unneeded) & set(done.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,26 @@ def test_light_imports():
     code = "import sys, vitcli.commands.predict; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"datasets", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "matplotlib"}
+    heavy |= {
+        "transformers",
+        "huggingface_hub",
+        "jinja2",
+        "sympy",
+        "torch._dynamo",
+        "torch._inductor",
+    }
     assert not heavy & set(done.stdout.split())
+
+
+def test_imports_cause_no_full_garbage_collection():
+    """The command line raises the threshold before it imports torch, and only the third one."""
+    code = (
+        "import gc; from vitcli.cli import main; before = gc.get_threshold(); "
+        "main._collect_rarely(); assert gc.get_threshold()[:2] == before[:2]; "
+        "import vitcli.commands.predict; print(gc.get_stats()[2]['collections'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0"]
 
 
 @pytest.mark.parametrize(

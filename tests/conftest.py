@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -42,6 +43,19 @@ def pytest_cmdline_main(config):
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // min(4, cores))))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Spare the garbage collector what is imported here: it took half a second to go through it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            import torch._dynamo  # noqa: F401 - the first optimizer of a process loads it
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with reference numbers and real data, beside the checkout."""
@@ -61,15 +75,33 @@ def caches(tmp_path_factory) -> None:
         loaded.HF_DATASETS_CACHE = folder
 
 
-@pytest.fixture(autouse=True)
-def fast_runs(request, monkeypatch) -> None:
-    """A run draws no pictures, which takes longer than a tiny run, except under `draws_curves`."""
-    if request.node.get_closest_marker("draws_curves"):
-        return
+def draw_nothing(*_) -> None:
+    """In the place of functions that take longer than a tiny run."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawing():
+    """The patches that keep runs from drawing, those of fixtures that tests share too."""
+    with pytest.MonkeyPatch.context() as patches:
+        leave_out(patches)
+        yield patches
+
+
+def leave_out(patches) -> None:
+    """Patch what has been imported until now."""
     for name in ("vitcli.train.session", "vitcli.commands.evaluate"):
-        if module := sys.modules.get(name):
-            monkeypatch.setattr(module, "write_report", lambda *_: None)
-            monkeypatch.setattr(module, "draw_curves", lambda *_: None, raising=False)
+        for function in ("write_report", "draw_curves"):
+            if getattr(sys.modules.get(name), function, draw_nothing) is not draw_nothing:
+                patches.setattr(sys.modules[name], function, draw_nothing)
+
+
+@pytest.fixture(autouse=True)
+def fast_runs(request, drawing) -> None:
+    """A run draws no pictures, except under `draws_curves`."""
+    if request.node.get_closest_marker("draws_curves"):
+        drawing.undo()
+    else:
+        leave_out(drawing)
 
 
 @pytest.fixture

@@ -214,6 +214,7 @@ def test_an_addition_touches_the_files_of_its_row(name, added):
     assert added[1][name] == named(name)
 
 
+@pytest.mark.slow
 def test_an_optimizer_and_an_objective_train(output, added):
     for name in ("plain", "brier"):
         recipe = (added[0] / f"run-{name}/recipe.toml").read_text()
@@ -221,19 +222,23 @@ def test_an_optimizer_and_an_objective_train(output, added):
         assert (added[0] / f"run-{name}/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_model_size_is_built(output):
     assert '"dim": 32' in output[COMMANDS[2]]
 
 
+@pytest.mark.slow
 def test_a_data_reader_reads(output):
     assert "20" in output[COMMANDS[3]]
 
 
+@pytest.mark.slow
 def test_a_machine_is_planned_for_and_in_the_help(output):
     assert '"Abacus"' in output[COMMANDS[4]]
     assert "abacus, t4" in output[COMMANDS[5]]  # the help asks the registry
 
 
+@pytest.mark.slow
 def test_a_flag_of_predict_is_taken(output):
     out = output[COMMANDS[6]]
     assert '"path": "a.png"' in out and "b.png" not in out

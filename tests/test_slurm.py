@@ -76,6 +76,7 @@ def test_only_slurms_signal_queues_again(scontrol, monkeypatch):
     assert slurm.requeue_slurm_job(signal.SIGUSR1) is None
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_up_saves_and_is_queued_again(scontrol, tmp_path):
     """The script's line is the same each time: `vitcli pretrain … --out run --resume`."""
     write_tiny(tmp_path / "tiny.toml", train={"steps": 3000, "checkpoint_steps": 1})

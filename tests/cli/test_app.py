@@ -395,6 +395,7 @@ def test_a_damaged_result_does_not_stand_in_the_way(trained, capfd):
         assert status == 2 and words in err and "remove the file" in err
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed_full_or_of_few_letters(trained):
     command = f"{sys.executable} -m vitcli predict 'photos/猫' --model runs/tiny"
     shutil.copytree("photos/cat", "photos/猫")

@@ -35,12 +35,15 @@ def test_beside_transformers_in_one_run(here, capsys):
     assert (here / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_table_of_several_sizes(here, capsys):
+def test_a_table_of_several_sizes(here, capsys, monkeypatch):
+    sizes = ("forward_bytes", "training_bytes", "largest_forward", "largest_training")
+    monkeypatch.setattr(cost, "_memory", lambda *_: dict.fromkeys(sizes, 9))
     assert cli.run([*TINY[:3], "16,32", *TINY[4:], "--precision", "fp32,bf16", "--quick"]) == 0
     out = capsys.readouterr().out
     assert out.count("mu/8 16") == 4 and "p50 / p90 / p99" in out
 
 
+@pytest.mark.slow
 def test_the_largest_batch_grows_with_the_memory(here, capsys):
     found = []
     for memory in ("200M", "400M"):

@@ -216,7 +216,9 @@ def test_finetune_compare_and_several_models(table, run, here):
     assert "difference of MAE" in shown.stdout
 
 
-@pytest.mark.parametrize("to", ["timm", "huggingface", "onnx"])
+@pytest.mark.parametrize(
+    "to", ["timm", "huggingface", pytest.param("onnx", marks=pytest.mark.slow)]
+)
 def test_exports_give_the_number_in_its_unit(table, run, here, to):
     out = {"onnx": here / "m.onnx"}.get(to, here / to)
     done = export.run(to, model=str(run[0]), out=out)

@@ -110,6 +110,7 @@ def test_stopped_at_any_byte_it_goes_on_to_the_same_bytes(photos, tmp_path):
         assert not (out / "storing.json").exists()
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on(tmp_path):
     root = tmp_path / "photos"
     for i, picture in enumerate(photographs(60, size=128)):

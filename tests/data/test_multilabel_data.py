@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
-from support.tiny import tiny_recipe, vitcli
+from support.tiny import tiny_recipe
 from support.watching import Told
 
+from vitcli.cli.main import run as run_command
 from vitcli.commands import check, evaluate, finetune, predict
 from vitcli.config.schema import AugmentSection, ObjectiveSection
 from vitcli.data.augment.transform import TrainTransform
@@ -383,18 +384,17 @@ def test_the_default_recipe_goes_by_the_data(tmp_path, trained):
     assert read_header(tmp_path / "fine/model.safetensors")["activation"] == "sigmoid"
 
 
-def test_fewshot_wants_one_class_an_image(trained):
+def test_fewshot_wants_one_class_an_image(trained, capfd):
     path, run, _, _ = trained
-    done = vitcli("fewshot", path, "--model", run)
-    assert done.returncode == 2
-    assert "error: `fewshot` needs one label per image" in done.stderr
+    assert run_command(["fewshot", path, "--model", str(run)]) == 2
+    assert "error: `fewshot` needs one label per image" in capfd.readouterr().err
 
 
-def test_the_command_shows_the_figures(trained):
+def test_the_command_shows_the_figures(trained, capfd):
     path, run, _, _ = trained
-    done = vitcli("evaluate", path, "--model", run)
-    assert done.returncode == 0, done.stderr
-    assert "mean average precision" in done.stdout and "micro F1 at 0.5" in done.stdout
+    status, (out, err) = run_command(["evaluate", path, "--model", str(run)]), capfd.readouterr()
+    assert status == 0, err
+    assert "mean average precision" in out and "micro F1 at 0.5" in out
 
 
 @pytest.mark.parametrize("mix", [{"mixup_alpha": 0.4, "mix_rate": 1.0}])

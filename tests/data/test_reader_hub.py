@@ -12,9 +12,9 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 from support.flipping import flip, flips
-from support.tiny import vitcli
 from support.watching import Told
 
+from vitcli.cli.main import run
 from vitcli.data.source import load_data
 from vitcli.errors import VitcliError
 from vitcli.hub import repository
@@ -389,11 +389,12 @@ def test_splits_are_read_off_the_names(layout):
     assert {name: len(files) for name, files in plan.splits.items()} == EXPECTED[layout]
 
 
-def test_the_command_takes_it(pets):
-    done = vitcli("check", "hf:org/pets", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["splits"] == {"train": 6, "test": 2}
-    assert np.sum([n for c in json.loads(done.stdout)["classes"].values() for n in c.values()]) == 8
-    wrong = vitcli("check", "hf:org/nothing")
-    assert wrong.returncode == 2 and "error: the Hub has no dataset" in wrong.stderr
-    assert wrong.stderr.count("hint:") == 1
+def test_the_command_takes_it(pets, capfd):
+    status, (out, err) = run(["check", "hf:org/pets", "--json"]), capfd.readouterr()
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["splits"] == {"train": 6, "test": 2}
+    assert np.sum([n for c in found["classes"].values() for n in c.values()]) == 8
+    status, (_, err) = run(["check", "hf:org/nothing"]), capfd.readouterr()
+    assert status == 2 and "error: the Hub has no dataset" in err
+    assert err.count("hint:") == 1

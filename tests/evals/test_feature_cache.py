@@ -175,7 +175,7 @@ def test_a_damaged_row_is_noticed(photos, net, monkeypatch):
     after = features(net, photos, watch=heard)
     assert counted.seen == 1
     np.testing.assert_allclose(after.outputs, before, atol=1e-5)  # alone in its batch now
-    assert sum("1 rows in" in line and "damaged" in line for line in heard.lines) == 2
+    assert sum("computing 1 damaged row of" in line for line in heard.lines) == 2
 
 
 def test_each_flipped_bit_is_noticed(photos, net, monkeypatch):

@@ -28,7 +28,14 @@ TINY = {
     "augment": {"crop": "pad", "crop_padding": 1, "flip_rate": 0.0},
     "optim": {"name": "muon", "momentum": 0.95, "lr": 1e-3},
     "schedule": {"name": "linear", "warmup_fraction": 0.1},
-    "train": {"steps": 8, "batch_size": 32, "ema_decay": 0.9, "precision": "fp32", "log_steps": 1},
+    "train": {
+        "steps": 8,
+        "eval_steps": 4,  # an evaluation takes longer than a step
+        "batch_size": 32,
+        "ema_decay": 0.9,
+        "precision": "fp32",
+        "log_steps": 1,
+    },
 }
 
 

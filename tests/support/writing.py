@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 CHANGING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -30,13 +31,17 @@ def _hook(event, values):
             record.add(os.path.realpath(path))
 
 
-sys.addaudithook(_hook)  # for the life of the process; idle outside of the block below
+@cache
+def _watch_process():
+    """Call the hook for the life of the process: each `id()` of a tensor calls it, too."""
+    sys.addaudithook(_hook)
 
 
 @contextmanager
 def written_paths():
     """Yield a set that receives the real paths that are written to during the block."""
     record: set[str] = set()
+    _watch_process()
     _records.append(record)
     try:
         yield record

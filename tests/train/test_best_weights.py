@@ -250,7 +250,13 @@ def test_few_shot_accuracy_is_a_metric_and_the_run_goes_on_without_patience(tmp_
         (
             {
                 "data": {"validation_fraction": 0.2},
-                "train": {"best_metric": "loss", "patience": 1, "budget": "9s", "steps": None},
+                "train": {
+                    "best_metric": "loss",
+                    "patience": 1,
+                    "budget": "9s",
+                    "steps": None,
+                    "eval_steps": None,
+                },
             },
             "counts evaluations",
         ),

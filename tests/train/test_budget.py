@@ -17,7 +17,9 @@ from vitcli.train.budget import Budget, Deadline, Timeline, stage_fractions
 from vitcli.train.signals import Stopped
 from vitcli.vit.variants import parse_variant
 
-SETTINGS = {"train": {"steps": None, "budget": "8s", "smaller_sizes": [[4, 0.5]]}}
+SETTINGS = {
+    "train": {"steps": None, "eval_steps": None, "budget": "8s", "smaller_sizes": [[4, 0.5]]}
+}
 
 
 def test_stages_share_the_run():

@@ -14,6 +14,8 @@ from vitcli.data.facts import DataFacts, may_flip, measure_data
 from vitcli.data.source import load_data
 from vitcli.data.splits import auto_fraction
 from vitcli.errors import VitcliError
+from vitcli.preprocess import Preprocess
+from vitcli.progress import Quiet
 from vitcli.train.defaults import (
     MachineFacts,
     best_metric,
@@ -21,8 +23,11 @@ from vitcli.train.defaults import (
     is_scarce,
     propose_model,
 )
+from vitcli.train.resolve import finetune_recipe, pretrain_recipe, pretrained_model
 from vitcli.vit.variants import parse_variant
+from vitcli.weights.loaded import create_model
 from vitcli.weights.public import public_models
+from vitcli.weights.store import save_model
 
 SIGNS = DataFacts(images=300, size=(100, 100), classes=6)
 CIFAR = DataFacts(images=50_000, size=(32, 32), classes=10)
@@ -138,7 +143,7 @@ def test_small_images_are_fine_tuned_at_a_smaller_size_where_a_cpu_lacks_time():
         SIGNS, one, train__budget="120s"
     )
     assert fine_tuned_at(SIGNS) is None  # without a budget there is time enough
-    assert fine_tuned_at(CIFAR) == 96
+    assert fine_tuned_at(CIFAR) == 64  # four patches
 
 
 @pytest.mark.parametrize(
@@ -321,6 +326,22 @@ def test_finetune_without_a_recipe(run, photos, tmp_path):
     assert f"2 classes: {run[0]}, batch 32, 1 step" in " ".join(watch.notes)
 
 
+def test_finetune_takes_the_smaller_size(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("vitcli.train.resolve.this_machine", lambda: CPU)
+    weights = tmp_path / "model.safetensors"
+    net = create_model("Pico/4", num_classes=3, image_size=64)
+    net.preprocess = Preprocess(image_size=(64, 64), mean=(0.5,) * 3, std=(0.5,) * 3)
+    save_model(weights, net)
+    for budget, size in (("1s", 24), ("9h", 64)):
+        watch = Told()
+        found = finetune_recipe(
+            str(photos), str(weights), None, {"train": {"budget": budget}}, watch
+        )
+        assert any("no time for 3 epochs" in line for line in watch.notes) == (size == 24)
+        model = pretrained_model(found.recipe, found.source, watch)
+        assert model.config.image_size == model.preprocess.image_size == (size, size)
+
+
 def test_finetune_without_weights_names_the_command(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(VitcliError, match="no finished `pretrain` run") as error:
@@ -349,7 +370,6 @@ def test_a_plan_shows_the_same_choice(photos):
 
 @pytest.mark.parametrize("data", [None, "builtin:digits", "builtin:formula"])
 def test_shipped_data_keep_their_recipes(data):
-    estimate = plan.run(None, data, command="pretrain", probing=False, compare=False)
     name = "pretrain" if data == "builtin:digits" else "pretrain_formula"
     settings = {"data": {"name": data}} if data else {}
-    assert estimate.planned.recipe == load_recipe(name, settings)
+    assert pretrain_recipe(data, None, None, Quiet()).recipe == load_recipe(name, settings)

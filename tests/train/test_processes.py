@@ -28,29 +28,34 @@ from vitcli.train.exactness import machine_facts, warn_of_changes
 from vitcli.weights.load import load_model
 
 RECIPES = {
-    "two": {**PLAIN, "train": {"steps": 10}},
-    "two, accumulating": {**PLAIN, "train": {"steps": 10, "micro_batch_size": 8}},
+    "two": {**PLAIN, "train": {"steps": 6}},
+    "two, accumulating": {**PLAIN, "train": {"steps": 6, "micro_batch_size": 8}},
     "two, mixed and repeated": {
         **PLAIN,
         "augment": {"preset": "medium2", "cutmix_alpha": 1.0, "erase_rate": 0.5, "repeats": 2},
         "data": {"name": "builtin:digits", "sampler": "square_root"},
         "objective": {"class_weights": [0.2, 5.0, *[1.0] * 8], "focal_gamma": 1.0},
-        "train": {"steps": 10},
+        "train": {"steps": 6},
     },
     "whole": {"train": {"steps": 4, "batch_size": 24}, "model": {"embed_dim": 160, "mlp_dim": 640}},
 }
-# Trains the RECIPES that it is given, and "whole" once more, stopped after 2 steps and resumed.
-# All in one start, because torch takes longer to load than they do.
+# Trains the RECIPES that it is given, evaluates "two", and trains "whole" once more, stopped after
+# 2 steps and resumed. All in one start, because torch takes longer to load than they do.
 JOB = """
 import sys
 import test_processes as t
 from support.tiny import train_tiny
 from vitcli import distributed as launch
-from vitcli.train import loop
+from vitcli.cli import main as cli
+from vitcli.train import loop, session
 from vitcli.train.signals import Stopped
 
+session.draw_curves = session.write_report = lambda *_: None
 for name in sys.argv[1:]:
     train_tiny(name, **t.RECIPES[name])
+if "two" in sys.argv:
+    words = ["evaluate", "builtin:digits", "--model", "two", "--out", "both", "--json"]
+    assert cli.run(words) == 0
 real, asked = loop.max_over_processes, iter(range(1000))
 def stopping(accelerator, value):
     return real(accelerator, 15 if next(asked) == 2 and launch.rank() else value)
@@ -70,21 +75,33 @@ def weights(run):
 
 
 def run_job(number, folder, *names):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={number}"]
+    """What process 0 prints. They start as with `--processes`; torchrun takes seconds to load."""
     (folder / "job.py").write_text(JOB)
-    done = subprocess.run(
-        [*command, "--standalone", "job.py", *names],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    size, port = str(number), str(launch._free_port())
+    shared = {**ENVIRONMENT, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    members = [
+        subprocess.Popen(
+            [sys.executable, "job.py", *names],
+            cwd=folder,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(number)
+    ]
+    try:
+        said = [member.communicate(timeout=300) for member in members]
+    finally:
+        for member in members:
+            member.kill()
+    assert not any(member.returncode for member in members), said
+    return said[0][0]
 
 
 def test_two_processes_compute_what_one_does_and_resume_exactly(here):
-    run_job(2, here, *RECIPES)
+    said = run_job(2, here, *RECIPES)
     train_tiny("one", **RECIPES["two"])
     expected = load_model("one").state_dict()
     train_tiny("one, mixed", **RECIPES["two, mixed and repeated"])
@@ -101,6 +118,19 @@ def test_two_processes_compute_what_one_does_and_resume_exactly(here):
             assert a.get("train/loss") == pytest.approx(b.get("train/loss"), abs=1e-5)
     assert weights("whole") == weights("parts")
     assert json.loads(Path("whole/provenance.json").read_text())["processes"] == 2
+    every_image_counts_once(said)
+
+
+def every_image_counts_once(said):
+    """`evaluate` in two processes says and writes once what it does in one."""
+    alone = evaluate.run("builtin:digits", model="two", out=Path("alone"))
+    names = {"confusion": "confusion.csv", "confusion_picture": "confusion.png"}
+    names |= {"reliability_picture": "reliability.png", "mistakes_picture": "mistakes.png"}
+    names |= {"mistakes": "mistakes.csv", "report": "report.html"}
+    there = {key: f"both/{name}" for key, name in names.items()}
+    assert json.loads(said) == {**alone.to_json(), **there}
+    assert {path.name for path in Path("both").iterdir()} == set(names.values())
+    assert Path("both/confusion.csv").read_text() == Path("alone/confusion.csv").read_text()
 
 
 @pytest.mark.slow
@@ -154,21 +184,6 @@ def test_one_voice(trained):
     assert provenance["argv"][-2:] == ["--processes", "2"] and provenance["processes"] == 2
 
 
-def test_evaluate_counts_every_image_once(trained):
-    folder, _ = trained
-    alone = evaluate.run("builtin:digits", model=str(folder / "run"), out=folder / "alone")
-    done = command(folder, "evaluate", "--model", folder / "run", "--out", "both", "--json")
-    assert done.returncode == 0, done.stderr
-    names = {"confusion": "confusion.csv", "confusion_picture": "confusion.png"}
-    names |= {"reliability_picture": "reliability.png", "mistakes_picture": "mistakes.png"}
-    names |= {"mistakes": "mistakes.csv", "report": "report.html"}
-    there = {key: f"both/{name}" for key, name in names.items()}
-    assert json.loads(done.stdout) == {**alone.to_json(), **there}
-    assert {path.name for path in (folder / "both").iterdir()} == set(names.values())
-    both, one = (folder / name / "confusion.csv" for name in ("both", "alone"))
-    assert both.read_text() == one.read_text()
-
-
 @pytest.mark.slow
 def test_a_temperature_is_the_same_and_stored_once(trained):
     folder, _ = trained
@@ -219,6 +234,7 @@ def test_a_mistake_is_told_once_and_leaves_nothing(trained):
     assert not (folder / "odd").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_that_only_one_process_meets(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(20):

@@ -11,6 +11,10 @@ from vitcli.vit import ResNet, ResNetConfig
 DROPPING = {"dropout_rate": 0.1, "drop_path_rate": 0.1, "depth": 2}
 IN_TRAINING = ("plain", "all of today", "distilled", "relative", "learned2d, every", "axial")
 IN_TRAINING += ("hybrid",)
+# Many options at once. The other kinds are in the slow group, because a graph takes a second.
+MANY_OPTIONS = ("all of today", "tower", "distilled", "bias, shared", "axial, 2-D, every, map")
+MANY_OPTIONS += ("rope, EVA-02", "hybrid")
+IN_EVALUATION = [n if n in MANY_OPTIONS else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
 
 
 def compiled(function):
@@ -23,7 +27,7 @@ def compiled(function):
     return torch.compile(function, backend=counter, fullgraph=True), counter
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", IN_EVALUATION)
 def test_one_graph_in_evaluation(name):
     model = small(name, depth=1)
     images = pictures(model)

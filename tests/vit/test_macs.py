@@ -1,11 +1,14 @@
 """Multiply-adds: the paper's, the official code's, and a formula's."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from support.kinds import small
 
 from vitcli.vit import create_network, from_config, parse_variant
+from vitcli.vit import macs as module
 from vitcli.vit.hybrid import StdConv2dSame
 from vitcli.vit.macs import macs, macs_by_part, training_flops
 
@@ -146,6 +149,23 @@ def test_a_formula(options, prefix):
         + (20 * d if config.representation_size else 0),
     }
     assert macs(config) == sum(macs_by_part(config).values())
+
+
+# Kinds whose blocks, positions or poolings differ.
+BLOCKS = ("plain", "map", "all of today", "tower", "bias, shared", "axial, relative")
+BLOCKS += ("rope, EVA-02",)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_that_are_not_built_count_as_much(kind):
+    """Five blocks are counted from two passes over fewer, and here from one pass over all."""
+    config = small(kind, depth=5).config
+    cases = [(config, 0.0)]
+    if kind == "plain":
+        cases += [(config, 0.5), (replace(config, pool_blocks=2), 0.0)]
+    for case, rate in cases:
+        whole = module._run_and_count(case, rate)
+        assert macs_by_part(case, rate) == whole and sum(whole.values()) > 0
 
 
 @pytest.mark.parametrize("name", ["R50x1", "R50+Ti/16", "Axial-Ti/16"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ OFFICIAL_COUNTS = (
 )
 
 
+@cache
 def count(config):
     with torch.device("meta"):
         return sum(p.numel() for p in from_config(config).parameters())
@@ -101,7 +103,8 @@ def test_every_variant_is_in_the_table_of_this_test():
 @pytest.mark.parametrize("size", SIZES)
 def test_parameter_counts_are_those_of_the_equations(size):
     d, depth, mlp, _ = SIZES[size]
-    for patch, image, classes in ((16, (224, 224), 1000), (14, (224, 224), 0), (8, (64, 120), 7)):
+    shapes = [(16, (224, 224), 1000), (14, (224, 224), 0), (8, (64, 120), 7)]
+    for patch, image, classes in shapes if depth <= 12 else shapes[:1]:  # no size has its own
         grid = image[0] // patch, image[1] // patch
         config = parse_variant(f"{size}/{patch}", image_size=image, num_classes=classes)
         assert config.grid == grid

@@ -249,7 +249,7 @@ class CachedFeatures:
         valid, damaged = table.find_valid(indices, stamps)
         if damaged:
             self.watch.warn(
-                f"{counted(damaged, 'damaged row', 'damaged rows')} in `{table.folder}`: computed "
+                f"computing {counted(damaged, 'damaged row', 'damaged rows')} of `{table.folder}` "
                 "again"
             )
         return ~valid

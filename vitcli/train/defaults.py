@@ -27,7 +27,7 @@ FEW_IMAGES, FEW_PER_CLASS = 1000, 100
 SGD_IMAGES = 2000  # fewer images are fine-tuned by SGD, as in the paper
 # Small images are fine-tuned at a smaller size if a CPU has no time for this many epochs at the
 # size of the weights: recipes/LOG.md, 2026-11-28.
-ENOUGH_EPOCHS, SMALLEST_GRID = 3, 6
+ENOUGH_EPOCHS, SMALLEST_GRID = 3, 4
 CORE_MACS = 24e9  # multiply-adds that a core trains per second, forward and backward together
 TRAINING_FRACTION = 0.5  # of a budget, at least; the start and the evaluations take the rest
 PATIENCE = 1200.0  # seconds that a run without a budget may train

@@ -178,7 +178,8 @@ def _adapted(name: str, recipe: Recipe, changes: Settings, watch: Watcher) -> Re
         metric = best_metric(chosen.data, _count(source.splits["validation"]))
         lay_over(settings, nest("train.best_metric", metric))
     lay_over(settings, changes)
-    adapted = _without_vit_settings(load_recipe(name, settings, recipe.command), changes, Quiet())
+    kept = settings if recipe.command == "finetune" else changes
+    adapted = _without_vit_settings(load_recipe(name, settings, recipe.command), kept, Quiet())
     fixed = " (Ti/16 at 224 px)" if recipe.command == "pretrain" else ""
     watch.note(f"defaults for {chosen.summary}; `--recipe {name}` takes fixed settings{fixed}")
     if recipe.command == "pretrain" and is_scarce(chosen.data):

@@ -1,6 +1,7 @@
 """Multiply-adds of a model, counted by operation on a model without memory."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -29,6 +30,18 @@ def macs(config: ViTConfig | ResNetConfig) -> int:
 
 @cache
 def _counted(config: ViTConfig | ResNetConfig, patch_drop_rate: float = 0.0) -> Mapping[str, int]:
+    # A ResNet, also that of a hybrid, is run whole: two passes over it take longer than one.
+    if isinstance(config, ResNetConfig) or config.stem or config.depth < config.pool_blocks + 2:
+        return _run_and_count(config, patch_drop_rate)
+    least = config.pool_blocks  # all blocks of a ViT cost the same
+    one, two = (
+        _run_and_count(replace(config, depth=depth), patch_drop_rate)
+        for depth in (least, least + 1)
+    )
+    return {part: one[part] + (config.depth - least) * (two[part] - one[part]) for part in two}
+
+
+def _run_and_count(config: ViTConfig | ResNetConfig, patch_drop_rate: float) -> Mapping[str, int]:
     with torch.device("meta"):
         # FlopCounterMode hooks gradients, which fails on a view of a parameter such as MAP's query.
         model = from_config(config).requires_grad_(False)

@@ -47,7 +47,7 @@ class Bench:
 
 
 BENCHES = {
-    "cold": Bench(("bench_cold.py",), ("--runs", 3), ("help", "--runs", 1)),
+    "cold": Bench(("bench_cold_start.py",), ("--runs", 3)),
     "load": Bench(("bench_load.py",), ("--rounds", 5), ("--rounds", 2, "--model", "mu/4")),
     "step": Bench(("bench_step.py",), ("S/16", 224, 16, "fp32"), ("mu/4", 8, 2, "fp32")),
     "loop": Bench(("bench_step.py", "loop")),

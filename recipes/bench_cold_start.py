@@ -5,12 +5,11 @@ a model. The model is a Nano/8 with random weights. The package is compiled to b
 `pip install` does.
 
     python recipes/bench_cold_start.py
-    python recipes/bench_cold_start.py --runs 11 --json
+    python recipes/bench_cold_start.py --runs 11
 """
 
 import argparse
 import compileall
-import json
 import resource
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import add_json_option
 from PIL import Image
 
 import vitcli
@@ -36,10 +36,10 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Print a line per command, or a line of JSON."""
+    """Print a line per command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     given = parser.parse_args()
     compileall.compile_dir(str(Path(vitcli.__file__).parent), quiet=1)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
@@ -50,19 +50,11 @@ def main() -> None:
                 times[name].append(seconds([sys.executable, *words], folder))
     for name, pairs in times.items():
         wall, cpu = (sorted(values) for values in zip(*pairs[1:], strict=True))
-        row = {
-            "command": name,
-            "runs": given.runs,
-            "seconds": round(statistics.median(wall), 3),
-            "least": round(wall[0], 3),
-            "largest": round(wall[-1], 3),
-            "cpu_seconds": round(statistics.median(cpu), 3),
-        }
+        given.json.add(f"{name}, cold start", wall, "s", "lower")
+        given.json.add(f"{name}, cold start, CPU time", cpu, "CPU-s", "lower")
         sys.stdout.write(
-            json.dumps(row) + "\n"
-            if given.json
-            else f"{name:24} {row['seconds']} s ({row['least']} to {row['largest']}), "
-            f"CPU {row['cpu_seconds']} s\n"
+            f"{name:24} {statistics.median(wall):.3f} s ({wall[0]:.3f} to {wall[-1]:.3f}), "
+            f"CPU {statistics.median(cpu):.3f} s\n"
         )
 
 

@@ -8,7 +8,7 @@ tensor, stack. Ours returns bytes, which the model normalises on the device. The
 pairs.
 
     python recipes/bench_data.py                  run every case
-    python recipes/bench_data.py flowers --json   run one case, one line of JSON per row
+    python recipes/bench_data.py flowers          run one case
 
 "kept" is our pipeline from the second epoch on, when the decoded images fit in memory. "stored"
 reads what `vitcli patchify DATA --out DIR` made of the files, with shorter sides of at most 256 px.
@@ -16,8 +16,8 @@ The plain pipeline reads the files in both cases. "photographs" is flowers and m
 "12 MP" is 4000 x 3000 JPEGs made from a photograph of `messy`.
 """
 
+import argparse
 import io
-import json
 import statistics
 import sys
 import tarfile
@@ -28,11 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from measuring import SHARED, Figures, add_json_option
 from PIL import Image
 
 from vitcli.config.schema import AugmentSection
@@ -46,7 +47,6 @@ from vitcli.data.source import Source, load_data
 from vitcli.decode import ImageError, read_image
 from vitcli.preprocess import Preprocess
 
-SHARED = Path(__file__).parents[1].parent / "shared/data"
 SIDE, BATCH, PAIRS = 224, 32, 7
 WORKERS = (0, 1, 2)
 MIN_AREA = 0.05
@@ -132,9 +132,9 @@ def ready(files: Sequence[bytes], way: Way) -> Iterator[ImageSet]:
 
 
 def compare(
-    name: str, files: Sequence[bytes], images: ImageSet, way: Way, workers: int
-) -> dict[str, Any]:
-    """Run both pipelines in turn over every image at least once."""
+    name: str, files: Sequence[bytes], images: ImageSet, workers: int, figures: Figures
+) -> None:
+    """Run both pipelines in turn over every image at least once, and print the speeds."""
     steps = -(-len(files) // BATCH)
 
     def first() -> Iterator[torch.Tensor]:
@@ -147,16 +147,14 @@ def compare(
     pairs = [(seconds(first), seconds(second)) for _ in range(PAIRS)]
     speeds = [steps * BATCH / statistics.median(times) for times in zip(*pairs, strict=True)]
     ratios = sorted(theirs / mine for mine, theirs in pairs)
-    return {
-        "case": name if way == "files" else f"{name} {way}",
-        "images": len(files),
-        "workers": workers,
-        "ours": round(speeds[0], 1),
-        "plain": round(speeds[1], 1),
-        "ratio": round(statistics.median(ratios), 2),
-        "least": round(ratios[0], 2),
-        "largest": round(ratios[-1], 2),
-    }
+    own = [steps * BATCH / mine for mine, _ in pairs]
+    figures.add(f"{name}, {workers} threads", own, "images/s", "higher")
+    figures.add(f"{name}, {workers} threads: beside Pillow", ratios, "times as fast", "higher")
+    sys.stdout.write(
+        f"{name:18} {workers} threads  ours {speeds[0]:7.1f} img/s  plain {speeds[1]:7.1f} img/s  "
+        f"ratio {statistics.median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})\n"
+    )
+    sys.stdout.flush()
 
 
 def flowers() -> list[bytes]:
@@ -215,24 +213,16 @@ CASES: dict[str, tuple[Callable[[], list[bytes]], Way]] = {
 def main() -> None:
     """Measure the cases named on the command line, or all cases."""
     torch.set_num_threads(1)
-    arguments = sys.argv[1:]
-    as_json = "--json" in arguments
-    names = [a for a in arguments if not a.startswith("--")] or list(CASES)
-    for name in names:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("case", nargs="*", help=f"of {', '.join(CASES)}; default: all")
+    add_json_option(parser)
+    given = parser.parse_args()
+    for name in given.case or CASES:
         make, way = CASES[name]
         files = make()
         with ready(files, way) as images:
             for workers in WORKERS:
-                row = compare(name.removesuffix(f" {way}"), files, images, way, workers)
-                if as_json:
-                    sys.stdout.write(json.dumps(row) + "\n")
-                else:
-                    sys.stdout.write(
-                        f"{row['case']:18} {workers} threads  ours {row['ours']:7.1f} img/s  "
-                        f"plain {row['plain']:7.1f} img/s  "
-                        f"ratio {row['ratio']:5.2f} ({row['least']:.2f} to {row['largest']:.2f})\n"
-                    )
-                sys.stdout.flush()
+                compare(name, files, images, workers, given.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Compare few-shot extraction with a forward pass, and the solver with scikit-learn.
 
     python recipes/bench_fewshot.py                    both
-    python recipes/bench_fewshot.py solve --json       one, as a line of JSON
+    python recipes/bench_fewshot.py solve              one
     OMP_NUM_THREADS=1 python recipes/bench_fewshot.py extract --model S/16 --threads 1 --cpu
 
 `extract` compares the images/s of `evals.features.extract_batches`, which writes into an empty
@@ -19,7 +19,6 @@ Both run in turn (A B A B ...). The output has medians, and the range of the rat
 
 import argparse
 import io
-import json
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import add_json_option
 from PIL import Image
 
 from vitcli.data.image_set import ImageSet
@@ -90,6 +90,7 @@ def compare(
         "least": round(ratios[0], 3),
         "largest": round(ratios[-1], 3),
         "pairs": pairs,
+        "ratios": ratios,
     }
 
 
@@ -119,6 +120,8 @@ def extract(given: argparse.Namespace) -> dict[str, Any]:
     row = compare(ours, theirs, given.pairs, cpu=given.cpu)
     speeds = {name: round(given.images / row[name], 1) for name in ("ours", "theirs")}
     inverse = {"ratio": 1 / row["ratio"], "least": 1 / row["largest"], "largest": 1 / row["least"]}
+    shares = [1 / ratio for ratio in row["ratios"]]
+    given.json.add(f"extract {given.model}: share of the forward pass", shares, "", "higher")
     return {
         "case": f"extract {given.model}, images/s",
         **row,
@@ -155,6 +158,8 @@ def solve(given: argparse.Namespace) -> list[dict[str, Any]]:
     some = ridge.MAX_LEFT_OUT
     for name, most in ((f"{some} left out", some), ("all", 10**9))[: 2 if given.all else 1]:
         row = compare(of(most, name), theirs, given.pairs, cpu=given.cpu)
+        title = f"solve, {name}: time beside RidgeClassifierCV"
+        given.json.add(title, row["ratios"], "times as long", "lower")
         rows.append({"case": f"solve, {name}", **row, "chosen": dict(chosen)})
     return rows
 
@@ -170,20 +175,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--cpu", action="store_true", help="count CPU seconds")
     parser.add_argument("--all", action="store_true", help="also leave every image out")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
     for what in given.what or ("extract", "solve"):
         for row in solve(given) if what == "solve" else [extract(given)]:
-            if given.json:
-                sys.stdout.write(json.dumps(row) + "\n")
-            else:
-                sys.stdout.write(
-                    f"{row['case']:24} ours {row['ours']:8}  theirs {row['theirs']:8}  ratio "
-                    f"{row['ratio']} ({row['least']} to {row['largest']}, {row['pairs']} pairs)"
-                    f"{'  l2 ' + str(row['chosen']) if 'chosen' in row else ''}\n"
-                )
+            sys.stdout.write(
+                f"{row['case']:24} ours {row['ours']:8}  theirs {row['theirs']:8}  ratio "
+                f"{row['ratio']} ({row['least']} to {row['largest']}, {row['pairs']} pairs)"
+                f"{'  l2 ' + str(row['chosen']) if 'chosen' in row else ''}\n"
+            )
             sys.stdout.flush()
 
 

@@ -14,6 +14,7 @@ import sys
 
 import numpy as np
 import torch
+from measuring import add_json_option
 
 from vitcli.config.schema import DataSection, ObjectiveSection
 from vitcli.data.sampler import make_sampler
@@ -92,6 +93,7 @@ def main():
     parser.add_argument("model")
     parser.add_argument("--image-size", type=int, default=112)
     parser.add_argument("--seeds", type=int, default=5)
+    add_json_option(parser)
     given = parser.parse_args()
     source = open_data(DataSection(), given.data)
     classes = len(source.classes)
@@ -112,6 +114,8 @@ def main():
             values = [[measure(h, x, images.labels) for h in heads] for x, images in pairs]
             rows.append((np.array(values), sampler, settings))  # (2 splits, seeds, 3 figures)
         best = max(rows, key=lambda row: row[0][0, :, 0].mean())
+        recall = (100 * best[0][1, :, 0]).tolist()
+        given.json.add(f"long tail, {name}: balanced accuracy", recall, "%", "higher")
         for row in rows:
             values, sampler, settings = row
             shown = " ".join(f"{k}={v}" for k, v in settings.items()) or sampler

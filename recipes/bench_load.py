@@ -9,6 +9,7 @@ one value of every page is read, since both only map the file. Printed are media
     python recipes/bench_load.py x.safetensors
 """
 
+import argparse
 import gc
 import statistics
 import sys
@@ -18,13 +19,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from measuring import Figures, add_json_option
 from safetensors.torch import load_file
 
 from vitcli.weights.load import load_model
 from vitcli.weights.loaded import create_model
 from vitcli.weights.store import save_model
 
-ROUNDS = 9
 PAGE_VALUES = 1024  # float32 in 4 KiB
 
 
@@ -53,12 +54,12 @@ def seconds(work: Callable[[Path], None], path: Path) -> float:
     return time.perf_counter() - start
 
 
-def measure(path: Path) -> None:
+def measure(path: Path, count: int, figures: Figures) -> None:
     """Print a line for each way, and the ratios."""
     ways = {"load_model": ours, "plain read": plain, "safetensors": safetensors}
     for work in ways.values():
         work(path)
-    rounds = [[seconds(work, path) for work in ways.values()] for _ in range(ROUNDS)]
+    rounds = [[seconds(work, path) for work in ways.values()] for _ in range(count)]
     megabytes = path.stat().st_size / 1e6
     for name, times in zip(ways, zip(*rounds, strict=True), strict=True):
         median = statistics.median(times)
@@ -67,20 +68,25 @@ def measure(path: Path) -> None:
             f"  {megabytes / median:7.0f} MB/s\n"
         )
     for i, name in list(enumerate(ways))[1:]:
-        ratio = statistics.median(times[0] / times[i] for times in rounds)
-        sys.stdout.write(f"load_model / {name}: {ratio:.2f}\n")
+        ratios = [times[0] / times[i] for times in rounds]
+        sys.stdout.write(f"load_model / {name}: {statistics.median(ratios):.2f}\n")
+        figures.add(f"load_model beside {name}", ratios, "times as long", "lower")
 
 
 def main() -> None:
     """Measure the file on the command line, or one of random weights."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", nargs="?", type=Path, help="default: B/16 of random weights")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--model", default="B/16", help="of the random weights")
+    add_json_option(parser)
+    given = parser.parse_args()
     sys.stdout.write(f"torch {torch.__version__}, threads {torch.get_num_threads()}\n")
-    if len(sys.argv) > 1:
-        measure(Path(sys.argv[1]))
-        return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
-        save_model(path, create_model("B/16", num_classes=1000))
-        measure(path)
+        if given.file is None:
+            save_model(path, create_model(given.model, num_classes=1000))
+        measure(given.file or path, given.rounds, given.json)
 
 
 if __name__ == "__main__":

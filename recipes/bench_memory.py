@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from measuring import Figures, add_json_option
 from PIL import Image
 
 CLASSES = 10
@@ -111,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", default="1000,10000,100000")
     parser.add_argument("--kinds", default=",".join(KINDS))
+    add_json_option(parser)
     parser.add_argument("--one", nargs=2, metavar=("KIND", "COUNT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -120,6 +122,7 @@ def main() -> None:
         sys.stdout.write(f"{resident} {own}\n")
         return
     counts = [int(count) for count in given.counts.split(",")]
+    figures: Figures = given.json
     for kind in given.kinds.split(","):
         first: tuple[int, int] | None = None
         for count in counts:
@@ -136,6 +139,9 @@ def main() -> None:
                     (now - then) / images for now, then in zip((resident, own), first, strict=True)
                 ]
                 line += f"  (per further image: {more[0]:.0f} and {more[1]:.0f} bytes)"
+                if count == counts[-1]:
+                    name = f"memory of a run, {kind}, {count} images"
+                    figures.add(name, own / MEGA, "MiB", "lower")
             first = first or (resident, own)
             sys.stdout.write(line + "\n")
             sys.stdout.flush()

@@ -14,6 +14,7 @@ seconds per step, seconds of the command, peak resident memory, as predicted / r
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import Figures, add_json_option
 from PIL import Image
 
 KILO, MEGA = 2**10, 2**20
@@ -102,7 +104,7 @@ def run(arguments: list[str], place: Path) -> tuple[str, float, int]:
     return output.read_text(), time.perf_counter() - start, usage.ru_maxrss * KILO
 
 
-def compare(case: tuple[Any, ...], data: Path, rounds: int) -> None:
+def compare(case: tuple[Any, ...], data: Path, rounds: int, figures: Figures) -> None:
     """Print one line: predicted / real for a step, the command, and the memory."""
     found: dict[str, list[tuple[float, float]]] = {"step": [], "whole": [], "memory": []}
     for _ in range(rounds):
@@ -120,9 +122,12 @@ def compare(case: tuple[Any, ...], data: Path, rounds: int) -> None:
             found["memory"].append((plan["memory_bytes"] / MEGA, peak / MEGA))
     model, size, batch, optimizer, precision, checkpointing, _ = case
     line = f"{model:7} {size:4} {batch:4}  {optimizer:9} {precision} {'ckpt' * checkpointing:4}"
+    title = " ".join(line.split())
     for name, pairs in found.items():
         guess, real = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratios = sorted(g / r for g, r in pairs)
+        errors = [100 * abs(math.log(ratio)) for ratio in ratios]
+        figures.add(f"plan, {title}: error of {name}", errors, "%", "lower")
         line += f"  {name} {guess:7.4g}/{real:7.4g} = {statistics.median(ratios):.2f}"
         line += f" ({ratios[0]:.2f}-{ratios[-1]:.2f})"
     sys.stdout.write(line + "\n")
@@ -151,6 +156,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="numbers of recipes, from 0, with commas")
     parser.add_argument("--steps", type=int, help="optimizer steps of every recipe")
     parser.add_argument("--evaluated", action="store_true", help="the recipes that evaluate")
+    add_json_option(parser)
     given = parser.parse_args()
     cases = EVALUATED if given.evaluated else CASES
     chosen = [int(n) for n in given.only.split(",") if n] or range(len(cases))
@@ -162,7 +168,7 @@ def main() -> None:
                 compare_memory(number, data, given.rounds)
                 continue
             case = CASES[number]
-            compare((*case[:-1], given.steps or case[-1]), data, given.rounds)
+            compare((*case[:-1], given.steps or case[-1]), data, given.rounds, given.json)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does,
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from measuring import SHARED, add_json_option
 from PIL import Image
 
 from vitcli.commands import predict
@@ -31,7 +32,7 @@ from vitcli.evals.features import autocast
 from vitcli.preprocess import Preprocess
 from vitcli.weights.loaded import LoadedModel, create_model
 
-FLOWERS = Path(__file__).parents[1].parent / "shared/data/flower_photos/train.parquet"
+FLOWERS = SHARED / "flower_photos/train.parquet"
 CLASSES = 1000
 WARM_IMAGES = 64
 
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--model", default="S/16")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--threads", type=int, help="threads of torch; default: chosen by torch")
+    add_json_option(parser)
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -110,6 +112,10 @@ def main() -> None:
             pairs.append((with_files, alone(net, batch, len(piece), precision)))
     speeds = [given.piece / statistics.median(times) for times in zip(*pairs, strict=True)]
     ratios = sorted(ready / files for files, ready in pairs)
+    case = f"{given.model} {precision}, batch {size}"
+    own = [given.piece / files for files, _ in pairs]
+    given.json.add(f"predict, {case}", own, "images/s", "higher")
+    given.json.add(f"predict, {case}: share of the model alone", ratios, "", "higher")
     what = (
         f"{given.model} {precision} {device.type}, {torch.get_num_threads()} threads, batch {size}"
     )

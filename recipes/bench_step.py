@@ -10,6 +10,7 @@ loader, metrics, logging, Accelerate.
     python recipes/bench_step.py loop               the loop alone
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import Figures, add_json_option
 from torch import Tensor, nn
 
 from vitcli.config.recipe import check
@@ -129,7 +131,7 @@ def stepper(model: nn.Module, images: torch.Tensor, precision: str) -> Callable[
     return step
 
 
-def compare(name: str, size: int, batch: int, precision: str) -> None:
+def compare(name: str, size: int, batch: int, precision: str, figures: Figures) -> None:
     """Print one line: the speeds, the ratio, and what is kept for the backward pass."""
     config = parse_variant(name, image_size=(size, size), num_classes=CLASSES)
     ours = VisionTransformer(config).init_weights(torch.Generator().manual_seed(0))
@@ -143,6 +145,9 @@ def compare(name: str, size: int, batch: int, precision: str) -> None:
     best = 1 if speeds[1] >= speeds[2] else 2
     ratios = sorted(times[best] / times[0] for times in rounds)
     kept = [kept_bytes(model, images, precision) / 2**20 for model in models]
+    case = f"{name}, {size} px, batch {batch}, {precision}"
+    figures.add(f"{case}: a step", [batch / times[0] for times in rounds], "images/s", "higher")
+    figures.add(f"{case}: beside the faster of two others", ratios, "times as fast", "higher")
     sys.stdout.write(
         f"{name:8} {size:4} px  batch {batch:4}  {precision}  img/s: ours {speeds[0]:.1f}  "
         f"transformers {speeds[1]:.1f}  torch {speeds[2]:.1f}  "
@@ -152,7 +157,7 @@ def compare(name: str, size: int, batch: int, precision: str) -> None:
     sys.stdout.flush()
 
 
-def around(precision: str) -> None:
+def around(precision: str, figures: Figures) -> None:
     """Print what the loop takes beyond its steps, on digits enlarged to 32 pixels."""
     sections: dict[str, Any] = {
         "command": "pretrain",
@@ -190,6 +195,8 @@ def around(precision: str) -> None:
         bare(), whole()
         pairs = [(bare(), whole()) for _ in range(ROUNDS)]
     extra = sorted(b / a - 1 for a, b in pairs)
+    percent = [100 * value for value in extra]
+    figures.add(f"the loop around a step, Nano/4, batch 128, {precision}", percent, "%", "lower")
     sys.stdout.write(
         f"around a step of Nano/4, batch 128, {precision}: {statistics.median(extra):+.1%} "
         f"({extra[0]:+.1%} to {extra[-1]:+.1%})\n"
@@ -198,17 +205,21 @@ def around(precision: str) -> None:
 
 def main() -> None:
     """Compare what the command line names, or everything in `CASES`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("case", nargs="*", help="VARIANT PIXELS BATCH PRECISION, or `loop`")
+    add_json_option(parser)
+    given = parser.parse_args()
     auto = resolve_precision("auto", pick_device())
-    if len(sys.argv) == 5:
-        name, size, batch, precision = sys.argv[1:]
-        compare(name, int(size), int(batch), precision)
+    if len(given.case) == 4:
+        name, size, batch, precision = given.case
+        compare(name, int(size), int(batch), precision, given.json)
         return
     sys.stdout.write(f"threads {torch.get_num_threads()}, `auto` is {auto} here\n")
-    if sys.argv[1:] != ["loop"]:
+    if given.case != ["loop"]:
         for case in CASES:
             for precision in ("fp32", "bf16"):
-                compare(*case, precision)
-    around(auto)
+                compare(*case, precision, given.json)
+    around(auto, given.json)
 
 
 if __name__ == "__main__":

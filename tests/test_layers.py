@@ -30,6 +30,7 @@ ORDER = (
     "pixels",
     "devices",
     "distributed",
+    "malloc",
     "vit",
     "config",
     "progress",

@@ -3,10 +3,12 @@
 import os
 import shutil
 import sys
+import sysconfig
 import time
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -148,6 +150,42 @@ def allow_tf32(allowed: bool) -> None:
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     # torch allows it for convolutions by default, which have 10 bits of the mantissa then.
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def check_compiler(device: torch.device) -> None:
+    """Check that torch.compile finds what it needs besides PyTorch itself.
+
+    It generates C++ for a CPU. For a GPU, Triton compiles a small launcher in C. Both include
+    Python.h, which distributions often have in a package of its own.
+
+    Raises:
+        VitcliError: there is no compiler, or no header of Python.
+    """
+    # On Windows the variables of Visual Studio name the compiler, and mps has its own.
+    if sys.platform == "win32" or device.type not in ("cpu", "cuda"):
+        return
+    without = "or leave out `train.compile`"
+    on_cpu = device.type == "cpu"
+    clang = "clang++" if on_cpu else "clang"
+    gcc = "g++" if on_cpu else "gcc"
+    variable = "CXX" if on_cpu else "CC"
+    # torch takes only one name on a CPU; Triton takes either.
+    usual = ((clang,) if sys.platform == "darwin" else (gcc,)) if on_cpu else (gcc, clang)
+    names = (os.environ[variable],) if os.environ.get(variable) else usual
+    if not any(shutil.which(name) for name in names):
+        raise VitcliError(
+            f"`train.compile` needs the compiler {printable(' or '.join(names))}, "
+            "which is not installed",
+            f"install {usual[0]} (Debian and Ubuntu: `apt install build-essential`), or set "
+            f"{variable}, {without}",
+        )
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if sys.platform == "linux" and not header.is_file():
+        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        raise VitcliError(
+            f"`train.compile` needs the header {header}, which does not exist",
+            f"install the headers (Debian and Ubuntu: `apt install {python}-dev`), {without}",
+        )
 
 
 PROBE_SIZE = (1024, 384)  # (rows, width) of the timed matrix product

@@ -329,3 +329,61 @@ def test_the_data_are_opened_once(photos, monkeypatch):
         opened.clear()
         evaluate.run(photos, model=models)
         assert opened == [1], models
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_the_mean_of_views_is_that_of_their_probabilities(activation):
+    model = create_model("mu/4", num_classes=3, image_size=8)
+    model.head_activation, model.temperature = activation, 1.7
+    views = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).mul(4).unbind()
+    mean = sum(map(model.probabilities, views)) / 2
+    found = model.probabilities(model.mean_logits(views))
+    torch.testing.assert_close(found, mean)
+    certain = [torch.tensor([[1e3, -1e3, 0.0]]), torch.tensor([[1e3, -1e3, 0.0]])]
+    assert model.mean_logits(certain).isfinite().all()
+
+
+def test_mirror_images_count_as_in_predict(here):
+    """The predictions of `predict --tta flip` on noise, which the plain view sees otherwise."""
+    from vitcli.commands import predict
+
+    rng, files = np.random.default_rng(0), []
+    for number in range(60):
+        folder = here / "noise/test" / "abc"[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        files.append(str(folder / f"{number}.png"))
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(files[-1])
+    model = create_model("mu/4", num_classes=3, image_size=8)
+    torch.nn.init.normal_(
+        model.network.head.weight, std=0.5, generator=torch.Generator().manual_seed(0)
+    )
+    model.preprocess, model.labels, model.head_trained = Preprocess((8, 8)), tuple("abc"), True
+    save_model("m.safetensors", model)
+    losses = {}
+    for tta in (None, "flip"):
+        rows = list(predict.run(files, model="m.safetensors", tta=tta, top=3))
+        metrics = evaluate.run("noise", model="m.safetensors", tta=tta, out=Path(f"{tta}")).metrics
+        truth = [Path(row["path"]).parent.name for row in rows]
+        right = [row["label"] == name for row, name in zip(rows, truth, strict=True)]
+        assert metrics.top1 == pytest.approx(np.mean(right))
+        shares = [
+            {one["label"]: one["probability"] for one in row["top"]}[name]
+            for row, name in zip(rows, truth, strict=True)
+        ]
+        losses[tta] = metrics.loss
+        assert metrics.loss == pytest.approx(-np.mean(np.log(shares)), rel=1e-5)
+    assert losses[None] != losses["flip"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tta": "crops:5"}, "averages mirror images only"),
+        ({"tta": "rotate"}, "`rotate`"),
+        ({"tta": "flip", "calibrate": True}, "cannot be combined with `--calibrate`"),
+        ({"tta": "flip", "thresholds": "f1"}, "cannot be combined with `--calibrate`"),
+    ],
+)
+def test_views_that_an_evaluation_does_not_have(options, words):
+    with pytest.raises(VitcliError, match=words):
+        evaluate.run("nothing", model="m.safetensors", **options)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from support.tiny import records, tiny_recipe, train_recipe
 from support.watching import Told
 
@@ -192,6 +193,68 @@ def test_steps_of_a_gpu_are_timed_without_those_of_the_warm_up(monkeypatch):
     )
     assert budget.time_steps_and_reset(run, 0, math.inf) == pytest.approx(1.0)
     assert (run.state.timeline.total, run.state.step) == (10, 3)
+
+
+class Machine:
+    """A run on a clock of its own; each part takes the seconds that it is given."""
+
+    def __init__(self, monkeypatch, step, image, slowdown=1.0):
+        self.now, self.step_seconds, self.image_seconds = 0.0, step, image
+        self.slowdown = slowdown  # of everything after the measurement
+        clock = SimpleNamespace(monotonic=lambda: self.now, perf_counter=lambda: self.now)
+        monkeypatch.setattr(budget, "time", clock)
+        self.state = SimpleNamespace(timeline=Timeline.of(10), step=0, optimizers=[])
+        self.wrapped = SimpleNamespace(train=lambda: None, eval=lambda: None)
+        self.loader = SimpleNamespace(batches=lambda start, count: iter(range(count)))
+        self.accelerator, self.device = SimpleNamespace(num_processes=1), torch.device("cpu")
+        self.recipe, self.loaded = tiny_recipe(**SETTINGS), None
+        self.evaluations = {"test": self.evaluate}
+
+    def step(self, batch=None):
+        self.now += self.step_seconds
+
+    def evaluate(self, model=None, limit=0):
+        self.now += limit * self.image_seconds
+
+    def command(self, seconds, images, start, writing):
+        """The whole command; returns its steps."""
+        self.now = start
+        plan = budget.plan_budget(self, seconds - start, (images, 0))
+        plan.deadline._before = self.now
+        self.step_seconds, self.image_seconds = (
+            self.slowdown * s for s in (self.step_seconds, self.image_seconds)
+        )
+        timeline, done = Timeline.of(plan.steps), 0
+        while done < timeline.total:
+            self.step()
+            done += 1
+            if plan.deadline.is_up():
+                break
+            if plan.deadline.is_due(timeline, done):
+                timeline.replan(done, plan.deadline.total(timeline, done))
+        self.evaluate(limit=images)
+        self.now += writing
+        return done
+
+
+@pytest.mark.parametrize(
+    ("seconds", "step", "image", "images", "slowdown"),
+    [
+        (20.0, 0.01, 1e-5, 100, 1.0),  # small: writing takes longer than a step and the evaluation
+        (240.0, 4.0, 8e-3, 10_000, 1.0),  # one core of Zen 3: speedrun_hybrid
+        (120.0, 0.3, 8e-4, 10_000, 1.0),
+        (120.0, 0.3, 8e-4, 10_000, 1.3),
+        (120.0, 0.3, 8e-4, 10_000, 0.8),
+    ],
+)
+def test_the_whole_command_keeps_to_the_budget(monkeypatch, seconds, step, image, images, slowdown):
+    """Curves and report took 1.5 to 2.1 CPU-seconds of a Zen 3 core, the exit 0.3."""
+    machine = Machine(monkeypatch, step, image, slowdown)
+    steps = machine.command(seconds, images, start=9.0, writing=2.4)
+    assert machine.now <= seconds
+    # The rest of the time is spent on steps, but for measurements and a margin.
+    spent = steps * machine.step_seconds + images * machine.image_seconds
+    assert spent > 0.75 * (seconds - 9.0 - 2.4)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,17 @@
 """`train.compile`: each stage of a run is compiled once, before its first step."""
 
+import sys
+import sysconfig
+
 import pytest
 import torch
 from support.tiny import records, tiny_recipe, train_tiny
 from support.watching import Told
 from torch import nn
 
+from vitcli.devices import check_compiler
 from vitcli.errors import VitcliError
+from vitcli.train import build
 from vitcli.train.loop import Loop
 from vitcli.train.objectives import Softmax
 
@@ -30,6 +35,7 @@ def compiled(monkeypatch):
         real(module, dynamic=dynamic, backend="aot_eager", fullgraph=True)
 
     monkeypatch.setattr(nn.Module, "compile", compile)
+    monkeypatch.setattr(build, "check_compiler", lambda device: None)  # no code is generated
     torch.compiler.reset()
     yield modes
     torch.compiler.set_stance("default")
@@ -94,3 +100,30 @@ def test_graphs_hold_one_pass_per_step(compiled, tmp_path, monkeypatch):
 def test_a_plain_run_does_not_mention_the_compiler(tmp_path):
     assert tiny_recipe().train.compile is False
     assert tiny_recipe(train={"compile": "reduce-overhead"}).train.compile == "reduce-overhead"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_missing_compiler_is_an_error_in_words(device, tmp_path, monkeypatch):
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", str(tools))
+    with pytest.raises(VitcliError, match=r"needs the compiler .* not installed") as error:
+        check_compiler(torch.device(device))
+    assert "build-essential" in error.value.hint and "train.compile" in error.value.hint
+    for name in ("g++", "gcc", "clang++"):
+        (tools / name).touch(0o755)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(VitcliError, match=r"needs the header .*Python\.h, which"):
+        check_compiler(torch.device(device))
+    (tmp_path / "Python.h").touch()
+    check_compiler(torch.device(device))
+
+
+def test_a_run_asks_for_the_compiler_before_it_reads_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(VitcliError, match="needs the compiler no-such-compiler"):
+        train_tiny(tmp_path / "run", train={"steps": 1, "compile": True})
+    assert not (tmp_path / "run").exists()

@@ -247,6 +247,7 @@ def evaluate(data: Data = None, *, options: EvaluateOptions) -> None:
         class_map=options.class_map,
         calibrate=options.calibrate,
         thresholds=options.thresholds,
+        tta=options.tta,
         batch_size=options.batch_size,
         precision=options.precision,
         seed=options.seed,
@@ -270,6 +271,7 @@ def _evaluate_suite(suite: str, data: str | None, options: EvaluateOptions) -> N
         "--real": options.real,
         "--calibrate": options.calibrate or None,
         "--thresholds": options.thresholds,
+        "--tta": options.tta,
         "--verbose": options.verbose or None,
         "--seed": options.seed if options.seed != EvaluateOptions.seed else None,
         "--batch-size": (

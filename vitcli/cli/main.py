@@ -22,6 +22,7 @@ from typing import Any
 
 from vitcli import distributed
 from vitcli.errors import VitcliError
+from vitcli.malloc import keep_freed_memory
 
 COMPLETION = "_VITCLI_COMPLETE"  # Typer's variable for `prog_name="vitcli"`
 EXIT_BUG, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -52,6 +53,7 @@ def main() -> None:
             from vitcli.cli.app import app
 
             app(prog_name="vitcli")
+        keep_freed_memory()
         distributed.record_start()
         distributed.join_slurm_job()
         if distributed.world_size() > 1:  # the launcher reports SIGTERM

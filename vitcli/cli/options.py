@@ -617,6 +617,15 @@ class EvaluateOptions:
             metavar="f1|recall=R|precision=P",
         ),
     ] = None
+    tta: Annotated[
+        str | None,
+        option(
+            EVALUATION,
+            "--tta",
+            help="Average the predictions of each image and its mirror image: `flip` (twice the "
+            "work).",
+        ),
+    ] = None
     no_check: NoCheck = False
     seed: Annotated[
         int,

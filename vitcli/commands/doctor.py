@@ -24,6 +24,7 @@ from vitcli.devices import (
     sees_gpu,
 )
 from vitcli.errors import VitcliError
+from vitcli.malloc import allocator, malloc_settings
 from vitcli.progress import Quiet, Watcher
 from vitcli.run import LIBRARIES, package_version
 
@@ -74,6 +75,7 @@ def run(folder: Path | None = None, watch: Watcher | None = None) -> Diagnosis:
         "versions": check_versions,
         "devices": check_devices,
         "threads": check_threads,
+        "malloc": check_malloc,
         "attention": check_attention,
         "images": check_images,
         "disk": lambda: check_disk(folder),
@@ -138,6 +140,11 @@ def check_threads() -> dict[str, Any]:
     }
 
 
+def check_malloc() -> dict[str, Any]:
+    """The memory allocator, and the environment variables that set it."""
+    return {"allocator": allocator(), "variables": malloc_settings()}
+
+
 def check_attention() -> dict[str, Any]:
     """Seconds of both implementations of attention, in the precision of training."""
     device = pick_device()
@@ -160,7 +167,7 @@ def check_disk(folder: Path) -> dict[str, Any]:
 def find_problems(facts: dict[str, dict[str, Any]]) -> Iterator[Finding]:
     """Everything that is slow or will break, the most serious first."""
     yield from _installation_problems(facts["versions"], facts["devices"])
-    yield from _thread_problems(facts["threads"], facts["devices"])
+    yield from _thread_problems(facts["threads"], facts["malloc"], facts["devices"])
     yield from _space_problems(facts["devices"], facts["disk"])
     attention = facts["attention"]
     best = min(attention["explicit"], attention["fused"])
@@ -207,7 +214,9 @@ def _installation_problems(versions: dict[str, Any], devices: dict[str, Any]) ->
         )
 
 
-def _thread_problems(threads: dict[str, Any], devices: dict[str, Any]) -> Iterator[Finding]:
+def _thread_problems(
+    threads: dict[str, Any], malloc: dict[str, Any], devices: dict[str, Any]
+) -> Iterator[Finding]:
     cores, number, load = devices["cores"], threads["threads"], threads["load"]
     if devices["device"] != "cpu":
         return
@@ -233,6 +242,13 @@ def _thread_problems(threads: dict[str, Any], devices: dict[str, Any]) -> Iterat
         yield Finding(
             "OMP_WAIT_POLICY=ACTIVE lets waiting threads spin, which is slow on a busy machine",
             "`unset OMP_WAIT_POLICY`; vitcli then sets PASSIVE",
+        )
+    if malloc["allocator"] == "system" and malloc["variables"]:
+        names = " ".join(malloc["variables"])
+        yield Finding(
+            f"with {names} vitcli does not let malloc keep freed memory, and a training step may "
+            "wait for new pages (8 % of its time in a measurement)",
+            f"`unset {names}`, unless its value lets malloc keep freed memory",
         )
     if devices["instructions"] in ("DEFAULT", "NO AVX"):
         yield Finding(

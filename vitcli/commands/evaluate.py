@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from vitcli.config.recipe import load_inference
 from vitcli.config.schema import Inference, Settings
+from vitcli.data.augment.test_time import check_views
 from vitcli.data.image_set import ImageSet
 from vitcli.data.source import Source
 from vitcli.errors import VitcliError
@@ -71,8 +73,7 @@ class EvaluationRequest:
     class_map: ClassMap | None
     calibrate: bool
     thresholds: ThresholdRule | None
-    batch_size: int
-    precision: str
+    extraction: dict[str, Any]  # batch size, precision and mirror images, as `extract` takes them
     seed: int
     verbose: bool
     watch: NoteCollector
@@ -118,6 +119,7 @@ def run(
     class_map: Path | None = None,
     calibrate: bool = False,
     thresholds: str | None = None,
+    tta: str | None = None,
     batch_size: int = 128,
     precision: str = "auto",
     seed: int = 0,
@@ -138,6 +140,7 @@ def run(
             images), report the others, and store it in the weights file, else in a copy in `out`.
         thresholds: fit a threshold per class on the same images, and store them in the same way:
             `f1`, `recall=0.95` or `precision=0.9`.
+        tta: `flip` averages the probabilities of each image and its mirror image.
         batch_size, precision: images per forward pass; `auto` is fp32 on every machine.
         seed: seed of the half that is held out, and of the simulated calibration error.
         check, verbose: look for near copies of training images; report how tensors were loaded.
@@ -148,6 +151,7 @@ def run(
     watch = watch or Quiet()
     if out is not None:
         check_folder(out)
+    check_views(tta, calibrate or thresholds is not None)
     inference = load_inference(settings)
     data = inference.data.name if data is None else data
     if data is None:
@@ -160,8 +164,7 @@ def run(
         class_map=None if class_map is None else read_class_map(class_map),
         calibrate=calibrate,
         thresholds=None if thresholds is None else ThresholdRule.parse(thresholds),
-        batch_size=batch_size,
-        precision=precision,
+        extraction={"batch_size": batch_size, "precision": precision, "mirrored": bool(tta)},
         seed=seed,
         verbose=verbose,
         watch=NoteCollector(watch),  # each model gets its own
@@ -390,12 +393,5 @@ def identity_of(source: Source, images: ImageSet) -> str:
 def _logits(
     net: LoadedModel, images: ImageSet, request: EvaluationRequest, label: str
 ) -> Extracted:
-    return extract(
-        net,
-        images,
-        output="logits",
-        batch_size=request.batch_size,
-        precision=request.precision,
-        watch=request.watch,
-        label=label,
-    )
+    more = {**request.extraction, "watch": request.watch, "label": label}
+    return extract(net, images, output="logits", **more)

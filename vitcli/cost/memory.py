@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitcli.config.schema import Recipe
+from vitcli.malloc import LARGE_BLOCK
 from vitcli.train.ema import Ema
 from vitcli.train.optimizers import build_optimizers
 from vitcli.vit.blocks import forced_attention
@@ -24,9 +25,6 @@ from vitcli.vit.blocks import forced_attention
 # to measured runs (recipes/LOG.md).
 CPU_BUFFERS = 50 * 2**20
 MALLOC_OVERHEAD = {False: 1.12, True: 1.7}  # by activation checkpointing
-# glibc returns larger blocks to the system when they are freed; smaller ones stay with the process
-# for the next use (mallopt(3), M_MMAP_THRESHOLD: at most 32 MiB on 64 bits).
-LARGE_BLOCK = 32 * 2**20
 ITEM = torch.ops.aten._local_scalar_dense.default
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

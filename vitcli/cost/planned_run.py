@@ -19,11 +19,12 @@ from vitcli.data.augment.mixing import mixes_pairs
 from vitcli.data.augment.transform import resolve_augment
 from vitcli.data.prefetch import PREFETCH_BATCHES
 from vitcli.data.source import Source
+from vitcli.devices import pick_device
 from vitcli.train.build import count_classes, held_out_images
 from vitcli.train.lora import ADAPTER, freeze_and_adapt
 from vitcli.train.objectives import build_objective
 from vitcli.train.objectives.base import Objective
-from vitcli.train.validate import EVAL_BATCH_SIZE
+from vitcli.train.validate import eval_batch_size
 from vitcli.vit import Config, from_config
 from vitcli.vit.macs import macs, macs_by_part
 from vitcli.weights.loaded import LoadedModel
@@ -110,10 +111,11 @@ class PlannedRun:
         with torch.device("meta"):
             model = from_config(config)
         size = (config.num_channels, *config.image_size)
-        batch = min(EVAL_BATCH_SIZE, images)
+        at_once = eval_batch_size(pick_device())
+        batch = min(at_once, images)
         found = evaluation_memory(model, size, batch, self.precision)
         # Decoded as uint8 while the model computes.
-        waiting = min(images - batch, PREFETCH_BATCHES * EVAL_BATCH_SIZE)
+        waiting = min(images - batch, PREFETCH_BATCHES * at_once)
         return found.with_batches(waiting * math.prod(size))
 
 

@@ -14,7 +14,7 @@ from vitcli.train.agreement import max_over_processes
 from vitcli.train.budget import stage_fractions, time_steps_and_reset
 from vitcli.train.build import build_loop, held_out_images
 from vitcli.train.loop import Loop
-from vitcli.train.validate import EVAL_BATCH_SIZE
+from vitcli.train.validate import eval_batch_size
 
 MAX_STEPS = 1000
 WARMUP_STEPS = 3  # they fill queues and caches, and allocate the state of the optimizers
@@ -88,11 +88,12 @@ def _evaluation_seconds(planned: PlannedRun, loop: Loop, step: float) -> float:
     if validate is None or not images:
         return 0.0
     per_image = step / planned.recipe.train.batch_size / 3
-    batch = per_image * min(images, EVAL_BATCH_SIZE)
+    size = eval_batch_size(loop.device)
+    batch = per_image * min(images, size)
     if max_over_processes(loop.accelerator, int(batch > MAX_EVAL_SECONDS)):
         return per_image * images
     loop.wrapped.eval()
-    few = min(images, EVAL_BATCH_SIZE * loop.accelerator.num_processes)
+    few = min(images, size * loop.accelerator.num_processes)
     validate(loop.loaded, limit=few)  # warm-up
     start = time.perf_counter()
     validate(loop.loaded, limit=few)

@@ -58,6 +58,7 @@ def extract(
     batch_size: int = 128,
     precision: str = "auto",
     with_pixels: bool = False,
+    mirrored: bool = False,
     watch: Watcher | None = None,
     label: str = "features",
 ) -> Extracted:
@@ -68,6 +69,7 @@ def extract(
         output: `features` (the input of the head) or `logits`; of a regression, standardised.
         precision: `auto` is fp32, see `autocast`.
         with_pixels: also return the normalised pixels, averaged down to 32 pixels per side.
+        mirrored: average the probabilities of each image and its mirror image; for `logits`.
         label: title of the progress bar.
     """
     outputs, labels, indices, pixels = [], [], [], []
@@ -79,6 +81,7 @@ def extract(
         batch_size=batch_size,
         precision=precision,
         with_pixels=with_pixels,
+        mirrored=mirrored,
     )
     with (watch or Quiet()).progress(label, len(images)) as bar:
         for part in batches:
@@ -113,6 +116,7 @@ def extract_batches(
     batch_size: int = 128,
     precision: str = "auto",
     with_pixels: bool = False,
+    mirrored: bool = False,
 ) -> Iterator[Extracted]:
     """Batches of what `extract` returns, for the images of this process.
 
@@ -120,6 +124,7 @@ def extract_batches(
     """
     if batch_size < 1:
         raise VitcliError(f"`--batch-size` is {batch_size}", "give a number of images, 1 or more")
+    assert output == "logits" or not mirrored, "features have no mean"
     preprocess = require_preprocess(model)
     preprocess.check_batch(min(batch_size, len(images)))
     device = pick_device()
@@ -145,6 +150,8 @@ def extract_batches(
         with torch.inference_mode(), autocast(precision, device):
             # A batch without a readable image still reports which images are broken.
             y = compute(x) if len(batch.labels) else x.flatten(1)
+            if mirrored and len(batch.labels):
+                y = model.mean_logits([y, compute(x.flip(-1))])
         # Check every batch: one NaN makes a mean, a covariance or a ridge solution NaN.
         check_finite(bool(y.isfinite().all()), model)
         yield Extracted(

@@ -15,7 +15,7 @@ from vitcli.devices import synchronize
 from vitcli.errors import VitcliError, counted
 from vitcli.train.agreement import max_over_processes
 from vitcli.train.param_groups import set_lr
-from vitcli.train.validate import EVAL_BATCH_SIZE
+from vitcli.train.validate import eval_batch_size
 from vitcli.vit.config import ViTConfig
 
 if TYPE_CHECKING:
@@ -158,9 +158,9 @@ SCALE = 1000  # stages are timed on a timeline of this length; only fractions of
 # Batches per process of a timed evaluation, after one that starts threads and kernels. If that
 # first one takes longer than this many seconds, its start-up does not matter and it counts itself.
 EVAL_BATCHES, EVAL_SECONDS = 3, 2.0
-TIMING_FRACTION = 0.1  # of the budget; after it, each stage is timed by one step only
-# The last checkpoint, weights, curves and the exit of the program: seconds, and steps.
-WRITING_SECONDS, WRITING_STEPS = 1.0, 1.0
+TIMING_FRACTION = 0.05  # of the budget; after it, each stage is timed by one step only
+# The last checkpoint, weights, curves, report and the exit of the program: seconds, and steps.
+WRITING_SECONDS, WRITING_STEPS = 2.5, 1.0
 BETWEEN_FRACTION = 0.05  # of the budget, at most, for evaluations between steps
 # A run of less than an epoch is too short, unless it makes ENOUGH_STEPS. A longer one gains up to
 # USEFUL_EPOCHS, the fewest that `finetune` chooses. A grid of SMALL_GRID patches per side still
@@ -305,7 +305,7 @@ def _evaluation_seconds(loop: "Loop", held_out: tuple[int, int]) -> float:
     validate = next(iter(loop.evaluations.values()), None)
     if validate is None or not held_out[0]:
         return 0.0
-    at_once = EVAL_BATCH_SIZE * loop.accelerator.num_processes
+    at_once = eval_batch_size(loop.device) * loop.accelerator.num_processes
     loop.wrapped.eval()
     for few in (at_once, EVAL_BATCHES * at_once):
         few = min(few, held_out[0])

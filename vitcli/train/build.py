@@ -19,6 +19,7 @@ from vitcli.data.source import Source, open_data
 from vitcli.devices import (
     Precision,
     allow_tf32,
+    check_compiler,
     join_processes,
     matrix_peak,
     pick_device,
@@ -272,8 +273,8 @@ def start_accelerator(
         track: a tracker, which writes into `folder`.
 
     Raises:
-        VitcliError: an unknown name, a batch that the processes cannot share, or a precision that
-            the device lacks.
+        VitcliError: an unknown name, a batch that the processes cannot share, a precision that
+            the device lacks, or no compiler for `train.compile`.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -281,6 +282,8 @@ def start_accelerator(
 
     check_names(recipe)
     device = pick_device()
+    if recipe.train.compile:
+        check_compiler(device)
     precision = precision or resolve_precision(recipe.train.precision, device)
     join_processes(device)  # before the first collective operation, which follows
     # Each process has measured for itself, and the results may differ.

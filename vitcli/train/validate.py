@@ -28,11 +28,17 @@ from vitcli.run import Run
 from vitcli.train.agreement import gather
 from vitcli.weights.loaded import LoadedModel
 
-EVAL_BATCH_SIZE = 256
+# Images per batch. On a CPU the feature maps of a small batch stay in the cache (recipes/LOG.md).
+CPU_EVAL_BATCH, GPU_EVAL_BATCH = 64, 256
 
 # Index of the image, its class, the predicted class, the probability of the prediction, and that of
 # the class. For a regression: index, number, predicted number.
 Outcome = tuple[int, int, int, float, float] | tuple[int, float, float]
+
+
+def eval_batch_size(device: torch.device) -> int:
+    """Images per batch and process of an evaluation during training."""
+    return CPU_EVAL_BATCH if device.type == "cpu" else GPU_EVAL_BATCH
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,8 @@ def run_validation(
     """
     outputs = _outputs(model, images, accelerator, watch, broken)
     if limit is not None:
-        num_batches = max(1, limit // (EVAL_BATCH_SIZE * accelerator.num_processes))
+        at_once = eval_batch_size(accelerator.device) * accelerator.num_processes
+        num_batches = max(1, limit // at_once)
         outputs = islice(outputs, num_batches)
     if images.targets is not None:
         return Validation(_validate_multi_label(model, images, outputs, accelerator))
@@ -251,7 +258,7 @@ def _outputs(
     batches = eval_batches(
         images,
         preprocess,
-        batch_size=EVAL_BATCH_SIZE,
+        batch_size=eval_batch_size(accelerator.device),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",

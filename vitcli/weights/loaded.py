@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from vitcli.data.split_record import SplitRecord
 from vitcli.preprocess import Preprocess
@@ -121,6 +122,21 @@ class LoadedModel:
         assert not self.is_regression, "numbers have no probabilities"
         x = logits.double() / self.temperature
         return x.sigmoid() if self.head_activation == "sigmoid" else x.softmax(dim=1)
+
+    def mean_logits(self, views: Sequence[Tensor]) -> Tensor:
+        """Logits (B, K) of several views -> (B, K): their probabilities are the mean of all.
+
+        For a regression the mean of the numbers.
+        """
+        x = torch.stack(list(views)).double() / self.temperature  # (views, B, K)
+        if self.is_regression:
+            return x.mean(dim=0)
+        # By logarithms: a probability of 0 or 1 after rounding has no finite logit.
+        if self.head_activation == "sigmoid":
+            mean = logsigmoid(x).logsumexp(dim=0) - logsigmoid(-x).logsumexp(dim=0)
+        else:
+            mean = x.log_softmax(dim=2).logsumexp(dim=0)
+        return mean * self.temperature
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of the network, under timm's names."""

@@ -33,6 +33,7 @@ def _machine_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         ("processor", f"{devices['cpu']}, {devices['instructions']}"),
         ("cores, threads", f"{devices['cores']:g}, {threads['threads']}"),
         ("memory", f"{total:.1f} GiB, {available:.1f} GiB available"),
+        ("memory allocator", facts["malloc"]["allocator"]),
         ("load", f"{threads['load']:.1f} processes"),
     ]
     for gpu in devices["gpus"]:

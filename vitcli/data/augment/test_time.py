@@ -12,6 +12,30 @@ from vitcli.preprocess import AnyImage, Preprocess, as_array, as_image_input
 VIEWS = {"flip": (1, True), "crops:5": (5, False), "crops:10": (5, True)}  # crops, mirrored
 
 
+def check_views(kind: str | None, fits: bool) -> None:
+    """Check the views of an evaluation.
+
+    Args:
+        kind: `flip`, or None for the plain view.
+        fits: the evaluation fits a temperature or thresholds, which are stored with the weights.
+
+    Raises:
+        VitcliError: another kind, or a fit on mirror images, which a plain prediction lacks.
+    """
+    if kind is not None and kind not in VIEWS:
+        raise unknown("`--tta` value", kind, VIEWS)
+    if kind not in (None, "flip"):
+        raise VitcliError(
+            f"`--tta {kind}`: `evaluate` averages mirror images only", "use `--tta flip`"
+        )
+    if kind is not None and fits:
+        raise VitcliError(
+            "`--tta` cannot be combined with `--calibrate` or `--thresholds`: the values are "
+            "stored with the weights and must suit a single view",
+            "remove `--tta`",
+        )
+
+
 @dataclass(frozen=True)
 class TTATransform:
     """The views of an image that the model receives at test time.

@@ -37,8 +37,7 @@ CROP_ATTEMPTS = 10
 TF_MAX_RATIO, TF_ATTEMPTS = 1.33, 100  # defaults of tf.image.sample_distorted_bounding_box
 RESIZE_FACTOR = 7 / 6  # 448 px for 384, as the official code resizes before its crop
 # Torch resizes bytes like Pillow with these filters, and faster. They are the operators behind
-# `F.interpolate`, which cannot write into a batch and checks its arguments for as long as a quarter
-# of the time.
+# `F.interpolate`, which cannot write into a batch.
 SMOOTHING = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa,

@@ -199,7 +199,7 @@ class Preprocess:
         """Resize an image in `self.mode`, then crop or pad it to `image_size`."""
         if self.border:
             image = image.crop(self.inner_box(image.size))
-        if image.size == (self.image_size[1], self.image_size[0]) and self._keeps_size():
+        if self._keeps_size(image.size):
             return image
         resized = self.resize(image)
         rows, columns = self.image_size
@@ -215,6 +215,10 @@ class Preprocess:
         canvas = Image.new(self.mode, (columns, rows), self._mean_colour())
         canvas.paste(resized, ((columns - resized.width) // 2, (rows - resized.height) // 2))
         return canvas
+
+    def keeps(self, size: tuple[int, int]) -> bool:
+        """True if `fit` changes no pixel of an image of (width, height) `size`."""
+        return not self.border and self._keeps_size(size)
 
     def inner_box(self, size: tuple[int, int]) -> Box:
         """(left, top, right, bottom) of an image of (width, height) `size` without its border.
@@ -281,21 +285,18 @@ class Preprocess:
         }
         return cls(**settings)
 
-    def _keeps_size(self) -> bool:
+    def _keeps_size(self, size: tuple[int, int]) -> bool:
         """An image that already has the model's size stays unchanged."""
-        if self.resize_mode == "pad":
-            return True
-        return self.resize_size is None and self.crop_fraction == 1.0
+        uncut = self.resize_size is None and self.crop_fraction == 1.0
+        return size == self.image_size[::-1] and (uncut or self.resize_mode == "pad")
 
     def _resized_shape(self, image: Image.Image) -> tuple[int, int]:
         """(rows, columns) after resizing, before the crop."""
         rows, columns = self.image_size
         if self.resize_mode == "pad":
             scale = min(rows / image.height, columns / image.width)
-            return (
-                max(1, min(rows, round(image.height * scale))),
-                max(1, min(columns, round(image.width * scale))),
-            )
+            height = max(1, min(rows, round(image.height * scale)))
+            return height, max(1, min(columns, round(image.width * scale)))
         if self.resize_size is not None:
             target = (self.resize_size, self.resize_size)
         else:

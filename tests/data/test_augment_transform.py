@@ -19,12 +19,13 @@ from vitcli.data.augment.transform import (
     resolve_augment,
     tensorflow_box,
 )
-from vitcli.data.image_set import ImageSet
+from vitcli.data.batch import allocate_images
+from vitcli.data.image_set import ArrayPicture, ImageSet
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sampler import epoch_order
 from vitcli.decode import open_image, read_image
 from vitcli.errors import VitcliError
-from vitcli.preprocess import RESAMPLING, Preprocess
+from vitcli.preprocess import RESAMPLING, Preprocess, as_array
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8))
 
@@ -336,6 +337,45 @@ def test_the_same_crop_whether_a_file_is_read_whole_or_not():
         # Up to half a pixel apart, on slopes of up to 24 grey levels a pixel.
         assert np.abs(quick - whole).mean() < 6
         assert np.abs(quick - other).mean() > 15  # the comparison can tell
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(32, 40), (30, 44)])
+def test_stored_pixels_are_shifted_as_pillow_crops(channels, size):
+    """Of the model's size or not: bit for bit, and the stored pixels stay as they are."""
+    preprocess = Preprocess((32, 40), num_channels=channels)
+    transform = TrainTransform(preprocess, section(crop="pad", crop_padding=31, flip_rate=0.0))
+    shape = size if channels == 1 else (*size, 3)
+    stored = np.random.default_rng(0).integers(1, 256, shape, dtype=np.uint8)
+    stored.flags.writeable = False
+    before = stored.copy()
+    fitted = preprocess.fit(Image.fromarray(stored))
+    for seed in range(20):
+        left, top = np.random.default_rng(seed).integers(-31, 32, size=2).tolist()
+        wanted = as_array(fitted.crop((left, top, left + 40, top + 32)))
+        found = transform.view(ArrayPicture(stored, "stored"), np.random.default_rng(seed))
+        assert found.shape == (channels, 32, 40) and np.array_equal(found, wanted)
+    assert np.array_equal(stored, before)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("crop", CROPS)
+def test_a_view_is_the_same_in_the_memory_of_a_batch(crop, channels):
+    """It leaves the neighbour alone, whatever follows the crop."""
+    preprocess = Preprocess((32, 40), interpolation="bilinear", num_channels=channels)
+    transform = TrainTransform(
+        preprocess, section(crop=crop, crop_padding=4, flip_rate=0.5, erase_rate=0.5)
+    )
+    shape = (50, 60) if channels == 1 else (50, 60, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images = allocate_images((2, channels, 32, 40), pin_memory=False)
+    for seed in range(8):
+        images.fill_(7)
+        picture = ArrayPicture(pixels, "pixels")
+        alone = transform.view(picture, np.random.default_rng(seed))
+        within = transform.view(picture, np.random.default_rng(seed), images[1:])
+        assert np.array_equal(alone, within)
+        assert (images[0] == 7).all()
 
 
 def test_a_padding_that_hides_the_image_is_refused():

@@ -39,6 +39,7 @@ def test_stages_share_the_run():
 
 
 def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "WRITING_SECONDS", 1.0)  # no curves and no report are drawn here
     train_recipe(
         tmp_path / "warm", tiny_recipe(train={"steps": 1})
     )  # what is imported late is now there
@@ -77,8 +78,7 @@ def test_a_budget_is_kept_and_its_steps_are_recorded(tmp_path, monkeypatch):
 
 def test_measuring_moves_no_weight(tmp_path, monkeypatch):
     """A budget of exactly the steps of a fixed run gives that run."""
-    from vitcli.train import budget
-
+    monkeypatch.setattr(budget, "WRITING_SECONDS", 1.0)  # no curves and no report are drawn here
     measured = budget.plan_budget
     monkeypatch.setattr(Deadline, "is_due", lambda *_: False)
     monkeypatch.setattr(
@@ -138,8 +138,7 @@ def test_time_that_is_up_is_the_end_whatever_the_marks_say(tmp_path, monkeypatch
 
 
 def test_slow_steps_are_timed_fewer_times(tmp_path, monkeypatch):
-    from vitcli.train import budget
-
+    monkeypatch.setattr(budget, "WRITING_SECONDS", 1.0)  # no curves and no report are drawn here
     count, real = [], loop.Loop.step
     monkeypatch.setattr(budget, "TIMING_FRACTION", 0.0)
     monkeypatch.setattr(loop.Loop, "fit", lambda _: None)

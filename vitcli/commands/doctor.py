@@ -100,6 +100,7 @@ def check_versions() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
+    found["torch"] = torch.__version__  # with its build (`+cu130`), which the metadata may lack
     if find_spec("torchvision") is not None:
         # In a process of its own: a build for another torch may crash the interpreter.
         done = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True)

@@ -19,7 +19,6 @@ from vitcli.data.augment.transform import (
     resolve_augment,
     tensorflow_box,
 )
-from vitcli.data.batch import allocate_images
 from vitcli.data.image_set import ArrayPicture, ImageSet
 from vitcli.data.loader import TrainLoader
 from vitcli.data.sampler import epoch_order
@@ -356,26 +355,6 @@ def test_stored_pixels_are_shifted_as_pillow_crops(channels, size):
         found = transform.view(ArrayPicture(stored, "stored"), np.random.default_rng(seed))
         assert found.shape == (channels, 32, 40) and np.array_equal(found, wanted)
     assert np.array_equal(stored, before)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("crop", CROPS)
-def test_a_view_is_the_same_in_the_memory_of_a_batch(crop, channels):
-    """It leaves the neighbour alone, whatever follows the crop."""
-    preprocess = Preprocess((32, 40), interpolation="bilinear", num_channels=channels)
-    transform = TrainTransform(
-        preprocess, section(crop=crop, crop_padding=4, flip_rate=0.5, erase_rate=0.5)
-    )
-    shape = (50, 60) if channels == 1 else (50, 60, 3)
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    images = allocate_images((2, channels, 32, 40), pin_memory=False)
-    for seed in range(8):
-        images.fill_(7)
-        picture = ArrayPicture(pixels, "pixels")
-        alone = transform.view(picture, np.random.default_rng(seed))
-        within = transform.view(picture, np.random.default_rng(seed), images[1:])
-        assert np.array_equal(alone, within)
-        assert (images[0] == 7).all()
 
 
 def test_a_padding_that_hides_the_image_is_refused():

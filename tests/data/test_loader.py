@@ -176,7 +176,7 @@ def test_a_class_without_readable_images_is_an_error():
 def test_a_fault_in_a_thread_reaches_the_consumer():
     train = loader(workers=2)
 
-    def fail(image, rng, out):
+    def fail(image, rng):
         raise ZeroDivisionError
 
     train.transform.view = fail

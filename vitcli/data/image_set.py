@@ -68,12 +68,12 @@ class ArrayPicture:
 
     def part(self, box: Box, at_least: tuple[int, int] | None = None) -> Image.Image:
         """A copy of `box` = (left, top, right, bottom), at full size whatever `at_least` says."""
-        return Image.fromarray(np.array(self.pixels(box)))
+        return Image.fromarray(self.pixels(box))
 
     def pixels(self, box: Box, at_least: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-        """(Y, X) or (Y, X, 3): `box`, not to be written to; torch warns of read-only memory."""
-        part = self.array[box[1] : box[3], box[0] : box[2]]
-        return part if part.flags.writeable else part.copy()
+        """(Y, X) or (Y, X, 3): a copy of `box`."""
+        left, top, right, bottom = box
+        return np.array(self.array[top:bottom, left:right])
 
 
 AnyPicture = LazyImage | ArrayPicture
@@ -374,7 +374,7 @@ class ImageSet:
     def _cached_pixels(self, index: int, wanted: PixelFormat, cache: list[Pixels | None]) -> Pixels:
         pixels = cache[index]
         if pixels is None:
-            pixels = np.array(self._decode(index, wanted))
+            pixels = np.asarray(self._decode(index, wanted))
             cache[index] = pixels
         return pixels
 

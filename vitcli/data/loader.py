@@ -188,9 +188,7 @@ class TrainLoader:
             return image_rng(self.seed, int(epochs[i]), int(indices[i]), int(repeat[i]))
 
         def write(i: int, rng: Rng, image: AnyPicture) -> None:
-            view = transform.view(image, rng, images[i : i + 1])
-            if not np.may_share_memory(view, pixels[i]):
-                pixels[i] = view
+            pixels[i] = transform.view(image, rng)
 
         def fill(part: Integers) -> list[tuple[str, str]]:
             unreadable: list[tuple[str, str]] = []

@@ -36,12 +36,7 @@ MIN_RATIO, MAX_RATIO = 3 / 4, 4 / 3
 CROP_ATTEMPTS = 10
 TF_MAX_RATIO, TF_ATTEMPTS = 1.33, 100  # defaults of tf.image.sample_distorted_bounding_box
 RESIZE_FACTOR = 7 / 6  # 448 px for 384, as the official code resizes before its crop
-# Torch resizes bytes like Pillow with these filters, and faster. They are the operators behind
-# `F.interpolate`, which cannot write into a batch.
-SMOOTHING = {
-    "bilinear": torch.ops.aten._upsample_bilinear2d_aa,
-    "bicubic": torch.ops.aten._upsample_bicubic2d_aa,
-}
+TORCH_FILTERS = {"bilinear", "bicubic"}  # torch resizes bytes like Pillow with these, and faster
 
 
 def image_rng(seed: int, epoch: int, index: int, view: int = 0) -> Rng:
@@ -55,11 +50,7 @@ def image_rng(seed: int, epoch: int, index: int, view: int = 0) -> Rng:
 
 
 def inception_crop(
-    image: AnyPicture,
-    rng: Rng,
-    preprocess: Preprocess,
-    settings: AugmentSettings,
-    out: Tensor | None = None,
+    image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
 ) -> Pixels:
     """A random box of `min_area`..1 of the area and ratio 3/4..4/3, resized to the model's size.
 
@@ -68,28 +59,20 @@ def inception_crop(
     """
     inner = preprocess.inner_box(image.size)
     box = inception_box(size_of(inner), rng, settings.min_area)
-    return resized_crop(image, shifted(box, inner), preprocess, out)
+    return resized_crop(image, shifted(box, inner), preprocess)
 
 
 def tensorflow_crop(
-    image: AnyPicture,
-    rng: Rng,
-    preprocess: Preprocess,
-    settings: AugmentSettings,
-    out: Tensor | None = None,
+    image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
 ) -> Pixels:
     """The crop of TensorFlow, with which the official code trains; see `tensorflow_box`."""
     inner = preprocess.inner_box(image.size)
     box = tensorflow_box(size_of(inner), rng, settings.min_area)
-    return resized_crop(image, shifted(box, inner), preprocess, out, reduce=False)
+    return resized_crop(image, shifted(box, inner), preprocess, reduce=False)
 
 
 def resize_crop(
-    image: AnyPicture,
-    rng: Rng,
-    preprocess: Preprocess,
-    settings: AugmentSettings,
-    out: Tensor | None = None,
+    image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
 ) -> Pixels:
     """Squash the image to `resize_size`, and cut the model's size from a random place.
 
@@ -108,37 +91,29 @@ def resize_crop(
 
 
 def resized_crop(
-    image: AnyPicture,
-    box: Box,
-    preprocess: Preprocess,
-    out: Tensor | None = None,
-    *,
-    reduce: bool = True,
+    image: AnyPicture, box: Box, preprocess: Preprocess, *, reduce: bool = True
 ) -> Pixels:
     """(C, Y, X): the part of the image in `box`, resized to the model's size.
 
     Args:
-        out: (1, C, Y, X) uint8 that the result may be written to.
         reduce: decode a large JPEG at a smaller scale. This smooths, which TensorFlow does not.
     """
     rows, columns = preprocess.image_size
-    at_least, name = (columns, rows) if reduce else None, preprocess.interpolation
-    if name not in SMOOTHING:
+    at_least = (columns, rows) if reduce else None
+    if preprocess.interpolation not in TORCH_FILTERS:
         part = image.part(box, at_least=at_least)
-        return as_array(part.resize((columns, rows), RESAMPLING[name]))
+        return as_array(part.resize((columns, rows), RESAMPLING[preprocess.interpolation]))
     # Within two grey levels of Pillow in a fraction of the time (recipes/RESULTS.md), if torch sees
     # that the channels lie last in memory.
     pixels = torch.from_numpy(image.pixels(box, at_least=at_least))
     pixels = pixels[None, ..., None] if pixels.ndim == 2 else pixels[None]  # (1, Y, X, C)
-    pixels = pixels.permute(0, 3, 1, 2)
-    if not preprocess.antialias:
-        resized = F.interpolate(pixels, (rows, columns), mode=name)
-    elif out is None:
-        resized = SMOOTHING[name].default(pixels, [rows, columns], False)
-    else:
-        resized = SMOOTHING[name].out(pixels, [rows, columns], False, None, None, out=out)
-    array: Pixels = resized[0].numpy()  # (C, Y, X)
-    return array
+    resized = F.interpolate(
+        pixels.permute(0, 3, 1, 2),
+        (rows, columns),
+        mode=preprocess.interpolation,
+        antialias=preprocess.antialias,
+    )
+    return resized[0].numpy()  # (C, Y, X)
 
 
 def size_of(box: Box) -> tuple[int, int]:
@@ -199,11 +174,7 @@ def tensorflow_box(size: tuple[int, int], rng: Rng, min_area: float) -> Box:
 
 
 def padded_crop(
-    image: AnyPicture,
-    rng: Rng,
-    preprocess: Preprocess,
-    settings: AugmentSettings,
-    out: Tensor | None = None,
+    image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
 ) -> Pixels:
     """The evaluation image, shifted by up to `crop_padding` px in each direction over black."""
     if isinstance(image, ArrayPicture) and preprocess.keeps(image.size):
@@ -221,20 +192,13 @@ def padded_crop(
 
 
 def no_crop(
-    image: AnyPicture,
-    rng: Rng,
-    preprocess: Preprocess,
-    settings: AugmentSettings,
-    out: Tensor | None = None,
+    image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
 ) -> Pixels:
     """The evaluation image."""
     return as_array(preprocess.fit(image.whole()))
 
 
-# The result of a crop may be in the memory of its last argument.
-CROPS: dict[
-    str, Callable[[AnyPicture, Rng, Preprocess, AugmentSettings, Tensor | None], Pixels]
-] = {
+CROPS: dict[str, Callable[[AnyPicture, Rng, Preprocess, AugmentSettings], Pixels]] = {
     "inception": inception_crop,
     "inception_tf": tensorflow_crop,
     "resize": resize_crop,
@@ -272,7 +236,6 @@ class TrainTransform:
     def __init__(self, preprocess: Preprocess, section: AugmentSection) -> None:
         self.preprocess = preprocess
         self.settings = resolve_augment(section)
-        self._changes_colours = changes_colours(self.settings)
         side, smallest = self.settings.resize_size, min(preprocess.image_size)
         if self.settings.crop == "resize" and side is not None and side < smallest:
             raise VitcliError(
@@ -292,20 +255,18 @@ class TrainTransform:
         with open_image(image, self.preprocess.pixel_format) as opened:
             return torch.from_numpy(np.ascontiguousarray(self.view(opened, rng)))
 
-    def view(self, image: AnyPicture, rng: Rng, out: Tensor | None = None) -> Pixels:
+    def view(self, image: AnyPicture, rng: Rng) -> Pixels:
         """(C, Y, X): a random view of an opened image, which may not be decoded yet.
-
-        The result may be in the memory of `out` (1, C, Y, X), which is overwritten in any case.
 
         Raises:
             ImageError: the image is damaged.
         """
         # Each step draws from the same generator, so a step that is switched off must not draw.
-        pixels = CROPS[self.settings.crop](image, rng, self.preprocess, self.settings, out)
+        pixels = CROPS[self.settings.crop](image, rng, self.preprocess, self.settings)
         if rng.random() < self.settings.flip_rate:
             # torch reverses the pixels of a batch several times as fast as numpy.
             pixels = torch.from_numpy(pixels)[None].flip(3)[0].numpy()
-        if self._changes_colours:
+        if changes_colours(self.settings):
             pixels = as_array(change_colours(as_image(pixels), rng, self.settings))
         if self.settings.erase_rate and rng.random() < self.settings.erase_rate:
             pixels = pixels.copy("K")  # keeps the channels last in memory

@@ -80,16 +80,6 @@ def targets_file(folder: Path, split: str) -> Path:
     return folder / f"{split}.targets"
 
 
-class _Unprotected:
-    """A read-only map without its mark, because torch warns of it. It costs once what a copy of
-    each image would; a private writable map would reserve memory for the whole file."""
-
-    def __init__(self, file: Pixels) -> None:
-        self.file = file  # keeps the map
-        known = file.__array_interface__
-        self.__array_interface__ = {**known, "data": (known["data"][0], False)}
-
-
 class PixelStore:
     """The memory-mapped images of one split; the first read of each verifies its checksum.
 
@@ -120,14 +110,14 @@ class PixelStore:
         return Image.fromarray(self.pixels(row))
 
     def pixels(self, row: int) -> Pixels:
-        """(Y, X, 3): a view of the file, not to be written to.
+        """(Y, X, 3): a read-only view of the file.
 
         Raises:
             ImageError: the checksum does not match.
         """
         if self._pixels is None:
             # As a plain array, because a slice of a `memmap` costs more than the copy behind it.
-            self._pixels = np.asarray(_Unprotected(np.memmap(self.path, dtype=np.uint8, mode="r")))
+            self._pixels = np.memmap(self.path, dtype=np.uint8, mode="r").view(np.ndarray)
         offset, height, width, _, crc = self.index[row].item()
         content = self._pixels[offset : offset + 3 * height * width]
         if not self._verified[row]:

@@ -138,8 +138,7 @@ def run(
         real, class_map: files of ReaL labels, and of the model's classes for the data's classes.
         calibrate: fit a temperature on the validation images (without these: on half of the
             images), report the others, and store it in the weights file, else in a copy in `out`.
-        thresholds: fit a threshold per class on the same images, and store them in the same way:
-            `f1`, `recall=0.95` or `precision=0.9`.
+        thresholds: the same for a threshold per class: `f1`, `recall=0.95` or `precision=0.9`.
         tta: `flip` averages the probabilities of each image and its mirror image.
         batch_size, precision: images per forward pass; `auto` is fp32 on every machine.
         seed: seed of the half that is held out, and of the simulated calibration error.

@@ -204,7 +204,7 @@ def test_a_teacher_is_computed_once_per_image(tmp_path, monkeypatch):
         with pytest.raises(Stopped):
             train_recipe(tmp_path / "parts", recipe, watch=again)
     told = " ".join(again.lines)
-    assert "1 rows" in told and f"{len(images) - 1:,} of {len(images):,} features" in told
+    assert "1 damaged row" in told and f"{len(images) - 1:,} of {len(images):,} features" in told
     train_recipe(tmp_path / "parts", recipe, resume=True)
     a, b = (tmp_path / n / "model.safetensors" for n in ("whole", "parts"))
     assert a.read_bytes() == b.read_bytes()

@@ -742,7 +742,8 @@ def accuracy(proof: Proof) -> None:
         return
     for budget, goal in GOALS.items():
         with proof.guarded(f"CIFAR-10 in {budget} s"):
-            length = ["--steps", "3"] if proof.tiny else ["--budget", f"{budget}s"]
+            tiny = ["--steps", "3", "--batch-size", "8"]
+            length = tiny if proof.tiny else ["--budget", f"{budget}s"]
             words = ["pretrain", proof.cifar10, "--recipe", proof.cifar10_recipe, *length]
             start = time.perf_counter()
             found = proof.vitcli(*words, "--out", f"cifar10-{budget}")

@@ -50,11 +50,13 @@ def make_folder(place: Path, count: int) -> Path:
 
 
 def make_csv(place: Path, count: int) -> Path:
-    """Make a table with `count` rows of one file."""
-    (place / "one.jpg").write_bytes(picture())
+    """Make a table of the same links; a file has one row, because its rows must agree."""
+    make_folder(place, count)
     with (place / "table.csv").open("w") as file:
         file.write("path,label\n")
-        file.writelines(f"one.jpg,class_{i % CLASSES}\n" for i in range(count))
+        for i in range(count):
+            name = f"class_{i % CLASSES}"
+            file.write(f"folder/{name}/{i:09}.jpg,{name}\n")
     return place / "table.csv"
 
 

@@ -139,13 +139,3 @@ def test_nothing_heavy_is_loaded_with_the_command_line(module):
     code = f"import sys, {module}; print(' '.join({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
-
-
-def test_predict_needs_neither_datasets_nor_accelerate():
-    code = (
-        "import sys, vitcli.commands.predict; "
-        "slow = {'datasets', 'accelerate', 'sklearn', 'scipy', 'pandas'}; "
-        "print(' '.join(slow & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []

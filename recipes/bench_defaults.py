@@ -70,7 +70,7 @@ TASKS = {  # a plain ViT and a hybrid for each set without weights
         "fashion_mnist",
         (
             (*PLAIN, *set_to(augment__crop_padding=2)),
-            (*HYBRID, *set_to(model__name="Conv+Pico/4", train__batch_size=64)),
+            (*HYBRID, *set_to(model__name="Conv+Pico/8", train__batch_size=64)),
         ),
     ),
     "cifar10_small": Task("cifar10_small", ((*PLAIN, "--batch-size", "64"), HYBRID)),

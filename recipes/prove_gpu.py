@@ -274,7 +274,7 @@ def network_cases() -> list[tuple[str, int, dict[str, Any]]]:
     cases += [("Ti/16", 224, {"depth": 4, "pool": pool}) for pool in literals(Pool)]
     for key, info in ModelSection.model_fields.items():
         for value in literals(info.annotation):
-            if key not in ("num_channels", "position_resize", "stem_arithmetic"):
+            if key not in ("num_channels", "patch_init", "position_resize", "stem_arithmetic"):
                 cases.append(("Ti/16", 224, {"depth": 4, key: value}))
     return cases
 

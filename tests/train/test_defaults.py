@@ -44,8 +44,9 @@ def chosen(data, machine=CPU, command="pretrain", **given):
     ("data", "machine", "expected"),
     [
         (SIGNS, CPU, {"model.name": "Conv+Pico/8", "model.image_size": 64, "train.epochs": 300.0}),
-        (CIFAR, CPU, {"model.name": "Conv+Pico/4", "model.image_size": 32, "train.epochs": 10.0}),
-        (replace(CIFAR, size=(28, 28)), CPU, {"model.name": "Conv+Pico/4", "model.image_size": 28}),
+        (CIFAR, CPU, {"model.name": "Conv+Pico/8", "model.image_size": 32, "train.epochs": 10.0}),
+        (replace(CIFAR, size=(28, 28)), CPU, {"model.name": "Conv+Pico/8", "model.image_size": 28}),
+        (replace(CIFAR, size=(24, 24)), CPU, {"model.name": "Conv+Pico/4"}),
         (replace(SIGNS, size=(8, 8)), CPU, {"model.name": "Conv+Pico/2", "model.image_size": 8}),
         (
             replace(SIGNS, size=(3000, 4000)),
@@ -66,7 +67,7 @@ def test_settings_by_data_and_machine(data, machine, expected):
 
 def test_cifar_on_a_cpu_gets_the_settings_that_were_measured():
     measured = flat_keys(load_recipe("pretrain_cifar10_small").model_dump(exclude_none=True))
-    found = chosen(CIFAR, train__budget="10m")
+    found = chosen(CIFAR, train__budget="5m")
     assert found["model.pool"] == measured["model.pool"]
     for key in ("model.name", "objective.name", "train.batch_size", "augment.crop"):
         assert found[key] == measured[key], key
@@ -168,8 +169,8 @@ def test_the_size_of_the_weights_stays(data, machine, given):
 def test_a_cpu_gets_a_hybrid_unless_the_user_shapes_the_model_or_patches_are_hidden():
     assert "train.smaller_sizes" not in chosen(CIFAR)
     assert chosen(CIFAR)["objective.name"] == "guided"
-    assert chosen(CIFAR, train__budget="5m")["model.name"] == "Conv+Pico/4"
-    assert chosen(CIFAR, train__budget="10m")["model.name"] == "Conv+Nano/4"  # of two cores
+    assert chosen(CIFAR, train__budget="5m")["model.name"] == "Conv+Pico/8"
+    assert chosen(CIFAR, train__budget="10m")["model.name"] == "Conv+Nano/8"  # of two cores
     for given in (
         {"model__patch_size": 4},
         {"model__depth": 6},

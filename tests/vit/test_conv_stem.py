@@ -1,6 +1,7 @@
 """The convolutional stem: its filters, its sizes, and what it needs of the rest."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,15 +9,21 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
 
+from vitcli.config.recipe import check
+from vitcli.config.schema import Recipe
+from vitcli.errors import VitcliError
 from vitcli.train.muon import Muon
+from vitcli.train.resolve import random_model
 from vitcli.vit import VisionTransformer, ViTConfig, create_network, parse_variant
 from vitcli.vit.conv_stem import (
     ConvStage,
     StridedStage,
-    cosine_basis,
     default_channels,
     whitening_kernel,
 )
+from vitcli.vit.whitening import cosine_basis, whiten_patches
+
+TINY_RUN = {"command": "pretrain", "data": {"name": "x"}, "train": {"steps": 1, "batch_size": 2}}
 
 
 def tiny(**settings):
@@ -51,6 +58,44 @@ def test_whitening_decorrelates_photographs(num_channels):
     found = F.conv2d(pixels, kernel[:count]).permute(1, 0, 2, 3).flatten(1)  # (count, patches)
     assert condition(found) < condition(patches) / 30
     assert found.std(dim=1).min() > 0.1 and found.std(dim=1).max() < 3
+
+
+@pytest.mark.parametrize(("name", "filters"), [("Pico/4", 48), ("mu/4", 32)])
+def test_patch_projection_starts_with_whitening_filters(name, filters):
+    """They decorrelate real photographs; nothing else in the network changes."""
+    model, random = (create_network(name, image_size=32, seed=3) for _ in range(2))
+    whiten_patches(model.patch_embed)
+    kernel, width = model.patch_embed.proj.weight, model.config.embed_dim
+    both = min(2 * filters, width)
+    assert torch.equal(kernel[filters:both], -kernel[: both - filters])
+    for key, value in random.state_dict().items():
+        same = torch.equal(value, model.state_dict()[key])
+        assert same == (key != "patch_embed.proj.weight")
+    assert torch.equal(kernel[both:], random.patch_embed.proj.weight[both:])
+    pixels = torch.tensor(np.stack(load_sample_images().images)).permute(0, 3, 1, 2).float()
+    pixels = F.interpolate(pixels / 127.5 - 1, (96, 160), mode="area")
+    count = min(filters, width)
+    # The spread of variances among all directions: much smaller than with random weights.
+    white, other = (
+        torch.linalg.cond(torch.cov(net.patch_embed(pixels).flatten(0, 1).T[:count].double()))
+        for net in (model, random)
+    )
+    assert white < other / 30
+
+
+def test_patch_init_is_a_setting_of_random_plain_models():
+    def built(**model):
+        recipe = check(Recipe, {**TINY_RUN, "model": model}, "test")
+        return random_model(recipe, SimpleNamespace(classes=("cat", "dog"))).network
+
+    plain = {"name": "mu/4", "image_size": 16}
+    expected = built(**plain)
+    whiten_patches(expected.patch_embed)
+    found = built(**plain, patch_init="whitening").state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.state_dict().items())
+    for name in ("Conv+mu/4", "R+mu/16", "R26x1"):
+        with pytest.raises(VitcliError, match=r"`model.patch_init` is for a patch projection"):
+            built(name=name, image_size=32, patch_init="whitening")
 
 
 def test_the_whitening_layer_is_stored_and_never_trained():
@@ -111,8 +156,9 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_default_channels_and_blocks():
     assert parse_variant("Conv+Pico/4").depth == 2 and parse_variant("Conv+B/16").depth == 4
     assert parse_variant("Conv+ViT-mu/4").depth == 1
-    assert default_channels(192, 4) == (64, 192)  # hybrid B of recipes/LOG.md
-    assert default_channels(192, 8) == (32, 64, 192)
+    assert default_channels(192, 4) == (96, 192)
+    assert default_channels(128, 8) == (32, 64, 128)  # the hybrid of recipes/RECORDS.md
+    assert default_channels(128, 16) == (32, 32, 64, 128)  # multiples of 32
     assert default_channels(128, 2) == (128,)
 
 

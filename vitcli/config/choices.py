@@ -14,6 +14,7 @@ PositionBias = Literal["none", "every", "shared"]
 Resize = Literal[  # of positions
     "bilinear", "bilinear_antialiased", "bicubic", "bicubic_plain", "bicubic_aligned", "computed"
 ]
+PatchInit = Literal["random", "whitening"]
 MlpKind = Literal["gelu", "swiglu"]
 Gelu = Literal["exact", "tanh", "quick"]
 NormKind = Literal["layer", "rms"]

@@ -29,6 +29,7 @@ from vitcli.config.choices import (
     Interpolation,
     MlpKind,
     NormKind,
+    PatchInit,
     Pool,
     Position,
     PositionAt,
@@ -99,8 +100,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-# Keys of `[model]` that belong to the loading of weights, not to the architecture.
-LOADING = ("position_resize", "checkpoint_key", "base_model")
+# Keys of `[model]` that belong to the first weights, loaded or random, not to the architecture.
+FIRST_WEIGHTS = ("position_resize", "checkpoint_key", "base_model", "patch_init")
 
 
 class ModelSection(Section):
@@ -189,6 +190,11 @@ class ModelSection(Section):
     conv_stem: tuple[Width, ...] | None = setting(
         None, "Feature maps per stage of a convolutional stem; each stage halves the image."
     )
+    patch_init: PatchInit | None = setting(
+        None,
+        "First weights of the patch projection: `random`, or `whitening` for filters that "
+        "decorrelate the pixels of photographs. Default: random.",
+    )
     layers: tuple[Count, ...] | None = setting(None, "Units per stage of a ResNet.")
     width: PositiveFloat | None = setting(None, "Width factor of a ResNet.")
     dropout_rate: float | None = setting(None, "Dropout rate.", ge=0.0, lt=1.0)
@@ -223,7 +229,7 @@ class ModelSection(Section):
 
     def architecture(self) -> Settings:
         """The given keys that belong to the model's configuration; image sizes as (Y, X)."""
-        given = self.model_dump(exclude_none=True, exclude={"name", *LOADING})
+        given = self.model_dump(exclude_none=True, exclude={"name", *FIRST_WEIGHTS})
         if isinstance(given.get("image_size"), int):
             given["image_size"] = (given["image_size"], given["image_size"])
         return given

@@ -19,6 +19,9 @@ from vitcli.vit.macs import BACKWARD, macs
 PATCHES = ((20, 2), (48, 4), (128, 8))
 USUAL_PATCH, USUAL_SIZE = 16, 224
 CPU_PATCH, CPU_SIZE = 8, 64  # of larger images on a CPU: 64 tokens
+# A stem makes 4x4 tokens of small images enough. They cost less than 8x8, so a run sees more
+# images. At 64 px 8x8 tokens were better (recipes/LOG.md, 2026-11-28).
+STEM_GRID, STEM_STRIDE = 4, 8
 MIN_GRID = 6  # patches per side from which a run may begin with smaller images
 LONG_BUDGET = 3600.0  # core-seconds of a CPU that a model wider than Pico can use
 LONG_HYBRID_BUDGET = 1000.0  # the same for a hybrid: recipes/LOG.md, 2026-11-28
@@ -162,7 +165,7 @@ def _pretrain(data: DataFacts, machine: MachineFacts, given: Mapping[str, Any]) 
     # On a CPU about 100,000 images, some minutes; on a GPU as many epochs as DeiT for small sets.
     seen, fewest = (100_000, 10) if machine.is_slow else (5_000_000, 60)
     wanted["train.epochs"] = float(min(300, max(fewest, round(seen / images))))
-    side = min(size) if isinstance(size, list) else size
+    side = _shorter(size)
     grid = side // patch
     if data.numeric:  # a crop changes positions, sizes and counts
         wanted["augment.crop"] = "none"
@@ -238,7 +241,7 @@ def _shape(
     """(variant, image size, patch side in px)."""
     fixed = given.get("model.image_size") or given.get("preprocess.image_size")
     natural = min(data.size) if data.size else USUAL_SIZE
-    side = natural if fixed is None else min(fixed) if isinstance(fixed, list) else fixed
+    side = natural if fixed is None else _shorter(fixed)
     name = given.get("model.name")
     if name is not None:
         patch = given.get("model.patch_size") or _stride(str(name))
@@ -254,8 +257,16 @@ def _shape(
             patch = min(fits, key=lambda p: abs(p - patch), default=1)
     size = fixed or _round_to(_largest(natural, patch, machine), patch)
     hybrid = _suits_hybrid(machine, given, patch)
+    if hybrid and patch == PATCHES[1][1] and -(-_shorter(size) // STEM_STRIDE) >= STEM_GRID:
+        patch = STEM_STRIDE
     name = f"{_variant(data, machine, given, hybrid)}/{patch}"
     return f"Conv+{name}" if hybrid else name, size, patch
+
+
+def _shorter(size: Any) -> int:
+    """The shorter side of a size in the form of the schema: one number, or [Y, X]."""
+    side: int = min(size) if isinstance(size, list) else size
+    return side
 
 
 def _suits_hybrid(machine: MachineFacts, given: Mapping[str, Any], patch: int) -> bool:

@@ -35,7 +35,9 @@ from vitcli.train.defaults import (
 from vitcli.train.objectives import objective_class, resolve_objective
 from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
+from vitcli.vit.patches import PatchEmbed
 from vitcli.vit.variants import is_resnet, is_variant
+from vitcli.vit.whitening import whiten_patches
 from vitcli.weights.edit import prepare_finetune, set_position_resize
 from vitcli.weights.load import load_model, names_weights, require_preprocess
 from vitcli.weights.load_report import note_load_report
@@ -275,6 +277,15 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
                 "a ResNet has no positions to resample", "remove `model.position_resize`"
             )
         set_position_resize(network, section.position_resize)
+    if section.patch_init == "whitening":
+        embed = getattr(network, "patch_embed", None)
+        if not isinstance(embed, PatchEmbed):
+            raise VitcliError(
+                f"`model.patch_init` is for a patch projection, and `{section.name}` has a stem",
+                "remove `model.patch_init`, or use a plain model such as `--set model.name=Pico/4`",
+            )
+        if not empty:
+            whiten_patches(embed)
     size, channels = network.config.image_size, network.config.num_channels
     # Mean and standard deviation 0.5 give inputs in -1 to 1, as in the paper's code.
     base = Preprocess(image_size=size, mean=(0.5,), std=(0.5,), num_channels=channels)

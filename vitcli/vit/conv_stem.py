@@ -6,7 +6,6 @@ LayerNorm in place of BatchNorm, so that an image does not depend on the others 
 Shape letters: see `model.py`; F is the number of feature maps.
 """
 
-import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitcli.vit.hybrid import standardize
+from vitcli.vit.whitening import whitening_filters
 
 if TYPE_CHECKING:
     from vitcli.vit.config import ViTConfig
@@ -24,53 +24,25 @@ MAX_STAGES = 6  # 64 px per token
 WHOLE_STAGES = 2  # the last ones; those before them are strided convolutions
 KERNEL = 3
 MAX_COMPONENTS = 16  # of the 27 of a 3x3 patch in colour; the others are mostly noise
-# Correlation of neighbouring pixels and of two colours of one pixel in photographs, and the
-# variance of pixels in -1 to 1. Only their order of magnitude matters.
-PIXEL_CORRELATION, COLOR_CORRELATION, PIXEL_VARIANCE = 0.95, 0.92, 0.25
 
 
 def default_channels(embed_dim: int, stride: int) -> tuple[int, ...]:
-    """Feature maps of each stage for a stem of `stride` pixels: a third of the next stage's.
+    """Feature maps of each stage for a stem of `stride` pixels: half of the next stage's.
 
     The last stage has `embed_dim`. The others are multiples of 32, because that fills the vector
-    registers of a CPU.
+    registers of a CPU. Thirds were worse (recipes/LOG.md).
     """
     stages = stride.bit_length() - 1
-    earlier = [max(32, round(embed_dim / 3**i / 32) * 32) for i in range(1, stages)]
+    earlier = [max(32, round(embed_dim / 2**i / 32) * 32) for i in range(1, stages)]
     return (*reversed(earlier), embed_dim)
 
 
-def cosine_basis(length: int) -> Tensor:
-    """(length, length) float64: the orthonormal discrete cosine basis, one vector per row."""
-    place = torch.arange(length, dtype=torch.float64)
-    basis = torch.cos(math.pi / length * place[:, None] * (place + 0.5))
-    return basis / torch.linalg.vector_norm(basis, dim=1, keepdim=True)
-
-
 def whitening_kernel(num_channels: int) -> Tensor:
-    """(F, C, 3, 3): filters that decorrelate the pixels of photographs, and their negatives.
+    """(F, C, 3, 3): the whitening filters of the largest variance, and their negatives.
 
-    The covariance of pixels falls exponentially with their distance. The cosine basis almost
-    diagonalises such a matrix (Ahmed et al., 1974), and the colours likewise. Each filter is
-    divided by its standard deviation; those of large variance come first. Filters from the
-    training images were not better (recipes/LOG.md), and these need no data.
+    GELU removes negative values, so each filter is there with both signs.
     """
-    line, colors = cosine_basis(KERNEL), cosine_basis(num_channels)
-    place = torch.arange(KERNEL, dtype=torch.float64)
-    of_pixels = PIXEL_CORRELATION ** (place[:, None] - place).abs()
-    of_colors = torch.full((num_channels, num_channels), COLOR_CORRELATION, dtype=torch.float64)
-    of_colors.fill_diagonal_(1.0)
-    on_line, on_colors = (
-        torch.einsum("ui,ij,uj->u", basis, covariance, basis)
-        for basis, covariance in ((line, of_pixels), (colors, of_colors))
-    )
-    filters = torch.einsum("ci,uy,vx->cuviyx", colors, line, line).reshape(
-        -1, *(num_channels, KERNEL, KERNEL)
-    )
-    variance = PIXEL_VARIANCE * torch.einsum("c,u,v->cuv", on_colors, on_line, on_line).flatten()
-    order = variance.argsort(descending=True, stable=True)[:MAX_COMPONENTS]
-    kernel = (filters / variance.sqrt()[:, None, None, None])[order].float()
-    # GELU removes negative values, so each filter is there with both signs.
+    kernel = whitening_filters(num_channels, KERNEL)[:MAX_COMPONENTS]
     return torch.cat([kernel, -kernel])
 
 

@@ -153,9 +153,11 @@ def test_the_crop_shows_its_box():
         assert np.abs(view[:, 2:-2] - wanted[2:-2]).max() <= 1
 
 
-def test_the_padded_crop_is_a_shift_over_black():
-    transform = TrainTransform(Preprocess((40, 56)), section(crop="pad", crop_padding=4))
-    padded = np.pad(np.asarray(NOISE), ((4, 4), (4, 4), (0, 0))).transpose(2, 0, 1)
+@pytest.mark.parametrize(("fill", "mode"), [("black", "constant"), ("reflect", "reflect")])
+def test_the_padded_crop_is_a_shift(fill, mode):
+    settings = section(crop="pad", crop_padding=4, crop_fill=fill)
+    transform = TrainTransform(Preprocess((40, 56)), settings)
+    padded = np.pad(np.asarray(NOISE), ((4, 4), (4, 4), (0, 0)), mode=mode).transpose(2, 0, 1)
     seen = set()
     for i in range(400):
         view = transform(NOISE, np.random.default_rng(i)).numpy()

@@ -64,7 +64,7 @@ def test_whitening_decorrelates_photographs(num_channels):
 def test_patch_projection_starts_with_whitening_filters(name, filters):
     """They decorrelate real photographs; nothing else in the network changes."""
     model, random = (create_network(name, image_size=32, seed=3) for _ in range(2))
-    whiten_patches(model.patch_embed)
+    whiten_patches(model)
     kernel, width = model.patch_embed.proj.weight, model.config.embed_dim
     both = min(2 * filters, width)
     assert torch.equal(kernel[filters:both], -kernel[: both - filters])
@@ -90,11 +90,11 @@ def test_patch_init_is_a_setting_of_random_plain_models():
 
     plain = {"name": "mu/4", "image_size": 16}
     expected = built(**plain)
-    whiten_patches(expected.patch_embed)
+    whiten_patches(expected)
     found = built(**plain, patch_init="whitening").state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.state_dict().items())
     for name in ("Conv+mu/4", "R+mu/16", "R26x1"):
-        with pytest.raises(VitcliError, match=r"`model.patch_init` is for a patch projection"):
+        with pytest.raises(VitcliError, match="`patch_init` is for a patch projection"):
             built(name=name, image_size=32, patch_init="whitening")
 
 

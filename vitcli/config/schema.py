@@ -373,6 +373,9 @@ class AugmentSection(Section):
         le=1.0,
     )
     crop_padding: Annotated[int, Field(ge=0, le=8192)] = setting(4, "Padding of a pad crop in px.")
+    crop_fill: Literal["black", "reflect"] = setting(
+        "black", "Padding of a pad crop: `black`, or the mirrored border (`reflect`)."
+    )
     resize_size: Pixels | None = setting(
         None, "Side in px from which a resize crop cuts. Default: 7/6 of the image size."
     )

@@ -35,7 +35,6 @@ from vitcli.train.defaults import (
 from vitcli.train.objectives import objective_class, resolve_objective
 from vitcli.train.resuming import is_run, resumed_recipe
 from vitcli.vit import ResNet, VisionTransformer, create_network, from_config, parse_variant
-from vitcli.vit.patches import PatchEmbed
 from vitcli.vit.variants import is_resnet, is_variant
 from vitcli.vit.whitening import whiten_patches
 from vitcli.weights.edit import prepare_finetune, set_position_resize
@@ -265,6 +264,8 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
                 network = from_config(parse_variant(section.name or "", **settings))
         else:
             network = create_network(section.name or "", seed=recipe.train.seed, **settings)
+        if section.patch_init == "whitening":
+            whiten_patches(network)
     except ValueError as error:
         raise VitcliError(
             f"this model cannot be built: {error}",
@@ -277,15 +278,6 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
                 "a ResNet has no positions to resample", "remove `model.position_resize`"
             )
         set_position_resize(network, section.position_resize)
-    if section.patch_init == "whitening":
-        embed = getattr(network, "patch_embed", None)
-        if not isinstance(embed, PatchEmbed):
-            raise VitcliError(
-                f"`model.patch_init` is for a patch projection, and `{section.name}` has a stem",
-                "remove `model.patch_init`, or use a plain model such as `--set model.name=Pico/4`",
-            )
-        if not empty:
-            whiten_patches(embed)
     size, channels = network.config.image_size, network.config.num_channels
     # Mean and standard deviation 0.5 give inputs in -1 to 1, as in the paper's code.
     base = Preprocess(image_size=size, mean=(0.5,), std=(0.5,), num_channels=channels)

@@ -1,13 +1,13 @@
 """Linear filters that decorrelate the pixels of photographs, without data.
 
-The first layer of a convolutional stem, and with `model.patch_init = "whitening"` the first weights
-of a patch projection. Shape letters: see `model.py`; F is the number of filters.
+They are the first layer of a convolutional stem, and with `model.patch_init = "whitening"` the
+first weights of a patch projection. Shape letters: see `model.py`; F is the number of filters.
 """
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitcli.vit.patches import PatchEmbed
 
@@ -51,12 +51,20 @@ def whitening_filters(num_channels: int, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def whiten_patches(embed: PatchEmbed) -> None:
+def whiten_patches(network: nn.Module) -> None:
     """Let the patch projection start with whitening filters, then with their negatives.
 
-    Outputs beyond these keep their values, and so does everything else. So no number is drawn.
+    Outputs beyond these keep their weights, and so does the rest of the network.
+
+    Raises:
+        ValueError: the network has no patch projection.
     """
+    embed = getattr(network, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed):
+        raise ValueError("`patch_init` is for a patch projection, and it has a stem instead")
     kernel = embed.proj.weight  # (D, C, P, P)
+    if kernel.is_meta:  # values come from a file later, or are not needed
+        return
     filters = EMBEDDING_STD * whitening_filters(kernel.shape[1], kernel.shape[2])
     both = torch.cat([filters, -filters])[: len(kernel)]
     kernel[: len(both)] = both

@@ -11,6 +11,7 @@ from math import exp, log, sqrt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -176,19 +177,31 @@ def tensorflow_box(size: tuple[int, int], rng: Rng, min_area: float) -> Box:
 def padded_crop(
     image: AnyPicture, rng: Rng, preprocess: Preprocess, settings: AugmentSettings
 ) -> Pixels:
-    """The evaluation image, shifted by up to `crop_padding` px in each direction over black."""
+    """The evaluation image, shifted by up to `crop_padding` px in each direction.
+
+    What comes in at the border is `crop_fill`: black, or the image mirrored at its border.
+    """
     if isinstance(image, ArrayPicture) and preprocess.keeps(image.size):
         fitted = image.array  # Pillow would copy it, and takes most of the time of small images
     else:
         fitted = np.asarray(preprocess.fit(image.whole()))
     reach = settings.crop_padding
     left, top = (int(shift) for shift in rng.integers(-reach, reach + 1, size=2))
-    moved = np.zeros_like(fitted)
     rows, columns = fitted.shape[:2]
+    if settings.crop_fill == "reflect":
+        moved = fitted[_mirrored(rows, top)[:, None], _mirrored(columns, left)]
+        return moved[None] if moved.ndim == 2 else moved.transpose(2, 0, 1)  # (C, Y, X)
+    moved = np.zeros_like(fitted)
     moved[max(-top, 0) : rows - max(top, 0), max(-left, 0) : columns - max(left, 0)] = fitted[
         max(top, 0) : rows + min(top, 0), max(left, 0) : columns + min(left, 0)
     ]
     return moved[None] if moved.ndim == 2 else moved.transpose(2, 0, 1)  # (C, Y, X)
+
+
+def _mirrored(length: int, shift: int) -> NDArray[np.int64]:
+    """(length,): the places of a shifted line in the line mirrored at both ends, without them."""
+    places = np.abs(np.arange(length) + shift)
+    return (length - 1) - np.abs((length - 1) - places)
 
 
 def no_crop(

@@ -94,8 +94,9 @@ def test_patch_init_is_a_setting_of_random_plain_models():
     found = built(**plain, patch_init="whitening").state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.state_dict().items())
     for name in ("Conv+mu/4", "R+mu/16", "R26x1"):
-        with pytest.raises(VitcliError, match="`patch_init` is for a patch projection"):
+        with pytest.raises(VitcliError, match="is for a patch projection") as error:
             built(name=name, image_size=32, patch_init="whitening")
+        assert "`--set model.name=Pico/4`" in error.value.hint
 
 
 def test_the_whitening_layer_is_stored_and_never_trained():

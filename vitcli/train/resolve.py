@@ -264,14 +264,20 @@ def random_model(recipe: Recipe, source: Source, *, empty: bool = False) -> Load
                 network = from_config(parse_variant(section.name or "", **settings))
         else:
             network = create_network(section.name or "", seed=recipe.train.seed, **settings)
-        if section.patch_init == "whitening":
-            whiten_patches(network)
     except ValueError as error:
         raise VitcliError(
             f"this model cannot be built: {error}",
             "`model.name` is for example `B/16`, `R50+B/16`, `Axial-B/32` or `R50x1`; the patch "
             "size must divide `model.image_size`",
         ) from error
+    if section.patch_init == "whitening":
+        try:
+            whiten_patches(network)
+        except ValueError as error:
+            raise VitcliError(
+                str(error),
+                "remove `model.patch_init`, or use a plain model such as `--set model.name=Pico/4`",
+            ) from error
     if section.position_resize is not None:
         if isinstance(network, ResNet):
             raise VitcliError(

@@ -61,7 +61,7 @@ def whiten_patches(network: nn.Module) -> None:
     """
     embed = getattr(network, "patch_embed", None)
     if not isinstance(embed, PatchEmbed):
-        raise ValueError("`patch_init` is for a patch projection, and it has a stem instead")
+        raise ValueError("`model.patch_init` is for a patch projection; this model has a stem")
     kernel = embed.proj.weight  # (D, C, P, P)
     if kernel.is_meta:  # values come from a file later, or are not needed
         return

@@ -190,11 +190,11 @@ def padded_crop(
     rows, columns = fitted.shape[:2]
     if settings.crop_fill == "reflect":
         moved = fitted[_mirrored(rows, top)[:, None], _mirrored(columns, left)]
-        return moved[None] if moved.ndim == 2 else moved.transpose(2, 0, 1)  # (C, Y, X)
-    moved = np.zeros_like(fitted)
-    moved[max(-top, 0) : rows - max(top, 0), max(-left, 0) : columns - max(left, 0)] = fitted[
-        max(top, 0) : rows + min(top, 0), max(left, 0) : columns + min(left, 0)
-    ]
+    else:
+        moved = np.zeros_like(fitted)
+        moved[max(-top, 0) : rows - max(top, 0), max(-left, 0) : columns - max(left, 0)] = fitted[
+            max(top, 0) : rows + min(top, 0), max(left, 0) : columns + min(left, 0)
+        ]
     return moved[None] if moved.ndim == 2 else moved.transpose(2, 0, 1)  # (C, Y, X)
 
 

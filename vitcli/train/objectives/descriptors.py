@@ -165,7 +165,7 @@ def orientations(images: Tensor, signed: bool) -> Tensor:
 
 
 def cells_of(maps: Tensor, factor: int) -> Tensor:
-    """(B, F, Y, X) of an image that is `factor` times as large -> (B, F, 4, 4): means of its cells."""
+    """(B, F, Y, X) -> (B, F, 4, 4): means of the cells of an image `factor` times as large."""
     rows, columns = maps.shape[2:]
     if rows % CELLS == 0 and columns % CELLS == 0:
         return F.avg_pool2d(maps, (rows // CELLS, columns // CELLS))

@@ -24,6 +24,7 @@ MAX_STAGES = 6  # 64 px per token
 WHOLE_STAGES = 2  # the last ones; those before them are strided convolutions
 KERNEL = 3
 MAX_COMPONENTS = 16  # of the 27 of a 3x3 patch in colour; the others are mostly noise
+PATCH, PATCH_STRIDE = 4, 2  # of the whitening layer if it is a stage
 
 
 def default_channels(embed_dim: int, stride: int) -> tuple[int, ...]:
@@ -37,12 +38,13 @@ def default_channels(embed_dim: int, stride: int) -> tuple[int, ...]:
     return (*reversed(earlier), embed_dim)
 
 
-def whitening_kernel(num_channels: int) -> Tensor:
-    """(F, C, 3, 3): the whitening filters of the largest variance, and their negatives.
+def whitening_kernel(num_channels: int, size: int, components: int) -> Tensor:
+    """(F, C, size, size): the whitening filters of the largest variance, and their negatives.
 
-    GELU removes negative values, so each filter is there with both signs.
+    GELU removes negative values, so each filter is there with both signs. F is twice `components`,
+    or twice the C * size**2 values of a patch if these are fewer.
     """
-    kernel = whitening_filters(num_channels, KERNEL)[:MAX_COMPONENTS]
+    kernel = whitening_filters(num_channels, size)[:components]
     return torch.cat([kernel, -kernel])
 
 
@@ -51,20 +53,29 @@ class WhiteningConv(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(self, num_channels: int, size: int, stride: int, components: int) -> None:
         super().__init__()
-        self.out_channels = 2 * min(MAX_COMPONENTS, num_channels * KERNEL**2)
+        self.stride = stride
+        components = min(components, num_channels * size**2)
+        self.out_channels = 2 * components
         # A buffer: stored with the weights, never trained. So no gradient of it is computed, which
         # would be the most expensive one of the stem.
-        empty = torch.zeros(self.out_channels, num_channels, KERNEL, KERNEL)
+        empty = torch.zeros(self.out_channels, num_channels, size, size)
         # On the meta device the values come from a file later, so nothing is computed.
-        kernel = empty if empty.is_meta else whitening_kernel(num_channels)
+        kernel = empty if empty.is_meta else whitening_kernel(num_channels, size, components)
         self.register_buffer("weight", kernel)
         self.bias = nn.Parameter(torch.zeros(self.out_channels))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, Y, X) -> (B, F, Y, X)."""
-        return F.conv2d(images, self.weight, self.bias, padding=KERNEL // 2)
+        """(B, C, Y, X) -> (B, F, ceil(Y / stride), ceil(X / stride))."""
+        rows, columns = (side % self.stride for side in images.shape[2:])
+        if rows or columns:  # the last cell is half outside
+            images = F.pad(images, (0, columns, 0, rows))
+        border = (self.weight.shape[-1] - 1) // 2
+        x = F.conv2d(images, self.weight, stride=self.stride, padding=border)
+        # In the channels-last layout a sum over the last axis, which a CPU computes in half of the
+        # time that the gradient of a convolution's bias takes.
+        return (x.permute(0, 2, 3, 1) + self.bias.to(x.dtype)).permute(0, 3, 1, 2)
 
 
 class StdConv2d(nn.Conv2d):
@@ -124,12 +135,18 @@ class ConvEmbed(nn.Module):
     def __init__(self, config: "ViTConfig") -> None:
         super().__init__()
         assert config.conv_stem is not None
-        self.root = WhiteningConv(config.num_channels)
-        channels = (self.root.out_channels, *config.conv_stem)
-        # On maps of 64 px and more a whole stage would take most of the time of a small model.
-        early = len(config.conv_stem) - WHOLE_STAGES
+        colors, stages = config.num_channels, config.conv_stem
+        # On maps of 64 px and more a whole stage would take most of the time of a small model, and
+        # at full size the first layer would. So that layer is the first stage of a longer stem.
+        early = len(stages) - WHOLE_STAGES
+        if early > 0:
+            self.root = WhiteningConv(colors, PATCH, PATCH_STRIDE, stages[0] // 2)
+            channels = (self.root.out_channels, *stages[1:])
+        else:
+            self.root = WhiteningConv(colors, KERNEL, 1, MAX_COMPONENTS)
+            channels = (self.root.out_channels, *stages)
         self.stages = nn.ModuleList(
-            (StridedStage if i < early else ConvStage)(inputs, outputs, config.norm_eps)
+            (StridedStage if i < early - 1 else ConvStage)(inputs, outputs, config.norm_eps)
             for i, (inputs, outputs) in enumerate(pairwise(channels))
         )
         size, d = config.patch_size, config.embed_dim

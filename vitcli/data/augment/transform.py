@@ -6,6 +6,7 @@ is uint8; normalisation and mixing run on the device for the whole batch.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from math import exp, log, sqrt
 
 import numpy as np
@@ -189,7 +190,8 @@ def padded_crop(
     left, top = (int(shift) for shift in rng.integers(-reach, reach + 1, size=2))
     rows, columns = fitted.shape[:2]
     if settings.crop_fill == "reflect":
-        moved = fitted[_mirrored(rows, top)[:, None], _mirrored(columns, left)]
+        # Twice `take` needs a third of the time of one index in both directions.
+        moved = fitted.take(_mirrored(rows, top), axis=0).take(_mirrored(columns, left), axis=1)
     else:
         moved = np.zeros_like(fitted)
         moved[max(-top, 0) : rows - max(top, 0), max(-left, 0) : columns - max(left, 0)] = fitted[
@@ -198,6 +200,7 @@ def padded_crop(
     return moved[None] if moved.ndim == 2 else moved.transpose(2, 0, 1)  # (C, Y, X)
 
 
+@cache
 def _mirrored(length: int, shift: int) -> NDArray[np.int64]:
     """(length,): the places of a shifted line in the line mirrored at both ends, without them."""
     places = np.abs(np.arange(length) + shift)
@@ -249,6 +252,7 @@ class TrainTransform:
     def __init__(self, preprocess: Preprocess, section: AugmentSection) -> None:
         self.preprocess = preprocess
         self.settings = resolve_augment(section)
+        self.changes_colours = changes_colours(self.settings)
         side, smallest = self.settings.resize_size, min(preprocess.image_size)
         if self.settings.crop == "resize" and side is not None and side < smallest:
             raise VitcliError(
@@ -279,7 +283,7 @@ class TrainTransform:
         if rng.random() < self.settings.flip_rate:
             # torch reverses the pixels of a batch several times as fast as numpy.
             pixels = torch.from_numpy(pixels)[None].flip(3)[0].numpy()
-        if changes_colours(self.settings):
+        if self.changes_colours:
             pixels = as_array(change_colours(as_image(pixels), rng, self.settings))
         if self.settings.erase_rate and rng.random() < self.settings.erase_rate:
             pixels = pixels.copy("K")  # keeps the channels last in memory

@@ -161,7 +161,7 @@ def orientations(images: Tensor, signed: bool) -> Tensor:
     # The softmax of NUM_ORIENTATIONS / 2 * cos(angle - centre): at most e^4, so nothing overflows.
     near = (NUM_ORIENTATIONS / 2 * basis @ direction).exp()  # (B, 8, Y*X)
     strength = (square + 1e-12).pow(0.25).flatten(1) / near.sum(dim=1)  # (B, Y*X)
-    return (near * strength[:, None]).unflatten(2, images.shape[2:])
+    return (near * strength[:, None]).reshape(len(near), -1, *images.shape[2:])
 
 
 def cells_of(maps: Tensor, factor: int) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 from measuring import SHARED, add_json_option, machine, run_vitcli
 
 from vitcli.config.schema import parse_duration
+from vitcli.data.augment.test_time import EVALUATION_VIEWS
 from vitcli.evals.intervals import wilson_interval
 
 TRACKS = ("plain", "hybrid")
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of runs")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--validation", action="store_true", help="choose on training images")
-    parser.add_argument("--tta", choices=["flip"], help="also evaluate with mirror images")
+    parser.add_argument("--tta", choices=EVALUATION_VIEWS, help="also evaluate with these views")
     parser.add_argument("--new", default="", help="the last cell of the row")
     parser.add_argument("--tiny", action="store_true", help="two steps of a tiny model")
     parser.add_argument("flags", nargs="*", help="settings of the run, after `--`")

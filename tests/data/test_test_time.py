@@ -39,6 +39,20 @@ def test_the_mirror_image(picture):
     assert torch.equal(mirrored[0], torch.from_numpy(plain[0].numpy()[..., ::-1].copy()))
 
 
+def test_small_shifts(picture):
+    """By one pixel of 32, mirrored at the border; each view is followed by its mirror image."""
+    preprocess = Preprocess(image_size=(32, 64), resize_mode="squash")
+    views = TTATransform(preprocess, "shifts")
+    shown = views.views(views.pixels(picture)[None])
+    plain = preprocess.pixels(picture)
+    padded = np.pad(plain.numpy(), ((0, 0), (1, 1), (2, 2)), mode="reflect")
+    wanted = [plain.numpy(), padded[:, 2:, 4:], padded[:, :-2, :-4]]
+    assert views.count == len(shown) == 6
+    for view, mirrored, pixels in zip(shown[::2], shown[1::2], wanted, strict=True):
+        assert np.array_equal(view[0], pixels)
+        assert torch.equal(mirrored, view.flip(-1))
+
+
 @pytest.mark.parametrize(("kind", "count"), [("crops:5", 5), ("crops:10", 10)])
 def test_middle_and_corners(kind, count, picture):
     preprocess = Preprocess(image_size=(16, 16), crop_fraction=0.8)  # 20 x 30 before the crop

@@ -622,8 +622,8 @@ class EvaluateOptions:
         option(
             EVALUATION,
             "--tta",
-            help="Average the predictions of each image and its mirror image: `flip` (twice the "
-            "work).",
+            help="Average predictions over views of each image: `flip` adds its mirror image, "
+            "`shifts` also small shifts of both (2 or 6 times the work).",
         ),
     ] = None
     no_check: NoCheck = False
@@ -703,8 +703,8 @@ class PredictOptions:
         option(
             EVALUATION,
             "--tta",
-            help="Average predictions over augmented views: `flip`, `crops:5` or `crops:10` (2, 5 "
-            "or 10 times the work).",
+            help="Average predictions over augmented views: `flip`, `shifts`, `crops:5` or "
+            "`crops:10` (2, 6, 5 or 10 times the work).",
         ),
     ] = None
     batch_size: InferenceBatch = 32

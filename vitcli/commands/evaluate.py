@@ -139,7 +139,8 @@ def run(
         calibrate: fit a temperature on the validation images (without these: on half of the
             images), report the others, and store it in the weights file, else in a copy in `out`.
         thresholds: the same for a threshold per class: `f1`, `recall=0.95` or `precision=0.9`.
-        tta: `flip` averages the probabilities of each image and its mirror image.
+        tta: average the probabilities of several views: `flip` (the image and its mirror image) or
+            `shifts` (these, and both moved by a 32nd of the side in two directions).
         batch_size, precision: images per forward pass; `auto` is fp32 on every machine.
         seed: seed of the half that is held out, and of the simulated calibration error.
         check, verbose: look for near copies of training images; report how tensors were loaded.
@@ -163,7 +164,7 @@ def run(
         class_map=None if class_map is None else read_class_map(class_map),
         calibrate=calibrate,
         thresholds=None if thresholds is None else ThresholdRule.parse(thresholds),
-        extraction={"batch_size": batch_size, "precision": precision, "mirrored": bool(tta)},
+        extraction={"batch_size": batch_size, "precision": precision, "tta": tta},
         seed=seed,
         verbose=verbose,
         watch=NoteCollector(watch),  # each model gets its own

@@ -161,8 +161,8 @@ def run(
         ood_threshold: an image with a higher OOD score gets no label; implies `ood`.
         reference: in-distribution DATA; implies `ood`. None uses the stored reference, else the
             data that the run was trained on.
-        tta: average the probabilities of several views: `flip`, `crops:5` or `crops:10`, at 2, 5
-            or 10 times the cost.
+        tta: average the probabilities of several views: `flip`, `shifts`, `crops:5` or `crops:10`,
+            at 2, 6, 5 or 10 times the cost.
         csv_file, jsonl_file, parquet_file: output files, written after the last row. Until then
             the rows are in a file beside the first one, with the suffix `.part`.
         resume: continue after the rows of an interrupted run, which are not returned again. A

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitcli import distributed as launch
+from vitcli.data.augment.test_time import views_of
 from vitcli.data.batch import move_to_device
 from vitcli.data.image_set import ImageSet
 from vitcli.data.loader import eval_batches
@@ -58,7 +59,7 @@ def extract(
     batch_size: int = 128,
     precision: str = "auto",
     with_pixels: bool = False,
-    mirrored: bool = False,
+    tta: str | None = None,
     watch: Watcher | None = None,
     label: str = "features",
 ) -> Extracted:
@@ -69,7 +70,7 @@ def extract(
         output: `features` (the input of the head) or `logits`; of a regression, standardised.
         precision: `auto` is fp32, see `autocast`.
         with_pixels: also return the normalised pixels, averaged down to 32 pixels per side.
-        mirrored: average the probabilities of each image and its mirror image; for `logits`.
+        tta: average the probabilities of several views (`EVALUATION_VIEWS`); for `logits`.
         label: title of the progress bar.
     """
     outputs, labels, indices, pixels = [], [], [], []
@@ -81,7 +82,7 @@ def extract(
         batch_size=batch_size,
         precision=precision,
         with_pixels=with_pixels,
-        mirrored=mirrored,
+        tta=tta,
     )
     with (watch or Quiet()).progress(label, len(images)) as bar:
         for part in batches:
@@ -116,7 +117,7 @@ def extract_batches(
     batch_size: int = 128,
     precision: str = "auto",
     with_pixels: bool = False,
-    mirrored: bool = False,
+    tta: str | None = None,
 ) -> Iterator[Extracted]:
     """Batches of what `extract` returns, for the images of this process.
 
@@ -124,7 +125,7 @@ def extract_batches(
     """
     if batch_size < 1:
         raise VitcliError(f"`--batch-size` is {batch_size}", "give a number of images, 1 or more")
-    assert output == "logits" or not mirrored, "features have no mean"
+    assert output == "logits" or tta is None, "features have no mean"
     preprocess = require_preprocess(model)
     preprocess.check_batch(min(batch_size, len(images)))
     device = pick_device()
@@ -135,7 +136,7 @@ def extract_batches(
         "logits": model.network,
         "pixels": _pixel_features,
     }
-    compute = FittingForward(forward[output])
+    compute, views = FittingForward(forward[output]), views_of(tta)
     batches = eval_batches(
         images,
         preprocess,
@@ -150,8 +151,9 @@ def extract_batches(
         with torch.inference_mode(), autocast(precision, device):
             # A batch without a readable image still reports which images are broken.
             y = compute(x) if len(batch.labels) else x.flatten(1)
-            if mirrored and len(batch.labels):
-                y = model.mean_logits([y, compute(x.flip(-1))])
+            if views.count > 1 and len(batch.labels):
+                _, *others = views.of_crop(x)
+                y = model.mean_logits([y, *(compute(view) for view in others)])
         # Check every batch: one NaN makes a mean, a covariance or a ridge solution NaN.
         check_finite(bool(y.isfinite().all()), model)
         yield Extracted(

@@ -5,28 +5,86 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vitcli.data.augment.transform import mirrored_places
 from vitcli.decode import read_image
 from vitcli.errors import VitcliError, unknown
 from vitcli.preprocess import AnyImage, Preprocess, as_array, as_image_input
 
-VIEWS = {"flip": (1, True), "crops:5": (5, False), "crops:10": (5, True)}  # crops, mirrored
+SHIFT = 1 / 32  # of a side: airbench (Jordan, 2024) shifts CIFAR images by one pixel
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of one value of `--tta`.
+
+    Attributes:
+        crops: per image: the centre and the corners.
+        shifts: each crop is also moved by `SHIFT`, towards two opposite corners.
+        mirrored: each of these has a mirror image as well.
+    """
+
+    crops: int = 1
+    shifts: bool = False
+    mirrored: bool = False
+
+    @property
+    def count(self) -> int:
+        """Views per image."""
+        return self.crops * (3 if self.shifts else 1) * (2 if self.mirrored else 1)
+
+    def of_crop(self, x: Tensor) -> list[Tensor]:
+        """(B, C, Y, X) -> the views of this crop, of the same shape; the plain view first."""
+        moved = [x, shifted(x, 1), shifted(x, -1)] if self.shifts else [x]
+        return [view for one in moved for view in ([one, one.flip(-1)] if self.mirrored else [one])]
+
+
+ONE_VIEW = Views()
+VIEWS = {
+    "flip": Views(mirrored=True),
+    "shifts": Views(shifts=True, mirrored=True),
+    "crops:5": Views(crops=5),
+    "crops:10": Views(crops=5, mirrored=True),
+}
+# `evaluate` reads its images already cropped, so it makes the views of one crop only.
+EVALUATION_VIEWS = tuple(name for name, views in VIEWS.items() if views.crops == 1)
+
+
+def shifted(x: Tensor, direction: int) -> Tensor:
+    """(B, C, Y, X) moved by `SHIFT` along the diagonal, mirrored at the border."""
+    rows, columns = (
+        torch.from_numpy(mirrored_places(side, direction * max(1, round(side * SHIFT))))
+        for side in x.shape[2:]
+    )
+    return x.index_select(2, rows.to(x.device)).index_select(3, columns.to(x.device))
+
+
+def views_of(kind: str | None) -> Views:
+    """The views of a value of `--tta`; None is the plain view.
+
+    Raises:
+        VitcliError: the value is unknown.
+    """
+    if kind is None:
+        return ONE_VIEW
+    if kind not in VIEWS:
+        raise unknown("`--tta` value", kind, VIEWS)
+    return VIEWS[kind]
 
 
 def check_views(kind: str | None, fits: bool) -> None:
     """Check the views of an evaluation.
 
     Args:
-        kind: `flip`, or None for the plain view.
+        kind: one of `EVALUATION_VIEWS`, or None for the plain view.
         fits: the evaluation fits a temperature or thresholds, which are stored with the weights.
 
     Raises:
-        VitcliError: another kind, or a fit on mirror images, which a plain prediction lacks.
+        VitcliError: another kind, or a fit on several views, which a plain prediction lacks.
     """
-    if kind is not None and kind not in VIEWS:
-        raise unknown("`--tta` value", kind, VIEWS)
-    if kind not in (None, "flip"):
+    if views_of(kind).crops > 1:
         raise VitcliError(
-            f"`--tta {kind}`: `evaluate` averages mirror images only", "use `--tta flip`"
+            f"`--tta {kind}`: `evaluate` shows one crop of each image",
+            " or ".join(f"`--tta {name}`" for name in EVALUATION_VIEWS),
         )
     if kind is not None and fits:
         raise VitcliError(
@@ -40,9 +98,10 @@ def check_views(kind: str | None, fits: bool) -> None:
 class TTATransform:
     """The views of an image that the model receives at test time.
 
-    `flip` is the image and its mirror image. `crops:5` is the centre and the four corners of the
-    resized image, `crops:10` these and their mirror images (Krizhevsky et al., 2012). The first
-    view is always that of `preprocess`. The time grows in proportion to `count`.
+    `flip` is the image and its mirror image. `shifts` is the image, the image moved by `SHIFT`
+    towards two opposite corners, and their mirror images. `crops:5` is the centre and the four
+    corners of the resized image, `crops:10` these and their mirror images (Krizhevsky et al.,
+    2012). The first view is always that of `preprocess`. The time grows with `count`.
 
     Args:
         preprocess: the evaluation transform.
@@ -56,9 +115,7 @@ class TTATransform:
     kind: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is not None and self.kind not in VIEWS:
-            raise unknown("`--tta` value", self.kind, VIEWS)
-        if self.crops > 1 and self._shows_whole_image():
+        if self.of_image.crops > 1 and self._shows_whole_image():
             raise VitcliError(
                 f"`--tta {self.kind}`: with `preprocess.resize_mode={self.preprocess.resize_mode}` "
                 "the model sees the whole image, so all crops are the same",
@@ -66,19 +123,14 @@ class TTATransform:
             )
 
     @property
-    def crops(self) -> int:
-        """Crops per image, without mirror images."""
-        return VIEWS[self.kind][0] if self.kind else 1
-
-    @property
-    def mirrored(self) -> bool:
-        """Each crop has a mirror image as a second view."""
-        return VIEWS[self.kind][1] if self.kind else False
+    def of_image(self) -> Views:
+        """The views of each image."""
+        return views_of(self.kind)
 
     @property
     def count(self) -> int:
         """Views per image."""
-        return self.crops * (2 if self.mirrored else 1)
+        return self.of_image.count
 
     def pixels(self, source: AnyImage) -> Tensor:
         """An image, as `Preprocess` takes it -> (crops, C, Y, X) uint8.
@@ -86,7 +138,7 @@ class TTATransform:
         Raises:
             ImageError: the image cannot be read.
         """
-        if self.crops == 1:
+        if self.of_image.crops == 1:
             return self.preprocess.pixels(source)[None]  # (1, C, Y, X)
         image = read_image(as_image_input(source), self.preprocess.pixel_format)
         resized, (rows, columns) = self.preprocess.resize(image), self.preprocess.image_size
@@ -98,8 +150,7 @@ class TTATransform:
 
     def views(self, batch: Tensor) -> list[Tensor]:
         """(B, crops, C, Y, X) uint8 -> `count` tensors (B, C, Y, X), the plain view first."""
-        crops = list(batch.unbind(1))
-        return [view for x in crops for view in ([x, x.flip(-1)] if self.mirrored else [x])]
+        return [view for crop in batch.unbind(1) for view in self.of_image.of_crop(crop)]
 
     def _shows_whole_image(self) -> bool:
         mode, size = self.preprocess.resize_mode, self.preprocess.image_size

@@ -190,8 +190,10 @@ def padded_crop(
     left, top = (int(shift) for shift in rng.integers(-reach, reach + 1, size=2))
     rows, columns = fitted.shape[:2]
     if settings.crop_fill == "reflect":
-        # Twice `take` needs a third of the time of one index in both directions.
-        moved = fitted.take(_mirrored(rows, top), axis=0).take(_mirrored(columns, left), axis=1)
+        # Two `take` need a third of the time of one index in both directions.
+        moved = fitted.take(mirrored_places(rows, top), axis=0).take(
+            mirrored_places(columns, left), axis=1
+        )
     else:
         moved = np.zeros_like(fitted)
         moved[max(-top, 0) : rows - max(top, 0), max(-left, 0) : columns - max(left, 0)] = fitted[
@@ -201,7 +203,7 @@ def padded_crop(
 
 
 @cache
-def _mirrored(length: int, shift: int) -> NDArray[np.int64]:
+def mirrored_places(length: int, shift: int) -> NDArray[np.int64]:
     """(length,): the places of a shifted line in the line mirrored at both ends, without them."""
     places = np.abs(np.arange(length) + shift)
     return (length - 1) - np.abs((length - 1) - places)

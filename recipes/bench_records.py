@@ -4,6 +4,7 @@ Each seed is a process of its own. Its seconds and CPU-seconds are those of the 
 imports, reading and evaluation. PFLOP are those of the training steps, forward and backward.
 
     python recipes/bench_records.py --track hybrid --budget 2m --seeds 3 --data cifar10/
+    python recipes/bench_records.py --track hybrid --recipe speedrun_hybrid_long --budget 10m
     python recipes/bench_records.py --track plain --flop 0.06P     # as many steps on any processor
     python recipes/bench_records.py --track hybrid --budget 2m --validation -- --set optim.lr=2e-3
 
@@ -51,16 +52,11 @@ def plan(recipe: str, data: str, flags: list[str]) -> dict[str, Any]:
     return planned
 
 
-def recipe_of(given: argparse.Namespace) -> str:
-    """The recipe of the track."""
-    return f"speedrun_{given.track}"
-
-
 def train(given: argparse.Namespace, flags: list[str], seed: int, folder: Path) -> dict[str, Any]:
     """One run and what it costs."""
     out = folder / f"seed-{seed}"
     # The search for copies knows this dataset, and its cache would make the first seed slower.
-    words = ["pretrain", given.data, "--recipe", recipe_of(given), *flags, "--seed", seed]
+    words = ["pretrain", given.data, "--recipe", given.recipe, *flags, "--seed", seed]
     done = run_vitcli(*words, "--no-check", "--out", out, "--json")
     result = json.loads(done.output)
     found = result["figures"]
@@ -121,6 +117,7 @@ def main() -> None:
     """Print a JSON line per seed, and the row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--track", choices=TRACKS, required=True)
+    parser.add_argument("--recipe", help="default: speedrun_plain or speedrun_hybrid")
     parser.add_argument("--data", default=str(SHARED / "cifar10"))
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--budget", default="2m", help="time of the whole command")
@@ -134,10 +131,11 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="settings of the run, after `--`")
     add_json_option(parser)
     given = parser.parse_args()
+    given.recipe = given.recipe or f"speedrun_{given.track}"
     flags = [*(VALIDATION if given.validation else ()), *given.flags]
     if given.tiny:
         flags += [*TINY, "--set", f"model.name={TINY_MODELS[given.track]}"]
-    planned = plan(recipe_of(given), given.data, flags)
+    planned = plan(given.recipe, given.data, flags)
     per_image, parts = planned["training_flops_per_image"], planned["parts"]
     share = (parts["attention"] + parts["mlp"]) / sum(parts.values())
     if given.flop:

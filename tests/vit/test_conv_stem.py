@@ -201,6 +201,7 @@ def test_default_channels_and_blocks():
     [
         ({"conv_stem": ()}, "one to 6 stages"),
         ({"conv_stem": (8, 0)}, "conv_stem is 0"),
+        ({"conv_stem": (1, 8, 12)}, "the first stage needs two feature maps"),
         ({"stem": (1,)}, "not both"),
         ({"patch_size": 3}, "feature map of 4x6 cells"),
     ],

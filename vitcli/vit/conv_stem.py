@@ -24,7 +24,7 @@ MAX_STAGES = 6  # 64 px per token
 WHOLE_STAGES = 2  # the last ones; those before them are strided convolutions
 KERNEL = 3
 MAX_COMPONENTS = 16  # of the 27 of a 3x3 patch in colour; the others are mostly noise
-PATCH, PATCH_STRIDE = 4, 2  # of the whitening layer if it is a stage
+PATCH, PATCH_STRIDE = 4, 2  # of the whitening layer that is the first stage of a longer stem
 
 
 def default_channels(embed_dim: int, stride: int) -> tuple[int, ...]:
@@ -136,17 +136,17 @@ class ConvEmbed(nn.Module):
         super().__init__()
         assert config.conv_stem is not None
         colors, stages = config.num_channels, config.conv_stem
-        # On maps of 64 px and more a whole stage would take most of the time of a small model, and
-        # at full size the first layer would. So that layer is the first stage of a longer stem.
-        early = len(stages) - WHOLE_STAGES
-        if early > 0:
+        # At full size the first layer would take most of the time of a small model, so it is the
+        # first stage of a longer stem. On maps of 64 px and more a whole stage would.
+        if len(stages) > WHOLE_STAGES:
             self.root = WhiteningConv(colors, PATCH, PATCH_STRIDE, stages[0] // 2)
             channels = (self.root.out_channels, *stages[1:])
         else:
             self.root = WhiteningConv(colors, KERNEL, 1, MAX_COMPONENTS)
             channels = (self.root.out_channels, *stages)
+        early = len(channels) - 1 - WHOLE_STAGES
         self.stages = nn.ModuleList(
-            (StridedStage if i < early - 1 else ConvStage)(inputs, outputs, config.norm_eps)
+            (StridedStage if i < early else ConvStage)(inputs, outputs, config.norm_eps)
             for i, (inputs, outputs) in enumerate(pairwise(channels))
         )
         size, d = config.patch_size, config.embed_dim

@@ -30,7 +30,7 @@ def stopped(tmp_path_factory):
     ("key", "value"),
     [
         ("vitcli", "0.0.1"),
-        ("instructions", "AVX512"),
+        ("instructions", "ALTIVEC"),  # of no processor that runs these tests
         ("cpu", "another processor"),
         ("device", "cuda:0"),
         ("libraries", {"torch": "2.0.0"}),

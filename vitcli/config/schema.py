@@ -188,7 +188,9 @@ class ModelSection(Section):
         None, "MODEL that a LoRA adapter of PEFT was trained on. Default: the one in its config."
     )
     conv_stem: tuple[Width, ...] | None = setting(
-        None, "Feature maps per stage of a convolutional stem; each stage halves the image."
+        None,
+        "Feature maps per stage of a convolutional stem; each stage halves the image. Of three or "
+        "more, the first whitens: an even number, at most 32 per colour.",
     )
     patch_init: PatchInit | None = setting(
         None,

@@ -150,10 +150,9 @@ def extract_batches(
         x = preprocess.normalize(batch.images)  # (B, C, Y, X)
         with torch.inference_mode(), autocast(precision, device):
             # A batch without a readable image still reports which images are broken.
-            y = compute(x) if len(batch.labels) else x.flatten(1)
-            if views.count > 1 and len(batch.labels):
-                _, *others = views.of_crop(x)
-                y = model.mean_logits([y, *(compute(view) for view in others)])
+            shown = views.of_crop(x) if len(batch.labels) else ()
+            outputs = [compute(view) for view in shown] or [x.flatten(1)]
+            y = outputs[0] if len(outputs) == 1 else model.mean_logits(outputs)
         # Check every batch: one NaN makes a mean, a covariance or a ridge solution NaN.
         check_finite(bool(y.isfinite().all()), model)
         yield Extracted(

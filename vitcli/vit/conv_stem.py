@@ -136,8 +136,8 @@ class ConvEmbed(nn.Module):
         super().__init__()
         assert config.conv_stem is not None
         colors, stages = config.num_channels, config.conv_stem
-        # At full size the first layer would take most of the time of a small model, so it is the
-        # first stage of a longer stem. On maps of 64 px and more a whole stage would.
+        # At full size the first layer and a strided convolution took a sixth of a training step,
+        # so a longer stem whitens at half size. A whole stage on large maps would take most of one.
         if len(stages) > WHOLE_STAGES:
             self.root = WhiteningConv(colors, PATCH, PATCH_STRIDE, stages[0] // 2)
             channels = (self.root.out_channels, *stages[1:])

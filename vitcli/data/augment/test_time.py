@@ -1,5 +1,6 @@
 """Test-time augmentation: several views of an image, whose probabilities are averaged."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +33,16 @@ class Views:
         """Views per image."""
         return self.crops * (3 if self.shifts else 1) * (2 if self.mirrored else 1)
 
-    def of_crop(self, x: Tensor) -> list[Tensor]:
-        """(B, C, Y, X) -> the views of this crop, of the same shape; the plain view first."""
-        moved = [x, shifted(x, 1), shifted(x, -1)] if self.shifts else [x]
-        return [view for one in moved for view in ([one, one.flip(-1)] if self.mirrored else [one])]
+    def of_crop(self, x: Tensor) -> Iterator[Tensor]:
+        """(B, C, Y, X) -> the views of this crop, of the same shape; the plain view first.
+
+        One at a time: six copies of a batch of large images would take gigabytes.
+        """
+        for direction in (0, 1, -1) if self.shifts else (0,):
+            moved = shifted(x, direction) if direction else x
+            yield moved
+            if self.mirrored:
+                yield moved.flip(-1)
 
 
 ONE_VIEW = Views()

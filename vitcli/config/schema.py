@@ -189,8 +189,7 @@ class ModelSection(Section):
     )
     conv_stem: tuple[Width, ...] | None = setting(
         None,
-        "Feature maps per stage of a convolutional stem; each stage halves the image. Of three or "
-        "more, the first whitens: an even number, at most 32 per colour.",
+        "Feature maps per stage of a convolutional stem; each stage halves the image.",
     )
     patch_init: PatchInit | None = setting(
         None,

@@ -170,7 +170,7 @@ def _pretrain(data: DataFacts, machine: MachineFacts, given: Mapping[str, Any]) 
     if data.numeric:  # a crop changes positions, sizes and counts
         wanted["augment.crop"] = "none"
     elif side <= PATCHES[1][0] or not data.may_flip:
-        wanted |= {"augment.crop": "pad", "augment.crop_padding": max(1, side // 8)}
+        wanted |= {"augment.crop": "pad", "augment.crop_padding": max(1, side // 16)}
     else:
         wanted |= {"augment.crop": "inception", "augment.min_area": 0.4}
     if _suits_guided(data, given, side, grid, images):

@@ -19,7 +19,7 @@ from vitcli.config.choices import (
     StemArithmetic,
 )
 from vitcli.vit.config_checks import LARGEST, check_count, check_rope
-from vitcli.vit.conv_stem import MAX_STAGES, WHOLE_STAGES
+from vitcli.vit.conv_stem import MAX_STAGES
 from vitcli.vit.hybrid import stem_channels
 from vitcli.vit.patches import grid_size
 
@@ -102,9 +102,8 @@ class ViTConfig:
         stem_width: factor on the width of the ResNet, which starts with 64 channels.
         stem_arithmetic: weight standardisation and GroupNorm epsilon of `google` or of `timm`.
         conv_stem: feature maps of each stage of a convolutional stem in front of the patches. Each
-            stage halves the image; those before the last two are one strided convolution each. Of
-            three stages or more, the first whitens 4x4 px, with two maps per filter: at most 32
-            per colour. None for no such stem.
+            stage halves the image; those before the last two are one strided convolution each.
+            None for no such stem.
         dropout_rate: dropout after the positions, the attention projection and both MLP layers.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         key_bias: with `qkv_bias`, the keys have a bias too. EVA-02 and DINOv3 have none.
@@ -233,8 +232,6 @@ class ViTConfig:
             raise ValueError(f"conv_stem {self.conv_stem}: one to {MAX_STAGES} stages")
         for channels in self.conv_stem:
             check_count("conv_stem", channels, 1)
-        if len(self.conv_stem) > WHOLE_STAGES and self.conv_stem[0] < 2:
-            raise ValueError(f"conv_stem {self.conv_stem}: the first stage needs two feature maps")
 
     def _check_tokens(self, rows: int, cols: int) -> None:
         """Check that the tokens exist that the pooling and the blocks read."""

@@ -1,8 +1,9 @@
 """The convolutional stem of a hybrid: a few 3x3 convolutions in place of a patch projection.
 
 Early convolutions make a small ViT learn faster (Xiao et al., 2021; Hassani et al., 2021). The
-whitening first layer and the order inside a stage are those of airbench (Jordan, 2024), with
-LayerNorm in place of BatchNorm, so that an image does not depend on the others of its batch.
+whitening first layer and the order inside a stage are those of airbench (Jordan, 2024), with one
+group of GroupNorm in place of BatchNorm, so that an image does not depend on the others of its
+batch.
 Shape letters: see `model.py`; F is the number of feature maps.
 """
 
@@ -24,7 +25,6 @@ MAX_STAGES = 6  # 64 px per token
 WHOLE_STAGES = 2  # the last ones; those before them are strided convolutions
 KERNEL = 3
 MAX_COMPONENTS = 16  # of the 27 of a 3x3 patch in colour; the others are mostly noise
-PATCH, PATCH_STRIDE = 4, 2  # of the whitening layer that is the first stage of a longer stem
 
 
 def default_channels(embed_dim: int, stride: int) -> tuple[int, ...]:
@@ -38,44 +38,35 @@ def default_channels(embed_dim: int, stride: int) -> tuple[int, ...]:
     return (*reversed(earlier), embed_dim)
 
 
-def whitening_kernel(num_channels: int, size: int, components: int) -> Tensor:
-    """(F, C, size, size): the whitening filters of the largest variance, and their negatives.
+def whitening_kernel(num_channels: int) -> Tensor:
+    """(F, C, 3, 3): the whitening filters of the largest variance, and their negatives.
 
-    GELU removes negative values, so each filter is there with both signs. F is twice `components`,
-    or twice the C * size**2 values of a patch if these are fewer.
+    GELU removes negative values, so each filter is there with both signs.
     """
-    kernel = whitening_filters(num_channels, size)[:components]
+    kernel = whitening_filters(num_channels, KERNEL)[:MAX_COMPONENTS]
     return torch.cat([kernel, -kernel])
 
 
 class WhiteningConv(nn.Module):
-    """The first layer: fixed filters that decorrelate the pixels, and a learned bias."""
+    """The first layer: fixed filters that decorrelate the pixels.
+
+    Without a bias it has no weights to train. So nothing is computed backwards through the largest
+    maps of the stem, neither here nor towards the input of the next convolution.
+    """
 
     weight: Tensor
 
-    def __init__(self, num_channels: int, size: int, stride: int, components: int) -> None:
+    def __init__(self, num_channels: int) -> None:
         super().__init__()
-        self.stride = stride
-        components = min(components, num_channels * size**2)
-        self.out_channels = 2 * components
-        # A buffer: stored with the weights, never trained. So no gradient of it is computed, which
-        # would be the most expensive one of the stem.
-        empty = torch.zeros(self.out_channels, num_channels, size, size)
+        self.out_channels = 2 * min(MAX_COMPONENTS, num_channels * KERNEL**2)
+        empty = torch.zeros(self.out_channels, num_channels, KERNEL, KERNEL)
         # On the meta device the values come from a file later, so nothing is computed.
-        kernel = empty if empty.is_meta else whitening_kernel(num_channels, size, components)
-        self.register_buffer("weight", kernel)
-        self.bias = nn.Parameter(torch.zeros(self.out_channels))
+        kernel = empty if empty.is_meta else whitening_kernel(num_channels)
+        self.register_buffer("weight", kernel)  # stored with the weights
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, Y, X) -> (B, F, ceil(Y / stride), ceil(X / stride))."""
-        rows, columns = (side % self.stride for side in images.shape[2:])
-        if rows or columns:  # the last cell is half outside
-            images = F.pad(images, (0, columns, 0, rows))
-        border = (self.weight.shape[-1] - 1) // 2
-        x = F.conv2d(images, self.weight, stride=self.stride, padding=border)
-        # In the channels-last layout a sum over the last axis, which a CPU computes in half of the
-        # time that the gradient of a convolution's bias takes.
-        return (x.permute(0, 2, 3, 1) + self.bias.to(x.dtype)).permute(0, 3, 1, 2)
+        """(B, C, Y, X) -> (B, F, Y, X)."""
+        return F.conv2d(images, self.weight, padding=KERNEL // 2)
 
 
 class StdConv2d(nn.Conv2d):
@@ -90,13 +81,13 @@ class StdConv2d(nn.Conv2d):
         return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
 
-class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of each cell."""
+def stem_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """The norm over all channels and cells of an image, with a scale and a shift per channel.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, F, Y, X) -> (B, F, Y, X)."""
-        # In the channels-last layout both permutations are views.
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    LayerNorm over the channels of each cell would enlarge the noise of even regions, and takes
+    longer on a CPU.
+    """
+    return nn.GroupNorm(1, channels, eps=eps)
 
 
 class ConvStage(nn.Module):
@@ -105,9 +96,9 @@ class ConvStage(nn.Module):
     def __init__(self, inputs: int, outputs: int, eps: float) -> None:
         super().__init__()
         self.conv1 = StdConv2d(inputs, outputs)
-        self.norm1 = LayerNorm2d(outputs, eps=eps)
+        self.norm1 = stem_norm(outputs, eps)
         self.conv2 = StdConv2d(outputs, outputs)
-        self.norm2 = LayerNorm2d(outputs, eps=eps)
+        self.norm2 = stem_norm(outputs, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, Y, X) -> (B, F', ceil(Y / 2), ceil(X / 2))."""
@@ -122,7 +113,7 @@ class StridedStage(nn.Module):
     def __init__(self, inputs: int, outputs: int, eps: float) -> None:
         super().__init__()
         self.conv1 = StdConv2d(inputs, outputs, stride=2)
-        self.norm1 = LayerNorm2d(outputs, eps=eps)
+        self.norm1 = stem_norm(outputs, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, Y, X) -> (B, F', ceil(Y / 2), ceil(X / 2))."""
@@ -135,16 +126,10 @@ class ConvEmbed(nn.Module):
     def __init__(self, config: "ViTConfig") -> None:
         super().__init__()
         assert config.conv_stem is not None
-        colors, stages = config.num_channels, config.conv_stem
-        # At full size the first layer and a strided convolution took a sixth of a training step,
-        # so a longer stem whitens at half size. A whole stage on large maps would take most of one.
-        if len(stages) > WHOLE_STAGES:
-            self.root = WhiteningConv(colors, PATCH, PATCH_STRIDE, stages[0] // 2)
-            channels = (self.root.out_channels, *stages[1:])
-        else:
-            self.root = WhiteningConv(colors, KERNEL, 1, MAX_COMPONENTS)
-            channels = (self.root.out_channels, *stages)
-        early = len(channels) - 1 - WHOLE_STAGES
+        self.root = WhiteningConv(config.num_channels)
+        channels = (self.root.out_channels, *config.conv_stem)
+        # A whole stage on large maps would take most of the time of a small model.
+        early = len(config.conv_stem) - WHOLE_STAGES
         self.stages = nn.ModuleList(
             (StridedStage if i < early else ConvStage)(inputs, outputs, config.norm_eps)
             for i, (inputs, outputs) in enumerate(pairwise(channels))
@@ -154,7 +139,7 @@ class ConvEmbed(nn.Module):
 
     def forward(self, images: Tensor, recompute: bool = False) -> Tensor:
         """(B, C, Y, X) -> (B, N, D); `recompute` checkpoints the activations of the stages."""
-        # The layout in which both the convolutions and the LayerNorms of a CPU are fastest.
+        # The layout in which the convolutions of a CPU are fastest.
         x = F.gelu(self.root(images.contiguous(memory_format=torch.channels_last)))
         for stage in self.stages:
             x = checkpoint(stage, x, use_reentrant=False) if recompute else stage(x)

@@ -64,7 +64,8 @@ def run_time(
     step = step_seconds(counts, measured)
     steps = counts.steps if steps is None else steps
     if steps is None:
-        steps = steps_in_budget(counts, measured, parse_duration(recipe.train.budget or ""))
+        budget = parse_duration(recipe.train.budget or "")
+        steps = steps_in_budget(counts, measured, budget, recipe.train.eval_steps)
     interval = recipe.train.eval_steps
     if interval is None and recipe.train.budget is None:
         interval = max(1, steps // NUM_EVALUATIONS)
@@ -85,12 +86,19 @@ def step_seconds(counts: RunCounts, measured: ProbeResult) -> float:
     return sum(s.fraction * t for s, t in zip(counts.stages, measured.steps, strict=True))
 
 
-def steps_in_budget(counts: RunCounts, measured: ProbeResult, budget: float) -> int:
-    """The steps that fit into `budget` seconds, with an evaluation and a checkpoint at the end."""
+def steps_in_budget(
+    counts: RunCounts, measured: ProbeResult, budget: float, eval_steps: int | None = None
+) -> int:
+    """The steps that fit into `budget` seconds.
+
+    So do an evaluation every `eval_steps`, one at the end, and the checkpoints.
+    """
     evaluation = measured.evaluation + measured.last_evaluation
     available = budget - measured.startup - evaluation - measured.writing
-    with_checkpoints = 1.0 + measured.writing / CHECKPOINT_SECONDS
-    return max(0, int(available / (step_seconds(counts, measured) * with_checkpoints)))
+    step = step_seconds(counts, measured) * (1.0 + measured.writing / CHECKPOINT_SECONDS)
+    if eval_steps is not None:
+        step += measured.evaluation / eval_steps
+    return max(0, int(available / step))
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ class StdConv2d(nn.Conv2d):
 def stem_norm(channels: int, eps: float) -> nn.GroupNorm:
     """The norm over all channels and cells of an image, with a scale and a shift per channel.
 
-    LayerNorm over the channels of each cell would enlarge the noise of even regions, and takes
-    longer on a CPU.
+    LayerNorm over the channels of each cell was as accurate and takes longer on a CPU
+    (recipes/LOG.md).
     """
     return nn.GroupNorm(1, channels, eps=eps)
 

@@ -369,8 +369,14 @@ def test_a_plan_shows_the_same_choice(photos):
     assert recipe.train.epochs == 300.0
 
 
-@pytest.mark.parametrize("data", [None, "builtin:digits", "builtin:formula"])
-def test_shipped_data_keep_their_recipes(data):
-    name = "pretrain" if data == "builtin:digits" else "pretrain_formula"
+@pytest.mark.parametrize("data", [None, "builtin:formula"])
+def test_the_formula_images_have_a_recipe(data):
     settings = {"data": {"name": data}} if data else {}
-    assert pretrain_recipe(data, None, None, Quiet()).recipe == load_recipe(name, settings)
+    chosen = pretrain_recipe(data, None, None, Quiet()).recipe
+    assert chosen == load_recipe("pretrain_formula", settings)
+
+
+def test_pretraining_on_the_digits_takes_a_model_for_images_of_8_px():
+    chosen = pretrain_recipe("builtin:digits", None, None, Quiet()).recipe
+    assert (chosen.model.name, chosen.model.image_size) == ("Conv+Pico/2", 8)
+    assert chosen.augment.flip_rate == 0.0

@@ -63,10 +63,10 @@ def run_time(
     """The time of a run on this machine; without `steps`, of the steps of the recipe or budget."""
     step = step_seconds(counts, measured)
     steps = counts.steps if steps is None else steps
+    interval = recipe.train.eval_steps
     if steps is None:
         budget = parse_duration(recipe.train.budget or "")
-        steps = steps_in_budget(counts, measured, budget, recipe.train.eval_steps)
-    interval = recipe.train.eval_steps
+        steps = steps_in_budget(counts, measured, budget, interval)
     if interval is None and recipe.train.budget is None:
         interval = max(1, steps // NUM_EVALUATIONS)
     evaluations = 1 + (steps // interval if interval else 0)
@@ -87,7 +87,7 @@ def step_seconds(counts: RunCounts, measured: ProbeResult) -> float:
 
 
 def steps_in_budget(
-    counts: RunCounts, measured: ProbeResult, budget: float, eval_steps: int | None = None
+    counts: RunCounts, measured: ProbeResult, budget: float, eval_steps: int | None
 ) -> int:
     """The steps that fit into `budget` seconds.
 

@@ -92,7 +92,7 @@ def pretrain_recipe(
     if recipe is None and resumed is not None and is_run(resumed):
         return ResolvedRun(resumed.name, resumed_recipe(Run(resumed), changes, "pretrain"))
     resolved = _without_vit_settings(load_recipe(name, changes, "pretrain"), changes, watch)
-    if recipe is None and data not in (None, FORMULA):
+    if recipe is None and name == "pretrain":  # the formula images have a recipe of their own
         return _adapted(name, resolved, changes, watch)
     if data is None and recipe is None:
         watch.note(f"no DATA given: using recipe `{name}` with {resolved.data.name}")

@@ -188,14 +188,14 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the generated pages, and the recipes and pictures that pages link to."""
+    """Add the generated pages, and the recipes, records and pictures that pages link to."""
     from mkdocs.structure.files import File
 
     for address, text in pages().items():
         files.append(File.generated(config, address, content=text))
     for path in sorted((ROOT / "recipes").rglob("*")):
         name = path.relative_to(ROOT).as_posix()
-        if path.is_file() and path.suffix in (".toml", ".png", ".svg", ".py"):
+        if path.is_file() and path.suffix in (".toml", ".json", ".png", ".svg", ".py"):
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 

@@ -53,7 +53,11 @@ BENCHES = {
     "loop": Bench(("bench_step.py", "loop")),
     "data": Bench(("bench_data.py",), ("flowers",)),
     "predict": Bench(("bench_predict.py", "--images", 320, "--pairs", 5), ("--pairs", 3)),
-    "extract": Bench(("bench_fewshot.py", "extract"), ("--pairs", 3)),
+    "extract": Bench(
+        ("bench_fewshot.py", "extract"),
+        ("--pairs", 3),
+        ("--model", "mu/16", "--images", 8, "--batch-size", 8, "--pairs", 1),
+    ),
     "solve": Bench(("bench_fewshot.py", "solve", "--pairs", 3)),
     "memory": Bench(("bench_memory.py",), ("--counts", "1000,10000")),
     "plan": Bench(("bench_plan.py", "--rounds", 1), ("--only", "0,9")),

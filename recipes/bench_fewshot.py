@@ -108,6 +108,7 @@ def extract(given: argparse.Namespace) -> dict[str, Any]:
         images._estimate_bytes = lambda _: float("inf")  # type: ignore[method-assign]
         with tempfile.TemporaryDirectory() as folder:
             table = FeatureTable(Path(folder), given.images, net.config.feature_dim, {})
+            table.create()
             for part in extract_batches(net, images, batch_size=given.batch_size):
                 table.write(part.indices, part.outputs, file_stamps(images, indices[part.indices]))
 

@@ -1,9 +1,10 @@
 """Measure how memory grows with the number of images: `python recipes/bench_memory.py`.
 
-The script makes folders, CSV files and parquet files that contain one small JPEG many times. It
+The script makes folders, CSV files and parquet files of small JPEGs, each of them another. It
 trains a few steps on each in a process of its own. It prints the peak resident memory, with and
-without mapped files, and the bytes per further image. Only the index (paths, labels, order) should
-grow. Pages of a mapped parquet cache stay resident until a program needs the memory. Linux only.
+without mapped files, and the bytes per further image. What should grow is the index (paths, labels,
+order), and until MAX_COMPARED images the hashes of the search for copies; `--no-check` leaves those
+out. Pages of a mapped parquet cache stay resident until a program needs the memory. Linux only.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from measuring import Figures, add_json_option
 from PIL import Image
 
@@ -26,31 +28,26 @@ KILO, MEGA = 2**10, 2**20
 POLL = 0.02  # seconds
 
 
-def picture() -> bytes:
-    """A small JPEG of a colour gradient."""
-    image = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
+def picture(number: int) -> bytes:
+    """A small JPEG of random colours, which no other number has."""
+    blocks = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG")
+    Image.fromarray(blocks).resize((SIDE, SIDE)).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
 def make_folder(place: Path, count: int) -> Path:
-    """Make `count` links to one JPEG; ext4 allows 65,000 links per file."""
-    content = picture()
-    origin = place / "origin-0.jpg"
+    """Make `count` files."""
     for i in range(count):
-        if i % 60_000 == 0:
-            origin = place / f"origin-{i}.jpg"
-            origin.write_bytes(content)
         folder = place / "folder" / f"class_{i % CLASSES}"
         if i < CLASSES:
             folder.mkdir(parents=True)
-        os.link(origin, folder / f"{i:09}.jpg")
+        (folder / f"{i:09}.jpg").write_bytes(picture(i))
     return place / "folder"
 
 
 def make_csv(place: Path, count: int) -> Path:
-    """Make a table of the same links; a file has one row, because its rows must agree."""
+    """Make a table of the same files."""
     make_folder(place, count)
     with (place / "table.csv").open("w") as file:
         file.write("path,label\n")
@@ -65,13 +62,12 @@ def make_parquet(place: Path, count: int) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    content = picture()
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", image), ("label", pa.int64())])
     with pq.ParquetWriter(place / "x.parquet", schema) as writer:
         for start in range(0, count, 1000):
             part = range(start, min(start + 1000, count))
-            images = [{"bytes": content, "path": None}] * len(part)
+            images = [{"bytes": picture(i), "path": None} for i in part]
             columns = {"image": images, "label": [i % CLASSES for i in part]}
             writer.write_table(pa.table(columns, schema=schema))
     return place / "x.parquet"
@@ -80,15 +76,17 @@ def make_parquet(place: Path, count: int) -> Path:
 KINDS = {"folder": make_folder, "csv": make_csv, "parquet": make_parquet}
 
 
-def train(data: Path, place: Path) -> tuple[int, int]:
+def train(data: Path, place: Path, flags: list[str]) -> tuple[int, int]:
     """Peak resident bytes of `vitcli pretrain` on `data`, with and without mapped files."""
     settings = ["model.name=Pico/8", "model.image_size=32", "model.depth=1", "data.workers=1"]
     settings += ["train.batch_size=32", "train.precision=fp32", "train.eval_steps=1000000"]
-    # The held-out split is evaluated at the end; one image per class is enough.
-    settings += [f"train.steps={STEPS}", "data.test_fraction=0.000001"]
+    # The held-out splits are evaluated at the end; one image per class is enough.
+    settings += [f"train.steps={STEPS}", "data.validation_fraction=0.000001"]
+    settings += ["data.test_fraction=0.000001"]
     command = [sys.executable, "-m", "vitcli", "pretrain", str(data), "--out", str(place / "run")]
-    command += [part for setting in settings for part in ("--set", setting)]
+    command += [part for setting in settings for part in ("--set", setting)] + flags
     environment = {**os.environ, "HF_DATASETS_CACHE": str(place / "cache")}
+    environment["VITCLI_CACHE"] = str(place / "vitcli")
     with (place / "log").open("w+") as log:
         child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         own = 0
@@ -114,13 +112,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--counts", default="1000,10000,100000")
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--no-check", action="store_true", help="without the search for copies")
     add_json_option(parser)
     parser.add_argument("--one", nargs=2, metavar=("KIND", "COUNT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    flags = ["--no-check"] * given.no_check
     if given.one:
         kind, count = given.one[0], int(given.one[1])
         with tempfile.TemporaryDirectory() as folder:
-            resident, own = train(KINDS[kind](Path(folder), count), Path(folder))
+            resident, own = train(KINDS[kind](Path(folder), count), Path(folder), flags)
         sys.stdout.write(f"{resident} {own}\n")
         return
     counts = [int(count) for count in given.counts.split(",")]
@@ -128,7 +128,7 @@ def main() -> None:
     for kind in given.kinds.split(","):
         first: tuple[int, int] | None = None
         for count in counts:
-            command = [sys.executable, __file__, "--one", kind, str(count)]
+            command = [sys.executable, __file__, "--one", kind, str(count), *flags]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(done.stderr)
@@ -142,7 +142,8 @@ def main() -> None:
                 ]
                 line += f"  (per further image: {more[0]:.0f} and {more[1]:.0f} bytes)"
                 if count == counts[-1]:
-                    name = f"memory of a run, {kind}, {count} images"
+                    unchecked = ", --no-check" if given.no_check else ""
+                    name = f"memory of a run, {kind}, {count} different images{unchecked}"
                     figures.add(name, own / MEGA, "MiB", "lower")
             first = first or (resident, own)
             sys.stdout.write(line + "\n")

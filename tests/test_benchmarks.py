@@ -118,10 +118,10 @@ def test_compute_needs_a_unit(script, text):
 
 def test_all_benchmarks_make_one_record(script, tmp_path, monkeypatch, capsys):
     everything = script("bench_all")
-    words = ["--tiny", "--only", "load", "--records", tmp_path, "--out"]
+    words = ["--tiny", "--only", "load,extract", "--records", tmp_path, "--out"]
     call(everything, monkeypatch, *words, tmp_path / "first.json")
     record = json.loads((tmp_path / "first.json").read_text())
-    assert record["machine"] == ABOUT and list(record["benchmarks"]) == ["load"]
+    assert record["machine"] == ABOUT and list(record["benchmarks"]) == ["load", "extract"]
     for bench in record["benchmarks"].values():
         assert bench["figures"] and bench["command"].startswith("bench_")
         for figure in bench["figures"]:
@@ -136,7 +136,7 @@ def test_all_benchmarks_make_one_record(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "first.json").write_text(json.dumps(record))
     call(everything, monkeypatch, *words, tmp_path / "second.json")
     worse = [line for line in capsys.readouterr().out.splitlines() if line.startswith("worse: ")]
-    assert len(worse) == 2 and all(", was " in line for line in worse)
+    assert len(worse) == 3 and all(", was " in line for line in worse)
 
 
 def test_a_benchmark_that_fails_is_in_the_record(script, tmp_path, monkeypatch):

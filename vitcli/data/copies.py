@@ -8,17 +8,20 @@ scaled or recompressed are found by `vitcli check`, and by `vitcli/evals/near_co
 import hashlib
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vitcli.data.image_set import ImageSet, Integers
 from vitcli.errors import counted, printable
 from vitcli.progress import Watcher
+
+Digests = NDArray[np.uint64]  # (n, 2): 16 bytes each
 
 PART_BYTES = 4096
 THREADS = 8
@@ -53,23 +56,28 @@ def image_units(
         shared &= (first < last)[which]
         if shared.sum() > MAX_LEAK_READS:
             return {}
-    owners, starts = list(sets.values()), np.cumsum([0, *lengths])
+    starts = np.cumsum([0, *lengths])
     units = np.arange(len(every))
     rows = np.flatnonzero(shared)
     for whole in (False, True):
-        read = partial(content_digest, whole=whole)
-        owner = np.searchsorted(starts, rows, side="right") - 1
-        places = [(owners[k], int(row - starts[k])) for k, row in zip(owner, rows, strict=True)]
-        digests = _read_all(places, read, watch)
-        found: dict[Any, list[int]] = {}
-        for row, digest in zip(rows.tolist(), digests, strict=True):
-            if digest is not None:
-                found.setdefault((int(every[row]), digest), []).append(row)
-        equal = [members for members in found.values() if len(members) > 1]
-        rows = np.array([row for members in equal for row in members], dtype=np.int64)
-    for members in equal:
-        units[members] = members[0]
-    return dict(zip(sets, np.split(units, np.cumsum(lengths)[:-1]), strict=True))
+        digests, readable = _read_all(list(sets.values()), starts, rows, whole, watch)
+        rows, firsts = _repeated(rows[readable], every[rows[readable]], digests[readable])
+    units[rows] = firsts
+    return dict(zip(sets, np.split(units, starts[1:-1]), strict=True))
+
+
+def _repeated(rows: Integers, keys: Integers, digests: Digests) -> tuple[Integers, Integers]:
+    """The ascending rows whose key and digest another row has too, and the first row of each."""
+    table = np.column_stack([keys.astype(np.uint64), digests])
+    order = np.lexsort(table.T)  # stable: equal rows stay in their order
+    same = (table[order][1:] == table[order][:-1]).all(axis=1)
+    begins = np.concatenate([[True], ~same])[: len(rows)]
+    group = np.cumsum(begins) - 1
+    firsts = np.empty_like(rows)
+    firsts[order] = rows[order][begins][group]
+    repeated = np.zeros(len(rows), dtype=np.bool_)
+    repeated[order] = np.bincount(group)[group] > 1
+    return rows[repeated], firsts[repeated]
 
 
 def content_digest(place: tuple[ImageSet, int], *, whole: bool = True) -> bytes | None:
@@ -107,20 +115,40 @@ def _file_digest(path: str | os.PathLike[str], whole: bool) -> bytes:
         os.close(handle)
 
 
-def _read_all(places: list[Any], read: Any, watch: Watcher) -> list[bytes | None]:
-    """The digest of each place; files are read by threads, in few large tasks."""
-    if not places:
-        return []
-    tasks = [places[start : start + BAR_IMAGES] for start in range(0, len(places), BAR_IMAGES)]
-    digests: list[bytes | None] = []
+def _read_all(
+    owners: Sequence[ImageSet], starts: Integers, rows: Integers, whole: bool, watch: Watcher
+) -> tuple[Digests, NDArray[np.bool_]]:
+    """The digest of each row, and True for those that can be read.
+
+    Files are read by threads, in few large tasks. The results are arrays, because a list of bytes
+    takes several times the memory.
+
+    Args:
+        starts: the first row of each image set, and the number of all rows.
+    """
+    digests = np.zeros((len(rows), 2), dtype=np.uint64)
+    readable = np.zeros(len(rows), dtype=np.bool_)
+
+    def read(part: range) -> int:
+        owner = np.searchsorted(starts, rows[part.start : part.stop], side="right") - 1
+        for place, number in zip(part, owner.tolist(), strict=True):
+            index = int(rows[place] - starts[number])
+            digest = content_digest((owners[number], index), whole=whole)
+            if digest is not None:
+                digests[place], readable[place] = np.frombuffer(digest, np.uint64), True
+        return len(part)
+
+    if not len(rows):
+        return digests, readable
+    ends = [*range(BAR_IMAGES, len(rows), BAR_IMAGES), len(rows)]
+    parts = [range(start, end) for start, end in pairwise([0, *ends])]
     with (
-        watch.progress("images of equal size, compared", len(places)) as bar,
+        watch.progress("images of equal size, compared", len(rows)) as bar,
         ThreadPoolExecutor(THREADS) as threads,
     ):
-        for part in threads.map(lambda task: [read(place) for place in task], tasks):
-            digests += part
-            bar.advance(len(part))
-    return digests
+        for count in threads.map(read, parts):
+            bar.advance(count)
+    return digests, readable
 
 
 def join_groups(units: Integers, groups: Integers | None) -> Integers:

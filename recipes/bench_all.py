@@ -14,6 +14,7 @@ together; a figure without a spread may move by a tenth.
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -87,6 +88,8 @@ def chosen(given: argparse.Namespace) -> dict[str, list[object]]:
 
 def run(words: list[object], folder: Path) -> dict[str, Any]:
     """One benchmark: command, seconds and figures; the error if it fails."""
+    # Relative to the project, so that a record has no path of a machine.
+    shown = [os.path.relpath(word, ROOT) if isinstance(word, Path) else word for word in words]
     if FORMULA in words:
         model = folder / "formula"
         if not model.exists():
@@ -95,7 +98,7 @@ def run(words: list[object], folder: Path) -> dict[str, Any]:
     figures, prints = folder / "figures.jsonl", words[0] == "bench_defaults.py"
     figures.unlink(missing_ok=True)
     command = [sys.executable, ROOT / "recipes" / str(words[0]), *words[1:]]
-    found: dict[str, Any] = {"command": " ".join(map(str, words))}
+    found: dict[str, Any] = {"command": " ".join(map(str, shown))}
     try:
         done = run_timed(command if prints else [*command, "--json", figures])
     except SystemExit as error:

@@ -1,10 +1,11 @@
 """Measure how memory grows with the number of images: `python recipes/bench_memory.py`.
 
-The script makes folders, CSV files and parquet files of small JPEGs, each of them another. It
-trains a few steps on each in a process of its own. It prints the peak resident memory, with and
-without mapped files, and the bytes per further image. What should grow is the index (paths, labels,
-order), and until MAX_COMPARED images the hashes of the search for copies; `--no-check` leaves those
-out. Pages of a mapped parquet cache stay resident until a program needs the memory. Linux only.
+The script makes folders, CSV files and parquet files of small JPEGs that all differ. It trains a
+few steps on each in a process of its own. It prints the peak resident memory, with and without
+mapped files, and the bytes per further image. What should grow is the index (paths, labels, order)
+and, up to 200,000 images, the record of all images and the hashes of the search for copies;
+`--no-check` leaves out the hashes. Pages of a mapped parquet cache stay resident until a program
+needs the memory. Linux only.
 """
 
 import argparse
@@ -81,12 +82,12 @@ def train(data: Path, place: Path, flags: list[str]) -> tuple[int, int]:
     settings = ["model.name=Pico/8", "model.image_size=32", "model.depth=1", "data.workers=1"]
     settings += ["train.batch_size=32", "train.precision=fp32", "train.eval_steps=1000000"]
     # The held-out splits are evaluated at the end; one image per class is enough.
-    settings += [f"train.steps={STEPS}", "data.validation_fraction=0.000001"]
-    settings += ["data.test_fraction=0.000001"]
+    settings += ["data.validation_fraction=0.000001", "data.test_fraction=0.000001"]
+    settings += [f"train.steps={STEPS}"]
     command = [sys.executable, "-m", "vitcli", "pretrain", str(data), "--out", str(place / "run")]
     command += [part for setting in settings for part in ("--set", setting)] + flags
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(place / "cache")}
-    environment["VITCLI_CACHE"] = str(place / "vitcli")
+    caches = {"HF_DATASETS_CACHE": str(place / "cache"), "VITCLI_CACHE": str(place / "vitcli")}
+    environment = {**os.environ, **caches}
     with (place / "log").open("w+") as log:
         child = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         own = 0

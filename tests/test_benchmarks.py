@@ -146,12 +146,16 @@ def test_a_benchmark_that_fails_is_in_the_record(script, tmp_path, monkeypatch):
         raise SystemExit("no such file")
 
     monkeypatch.setattr(everything, "run_timed", fails)
-    words = ["--tiny", "--only", "load", "--records", tmp_path, "--out", tmp_path / "a.json"]
+    words = ["--only", "load,imbalance", "--records", tmp_path, "--out", tmp_path / "a.json"]
     with pytest.raises(SystemExit) as end:
         call(everything, monkeypatch, *words)
     assert end.value.code == 1
-    record = json.loads((tmp_path / "a.json").read_text())
-    assert record["benchmarks"]["load"]["error"] == "no such file"
+    found = json.loads((tmp_path / "a.json").read_text())["benchmarks"]
+    assert found["load"]["error"] == "no such file"
+    # No path of this machine.
+    assert found["imbalance"]["command"].startswith(
+        "bench_imbalance.py ../shared/data/cifar10_small "
+    )
 
 
 @pytest.mark.parametrize(

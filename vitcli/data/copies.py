@@ -10,7 +10,6 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from vitcli.data.image_set import ImageSet, Integers
 from vitcli.errors import counted, printable
 from vitcli.progress import Watcher
 
-Digests = NDArray[np.uint64]  # (n, 2): 16 bytes each
+Digests = NDArray[np.bytes_]  # (n,) of 16 bytes
 
 PART_BYTES = 4096
 THREADS = 8
@@ -60,24 +59,22 @@ def image_units(
     units = np.arange(len(every))
     rows = np.flatnonzero(shared)
     for whole in (False, True):
-        digests, readable = _read_all(list(sets.values()), starts, rows, whole, watch)
-        rows, firsts = _repeated(rows[readable], every[rows[readable]], digests[readable])
+        digests = _read_all(list(sets.values()), starts, rows, whole, watch)
+        rows, digests = rows[digests != b""], digests[digests != b""]
+        rows, firsts = _repeated(rows, every[rows], digests)
     units[rows] = firsts
     return dict(zip(sets, np.split(units, starts[1:-1]), strict=True))
 
 
 def _repeated(rows: Integers, keys: Integers, digests: Digests) -> tuple[Integers, Integers]:
-    """The ascending rows whose key and digest another row has too, and the first row of each."""
-    table = np.column_stack([keys.astype(np.uint64), digests])
-    order = np.lexsort(table.T)  # stable: equal rows stay in their order
-    same = (table[order][1:] == table[order][:-1]).all(axis=1)
-    begins = np.concatenate([[True], ~same])[: len(rows)]
-    group = np.cumsum(begins) - 1
-    firsts = np.empty_like(rows)
-    firsts[order] = rows[order][begins][group]
-    repeated = np.zeros(len(rows), dtype=np.bool_)
-    repeated[order] = np.bincount(group)[group] > 1
-    return rows[repeated], firsts[repeated]
+    """The rows whose key and digest another row has too, and the first row of each."""
+    table = np.zeros(len(rows), [("key", "<i8"), ("digest", digests.dtype)])
+    table["key"], table["digest"] = keys, digests
+    _, first, which, counts = np.unique(
+        table, return_index=True, return_inverse=True, return_counts=True
+    )
+    repeated = counts[which] > 1
+    return rows[repeated], rows[first[which[repeated]]]
 
 
 def content_digest(place: tuple[ImageSet, int], *, whole: bool = True) -> bytes | None:
@@ -117,38 +114,34 @@ def _file_digest(path: str | os.PathLike[str], whole: bool) -> bytes:
 
 def _read_all(
     owners: Sequence[ImageSet], starts: Integers, rows: Integers, whole: bool, watch: Watcher
-) -> tuple[Digests, NDArray[np.bool_]]:
-    """The digest of each row, and True for those that can be read.
+) -> Digests:
+    """(n,) the digest of each row, empty if it cannot be read.
 
-    Files are read by threads, in few large tasks. The results are arrays, because a list of bytes
+    Files are read by threads, in few large tasks. The result is an array, because a list of bytes
     takes several times the memory.
 
     Args:
         starts: the first row of each image set, and the number of all rows.
     """
-    digests = np.zeros((len(rows), 2), dtype=np.uint64)
-    readable = np.zeros(len(rows), dtype=np.bool_)
+    digests = np.zeros(len(rows), "S16")
 
-    def read(part: range) -> int:
-        owner = np.searchsorted(starts, rows[part.start : part.stop], side="right") - 1
-        for place, number in zip(part, owner.tolist(), strict=True):
-            index = int(rows[place] - starts[number])
-            digest = content_digest((owners[number], index), whole=whole)
-            if digest is not None:
-                digests[place], readable[place] = np.frombuffer(digest, np.uint64), True
+    def read(start: int) -> int:
+        part = rows[start : start + BAR_IMAGES]
+        owner = np.searchsorted(starts, part, side="right") - 1
+        for place, (row, number) in enumerate(zip(part, owner, strict=True), start):
+            at = owners[number], int(row - starts[number])
+            digests[place] = content_digest(at, whole=whole) or b""
         return len(part)
 
     if not len(rows):
-        return digests, readable
-    ends = [*range(BAR_IMAGES, len(rows), BAR_IMAGES), len(rows)]
-    parts = [range(start, end) for start, end in pairwise([0, *ends])]
+        return digests
     with (
         watch.progress("images of equal size, compared", len(rows)) as bar,
         ThreadPoolExecutor(THREADS) as threads,
     ):
-        for count in threads.map(read, parts):
+        for count in threads.map(read, range(0, len(rows), BAR_IMAGES)):
             bar.advance(count)
-    return digests, readable
+    return digests
 
 
 def join_groups(units: Integers, groups: Integers | None) -> Integers:

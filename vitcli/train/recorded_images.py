@@ -19,7 +19,7 @@ ROWS_FILE = "images.tsv"  # in a run directory: one line per image
 NUM_EXAMPLES = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ImageRow:
     """One image of a dataset, as a line of `images.tsv` has it."""
 
